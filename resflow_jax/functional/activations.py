@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from resflow_jax.functional.checks import check_choice
+
 Array = jax.Array
 
 # max_t d/dt [t * sigmoid(t)], reached at t = 2.3993572805...; it does not depend on beta,
@@ -79,6 +81,5 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def get_activation(name: str) -> Activation:
     """Looks an activation up by name; a ValueError lists the known ones."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {name!r}")
+    check_choice("activation", name, tuple(ACTIVATIONS))
     return ACTIVATIONS[name]

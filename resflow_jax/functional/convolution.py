@@ -69,21 +69,18 @@ def conv2d_matmul(x: Array, kernel: Array) -> Array:
     """The CPU's path of `conv2d`: one matrix product and shifted copies of the thinner side."""
     kh, kw, channels_in, channels_out = kernel.shape
     if channels_in <= channels_out:
-        patches = jnp.concatenate(_shifts(x, kh, kw), axis=-1)
+        patches = jnp.concatenate(_shifts(_pad(x, kh, kw), kh, kw), axis=-1)
         return patches @ kernel.reshape(kh * kw * channels_in, channels_out)
-    # The copies are added at mirrored offsets: out[i] takes the product at i + di - kh//2.
     products = x @ kernel.transpose(2, 0, 1, 3).reshape(channels_in, kh * kw * channels_out)
-    copies = jnp.split(products, kh * kw, axis=-1)
-    return sum(_shift(c, n // kw, n % kw, kh, kw) for n, c in enumerate(copies))
+    shifts = _shifts(_pad(products, kh, kw), kh, kw)
+    return sum(shift[..., n * channels_out : (n + 1) * channels_out] for n, shift in enumerate(shifts))
 
 
-def _shifts(x: Array, kh: int, kw: int) -> list[Array]:
-    return [_shift(x, di, dj, kh, kw) for di in range(kh) for dj in range(kw)]
+def _pad(x: Array, kh: int, kw: int) -> Array:
+    return jnp.pad(x, ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
 
 
-def _shift(x: Array, di: int, dj: int, kh: int, kw: int) -> Array:
-    """x[b, i + di - kh//2, j + dj - kw//2, c], zero outside the image."""
-    height, width = x.shape[1:3]
-    top, left = di - kh // 2, dj - kw // 2
-    zero = jnp.zeros((), x.dtype)
-    return lax.pad(x, zero, ((0, 0, 0), (-top, top, 0), (-left, left, 0), (0, 0, 0)))[:, :height, :width]
+def _shifts(padded: Array, kh: int, kw: int) -> list[Array]:
+    """x[b, i + di - kh//2, j + dj - kw//2, c] for every offset (di, dj) of the kernel."""
+    height, width = padded.shape[1] - kh + 1, padded.shape[2] - kw + 1
+    return [padded[:, di : di + height, dj : dj + width] for di in range(kh) for dj in range(kw)]

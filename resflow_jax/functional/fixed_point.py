@@ -13,17 +13,48 @@ derivative comes from the implicit function theorem: dx = (I + J)^-1 (dy - dg), 
 u <- b - J u. Nothing of the iterations is stored.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resflow_jax.functional.checks import check_batch
+
 Array = jax.Array
 
 _TOLERANCES = {16: 1e-2, 32: 1e-6, 64: 1e-12}  # by bits of the dtype
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """Settings of the fixed-point iteration.
+
+    Attributes:
+      tolerance: bound on the last step, relative to max(1, max |x|) of the example; by default
+        1e-6 in float32, 1e-12 in float64, 1e-2 in 16-bit floats.
+      max_iterations: cap on the evaluations of g; convergence takes about
+        log(tolerance) / log(L) of them.
+
+    Raises:
+      ValueError: if the tolerance is not positive or the cap is below one.
+    """
+
+    tolerance: float | None = None
+    max_iterations: int = 1000
+
+    def __post_init__(self):
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"tolerance: expected a positive number, got {self.tolerance}")
+        if self.max_iterations < 1:
+            raise ValueError(f"max_iterations: expected at least 1, got {self.max_iterations}")
+
+    def tolerance_for(self, dtype: Any) -> float:
+        """The tolerance in force for arrays of this float dtype."""
+        return _TOLERANCES[jnp.finfo(dtype).bits] if self.tolerance is None else self.tolerance
 
 
 class InverseStatus(NamedTuple):
@@ -46,8 +77,7 @@ def residual_inverse(
     params: Any,
     y: Array,
     *,
-    tolerance: float | None = None,
-    max_iterations: int = 1000,
+    solver: FixedPoint = FixedPoint(),
     return_status: bool = False,
 ) -> Array | tuple[Array, InverseStatus]:
     """Solves x + g(params, x) = y for x, each example to its own tolerance.
@@ -59,9 +89,7 @@ def residual_inverse(
         example of the batch by itself.
       params: any pytree.
       y: floats [B, ...].
-      tolerance: bound on the last step, relative to max(1, max |x|) of the example; by default
-        1e-6 in float32, 1e-12 in float64, 1e-2 in 16-bit floats.
-      max_iterations: cap on the evaluations of g. Convergence takes about log(tolerance) / log(L).
+      solver: tolerance and iteration cap.
       return_status: whether to return the status as well.
 
     Returns:
@@ -69,22 +97,21 @@ def residual_inverse(
       raises a RuntimeWarning (from a host callback under jit).
 
     Raises:
-      ValueError: if y is not a float array with a batch axis, g changes its shape or dtype, the
-        tolerance is not positive or the cap is below one.
+      ValueError: if y is not a float array with a batch axis or g changes its shape or dtype.
     """
-    tolerance = check_solver(y.dtype, tolerance, max_iterations)
+    check_batch("y", y)
     out = jax.eval_shape(g, params, y)
-    if y.ndim < 1 or (out.shape, out.dtype) != (y.shape, y.dtype):
+    if (out.shape, out.dtype) != (y.shape, y.dtype):
         raise ValueError(f"g: expected an output {y.dtype} {y.shape} like y, got {out.dtype} {out.shape}")
 
     def solve(equation, start):
         # equation(x) = x + g(x) - y is the negative of the step.
-        x, status = _iterate(lambda x: x - equation(x), start, tolerance, max_iterations)
+        x, status = _iterate(lambda x: x - equation(x), start, solver)
         return x, jax.tree.map(lambda leaf: leaf.astype(y.dtype), status)  # custom_root wants float aux
 
     def solve_linear(operator, b):
         # operator(u) = u + J u, or its transpose in reverse mode.
-        return _iterate(lambda u: b - (operator(u) - u), b, tolerance, max_iterations)
+        return _iterate(lambda u: b - (operator(u) - u), b, solver)
 
     def tangent_solve(operator, b):
         u, status = lax.custom_linear_solve(operator, b, solve_linear, solve_linear, has_aux=True)
@@ -116,24 +143,9 @@ def _warn(status: InverseStatus, what: str) -> None:
         )
 
 
-def check_solver(dtype: Any, tolerance: float | None, max_iterations: int) -> float:
-    """Checks a solver's settings and fills in the dtype's default tolerance."""
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"y: expected a float array [B, ...], got dtype {dtype}")
-    if tolerance is None:
-        tolerance = _TOLERANCES[jnp.finfo(dtype).bits]
-    if not tolerance > 0:
-        raise ValueError(f"tolerance: expected a positive number, got {tolerance}")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations: expected at least 1, got {max_iterations}")
-    return tolerance
-
-
-def _iterate(
-    step: Callable[[Array], Array], start: Array, tolerance: float, max_iterations: int
-) -> tuple[Array, InverseStatus]:
+def _iterate(step: Callable[[Array], Array], start: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
     """Repeats x <- step(x), freezing each example once its step is within the tolerance."""
-    batch = start.shape[0]
+    batch, tolerance = start.shape[0], solver.tolerance_for(start.dtype)
 
     def advance(state):
         x, status = state
@@ -150,11 +162,9 @@ def _iterate(
 
     def unfinished(state):
         status = state[1]
-        return jnp.any(~status.converged & (status.iterations < max_iterations))
+        return jnp.any(~status.converged & (status.iterations < solver.max_iterations))
 
-    status = InverseStatus(
-        jnp.zeros(batch, jnp.int32), jnp.full(batch, jnp.inf, start.dtype), jnp.zeros(batch, bool)
-    )
+    status = InverseStatus(jnp.zeros(batch, jnp.int32), jnp.full(batch, jnp.inf, start.dtype), jnp.zeros(batch, bool))
     return lax.while_loop(unfinished, advance, (start, status))
 
 

@@ -32,10 +32,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resflow_jax.functional.checks import check_batch, check_choice, check_count
 from resflow_jax.functional.roulette import Geometric, Law, Poisson, length_cap, term_weight
 
 Array = jax.Array
 Residual = Callable[[Any, Array], Array]
+
+_PROBES = ("rademacher", "gaussian")
+_GRADIENTS = ("neumann", "autodiff")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Exact:
     chunk_size: int = 64
 
     def __post_init__(self):
-        _check_count("chunk_size", self.chunk_size, 1)
+        check_count("chunk_size", self.chunk_size, 1)
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ class Truncated:
     gradient: Literal["neumann", "autodiff"] = "neumann"
 
     def __post_init__(self):
-        _check_count("terms", self.terms, 1)
-        _check_choices(self.probe, self.gradient)
+        check_count("terms", self.terms, 1)
+        check_choice("probe", self.probe, _PROBES)
+        check_choice("gradient", self.gradient, _GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -107,9 +112,10 @@ class Roulette:
     def __post_init__(self):
         if not isinstance(self.length, Geometric | Poisson):
             raise ValueError(f"length: expected Geometric(p) or Poisson(rate), got {self.length!r}")
-        _check_count("exact_terms", self.exact_terms, 0)
-        _check_count("samples", self.samples, 1)
-        _check_choices(self.probe, self.gradient)
+        check_count("exact_terms", self.exact_terms, 0)
+        check_count("samples", self.samples, 1)
+        check_choice("probe", self.probe, _PROBES)
+        check_choice("gradient", self.gradient, _GRADIENTS)
 
 
 Estimator = Exact | Truncated | Roulette
@@ -266,23 +272,7 @@ def _exact(g, chunk_size, params, x):
 
 
 def _check_residual(g: Residual, params: Any, x: Array) -> None:
-    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 1:
-        got = f"{x.dtype} {x.shape}" if hasattr(x, "dtype") else type(x).__name__
-        raise ValueError(f"x: expected a float array [B, ...], got {got}")
+    check_batch("x", x)
     out = jax.eval_shape(g, params, x)
     if (out.shape, out.dtype) != (x.shape, x.dtype):
         raise ValueError(f"g: expected an output {x.dtype} {x.shape} like x, got {out.dtype} {out.shape}")
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-
-
-def _check_choices(probe: str, gradient: str) -> None:
-    for name, value, choices in (
-        ("probe", probe, ("rademacher", "gaussian")),
-        ("gradient", gradient, ("neumann", "autodiff")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name}: expected one of {choices}, got {value!r}")

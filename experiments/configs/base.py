@@ -1,0 +1,106 @@
+"""The settings of a density-estimation run on images. Each data set has a file beside this one."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from resflow_jax import Estimator, Geometric, ImageFlowConfig, Roulette
+from resflow_jax.functional.checks import check_count, check_open_interval
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images.
+
+    Attributes:
+      name: "digits" (shipped with scikit-learn) or the name of a prepared TensorFlow data set.
+      dir: directory of TensorFlow data sets; by default the first of $TFDS_DATA_DIR,
+        ~/tensorflow_datasets and ../shared/tfds that holds it.
+    """
+
+    name: str
+    dir: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with warm-up, cosine decay to zero and clipping by the global norm.
+
+    Attributes:
+      learning_rate: peak, reached after the warm-up.
+      warmup: steps of linear warm-up.
+      b2: decay of Adam's second moment.
+      clip: bound on the gradient's global norm (bits/dim per unit of parameter).
+      ema_decay: decay of the moving average of the parameters that evaluation uses.
+    """
+
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    b2: float = 0.99
+    clip: float = 1.0
+    ema_decay: float = 0.995
+
+    def __post_init__(self):
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        check_count("warmup", self.warmup, 0)
+        check_open_interval("b2", self.b2, 0, 1)
+        if not self.clip > 0:
+            raise ValueError(f"clip: expected a positive number, got {self.clip}")
+        check_open_interval("ema_decay", self.ema_decay, 0, 1)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How bits/dim is measured.
+
+    Attributes:
+      estimator: of the log-det, unbiased and longer than in training.
+      draws: dequantisations an image, for the test split.
+      images: at most so many images of a split.
+      every: steps between evaluations on the validation split (one draw), each with a checkpoint.
+    """
+
+    estimator: Estimator = field(default_factory=lambda: Roulette(Geometric(0.5), exact_terms=10))
+    draws: int = 10
+    images: int = 10000
+    every: int = 250
+
+    def __post_init__(self):
+        check_count("draws", self.draws, 1)
+        check_count("images", self.images, 2)
+        check_count("every", self.every, 1)
+
+
+@dataclass(frozen=True)
+class DensityConfig:
+    """One run of `python -m experiments.density`.
+
+    Attributes:
+      data: which images.
+      model: the flow.
+      workdir: where everything is written.
+      steps: optimiser steps in all.
+      batch_size: images a step.
+      seed: of parameters, data order and noise.
+      estimator: of the log-det in the loss.
+      optimizer: learning rate, clipping, averaging.
+      evaluation: how bits/dim is measured.
+      log_every: steps between lines of metrics.jsonl.
+    """
+
+    data: DataConfig
+    model: ImageFlowConfig
+    workdir: Path
+    steps: int = 2000
+    batch_size: int = 64
+    seed: int = 0
+    estimator: Estimator = field(default_factory=Roulette)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log_every: int = 10
+
+    def __post_init__(self):
+        check_count("steps", self.steps, 1)
+        check_count("batch_size", self.batch_size, 1)
+        check_count("seed", self.seed, 0)
+        check_count("log_every", self.log_every, 1)

@@ -1,0 +1,15 @@
+"""The 8x8 digits that scikit-learn ships: the default run.
+
+python -m experiments.density digits
+"""
+
+from pathlib import Path
+
+from experiments.configs.base import DataConfig, DensityConfig
+from resflow_jax import ImageFlowConfig
+
+CONFIG = DensityConfig(
+    data=DataConfig("digits"),
+    model=ImageFlowConfig(shape=(8, 8, 1), blocks=(4, 4), hidden_channels=64, fc_hidden=64),
+    workdir=Path("runs/digits"),
+)

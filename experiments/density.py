@@ -1,0 +1,186 @@
+"""Density estimation on images: trains a residual flow and reports bits/dim on the test split.
+
+    python -m experiments.density [digits | fashion_mnist] [--workdir DIR] [--steps N] [--batch-size B] [--seed S] ...
+
+`--help` behind a name lists every setting. The same command again resumes from the last checkpoint.
+Under the work directory it writes metrics.jsonl, samples.png, reconstructions.png, curves.png,
+config.json and checkpoints/. The validation split chooses the checkpoint; the test split is read
+once, at the end.
+"""
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from tqdm import tqdm
+
+from experiments import pictures
+from experiments.configs import digits, fashion_mnist
+from experiments.configs.base import DensityConfig
+from experiments.run import MetricsFile, claim_workdir, use_compilation_cache
+from resflow_jax import ResidualFlow
+from resflow_jax.data.images import ImageSplits, dequantize, epoch_batch, load_digits, load_tfds, to_unit_interval
+from resflow_jax.models.flow import layer_norms
+from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.likelihood import Estimate, evaluate_bits_per_dim
+from resflow_jax.training.step import Trainer, TrainState
+
+CONFIGS = {"digits": digits.CONFIG, "fashion_mnist": fashion_mnist.CONFIG}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line and runs; `digits` if no name is given."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] not in (*CONFIGS, "-h", "--help"):
+        arguments = ["digits", *arguments]
+    named = {name: (config.__doc__.splitlines()[0], config) for name, config in CONFIGS.items()}
+    run(tyro.extras.overridable_config_cli(named, args=arguments, prog="python -m experiments.density"))
+
+
+def run(config: DensityConfig) -> Estimate:
+    """Trains (or goes on training), evaluates, draws. Returns the test bits/dim."""
+    began = time.perf_counter()
+    use_compilation_cache()
+    data = load_digits() if config.data.name == "digits" else load_tfds(config.data.name, config.data.dir)
+    if data.shape != config.model.shape:
+        raise ValueError(f"model.shape: expected {data.shape}, the shape of the images, got {config.model.shape}")
+    claim_workdir(config.workdir, config)
+    checkpoints = Checkpoints(config.workdir / "checkpoints")
+    trainer, state = set_up(config, data)
+    if checkpoints.latest_step is not None:
+        state = checkpoints.restore(checkpoints.latest_step, state)
+        print(f"resuming {config.workdir} at step {int(state.step)}")
+    metrics = MetricsFile(config.workdir / "metrics.jsonl", keep_until=int(state.step))
+    step_time = train(config, data, trainer, state, checkpoints, metrics)
+    checkpoints.wait()
+    best = checkpoints.restore(checkpoints.best_step, state)
+    checkpoints.close()
+    return report(config, data, trainer.averaged_flow(best), int(best.step), metrics, step_time, began)
+
+
+def set_up(config: DensityConfig, data: ImageSplits) -> tuple[Trainer, TrainState]:
+    """The flow, initialised on a training batch, with its optimiser."""
+    flow = ResidualFlow(config.model, rngs=nnx.Rngs(config.seed))
+    batch = data.train[epoch_batch(config.seed, 0, len(data.train), config.batch_size)]
+    flow.initialize(dequantize(jnp.asarray(batch), jax.random.key(config.seed), data.levels))
+    o = config.optimizer
+    warmup = min(o.warmup, config.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, warmup, config.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(o.clip), optax.adam(schedule, b2=o.b2))
+    trainer = Trainer(nnx.split(flow)[0], optimizer, o.ema_decay, config.estimator, data.levels)
+    return trainer, trainer.create_state(flow)
+
+
+def train(
+    config: DensityConfig,
+    data: ImageSplits,
+    trainer: Trainer,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    metrics: MetricsFile,
+) -> float:
+    """Runs the remaining steps; validates and saves along the way. Returns the median seconds a step.
+
+    Raises:
+      FloatingPointError: if the loss or the gradient stops being finite.
+    """
+    step_function, key = trainer.compiled_step(), jax.random.key(config.seed)
+    first, pending, step_times = int(state.step), [], []
+    bar = tqdm(total=config.steps, initial=first, unit="step", mininterval=1 if sys.stderr.isatty() else 20)
+    mark = time.perf_counter()
+    for step in range(first + 1, config.steps + 1):
+        batch = data.train[epoch_batch(config.seed, step - 1, len(data.train), config.batch_size)]
+        state, values = step_function(state, batch, key)
+        pending.append(values)
+        bar.update()
+        validates = step % config.evaluation.every == 0 or step == config.steps
+        if validates or step % config.log_every == 0:
+            line = {name: float(np.mean([v[name] for v in jax.device_get(pending)])) for name in values}
+            if not np.isfinite(list(line.values())).all():
+                raise FloatingPointError(
+                    f"training diverged between steps {step - len(pending) + 1} and {step}: {line}. The checkpoints "
+                    f"in {config.workdir} are of finite steps; a smaller --optimizer.learning-rate may help."
+                )
+            step_times.append((time.perf_counter() - mark) / len(pending))
+            pending = []
+            if validates:
+                estimate = validate(config, data, trainer, state)
+                line["validation_bits_per_dim"] = estimate.mean
+                checkpoints.save(state, estimate.mean)
+                bar.set_description(f"validation {estimate.mean:.3f} bits/dim")
+            metrics.write(step=step, split="train", **line)
+            bar.set_postfix_str(f"{line['bits_per_dim']:.3f} bits/dim")
+            mark = time.perf_counter()
+    bar.close()
+    return float(np.median(step_times)) if step_times else float("nan")
+
+
+def validate(config: DensityConfig, data: ImageSplits, trainer: Trainer, state: TrainState) -> Estimate:
+    """Bits/dim of the validation split under the averaged weights, with the same noise every time."""
+    return evaluate_bits_per_dim(
+        trainer.averaged_flow(state),
+        data.validation[: config.evaluation.images],
+        jax.random.key(config.seed + 1),
+        levels=data.levels,
+        estimator=config.evaluation.estimator,
+    )
+
+
+def report(
+    config: DensityConfig,
+    data: ImageSplits,
+    flow: ResidualFlow,
+    step: int,
+    metrics: MetricsFile,
+    step_time: float,
+    began: float,
+) -> Estimate:
+    """Evaluates the chosen flow on the test split, draws the pictures, prints the closing table."""
+    test = data.test[: config.evaluation.images]
+    result = evaluate_bits_per_dim(
+        flow,
+        test,
+        jax.random.key(config.seed + 2),
+        levels=data.levels,
+        estimator=config.evaluation.estimator,
+        draws=config.evaluation.draws,
+    )
+    metrics.write(step=step, split="test", bits_per_dim=result.mean, bits_per_dim_stderr=result.stderr)
+
+    images = to_unit_interval(test[:64], data.levels)
+    reconstructions, status = flow.inverse(flow(images), return_status=True)
+    samples = flow.sample(jax.random.key(config.seed + 3), 64)
+    pictures.save_images(
+        config.workdir / "samples.png",
+        {"samples of the flow": samples, "images of the training set": to_unit_interval(data.train[:64], data.levels)},
+        columns=8,
+    )
+    pictures.save_images(
+        config.workdir / "reconstructions.png",
+        {"test images x": images, "reconstructions $f^{-1}(f(x))$": reconstructions},
+        columns=8,
+    )
+    pictures.save_curves(config.workdir / "curves.png", metrics.lines, f"{config.data.name}: bits/dim")
+
+    rows = {
+        "test bits/dim": f"{result.mean:.4f} +- {result.stderr:.4f} ({len(test)} images, weights of step {step})",
+        "reconstruction error": f"{jnp.max(jnp.abs(images - reconstructions)):.1e}, max |x - f^-1(f(x))|"
+        + ("" if status.converged.all() else f"; {int((~status.converged).sum())} did not converge"),
+        "largest layer norm": f"{jnp.max(layer_norms(flow)):.4f} (coefficient {config.model.coefficient})",
+        "time per step": f"{step_time * 1e3:.0f} ms, batches of {config.batch_size}",
+        "time in all": f"{time.perf_counter() - began:.0f} s, set-up and compilation included",
+        "written to": str(config.workdir),
+    }
+    for name, value in rows.items():
+        print(f"{name:<22}{value}")
+    print(f"test bits/dim {result.mean:.4f} +- {result.stderr:.4f}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

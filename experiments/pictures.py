@@ -1,0 +1,64 @@
+"""The pictures of an experiment: grids of images, curves, two-dimensional densities."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """Tiles [N, H, W, C] into one [rows * (H + 1) + 1, columns * (W + 1) + 1, C], with a margin of one pixel."""
+    number, height, width, channels = images.shape
+    rows = -(-number // columns)
+    grid = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 0.5)
+    for n, image in enumerate(images):
+        top, left = 1 + n // columns * (height + 1), 1 + n % columns * (width + 1)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def save_images(path: Path, rows: dict[str, np.ndarray], columns: int) -> None:
+    """Writes one titled grid of images [N, H, W, C] in [0, 1] for each entry, side by side."""
+    figure, axes = plt.subplots(1, len(rows), figsize=(4.5 * len(rows), 4.8), squeeze=False, layout="constrained")
+    for axis, (title, images) in zip(axes[0], rows.items(), strict=True):
+        grid = np.clip(image_grid(np.asarray(images), columns), 0, 1)
+        axis.imshow(grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
+        axis.set_title(title)
+        axis.axis("off")
+    _save(figure, path)
+
+
+def save_curves(path: Path, metrics: list[dict], title: str) -> None:
+    """Draws training and validation bits/dim against the step, and the final test value."""
+    train = np.array([(m["step"], m["bits_per_dim"]) for m in metrics if m["split"] == "train"]).reshape(-1, 2)
+    validation = np.array(
+        [(m["step"], m["validation_bits_per_dim"]) for m in metrics if "validation_bits_per_dim" in m]
+    ).reshape(-1, 2)
+    test = [m for m in metrics if m["split"] == "test"]
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axis.plot(*train.T, color="C0", alpha=0.35, lw=0.8, label="train, batches (unbiased)")
+    if len(train) >= 20:
+        width = max(len(train) // 40, 2)
+        smooth = np.convolve(train[:, 1], np.ones(width) / width, "valid")
+        axis.plot(train[width - 1 :, 0], smooth, color="C0", lw=1.5, label=f"train, mean of the last {width}")
+    axis.plot(*validation.T, "o-", color="C1", ms=3, label="validation, averaged weights")
+    for m in test:
+        label = f"test, {m['bits_per_dim']:.3f} $\\pm$ {m['bits_per_dim_stderr']:.3f}"
+        axis.errorbar(m["step"], m["bits_per_dim"], m["bits_per_dim_stderr"], fmt="*", color="C3", ms=9, label=label)
+    values = np.concatenate([train[len(train) // 20 :, 1], validation[:, 1]])
+    if len(values):
+        low, high = np.percentile(values, [0, 99])
+        axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    axis.set(xlabel="step", ylabel="bits/dim", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,81 @@
+"""What every experiment does with its work directory: config.json, metrics.jsonl, the compilation cache."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in $JAX_COMPILATION_CACHE_DIR or ~/.cache/resflow_jax for the next start."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "resflow_jax"))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole, so that a crash leaves the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def as_json(config: Any) -> Any:
+    """A config dataclass as plain JSON values; a nested dataclass carries its class as "type"."""
+    if dataclasses.is_dataclass(config):
+        fields = {f.name: as_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"type": type(config).__name__, **fields}
+    if isinstance(config, tuple | list):
+        return [as_json(item) for item in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def claim_workdir(workdir: Path, config: Any, *, may_change: tuple[str, ...] = ("steps", "workdir")) -> None:
+    """Makes the directory and writes config.json, or checks that a run may go on there.
+
+    Raises:
+      ValueError: if the directory holds a run of another config; the message lists the differences.
+      NotADirectoryError: if the path is taken by a file.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise NotADirectoryError(f"workdir: expected a directory, got the file {workdir}")
+    workdir.mkdir(parents=True, exist_ok=True)
+    path, new = workdir / "config.json", as_json(config)
+    if path.exists():
+        differences = list(_differences(json.loads(path.read_text()), new))
+        differences = [d for d in differences if d.split(":")[0] not in may_change]
+        if differences:
+            raise ValueError(
+                f"workdir: {workdir} holds a run of another config; name another --workdir, or use its settings:\n  "
+                + "\n  ".join(differences)
+            )
+    write_atomically(path, json.dumps(new, indent=2) + "\n")
+
+
+def _differences(old: Any, new: Any, name: str = ""):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    elif old != new:
+        yield f"{name}: {old!r} there, {new!r} now"
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, each with "step" and "split"."""
+
+    def __init__(self, path: Path, *, keep_until: int):
+        """Keeps the training lines up to a step, for a run that goes on from there; drops the rest."""
+        self._path = path
+        self.lines: list[dict[str, Any]] = []
+        if path.exists():
+            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            self.lines = [line for line in lines if line["step"] <= keep_until and line["split"] == "train"]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def write(self, **line: Any) -> None:
+        """Appends a line."""
+        self.lines.append(line)
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")

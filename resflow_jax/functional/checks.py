@@ -1,0 +1,37 @@
+"""Checks of arguments: each raises a ValueError that names the argument, what was expected and what came."""
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def check_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None) -> None:
+    """A float array [B, ...], or [B, *event_shape] where that is given. Works on traced arrays."""
+    shape = "..." if event_shape is None else ", ".join(map(str, event_shape))
+    expected = f"{name}: expected a float array [B, {shape}]"
+    if not hasattr(x, "dtype"):
+        raise ValueError(f"{expected}, got {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{expected}, got dtype {x.dtype}")
+    if x.ndim < 1 or (event_shape is not None and x.shape[1:] != event_shape):
+        raise ValueError(f"{expected}, got shape {x.shape}")
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """An integer of at least `least`."""
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """One of the given strings."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+
+
+def check_open_interval(name: str, value: Any, low: float, high: float) -> None:
+    """A number strictly between `low` and `high`."""
+    if not low < value < high:
+        raise ValueError(f"{name}: expected a number in ({low}, {high}), got {value}")

@@ -1,0 +1,88 @@
+"""The interface of an invertible layer, and the chain that composes layers.
+
+A bijector maps x to y = f(x) and knows log|det dy/dx|. Estimator, key and solver are passed
+where they are used; a layer with a closed form takes and ignores them, so that every layer is
+called alike. log-dets are in nats, of shape [B], of the forward direction, and added.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus
+from resflow_jax.functional.logdet import Estimator
+
+Array = jax.Array
+
+
+class Bijector(nnx.Module):
+    """Interface of an invertible layer on [B, ...]; subclasses are final."""
+
+    def __call__(self, x: Array) -> Array:
+        """y = f(x), without the log-det."""
+        raise NotImplementedError
+
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> tuple[Array, Array]:
+        """(y, log_det): y = f(x) and log|det dy/dx| [B], exact or estimated with `key`."""
+        raise NotImplementedError
+
+    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
+        """(x, status) with f(x) = y."""
+        raise NotImplementedError
+
+    def initialize(self, x: Array) -> Array:
+        """Sets data-dependent parameters from a batch, in place, and returns y = f(x)."""
+        return self(x)
+
+
+def solved(x: Array) -> InverseStatus:
+    """The status of an inverse in closed form."""
+    batch = x.shape[0]
+    return InverseStatus(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, x.dtype), jnp.ones(batch, bool))
+
+
+def join_status(first: InverseStatus, second: InverseStatus) -> InverseStatus:
+    """The status of two inverses in sequence: iterations added, the worse residual, both converged."""
+    return InverseStatus(
+        first.iterations + second.iterations,
+        jnp.maximum(first.residual, second.residual),
+        first.converged & second.converged,
+    )
+
+
+class Chain(Bijector):
+    """f = f_n o ... o f_1; the log-dets add up, the inverses run backwards."""
+
+    def __init__(self, bijectors: Sequence[Bijector]):
+        self.bijectors = nnx.List(bijectors)
+
+    def __call__(self, x: Array) -> Array:
+        for bijector in self.bijectors:
+            x = bijector(x)
+        return x
+
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> tuple[Array, Array]:
+        log_det = jnp.zeros(x.shape[0], x.dtype)
+        for bijector, subkey in zip(self.bijectors, split_key(key, len(self.bijectors)), strict=True):
+            x, term = bijector.forward(x, subkey, estimator)
+            log_det = log_det + term
+        return x, log_det
+
+    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
+        status = solved(y)
+        for bijector in reversed(self.bijectors):
+            y, step = bijector.inverse(y, solver)
+            status = join_status(status, step)
+        return y, status
+
+    def initialize(self, x: Array) -> Array:
+        for bijector in self.bijectors:
+            x = bijector.initialize(x)
+        return x
+
+
+def split_key(key: Array | None, number: int) -> Sequence[Array | None]:
+    """One key a layer, or none for estimators that take none."""
+    return [None] * number if key is None else list(jax.random.split(key, number))

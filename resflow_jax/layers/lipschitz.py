@@ -1,0 +1,117 @@
+"""Affine layers of bounded Lipschitz constant: a dense or convolution kernel, softly normalised.
+
+    h(x) = W x * min(1, c / sigma) + b,   sigma = u^T W v
+
+u and v are the power-iteration vectors, explicit state beside the parameters (`NormState`).
+They are iterated to convergence when a layer is made and advanced by `update_norm`; applying
+the layer never changes them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.functional.norms import (
+    PowerIteration,
+    PowerIterationStatus,
+    power_iteration,
+    soft_normalize,
+    spectral_norm,
+)
+
+Array = jax.Array
+Result = TypeVar("Result")
+
+
+class NormState(nnx.Variable):
+    """A power-iteration vector: state that training carries along but does not differentiate."""
+
+
+class LipschitzLinear(nnx.Module):
+    """x -> linear_map(kernel * min(1, coefficient / sigma), x) + bias.
+
+    Starts from the uniform law U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for kernel and bias. The vectors
+    start at random: call `update_norm` until it converges before use, as the models do.
+    """
+
+    def __init__(self, linear_map: LinearMap, coefficient: float, *, rngs: nnx.Rngs):
+        shapes = linear_map.kernel_shape, linear_map.kernel_shape[-1:], linear_map.input_shape
+        kernel, bias, v = _uniforms(rngs.params(), shapes)
+        bound = (bias.size / kernel.size) ** 0.5
+        self.linear_map = linear_map
+        self.coefficient = coefficient
+        self.kernel = nnx.Param(bound * kernel)
+        self.bias = nnx.Param(bound * bias)
+        self.u = NormState(jnp.zeros(linear_map.output_shape, kernel.dtype))
+        self.v = NormState(v)
+
+    def spectral_norm(self) -> Array:
+        """sigma = u^T W v of the unnormalised kernel with the stored vectors; a scalar."""
+        kernel = self.kernel[...]
+        return spectral_norm(lambda v: self.linear_map.matvec(kernel, v), self.u[...], self.v[...])
+
+    def weights(self) -> tuple[Array, Array]:
+        """The softly normalised kernel, and the bias: what `apply` takes."""
+        return soft_normalize(self.kernel[...], self.spectral_norm(), self.coefficient), self.bias[...]
+
+    def apply(self, weights: tuple[Array, Array], x: Array) -> Array:
+        """The affine map with given weights; depends on no parameter of the layer itself."""
+        kernel, bias = weights
+        return self.linear_map(kernel, x) + bias
+
+    def __call__(self, x: Array) -> Array:
+        return self.apply(self.weights(), x)
+
+    def update_norm(self, tolerance: float, max_iterations: int) -> PowerIterationStatus:
+        """Advances u and v from where they are, in place. See `power_iteration` for the settings."""
+        result = self._power_iteration(self.kernel[...], self.v[...], tolerance, max_iterations)
+        self.u[...], self.v[...] = result.u, result.v
+        return result.status
+
+    def measured_norm(self, tolerance: float = 1e-6, max_iterations: int = 2000) -> Array:
+        """Norm of the kernel that the layer applies, by a power iteration of its own from a fresh start."""
+        start = jax.random.normal(jax.random.key(0), self.v.shape, self.v.dtype)
+        return self._power_iteration(self.weights()[0], start, tolerance, max_iterations).sigma
+
+    def _power_iteration(self, kernel: Array, v: Array, tolerance: float, max_iterations: int) -> PowerIteration:
+        return power_iteration(
+            lambda v: self.linear_map.matvec(kernel, v),
+            lambda u: self.linear_map.rmatvec(kernel, u),
+            v,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        )
+
+
+def map_linears(module: nnx.Module, function: Callable[[LipschitzLinear], Result]) -> list[Result]:
+    """[function(layer)] for every `LipschitzLinear` inside a module; changes in place are kept.
+
+    The layers of a stack come as one, vmapped: their results have a leading axis.
+    """
+    results = []
+    for _, layer in nnx.iter_modules(module):
+        if isinstance(layer, LipschitzLinear):
+            graphdef, state = nnx.split(layer)
+
+            def apply(state, graphdef=graphdef):
+                layer = nnx.merge(graphdef, state)
+                return function(layer), nnx.state(layer)
+
+            stacked = layer.kernel.ndim > len(layer.linear_map.kernel_shape)
+            result, state = (jax.vmap(apply) if stacked else apply)(state)
+            nnx.update(layer, state)
+            results.append(result)
+    return results
+
+
+def _uniforms(key: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    """Arrays of U(-1, 1) from a single draw: each draw costs XLA a tenth of a second to compile."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = jnp.split(jax.random.uniform(key, (sum(sizes),), minval=-1, maxval=1), np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,0 +1,264 @@
+"""`ResidualFlow`: a normalizing flow of residual blocks, for images and for vectors.
+
+    z = f(x),   log p(x) = log N(z; 0, I) + log|det df/dx|
+
+The scales run in order; with factor-out, half of the channels leave for z behind each of them.
+z is ordered scale by scale, the part factored out first in front, each part flattened in
+H, W, C order. Every public method is compiled once per configuration and shape, and may be
+called inside jit, grad, vmap and scan.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from resflow_jax.functional.checks import check_batch, check_count
+from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, warn_unconverged
+from resflow_jax.functional.logdet import Estimator, Roulette
+from resflow_jax.functional.norms import PowerIterationStatus
+from resflow_jax.layers.bijector import join_status, solved, split_key
+from resflow_jax.layers.lipschitz import map_linears
+from resflow_jax.models.build import build_scales
+from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
+
+Array = jax.Array
+
+
+class ResidualFlow(nnx.Module):
+    """A residual flow; see the module's head for the map, `forward` for the estimators.
+
+    The flow is a pytree (Flax NNX): its parameters are `nnx.Param`, its power-iteration vectors
+    `NormState`. Nothing random is stored. Parameters have JAX's default float dtype.
+
+    Example:
+      flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2), rngs=nnx.Rngs(0))
+      flow.initialize(x)                                  # ActNorm from a batch of data
+      log_p = flow.log_prob(x, estimator=rf.Exact())      # [B]
+    """
+
+    def __init__(self, config: ImageFlowConfig | VectorFlowConfig, *, rngs: nnx.Rngs):
+        """Makes a flow with random parameters, each linear layer's norm iterated to convergence."""
+        # One compiled program makes all parameters; what is not an array leaves it by the side.
+        static = {}
+
+        def create(key):
+            scales, static["emitted"] = build_scales(config, nnx.Rngs(key))
+            scales = nnx.List(scales)
+            _converge_norms(scales, tolerance=1e-6, max_iterations=2000)
+            static["graphdef"], state = nnx.split(scales)
+            return state
+
+        state = jax.jit(create)(rngs.params())
+        self.config = config
+        self.scales = nnx.merge(static["graphdef"], state)
+        self._emitted = tuple(static["emitted"])
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one x: (H, W, C) or (D,)."""
+        return self.config.shape if isinstance(self.config, ImageFlowConfig) else (self.config.dim,)
+
+    @property
+    def dim(self) -> int:
+        """D, the number of elements of one x and of one z."""
+        return math.prod(self.event_shape)
+
+    def forward(self, x: Array, *, key: Array | None = None, estimator: Estimator | None = None) -> tuple[Array, Array]:
+        """Maps x to z with the log-det of the map.
+
+        Args:
+          x: floats [B, *event_shape]; for images in [0, 1].
+          key: PRNG key of the estimate; not needed by `Exact`.
+          estimator: how each block's log-det is found: `Exact()`, `Truncated(...)`, or
+            `Roulette(...)`, the default, which is unbiased.
+
+        Returns:
+          (z, log_det): z [B, D]; log_det [B] = log|det dz/dx| in nats.
+
+        Raises:
+          ValueError: for a wrong rank, size or dtype, a missing key, and, where x is concrete (not
+            traced), for values that are not finite or, for images, outside [0, 1].
+        """
+        self._check_input(x)
+        estimator = Roulette() if estimator is None else estimator
+        return _forward(*nnx.split(self), x, key, estimator)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps x [B, *event_shape] to z [B, D], without the log-det."""
+        self._check_input(x)
+        return _transform(*nnx.split(self), x)
+
+    def inverse(
+        self, z: Array, *, solver: FixedPoint = FixedPoint(), return_status: bool = False
+    ) -> Array | tuple[Array, InverseStatus]:
+        """Maps z [B, D] to x [B, *event_shape], by fixed-point iteration block by block.
+
+        Args:
+          z: floats [B, D].
+          solver: tolerance and iteration cap of every block.
+          return_status: whether to return the status as well.
+
+        Returns:
+          x, or (x, `InverseStatus`). Without the status, a RuntimeWarning is raised if an example
+          did not converge. Differentiable.
+        """
+        check_batch("z", z, (self.dim,))
+        x, status = _inverse(*nnx.split(self), z, solver)
+        if return_status:
+            return x, status
+        warn_unconverged(status, "ResidualFlow.inverse")
+        return x
+
+    def log_prob(self, x: Array, *, key: Array | None = None, estimator: Estimator | None = None) -> Array:
+        """log p(x) [B] in nats, of the continuous density of x. Arguments as in `forward`.
+
+        Unbiased with `Roulette` (also its gradients), exact with `Exact`, biased with `Truncated`.
+        """
+        z, log_det = self.forward(x, key=key, estimator=estimator)
+        return standard_normal_log_prob(z) + log_det
+
+    def sample(self, key: Array, number: int, *, solver: FixedPoint = FixedPoint()) -> Array:
+        """Draws x [number, *event_shape]: z from N(0, I), then `inverse`."""
+        check_count("number", number, 1)
+        z = jax.random.normal(key, (number, self.dim), self.dtype)
+        return self.inverse(z, solver=solver)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The float dtype of the parameters."""
+        return jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype
+
+    def initialize(self, x: Array) -> None:
+        """Sets every ActNorm from a batch x, in place, so that its output is normalised."""
+        self._check_input(x)
+        nnx.update(self, _initialize(*nnx.split(self), x))
+
+    def update_norms(self, *, tolerance: float = 1e-3, max_iterations: int = 20) -> PowerIterationStatus:
+        """Advances the power iteration of every linear layer, in place, warm-started.
+
+        To be called after a change of parameters: after every optimiser step with the defaults,
+        with a smaller tolerance and a larger cap before evaluation. Works under `nnx.jit`.
+
+        Args:
+          tolerance: relative, on sigma; see `functional.norms.power_iteration`.
+          max_iterations: cap on the iterations of each layer.
+
+        Returns:
+          The status of the slowest layer: most iterations, largest residual, whether all converged.
+        """
+        state, status = _update_norms(*nnx.split(self), tolerance, max_iterations)
+        nnx.update(self, state)
+        return status
+
+    def _check_input(self, x: Array) -> None:
+        check_batch("x", x, self.event_shape)
+        if not isinstance(x, jax.core.Tracer):
+            check_values(x, unit_interval=isinstance(self.config, ImageFlowConfig))
+
+
+def check_values(x: Array | np.ndarray, *, unit_interval: bool) -> None:
+    """Raises ValueError on the host unless all values are finite and, if asked, within [0, 1]."""
+    x = np.asarray(x)
+    if not np.isfinite(x).all():
+        raise ValueError(f"x: expected finite values, got {np.count_nonzero(~np.isfinite(x))} that are not")
+    if unit_interval and x.size and not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(f"x: expected values in [0, 1], got [{x.min()}, {x.max()}]")
+
+
+def layer_norms(flow: ResidualFlow) -> Array:
+    """Norm of every normalised linear layer, [layers], by power iteration from a fresh start.
+
+    An estimate from below, converged far; how it compares with the coefficient tells whether the
+    stored power-iteration vectors are up to date.
+    """
+    return _layer_norms(*nnx.split(flow))
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _layer_norms(graphdef, state):
+    norms = map_linears(nnx.merge(graphdef, state), lambda layer: layer.measured_norm())
+    return jnp.concatenate([jnp.atleast_1d(norm) for norm in norms])
+
+
+def standard_normal_log_prob(z: Array) -> Array:
+    """log N(z; 0, I), [B] in nats, for z [B, D]."""
+    return -0.5 * jnp.sum(z**2, axis=-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
+
+
+def _join(parts: list[Array]) -> Array:
+    return jnp.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=-1)
+
+
+def _through_scales(flow: ResidualFlow, x: Array, apply) -> Array:
+    """Runs x through the scales by apply(index, scale, x); the parts of z, joined."""
+    parts = []
+    for n, scale in enumerate(flow.scales):
+        x = apply(n, scale, x)
+        if n < len(flow._emitted) - 1:
+            x, emitted = jnp.split(x, 2, axis=-1)
+            parts.append(emitted)
+    return _join([*parts, x])
+
+
+@partial(jax.jit, static_argnames=("graphdef", "estimator"))
+def _forward(graphdef, state, x, key, estimator):
+    flow = nnx.merge(graphdef, state)
+    keys = split_key(key, len(flow.scales))
+    log_dets = []
+
+    def apply(n, scale, x):
+        x, log_det = scale.forward(x, keys[n], estimator)
+        log_dets.append(log_det)
+        return x
+
+    z = _through_scales(flow, x.astype(flow.dtype), apply)
+    return z, sum(log_dets)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _transform(graphdef, state, x):
+    flow = nnx.merge(graphdef, state)
+    return _through_scales(flow, x.astype(flow.dtype), lambda _, scale, x: scale(x))
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _initialize(graphdef, state, x):
+    flow = nnx.merge(graphdef, state)
+    _through_scales(flow, x.astype(flow.dtype), lambda _, scale, x: scale.initialize(x))
+    return nnx.state(flow)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "solver"))
+def _inverse(graphdef, state, z, solver):
+    flow = nnx.merge(graphdef, state)
+    z = z.astype(flow.dtype)
+    sizes = [math.prod(shape) for shape in flow._emitted]
+    pieces = jnp.split(z, np.cumsum(sizes)[:-1], axis=-1)
+    parts = [piece.reshape(-1, *shape) for piece, shape in zip(pieces, flow._emitted, strict=True)]
+    x, status = parts.pop(), solved(z)
+    for scale in reversed(flow.scales):
+        x, step = scale.inverse(x, solver)
+        status = join_status(status, step)
+        if parts:
+            x = jnp.concatenate([x, parts.pop()], axis=-1)
+    return x, status
+
+
+@partial(jax.jit, static_argnames=("graphdef", "tolerance", "max_iterations"))
+def _update_norms(graphdef, state, tolerance, max_iterations):
+    flow = nnx.merge(graphdef, state)
+    status = _converge_norms(flow, tolerance, max_iterations)
+    return nnx.state(flow), status
+
+
+def _converge_norms(module: nnx.Module, tolerance: float, max_iterations: int) -> PowerIterationStatus:
+    statuses = map_linears(module, lambda layer: layer.update_norm(tolerance, max_iterations))
+    return PowerIterationStatus(
+        jnp.max(jnp.stack([jnp.max(s.iterations) for s in statuses])),
+        jnp.max(jnp.stack([jnp.max(s.residual) for s in statuses])),
+        jnp.all(jnp.stack([jnp.all(s.converged) for s in statuses])),
+    )

@@ -1,0 +1,58 @@
+"""Checkpoints of a training run by orbax: the latest and the best, written atomically.
+
+A directory `checkpoints/STEP/` appears under its name only once it is complete, so a run that is
+cut off leaves the earlier ones whole.
+"""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from resflow_jax.training.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run, by step; keeps the latest and that of the lowest validation bits/dim."""
+
+    def __init__(self, directory: Path):
+        def lowest(metrics: dict[str, float]) -> float:
+            return metrics["bits_per_dim"]
+
+        policies = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(1),
+                checkpoint_managers.BestN(get_metric_fn=lowest, reverse=True, n=1),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=policies, best_fn=lowest, best_mode="min")
+        self._manager = ocp.CheckpointManager(Path(directory).resolve(), options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, or None."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the lowest validation bits/dim, or None."""
+        return self._manager.best_step()
+
+    def save(self, state: TrainState, validation_bits_per_dim: float) -> None:
+        """Writes the state in the background; call `close` or `wait` before reading it."""
+        metrics = {"bits_per_dim": validation_bits_per_dim}
+        self._manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=metrics)
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state saved at `step`; `like` gives structure, shapes and placement."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+    def wait(self) -> None:
+        """Blocks until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for pending writes and frees the background threads."""
+        self._manager.close()
