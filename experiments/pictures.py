@@ -59,6 +59,35 @@ def save_curves(path: Path, metrics: list[dict], title: str) -> None:
     _save(figure, path)
 
 
+def save_densities(
+    path: Path,
+    data: np.ndarray,
+    density: np.ndarray,
+    box: tuple[np.ndarray, np.ndarray],
+    samples: np.ndarray,
+    titles: dict[str, str],
+) -> None:
+    """Draws data [N, 2], a density [y, x] on a grid over a box and samples [M, 2] side by side.
+
+    The panels share their axes, around the data, and their colour scale.
+    """
+    half = 1.08 * np.abs(data).max()
+    limits = (-half, half)
+    counts, edges, _ = np.histogram2d(*data.T, bins=120, range=[limits, limits], density=True)
+    top = np.percentile(counts[counts > 0], 99)
+    style = {"cmap": "viridis", "vmin": 0, "vmax": top, "origin": "lower"}
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.7), sharex=True, sharey=True, layout="constrained")
+    axes[0].imshow(counts.T, extent=(*limits, *limits), **style)
+    (left, bottom), (right, upper) = box
+    axes[1].imshow(density, extent=(left, right, bottom, upper), interpolation="bilinear", **style)
+    sampled, _, _ = np.histogram2d(*samples.T, bins=edges, density=True)
+    axes[2].imshow(sampled.T, extent=(*limits, *limits), **style)
+    for axis, name in zip(axes, ("data", "density", "samples"), strict=True):
+        axis.set(xlim=limits, ylim=limits, aspect="equal", facecolor=plt.get_cmap("viridis")(0.0))
+        axis.set_title(titles[name])
+    _save(figure, path)
+
+
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.savefig(path, dpi=130)
     plt.close(figure)

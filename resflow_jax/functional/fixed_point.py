@@ -62,8 +62,9 @@ class InverseStatus(NamedTuple):
 
     Attributes:
       iterations: evaluations of g used by each example, summed over the blocks of a flow.
-      residual: max |y - g(x) - x|, the last step taken; the largest over the blocks of a flow.
-        The error of x is at most residual * L / (1 - L).
+      residual: max |y - g(x) - x| one iterate before the x returned, the last step taken; the
+        largest over the blocks of a flow. The error of x is at most residual * L / (1 - L) in the
+        norm in which g has Lipschitz constant L.
       converged: whether the last step was within the tolerance, in every block of a flow.
     """
 
@@ -110,13 +111,14 @@ def residual_inverse(
         return x, jax.tree.map(lambda leaf: leaf.astype(y.dtype), status)  # custom_root wants float aux
 
     def solve_linear(operator, b):
-        # operator(u) = u + J u, or its transpose in reverse mode.
-        return _iterate(lambda u: b - (operator(u) - u), b, solver)
-
-    def tangent_solve(operator, b):
-        u, status = lax.custom_linear_solve(operator, b, solve_linear, solve_linear, has_aux=True)
+        # operator(u) = u + J u, or its transpose in reverse mode. The solution is linear in b, so its
+        # accuracy must not depend on b's scale: the tolerance is relative to max |b|.
+        u, status = _iterate(lambda u: b - (operator(u) - u), b, solver, _example_max(b))
         warn_unconverged(status, "the derivative of the inverse")
         return u
+
+    def tangent_solve(operator, b):
+        return lax.custom_linear_solve(operator, b, solve_linear, solve_linear)
 
     x, aux = lax.custom_root(lambda x: x + g(params, x) - y, y, solve, tangent_solve, has_aux=True)
     iterations, residual, converged = lax.stop_gradient(aux)
@@ -143,15 +145,17 @@ def _warn(status: InverseStatus, what: str) -> None:
         )
 
 
-def _iterate(step: Callable[[Array], Array], start: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
-    """Repeats x <- step(x), freezing each example once its step is within the tolerance."""
+def _iterate(
+    step: Callable[[Array], Array], start: Array, solver: FixedPoint, scale: Array | float = 1
+) -> tuple[Array, InverseStatus]:
+    """Repeats x <- step(x), freezing each example once its step is within tolerance * max(scale, max |x|)."""
     batch, tolerance = start.shape[0], solver.tolerance_for(start.dtype)
 
     def advance(state):
         x, status = state
         x_new = step(x)
         change = _example_max(x_new - x)
-        small = change <= tolerance * jnp.maximum(1, _example_max(x_new))
+        small = change <= tolerance * jnp.maximum(scale, _example_max(x_new))
         active = ~status.converged
         x = jnp.where(active.reshape(-1, *[1] * (x.ndim - 1)), x_new, x)
         return x, InverseStatus(

@@ -89,7 +89,7 @@ class ResidualStack(Bijector):
 
     def __init__(self, make_step: Callable[[nnx.Rngs], Chain], depth: int, *, rngs: nnx.Rngs):
         self.depth = depth
-        self.steps = nnx.vmap(make_step)(rngs.fork(split=depth))
+        self.steps = nnx.vmap(make_step)(rngs.split(depth))
 
     def _scan(self, body, carry, xs=None, *, reverse: bool = False):
         """Scans body(step, carry, x) -> (carry, out) over the steps."""

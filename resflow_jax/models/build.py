@@ -17,11 +17,7 @@ Shape = tuple[int, ...]
 
 def build_scales(config: ImageFlowConfig | VectorFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:
     """The chain of every scale, and the shape of the part of z that each emits."""
-    if isinstance(config, ImageFlowConfig):
-        return _image_scales(config, rngs)
-    if isinstance(config, VectorFlowConfig):
-        return _vector_scales(config, rngs)
-    raise ValueError(f"config: expected ImageFlowConfig or VectorFlowConfig, got {type(config).__name__}")
+    return _image_scales(config, rngs) if isinstance(config, ImageFlowConfig) else _vector_scales(config, rngs)
 
 
 def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:

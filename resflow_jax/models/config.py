@@ -52,6 +52,7 @@ class ImageFlowConfig:
     logit_alpha: float | None = 1e-6
 
     def __post_init__(self):
+        _make_tuples(self, "shape", "blocks", "kernels")
         if len(self.shape) != 3:
             raise ValueError(f"shape: expected (H, W, C), got {self.shape}")
         for side in self.shape:
@@ -101,11 +102,18 @@ class VectorFlowConfig:
     coefficient: float = 0.98
 
     def __post_init__(self):
+        _make_tuples(self, "hidden")
         check_count("dim", self.dim, 1)
         check_count("blocks", self.blocks, 1)
         for width in self.hidden:
             check_count("hidden", width, 1)
         _check_common(self.activation, self.preactivation, self.coefficient)
+
+
+def _make_tuples(config: object, *names: str) -> None:
+    """A config is hashable also if it was given lists, as from JSON."""
+    for name in names:
+        object.__setattr__(config, name, tuple(getattr(config, name)))
 
 
 def _check_blocks(name: str, blocks: tuple[int, ...]) -> None:

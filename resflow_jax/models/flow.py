@@ -9,7 +9,7 @@ called inside jit, grad, vmap and scan.
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -42,20 +42,13 @@ class ResidualFlow(nnx.Module):
 
     def __init__(self, config: ImageFlowConfig | VectorFlowConfig, *, rngs: nnx.Rngs):
         """Makes a flow with random parameters, each linear layer's norm iterated to convergence."""
-        # One compiled program makes all parameters; what is not an array leaves it by the side.
-        static = {}
-
-        def create(key):
-            scales, static["emitted"] = build_scales(config, nnx.Rngs(key))
-            scales = nnx.List(scales)
-            _converge_norms(scales, tolerance=1e-6, max_iterations=2000)
-            static["graphdef"], state = nnx.split(scales)
-            return state
-
-        state = jax.jit(create)(rngs.params())
+        if not isinstance(config, ImageFlowConfig | VectorFlowConfig):
+            raise ValueError(f"config: expected ImageFlowConfig or VectorFlowConfig, got {type(config).__name__}")
+        create, static = _creator(config)
+        state = create(rngs.params())
         self.config = config
         self.scales = nnx.merge(static["graphdef"], state)
-        self._emitted = tuple(static["emitted"])
+        self._emitted = static["emitted"]
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -187,6 +180,23 @@ def _layer_norms(graphdef, state):
 def standard_normal_log_prob(z: Array) -> Array:
     """log N(z; 0, I), [B] in nats, for z [B, D]."""
     return -0.5 * jnp.sum(z**2, axis=-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
+
+
+@lru_cache(maxsize=16)
+def _creator(config):
+    """One compiled program that makes all parameters; what is not an array leaves it by the side."""
+    static = {}
+
+    @jax.jit
+    def create(key):
+        scales, emitted = build_scales(config, nnx.Rngs(key))
+        scales = nnx.List(scales)
+        _converge_norms(scales, tolerance=1e-6, max_iterations=2000)
+        static["graphdef"], state = nnx.split(scales)
+        static["emitted"] = tuple(emitted)
+        return state
+
+    return create, static
 
 
 def _join(parts: list[Array]) -> Array:

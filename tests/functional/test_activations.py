@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contractions import quick_jit
+from tests.functional.contractions import quick_jit
 
 from resflow_jax.functional.activations import ACTIVATIONS, get_activation, lipschitz_cube, lipswish
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contractions import quick_jit
+from tests.functional.contractions import quick_jit
 
 from resflow_jax.functional.convolution import conv2d, conv2d_lax, conv2d_matmul
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap

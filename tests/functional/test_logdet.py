@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from contractions import (
+from tests.functional.contractions import (
     check_two_orders,
     conv_net,
     dense_log_det,
@@ -41,8 +41,9 @@ WEIGHTS = jnp.array([1.5, -0.7, 0.3])
 
 @cache
 def net_named(name):
-    """(g, params, x)."""
-    return NETS[name]()
+    """(g, params, x), made once, and as concrete arrays even when first asked for under jit."""
+    with jax.ensure_compile_time_eval():
+        return NETS[name]()
 
 
 def loss_of(g, params, x, log_det, y):
@@ -153,7 +154,7 @@ def enumerate_draws(monkeypatch, net, estimator, lengths=(0,)):
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("terms", [1, 2, 5])
+@pytest.mark.parametrize("terms", [1, 4])
 def test_truncated_is_the_truncated_series(monkeypatch, terms, gradient):
     """Averaged over orthogonal probes, value and gradient are those of sum_{k <= n} (-1)^(k+1) tr(J^k) / k."""
     draws = enumerate_draws(monkeypatch, net_named("saturated"), Truncated(terms, gradient=gradient))[0]
@@ -187,8 +188,7 @@ def test_truncation_bias_shrinks():
     [
         ("moderate", Roulette(Geometric(0.5), 0), 1e-10),
         ("moderate", Roulette(Geometric(0.4), 2), 1e-10),
-        ("small", Roulette(Poisson(2.0), 0), 1e-10),
-        ("small", Roulette(Poisson(1.0), 5), 1e-10),
+        ("small", Roulette(Poisson(2.0), 3), 1e-10),
         ("moderate", Roulette(Geometric(0.5), 2, gradient="autodiff"), 1e-7),  # leaves out P(N > n) <= 2^-24
         ("small", Roulette(Poisson(2.0), 0, gradient="autodiff"), 1e-6),
     ],
@@ -221,8 +221,7 @@ def test_roulette_is_unbiased(name, law, exact_terms, samples):
     [
         ("saturated", SLOW, 0, 3, "rademacher"),
         ("saturated", SLOW, 5, 1, "gaussian"),
-        ("small", Poisson(2.0), 0, 1, "gaussian"),
-        ("small", Poisson(2.0), 2, 3, "rademacher"),
+        ("small", Poisson(2.0), 2, 3, "gaussian"),
     ],
 )
 def test_roulette_autodiff_is_unbiased(name, law, exact_terms, samples, probe):
@@ -231,7 +230,7 @@ def test_roulette_autodiff_is_unbiased(name, law, exact_terms, samples, probe):
     assert worst_z(name, estimator) < 4.5
 
 
-@pytest.mark.parametrize("options", [{"exact_terms": 2}, {"exact_terms": 0, "samples": 3, "probe": "gaussian"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"exact_terms": 0, "samples": 3, "probe": "gaussian"}], ids=str)
 def test_roulette_is_unbiased_for_convolutions(options):
     """The same on [B, 4, 4, 2]: 127 components."""
     assert worst_z("conv", Roulette(Geometric(0.3), **options), keys=1000) < 4.5
@@ -419,50 +418,41 @@ def test_default_estimator_and_rank_one_input():
 # Memory
 
 
-def wide_net(blocks, dim=8, hidden=512):
-    rng = np.random.default_rng(0)
-    params = [rng.normal(size=(blocks, dim, hidden)) / 60, rng.normal(size=(blocks, hidden, dim)) / 60]
-    return lambda params, x: jnp.tanh(x @ params[0]) @ params[1], list(map(jnp.asarray, params))
-
-
-def gradient_memory(estimator, blocks, batch=64):
+def gradient_memory(estimator, blocks, batch=64, dim=8, hidden=512):
     """Bytes of temporaries of the gradient of a scan over blocks: parameters and their gradient are not among them."""
-    g, params = wide_net(blocks)
+    params = jnp.zeros((blocks, dim, hidden)), jnp.zeros((blocks, hidden, dim))
+
+    def g(params, x):
+        return jnp.tanh(x @ params[0]) @ params[1]
+
+    def block(x, inputs):
+        params, key = inputs
+        return (x + g(params, x), 0.0) if estimator is None else residual(g, params, x, key=key, estimator=estimator)
 
     def loss(params, x, key):
-        def block(x, inputs):
-            return residual(g, inputs[0], x, key=inputs[1], estimator=estimator)
-
         y, log_dets = jax.lax.scan(block, x, (params, jax.random.split(key, blocks)))
         return jnp.sum(y**2) + jnp.sum(log_dets)
 
-    compiled = quick_jit(jax.grad(loss)).lower(params, jnp.zeros((batch, 8)), jax.random.key(0)).compile()
+    compiled = quick_jit(jax.grad(loss)).lower(params, jnp.zeros((batch, dim)), jax.random.key(0)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_memory_grows_neither_with_the_series_nor_with_width():
-    """Truncated(40) takes what Truncated(4) takes (5 per cent), and 16 blocks what 2 blocks take (10 per cent).
+    """Truncated(40) takes what Truncated(4) takes (5 per cent), 16 blocks of Roulette() what 2 take (10 per cent).
 
     A block keeps x and w, 2 B D numbers, and none of its B * 512 hidden activations, which are 32 times as many.
     """
-    short, long, deep = (
-        gradient_memory(Truncated(*args), blocks) for args, blocks in (((4,), 2), ((40,), 2), ((4,), 16))
-    )
-    assert 0 < long <= 1.05 * short
-    assert deep <= 1.1 * short
-    assert deep - short <= 14 * 64 * 8 * 8 * 2.5
-
-
-def test_memory_of_roulette():
-    """The default estimator keeps no more a block."""
+    short, long = (gradient_memory(Truncated(terms), 2) for terms in (4, 40))
     shallow, deep = (gradient_memory(Roulette(), blocks) for blocks in (2, 16))
-    assert 0 < deep <= 1.1 * shallow
+    assert 0 < long <= 1.05 * short
+    assert deep <= 1.1 * shallow
+    assert deep - shallow <= 14 * 64 * 8 * 8 * 2.5
 
 
-def test_the_memory_tests_have_power():
-    """The gradient by autodiff does keep hidden activations, and the same measure sees them."""
-    shallow, deep = (gradient_memory(Truncated(4, gradient="autodiff"), blocks) for blocks in (2, 4))
-    assert deep - shallow > 2 * 64 * 512 * 8
+def test_the_memory_test_has_power():
+    """A scan over x + g(x) without a custom gradient keeps hidden activations, and the same measure sees them."""
+    shallow, deep = (gradient_memory(None, blocks) for blocks in (2, 16))
+    assert deep - shallow >= 14 * 64 * 512 * 8
 
 
 # Bad input

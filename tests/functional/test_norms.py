@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contractions import dense_matrix, quick_jit
+from tests.functional.contractions import dense_norm, quick_jit
 
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.norms import power_iteration, soft_normalize, spectral_norm
@@ -22,22 +22,18 @@ def start(linear_map, seed=1):
     return jnp.asarray(np.random.default_rng(seed).normal(size=linear_map.input_shape))
 
 
+@partial(
+    quick_jit, static_argnums=0, static_argnames=("tolerance", "residual_tolerance", "max_iterations", "iterations")
+)
 def iterate(linear_map, kernel, v, **options):
     return power_iteration(partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel), v, **options)
-
-
-def dense_norm(linear_map, kernel):
-    """The largest singular value of the dense operator, by LAPACK."""
-    return np.linalg.norm(dense_matrix(partial(linear_map.matvec, kernel), linear_map.input_shape), 2)
 
 
 @pytest.mark.parametrize("linear_map", MAPS, ids=str)
 def test_sigma_is_the_operator_norm(linear_map):
     """sigma = |W|_2 of the dense matrix, with unit vectors W v = sigma u, W^T u = sigma v."""
     kernel = random_kernel(linear_map)
-    sigma, u, v, status = quick_jit(lambda k, v: iterate(linear_map, k, v, tolerance=1e-14, max_iterations=5000))(
-        kernel, start(linear_map)
-    )
+    sigma, u, v, status = iterate(linear_map, kernel, start(linear_map), tolerance=1e-14, max_iterations=5000)
     assert status.converged and 1 < status.iterations < 5000
     np.testing.assert_allclose(sigma, dense_norm(linear_map, kernel), rtol=1e-10)
     np.testing.assert_allclose([jnp.linalg.norm(u.ravel()), jnp.linalg.norm(v.ravel())], 1, rtol=1e-12)
@@ -59,7 +55,7 @@ def test_sigma_grows_from_below():
     """sigma never decreases with the iterations and never exceeds the norm."""
     conv = MAPS[2]
     kernel, v = random_kernel(conv), start(conv)
-    run = quick_jit(lambda v: iterate(conv, kernel, v, iterations=1))
+    run = partial(iterate, conv, kernel, iterations=1)
     sigmas = []
     for _ in range(30):
         result = run(v)
@@ -73,7 +69,7 @@ def test_sigma_grows_from_below():
 def test_warm_start(linear_map):
     """From the v of a nearby kernel fewer iterations are enough, and the norm is that of the new kernel."""
     kernel = random_kernel(linear_map)
-    run = quick_jit(lambda kernel, v: iterate(linear_map, kernel, v, tolerance=1e-8, max_iterations=1000))
+    run = partial(iterate, linear_map, tolerance=1e-8, max_iterations=1000)
     first = run(kernel, start(linear_map))
     nearby = kernel + 1e-4 * random_kernel(linear_map, seed=5)
     cold, warm = run(nearby, start(linear_map)), run(nearby, first.v)
@@ -186,7 +182,7 @@ def test_tolerance_is_on_the_whole_vector():
     kernel = jnp.asarray(stencil[:, :, None, None] * np.eye(8))
     true = 1 + 4 * eps * np.cos(np.pi / 25)
 
-    run = quick_jit(lambda v: iterate(conv, kernel, v, iterations=1))
+    run = partial(iterate, conv, kernel, iterations=1)
     u, v = jnp.zeros(conv.output_shape), start(conv)
     for _ in range(100):
         sigma, u_new, v_new, _ = run(v)
@@ -196,9 +192,9 @@ def test_tolerance_is_on_the_whole_vector():
             break
     assert 0.02 < 1 - sigma / true < 0.1
 
-    result = quick_jit(lambda v: iterate(conv, kernel, v))(start(conv))
+    result = iterate(conv, kernel, start(conv))
     assert result.status.converged and 0 < 1 - result.sigma / true < 0.02
-    tight = quick_jit(lambda v: iterate(conv, kernel, v, tolerance=1e-6, max_iterations=2000))(start(conv))
+    tight = iterate(conv, kernel, start(conv), tolerance=1e-6, max_iterations=2000)
     assert tight.status.converged and 0 < 1 - tight.sigma / true < 1e-3
 
 
@@ -208,9 +204,9 @@ def test_vmap_over_stacked_kernels():
     kernels = jnp.stack([random_kernel(conv), 0.1 * random_kernel(conv, 7), jnp.zeros(conv.kernel_shape)])
     v = jnp.stack([start(conv, seed) for seed in (1, 2, 3)])
     run = partial(iterate, conv, tolerance=1e-6, max_iterations=1000)
-    stacked, alone = quick_jit(jax.vmap(run))(kernels, v), quick_jit(run)
+    stacked = jax.vmap(run)(kernels, v)
     for n in range(3):
-        expected = alone(kernels[n], v[n])
+        expected = run(kernels[n], v[n])
         assert stacked.status.iterations[n] == expected.status.iterations
         assert stacked.status.converged[n] == expected.status.converged
         np.testing.assert_allclose(stacked.sigma[n], expected.sigma, rtol=1e-12)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from contractions import quick_jit
+from tests.functional.contractions import quick_jit
 
 from resflow_jax.functional.roulette import Geometric, Poisson, length_cap, term_weight
 

@@ -1,0 +1,286 @@
+"""Whole flows, for images and vectors: exact log-dets, round trips, sampling, norms, transforms, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import resflow_jax as rf
+from resflow_jax.models.flow import check_values, layer_norms, standard_normal_log_prob
+
+SMALL = {"hidden_channels": 4, "fc_hidden": 4, "fc_layers": 2, "kernels": (3, 3), "logit_alpha": 0.05}
+CONFIGS = {
+    "images": rf.ImageFlowConfig((4, 4, 1), blocks=(2, 1), fc_blocks=1, **SMALL),
+    "images, factored out": rf.ImageFlowConfig(
+        (4, 4, 2), blocks=(1, 1, 1), factor_out=True, fc_blocks=0, feature_actnorm=True, **SMALL
+    ),
+    "images, squeezed first": rf.ImageFlowConfig(
+        (4, 4, 1), blocks=(1, 2), squeeze_first=True, fc_blocks=1, preactivation="all", activation="elu", **SMALL
+    ),
+    "vectors": rf.VectorFlowConfig(dim=3, blocks=3, hidden=(5,), preactivation="none", actnorm=False),
+}
+
+
+def make(name):
+    flow = rf.ResidualFlow(CONFIGS[name], rngs=nnx.Rngs(1))
+    x = jax.random.uniform(jax.random.key(2), (3, *flow.event_shape))
+    flow.initialize(x)
+    return flow, x
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def flow_and_x(request):
+    return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def vector_flow():
+    return make("vectors")
+
+
+def test_log_det_is_that_of_the_whole_jacobian(flow_and_x):
+    """The exact log-det of the flow equals slogdet of dz/dx; log_prob adds the base density."""
+    flow, x = flow_and_x
+    z, log_det = flow.forward(x, estimator=rf.Exact())
+    jacobians = jax.vmap(jax.jacobian(lambda e: flow(e[None])[0]))(x).reshape(len(x), flow.dim, flow.dim)
+    np.testing.assert_allclose(log_det, np.linalg.slogdet(jacobians)[1], rtol=1e-10)
+    np.testing.assert_allclose(flow(x), z, rtol=1e-12)
+    expected = jax.scipy.stats.norm.logpdf(z).sum(-1) + log_det
+    np.testing.assert_allclose(flow.log_prob(x, estimator=rf.Exact()), expected, rtol=1e-12)
+
+
+def test_round_trips(flow_and_x):
+    """f^-1(f(x)) = x and f(f^-1(z)) = z, with the status of every example; float64."""
+    flow, x = flow_and_x
+    back, status = flow.inverse(flow(x), return_status=True)
+    np.testing.assert_allclose(back, x, atol=1e-10)
+    assert status.converged.all() and (status.iterations > 0).all() and status.residual.shape == (3,)
+    z = 0.5 * jax.random.normal(jax.random.key(0), (3, flow.dim))
+    np.testing.assert_allclose(flow(jnp.clip(flow.inverse(z), 0, 1) if x.ndim == 4 else flow.inverse(z)), z, atol=1e-7)
+
+
+def test_roulette_is_unbiased_through_the_flow(vector_flow):
+    """Mean of log_prob and of its parameter gradient over keys: within 4.5 standard errors of the exact ones."""
+    flow, x = vector_flow
+    weights = jnp.asarray([1.0, -2.0, 0.5])
+    graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
+
+    def objective(params, key, estimator):
+        log_prob = nnx.merge(graphdef, params, rest).log_prob(x, key=key, estimator=estimator)
+        return jnp.sum(weights * log_prob), log_prob
+
+    def draw(key):
+        gradient, log_prob = jax.grad(objective, has_aux=True)(params, key, rf.Roulette())
+        return jnp.concatenate([log_prob, *[g.ravel() for g in jax.tree.leaves(gradient)]])
+
+    keys = jax.random.split(jax.random.key(5), 4000)
+    draws = np.asarray(jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=500))(keys))
+    gradient, log_prob = jax.grad(objective, has_aux=True)(params, None, rf.Exact())
+    exact = np.concatenate([log_prob, *[g.ravel() for g in jax.tree.leaves(gradient)]])
+    error = draws.std(axis=0, ddof=1) / len(keys) ** 0.5
+    varies = error > 1e-12
+    assert varies.sum() > 50
+    assert np.abs((draws.mean(axis=0) - exact)[varies] / error[varies]).max() < 4.5
+    np.testing.assert_allclose(draws.mean(axis=0)[~varies], exact[~varies], atol=1e-9)
+
+
+def test_unbiased_with_every_estimator(flow_and_x):
+    """Truncated and roulette estimates of one key come near the exact value; the key is needed."""
+    flow, x = flow_and_x
+    exact = flow.log_prob(x, estimator=rf.Exact())
+    keys = jax.random.split(jax.random.key(1), 200)
+    graphdef, state = nnx.split(flow)
+    draws = jax.jit(lambda keys: jax.lax.map(lambda key: nnx.merge(graphdef, state).log_prob(x, key=key), keys))(keys)
+    z_score = (draws.mean(0) - exact) / (draws.std(0) / len(keys) ** 0.5)
+    assert np.abs(z_score).max() < 4.5
+    with pytest.raises(ValueError, match="key: Roulette expected a PRNG key"):
+        flow.log_prob(x)
+
+
+def test_norms_are_right_without_any_update(flow_and_x):
+    """A fresh flow is normalised: no layer's norm, measured anew, exceeds the coefficient."""
+    flow, _ = flow_and_x
+    norms = layer_norms(flow)
+    assert norms.max() <= flow.config.coefficient * (1 + 1e-4)
+
+
+def test_update_norms_follows_the_parameters():
+    """After a large change of the kernels the old vectors underestimate; updating restores the bound."""
+    flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=3, blocks=2, hidden=(8,)), rngs=nnx.Rngs(0))
+
+    def scramble(param):
+        noise = 5 * jax.random.normal(jax.random.key(param.size), param.shape)
+        return param + noise if param.ndim > 1 else param
+
+    nnx.update(flow, jax.tree.map(scramble, nnx.state(flow, nnx.Param)))
+    assert layer_norms(flow).max() > 1.05
+    graphdef, state = nnx.split(flow)
+    in_jit = nnx.jit(lambda flow: flow.update_norms(tolerance=1e-8, max_iterations=5000))
+    status = in_jit(flow)
+    assert status.converged and status.iterations > 1
+    np.testing.assert_allclose(layer_norms(flow).max(), 0.98, rtol=1e-4)
+    again = nnx.merge(graphdef, state)
+    again.update_norms(tolerance=1e-8, max_iterations=5000)
+    x = jnp.ones((1, 3))
+    np.testing.assert_allclose(again(x), flow(x), rtol=1e-10)
+
+
+def test_sampling(flow_and_x):
+    """Samples have the event's shape, are deterministic in the key, and are f^-1 of the base draw."""
+    flow, _ = flow_and_x
+    samples = flow.sample(jax.random.key(3), 4)
+    assert samples.shape == (4, *flow.event_shape)
+    z = jax.random.normal(jax.random.key(3), (4, flow.dim))
+    np.testing.assert_allclose(samples, flow.inverse(z), rtol=1e-12)
+    with pytest.raises(ValueError, match="number: expected an integer of at least 1"):
+        flow.sample(jax.random.key(3), 0)
+
+
+def test_inverse_reports_what_did_not_converge(vector_flow):
+    """Too few iterations: the status says so, and without it a warning is raised, also under jit."""
+    flow, x = vector_flow
+    solver = rf.FixedPoint(max_iterations=2)
+    _, status = flow.inverse(flow(x), solver=solver, return_status=True)
+    assert not status.converged.any()
+    with pytest.warns(RuntimeWarning, match="3 of 3 examples did not converge"):
+        jax.block_until_ready(flow.inverse(flow(x), solver=solver))
+        jax.effects_barrier()
+    with pytest.warns(RuntimeWarning, match="ResidualFlow.inverse"):
+        jax.block_until_ready(nnx.jit(lambda flow, z: flow.inverse(z, solver=solver))(flow, flow(x)))
+        jax.effects_barrier()
+
+
+def test_under_transforms(vector_flow):
+    """jit, vmap, scan and grad of log_prob agree with plain calls; the inverse is differentiable."""
+    flow, x = vector_flow
+    exact = flow.log_prob(x, estimator=rf.Exact())
+    graphdef, state = nnx.split(flow)
+
+    def log_prob(state, x, key=None, estimator=None):
+        return nnx.merge(graphdef, state).log_prob(x, key=key, estimator=estimator or rf.Exact())
+
+    np.testing.assert_allclose(jax.jit(log_prob)(state, x), exact, rtol=1e-12)
+    np.testing.assert_allclose(jax.vmap(log_prob, (None, 0))(state, x[:, None])[:, 0], exact, rtol=1e-12)
+    scanned = jax.lax.scan(lambda c, e: (c, log_prob(state, e[None])[0]), 0, x)[1]
+    np.testing.assert_allclose(scanned, exact, rtol=1e-12)
+    keys = jax.random.split(jax.random.key(0), 3)
+    looped = [log_prob(state, x, key, rf.Roulette()) for key in keys]
+    mapped = jax.vmap(lambda key: log_prob(state, x, key, rf.Roulette()))(keys)
+    np.testing.assert_allclose(mapped, looped, rtol=1e-10)
+    # d/dx log p at x through the inverse: x = f^-1(z), so d(log p(f^-1(z)))/dz = (dx/dz)^T grad log p.
+    z = flow(x)
+    through = jax.grad(lambda z: log_prob(state, nnx.merge(graphdef, state).inverse(z)).sum())(z)
+    gradient = jax.grad(lambda x: log_prob(state, x).sum())(x)
+    jacobian = jax.vmap(jax.jacobian(lambda e: nnx.merge(graphdef, state)(e[None])[0]))(x)
+    np.testing.assert_allclose(through, jnp.linalg.solve(jacobian.mT, gradient[..., None])[..., 0], rtol=1e-8)
+
+
+def test_float32():
+    """A flow cast to float32 stays in float32 and agrees with float64 to its precision."""
+    flow, x = make("images")
+    exact = flow.log_prob(x, estimator=rf.Exact())
+    nnx.update(flow, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(flow)))
+    log_prob = flow.log_prob(x.astype(jnp.float32), estimator=rf.Exact())
+    assert log_prob.dtype == jnp.float32 and flow.dtype == jnp.float32
+    np.testing.assert_allclose(log_prob, exact, rtol=1e-4)
+    x32 = x.astype(jnp.float32)
+    np.testing.assert_allclose(flow.inverse(flow(x32)), x32, atol=1e-5)
+
+
+def test_latent_order():
+    """z holds the part factored out first in front, each part flattened in H, W, C order."""
+    config = rf.ImageFlowConfig((4, 4, 1), blocks=(1, 1), factor_out=True, fc_blocks=0, **SMALL)
+    flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+    # Blocks and ActNorms switched off: z is the squeezed logit of x, cut in two along the channels.
+    nnx.update(flow, jax.tree.map(jnp.zeros_like, nnx.state(flow, nnx.Param)))
+    x = jax.random.uniform(jax.random.key(0), (2, 4, 4, 1))
+    alpha = config.logit_alpha
+    y = jax.scipy.special.logit(alpha + (1 - 2 * alpha) * x)
+    squeezed = y.reshape(2, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(2, 2, 2, 4)
+    expected = np.concatenate([squeezed[..., 2:].reshape(2, -1), squeezed[..., :2].reshape(2, -1)], axis=1)
+    np.testing.assert_allclose(flow(x), expected, rtol=1e-9)
+
+
+def test_standard_normal_log_prob():
+    """Against scipy's, summed over the last axis."""
+    z = jax.random.normal(jax.random.key(0), (3, 5))
+    np.testing.assert_allclose(standard_normal_log_prob(z), jax.scipy.stats.norm.logpdf(z).sum(-1), rtol=1e-12)
+
+
+BAD_INPUTS = {
+    "rank": (lambda x: x[0], r"x: expected a float array \[B, 4, 4, 1\], got shape \(4, 4, 1\)"),
+    "channels": (lambda x: jnp.tile(x, 3), r"x: expected .*\[B, 4, 4, 1\], got shape \(3, 4, 4, 3\)"),
+    "size": (lambda x: x[:, :2], r"x: expected .*, got shape \(3, 2, 4, 1\)"),
+    "integers": (lambda x: x.astype(int), "x: expected a float array .* got dtype int"),
+    "above one": (lambda x: 255 * x, r"x: expected values in \[0, 1\], got \[.*\]"),
+    "below zero": (lambda x: x - 1, r"x: expected values in \[0, 1\]"),
+    "not finite": (lambda x: x.at[0, 0, 0, 0].set(jnp.nan), "x: expected finite values, got 1 that are not"),
+    "no array": (lambda x: 0.5, "x: expected a float array .* got float"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_named(case):
+    """forward, log_prob, call and initialize name the argument, what was expected and what came."""
+    change, message = BAD_INPUTS[case]
+    flow = rf.ResidualFlow(CONFIGS["images"], rngs=nnx.Rngs(1))
+    x = change(jax.random.uniform(jax.random.key(0), (3, 4, 4, 1)))
+    for method in (flow, flow.initialize, flow.log_prob, lambda x: flow.forward(x, estimator=rf.Exact())):
+        with pytest.raises(ValueError, match=message):
+            method(x)
+
+
+def test_bad_latents_are_named(vector_flow):
+    """inverse names z."""
+    flow, _ = vector_flow
+    with pytest.raises(ValueError, match=r"z: expected a float array \[B, 3\], got shape \(2, 4\)"):
+        flow.inverse(jnp.zeros((2, 4)))
+
+
+def test_vectors_may_leave_the_unit_interval(vector_flow):
+    """Only images are confined to [0, 1]; vectors must be finite."""
+    flow, x = vector_flow
+    assert jnp.isfinite(flow.log_prob(10 * x, estimator=rf.Exact())).all()
+    with pytest.raises(ValueError, match="x: expected finite values"):
+        check_values(np.asarray([np.inf]), unit_interval=False)
+
+
+IMAGE_SHAPE = {"shape": (8, 8, 1)}
+BAD_CONFIGS = {
+    "zero blocks": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "blocks": (2, 0)}, "blocks: expected an integer of at least 1"),
+    "no scales": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "blocks": ()}, "blocks: expected at least one scale"),
+    "unsqueezable": (
+        rf.ImageFlowConfig,
+        {"shape": (7, 8, 1), "blocks": (1, 1)},
+        r"shape: .*divisible by 2.*\(7, 8, 1\)",
+    ),
+    "unsqueezable first": (
+        rf.ImageFlowConfig,
+        {"shape": (6, 6, 1), "blocks": (1, 1), "squeeze_first": True},
+        "shape: .*divisible by 4.*squeeze_first",
+    ),
+    "flat shape": (rf.ImageFlowConfig, {"shape": (8, 8)}, r"shape: expected \(H, W, C\), got \(8, 8\)"),
+    "coefficient one": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "coefficient": 1.0}, r"coefficient: .*\(0, 1\), got 1.0"),
+    "coefficient zero": (rf.VectorFlowConfig, {"dim": 2, "coefficient": 0.0}, r"coefficient: .*\(0, 1\), got 0.0"),
+    "activation": (rf.VectorFlowConfig, {"dim": 2, "activation": "gelu"}, "activation: expected one of .*got 'gelu'"),
+    "preactivation": (rf.VectorFlowConfig, {"dim": 2, "preactivation": "x"}, "preactivation: expected one of"),
+    "vector blocks": (rf.VectorFlowConfig, {"dim": 2, "blocks": 0}, "blocks: expected an integer of at least 1, got 0"),
+    "dim": (rf.VectorFlowConfig, {"dim": 0}, "dim: expected an integer of at least 1, got 0"),
+    "even kernel": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "kernels": (3, 2)}, "kernels: expected odd sizes"),
+    "alpha": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "logit_alpha": 0.5}, "logit_alpha: expected a number in"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_configs_are_named(case):
+    """A config that cannot be built says which field, what was expected and what came."""
+    kind, arguments, message = BAD_CONFIGS[case]
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)
+
+
+def test_config_of_another_kind():
+    """A flow is made of one of the two configs."""
+    with pytest.raises(ValueError, match="config: expected ImageFlowConfig or VectorFlowConfig, got dict"):
+        rf.ResidualFlow({}, rngs=nnx.Rngs(0))
