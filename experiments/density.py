@@ -17,17 +17,17 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from tqdm import tqdm
 
 from experiments import pictures
 from experiments.configs import digits, fashion_mnist
 from experiments.configs.base import DensityConfig
+from experiments.loop import training_loop
 from experiments.run import MetricsFile, claim_workdir, use_compilation_cache
 from resflow_jax import ResidualFlow
 from resflow_jax.data.images import ImageSplits, dequantize, epoch_batch, load_digits, load_tfds, to_unit_interval
 from resflow_jax.models.flow import layer_norms
 from resflow_jax.training.checkpoints import Checkpoints
-from resflow_jax.training.likelihood import Estimate, evaluate_bits_per_dim
+from resflow_jax.training.likelihood import Estimate, dequantized_bits_per_dim, evaluate_bits_per_dim
 from resflow_jax.training.step import Trainer, TrainState
 
 CONFIGS = {"digits": digits.CONFIG, "fashion_mnist": fashion_mnist.CONFIG}
@@ -50,16 +50,15 @@ def run(config: DensityConfig) -> Estimate:
     if data.shape != config.model.shape:
         raise ValueError(f"model.shape: expected {data.shape}, the shape of the images, got {config.model.shape}")
     claim_workdir(config.workdir, config)
-    checkpoints = Checkpoints(config.workdir / "checkpoints")
     trainer, state = set_up(config, data)
-    if checkpoints.latest_step is not None:
-        state = checkpoints.restore(checkpoints.latest_step, state)
-        print(f"resuming {config.workdir} at step {int(state.step)}")
-    metrics = MetricsFile(config.workdir / "metrics.jsonl", keep_until=int(state.step))
-    step_time = train(config, data, trainer, state, checkpoints, metrics)
-    checkpoints.wait()
-    best = checkpoints.restore(checkpoints.best_step, state)
-    checkpoints.close()
+    with Checkpoints(config.workdir / "checkpoints") as checkpoints:
+        if checkpoints.latest_step is not None:
+            state = checkpoints.restore(checkpoints.latest_step, state)
+            print(f"resuming {config.workdir} at step {int(state.step)}")
+        metrics = MetricsFile(config.workdir / "metrics.jsonl", keep_until=int(state.step))
+        step_time = train(config, data, trainer, state, checkpoints, metrics)
+        checkpoints.wait()
+        best = checkpoints.restore(checkpoints.best_step, state)
     return report(config, data, trainer.averaged_flow(best), int(best.step), metrics, step_time, began)
 
 
@@ -72,7 +71,8 @@ def set_up(config: DensityConfig, data: ImageSplits) -> tuple[Trainer, TrainStat
     warmup = min(o.warmup, config.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, warmup, config.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(o.clip), optax.adam(schedule, b2=o.b2))
-    trainer = Trainer(nnx.split(flow)[0], optimizer, o.ema_decay, config.estimator, data.levels)
+    loss = dequantized_bits_per_dim(config.estimator, data.levels)
+    trainer = Trainer(nnx.split(flow)[0], loss, optimizer, o.ema_decay)
     return trainer, trainer.create_state(flow)
 
 
@@ -89,34 +89,31 @@ def train(
     Raises:
       FloatingPointError: if the loss or the gradient stops being finite.
     """
-    step_function, key = trainer.compiled_step(), jax.random.key(config.seed)
-    first, pending, step_times = int(state.step), [], []
-    bar = tqdm(total=config.steps, initial=first, unit="step", mininterval=1 if sys.stderr.isatty() else 20)
-    mark = time.perf_counter()
-    for step in range(first + 1, config.steps + 1):
-        batch = data.train[epoch_batch(config.seed, step - 1, len(data.train), config.batch_size)]
-        state, values = step_function(state, batch, key)
-        pending.append(values)
-        bar.update()
-        validates = step % config.evaluation.every == 0 or step == config.steps
-        if validates or step % config.log_every == 0:
-            line = {name: float(np.mean([v[name] for v in jax.device_get(pending)])) for name in values}
-            if not np.isfinite(list(line.values())).all():
-                raise FloatingPointError(
-                    f"training diverged between steps {step - len(pending) + 1} and {step}: {line}. The checkpoints "
-                    f"in {config.workdir} are of finite steps; a smaller --optimizer.learning-rate may help."
-                )
-            step_times.append((time.perf_counter() - mark) / len(pending))
-            pending = []
-            if validates:
-                estimate = validate(config, data, trainer, state)
-                line["validation_bits_per_dim"] = estimate.mean
-                checkpoints.save(state, estimate.mean)
-                bar.set_description(f"validation {estimate.mean:.3f} bits/dim")
-            metrics.write(step=step, split="train", **line)
-            bar.set_postfix_str(f"{line['bits_per_dim']:.3f} bits/dim")
-            mark = time.perf_counter()
-    bar.close()
+    step_times = []
+
+    def batch_at(step: int) -> np.ndarray:
+        return data.train[epoch_batch(config.seed, step, len(data.train), config.batch_size)]
+
+    def validates_at(step: int) -> bool:
+        return step % config.evaluation.every == 0 or step == config.steps
+
+    for at in training_loop(
+        trainer,
+        state,
+        jax.random.key(config.seed),
+        batch_at,
+        steps=config.steps,
+        pauses_at=lambda step: step % config.log_every == 0 or validates_at(step),
+        unit="bits/dim",
+    ):
+        step_times.append(at.seconds)
+        line = {"bits_per_dim": at.metrics["loss"], "gradient_norm": at.metrics["gradient_norm"]}
+        if validates_at(at.step):
+            estimate = validate(config, data, trainer, at.state)
+            line["validation_bits_per_dim"] = estimate.mean
+            checkpoints.save(at.state, estimate.mean)
+            at.bar.set_description(f"validation {estimate.mean:.3f} bits/dim")
+        metrics.write(step=at.step, split="train", **line)
     return float(np.median(step_times)) if step_times else float("nan")
 
 

@@ -10,13 +10,10 @@ the map, its log-det and its inverse (which chooses the box) to account.
 """
 
 import dataclasses
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +21,23 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from tqdm import tqdm
 
 from experiments import pictures
+from experiments.loop import training_loop
 from experiments.run import MetricsFile, claim_workdir, use_compilation_cache
 from resflow_jax import Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
 from resflow_jax.data.toy import TOY_DENSITIES, sample_toy
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.models.flow import layer_norms
 from resflow_jax.training.likelihood import Estimate
-from resflow_jax.training.step import TrainState
+from resflow_jax.training.step import Trainer
 
 Array = jax.Array
-Loss = Callable[[ResidualFlow, Array, Array], Array]
 
 ESTIMATORS: dict[str, Estimator] = {"exact": Exact(), "roulette": Roulette()}
 EMA_DECAY = 0.99
 INTEGRAL_TOLERANCE = 0.01
+_PURPOSES = ("initialize", "train", "test", "picture")
 
 
 @dataclass(frozen=True)
@@ -86,13 +83,13 @@ class ToyConfig:
 
     data: Literal[TOY_DENSITIES] = "8gaussians"
     workdir: Path | None = None
-    steps: int = 3000
-    batch_size: int = 512
+    steps: int = 4000
+    batch_size: int = 256
     seed: int = 0
-    learning_rate: float = 5e-3
+    learning_rate: float = 2e-2
     clip: float = 1.0
     estimator: Literal["exact", "roulette"] = "exact"
-    model: VectorFlowConfig = VectorFlowConfig(dim=2, blocks=16, hidden=(64, 64), coefficient=0.98)
+    model: VectorFlowConfig = VectorFlowConfig(dim=2, blocks=32, hidden=(32, 32), coefficient=0.99)
     evaluation: ToyEvaluationConfig = ToyEvaluationConfig()
     log_every: int = 50
 
@@ -142,80 +139,36 @@ def run(config: ToyConfig) -> ToyResult:
 
 
 def train(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile) -> tuple[ResidualFlow, float]:
-    """Runs all steps. Returns the flow with the averaged parameters, and the median seconds a step.
-
-    Raises:
-      FloatingPointError: if the loss or the gradient stops being finite.
-    """
+    """Runs all steps. Returns the flow with the averaged parameters, and the median seconds a step."""
     estimator = ESTIMATORS[config.estimator]
 
     def loss(flow: ResidualFlow, x: Array, key: Array) -> Array:
         return -jnp.mean(flow.log_prob(x, key=key, estimator=estimator))
 
+    def batch_at(step: int) -> np.ndarray:
+        return sample_toy(config.data, config.batch_size, _rng(config, "train", step))
+
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.steps // 20, config.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule, b2=0.99))
-    graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
-    state = TrainState(jnp.asarray(0), params, rest, optimizer.init(params), optax.ema(EMA_DECAY).init(params))
-    step_function = jax.jit(partial(train_step, graphdef, optimizer, EMA_DECAY, loss), donate_argnums=0)
-
-    key, rng, pending, step_times = jax.random.key(config.seed), _rng(config, "train"), [], []
-    bar = tqdm(total=config.steps, unit="step", mininterval=1 if sys.stderr.isatty() else 20)
-    mark = time.perf_counter()
-    for step in range(1, config.steps + 1):
-        state, values = step_function(state, sample_toy(config.data, config.batch_size, rng), key)
-        pending.append(values)
-        bar.update()
-        if step % config.log_every == 0 or step == config.steps:
-            means = {name: float(np.mean([v[name] for v in jax.device_get(pending)])) for name in values}
-            if not np.isfinite(list(means.values())).all():
-                raise FloatingPointError(
-                    f"training diverged between steps {step - len(pending) + 1} and {step}: {means}. "
-                    f"A smaller --learning-rate may help."
-                )
-            step_times.append((time.perf_counter() - mark) / len(pending))
-            metrics.write(step=step, split="train", log_prob=-means["loss"], gradient_norm=means["gradient_norm"])
-            bar.set_postfix_str(f"{-means['loss']:.3f} nats")
-            pending, mark = [], time.perf_counter()
-    bar.close()
-    averaged = nnx.merge(
-        graphdef, optax.tree.bias_correction(state.ema.ema, EMA_DECAY, state.ema.count), state.rest
-    )
-    averaged.update_norms(tolerance=1e-6, max_iterations=2000)
-    return averaged, float(np.median(step_times))
+    trainer = Trainer(nnx.split(flow)[0], loss, optimizer, EMA_DECAY)
+    state, step_times = trainer.create_state(flow), []
+    for at in training_loop(
+        trainer,
+        state,
+        jax.random.key(config.seed),
+        batch_at,
+        steps=config.steps,
+        pauses_at=lambda step: step % config.log_every == 0,
+        unit="nats, negative log_prob",
+    ):
+        state = at.state
+        step_times.append(at.seconds)
+        log_prob, norm = -at.metrics["loss"], at.metrics["gradient_norm"]
+        metrics.write(step=at.step, split="train", log_prob=log_prob, gradient_norm=norm)
+    return trainer.averaged_flow(state), float(np.median(step_times))
 
 
-def train_step(
-    graphdef: Any,
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
-    loss: Loss,
-    state: TrainState,
-    batch: Array,
-    key: Array,
-) -> tuple[TrainState, dict[str, Array]]:
-    """One optimiser step on loss(flow, batch, key), then the norms, then the moving average.
-
-    The step folds its own number into the run's key. Returns the new state, the loss and the
-    gradient's norm before clipping.
-    """
-
-    def objective(params):
-        return loss(nnx.merge(graphdef, params, state.rest), batch, jax.random.fold_in(key, state.step))
-
-    value, gradient = jax.value_and_grad(objective)(state.params)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    flow = nnx.merge(graphdef, params, state.rest)
-    flow.update_norms()
-    rest = nnx.split(flow, nnx.Param, ...)[2]
-    _, ema = optax.ema(ema_decay).update(params, state.ema)
-    values = {"loss": value, "gradient_norm": optax.global_norm(gradient)}
-    return TrainState(state.step + 1, params, rest, opt_state, ema), values
-
-
-def report(
-    config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile, step_time: float, began: float
-) -> ToyResult:
+def report(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile, step_time: float, began: float) -> ToyResult:
     """Evaluates the flow on fresh points and on a grid, draws the picture, prints the closing table."""
     evaluation = config.evaluation
     test = sample_toy(config.data, evaluation.points, _rng(config, "test"))
@@ -295,9 +248,9 @@ def draw_samples(config: ToyConfig, flow: ResidualFlow) -> tuple[np.ndarray, int
     return np.asarray(samples), int(status.converged.sum()), float(jnp.max(jnp.abs(z - flow(samples))))
 
 
-def _rng(config: ToyConfig, purpose: str) -> np.random.Generator:
-    """NumPy's generator for one purpose of a run, independent of the others."""
-    return np.random.default_rng((config.seed, ("initialize", "train", "test", "picture").index(purpose)))
+def _rng(config: ToyConfig, purpose: str, step: int = 0) -> np.random.Generator:
+    """NumPy's generator for one purpose of a run, and one step, independent of the others."""
+    return np.random.default_rng((config.seed, _PURPOSES.index(purpose), step))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def load_tfds(name: str, data_dir: str | None = None, *, validation: int = 5000)
     splits = {}
     for split in ("train", "test"):
         source = tfds.data_source(name, split=split, data_dir=str(directory))
-        splits[split] = np.stack([example["image"] for example in source])
+        splits[split] = np.stack([example["image"] for example in source.__getitems__(range(len(source)))])
     if not 0 < validation < len(splits["train"]):
         raise ValueError(f"validation: expected between 1 and {len(splits['train']) - 1} images, got {validation}")
     return ImageSplits(splits["train"][:-validation], splits["train"][-validation:], splits["test"], levels=256)

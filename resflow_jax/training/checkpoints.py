@@ -14,7 +14,10 @@ from resflow_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step; keeps the latest and that of the lowest validation bits/dim."""
+    """The checkpoints of one run, by step; keeps the latest and that of the lowest validation bits/dim.
+
+    A context manager: leaving it, also by an exception, waits for what is being written.
+    """
 
     def __init__(self, directory: Path):
         def lowest(metrics: dict[str, float]) -> float:
@@ -40,7 +43,7 @@ class Checkpoints:
         return self._manager.best_step()
 
     def save(self, state: TrainState, validation_bits_per_dim: float) -> None:
-        """Writes the state in the background; call `close` or `wait` before reading it."""
+        """Writes the state in the background; call `wait` before reading it."""
         metrics = {"bits_per_dim": validation_bits_per_dim}
         self._manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=metrics)
 
@@ -53,6 +56,8 @@ class Checkpoints:
         """Blocks until what was saved is on disk."""
         self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits for pending writes and frees the background threads."""
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
         self._manager.close()

@@ -1,7 +1,7 @@
-"""The training step of a density model on images: one pure function of state and batch.
+"""The training step of a flow: one pure function of state and batch.
 
-loss = mean bits/dim of a dequantised batch, its log-det estimated;
-parameters by optax, then the power iteration advances, then the moving average of the parameters.
+The gradient of a loss(flow, batch, key) updates the parameters through optax; then the power
+iteration of every linear layer advances; then the moving average of the parameters.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from resflow_jax.data.images import dequantize
-from resflow_jax.functional.logdet import Estimator
 from resflow_jax.models.flow import ResidualFlow
-from resflow_jax.training.likelihood import bits_per_dim
 
 Array = jax.Array
 
@@ -43,17 +40,15 @@ class Trainer(NamedTuple):
 
     Attributes:
       graphdef: structure of the flow.
+      loss: (flow, batch, key) -> scalar; see `training.likelihood.dequantized_bits_per_dim`.
       optimizer: an optax transformation.
-      ema_decay: decay of the parameters' moving average, bias-corrected.
-      estimator: of the log-det in the loss.
-      levels: grey levels of the data.
+      ema_decay: decay of the parameters' moving average, which is bias-corrected.
     """
 
     graphdef: Any
+    loss: Callable[[ResidualFlow, Any, Array], Array]
     optimizer: optax.GradientTransformation
     ema_decay: float
-    estimator: Estimator
-    levels: int
 
     def create_state(self, flow: ResidualFlow) -> TrainState:
         """The state before the first step."""
@@ -61,37 +56,33 @@ class Trainer(NamedTuple):
         ema = optax.ema(self.ema_decay).init(params)
         return TrainState(jnp.asarray(0), params, rest, self.optimizer.init(params), ema)
 
-    def step(self, state: TrainState, images: Array, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        """One optimiser step on integer images [B, H, W, C].
+    def step(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        """One optimiser step.
 
         Args:
           state: from `create_state` or an earlier step.
-          images: integers in {0..levels-1}.
+          batch: what the loss takes.
           key: the run's PRNG key; the step folds its own number into it.
 
         Returns:
-          The new state and scalars: "bits_per_dim" of the batch (unbiased with `Roulette`) and
-          "gradient_norm" before clipping.
+          The new state, and scalars: "loss" and "gradient_norm", before clipping.
         """
-        noise_key, flow_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x = dequantize(images, noise_key, self.levels)
 
-        def loss(params):
+        def objective(params):
             flow = nnx.merge(self.graphdef, params, state.rest)
-            log_prob = flow.log_prob(x, key=flow_key, estimator=self.estimator)
-            return jnp.mean(bits_per_dim(log_prob, flow.dim, self.levels))
+            return self.loss(flow, batch, jax.random.fold_in(key, state.step))
 
-        value, gradient = jax.value_and_grad(loss)(state.params)
+        value, gradient = jax.value_and_grad(objective)(state.params)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         flow = nnx.merge(self.graphdef, params, state.rest)
         flow.update_norms()
         rest = nnx.split(flow, nnx.Param, ...)[2]
         _, ema = optax.ema(self.ema_decay).update(params, state.ema)
-        metrics = {"bits_per_dim": value, "gradient_norm": optax.global_norm(gradient)}
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, rest, opt_state, ema), metrics
 
-    def compiled_step(self) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
+    def compiled_step(self) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
         """`step` compiled; the state passed in is donated."""
         return jax.jit(self.step, donate_argnums=0)
 

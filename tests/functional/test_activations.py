@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.functional.contractions import quick_jit
 
 from resflow_jax.functional.activations import ACTIVATIONS, get_activation, lipschitz_cube, lipswish
+from tests.functional.contractions import quick_jit
 
 GRID = jnp.linspace(-60.0, 60.0, 240_001)
 

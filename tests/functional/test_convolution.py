@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.functional.contractions import quick_jit
 
 from resflow_jax.functional.convolution import conv2d, conv2d_lax, conv2d_matmul
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
+from tests.functional.contractions import quick_jit
 
 # input channels, output channels, kernel sides, height, width
 CASES = [

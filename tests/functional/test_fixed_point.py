@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.functional.contractions import check_two_orders, conv_net, dense_net, jacobians, quick_jit
 from jax.test_util import check_grads
 
 from resflow_jax.functional.fixed_point import FixedPoint, residual_inverse
+from tests.functional.contractions import check_two_orders, conv_net, dense_net, jacobians, quick_jit
 
 IDS = ["easy", "hard", "conv"]
 with_status = partial(residual_inverse, return_status=True)

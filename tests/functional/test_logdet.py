@@ -12,6 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from jax.flatten_util import ravel_pytree
+
+from resflow_jax.functional import logdet
+from resflow_jax.functional.logdet import Exact, Roulette, Truncated, residual
+from resflow_jax.functional.roulette import Geometric, Poisson
 from tests.functional.contractions import (
     check_two_orders,
     conv_net,
@@ -22,11 +27,6 @@ from tests.functional.contractions import (
     quick_jit,
     z_scores,
 )
-from jax.flatten_util import ravel_pytree
-
-from resflow_jax.functional import logdet
-from resflow_jax.functional.logdet import Exact, Roulette, Truncated, residual
-from resflow_jax.functional.roulette import Geometric, Poisson
 
 NETS = {
     "saturated": partial(dense_net, 0.8),

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.functional.contractions import dense_norm, quick_jit
 
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.norms import power_iteration, soft_normalize, spectral_norm
+from tests.functional.contractions import dense_norm, quick_jit
 
 MAPS = [DenseMap(7, 4), DenseMap(3, 6), ConvMap((5, 4), 2, 3), ConvMap((5, 4), 3, 2, 1)]
 

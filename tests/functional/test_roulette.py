@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from tests.functional.contractions import quick_jit
 
 from resflow_jax.functional.roulette import Geometric, Poisson, length_cap, term_weight
+from tests.functional.contractions import quick_jit
 
 LAWS = [Geometric(0.3), Geometric(0.5), Geometric(0.8), Poisson(1.0), Poisson(2.0), Poisson(4.0)]
 K = np.arange(-2, 31)

@@ -1,0 +1,66 @@
+"""The loop around a training step: progress bar, averaged metrics, timing, and a stop where it diverges."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from resflow_jax.training.step import Trainer, TrainState
+
+
+class Progress(NamedTuple):
+    """What the loop reports at a pause.
+
+    Attributes:
+      step: steps done.
+      state: the training state after that step.
+      metrics: means over the steps since the last pause.
+      seconds: per step since the last pause.
+      bar: the progress bar, to write on.
+    """
+
+    step: int
+    state: TrainState
+    metrics: dict[str, float]
+    seconds: float
+    bar: tqdm
+
+
+def training_loop(
+    trainer: Trainer,
+    state: TrainState,
+    key: jax.Array,
+    batch_at: Callable[[int], Any],
+    *,
+    steps: int,
+    pauses_at: Callable[[int], bool],
+    unit: str,
+) -> Iterator[Progress]:
+    """Steps from state.step to `steps` on batch_at(0), batch_at(1), ...; yields at every pause and at the end.
+
+    Raises:
+      FloatingPointError: at a pause, if a metric is not finite; no later state is yielded.
+    """
+    step_function = trainer.compiled_step()
+    first, pending = int(state.step), []
+    with tqdm(total=steps, initial=first, unit="step", mininterval=1 if sys.stderr.isatty() else 20) as bar:
+        began = time.perf_counter()
+        for step in range(first + 1, steps + 1):
+            state, values = step_function(state, batch_at(step - 1), key)
+            pending.append(values)
+            bar.update()
+            if not pauses_at(step) and step < steps:
+                continue
+            metrics = {name: float(np.mean([v[name] for v in jax.device_get(pending)])) for name in values}
+            if not np.isfinite(list(metrics.values())).all():
+                raise FloatingPointError(
+                    f"training diverged between steps {step - len(pending) + 1} and {step}: {metrics}. What was "
+                    "saved before is intact; a smaller learning rate may help."
+                )
+            bar.set_postfix_str(f"{metrics['loss']:.3f} {unit}")
+            yield Progress(step, state, metrics, (time.perf_counter() - began) / len(pending), bar)
+            pending, began = [], time.perf_counter()

@@ -1,0 +1,152 @@
+"""The density experiment end to end, tiny: its files, its promises, resuming, and bad input."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import density
+from experiments.configs.base import EvaluationConfig, OptimizerConfig
+from experiments.run import MetricsFile
+from resflow_jax import ImageFlowConfig, Roulette
+
+TINY = dataclasses.replace(
+    density.CONFIGS["digits"],
+    model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)),
+    steps=6,
+    batch_size=16,
+    log_every=2,
+    optimizer=OptimizerConfig(warmup=2),
+    evaluation=EvaluationConfig(estimator=Roulette(), draws=2, images=30, every=3),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_compilation_cache(tmp_path_factory):
+    """Tests compile for themselves and leave the user's cache alone."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of six steps: its work directory and result."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, density.run(dataclasses.replace(TINY, workdir=workdir))
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_files_and_metrics(finished):
+    """All promised files exist; metrics have the promised fields; the test split is evaluated once."""
+    workdir, result = finished
+    for name in ("samples.png", "reconstructions.png", "curves.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG"), name
+    assert json.loads((workdir / "config.json").read_text())["model"]["blocks"] == [1]
+    assert {"3", "6"} >= {p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()} >= {"6"}
+    lines = read_metrics(workdir)
+    assert [line["step"] for line in lines if line["split"] == "train"] == [2, 3, 4, 6]
+    assert all(np.isfinite(line["bits_per_dim"]) for line in lines)
+    assert [line["step"] for line in lines if "validation_bits_per_dim" in line] == [3, 6]
+    (test,) = [line for line in lines if line["split"] == "test"]
+    assert (test["bits_per_dim"], test["bits_per_dim_stderr"]) == tuple(result)
+    assert {line["split"] for line in lines} == {"train", "test"}
+
+
+def test_a_cut_run_resumes_exactly(finished, tmp_path, monkeypatch, capsys):
+    """A run cut behind its first checkpoint and started again ends as the uncut one, bit for bit."""
+    workdir, result = finished
+    config = dataclasses.replace(TINY, workdir=tmp_path)
+    batch = density.epoch_batch
+
+    def cut(seed, step, *args):
+        if step == 5:
+            raise KeyboardInterrupt
+        return batch(seed, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(density, "epoch_batch", cut)
+        with pytest.raises(KeyboardInterrupt):
+            density.run(config)
+    assert density.run(config) == result
+    assert "resuming" in capsys.readouterr().out
+    assert read_metrics(tmp_path) == read_metrics(workdir)
+
+
+def test_a_finished_run_is_only_evaluated_again(finished, capsys):
+    """The same command on a finished run trains no more, gives the same result, and repeats no line."""
+    workdir, result = finished
+    before = read_metrics(workdir)
+    assert density.run(dataclasses.replace(TINY, workdir=workdir)) == result
+    assert read_metrics(workdir) == before
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == f"test bits/dim {result.mean:.4f} +- {result.stderr:.4f}"
+
+
+def test_a_work_directory_of_another_config(finished):
+    """The differences are listed and nothing is touched; more steps are allowed."""
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_text(), (workdir / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"(?s)workdir: .*another config.*batch_size: 16 there, 8 now.*seed: 0 there"):
+        density.run(dataclasses.replace(TINY, workdir=workdir, batch_size=8, seed=3))
+    assert before == ((workdir / "metrics.jsonl").read_text(), (workdir / "config.json").read_text())
+
+
+def test_divergence_is_reported(tmp_path):
+    """A loss that stops being finite ends the run with the steps, the values and what to do."""
+    config = dataclasses.replace(TINY, workdir=tmp_path, optimizer=OptimizerConfig(learning_rate=1e30, warmup=0))
+    with pytest.raises(FloatingPointError, match="training diverged between steps"):
+        density.run(config)
+    assert all(np.isfinite(line["bits_per_dim"]) for line in read_metrics(tmp_path))
+
+
+def test_command_line_overrides(monkeypatch):
+    """`digits` is the default; flags reach nested fields."""
+    configs = []
+    monkeypatch.setattr(density, "run", configs.append)
+    density.main(
+        ["--steps", "5", "--batch-size", "8", "--seed", "2", "--workdir", "elsewhere", "--model.blocks", "1", "2"]
+    )
+    density.main(["fashion_mnist", "--data.dir", "there"])
+    digits, fashion = configs
+    assert (digits.data.name, digits.steps, digits.batch_size, digits.seed) == ("digits", 5, 8, 2)
+    assert str(digits.workdir) == "elsewhere" and digits.model.blocks == (1, 2)
+    assert fashion.data.name == "fashion_mnist" and fashion.data.dir == "there"
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--steps", "x"], ["mnist2"], ["--model.blocks", "0"]])
+def test_bad_command_lines(arguments, capsys):
+    """A bad value ends the program with a message, not with a run."""
+    with pytest.raises((SystemExit, ValueError)):
+        density.main(arguments)
+
+
+def test_images_of_another_shape(tmp_path):
+    """A model that does not fit the data says so before anything is written."""
+    model = dataclasses.replace(TINY.model, shape=(4, 4, 1))
+    with pytest.raises(ValueError, match=r"model.shape: expected \(8, 8, 1\).*got \(4, 4, 1\)"):
+        density.run(dataclasses.replace(TINY, model=model, workdir=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_workdir_that_is_a_file(tmp_path):
+    """The error names the argument and the file is left alone."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="workdir: expected a directory, got the file"):
+        density.run(dataclasses.replace(TINY, workdir=tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_metrics_survive_a_half_written_line(tmp_path):
+    """A line cut off by a crash is dropped, complete ones stay."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "split": "train"}\n{"step": 2, "spl')
+    metrics = MetricsFile(path, keep_until=5)
+    metrics.write(step=3, split="train")
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]

@@ -1,0 +1,183 @@
+"""The toy densities, and a tiny run of `python -m experiments.toy` from training to the picture."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import resflow_jax as rf
+from experiments import toy
+from experiments.toy import ToyConfig, ToyEvaluationConfig
+from resflow_jax.data.toy import TOY_DENSITIES, sample_toy
+
+
+@pytest.fixture(autouse=True)
+def cache_in_tmp(tmp_path_factory, monkeypatch):
+    """Programs compiled by a run stay out of the home directory."""
+    monkeypatch.setattr(toy, "use_compilation_cache", lambda: None)
+
+
+@pytest.mark.parametrize("name", TOY_DENSITIES)
+@pytest.mark.parametrize("number", [1, 2, 7, 4000])
+def test_samples_have_the_promised_form(name, number):
+    points = sample_toy(name, number, np.random.default_rng(0))
+    assert points.shape == (number, 2)
+    assert points.dtype == np.float32
+    assert np.isfinite(points).all()
+    assert np.abs(points).max() < 5.5
+
+
+@pytest.mark.parametrize("name", TOY_DENSITIES)
+def test_samples_are_a_function_of_the_generator(name):
+    rng = np.random.default_rng(3)
+    first, second = sample_toy(name, 100, rng), sample_toy(name, 100, rng)
+    np.testing.assert_array_equal(first, sample_toy(name, 100, np.random.default_rng(3)))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("name", TOY_DENSITIES)
+def test_the_scale_is_that_of_the_plane_around_the_origin(name):
+    points = sample_toy(name, 20000, np.random.default_rng(0))
+    assert np.abs(points.mean(0)).max() < 0.6
+    assert 0.9 < points.std(0).min() < points.std(0).max() < 2.6
+
+
+def test_eight_gaussians_have_eight_equal_modes():
+    """Every point belongs to one of eight centres, each with an eighth of them, spread by sqrt(1/8)."""
+    points = sample_toy("8gaussians", 40000, np.random.default_rng(0))
+    angle = np.arange(8) * np.pi / 4
+    centres = np.sqrt(8) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    offsets = points[:, None] - centres
+    nearest = np.argmin(np.linalg.norm(offsets, axis=-1), axis=1)
+    np.testing.assert_allclose(np.bincount(nearest, minlength=8) / 40000, 1 / 8, atol=0.01)
+    np.testing.assert_allclose(offsets[np.arange(40000), nearest].std(), np.sqrt(1 / 8), rtol=0.03)
+
+
+def test_checkerboard_is_uniform_on_the_eight_dark_squares():
+    points = sample_toy("checkerboard", 40000, np.random.default_rng(0))
+    column, row = np.floor((points + 4) / 2).astype(int).T
+    assert ((column - row) % 2 == 0).all()
+    share = np.bincount(4 * column + row, minlength=16) / 40000
+    np.testing.assert_allclose(share[share > 0], 1 / 8, atol=0.01)
+    assert np.count_nonzero(share) == 8
+
+
+@pytest.mark.parametrize("name, radii", [("rings", [0.75, 1.5, 2.25, 3.0]), ("circles", [1.5, 3.0])])
+def test_circles_have_their_radii(name, radii):
+    radius = np.linalg.norm(sample_toy(name, 40000, np.random.default_rng(0)), axis=1)
+    nearest = np.argmin(np.abs(radius[:, None] - radii), axis=1)
+    for n, expected in enumerate(radii):
+        np.testing.assert_allclose(radius[nearest == n].mean(), expected, atol=0.04)
+        np.testing.assert_allclose((nearest == n).mean(), 1 / len(radii), atol=0.02)
+
+
+def test_pinwheel_repeats_after_a_fifth_of_a_turn():
+    """Turned by 72 degrees it is the same density: the mean of exp(5 i angle) is far from 0, those before are 0."""
+    points = sample_toy("pinwheel", 40000, np.random.default_rng(0))
+    angle = np.arctan2(points[:, 1], points[:, 0])
+    moments = [abs(np.exp(1j * k * angle).mean()) for k in range(1, 6)]
+    assert max(moments[:4]) < 0.02
+    assert moments[4] > 0.1
+
+
+def test_two_spirals_mirror_each_other():
+    """Angle and radius agree along an arm: r = angle / 3 modulo half a turn."""
+    points = sample_toy("2spirals", 4000, np.random.default_rng(0)).astype(float)
+    radius = np.linalg.norm(points, axis=1)
+    away = radius > 1
+    phase = np.arctan2(points[away, 1], points[away, 0]) - 3 * radius[away]
+    assert np.cos(2 * phase).mean() > 0.7
+
+
+def test_bad_arguments_of_the_sampler_are_named():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"name: expected one of 8gaussians.*; got 'spiral'"):
+        sample_toy("spiral", 10, rng)
+    with pytest.raises(ValueError, match="number: expected an integer of at least 1, got 0"):
+        sample_toy("moons", 0, rng)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"data": "spiral"}, "data: expected one of"),
+        ({"steps": 0}, "steps: expected an integer of at least 1, got 0"),
+        ({"batch_size": 1}, "batch_size: expected an integer of at least 2, got 1"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a positive number, got -1.0"),
+        ({"clip": float("nan")}, "clip: expected a positive number, got nan"),
+        ({"estimator": "truncated"}, "estimator: expected one of exact, roulette; got 'truncated'"),
+        ({"model": rf.VectorFlowConfig(dim=3)}, "model.dim: expected 2, got 3"),
+    ],
+)
+def test_bad_settings_are_named(setting, message):
+    with pytest.raises(ValueError, match=message):
+        ToyConfig(**setting)
+
+
+def test_the_box_holds_all_points_with_a_margin():
+    low, high = toy.grid_box(np.array([[0.0, -1.0], [2.0, 1.0]]), np.array([[1.0, 3.0]]))
+    np.testing.assert_allclose(low, [-0.3, -1.6])
+    np.testing.assert_allclose(high, [2.3, 3.6])
+
+
+def test_exact_log_prob_does_not_depend_on_the_batching():
+    flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=2, hidden=(8,)), rngs=nnx.Rngs(0))
+    points = sample_toy("rings", 10, np.random.default_rng(0))
+    whole, pieces = (toy.exact_log_prob(flow, points, size) for size in (10, 4))
+    assert pieces.shape == (10,)
+    np.testing.assert_allclose(pieces, whole, rtol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "roulette"])
+def test_a_tiny_run_writes_everything_and_its_density_integrates_to_one(estimator, tmp_path, capsys):
+    """Whatever the flow has learned, it is a density; and a few steps are better than none."""
+    workdir = tmp_path / "run"
+    toy.main(
+        ["--data", "8gaussians", "--estimator", estimator, "--workdir", str(workdir), "--steps", "30"]
+        + ["--batch-size", "64", "--log-every", "10", "--model.blocks", "3", "--model.hidden", "16"]
+        + ["--evaluation.points", "500", "--evaluation.samples", "500", "--evaluation.cells", "60"]
+        + ["--evaluation.batch-size", "1200"]
+    )
+    assert {path.name for path in workdir.iterdir()} == {"config.json", "metrics.jsonl", "toy.png"}
+    assert (workdir / "toy.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((workdir / "config.json").read_text())["estimator"] == estimator
+    *train, test = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in train] == [10, 20, 30]
+    assert {line["split"] for line in train} == {"train"}
+    assert (test["step"], test["split"]) == (30, "test")
+    assert abs(test["integral"] - 1) < 0.01
+    assert train[0]["log_prob"] < test["log_prob"] < -2.8  # -2.83: minus the entropy of the data
+    assert 0 < test["log_prob_stderr"] < 0.2
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"test log_prob {test['log_prob']:.4f} +- {test['log_prob_stderr']:.4f} nats")
+    assert last.endswith("density integrates to 1.000") or abs(test["integral"] - 1) >= 5e-4
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return ToyConfig(
+        workdir=tmp_path / "run",
+        steps=4,
+        batch_size=8,
+        log_every=2,
+        model=rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)),
+        evaluation=ToyEvaluationConfig(points=20, samples=20, cells=3, batch_size=20),
+    )
+
+
+def test_a_wrong_integral_is_reported(tiny, capsys):
+    """Three cells a side are too few for the integral."""
+    assert abs(toy.run(tiny).integral - 1) > 0.01
+    assert "WARNING: the density integrates to" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_stops(tiny, monkeypatch):
+    def sample(name, number, rng):
+        return np.full((number, 2), 1e200) * rng.normal(size=(number, 2))
+
+    monkeypatch.setattr(toy, "sample_toy", sample)
+    with pytest.raises(FloatingPointError, match="training diverged between steps 1 and 2"), np.errstate(all="ignore"):
+        toy.run(tiny)

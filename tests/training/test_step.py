@@ -1,0 +1,105 @@
+"""The training step: it descends, averages and keeps the norms; its memory does not grow with depth."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import resflow_jax as rf
+from resflow_jax.models.flow import layer_norms
+from resflow_jax.training.likelihood import dequantized_bits_per_dim
+from resflow_jax.training.step import Trainer
+
+TINY = rf.ImageFlowConfig(
+    (4, 4, 1), blocks=(2,), hidden_channels=4, kernels=(3, 3), fc_blocks=0, preactivation="all", first_actnorm=False
+)
+IMAGES = np.random.default_rng(0).integers(0, 3, (8, 4, 4, 1)).astype(np.uint8)
+KEY = jax.random.key(7)
+
+
+def make(config=TINY, optimizer=None, levels=4):
+    flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+    loss = dequantized_bits_per_dim(rf.Roulette(), levels)
+    trainer = Trainer(nnx.split(flow)[0], loss, optimizer or optax.adam(3e-3), ema_decay=0.9)
+    return trainer, trainer.create_state(flow)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Forty steps on one batch: the trainer, the compiled step, the states behind every step, the metrics."""
+    trainer, state = make()
+    step = jax.jit(trainer.step, compiler_options={"xla_backend_optimization_level": 0})
+    states, metrics = [state], []
+    for _ in range(40):
+        state, values = step(states[-1], IMAGES, KEY)
+        states.append(state)
+        metrics.append(jax.device_get(values))
+    return trainer, step, states, metrics
+
+
+def test_the_loss_falls(run):
+    """Bits/dim of the batch falls steadily; the value is finite and the step counts."""
+    _, _, states, metrics = run
+    losses = np.asarray([m["loss"] for m in metrics])
+    assert losses[-10:].mean() < losses[:10].mean() - 0.1
+    assert int(states[-1].step) == 40 and all(m["gradient_norm"] > 0 for m in metrics)
+
+
+def test_steps_use_fresh_noise_and_are_repeatable(run):
+    """The same state, batch and key give the same step bit for bit; the step's number changes the noise."""
+    _, step_function, states, metrics = run
+    again, values = step_function(states[3], IMAGES, KEY)
+    jax.tree.map(np.testing.assert_array_equal, again, states[4])
+    np.testing.assert_array_equal(values["loss"], metrics[3]["loss"])
+    moved = states[3]._replace(step=states[3].step + 1)
+    assert step_function(moved, IMAGES, KEY)[1]["loss"] != values["loss"]
+
+
+def test_average_of_the_parameters(run):
+    """The averaged flow holds sum_t d^(T-t) p_t / sum_t d^(T-t), with its norms converged."""
+    trainer, _, states, _ = run
+    flow = trainer.averaged_flow(states[3])
+    weights = np.asarray([0.81, 0.9, 1.0]) / 2.71
+    expected = jax.tree.map(
+        lambda *p: sum(w * x for w, x in zip(weights, p, strict=True)), *[s.params for s in states[1:4]]
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), nnx.state(flow, nnx.Param), expected)
+    assert layer_norms(flow).max() < 0.98 * (1 + 1e-4)
+
+
+def test_norms_follow_the_training(run):
+    """After steps that grow the kernels the stored vectors still give the layers' norms, within 1 %."""
+    trainer, _, states, _ = run
+    flow = nnx.merge(trainer.graphdef, states[-1].params, states[-1].rest)
+    assert layer_norms(flow).max() < 0.98 * 1.01
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_step_lowers_for_accelerators(platform):
+    """The whole step is exported for the platform, with convolution instructions and no host callback."""
+    trainer, state = make(rf.ImageFlowConfig((8, 8, 1), blocks=(1, 2), hidden_channels=4, fc_blocks=1, fc_hidden=4))
+    exported = jax.export.export(jax.jit(trainer.step), platforms=[platform])(
+        state, IMAGES.repeat(2, 1).repeat(2, 2), KEY
+    )
+    text = exported.mlir_module()
+    assert "stablehlo.convolution" in text
+    assert "callback" not in text
+
+
+def test_memory_does_not_grow_with_depth():
+    """Peak temporary memory of the compiled step: 16-16-16 blocks need at most 10 % more than 2-2-2."""
+
+    def peak(blocks):
+        config = rf.ImageFlowConfig((16, 16, 1), blocks=blocks, hidden_channels=64, fc_blocks=0)
+        flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
+        trainer = Trainer(nnx.split(flow)[0], dequantized_bits_per_dim(rf.Roulette(), 256), optax.adam(1e-3), 0.99)
+        state = jax.eval_shape(trainer.create_state, flow)
+        images = jax.ShapeDtypeStruct((64, 16, 16, 1), jnp.uint8)
+        lowered = trainer.compiled_step().lower(state, images, KEY)
+        compiled = lowered.compile({"xla_backend_optimization_level": 0})  # of LLVM: buffers stay the same
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert peak((16, 16, 16)) <= 1.1 * peak((2, 2, 2))
