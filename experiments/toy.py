@@ -83,13 +83,15 @@ class ToyConfig:
 
     data: Literal[TOY_DENSITIES] = "8gaussians"
     workdir: Path | None = None
-    steps: int = 4000
+    steps: int = 6000
     batch_size: int = 256
     seed: int = 0
     learning_rate: float = 2e-2
     clip: float = 1.0
     estimator: Literal["exact", "roulette"] = "exact"
-    model: VectorFlowConfig = VectorFlowConfig(dim=2, blocks=32, hidden=(32, 32), coefficient=0.99)
+    model: VectorFlowConfig = VectorFlowConfig(
+        dim=2, blocks=32, hidden=(32, 32), activation="elu", preactivation="none", coefficient=0.995
+    )
     evaluation: ToyEvaluationConfig = ToyEvaluationConfig()
     log_every: int = 50
 

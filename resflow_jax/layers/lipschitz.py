@@ -70,23 +70,20 @@ class LipschitzLinear(nnx.Module):
 
     def update_norm(self, tolerance: float, max_iterations: int) -> PowerIterationStatus:
         """Advances u and v from where they are, in place. See `power_iteration` for the settings."""
-        result = self._power_iteration(self.kernel[...], self.v[...], tolerance, max_iterations)
-        self.u[...], self.v[...] = result.u, result.v
-        return result.status
-
-    def measured_norm(self, tolerance: float = 1e-6, max_iterations: int = 2000) -> Array:
-        """Norm of the kernel that the layer applies, by a power iteration of its own from a fresh start."""
-        start = jax.random.normal(jax.random.key(0), self.v.shape, self.v.dtype)
-        return self._power_iteration(self.weights()[0], start, tolerance, max_iterations).sigma
-
-    def _power_iteration(self, kernel: Array, v: Array, tolerance: float, max_iterations: int) -> PowerIteration:
-        return power_iteration(
+        kernel = self.kernel[...]
+        result = power_iteration(
             lambda v: self.linear_map.matvec(kernel, v),
             lambda u: self.linear_map.rmatvec(kernel, u),
-            v,
+            self.v[...],
             tolerance=tolerance,
             max_iterations=max_iterations,
         )
+        self.u[...], self.v[...] = result.u, result.v
+        return result.status
+
+    def restart_norm(self) -> None:
+        """Forgets the power iteration: v becomes a fixed random vector."""
+        self.v[...] = jax.random.normal(jax.random.key(0), self.v.shape, self.v.dtype)
 
 
 def map_linears(module: nnx.Module, function: Callable[[LipschitzLinear], Result]) -> list[Result]:

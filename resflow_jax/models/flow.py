@@ -49,6 +49,7 @@ class ResidualFlow(nnx.Module):
         self.config = config
         self.scales = nnx.merge(static["graphdef"], state)
         self._emitted = static["emitted"]
+        self.converge_norms()
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -133,8 +134,8 @@ class ResidualFlow(nnx.Module):
     def update_norms(self, *, tolerance: float = 1e-3, max_iterations: int = 20) -> PowerIterationStatus:
         """Advances the power iteration of every linear layer, in place, warm-started.
 
-        To be called after a change of parameters: after every optimiser step with the defaults,
-        with a smaller tolerance and a larger cap before evaluation. Works under `nnx.jit`.
+        To be called after a change of parameters, as after every optimiser step. Works under
+        `nnx.jit`. Before evaluation `converge_norms` is the same to convergence.
 
         Args:
           tolerance: relative, on sigma; see `functional.norms.power_iteration`.
@@ -146,6 +147,10 @@ class ResidualFlow(nnx.Module):
         state, status = _update_norms(*nnx.split(self), tolerance, max_iterations)
         nnx.update(self, state)
         return status
+
+    def converge_norms(self) -> PowerIterationStatus:
+        """Runs the power iteration of every linear layer to convergence, in place; see `update_norms`."""
+        return self.update_norms(tolerance=1e-6, max_iterations=2000)
 
     def _check_input(self, x: Array) -> None:
         check_batch("x", x, self.event_shape)
@@ -163,18 +168,23 @@ def check_values(x: Array | np.ndarray, *, unit_interval: bool) -> None:
 
 
 def layer_norms(flow: ResidualFlow) -> Array:
-    """Norm of every normalised linear layer, [layers], by power iteration from a fresh start.
+    """Norm of every linear layer as it is applied, [layers], by power iteration from a fresh start.
 
-    An estimate from below, converged far; how it compares with the coefficient tells whether the
-    stored power-iteration vectors are up to date.
+    A converged estimate from below. Where it exceeds the coefficient, the power-iteration vectors
+    that the flow holds are out of date.
     """
-    return _layer_norms(*nnx.split(flow))
+    anew = nnx.clone(flow)
+    map_linears(anew, lambda layer: layer.restart_norm())
+    anew.converge_norms()
+    # W / max(1, sigma / c) has norm |W| / max(1, sigma / c), sigma by the stored vectors.
+    true, stored = _spectral_norms(*nnx.split(anew)), _spectral_norms(*nnx.split(flow))
+    return true / jnp.maximum(1.0, stored / flow.config.coefficient)
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _layer_norms(graphdef, state):
-    norms = map_linears(nnx.merge(graphdef, state), lambda layer: layer.measured_norm())
-    return jnp.concatenate([jnp.atleast_1d(norm) for norm in norms])
+def _spectral_norms(graphdef, state):
+    sigmas = map_linears(nnx.merge(graphdef, state), lambda layer: layer.spectral_norm())
+    return jnp.concatenate([jnp.atleast_1d(sigma) for sigma in sigmas])
 
 
 def standard_normal_log_prob(z: Array) -> Array:
@@ -190,9 +200,7 @@ def _creator(config):
     @jax.jit
     def create(key):
         scales, emitted = build_scales(config, nnx.Rngs(key))
-        scales = nnx.List(scales)
-        _converge_norms(scales, tolerance=1e-6, max_iterations=2000)
-        static["graphdef"], state = nnx.split(scales)
+        static["graphdef"], state = nnx.split(nnx.List(scales))
         static["emitted"] = tuple(emitted)
         return state
 
@@ -261,14 +269,10 @@ def _inverse(graphdef, state, z, solver):
 @partial(jax.jit, static_argnames=("graphdef", "tolerance", "max_iterations"))
 def _update_norms(graphdef, state, tolerance, max_iterations):
     flow = nnx.merge(graphdef, state)
-    status = _converge_norms(flow, tolerance, max_iterations)
-    return nnx.state(flow), status
-
-
-def _converge_norms(module: nnx.Module, tolerance: float, max_iterations: int) -> PowerIterationStatus:
-    statuses = map_linears(module, lambda layer: layer.update_norm(tolerance, max_iterations))
-    return PowerIterationStatus(
+    statuses = map_linears(flow, lambda layer: layer.update_norm(tolerance, max_iterations))
+    slowest = PowerIterationStatus(
         jnp.max(jnp.stack([jnp.max(s.iterations) for s in statuses])),
         jnp.max(jnp.stack([jnp.max(s.residual) for s in statuses])),
         jnp.all(jnp.stack([jnp.all(s.converged) for s in statuses])),
     )
+    return nnx.state(flow), slowest

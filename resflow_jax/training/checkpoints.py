@@ -7,6 +7,7 @@ cut off leaves the earlier ones whole.
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -48,9 +49,11 @@ class Checkpoints:
         self._manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=metrics)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at `step`; `like` gives structure, shapes and placement."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        """The state saved at `step`; `like` gives structure and shapes."""
+        on_host = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+        # Back through the host, so that the arrays are as little tied to a device as fresh ones are:
+        # else every compiled function would be compiled once more for them.
+        return jax.device_put(self._manager.restore(step, args=ocp.args.StandardRestore(on_host)))
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk."""

@@ -68,24 +68,21 @@ def evaluate_bits_per_dim(
     batches = -(-number // batch_size)
     padded = np.resize(images, (batches * batch_size, *images.shape[1:]))
 
-    keys = jax.random.split(key, batches)
-    batches = zip(np.split(padded, batches), keys, strict=True)
-    scores = [_image_scores(flow, b, k, levels, estimator, draws) for b, k in batches]
-    scores = np.concatenate(jax.device_get(scores))[:number].astype(np.float64)
+    scores = np.zeros((draws, batches * batch_size))
+    for draw, draw_key in enumerate(jax.random.split(key, draws)):
+        keys = jax.random.split(draw_key, batches)
+        parts = [
+            _image_scores(flow, b, k, levels, estimator) for b, k in zip(np.split(padded, batches), keys, strict=True)
+        ]
+        scores[draw] = np.concatenate(jax.device_get(parts))
+    scores = scores.mean(axis=0)[:number]
     stderr = scores.std(ddof=1) / math.sqrt(number) if number > 1 else math.inf
     return Estimate(float(scores.mean()), float(stderr))
 
 
-@partial(jax.jit, static_argnames=("levels", "estimator", "draws"))
-def _image_scores(
-    flow: ResidualFlow, images: Array, key: Array, levels: int, estimator: Estimator, draws: int
-) -> Array:
-    """Bits/dim of each image [B], averaged over the draws."""
-
-    def draw(_, key):
-        noise_key, flow_key = jax.random.split(key)
-        x = dequantize(images, noise_key, levels)
-        return None, flow.log_prob(x, key=flow_key, estimator=estimator)
-
-    _, log_probs = jax.lax.scan(draw, None, jax.random.split(key, draws))
-    return jnp.mean(bits_per_dim(log_probs, flow.dim, levels), axis=0)
+@partial(jax.jit, static_argnames=("levels", "estimator"))
+def _image_scores(flow: ResidualFlow, images: Array, key: Array, levels: int, estimator: Estimator) -> Array:
+    """Bits/dim of one draw for each image [B]."""
+    noise_key, flow_key = jax.random.split(key)
+    log_prob = flow.log_prob(dequantize(images, noise_key, levels), key=flow_key, estimator=estimator)
+    return bits_per_dim(log_prob, flow.dim, levels)

@@ -90,5 +90,5 @@ class Trainer(NamedTuple):
         """The flow with the averaged parameters, its norms iterated to convergence anew."""
         params = optax.tree.bias_correction(state.ema.ema, self.ema_decay, state.ema.count)
         flow = nnx.merge(self.graphdef, params, state.rest)
-        flow.update_norms(tolerance=1e-6, max_iterations=2000)
+        flow.converge_norms()
         return flow
