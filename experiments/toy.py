@@ -2,11 +2,15 @@
 
     python -m experiments.toy [--data 8gaussians] [--estimator exact | roulette] [--workdir DIR] [--steps N] ...
 
-`--help` lists every setting. Every step draws a fresh batch, so nothing is over-fitted; the test points
-are fresh as well. Under the work directory (runs/toy/NAME) it writes toy.png (data, learned density,
-samples), metrics.jsonl and config.json. The same command again starts anew.
-The density is also integrated over a grid: it must give 1, whatever was learned, and that holds
-the map, its log-det and its inverse (which chooses the box) to account.
+`--help` lists every setting. Under the work directory (runs/toy/NAME) it writes toy.png (data, learned
+density, samples), metrics.jsonl and config.json; the same command again starts anew. Batches and test
+points are always fresh, so nothing is over-fitted. The density is integrated over a grid, and must give 1
+whatever was learned: that holds the log-det to the map, and to the samples, which choose the grid's box.
+
+About 100 s with two CPU cores for 6000 steps of 13 ms. Test log_prob in nats, +- 0.007, beside minus the entropy
+of the data, the best possible:
+  8gaussians -2.83 (-2.84)   2spirals -2.55 (-2.55)   checkerboard -3.61 (-3.47)   rings -2.73 (-2.64)
+  moons -2.38 (-2.39)        pinwheel -2.33 (-2.32)   swissroll -2.66 (-2.67)      circles -3.26 (-3.27)
 """
 
 import dataclasses
