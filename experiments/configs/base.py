@@ -33,7 +33,7 @@ class OptimizerConfig:
       ema_decay: decay of the moving average of the parameters that evaluation uses.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
     warmup: int = 100
     b2: float = 0.99
     clip: float = 1.0
@@ -63,7 +63,7 @@ class EvaluationConfig:
     estimator: Estimator = field(default_factory=lambda: Roulette(Geometric(0.5), exact_terms=10))
     draws: int = 10
     images: int = 10000
-    every: int = 250
+    every: int = 200
 
     def __post_init__(self):
         check_count("draws", self.draws, 1)
@@ -91,7 +91,7 @@ class DensityConfig:
     data: DataConfig
     model: ImageFlowConfig
     workdir: Path
-    steps: int = 2000
+    steps: int = 1200
     batch_size: int = 64
     seed: int = 0
     estimator: Estimator = field(default_factory=Roulette)

@@ -68,7 +68,9 @@ class LipschitzLinear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         return self.apply(self.weights(), x)
 
-    def update_norm(self, tolerance: float, max_iterations: int) -> PowerIterationStatus:
+    def update_norm(
+        self, tolerance: float, residual_tolerance: float | None, max_iterations: int
+    ) -> PowerIterationStatus:
         """Advances u and v from where they are, in place. See `power_iteration` for the settings."""
         kernel = self.kernel[...]
         result = power_iteration(
@@ -76,6 +78,7 @@ class LipschitzLinear(nnx.Module):
             lambda u: self.linear_map.rmatvec(kernel, u),
             self.v[...],
             tolerance=tolerance,
+            residual_tolerance=residual_tolerance,
             max_iterations=max_iterations,
         )
         self.u[...], self.v[...] = result.u, result.v
@@ -83,7 +86,8 @@ class LipschitzLinear(nnx.Module):
 
     def restart_norm(self) -> None:
         """Forgets the power iteration: v becomes a fixed random vector."""
-        self.v[...] = jax.random.normal(jax.random.key(0), self.v.shape, self.v.dtype)
+        # Drawn on the host: one compiled draw a shape would take longer than all the iterations.
+        self.v[...] = jnp.asarray(np.random.default_rng(0).standard_normal(self.v.shape), self.v.dtype)
 
 
 def map_linears(module: nnx.Module, function: Callable[[LipschitzLinear], Result]) -> list[Result]:

@@ -131,26 +131,29 @@ class ResidualFlow(nnx.Module):
         self._check_input(x)
         nnx.update(self, _initialize(*nnx.split(self), x))
 
-    def update_norms(self, *, tolerance: float = 1e-3, max_iterations: int = 20) -> PowerIterationStatus:
+    def update_norms(
+        self, *, tolerance: float = 1e-3, residual_tolerance: float | None = None, max_iterations: int = 20
+    ) -> PowerIterationStatus:
         """Advances the power iteration of every linear layer, in place, warm-started.
 
         To be called after a change of parameters, as after every optimiser step. Works under
         `nnx.jit`. Before evaluation `converge_norms` is the same to convergence.
 
         Args:
-          tolerance: relative, on sigma; see `functional.norms.power_iteration`.
+          tolerance: on the relative change of sigma; see `functional.norms.power_iteration`.
+          residual_tolerance: on the residual; by default the square root of `tolerance`.
           max_iterations: cap on the iterations of each layer.
 
         Returns:
           The status of the slowest layer: most iterations, largest residual, whether all converged.
         """
-        state, status = _update_norms(*nnx.split(self), tolerance, max_iterations)
+        state, status = _update_norms(*nnx.split(self), tolerance, residual_tolerance, max_iterations)
         nnx.update(self, state)
         return status
 
     def converge_norms(self) -> PowerIterationStatus:
         """Runs the power iteration of every linear layer to convergence, in place; see `update_norms`."""
-        return self.update_norms(tolerance=1e-6, max_iterations=2000)
+        return self.update_norms(tolerance=1e-6, residual_tolerance=1e-4, max_iterations=2000)
 
     def _check_input(self, x: Array) -> None:
         check_batch("x", x, self.event_shape)
@@ -266,10 +269,10 @@ def _inverse(graphdef, state, z, solver):
     return x, status
 
 
-@partial(jax.jit, static_argnames=("graphdef", "tolerance", "max_iterations"))
-def _update_norms(graphdef, state, tolerance, max_iterations):
+@partial(jax.jit, static_argnames=("graphdef", "tolerance", "residual_tolerance", "max_iterations"))
+def _update_norms(graphdef, state, tolerance, residual_tolerance, max_iterations):
     flow = nnx.merge(graphdef, state)
-    statuses = map_linears(flow, lambda layer: layer.update_norm(tolerance, max_iterations))
+    statuses = map_linears(flow, lambda layer: layer.update_norm(tolerance, residual_tolerance, max_iterations))
     slowest = PowerIterationStatus(
         jnp.max(jnp.stack([jnp.max(s.iterations) for s in statuses])),
         jnp.max(jnp.stack([jnp.max(s.residual) for s in statuses])),

@@ -20,7 +20,7 @@ IMAGE = (4, 4, 2)
 def residual_block(rngs, *, activation="lipswish", preactivation=True, dense=False):
     maps = [DenseMap(6, 8), DenseMap(8, 6)] if dense else [ConvMap((4, 4), 2, 5), ConvMap((4, 4), 5, 2)]
     block = ResidualBlock(maps, get_activation(activation), 0.9, preactivation=preactivation, rngs=rngs)
-    map_linears(block, lambda layer: layer.update_norm(1e-8, 1000))
+    map_linears(block, lambda layer: layer.update_norm(1e-8, None, 1000))
     return block
 
 
@@ -58,7 +58,7 @@ def layer_and_x(request):
     keys = jax.random.split(jax.random.key(3), len(leaves))
     moved = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
     nnx.update(layer, jax.tree.unflatten(structure, moved))
-    map_linears(layer, lambda linear: linear.update_norm(1e-8, 1000))
+    map_linears(layer, lambda linear: linear.update_norm(1e-8, None, 1000))
     return layer, x
 
 
@@ -131,13 +131,13 @@ def test_logit_is_finite_at_the_ends_in_float32():
 def test_norm_state_is_explicit():
     """Applying a layer changes nothing; `update_norm` changes u and v only; they are not parameters."""
     layer = LipschitzLinear(DenseMap(6, 5), 0.5, rngs=nnx.Rngs(0))
-    layer.update_norm(1e-10, 1000)
+    layer.update_norm(1e-10, None, 1000)
     np.testing.assert_allclose(layer.spectral_norm(), np.linalg.norm(layer.kernel[...], 2), rtol=1e-9)
     layer.kernel[...] = 3 * layer.kernel[...].at[0].add(1.0)
     v, kernel = layer.v[...], layer.kernel[...]
     layer(jnp.ones((2, 6)))
     np.testing.assert_array_equal(v, layer.v[...])
-    layer.update_norm(1e-10, 1000)
+    layer.update_norm(1e-10, None, 1000)
     assert not np.allclose(v, layer.v[...])
     np.testing.assert_array_equal(kernel, layer.kernel[...])
     np.testing.assert_allclose(layer.spectral_norm(), np.linalg.norm(kernel, 2), rtol=1e-9)
@@ -149,7 +149,7 @@ def test_norm_state_is_explicit():
 def test_gradient_flows_through_sigma():
     """The gradient of the normalised kernel is that of W * c / |W|_2, dense, by finite differences."""
     layer = LipschitzLinear(DenseMap(4, 3), 0.1, rngs=nnx.Rngs(0))
-    layer.update_norm(1e-14, 5000)
+    layer.update_norm(1e-14, None, 5000)
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
     weights = jax.random.normal(jax.random.key(0), (4, 3))
 
