@@ -14,7 +14,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from flax import nnx
 
@@ -67,12 +66,9 @@ def set_up(config: DensityConfig, data: ImageSplits) -> tuple[Trainer, TrainStat
     flow = ResidualFlow(config.model, rngs=nnx.Rngs(config.seed))
     batch = data.train[epoch_batch(config.seed, 0, len(data.train), config.batch_size)]
     flow.initialize(dequantize(jnp.asarray(batch), jax.random.key(config.seed), data.levels))
-    o = config.optimizer
-    warmup = min(o.warmup, config.steps // 2)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, warmup, config.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(o.clip), optax.adam(schedule, b2=o.b2))
     loss = dequantized_bits_per_dim(config.estimator, data.levels)
-    trainer = Trainer(nnx.split(flow)[0], loss, optimizer, o.ema_decay)
+    optimizer = config.optimizer.build(config.steps)
+    trainer = Trainer(nnx.split(flow)[0], loss, optimizer, config.optimizer.ema_decay)
     return trainer, trainer.create_state(flow)
 
 
@@ -83,8 +79,8 @@ def train(
     state: TrainState,
     checkpoints: Checkpoints,
     metrics: MetricsFile,
-) -> float:
-    """Runs the remaining steps; validates and saves along the way. Returns the median seconds a step.
+) -> float | None:
+    """Runs the remaining steps; validates and saves along the way. Returns the median seconds a step, if any.
 
     Raises:
       FloatingPointError: if the loss or the gradient stops being finite.
@@ -114,7 +110,7 @@ def train(
             checkpoints.save(at.state, estimate.mean)
             at.bar.set_description(f"validation {estimate.mean:.3f} bits/dim")
         metrics.write(step=at.step, split="train", **line)
-    return float(np.median(step_times)) if step_times else float("nan")
+    return float(np.median(step_times)) if step_times else None
 
 
 def validate(config: DensityConfig, data: ImageSplits, trainer: Trainer, state: TrainState) -> Estimate:
@@ -134,7 +130,7 @@ def report(
     flow: ResidualFlow,
     step: int,
     metrics: MetricsFile,
-    step_time: float,
+    step_time: float | None,
     began: float,
 ) -> Estimate:
     """Evaluates the chosen flow on the test split, draws the pictures, prints the closing table."""
@@ -169,7 +165,9 @@ def report(
         "reconstruction error": f"{jnp.max(jnp.abs(images - reconstructions)):.1e}, max |x - f^-1(f(x))|"
         + ("" if status.converged.all() else f"; {int((~status.converged).sum())} did not converge"),
         "largest layer norm": f"{jnp.max(layer_norms(flow)):.4f} (coefficient {config.model.coefficient})",
-        "time per step": f"{step_time * 1e3:.0f} ms, batches of {config.batch_size}",
+        "time per step": "no step taken: the run was finished before"
+        if step_time is None
+        else f"{step_time * 1e3:.0f} ms, batches of {config.batch_size}",
         "time in all": f"{time.perf_counter() - began:.0f} s, set-up and compilation included",
         "written to": str(config.workdir),
     }

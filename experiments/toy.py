@@ -22,11 +22,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from flax import nnx
 
 from experiments import pictures
+from experiments.configs.base import OptimizerConfig
 from experiments.loop import training_loop
 from experiments.run import MetricsFile, claim_workdir, use_compilation_cache
 from resflow_jax import Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
@@ -39,7 +39,6 @@ from resflow_jax.training.step import Trainer
 Array = jax.Array
 
 ESTIMATORS: dict[str, Estimator] = {"exact": Exact(), "roulette": Roulette()}
-EMA_DECAY = 0.99
 INTEGRAL_TOLERANCE = 0.01
 _PURPOSES = ("initialize", "train", "test", "picture")
 
@@ -77,8 +76,7 @@ class ToyConfig:
       steps: optimiser steps in all.
       batch_size: points a step.
       seed: of parameters, data and noise.
-      learning_rate: peak of Adam's, after a warm-up over the first 5 % and before a cosine decay to zero.
-      clip: bound on the gradient's global norm.
+      optimizer: learning rate, clipping, averaging.
       estimator: of the log-det in the loss.
       model: the flow.
       evaluation: how it is examined.
@@ -90,8 +88,7 @@ class ToyConfig:
     steps: int = 6000
     batch_size: int = 256
     seed: int = 0
-    learning_rate: float = 2e-2
-    clip: float = 1.0
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-2, warmup=300, ema_decay=0.99)
     estimator: Literal["exact", "roulette"] = "exact"
     model: VectorFlowConfig = VectorFlowConfig(
         dim=2, blocks=32, hidden=(32, 32), activation="elu", preactivation="none", coefficient=0.995
@@ -104,9 +101,6 @@ class ToyConfig:
         check_count("steps", self.steps, 1)
         check_count("batch_size", self.batch_size, 2)
         check_count("seed", self.seed, 0)
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         check_choice("estimator", self.estimator, tuple(ESTIMATORS))
         if self.model.dim != 2:
             raise ValueError(f"model.dim: expected 2, got {self.model.dim}")
@@ -154,9 +148,7 @@ def train(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile) -> tuple[
     def batch_at(step: int) -> np.ndarray:
         return sample_toy(config.data, config.batch_size, _rng(config, "train", step))
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.steps // 20, config.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule, b2=0.99))
-    trainer = Trainer(nnx.split(flow)[0], loss, optimizer, EMA_DECAY)
+    trainer = Trainer(nnx.split(flow)[0], loss, config.optimizer.build(config.steps), config.optimizer.ema_decay)
     state, step_times = trainer.create_state(flow), []
     for at in training_loop(
         trainer,
@@ -165,7 +157,7 @@ def train(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile) -> tuple[
         batch_at,
         steps=config.steps,
         pauses_at=lambda step: step % config.log_every == 0,
-        unit="nats, negative log_prob",
+        unit="nats (-log_prob)",
     ):
         state = at.state
         step_times.append(at.seconds)

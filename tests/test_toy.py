@@ -106,8 +106,6 @@ def test_bad_arguments_of_the_sampler_are_named():
         ({"data": "spiral"}, "data: expected one of"),
         ({"steps": 0}, "steps: expected an integer of at least 1, got 0"),
         ({"batch_size": 1}, "batch_size: expected an integer of at least 2, got 1"),
-        ({"learning_rate": -1.0}, "learning_rate: expected a positive number, got -1.0"),
-        ({"clip": float("nan")}, "clip: expected a positive number, got nan"),
         ({"estimator": "truncated"}, "estimator: expected one of exact, roulette; got 'truncated'"),
         ({"model": rf.VectorFlowConfig(dim=3)}, "model.dim: expected 2, got 3"),
     ],

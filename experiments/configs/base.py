@@ -1,7 +1,9 @@
-"""The settings of a density-estimation run on images. Each data set has a file beside this one."""
+"""The settings of an experiment. Each image data set has a file beside this one."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import optax
 
 from resflow_jax import Estimator, Geometric, ImageFlowConfig, Roulette
 from resflow_jax.functional.checks import check_count, check_open_interval
@@ -47,6 +49,12 @@ class OptimizerConfig:
         if not self.clip > 0:
             raise ValueError(f"clip: expected a positive number, got {self.clip}")
         check_open_interval("ema_decay", self.ema_decay, 0, 1)
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The optimiser of a run of so many steps; the warm-up takes at most half of them."""
+        warmup = min(self.warmup, steps // 2)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
+        return optax.chain(optax.clip_by_global_norm(self.clip), optax.adam(schedule, b2=self.b2))
 
 
 @dataclass(frozen=True)

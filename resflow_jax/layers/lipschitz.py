@@ -18,7 +18,6 @@ from flax import nnx
 
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.norms import (
-    PowerIteration,
     PowerIterationStatus,
     power_iteration,
     soft_normalize,

@@ -89,7 +89,9 @@ class VectorFlowConfig:
       hidden: widths of a block's hidden layers.
       actnorm: an ActNorm per feature after every block.
       first_actnorm: with `actnorm`, one also before the first block.
-      activation, preactivation, coefficient: as in `ImageFlowConfig`.
+      activation: name of the activation, one of `functional.activations.ACTIVATIONS`.
+      preactivation: which blocks start with an activation: "all_but_first", "all" or "none".
+      coefficient: bound on the norm of every linear layer, in (0, 1).
     """
 
     dim: int

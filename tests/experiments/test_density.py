@@ -120,6 +120,21 @@ def test_command_line_overrides(monkeypatch):
     assert fashion.data.name == "fashion_mnist" and fashion.data.dir == "there"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate: expected a positive number, got -1.0"),
+        ({"clip": float("nan")}, "clip: expected a positive number, got nan"),
+        ({"warmup": -1}, "warmup: expected an integer of at least 0, got -1"),
+        ({"b2": 1.0}, r"b2: expected a number in \(0, 1\), got 1.0"),
+    ],
+)
+def test_bad_optimizer_settings_are_named(arguments, message):
+    """Settings that cannot train name the argument, what was expected and what came."""
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**arguments)
+
+
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--steps", "x"], ["mnist2"], ["--model.blocks", "0"]])
 def test_bad_command_lines(arguments, capsys):
     """A bad value ends the program with a message, not with a run."""
