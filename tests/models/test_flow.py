@@ -152,7 +152,7 @@ def test_inverse_reports_what_did_not_converge(vector_flow):
 
 
 def test_under_transforms(vector_flow):
-    """jit, vmap, scan and grad of log_prob agree with plain calls; the inverse is differentiable."""
+    """jit, vmap, pmap, scan and grad of log_prob agree with plain calls; the inverse is differentiable."""
     flow, x = vector_flow
     exact = flow.log_prob(x, estimator=rf.Exact())
     graphdef, state = nnx.split(flow)
@@ -162,6 +162,7 @@ def test_under_transforms(vector_flow):
 
     np.testing.assert_allclose(jax.jit(log_prob)(state, x), exact, rtol=1e-12)
     np.testing.assert_allclose(jax.vmap(log_prob, (None, 0))(state, x[:, None])[:, 0], exact, rtol=1e-12)
+    np.testing.assert_allclose(jax.pmap(lambda x: log_prob(state, x))(x[None])[0], exact, rtol=1e-12)
     scanned = jax.lax.scan(lambda c, e: (c, log_prob(state, e[None])[0]), 0, x)[1]
     np.testing.assert_allclose(scanned, exact, rtol=1e-12)
     keys = jax.random.split(jax.random.key(0), 3)

@@ -1,8 +1,7 @@
 """Checkpoints: the latest and the best survive, and restore bit for bit."""
 
-import jax
+import chex
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from resflow_jax.training.checkpoints import Checkpoints
@@ -26,6 +25,6 @@ def test_keeps_the_latest_and_the_best(tmp_path):
         assert (again.latest_step, again.best_step) == (4, 2)
         for step in (2, 4):
             restored = again.restore(step, state(0))
-            jax.tree.map(np.testing.assert_array_equal, restored, state(step))
+            chex.assert_trees_all_equal(restored, state(step))
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {"2", "4"}

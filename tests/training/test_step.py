@@ -1,5 +1,6 @@
 """The training step: it descends, averages and keeps the norms; its memory does not grow with depth."""
 
+import chex
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def test_steps_use_fresh_noise_and_are_repeatable(run):
     """The same state, batch and key give the same step bit for bit; the step's number changes the noise."""
     _, step_function, states, metrics = run
     again, values = step_function(states[3], IMAGES, KEY)
-    jax.tree.map(np.testing.assert_array_equal, again, states[4])
+    chex.assert_trees_all_equal(again, states[4])
     np.testing.assert_array_equal(values["loss"], metrics[3]["loss"])
     moved = states[3]._replace(step=states[3].step + 1)
     assert step_function(moved, IMAGES, KEY)[1]["loss"] != values["loss"]
@@ -66,7 +67,7 @@ def test_average_of_the_parameters(run):
     expected = jax.tree.map(
         lambda *p: sum(w * x for w, x in zip(weights, p, strict=True)), *[s.params for s in states[1:4]]
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), nnx.state(flow, nnx.Param), expected)
+    chex.assert_trees_all_close(nnx.state(flow, nnx.Param), expected, rtol=1e-12)
     assert layer_norms(flow).max() < 0.98 * (1 + 1e-4)
 
 
