@@ -10,6 +10,7 @@ once, at the end.
 
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,33 +20,48 @@ from flax import nnx
 
 from experiments import pictures
 from experiments.configs import digits, fashion_mnist
-from experiments.configs.base import DensityConfig
+from experiments.configs.base import DataConfig, DensityConfig
 from experiments.loop import training_loop
 from experiments.run import MetricsFile, claim_workdir, use_compilation_cache
 from resflow_jax import ResidualFlow
-from resflow_jax.data.images import ImageSplits, dequantize, epoch_batch, load_digits, load_tfds, to_unit_interval
+from resflow_jax.data.images import (
+    ImageSplits,
+    dequantize,
+    epoch_batch,
+    find_data_dir,
+    load_digits,
+    load_tfds,
+    to_unit_interval,
+)
 from resflow_jax.models.flow import layer_norms
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.likelihood import Estimate, dequantized_bits_per_dim, evaluate_bits_per_dim
 from resflow_jax.training.step import Trainer, TrainState
 
 CONFIGS = {"digits": digits.CONFIG, "fashion_mnist": fashion_mnist.CONFIG}
+HELP = {"digits": digits.__doc__.splitlines()[0], "fashion_mnist": fashion_mnist.__doc__.splitlines()[0]}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs; `digits` if no name is given."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] not in (*CONFIGS, "-h", "--help"):
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["digits", *arguments]
-    named = {name: (config.__doc__.splitlines()[0], config) for name, config in CONFIGS.items()}
-    run(tyro.extras.overridable_config_cli(named, args=arguments, prog="python -m experiments.density"))
+    if not arguments[0].startswith("-") and arguments[0] not in CONFIGS:
+        sys.exit(f"NAME: expected one of {', '.join(CONFIGS)}; got {arguments[0]!r}")
+    named = {name: (HELP[name], config) for name, config in CONFIGS.items()}
+    run(
+        tyro.extras.overridable_config_cli(
+            named, args=arguments, prog="python -m experiments.density", description=__doc__
+        )
+    )
 
 
 def run(config: DensityConfig) -> Estimate:
     """Trains (or goes on training), evaluates, draws. Returns the test bits/dim."""
     began = time.perf_counter()
     use_compilation_cache()
-    data = load_digits() if config.data.name == "digits" else load_tfds(config.data.name, config.data.dir)
+    data = load(config.data)
     if data.shape != config.model.shape:
         raise ValueError(f"model.shape: expected {data.shape}, the shape of the images, got {config.model.shape}")
     claim_workdir(config.workdir, config)
@@ -61,10 +77,17 @@ def run(config: DensityConfig) -> Estimate:
     return report(config, data, trainer.averaged_flow(best), int(best.step), metrics, step_time, began)
 
 
+def load(config: DataConfig) -> ImageSplits:
+    """The images that a config names."""
+    if config.name == "digits":
+        return load_digits()
+    return load_tfds(config.name, config.dir or str(find_data_dir(config.name, Path("../shared/tfds"))))
+
+
 def set_up(config: DensityConfig, data: ImageSplits) -> tuple[Trainer, TrainState]:
     """The flow, initialised on a training batch, with its optimiser."""
     flow = ResidualFlow(config.model, rngs=nnx.Rngs(config.seed))
-    batch = data.train[epoch_batch(config.seed, 0, len(data.train), config.batch_size)]
+    batch = data.train[epoch_batch(config.seed, 0, len(data.train), min(512, len(data.train)))]
     flow.initialize(dequantize(jnp.asarray(batch), jax.random.key(config.seed), data.levels))
     loss = dequantized_bits_per_dim(config.estimator, data.levels)
     optimizer = config.optimizer.build(config.steps)
@@ -106,6 +129,8 @@ def train(
         line = {"bits_per_dim": at.metrics["loss"], "gradient_norm": at.metrics["gradient_norm"]}
         if validates_at(at.step):
             estimate = validate(config, data, trainer, at.state)
+            if not np.isfinite(estimate.mean):
+                raise FloatingPointError(f"bits/dim of the validation split are {estimate.mean} at step {at.step}")
             line["validation_bits_per_dim"] = estimate.mean
             checkpoints.save(at.state, estimate.mean)
             at.bar.set_description(f"validation {estimate.mean:.3f} bits/dim")

@@ -32,10 +32,16 @@ def as_json(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
-def claim_workdir(workdir: Path, config: Any, *, may_change: tuple[str, ...] = ("steps", "workdir")) -> None:
+# Settings that may differ when a run is resumed: they change neither the model nor what a step does, but
+# for the number of steps, on which the schedule of the learning rate depends from then on.
+MAY_CHANGE = ("steps", "workdir", "log_every", "data.dir", "evaluation.draws", "evaluation.images")
+
+
+def claim_workdir(workdir: Path, config: Any) -> None:
     """Makes the directory and writes config.json, or checks that a run may go on there.
 
     Raises:
+      FileExistsError: if the directory holds metrics or checkpoints that no config.json accounts for.
       ValueError: if the directory holds a run of another config; the message lists the differences.
       NotADirectoryError: if the path is taken by a file.
     """
@@ -45,12 +51,14 @@ def claim_workdir(workdir: Path, config: Any, *, may_change: tuple[str, ...] = (
     path, new = workdir / "config.json", as_json(config)
     if path.exists():
         differences = list(_differences(json.loads(path.read_text()), new))
-        differences = [d for d in differences if d.split(":")[0] not in may_change]
+        differences = [d for d in differences if d.split(":")[0] not in MAY_CHANGE]
         if differences:
             raise ValueError(
                 f"workdir: {workdir} holds a run of another config; name another --workdir, or use its settings:\n  "
                 + "\n  ".join(differences)
             )
+    elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
+        raise FileExistsError(f"workdir: expected a new directory or that of a run, got {workdir} without config.json")
     write_atomically(path, json.dumps(new, indent=2) + "\n")
 
 

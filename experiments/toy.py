@@ -14,6 +14,7 @@ of the data, the best possible:
 """
 
 import dataclasses
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,9 @@ class ToyResult:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
-    run(tyro.cli(ToyConfig, args=arguments, prog="python -m experiments.toy", description=__doc__))
+    result = run(tyro.cli(ToyConfig, args=arguments, prog="python -m experiments.toy", description=__doc__))
+    if not abs(result.integral - 1) <= INTEGRAL_TOLERANCE:
+        sys.exit(1)
 
 
 def run(config: ToyConfig) -> ToyResult:

@@ -46,6 +46,12 @@ def test_epochs_visit_every_image_once():
         images.epoch_batch(0, 0, 10, 11)
 
 
+def test_only_integers_are_dequantised():
+    """Floats are refused, also under jit: they would be taken for levels."""
+    with pytest.raises(ValueError, match=r"images: expected integer pixels in 0..16, got dtype float"):
+        jax.jit(lambda x: images.dequantize(x, jax.random.key(0), 17))(jnp.zeros((1, 2, 2, 1)))
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [

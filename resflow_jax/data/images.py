@@ -44,6 +44,8 @@ class ImageSplits:
 
 def dequantize(images: Array, key: Array, levels: int) -> Array:
     """(k + u) / levels with u uniform in [0, 1), for integers k [B, H, W, C]; floats in [0, 1]."""
+    if not jnp.issubdtype(images.dtype, jnp.integer):
+        raise ValueError(f"images: expected integer pixels in 0..{levels - 1}, got dtype {images.dtype}")
     noise = jax.random.uniform(key, images.shape)
     return (images.astype(noise.dtype) + noise) / levels
 
@@ -100,11 +102,11 @@ def load_tfds(name: str, data_dir: str | None = None, *, validation: int = 5000)
     return ImageSplits(splits["train"][:-validation], splits["train"][-validation:], splits["test"], levels=256)
 
 
-def find_data_dir(name: str) -> Path:
-    """The first of $TFDS_DATA_DIR, ~/tensorflow_datasets and ../shared/tfds that holds the data set."""
+def find_data_dir(name: str, *others: Path) -> Path:
+    """The first of $TFDS_DATA_DIR, ~/tensorflow_datasets and `others` that holds the data set."""
     home = Path.home() / "tensorflow_datasets"
     named = os.environ.get("TFDS_DATA_DIR")
-    candidates = [*([Path(named)] if named else []), home, Path("../shared/tfds")]
+    candidates = [*([Path(named)] if named else []), home, *others]
     return next((path for path in candidates if (path / name).is_dir()), candidates[0])
 
 

@@ -47,7 +47,7 @@ class Activation:
 
 
 def lipswish(x: Array, beta: Array | float = 0.5) -> Array:
-    """x * sigmoid(softplus(beta) * x) / 1.1; Lipschitz constant 0.99986 for every beta."""
+    """x * sigmoid(softplus(beta) * x) / 1.1; Lipschitz constant 0.99985... for every beta."""
     return x * jax.nn.sigmoid(jax.nn.softplus(beta) * x) / 1.1
 
 

@@ -1,9 +1,10 @@
 """Checks of arguments: each raises a ValueError that names the argument, what was expected and what came."""
 
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -33,5 +34,19 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def check_open_interval(name: str, value: Any, low: float, high: float) -> None:
     """A number strictly between `low` and `high`."""
-    if not low < value < high:
-        raise ValueError(f"{name}: expected a number in ({low}, {high}), got {value}")
+    if not isinstance(value, Real) or not low < value < high:
+        raise ValueError(f"{name}: expected a number in ({low}, {high}), got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """A positive number, not NaN."""
+    if not isinstance(value, Real) or not value > 0:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def check_residual(name: str, g: Callable[[Any, Any], Any], params: Any, x: Any) -> None:
+    """A float array x [B, ...] and a g(params, x) that keeps its shape and dtype; g is only traced."""
+    check_batch(name, x)
+    out = jax.eval_shape(g, params, x)
+    if (out.shape, out.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"g: expected an output {x.dtype} {x.shape} like {name}, got {out.dtype} {out.shape}")

@@ -34,6 +34,8 @@ def conv2d(x: Array, kernel: Array) -> Array:
         raise ValueError(f"kernel: expected [kh, kw, I, O] with odd kh, kw, got shape {kernel.shape}")
     if kernel.shape[2] != x.shape[3]:
         raise ValueError(f"kernel: expected {x.shape[3]} input channels (those of x), got {kernel.shape[2]}")
+    dtype = jnp.result_type(x, kernel)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
     if kernel.shape[:2] == (1, 1):
         return x @ kernel[0, 0]
     return _conv2d(x, kernel)

@@ -5,9 +5,10 @@
 converges for every contraction g (Behrmann et al. 2019, arXiv 1811.00995, algorithm 1). Each
 example stops by itself once no element of it moves by more than the tolerance,
 
-    max |x_new - x| <= tolerance * max(1, max |x|),
+    max |x_new - x| <= tolerance * max(1, max |x|, max |y|),
 
-where x_new - x = y - g(x) - x is the residual of the equation (never its square). The
+where x_new - x = y - g(x) - x is the residual of the equation (never its square), or once it
+moves by at most 64 units of rounding and no longer less than before: no more can be had. The
 derivative comes from the implicit function theorem: dx = (I + J)^-1 (dy - dg), where
 (I + J)^-1, and its transpose in reverse mode, are applied by the same kind of iteration,
 u <- b - J u. Nothing of the iterations is stored.
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resflow_jax.functional.checks import check_batch
+from resflow_jax.functional.checks import check_count, check_positive, check_residual
 
 Array = jax.Array
 
@@ -34,8 +35,8 @@ class FixedPoint:
     """Settings of the fixed-point iteration.
 
     Attributes:
-      tolerance: bound on the last step, relative to max(1, max |x|) of the example; by default
-        1e-6 in float32, 1e-12 in float64, 1e-2 in 16-bit floats.
+      tolerance: bound on the last step, relative to max(1, max |x|, max |y|) of the example; by
+        default 1e-6 in float32, 1e-12 in float64, 1e-2 in 16-bit floats.
       max_iterations: cap on the evaluations of g; convergence takes about
         log(tolerance) / log(L) of them.
 
@@ -47,10 +48,9 @@ class FixedPoint:
     max_iterations: int = 1000
 
     def __post_init__(self):
-        if self.tolerance is not None and not self.tolerance > 0:
-            raise ValueError(f"tolerance: expected a positive number, got {self.tolerance}")
-        if self.max_iterations < 1:
-            raise ValueError(f"max_iterations: expected at least 1, got {self.max_iterations}")
+        if self.tolerance is not None:
+            check_positive("tolerance", self.tolerance)
+        check_count("max_iterations", self.max_iterations, 1)
 
     def tolerance_for(self, dtype: Any) -> float:
         """The tolerance in force for arrays of this float dtype."""
@@ -65,7 +65,8 @@ class InverseStatus(NamedTuple):
       residual: max |y - g(x) - x| one iterate before the x returned, the last step taken; the
         largest over the blocks of a flow. The error of x is at most residual * L / (1 - L) in the
         norm in which g has Lipschitz constant L.
-      converged: whether the last step was within the tolerance, in every block of a flow.
+      converged: whether the last step was within the tolerance or down to rounding, in every
+        block of a flow.
     """
 
     iterations: Array
@@ -100,14 +101,11 @@ def residual_inverse(
     Raises:
       ValueError: if y is not a float array with a batch axis or g changes its shape or dtype.
     """
-    check_batch("y", y)
-    out = jax.eval_shape(g, params, y)
-    if (out.shape, out.dtype) != (y.shape, y.dtype):
-        raise ValueError(f"g: expected an output {y.dtype} {y.shape} like y, got {out.dtype} {out.shape}")
+    check_residual("y", g, params, y)
 
     def solve(equation, start):
-        # equation(x) = x + g(x) - y is the negative of the step.
-        x, status = _iterate(lambda x: x - equation(x), start, solver)
+        # Not x - equation(x): its rounding would be added to that of y - g(x).
+        x, status = _iterate(lambda x: y - g(params, x), start, solver, jnp.maximum(1, _example_max(y)))
         return x, jax.tree.map(lambda leaf: leaf.astype(y.dtype), status)  # custom_root wants float aux
 
     def solve_linear(operator, b):
@@ -146,16 +144,21 @@ def _warn(status: InverseStatus, what: str) -> None:
 
 
 def _iterate(
-    step: Callable[[Array], Array], start: Array, solver: FixedPoint, scale: Array | float = 1
+    step: Callable[[Array], Array], start: Array, solver: FixedPoint, scale: Array
 ) -> tuple[Array, InverseStatus]:
-    """Repeats x <- step(x), freezing each example once its step is within tolerance * max(scale, max |x|)."""
+    """Repeats x <- step(x), freezing each example once its step is within tolerance * max(scale, max |x|)
+    or down to rounding.
+    """
     batch, tolerance = start.shape[0], solver.tolerance_for(start.dtype)
+    rounding = 64 * jnp.finfo(start.dtype).eps
 
     def advance(state):
         x, status = state
         x_new = step(x)
         change = _example_max(x_new - x)
-        small = change <= tolerance * jnp.maximum(scale, _example_max(x_new))
+        size = jnp.maximum(scale, _example_max(x_new))
+        stalled = (change <= rounding * size) & (change >= status.residual)
+        small = (change <= tolerance * size) | stalled
         active = ~status.converged
         x = jnp.where(active.reshape(-1, *[1] * (x.ndim - 1)), x_new, x)
         return x, InverseStatus(

@@ -23,6 +23,7 @@ Shapes: x [B, ...], any event shape; y like x; log_det [B], in nats. g must trea
 examples of a batch independently and have Lipschitz constant below one in x.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resflow_jax.functional.checks import check_batch, check_choice, check_count
+from resflow_jax.functional.checks import check_choice, check_count, check_residual
 from resflow_jax.functional.roulette import Geometric, Law, Poisson, length_cap, term_weight
 
 Array = jax.Array
@@ -142,7 +143,7 @@ def residual(
         the key is missing, or if the estimator is unknown.
     """
     estimator = Roulette() if estimator is None else estimator
-    _check_residual(g, params, x)
+    check_residual("x", g, params, x)
     if isinstance(estimator, Exact):
         # The Jacobian is not worth keeping: a chain of blocks would hold them all.
         return jax.checkpoint(partial(_exact, g, estimator.chunk_size))(params, x)
@@ -258,7 +259,7 @@ def _autodiff(g, estimator, params, x, key):
 def _exact(g, chunk_size, params, x):
     batch, event = x.shape[0], x.shape[1:]
     g_x, pullback = jax.vjp(partial(g, params), x)
-    size = x[0].size
+    size = math.prod(event)
     basis = jnp.eye(size, dtype=x.dtype).reshape(size, *event)
 
     def row(e):  # e_i^T J of every example at once
@@ -269,10 +270,3 @@ def _exact(g, chunk_size, params, x):
     # det(I + J) > 0: I + tJ is invertible for every t in [0, 1], since |tJ| < 1.
     log_det = jnp.linalg.slogdet(jnp.eye(size, dtype=x.dtype) + jacobian)[1]
     return x + g_x, log_det
-
-
-def _check_residual(g: Residual, params: Any, x: Array) -> None:
-    check_batch("x", x)
-    out = jax.eval_shape(g, params, x)
-    if (out.shape, out.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"g: expected an output {x.dtype} {x.shape} like x, got {out.dtype} {out.shape}")

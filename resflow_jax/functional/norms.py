@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resflow_jax.functional.checks import check_count, check_positive
+
 Array = jax.Array
 LinearFunction = Callable[[Array], Array]
 
@@ -82,15 +84,12 @@ def power_iteration(
     Raises:
       ValueError: if a tolerance is not positive or a count is below one.
     """
-    if not tolerance > 0:
-        raise ValueError(f"tolerance: expected a positive number, got {tolerance}")
+    check_positive("tolerance", tolerance)
     if residual_tolerance is None:
         residual_tolerance = tolerance**0.5
-    if not residual_tolerance > 0:
-        raise ValueError(f"residual_tolerance: expected a positive number, got {residual_tolerance}")
+    check_positive("residual_tolerance", residual_tolerance)
     cap, name = (max_iterations, "max_iterations") if iterations is None else (iterations, "iterations")
-    if cap < 1:
-        raise ValueError(f"{name}: expected at least 1, got {cap}")
+    check_count(name, cap, 1)
 
     def step(state: tuple[Array, PowerIteration]) -> tuple[Array, PowerIteration]:
         old = state[1]

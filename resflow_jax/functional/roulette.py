@@ -10,10 +10,13 @@ several independent lengths N_1..N_s keeps it unbiased and lowers its variance; 
 m + max_i N_i terms.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+
+from resflow_jax.functional.checks import check_open_interval
 
 Array = jax.Array
 
@@ -31,8 +34,7 @@ class Geometric:
     p: float = 0.5
 
     def __post_init__(self):
-        if not 0 < self.p < 1:
-            raise ValueError(f"p: expected a number in (0, 1), got {self.p}")
+        check_open_interval("p", self.p, 0, 1)
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws lengths, int32 of `shape`, inside or outside jit."""
@@ -58,8 +60,7 @@ class Poisson:
     rate: float = 2.0
 
     def __post_init__(self):
-        if not 0 < self.rate < float("inf"):
-            raise ValueError(f"rate: expected a positive finite number, got {self.rate}")
+        check_open_interval("rate", self.rate, 0, math.inf)
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws lengths, int32 of `shape`, inside or outside jit."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus
 from resflow_jax.functional.logdet import Estimator
 from resflow_jax.layers.bijector import Bijector, solved
@@ -23,8 +24,7 @@ class Logit(Bijector):
     """
 
     def __init__(self, alpha: float):
-        if not 0 < alpha < 0.5:
-            raise ValueError(f"logit_alpha: expected a number in (0, 0.5), got {alpha}")
+        check_open_interval("logit_alpha", alpha, 0, 0.5)
         self.alpha = alpha
 
     def _parts(self, x: Array) -> tuple[Array, Array]:
@@ -64,7 +64,7 @@ class ActNorm(Bijector):
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> tuple[Array, Array]:
         log_scale = self.log_scale[...]
-        log_det = (x[0].size // log_scale.size) * jnp.sum(log_scale)
+        log_det = (math.prod(x.shape[1:]) // log_scale.size) * jnp.sum(log_scale)
         return self(x), jnp.broadcast_to(log_det, x.shape[:1])
 
     def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
@@ -90,16 +90,16 @@ class Squeeze(Bijector):
 
     def __call__(self, x: Array) -> Array:
         height, width, channels = self.shape
-        x = x.reshape(-1, height // 2, 2, width // 2, 2, channels)
-        return x.transpose(0, 1, 3, 5, 2, 4).reshape(-1, height // 2, width // 2, 4 * channels)
+        x = x.reshape(x.shape[0], height // 2, 2, width // 2, 2, channels)
+        return x.transpose(0, 1, 3, 5, 2, 4).reshape(x.shape[0], height // 2, width // 2, 4 * channels)
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> tuple[Array, Array]:
         return self(x), jnp.zeros(x.shape[0], x.dtype)
 
     def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
         height, width, channels = self.shape
-        y = y.reshape(-1, height // 2, width // 2, channels, 2, 2)
-        x = y.transpose(0, 1, 4, 2, 5, 3).reshape(-1, height, width, channels)
+        y = y.reshape(y.shape[0], height // 2, width // 2, channels, 2, 2)
+        x = y.transpose(0, 1, 4, 2, 5, 3).reshape(y.shape[0], height, width, channels)
         return x, solved(x)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.norms import (
     PowerIterationStatus,
@@ -40,6 +41,7 @@ class LipschitzLinear(nnx.Module):
     """
 
     def __init__(self, linear_map: LinearMap, coefficient: float, *, rngs: nnx.Rngs):
+        check_open_interval("coefficient", coefficient, 0, 1)
         shapes = linear_map.kernel_shape, linear_map.kernel_shape[-1:], linear_map.input_shape
         kernel, bias, v = _uniforms(rngs.params(), shapes)
         bound = (bias.size / kernel.size) ** 0.5

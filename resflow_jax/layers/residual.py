@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.activations import Activation
+from resflow_jax.functional.checks import check_count
 from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, residual_inverse
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.logdet import Estimator, residual
@@ -60,7 +61,8 @@ class ResidualBlock(Bijector):
         if len(activations) == len(linears):
             x = self.activation(activations[0], x)
         x = self.linears[0].apply(linears[0], x)
-        for layer, linear, params in zip(self.linears[1:], linears[1:], activations[-len(linears) + 1 :], strict=True):
+        between = activations[len(activations) - len(linears) + 1 :]
+        for layer, linear, params in zip(self.linears[1:], linears[1:], between, strict=True):
             x = layer.apply(linear, self.activation(params, x))
         return x
 
@@ -88,6 +90,7 @@ class ResidualStack(Bijector):
     """
 
     def __init__(self, make_step: Callable[[nnx.Rngs], Chain], depth: int, *, rngs: nnx.Rngs):
+        check_count("depth", depth, 1)
         self.depth = depth
         self.steps = nnx.vmap(make_step)(rngs.split(depth))
 

@@ -1,5 +1,6 @@
 """Frozen configurations of the flows. They hold sizes and names only, and check themselves."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from resflow_jax.functional.activations import ACTIVATIONS
@@ -115,7 +116,10 @@ class VectorFlowConfig:
 def _make_tuples(config: object, *names: str) -> None:
     """A config is hashable also if it was given lists, as from JSON."""
     for name in names:
-        object.__setattr__(config, name, tuple(getattr(config, name)))
+        value = getattr(config, name)
+        if not isinstance(value, Iterable):
+            raise ValueError(f"{name}: expected a tuple of integers, got {value!r}")
+        object.__setattr__(config, name, tuple(value))
 
 
 def _check_blocks(name: str, blocks: tuple[int, ...]) -> None:

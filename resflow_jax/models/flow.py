@@ -9,6 +9,7 @@ called inside jit, grad, vmap and scan.
 """
 
 import math
+import warnings
 from functools import lru_cache, partial
 
 import jax
@@ -98,9 +99,14 @@ class ResidualFlow(nnx.Module):
 
         Returns:
           x, or (x, `InverseStatus`). Without the status, a RuntimeWarning is raised if an example
-          did not converge. Differentiable.
+          did not converge. Differentiable. Behind a logit x may leave [0, 1] by alpha / (1 - 2 alpha).
+
+        Raises:
+          ValueError: for a wrong rank, size or dtype, and for concrete values that are not finite.
         """
         check_batch("z", z, (self.dim,))
+        if not isinstance(z, jax.core.Tracer):
+            check_values("z", z, unit_interval=False)
         x, status = _inverse(*nnx.split(self), z, solver)
         if return_status:
             return x, status
@@ -116,10 +122,14 @@ class ResidualFlow(nnx.Module):
         return standard_normal_log_prob(z) + log_det
 
     def sample(self, key: Array, number: int, *, solver: FixedPoint = FixedPoint()) -> Array:
-        """Draws x [number, *event_shape]: z from N(0, I), then `inverse`."""
+        """Draws x [number, *event_shape]: z from N(0, I), then `inverse`; images are clipped to [0, 1].
+
+        Clipping moves the part of the density that the logit's alpha leaves outside of [0, 1].
+        """
         check_count("number", number, 1)
         z = jax.random.normal(key, (number, self.dim), self.dtype)
-        return self.inverse(z, solver=solver)
+        x = self.inverse(z, solver=solver)
+        return jnp.clip(x, 0, 1) if isinstance(self.config, ImageFlowConfig) else x
 
     @property
     def dtype(self) -> np.dtype:
@@ -127,8 +137,13 @@ class ResidualFlow(nnx.Module):
         return jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype
 
     def initialize(self, x: Array) -> None:
-        """Sets every ActNorm from a batch x, in place, so that its output is normalised."""
+        """Sets every ActNorm from a batch x, in place, so that its output is normalised.
+
+        At least two examples, better hundreds: each statistic is taken over the batch.
+        """
         self._check_input(x)
+        if x.shape[0] < 2:
+            raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
         nnx.update(self, _initialize(*nnx.split(self), x))
 
     def update_norms(
@@ -152,22 +167,27 @@ class ResidualFlow(nnx.Module):
         return status
 
     def converge_norms(self) -> PowerIterationStatus:
-        """Runs the power iteration of every linear layer to convergence, in place; see `update_norms`."""
-        return self.update_norms(tolerance=1e-6, residual_tolerance=1e-4, max_iterations=2000)
+        """Runs the power iteration of every linear layer to convergence, in place; see `update_norms`.
+
+        A RuntimeWarning is raised if a layer did not converge (from a host callback under jit).
+        """
+        status = self.update_norms(tolerance=1e-6, residual_tolerance=1e-4, max_iterations=5000)
+        jax.debug.callback(_warn_norms, status)
+        return status
 
     def _check_input(self, x: Array) -> None:
         check_batch("x", x, self.event_shape)
         if not isinstance(x, jax.core.Tracer):
-            check_values(x, unit_interval=isinstance(self.config, ImageFlowConfig))
+            check_values("x", x, unit_interval=isinstance(self.config, ImageFlowConfig))
 
 
-def check_values(x: Array | np.ndarray, *, unit_interval: bool) -> None:
+def check_values(name: str, x: Array | np.ndarray, *, unit_interval: bool) -> None:
     """Raises ValueError on the host unless all values are finite and, if asked, within [0, 1]."""
     x = np.asarray(x)
     if not np.isfinite(x).all():
-        raise ValueError(f"x: expected finite values, got {np.count_nonzero(~np.isfinite(x))} that are not")
+        raise ValueError(f"{name}: expected finite values, got {np.count_nonzero(~np.isfinite(x))} that are not")
     if unit_interval and x.size and not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"x: expected values in [0, 1], got [{x.min()}, {x.max()}]")
+        raise ValueError(f"{name}: expected values in [0, 1], got [{x.min()}, {x.max()}]")
 
 
 def layer_norms(flow: ResidualFlow) -> Array:
@@ -210,8 +230,18 @@ def _creator(config):
     return create, static
 
 
+def _warn_norms(status: PowerIterationStatus) -> None:
+    if not status.converged:
+        warnings.warn(
+            f"power iteration: a layer did not converge in {status.iterations} iterations; largest residual "
+            f"{status.residual:.1e}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def _join(parts: list[Array]) -> Array:
-    return jnp.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=-1)
+    return jnp.concatenate([part.reshape(part.shape[0], math.prod(part.shape[1:])) for part in parts], axis=-1)
 
 
 def _through_scales(flow: ResidualFlow, x: Array, apply) -> Array:
@@ -259,7 +289,7 @@ def _inverse(graphdef, state, z, solver):
     z = z.astype(flow.dtype)
     sizes = [math.prod(shape) for shape in flow._emitted]
     pieces = jnp.split(z, np.cumsum(sizes)[:-1], axis=-1)
-    parts = [piece.reshape(-1, *shape) for piece, shape in zip(pieces, flow._emitted, strict=True)]
+    parts = [piece.reshape(z.shape[0], *shape) for piece, shape in zip(pieces, flow._emitted, strict=True)]
     x, status = parts.pop(), solved(z)
     for scale in reversed(flow.scales):
         x, step = scale.inverse(x, solver)

@@ -7,6 +7,7 @@ cut off leaves the earlier ones whole.
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -46,6 +47,7 @@ class Checkpoints:
     def save(self, state: TrainState, validation_bits_per_dim: float) -> None:
         """Writes the state in the background; call `wait` before reading it."""
         metrics = {"bits_per_dim": validation_bits_per_dim}
+        state = jax.tree.map(jnp.copy, state)  # the next step is donated the original while this is written
         self._manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=metrics)
 
     def restore(self, step: int, like: TrainState) -> TrainState:

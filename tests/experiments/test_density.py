@@ -12,6 +12,8 @@ from experiments.configs.base import EvaluationConfig, OptimizerConfig
 from experiments.run import MetricsFile
 from resflow_jax import ImageFlowConfig, Roulette
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = dataclasses.replace(
     density.CONFIGS["digits"],
     model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)),
@@ -135,11 +137,35 @@ def test_bad_optimizer_settings_are_named(arguments, message):
         OptimizerConfig(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--steps", "x"], ["mnist2"], ["--model.blocks", "0"]])
-def test_bad_command_lines(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--steps", "0"], ValueError, "steps: expected an integer of at least 1, got 0"),
+        (["--model.blocks", "0"], ValueError, "blocks: expected an integer of at least 1, got 0"),
+        (["mnist2"], SystemExit, "NAME: expected one of digits, fashion_mnist; got 'mnist2'"),
+        (["--steps", "x"], SystemExit, "2"),
+    ],
+)
+def test_bad_command_lines(arguments, error, message):
     """A bad value ends the program with a message, not with a run."""
-    with pytest.raises((SystemExit, ValueError)):
+    with pytest.raises(error, match=message):
         density.main(arguments)
+
+
+def test_a_directory_that_is_not_of_a_run(tmp_path):
+    """Metrics that no config accounts for are not overwritten."""
+    (tmp_path / "metrics.jsonl").write_text('{"mine": 1}')
+    with pytest.raises(FileExistsError, match="workdir: expected a new directory or that of a run"):
+        density.run(dataclasses.replace(TINY, workdir=tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"mine": 1}'
+
+
+def test_in_float32(tmp_path):
+    """Without float64, as users run it: the same promises, all in float32."""
+    with jax.enable_x64(False):
+        result = density.run(dataclasses.replace(TINY, workdir=tmp_path))
+    assert np.isfinite(result.mean) and 2 < result.mean < 5
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 3, 4, 6, read_metrics(tmp_path)[-1]["step"]]
 
 
 def test_images_of_another_shape(tmp_path):

@@ -39,7 +39,7 @@ def test_the_iterates(tolerance):
     x, status = with_status(sine, jnp.asarray(1.0), jnp.asarray(y), solver=FixedPoint(tolerance))
     for n in range(len(y)):
         expected, count, change = y[n], 0, np.inf
-        while change > tolerance * max(1, np.abs(expected).max()):
+        while change > tolerance * max(1, np.abs(y[n]).max(), np.abs(expected).max()):
             step = y[n] - 0.9 * np.sin(expected) - expected
             expected, count, change = expected + step, count + 1, np.abs(step).max()
         np.testing.assert_allclose(x[n], expected, atol=1e-13)
@@ -268,3 +268,15 @@ def test_bad_arguments(name, g, y):
     """`residual_inverse` names the argument that is wrong."""
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         residual_inverse(g, jnp.asarray(1.0), y)
+
+
+@pytest.mark.parametrize("lipschitz", [0.95, 0.98])
+@pytest.mark.parametrize("offset", [1.0, 20.0, 100.0])
+def test_converges_down_to_rounding_in_float32(lipschitz, offset):
+    """Large values and a constant near one: rounding alone does not count as non-convergence."""
+    y = jax.random.normal(jax.random.key(0), (200, 1), jnp.float32)
+    x, status = residual_inverse(lambda p, x: p * jnp.sin(x) + offset, jnp.float32(lipschitz), y, return_status=True)
+    assert x.dtype == jnp.float32 and status.converged.all()
+    assert status.iterations.max() < 900
+    error = jnp.abs(x + lipschitz * jnp.sin(x) + offset - y).max()
+    assert error <= 64 * jnp.finfo(jnp.float32).eps * offset

@@ -14,6 +14,8 @@ from resflow_jax.layers.elementwise import ActNorm, Flatten, Logit, Squeeze
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormState, map_linears
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 IMAGE = (4, 4, 2)
 
 
@@ -167,6 +169,13 @@ def test_gradient_flows_through_sigma():
         np.testing.assert_allclose(
             gradient[index], (dense(kernel + step) - dense(kernel - step)) / 2e-6, rtol=1e-5, atol=1e-8
         )
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1.0, 1.5, None])
+def test_linear_rejects_coefficient(coefficient):
+    """A coefficient that gives no contraction is named in the error."""
+    with pytest.raises(ValueError, match=r"coefficient: expected a number in \(0, 1\)"):
+        LipschitzLinear(DenseMap(2, 2), coefficient, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, -1.0])

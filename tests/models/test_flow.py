@@ -9,6 +9,8 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.models.flow import check_values, layer_norms, standard_normal_log_prob
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = {"hidden_channels": 4, "fc_hidden": 4, "fc_layers": 2, "kernels": (3, 3), "logit_alpha": 0.05}
 CONFIGS = {
     "images": rf.ImageFlowConfig((4, 4, 1), blocks=(2, 1), fc_blocks=1, **SMALL),
@@ -17,6 +19,9 @@ CONFIGS = {
     ),
     "images, squeezed first": rf.ImageFlowConfig(
         (4, 4, 1), blocks=(1, 2), squeeze_first=True, fc_blocks=1, preactivation="all", activation="elu", **SMALL
+    ),
+    "images, one layer a block": rf.ImageFlowConfig(
+        (2, 2, 1), blocks=(2,), kernels=(3,), hidden_channels=4, fc_blocks=1, fc_layers=1, logit_alpha=None
     ),
     "vectors": rf.VectorFlowConfig(dim=3, blocks=3, hidden=(5,), preactivation="none", actnorm=False),
 }
@@ -61,7 +66,7 @@ def test_round_trips(flow_and_x):
 
 
 def test_roulette_is_unbiased_through_the_flow(vector_flow):
-    """Mean of log_prob and of its parameter gradient over keys: within 4.5 standard errors of the exact ones."""
+    """Mean of log_prob and of its parameter gradient over keys: within 4 standard errors of the exact ones."""
     flow, x = vector_flow
     weights = jnp.asarray([1.0, -2.0, 0.5])
     graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
@@ -81,7 +86,7 @@ def test_roulette_is_unbiased_through_the_flow(vector_flow):
     error = draws.std(axis=0, ddof=1) / len(keys) ** 0.5
     varies = error > 1e-12
     assert varies.sum() > 50
-    assert np.abs((draws.mean(axis=0) - exact)[varies] / error[varies]).max() < 4.5
+    assert np.abs((draws.mean(axis=0) - exact)[varies] / error[varies]).max() < 4
     np.testing.assert_allclose(draws.mean(axis=0)[~varies], exact[~varies], atol=1e-9)
 
 
@@ -93,7 +98,7 @@ def test_unbiased_with_every_estimator(flow_and_x):
     graphdef, state = nnx.split(flow)
     draws = jax.jit(lambda keys: jax.lax.map(lambda key: nnx.merge(graphdef, state).log_prob(x, key=key), keys))(keys)
     z_score = (draws.mean(0) - exact) / (draws.std(0) / len(keys) ** 0.5)
-    assert np.abs(z_score).max() < 4.5
+    assert np.abs(z_score).max() < 4
     with pytest.raises(ValueError, match="key: Roulette expected a PRNG key"):
         flow.log_prob(x)
 
@@ -132,7 +137,9 @@ def test_sampling(flow_and_x):
     samples = flow.sample(jax.random.key(3), 4)
     assert samples.shape == (4, *flow.event_shape)
     z = jax.random.normal(jax.random.key(3), (4, flow.dim))
-    np.testing.assert_allclose(samples, flow.inverse(z), rtol=1e-12)
+    x = flow.inverse(z)
+    np.testing.assert_allclose(samples, jnp.clip(x, 0, 1) if x.ndim == 4 else x, rtol=1e-12)
+    assert jnp.isfinite(flow.log_prob(samples, key=jax.random.key(0))).all()
     with pytest.raises(ValueError, match="number: expected an integer of at least 1"):
         flow.sample(jax.random.key(3), 0)
 
@@ -169,6 +176,12 @@ def test_under_transforms(vector_flow):
     looped = [log_prob(state, x, key, rf.Roulette()) for key in keys]
     mapped = jax.vmap(lambda key: log_prob(state, x, key, rf.Roulette()))(keys)
     np.testing.assert_allclose(mapped, looped, rtol=1e-10)
+    inverse = jax.vmap(lambda z: nnx.merge(graphdef, state).inverse(z[None])[0])(flow(x))
+    np.testing.assert_allclose(inverse, x, atol=1e-10)
+    inverse = jax.lax.scan(lambda c, z: (c, nnx.merge(graphdef, state).inverse(z[None])[0]), 0, flow(x))[1]
+    np.testing.assert_allclose(inverse, x, atol=1e-10)
+    sample = jax.jit(lambda state, key: nnx.merge(graphdef, state).sample(key, 2))
+    np.testing.assert_allclose(sample(state, keys[0]), flow.sample(keys[0], 2), rtol=1e-10)
     # d/dx log p at x through the inverse: x = f^-1(z), so d(log p(f^-1(z)))/dz = (dx/dz)^T grad log p.
     z = flow(x)
     through = jax.grad(lambda z: log_prob(state, nnx.merge(graphdef, state).inverse(z)).sum())(z)
@@ -232,11 +245,21 @@ def test_bad_input_is_named(case):
             method(x)
 
 
+def test_initialisation_needs_a_batch(vector_flow):
+    """One example has no variance: the error says so and the flow is left alone; no example is no error to map."""
+    flow, x = vector_flow
+    with pytest.raises(ValueError, match="x: expected at least 2 examples to take statistics over, got 1"):
+        flow.initialize(x[:1])
+    assert flow.log_prob(x[:0], estimator=rf.Exact()).shape == (0,)
+
+
 def test_bad_latents_are_named(vector_flow):
     """inverse names z."""
     flow, _ = vector_flow
     with pytest.raises(ValueError, match=r"z: expected a float array \[B, 3\], got shape \(2, 4\)"):
         flow.inverse(jnp.zeros((2, 4)))
+    with pytest.raises(ValueError, match="z: expected finite values, got 3 that are not"):
+        flow.inverse(jnp.full((1, 3), jnp.nan))
 
 
 def test_vectors_may_leave_the_unit_interval(vector_flow):
@@ -244,7 +267,7 @@ def test_vectors_may_leave_the_unit_interval(vector_flow):
     flow, x = vector_flow
     assert jnp.isfinite(flow.log_prob(10 * x, estimator=rf.Exact())).all()
     with pytest.raises(ValueError, match="x: expected finite values"):
-        check_values(np.asarray([np.inf]), unit_interval=False)
+        check_values("x", np.asarray([np.inf]), unit_interval=False)
 
 
 IMAGE_SHAPE = {"shape": (8, 8, 1)}
@@ -269,6 +292,13 @@ BAD_CONFIGS = {
     "vector blocks": (rf.VectorFlowConfig, {"dim": 2, "blocks": 0}, "blocks: expected an integer of at least 1, got 0"),
     "dim": (rf.VectorFlowConfig, {"dim": 0}, "dim: expected an integer of at least 1, got 0"),
     "even kernel": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "kernels": (3, 2)}, "kernels: expected odd sizes"),
+    "no coefficient": (rf.VectorFlowConfig, {"dim": 2, "coefficient": None}, "coefficient: .*got None"),
+    "shape no tuple": (rf.ImageFlowConfig, {"shape": 8}, "shape: expected a tuple of integers, got 8"),
+    "blocks no tuple": (
+        rf.ImageFlowConfig,
+        {**IMAGE_SHAPE, "blocks": 4},
+        "blocks: expected a tuple of integers, got 4",
+    ),
     "alpha": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "logit_alpha": 0.5}, "logit_alpha: expected a number in"),
 }
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import resflow_jax as rf
@@ -33,14 +34,31 @@ def test_every_image_counts_once():
     np.testing.assert_allclose(estimate.stderr, values.std(ddof=1) / 10**0.5, rtol=0.05)
 
 
-def test_standard_error_holds_for_a_flow():
-    """Means of repeated evaluations scatter by what the estimator's part of the error says."""
+@pytest.mark.parametrize("exact_terms", [0, 5])
+def test_standard_error_covers_the_shared_length(exact_terms):
+    """Means of repeated evaluations scatter by the stated error, also where one long series moves a whole batch."""
     same = np.full((50, 2, 2, 1), 3, np.uint8)  # equal images: only noise and estimator vary
-    config = rf.ImageFlowConfig((2, 2, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(1, 1))
+    config = rf.ImageFlowConfig(
+        (2, 2, 1), blocks=(2,), hidden_channels=4, fc_blocks=0, kernels=(1, 1), activation="identity", logit_alpha=0.05
+    )
     flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
-    runs = [
-        evaluate_bits_per_dim(flow, same, jax.random.key(n), levels=8, estimator=rf.Roulette(), batch_size=50)
-        for n in range(30)
-    ]
+    kernels = nnx.state(flow, nnx.Param)
+    nnx.update(flow, jax.tree.map(lambda leaf: 5 * leaf if leaf.ndim > 2 else leaf, kernels))
+    flow.converge_norms()
+    estimator = rf.Roulette(rf.Poisson(2.0), exact_terms=exact_terms)
+    arguments = {"levels": 8, "estimator": estimator, "batch_size": 50, "draws": 10}
+    runs = [evaluate_bits_per_dim(flow, same, jax.random.key(n), **arguments) for n in range(40)]
     means, errors = np.asarray(runs).T
-    assert 0.5 < means.std(ddof=1) / errors.mean() < 1.6
+    assert 0.6 < means.std(ddof=1) / np.sqrt((errors**2).mean()) < 1.4
+
+
+def test_bad_images_are_named():
+    """Floats, levels out of range and an empty split are refused."""
+    flow, arguments = KnownDensity(), {"levels": 16, "estimator": rf.Roulette()}
+    for images, message in [
+        (np.zeros((2, 2, 2, 1)), "images: expected integer pixels"),
+        (np.full((2, 2, 2, 1), 16), "images: expected pixels in 0..15"),
+        (np.zeros((0, 2, 2, 1), int), "images: expected images .* with N > 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            evaluate_bits_per_dim(flow, images, jax.random.key(0), **arguments)
