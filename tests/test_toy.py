@@ -1,5 +1,6 @@
 """The toy densities, and a tiny run of `python -m experiments.toy` from training to the picture."""
 
+import dataclasses
 import json
 import re
 from dataclasses import replace
@@ -12,6 +13,7 @@ import resflow_jax as rf
 from experiments import toy
 from experiments.toy import ToyConfig, ToyEvaluationConfig
 from resflow_jax.data.toy import TOY_DENSITIES, sample_toy
+from resflow_jax.training.likelihood import Estimate
 
 
 @pytest.fixture(autouse=True)
@@ -184,10 +186,14 @@ def test_exact_log_prob_does_not_depend_on_the_batching(tiny):
 
 def test_the_command_line_reaches_the_config(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(toy, "run", seen.append)
+    result = toy.ToyResult(Estimate(-3.0, 0.1), integral=1.0)
+    monkeypatch.setattr(toy, "run", lambda config: seen.append(config) or result)
     toy.main(["--data", "moons", "--estimator", "roulette", "--model.blocks", "3", "--evaluation.cells", "10"])
     assert (seen[0].data, seen[0].estimator) == ("moons", "roulette")
     assert (seen[0].model.blocks, seen[0].evaluation.cells) == (3, 10)
+    result = dataclasses.replace(result, integral=1.02)
+    with pytest.raises(SystemExit, match="1"):
+        toy.main([])
     with pytest.raises(SystemExit):
         toy.main(["--data", "spiral"])
     assert "8gaussians" in capsys.readouterr().err

@@ -144,6 +144,8 @@ def residual(
     """
     estimator = Roulette() if estimator is None else estimator
     check_residual("x", g, params, x)
+    if x.shape[0] == 0:
+        raise ValueError(f"x: expected at least one example, got shape {x.shape}")
     if isinstance(estimator, Exact):
         # The Jacobian is not worth keeping: a chain of blocks would hold them all.
         return jax.checkpoint(partial(_exact, g, estimator.chunk_size))(params, x)

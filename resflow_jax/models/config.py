@@ -28,7 +28,7 @@ class ImageFlowConfig:
       fc_layers: linear layers in a dense block.
       actnorm: an ActNorm (per channel; per feature behind dense blocks) after every block.
       feature_actnorm: an ActNorm per feature after every block, on top of `actnorm`.
-      first_actnorm: an ActNorm of either kind that is on also before the first block.
+      first_actnorm: with `actnorm` or `feature_actnorm`, one also before the first block.
       activation: name of the activation, one of `functional.activations.ACTIVATIONS`.
       preactivation: which blocks start with an activation: "all_but_first", "all" or "none".
       coefficient: bound on the norm of every linear layer, in (0, 1).

@@ -177,6 +177,8 @@ class ResidualFlow(nnx.Module):
 
     def _check_input(self, x: Array) -> None:
         check_batch("x", x, self.event_shape)
+        if x.shape[0] == 0:
+            raise ValueError(f"x: expected at least one example, got shape {x.shape}")
         if not isinstance(x, jax.core.Tracer):
             check_values("x", x, unit_interval=isinstance(self.config, ImageFlowConfig))
 

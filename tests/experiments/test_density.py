@@ -138,18 +138,20 @@ def test_bad_optimizer_settings_are_named(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        (["--steps", "0"], ValueError, "steps: expected an integer of at least 1, got 0"),
-        (["--model.blocks", "0"], ValueError, "blocks: expected an integer of at least 1, got 0"),
-        (["mnist2"], SystemExit, "NAME: expected one of digits, fashion_mnist; got 'mnist2'"),
-        (["--steps", "x"], SystemExit, "2"),
+        (["--steps", "0"], "steps: expected an integer of at least 1, got 0"),
+        (["--model.blocks", "0"], "blocks: expected an integer of at least 1, got 0"),
+        (["--steps", "x"], "steps"),
+        (["mnist2"], "NAME: expected one of digits, fashion_mnist; got 'mnist2'"),
     ],
 )
-def test_bad_command_lines(arguments, error, message):
-    """A bad value ends the program with a message, not with a run."""
-    with pytest.raises(error, match=message):
+def test_bad_command_lines(arguments, message, capsys):
+    """A bad value ends the program with a message that names it, not with a run."""
+    with pytest.raises(SystemExit) as stop:
         density.main(arguments)
+    printed = capsys.readouterr().err + str(stop.value)
+    assert message in " ".join(printed.replace("│", " ").split())
 
 
 def test_a_directory_that_is_not_of_a_run(tmp_path):

@@ -246,11 +246,12 @@ def test_bad_input_is_named(case):
 
 
 def test_initialisation_needs_a_batch(vector_flow):
-    """One example has no variance: the error says so and the flow is left alone; no example is no error to map."""
+    """One example has no variance: the error says so and none is no batch."""
     flow, x = vector_flow
     with pytest.raises(ValueError, match="x: expected at least 2 examples to take statistics over, got 1"):
         flow.initialize(x[:1])
-    assert flow.log_prob(x[:0], estimator=rf.Exact()).shape == (0,)
+    with pytest.raises(ValueError, match=r"x: expected at least one example, got shape \(0, 3\)"):
+        flow.log_prob(x[:0], estimator=rf.Exact())
 
 
 def test_bad_latents_are_named(vector_flow):
