@@ -167,11 +167,13 @@ class ResidualFlow(nnx.Module):
         return status
 
     def converge_norms(self) -> PowerIterationStatus:
-        """Runs the power iteration of every linear layer to convergence, in place; see `update_norms`.
+        """Runs the power iteration of every linear layer far, in place; see `update_norms`.
 
-        A RuntimeWarning is raised if a layer did not converge (from a host callback under jit).
+        To a residual of 1e-5 or for 1000 iterations, which tells singular values apart that differ by
+        0.2 %; sigma is low by less than that. A RuntimeWarning is raised if a layer's residual stays
+        above 1e-2 (from a host callback under jit).
         """
-        status = self.update_norms(tolerance=1e-6, residual_tolerance=1e-4, max_iterations=5000)
+        status = self.update_norms(tolerance=1e-6, residual_tolerance=1e-5, max_iterations=1000)
         jax.debug.callback(_warn_norms, status)
         return status
 
@@ -233,9 +235,9 @@ def _creator(config):
 
 
 def _warn_norms(status: PowerIterationStatus) -> None:
-    if not status.converged:
+    if not status.residual <= 1e-2:  # also if it is NaN
         warnings.warn(
-            f"power iteration: a layer did not converge in {status.iterations} iterations; largest residual "
+            f"power iteration: a layer is far from converged after {status.iterations} iterations; largest residual "
             f"{status.residual:.1e}",
             RuntimeWarning,
             stacklevel=2,
