@@ -1,6 +1,9 @@
 """The 8x8 digits that scikit-learn ships: the default run.
 
 python -m experiments.density digits
+
+On 2 CPU cores: about 3 minutes, compilation included. Expected: 1.86 +- 0.014 test bits/dim, reconstruction error
+below 1e-5, no layer's norm above 0.982.
 """
 
 from pathlib import Path

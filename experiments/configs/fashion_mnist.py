@@ -1,6 +1,9 @@
 """Fashion-MNIST at 28x28 with 256 levels, small enough for a CPU.
 
 python -m experiments.density fashion_mnist --data.dir DIR
+
+On 2 CPU cores: about 0.8 s a step. Expected: 4.06 +- 0.04 test bits/dim with --steps 340 (the first 500 test
+images), falling steadily; a first look at the data, not a model trained to its end.
 """
 
 from pathlib import Path
