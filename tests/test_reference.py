@@ -20,7 +20,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reproduces_z_log_det_and_inverse(variant):
-    """z and log-det to 1e-9 with the stored u, v and to 1e-8 with converged ones; the inverse to 1e-9."""
+    """z and log-det to 1e-9 with the stored u, v and to 1e-8 with converged ones, then the inverse to 1e-8 too."""
     name, weights, converge, z_name, suffix = VARIANTS[variant]
     arrays = load_arrays(name)
     expected = {k.removeprefix("expected/"): v for k, v in arrays.items() if k.startswith("expected/")}

@@ -58,7 +58,10 @@ class ImageFlowConfig:
             raise ValueError(f"shape: expected (H, W, C), got {self.shape}")
         for side in self.shape:
             check_count("shape", side, 1)
-        _check_blocks("blocks", self.blocks)
+        if not self.blocks:
+            raise ValueError("blocks: expected at least one scale, got ()")
+        for number in self.blocks:
+            check_count("blocks", number, 1)
         if not self.kernels:
             raise ValueError("kernels: expected at least one kernel size, got ()")
         for size in self.kernels:
@@ -120,13 +123,6 @@ def _make_tuples(config: object, *names: str) -> None:
         if not isinstance(value, Iterable):
             raise ValueError(f"{name}: expected a tuple of integers, got {value!r}")
         object.__setattr__(config, name, tuple(value))
-
-
-def _check_blocks(name: str, blocks: tuple[int, ...]) -> None:
-    if not blocks:
-        raise ValueError(f"{name}: expected at least one scale, got {blocks}")
-    for number in blocks:
-        check_count(name, number, 1)
 
 
 def _check_common(activation: str, preactivation: str, coefficient: float) -> None:

@@ -152,7 +152,7 @@ class ResidualFlow(nnx.Module):
         """Advances the power iteration of every linear layer, in place, warm-started.
 
         To be called after a change of parameters, as after every optimiser step. Works under
-        `nnx.jit`. Before evaluation `converge_norms` is the same to convergence.
+        `nnx.jit`. Before evaluation call `converge_norms`, which goes much further.
 
         Args:
           tolerance: on the relative change of sigma; see `functional.norms.power_iteration`.
@@ -197,8 +197,8 @@ def check_values(name: str, x: Array | np.ndarray, *, unit_interval: bool) -> No
 def layer_norms(flow: ResidualFlow) -> Array:
     """Norm of every linear layer as it is applied, [layers], by power iteration from a fresh start.
 
-    A converged estimate from below. Where it exceeds the coefficient, the power-iteration vectors
-    that the flow holds are out of date.
+    An estimate from below, as close as that of `converge_norms`. Where it exceeds the coefficient by
+    more than that, the power-iteration vectors that the flow holds are out of date.
     """
     anew = nnx.clone(flow)
     map_linears(anew, lambda layer: layer.restart_norm())
