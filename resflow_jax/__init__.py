@@ -1,10 +1,11 @@
 """Residual flows for JAX: invertible residual networks with unbiased log-densities."""
 
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
+from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated
 from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, residual_inverse
-from resflow_jax.functional.logdet import Estimator, Exact, Roulette, Truncated, residual
+from resflow_jax.functional.laws import Geometric, Poisson
+from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, power_iteration
-from resflow_jax.functional.roulette import Geometric, Poisson
 from resflow_jax.layers.lipschitz import NormState
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import ResidualFlow

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.checks import check_open_interval
+from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus
-from resflow_jax.functional.logdet import Estimator
-from resflow_jax.layers.bijector import Bijector, solved
+from resflow_jax.layers.bijector import Bijector, Forward, solved
 
 Array = jax.Array
 
@@ -36,10 +36,10 @@ class Logit(Bijector):
         log_s, log_rest = self._parts(x)
         return log_s - log_rest
 
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> tuple[Array, Array]:
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         log_s, log_rest = self._parts(x)
         log_det = jnp.sum(math.log1p(-2 * self.alpha) - log_s - log_rest, axis=_event_axes(x))
-        return log_s - log_rest, log_det
+        return log_s - log_rest, log_det, []
 
     def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
         x = (jax.nn.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)
@@ -62,10 +62,10 @@ class ActNorm(Bijector):
     def __call__(self, x: Array) -> Array:
         return (x + self.bias[...]) * jnp.exp(self.log_scale[...])
 
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> tuple[Array, Array]:
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         log_scale = self.log_scale[...]
         log_det = (math.prod(x.shape[1:]) // log_scale.size) * jnp.sum(log_scale)
-        return self(x), jnp.broadcast_to(log_det, x.shape[:1])
+        return self(x), jnp.broadcast_to(log_det, x.shape[:1]), []
 
     def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
         x = y * jnp.exp(-self.log_scale[...]) - self.bias[...]
@@ -93,8 +93,8 @@ class Squeeze(Bijector):
         x = x.reshape(x.shape[0], height // 2, 2, width // 2, 2, channels)
         return x.transpose(0, 1, 3, 5, 2, 4).reshape(x.shape[0], height // 2, width // 2, 4 * channels)
 
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> tuple[Array, Array]:
-        return self(x), jnp.zeros(x.shape[0], x.dtype)
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
+        return self(x), jnp.zeros(x.shape[0], x.dtype), []
 
     def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
         height, width, channels = self.shape
@@ -112,8 +112,8 @@ class Flatten(Bijector):
     def __call__(self, x: Array) -> Array:
         return x.reshape(x.shape[0], math.prod(self.shape))
 
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> tuple[Array, Array]:
-        return self(x), jnp.zeros(x.shape[0], x.dtype)
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
+        return self(x), jnp.zeros(x.shape[0], x.dtype), []
 
     def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
         x = y.reshape(y.shape[0], *self.shape)

@@ -16,10 +16,11 @@ from flax import nnx
 
 from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, residual_inverse
 from resflow_jax.functional.linear_maps import LinearMap
-from resflow_jax.functional.logdet import Estimator, residual
-from resflow_jax.layers.bijector import Bijector, Chain, join_status, solved
+from resflow_jax.functional.logdet import residual
+from resflow_jax.layers.bijector import Bijector, Chain, Forward, join_diagnostics, join_status, solved
 from resflow_jax.layers.lipschitz import LipschitzLinear
 
 Array = jax.Array
@@ -31,7 +32,12 @@ class ResidualBlock(Bijector):
 
     Cost in evaluations of g: one for the map; that of the estimator for the log-det; about
     log(tolerance) / log(Lip(g)) for the inverse.
+
+    Attributes:
+      lipschitz: the bound on Lip(g) that its layers and activations promise.
     """
+
+    blocks = 1
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class ResidualBlock(Bijector):
             nnx.Dict({name: nnx.Param(jnp.asarray(value, float)) for name, value in activation.initial})
             for _ in linear_maps[not preactivation :]
         )
+        self.lipschitz = coefficient ** len(self.linears) * activation.lipschitz ** len(self.activation_params)
 
     def weights(self) -> Weights:
         """Normalised kernels and biases, and the activations' parameters: what `apply` takes."""
@@ -73,10 +80,19 @@ class ResidualBlock(Bijector):
     def __call__(self, x: Array) -> Array:
         return x + self.g(x)
 
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> tuple[Array, Array]:
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         # g takes the raw state and normalises it: the backward pass keeps no normalised copy.
         graphdef, state = nnx.split(self)
-        return residual(lambda state, x: nnx.merge(graphdef, state).g(x), state, x, key=key, estimator=estimator)
+        y, log_det, diagnostics = residual(
+            lambda state, x: nnx.merge(graphdef, state).g(x),
+            state,
+            x,
+            key=key,
+            estimator=jax.tree.map(lambda rows: rows[0], estimator),
+            lipschitz=self.lipschitz,
+            return_diagnostics=True,
+        )
+        return y, log_det, [jax.tree.map(lambda leaf: leaf[None], diagnostics)]
 
     def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
         return residual_inverse(self.apply, self.weights(), y, solver=solver, return_status=True)
@@ -93,6 +109,7 @@ class ResidualStack(Bijector):
         check_count("depth", depth, 1)
         self.depth = depth
         self.steps = nnx.vmap(make_step)(rngs.split(depth))
+        self.blocks = depth * self.steps.blocks
 
     def _scan(self, body, carry, xs=None, *, reverse: bool = False):
         """Scans body(step, carry, x) -> (carry, out) over the steps."""
@@ -107,14 +124,16 @@ class ResidualStack(Bijector):
     def __call__(self, x: Array) -> Array:
         return self._scan(lambda step, x, _: (step(x), None), x)[0]
 
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> tuple[Array, Array]:
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         keys = None if key is None else jax.random.split(key, self.depth)
+        estimators = jax.tree.map(lambda rows: rows.reshape(self.depth, -1, *rows.shape[1:]), estimator)
 
-        def body(step, x, key):
-            return step.forward(x, key, estimator)
+        def body(step, x, inputs):
+            x, log_det, diagnostics = step.forward(x, *inputs)
+            return x, (log_det, join_diagnostics(diagnostics))
 
-        x, log_dets = self._scan(body, x, keys)
-        return x, jnp.sum(log_dets, axis=0)
+        x, (log_dets, diagnostics) = self._scan(body, x, (keys, estimators))
+        return x, jnp.sum(log_dets, axis=0), [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), diagnostics)]
 
     def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
         def body(step, carry, _):

@@ -18,10 +18,11 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import check_batch, check_count
+from resflow_jax.functional.estimators import Estimator, Roulette
 from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, warn_unconverged
-from resflow_jax.functional.logdet import Estimator, Roulette
+from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
-from resflow_jax.layers.bijector import join_status, solved, split_key
+from resflow_jax.layers.bijector import join_diagnostics, join_status, solved, split_estimator, split_key
 from resflow_jax.layers.lipschitz import map_linears
 from resflow_jax.models.build import build_scales
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
@@ -62,25 +63,41 @@ class ResidualFlow(nnx.Module):
         """D, the number of elements of one x and of one z."""
         return math.prod(self.event_shape)
 
-    def forward(self, x: Array, *, key: Array | None = None, estimator: Estimator | None = None) -> tuple[Array, Array]:
+    @property
+    def blocks(self) -> int:
+        """Number of residual blocks."""
+        return sum(scale.blocks for scale in self.scales)
+
+    def forward(
+        self,
+        x: Array,
+        *,
+        key: Array | None = None,
+        estimator: Estimator | None = None,
+        return_diagnostics: bool = False,
+    ) -> tuple[Array, Array] | tuple[Array, Array, Diagnostics]:
         """Maps x to z with the log-det of the map.
 
         Args:
           x: floats [B, *event_shape]; for images in [0, 1].
           key: PRNG key of the estimate; not needed by `Exact`.
           estimator: how each block's log-det is found: `Exact()`, `Truncated(...)`, or
-            `Roulette(...)`, the default, which is unbiased.
+            `Roulette(...)`, the default, which is unbiased. The law of its lengths may be a
+            `Fitted` with one row a residual block.
+          return_diagnostics: whether to return the estimates' `Diagnostics` as well.
 
         Returns:
-          (z, log_det): z [B, D]; log_det [B] = log|det dz/dx| in nats.
+          (z, log_det) or (z, log_det, diagnostics): z [B, D]; log_det [B] = log|det dz/dx| in nats;
+          diagnostics with a leading axis of residual blocks, in the order of the flow.
 
         Raises:
           ValueError: for a wrong rank, size or dtype, a missing key, and, where x is concrete (not
             traced), for values that are not finite or, for images, outside [0, 1].
         """
         self._check_input(x)
-        estimator = Roulette() if estimator is None else estimator
-        return _forward(*nnx.split(self), x, key, estimator)
+        estimator = _with_rows(Roulette() if estimator is None else estimator, self.blocks)
+        z, log_det, diagnostics = _forward(*nnx.split(self), x, key, estimator)
+        return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array) -> Array:
         """Maps x [B, *event_shape] to z [B, D], without the log-det."""
@@ -113,13 +130,21 @@ class ResidualFlow(nnx.Module):
         warn_unconverged(status, "ResidualFlow.inverse")
         return x
 
-    def log_prob(self, x: Array, *, key: Array | None = None, estimator: Estimator | None = None) -> Array:
-        """log p(x) [B] in nats, of the continuous density of x. Arguments as in `forward`.
+    def log_prob(
+        self,
+        x: Array,
+        *,
+        key: Array | None = None,
+        estimator: Estimator | None = None,
+        return_diagnostics: bool = False,
+    ) -> Array | tuple[Array, Diagnostics]:
+        """log p(x) [B] in nats, of the continuous density of x. Arguments and errors as in `forward`.
 
         Unbiased with `Roulette` (also its gradients), exact with `Exact`, biased with `Truncated`.
         """
-        z, log_det = self.forward(x, key=key, estimator=estimator)
-        return standard_normal_log_prob(z) + log_det
+        z, log_det, diagnostics = self.forward(x, key=key, estimator=estimator, return_diagnostics=True)
+        log_prob = standard_normal_log_prob(z) + log_det
+        return (log_prob, diagnostics) if return_diagnostics else log_prob
 
     def sample(self, key: Array, number: int, *, solver: FixedPoint = FixedPoint()) -> Array:
         """Draws x [number, *event_shape]: z from N(0, I), then `inverse`; images are clipped to [0, 1].
@@ -259,19 +284,33 @@ def _through_scales(flow: ResidualFlow, x: Array, apply) -> Array:
     return _join([*parts, x])
 
 
-@partial(jax.jit, static_argnames=("graphdef", "estimator"))
+def _with_rows(estimator: Estimator, blocks: int) -> Estimator:
+    """An estimator whose arrays, if it has any, have one row a residual block."""
+
+    def rows(table):
+        if table.ndim == 1:
+            return jnp.broadcast_to(table, (blocks, table.size))
+        if table.shape[0] != blocks:
+            raise ValueError(f"estimator: expected a table with {blocks} rows, one a block, got shape {table.shape}")
+        return table
+
+    return jax.tree.map(rows, estimator)
+
+
+@partial(jax.jit, static_argnames="graphdef")
 def _forward(graphdef, state, x, key, estimator):
     flow = nnx.merge(graphdef, state)
-    keys = split_key(key, len(flow.scales))
-    log_dets = []
+    keys, estimators = split_key(key, len(flow.scales)), split_estimator(estimator, flow.scales)
+    log_dets, diagnostics = [], []
 
     def apply(n, scale, x):
-        x, log_det = scale.forward(x, keys[n], estimator)
+        x, log_det, found = scale.forward(x, keys[n], estimators[n])
         log_dets.append(log_det)
+        diagnostics.extend(found)
         return x
 
     z = _through_scales(flow, x.astype(flow.dtype), apply)
-    return z, sum(log_dets)
+    return z, sum(log_dets), join_diagnostics(diagnostics)
 
 
 @partial(jax.jit, static_argnames="graphdef")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.data.images import check_quantized, dequantize
-from resflow_jax.functional.logdet import Estimator
+from resflow_jax.functional.estimators import Estimator
 from resflow_jax.models.flow import ResidualFlow
 
 Array = jax.Array

@@ -1,0 +1,118 @@
+"""The estimators of log|det(I + J)|: small frozen values, passed where they are used."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+
+from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.laws import Defensive, Law
+from resflow_jax.functional.probes import PROBES
+
+Probe = Literal["rademacher", "gaussian", "orthogonal"]
+Gradient = Literal["neumann", "autodiff"]
+
+_GRADIENTS = ("neumann", "autodiff")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("chunk_size",))
+@dataclass(frozen=True)
+class Exact:
+    """slogdet of the dense Jacobian of every example. Deterministic; takes no key.
+
+    Cost: D vjps of g (D = number of elements of one example), an LU of [B, D, D]. Derivatives of
+    any order and mode; the Jacobian is recomputed in the backward pass.
+
+    Attributes:
+      chunk_size: rows of the Jacobian computed at once; bounds the memory to chunk_size * B
+        evaluations of g.
+    """
+
+    chunk_size: int = 64
+
+    def __post_init__(self):
+        check_count("chunk_size", self.chunk_size, 1)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("terms", "probe", "probes", "gradient"))
+@dataclass(frozen=True)
+class Truncated:
+    """The first `terms` terms of the power series. Biased (Behrmann et al. 2019).
+
+    The bias of the value is at most D * L^(terms + 1) / ((terms + 1) * (1 - L)). Cost: `terms`
+    vjps of g a probe and, for the gradient, one vjp of (g, J v). The gradient is that of the
+    truncated value, in expectation over the probe.
+
+    Attributes:
+      terms: number of terms of the series.
+      probe, probes, gradient: as in `Roulette`.
+    """
+
+    terms: int = 10
+    probe: Probe = "rademacher"
+    probes: int = 1
+    gradient: Gradient = "neumann"
+
+    def __post_init__(self):
+        check_count("terms", self.terms, 1)
+        _check_common(self)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("length",),
+    meta_fields=("exact_terms", "krylov", "samples", "probe", "probes", "gradient"),
+)
+@dataclass(frozen=True)
+class Roulette:
+    """The unbiased Russian-roulette estimate, by default of a minimal-residual iteration.
+
+    Unbiased in value and gradient over the key, for every setting. One length for the whole batch.
+    Cost: exact_terms + max_i N_i vjps of g a probe (2.1 on average by default for a block of
+    Lipschitz bound 0.94) and, for the gradient, one vjp of (g, J v).
+
+    The papers' setting is Roulette(Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian").
+
+    Attributes:
+      length: law of the random number N of further terms: `Defensive`, `Geometric`, `Poisson`, or
+        `Fitted`.
+      exact_terms: terms that are always taken, m >= 0.
+      krylov: vjps spent on minimal-residual steps before the power series goes on from their
+        residual (`functional.series.MinimalResidual`); None for no end of them, 0 for the power
+        series of the papers.
+      samples: number of lengths averaged; the series is as long as the longest.
+      probe: law of the probes v: "rademacher" (entries +-1, least variance), "gaussian", or
+        "orthogonal" (those of an example at right angles: as many as dimensions give the exact trace).
+      probes: probes an example, averaged; each costs the whole series.
+      gradient: "neumann" (constant memory, first-order reverse mode) or "autodiff" (differentiates
+        the estimate itself: memory grows with the longest possible series, any order and mode; it
+        leaves out lengths of probability below 2^-24).
+    """
+
+    length: Law = Defensive()
+    exact_terms: int = 0
+    krylov: int | None = None
+    samples: int = 1
+    probe: Probe = "rademacher"
+    probes: int = 1
+    gradient: Gradient = "neumann"
+
+    def __post_init__(self):
+        # Inside jax a pytree is also built with leaves that are not laws; only settings are checked.
+        if isinstance(self.length, float | int | str | type(None)):
+            raise ValueError(f"length: expected Defensive, Geometric, Poisson or Fitted, got {self.length!r}")
+        check_count("exact_terms", self.exact_terms, 0)
+        if self.krylov is not None:
+            check_count("krylov", self.krylov, 0)
+        check_count("samples", self.samples, 1)
+        _check_common(self)
+
+
+Estimator = Exact | Truncated | Roulette
+
+
+def _check_common(estimator: Truncated | Roulette) -> None:
+    check_choice("probe", estimator.probe, PROBES)
+    check_count("probes", estimator.probes, 1)
+    check_choice("gradient", estimator.gradient, _GRADIENTS)

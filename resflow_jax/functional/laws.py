@@ -1,0 +1,226 @@
+"""Laws of the random length N of a Russian-roulette series: sample, P(N >= k), and whether they are safe.
+
+An estimate whose terms decay like L^k, L the Lipschitz constant of g, has finite variance for
+certain only if
+
+    sum_k L^(2k) / P(N >= k) < infinity,
+
+that is if the tail of N falls more slowly than L^(2k) (Rhee & Glynn 2015, theorem 1). A geometric
+law needs 1 - p > L^2; the tail of a Poisson law falls faster than any geometric series.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resflow_jax.functional.checks import check_open_interval
+
+Array = jax.Array
+
+_static = partial(jax.tree_util.register_dataclass, data_fields=())
+# For g of unknown Lipschitz constant: that of a single layer of the default coefficient.
+_LIPSCHITZ = 0.98
+
+
+@partial(_static, meta_fields=("p",))
+@dataclass(frozen=True)
+class Geometric:
+    """P(N >= k) = (1 - p)^(k - 1) for k >= 1, mean 1 / p: at least one term is always drawn.
+
+    The estimate's variance is finite if its terms decay faster than (1 - p)^(k/2).
+
+    Raises:
+      ValueError: unless 0 < p < 1.
+    """
+
+    p: float = 0.5
+
+    def __post_init__(self):
+        check_open_interval("p", self.p, 0, 1)
+
+    @classmethod
+    def for_lipschitz(cls, lipschitz: float) -> "Geometric":
+        """The law 1 - p = L, of mean 1 / (1 - L): variance is finite for every g with Lip(g) <= L.
+
+        `Defensive` has the same guarantee at a far smaller mean.
+        """
+        check_open_interval("lipschitz", lipschitz, 0, 1)
+        return cls(1 - lipschitz)
+
+    def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
+        """Draws lengths, int32 of `shape`, inside or outside jit."""
+        return jax.random.geometric(key, self.p, shape, dtype=jnp.int32)
+
+    def survival(self, k: Array | int) -> Array:
+        """P(N >= k), a float of k's shape; one for k <= 1."""
+        return _geometric_survival(1 - self.p, k)
+
+    def tail_ratio(self) -> float:
+        """lim P(N >= k + 1) / P(N >= k)."""
+        return 1 - self.p
+
+    def within(self, lipschitz: float | None) -> "Geometric":
+        """The law to use for a g of that Lipschitz constant: this one."""
+        return self
+
+
+@partial(_static, meta_fields=("rate",))
+@dataclass(frozen=True)
+class Poisson:
+    """P(N >= k) of the Poisson law of mean `rate` on {0, 1, ...}: the papers' choice, with rate 2.
+
+    Its tail falls faster than that of any geometric series, so the estimate's variance is
+    infinite unless the series ends; see `Defensive`.
+
+    Raises:
+      ValueError: unless rate is positive and finite.
+    """
+
+    rate: float = 2.0
+
+    def __post_init__(self):
+        check_open_interval("rate", self.rate, 0, math.inf)
+
+    def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
+        """Draws lengths, int32 of `shape`, inside or outside jit."""
+        return jax.random.poisson(key, self.rate, shape, dtype=jnp.int32)
+
+    def survival(self, k: Array | int) -> Array:
+        """P(N >= k), a float of k's shape; one for k <= 0.
+
+        The regularised lower incomplete gamma function at (k, rate): accurate in the far tail,
+        where one minus the distribution function would cancel.
+        """
+        k = jnp.asarray(k)
+        a = jnp.maximum(k, 1).astype(jnp.result_type(float))
+        return jnp.where(k <= 0, 1.0, jax.scipy.special.gammainc(a, self.rate))
+
+    def tail_ratio(self) -> float:
+        """lim P(N >= k + 1) / P(N >= k)."""
+        return 0.0
+
+    def within(self, lipschitz: float | None) -> "Poisson":
+        """The law to use for a g of that Lipschitz constant: this one."""
+        return self
+
+
+@partial(_static, meta_fields=("p", "share", "lipschitz"))
+@dataclass(frozen=True)
+class Defensive:
+    """A short geometric law mixed with a little of one that is long enough for the Lipschitz bound L.
+
+        P(N >= k) = (1 - share) (1 - p)^(k-1) + share * L^(k-1),   mean (1 - share) / p + share / (1 - L)
+
+    The variance is finite for every g with Lip(g) <= L, since L^(2k) / L^k is summable, while the
+    cost is close to that of Geometric(p). Defensive mixtures: Hesterberg (1995, Technometrics 37).
+
+    Attributes:
+      p: of the short law.
+      share: weight of the long law.
+      lipschitz: L; by default the bound of the residual block where the law is used, or 0.98 where
+        none is known.
+    """
+
+    p: float = 0.5
+    share: float = 0.01
+    lipschitz: float | None = None
+
+    def __post_init__(self):
+        check_open_interval("p", self.p, 0, 1)
+        check_open_interval("share", self.share, 0, 1)
+        if self.lipschitz is not None:
+            check_open_interval("lipschitz", self.lipschitz, 0, 1)
+
+    def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
+        """Draws lengths, int32 of `shape`, inside or outside jit."""
+        choice_key, length_key = jax.random.split(key)
+        long = jax.random.bernoulli(choice_key, self.share, shape)
+        p = jnp.where(long, 1 - self.tail_ratio(), self.p)
+        return jax.random.geometric(length_key, p, shape, dtype=jnp.int32)
+
+    def survival(self, k: Array | int) -> Array:
+        """P(N >= k), a float of k's shape; one for k <= 1."""
+        long = _geometric_survival(self.tail_ratio(), k)
+        return (1 - self.share) * _geometric_survival(1 - self.p, k) + self.share * long
+
+    def tail_ratio(self) -> float:
+        """lim P(N >= k + 1) / P(N >= k)."""
+        return max(_LIPSCHITZ if self.lipschitz is None else self.lipschitz, 1 - self.p)
+
+    def within(self, lipschitz: float | None) -> "Defensive":
+        """The law to use for a g of that Lipschitz constant: with its own, if it has one."""
+        return Defensive(self.p, self.share, lipschitz) if self.lipschitz is None else self
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("table",), meta_fields=("lipschitz",))
+@dataclass(frozen=True)
+class Fitted:
+    """P(N >= k) from a table for k <= K, and falling like L^k behind it. Made by `fit_lengths`.
+
+    A pytree with the table as its leaf: it may be traced, and change without recompiling. With a
+    leading axis, one row a residual block, it is the law of a whole flow.
+
+    Attributes:
+      table: P(N >= k) for k = 1..K, positive, not increasing: floats [K] or [blocks, K].
+      lipschitz: L, as in `Defensive`.
+    """
+
+    table: Array
+    lipschitz: float | None = None
+
+    def __post_init__(self):
+        if self.lipschitz is not None:
+            check_open_interval("lipschitz", self.lipschitz, 0, 1)
+        if isinstance(self.table, jax.Array | np.ndarray) and not isinstance(self.table, jax.core.Tracer):
+            table = np.asarray(self.table)
+            if table.ndim not in (1, 2) or not (table > 0).all() or not (np.diff(table, prepend=1.0) <= 0).all():
+                raise ValueError(
+                    f"table: expected probabilities P(N >= 1..K) in (0, 1] that do not increase, got {table}"
+                )
+
+    def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
+        """Draws lengths, int32 of `shape`, inside or outside jit."""
+        u = jax.random.uniform(key, (*shape, 1), minval=jnp.finfo(self.table.dtype).tiny, dtype=self.table.dtype)
+        inside = jnp.sum(u < self.table, axis=-1)
+        # N >= K + j where u < P(N >= K) * L^j
+        behind = jnp.ceil(jnp.log(u[..., 0] / self.table[-1]) / math.log(self.tail_ratio())) - 1
+        return inside + jnp.maximum(behind, 0).astype(jnp.int32)
+
+    def survival(self, k: Array | int) -> Array:
+        """P(N >= k), a float of k's shape; one for k <= 0."""
+        k, size = jnp.asarray(k), self.table.shape[-1]
+        behind = jnp.exp(jnp.maximum(k - size, 0) * math.log(self.tail_ratio()))
+        return jnp.where(k <= 0, 1.0, self.table[jnp.clip(k - 1, 0, size - 1)] * behind)
+
+    def tail_ratio(self) -> float:
+        """lim P(N >= k + 1) / P(N >= k)."""
+        return _LIPSCHITZ if self.lipschitz is None else self.lipschitz
+
+    def within(self, lipschitz: float | None) -> "Fitted":
+        """The law to use for a g of that Lipschitz constant: with its own, if it has one."""
+        return Fitted(self.table, lipschitz) if self.lipschitz is None else self
+
+
+Law = Geometric | Poisson | Defensive | Fitted
+
+
+def _geometric_survival(ratio: float, k: Array | int) -> Array:
+    exponent = jnp.maximum(jnp.asarray(k) - 1, 0)
+    return jnp.exp(exponent * jnp.log(ratio))
+
+
+def check_variance(law: Law, lipschitz: float) -> None:
+    """A RuntimeWarning if the variance may be infinite for some g with Lip(g) <= lipschitz."""
+    if not law.tail_ratio() > lipschitz**2:
+        warnings.warn(
+            f"length: {law} gives the estimate infinite variance for some g of Lipschitz constant up to "
+            f"{lipschitz:.4g}: its tail falls like {law.tail_ratio():.4g}^k, and {lipschitz**2:.4g}^k or slower is "
+            "safe; Defensive() is",
+            RuntimeWarning,
+            stacklevel=2,
+        )
