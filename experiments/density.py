@@ -36,7 +36,7 @@ from resflow_jax.data.images import (
 from resflow_jax.models.flow import layer_norms
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.likelihood import Estimate, dequantized_bits_per_dim, evaluate_bits_per_dim
-from resflow_jax.training.step import Trainer, TrainState
+from resflow_jax.training.step import Trainer, TrainState, fit_estimator
 
 CONFIGS = {"digits": digits.CONFIG, "fashion_mnist": fashion_mnist.CONFIG}
 HELP = {"digits": digits.__doc__.splitlines()[0], "fashion_mnist": fashion_mnist.__doc__.splitlines()[0]}
@@ -89,10 +89,11 @@ def set_up(config: DensityConfig, data: ImageSplits) -> tuple[Trainer, TrainStat
     flow = ResidualFlow(config.model, rngs=nnx.Rngs(config.seed))
     batch = data.train[epoch_batch(config.seed, 0, len(data.train), min(512, len(data.train)))]
     flow.initialize(dequantize(jnp.asarray(batch), jax.random.key(config.seed), data.levels))
-    loss = dequantized_bits_per_dim(config.estimator, data.levels)
+    loss = dequantized_bits_per_dim(data.levels)
     optimizer = config.optimizer.build(config.steps)
     trainer = Trainer(nnx.split(flow)[0], loss, optimizer, config.optimizer.ema_decay)
-    return trainer, trainer.create_state(flow)
+    state = trainer.create_state(flow, config.estimator)
+    return trainer, fit_estimator(state) if config.fit_lengths else state
 
 
 def train(

@@ -146,7 +146,8 @@ def train(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile) -> tuple[
     estimator = ESTIMATORS[config.estimator]
 
     def loss(flow: ResidualFlow, x: Array, key: Array) -> Array:
-        return -jnp.mean(flow.log_prob(x, key=key, estimator=estimator))
+        log_prob, diagnostics = flow.log_prob(x, key=key, estimator=estimator, return_diagnostics=True)
+        return -jnp.mean(log_prob), diagnostics
 
     def batch_at(step: int) -> np.ndarray:
         return sample_toy(config.data, config.batch_size, _rng(config, "train", step))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import optax
 
-from resflow_jax import Estimator, Geometric, ImageFlowConfig, Roulette
+from resflow_jax import Estimator, ImageFlowConfig, Roulette
 from resflow_jax.functional.checks import check_count, check_open_interval
 
 
@@ -68,7 +68,7 @@ class EvaluationConfig:
       every: steps between evaluations on the validation split (one draw), each with a checkpoint.
     """
 
-    estimator: Estimator = field(default_factory=lambda: Roulette(Geometric(0.5), exact_terms=10))
+    estimator: Estimator = field(default_factory=lambda: Roulette(exact_terms=8))
     draws: int = 10
     images: int = 10000
     every: int = 200
@@ -91,6 +91,7 @@ class DensityConfig:
       batch_size: images a step.
       seed: of parameters, data order and noise.
       estimator: of the log-det in the loss.
+      fit_lengths: refit the law of each block's lengths at every validation (of a `Roulette` only).
       optimizer: learning rate, clipping, averaging.
       evaluation: how bits/dim is measured.
       log_every: steps between lines of metrics.jsonl.
@@ -103,6 +104,7 @@ class DensityConfig:
     batch_size: int = 64
     seed: int = 0
     estimator: Estimator = field(default_factory=Roulette)
+    fit_lengths: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log_every: int = 10

@@ -16,17 +16,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.data.images import check_quantized, dequantize
-from resflow_jax.functional.estimators import Estimator
+from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.estimators import Estimator, Roulette
+from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.models.flow import ResidualFlow
 
 Array = jax.Array
 
 
 class Estimate(NamedTuple):
-    """A mean and its standard error."""
+    """A mean over images and its standard error, split by cause: stderr^2 = data^2 + noise^2.
+
+    Attributes:
+      mean: the estimate.
+      stderr: its standard error.
+      data_stderr: the part from having these images and no others.
+      noise_stderr: the part from dequantisation and from the estimate of the log-det, for these images;
+        NaN where a single draw cannot tell, and stderr then leaves out what a batch has in common.
+    """
 
     mean: float
     stderr: float
+    data_stderr: float
+    noise_stderr: float
 
 
 def bits_per_dim(log_prob: Array, dim: int, levels: int) -> Array:
@@ -34,14 +46,17 @@ def bits_per_dim(log_prob: Array, dim: int, levels: int) -> Array:
     return -log_prob / (dim * math.log(2)) + math.log2(levels)
 
 
-def dequantized_bits_per_dim(estimator: Estimator, levels: int) -> Callable[[ResidualFlow, Array, Array], Array]:
+def dequantized_bits_per_dim(
+    levels: int,
+) -> Callable[[ResidualFlow, Array, Array, Estimator], tuple[Array, Diagnostics]]:
     """The loss of a density model: mean bits/dim of integer images [B, H, W, C], dequantised with the key.
 
-    Unbiased, in value and gradient, if the estimator is.
+    Unbiased, in value and gradient, if the estimator is. With the estimates' diagnostics.
     """
 
-    def loss(flow: ResidualFlow, images: Array, key: Array) -> Array:
-        return jnp.mean(_image_scores(flow, images, key, levels, estimator))
+    def loss(flow: ResidualFlow, images: Array, key: Array, estimator: Estimator) -> tuple[Array, Diagnostics]:
+        scores, diagnostics = _image_scores(flow, images, key, levels, estimator)
+        return jnp.mean(scores), diagnostics
 
     return loss
 
@@ -51,23 +66,38 @@ def evaluate_bits_per_dim(
     images: np.ndarray,
     key: Array,
     *,
-    levels: int,
-    estimator: Estimator,
-    draws: int = 1,
+    levels: int = 256,
+    estimator: Estimator | None = None,
+    draws: int = 4,
     batch_size: int = 100,
 ) -> Estimate:
-    """Mean bits/dim of quantised images [N, H, W, C], each counted once, with its standard error.
+    """Mean bits/dim of quantised images [N, H, W, C], each counted once, with its standard errors.
 
-    Every image is dequantised and its log-det estimated `draws` times. The squared error adds the
-    variance over images, of their averages, to the variance over draws, of theirs: the estimator's
-    roulette length is shared by a batch, so its error does not average out over images. With one draw
-    that second part is unknown and left out. Cost: `draws` times the estimator's on N images.
+    Unbiased. Every image is dequantised and its log-det estimated `draws` times. The noise is judged by
+    the variance over draws of the mean over images, since the roulette's length is shared by a batch
+    and its error does not average out over images; what is left of the variance over images is the
+    data's. Cost: `draws` times the estimator's on N images.
+
+    Args:
+      flow: of images [H, W, C].
+      images: integers in {0..levels-1}.
+      key: PRNG key of dequantisation and estimates.
+      levels: number of values that a pixel can have.
+      estimator: of the log-det; by default a roulette with eight exact terms. `Exact()` leaves
+        only the dequantisation's noise, at D vjps of every block and D^2 numbers an image; use it
+        with a small batch size.
+      draws: independent passes over the images.
+      batch_size: images at once.
 
     Raises:
-      ValueError: unless the images are integers in {0..levels-1} and N > 0.
+      ValueError: unless the images are integers in {0..levels-1}, N > 0, draws and batch_size positive.
     """
+    estimator = Roulette(exact_terms=8) if estimator is None else estimator
     check_quantized("images", images, levels)
+    check_count("draws", draws, 1)
+    check_count("batch_size", batch_size, 1)
     number = len(images)
+    batch_size = min(batch_size, number)
     batches = -(-number // batch_size)
     padded = np.resize(images, (batches * batch_size, *images.shape[1:]))
 
@@ -75,19 +105,27 @@ def evaluate_bits_per_dim(
     for draw, draw_key in enumerate(jax.random.split(key, draws)):
         keys = jax.random.split(draw_key, batches)
         parts = [
-            _image_scores(flow, b, k, levels, estimator) for b, k in zip(np.split(padded, batches), keys, strict=True)
+            _image_scores(flow, b, k, levels, estimator)[0]
+            for b, k in zip(np.split(padded, batches), keys, strict=True)
         ]
         scores[draw] = np.concatenate(jax.device_get(parts))
     scores = scores[:, :number]
-    variance = scores.mean(axis=0).var(ddof=1) / number if number > 1 else math.inf
-    if draws > 1:
-        variance += scores.mean(axis=1).var(ddof=1) / draws
-    return Estimate(float(scores.mean()), math.sqrt(variance))
+    data = scores.mean(axis=0).var(ddof=1) if number > 1 else math.inf
+    if draws == 1:
+        stderr = math.sqrt(data / number)
+        return Estimate(float(scores.mean()), stderr, stderr, math.nan)
+    data = max(0.0, data - scores.var(axis=0, ddof=1).mean() / draws) / number
+    noise = scores.mean(axis=1).var(ddof=1) / draws
+    return Estimate(float(scores.mean()), math.sqrt(data + noise), math.sqrt(data), math.sqrt(noise))
 
 
-@partial(jax.jit, static_argnames=("levels", "estimator"))
-def _image_scores(flow: ResidualFlow, images: Array, key: Array, levels: int, estimator: Estimator) -> Array:
-    """Bits/dim of one draw for each image [B]."""
+@partial(jax.jit, static_argnames="levels")
+def _image_scores(
+    flow: ResidualFlow, images: Array, key: Array, levels: int, estimator: Estimator
+) -> tuple[Array, Diagnostics]:
+    """Bits/dim of one draw for each image [B], and the diagnostics of the estimates."""
     noise_key, flow_key = jax.random.split(key)
-    log_prob = flow.log_prob(dequantize(images, noise_key, levels), key=flow_key, estimator=estimator)
-    return bits_per_dim(log_prob, flow.dim, levels)
+    log_prob, diagnostics = flow.log_prob(
+        dequantize(images, noise_key, levels), key=flow_key, estimator=estimator, return_diagnostics=True
+    )
+    return bits_per_dim(log_prob, flow.dim, levels), diagnostics

@@ -5,6 +5,7 @@ iteration of every linear layer advances; then the moving average of the paramet
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +13,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from resflow_jax.functional.estimators import Estimator, Roulette
+from resflow_jax.functional.fitting import fit_lengths
+from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.models.flow import ResidualFlow
 
 Array = jax.Array
+
+_DECAY = 0.99
+_TERM_NORMS = optax.ema(_DECAY)
 
 
 class TrainState(NamedTuple):
@@ -26,6 +33,8 @@ class TrainState(NamedTuple):
       rest: its other variables, the power-iteration vectors.
       opt_state: of the optimiser.
       ema: `optax.ema` state of the parameters.
+      estimator: of the log-det; its arrays, if any, are the fitted laws of the lengths.
+      term_norms: `optax.ema` state of the `Diagnostics.term_norms`, [blocks, 8].
     """
 
     step: Array
@@ -33,6 +42,8 @@ class TrainState(NamedTuple):
     rest: nnx.State
     opt_state: Any
     ema: optax.EmaState
+    estimator: Estimator
+    term_norms: optax.EmaState
 
 
 class Trainer(NamedTuple):
@@ -40,21 +51,23 @@ class Trainer(NamedTuple):
 
     Attributes:
       graphdef: structure of the flow.
-      loss: (flow, batch, key) -> scalar; see `training.likelihood.dequantized_bits_per_dim`.
+      loss: (flow, batch, key, estimator) -> (scalar, `Diagnostics`); see
+        `training.likelihood.dequantized_bits_per_dim`.
       optimizer: an optax transformation.
       ema_decay: decay of the parameters' moving average, which is bias-corrected.
     """
 
     graphdef: Any
-    loss: Callable[[ResidualFlow, Any, Array], Array]
+    loss: Callable[[ResidualFlow, Any, Array, Estimator], tuple[Array, Diagnostics]]
     optimizer: optax.GradientTransformation
     ema_decay: float
 
-    def create_state(self, flow: ResidualFlow) -> TrainState:
+    def create_state(self, flow: ResidualFlow, estimator: Estimator) -> TrainState:
         """The state before the first step."""
         _, params, rest = nnx.split(flow, nnx.Param, ...)
         ema = optax.ema(self.ema_decay).init(params)
-        return TrainState(jnp.asarray(0), params, rest, self.optimizer.init(params), ema)
+        term_norms = _TERM_NORMS.init(jnp.zeros((flow.blocks, DIAGNOSED_TERMS)))
+        return TrainState(jnp.asarray(0), params, rest, self.optimizer.init(params), ema, estimator, term_norms)
 
     def step(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
         """One optimiser step.
@@ -65,22 +78,24 @@ class Trainer(NamedTuple):
           key: the run's PRNG key; the step folds its own number into it.
 
         Returns:
-          The new state, and scalars: "loss" and "gradient_norm", before clipping.
+          The new state, and metrics: "loss"; "gradient_norm", before clipping; "diagnostics" of the
+          log-det's estimates, by block.
         """
 
         def objective(params):
             flow = nnx.merge(self.graphdef, params, state.rest)
-            return self.loss(flow, batch, jax.random.fold_in(key, state.step))
+            return self.loss(flow, batch, jax.random.fold_in(key, state.step), state.estimator)
 
-        value, gradient = jax.value_and_grad(objective)(state.params)
+        (value, diagnostics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         flow = nnx.merge(self.graphdef, params, state.rest)
         flow.update_norms()
         rest = nnx.split(flow, nnx.Param, ...)[2]
         _, ema = optax.ema(self.ema_decay).update(params, state.ema)
-        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient)}
-        return TrainState(state.step + 1, params, rest, opt_state, ema), metrics
+        _, term_norms = _TERM_NORMS.update(diagnostics.term_norms, state.term_norms)
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient), "diagnostics": diagnostics}
+        return TrainState(state.step + 1, params, rest, opt_state, ema, state.estimator, term_norms), metrics
 
     def compiled_step(self) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
         """`step` compiled; the state passed in is donated."""
@@ -92,3 +107,22 @@ class Trainer(NamedTuple):
         flow = nnx.merge(self.graphdef, params, state.rest)
         flow.converge_norms()
         return flow
+
+
+def fit_estimator(state: TrainState) -> TrainState:
+    """The state with the law of each block's lengths fitted to the term norms of the last hundred steps or so.
+
+    To be called between epochs; the gradient of the next steps stays unbiased. Before the first step
+    every block is given a law that always takes eight terms.
+
+    Raises:
+      ValueError: if the estimator is no `Roulette` of less than eight exact terms.
+    """
+    if not isinstance(state.estimator, Roulette) or state.estimator.exact_terms >= DIAGNOSED_TERMS:
+        raise ValueError(
+            f"estimator: expected Roulette, less than {DIAGNOSED_TERMS} exact_terms, got {state.estimator}"
+        )
+    norms, count = state.term_norms.ema, state.term_norms.count
+    seen = optax.tree.bias_correction(norms, _DECAY, jnp.maximum(count, 1))
+    law = fit_lengths(jnp.where(count > 0, seen, 1.0)[:, state.estimator.exact_terms :])
+    return state._replace(estimator=replace(state.estimator, length=law))
