@@ -117,6 +117,9 @@ def train(
     def validates_at(step: int) -> bool:
         return step % config.evaluation.every == 0 or step == config.steps
 
+    def at_pause(step: int, state: TrainState) -> TrainState:
+        return fit_estimator(state) if config.fit_lengths and validates_at(step) else state
+
     for at in training_loop(
         trainer,
         state,
@@ -125,9 +128,11 @@ def train(
         steps=config.steps,
         pauses_at=lambda step: step % config.log_every == 0 or validates_at(step),
         unit="bits/dim",
+        at_pause=at_pause,
     ):
         step_times.append(at.seconds)
-        line = {"bits_per_dim": at.metrics["loss"], "gradient_norm": at.metrics["gradient_norm"]}
+        line = {"bits_per_dim": float(at.metrics["loss"]), "gradient_norm": float(at.metrics["gradient_norm"])}
+        line["diagnostics"] = {name: value.tolist() for name, value in at.metrics["diagnostics"]._asdict().items()}
         if validates_at(at.step):
             estimate = validate(config, data, trainer, at.state)
             if not np.isfinite(estimate.mean):
@@ -147,6 +152,7 @@ def validate(config: DensityConfig, data: ImageSplits, trainer: Trainer, state: 
         jax.random.key(config.seed + 1),
         levels=data.levels,
         estimator=config.evaluation.estimator,
+        draws=1,
     )
 
 
@@ -169,7 +175,8 @@ def report(
         estimator=config.evaluation.estimator,
         draws=config.evaluation.draws,
     )
-    metrics.write(step=step, split="test", bits_per_dim=result.mean, bits_per_dim_stderr=result.stderr)
+    errors = {"data_stderr": result.data_stderr, "noise_stderr": result.noise_stderr}
+    metrics.write(step=step, split="test", bits_per_dim=result.mean, bits_per_dim_stderr=result.stderr, **errors)
 
     images = to_unit_interval(test[:64], data.levels)
     reconstructions, status = flow.inverse(flow(images), return_status=True)
@@ -188,6 +195,8 @@ def report(
 
     rows = {
         "test bits/dim": f"{result.mean:.4f} +- {result.stderr:.4f} ({len(test)} images, weights of step {step})",
+        "of which": f"{result.data_stderr:.4f} from the choice of images, {result.noise_stderr:.4f} from dequantisation "
+        "and log-det",
         "reconstruction error": f"{jnp.max(jnp.abs(images - reconstructions)):.1e}, max |x - f^-1(f(x))|"
         + ("" if status.converged.all() else f"; {int((~status.converged).sum())} did not converge"),
         "largest layer norm": f"{jnp.max(layer_norms(flow)):.4f} (coefficient {config.model.coefficient})",

@@ -18,14 +18,14 @@ class Progress(NamedTuple):
     Attributes:
       step: steps done.
       state: the training state after that step.
-      metrics: means over the steps since the last pause.
+      metrics: means over the steps since the last pause, with the structure of a step's.
       seconds: per step since the last pause.
       bar: the progress bar, to write on.
     """
 
     step: int
     state: TrainState
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     seconds: float
     bar: tqdm
 
@@ -39,8 +39,11 @@ def training_loop(
     steps: int,
     pauses_at: Callable[[int], bool],
     unit: str,
+    at_pause: Callable[[int, TrainState], TrainState] = lambda step, state: state,
 ) -> Iterator[Progress]:
     """Steps from state.step to `steps` on batch_at(0), batch_at(1), ...; yields at every pause and at the end.
+
+    What changes the state between steps is `at_pause`, called with the number of steps done before each yield.
 
     Raises:
       FloatingPointError: at a pause, if a metric is not finite; no later state is yielded.
@@ -55,12 +58,14 @@ def training_loop(
             bar.update()
             if not pauses_at(step) and step < steps:
                 continue
-            metrics = {name: float(np.mean([v[name] for v in jax.device_get(pending)])) for name in values}
-            if not np.isfinite(list(metrics.values())).all():
+            metrics = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *jax.device_get(pending))
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(metrics)):
                 raise FloatingPointError(
-                    f"training diverged between steps {step - len(pending) + 1} and {step}: {metrics}. What was "
-                    "saved before is intact; a smaller learning rate may help."
+                    f"training diverged between steps {step - len(pending) + 1} and {step}: loss {metrics['loss']}, "
+                    f"gradient norm {metrics['gradient_norm']}. What was saved before is intact; a smaller learning "
+                    "rate may help."
                 )
             bar.set_postfix_str(f"{metrics['loss']:.3f} {unit}")
+            state = at_pause(step, state)
             yield Progress(step, state, metrics, (time.perf_counter() - began) / len(pending), bar)
             pending, began = [], time.perf_counter()

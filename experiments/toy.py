@@ -30,11 +30,10 @@ from experiments import pictures
 from experiments.configs.base import OptimizerConfig
 from experiments.loop import training_loop
 from experiments.run import MetricsFile, claim_workdir, use_compilation_cache
-from resflow_jax import Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
+from resflow_jax import Diagnostics, Estimate, Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
 from resflow_jax.data.toy import TOY_DENSITIES, sample_toy
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.models.flow import layer_norms
-from resflow_jax.training.likelihood import Estimate
 from resflow_jax.training.step import Trainer
 
 Array = jax.Array
@@ -143,9 +142,8 @@ def run(config: ToyConfig) -> ToyResult:
 
 def train(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile) -> tuple[ResidualFlow, float]:
     """Runs all steps. Returns the flow with the averaged parameters, and the median seconds a step."""
-    estimator = ESTIMATORS[config.estimator]
 
-    def loss(flow: ResidualFlow, x: Array, key: Array) -> Array:
+    def loss(flow: ResidualFlow, x: Array, key: Array, estimator: Estimator) -> tuple[Array, Diagnostics]:
         log_prob, diagnostics = flow.log_prob(x, key=key, estimator=estimator, return_diagnostics=True)
         return -jnp.mean(log_prob), diagnostics
 
@@ -153,7 +151,7 @@ def train(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile) -> tuple[
         return sample_toy(config.data, config.batch_size, _rng(config, "train", step))
 
     trainer = Trainer(nnx.split(flow)[0], loss, config.optimizer.build(config.steps), config.optimizer.ema_decay)
-    state, step_times = trainer.create_state(flow), []
+    state, step_times = trainer.create_state(flow, ESTIMATORS[config.estimator]), []
     for at in training_loop(
         trainer,
         state,
@@ -165,7 +163,7 @@ def train(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile) -> tuple[
     ):
         state = at.state
         step_times.append(at.seconds)
-        log_prob, norm = -at.metrics["loss"], at.metrics["gradient_norm"]
+        log_prob, norm = -float(at.metrics["loss"]), float(at.metrics["gradient_norm"])
         metrics.write(step=at.step, split="train", log_prob=log_prob, gradient_norm=norm)
     return trainer.averaged_flow(state), float(np.median(step_times))
 
@@ -175,7 +173,8 @@ def report(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile, step_tim
     evaluation = config.evaluation
     test = sample_toy(config.data, evaluation.points, _rng(config, "test"))
     scores = exact_log_prob(flow, test, evaluation.batch_size)
-    result = Estimate(float(scores.mean()), float(scores.std(ddof=1) / np.sqrt(len(scores))))
+    stderr = float(scores.std(ddof=1) / np.sqrt(len(scores)))
+    result = Estimate(float(scores.mean()), stderr, data_stderr=stderr, noise_stderr=0.0)
 
     samples, converged, error = draw_samples(config, flow)
     low, high = grid_box(test, samples)
