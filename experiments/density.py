@@ -195,8 +195,7 @@ def report(
 
     rows = {
         "test bits/dim": f"{result.mean:.4f} +- {result.stderr:.4f} ({len(test)} images, weights of step {step})",
-        "of which": f"{result.data_stderr:.4f} from the choice of images, {result.noise_stderr:.4f} from dequantisation "
-        "and log-det",
+        "of which": f"{result.data_stderr:.4f} from the choice of images, {result.noise_stderr:.4f} from noise",
         "reconstruction error": f"{jnp.max(jnp.abs(images - reconstructions)):.1e}, max |x - f^-1(f(x))|"
         + ("" if status.converged.all() else f"; {int((~status.converged).sum())} did not converge"),
         "largest layer norm": f"{jnp.max(layer_norms(flow)):.4f} (coefficient {config.model.coefficient})",

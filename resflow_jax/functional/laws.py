@@ -176,12 +176,6 @@ class Fitted:
     def __post_init__(self):
         if self.lipschitz is not None:
             check_open_interval("lipschitz", self.lipschitz, 0, 1)
-        if isinstance(self.table, jax.Array | np.ndarray) and not isinstance(self.table, jax.core.Tracer):
-            table = np.asarray(self.table)
-            if table.ndim not in (1, 2) or not (table > 0).all() or not (np.diff(table, prepend=1.0) <= 0).all():
-                raise ValueError(
-                    f"table: expected probabilities P(N >= 1..K) in (0, 1] that do not increase, got {table}"
-                )
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws lengths, int32 of `shape`, inside or outside jit."""
@@ -200,6 +194,14 @@ class Fitted:
     def tail_ratio(self) -> float:
         """lim P(N >= k + 1) / P(N >= k)."""
         return _LIPSCHITZ if self.lipschitz is None else self.lipschitz
+
+    def check(self) -> None:
+        """Raises ValueError unless the table is one of survival probabilities; of concrete arrays only."""
+        if isinstance(self.table, jax.core.Tracer):
+            return
+        table = np.asarray(self.table)
+        if table.ndim not in (1, 2) or not (table > 0).all() or not (np.diff(table, prepend=1.0) <= 0).all():
+            raise ValueError(f"table: expected probabilities P(N >= 1..K) in (0, 1] that do not increase, got {table}")
 
     def within(self, lipschitz: float | None) -> "Fitted":
         """The law to use for a g of that Lipschitz constant: with its own, if it has one."""

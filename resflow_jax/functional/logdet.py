@@ -32,7 +32,7 @@ from jax import lax
 
 from resflow_jax.functional.checks import check_open_interval, check_residual
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated
-from resflow_jax.functional.laws import check_variance
+from resflow_jax.functional.laws import Fitted, check_variance
 from resflow_jax.functional.probes import draw_probes
 from resflow_jax.functional.roulette import length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
@@ -124,6 +124,8 @@ def _within(estimator: Truncated | Roulette, lipschitz: float | None) -> Truncat
     if isinstance(estimator, Truncated):
         return estimator
     law = estimator.length.within(lipschitz)
+    if isinstance(law, Fitted):
+        law.check()
     if lipschitz is not None:
         check_variance(law, lipschitz)
     return replace(estimator, length=law)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from resflow_jax.functional.estimators import Estimator, Roulette
 from resflow_jax.functional.fitting import fit_lengths
+from resflow_jax.functional.laws import Defensive, Fitted
 from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.models.flow import ResidualFlow
 
@@ -113,16 +114,15 @@ def fit_estimator(state: TrainState) -> TrainState:
     """The state with the law of each block's lengths fitted to the term norms of the last hundred steps or so.
 
     To be called between epochs; the gradient of the next steps stays unbiased. Before the first step
-    every block is given a law that always takes eight terms.
+    there is nothing to fit, and the table is that of `Defensive`.
 
     Raises:
-      ValueError: if the estimator is no `Roulette` of less than eight exact terms.
+      ValueError: unless the estimator is a `Roulette` of less than eight exact terms.
     """
-    if not isinstance(state.estimator, Roulette) or state.estimator.exact_terms >= DIAGNOSED_TERMS:
-        raise ValueError(
-            f"estimator: expected Roulette, less than {DIAGNOSED_TERMS} exact_terms, got {state.estimator}"
-        )
-    norms, count = state.term_norms.ema, state.term_norms.count
+    estimator, (count, norms) = state.estimator, state.term_norms
+    if not isinstance(estimator, Roulette) or estimator.exact_terms >= DIAGNOSED_TERMS:
+        raise ValueError(f"estimator: expected Roulette, less than {DIAGNOSED_TERMS} exact_terms, got {estimator}")
     seen = optax.tree.bias_correction(norms, _DECAY, jnp.maximum(count, 1))
-    law = fit_lengths(jnp.where(count > 0, seen, 1.0)[:, state.estimator.exact_terms :])
-    return state._replace(estimator=replace(state.estimator, length=law))
+    law = fit_lengths(seen[:, estimator.exact_terms :])
+    start = Defensive().survival(jnp.arange(1, law.table.shape[-1] + 1))
+    return state._replace(estimator=replace(estimator, length=Fitted(jnp.where(count > 0, law.table, start))))
