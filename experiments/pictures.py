@@ -1,5 +1,6 @@
 """The pictures of an experiment: grids of images, curves, two-dimensional densities."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -43,8 +44,7 @@ def save_curves(path: Path, metrics: list[dict], title: str) -> None:
     axis.plot(*train.T, color="C0", alpha=0.35, lw=0.8, label="train, batches (unbiased)")
     if len(train) >= 20:
         width = max(len(train) // 40, 2)
-        smooth = np.convolve(train[:, 1], np.ones(width) / width, "valid")
-        axis.plot(train[width - 1 :, 0], smooth, color="C0", lw=1.5, label=f"train, mean of the last {width}")
+        axis.plot(*_trailing_mean(train, width).T, color="C0", lw=1.5, label=f"train, mean of the last {width}")
     axis.plot(*validation.T, "o-", color="C1", ms=3, label="validation, averaged weights")
     for m in test:
         label = f"test, {m['bits_per_dim']:.3f} $\\pm$ {m['bits_per_dim_stderr']:.3f}"
@@ -56,6 +56,39 @@ def save_curves(path: Path, metrics: list[dict], title: str) -> None:
     axis.set(xlabel="step", ylabel="bits/dim", title=title)
     axis.grid(alpha=0.3)
     axis.legend()
+    _save(figure, path)
+
+
+def save_bias_curves(path: Path, metrics: list[dict], titles: dict[str, str]) -> None:
+    """Draws, for each titled run, the training estimate and the exact test value of bits/dim against the step.
+
+    Beside them the estimate minus the exact value, of the same test images.
+    """
+    figure, (axis, gaps) = plt.subplots(
+        1, 2, figsize=(12, 4.6), layout="constrained", gridspec_kw={"width_ratios": (3, 2)}
+    )
+    values = []
+    for n, (run, title) in enumerate(titles.items()):
+        lines = [m for m in metrics if m["run"] == run]
+        train = np.array([(m["step"], m["bits_per_dim"]) for m in lines if m["split"] == "train"])
+        train = _trailing_mean(train, max(len(train) // 20, 1))
+        step, exact, gap, stderr = np.array(
+            [(m["step"], m["bits_per_dim"], m["gap"], m["gap_stderr"]) for m in lines if m["split"] == "test"]
+        ).T
+        color = ("C3", "C0")[n]
+        axis.plot(*train.T, color=color, lw=1.2, label=f"{title}: training estimate")
+        axis.plot(step, exact + gap, "^:", color=color, ms=4, mfc="none", label=f"{title}: estimate, test images")
+        axis.plot(step, exact, "o--", color=color, ms=4, label=f"{title}: exact, test images")
+        gaps.errorbar(step, gap, stderr, fmt="o-", color=color, ms=4, capsize=3, label=title)
+        values += [train[len(train) // 10 :, 1], exact]
+    low, high = np.min(np.concatenate(values)), np.max(np.concatenate(values))
+    axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    gaps.axhline(0, color="black", lw=0.8)
+    axis.set(xlabel="step", ylabel="bits/dim", title="trained with a biased and with an unbiased log-det")
+    gaps.set(xlabel="step", ylabel="bits/dim", title="estimate - exact, same test images")
+    for a in (axis, gaps):
+        a.grid(alpha=0.3)
+        a.legend()
     _save(figure, path)
 
 
@@ -86,6 +119,28 @@ def save_densities(
         axis.set(xlim=limits, ylim=limits, aspect="equal", facecolor=plt.get_cmap("viridis")(0.0))
         axis.set_title(titles[name])
     _save(figure, path)
+
+
+def save_bars(path: Path, values: dict[str, dict[str, float]], title: str) -> None:
+    """Draws {group: {name: value}} as one panel of horizontal bars a group, on a common logarithmic axis."""
+    figure, axes = plt.subplots(1, len(values), figsize=(3 + 2.6 * len(values), 4.2), sharex=True, layout="constrained")
+    for axis, (group, bars) in zip(np.atleast_1d(axes), values.items(), strict=True):
+        names = list(bars)
+        axis.barh(names, list(bars.values()), color=[f"C{n}" for n in range(len(names))])
+        axis.set_xscale("log")
+        axis.axvline(1, color="black", lw=0.8)
+        axis.invert_yaxis()
+        axis.set_title(textwrap.fill(group, 24), fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(axis="y", labelleft=axis is np.atleast_1d(axes)[0])
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _trailing_mean(points: np.ndarray, width: int) -> np.ndarray:
+    """Points (step, value) [N, 2] with the mean of the last `width` values, [N - width + 1, 2]."""
+    smooth = np.convolve(points[:, 1], np.ones(width) / width, "valid")
+    return np.stack([points[width - 1 :, 0], smooth], axis=1)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

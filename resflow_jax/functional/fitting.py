@@ -20,8 +20,8 @@ def fit_lengths(
 
     whose solution is S_k = min(1, c sqrt(n_k)) (Rhee & Glynn 2015, doi 10.1287/opre.2015.1404, section 3;
     Beatson & Adams 2019, arXiv 1905.07006, section 4). The one stands for the variance of the probes,
-    which no length can lower. S_k does not fall below share * L^(k-1), and is that behind the K measured
-    terms: as for `Defensive`, the variance is finite for every g with Lip(g) <= L.
+    which no length can lower. S_k does not fall below share * L^(k-1), and behind the K measured terms it
+    falls like L^k: as for `Defensive`, the variance is finite for every g with Lip(g) <= L.
 
     Args:
       term_norms: [K] or [blocks, K], `Diagnostics.term_norms` averaged over many keys. Not increasing in
@@ -31,7 +31,7 @@ def fit_lengths(
       lipschitz: L; by default the bound of the block where the law is used.
 
     Returns:
-      A `Fitted` law with a table [K + 1] or [blocks, K + 1]. Works under jit.
+      A `Fitted` law with a table of the shape of `term_norms`. Works under jit.
 
     Raises:
       ValueError: for a wrong rank, share or cost.
@@ -41,13 +41,11 @@ def fit_lengths(
     check_positive("fixed_cost", fixed_cost)
     check_open_interval("share", share, 0, 1)
     norms = jax.lax.cummin(jnp.maximum(term_norms, 0), axis=term_norms.ndim - 1)
-    floor = share * Fitted(norms, lipschitz).tail_ratio() ** jnp.arange(norms.shape[-1] + 1, dtype=norms.dtype)
+    floor = share * Fitted(norms, lipschitz).tail_ratio() ** jnp.arange(norms.shape[-1], dtype=norms.dtype)
 
     def improve(_, table):
         variance = 1 + jnp.sum(norms / table, axis=-1, keepdims=True)
         cost = fixed_cost + jnp.sum(table, axis=-1, keepdims=True)
-        return jnp.clip(jnp.sqrt(norms * cost / variance), floor[:-1], 1.0)
+        return jnp.clip(jnp.sqrt(norms * cost / variance), floor, 1.0)
 
-    table = jax.lax.fori_loop(0, 50, improve, jnp.ones_like(norms))
-    behind = jnp.broadcast_to(floor[-1:], (*norms.shape[:-1], 1))
-    return Fitted(jnp.concatenate([table, behind], axis=-1), lipschitz)
+    return Fitted(jax.lax.fori_loop(0, 50, improve, jnp.ones_like(norms)), lipschitz)

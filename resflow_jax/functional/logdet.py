@@ -40,7 +40,7 @@ from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
 Array = jax.Array
 Residual = Callable[[Any, Array], Array]
 
-DIAGNOSED_TERMS = 8
+DIAGNOSED_TERMS = 16
 
 
 class Diagnostics(NamedTuple):
@@ -51,7 +51,7 @@ class Diagnostics(NamedTuple):
 
     Attributes:
       length: vjps of g that the series took; for `Exact`, the dimension.
-      term_norms: [8] mean over batch and probes of |term k of w|^2 / D, k = 1..8, times the roulette
+      term_norms: [16] mean over batch and probes of |term k of w|^2 / D, k = 1..16, times the roulette
         weight of the term, so that its expectation does not depend on the law. Zeros for `Exact`.
       mean: of log_det over the batch, in nats.
       second_moment: mean of log_det^2 over the batch.

@@ -48,14 +48,15 @@ class Checkpoints:
         """Writes the state in the background; call `wait` before reading it."""
         metrics = {"bits_per_dim": validation_bits_per_dim}
         state = jax.tree.map(jnp.copy, state)  # the next step is donated the original while this is written
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=metrics)
+        self._manager.save(int(state.step), args=ocp.args.StandardSave(_arrays_only(state)), metrics=metrics)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at `step`; `like` gives structure and shapes."""
-        on_host = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+        on_host = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _arrays_only(like))
         # Back through the host, so that the arrays are as little tied to a device as fresh ones are:
         # else every compiled function would be compiled once more for them.
-        return jax.device_put(self._manager.restore(step, args=ocp.args.StandardRestore(on_host)))
+        state = jax.device_put(self._manager.restore(step, args=ocp.args.StandardRestore(on_host)))
+        return state._replace(estimator=jax.tree.unflatten(jax.tree.structure(like.estimator), state.estimator))
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk."""
@@ -66,3 +67,8 @@ class Checkpoints:
 
     def __exit__(self, *exception) -> None:
         self._manager.close()
+
+
+def _arrays_only(state: TrainState) -> TrainState:
+    """The state with the estimator's arrays alone: its settings belong to the config, not to a checkpoint."""
+    return state._replace(estimator=jax.tree.leaves(state.estimator))

@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
       opt_state: of the optimiser.
       ema: `optax.ema` state of the parameters.
       estimator: of the log-det; its arrays, if any, are the fitted laws of the lengths.
-      term_norms: `optax.ema` state of the `Diagnostics.term_norms`, [blocks, 8].
+      term_norms: `optax.ema` state of the `Diagnostics.term_norms`, [blocks, 16].
     """
 
     step: Array
@@ -117,7 +117,7 @@ def fit_estimator(state: TrainState) -> TrainState:
     there is nothing to fit, and the table is that of `Defensive`.
 
     Raises:
-      ValueError: unless the estimator is a `Roulette` of less than eight exact terms.
+      ValueError: unless the estimator is a `Roulette` of less than 16 exact terms.
     """
     estimator, (count, norms) = state.estimator, state.term_norms
     if not isinstance(estimator, Roulette) or estimator.exact_terms >= DIAGNOSED_TERMS:

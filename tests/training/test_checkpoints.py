@@ -1,30 +1,39 @@
 """Checkpoints: the latest and the best survive, and restore bit for bit."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
+import resflow_jax as rf
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.step import TrainState
 
+TABLE = jnp.asarray([[0.5, 0.1], [0.2, 0.2]])
 
-def state(step):
+
+def state(step, estimator):
     params = {"w": jnp.full((3,), float(step))}
-    return TrainState(jnp.asarray(step), params, {}, optax.adam(1e-3).init(params), optax.ema(0.9).init(params))
+    average = optax.ema(0.9).init(params)
+    return TrainState(jnp.asarray(step), params, {}, optax.adam(1e-3).init(params), average, estimator, average)
 
 
-def test_keeps_the_latest_and_the_best(tmp_path):
+@pytest.mark.parametrize(
+    "estimator", [rf.Exact(), rf.Roulette(), rf.Roulette(rf.Fitted(TABLE))], ids=["exact", "roulette", "fitted"]
+)
+def test_keeps_the_latest_and_the_best(tmp_path, estimator):
     """Of four checkpoints the one with the lowest bits/dim and the newest stay, and restore exactly."""
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step is None and checkpoints.best_step is None
         for step, value in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)]:
-            checkpoints.save(state(step), value)
+            checkpoints.save(state(step, estimator), value)
         checkpoints.wait()
         assert (checkpoints.latest_step, checkpoints.best_step) == (4, 2)
     with Checkpoints(tmp_path / "checkpoints") as again:
         assert (again.latest_step, again.best_step) == (4, 2)
         for step in (2, 4):
-            restored = again.restore(step, state(0))
-            chex.assert_trees_all_equal(restored, state(step))
+            restored = again.restore(step, jax.tree.map(jnp.zeros_like, state(0, estimator)))
+            chex.assert_trees_all_equal(restored, state(step, estimator))
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {"2", "4"}

@@ -20,8 +20,9 @@ class KnownDensity(nnx.Module):
 
     dim = 4
 
-    def log_prob(self, x, *, key, estimator):
-        return jnp.floor(x * 16 + 1e-9).mean((1, 2, 3)) + 0.1 * jax.random.normal(key, x.shape[:1])
+    def log_prob(self, x, *, key, estimator, return_diagnostics):
+        assert return_diagnostics
+        return jnp.floor(x * 16 + 1e-9).mean((1, 2, 3)) + 0.1 * jax.random.normal(key, x.shape[:1]), ()
 
 
 def test_every_image_counts_once():
@@ -32,11 +33,16 @@ def test_every_image_counts_once():
     values = -np.arange(10) / (4 * np.log(2)) + 4
     np.testing.assert_allclose(estimate.mean, values.mean(), atol=4 * 0.1 / (4 * np.log(2)) / 4000**0.5)
     np.testing.assert_allclose(estimate.stderr, values.std(ddof=1) / 10**0.5, rtol=0.05)
+    np.testing.assert_allclose(estimate.data_stderr, values.std(ddof=1) / 10**0.5, rtol=0.05)
+    np.testing.assert_allclose(estimate.noise_stderr, 0.1 / (4 * np.log(2)) / 4000**0.5, rtol=0.15)
+    np.testing.assert_allclose(estimate.stderr**2, estimate.data_stderr**2 + estimate.noise_stderr**2, rtol=1e-12)
+    single = evaluate_bits_per_dim(KnownDensity(), images, jax.random.key(0), draws=1, **arguments)
+    assert np.isnan(single.noise_stderr) and single.stderr == single.data_stderr > 0
 
 
 @pytest.mark.parametrize("exact_terms", [0, 5])
 def test_standard_error_covers_the_shared_length(exact_terms):
-    """Means of repeated evaluations scatter by the stated error, also where one long series moves a whole batch."""
+    """Means of repeated evaluations scatter by the stated noise, also where one long series moves a whole batch."""
     same = np.full((50, 2, 2, 1), 3, np.uint8)  # equal images: only noise and estimator vary
     config = rf.ImageFlowConfig(
         (2, 2, 1), blocks=(2,), hidden_channels=4, fc_blocks=0, kernels=(1, 1), activation="identity", logit_alpha=0.05
@@ -45,11 +51,31 @@ def test_standard_error_covers_the_shared_length(exact_terms):
     kernels = nnx.state(flow, nnx.Param)
     nnx.update(flow, jax.tree.map(lambda leaf: 5 * leaf if leaf.ndim > 2 else leaf, kernels))
     flow.converge_norms()
-    estimator = rf.Roulette(rf.Poisson(2.0), exact_terms=exact_terms)
+    estimator = rf.Roulette(rf.Poisson(2.0), exact_terms=exact_terms, krylov=0)
     arguments = {"levels": 8, "estimator": estimator, "batch_size": 50, "draws": 10}
-    runs = [evaluate_bits_per_dim(flow, same, jax.random.key(n), **arguments) for n in range(40)]
-    means, errors = np.asarray(runs).T
-    assert 0.6 < means.std(ddof=1) / np.sqrt((errors**2).mean()) < 1.4
+    with pytest.warns(RuntimeWarning, match="infinite variance"):
+        runs = [evaluate_bits_per_dim(flow, same, jax.random.key(n), **arguments) for n in range(40)]
+    means, _, data, noise = np.asarray(runs).T
+    assert 0.6 < means.std(ddof=1) / np.sqrt((noise**2).mean()) < 1.4
+    assert (data**2).mean() < 0.5 * (noise**2).mean()  # the images are the same
+
+
+def test_exact_and_roulette_agree():
+    """The exact mode leaves only dequantisation; both means agree within their stated noise."""
+    config = rf.ImageFlowConfig((4, 4, 1), blocks=(2,), hidden_channels=8, fc_blocks=1, fc_hidden=8, logit_alpha=0.05)
+    flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+    kernels = nnx.state(flow, nnx.Param)
+    nnx.update(flow, jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 2 else leaf, kernels))
+    flow.converge_norms()
+    images = np.random.default_rng(0).integers(0, 16, (12, 4, 4, 1))
+    exact, estimated = (
+        rf.evaluate_bits_per_dim(flow, images, jax.random.key(1), levels=16, estimator=e, draws=30, batch_size=5)
+        for e in (rf.Exact(), rf.Roulette())
+    )
+    noise = np.hypot(exact.noise_stderr, estimated.noise_stderr)
+    assert abs(exact.mean - estimated.mean) < 4 * noise
+    assert noise < 0.05 and exact.noise_stderr < 1.1 * estimated.noise_stderr
+    np.testing.assert_allclose(exact.data_stderr, estimated.data_stderr, rtol=0.2)
 
 
 def test_bad_images_are_named():
@@ -62,3 +88,6 @@ def test_bad_images_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             evaluate_bits_per_dim(flow, images, jax.random.key(0), **arguments)
+    for name in ("draws", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name}: expected an integer of at least 1, got 0"):
+            evaluate_bits_per_dim(flow, np.zeros((2, 2, 2, 1), int), jax.random.key(0), **arguments, **{name: 0})

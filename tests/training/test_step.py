@@ -23,9 +23,9 @@ KEY = jax.random.key(7)
 
 def make(config=TINY, optimizer=None, levels=4):
     flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
-    loss = dequantized_bits_per_dim(rf.Roulette(), levels)
+    loss = dequantized_bits_per_dim(levels)
     trainer = Trainer(nnx.split(flow)[0], loss, optimizer or optax.adam(3e-3), ema_decay=0.9)
-    return trainer, trainer.create_state(flow)
+    return trainer, trainer.create_state(flow, rf.Roulette())
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,8 @@ def test_memory_does_not_grow_with_depth():
     def peak(blocks):
         config = rf.ImageFlowConfig((16, 16, 1), blocks=blocks, hidden_channels=64, fc_blocks=0)
         flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
-        trainer = Trainer(nnx.split(flow)[0], dequantized_bits_per_dim(rf.Roulette(), 256), optax.adam(1e-3), 0.99)
-        state = jax.eval_shape(trainer.create_state, flow)
+        trainer = Trainer(nnx.split(flow)[0], dequantized_bits_per_dim(256), optax.adam(1e-3), 0.99)
+        state = jax.eval_shape(lambda flow: trainer.create_state(flow, rf.Roulette()), flow)
         images = jax.ShapeDtypeStruct((64, 16, 16, 1), jnp.uint8)
         lowered = trainer.compiled_step().lower(state, images, KEY)
         compiled = lowered.compile({"xla_backend_optimization_level": 0})  # of LLVM: buffers stay the same
