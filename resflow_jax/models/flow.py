@@ -20,6 +20,7 @@ from flax import nnx
 from resflow_jax.functional.checks import check_batch, check_count
 from resflow_jax.functional.estimators import Estimator, Roulette
 from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, warn_unconverged
+from resflow_jax.functional.laws import Fitted
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.layers.bijector import join_diagnostics, join_status, solved, split_estimator, split_key
@@ -294,6 +295,8 @@ def _with_rows(estimator: Estimator, blocks: int) -> Estimator:
             raise ValueError(f"estimator: expected a table with {blocks} rows, one a block, got shape {table.shape}")
         return table
 
+    if isinstance(estimator, Roulette) and isinstance(estimator.length, Fitted):
+        estimator.length.check()
     return jax.tree.map(rows, estimator)
 
 

@@ -57,14 +57,41 @@ def test_files_and_metrics(finished):
     assert all(np.isfinite(line["bits_per_dim"]) for line in lines)
     assert [line["step"] for line in lines if "validation_bits_per_dim" in line] == [3, 6]
     (test,) = [line for line in lines if line["split"] == "test"]
-    assert (test["bits_per_dim"], test["bits_per_dim_stderr"]) == tuple(result)
+    assert (
+        tuple(test[name] for name in ("bits_per_dim", "bits_per_dim_stderr", "data_stderr", "noise_stderr")) == result
+    )
+    for line in lines[:-1]:
+        found = line["diagnostics"]
+        assert len(found["length"]) == len(found["mean"]) == len(found["second_moment"]) == 1
+        assert len(found["term_norms"][0]) == 16 and found["length"][0] >= 1
     assert {line["split"] for line in lines} == {"train", "test"}
 
 
-def test_a_cut_run_resumes_exactly(finished, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """The same run with its lengths fitted at every validation."""
+    workdir = tmp_path_factory.mktemp("fitted")
+    return workdir, density.run(dataclasses.replace(TINY, workdir=workdir, fit_lengths=True))
+
+
+def test_lengths_are_fitted_between_validations(fitted):
+    """The table of the law is kept in the checkpoint; before the first fit it is the default's."""
+    workdir, result = fitted
+    assert np.isfinite(result.mean)
+    config = dataclasses.replace(TINY, workdir=workdir, fit_lengths=True)
+    _, start = density.set_up(config, density.load(config.data))
+    with density.Checkpoints(workdir / "checkpoints") as checkpoints:
+        end = checkpoints.restore(6, start)
+    tables = [np.asarray(state.estimator.length.table) for state in (start, end)]
+    assert tables[0].shape == tables[1].shape == (1, 16) and tables[0][0, 0] == 1
+    assert not np.allclose(*tables)
+
+
+@pytest.mark.parametrize("fit_lengths", [False, True])
+def test_a_cut_run_resumes_exactly(finished, fitted, tmp_path, monkeypatch, capsys, fit_lengths):
     """A run cut behind its first checkpoint and started again ends as the uncut one, bit for bit."""
-    workdir, result = finished
-    config = dataclasses.replace(TINY, workdir=tmp_path)
+    workdir, result = fitted if fit_lengths else finished
+    config = dataclasses.replace(TINY, workdir=tmp_path, fit_lengths=fit_lengths)
     batch = density.epoch_batch
 
     def cut(seed, step, *args):

@@ -103,6 +103,45 @@ def test_unbiased_with_every_estimator(flow_and_x):
         flow.log_prob(x)
 
 
+def test_diagnostics_by_block(flow_and_x):
+    """One entry a residual block, in order: each block's own law is the one that its estimate used."""
+    flow, x = flow_and_x
+    lengths = np.arange(1, flow.blocks + 1) % 4
+    table = jnp.where(jnp.arange(1, 7) <= lengths[:, None], 1.0, 1e-30)  # exactly so many terms
+    estimator = rf.Roulette(rf.Fitted(table))
+    z, log_det, diagnostics = flow.forward(x, key=jax.random.key(0), estimator=estimator, return_diagnostics=True)
+    np.testing.assert_array_equal(diagnostics.length, lengths)
+    np.testing.assert_allclose(z, flow(x), rtol=1e-12)
+    norms = np.asarray(diagnostics.term_norms)
+    assert norms.shape == (flow.blocks, 16)
+    assert ((norms[:, :4] > 0) == (np.arange(1, 5) <= lengths[:, None])).all()
+    again, found = flow.log_prob(x, key=jax.random.key(0), estimator=estimator, return_diagnostics=True)
+    np.testing.assert_allclose(again, standard_normal_log_prob(z) + log_det, rtol=1e-12)
+    np.testing.assert_array_equal(found.mean, diagnostics.mean)
+    exact = flow.forward(x, estimator=rf.Exact(), return_diagnostics=True)[2]
+    assert exact.mean.shape == (flow.blocks,) and (exact.second_moment >= exact.mean**2).all()
+
+
+def test_one_table_for_all_blocks_or_one_row_each(vector_flow):
+    """A table [K] serves every block; a wrong number of rows is named."""
+    flow, x = vector_flow
+    single = rf.Roulette(rf.Fitted(jnp.asarray([1.0, 1.0, 1e-30])))
+    length = flow.forward(x, key=jax.random.key(0), estimator=single, return_diagnostics=True)[2].length
+    np.testing.assert_array_equal(length, [2, 2, 2])
+    with pytest.raises(ValueError, match=r"estimator: expected a table with 3 rows, one a block, got shape \(2, 5\)"):
+        flow.log_prob(x, key=jax.random.key(0), estimator=rf.Roulette(rf.Fitted(jnp.ones((2, 5)))))
+    with pytest.raises(ValueError, match="table: expected probabilities"):
+        flow.log_prob(x, key=jax.random.key(0), estimator=rf.Roulette(rf.Fitted(jnp.asarray([0.2, 0.5]))))
+
+
+def test_a_law_that_is_unsafe_for_the_blocks_warns(vector_flow):
+    """The papers' law under the blocks' Lipschitz bound: a warning that names law and bound; the default is silent."""
+    flow, x = vector_flow
+    with pytest.warns(RuntimeWarning, match=r"Poisson\(rate=2.0\) .*infinite variance.* up to 0.96"):
+        flow.log_prob(x, key=jax.random.key(0), estimator=rf.Roulette(rf.Poisson(2.0), exact_terms=2, krylov=0))
+    assert jnp.isfinite(flow.log_prob(x, key=jax.random.key(0))).all()
+
+
 def test_norms_are_right_without_any_update(flow_and_x):
     """A fresh flow is normalised: no layer's norm, measured anew, exceeds the coefficient."""
     flow, _ = flow_and_x

@@ -12,7 +12,7 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.models.flow import layer_norms
 from resflow_jax.training.likelihood import dequantized_bits_per_dim
-from resflow_jax.training.step import Trainer
+from resflow_jax.training.step import Trainer, fit_estimator
 
 TINY = rf.ImageFlowConfig(
     (4, 4, 1), blocks=(2,), hidden_channels=4, kernels=(3, 3), fc_blocks=0, preactivation="all", first_actnorm=False
@@ -76,6 +76,25 @@ def test_norms_follow_the_training(run):
     trainer, _, states, _ = run
     flow = nnx.merge(trainer.graphdef, states[-1].params, states[-1].rest)
     assert layer_norms(flow).max() < 0.98 * 1.01
+
+
+def test_lengths_are_fitted_to_what_was_seen(run):
+    """The averaged term norms are those of the metrics; the fitted law is theirs, and the next step uses it."""
+    trainer, _, states, metrics = run
+    state = states[-1]
+    weights = 0.99 ** np.arange(40)[::-1]
+    norms = np.asarray([m["diagnostics"].term_norms for m in metrics])
+    expected = np.tensordot(weights / weights.sum(), norms, 1)
+    fitted = fit_estimator(state)
+    np.testing.assert_allclose(fitted.estimator.length.table, rf.fit_lengths(jnp.asarray(expected)).table, rtol=1e-10)
+    before = fit_estimator(states[0]).estimator.length
+    np.testing.assert_allclose(before.table[0], rf.Defensive().survival(jnp.arange(1, 17)), rtol=1e-12)
+    certain = fitted.estimator.length.table.at[:].set(1e-30).at[1, :3].set(1.0)
+    state = state._replace(estimator=rf.Roulette(rf.Fitted(certain)))
+    assert trainer.step(state, IMAGES, KEY)[1]["diagnostics"].length.tolist() == [0, 3]
+    for estimator in (rf.Exact(), rf.Roulette(exact_terms=16)):
+        with pytest.raises(ValueError, match="estimator: expected Roulette, less than 16 exact_terms"):
+            fit_estimator(state._replace(estimator=estimator))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
