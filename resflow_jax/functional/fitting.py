@@ -48,4 +48,4 @@ def fit_lengths(
         cost = fixed_cost + jnp.sum(table, axis=-1, keepdims=True)
         return jnp.clip(jnp.sqrt(norms * cost / variance), floor, 1.0)
 
-    return Fitted(jax.lax.fori_loop(0, 50, improve, jnp.ones_like(norms)), lipschitz)
+    return Fitted(jax.lax.fori_loop(0, 200, improve, jnp.ones_like(norms)), lipschitz)

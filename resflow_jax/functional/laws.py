@@ -180,7 +180,7 @@ class Fitted:
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws lengths, int32 of `shape`, inside or outside jit."""
         u = jax.random.uniform(key, (*shape, 1), minval=jnp.finfo(self.table.dtype).tiny, dtype=self.table.dtype)
-        inside = jnp.sum(u < self.table, axis=-1)
+        inside = jnp.sum(u < self.table, axis=-1, dtype=jnp.int32)
         # N >= K + j where u < P(N >= K) * L^j
         behind = jnp.ceil(jnp.log(u[..., 0] / self.table[-1]) / math.log(self.tail_ratio())) - 1
         return inside + jnp.maximum(behind, 0).astype(jnp.int32)

@@ -126,6 +126,8 @@ def _within(estimator: Truncated | Roulette, lipschitz: float | None) -> Truncat
     law = estimator.length.within(lipschitz)
     if isinstance(law, Fitted):
         law.check()
+        if law.table.ndim != 1:
+            raise ValueError(f"table: expected probabilities [K] of one residual block, got shape {law.table.shape}")
     if lipschitz is not None:
         check_variance(law, lipschitz)
     return replace(estimator, length=law)

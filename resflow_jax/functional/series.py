@@ -122,8 +122,11 @@ def _along(scalar: Array, like: Array) -> Array:
 
 
 def _ratio(numerator: Array, denominator: Array, default: float) -> Array:
-    """numerator / denominator, or the default where the denominator vanishes; differentiable there too."""
-    fine = denominator > 0
+    """numerator / denominator, or the default where the denominator vanishes; differentiable there too.
+
+    The derivative divides by the denominator squared, which must not underflow.
+    """
+    fine = denominator > math.sqrt(jnp.finfo(denominator.dtype).tiny)
     return jnp.where(fine, numerator / jnp.where(fine, denominator, 1), default)
 
 

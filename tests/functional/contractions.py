@@ -2,7 +2,8 @@
 
 `dense_net` and `conv_net` return (g, params, x): g(params, x) = c * W^T diag(s) tanh(W x + b), with params a nested
 pytree. For orthonormal W and s in [-1, 1] its Jacobian is symmetric, of norm at most c, and nearly c * s in spectrum
-where tanh is nearly linear: with c = 0.8 the high orders of the series do matter.
+where tanh is nearly linear: with c = 0.8 the high orders of the series do matter. `nonsymmetric_net` has another
+orthonormal matrix in place of W^T: its Jacobians are far from symmetric and normal, and all eigenvalues are different.
 """
 
 import math
@@ -34,6 +35,21 @@ def _dense(params, x):
     w, b = params["map"]["w"], params["map"]["b"]
     s, scale = params["out"]
     return scale * ((jnp.tanh(x @ w + b) * s) @ w.T)
+
+
+def nonsymmetric_net(scale, *, batch=3, dim=8, dtype=jnp.float64, seed=0):
+    """A contraction on [B, D] of Lipschitz constant `scale`, with a Jacobian that is far from symmetric."""
+    rng = np.random.default_rng(seed)
+    w, u = (np.linalg.qr(rng.normal(size=(dim, dim)))[0] for _ in range(2))
+    params = {"map": {"w": w, "b": 0.2 * rng.normal(size=dim)}, "out": [u, np.linspace(0.5, 1, dim), np.asarray(scale)]}
+    x = 0.3 * rng.normal(size=(batch, dim))
+    return _nonsymmetric, *jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, x))
+
+
+def _nonsymmetric(params, x):
+    w, b = params["map"]["w"], params["map"]["b"]
+    u, s, scale = params["out"]
+    return scale * ((jnp.tanh(x @ w + b) * s) @ u)
 
 
 def conv_net(scale, *, batch=2, dtype=jnp.float64, seed=0):

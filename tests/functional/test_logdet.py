@@ -14,9 +14,10 @@ import pytest
 import scipy.linalg
 from jax.flatten_util import ravel_pytree
 
-from resflow_jax.functional import logdet
+from resflow_jax.functional import logdet, series
+from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
 from resflow_jax.functional.logdet import Exact, Roulette, Truncated, residual
-from resflow_jax.functional.roulette import Geometric, Poisson
+from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
 from tests.functional.contractions import (
     check_two_orders,
     conv_net,
@@ -24,6 +25,7 @@ from tests.functional.contractions import (
     dense_net,
     dense_series,
     jacobians,
+    nonsymmetric_net,
     quick_jit,
     z_scores,
 )
@@ -35,7 +37,11 @@ NETS = {
     "conv": partial(conv_net, 0.8),
     "near one": partial(dense_net, 0.98),
     "conv near one": partial(conv_net, 0.98),
+    "nonsymmetric": partial(nonsymmetric_net, 0.75),
 }
+PAPERS = Roulette(Poisson(2.0), exact_terms=2, krylov=0)
+SAFE = Defensive(0.4, 0.1, 0.75)
+FITTED = Fitted(jnp.array([1.0, 0.6, 0.6, 0.2]), 0.75)
 SLOW = Geometric(0.2)  # finite variance (and fourth moment) for the spectral radius 0.8 of "saturated"
 GRADIENTS = ["neumann", "autodiff"]
 WEIGHTS = jnp.array([1.5, -0.7, 0.3])
@@ -98,8 +104,18 @@ def test_the_nets_are_contractions():
     for name in NETS:
         params = net_named(name)[1]
         norms = np.linalg.norm(dense_jacobians(name), 2, axis=(1, 2))
-        assert norms.max() <= params["out"][1] < 1
+        assert norms.max() <= params["out"][-1] < 1
         assert name != "saturated" or norms.max() > 0.79
+
+
+def test_the_nonsymmetric_net_is_not_easy():
+    """|J - J^T| > |J| / 2, and all eigenvalues differ: eight products for polynomials of J, and |J| is about 0.7."""
+    for j in dense_jacobians("nonsymmetric"):
+        norm, eigenvalues = np.linalg.norm(j, 2), np.linalg.eigvals(j)
+        assert 0.6 < norm < 0.75
+        assert np.linalg.norm(j - j.T, 2) > norm / 2
+        distances = np.abs(eigenvalues[:, None] - eigenvalues) + np.eye(8)
+        assert distances.min() > 1e-2
 
 
 # Exact
@@ -142,18 +158,26 @@ def test_exact_gradient(name):
 
 
 def enumerate_draws(monkeypatch, net, estimator, lengths=(0,)):
-    """The estimate for every length and for D orthogonal +-1 probes, whose mean of v v^T is I: [lengths, D, ...]."""
-    x = net[2]
-    probes = scipy.linalg.hadamard(x[0].size).reshape(-1, *x.shape[1:]).astype(float)
+    """The estimate for every length and for D draws of orthogonal +-1 probes: [lengths, D, ...].
 
-    def one(length, v):
-        monkeypatch.setattr(logdet, "_draw_probe", lambda *_: jnp.broadcast_to(v, x.shape))
-        for law in (Geometric, Poisson):
+    In draw i, row n of the batch of probes is row (i + n) % D of a Hadamard matrix: each row of the batch sees them
+    all, so that its mean of v v^T is I, and no two rows of the batch see the same.
+    """
+    x = net[2]
+    hadamard = jnp.asarray(scipy.linalg.hadamard(x[0].size), float)
+
+    def one(length, first):
+        def draw_probes(probe, probes, key, x):
+            rows = (first + jnp.arange(probes * len(x))) % len(hadamard)
+            return hadamard[rows].reshape(-1, *x.shape[1:])
+
+        monkeypatch.setattr(logdet, "draw_probes", draw_probes)
+        for law in (Geometric, Poisson, Defensive, Fitted):
             monkeypatch.setattr(law, "sample", lambda self, key, shape: jnp.broadcast_to(length, shape))
         return estimate(net, estimator, jax.random.key(0))
 
     over_probes = jax.vmap(one, (None, 0))
-    return quick_jit(jax.vmap(over_probes, (0, None)))(jnp.asarray(lengths), jnp.asarray(probes))
+    return quick_jit(jax.vmap(over_probes, (0, None)))(jnp.asarray(lengths), jnp.arange(len(hadamard)))
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -186,24 +210,64 @@ def test_truncation_bias_shrinks():
     assert worst[0] > 3 * worst[1] > 90 * worst[2]
 
 
+def expectation(monkeypatch, name, estimator, longest):
+    """sum_n P(N = n) * (mean over probes), n = 0..longest, all longer ones counted as the longest.
+
+    Every term up to `longest` thus has the weight one in expectation: what is left out is the rest of the series.
+    """
+    lengths = np.arange(longest + 1)
+    survival = np.append(estimator.length.survival(lengths), 0)
+    draws = enumerate_draws(monkeypatch, net_named(name), estimator, lengths)
+    return np.tensordot(survival[:-1] - survival[1:], np.asarray(draws).mean(axis=1), 1)
+
+
 @pytest.mark.parametrize(
     ("name", "estimator", "tolerance"),
     [
-        ("moderate", Roulette(Geometric(0.5), 0), 1e-10),
-        ("moderate", Roulette(Geometric(0.4), 2), 1e-10),
-        ("small", Roulette(Poisson(2.0), 3), 1e-10),
-        ("moderate", Roulette(Geometric(0.5), 2, gradient="autodiff"), 1e-7),  # leaves out P(N > n) <= 2^-24
-        ("small", Roulette(Poisson(2.0), 0, gradient="autodiff"), 1e-6),
+        ("moderate", Roulette(Geometric(0.5), 0, 0), 1e-10),
+        ("moderate", Roulette(Geometric(0.4), 2, 0), 1e-10),
+        ("small", Roulette(Poisson(2.0), 3, 0), 1e-10),
+        ("moderate", Roulette(Geometric(0.5), 2, 0, gradient="autodiff"), 1e-7),  # leaves out P(N > n) <= 2^-24
+        ("small", Roulette(Poisson(2.0), 0, 0, gradient="autodiff"), 1e-6),
+        ("moderate", Roulette(SAFE, 0, 0, probes=2), 1e-10),
+        ("moderate", Roulette(FITTED, 2, 0), 1e-10),
     ],
     ids=str,
 )
-def test_roulette_summed_over_its_law(monkeypatch, name, estimator, tolerance):
+def test_power_series_roulette_summed_over_its_law(monkeypatch, name, estimator, tolerance):
     """sum_n P(N = n) * (mean over probes) is the exact value and gradient, to rounding: no sampling."""
-    law, lengths = estimator.length, np.arange(60)
-    probability = np.asarray(law.survival(lengths) - law.survival(lengths + 1))
-    draws = enumerate_draws(monkeypatch, net_named(name), estimator, lengths)
-    expectation = np.tensordot(probability, np.asarray(draws).mean(axis=1), 1)
-    np.testing.assert_allclose(expectation, exact(name), rtol=tolerance, atol=tolerance)
+    result = expectation(monkeypatch, name, estimator, 60)
+    np.testing.assert_allclose(result, exact(name), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("nonsymmetric", Roulette(Geometric(0.4))),
+        ("nonsymmetric", Roulette(SAFE, 2, probes=2)),
+        ("nonsymmetric", Roulette(FITTED, krylov=1, probes=3)),
+        ("nonsymmetric", Roulette(Poisson(2.0), 2, krylov=2)),
+        ("nonsymmetric", Roulette(SAFE, krylov=3)),
+        ("nonsymmetric", Roulette(Geometric(0.3), gradient="autodiff", probes=2)),
+        ("nonsymmetric", Roulette(SAFE, 2, krylov=1, gradient="autodiff")),
+        ("nonsymmetric", Roulette(FITTED, krylov=3, gradient="autodiff")),
+        ("saturated", Roulette(FITTED)),
+        ("moderate", Roulette(Poisson(2.0), 2, krylov=2)),
+        ("saturated", Roulette(SAFE, gradient="autodiff")),
+    ],
+    ids=str,
+)
+def test_minimal_residual_roulette_summed_over_its_law(monkeypatch, name, estimator):
+    """The same for minimal residuals: each probe's series depends on the probe, but its limit is exact for each."""
+    result = expectation(monkeypatch, name, estimator, 80)
+    tolerance = 1e-9 if estimator.gradient == "neumann" else 1e-7
+    np.testing.assert_allclose(result, exact(name), rtol=tolerance, atol=tolerance)
+
+
+def test_minimal_residual_roulette_conv(monkeypatch):
+    """The same for convolutions, D = 32."""
+    result = expectation(monkeypatch, "conv", Roulette(Geometric(0.4), 2), 30)
+    np.testing.assert_allclose(result, exact("conv"), rtol=1e-9, atol=1e-9)
 
 
 # Expectations over keys
@@ -215,7 +279,7 @@ def test_roulette_summed_over_its_law(monkeypatch, name, estimator, tolerance):
 def test_roulette_is_unbiased(name, law, exact_terms, samples):
     """Value and Neumann gradient have the exact expectation: |z| < 4 over all components, 4000 keys."""
     probe = "gaussian" if (exact_terms, samples) in {(0, 1), (2, 3)} else "rademacher"
-    estimator = Roulette(law, exact_terms, samples, probe)
+    estimator = Roulette(law, exact_terms, 0, samples, probe)
     assert worst_z(name, estimator) < 4
 
 
@@ -229,47 +293,118 @@ def test_roulette_is_unbiased(name, law, exact_terms, samples):
 )
 def test_roulette_autodiff_is_unbiased(name, law, exact_terms, samples, probe):
     """The same for the gradient of the estimate itself."""
-    estimator = Roulette(law, exact_terms, samples, probe, gradient="autodiff")
+    estimator = Roulette(law, exact_terms, 0, samples, probe, gradient="autodiff")
     assert worst_z(name, estimator) < 4
 
 
-@pytest.mark.parametrize("options", [{}, {"exact_terms": 0, "samples": 3, "probe": "gaussian"}], ids=str)
-def test_roulette_is_unbiased_for_convolutions(options):
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("nonsymmetric", Roulette(SAFE)),
+        ("nonsymmetric", Roulette(Geometric(0.3), 2, samples=3, probe="gaussian", probes=2)),
+        ("nonsymmetric", Roulette(SAFE, krylov=1, probe="orthogonal", probes=2)),
+        ("nonsymmetric", Roulette(FITTED, krylov=2, samples=3, probes=2)),
+        ("nonsymmetric", Roulette(Geometric(0.25), 2, krylov=3, probe="gaussian")),
+        ("nonsymmetric", Roulette(FITTED, krylov=0, samples=3, probe="orthogonal", probes=3)),
+        ("saturated", Roulette(Poisson(2.0), probe="gaussian")),  # four eigenvalues: the series ends
+        ("small", Roulette(Poisson(2.0), 2, krylov=1, samples=3, probe="orthogonal")),
+    ],
+    ids=str,
+)
+def test_minimal_residual_roulette_is_unbiased(name, estimator):
+    """The same for minimal residuals, and for more than one probe an example."""
+    assert worst_z(name, estimator) < 4
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("nonsymmetric", Roulette(SAFE, probe="orthogonal", probes=2, gradient="autodiff")),
+        ("nonsymmetric", Roulette(FITTED, krylov=1, samples=3, probe="gaussian", gradient="autodiff")),
+    ],
+    ids=str,
+)
+def test_minimal_residual_roulette_autodiff_is_unbiased(name, estimator):
+    """The same for the gradient of the estimate itself."""
+    assert worst_z(name, estimator, keys=1000) < 4
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Roulette(Geometric(0.3), 2, krylov=0),
+        Roulette(Geometric(0.3), 0, krylov=0, samples=3, probe="gaussian"),
+        Roulette(Defensive(lipschitz=0.8), probe="orthogonal", probes=2),
+        Roulette(FITTED, 2, krylov=2, probe="gaussian"),
+    ],
+    ids=str,
+)
+def test_roulette_is_unbiased_for_convolutions(estimator):
     """The same on [B, 4, 4, 2]: 127 components."""
-    assert worst_z("conv", Roulette(Geometric(0.3), **options), keys=1000) < 4
+    assert worst_z("conv", estimator, keys=1000) < 4
 
 
 # Power: what the tests above must not let through
 
 
-def _first_cotangent(original):
-    def backward(g, estimator, kept, cotangents):
-        y_bar, log_det_bar = cotangents
-        return original(g, estimator, kept, (y_bar, jnp.full_like(log_det_bar, log_det_bar[0])))
+def _cotangents(mutate):
+    def replaced(original):
+        def backward(g, kept, cotangents):
+            y_bar, log_det_bar, diagnostics_bar = cotangents
+            return original(g, kept, (y_bar, mutate(kept[0], log_det_bar), diagnostics_bar))
 
-    return backward
+        return backward
+
+    return replaced
 
 
-def _no_log_weight(original):
-    def draw(estimator, key):
-        series = original(estimator, key)
-        return series._replace(value_weight=lambda k: k * series.value_weight(k))
+def _terms(mutate):
+    def replaced(original):
+        def step(self, k, v, state, product):
+            after, term = original(self, k, v, state, product)
+            return after, mutate(k, term, state, after)
 
-    return draw
+        return step
+
+    return replaced
+
+
+def _without_lookahead(k, term, before, after):
+    weights = series._quadrature(term.value.dtype)[1]
+    return Term(term.w, term.value + (after.lookahead - before.lookahead) @ weights)
+
+
+def _positive_product(original):
+    return lambda self, k, v, state, product: original(self, k, v, state, lambda u: -product(u))
 
 
 def _no_roulette_in_gradient(original):
     return lambda estimator, key: original(estimator, key)._replace(neumann_weight=lambda k: jnp.ones(()))
 
 
+first_for_all = _cotangents(lambda estimator, log_det_bar: jnp.full_like(log_det_bar, log_det_bar[0]))
+no_mean = _cotangents(lambda estimator, log_det_bar: estimator.probes * log_det_bar)
+wrong_sign = _terms(lambda k, term, *_: Term(-term.w, -term.value))
 MUTATIONS = {
-    "sign": (logdet, "_sign", lambda original: lambda k: -original(k)),
-    "no_sign": (logdet, "_sign", lambda original: lambda k: jnp.ones_like(k)),
-    "no 1/k": (logdet, "_draw_series", _no_log_weight),
+    "sign": (PowerSeries, "step", wrong_sign),
+    "no sign": (PowerSeries, "step", _positive_product),
+    "no 1/k": (PowerSeries, "step", _terms(lambda k, term, *_: Term(term.w, k * term.value))),
     "survival(k + 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k + 1)),
     "survival(k - 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k - 1)),
-    "unweighted gradient": (logdet, "_draw_series", _no_roulette_in_gradient),
-    "first cotangent for all": (logdet._neumann, "bwd", _first_cotangent),
+    "unweighted gradient": (logdet, "_draw_plan", _no_roulette_in_gradient),
+    "first cotangent for all": (logdet._neumann, "bwd", first_for_all),
+}
+MINIMAL_RESIDUAL_MUTATIONS = {
+    "sign": (MinimalResidual, "step", wrong_sign),
+    "sign of w": (MinimalResidual, "step", _terms(lambda k, term, *_: Term(-term.w, term.value))),
+    "sign of the value": (MinimalResidual, "step", _terms(lambda k, term, *_: Term(term.w, -term.value))),
+    "no lookahead": (MinimalResidual, "step", _terms(_without_lookahead)),
+    "N > k": (logdet, "term_weight", lambda original: lambda law, lengths, *args: original(law, lengths - 1, *args)),
+    "survival(k + 1)": (Defensive, "survival", lambda original: lambda self, k: original(self, k + 1)),
+    "survival(k - 1)": (Defensive, "survival", lambda original: lambda self, k: original(self, k - 1)),
+    "unweighted gradient": (logdet, "_draw_plan", _no_roulette_in_gradient),
+    "first cotangent for all": (logdet._neumann, "bwd", first_for_all),
+    "sum over probes in the gradient": (logdet._neumann, "bwd", no_mean),
 }
 
 
@@ -278,7 +413,15 @@ def test_mutations_are_caught(monkeypatch, mutation):
     """With one thing wrong the same test of the mean over keys fails, and clearly: |z| > 6."""
     owner, name, mutate = MUTATIONS[mutation]
     monkeypatch.setattr(owner, name, mutate(getattr(owner, name)))
-    assert worst_z("saturated", Roulette(SLOW, 0)) > 6
+    assert worst_z("saturated", Roulette(SLOW, 0, 0)) > 6
+
+
+@pytest.mark.parametrize("mutation", MINIMAL_RESIDUAL_MUTATIONS)
+def test_mutations_of_minimal_residuals_are_caught(monkeypatch, mutation):
+    """The same for minimal residuals and two probes, with half the keys and a shorter law."""
+    owner, name, mutate = MINIMAL_RESIDUAL_MUTATIONS[mutation]
+    monkeypatch.setattr(owner, name, mutate(getattr(owner, name)))
+    assert worst_z("nonsymmetric", Roulette(Defensive(0.7, 0.1, 0.75), probes=2), keys=2000) > 6
 
 
 # The two gradients, transformations, pytrees
@@ -286,7 +429,12 @@ def test_mutations_are_caught(monkeypatch, mutation):
 
 @pytest.mark.parametrize(
     "options",
-    [{"length": SLOW}, {"length": Poisson(2.0), "exact_terms": 0, "samples": 3, "probe": "gaussian"}, {"terms": 7}],
+    [
+        {"length": SLOW, "exact_terms": 2, "krylov": 0},
+        {"length": Poisson(2.0), "krylov": 0, "samples": 3, "probe": "gaussian"},
+        {"length": SAFE, "krylov": 2, "probe": "orthogonal", "probes": 3},
+        {"terms": 7, "probes": 2},
+    ],
     ids=str,
 )
 def test_both_gradients_share_their_value(options):
@@ -304,7 +452,11 @@ def test_both_gradients_share_their_value(options):
     assert neumann[1].std() > 0.01
 
 
-@pytest.mark.parametrize("estimator", [Exact(), Roulette(gradient="autodiff")], ids=str)
+@pytest.mark.parametrize(
+    "estimator",
+    [Exact(), Roulette(Geometric(0.5), 2, 0, gradient="autodiff"), Roulette(SAFE, krylov=2, gradient="autodiff")],
+    ids=str,
+)
 def test_two_orders(estimator):
     """Exact, and the "autodiff" estimate for one key, have the derivatives of their own value, to second order."""
     g, params, x = net_named("moderate")
@@ -316,7 +468,7 @@ def test_two_orders(estimator):
     check_two_orders(loss, params, x)
 
 
-@pytest.mark.parametrize("estimator", [Exact(), Roulette()], ids=str)
+@pytest.mark.parametrize("estimator", [Exact(), PAPERS, Roulette(probes=2)], ids=str)
 def test_jit_and_vmap(estimator):
     """jit = eager; vmap over batches with a key each = a loop over them; gradient included."""
     g, params, x = net_named("saturated")
@@ -359,7 +511,7 @@ def test_scan_over_blocks(estimator):
     np.testing.assert_allclose(*results, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("estimator", [Exact(), Roulette(), Truncated(3, gradient="autodiff")], ids=str)
+@pytest.mark.parametrize("estimator", [Exact(), PAPERS, Roulette(), Truncated(3, gradient="autodiff")], ids=str)
 def test_float32(estimator):
     """Dtypes are kept in value and gradient, and the float32 result is the float64 one to 1e-4 for the same draws."""
     wide, narrow = dense_net(0.6), dense_net(0.6, dtype=jnp.float32)
@@ -390,7 +542,7 @@ def test_integer_leaf_in_params(estimator):
     np.testing.assert_allclose(ravel_pytree(gradient["net"])[0], expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("estimator", [Exact(), Roulette()], ids=str)
+@pytest.mark.parametrize("estimator", [Exact(), Roulette(probes=2)], ids=str)
 def test_closed_over_arrays(estimator):
     """The gradient in arrays that g closes over, floats and integers among them, is that in the same params."""
     g, params, x = net_named("saturated")
@@ -416,6 +568,189 @@ def test_default_estimator_and_rank_one_input():
     x = jnp.linspace(-1, 1, 5)
     _, log_det = residual(lambda p, x: p * jnp.sin(x), jnp.asarray(0.5), x, key=key, estimator=Truncated(60))
     np.testing.assert_allclose(log_det, jnp.log1p(0.5 * jnp.cos(x)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=lambda dtype: dtype.__name__)
+def test_a_series_that_has_ended_goes_on(dtype, gradient):
+    """Long after the last of four eigenvalues the estimate is v^T log(I + J) v, and its gradient is finite.
+
+    With four orthogonal probes value and gradient are the exact ones: 1e-9, 1e-3 in float32.
+    """
+    estimator = Roulette(exact_terms=60, probe="orthogonal", probes=4, gradient=gradient)
+    net = dense_net(0.8, dtype=dtype)
+    result = quick_jit(lambda key: estimate(net, estimator, key))(jax.random.key(1))
+    tolerance = 1e-9 if dtype == jnp.float64 else 1e-3
+    np.testing.assert_allclose(result, exact("saturated"), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_zero_residual(gradient):
+    """g = 0 has log_det = 0 without noise, and the gradient of log_det = D log(1 + p) in p is exactly D."""
+
+    def log_det(p):
+        x, key, estimator = jnp.ones((3, 5)), jax.random.key(0), Roulette(exact_terms=30, gradient=gradient)
+        return residual(lambda p, x: p * x, p, x, key=key, estimator=estimator)[1]
+
+    value, gradient = quick_jit(lambda p: (log_det(p), jax.grad(lambda p: log_det(p).sum())(p)))(jnp.asarray(0.0))
+    np.testing.assert_array_equal(value, 0)
+    np.testing.assert_allclose(gradient, 15, rtol=1e-12)
+
+
+# As many orthogonal probes as dimensions
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("moderate", Truncated(50, "orthogonal", 4)),
+        ("moderate", Roulette(exact_terms=50, krylov=0, probe="orthogonal", probes=4)),
+        ("nonsymmetric", Roulette(exact_terms=50, probe="orthogonal", probes=8)),
+        ("nonsymmetric", Roulette(exact_terms=80, krylov=3, probe="orthogonal", probes=8)),
+    ],
+    ids=str,
+)
+def test_the_exact_trace(name, estimator):
+    """With enough terms D orthogonal probes give the dense value and gradient for every key, to 1e-9."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    results = quick_jit(jax.vmap(lambda key: estimate(net_named(name), estimator, key)))(keys)
+    np.testing.assert_allclose(results, np.tile(exact(name), (3, 1)), rtol=1e-9, atol=1e-9)
+
+
+# Laws: Lipschitz constants, tables that are traced
+
+
+@pytest.mark.parametrize("estimator", [PAPERS, Roulette(Geometric(0.5))], ids=str)
+def test_infinite_variance_is_warned_of(estimator):
+    """Only if the Lipschitz constant is known, which the message names."""
+    net, key = net_named("small"), jax.random.key(0)
+    with pytest.warns(RuntimeWarning, match=r"^length: .* infinite variance .* up to 0\.9"):
+        residual(*net, key=key, estimator=estimator, lipschitz=0.9)
+    residual(*net, key=key, estimator=estimator)
+
+
+def test_the_law_adapts_to_the_lipschitz_constant():
+    """residual(..., lipschitz=L) uses law.within(L): by default that is Defensive(lipschitz=L)."""
+    net, keys = net_named("saturated"), jax.random.split(jax.random.key(0), 200)
+
+    @quick_jit
+    @jax.vmap
+    def values(key):
+        given = residual(*net, key=key, estimator=Roulette(krylov=0), lipschitz=0.9)[1]
+        explicit = residual(*net, key=key, estimator=Roulette(Defensive(lipschitz=0.9), krylov=0))[1]
+        return given, explicit, residual(*net, key=key, estimator=Roulette(krylov=0))[1]
+
+    given, explicit, unknown = values(keys)
+    np.testing.assert_array_equal(given, explicit)
+    assert np.any(given != unknown)
+
+
+def test_a_traced_table_needs_no_recompilation():
+    """`Fitted` is a pytree: another table of the same size is the same program, and gives its own estimate."""
+    traces = []
+
+    @quick_jit
+    def run(estimator, key):
+        traces.append(estimator)
+        return estimate(net_named("nonsymmetric"), estimator, key)
+
+    key, results = jax.random.key(0), []
+    for table in ([1.0, 0.6, 0.6, 0.2], [0.9, 0.8, 0.1, 0.05]):
+        estimator = Roulette(Fitted(jnp.array(table), 0.75), samples=3)
+        results.append(run(estimator, key))
+        closed_over = quick_jit(lambda key, e=estimator: estimate(net_named("nonsymmetric"), e, key))(key)
+        np.testing.assert_allclose(results[-1], closed_over, rtol=1e-12, atol=1e-12)
+    assert len(traces) == 1
+    assert np.abs(results[0] - results[1]).max() > 1e-3
+
+
+# Diagnostics
+
+
+DIAGNOSED = [
+    Exact(),
+    Truncated(5, probes=2),
+    Truncated(5, gradient="autodiff"),
+    PAPERS,
+    Roulette(SAFE, 1, samples=2, probes=2),
+    Roulette(SAFE, krylov=2, gradient="autodiff"),
+]
+
+
+@pytest.mark.parametrize("estimator", DIAGNOSED, ids=str)
+def test_diagnostics_of_one_estimate(estimator):
+    """mean and second moment are those of the returned log_det, which they do not change; there is no gradient."""
+    g, params, x = net_named("moderate")
+
+    @quick_jit
+    def run(params, x, key):
+        def both(params, x):
+            y, log_det, diagnostics = residual(g, params, x, key=key, estimator=estimator, return_diagnostics=True)
+            return sum(map(jnp.sum, diagnostics)), (y, log_det, diagnostics)
+
+        gradient, results = jax.grad(both, (0, 1), has_aux=True)(params, x)
+        return gradient, results, residual(g, params, x, key=key, estimator=estimator)
+
+    gradient, (y, log_det, diagnostics), plain = run(params, x, jax.random.key(2))
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradient))
+    np.testing.assert_allclose(y, plain[0], rtol=1e-14)
+    np.testing.assert_allclose(log_det, plain[1], rtol=1e-13)
+    np.testing.assert_allclose(diagnostics.mean, np.mean(log_det), rtol=1e-13)
+    np.testing.assert_allclose(diagnostics.second_moment, np.mean(np.square(log_det)), rtol=1e-13)
+    assert diagnostics.term_norms.shape == (logdet.DIAGNOSED_TERMS,)
+    assert diagnostics.length.shape == ()
+    if not isinstance(estimator, Roulette):
+        assert diagnostics.length == (4 if isinstance(estimator, Exact) else 5)
+    if isinstance(estimator, Exact):
+        assert np.all(diagnostics.term_norms == 0)
+
+
+def diagnose(name, estimator, keys=2000, seed=0):
+    """The diagnostics of many keys."""
+    run = lambda key: residual(*net_named(name), key=key, estimator=estimator, return_diagnostics=True)[2]  # noqa: E731
+    return quick_jit(jax.vmap(run))(jax.random.split(jax.random.key(seed), keys))
+
+
+def power_norms(name, terms=8):
+    """|J^k|_F^2 / D averaged over the batch, k = 1..terms: E|J^k v|^2 / D."""
+    powers = [np.linalg.matrix_power(dense_jacobians(name), k) for k in range(1, terms + 1)]
+    return np.array([np.mean(np.sum(np.square(power), (1, 2))) / power.shape[-1] for power in powers])
+
+
+def test_term_norms_of_a_truncated_series():
+    """With D orthogonal probes they are |J^k|_F^2 / D, and zero behind the last term."""
+    diagnosed = logdet.DIAGNOSED_TERMS
+    for terms in (5, diagnosed + 2):
+        norms = diagnose("nonsymmetric", Truncated(terms, "orthogonal", 8), keys=2).term_norms
+        expected = np.where(np.arange(diagnosed) < terms, power_norms("nonsymmetric", diagnosed), 0)
+        np.testing.assert_allclose(norms, np.tile(expected, (2, 1)), rtol=1e-10)
+
+
+def test_term_norms_of_the_roulette():
+    """Whatever the law, the mean over keys is |J^k|_F^2 / D for the power series: |z| < 4 for k = 1..8."""
+    estimator = Roulette(SAFE, 2, 0, samples=2, probe="gaussian", probes=2)
+    z = z_scores(diagnose("nonsymmetric", estimator).term_norms[:, :8], power_norms("nonsymmetric"))
+    assert np.abs(z).max() < 4
+
+
+@pytest.mark.parametrize("krylov", [None, 2])
+def test_term_norms_do_not_depend_on_the_law(krylov):
+    """The means of two laws agree also for minimal residuals, |z| < 4; no term is larger than of the power series."""
+    laws = [Roulette(SAFE, krylov=krylov), Roulette(Geometric(0.3), 1, krylov, samples=2)]
+    first, second = (diagnose("nonsymmetric", law, seed=n).term_norms[:, :8] for n, law in enumerate(laws))
+    error = np.sqrt((first.var(axis=0) + second.var(axis=0)) / len(first))
+    assert np.abs(first.mean(axis=0) - second.mean(axis=0)).max() > 0
+    assert np.abs((first.mean(axis=0) - second.mean(axis=0)) / (error + 1e-12)).max() < 4
+    assert np.all(second.mean(axis=0) < 1.05 * power_norms("nonsymmetric"))
+
+
+def test_the_diagnosed_length():
+    """exact_terms + the longest of the lengths: its mean over keys is 2 + E max_i N_i, |z| < 4."""
+    law, samples = Defensive(0.4, 0.1, 0.75), 3
+    length = diagnose("small", Roulette(law, 2, 0, samples=samples)).length
+    survival = np.asarray(law.survival(np.arange(1, 200)))
+    assert length.min() >= 3
+    assert np.abs(z_scores(length, 2 + np.sum(1 - (1 - survival) ** samples))) < 4
 
 
 # Memory
@@ -467,6 +802,10 @@ def test_the_memory_test_has_power():
         ("terms", lambda: Truncated(0)),
         ("terms", lambda: Truncated(2.5)),
         ("exact_terms", lambda: Roulette(exact_terms=-1)),
+        ("krylov", lambda: Roulette(krylov=-1)),
+        ("krylov", lambda: Roulette(krylov=1.5)),
+        ("probes", lambda: Roulette(probes=0)),
+        ("probes", lambda: Truncated(probes=0)),
         ("samples", lambda: Roulette(samples=0)),
         ("chunk_size", lambda: Exact(0)),
         ("probe", lambda: Roulette(probe="x")),
@@ -475,12 +814,46 @@ def test_the_memory_test_has_power():
         ("gradient", lambda: Truncated(gradient="x")),
         ("length", lambda: Roulette(length=3)),
         ("length", lambda: Roulette(3)),
+        ("length", lambda: Roulette(None)),
+        ("length", lambda: Roulette("geometric")),
     ],
 )
 def test_bad_estimators(name, make):
     """An estimator refuses a bad setting when it is made, by its name."""
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"krylov": -1}, "krylov: expected an integer of at least 0, got -1"),
+        ({"exact_terms": -1}, "exact_terms: expected an integer of at least 0, got -1"),
+        ({"probes": 0}, "probes: expected an integer of at least 1, got 0"),
+        ({"probe": "hadamard"}, "probe: expected one of rademacher, gaussian, orthogonal; got 'hadamard'"),
+        ({"length": 3}, "length: expected Defensive, Geometric, Poisson or Fitted, got 3"),
+    ],
+)
+def test_messages(options, message):
+    """The whole text of the most likely mistakes."""
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Roulette(**options)
+
+
+@pytest.mark.parametrize("estimator", [Roulette, Truncated])
+def test_too_many_orthogonal_probes(estimator):
+    """No more orthogonal probes than dimensions."""
+    with pytest.raises(ValueError, match=r"^probes: expected at most 4 orthogonal probes in 4 dimensions, got 5\b"):
+        residual(*net_named("small"), key=jax.random.key(0), estimator=estimator(probe="orthogonal", probes=5))
+
+
+@pytest.mark.parametrize(
+    "table", [[1.0, 0.0], [0.5, 0.7], [1.5, 0.5], [0.5, float("nan")], [[1.0, 0.5], [1.0, 0.5]]], ids=str
+)
+def test_bad_table(table):
+    """The table of a `Fitted` law is checked where it is used: for one block it is [K]."""
+    with pytest.raises(ValueError, match=r"^table: expected"):
+        residual(*net_named("small"), key=jax.random.key(0), estimator=Roulette(Fitted(jnp.array(table))))
 
 
 def _double(params, x):
@@ -494,6 +867,7 @@ def _double(params, x):
         ("key", _double, jnp.ones, {"estimator": Truncated(2)}),
         ("key", _double, jnp.ones, {}),
         ("estimator", _double, jnp.ones, {"estimator": "exact"}),
+        ("lipschitz", _double, jnp.ones, {"estimator": Exact(), "lipschitz": 1.0}),
         ("g", lambda p, x: x[:, :1], jnp.ones, {"estimator": Exact()}),
         ("g", lambda p, x: x.astype(jnp.float32), jnp.ones, {"estimator": Exact()}),
         ("x", _double, lambda shape: jnp.ones(shape, int), {"estimator": Exact()}),
