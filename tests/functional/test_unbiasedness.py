@@ -1,0 +1,300 @@
+"""The estimators' expectation is the exact value and gradient: in two ways.
+
+Exactly, by summing over all lengths and over probes v with mean(v v^T) = I, and by the mean over thousands of keys.
+What these tests must not let through, deliberate mistakes, is at the end.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+from resflow_jax.functional import logdet, series
+from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
+from resflow_jax.functional.logdet import Roulette, Truncated
+from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
+from tests.functional.contractions import (
+    dense_series,
+    quick_jit,
+)
+from tests.functional.estimates import (
+    FITTED,
+    GRADIENTS,
+    SAFE,
+    SLOW,
+    estimate,
+    exact,
+    net_named,
+    reference,
+    worst_z,
+)
+
+# Expectations without sampling
+
+
+def enumerate_draws(monkeypatch, net, estimator, lengths=(0,)):
+    """The estimate for every length and for D draws of orthogonal +-1 probes: [lengths, D, ...].
+
+    In draw i, row n of the batch of probes is row (i + n) % D of a Hadamard matrix: each row of the batch sees them
+    all, so that its mean of v v^T is I, and no two rows of the batch see the same.
+    """
+    x = net[2]
+    hadamard = jnp.asarray(scipy.linalg.hadamard(x[0].size), float)
+
+    def one(length, first):
+        def draw_probes(probe, probes, key, x):
+            rows = (first + jnp.arange(probes * len(x))) % len(hadamard)
+            return hadamard[rows].reshape(-1, *x.shape[1:])
+
+        monkeypatch.setattr(logdet, "draw_probes", draw_probes)
+        for law in (Geometric, Poisson, Defensive, Fitted):
+            monkeypatch.setattr(law, "sample", lambda self, key, shape: jnp.broadcast_to(length, shape))
+        return estimate(net, estimator, jax.random.key(0))
+
+    over_probes = jax.vmap(one, (None, 0))
+    return quick_jit(jax.vmap(over_probes, (0, None)))(jnp.asarray(lengths), jnp.arange(len(hadamard)))
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("terms", [1, 4])
+def test_truncated_is_the_truncated_series(monkeypatch, terms, gradient):
+    """Averaged over orthogonal probes, value and gradient are those of sum_{k <= n} (-1)^(k+1) tr(J^k) / k."""
+    draws = enumerate_draws(monkeypatch, net_named("saturated"), Truncated(terms, gradient=gradient))[0]
+    expected = reference(net_named("saturated"), lambda *net: dense_series(*net, terms))
+    np.testing.assert_allclose(draws.mean(axis=0), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_truncated_conv(monkeypatch):
+    """The same for convolutions, D = 32."""
+    draws = enumerate_draws(monkeypatch, net_named("conv"), Truncated(4))[0]
+    expected = reference(net_named("conv"), lambda *net: dense_series(*net, 4))
+    np.testing.assert_allclose(draws.mean(axis=0), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_truncation_bias_shrinks():
+    """|bias of the value| <= D L^(n+1) / ((n+1) (1-L)); from 3 to 27 terms that of the gradient falls 90 times."""
+
+    def bias(terms):
+        return reference(net_named("saturated"), lambda *net: dense_series(*net, terms)) - exact("saturated")
+
+    worst = []
+    for terms in (3, 9, 27):
+        error = jnp.abs(bias(terms))
+        assert jnp.max(error[:3]) <= 4 * 0.8 ** (terms + 1) / ((terms + 1) * 0.2)
+        worst.append(jnp.max(error))
+    assert worst[0] > 3 * worst[1] > 90 * worst[2]
+
+
+def expectation(monkeypatch, name, estimator, longest):
+    """sum_n P(N = n) * (mean over probes), n = 0..longest, all longer ones counted as the longest.
+
+    Every term up to `longest` thus has the weight one in expectation: what is left out is the rest of the series.
+    """
+    lengths = np.arange(longest + 1)
+    survival = np.append(estimator.length.survival(lengths), 0)
+    draws = enumerate_draws(monkeypatch, net_named(name), estimator, lengths)
+    return np.tensordot(survival[:-1] - survival[1:], np.asarray(draws).mean(axis=1), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator", "tolerance"),
+    [
+        ("moderate", Roulette(Geometric(0.5), 0, 0), 1e-10),
+        ("moderate", Roulette(Geometric(0.4), 2, 0), 1e-10),
+        ("small", Roulette(Poisson(2.0), 3, 0), 1e-10),
+        ("moderate", Roulette(Geometric(0.5), 2, 0, gradient="autodiff"), 1e-7),  # leaves out P(N > n) <= 2^-24
+        ("small", Roulette(Poisson(2.0), 0, 0, gradient="autodiff"), 1e-6),
+        ("moderate", Roulette(SAFE, 0, 0, probes=2), 1e-10),
+        ("moderate", Roulette(FITTED, 2, 0), 1e-10),
+    ],
+    ids=str,
+)
+def test_power_series_roulette_summed_over_its_law(monkeypatch, name, estimator, tolerance):
+    """sum_n P(N = n) * (mean over probes) is the exact value and gradient, to rounding: no sampling."""
+    result = expectation(monkeypatch, name, estimator, 60)
+    np.testing.assert_allclose(result, exact(name), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("nonsymmetric", Roulette(Geometric(0.4))),
+        ("nonsymmetric", Roulette(SAFE, 2, probes=2)),
+        ("nonsymmetric", Roulette(FITTED, krylov=1, probes=3)),
+        ("nonsymmetric", Roulette(Poisson(2.0), 2, krylov=2)),
+        ("nonsymmetric", Roulette(SAFE, krylov=3)),
+        ("nonsymmetric", Roulette(Geometric(0.3), gradient="autodiff", probes=2)),
+        ("nonsymmetric", Roulette(SAFE, 2, krylov=1, gradient="autodiff")),
+        ("nonsymmetric", Roulette(FITTED, krylov=3, gradient="autodiff")),
+        ("saturated", Roulette(FITTED)),
+        ("moderate", Roulette(Poisson(2.0), 2, krylov=2)),
+        ("saturated", Roulette(SAFE, gradient="autodiff")),
+    ],
+    ids=str,
+)
+def test_minimal_residual_roulette_summed_over_its_law(monkeypatch, name, estimator):
+    """The same for minimal residuals: each probe's series depends on the probe, but its limit is exact for each."""
+    result = expectation(monkeypatch, name, estimator, 80)
+    tolerance = 1e-9 if estimator.gradient == "neumann" else 1e-7
+    np.testing.assert_allclose(result, exact(name), rtol=tolerance, atol=tolerance)
+
+
+def test_minimal_residual_roulette_conv(monkeypatch):
+    """The same for convolutions, D = 32."""
+    result = expectation(monkeypatch, "conv", Roulette(Geometric(0.4), 2), 30)
+    np.testing.assert_allclose(result, exact("conv"), rtol=1e-9, atol=1e-9)
+
+
+# Expectations over keys
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("exact_terms", [0, 2, 5])
+@pytest.mark.parametrize(("name", "law"), [("saturated", SLOW), ("small", Poisson(2.0))])
+def test_roulette_is_unbiased(name, law, exact_terms, samples):
+    """Value and Neumann gradient have the exact expectation: |z| < 4 over all components, 4000 keys."""
+    probe = "gaussian" if (exact_terms, samples) in {(0, 1), (2, 3)} else "rademacher"
+    estimator = Roulette(law, exact_terms, 0, samples, probe)
+    assert worst_z(name, estimator) < 4
+
+
+@pytest.mark.parametrize(
+    ("name", "law", "exact_terms", "samples", "probe"),
+    [
+        ("saturated", SLOW, 0, 3, "rademacher"),
+        ("saturated", SLOW, 5, 1, "gaussian"),
+        ("small", Poisson(2.0), 2, 3, "gaussian"),
+    ],
+)
+def test_roulette_autodiff_is_unbiased(name, law, exact_terms, samples, probe):
+    """The same for the gradient of the estimate itself."""
+    estimator = Roulette(law, exact_terms, 0, samples, probe, gradient="autodiff")
+    assert worst_z(name, estimator) < 4
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("nonsymmetric", Roulette(SAFE)),
+        ("nonsymmetric", Roulette(Geometric(0.3), 2, samples=3, probe="gaussian", probes=2)),
+        ("nonsymmetric", Roulette(SAFE, krylov=1, probe="orthogonal", probes=2)),
+        ("nonsymmetric", Roulette(FITTED, krylov=2, samples=3, probes=2)),
+        ("nonsymmetric", Roulette(Geometric(0.25), 2, krylov=3, probe="gaussian")),
+        ("nonsymmetric", Roulette(FITTED, krylov=0, samples=3, probe="orthogonal", probes=3)),
+        ("saturated", Roulette(Poisson(2.0), probe="gaussian")),  # four eigenvalues: the series ends
+        ("small", Roulette(Poisson(2.0), 2, krylov=1, samples=3, probe="orthogonal")),
+    ],
+    ids=str,
+)
+def test_minimal_residual_roulette_is_unbiased(name, estimator):
+    """The same for minimal residuals, and for more than one probe an example."""
+    assert worst_z(name, estimator) < 4
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("nonsymmetric", Roulette(SAFE, probe="orthogonal", probes=2, gradient="autodiff")),
+        ("nonsymmetric", Roulette(FITTED, krylov=1, samples=3, probe="gaussian", gradient="autodiff")),
+    ],
+    ids=str,
+)
+def test_minimal_residual_roulette_autodiff_is_unbiased(name, estimator):
+    """The same for the gradient of the estimate itself."""
+    assert worst_z(name, estimator, keys=1000) < 4
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Roulette(Geometric(0.3), 2, krylov=0),
+        Roulette(Geometric(0.3), 0, krylov=0, samples=3, probe="gaussian"),
+        Roulette(Defensive(lipschitz=0.8), probe="orthogonal", probes=2),
+        Roulette(FITTED, 2, krylov=2, probe="gaussian"),
+    ],
+    ids=str,
+)
+def test_roulette_is_unbiased_for_convolutions(estimator):
+    """The same on [B, 4, 4, 2]: 127 components."""
+    assert worst_z("conv", estimator, keys=1000) < 4
+
+
+# Power: what the tests above must not let through
+
+
+def _cotangents(mutate):
+    def replaced(original):
+        def backward(g, kept, cotangents):
+            y_bar, log_det_bar, diagnostics_bar = cotangents
+            return original(g, kept, (y_bar, mutate(kept[0], log_det_bar), diagnostics_bar))
+
+        return backward
+
+    return replaced
+
+
+def _terms(mutate):
+    def replaced(original):
+        def step(self, k, v, state, product):
+            after, term = original(self, k, v, state, product)
+            return after, mutate(k, term, state, after)
+
+        return step
+
+    return replaced
+
+
+def _without_lookahead(k, term, before, after):
+    weights = series._quadrature(term.value.dtype)[1]
+    return Term(term.w, term.value + (after.lookahead - before.lookahead) @ weights)
+
+
+def _positive_product(original):
+    return lambda self, k, v, state, product: original(self, k, v, state, lambda u: -product(u))
+
+
+def _no_roulette_in_gradient(original):
+    return lambda estimator, key: original(estimator, key)._replace(neumann_weight=lambda k: jnp.ones(()))
+
+
+first_for_all = _cotangents(lambda estimator, log_det_bar: jnp.full_like(log_det_bar, log_det_bar[0]))
+no_mean = _cotangents(lambda estimator, log_det_bar: estimator.probes * log_det_bar)
+wrong_sign = _terms(lambda k, term, *_: Term(-term.w, -term.value))
+MUTATIONS = {
+    "sign": (PowerSeries, "step", wrong_sign),
+    "no sign": (PowerSeries, "step", _positive_product),
+    "no 1/k": (PowerSeries, "step", _terms(lambda k, term, *_: Term(term.w, k * term.value))),
+    "survival(k + 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k + 1)),
+    "survival(k - 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k - 1)),
+    "unweighted gradient": (logdet, "_draw_plan", _no_roulette_in_gradient),
+    "first cotangent for all": (logdet._neumann, "bwd", first_for_all),
+}
+MINIMAL_RESIDUAL_MUTATIONS = {
+    "sign": (MinimalResidual, "step", wrong_sign),
+    "sign of w": (MinimalResidual, "step", _terms(lambda k, term, *_: Term(-term.w, term.value))),
+    "sign of the value": (MinimalResidual, "step", _terms(lambda k, term, *_: Term(term.w, -term.value))),
+    "no lookahead": (MinimalResidual, "step", _terms(_without_lookahead)),
+    "N > k": (logdet, "term_weight", lambda original: lambda law, lengths, *args: original(law, lengths - 1, *args)),
+    "survival(k + 1)": (Defensive, "survival", lambda original: lambda self, k: original(self, k + 1)),
+    "survival(k - 1)": (Defensive, "survival", lambda original: lambda self, k: original(self, k - 1)),
+    "unweighted gradient": (logdet, "_draw_plan", _no_roulette_in_gradient),
+    "first cotangent for all": (logdet._neumann, "bwd", first_for_all),
+    "sum over probes in the gradient": (logdet._neumann, "bwd", no_mean),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutations_are_caught(monkeypatch, mutation):
+    """With one thing wrong the same test of the mean over keys fails, and clearly: |z| > 6."""
+    owner, name, mutate = MUTATIONS[mutation]
+    monkeypatch.setattr(owner, name, mutate(getattr(owner, name)))
+    assert worst_z("saturated", Roulette(SLOW, 0, 0)) > 6
+
+
+@pytest.mark.parametrize("mutation", MINIMAL_RESIDUAL_MUTATIONS)
+def test_mutations_of_minimal_residuals_are_caught(monkeypatch, mutation):
+    """The same for minimal residuals and two probes, with half the keys and a shorter law."""
+    owner, name, mutate = MINIMAL_RESIDUAL_MUTATIONS[mutation]
+    monkeypatch.setattr(owner, name, mutate(getattr(owner, name)))
+    assert worst_z("nonsymmetric", Roulette(Defensive(0.7, 0.1, 0.75), probes=2), keys=2000) > 6
