@@ -5,6 +5,7 @@ of w - v and of the value, both of which vanish behind v for M = 0. Vectors are 
 [B, ...], and every example is treated by itself. M is the transposed Jacobian.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
