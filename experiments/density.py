@@ -93,7 +93,7 @@ def set_up(config: DensityConfig, data: ImageSplits) -> tuple[Trainer, TrainStat
     optimizer = config.optimizer.build(config.steps)
     trainer = Trainer(nnx.split(flow)[0], loss, optimizer, config.optimizer.ema_decay)
     state = trainer.create_state(flow, config.estimator)
-    return trainer, fit_estimator(state) if config.fit_lengths else state
+    return trainer, fit_estimator(state, config.batch_size) if config.fit_lengths else state
 
 
 def train(
@@ -118,7 +118,7 @@ def train(
         return step % config.evaluation.every == 0 or step == config.steps
 
     def at_pause(step: int, state: TrainState) -> TrainState:
-        return fit_estimator(state) if config.fit_lengths and validates_at(step) else state
+        return fit_estimator(state, config.batch_size) if config.fit_lengths and validates_at(step) else state
 
     for at in training_loop(
         trainer,

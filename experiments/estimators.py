@@ -79,7 +79,7 @@ class EstimatorsConfig:
     Attributes:
       workdir: where everything is written.
       targets: which of synthetic, digits and fashion_mnist.
-      keys: gradients drawn for each estimator on a flow; 50 times as many on a synthetic contraction.
+      keys: gradients drawn for each estimator on a flow; 20 times as many on a synthetic contraction.
       probes: probes drawn where lengths are summed over.
       batch_size: examples of a batch; a quarter of them for fashion_mnist, whose gradients take long.
       digits: work directory of a run of `experiments.density digits`; by default trained under `workdir`.
@@ -113,12 +113,14 @@ class Target(NamedTuple):
       gradient: (key, estimator) -> (flat gradient [P], diagnostics).
       keys: how many to draw.
       lipschitz: bound on that of its residual blocks.
+      batch_size: examples that share a length.
     """
 
     name: str
     gradient: Gradient
     keys: int
     lipschitz: float
+    batch_size: int
 
 
 class Measurement(NamedTuple):
@@ -231,7 +233,7 @@ def synthetic_targets(config: EstimatorsConfig) -> Iterator[Target]:
             gradient, diagnostics = jax.grad(loss, has_aux=True)(params)
             return gradient.ravel(), diagnostics
 
-        yield Target(name, gradient, 50 * config.keys, lipschitz)
+        yield Target(name, gradient, 20 * config.keys, lipschitz, config.batch_size)
 
 
 def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsConfig) -> Target:
@@ -257,7 +259,7 @@ def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsCo
         return ravel_pytree(gradient)[0], diagnostics
 
     lipschitz = max(module.lipschitz for _, module in nnx.iter_modules(flow) if isinstance(module, ResidualBlock))
-    return Target(f"{run_config.data.name} flow, batch {batch_size}", gradient, config.keys, lipschitz)
+    return Target(f"{run_config.data.name} flow, batch {batch_size}", gradient, config.keys, lipschitz, batch_size)
 
 
 def trained_flow(run_config: DensityConfig) -> ResidualFlow:
@@ -282,7 +284,7 @@ def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measureme
     norms = None
     for name, estimator in ESTIMATORS.items():
         if name == FITTED:
-            estimator = dataclasses.replace(estimator, length=fit_lengths(norms))
+            estimator = dataclasses.replace(estimator, length=fit_lengths(norms, batch_size=target.batch_size))
         measured, found = measure(target, estimator, jax.random.key(config.seed))
         if name == DEFAULT:
             norms = found
@@ -329,7 +331,7 @@ def length_moments(target: Target, estimator: Roulette, key: Array, probes: int)
     d_k is term k = 0..24 of the gradient's series, d their sum; the expectations are over the probes.
     """
     draw = jax.jit(target.gradient)
-    terms = np.arange(1, TERMS + 1)
+    terms = np.arange(1, TERMS + 2)
     moments, sums = [], []
     for subkey in jax.random.split(key, probes):
         gradients = []

@@ -84,7 +84,7 @@ def save_bias_curves(path: Path, metrics: list[dict], titles: dict[str, str]) ->
     low, high = np.min(np.concatenate(values)), np.max(np.concatenate(values))
     axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
     gaps.axhline(0, color="black", lw=0.8)
-    axis.set(xlabel="step", ylabel="bits/dim", title="trained with a biased and with an unbiased log-det")
+    axis.set(xlabel="step", ylabel="bits/dim", title="digits: trained with a biased and with an unbiased log-det")
     gaps.set(xlabel="step", ylabel="bits/dim", title="estimate - exact, same test images")
     for a in (axis, gaps):
         a.grid(alpha=0.3)

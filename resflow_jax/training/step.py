@@ -105,16 +105,16 @@ class Trainer(NamedTuple):
     def averaged_flow(self, state: TrainState) -> ResidualFlow:
         """The flow with the averaged parameters, its norms iterated to convergence anew."""
         params = optax.tree.bias_correction(state.ema.ema, self.ema_decay, state.ema.count)
-        flow = nnx.merge(self.graphdef, params, state.rest)
+        flow = nnx.merge(self.graphdef, params, state.rest, copy=True)  # the state keeps its own vectors
         flow.converge_norms()
         return flow
 
 
-def fit_estimator(state: TrainState) -> TrainState:
+def fit_estimator(state: TrainState, batch_size: int) -> TrainState:
     """The state with the law of each block's lengths fitted to the term norms of the last hundred steps or so.
 
     To be called between epochs; the gradient of the next steps stays unbiased. Before the first step
-    there is nothing to fit, and the table is that of `Defensive`.
+    there is nothing to fit, and the table is that of `Defensive`. `batch_size` examples share a length.
 
     Raises:
       ValueError: unless the estimator is a `Roulette` of less than 16 exact terms.
@@ -123,6 +123,6 @@ def fit_estimator(state: TrainState) -> TrainState:
     if not isinstance(estimator, Roulette) or estimator.exact_terms >= DIAGNOSED_TERMS:
         raise ValueError(f"estimator: expected Roulette, less than {DIAGNOSED_TERMS} exact_terms, got {estimator}")
     seen = optax.tree.bias_correction(norms, _DECAY, jnp.maximum(count, 1))
-    law = fit_lengths(seen[:, estimator.exact_terms :])
+    law = fit_lengths(seen[:, estimator.exact_terms :], batch_size=batch_size)
     start = Defensive().survival(jnp.arange(1, law.table.shape[-1] + 1))
     return state._replace(estimator=replace(estimator, length=Fitted(jnp.where(count > 0, law.table, start))))
