@@ -101,7 +101,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert saturated[PAPERS].summed > 1e6 * saturated[DEFAULT].summed
     assert saturated[DEFAULT].work < saturated[PAPERS].work / 2
     printed = capsys.readouterr().out
-    assert "fashion_mnist: left out, no such data" in printed and "papers/this" in printed
+    assert "fashion_mnist: left out, no such data" in printed and "all lengths" in printed
     assert (tmp_path / "estimators.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "estimators.json").read_text())["digits flow, batch 4"][PAPERS]["cost"] > 0
 

@@ -124,3 +124,13 @@ def test_a_fit_of_measured_norms_is_traced():
         return fit_lengths(norms).sample(key, (5,))
 
     assert np.all(lengths(jnp.asarray(NORMS["slow"]), jax.random.key(0)) >= 0)
+
+
+def test_examples_that_share_a_length():
+    """batch_size weighs the norms: the error of a shared length does not average out."""
+    norms = jnp.asarray([0.1, 0.02, 0.001])
+    shared = fit_lengths(norms, batch_size=16).table
+    np.testing.assert_allclose(shared, fit_lengths(16 * norms).table, rtol=1e-12)
+    assert (shared > fit_lengths(norms).table).all()
+    with pytest.raises(ValueError, match="batch_size: expected an integer of at least 1, got 0"):
+        fit_lengths(norms, batch_size=0)
