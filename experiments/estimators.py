@@ -180,10 +180,15 @@ def find_targets(config: EstimatorsConfig) -> Iterator[Target]:
     for name in ("digits", "fashion_mnist"):
         if name not in config.targets:
             continue
-        workdir = getattr(config, name) or config.workdir / name
+        given = getattr(config, name)
+        run_config = dataclasses.replace(density.CONFIGS[name], workdir=given or config.workdir / name)
+        if given is not None and not (given / "checkpoints").is_dir():
+            raise ValueError(f"{name}: expected the work directory of a run of this data set, got {given}")
+        batch_size = config.batch_size if name == "digits" else max(config.batch_size // 4, 2)
         try:
-            batch_size = config.batch_size if name == "digits" else max(config.batch_size // 4, 2)
-            yield flow_target(dataclasses.replace(density.CONFIGS[name], workdir=workdir), batch_size, config)
+            if given is None and not finished(run_config):
+                density.run(run_config)
+            yield flow_target(run_config, batch_size, config)
         except FileNotFoundError as error:
             print(f"{name}: left out, {error}")
 
@@ -263,18 +268,19 @@ def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsCo
 
 
 def trained_flow(run_config: DensityConfig) -> ResidualFlow:
-    """The flow of a finished run, which is trained if it is not there."""
-    data = density.load(run_config.data)
-    trainer, state = density.set_up(run_config, data)
-    path = run_config.workdir / "checkpoints"
-    finished = False
-    if path.exists():
-        with Checkpoints(path) as checkpoints:
-            finished = checkpoints.latest_step == run_config.steps
-    if not finished:
-        density.run(run_config)
-    with Checkpoints(path) as checkpoints:
+    """The flow of a run, of its best weights."""
+    trainer, state = density.set_up(run_config, density.load(run_config.data))
+    with Checkpoints(run_config.workdir / "checkpoints") as checkpoints:
         return trainer.averaged_flow(checkpoints.restore(checkpoints.best_step, state))
+
+
+def finished(run_config: DensityConfig) -> bool:
+    """Whether the run has taken all its steps."""
+    path = run_config.workdir / "checkpoints"
+    if not path.is_dir():
+        return False
+    with Checkpoints(path) as checkpoints:
+        return checkpoints.latest_step == run_config.steps
 
 
 def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measurement]:

@@ -114,3 +114,5 @@ class DensityConfig:
         check_count("batch_size", self.batch_size, 1)
         check_count("seed", self.seed, 0)
         check_count("log_every", self.log_every, 1)
+        if self.fit_lengths and not isinstance(self.estimator, Roulette):
+            raise ValueError(f"fit_lengths: expected a Roulette as estimator, got {self.estimator}")

@@ -1,13 +1,13 @@
 """The estimators of log|det(I + J)|: small frozen values, passed where they are used."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 import jax
 
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.functional.laws import Defensive, Law
+from resflow_jax.functional.laws import Defensive, Fitted, Law
 from resflow_jax.functional.probes import PROBES
 
 Probe = Literal["rademacher", "gaussian", "orthogonal"]
@@ -46,13 +46,13 @@ class Truncated:
 
     Attributes:
       terms: number of terms of the series.
-      probe, probes, gradient: as in `Roulette`.
+      probe, gradient, probes: as in `Roulette`.
     """
 
     terms: int = 10
     probe: Probe = "rademacher"
-    probes: int = 1
     gradient: Gradient = "neumann"
+    probes: int = field(default=1, kw_only=True)
 
     def __post_init__(self):
         check_count("terms", self.terms, 1)
@@ -68,7 +68,8 @@ class Truncated:
 class Roulette:
     """The unbiased Russian-roulette estimate, by default of a minimal-residual iteration.
 
-    Unbiased in value and gradient over the key, for every setting. One length for the whole batch.
+    Unbiased in value and gradient over the key, for every setting; the value of minimal-residual steps
+    holds a quadrature, right to 1e-12 for Lipschitz constants up to 0.999. One length for the whole batch.
     Cost: exact_terms + max_i N_i vjps of g a probe (2.15 on average by default for a block of
     Lipschitz bound 0.94) and, for the gradient, one vjp of (g, J v).
 
@@ -78,25 +79,26 @@ class Roulette:
       length: law of the random number N of further terms: `Defensive`, `Geometric`, `Poisson`, or
         `Fitted`.
       exact_terms: terms that are always taken, m >= 0.
-      krylov: vjps spent on minimal-residual steps before the power series goes on from their
-        residual (`functional.series.MinimalResidual`); None for no end of them, 0 for the power
-        series of the papers.
       samples: number of lengths averaged; the series is as long as the longest.
       probe: law of the probes v: "rademacher" (entries +-1, least variance), "gaussian", or
         "orthogonal" (those of an example at right angles: as many as dimensions give the exact trace).
-      probes: probes an example, averaged; each costs the whole series.
       gradient: "neumann" (constant memory, first-order reverse mode) or "autodiff" (differentiates
         the estimate itself: memory grows with the longest possible series, any order and mode; it
-        leaves out lengths of probability below 2^-24).
+        leaves out lengths of probability below 2^-24, which for `Defensive` are those above some
+        hundreds: prefer `Geometric`).
+      krylov: number of minimal-residual steps (`functional.series.MinimalResidual`, a two-term
+        recurrence) before the power series goes on from their residual; None for all steps, 0 for
+        the power series of the papers.
+      probes: probes an example, averaged; each costs the whole series.
     """
 
     length: Law = Defensive()
     exact_terms: int = 0
-    krylov: int | None = None
     samples: int = 1
     probe: Probe = "rademacher"
-    probes: int = 1
     gradient: Gradient = "neumann"
+    krylov: int | None = field(default=None, kw_only=True)
+    probes: int = field(default=1, kw_only=True)
 
     def __post_init__(self):
         if not isinstance(self.length, Law):
@@ -109,6 +111,14 @@ class Roulette:
 
 
 Estimator = Exact | Truncated | Roulette
+
+
+def check_estimator(estimator: Estimator) -> None:
+    """Raises ValueError for anything else, and for a table of lengths that is none."""
+    if not isinstance(estimator, Estimator):
+        raise ValueError(f"estimator: expected Exact, Truncated or Roulette, got {estimator!r}")
+    if isinstance(estimator, Roulette) and isinstance(estimator.length, Fitted):
+        estimator.length.check()
 
 
 def _check_common(estimator: Truncated | Roulette) -> None:

@@ -116,12 +116,13 @@ class Defensive:
 
         P(N >= k) = (1 - share) (1 - p)^(k-1) + share * L^(k-1),   mean (1 - share) / p + share / (1 - L)
 
-    The variance is finite for every g with Lip(g) <= L, since L^(2k) / L^k is summable, while the
-    cost is close to that of Geometric(p). Defensive mixtures: Hesterberg (1995, Technometrics 37).
+    (with 1 - p in the place of L where that is larger). The variance is finite for every g with
+    Lip(g) <= L, since L^(2k) / L^k is summable, while the cost is close to that of Geometric(p).
+    Defensive mixtures: Hesterberg (1995, Technometrics 37).
 
     Attributes:
       p: of the short law.
-      share: weight of the long law.
+      share: mixture weight of the long law.
       lipschitz: L; by default the bound of the residual block where the law is used, or 0.98 where
         none is known.
     """
@@ -158,7 +159,7 @@ class Defensive:
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("table",), meta_fields=("lipschitz",))
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fitted:
     """P(N >= k) from a table for k <= K, and falling like L^k behind it. Made by `fit_lengths`.
 
@@ -179,29 +180,34 @@ class Fitted:
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws lengths, int32 of `shape`, inside or outside jit."""
-        u = jax.random.uniform(key, (*shape, 1), minval=jnp.finfo(self.table.dtype).tiny, dtype=self.table.dtype)
-        inside = jnp.sum(u < self.table, axis=-1, dtype=jnp.int32)
+        table = jnp.asarray(self.table)
+        u = jax.random.uniform(key, (*shape, 1), table.dtype, minval=2.0**-24)
+        inside = jnp.sum(u < table, axis=-1, dtype=jnp.int32)
         # N >= K + j where u < P(N >= K) * L^j
-        behind = jnp.ceil(jnp.log(u[..., 0] / self.table[-1]) / math.log(self.tail_ratio())) - 1
+        behind = jnp.ceil(jnp.log(u[..., 0] / table[-1]) / math.log(self.tail_ratio())) - 1
         return inside + jnp.maximum(behind, 0).astype(jnp.int32)
 
     def survival(self, k: Array | int) -> Array:
         """P(N >= k), a float of k's shape; one for k <= 0."""
-        k, size = jnp.asarray(k), self.table.shape[-1]
+        k, table, size = jnp.asarray(k), jnp.asarray(self.table), self.table.shape[-1]
         behind = jnp.exp(jnp.maximum(k - size, 0) * math.log(self.tail_ratio()))
-        return jnp.where(k <= 0, 1.0, self.table[jnp.clip(k - 1, 0, size - 1)] * behind)
+        return jnp.where(k <= 0, 1.0, table[jnp.clip(k - 1, 0, size - 1)] * behind)
 
     def tail_ratio(self) -> float:
         """lim P(N >= k + 1) / P(N >= k)."""
         return _LIPSCHITZ if self.lipschitz is None else self.lipschitz
 
     def check(self) -> None:
-        """Raises ValueError unless the table is one of survival probabilities; of concrete arrays only."""
-        if isinstance(self.table, jax.core.Tracer):
+        """Raises ValueError unless the table is a float array of survival probabilities (if it is not traced)."""
+        table, expected = self.table, "table: expected probabilities P(N >= 1..K) in (0, 1] that do not increase"
+        if not isinstance(table, jax.Array | np.ndarray) or not jnp.issubdtype(table.dtype, jnp.floating):
+            raise ValueError(f"{expected}, a float array, got {table!r}")
+        if table.ndim not in (1, 2) or not table.size:
+            raise ValueError(f"{expected}, of shape [K] or [blocks, K], got shape {table.shape}")
+        if isinstance(table, jax.core.Tracer):
             return
-        table = np.asarray(self.table)
-        if table.ndim not in (1, 2) or not (table > 0).all() or not (np.diff(table, prepend=1.0) <= 0).all():
-            raise ValueError(f"table: expected probabilities P(N >= 1..K) in (0, 1] that do not increase, got {table}")
+        if not (np.asarray(table) > 0).all() or not (np.diff(table, prepend=1.0) <= 0).all():
+            raise ValueError(f"{expected}, got {table}")
 
     def within(self, lipschitz: float | None) -> "Fitted":
         """The law to use for a g of that Lipschitz constant: with its own, if it has one."""

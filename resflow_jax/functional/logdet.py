@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resflow_jax.functional.checks import check_open_interval, check_residual
-from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated
+from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated, check_estimator
 from resflow_jax.functional.laws import Fitted, check_variance
 from resflow_jax.functional.probes import draw_probes
 from resflow_jax.functional.roulette import length_cap, term_weight
@@ -50,7 +50,7 @@ class Diagnostics(NamedTuple):
     leading axis of residual blocks where a flow returns them.
 
     Attributes:
-      length: vjps of g that the series took; for `Exact`, the dimension.
+      length: vjps of g that the series took, a probe; for `Exact`, the dimension.
       term_norms: [16] mean over batch and probes of |term k of w|^2 / D, k = 1..16, times the roulette
         weight of the term, so that its expectation does not depend on the law. Zeros for `Exact`.
       mean: of log_det over the batch, in nats.
@@ -95,6 +95,7 @@ def residual(
         the key is missing, if the estimator is unknown, or for more orthogonal probes than dimensions.
     """
     estimator = Roulette() if estimator is None else estimator
+    check_estimator(estimator)
     check_residual("x", g, params, x)
     if x.shape[0] == 0:
         raise ValueError(f"x: expected at least one example, got shape {x.shape}")
@@ -104,8 +105,6 @@ def residual(
         # The Jacobian is not worth keeping: a chain of blocks would hold them all.
         y, log_det = jax.checkpoint(partial(_exact, g, estimator.chunk_size))(params, x)
         diagnostics = _diagnostics(math.prod(x.shape[1:]), jnp.zeros(DIAGNOSED_TERMS, x.dtype), log_det)
-    elif not isinstance(estimator, Truncated | Roulette):
-        raise ValueError(f"estimator: expected Exact, Truncated or Roulette, got {estimator!r}")
     elif key is None:
         raise ValueError(f"key: {type(estimator).__name__} expected a PRNG key, got None")
     else:
@@ -124,10 +123,8 @@ def _within(estimator: Truncated | Roulette, lipschitz: float | None) -> Truncat
     if isinstance(estimator, Truncated):
         return estimator
     law = estimator.length.within(lipschitz)
-    if isinstance(law, Fitted):
-        law.check()
-        if law.table.ndim != 1:
-            raise ValueError(f"table: expected probabilities [K] of one residual block, got shape {law.table.shape}")
+    if isinstance(law, Fitted) and law.table.ndim != 1:
+        raise ValueError(f"table: expected probabilities [K] of one residual block, got shape {law.table.shape}")
     if lipschitz is not None:
         check_variance(law, lipschitz)
     return replace(estimator, length=law)

@@ -47,5 +47,8 @@ def length_cap(law: Law, probability: float = 2.0**-24, limit: int = 4096) -> in
             law = Fitted(jnp.ones(law.table.shape[-1]), law.lipschitz)
         n = int(jnp.sum(law.survival(jnp.arange(1, limit + 2)) > probability))
     if n > limit:
-        raise ValueError(f"law: expected lengths below {limit} but for a probability of {probability:.1e}, got {law}")
+        raise ValueError(
+            f"law: expected lengths below {limit} but for a probability of {probability:.1e}, got {law}; "
+            "a Geometric law, or gradient='neumann', has no such limit"
+        )
     return n

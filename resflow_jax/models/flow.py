@@ -18,9 +18,8 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import check_batch, check_count
-from resflow_jax.functional.estimators import Estimator, Roulette
+from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
 from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, warn_unconverged
-from resflow_jax.functional.laws import Fitted
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.layers.bijector import join_diagnostics, join_status, solved, split_estimator, split_key
@@ -96,7 +95,9 @@ class ResidualFlow(nnx.Module):
             traced), for values that are not finite or, for images, outside [0, 1].
         """
         self._check_input(x)
-        estimator = _with_rows(Roulette() if estimator is None else estimator, self.blocks)
+        estimator = Roulette() if estimator is None else estimator
+        check_estimator(estimator)
+        estimator = _with_rows(estimator, self.blocks)
         z, log_det, diagnostics = _forward(*nnx.split(self), x, key, estimator)
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
@@ -295,8 +296,6 @@ def _with_rows(estimator: Estimator, blocks: int) -> Estimator:
             raise ValueError(f"estimator: expected a table with {blocks} rows, one a block, got shape {table.shape}")
         return table
 
-    if isinstance(estimator, Roulette) and isinstance(estimator.length, Fitted):
-        estimator.length.check()
     return jax.tree.map(rows, estimator)
 
 

@@ -73,10 +73,11 @@ def evaluate_bits_per_dim(
 ) -> Estimate:
     """Mean bits/dim of quantised images [N, H, W, C], each counted once, with its standard errors.
 
-    Unbiased. Every image is dequantised and its log-det estimated `draws` times. The noise is judged by
-    the variance over draws of the mean over images, since the roulette's length is shared by a batch
-    and its error does not average out over images; what is left of the variance over images is the
-    data's. Cost: `draws` times the estimator's on N images.
+    Unbiased for the dequantised density, whose bits/dim bound those of the integers from above. Every
+    image is dequantised and its log-det estimated `draws` times. The noise is judged by the variance
+    over draws of the mean over images, since the roulette's length is shared by a batch and its error
+    does not average out over images; what is left of the variance over images is the data's. Cost:
+    `draws` times the estimator's on N images.
 
     Args:
       flow: of images [H, W, C].
@@ -86,7 +87,7 @@ def evaluate_bits_per_dim(
       estimator: of the log-det; by default a roulette with eight exact terms. `Exact()` leaves
         only the dequantisation's noise, at D vjps of every block and D^2 numbers an image; use it
         with a small batch size.
-      draws: independent passes over the images.
+      draws: independent passes over the images; the noise is judged from that many values.
       batch_size: images at once.
 
     Raises:
@@ -114,7 +115,9 @@ def evaluate_bits_per_dim(
     if draws == 1:
         stderr = math.sqrt(data / number)
         return Estimate(float(scores.mean()), stderr, stderr, math.nan)
-    data = max(0.0, data - scores.var(axis=0, ddof=1).mean() / draws) / number
+    # Two-way analysis of variance: what draws have in common does not add to the variance over images.
+    rest = scores - scores.mean(axis=0)
+    data = max(0.0, data - rest.var(axis=1, ddof=1).sum() / (draws - 1) / draws) / number
     noise = scores.mean(axis=1).var(ddof=1) / draws
     return Estimate(float(scores.mean()), math.sqrt(data + noise), math.sqrt(data), math.sqrt(noise))
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from resflow_jax.functional import logdet
+from resflow_jax.functional.estimators import Exact, Roulette, Truncated
 from resflow_jax.functional.laws import Defensive, Geometric
-from resflow_jax.functional.logdet import Exact, Roulette, Truncated, residual
+from resflow_jax.functional.logdet import residual
 from tests.functional.contractions import (
     quick_jit,
     z_scores,
@@ -73,14 +74,14 @@ def test_term_norms_of_a_truncated_series():
     """With D orthogonal probes they are |J^k|_F^2 / D, and zero behind the last term."""
     diagnosed = logdet.DIAGNOSED_TERMS
     for terms in (5, diagnosed + 2):
-        norms = diagnose("nonsymmetric", Truncated(terms, "orthogonal", 8), keys=2).term_norms
+        norms = diagnose("nonsymmetric", Truncated(terms, "orthogonal", probes=8), keys=2).term_norms
         expected = np.where(np.arange(diagnosed) < terms, power_norms("nonsymmetric", diagnosed), 0)
         np.testing.assert_allclose(norms, np.tile(expected, (2, 1)), rtol=1e-10)
 
 
 def test_term_norms_of_the_roulette():
     """Whatever the law, the mean over keys is |J^k|_F^2 / D for the power series: |z| < 4 for k = 1..8."""
-    estimator = Roulette(SAFE, 2, 0, samples=2, probe="gaussian", probes=2)
+    estimator = Roulette(SAFE, 2, krylov=0, samples=2, probe="gaussian", probes=2)
     z = z_scores(diagnose("nonsymmetric", estimator).term_norms[:, :8], power_norms("nonsymmetric"))
     assert np.abs(z).max() < 4
 
@@ -88,7 +89,7 @@ def test_term_norms_of_the_roulette():
 @pytest.mark.parametrize("krylov", [None, 2])
 def test_term_norms_do_not_depend_on_the_law(krylov):
     """The means of two laws agree also for minimal residuals, |z| < 4; no term is larger than of the power series."""
-    laws = [Roulette(SAFE, krylov=krylov), Roulette(Geometric(0.3), 1, krylov, samples=2)]
+    laws = [Roulette(SAFE, krylov=krylov), Roulette(Geometric(0.3), 1, krylov=krylov, samples=2)]
     first, second = (diagnose("nonsymmetric", law, seed=n).term_norms[:, :8] for n, law in enumerate(laws))
     error = np.sqrt((first.var(axis=0) + second.var(axis=0)) / len(first))
     assert np.abs(first.mean(axis=0) - second.mean(axis=0)).max() > 0
@@ -99,7 +100,7 @@ def test_term_norms_do_not_depend_on_the_law(krylov):
 def test_the_diagnosed_length():
     """exact_terms + the longest of the lengths: its mean over keys is 2 + E max_i N_i, |z| < 4."""
     law, samples = Defensive(0.4, 0.1, 0.75), 3
-    length = diagnose("small", Roulette(law, 2, 0, samples=samples)).length
+    length = diagnose("small", Roulette(law, 2, krylov=0, samples=samples)).length
     survival = np.asarray(law.survival(np.arange(1, 200)))
     assert length.min() >= 3
     assert np.abs(z_scores(length, 2 + np.sum(1 - (1 - survival) ** samples))) < 4

@@ -70,10 +70,24 @@ def test_any_fit_is_a_law(name, lipschitz):
         np.testing.assert_allclose(survival, 0.02 * (lipschitz or 0.98) ** (k - 1), rtol=1e-9)
 
 
-def test_noise_counts_as_the_term_before():
-    """A norm above the one before it is lowered to it, a negative one to zero."""
-    noisy, lowered = [0.5, 0.2, 0.3, 0.1, -0.1, 0.2], [0.5, 0.2, 0.2, 0.1, 0.0, 0.0]
-    np.testing.assert_array_equal(fit(noisy).table, fit(lowered).table)
+def test_norms_that_increase_are_pooled():
+    """A law cannot take term 2 more often than term 1: both count with their mean; a negative norm counts as zero."""
+    noisy, pooled = [0.5, 0.2, 0.3, 0.1, -0.1, 0.2], [0.5, 0.25, 0.25, 0.1, 0.1, 0.1]
+    np.testing.assert_allclose(fit(noisy).table, fit(pooled).table, rtol=1e-12)
+
+
+@pytest.mark.parametrize("norms", [[0.0145, 34.6, 1e-15, 0.0], [0.01, 0.02, 0.1, 0.2], [0.3, 0.05, 0.2, 0.01]])
+def test_minimum_over_laws_where_norms_increase(norms):
+    """No other law does better: scipy's minimum over ratios S_k / S_{k-1} in (0, 1]."""
+    table = np.asarray(fit(norms, share=1e-6).table)
+    found = scipy.optimize.minimize(
+        lambda logs: np.log(objective(np.asarray(norms), np.exp(np.cumsum(logs)), 4.0)),
+        np.full(4, -0.1),
+        bounds=[(-8.0, 0.0)] * 4,
+        method="L-BFGS-B",
+        options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 10_000},
+    )
+    assert objective(np.asarray(norms), table, 4.0) <= np.exp(found.fun) * (1 + 1e-5)
 
 
 def test_more_cost_beside_the_terms_means_more_terms():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from resflow_jax.functional.estimators import Exact, Roulette, Truncated
 from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
-from resflow_jax.functional.logdet import Exact, Roulette, Truncated, residual
+from resflow_jax.functional.logdet import residual
 from tests.functional.contractions import (
     check_two_orders,
     dense_net,
@@ -113,7 +114,11 @@ def test_both_gradients_share_their_value(options):
 
 @pytest.mark.parametrize(
     "estimator",
-    [Exact(), Roulette(Geometric(0.5), 2, 0, gradient="autodiff"), Roulette(SAFE, krylov=2, gradient="autodiff")],
+    [
+        Exact(),
+        Roulette(Geometric(0.5), 2, krylov=0, gradient="autodiff"),
+        Roulette(SAFE, krylov=2, gradient="autodiff"),
+    ],
     ids=str,
 )
 def test_two_orders(estimator):
@@ -262,7 +267,7 @@ def test_zero_residual(gradient):
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
-        ("moderate", Truncated(50, "orthogonal", 4)),
+        ("moderate", Truncated(50, "orthogonal", probes=4)),
         ("moderate", Roulette(exact_terms=50, krylov=0, probe="orthogonal", probes=4)),
         ("nonsymmetric", Roulette(exact_terms=50, probe="orthogonal", probes=8)),
         ("nonsymmetric", Roulette(exact_terms=80, krylov=3, probe="orthogonal", probes=8)),

@@ -196,3 +196,10 @@ def test_examples_are_independent_and_events_may_have_any_shape():
             state, term = MinimalResidual().step(k, v, state, lambda u, m=m: jnp.einsum("ijkl,bkl->bij", m, u))
             np.testing.assert_allclose(term.w.ravel(), w[k - 1, n], rtol=1e-9, atol=1e-12)
             np.testing.assert_allclose(term.value[0], value[k - 1, n], rtol=1e-9, atol=1e-12)
+
+
+def test_the_value_up_to_a_lipschitz_constant_of_0_999():
+    """The quadrature holds for spectra from -0.999 to 0.999: v^T log(I + M) v to 1e-10, at both ends and between."""
+    for spectrum in (np.full(DIM, -0.999), np.linspace(-0.999, 0.999, DIM)):
+        _, values, _ = run(MinimalResidual(), np.diag(spectrum)[None], V[:1], 30)
+        np.testing.assert_allclose(values.sum(axis=0), [V[0] ** 2 @ np.log1p(spectrum)], rtol=1e-10, atol=1e-10)

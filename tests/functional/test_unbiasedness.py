@@ -100,13 +100,13 @@ def expectation(monkeypatch, name, estimator, longest):
 @pytest.mark.parametrize(
     ("name", "estimator", "tolerance"),
     [
-        ("moderate", Roulette(Geometric(0.5), 0, 0), 1e-10),
-        ("moderate", Roulette(Geometric(0.4), 2, 0), 1e-10),
-        ("small", Roulette(Poisson(2.0), 3, 0), 1e-10),
-        ("moderate", Roulette(Geometric(0.5), 2, 0, gradient="autodiff"), 1e-7),  # leaves out P(N > n) <= 2^-24
-        ("small", Roulette(Poisson(2.0), 0, 0, gradient="autodiff"), 1e-6),
-        ("moderate", Roulette(SAFE, 0, 0, probes=2), 1e-10),
-        ("moderate", Roulette(FITTED, 2, 0), 1e-10),
+        ("moderate", Roulette(Geometric(0.5), 0, krylov=0), 1e-10),
+        ("moderate", Roulette(Geometric(0.4), 2, krylov=0), 1e-10),
+        ("small", Roulette(Poisson(2.0), 3, krylov=0), 1e-10),
+        ("moderate", Roulette(Geometric(0.5), 2, krylov=0, gradient="autodiff"), 1e-7),  # leaves out P(N > n) <= 2^-24
+        ("small", Roulette(Poisson(2.0), 0, krylov=0, gradient="autodiff"), 1e-6),
+        ("moderate", Roulette(SAFE, 0, krylov=0, probes=2), 1e-10),
+        ("moderate", Roulette(FITTED, 2, krylov=0), 1e-10),
     ],
     ids=str,
 )
@@ -155,7 +155,7 @@ def test_minimal_residual_roulette_conv(monkeypatch):
 def test_roulette_is_unbiased(name, law, exact_terms, samples):
     """Value and Neumann gradient have the exact expectation: |z| < 4 over all components, 4000 keys."""
     probe = "gaussian" if (exact_terms, samples) in {(0, 1), (2, 3)} else "rademacher"
-    estimator = Roulette(law, exact_terms, 0, samples, probe)
+    estimator = Roulette(law, exact_terms, samples, probe, krylov=0)
     assert worst_z(name, estimator) < 4
 
 
@@ -169,7 +169,7 @@ def test_roulette_is_unbiased(name, law, exact_terms, samples):
 )
 def test_roulette_autodiff_is_unbiased(name, law, exact_terms, samples, probe):
     """The same for the gradient of the estimate itself."""
-    estimator = Roulette(law, exact_terms, 0, samples, probe, gradient="autodiff")
+    estimator = Roulette(law, exact_terms, samples, probe, krylov=0, gradient="autodiff")
     assert worst_z(name, estimator) < 4
 
 
@@ -289,7 +289,7 @@ def test_mutations_are_caught(monkeypatch, mutation):
     """With one thing wrong the same test of the mean over keys fails, and clearly: |z| > 6."""
     owner, name, mutate = MUTATIONS[mutation]
     monkeypatch.setattr(owner, name, mutate(getattr(owner, name)))
-    assert worst_z("saturated", Roulette(SLOW, 0, 0)) > 6
+    assert worst_z("saturated", Roulette(SLOW, 0, krylov=0)) > 6
 
 
 @pytest.mark.parametrize("mutation", MINIMAL_RESIDUAL_MUTATIONS)

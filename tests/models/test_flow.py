@@ -130,8 +130,15 @@ def test_one_table_for_all_blocks_or_one_row_each(vector_flow):
     np.testing.assert_array_equal(length, [2, 2, 2])
     with pytest.raises(ValueError, match=r"estimator: expected a table with 3 rows, one a block, got shape \(2, 5\)"):
         flow.log_prob(x, key=jax.random.key(0), estimator=rf.Roulette(rf.Fitted(jnp.ones((2, 5)))))
-    with pytest.raises(ValueError, match="table: expected probabilities"):
-        flow.log_prob(x, key=jax.random.key(0), estimator=rf.Roulette(rf.Fitted(jnp.asarray([0.2, 0.5]))))
+    for table in (jnp.asarray([0.2, 0.5]), jnp.asarray([1, 1]), jnp.zeros((0,)), [1.0, 0.5]):
+        with pytest.raises(ValueError, match="table: expected probabilities"):
+            flow.log_prob(x, key=jax.random.key(0), estimator=rf.Roulette(rf.Fitted(table)))
+    for estimator in ("exact", rf.Roulette):
+        with pytest.raises(ValueError, match="estimator: expected Exact, Truncated or Roulette"):
+            flow.log_prob(x, key=jax.random.key(0), estimator=estimator)
+    of_numpy = rf.Roulette(rf.Fitted(np.asarray([1.0, 1.0, 1e-30])))
+    length = flow.forward(x, key=jax.random.key(0), estimator=of_numpy, return_diagnostics=True)[2].length
+    np.testing.assert_array_equal(length, [2, 2, 2])
 
 
 def test_a_law_that_is_unsafe_for_the_blocks_warns(vector_flow):

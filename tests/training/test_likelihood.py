@@ -40,6 +40,25 @@ def test_every_image_counts_once():
     assert np.isnan(single.noise_stderr) and single.stderr == single.data_stderr > 0
 
 
+class SharedError(KnownDensity):
+    """The same with an error that all images of a call have in common, larger than their differences."""
+
+    def log_prob(self, x, *, key, estimator, return_diagnostics):
+        values, _ = super().log_prob(x, key=key, estimator=estimator, return_diagnostics=return_diagnostics)
+        return values + 10 * jax.random.normal(jax.random.fold_in(key, 1)), ()
+
+
+def test_an_error_in_common_is_noise_and_not_data():
+    """The data's part stays what it is, on average over runs, and the noise is that of the common error."""
+    images = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+    arguments = {"levels": 16, "estimator": rf.Roulette(), "draws": 4}
+    runs = [evaluate_bits_per_dim(SharedError(), images, jax.random.key(n), **arguments) for n in range(50)]
+    _, _, data, noise = np.asarray(runs).T
+    unit = 4 * np.log(2)
+    np.testing.assert_allclose((data**2).mean(), (np.arange(10) / unit).var(ddof=1) / 10, rtol=0.05)
+    np.testing.assert_allclose((noise**2).mean(), (10 / unit) ** 2 / 4, rtol=0.4)
+
+
 @pytest.mark.parametrize("exact_terms", [0, 5])
 def test_standard_error_covers_the_shared_length(exact_terms):
     """Means of repeated evaluations scatter by the stated noise, also where one long series moves a whole batch."""
