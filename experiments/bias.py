@@ -32,7 +32,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import tyro
-from flax import nnx
 
 from experiments import pictures
 from experiments.configs import digits
@@ -44,7 +43,6 @@ from resflow_jax import Estimate, Estimator, Exact, ImageFlowConfig, ResidualFlo
 from resflow_jax.data.images import ImageSplits, epoch_batch
 from resflow_jax.functional.checks import check_count
 from resflow_jax.training.likelihood import evaluate_bits_per_dim
-from resflow_jax.training.step import Trainer, TrainState
 
 Array = jax.Array
 
@@ -181,7 +179,7 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
         metrics.write(run=name, step=at.step, split="train", **line)
         if measures_at(at.step):
             key = jax.random.fold_in(jax.random.key(config.seed + 2), at.step)
-            test = measure(config, current_flow(trainer, at.state), data, key, estimator)
+            test = measure(config, trainer.current_flow(at.state), data, key, estimator)
             if not np.isfinite(test).all():
                 raise FloatingPointError(f"bits/dim of the test split are {test} at step {at.step}")
             line = {"bits_per_dim": test.exact, "bits_per_dim_stderr": test.stderr}
@@ -189,13 +187,6 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
             estimate, losses = float(np.mean(losses)), []
             at.bar.set_description(f"test {test.exact:.3f} bits/dim, estimate {test.gap:+.3f}")
     return Outcome(estimate, test, float(np.median(step_times)))
-
-
-def current_flow(trainer: Trainer, state: TrainState) -> ResidualFlow:
-    """The flow with the parameters of the step itself, its norms iterated to convergence."""
-    flow = nnx.merge(trainer.graphdef, state.params, state.rest, copy=True)  # else the state's norms change too
-    flow.converge_norms()
-    return flow
 
 
 def measure(config: BiasConfig, flow: ResidualFlow, data: ImageSplits, key: Array, estimator: Estimator) -> Measurement:

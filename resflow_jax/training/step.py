@@ -102,12 +102,16 @@ class Trainer(NamedTuple):
         """`step` compiled; the state passed in is donated."""
         return jax.jit(self.step, donate_argnums=0)
 
-    def averaged_flow(self, state: TrainState) -> ResidualFlow:
-        """The flow with the averaged parameters, its norms iterated to convergence anew."""
-        params = optax.tree.bias_correction(state.ema.ema, self.ema_decay, state.ema.count)
-        flow = nnx.merge(self.graphdef, params, state.rest, copy=True)  # the state keeps its own vectors
+    def current_flow(self, state: TrainState) -> ResidualFlow:
+        """The flow with the parameters of the last step, its norms iterated to convergence."""
+        flow = nnx.merge(self.graphdef, state.params, state.rest, copy=True)  # the state keeps its own vectors
         flow.converge_norms()
         return flow
+
+    def averaged_flow(self, state: TrainState) -> ResidualFlow:
+        """The flow with the averaged parameters, its norms iterated to convergence."""
+        params = optax.tree.bias_correction(state.ema.ema, self.ema_decay, state.ema.count)
+        return self.current_flow(state._replace(params=params))
 
 
 def fit_estimator(state: TrainState, batch_size: int) -> TrainState:

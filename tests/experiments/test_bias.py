@@ -101,7 +101,7 @@ def test_the_gap_is_that_of_the_estimator(data):
     config = dataclasses.replace(TINY, draws=8)
     trainer, state = set_up(config.training(Exact()), data)
     grown = jax.tree.map(lambda p: 3 * jnp.abs(p), state.params)  # positive kernels: J is close to a blur
-    flow = bias.current_flow(trainer, state._replace(params=grown))
+    flow = trainer.current_flow(state._replace(params=grown))
     assert layer_norms(flow).max() == pytest.approx(config.model.coefficient, rel=1e-3)  # of the new weights
     key = jax.random.key(0)
     exact = bias.measure(config, flow, data, key, Exact())
@@ -117,7 +117,7 @@ def test_measuring_leaves_the_state_alone(data):
     """The flow measured has norms of its own."""
     trainer, state = set_up(TINY.training(TINY.roulette), data)
     before = jax.device_get(jax.tree.leaves(state.rest))
-    flow = bias.current_flow(trainer, state)
+    flow = trainer.current_flow(state)
     assert isinstance(flow, nnx.Module)
     for a, b in zip(before, jax.tree.leaves(state.rest), strict=True):
         np.testing.assert_array_equal(a, b)
