@@ -1,21 +1,26 @@
 """Activation functions with Lipschitz constant at most one.
 
-A residual block is a contraction only if its activations are known not to
-expand, so each activation here comes with its constant, sup_x |phi'(x)|.
-LipSwish is Chen et al. (2019, arXiv 1906.02735), section 3.2:
+A residual block is a contraction only if its activations are known not to expand, so each
+activation here comes with its Lipschitz constant as a map of vectors of channels, in every p-norm.
 
-    LipSwish(x) = x * sigmoid(softplus(beta) * x) / 1.1
+    lipswish        x * sigmoid(softplus(beta) * x) / 1.1            Chen et al. (2019, arXiv 1906.02735), section 3.2
+    clipswish       [lipswish(x), lipswish(-x)] / 1.004              Perugachi-Diaz et al. (2021, arXiv 2102.02694)
+    leakylipswish   a * x + (1 - a) * lipswish(x), a = sigmoid(alpha)                                   the same
+    maxmin          neighbouring channels (2k, 2k + 1) in ascending order    Anil et al. (2019, arXiv 1811.05381)
+    fullsort        all channels in ascending order                                                     the same
 
-All functions act elementwise on arrays of any shape and cost one pass over
-them. `Activation.function(params, x)` takes the learnable parameters (a dict,
-empty for most) first.
+All functions act on arrays of any shape whose last axis is that of the channels; most act
+elementwise. The cost is one pass over the input, n log n comparisons for `fullsort`.
+`Activation.function(params, x)` takes the learnable parameters (a dict, empty for most) first.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from resflow_jax.functional.checks import check_choice
 
@@ -25,30 +30,74 @@ Array = jax.Array
 # because d/dx [x * sigmoid(b x)] is a function of b * x alone.
 _SWISH_LIPSCHITZ = 1.0998393201288670
 
+# swish'(t) + swish'(-t) = 1, so the slopes of [swish(x), swish(-x)] are (m, m - 1) up to sign, with
+# m = swish'(t) in [1 - M, M]. |m|^p + |1 - m|^p is convex in m and symmetric about 1/2 for p >= 1: it
+# is largest at m = M, for every p at the same x. Divided by 1.1 * 1.004, the 2-norm is 0.99996... < 1.
+_CLIPSWISH_SLOPES = (_SWISH_LIPSCHITZ / 1.1 / 1.004, (_SWISH_LIPSCHITZ - 1) / 1.1 / 1.004)
+
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function, its Lipschitz constant and its initial parameters.
+    """A function of channels, what it takes to bound it, and its initial parameters.
 
     Attributes:
       name: the key in `ACTIVATIONS`.
-      function: `(params, x) -> y`, with y of x's shape and dtype.
-      lipschitz: sup |d function / dx| over all x and all params.
+      function: `(params, x) -> y`: y has x's dtype, and x's shape but for `expansion` times the channels.
+      slopes: |dy_j / dx_i| of the `expansion` outputs of one channel where their p-norm is largest, for
+        every p >= 1 and all params alike; (1,) for functions that permute the channels.
       initial: initial value of each learnable scalar parameter, by name.
     """
 
     name: str
     function: Callable[[dict[str, Array], Array], Array]
-    lipschitz: float
+    slopes: tuple[float, ...] = (1.0,)
     initial: tuple[tuple[str, float], ...] = ()
 
     def __call__(self, params: dict[str, Array], x: Array) -> Array:
         return self.function(params, x)
 
+    @property
+    def expansion(self) -> int:
+        """How many channels come out for each that goes in."""
+        return len(self.slopes)
+
+    @property
+    def lipschitz(self) -> float:
+        """The Lipschitz constant in the 2-norm, over all x and all params."""
+        return self.lipschitz_in(2)
+
+    def lipschitz_in(self, p: float) -> float:
+        """The Lipschitz constant from R^n to R^(expansion * n) in the p-norm, 1 <= p <= inf: |slopes|_p."""
+        # Where each channel x_i has outputs f(x_i) of its own, |f(a) - f(b)|_p <= int_b^a |f'(t)|_p dt
+        # <= |slopes|_p |a - b| for one channel; p-th powers (or maxima, for inf) add up over the channels.
+        # A sort is continuous and piecewise a permutation, an isometry of every p-norm: on each piece
+        # of the segment from a to b the distance is kept, so its constant is 1.
+        if not isinstance(p, Real) or not p >= 1:
+            raise ValueError(f"p: expected a number of at least 1, got {p!r}")
+        return float(np.linalg.norm(self.slopes, p))
+
 
 def lipswish(x: Array, beta: Array | float = 0.5) -> Array:
     """x * sigmoid(softplus(beta) * x) / 1.1; Lipschitz constant 0.99985... for every beta."""
     return x * jax.nn.sigmoid(jax.nn.softplus(beta) * x) / 1.1
+
+
+def clipswish(x: Array, beta: Array | float = 0.5) -> Array:
+    """[lipswish(x), lipswish(-x)] / 1.004: [..., C] -> [..., 2C]; Lipschitz constant 0.99996... for every beta."""
+    return jnp.concatenate([lipswish(x, beta), lipswish(-x, beta)], axis=-1) / 1.004
+
+
+def leaky_lipswish(x: Array, alpha: Array | float = -3.0, beta: Array | float = 0.5) -> Array:
+    """a x + (1 - a) lipswish(x), a = sigmoid(alpha): slopes between those of lipswish and one."""
+    return lipswish(x, beta) + jax.nn.sigmoid(alpha) * (x - lipswish(x, beta))
+
+
+def maxmin(x: Array) -> Array:
+    """Sorts neighbouring channels: (min, max) of the channels 2k and 2k + 1. Needs an even number."""
+    if x.shape[-1] % 2:
+        raise ValueError(f"maxmin: expected an even number of channels, got {x.shape[-1]}")
+    a, b = x[..., ::2], x[..., 1::2]
+    return jnp.stack([jnp.minimum(a, b), jnp.maximum(a, b)], axis=-1).reshape(x.shape)
 
 
 def lipschitz_cube(x: Array) -> Array:
@@ -58,7 +107,7 @@ def lipschitz_cube(x: Array) -> Array:
 
 
 def _plain(name: str, function: Callable[[Array], Array]) -> Activation:
-    return Activation(name, lambda params, x: function(x), lipschitz=1.0)
+    return Activation(name, lambda params, x: function(x))
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -67,15 +116,29 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation(
             "lipswish",
             lambda params, x: lipswish(x, params["beta"]),
-            lipschitz=_SWISH_LIPSCHITZ / 1.1,
+            slopes=(_SWISH_LIPSCHITZ / 1.1,),
             initial=(("beta", 0.5),),
+        ),
+        Activation(
+            "clipswish",
+            lambda params, x: clipswish(x, params["beta"]),
+            slopes=_CLIPSWISH_SLOPES,
+            initial=(("beta", 0.5),),
+        ),
+        Activation(
+            "leakylipswish",
+            lambda params, x: leaky_lipswish(x, params["alpha"], params["beta"]),
+            initial=(("alpha", -3.0), ("beta", 0.5)),
         ),
         _plain("elu", jax.nn.elu),
         _plain("softplus", jax.nn.softplus),
         _plain("relu", jax.nn.relu),
         _plain("tanh", jnp.tanh),
+        _plain("sin", jnp.sin),
         _plain("identity", lambda x: x),
         _plain("lipschitz_cube", lipschitz_cube),
+        _plain("maxmin", maxmin),
+        _plain("fullsort", lambda x: jnp.sort(x, axis=-1)),
     )
 }
 

@@ -1,54 +1,159 @@
 """Activations: their Lipschitz constants are true, attained, and their kinks are where they should be."""
 
+import math
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resflow_jax.functional.activations import ACTIVATIONS, get_activation, lipschitz_cube, lipswish
-from tests.functional.contractions import quick_jit
+from resflow_jax.functional.activations import ACTIVATIONS, clipswish, get_activation, lipschitz_cube, lipswish, maxmin
+from tests.functional.contractions import check_two_orders, quick_jit
 
 GRID = jnp.linspace(-60.0, 60.0, 240_001)
+SORTS = ["fullsort", "maxmin"]
+ELEMENTWISE = sorted(set(ACTIVATIONS) - set(SORTS))
+ORDERS = [1, 1.5, 2, 3, 10, math.inf]
+
+
+def named(name, dtype=float):
+    """The activation of initial parameters, as a function of x."""
+    activation = get_activation(name)
+    params = {key: jnp.asarray(value, dtype) for key, value in activation.initial}
+    return lambda x: activation(params, x)
 
 
 def derivative(function, x=GRID):
-    return quick_jit(jax.vmap(jax.grad(function)))(x)
+    """Slopes of the outputs of one channel, [N, expansion]."""
+    return quick_jit(jax.vmap(jax.jacfwd(lambda x: function(x[None]))))(x)
+
+
+@cache
+def slopes(name):
+    return np.asarray(derivative(named(name)))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_lipschitz_constant_is_the_largest_slope(name):
-    """max |phi'| = the stated constant <= 1, attained to 1e-3."""
+def test_lipschitz_constant_is_the_largest_singular_value(name):
+    """max |J|_2 = the stated constant <= 1 over a line through R^4 that swaps all channels, attained to 1e-3."""
     activation = get_activation(name)
-    params = {key: jnp.asarray(value) for key, value in activation.initial}
-    slope = jnp.max(jnp.abs(derivative(lambda x: activation(params, x))))
-    assert slope <= activation.lipschitz * (1 + 1e-14) <= 1 + 1e-14
-    assert slope >= activation.lipschitz - 1e-3
+    x = jnp.asarray([1.0, -0.7, 0.5, -0.3]) * jnp.linspace(-60.0, 60.0, 24_001)[:, None] + jnp.arange(4.0)
+    jacobians = quick_jit(jax.vmap(jax.jacfwd(named(name))))(x)
+    assert jacobians.shape == (len(x), 4 * activation.expansion, 4)
+    # |J|_2^2 is the largest eigenvalue of J^T J
+    norm = np.sqrt(np.linalg.eigvalsh(jnp.swapaxes(jacobians, 1, 2) @ jacobians)[:, -1].max())
+    assert norm <= activation.lipschitz * (1 + 1e-14) <= 1 + 1e-14
+    assert norm >= activation.lipschitz - 1e-3
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("p", ORDERS)
+def test_lipschitz_constant_in_p_norms_on_a_grid(name, p):
+    """max |(slopes of all outputs of one channel)|_p is `lipschitz_in(p)`, attained to 1e-3."""
+    norm = np.linalg.norm(slopes(name), p, axis=-1).max()
+    bound = get_activation(name).lipschitz_in(p)
+    assert bound - 1e-3 <= norm <= bound * (1 + 1e-14)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_lipschitz_constant_in_p_norms_for_random_pairs(name):
+    """|f(x) - f(y)|_p <= lipschitz_in(p) |x - y|_p in 16 dimensions, near and far pairs."""
+    rng = np.random.default_rng(0)
+    f = quick_jit(named(name))
+    for step in (1e-3, 1.0, 100.0):
+        x = rng.normal(scale=3, size=(2000, 16))
+        y = x + rng.normal(scale=step, size=x.shape) * rng.integers(0, 2, x.shape)
+        change = f(x) - f(y)
+        for p in ORDERS:
+            bound = get_activation(name).lipschitz_in(p) * np.linalg.norm(x - y, p, axis=-1)
+            assert np.all(np.linalg.norm(change, p, axis=-1) <= bound * (1 + 1e-10) + 1e-13)
+
+
+@pytest.mark.parametrize("name", SORTS)
+def test_sorts_permute(name):
+    """The Jacobian is a permutation matrix, an isometry of every p-norm; at ties it still does not expand."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 6)))
+    jacobians = np.asarray(jax.vmap(jax.jacfwd(named(name)))(x))
+    assert set(np.unique(jacobians)) == {0.0, 1.0}
+    np.testing.assert_array_equal(jacobians.sum(1), 1)
+    np.testing.assert_array_equal(jacobians.sum(2), 1)
+    tied = jax.jacfwd(named(name))(jnp.zeros(6))
+    assert max(np.linalg.norm(tied, p) for p in (1, 2, np.inf)) <= 1 + 1e-14
+
+
+def test_sorts_order():
+    """maxmin sorts pairs, fullsort everything, both ascending along the last axis."""
+    x = jnp.asarray([[3.0, 1.0, 2.0, 5.0], [0.0, 4.0, -1.0, -2.0]])
+    np.testing.assert_array_equal(named("maxmin")(x), [[1, 3, 2, 5], [0, 4, -2, -1]])
+    np.testing.assert_array_equal(named("fullsort")(x), [[1, 2, 3, 5], [-2, -1, 0, 4]])
 
 
 @pytest.mark.parametrize("beta", [-2.0, -0.5, 0.0, 0.5, 1.0, 5.0])
-def test_lipswish_constant_does_not_depend_on_beta(beta):
-    """sup |d lipswish / dx| is the same number for every beta, the maximum to ten digits."""
-    bound = ACTIVATIONS["lipswish"].lipschitz
+def test_swish_constants_do_not_depend_on_beta(beta):
+    """sup |d lipswish / dx| is the same number for every beta, the maximum to ten digits; so for clipswish."""
     scaled = jnp.linspace(2.3, 2.5, 20_001) / jax.nn.softplus(beta)  # the peak is at 2.3994 / softplus(beta)
-    for grid in (GRID, scaled):
-        assert jnp.max(jnp.abs(derivative(lambda x: lipswish(x, beta), grid))) <= bound * (1 + 1e-14)
-    np.testing.assert_allclose(jnp.max(derivative(lambda x: lipswish(x, beta), scaled)), bound, rtol=1e-9)
+    for name, function in (("lipswish", lipswish), ("clipswish", clipswish)):
+        bound = ACTIVATIONS[name].lipschitz
+        for grid in (GRID[::10], scaled):
+            norms = jnp.linalg.norm(derivative(lambda x, f=function: f(x, beta), grid), axis=-1)
+            assert jnp.max(norms) <= bound * (1 + 1e-14)
+        np.testing.assert_allclose(jnp.max(norms), bound, rtol=1e-9)
 
 
-def test_lipswish_formula():
-    """lipswish(x) = x * sigmoid(softplus(beta) * x) / 1.1, here written with exponentials."""
-    x, beta = np.linspace(-5, 5, 101), 0.7
-    expected = x / (1 + np.exp(-np.log1p(np.exp(beta)) * x)) / 1.1
+@pytest.mark.parametrize("alpha", [-20.0, -3.0, 0.0, 3.0, 20.0])
+def test_leaky_lipswish_never_expands(alpha):
+    """a + (1 - a) lipswish'(x) is within [-1, 1] for every a in (0, 1)."""
+    activation = get_activation("leakylipswish")
+    params = {"alpha": jnp.asarray(alpha), "beta": jnp.asarray(0.5)}
+    assert jnp.max(jnp.abs(derivative(lambda x: activation(params, x), GRID[::10]))) <= 1 + 1e-14
+
+
+def test_swish_formulas():
+    """lipswish, its concatenation and its leaky form, here written with exponentials."""
+    x, beta, alpha = np.linspace(-5, 5, 101), 0.7, -1.2
+    expected, mirrored = (t / (1 + np.exp(-np.log1p(np.exp(beta)) * t)) / 1.1 for t in (x, -x))
     np.testing.assert_allclose(lipswish(jnp.asarray(x), beta), expected, rtol=1e-13)
+    np.testing.assert_allclose(
+        clipswish(jnp.asarray(x), beta), np.concatenate([expected, mirrored]) / 1.004, rtol=1e-13
+    )
+    a = 1 / (1 + np.exp(-alpha))
+    leaky = ACTIVATIONS["leakylipswish"]({"alpha": alpha, "beta": beta}, jnp.asarray(x))
+    np.testing.assert_allclose(leaky, a * x + (1 - a) * expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", sorted(set(ACTIVATIONS) - {"relu"}))
+def test_clipswish_concatenates_on_the_last_axis():
+    """[B, H, W, C] -> [B, H, W, 2C], the first C channels from x, the others from -x."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 5)))
+    y = named("clipswish")(x)
+    assert y.shape == (2, 3, 4, 10)
+    np.testing.assert_allclose(y[..., :5], lipswish(x) / 1.004, rtol=1e-14)
+    np.testing.assert_allclose(y[..., 5:], lipswish(-x) / 1.004, rtol=1e-14)
+
+
+def test_clipswish_constants():
+    """Just below one in the 2-norm; (2 M - 1) / (1.1 * 1.004) in the 1-norm, the plain slope in the max-norm."""
+    activation = ACTIVATIONS["clipswish"]
+    assert 0.9999 < activation.lipschitz < 1
+    largest = 1.1 * ACTIVATIONS["lipswish"].lipschitz
+    np.testing.assert_allclose(activation.lipschitz_in(1), (2 * largest - 1) / (1.1 * 1.004), rtol=1e-14)
+    np.testing.assert_allclose(activation.lipschitz_in(math.inf), largest / (1.1 * 1.004), rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", sorted(set(ELEMENTWISE) - {"relu"}))
 def test_continuously_differentiable(name):
     """phi' moves by at most 2 h over a step h (|phi''| <= 2 for all of them): no jump anywhere."""
-    activation = get_activation(name)
-    params = {key: jnp.asarray(value) for key, value in activation.initial}
-    jumps = jnp.abs(jnp.diff(derivative(lambda x: activation(params, x))))
-    assert jnp.max(jumps) <= 2.01 * (GRID[1] - GRID[0])
+    assert np.max(np.abs(np.diff(slopes(name), axis=0))) <= 2.01 * (GRID[1] - GRID[0])
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_derivatives_of_jacobian_vector_products(name):
+    """x -> w^T J(x) v, which log-det estimators differentiate, twice: by vjp and jvp, by finite differences."""
+    rng = np.random.default_rng(1)
+    x, v = jnp.asarray(rng.normal(size=(2, 3, 4)))
+    w = jnp.asarray(rng.normal(size=(3, 4 * get_activation(name).expansion)))
+    check_two_orders(lambda x: jnp.sum(w * jax.jvp(named(name), (x,), (v,))[1]), x)
+    check_two_orders(lambda x: jnp.sum(jax.vjp(named(name), x)[1](w)[0] * v), x)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
@@ -62,10 +167,9 @@ def test_lipschitz_cube_at_its_joint(sign):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_float32_and_large_inputs(name):
     """The dtype is kept, and values and slopes stay finite far out."""
-    activation = get_activation(name)
-    params = {key: jnp.asarray(value, jnp.float32) for key, value in activation.initial}
-    x = jnp.array([-1e6, -100.0, 0.0, 100.0, 1e6], jnp.float32)
-    y, slope = activation(params, x), derivative(lambda x: activation(params, x), x)
+    function = named(name, jnp.float32)
+    x = jnp.array([-1e6, -100.0, 0.0, -0.0, 100.0, 1e6], jnp.float32)
+    y, slope = function(x), jax.jacfwd(function)(x)
     assert y.dtype == slope.dtype == jnp.float32
     assert jnp.all(jnp.isfinite(y)) and jnp.all(jnp.isfinite(slope))
 
@@ -74,3 +178,16 @@ def test_unknown_name():
     """The error names what was asked for and what exists."""
     with pytest.raises(ValueError, match=r"activation: .*elu.*got 'swishh'"):
         get_activation("swishh")
+
+
+def test_maxmin_rejects_an_odd_number_of_channels():
+    """The error gives the number."""
+    with pytest.raises(ValueError, match="maxmin: expected an even number of channels, got 3"):
+        maxmin(jnp.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("p", [0.5, math.nan, "2", None])
+def test_rejects_what_is_no_norm(p):
+    """p below one gives no norm."""
+    with pytest.raises(ValueError, match="p: expected a number of at least 1, got"):
+        ACTIVATIONS["elu"].lipschitz_in(p)
