@@ -37,6 +37,11 @@ class DenseMap:
         """Shape of the vector u = W v / |W v|."""
         return (self.features_out,)
 
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one output of the layer."""
+        return (self.features_out,)
+
     def __call__(self, kernel: Array, x: Array) -> Array:
         return x @ kernel
 
@@ -75,6 +80,11 @@ class ConvMap:
     def output_shape(self) -> tuple[int, ...]:
         """Shape of the vector u = W v / |W v|: (O,) for a 1x1 kernel, else (H, W, O)."""
         return *self._grid, self.channels_out
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one output of the layer, which is that of u but for a 1x1 kernel."""
+        return *self.size, self.channels_out
 
     def __call__(self, kernel: Array, x: Array) -> Array:
         return conv2d(x, kernel)

@@ -8,17 +8,20 @@ may hold arrays with one row a residual block (the law `Fitted`); every layer is
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus
+from resflow_jax.functional.inverse import InverseStatus, Solver
 from resflow_jax.functional.logdet import Diagnostics
 
 Array = jax.Array
 Forward = tuple[Array, Array, list[Diagnostics]]
+Inverse = tuple[Array, list[InverseStatus]]
+Blocks = TypeVar("Blocks", Diagnostics, InverseStatus)
 
 
 class Bijector(nnx.Module):
@@ -41,28 +44,16 @@ class Bijector(nnx.Module):
         """
         raise NotImplementedError
 
-    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
-        """(x, status) with f(x) = y."""
+    def inverse(self, y: Array, solver: Solver) -> Inverse:
+        """(x, statuses) with f(x) = y.
+
+        The statuses of all residual blocks in the order of `forward`, in parts with leading axes.
+        """
         raise NotImplementedError
 
     def initialize(self, x: Array) -> Array:
         """Sets data-dependent parameters from a batch, in place, and returns y = f(x)."""
         return self(x)
-
-
-def solved(x: Array) -> InverseStatus:
-    """The status of an inverse in closed form."""
-    batch = x.shape[0]
-    return InverseStatus(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, x.dtype), jnp.ones(batch, bool))
-
-
-def join_status(first: InverseStatus, second: InverseStatus) -> InverseStatus:
-    """The status of two inverses in sequence: iterations added, the worse residual, both converged."""
-    return InverseStatus(
-        first.iterations + second.iterations,
-        jnp.maximum(first.residual, second.residual),
-        first.converged & second.converged,
-    )
 
 
 class Chain(Bijector):
@@ -85,12 +76,12 @@ class Chain(Bijector):
             log_det, diagnostics = log_det + term, diagnostics + found
         return x, log_det, diagnostics
 
-    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
-        status = solved(y)
+    def inverse(self, y: Array, solver: Solver) -> Inverse:
+        statuses = []
         for bijector in reversed(self.bijectors):
-            y, step = bijector.inverse(y, solver)
-            status = join_status(status, step)
-        return y, status
+            y, found = bijector.inverse(y, solver)
+            statuses = found + statuses
+        return y, statuses
 
     def initialize(self, x: Array) -> Array:
         for bijector in self.bijectors:
@@ -103,8 +94,8 @@ def split_key(key: Array | None, number: int) -> Sequence[Array | None]:
     return [None] * number if key is None else list(jax.random.split(key, number))
 
 
-def join_diagnostics(parts: list[Diagnostics]) -> Diagnostics:
-    """The diagnostics of consecutive residual blocks as one, with a leading axis of blocks."""
+def join_blocks(parts: list[Blocks]) -> Blocks:
+    """The diagnostics, or the statuses, of consecutive residual blocks as one, with a leading axis of blocks."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 

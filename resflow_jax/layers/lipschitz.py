@@ -27,6 +27,7 @@ from resflow_jax.functional.norms import (
 
 Array = jax.Array
 Result = TypeVar("Result")
+Order = float | nnx.Param  # of a norm: fixed, or learnable
 
 
 class NormState(nnx.Variable):
@@ -40,26 +41,48 @@ class LipschitzLinear(nnx.Module):
     start at random: call `update_norm` until it converges before use, as the models do.
     """
 
-    def __init__(self, linear_map: LinearMap, coefficient: float, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        linear_map: LinearMap,
+        coefficient: float,
+        *,
+        domain: Order = 2.0,
+        codomain: Order = 2.0,
+        rngs: nnx.Rngs,
+    ):
+        """coefficient: bound on the norm from the order `domain` to the order `codomain`, in (0, 1)."""
         check_open_interval("coefficient", coefficient, 0, 1)
         shapes = linear_map.kernel_shape, linear_map.kernel_shape[-1:], linear_map.input_shape
         kernel, bias, v = _uniforms(rngs.params(), shapes)
         bound = (bias.size / kernel.size) ** 0.5
         self.linear_map = linear_map
         self.coefficient = coefficient
+        self.domain = domain
+        self.codomain = codomain
         self.kernel = nnx.Param(bound * kernel)
         self.bias = nnx.Param(bound * bias)
         self.u = NormState(jnp.zeros(linear_map.output_shape, kernel.dtype))
         self.v = NormState(v)
 
-    def spectral_norm(self) -> Array:
-        """sigma = u^T W v of the unnormalised kernel with the stored vectors; a scalar."""
-        kernel = self.kernel[...]
-        return spectral_norm(lambda v: self.linear_map.matvec(kernel, v), self.u[...], self.v[...])
+    def norm(self) -> Array:
+        """sigma of the unnormalised kernel, with the stored vectors where it has no closed form; a scalar."""
+        return induced_norm(self.linear_map, self.kernel[...], self.u[...], self.v[...], *self._traced_orders())
+
+    def orders(self) -> tuple[float, float]:
+        """The orders of the norms on input and output, on the host."""
+        return tuple(float(order) for order in self._traced_orders())
+
+    def _traced_orders(self) -> tuple[float | Array, float | Array]:
+        orders = self.domain, self.codomain
+        return tuple(learnable_order(order[...]) if isinstance(order, nnx.Param) else order for order in orders)
+
+    def order_loss(self) -> Array:
+        """The norm of the fixed kernel at the fixed v, differentiable in learnable orders alone; a scalar."""
+        return order_loss(self.linear_map, self.kernel[...], self.v[...], *self._traced_orders())
 
     def weights(self) -> tuple[Array, Array]:
         """The softly normalised kernel, and the bias: what `apply` takes."""
-        return soft_normalize(self.kernel[...], self.spectral_norm(), self.coefficient), self.bias[...]
+        return soft_normalize(self.kernel[...], self.norm(), self.coefficient), self.bias[...]
 
     def apply(self, weights: tuple[Array, Array], x: Array) -> Array:
         """The affine map with given weights; depends on no parameter of the layer itself."""
@@ -85,10 +108,14 @@ class LipschitzLinear(nnx.Module):
         self.u[...], self.v[...] = result.u, result.v
         return result.status
 
-    def restart_norm(self) -> None:
-        """Forgets the power iteration: v becomes a fixed random vector."""
-        # Drawn on the host: one compiled draw a shape would take longer than all the iterations.
-        self.v[...] = jnp.asarray(np.random.default_rng(0).standard_normal(self.v.shape), self.v.dtype)
+    def rescale(self, factor: float) -> None:
+        """Replaces the kernel by `factor` <= 1 times the one that is applied, in place."""
+        self.kernel[...] = factor * self.weights()[0]
+
+
+def learned_order() -> nnx.Param:
+    """A learnable order of a norm, from 2; to be shared between the layer before and the layer behind it."""
+    return nnx.Param(jnp.zeros(()))
 
 
 def map_linears(module: nnx.Module, function: Callable[[LipschitzLinear], Result]) -> list[Result]:

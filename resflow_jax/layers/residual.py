@@ -1,81 +1,40 @@
 """The residual block y = x + g(x), and a stack of equal blocks run as one scan.
 
-g alternates activations and Lipschitz affine layers,
-
-    g = h_n o phi o ... o phi o h_1 (o phi with pre-activation),   Lip(g) <= prod_i c_i * Lip(phi)^n < 1
-
-(Chen et al. 2019, arXiv 1906.02735, section 3.2 and appendix E; pre-activation as in He et al.
-2016). log-det and inverse are those of `functional.logdet` and `functional.fixed_point`.
+g is a `Contraction`; log-det and inverse are those of `functional.logdet` and
+`functional.fixed_point`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.checks import check_count
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, residual_inverse
-from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.functional.inverse import Solver, residual_inverse
 from resflow_jax.functional.logdet import residual
-from resflow_jax.layers.bijector import Bijector, Chain, Forward, join_diagnostics, join_status, solved
-from resflow_jax.layers.lipschitz import LipschitzLinear
+from resflow_jax.layers.bijector import Bijector, Chain, Forward, Inverse, join_blocks
+from resflow_jax.layers.contraction import Contraction
 
 Array = jax.Array
-Weights = tuple[list[tuple[Array, Array]], list[dict[str, Array]]]
 
 
 class ResidualBlock(Bijector):
-    """y = x + g(x) with g a chain of Lipschitz layers and activations.
+    """y = x + g(x) with a contraction g.
 
-    Cost in evaluations of g: one for the map; that of the estimator for the log-det; about
-    log(tolerance) / log(Lip(g)) for the inverse.
-
-    Attributes:
-      lipschitz: the bound on Lip(g) that its layers and activations promise.
+    Cost in evaluations of g: one for the map; that of the estimator for the log-det; that of the
+    solver for the inverse, about log(tolerance) / log(Lip(g)) for the fixed-point iteration.
     """
 
     blocks = 1
 
-    def __init__(
-        self,
-        linear_maps: Sequence[LinearMap],
-        activation: Activation,
-        coefficient: float,
-        *,
-        preactivation: bool,
-        rngs: nnx.Rngs,
-    ):
-        """coefficient: bound on each layer's norm; preactivation: whether g starts with the activation."""
-        self.linears = nnx.List([LipschitzLinear(m, coefficient, rngs=rngs) for m in linear_maps])
-        self.activation = activation
-        self.activation_params = nnx.List(
-            nnx.Dict({name: nnx.Param(jnp.asarray(value, float)) for name, value in activation.initial})
-            for _ in linear_maps[not preactivation :]
-        )
-        self.lipschitz = coefficient ** len(self.linears) * activation.lipschitz ** len(self.activation_params)
-
-    def weights(self) -> Weights:
-        """Normalised kernels and biases, and the activations' parameters: what `apply` takes."""
-        activations = [{name: param[...] for name, param in params.items()} for params in self.activation_params]
-        return [linear.weights() for linear in self.linears], activations
-
-    def apply(self, weights: Weights, x: Array) -> Array:
-        """The contraction g with given weights; depends on no parameter of the block itself."""
-        linears, activations = weights
-        if len(activations) == len(linears):
-            x = self.activation(activations[0], x)
-        x = self.linears[0].apply(linears[0], x)
-        between = activations[len(activations) - len(linears) + 1 :]
-        for layer, linear, params in zip(self.linears[1:], linears[1:], between, strict=True):
-            x = layer.apply(linear, self.activation(params, x))
-        return x
+    def __init__(self, contraction: Contraction):
+        self.contraction = contraction
 
     def g(self, x: Array) -> Array:
         """The contraction g(x)."""
-        return self.apply(self.weights(), x)
+        return self.contraction.apply(self.contraction.weights(), x)
 
     def __call__(self, x: Array) -> Array:
         return x + self.g(x)
@@ -89,17 +48,19 @@ class ResidualBlock(Bijector):
             x,
             key=key,
             estimator=jax.tree.map(lambda rows: rows[0], estimator),
-            lipschitz=self.lipschitz,
+            lipschitz=self.contraction.lipschitz,
             return_diagnostics=True,
         )
         return y, log_det, [jax.tree.map(lambda leaf: leaf[None], diagnostics)]
 
-    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
-        return residual_inverse(self.apply, self.weights(), y, solver=solver, return_status=True)
+    def inverse(self, y: Array, solver: Solver) -> Inverse:
+        g, weights = self.contraction.apply, self.contraction.weights()
+        x, status = residual_inverse(g, weights, y, solver=solver, return_status=True)
+        return x, [jax.tree.map(lambda leaf: leaf[None], status)]
 
 
 class ResidualStack(Bijector):
-    """Equal chains (a residual block and the ActNorms behind it), one after the other, as one scan.
+    """Equal chains (a residual block and the layers behind it), one after the other, as one scan.
 
     Their parameters are stacked on a leading axis, so program size and compile time do not grow
     with the depth.
@@ -110,6 +71,15 @@ class ResidualStack(Bijector):
         self.depth = depth
         self.steps = nnx.vmap(make_step)(rngs.split(depth))
         self.blocks = depth * self.steps.blocks
+
+    def unstacked(self) -> list[Chain]:
+        """The chains one by one, as copies."""
+        graphdef, stacked = nnx.split(self.steps)
+        return [nnx.merge(graphdef, jax.tree.map(lambda leaf, n=n: leaf[n], stacked)) for n in range(self.depth)]
+
+    def restack(self, chains: list[Chain]) -> None:
+        """Takes over the state of the chains, as from `unstacked`, in place."""
+        nnx.update(self.steps, jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, chains)))
 
     def _scan(self, body, carry, xs=None, *, reverse: bool = False):
         """Scans body(step, carry, x) -> (carry, out) over the steps."""
@@ -130,18 +100,18 @@ class ResidualStack(Bijector):
 
         def body(step, x, inputs):
             x, log_det, diagnostics = step.forward(x, *inputs)
-            return x, (log_det, join_diagnostics(diagnostics))
+            return x, (log_det, join_blocks(diagnostics))
 
         x, (log_dets, diagnostics) = self._scan(body, x, (keys, estimators))
-        return x, jnp.sum(log_dets, axis=0), [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), diagnostics)]
+        return x, jnp.sum(log_dets, axis=0), [_merge_leading(diagnostics)]
 
-    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
-        def body(step, carry, _):
-            y, status = carry
-            x, new = step.inverse(y, solver)
-            return (x, join_status(status, new)), None
+    def inverse(self, y: Array, solver: Solver) -> Inverse:
+        def body(step, y, _):
+            x, status = step.inverse(y, solver)
+            return x, join_blocks(status)
 
-        return self._scan(body, (y, solved(y)), reverse=True)[0]
+        x, status = self._scan(body, y, reverse=True)
+        return x, [_merge_leading(status)]
 
     def initialize(self, x: Array) -> Array:
         def body(step, x, _):
@@ -151,3 +121,8 @@ class ResidualStack(Bijector):
         x, stacked = self._scan(body, x)
         nnx.update(self.steps, stacked)
         return x
+
+
+def _merge_leading(tree):
+    """Leaves [steps, blocks of a step, ...] as [blocks, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)

@@ -1,39 +1,42 @@
 """From a configuration to the scales of a flow: chains of layers, with the shape after each."""
 
 import math
-from collections.abc import Callable, Sequence
+from functools import partial
 
 from flax import nnx
 
-from resflow_jax.functional.activations import get_activation
-from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap
+from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.layers.bijector import Bijector, Chain
 from resflow_jax.layers.elementwise import ActNorm, Flatten, Logit, Squeeze
-from resflow_jax.layers.residual import ResidualBlock, ResidualStack
+from resflow_jax.layers.linear import InvertibleLinear
+from resflow_jax.layers.normalization import MovingBatchNorm, Normalization
+from resflow_jax.layers.padding import ChannelPadding
+from resflow_jax.models.blocks import Config, MakeContraction, densenet, layered, residual_blocks
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 
 Shape = tuple[int, ...]
 
 
-def build_scales(config: ImageFlowConfig | VectorFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:
+def build_scales(config: Config, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:
     """The chain of every scale, and the shape of the part of z that each emits."""
     return _image_scales(config, rngs) if isinstance(config, ImageFlowConfig) else _vector_scales(config, rngs)
 
 
 def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:
-    shape, chains, emitted = config.shape, [], []
+    layers: list[Bijector] = [] if config.logit_alpha is None else [Logit(config.logit_alpha)]
+    layers += _data_layers(config)
+    shape, chains, emitted = (*config.shape[:2], config.shape[2] + config.padding), [], []
+    if config.squeeze_first:
+        layers.append(Squeeze(shape))
+        shape = _squeezed(shape)
     for scale, depth in enumerate(config.blocks):
-        layers: list[Bijector] = []
-        if scale == 0 and config.logit_alpha is not None:
-            layers.append(Logit(config.logit_alpha))
-        if scale == 0 and config.squeeze_first:
-            layers.append(Squeeze(shape))
-            shape = _squeezed(shape)
-        actnorms = _image_actnorms(config, shape)
+        actnorms = [shape[-1:]] * config.actnorm + [shape] * config.feature_actnorm
         if scale == 0 and config.first_actnorm:
-            layers += [ActNorm(s) for s in actnorms]
-        maps = _convolutions(config, shape)
-        layers += _residual_blocks(config, maps, actnorms, depth, first=scale == 0, rngs=rngs)
+            layers += map(ActNorm, actnorms)
+        behind = partial(_behind, config, actnorms, shape[-1], config.invertible_linear)
+        layers += residual_blocks(
+            config, _convolutional(config, shape), behind, depth, first=scale == 0, rngs=rngs
+        )
         if scale < len(config.blocks) - 1:
             layers.append(Squeeze(shape))
             shape = _squeezed(shape)
@@ -43,60 +46,74 @@ def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain],
         elif config.fc_blocks:
             layers.append(Flatten(shape))
             shape = (math.prod(shape),)
-            maps = _dense(shape[0], [config.fc_hidden] * (config.fc_layers - 1))
             actnorms = [shape] if config.actnorm or config.feature_actnorm else []
-            layers += _residual_blocks(config, maps, actnorms, config.fc_blocks, first=False, rngs=rngs)
+            behind = partial(_behind, config, actnorms, shape[0], False)
+            dense = _fully_connected(config, shape[0])
+            layers += residual_blocks(config, dense, behind, config.fc_blocks, first=False, rngs=rngs)
         chains.append(Chain(layers))
+        layers = []
     return chains, [*emitted, shape]
 
 
 def _vector_scales(config: VectorFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:
-    shape = (config.dim,)
-    actnorms = [shape] if config.actnorm else []
-    layers: list[Bijector] = [ActNorm(s) for s in actnorms] if config.first_actnorm else []
-    maps = _dense(config.dim, config.hidden)
-    layers += _residual_blocks(config, maps, actnorms, config.blocks, first=True, rngs=rngs)
-    return [Chain(layers)], [shape]
+    dim = config.dim + config.padding
+    actnorms = [(dim,)] if config.actnorm else []
+    layers = _data_layers(config)
+    if config.first_actnorm:
+        layers += map(ActNorm, actnorms)
+    if config.dense_depth:
+        contraction = densenet(config, _dense_map, dim, None, config.dense_growth, 1)
+    else:
+        kernels = [1] * (len(config.hidden) + 1)
+        contraction = layered(config, _dense_map, dim, config.hidden, kernels, config.norms)
+    behind = partial(_behind, config, actnorms, dim, config.invertible_linear)
+    layers += residual_blocks(config, contraction, behind, config.blocks, first=True, rngs=rngs)
+    return [Chain(layers)], [(dim,)]
 
 
-def _residual_blocks(
-    config: ImageFlowConfig | VectorFlowConfig,
-    maps: Sequence[LinearMap],
-    actnorms: Sequence[Shape],
-    depth: int,
-    *,
-    first: bool,
-    rngs: nnx.Rngs,
+def _data_layers(config: Config) -> list[Bijector]:
+    """What is done to the data at the entrance of the flow."""
+    layers: list[Bijector] = []
+    if config.data_mean is not None:
+        layers.append(Normalization(config.data_mean, config.data_deviation))
+    if config.padding:
+        layers.append(ChannelPadding(config.padding, config.padding_noise))
+    return layers
+
+
+def _behind(
+    config: Config, actnorms: list[Shape], channels: int, invertible_linear: bool, rngs: nnx.Rngs
 ) -> list[Bijector]:
-    """`depth` residual blocks, each with its ActNorms, stacked as far as they are alike."""
-    activation = get_activation(config.activation)
-
-    def step(preactivation: bool) -> Callable[[nnx.Rngs], Chain]:
-        def make(rngs: nnx.Rngs) -> Chain:
-            block = ResidualBlock(maps, activation, config.coefficient, preactivation=preactivation, rngs=rngs)
-            return Chain([block, *[ActNorm(s) for s in actnorms]])
-
-        return make
-
-    if not first or config.preactivation != "all_but_first":
-        return [ResidualStack(step(config.preactivation != "none"), depth, rngs=rngs)]
-    head = step(False)(rngs)
-    return [head] if depth == 1 else [head, ResidualStack(step(True), depth - 1, rngs=rngs)]
+    """The layers behind a residual block."""
+    layers: list[Bijector] = [ActNorm(shape) for shape in actnorms]
+    if config.batchnorm:
+        layers.append(MovingBatchNorm((channels,)))
+    if invertible_linear:
+        layers.append(InvertibleLinear(channels, rngs=rngs))
+    return layers
 
 
-def _image_actnorms(config: ImageFlowConfig, shape: Shape) -> list[Shape]:
-    return [shape[-1:]] * config.actnorm + [shape] * config.feature_actnorm
+def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:
+    *size, channels = shape
 
+    def conv(channels_in: int, channels_out: int, kernel: int) -> ConvMap:
+        return ConvMap(tuple(size), channels_in, channels_out, kernel)
 
-def _convolutions(config: ImageFlowConfig, shape: Shape) -> list[LinearMap]:
-    height, width, channels = shape
+    if config.dense_depth:
+        return densenet(config, conv, channels, None, config.dense_growth, 3)
     hidden = [config.hidden_channels] * (len(config.kernels) - 1)
-    sides = zip([channels, *hidden], [*hidden, channels], config.kernels, strict=True)
-    return [ConvMap((height, width), c_in, c_out, size) for c_in, c_out, size in sides]
+    return layered(config, conv, channels, hidden, config.kernels, config.norms)
 
 
-def _dense(dim: int, hidden: Sequence[int]) -> list[LinearMap]:
-    return [DenseMap(a, b) for a, b in zip([dim, *hidden], [*hidden, dim], strict=True)]
+def _fully_connected(config: ImageFlowConfig, dim: int) -> MakeContraction:
+    if config.dense_depth:
+        return densenet(config, _dense_map, dim, config.fc_dense_first, config.fc_dense_growth, 1)
+    hidden = [config.fc_hidden] * (config.fc_layers - 1)
+    return layered(config, _dense_map, dim, hidden, [1] * config.fc_layers, None)
+
+
+def _dense_map(features_in: int, features_out: int, kernel: int) -> DenseMap:
+    return DenseMap(features_in, features_out)
 
 
 def _squeezed(shape: Shape) -> Shape:

@@ -21,36 +21,64 @@ class ImageFlowConfig:
       blocks: residual blocks of each scale; its length is the number of scales.
       hidden_channels: width of the convolutional blocks.
       kernels: kernel sizes of a block's convolutions, odd; their number is the block's depth.
+      dense_depth: dense layers in a block of an invertible DenseNet (Perugachi-Diaz et al. 2021, arXiv
+        2102.02694): 3x3 convolutions, each concatenated to its input, and a 1x1 convolution, in place of
+        `kernels` and `hidden_channels`; 0 for the chain of convolutions of a residual flow.
+      dense_growth: channels that each dense layer adds.
       squeeze_first: squeeze before the first scale.
       factor_out: after each squeeze pass half of the channels straight to z.
       fc_blocks: dense residual blocks behind the last scale; 0 for none.
       fc_hidden: width of the dense blocks.
       fc_layers: linear layers in a dense block.
+      fc_dense_first: with `dense_depth`, width of the layer before the dense layers of a dense block.
+      fc_dense_growth: with `dense_depth`, features that each dense layer of a dense block adds.
       actnorm: an ActNorm (per channel; per feature behind dense blocks) after every block.
       feature_actnorm: an ActNorm per feature after every block, on top of `actnorm`.
       first_actnorm: with `actnorm` or `feature_actnorm`, one also before the first block.
+      batchnorm: a `MovingBatchNorm` per channel (per feature behind dense blocks) after every block.
+      invertible_linear: an invertible 1x1 convolution after every convolutional block.
       activation: name of the activation, one of `functional.activations.ACTIVATIONS`.
       preactivation: which blocks start with an activation: "all_but_first", "all" or "none".
       coefficient: bound on the norm of every linear layer, in (0, 1).
+      norms: orders of the norms between the linear layers of a convolutional block, one more than layers:
+        a string like "222f" (f for infinity) or a tuple of numbers; None for 2 throughout. A block is
+        certified to be a contraction more easily where the first order is not below the last.
+      learn_norms: learn these orders, from 2, the last equal to the first; dense blocks too.
       logit_alpha: alpha of the logit transform; None leaves it out.
+      data_mean: without the logit, mean of every channel, to be subtracted.
+      data_deviation: with `data_mean`, deviation of every channel, to be divided by.
+      padding: channels of noise appended to the image, after logit or normalisation.
+      padding_noise: "uniform" on [0, 1] or "gaussian".
     """
 
     shape: tuple[int, int, int]
     blocks: tuple[int, ...] = (16, 16, 16)
     hidden_channels: int = 512
     kernels: tuple[int, ...] = (3, 1, 3)
+    dense_depth: int = 0
+    dense_growth: int = 172
     squeeze_first: bool = False
     factor_out: bool = False
     fc_blocks: int = 4
     fc_hidden: int = 128
     fc_layers: int = 3
+    fc_dense_first: int = 64
+    fc_dense_growth: int = 32
     actnorm: bool = True
     feature_actnorm: bool = False
     first_actnorm: bool = True
+    batchnorm: bool = False
+    invertible_linear: bool = False
     activation: str = "lipswish"
     preactivation: str = "all_but_first"
     coefficient: float = 0.98
+    norms: str | tuple[float, ...] | None = None
+    learn_norms: bool = False
     logit_alpha: float | None = 1e-6
+    data_mean: tuple[float, ...] | None = None
+    data_deviation: tuple[float, ...] | None = None
+    padding: int = 0
+    padding_noise: str = "uniform"
 
     def __post_init__(self):
         _make_tuples(self, "shape", "blocks", "kernels")
@@ -72,15 +100,19 @@ class ImageFlowConfig:
         check_count("fc_blocks", self.fc_blocks, 0)
         check_count("fc_hidden", self.fc_hidden, 1)
         check_count("fc_layers", self.fc_layers, 1)
+        check_count("fc_dense_first", self.fc_dense_first, 1)
+        check_count("fc_dense_growth", self.fc_dense_growth, 1)
         squeezes = len(self.blocks) - 1 + self.squeeze_first
         if self.shape[0] % 2**squeezes or self.shape[1] % 2**squeezes:
             raise ValueError(
                 f"shape: expected height and width divisible by {2**squeezes}, for {len(self.blocks)} scales"
                 f"{' with squeeze_first' if self.squeeze_first else ''}, got {self.shape}"
             )
-        _check_common(self.activation, self.preactivation, self.coefficient)
+        _check_common(self, len(self.kernels), self.shape[-1])
         if self.logit_alpha is not None:
             check_open_interval("logit_alpha", self.logit_alpha, 0, 0.5)
+            if self.data_mean is not None:
+                raise ValueError(f"data_mean: expected None beside logit_alpha, got {self.data_mean}")
 
 
 @dataclass(frozen=True)
@@ -91,21 +123,40 @@ class VectorFlowConfig:
       dim: D, the number of elements of a vector.
       blocks: number of residual blocks.
       hidden: widths of a block's hidden layers.
+      dense_depth: dense layers in a block of an invertible DenseNet, in place of `hidden`; 0 for a chain.
+      dense_growth: features that each dense layer adds.
       actnorm: an ActNorm per feature after every block.
       first_actnorm: with `actnorm`, one also before the first block.
+      batchnorm: a `MovingBatchNorm` per feature after every block.
+      invertible_linear: an invertible linear layer after every block.
       activation: name of the activation, one of `functional.activations.ACTIVATIONS`.
       preactivation: which blocks start with an activation: "all_but_first", "all" or "none".
       coefficient: bound on the norm of every linear layer, in (0, 1).
+      norms, learn_norms: as in `ImageFlowConfig`.
+      data_mean: mean of every element, to be subtracted.
+      data_deviation: with `data_mean`, deviation of every element, to be divided by.
+      padding: elements of noise appended to the vector.
+      padding_noise: "uniform" on [0, 1] or "gaussian".
     """
 
     dim: int
     blocks: int = 16
     hidden: tuple[int, ...] = (64, 64)
+    dense_depth: int = 0
+    dense_growth: int = 64
     actnorm: bool = True
     first_actnorm: bool = True
+    batchnorm: bool = False
+    invertible_linear: bool = False
     activation: str = "lipswish"
     preactivation: str = "all_but_first"
     coefficient: float = 0.98
+    norms: str | tuple[float, ...] | None = None
+    learn_norms: bool = False
+    data_mean: tuple[float, ...] | None = None
+    data_deviation: tuple[float, ...] | None = None
+    padding: int = 0
+    padding_noise: str = "uniform"
 
     def __post_init__(self):
         _make_tuples(self, "hidden")
@@ -113,7 +164,7 @@ class VectorFlowConfig:
         check_count("blocks", self.blocks, 1)
         for width in self.hidden:
             check_count("hidden", width, 1)
-        _check_common(self.activation, self.preactivation, self.coefficient)
+        _check_common(self, len(self.hidden) + 1, self.dim)
 
 
 def _make_tuples(config: object, *names: str) -> None:
@@ -125,7 +176,32 @@ def _make_tuples(config: object, *names: str) -> None:
         object.__setattr__(config, name, tuple(value))
 
 
-def _check_common(activation: str, preactivation: str, coefficient: float) -> None:
-    check_choice("activation", activation, tuple(ACTIVATIONS))
-    check_choice("preactivation", preactivation, PREACTIVATIONS)
-    check_open_interval("coefficient", coefficient, 0, 1)
+def _check_common(config: "ImageFlowConfig | VectorFlowConfig", layers: int, channels: int) -> None:
+    """The settings that both kinds of flows have; `layers` of a plain block, `channels` of the data."""
+    check_choice("activation", config.activation, tuple(ACTIVATIONS))
+    check_choice("preactivation", config.preactivation, PREACTIVATIONS)
+    check_open_interval("coefficient", config.coefficient, 0, 1)
+    check_count("dense_depth", config.dense_depth, 0)
+    check_count("dense_growth", config.dense_growth, 1)
+    check_count("padding", config.padding, 0)
+    check_choice("padding_noise", config.padding_noise, PADDING_NOISES)
+    if config.norms is not None:
+        orders = parse_norms(config.norms)
+        if len(orders) != layers + 1:
+            raise ValueError(
+                f"norms: expected {layers + 1} orders, one more than a block's layers, got {config.norms!r}"
+            )
+        if config.dense_depth or config.learn_norms:
+            other = "dense_depth" if config.dense_depth else "learn_norms"
+            raise ValueError(f"norms: expected None beside {other}, got {config.norms!r}")
+        object.__setattr__(config, "norms", orders)
+    if config.learn_norms and config.dense_depth:
+        raise ValueError("learn_norms: expected False beside dense_depth, got True")
+    for name in ("data_mean", "data_deviation"):
+        values = getattr(config, name)
+        if (values is None) != (config.data_mean is None):
+            raise ValueError(f"{name}: expected both or none of data_mean and data_deviation, got {values}")
+        if values is not None:
+            _make_tuples(config, name)
+            if len(values) != channels:
+                raise ValueError(f"{name}: expected {channels} numbers, one a channel, got {values}")

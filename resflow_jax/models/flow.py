@@ -19,10 +19,12 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_batch, check_count
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
-from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, warn_unconverged
+from resflow_jax.functional.inverse import InverseStatus, Solver, report_unconverged
+from resflow_jax.functional.solvers import Anderson
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
-from resflow_jax.layers.bijector import join_diagnostics, join_status, solved, split_estimator, split_key
+from resflow_jax.layers.bijector import join_blocks, split_estimator, split_key
+from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.lipschitz import map_linears
 from resflow_jax.models.build import build_scales
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
@@ -60,8 +62,13 @@ class ResidualFlow(nnx.Module):
 
     @property
     def dim(self) -> int:
-        """D, the number of elements of one x and of one z."""
-        return math.prod(self.event_shape)
+        """D, the number of elements of one z; more than those of one x if the flow pads x."""
+        return sum(math.prod(shape) for shape in self._emitted)
+
+    @property
+    def factors_out(self) -> bool:
+        """Whether part of the channels leaves for z behind each scale."""
+        return len(self._emitted) > 1
 
     @property
     def blocks(self) -> int:
@@ -107,18 +114,19 @@ class ResidualFlow(nnx.Module):
         return _transform(*nnx.split(self), x)
 
     def inverse(
-        self, z: Array, *, solver: FixedPoint = FixedPoint(), return_status: bool = False
+        self, z: Array, *, solver: Solver = Anderson(), return_status: bool = False
     ) -> Array | tuple[Array, InverseStatus]:
-        """Maps z [B, D] to x [B, *event_shape], by fixed-point iteration block by block.
+        """Maps z [B, D] to x [B, *event_shape], block by block.
 
         Args:
           z: floats [B, D].
-          solver: tolerance and iteration cap of every block.
+          solver: the iteration, with its tolerance and cap: `Anderson`, `FixedPoint` or ... .
           return_status: whether to return the status as well.
 
         Returns:
-          x, or (x, `InverseStatus`). Without the status, a RuntimeWarning is raised if an example
-          did not converge. Differentiable. Behind a logit x may leave [0, 1] by alpha / (1 - 2 alpha).
+          x, or (x, `InverseStatus`) with fields [blocks, B] in the order of the flow. Without the status, a
+          solve that did not converge warns or raises as the solver says. Differentiable in any mode, by
+          the implicit function theorem. Behind a logit x may leave [0, 1] by alpha / (1 - 2 alpha).
 
         Raises:
           ValueError: for a wrong rank, size or dtype, and for concrete values that are not finite.
@@ -129,7 +137,7 @@ class ResidualFlow(nnx.Module):
         x, status = _inverse(*nnx.split(self), z, solver)
         if return_status:
             return x, status
-        warn_unconverged(status, "ResidualFlow.inverse")
+        report_unconverged(status, "ResidualFlow.inverse", solver.on_failure)
         return x
 
     def log_prob(
@@ -148,7 +156,7 @@ class ResidualFlow(nnx.Module):
         log_prob = standard_normal_log_prob(z) + log_det
         return (log_prob, diagnostics) if return_diagnostics else log_prob
 
-    def sample(self, key: Array, number: int, *, solver: FixedPoint = FixedPoint()) -> Array:
+    def sample(self, key: Array, number: int, *, solver: Solver = Anderson()) -> Array:
         """Draws x [number, *event_shape]: z from N(0, I), then `inverse`; images are clipped to [0, 1].
 
         Clipping moves the part of the density that the logit's alpha leaves outside of [0, 1].
@@ -157,6 +165,33 @@ class ResidualFlow(nnx.Module):
         z = jax.random.normal(key, (number, self.dim), self.dtype)
         x = self.inverse(z, solver=solver)
         return jnp.clip(x, 0, 1) if isinstance(self.config, ImageFlowConfig) else x
+
+    def sample_and_log_prob(
+        self, key: Array, number: int, *, estimator: Estimator | None = None, solver: Solver = Anderson()
+    ) -> tuple[Array, Array]:
+        """Draws x [number, *event_shape] with log p(x) [number] in nats, differentiable in the parameters.
+
+        With E[log p(x) - log q(x)] as the loss, the flow learns an unnormalised density q from its own
+        samples alone. The derivative is that of the path z -> x: z is fixed. Images are not clipped.
+
+        Args:
+          key: PRNG key of z and of the estimate.
+          number: of samples.
+          estimator: of the log-dets, as in `forward`.
+          solver: of the inverse.
+
+        Raises:
+          ValueError: for a number below 1, and for a flow that pads x, whose log p is no closed form of z.
+        """
+        check_count("number", number, 1)
+        if self.config.padding:
+            raise ValueError(f"padding: expected a flow without padding, got {self.config.padding}")
+        z_key, estimator_key = jax.random.split(key)
+        z = jax.random.normal(z_key, (number, self.dim), self.dtype)
+        x = self.inverse(z, solver=solver)
+        estimator = _with_rows(Roulette() if estimator is None else estimator, self.blocks)
+        _, log_det, _ = _forward(*nnx.split(self), x, estimator_key, estimator)
+        return x, standard_normal_log_prob(z) + log_det
 
     @property
     def dtype(self) -> np.dtype:
@@ -204,6 +239,33 @@ class ResidualFlow(nnx.Module):
         jax.debug.callback(_warn_norms, status)
         return status
 
+    def tighten(self) -> None:
+        """Rescales kernels, in place, until every block is certified within what its coefficients promise.
+
+        Power iteration knows norms from below: after training some kernels exceed their coefficient by
+        parts of a percent. Each block that `certify` does not find within its promise has its kernels
+        replaced by what is applied, each divided by its excess. On the host, at the cost of `certify`.
+        """
+        for scale in self.scales:
+            tighten(scale)
+
+    def order_loss(self) -> Array:
+        """Mean norm of the linear layers with learnable orders of their norms; 0 without any.
+
+        Differentiable in the orders alone: where it is small, kernels are shrunk least (Chen et al. 2019,
+        section 3.3). To be added to the training loss with a small weight.
+        """
+        losses = map_linears(self, lambda layer: layer.order_loss())
+        return jnp.mean(jnp.concatenate([jnp.atleast_1d(loss) for loss in losses]))
+
+    def update_statistics(self, x: Array) -> None:
+        """Moves the running statistics of every `MovingBatchNorm` towards those of a batch x, in place.
+
+        To be called at every training step of a flow that has any; the log-density never does it.
+        """
+        self._check_input(x)
+        nnx.update(self, _update_statistics(*nnx.split(self), x))
+
     def _check_input(self, x: Array) -> None:
         check_batch("x", x, self.event_shape)
         if x.shape[0] == 0:
@@ -219,26 +281,6 @@ def check_values(name: str, x: Array | np.ndarray, *, unit_interval: bool) -> No
         raise ValueError(f"{name}: expected finite values, got {np.count_nonzero(~np.isfinite(x))} that are not")
     if unit_interval and x.size and not (x.min() >= 0 and x.max() <= 1):
         raise ValueError(f"{name}: expected values in [0, 1], got [{x.min()}, {x.max()}]")
-
-
-def layer_norms(flow: ResidualFlow) -> Array:
-    """Norm of every linear layer as it is applied, [layers], by power iteration from a fresh start.
-
-    An estimate from below, as close as that of `converge_norms`. Where it exceeds the coefficient by
-    more than that, the power-iteration vectors that the flow holds are out of date.
-    """
-    anew = nnx.clone(flow)
-    map_linears(anew, lambda layer: layer.restart_norm())
-    anew.converge_norms()
-    # W / max(1, sigma / c) has norm |W| / max(1, sigma / c), sigma by the stored vectors.
-    true, stored = _spectral_norms(*nnx.split(anew)), _spectral_norms(*nnx.split(flow))
-    return true / jnp.maximum(1.0, stored / flow.config.coefficient)
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def _spectral_norms(graphdef, state):
-    sigmas = map_linears(nnx.merge(graphdef, state), lambda layer: layer.spectral_norm())
-    return jnp.concatenate([jnp.atleast_1d(sigma) for sigma in sigmas])
 
 
 def standard_normal_log_prob(z: Array) -> Array:
@@ -312,7 +354,7 @@ def _forward(graphdef, state, x, key, estimator):
         return x
 
     z = _through_scales(flow, x.astype(flow.dtype), apply)
-    return z, sum(log_dets), join_diagnostics(diagnostics)
+    return z, sum(log_dets), join_blocks(diagnostics)
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -328,6 +370,13 @@ def _initialize(graphdef, state, x):
     return nnx.state(flow)
 
 
+@partial(jax.jit, static_argnames="graphdef")
+def _update_statistics(graphdef, state, x):
+    flow = nnx.merge(graphdef, state)
+    _through_scales(flow, x.astype(flow.dtype), lambda _, scale, x: scale.update_statistics(x))
+    return nnx.state(flow, nnx.BatchStat)
+
+
 @partial(jax.jit, static_argnames=("graphdef", "solver"))
 def _inverse(graphdef, state, z, solver):
     flow = nnx.merge(graphdef, state)
@@ -335,13 +384,13 @@ def _inverse(graphdef, state, z, solver):
     sizes = [math.prod(shape) for shape in flow._emitted]
     pieces = jnp.split(z, np.cumsum(sizes)[:-1], axis=-1)
     parts = [piece.reshape(z.shape[0], *shape) for piece, shape in zip(pieces, flow._emitted, strict=True)]
-    x, status = parts.pop(), solved(z)
+    x, statuses = parts.pop(), []
     for scale in reversed(flow.scales):
-        x, step = scale.inverse(x, solver)
-        status = join_status(status, step)
+        x, found = scale.inverse(x, solver)
+        statuses = found + statuses
         if parts:
             x = jnp.concatenate([x, parts.pop()], axis=-1)
-    return x, status
+    return x, join_blocks(statuses)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "tolerance", "residual_tolerance", "max_iterations"))

@@ -23,6 +23,8 @@ from resflow_jax.models.flow import ResidualFlow
 
 Array = jax.Array
 
+_ORDER_LOSS_WEIGHT = 0.01  # that of the PyTorch implementation
+
 
 class Estimate(NamedTuple):
     """A mean over images and its standard error, split by cause: stderr^2 = data^2 + noise^2.
@@ -51,13 +53,29 @@ def dequantized_bits_per_dim(
 ) -> Callable[[ResidualFlow, Array, Array, Estimator], tuple[Array, Diagnostics]]:
     """The loss of a density model: mean bits/dim of integer images [B, H, W, C], dequantised with the key.
 
-    Unbiased, in value and gradient, if the estimator is. With the estimates' diagnostics.
+    Unbiased, in value and gradient, if the estimator is. With the estimates' diagnostics. Beside the
+    value, `tend` does to the flow what training owes it.
     """
 
     def loss(flow: ResidualFlow, images: Array, key: Array, estimator: Estimator) -> tuple[Array, Diagnostics]:
         scores, diagnostics = _image_scores(flow, images, key, levels, estimator)
-        return jnp.mean(scores), diagnostics
+        value = jnp.mean(scores)
+        return tend(flow, dequantize(images, jax.random.split(key)[0], levels), value), diagnostics
 
+    return loss
+
+
+def tend(flow: ResidualFlow, x: Array, loss: Array) -> Array:
+    """What a flow needs at every training step beside its loss: the loss, with the gradient of learnable orders.
+
+    Where the flow has running statistics, they move towards those of the batch x, in place. Where it has
+    learnable orders of norms, their gradient is that of 0.01 * `order_loss`, of which the value stays out.
+    """
+    if flow.config.batchnorm:
+        flow.update_statistics(jax.lax.stop_gradient(x))
+    if flow.config.learn_norms:
+        order_loss = _ORDER_LOSS_WEIGHT * flow.order_loss()
+        loss = loss + order_loss - jax.lax.stop_gradient(order_loss)
     return loss
 
 
@@ -131,4 +149,4 @@ def _image_scores(
     log_prob, diagnostics = flow.log_prob(
         dequantize(images, noise_key, levels), key=flow_key, estimator=estimator, return_diagnostics=True
     )
-    return bits_per_dim(log_prob, flow.dim, levels), diagnostics
+    return bits_per_dim(log_prob, math.prod(flow.event_shape), levels), diagnostics

@@ -53,7 +53,8 @@ class Trainer(NamedTuple):
     Attributes:
       graphdef: structure of the flow.
       loss: (flow, batch, key, estimator) -> (scalar, `Diagnostics`); see
-        `training.likelihood.dequantized_bits_per_dim`.
+        `training.likelihood.dequantized_bits_per_dim`. What it changes in the flow beside the
+        parameters, such as running statistics, is kept.
       optimizer: an optax transformation.
       ema_decay: decay of the parameters' moving average, which is bias-corrected.
     """
@@ -84,13 +85,14 @@ class Trainer(NamedTuple):
         """
 
         def objective(params):
-            flow = nnx.merge(self.graphdef, params, state.rest)
-            return self.loss(flow, batch, jax.random.fold_in(key, state.step), state.estimator)
+            flow = nnx.merge(self.graphdef, params, state.rest, copy=True)
+            value, diagnostics = self.loss(flow, batch, jax.random.fold_in(key, state.step), state.estimator)
+            return value, (diagnostics, nnx.split(flow, nnx.Param, ...)[2])
 
-        (value, diagnostics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (value, (diagnostics, rest)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        flow = nnx.merge(self.graphdef, params, state.rest)
+        flow = nnx.merge(self.graphdef, params, rest)
         flow.update_norms()
         rest = nnx.split(flow, nnx.Param, ...)[2]
         _, ema = optax.ema(self.ema_decay).update(params, state.ema)

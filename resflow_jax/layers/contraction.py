@@ -1,0 +1,101 @@
+"""The contraction g inside a residual block: its interface, and the chain of layers of the papers.
+
+    g = h_n o phi o ... o phi o h_1 (o phi with pre-activation),   Lip(g) <= prod_i |W_i| * prod_i Lip(phi_i)
+
+(Chen et al. 2019, arXiv 1906.02735, section 3.2 and appendix E; pre-activation as in He et al.
+2016). With mixed norms (section 3.3) layer i maps the norm of order p_i to that of order p_(i+1),
+and each activation acts in the norm of its place.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from resflow_jax.functional.activations import Activation
+from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.layers.lipschitz import LipschitzLinear, Order
+
+Array = jax.Array
+Params = dict[str, Array]
+
+
+class Contraction(nnx.Module):
+    """Interface of g on [B, ...], which keeps the shape; subclasses are final.
+
+    Attributes:
+      linears: its Lipschitz layers, from the input to the output.
+      lipschitz: the bound on Lip(g) that their coefficients promise, in (0, 1).
+    """
+
+    linears: Sequence[LipschitzLinear]
+    lipschitz: float
+
+    def weights(self) -> Any:
+        """Normalised kernels, biases and all other parameters: what `apply` takes."""
+        raise NotImplementedError
+
+    def apply(self, weights: Any, x: Array) -> Array:
+        """g(x) with given weights; depends on no parameter of the module itself."""
+        raise NotImplementedError
+
+    def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float:
+        """Bound on Lip(g) from bounds on the layers' norms, layer i between orders i and i + 1; on the host."""
+        raise NotImplementedError
+
+
+class Layered(Contraction):
+    """Lipschitz layers with an activation between any two, and before the first with pre-activation."""
+
+    def __init__(
+        self,
+        linear_maps: Sequence[LinearMap],
+        activation: Activation,
+        coefficient: float,
+        *,
+        preactivation: bool,
+        norms: Sequence[Order] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """coefficient: bound on each layer's norm; norms: the orders, one more than layers, all 2 by default."""
+        norms = [2.0] * (len(linear_maps) + 1) if norms is None else norms
+        self.linears = nnx.List(
+            LipschitzLinear(linear_map, coefficient, domain=p, codomain=q, rngs=rngs)
+            for linear_map, p, q in zip(linear_maps, norms[:-1], norms[1:], strict=True)
+        )
+        self.activation = activation
+        self.preactivation = preactivation
+        self.activation_params = learnable(activation, len(linear_maps) - (not preactivation))
+        self.lipschitz = coefficient ** len(self.linears) * activation.lipschitz ** len(self.activation_params)
+
+    def weights(self) -> tuple[list[tuple[Array, Array]], list[Params]]:
+        return [linear.weights() for linear in self.linears], values(self.activation_params)
+
+    def apply(self, weights: tuple[list[tuple[Array, Array]], list[Params]], x: Array) -> Array:
+        linears, activations = weights
+        if self.preactivation:
+            x, activations = self.activation(activations[0], x), activations[1:]
+        x = self.linears[0].apply(linears[0], x)
+        for layer, linear, params in zip(self.linears[1:], linears[1:], activations, strict=True):
+            x = layer.apply(linear, self.activation(params, x))
+        return x
+
+    def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float:
+        places = orders[not self.preactivation : -1]
+        return math.prod(norms) * math.prod(self.activation.lipschitz_in(p) for p in places)
+
+
+def learnable(activation: Activation, number: int) -> nnx.List:
+    """The learnable parameters of so many activations, at their initial values."""
+    return nnx.List(
+        nnx.Dict({name: nnx.Param(jnp.asarray(value, float)) for name, value in activation.initial})
+        for _ in range(number)
+    )
+
+
+def values(params: nnx.List) -> list[Params]:
+    """The arrays inside what `learnable` made."""
+    return [{name: param[...] for name, param in names.items()} for names in params]

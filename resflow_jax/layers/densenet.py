@@ -1,0 +1,84 @@
+"""The contraction of an invertible DenseNet: every layer is concatenated to what came before it.
+
+    h_0 = x (or W_0 x + b_0),   h_i = c [eta1 h_(i-1), eta2 phi(W_i h_(i-1) + b_i)],   g = W_(n+1) h_n + b_(n+1)
+    eta1 = s1 / sqrt(s1^2 + s2^2),   eta2 = s2 / sqrt(s1^2 + s2^2),   s = softplus(learnable) + 0.1
+
+Perugachi-Diaz et al. (2021, arXiv 2102.02694), section 3: a concatenation [h_1, h_2] has Lipschitz
+constant at most sqrt(L_1^2 + L_2^2), so the normalised weights keep that of each dense layer at or below
+one. The coefficient c and the offset 0.1 are those of the authors' implementation.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from resflow_jax.functional.activations import Activation
+from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.layers.contraction import Contraction, learnable, values
+from resflow_jax.layers.lipschitz import LipschitzLinear
+
+Array = jax.Array
+
+_OFFSET = 0.1
+
+
+class DenseNet(Contraction):
+    """g of dense layers with learnable concatenation, closed by a linear layer back to the shape of x."""
+
+    def __init__(
+        self,
+        first: LinearMap | None,
+        dense: Sequence[LinearMap],
+        last: LinearMap,
+        activation: Activation,
+        coefficient: float,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        """Maps of the layer before the dense ones (if any), of the dense layers, and of the last one.
+
+        coefficient: bound on each linear layer's norm and on each dense layer's Lipschitz constant.
+        """
+        maps = [*([first] if first else []), *dense, last]
+        self.linears = nnx.List(LipschitzLinear(linear_map, coefficient, rngs=rngs) for linear_map in maps)
+        self.activation = activation
+        self.activation_params = learnable(activation, len(dense))
+        self.concatenation = nnx.Param(jnp.ones((len(dense), 2)))
+        self.coefficient = coefficient
+        self.lipschitz = coefficient ** len(maps)
+
+    def weights(self) -> Any:
+        linears = [linear.weights() for linear in self.linears]
+        return linears, values(self.activation_params), self.concatenation[...]
+
+    def apply(self, weights: Any, x: Array) -> Array:
+        linears, activations, concatenation = weights
+        before = len(linears) - len(activations) - 1
+        for layer, linear in zip(self.linears[:before], linears, strict=False):
+            x = layer.apply(linear, x)
+        etas = self.coefficient * normalized_concatenation(concatenation)
+        inside = zip(self.linears[before:-1], linears[before:-1], activations, etas, strict=True)
+        for layer, linear, params, eta in inside:
+            new = self.activation(params, layer.apply(linear, x))
+            x = jnp.concatenate([eta[0] * x, eta[1] * new], axis=-1)
+        return self.linears[-1].apply(linears[-1], x)
+
+    def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float:
+        """As in the interface; all orders are 2. Each dense layer counts with its own weights."""
+        etas = self.coefficient * normalized_concatenation(np.asarray(self.concatenation[...], np.float64))
+        before = len(norms) - len(etas) - 1
+        new = [self.activation.lipschitz * norm for norm in norms[before:-1]]
+        dense = [math.hypot(eta1, eta2 * lipschitz) for (eta1, eta2), lipschitz in zip(etas, new, strict=True)]
+        return math.prod([*norms[:before], *dense, norms[-1]])
+
+
+def normalized_concatenation(raw: Array) -> Array:
+    """(eta1, eta2) of unit length, [..., 2], from the learnable parameters [..., 2]; of NumPy's arrays too."""
+    xp = np if isinstance(raw, np.ndarray) else jnp
+    positive = xp.logaddexp(raw, 0) + _OFFSET
+    return positive / xp.linalg.norm(positive, axis=-1, keepdims=True)

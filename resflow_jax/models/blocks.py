@@ -1,0 +1,73 @@
+"""From a configuration to residual blocks: which layers g has, and what stands behind every block."""
+
+from collections.abc import Callable, Sequence
+
+from flax import nnx
+
+from resflow_jax.functional.activations import get_activation
+from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.layers.bijector import Bijector, Chain
+from resflow_jax.layers.contraction import Contraction, Layered
+from resflow_jax.layers.densenet import DenseNet
+from resflow_jax.layers.lipschitz import learned_order
+from resflow_jax.layers.residual import ResidualBlock, ResidualStack
+from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
+
+Config = ImageFlowConfig | VectorFlowConfig
+MakeLinear = Callable[[int, int, int], LinearMap]  # from features in, features out, and kernel size
+MakeContraction = Callable[[bool, nnx.Rngs], Contraction]  # with pre-activation or without
+MakeLayers = Callable[[nnx.Rngs], list[Bijector]]
+
+
+def residual_blocks(
+    config: Config, contraction: MakeContraction, behind: MakeLayers, depth: int, *, first: bool, rngs: nnx.Rngs
+) -> list[Bijector]:
+    """`depth` residual blocks, each with the layers behind it, stacked as far as they are alike."""
+
+    def step(preactivation: bool) -> Callable[[nnx.Rngs], Chain]:
+        return lambda rngs: Chain([ResidualBlock(contraction(preactivation, rngs)), *behind(rngs)])
+
+    if not first or config.preactivation != "all_but_first":
+        return [ResidualStack(step(config.preactivation != "none"), depth, rngs=rngs)]
+    head = step(False)(rngs)
+    return [head] if depth == 1 else [head, ResidualStack(step(True), depth - 1, rngs=rngs)]
+
+
+def layered(
+    config: Config,
+    linear: MakeLinear,
+    features: int,
+    hidden: Sequence[int],
+    kernels: Sequence[int],
+    norms: Sequence[float] | None,
+) -> MakeContraction:
+    """Chains of layers; `hidden` are the widths behind the activations, some of which multiply the channels."""
+    activation = get_activation(config.activation)
+
+    def make(preactivation: bool, rngs: nnx.Rngs) -> Layered:
+        outputs = [*(width // activation.expansion for width in hidden), features]
+        inputs = [activation.expansion * width for width in (features, *outputs[:-1])]
+        inputs[0] = inputs[0] if preactivation else features
+        maps = [linear(*sizes) for sizes in zip(inputs, outputs, kernels, strict=True)]
+        orders = norms
+        if config.learn_norms:
+            learned = [learned_order() for _ in maps]
+            orders = [*learned, learned[0]]
+        return Layered(maps, activation, config.coefficient, preactivation=preactivation, norms=orders, rngs=rngs)
+
+    return make
+
+
+def densenet(
+    config: Config, linear: MakeLinear, features: int, first: int | None, growth: int, kernel: int
+) -> MakeContraction:
+    """DenseNets of `config.dense_depth` dense layers, behind one of width `first` if that is given."""
+    activation = get_activation(config.activation)
+
+    def make(preactivation: bool, rngs: nnx.Rngs) -> DenseNet:
+        head = linear(features, first, 1) if first else None
+        widths = [(first or features) + n * growth for n in range(config.dense_depth + 1)]
+        dense = [linear(width, growth // activation.expansion, kernel) for width in widths[:-1]]
+        return DenseNet(head, dense, linear(widths[-1], features, 1), activation, config.coefficient, rngs=rngs)
+
+    return make

@@ -1,0 +1,89 @@
+"""`certify`: upper bounds on the Lipschitz constants of a flow and of its inverse."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from resflow_jax.functional.inverse import InverseStatus
+from resflow_jax.layers.certificate import BlockCertificate, lipschitz_bounds
+from resflow_jax.models.flow import ResidualFlow
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Upper bounds on the Lipschitz constants of a flow.
+
+    Attributes:
+      blocks: of every residual block, in the order of the flow, with its layers.
+      lipschitz: bound on Lip(f) of the whole flow, in the 2-norm, for images in [0, 1].
+      inverse_lipschitz: bound on Lip(f^-1) of the whole flow; infinite unless certified.
+    """
+
+    blocks: tuple[BlockCertificate, ...]
+    lipschitz: float
+    inverse_lipschitz: float
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """Upper bound on Lip(g) of every block, [blocks]."""
+        return np.array([block.bound for block in self.blocks])
+
+    @property
+    def is_certified(self) -> bool:
+        """Whether every block is certified to be invertible."""
+        return bool((self.bounds < 1).all())
+
+    @property
+    def largest_norm(self) -> float:
+        """The largest bound of a linear layer's norm, relative to the layer's coefficient."""
+        return max(layer.norm / layer.coefficient for block in self.blocks for layer in block.layers)
+
+    def require(self) -> None:
+        """Raises ValueError, naming the worst block, unless the flow is certified."""
+        if not self.is_certified:
+            worst = int(np.argmax(self.bounds))
+            norms = ", ".join(f"{layer.norm:.4f}" for layer in self.blocks[worst].layers)
+            raise ValueError(
+                f"flow: expected every block certified with a Lipschitz bound below 1, got {self.bounds[worst]:.4f} for "
+                f"block {worst} (norms of its layers: {norms}); `flow.tighten()` brings them within their coefficients"
+            )
+
+    def error_bounds(self, status: InverseStatus) -> np.ndarray:
+        """Bound on the error in x that each block's solve leaves, in the 2-norm, [blocks, B].
+
+        L / (1 - L) |r| with r the residual one step before the x returned (see `InverseStatus`), up to
+        rounding; infinite for a block that is not certified.
+
+        Args:
+          status: of `flow.inverse(z, return_status=True)`.
+        """
+        factors = np.array([[block.bound * block.inverse_lipschitz] for block in self.blocks])
+        return factors * np.asarray(status.residual_norm, np.float64)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"is_certified": self.is_certified, **dataclasses.asdict(self)}
+
+
+def certify(flow: ResidualFlow) -> Certificate:
+    """Upper bounds on the Lipschitz constants of a flow as it stands, in float64 on the host.
+
+    Dense layers and 1x1 convolutions by their singular values, other convolutions by the circular
+    convolution that contains them or, where that is small, exactly; see `functional.certificate`. A block
+    of mixed norms is bounded in these and in the 2-norm, and the smaller bound counts. The bounds hold
+    for the kernels as they are applied, in exact arithmetic.
+
+    Not traceable. Raises ValueError if `flow` is not a `ResidualFlow`.
+    """
+    if not isinstance(flow, ResidualFlow):
+        raise ValueError(f"flow: expected a ResidualFlow, got {type(flow).__name__}")
+    blocks: list[BlockCertificate] = []
+    lipschitz = inverse = 1.0
+    for n, scale in enumerate(flow.scales):
+        forward, backward = lipschitz_bounds(scale, blocks)
+        if n > 0 and flow.factors_out:  # what has left before stays as it is
+            forward, backward = max(1.0, forward), max(1.0, backward)
+        lipschitz, inverse = lipschitz * forward, inverse * backward
+    return Certificate(tuple(blocks), lipschitz, inverse)
