@@ -44,6 +44,13 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
+def check_order(name: str, value: Any) -> None:
+    """The order of a vector norm: a number of at least one, infinity included, or a float scalar array."""
+    is_scalar = getattr(value, "shape", None) == () and jnp.issubdtype(value.dtype, jnp.floating)
+    if not (value >= 1 if isinstance(value, Real) else is_scalar):
+        raise ValueError(f"{name}: expected an order of at least 1 (or inf), got {value!r}")
+
+
 def check_residual(name: str, g: Callable[[Any, Any], Any], params: Any, x: Any) -> None:
     """A float array x [B, ...] and a g(params, x) that keeps its shape and dtype; g is only traced."""
     check_batch(name, x)

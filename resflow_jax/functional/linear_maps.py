@@ -1,17 +1,27 @@
-"""Linear maps whose spectral norm bounds a layer: dense, and zero-padded convolution.
+"""Linear maps whose induced norm bounds a layer: dense, and zero-padded convolution.
 
 A map knows the shapes of its kernel, of its input and of its output, how to
 apply itself to a batch, and how to act on one vector and transpose that action,
 which is all that power iteration needs. It holds no numbers: the kernel is
-passed in. A 1x1 convolution acts on each pixel alone, so its norm is that of
-its [I, O] matrix, whatever the image's size.
+passed in. A 1x1 convolution acts on each pixel alone: its power iteration is
+that of its [I, O] matrix, of which the image has `copies`.
+
+Two families of induced norms have closed forms. The extreme points of the
+1-norm's unit ball are the unit vectors, so
+
+    ||W||_{1->q} = max_j ||W e_j||_q,    ||W||_{p->inf} = ||W^T||_{1->p*} = max_i ||W^T e_i||_{p*}
+
+are largest norms of columns and of rows; for a convolution over all positions
+of the kernel on the image, parts of it outside.
 """
 
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from resflow_jax.functional.convolution import conv2d
+from resflow_jax.functional.vector_norms import Order, conjugate, vector_norm
 
 Array = jax.Array
 
@@ -38,9 +48,9 @@ class DenseMap:
         return (self.features_out,)
 
     @property
-    def event_shape(self) -> tuple[int, ...]:
-        """Shape of one output of the layer."""
-        return (self.features_out,)
+    def copies(self) -> int:
+        """How many times the map holds the one between `input_shape` and `output_shape`."""
+        return 1
 
     def __call__(self, kernel: Array, x: Array) -> Array:
         return x @ kernel
@@ -52,6 +62,14 @@ class DenseMap:
     def rmatvec(self, kernel: Array, u: Array) -> Array:
         """W^T u for one vector of `output_shape`."""
         return kernel @ u
+
+    def norm_from_one(self, kernel: Array, codomain: Order) -> Array:
+        """||W||_{1 -> codomain}; differentiable in the kernel and in the order."""
+        return jnp.max(vector_norm(kernel, codomain, axis=1))
+
+    def norm_to_infinity(self, kernel: Array, domain: Order) -> Array:
+        """||W||_{domain -> inf}; differentiable in the kernel and in the order."""
+        return jnp.max(vector_norm(kernel, conjugate(domain), axis=0))
 
 
 @dataclass(frozen=True)
@@ -82,9 +100,9 @@ class ConvMap:
         return *self._grid, self.channels_out
 
     @property
-    def event_shape(self) -> tuple[int, ...]:
-        """Shape of one output of the layer, which is that of u but for a 1x1 kernel."""
-        return *self.size, self.channels_out
+    def copies(self) -> int:
+        """How many times the map holds the one between `input_shape` and `output_shape`: H W for a 1x1 kernel."""
+        return self.size[0] * self.size[1] if self.kernel_size == 1 else 1
 
     def __call__(self, kernel: Array, x: Array) -> Array:
         return conv2d(x, kernel)
@@ -98,6 +116,29 @@ class ConvMap:
         if self.kernel_size == 1:
             return kernel[0, 0] @ u
         return conv2d(u[None], kernel[::-1, ::-1].swapaxes(2, 3))[0]
+
+    def norm_from_one(self, kernel: Array, codomain: Order) -> Array:
+        """||W||_{1 -> codomain}, the zero padding included; differentiable in the kernel and in the order."""
+        columns = [vector_norm(part, codomain, axis=(0, 1, 3)) for part in self._parts(kernel)]
+        return jnp.max(jnp.stack(columns))
+
+    def norm_to_infinity(self, kernel: Array, domain: Order) -> Array:
+        """||W||_{domain -> inf}, the zero padding included; differentiable in the kernel and in the order."""
+        rows = [vector_norm(part, conjugate(domain), axis=(0, 1, 2)) for part in self._parts(kernel)]
+        return jnp.max(jnp.stack(rows))
+
+    def _parts(self, kernel: Array) -> list[Array]:
+        """The parts of the kernel that lie inside the image at some pixel: all of it alone, if it fits."""
+        down, across = (_tap_windows(self.kernel_size, size) for size in self.size)
+        return [kernel[rows, columns] for rows in down for columns in across]
+
+
+def _tap_windows(taps: int, size: int) -> list[slice]:
+    """The largest ranges of taps that fall on `size` pixels, centred on one of them."""
+    if size >= taps:
+        return [slice(0, taps)]  # no part of a vector has a larger norm
+    ends = range(taps // 2 + 1, taps // 2 + size + 1)
+    return [slice(max(0, end - size), min(taps, end)) for end in ends]
 
 
 LinearMap = DenseMap | ConvMap

@@ -1,25 +1,40 @@
-"""Spectral norms by power iteration, and the soft normalisation that uses them.
+"""Induced norms by power iteration, and the soft normalisation that uses them.
 
-Power iteration alternates u <- W v / |W v| and v <- W^T u / |W^T u|; then
-sigma = u^T W v grows monotonically towards the largest singular value, from
-below. W is any linear map given as a callable and its transpose, so for a
-convolution it is the zero-padded convolution on its real spatial size, never the
-reshaped kernel (Gouk et al. 2018, arXiv 1804.04368; Behrmann et al. 2019, arXiv
-1811.00995, appendix D).
+    ||W||_{p->q} = max_x ||W x||_q / ||x||_p
+
+Power iteration alternates u <- J_q(W v) and v <- J_p*(W^T u), where J are the
+dual maps of `vector_norms` (Boyd 1974, doi 10.1016/0024-3795(74)90029-9; Higham
+1992, doi 10.1007/BF01385511; for residual flows Chen et al. 2019, arXiv
+1906.02735, section on induced mixed norms). For p = q = 2 this is u <- W v / |W v|,
+v <- W^T u / |W^T u|. sigma = u^T W v grows monotonically from below: for 2 -> 2
+towards the largest singular value, otherwise towards a local maximum, which is
+the global one for a non-negative W if p >= q, p > 1. To find a p -> q norm
+is NP-hard in general, so several starts raise the odds and prove nothing: a bound
+from above has to come from elsewhere. p = 1 and q = inf have closed forms.
+
+W is any linear map given as a callable and its transpose, so for a convolution
+it is the zero-padded convolution on its real spatial size, never the reshaped
+kernel (Gouk et al. 2018, arXiv 1804.04368; Behrmann et al. 2019, arXiv 1811.00995,
+appendix D).
 
 Soft normalisation W * min(1, c / sigma) leaves a map of norm below c alone.
 Gradients flow through sigma = u^T W v with u and v held fixed, which is the
-derivative of the largest singular value at convergence.
+derivative of the norm at convergence, by the envelope theorem. For the orders p
+and q there is a loss of its own, with W and v held fixed.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resflow_jax.functional.checks import check_count, check_positive
+from resflow_jax.functional.checks import check_count, check_order, check_positive
+from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.functional.vector_norms import Order, conjugate, dual_map, is_order, positive, vector_norm
 
 Array = jax.Array
 LinearFunction = Callable[[Array], Array]
@@ -30,9 +45,11 @@ class PowerIterationStatus(NamedTuple):
 
     Attributes:
       iterations: pairs of products (W v, W^T u) done.
-      residual: |W^T u - sigma v| / sigma at the last iterate before the final v; there is a
-        singular value within residual * sigma of sigma, and it is the largest one unless the
-        start was orthogonal to its vector.
+      residual: distance from stationarity at the last iterate before the final v. For domain 2 it is
+        |W^T u - sigma v| / sigma; for 2 -> 2 there is a singular value within residual * sigma of
+        sigma, and it is the largest one unless the start was orthogonal to its vector. For other
+        orders it is such that residual^2 is about twice the gap in Holder's inequality <W^T u, v> <=
+        ||W^T u||_{p*} ||v||_p, relative to sigma (for domains 1 and inf the gap itself).
       converged: whether the tolerances on sigma and on the residual were both met.
     """
 
@@ -42,7 +59,7 @@ class PowerIterationStatus(NamedTuple):
 
 
 class PowerIteration(NamedTuple):
-    """Result of `power_iteration`: sigma = u^T W v, unit vectors u and v, and the status."""
+    """Result of `power_iteration`: sigma = u^T W v, u of unit dual codomain norm, v of unit domain norm, the status."""
 
     sigma: Array
     u: Array
@@ -55,23 +72,29 @@ def power_iteration(
     rmatvec: LinearFunction,
     v: Array,
     *,
+    domain: Order = 2.0,
+    codomain: Order = 2.0,
     tolerance: float = 1e-3,
     residual_tolerance: float | None = None,
     max_iterations: int = 200,
     iterations: int | None = None,
 ) -> PowerIteration:
-    """Estimates the largest singular value of a linear map, warm-started at v.
+    """Estimates ||W||_{domain -> codomain}, by default the largest singular value, warm-started at v.
+
+    For orders other than 2 -> 2 the result can be a local maximum, below the norm: use `best_start` first.
 
     It stops once the relative change of sigma over one iteration is at most `tolerance` and the
-    residual |W^T u - sigma v| / sigma is at most `residual_tolerance`. Both are relative to the
+    residual (see `PowerIterationStatus`) is at most `residual_tolerance`. Both are relative to the
     whole vector; a test per element, as in the PyTorch implementation, is nearly vacuous for the
-    long vectors of a convolution. sigma errs by about residual^2 / (relative gap of the spectrum): a
+    long vectors of a convolution. For 2 -> 2 sigma errs by about residual^2 / (relative gap of the spectrum): a
     crowded spectrum, as of wide convolutions, asks for a tolerance of 1e-6 or less.
 
     Args:
       matvec: v -> W v, linear.
       rmatvec: u -> W^T u, its transpose.
       v: start vector of matvec's input shape, not orthogonal to the leading one; need not be unit.
+      domain: order p of the norm of v, from one to infinity; an array strictly inside.
+      codomain: order q of the norm of W v, likewise.
       tolerance: bound on the relative change of sigma.
       residual_tolerance: bound on the residual; by default the square root of `tolerance`.
       max_iterations: cap on the iterations; reaching it shows as `converged` False.
@@ -82,8 +105,10 @@ def power_iteration(
       by itself: pass u and v to `spectral_norm`.
 
     Raises:
-      ValueError: if a tolerance is not positive or a count is below one.
+      ValueError: if a tolerance is not positive, a count is below one or an order is below one.
     """
+    check_order("domain", domain)
+    check_order("codomain", codomain)
     check_positive("tolerance", tolerance)
     if residual_tolerance is None:
         residual_tolerance = tolerance**0.5
@@ -93,12 +118,12 @@ def power_iteration(
 
     def step(state: tuple[Array, PowerIteration]) -> tuple[Array, PowerIteration]:
         old = state[1]
-        u, sigma_half = _unit(matvec(old.v))
+        u, sigma_half = dual_map(matvec(old.v), codomain)
         w = rmatvec(u)
-        residual = _norm(w - sigma_half * old.v) / _positive(sigma_half)
-        v_new, sigma = _unit(w)
+        v_new, sigma = dual_map(w, conjugate(domain))
         v_new = jnp.where(sigma > 0, v_new, old.v)  # a zero map must not spoil the next warm start
-        change = jnp.abs(sigma - old.sigma) / _positive(sigma)
+        residual = _residual(w, old.v, sigma_half, v_new, sigma, domain)
+        change = jnp.abs(sigma - old.sigma) / positive(sigma)
         converged = (change <= tolerance) & (residual <= residual_tolerance)
         status = PowerIterationStatus(old.status.iterations + 1, residual, converged)
         return ~converged, PowerIteration(sigma, u, v_new, status)
@@ -108,7 +133,7 @@ def power_iteration(
         below_cap = result.status.iterations < cap
         return below_cap & running if iterations is None else below_cap
 
-    v = lax.stop_gradient(_unit(v)[0])
+    v = lax.stop_gradient(v / positive(dual_map(v, domain)[1]))
     u_like = jax.eval_shape(matvec, v)
     infinity = jnp.asarray(jnp.inf, v.dtype)
     status = PowerIterationStatus(jnp.asarray(0), infinity, jnp.asarray(False))
@@ -117,9 +142,53 @@ def power_iteration(
     return lax.while_loop(unfinished, step, (jnp.asarray(True), start))[1]
 
 
+def best_start(matvec: LinearFunction, rmatvec: LinearFunction, starts: Array, **settings) -> PowerIteration:
+    """The largest of the `power_iteration`s from starts [n, *input shape]; takes its settings."""
+    results = jax.vmap(lambda v: power_iteration(matvec, rmatvec, v, **settings))(starts)
+    best = jnp.argmax(results.sigma)
+    return jax.tree.map(lambda leaf: leaf[best], results)
+
+
 def spectral_norm(matvec: LinearFunction, u: Array, v: Array) -> Array:
     """sigma = u^T W v with u and v held fixed: differentiable in whatever matvec closes over."""
     return jnp.vdot(lax.stop_gradient(u), matvec(lax.stop_gradient(v)))
+
+
+def needs_power_iteration(domain: Order, codomain: Order) -> bool:
+    """Whether a norm has no closed form: unless domain is 1 or codomain infinity, and not an array.
+
+    Raises ValueError for an order below one.
+    """
+    check_order("domain", domain)
+    check_order("codomain", codomain)
+    return not (is_order(domain, 1) or is_order(codomain, math.inf))
+
+
+def induced_norm(
+    linear_map: LinearMap, kernel: Array, u: Array, v: Array, domain: Order = 2.0, codomain: Order = 2.0
+) -> Array:
+    """||W||_{domain -> codomain} of a layer's map, differentiable in the kernel alone.
+
+    Where there is a closed form it is exact, and u and v do not matter; otherwise it is u^T W v with the
+    vectors of `power_iteration`. Gradients in learnable orders come from `order_loss`.
+    """
+    domain, codomain = (lax.stop_gradient(order) if isinstance(order, Array) else order for order in (domain, codomain))
+    if not needs_power_iteration(domain, codomain):
+        return _closed_form(linear_map, kernel, domain, codomain)
+    sigma = spectral_norm(partial(linear_map.matvec, kernel), u, v)
+    return _with_copies(sigma, linear_map.copies, domain, codomain)
+
+
+def order_loss(linear_map: LinearMap, kernel: Array, v: Array, domain: Order, codomain: Order) -> Array:
+    """||W v||_codomain / ||v||_domain, differentiable in the orders alone, with W and v held fixed.
+
+    At the maximiser v it is the norm, and its derivative is the norm's, by the envelope theorem.
+    """
+    kernel, v = lax.stop_gradient((kernel, v))
+    if not needs_power_iteration(domain, codomain):
+        return _closed_form(linear_map, kernel, domain, codomain)
+    sigma = vector_norm(linear_map.matvec(kernel, v), codomain) / vector_norm(v, domain)
+    return _with_copies(sigma, linear_map.copies, domain, codomain)
 
 
 def soft_normalize(kernel: Array, sigma: Array, coefficient: float) -> Array:
@@ -127,14 +196,35 @@ def soft_normalize(kernel: Array, sigma: Array, coefficient: float) -> Array:
     return kernel / jnp.maximum(1.0, sigma / coefficient)
 
 
-def _norm(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x)))
+def _residual(w: Array, v: Array, sigma: Array, v_next: Array, sigma_next: Array, domain: Order) -> Array:
+    """How far v is from stationary, given w = W^T u and v_next = J_p*(w). See `PowerIterationStatus`.
+
+    With z = w / sigma, <z, v> = <J_p(v), v> = 1 and <z, v_next> = ||z||_p* turn
+
+        <z - J_p(v), v_next - v> = (||z||_p* - 1) + (1 - <J_p(v), v_next>)
+
+    into a sum of two gaps in Holder's inequality; on the left each factor vanishes at a stationary
+    point, so that rounding errors do not hide the small gaps. Times ||z||_p* it is |z - v|^2 for p = 2.
+    For p = 1 and inf the gap of z alone is such a sum of small terms: v and v_next are vertices.
+    """
+    scale = positive(sigma)
+    if is_order(domain, 2):
+        return jnp.sqrt(jnp.sum(jnp.square(w - sigma * v))) / scale
+    polyhedral = is_order(domain, 1) or is_order(domain, math.inf)
+    dual = jnp.zeros_like(v) if polyhedral else dual_map(v, domain)[0]
+    squared = jnp.vdot(w / scale - dual, v_next - v) * (sigma_next / scale)
+    return jnp.sqrt(jnp.maximum(squared, 0))
 
 
-def _positive(x: Array) -> Array:
-    return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
+def _closed_form(linear_map: LinearMap, kernel: Array, domain: Order, codomain: Order) -> Array:
+    if is_order(domain, 1):
+        return linear_map.norm_from_one(kernel, codomain)
+    return linear_map.norm_to_infinity(kernel, domain)
 
 
-def _unit(x: Array) -> tuple[Array, Array]:
-    norm = _norm(x)
-    return x / _positive(norm), norm
+def _with_copies(sigma: Array, copies: int, domain: Order, codomain: Order) -> Array:
+    """||W + ... + W||_{p->q} of a direct sum: sigma * max_a ||a||_q / ||a||_p = sigma * copies^max(0, 1/q - 1/p)."""
+    if copies == 1:
+        return sigma
+    exponent = jnp.maximum(0.0, 1 / codomain - 1 / domain)
+    return sigma * copies ** jnp.asarray(exponent, sigma.dtype)

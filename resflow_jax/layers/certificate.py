@@ -75,7 +75,7 @@ def certify_contraction(contraction: Contraction) -> BlockCertificate:
     """The bound of one contraction g, in its own norms or in the 2-norm, whichever is smaller."""
     linears = list(contraction.linears)
     own = (linears[0].orders()[0], *(linear.orders()[1] for linear in linears))
-    dim = math.prod(linears[-1].linear_map.event_shape)
+    dim = linears[-1].linear_map.copies * math.prod(linears[-1].linear_map.output_shape)
     kernels = [np.asarray(linear.weights()[0], np.float64) for linear in linears]
     candidates = []
     for orders in {own, (2.0,) * len(own)}:

@@ -9,6 +9,7 @@ the layer never changes them.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -20,10 +21,13 @@ from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.norms import (
     PowerIterationStatus,
+    induced_norm,
+    needs_power_iteration,
+    order_loss,
     power_iteration,
     soft_normalize,
-    spectral_norm,
 )
+from resflow_jax.functional.orders import learnable_order
 
 Array = jax.Array
 Result = TypeVar("Result")
@@ -97,10 +101,15 @@ class LipschitzLinear(nnx.Module):
     ) -> PowerIterationStatus:
         """Advances u and v from where they are, in place. See `power_iteration` for the settings."""
         kernel = self.kernel[...]
+        domain, codomain = self._traced_orders()
+        if not needs_power_iteration(domain, codomain):
+            return PowerIterationStatus(jnp.asarray(0), jnp.zeros((), kernel.dtype), jnp.asarray(True))
         result = power_iteration(
-            lambda v: self.linear_map.matvec(kernel, v),
-            lambda u: self.linear_map.rmatvec(kernel, u),
+            partial(self.linear_map.matvec, kernel),
+            partial(self.linear_map.rmatvec, kernel),
             self.v[...],
+            domain=domain,
+            codomain=codomain,
             tolerance=tolerance,
             residual_tolerance=residual_tolerance,
             max_iterations=max_iterations,

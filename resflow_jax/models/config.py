@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from resflow_jax.functional.activations import ACTIVATIONS
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval
+from resflow_jax.functional.orders import parse_norms
+from resflow_jax.layers.padding import NOISES
 
 PREACTIVATIONS = ("all_but_first", "all", "none")
 
@@ -184,13 +186,9 @@ def _check_common(config: "ImageFlowConfig | VectorFlowConfig", layers: int, cha
     check_count("dense_depth", config.dense_depth, 0)
     check_count("dense_growth", config.dense_growth, 1)
     check_count("padding", config.padding, 0)
-    check_choice("padding_noise", config.padding_noise, PADDING_NOISES)
+    check_choice("padding_noise", config.padding_noise, NOISES)
     if config.norms is not None:
-        orders = parse_norms(config.norms)
-        if len(orders) != layers + 1:
-            raise ValueError(
-                f"norms: expected {layers + 1} orders, one more than a block's layers, got {config.norms!r}"
-            )
+        orders = parse_norms(config.norms, layers)
         if config.dense_depth or config.learn_norms:
             other = "dense_depth" if config.dense_depth else "learn_norms"
             raise ValueError(f"norms: expected None beside {other}, got {config.norms!r}")
