@@ -8,6 +8,7 @@ config.json and checkpoints/. The validation split chooses the checkpoint; the t
 once, at the end.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -22,8 +23,15 @@ from experiments import pictures
 from experiments.configs import digits, fashion_mnist
 from experiments.configs.base import DataConfig, DensityConfig
 from experiments.loop import training_loop
-from experiments.run import MetricsFile, claim_workdir, use_compilation_cache
-from resflow_jax import ResidualFlow
+from experiments.run import (
+    MetricsFile,
+    certificate_rows,
+    claim_workdir,
+    print_table,
+    use_compilation_cache,
+    write_atomically,
+)
+from resflow_jax import ResidualFlow, certify
 from resflow_jax.data.images import (
     ImageSplits,
     dequantize,
@@ -33,7 +41,6 @@ from resflow_jax.data.images import (
     load_tfds,
     to_unit_interval,
 )
-from resflow_jax.models.flow import layer_norms
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.likelihood import Estimate, dequantized_bits_per_dim, evaluate_bits_per_dim
 from resflow_jax.training.step import Trainer, TrainState, fit_estimator
@@ -134,20 +141,21 @@ def train(
         line = {"bits_per_dim": float(at.metrics["loss"]), "gradient_norm": float(at.metrics["gradient_norm"])}
         line["diagnostics"] = {name: value.tolist() for name, value in at.metrics["diagnostics"]._asdict().items()}
         if validates_at(at.step):
-            estimate = validate(config, data, trainer, at.state)
+            flow = trainer.averaged_flow(at.state)
+            estimate = validate(config, data, flow)
             if not np.isfinite(estimate.mean):
                 raise FloatingPointError(f"bits/dim of the validation split are {estimate.mean} at step {at.step}")
             line["validation_bits_per_dim"] = estimate.mean
-            checkpoints.save(at.state, estimate.mean)
+            checkpoints.save(at.state, estimate.mean, certify(flow))
             at.bar.set_description(f"validation {estimate.mean:.3f} bits/dim")
         metrics.write(step=at.step, split="train", **line)
     return float(np.median(step_times)) if step_times else None
 
 
-def validate(config: DensityConfig, data: ImageSplits, trainer: Trainer, state: TrainState) -> Estimate:
-    """Bits/dim of the validation split under the averaged weights, with the same noise every time."""
+def validate(config: DensityConfig, data: ImageSplits, flow: ResidualFlow) -> Estimate:
+    """Bits/dim of the validation split, with the same noise every time."""
     return evaluate_bits_per_dim(
-        trainer.averaged_flow(state),
+        flow,
         data.validation[: config.evaluation.images],
         jax.random.key(config.seed + 1),
         levels=data.levels,
@@ -165,7 +173,10 @@ def report(
     step_time: float | None,
     began: float,
 ) -> Estimate:
-    """Evaluates the chosen flow on the test split, draws the pictures, prints the closing table."""
+    """Tightens, certifies and evaluates the chosen flow, draws the pictures, prints the closing table."""
+    flow.tighten()
+    certificate = certify(flow)
+    write_atomically(config.workdir / "certificate.json", json.dumps(certificate.as_dict(), indent=2) + "\n")
     test = data.test[: config.evaluation.images]
     result = evaluate_bits_per_dim(
         flow,
@@ -198,15 +209,14 @@ def report(
         "of which": f"{result.data_stderr:.4f} from the choice of images, {result.noise_stderr:.4f} from noise",
         "reconstruction error": f"{jnp.max(jnp.abs(images - reconstructions)):.1e}, max |x - f^-1(f(x))|"
         + ("" if status.converged.all() else f"; {int((~status.converged).sum())} did not converge"),
-        "largest layer norm": f"{jnp.max(layer_norms(flow)):.4f} (coefficient {config.model.coefficient})",
+        **certificate_rows(certificate),
         "time per step": "no step taken: the run was finished before"
         if step_time is None
         else f"{step_time * 1e3:.0f} ms, batches of {config.batch_size}",
         "time in all": f"{time.perf_counter() - began:.0f} s, set-up and compilation included",
         "written to": str(config.workdir),
     }
-    for name, value in rows.items():
-        print(f"{name:<22}{value}")
+    print_table(rows)
     print(f"test bits/dim {result.mean:.4f} +- {result.stderr:.4f}")
     return result
 

@@ -42,13 +42,12 @@ from resflow_jax import (
     Poisson,
     ResidualFlow,
     Roulette,
+    certify,
     fit_lengths,
     residual,
 )
 from resflow_jax.data.images import dequantize, epoch_batch
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.layers.residual import ResidualBlock
-from resflow_jax.models.flow import layer_norms
 from resflow_jax.training.checkpoints import Checkpoints
 
 Array = jax.Array
@@ -246,7 +245,8 @@ def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsCo
     """The mean log-density of a batch of training images under a trained flow, in all parameters."""
     data = density.load(run_config.data)
     flow = trained_flow(run_config)
-    norms = np.asarray(layer_norms(flow))
+    certificate = certify(flow)
+    norms = certificate.norms
     print(
         f"{run_config.data.name}: layer norms {norms.min():.3f} to {norms.max():.3f}, median {np.median(norms):.3f} "
         f"(coefficient {run_config.model.coefficient})"
@@ -264,7 +264,7 @@ def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsCo
         gradient, diagnostics = jax.grad(loss, has_aux=True)(params)
         return ravel_pytree(gradient)[0], diagnostics
 
-    lipschitz = max(module.lipschitz for _, module in nnx.iter_modules(flow) if isinstance(module, ResidualBlock))
+    lipschitz = max(block.promised for block in certificate.blocks)
     return Target(f"{run_config.data.name} flow, batch {batch_size}", gradient, config.keys, lipschitz, batch_size)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from resflow_jax.models.certificate import Certificate
+
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in $JAX_COMPILATION_CACHE_DIR or ~/.cache/resflow_jax for the next start."""
@@ -30,6 +32,23 @@ def as_json(config: Any) -> Any:
     if isinstance(config, tuple | list):
         return [as_json(item) for item in config]
     return str(config) if isinstance(config, Path) else config
+
+
+def certificate_rows(certificate: Certificate) -> dict[str, str]:
+    """The lines of a closing table that say what is certified, from above, of the flow."""
+    worst = max(certificate.blocks, key=lambda block: block.bound)
+    answer = "every block is invertible" if certificate.is_certified else "NOT EVERY BLOCK IS INVERTIBLE"
+    return {
+        "certified": f"{answer}: Lip(g) <= {worst.bound:.4f} in {len(certificate.blocks)} blocks (promised "
+        f"{worst.promised:.4f})",
+        "of the whole flow": f"Lip(f) <= {certificate.lipschitz:.1e}, Lip(f^-1) <= {certificate.inverse_lipschitz:.1e}",
+    }
+
+
+def print_table(rows: dict[str, str]) -> None:
+    """A closing table."""
+    for name, value in rows.items():
+        print(f"{name:<22}{value}")
 
 
 # Settings that may differ when a run is resumed: they change neither the model nor what a step does, but

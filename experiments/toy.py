@@ -29,11 +29,11 @@ from flax import nnx
 from experiments import pictures
 from experiments.configs.base import OptimizerConfig
 from experiments.loop import training_loop
-from experiments.run import MetricsFile, claim_workdir, use_compilation_cache
-from resflow_jax import Diagnostics, Estimate, Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
+from experiments.run import MetricsFile, certificate_rows, claim_workdir, print_table, use_compilation_cache
+from resflow_jax import Diagnostics, Estimate, Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig, certify
 from resflow_jax.data.toy import TOY_DENSITIES, sample_toy
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.models.flow import layer_norms
+from resflow_jax.training.likelihood import tend
 from resflow_jax.training.step import Trainer
 
 Array = jax.Array
@@ -145,7 +145,7 @@ def train(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile) -> tuple[
 
     def loss(flow: ResidualFlow, x: Array, key: Array, estimator: Estimator) -> tuple[Array, Diagnostics]:
         log_prob, diagnostics = flow.log_prob(x, key=key, estimator=estimator, return_diagnostics=True)
-        return -jnp.mean(log_prob), diagnostics
+        return tend(flow, x, -jnp.mean(log_prob)), diagnostics
 
     def batch_at(step: int) -> np.ndarray:
         return sample_toy(config.data, config.batch_size, _rng(config, "train", step))
@@ -169,8 +169,9 @@ def train(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile) -> tuple[
 
 
 def report(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile, step_time: float, began: float) -> ToyResult:
-    """Evaluates the flow on fresh points and on a grid, draws the picture, prints the closing table."""
-    evaluation = config.evaluation
+    """Tightens and certifies the flow, evaluates it on fresh points and on a grid, draws the picture, prints the closing table."""
+    flow.tighten()
+    certificate, evaluation = certify(flow), config.evaluation
     test = sample_toy(config.data, evaluation.points, _rng(config, "test"))
     scores = exact_log_prob(flow, test, evaluation.batch_size)
     stderr = float(scores.std(ddof=1) / np.sqrt(len(scores)))
@@ -202,13 +203,12 @@ def report(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile, step_tim
         f"{evaluation.cells}^2 cells",
         "reconstruction error": f"{error:.1e}, max |z - f(f^-1(z))|"
         + ("" if converged == len(samples) else f"; {len(samples) - converged} did not converge"),
-        "largest layer norm": f"{jnp.max(layer_norms(flow)):.4f} (coefficient {config.model.coefficient})",
+        **certificate_rows(certificate),
         "time per step": f"{step_time * 1e3:.0f} ms, batches of {config.batch_size}, {config.estimator} log-det",
         "time in all": f"{time.perf_counter() - began:.0f} s, set-up and compilation included",
         "written to": str(config.workdir),
     }
-    for name, value in rows.items():
-        print(f"{name:<22}{value}")
+    print_table(rows)
     if not abs(integral - 1) <= INTEGRAL_TOLERANCE:
         print(
             f"WARNING: the density integrates to {integral:.4f}, not to 1 within {INTEGRAL_TOLERANCE:.0%}: the grid is "

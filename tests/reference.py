@@ -88,9 +88,9 @@ def _fill(module: nnx.Module, index: int | None, tensors: dict[str, np.ndarray],
         dict((k.split(".")[1], tensors[k]) for k in names)
         for _, names in groupby(tensors, key=lambda k: k.split(".")[0])
     ]
-    for params, theirs in zip(module.activation_params, [t for t in by_number if "beta" in t], strict=True):
+    for params, theirs in zip(module.contraction.activation_params, [t for t in by_number if "beta" in t], strict=True):
         put(params["beta"], theirs["beta"][0])
-    for linear, theirs in zip(module.linears, [t for t in by_number if "weight" in t], strict=True):
+    for linear, theirs in zip(module.contraction.linears, [t for t in by_number if "weight" in t], strict=True):
         kernel, bias, u, v = (theirs[k] for k in ("weight", "bias", "u", "v"))
         if kernel.ndim == 4:
             kernel = kernel.transpose(2, 3, 1, 0)

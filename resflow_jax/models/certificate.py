@@ -36,9 +36,9 @@ class Certificate:
         return bool((self.bounds < 1).all())
 
     @property
-    def largest_norm(self) -> float:
-        """The largest bound of a linear layer's norm, relative to the layer's coefficient."""
-        return max(layer.norm / layer.coefficient for block in self.blocks for layer in block.layers)
+    def norms(self) -> np.ndarray:
+        """Upper bound on the norm of every linear layer, [layers]."""
+        return np.array([layer.norm for block in self.blocks for layer in block.layers])
 
     def require(self) -> None:
         """Raises ValueError, naming the worst block, unless the flow is certified."""

@@ -102,10 +102,7 @@ class ResidualFlow(nnx.Module):
             traced), for values that are not finite or, for images, outside [0, 1].
         """
         self._check_input(x)
-        estimator = Roulette() if estimator is None else estimator
-        check_estimator(estimator)
-        estimator = _with_rows(estimator, self.blocks)
-        z, log_det, diagnostics = _forward(*nnx.split(self), x, key, estimator)
+        z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array) -> Array:
@@ -167,8 +164,14 @@ class ResidualFlow(nnx.Module):
         return jnp.clip(x, 0, 1) if isinstance(self.config, ImageFlowConfig) else x
 
     def sample_and_log_prob(
-        self, key: Array, number: int, *, estimator: Estimator | None = None, solver: Solver = Anderson()
-    ) -> tuple[Array, Array]:
+        self,
+        key: Array,
+        number: int,
+        *,
+        estimator: Estimator | None = None,
+        solver: Solver = Anderson(),
+        return_diagnostics: bool = False,
+    ) -> tuple[Array, Array] | tuple[Array, Array, Diagnostics]:
         """Draws x [number, *event_shape] with log p(x) [number] in nats, differentiable in the parameters.
 
         With E[log p(x) - log q(x)] as the loss, the flow learns an unnormalised density q from its own
@@ -179,9 +182,10 @@ class ResidualFlow(nnx.Module):
           number: of samples.
           estimator: of the log-dets, as in `forward`.
           solver: of the inverse.
+          return_diagnostics: whether to return the estimates' `Diagnostics` as well, as third.
 
         Raises:
-          ValueError: for a number below 1, and for a flow that pads x, whose log p is no closed form of z.
+          ValueError: for a number below 1, a bad estimator, and for a flow that pads x, whose log p is no closed form of z.
         """
         check_count("number", number, 1)
         if self.config.padding:
@@ -189,9 +193,10 @@ class ResidualFlow(nnx.Module):
         z_key, estimator_key = jax.random.split(key)
         z = jax.random.normal(z_key, (number, self.dim), self.dtype)
         x = self.inverse(z, solver=solver)
-        estimator = _with_rows(Roulette() if estimator is None else estimator, self.blocks)
-        _, log_det, _ = _forward(*nnx.split(self), x, estimator_key, estimator)
-        return x, standard_normal_log_prob(z) + log_det
+        # Not through `forward`, which rejects images that the logit's alpha lets out of [0, 1].
+        _, log_det, diagnostics = _forward(*nnx.split(self), x, estimator_key, self._checked(estimator))
+        log_prob = standard_normal_log_prob(z) + log_det
+        return (x, log_prob, diagnostics) if return_diagnostics else (x, log_prob)
 
     @property
     def dtype(self) -> np.dtype:
@@ -265,6 +270,12 @@ class ResidualFlow(nnx.Module):
         """
         self._check_input(x)
         nnx.update(self, _update_statistics(*nnx.split(self), x))
+
+    def _checked(self, estimator: Estimator | None) -> Estimator:
+        """The estimator, or the default, with one row a residual block where it has arrays."""
+        estimator = Roulette() if estimator is None else estimator
+        check_estimator(estimator)
+        return _with_rows(estimator, self.blocks)
 
     def _check_input(self, x: Array) -> None:
         check_batch("x", x, self.event_shape)

@@ -5,6 +5,7 @@ cut off leaves the earlier ones whole.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from resflow_jax.models.certificate import Certificate
 from resflow_jax.training.step import TrainState
 
 
@@ -44,19 +46,27 @@ class Checkpoints:
         """Step of the checkpoint with the lowest validation bits/dim, or None."""
         return self._manager.best_step()
 
-    def save(self, state: TrainState, validation_bits_per_dim: float) -> None:
-        """Writes the state in the background; call `wait` before reading it."""
+    def save(self, state: TrainState, validation_bits_per_dim: float, certificate: Certificate) -> None:
+        """Writes the state, and the certificate of its averaged flow, in the background; `wait` before reading."""
         metrics = {"bits_per_dim": validation_bits_per_dim}
         state = jax.tree.map(jnp.copy, state)  # the next step is donated the original while this is written
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(_arrays_only(state)), metrics=metrics)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_arrays_only(state)), certificate=ocp.args.JsonSave(certificate.as_dict())
+        )
+        self._manager.save(int(state.step), args=items, metrics=metrics)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at `step`; `like` gives structure and shapes."""
         on_host = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _arrays_only(like))
         # Back through the host, so that the arrays are as little tied to a device as fresh ones are:
         # else every compiled function would be compiled once more for them.
-        state = jax.device_put(self._manager.restore(step, args=ocp.args.StandardRestore(on_host)))
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(on_host))
+        state = jax.device_put(self._manager.restore(step, args=items).state)
         return state._replace(estimator=jax.tree.unflatten(jax.tree.structure(like.estimator), state.estimator))
+
+    def certificate(self, step: int) -> dict[str, Any]:
+        """What `Certificate.as_dict` gave for the averaged flow saved at `step`."""
+        return self._manager.restore(step, args=ocp.args.Composite(certificate=ocp.args.JsonRestore())).certificate
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk."""

@@ -14,8 +14,7 @@ from experiments.bias import BiasConfig
 from experiments.configs.base import OptimizerConfig
 from experiments.density import load, set_up
 from experiments.run import claim_workdir
-from resflow_jax import Exact, ImageFlowConfig, Truncated
-from resflow_jax.models.flow import layer_norms
+from resflow_jax import Exact, ImageFlowConfig, Truncated, certify
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -102,7 +101,7 @@ def test_the_gap_is_that_of_the_estimator(data):
     trainer, state = set_up(config.training(Exact()), data)
     grown = jax.tree.map(lambda p: 3 * jnp.abs(p), state.params)  # positive kernels: J is close to a blur
     flow = trainer.current_flow(state._replace(params=grown))
-    assert layer_norms(flow).max() == pytest.approx(config.model.coefficient, rel=1e-3)  # of the new weights
+    assert certify(flow).norms.max() == pytest.approx(config.model.coefficient, rel=1e-3)  # of the new weights
     key = jax.random.key(0)
     exact = bias.measure(config, flow, data, key, Exact())
     assert (exact.gap, exact.gap_stderr) == (0, 0)

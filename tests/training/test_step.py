@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.models.flow import layer_norms
 from resflow_jax.training.likelihood import dequantized_bits_per_dim
 from resflow_jax.training.step import Trainer, fit_estimator
 
@@ -70,14 +69,14 @@ def test_average_of_the_parameters(run):
         lambda *p: sum(w * x for w, x in zip(weights, p, strict=True)), *[s.params for s in states[1:4]]
     )
     chex.assert_trees_all_close(nnx.state(flow, nnx.Param), expected, rtol=1e-12)
-    assert layer_norms(flow).max() < 0.98 * (1 + 1e-4)
+    assert rf.certify(flow).norms.max() < 0.98 * (1 + 1e-4)
 
 
 def test_norms_follow_the_training(run):
     """After steps that grow the kernels the stored vectors still give the layers' norms, within 1 %."""
     trainer, _, states, _ = run
     flow = nnx.merge(trainer.graphdef, states[-1].params, states[-1].rest)
-    assert layer_norms(flow).max() < 0.98 * 1.01
+    assert rf.certify(flow).norms.max() < 0.98 * 1.01
 
 
 def test_lengths_are_fitted_to_what_was_seen(run):
