@@ -6,11 +6,13 @@ called alike. log-dets are in nats, of shape [B], of the forward direction, and 
 may hold arrays with one row a residual block (the law `Fitted`); every layer is given its own rows.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.estimators import Estimator
@@ -19,6 +21,10 @@ from resflow_jax.functional.logdet import Diagnostics
 
 Array = jax.Array
 Forward = tuple[Array, Array, list[Diagnostics]]
+
+
+class Constant(nnx.Variable):
+    """An array that is fixed when its layer is made: state that nothing changes."""
 
 
 class Bijector(nnx.Module):
@@ -49,11 +55,34 @@ class Bijector(nnx.Module):
         """Sets data-dependent parameters from a batch, in place, and returns y = f(x)."""
         return self(x)
 
+    def update_statistics(self, x: Array) -> Array:
+        """Moves running statistics towards those of a batch, in place, and returns y = f(x)."""
+        return self(x)
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        """Upper bounds of the Lipschitz constants of f and of f^-1 in the 2-norm of one example.
+
+        Taken on the host in float64, so not under jit.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no Lipschitz bounds")
+
 
 def solved(x: Array) -> InverseStatus:
     """The status of an inverse in closed form."""
     batch = x.shape[0]
     return InverseStatus(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, x.dtype), jnp.ones(batch, bool))
+
+
+def scaling_log_det(log_scale: Array, x: Array) -> Array:
+    """[B] log-dets of x [B, ..., *shape] * exp(log_scale [*shape]): each scale counts once a position."""
+    log_det = (math.prod(x.shape[1:]) // log_scale.size) * jnp.sum(log_scale)
+    return jnp.broadcast_to(log_det, x.shape[:1])
+
+
+def scaling_bounds(log_scale: Array | np.ndarray) -> tuple[float, float]:
+    """Lipschitz constants of x * exp(log_scale) and of its inverse."""
+    log_scale = np.asarray(log_scale, np.float64)
+    return math.exp(log_scale.max()), math.exp(-log_scale.min())
 
 
 def join_status(first: InverseStatus, second: InverseStatus) -> InverseStatus:
@@ -72,10 +101,14 @@ class Chain(Bijector):
         self.bijectors = nnx.List(bijectors)
         self.blocks = sum(bijector.blocks for bijector in bijectors)
 
-    def __call__(self, x: Array) -> Array:
+    def _fold(self, apply: Callable[[Bijector, Array], Array], x: Array) -> Array:
+        """Runs x through apply(bijector, x) of every bijector."""
         for bijector in self.bijectors:
-            x = bijector(x)
+            x = apply(bijector, x)
         return x
+
+    def __call__(self, x: Array) -> Array:
+        return self._fold(lambda bijector, x: bijector(x), x)
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         log_det, diagnostics = jnp.zeros(x.shape[0], x.dtype), []
@@ -93,9 +126,14 @@ class Chain(Bijector):
         return y, status
 
     def initialize(self, x: Array) -> Array:
-        for bijector in self.bijectors:
-            x = bijector.initialize(x)
-        return x
+        return self._fold(lambda bijector, x: bijector.initialize(x), x)
+
+    def update_statistics(self, x: Array) -> Array:
+        return self._fold(lambda bijector, x: bijector.update_statistics(x), x)
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        bounds = [bijector.lipschitz_bounds() for bijector in self.bijectors]
+        return math.prod(forward for forward, _ in bounds), math.prod(inverse for _, inverse in bounds)
 
 
 def split_key(key: Array | None, number: int) -> Sequence[Array | None]:
