@@ -6,12 +6,14 @@ called alike. log-dets are in nats, of shape [B], of the forward direction, and 
 may hold arrays with one row a residual block (the law `Fitted`); every layer is given its own rows.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.estimators import Estimator
@@ -22,6 +24,10 @@ Array = jax.Array
 Forward = tuple[Array, Array, list[Diagnostics]]
 Inverse = tuple[Array, list[InverseStatus]]
 Blocks = TypeVar("Blocks", Diagnostics, InverseStatus)
+
+
+class Constant(nnx.Variable):
+    """An array that is fixed when its layer is made: state that nothing changes."""
 
 
 class Bijector(nnx.Module):
@@ -55,6 +61,29 @@ class Bijector(nnx.Module):
         """Sets data-dependent parameters from a batch, in place, and returns y = f(x)."""
         return self(x)
 
+    def update_statistics(self, x: Array) -> Array:
+        """Moves running statistics towards those of a batch, in place, and returns y = f(x)."""
+        return self(x)
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        """Upper bounds of the Lipschitz constants of f and of f^-1 in the 2-norm of one example.
+
+        Taken on the host in float64, so not under jit.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no Lipschitz bounds")
+
+
+def scaling_log_det(log_scale: Array, x: Array) -> Array:
+    """[B] log-dets of x [B, ..., *shape] * exp(log_scale [*shape]): each scale counts once a position."""
+    log_det = (math.prod(x.shape[1:]) // log_scale.size) * jnp.sum(log_scale)
+    return jnp.broadcast_to(log_det, x.shape[:1])
+
+
+def scaling_bounds(log_scale: Array | np.ndarray) -> tuple[float, float]:
+    """Lipschitz constants of x * exp(log_scale) and of its inverse."""
+    log_scale = np.asarray(log_scale, np.float64)
+    return math.exp(log_scale.max()), math.exp(-log_scale.min())
+
 
 class Chain(Bijector):
     """f = f_n o ... o f_1; the log-dets add up, the inverses run backwards."""
@@ -63,10 +92,14 @@ class Chain(Bijector):
         self.bijectors = nnx.List(bijectors)
         self.blocks = sum(bijector.blocks for bijector in bijectors)
 
-    def __call__(self, x: Array) -> Array:
+    def _fold(self, apply: Callable[[Bijector, Array], Array], x: Array) -> Array:
+        """Runs x through apply(bijector, x) of every bijector."""
         for bijector in self.bijectors:
-            x = bijector(x)
+            x = apply(bijector, x)
         return x
+
+    def __call__(self, x: Array) -> Array:
+        return self._fold(lambda bijector, x: bijector(x), x)
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         log_det, diagnostics = jnp.zeros(x.shape[0], x.dtype), []
@@ -84,9 +117,10 @@ class Chain(Bijector):
         return y, statuses
 
     def initialize(self, x: Array) -> Array:
-        for bijector in self.bijectors:
-            x = bijector.initialize(x)
-        return x
+        return self._fold(lambda bijector, x: bijector.initialize(x), x)
+
+    def update_statistics(self, x: Array) -> Array:
+        return self._fold(lambda bijector, x: bijector.update_statistics(x), x)
 
 
 def split_key(key: Array | None, number: int) -> Sequence[Array | None]:

@@ -12,7 +12,7 @@ from flax import nnx
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import Solver
-from resflow_jax.layers.bijector import Bijector, Forward, Inverse
+from resflow_jax.layers.bijector import Bijector, Forward, Inverse, scaling_bounds, scaling_log_det
 
 Array = jax.Array
 
@@ -45,6 +45,11 @@ class Logit(Bijector):
         x = (jax.nn.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)
         return x, []
 
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        # The slope (1 - 2 alpha) / (s (1 - s)) is largest at the ends of [0, 1], smallest at s = 1/2.
+        slope = 1 - 2 * self.alpha
+        return slope / (self.alpha * (1 - self.alpha)), 1 / (4 * slope)
+
 
 class ActNorm(Bijector):
     """y = (x + bias) * exp(log_scale) with one bias and scale a channel or a feature.
@@ -63,9 +68,7 @@ class ActNorm(Bijector):
         return (x + self.bias[...]) * jnp.exp(self.log_scale[...])
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
-        log_scale = self.log_scale[...]
-        log_det = (math.prod(x.shape[1:]) // log_scale.size) * jnp.sum(log_scale)
-        return self(x), jnp.broadcast_to(log_det, x.shape[:1]), []
+        return self(x), scaling_log_det(self.log_scale[...], x), []
 
     def inverse(self, y: Array, solver: Solver) -> Inverse:
         x = y * jnp.exp(-self.log_scale[...]) - self.bias[...]
@@ -77,6 +80,9 @@ class ActNorm(Bijector):
         self.bias[...] = -jnp.mean(x, axes)
         self.log_scale[...] = -0.5 * jnp.log(variance)
         return self(x)
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return scaling_bounds(self.log_scale[...])
 
 
 class Squeeze(Bijector):
@@ -102,6 +108,9 @@ class Squeeze(Bijector):
         x = y.transpose(0, 1, 4, 2, 5, 3).reshape(y.shape[0], height, width, channels)
         return x, []
 
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return 1.0, 1.0
+
 
 class Flatten(Bijector):
     """[B, *shape] -> [B, D], in row-major order: H, W, C for images."""
@@ -118,6 +127,9 @@ class Flatten(Bijector):
     def inverse(self, y: Array, solver: Solver) -> Inverse:
         x = y.reshape(y.shape[0], *self.shape)
         return x, []
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return 1.0, 1.0
 
 
 def _event_axes(x: Array) -> tuple[int, ...]:

@@ -114,8 +114,16 @@ class ResidualStack(Bijector):
         return x, [_merge_leading(status)]
 
     def initialize(self, x: Array) -> Array:
+        return self._changing(lambda step, x: step.initialize(x), x)
+
+    def update_statistics(self, x: Array) -> Array:
+        return self._changing(lambda step, x: step.update_statistics(x), x)
+
+    def _changing(self, apply: Callable[[Chain, Array], Array], x: Array) -> Array:
+        """Runs x through apply(step, x) of every step, and keeps what that changes in the steps."""
+
         def body(step, x, _):
-            x = step.initialize(x)
+            x = apply(step, x)
             return x, nnx.state(step)
 
         x, stacked = self._scan(body, x)

@@ -1,5 +1,6 @@
 """Every layer: its inverse undoes it, its log-det is that of its dense Jacobian, its state is explicit."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +10,11 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.functional.activations import get_activation
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
-from resflow_jax.layers.bijector import Chain
+from resflow_jax.layers.bijector import Bijector, Chain
 from resflow_jax.layers.elementwise import ActNorm, Flatten, Logit, Squeeze
+from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormState, map_linears
+from resflow_jax.layers.normalization import MovingBatchNorm, Normalization
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -33,24 +36,44 @@ def stack(rngs):
     return ResidualStack(step, 3, rngs=rngs)
 
 
+def mixed_stack(rngs):
+    def step(rngs):
+        return Chain([residual_block(rngs, dense=True), InvertibleLinear(6, rngs=rngs), MovingBatchNorm((6,))])
+
+    return ResidualStack(step, 2, rngs=rngs)
+
+
 # name: (constructor from rngs, shape of one example)
-LAYERS = {
+CLOSED_FORM = {
     "logit": (lambda rngs: Logit(0.05), IMAGE),
     "actnorm per channel": (lambda rngs: ActNorm((2,)), IMAGE),
     "actnorm per feature": (lambda rngs: ActNorm(IMAGE), IMAGE),
     "squeeze": (lambda rngs: Squeeze(IMAGE), IMAGE),
     "flatten": (lambda rngs: Flatten(IMAGE), IMAGE),
+    "linear on vectors": (lambda rngs: InvertibleLinear(5, rngs=rngs), (5,)),
+    "linear on channels": (lambda rngs: InvertibleLinear(2, rngs=rngs), IMAGE),
+    "batch norm per channel": (lambda rngs: MovingBatchNorm((2,)), IMAGE),
+    "batch norm per feature": (lambda rngs: MovingBatchNorm(IMAGE), IMAGE),
+    "normalization per channel": (lambda rngs: Normalization([0.4, -1.0], [0.3, 2.0]), IMAGE),
+    "normalization per feature": (lambda rngs: Normalization([0.4, -1.0, 3.0], [0.3, 2.0, 1.0]), (3,)),
+    "chain in closed form": (
+        lambda rngs: Chain([Logit(0.05), MovingBatchNorm((2,)), Squeeze(IMAGE), InvertibleLinear(8, rngs=rngs)]),
+        IMAGE,
+    ),
+}
+LAYERS = CLOSED_FORM | {
     "convolutional block": (residual_block, IMAGE),
     "block without preactivation": (lambda rngs: residual_block(rngs, preactivation=False), IMAGE),
     "dense block": (lambda rngs: residual_block(rngs, dense=True, activation="elu"), (6,)),
     "stack": (stack, IMAGE),
+    "stack of a block, a linear layer and a batch norm": (mixed_stack, (6,)),
     "chain": (lambda rngs: Chain([Logit(0.05), ActNorm((2,)), stack(rngs), Squeeze(IMAGE)]), IMAGE),
 }
 
 
-@pytest.fixture(params=LAYERS)
-def layer_and_x(request):
-    make, shape = LAYERS[request.param]
+def moved_layer(name):
+    """A layer initialised from a batch x, then with other parameters; and x [3, ...]."""
+    make, shape = LAYERS[name]
     layer = make(nnx.Rngs(1))
     x = jax.random.uniform(jax.random.key(2), (3, *shape))
     layer.initialize(x)
@@ -64,17 +87,93 @@ def layer_and_x(request):
     return layer, x
 
 
-def test_inverse_and_log_det(layer_and_x):
-    """f^-1(f(x)) = x, and the log-det equals slogdet of the dense Jacobian, example by example."""
-    layer, x = layer_and_x
+def in_float32(leaf):
+    return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
+
+
+def dense_jacobian(layer, x):
+    """The Jacobian of a layer at one example, [D, D]."""
+    return jax.jacobian(lambda e: layer(e[None])[0].ravel())(x).reshape(x.size, x.size)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_inverse_and_log_det(name):
+    """f^-1(f(x)) = x, and the log-det equals slogdet of the dense Jacobian, example by example.
+
+    None of it changes the layer.
+    """
+    layer, x = moved_layer(name)
+    before = jax.tree.map(jnp.copy, nnx.state(layer))
     y, log_det, _ = layer.forward(x, None, rf.Exact())
     np.testing.assert_allclose(layer(x), y, rtol=1e-12, atol=1e-12)
     back, status = layer.inverse(y, rf.FixedPoint())
     assert status.converged.shape == (3,) and status.converged.all()
     np.testing.assert_allclose(back, x, rtol=0, atol=1e-10)
     for n in range(len(x)):
-        jacobian = jax.jacobian(lambda e: layer(e[None])[0].ravel())(x[n]).reshape(x[n].size, x[n].size)
-        np.testing.assert_allclose(log_det[n], np.linalg.slogdet(jacobian)[1], rtol=1e-10, atol=1e-10)
+        expected = np.linalg.slogdet(dense_jacobian(layer, x[n]))[1]
+        np.testing.assert_allclose(log_det[n], expected, rtol=1e-10, atol=1e-10)
+    chex.assert_trees_all_equal(nnx.state(layer), before)
+
+
+@pytest.mark.parametrize("name", CLOSED_FORM)
+def test_lipschitz_bounds(name):
+    """No Jacobian of f or f^-1 exceeds its bound; an affine layer attains both."""
+    layer, x = moved_layer(name)
+    forward, inverse = layer.lipschitz_bounds()
+    for e in x:
+        singular_values = np.linalg.svd(dense_jacobian(layer, e), compute_uv=False)
+        norms = singular_values[0], 1 / singular_values[-1]
+        assert norms[0] <= forward * (1 + 1e-12) and norms[1] <= inverse * (1 + 1e-12)
+        if not name.startswith(("logit", "chain")):
+            np.testing.assert_allclose(norms, (forward, inverse), rtol=1e-12)
+
+
+def test_logit_attains_its_lipschitz_bounds():
+    """f at the ends of [0, 1], f^-1 in the middle."""
+    layer = Logit(0.05)
+    slopes = jnp.diag(dense_jacobian(layer, jnp.asarray([0.0, 0.5, 1.0])))
+    forward, inverse = layer.lipschitz_bounds()
+    np.testing.assert_allclose(slopes[jnp.asarray([0, 2])], forward, rtol=1e-12)
+    np.testing.assert_allclose(1 / slopes[1], inverse, rtol=1e-12)
+
+
+def test_chain_multiplies_lipschitz_bounds():
+    """The bounds of a chain are the products of its layers'; an empty one is the identity."""
+    layers = [Logit(0.05), Normalization([0.0], [0.5]), Normalization([0.0], [0.1])]
+    chain = Chain(layers)
+    np.testing.assert_allclose(chain.lipschitz_bounds(), np.prod([m.lipschitz_bounds() for m in layers], axis=0))
+    assert Chain([]).lipschitz_bounds() == (1, 1)
+
+
+def test_layers_without_lipschitz_bounds_say_so():
+    """The error names the class."""
+    with pytest.raises(NotImplementedError, match="Bijector has no Lipschitz bounds"):
+        Bijector().lipschitz_bounds()
+
+
+@pytest.mark.parametrize("name", CLOSED_FORM)
+def test_creation_under_jit_and_vmap_in_float32(name):
+    """Made in one compiled program, three at once, each is a working layer of its own, and keeps float32."""
+    make, shape = CLOSED_FORM[name]
+    static = {}
+
+    @jax.jit
+    def create(key):
+        static["graphdef"], state = nnx.split(nnx.vmap(make)(nnx.Rngs(key).split(3)))
+        return state
+
+    stacked = create(jax.random.key(0))
+    x = jax.random.uniform(jax.random.key(1), (2, *shape), jnp.float32)
+    outputs = []
+    for n in range(3):
+        layer = nnx.merge(static["graphdef"], jax.tree.map(lambda leaf, n=n: in_float32(leaf[n]), stacked))
+        y, log_det, _ = layer.forward(x, None, rf.Exact())
+        back, _ = layer.inverse(y, rf.FixedPoint())
+        assert y.dtype == log_det.dtype == back.dtype == layer.initialize(x).dtype == jnp.float32
+        np.testing.assert_allclose(back, x, atol=1e-5)
+        outputs.append(y)
+    if "linear" in name or name == "chain in closed form":
+        assert not np.allclose(outputs[0], outputs[1])
 
 
 def test_stack_equals_its_blocks_one_by_one():

@@ -1,0 +1,100 @@
+"""Normalisation by running statistics or by given constants, per channel or per feature.
+
+    MovingBatchNorm   y = (x - mean) / sqrt(variance + epsilon) * exp(log_scale) + bias
+    Normalization     y = (x - mean) / deviation
+
+Mean and variance are constants of every application, so the log-det is that of a scaling and
+the inverse exact; each costs one pass over its input.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from resflow_jax.functional.checks import check_open_interval, check_positive
+from resflow_jax.functional.estimators import Estimator
+from resflow_jax.functional.inverse import Solver
+from resflow_jax.layers.bijector import Bijector, Constant, Forward, Inverse, scaling_bounds, scaling_log_det
+
+Array = jax.Array
+
+
+class MovingBatchNorm(Bijector):
+    """y = (x - mean) / sqrt(variance + epsilon) * exp(log_scale) + bias; batch normalisation without a train mode.
+
+    Applying the layer never changes mean and variance (`nnx.BatchStat`): `initialize` sets them to a
+    batch's, `update_statistics` moves them towards a batch's by the share `decay`. No gradient flows
+    into them. Until then the layer is the identity, up to epsilon.
+    """
+
+    def __init__(self, shape: tuple[int, ...], decay: float = 0.1, epsilon: float = 1e-4):
+        """shape: (C,) for one of each a channel of [B, ..., C], an event shape for one a feature."""
+        check_open_interval("decay", decay, 0, 1)
+        check_positive("epsilon", epsilon)
+        self.decay = decay
+        self.epsilon = epsilon
+        self.bias = nnx.Param(jnp.zeros(shape))
+        self.log_scale = nnx.Param(jnp.zeros(shape))
+        self.mean = nnx.BatchStat(jnp.zeros(shape))
+        self.variance = nnx.BatchStat(jnp.ones(shape))
+
+    def _total_log_scale(self) -> Array:
+        return self.log_scale[...] - 0.5 * jnp.log(self.variance[...] + self.epsilon)
+
+    def __call__(self, x: Array) -> Array:
+        return (x - self.mean[...]) * jnp.exp(self._total_log_scale()) + self.bias[...]
+
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
+        return self(x), scaling_log_det(self._total_log_scale(), x), []
+
+    def inverse(self, y: Array, solver: Solver) -> Inverse:
+        x = (y - self.bias[...]) * jnp.exp(-self._total_log_scale()) + self.mean[...]
+        return x, []
+
+    def initialize(self, x: Array) -> Array:
+        return self._move(x, 1.0)
+
+    def update_statistics(self, x: Array) -> Array:
+        return self._move(x, self.decay)
+
+    def _move(self, x: Array, share: float) -> Array:
+        batch, axes = jax.lax.stop_gradient(x), tuple(range(x.ndim - self.mean.ndim))
+        self.mean[...] += share * (jnp.mean(batch, axes) - self.mean[...])
+        self.variance[...] += share * (jnp.var(batch, axes) - self.variance[...])
+        return self(x)
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        variance = np.asarray(self.variance[...], np.float64)
+        return scaling_bounds(np.asarray(self.log_scale[...], np.float64) - 0.5 * np.log(variance + self.epsilon))
+
+
+class Normalization(Bijector):
+    """y = (x - mean) / deviation by constants of the data, which no training changes."""
+
+    def __init__(self, mean: Any, deviation: Any):
+        """Both of one shape: (C,) for one a channel of [B, ..., C], an event shape for one a feature."""
+        mean, deviation = np.asarray(mean, float), np.asarray(deviation, float)
+        if not np.isfinite(mean).all():
+            raise ValueError(f"mean: expected finite numbers, got {mean}")
+        if deviation.shape != mean.shape:
+            raise ValueError(f"deviation: expected the shape {mean.shape} of mean, got {deviation.shape}")
+        if not (np.isfinite(deviation) & (deviation > 0)).all():
+            raise ValueError(f"deviation: expected positive finite numbers, got {deviation}")
+        self.mean = Constant(jnp.asarray(mean))
+        self.deviation = Constant(jnp.asarray(deviation))
+
+    def __call__(self, x: Array) -> Array:
+        return (x - self.mean[...]) / self.deviation[...]
+
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
+        return self(x), scaling_log_det(-jnp.log(self.deviation[...]), x), []
+
+    def inverse(self, y: Array, solver: Solver) -> Inverse:
+        x = y * self.deviation[...] + self.mean[...]
+        return x, []
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return scaling_bounds(-np.log(np.asarray(self.deviation[...], np.float64)))

@@ -1,0 +1,78 @@
+"""Channels of noise beside those of x: an injective layer that gives a flow more room.
+
+    y = [x, e],   e ~ q = U(0, 1) or N(0, 1) of every added element,   log_det = -log q(e)
+
+For a bijection f of [x, e], log N(f(x, e)) + log|det df| + log_det = log p(x, e) / q(e), with p(x, e)
+the density that f models:
+
+    E_q[p(x, e) / q(e)] = p(x),   E_q[log p(x, e) / q(e)] <= log p(x)
+
+the first by integration over e, the second by Jensen's inequality: what a flow with this layer returns
+as log p(x) is a lower bound in expectation, and the mean of its exponential over draws of the noise is an
+unbiased estimate of p(x) (Huang et al. 2020, arXiv 2002.07101). U(0, 1) covers only part of the
+space of e: there p(x) stands for p(x, e in [0, 1]^n) <= p(x), with equality where p(x, e) is zero outside.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.estimators import Estimator
+from resflow_jax.functional.inverse import Solver
+from resflow_jax.layers.bijector import Bijector, Forward, Inverse
+
+Array = jax.Array
+
+NOISES = ("uniform", "gaussian")
+
+
+class ChannelPadding(Bijector):
+    """[B, ..., C] -> [B, ..., C + channels] by noise; its inverse drops it. See the module's head.
+
+    `forward` draws the noise with its key, whatever the estimator. `__call__` takes the noise's mean
+    in its place; `initialize` and `update_statistics` one fixed draw.
+    """
+
+    def __init__(self, channels: int, noise: str = "uniform"):
+        """channels: the number of added channels; noise: "uniform" on [0, 1] or standard "gaussian"."""
+        check_count("channels", channels, 1)
+        check_choice("noise", noise, NOISES)
+        self.channels = channels
+        self.noise = noise
+
+    def _draw(self, key: Array, x: Array) -> Array:
+        draw = jax.random.uniform if self.noise == "uniform" else jax.random.normal
+        return draw(key, (*x.shape[:-1], self.channels), x.dtype)
+
+    def __call__(self, x: Array) -> Array:
+        mean = 0.5 if self.noise == "uniform" else 0.0
+        return _append(x, jnp.full((*x.shape[:-1], self.channels), mean, x.dtype))
+
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
+        if key is None:
+            raise ValueError("key: expected a PRNG key to draw the padding's noise, got None")
+        noise = self._draw(key, x)
+        log_det = jnp.zeros(x.shape[0], x.dtype)
+        if self.noise == "gaussian":
+            log_det = 0.5 * jnp.sum(noise**2 + math.log(2 * math.pi), axis=tuple(range(1, x.ndim)))
+        return _append(x, noise), log_det, []
+
+    def inverse(self, y: Array, solver: Solver) -> Inverse:
+        x = y[..., : -self.channels]
+        return x, []
+
+    def initialize(self, x: Array) -> Array:
+        return _append(x, self._draw(jax.random.key(0), x))
+
+    def update_statistics(self, x: Array) -> Array:
+        return self.initialize(x)
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        """Of f for given noise, and of dropping it."""
+        return 1.0, 1.0
+
+
+def _append(x: Array, noise: Array) -> Array:
+    return jnp.concatenate([x, noise], axis=-1)

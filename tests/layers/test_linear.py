@@ -1,0 +1,55 @@
+"""The invertible linear layer; its inverse, log-det and Lipschitz bounds are checked in test_layers.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import resflow_jax as rf
+from resflow_jax.layers.linear import InvertibleLinear
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7])
+def test_starts_as_an_orthogonal_matrix(dim):
+    """W W^T = I, the log-det is zero, and the layer keeps lengths."""
+    layer = InvertibleLinear(dim, rngs=nnx.Rngs(0))
+    weight = layer.weight()
+    np.testing.assert_allclose(weight @ weight.T, np.eye(dim), atol=1e-13)
+    x = jax.random.normal(jax.random.key(0), (4, dim))
+    y, log_det, diagnostics = layer.forward(x, None, rf.Exact())
+    np.testing.assert_allclose(jnp.linalg.norm(y, axis=1), jnp.linalg.norm(x, axis=1), rtol=1e-12)
+    np.testing.assert_allclose(log_det, 0, atol=1e-12)
+    assert diagnostics == []
+    np.testing.assert_allclose(layer.lipschitz_bounds(), 1, rtol=1e-12)
+
+
+def test_acts_on_the_last_axis():
+    """y[b, h, w] = x[b, h, w] W at every pixel: the 1x1 convolution."""
+    layer = InvertibleLinear(3, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 5, 3))
+    expected = jax.lax.conv_general_dilated(
+        x, layer.weight()[None, None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_learns_all_but_the_permutation_and_the_signs():
+    """The parameters are L, U and log_scale, dim^2 of them free; no step of theirs flips the sign of det W."""
+    layer = InvertibleLinear(4, rngs=nnx.Rngs(0))
+    params = nnx.state(layer, nnx.Param)
+    assert set(params) == {"lower", "upper", "log_scale"}
+    jacobian = jax.jacobian(lambda params: nnx.merge(nnx.graphdef(layer), params, rest).weight())
+    _, _, rest = nnx.split(layer, nnx.Param, ...)
+    columns = [np.asarray(leaf).reshape(16, -1) for leaf in jax.tree.leaves(jacobian(params))]
+    assert np.linalg.matrix_rank(np.concatenate(columns, axis=1)) == 16
+    sign = np.linalg.slogdet(layer.weight())[0]
+    nnx.update(layer, jax.tree.map(lambda leaf: leaf - 3.0, params))
+    assert np.linalg.slogdet(layer.weight())[0] == sign
+
+
+@pytest.mark.parametrize("dim", [0, 2.5, None])
+def test_rejects_dim(dim):
+    """No matrix of that size."""
+    with pytest.raises(ValueError, match="dim: expected an integer of at least 1, got"):
+        InvertibleLinear(dim, rngs=nnx.Rngs(0))
