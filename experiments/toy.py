@@ -169,7 +169,7 @@ def train(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile) -> tuple[
 
 
 def report(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile, step_time: float, began: float) -> ToyResult:
-    """Tightens and certifies the flow, evaluates it on fresh points and on a grid, draws the picture, prints the closing table."""
+    """Tightens, certifies and evaluates the flow, on fresh points and on a grid; picture and closing table."""
     flow.tighten()
     certificate, evaluation = certify(flow), config.evaluation
     test = sample_toy(config.data, evaluation.points, _rng(config, "test"))

@@ -1,13 +1,18 @@
 """Residual flows for JAX: invertible residual networks with unbiased log-densities."""
 
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
+from resflow_jax.functional.certificate import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated
 from resflow_jax.functional.fitting import fit_lengths
-from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, residual_inverse
+from resflow_jax.functional.inverse import InverseError, residual_inverse
+from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
 from resflow_jax.functional.logdet import Diagnostics, residual
 from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, power_iteration
+from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
+from resflow_jax.layers.certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.lipschitz import NormState
+from resflow_jax.models.certificate import Certificate, certify
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import ResidualFlow
 from resflow_jax.training.likelihood import Estimate, evaluate_bits_per_dim
@@ -17,6 +22,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ACTIVATIONS",
     "Activation",
+    "Anderson",
+    "BlockCertificate",
+    "Broyden",
+    "Certificate",
     "Defensive",
     "Diagnostics",
     "Estimate",
@@ -26,18 +35,25 @@ __all__ = [
     "FixedPoint",
     "Geometric",
     "ImageFlowConfig",
+    "InverseError",
     "InverseStatus",
+    "LayerCertificate",
     "NormState",
     "Poisson",
     "PowerIteration",
     "PowerIterationStatus",
     "ResidualFlow",
     "Roulette",
+    "Solver",
     "Truncated",
     "VectorFlowConfig",
+    "certify",
     "evaluate_bits_per_dim",
     "fit_lengths",
+    "gram_iteration_bound",
+    "induced_norm_bound",
     "power_iteration",
     "residual",
     "residual_inverse",
+    "spectral_norm_bound",
 ]

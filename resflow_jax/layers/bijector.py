@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.inverse import InverseStatus, Solver
+from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.solvers import Solver
 from resflow_jax.functional.logdet import Diagnostics
 
 Array = jax.Array

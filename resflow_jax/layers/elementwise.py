@@ -11,7 +11,7 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.inverse import Solver
+from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Bijector, Forward, Inverse, scaling_bounds, scaling_log_det
 
 Array = jax.Array

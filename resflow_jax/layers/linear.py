@@ -15,7 +15,7 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_count
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.inverse import Solver
+from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Bijector, Constant, Forward, Inverse, scaling_log_det
 
 Array = jax.Array

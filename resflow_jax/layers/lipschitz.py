@@ -21,6 +21,7 @@ from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.norms import (
     PowerIterationStatus,
+    best_start,
     induced_norm,
     needs_power_iteration,
     order_loss,
@@ -116,6 +117,22 @@ class LipschitzLinear(nnx.Module):
         )
         self.u[...], self.v[...] = result.u, result.v
         return result.status
+
+    def search_norm(self, starts: int = 10) -> None:
+        """Sets u and v to the best of several power iterations, in place.
+
+        For norms other than 2 -> 2, whose power iteration ends in local maxima.
+        """
+        kernel, orders = self.kernel[...], self._traced_orders()
+        if needs_power_iteration(*orders) and orders != (2.0, 2.0):
+            result = best_start(
+                partial(self.linear_map.matvec, kernel),
+                partial(self.linear_map.rmatvec, kernel),
+                jax.random.normal(jax.random.key(0), (starts, *self.v.shape), kernel.dtype),
+                domain=orders[0],
+                codomain=orders[1],
+            )
+            self.u[...], self.v[...] = result.u, result.v
 
     def rescale(self, factor: float) -> None:
         """Replaces the kernel by `factor` <= 1 times the one that is applied, in place."""

@@ -16,7 +16,7 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_open_interval, check_positive
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.inverse import Solver
+from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Bijector, Constant, Forward, Inverse, scaling_bounds, scaling_log_det
 
 Array = jax.Array

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.inverse import Solver
+from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Bijector, Forward, Inverse
 
 Array = jax.Array

@@ -34,9 +34,7 @@ def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain],
         if scale == 0 and config.first_actnorm:
             layers += map(ActNorm, actnorms)
         behind = partial(_behind, config, actnorms, shape[-1], config.invertible_linear)
-        layers += residual_blocks(
-            config, _convolutional(config, shape), behind, depth, first=scale == 0, rngs=rngs
-        )
+        layers += residual_blocks(config, _convolutional(config, shape), behind, depth, first=scale == 0, rngs=rngs)
         if scale < len(config.blocks) - 1:
             layers.append(Squeeze(shape))
             shape = _squeezed(shape)

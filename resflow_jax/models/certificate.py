@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from resflow_jax.functional.inverse import InverseStatus
+from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.layers.certificate import BlockCertificate, lipschitz_bounds
 from resflow_jax.models.flow import ResidualFlow
 

@@ -19,8 +19,9 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_batch, check_count
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
-from resflow_jax.functional.inverse import InverseStatus, Solver, report_unconverged
-from resflow_jax.functional.solvers import Anderson
+from resflow_jax.functional.inverse import report_unconverged
+from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.layers.bijector import join_blocks, split_estimator, split_key
@@ -53,6 +54,8 @@ class ResidualFlow(nnx.Module):
         self.config = config
         self.scales = nnx.merge(static["graphdef"], state)
         self._emitted = static["emitted"]
+        if config.norms is not None or config.learn_norms:
+            map_linears(self, lambda layer: layer.search_norm())
         self.converge_norms()
 
     @property
@@ -185,7 +188,7 @@ class ResidualFlow(nnx.Module):
           return_diagnostics: whether to return the estimates' `Diagnostics` as well, as third.
 
         Raises:
-          ValueError: for a number below 1, a bad estimator, and for a flow that pads x, whose log p is no closed form of z.
+          ValueError: for a number below 1, a bad estimator, and for a flow that pads x: its log p needs noise.
         """
         check_count("number", number, 1)
         if self.config.padding:
