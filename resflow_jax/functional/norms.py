@@ -3,14 +3,15 @@
     ||W||_{p->q} = max_x ||W x||_q / ||x||_p
 
 Power iteration alternates u <- J_q(W v) and v <- J_p*(W^T u), where J are the
-dual maps of `vector_norms` (Boyd 1974, doi 10.1016/0024-3795(74)90029-9; Higham
-1992, doi 10.1007/BF01385511; for residual flows Chen et al. 2019, arXiv
-1906.02735, section on induced mixed norms). For p = q = 2 this is u <- W v / |W v|,
-v <- W^T u / |W^T u|. sigma = u^T W v grows monotonically from below: for 2 -> 2
-towards the largest singular value, otherwise towards a local maximum, which is
-the global one for a non-negative W if p >= q, p > 1. To find a p -> q norm
-is NP-hard in general, so several starts raise the odds and prove nothing: a bound
-from above has to come from elsewhere. p = 1 and q = inf have closed forms.
+dual maps of `vector_norms` (Boyd 1974, Linear Algebra Appl. 9; Higham 1992, doi
+10.1007/BF01396242; in residual flows Chen et al. 2019, arXiv 1906.02735, section on
+induced mixed norms). For p = q = 2 that is u <- W v / |W v|, v <- W^T u / |W^T u|.
+
+sigma = u^T W v grows monotonically, from below: for 2 -> 2 towards the largest
+singular value, otherwise towards a local maximum. From a positive start it is the
+global one if W is positive and p >= q. In general a p -> q norm is NP-hard: several
+starts raise the odds but prove nothing, and a bound from above has to come from
+elsewhere. p = 1 and q = inf have closed forms.
 
 W is any linear map given as a callable and its transpose, so for a convolution
 it is the zero-padded convolution on its real spatial size, never the reshaped
@@ -81,13 +82,13 @@ def power_iteration(
 ) -> PowerIteration:
     """Estimates ||W||_{domain -> codomain}, by default the largest singular value, warm-started at v.
 
-    For orders other than 2 -> 2 the result can be a local maximum, below the norm: use `best_start` first.
+    For other orders the result can be a local maximum, below the norm: begin with `best_start`.
 
     It stops once the relative change of sigma over one iteration is at most `tolerance` and the
     residual (see `PowerIterationStatus`) is at most `residual_tolerance`. Both are relative to the
     whole vector; a test per element, as in the PyTorch implementation, is nearly vacuous for the
-    long vectors of a convolution. For 2 -> 2 sigma errs by about residual^2 / (relative gap of the spectrum): a
-    crowded spectrum, as of wide convolutions, asks for a tolerance of 1e-6 or less.
+    long vectors of a convolution. For 2 -> 2 sigma errs by about residual^2 / (relative gap of the
+    spectrum): a crowded spectrum, as of wide convolutions, asks for a tolerance of 1e-6 or less.
 
     Args:
       matvec: v -> W v, linear.
@@ -143,7 +144,11 @@ def power_iteration(
 
 
 def best_start(matvec: LinearFunction, rmatvec: LinearFunction, starts: Array, **settings) -> PowerIteration:
-    """The largest of the `power_iteration`s from starts [n, *input shape]; takes its settings."""
+    """The `power_iteration` that ends highest among those from starts [n, *input shape]; same settings.
+
+    Random starts miss the global maximum rarely for tiny maps and more often for larger ones, and 2 -> 1
+    and inf -> q more often than orders in between.
+    """
     results = jax.vmap(lambda v: power_iteration(matvec, rmatvec, v, **settings))(starts)
     best = jnp.argmax(results.sigma)
     return jax.tree.map(lambda leaf: leaf[best], results)
@@ -170,7 +175,8 @@ def induced_norm(
     """||W||_{domain -> codomain} of a layer's map, differentiable in the kernel alone.
 
     Where there is a closed form it is exact, and u and v do not matter; otherwise it is u^T W v with the
-    vectors of `power_iteration`. Gradients in learnable orders come from `order_loss`.
+    vectors of `power_iteration`, times the factor of a map that holds `copies` of W (it exceeds one for
+    domain > codomain only). Gradients in learnable orders come from `order_loss`.
     """
     domain, codomain = (lax.stop_gradient(order) if isinstance(order, Array) else order for order in (domain, codomain))
     if not needs_power_iteration(domain, codomain):

@@ -23,7 +23,7 @@ from resflow_jax.functional.checks import check_count, check_order
 
 Array = jax.Array
 
-_ATANH_HALF = 0.5493061829986572
+_ATANH_HALF = 0.5493061829986572  # rounded to float32, as there: p(0) - 2 is 6e-8
 # At order 1 + margin the dual order is 1 / margin, still harmless in float32.
 _MARGIN = 1e-3
 

@@ -37,10 +37,10 @@ def conjugate(order: Order) -> Order:
 def vector_norm(x: Array, order: Order, axis: Axes = None) -> Array:
     """||x||_order over the given axes; differentiable in x, and in an order that is an array.
 
-    Where an element is zero, or all are, its gradient is zero.
+    The gradient is zero at a zero element, and at the zero vector.
     """
     check_order("order", order)
-    magnitude = jnp.abs(x)
+    magnitude = x * jnp.sign(x)  # whose derivative at zero is zero; that of abs is one
     if is_order(order, 1):
         return jnp.sum(magnitude, axis)
     if is_order(order, math.inf):

@@ -76,9 +76,14 @@ def _columns(linear_map, kernel):
     return jax.vmap(lambda v: linear_map.matvec(kernel, v).ravel(), out_axes=1)(basis)
 
 
+def dense_matrix(linear_map, kernel):
+    """The dense matrix [outputs, inputs] of a linear map between `input_shape` and `output_shape`."""
+    return np.asarray(_columns(linear_map, kernel))
+
+
 def dense_norm(linear_map, kernel):
     """The largest singular value of the dense matrix of a linear map, by LAPACK."""
-    return np.linalg.norm(np.asarray(_columns(linear_map, kernel)), 2)
+    return np.linalg.norm(dense_matrix(linear_map, kernel), 2)
 
 
 def jacobians(g, params, x):
