@@ -1,6 +1,6 @@
 """Density estimation on images: trains a residual flow and reports bits/dim on the test split.
 
-    python -m experiments.density [digits | fashion_mnist] [--workdir DIR] [--steps N] [--batch-size B] [--seed S] ...
+    python -m experiments.density [NAME] [--workdir DIR] [--steps N] [--batch-size B] [--seed S] ...
 
 `--help` behind a name lists every setting. The same command again resumes from the last checkpoint.
 Under the work directory it writes metrics.jsonl, samples.png, reconstructions.png, curves.png,
@@ -20,7 +20,7 @@ import tyro
 from flax import nnx
 
 from experiments import pictures
-from experiments.configs import digits, fashion_mnist
+from experiments.configs import cifar10_densenet, digits, digits_densenet, fashion_mnist
 from experiments.configs.base import DataConfig, DensityConfig
 from experiments.loop import training_loop
 from experiments.run import (
@@ -45,8 +45,13 @@ from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.likelihood import Estimate, dequantized_bits_per_dim, evaluate_bits_per_dim
 from resflow_jax.training.step import Trainer, TrainState, fit_estimator
 
-CONFIGS = {"digits": digits.CONFIG, "fashion_mnist": fashion_mnist.CONFIG}
-HELP = {"digits": digits.__doc__.splitlines()[0], "fashion_mnist": fashion_mnist.__doc__.splitlines()[0]}
+MODULES = {
+    "digits": digits,
+    "digits_densenet": digits_densenet,
+    "fashion_mnist": fashion_mnist,
+    "cifar10_densenet": cifar10_densenet,
+}
+CONFIGS = {name: module.CONFIG for name, module in MODULES.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = ["digits", *arguments]
     if not arguments[0].startswith("-") and arguments[0] not in CONFIGS:
         sys.exit(f"NAME: expected one of {', '.join(CONFIGS)}; got {arguments[0]!r}")
-    named = {name: (HELP[name], config) for name, config in CONFIGS.items()}
+    named = {name: (module.__doc__.splitlines()[0], module.CONFIG) for name, module in MODULES.items()}
     run(
         tyro.extras.overridable_config_cli(
             named, args=arguments, prog="python -m experiments.density", description=__doc__

@@ -118,7 +118,7 @@ class LipschitzLinear(nnx.Module):
         self.u[...], self.v[...] = result.u, result.v
         return result.status
 
-    def search_norm(self, starts: int = 10) -> None:
+    def search_norm(self, starts: int = 32) -> None:
         """Sets u and v to the best of several power iterations, in place.
 
         For norms other than 2 -> 2, whose power iteration ends in local maxima.
