@@ -34,13 +34,13 @@ from jax.flatten_util import ravel_pytree
 from experiments import density, pictures
 from experiments.configs.base import DensityConfig
 from experiments.run import use_compilation_cache, write_atomically
+from experiments.trained import NAMES, trained_flow, trained_runs
 from resflow_jax import (
     Diagnostics,
     Estimator,
     Fitted,
     Geometric,
     Poisson,
-    ResidualFlow,
     Roulette,
     certify,
     fit_lengths,
@@ -48,7 +48,6 @@ from resflow_jax import (
 )
 from resflow_jax.data.images import dequantize, epoch_batch
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.training.checkpoints import Checkpoints
 
 Array = jax.Array
 Gradient = Callable[[Array, Estimator], tuple[Array, Diagnostics]]
@@ -177,20 +176,10 @@ def find_targets(config: EstimatorsConfig) -> Iterator[Target]:
     """The targets asked for; a flow is trained when its turn comes."""
     if "synthetic" in config.targets:
         yield from synthetic_targets(config)
-    for name in ("digits", "fashion_mnist"):
-        if name not in config.targets:
-            continue
-        given = getattr(config, name)
-        run_config = dataclasses.replace(density.CONFIGS[name], workdir=given or config.workdir / name)
-        if given is not None and not (given / "checkpoints").is_dir():
-            raise ValueError(f"{name}: expected the work directory of a run of this data set, got {given}")
-        batch_size = config.batch_size if name == "digits" else max(config.batch_size // 4, 2)
-        try:
-            if given is None and not finished(run_config):
-                density.run(run_config)
-            yield flow_target(run_config, batch_size, config)
-        except FileNotFoundError as error:
-            print(f"{name}: left out, {error}")
+    names = [name for name in NAMES if name in config.targets]
+    for run_config in trained_runs(names, {name: getattr(config, name) for name in NAMES}, config.workdir):
+        batch_size = config.batch_size if run_config.data.name == "digits" else max(config.batch_size // 4, 2)
+        yield flow_target(run_config, batch_size, config)
 
 
 def spectra(dim: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -266,22 +255,6 @@ def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsCo
 
     lipschitz = max(block.promised for block in certificate.blocks)
     return Target(f"{run_config.data.name} flow, batch {batch_size}", gradient, config.keys, lipschitz, batch_size)
-
-
-def trained_flow(run_config: DensityConfig) -> ResidualFlow:
-    """The flow of a run, of its best weights."""
-    trainer, state = density.set_up(run_config, density.load(run_config.data))
-    with Checkpoints(run_config.workdir / "checkpoints") as checkpoints:
-        return trainer.averaged_flow(checkpoints.restore(checkpoints.best_step, state))
-
-
-def finished(run_config: DensityConfig) -> bool:
-    """Whether the run has taken all its steps."""
-    path = run_config.workdir / "checkpoints"
-    if not path.is_dir():
-        return False
-    with Checkpoints(path) as checkpoints:
-        return checkpoints.latest_step == run_config.steps
 
 
 def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measurement]:

@@ -1,6 +1,7 @@
 """The pictures of an experiment: grids of images, curves, two-dimensional densities."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -134,6 +135,17 @@ def save_bars(path: Path, values: dict[str, dict[str, float]], title: str) -> No
         axis.grid(axis="x", alpha=0.3)
         axis.tick_params(axis="y", labelleft=axis is np.atleast_1d(axes)[0])
     figure.suptitle(title)
+    _save(figure, path)
+
+
+def save_error_curves(path: Path, iterations: Sequence[int], errors: dict[str, list[float]], title: str) -> None:
+    """Draws errors against iterations, each curve named, the errors on a logarithmic axis."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, values in errors.items():
+        axis.plot(iterations, values, "o-", ms=4, label=name)
+    axis.set(xlabel="evaluations of g in every block", ylabel="max |x - f$^{-1}$(f(x))|", yscale="log", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend()
     _save(figure, path)
 
 

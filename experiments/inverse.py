@@ -1,0 +1,261 @@
+"""How exact and how fast f^-1 is: evaluations of g by every solver at equal error, error against iterations.
+
+    python -m experiments.inverse [--workdir DIR] [--targets digits fashion_mnist] [--samples N] [--peer] ...
+
+The trained flows are tightened and certified first. For every solver the loosest tolerance is found at which
+the samples x = f^-1(z) have max |x - f^-1(f(x))| at most 1e-5 in float32, and the evaluations of g are counted
+at that tolerance, block by block. Times are medians of alternating runs, of samples alone and of samples with
+their log-density; `--peer` runs the same flow with the same weights in normflows beside it (`pip install -e
+'.[bench]'`). The flows are trained first, under the work directory, unless they are there.
+
+Writes NAME_errors.png (error against iterations), NAME_reconstructions.png (after 1, 2, 4, ... iterations)
+and inverse.json, and prints tables. TIMES
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from experiments import density, pictures
+from experiments.run import certificate_rows, print_table, use_compilation_cache, write_atomically
+from experiments.trained import NAMES, trained_flow, trained_runs
+from resflow_jax import Anderson, Broyden, Certificate, FixedPoint, ResidualFlow, Roulette, Solver, certify
+from resflow_jax.data.images import to_unit_interval
+from resflow_jax.functional.checks import check_choice, check_count
+
+Array = jax.Array
+
+SOLVERS: dict[str, Solver] = {"fixed point": FixedPoint(), "Anderson": Anderson(), "Broyden": Broyden()}
+PLAIN, BEST = "fixed point", "Anderson"
+TOLERANCES = tuple(10.0 ** (-n / 4) for n in range(8, 27))
+DRAWN_ITERATIONS = (1, 2, 4, 8)
+PLOTTED_ITERATIONS = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64)
+HARD = 0.9  # a block whose certified constant is above it
+
+
+@dataclass(frozen=True)
+class InverseConfig:
+    """One run of `python -m experiments.inverse`.
+
+    Attributes:
+      workdir: where everything is written.
+      targets: which flows.
+      samples: drawn from each flow.
+      error: max |x - f^-1(f(x))| that every solver has to reach.
+      repeats: timed runs of each competitor.
+      peer: whether to time normflows as well.
+      digits: work directory of a run of `experiments.density digits`; made if not given.
+      fashion_mnist: the same of fashion_mnist; left out if neither given nor its data found.
+      seed: of the samples.
+    """
+
+    workdir: Path = Path("runs/inverse")
+    targets: tuple[str, ...] = NAMES
+    samples: int = 64
+    error: float = 1e-5
+    repeats: int = 5
+    peer: bool = False
+    digits: Path | None = None
+    fashion_mnist: Path | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for target in self.targets:
+            check_choice("targets", target, NAMES)
+        check_count("samples", self.samples, 1)
+        check_count("repeats", self.repeats, 1)
+        check_count("seed", self.seed, 0)
+
+
+class Cost(NamedTuple):
+    """What a solver takes for the samples of a flow.
+
+    Attributes:
+      tolerance: the loosest that reaches the error asked for, or the tightest tried.
+      error: max |x - f^-1(f(x))| of the samples.
+      mean: evaluations of g in every block, mean over the samples, [blocks].
+      largest: the same, largest over the samples: what the batch waits for.
+      bound: largest certified bound on the error that one block's solve leaves.
+    """
+
+    tolerance: float
+    error: float
+    mean: np.ndarray
+    largest: np.ndarray
+    bound: float
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line and runs."""
+    run(tyro.cli(InverseConfig, args=arguments, prog="python -m experiments.inverse", description=__doc__))
+
+
+def run(config: InverseConfig) -> dict[str, Any]:
+    """Measures and draws every flow; returns what inverse.json holds."""
+    use_compilation_cache()
+    config.workdir.mkdir(parents=True, exist_ok=True)
+    results = {}
+    given = {name: getattr(config, name) for name in NAMES}
+    for run_config in trained_runs(config.targets, given, config.workdir):
+        name, data = run_config.data.name, density.load(run_config.data)
+        flow = trained_flow(run_config)
+        flow.tighten()
+        certificate = certify(flow)
+        images = to_unit_interval(data.test[: config.samples], data.levels)
+        z = jax.random.normal(jax.random.key(config.seed), (config.samples, flow.dim), flow.dtype)
+
+        costs = {solver: equal_error_cost(flow, certificate, z, config.error, SOLVERS[solver]) for solver in SOLVERS}
+        times = time_sampling(
+            flow, z, {s: replace(SOLVERS[s], tolerance=c.tolerance) for s, c in costs.items()}, config
+        )
+        exactness = round_trips(flow, z, images)
+        results[name] = report(name, certificate, costs, times, exactness)
+        write_atomically(config.workdir / "inverse.json", json.dumps(results, indent=2) + "\n")
+        draw(config.workdir, name, flow, images)
+    return results
+
+
+def equal_error_cost(flow: ResidualFlow, certificate: Certificate, z: Array, error: float, solver: Solver) -> Cost:
+    """The evaluations of g at the loosest of `TOLERANCES` whose samples have the reconstruction error asked for."""
+    for tolerance in TOLERANCES:
+        solver = replace(solver, tolerance=tolerance)
+        x, status = flow.inverse(z, solver=solver, return_status=True)
+        found = reconstruction_error(flow, x, solver)
+        if found <= error:
+            break
+    counts, bounds = np.asarray(status.iterations), certificate.error_bounds(status)
+    return Cost(tolerance, found, counts.mean(axis=1), counts.max(axis=1), float(bounds.max()))
+
+
+def reconstruction_error(flow: ResidualFlow, x: Array, solver: Solver) -> float:
+    """max |x - f^-1(f(x))|."""
+    return float(jnp.max(jnp.abs(x - flow.inverse(_transform(flow, x), solver=solver, return_status=True)[0])))
+
+
+def round_trips(flow: ResidualFlow, z: Array, images: Array) -> dict[str, float]:
+    """Largest errors of both round trips, in float32 and float64, by the default solver."""
+    errors = {}
+    graphdef, state = nnx.split(flow)
+    for dtype in (np.float32, np.float64):
+        with jax.enable_x64(dtype is np.float64):
+            wide = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), dtype), state))
+            x, latent = jnp.asarray(np.asarray(images), dtype), jnp.asarray(np.asarray(z), dtype)
+            bits = jnp.finfo(dtype).bits
+            errors[f"x, float{bits}"] = float(jnp.max(jnp.abs(x - wide.inverse(wide(x)))))
+            errors[f"z, float{bits}"] = float(jnp.max(jnp.abs(latent - _transform(wide, wide.inverse(latent)))))
+    return errors
+
+
+def time_sampling(flow: ResidualFlow, z: Array, solvers: dict[str, Solver], config: InverseConfig) -> dict[str, Any]:
+    """Median seconds of samples alone and with their log-density, and errors; alternating runs of all competitors."""
+    estimator = Roulette(exact_terms=20)
+
+    def ours(solver: Solver) -> dict[str, Callable[[], Any]]:
+        @jax.jit
+        def with_log_prob(flow, z, key):
+            x = flow.inverse(z, solver=solver, return_status=True)[0]
+            return x, flow.log_prob(x, key=key, estimator=estimator)
+
+        key = jax.random.key(config.seed)
+        return {
+            "samples": lambda: flow.inverse(z, solver=solver, return_status=True)[0],
+            "samples and log_prob": lambda: with_log_prob(flow, z, key),
+        }
+
+    competitors = {name: ours(solver) for name, solver in solvers.items()}
+    if config.peer:
+        from experiments.peers import NormflowsPeer
+
+        peer = NormflowsPeer(flow)
+        latent = np.asarray(z)
+        competitors["normflows"] = {
+            "samples": lambda: peer.samples(latent),
+            "samples and log_prob": lambda: peer.samples_and_log_prob(latent),
+        }
+    seconds = {name: {what: [] for what in functions} for name, functions in competitors.items()}
+    for repeat in range(config.repeats + 1):  # the first compiles
+        for name, functions in competitors.items():
+            for what, function in functions.items():
+                began = time.perf_counter()
+                jax.block_until_ready(function())
+                if repeat:
+                    seconds[name][what].append(time.perf_counter() - began)
+    medians = {name: {what: float(np.median(t)) for what, t in all_.items()} for name, all_ in seconds.items()}
+    if config.peer:
+        x = peer.samples(latent)
+        medians["normflows"]["error"] = float(np.abs(latent - peer.forward(x)).max())
+    for name, solver in solvers.items():
+        x = flow.inverse(z, solver=solver, return_status=True)[0]
+        medians[name]["error"] = float(jnp.max(jnp.abs(z - _transform(flow, x))))
+    return medians
+
+
+def report(
+    name: str, certificate: Certificate, costs: dict[str, Cost], times: dict[str, Any], exactness: dict[str, float]
+) -> dict[str, Any]:
+    """Prints the tables of a flow; the same as plain values."""
+    bounds = certificate.bounds
+    print(f"\n{name}: {len(bounds)} blocks, evaluations of g at max |x - f^-1(f(x))| <= the error asked for")
+    print(f"{'':<22}" + "".join(f"{solver:>24}" for solver in costs))
+    for n, bound in enumerate(bounds):
+        cells = "".join(f"{f'{c.mean[n]:.1f} (max {c.largest[n]})':>24}" for c in costs.values())
+        print(f"{f'block {n}, L <= {bound:.3f}':<22}{cells}")
+    totals = {}
+    for part, chosen in ((f"L > {HARD}", bounds > HARD), (f"L <= {HARD}", bounds <= HARD)):
+        if chosen.any():
+            totals[part] = {s: [float(c.mean[chosen].sum()), int(c.largest[chosen].sum())] for s, c in costs.items()}
+            cells = "".join(f"{f'{mean:.1f} (max {largest})':>24}" for mean, largest in totals[part].values())
+            print(f"{f'all with {part}':<22}{cells}")
+    rows = {
+        solver: c._asdict() | {"mean": c.mean.tolist(), "largest": c.largest.tolist()} for solver, c in costs.items()
+    }
+    for what in ("tolerance", "error", "bound"):
+        print(f"{what:<22}" + "".join(f"{row[what]:>24.1e}" for row in rows.values()))
+    print(f"{'':<22}{'samples':>16}{'and log_prob':>16}{'max |z - f(x)|':>18}")
+    for competitor, row in times.items():
+        cells = f"{row['samples'] * 1e3:>13.1f} ms{row['samples and log_prob'] * 1e3:>13.1f} ms{row['error']:>18.1e}"
+        print(f"{competitor:<22}{cells}")
+    print_table({f"round trip of {which}": f"{error:.1e}" for which, error in exactness.items()})
+    print_table(certificate_rows(certificate))
+    return {"bounds": bounds.tolist(), "costs": rows, "totals": totals, "seconds": times, "round_trips": exactness}
+
+
+def draw(workdir: Path, name: str, flow: ResidualFlow, images: Array) -> None:
+    """The pictures of a flow: error against iterations, and reconstructions after few of them."""
+    z, shown = flow(images), images[:32]
+    solvers = {solver: SOLVERS[solver] for solver in (PLAIN, BEST)}
+
+    def reconstruct(solver: Solver, iterations: int) -> Array:
+        # A tolerance that is never met, so that every block takes all its iterations.
+        solver = replace(solver, tolerance=1e-30, max_iterations=iterations)
+        return flow.inverse(z, solver=solver, return_status=True)[0]
+
+    errors = {
+        title: [float(jnp.max(jnp.abs(images - reconstruct(solver, n)))) for n in PLOTTED_ITERATIONS]
+        for title, solver in solvers.items()
+    }
+    pictures.save_error_curves(workdir / f"{name}_errors.png", PLOTTED_ITERATIONS, errors, f"{name}: inverse")
+    panels = {"test images x": shown}
+    for n in DRAWN_ITERATIONS:
+        panels[f"{n} evaluations a block"] = reconstruct(SOLVERS[PLAIN], n)[:32]
+    panels["converged $f^{-1}(f(x))$"] = flow.inverse(z[:32])
+    pictures.save_images(workdir / f"{name}_reconstructions.png", panels, columns=4)
+
+
+@jax.jit
+def _transform(flow: ResidualFlow, x: Array) -> Array:
+    """f(x) also for images that the logit's alpha lets out of [0, 1], which `flow` itself rejects."""
+    return flow(x)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The trained flows that studies are made of: those of given work directories, or trained when their turn comes."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from experiments import density
+from experiments.configs.base import DensityConfig
+from resflow_jax import ResidualFlow
+from resflow_jax.training.checkpoints import Checkpoints
+
+NAMES = ("digits", "fashion_mnist")
+
+
+def trained_runs(names: Sequence[str], given: dict[str, Path | None], workdir: Path) -> Iterator[DensityConfig]:
+    """The finished runs of the density configs of these names.
+
+    A run without a given directory lies under `workdir`, and is made there unless it is finished. One whose
+    data are not on disk is left out, and that is printed.
+
+    Raises:
+      ValueError: if a given directory holds no run.
+    """
+    for name in names:
+        directory = given.get(name)
+        if directory is not None and not (directory / "checkpoints").is_dir():
+            raise ValueError(f"{name}: expected the work directory of a run of this data set, got {directory}")
+        config = dataclasses.replace(density.CONFIGS[name], workdir=directory or workdir / name)
+        try:
+            if directory is None and not _is_finished(config):
+                density.run(config)
+            density.load(config.data)
+        except FileNotFoundError as error:
+            print(f"{name}: left out, {error}")
+            continue
+        yield config
+
+
+def trained_flow(config: DensityConfig) -> ResidualFlow:
+    """The flow of a run, of its best weights."""
+    trainer, state = density.set_up(config, density.load(config.data))
+    with Checkpoints(config.workdir / "checkpoints") as checkpoints:
+        return trainer.averaged_flow(checkpoints.restore(checkpoints.best_step, state))
+
+
+def _is_finished(config: DensityConfig) -> bool:
+    """Whether the run has taken all its steps."""
+    path = config.workdir / "checkpoints"
+    if not path.is_dir():
+        return False
+    with Checkpoints(path) as checkpoints:
+        return checkpoints.latest_step == config.steps
