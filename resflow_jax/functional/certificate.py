@@ -1,0 +1,322 @@
+"""Upper bounds on the norms of linear maps: what power iteration estimates from below, bounded from above.
+
+`spectral_norm_bound` and `induced_norm_bound` run on the host in float64, whatever the kernel's dtype
+and JAX's own; they are upper bounds of the exact norm of the map with exactly these weights, rounding of
+their own computation included. `gram_iteration_bound` is the differentiable bound, in the kernel's dtype.
+
+All maps are one case, A: [H, W, I] -> [H, W, O], (A x)[i, j] = sum_{d, e} K[d, e]^T x[i + d - p, j + e - p'],
+zero outside; a dense map has one pixel and one tap. Three facts reduce the work:
+
+1. Taps further than n - 1 from the centre meet only zeros on an axis of n pixels: they are cut off. Along an
+   axis that keeps one tap the operator is block diagonal with equal blocks: one pixel stands for all.
+2. The transpose of A has the kernel flipped and with I and O swapped: I <= O without loss of generality.
+3. A = P C E, with E putting the image into a torus of N >= n + p pixels an axis (zeros elsewhere), C the
+   circular convolution on it, P restricting to the image: pixel i in [0, n) reads pixels -p ... n + p - 1,
+   and those outside [0, n) are, modulo N, in [n, N), where there are zeros. As |P|, |E| <= 1, |A| <= |C|.
+   Whatever wraps around meets zeros, so it may as well be multiplied by -1: the antiperiodic C bounds
+   |A| too, on each axis on its own. C is block diagonal in frequency,
+       |C| = max_{w in grid} |K^(w)|_2,   K^(w) = sum_t exp(i w.t) K[t],   w = 2 pi j / N, or 2 pi (j + 1/2) / N,
+   and the least of the four |C| is taken. Smooth kernels peak at a frequency of one grid; on the shifted one,
+   N = n + 1 gives the exact norm of the 3x3 kernel of ones, 1 + 2 cos(pi / (n + 1)) an axis, where the
+   periodic torus gives 3 (Sedghi et al. 2019, arXiv 1805.10408, is the periodic case with N = n).
+"""
+
+import math
+from numbers import Real
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap
+
+Array = jax.Array
+
+# Side of the largest Gram matrix whose eigenvalues are computed at once: 0.06 s on 2 cores.
+_EXACT_SIDE = 1024
+# Complex numbers worked on at a time, which bounds the memory: 64 MiB.
+_BATCH_NUMBERS = 2**22
+_EPSILON = float(np.finfo(np.float64).eps)
+
+
+def spectral_norm_bound(linear_map: LinearMap, kernel: Array | np.ndarray) -> float:
+    """An upper bound of the largest singular value: |x -> linear_map(kernel, x)|_2 <= result.
+
+    With c the smaller channel side: exact (to about 1e-7) for dense and 1x1 maps, and where H W c <= 1024,
+    from the Gram matrix of that side; otherwise the torus bound of the head of this file, at most 4 per cent
+    above for 3x3 kernels from 8x8 pixels on. Cost O((H W c)^3), or O(H W c^3) and one product of the taps with each other.
+
+    Raises:
+      ValueError: for a kernel of another shape, not float, or not finite.
+    """
+    kernel, exponent = _scaled(linear_map, kernel)
+    return math.ldexp(_spectral_bound(linear_map, kernel), exponent)
+
+
+def induced_norm_bound(linear_map: LinearMap, kernel: Array | np.ndarray, domain: float, codomain: float) -> float:
+    """An upper bound of max |A x|_q / |x|_p over whole inputs, p = `domain`, q = `codomain` in [1, inf].
+
+    Exact for 1 -> q (the largest q-norm of a column) and p -> inf (the largest p*-norm of a row, with
+    1/p + 1/p* = 1); `spectral_norm_bound` for 2 -> 2. Elsewhere, with |A|_{a,b} the norm from p = 1/a to q = 1/b:
+
+    1. log |A|_{a,b} of the complex norm is convex on the unit square of (a, b) (Riesz-Thorin; Bergh and
+       Lofstrom 1976, theorem 1.1.1). A real norm is at most the complex one, and they agree at (1/2, 1/2)
+       (singular vectors are real), at a = 1 (the extreme points of the ball of l1 are unit vectors times
+       phases) and at b = 0 (by duality).
+    2. For p <= q, that is b <= a: the ray from (1/2, 1/2) through (a, b) leaves the square at (a', b') with
+       a' = 1 or b' = 0, whichever comes first, so with t = max(2 a - 1, 1 - 2 b),
+       (a, b) = (1 - t) (1/2, 1/2) + t (a', b') and |A|_{a,b} <= |A|_{1/2,1/2}^(1 - t) |A|_{a',b'}^t.
+    3. For p > q and any r in [q, p]: |x|_r <= n^(1/r - 1/p) |x|_p on n elements, so
+       |A|_{p->q} <= n_in^(1/r - 1/p) |A|_{r->r} n_out^(1/q - 1/r).
+       The least over r = q, r = p and, if between, r = 2 is taken. n counts all pixels, also for a 1x1 kernel: the
+       norm over an image is then (H W)^(1/q - 1/p) times that of a pixel.
+
+    Raises:
+      ValueError: for an order below 1 or NaN, or a kernel that `spectral_norm_bound` refuses.
+    """
+    _check_order("domain", domain)
+    _check_order("codomain", codomain)
+    kernel, exponent = _scaled(linear_map, kernel)
+    a, b = 1 / float(domain), 1 / float(codomain)
+    n_in, n_out = (math.prod(_size(linear_map)) * channels for channels in kernel.shape[-2:])
+    if b <= a:
+        bound = _interpolated_bound(linear_map, kernel, a, b)
+    else:
+        inner = {a, b, min(max(a, 0.5), b)}  # 1 / r
+        bound = min(n_in ** (c - a) * _interpolated_bound(linear_map, kernel, c, c) * n_out ** (b - c) for c in inner)
+    return math.ldexp(bound * (1 + 64 * _EPSILON), exponent)  # for the powers
+
+
+def gram_iteration_bound(linear_map: LinearMap, kernel: Array, iterations: int = 7) -> Array:
+    """A differentiable upper bound of the largest singular value, up to rounding in the kernel's dtype.
+
+    Gram iteration (Delattre et al. 2023, arXiv 2305.16173; 2024, arXiv 2402.00240), for a convolution in each
+    frequency of the tori: G_0 = K^ K^*, G_{t+1} = G_t^2, and
+
+        sigma <= |G_t|_F^(1 / 2^(t+1)) <= c^(1 / 2^(t+2)) sigma,
+
+    the Schatten norm of order 2^(t+2), non-increasing in t; c is the smaller channel side. Each G_t is kept
+    at norm one and the logarithm of its scale apart, so that nothing overflows. The limit is the exact norm
+    for dense and 1x1 maps, the torus bound of the head of this file for others. Cost O(H W c^2 (O + c t)) and
+    4 (H + p) (W + p') c (O + c) numbers of memory. Works under jit, grad and vmap.
+
+    Raises:
+      ValueError: for a kernel of another shape or not float, or a negative number of iterations.
+    """
+    check_count("iterations", iterations, 0)
+    _check_kernel(linear_map, kernel)
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    # The bound does not depend on the factors that are split off, so they carry no gradient.
+    scale = lax.stop_gradient(jnp.max(jnp.abs(kernel)))
+    size, kernel = _canonical(linear_map, kernel / jnp.where(scale > 0, scale, 1))
+    frequencies, tori = _torus(size, kernel.shape[:2])
+    waves = _waves(frequencies, kernel.shape[:2])
+    real, imaginary = (jnp.asarray(part, kernel.dtype) for part in (waves.real, waves.imag))
+    taps = kernel.reshape(len(waves[0]), -1)
+    response = _product(real, taps) + (1j * _product(imaginary, taps) if waves.imag.any() else 0)
+    response = response.reshape(-1, *kernel.shape[2:])
+    gram = _product(response, response.conj().mT)
+    log_scale = jnp.zeros(gram.shape[0], kernel.dtype)
+    for _ in range(iterations):
+        norm = lax.stop_gradient(jnp.sqrt(_squared_norm(gram)))
+        gram = gram / norm[:, None, None]
+        gram, log_scale = _product(gram, gram), 2 * (log_scale + jnp.log(norm))
+    log_bounds = (log_scale + jnp.log(_squared_norm(gram)) / 2) / 2 ** (iterations + 1)
+    return scale * jnp.exp(jnp.min(jnp.max(log_bounds[tori], axis=1)))
+
+
+def _squared_norm(gram: Array) -> Array:
+    """|G|_F^2 + epsilon^2 of a batch: not less than |G|_F^2, and finite in logarithm and gradient at zero."""
+    return jnp.sum(jnp.real(gram * gram.conj()), (1, 2)) + jnp.finfo(gram.dtype).eps ** 2
+
+
+def _product(a: Array, b: Array) -> Array:
+    """a @ b without the reduced precision that accelerators use by default: a bound cannot afford it."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _check_kernel(linear_map: LinearMap, kernel: Array | np.ndarray) -> None:
+    expected = f"kernel: expected a float array {linear_map.kernel_shape}"
+    if not hasattr(kernel, "dtype") or not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(f"{expected}, got {getattr(kernel, 'dtype', type(kernel).__name__)}")
+    if kernel.shape != linear_map.kernel_shape:
+        raise ValueError(f"{expected}, got {kernel.shape}")
+    if isinstance(linear_map, ConvMap) and linear_map.kernel_size % 2 == 0:
+        raise ValueError(f"kernel: expected odd sides, got {kernel.shape}")
+
+
+def _check_order(name: str, order: float) -> None:
+    if not isinstance(order, Real) or not order >= 1:
+        raise ValueError(f"{name}: expected an order of at least 1, got {order!r}")
+
+
+def _scaled(linear_map: LinearMap, kernel: Array | np.ndarray) -> tuple[np.ndarray, int]:
+    """(K, e), the kernel being 2^e K in float64 with entries of at most one: no product overflows, none matters
+    that underflows.
+    """
+    _check_kernel(linear_map, kernel)
+    kernel = np.asarray(kernel).astype(np.float64)
+    largest = np.max(np.abs(kernel))
+    if not np.isfinite(largest):
+        raise ValueError(f"kernel: expected finite weights, got {largest}")
+    exponent = math.frexp(largest)[1]
+    return np.ldexp(kernel, -exponent), exponent
+
+
+def _reaching_taps(linear_map: LinearMap, kernel: Array | np.ndarray) -> Array | np.ndarray:
+    """The taps [kh, kw, I, O] that reach the image: fact 1. A dense map has one."""
+    if isinstance(linear_map, DenseMap):
+        return kernel[None, None]
+    rows, columns = (max(linear_map.kernel_size // 2 - (n - 1), 0) for n in linear_map.size)  # cut off on each side
+    return kernel[rows : kernel.shape[0] - rows, columns : kernel.shape[1] - columns]
+
+
+def _transposed(kernel: Array | np.ndarray) -> Array | np.ndarray:
+    """The kernel of the transpose: fact 2."""
+    return kernel[::-1, ::-1].swapaxes(2, 3)
+
+
+def _canonical(linear_map: LinearMap, kernel: Array | np.ndarray) -> tuple[tuple[int, int], Array | np.ndarray]:
+    """Size (H, W) and kernel [kh, kw, c, c'], c <= c', of a convolution of the same norm: facts 1 and 2."""
+    kernel = _reaching_taps(linear_map, kernel)
+    height, width = (1 if k == 1 else n for n, k in zip(_size(linear_map), kernel.shape, strict=False))
+    return (height, width), kernel if kernel.shape[2] <= kernel.shape[3] else _transposed(kernel)
+
+
+def _size(linear_map: LinearMap) -> tuple[int, int]:
+    """(H, W); a dense map has one pixel."""
+    return linear_map.size if isinstance(linear_map, ConvMap) else (1, 1)
+
+
+def _spectral_bound(linear_map: LinearMap, kernel: np.ndarray) -> float:
+    """`spectral_norm_bound` of a kernel from `_scaled`."""
+    size, kernel = _canonical(linear_map, kernel)
+    side = math.prod(size) * kernel.shape[2]
+    exact = side <= _EXACT_SIDE or kernel.shape[:2] == (1, 1)
+    largest = _exact_gram_norm(size, kernel) if exact else _torus_gram_norm(size, kernel)
+    return math.sqrt(largest) * (1 + 4 * _EPSILON)
+
+
+def _largest_eigenvalues(gram: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Upper bounds of the largest eigenvalues of exact Gram matrices that were computed as `gram` [..., m, m].
+
+    1. An entry of A A^* is a sum of n <= taps (c' + 4) products of entries of K (and waves), computed to within
+       gamma_n (|A| |A|^*) (Higham 2002, section 3.5). |A| has the taps |K[t]|, so that
+       | |A| |A|^* |_2 <= (sum_t |K[t]|_F)^2 <= taps |K|_F^2. 8 epsilon = 16 u in place of u leave room for the
+       rounding of the waves, at most 32 (kh + kw) u.
+    2. Reduction to tridiagonal form by reflections is backward stable, |E|_F <= O(m^2) u |G|_F (Higham 2002, lemma
+       19.3), and so is the iteration on it; by Weyl's inequality an eigenvalue moves by at most |E|_2.
+    """
+    taps = math.prod(kernel.shape[:2])
+    assembly = taps * (kernel.shape[3] + 4) * taps * np.sum(kernel**2)
+    reduction = gram.shape[-1] ** 2 * np.linalg.norm(gram, axis=(-2, -1))
+    return np.linalg.eigvalsh(gram)[..., -1] + 8 * _EPSILON * (assembly + reduction)
+
+
+def _exact_gram_norm(size: tuple[int, int], kernel: np.ndarray) -> float:
+    """|A A^T|_2 of the zero-padded convolution itself.
+
+    With S_d the shift by d - p that drops what leaves the image, A A^T is the sum over pairs of taps of
+    (S_d S_d'^T) (x) (S_e S_e'^T) (x) K[d, e] K[d', e']^T: one axis after the other.
+    """
+    products = np.einsum("deio,fgjo->dfegij", kernel, kernel, optimize=True)
+    for n in size:
+        products = _with_pixels(products, n)
+    return float(_largest_eigenvalues(products, kernel))
+
+
+def _with_pixels(products: np.ndarray, n: int) -> np.ndarray:
+    """sum_{d, f} (S_d S_f^T) (x) products[d, f]: [k, k, ..., a, b] -> [..., n a, n b] for an axis of n pixels."""
+    taps, *rest, a, b = products.shape[1:]
+    total = np.zeros((n, n, *rest, a, b))
+    written = np.arange(n)
+    for d in range(taps):
+        for f in range(taps):
+            i, j = written - d + taps // 2, written - f + taps // 2  # what taps d and f carry to the same pixel
+            inside = (np.minimum(i, j) >= 0) & (np.maximum(i, j) < n)
+            total[i[inside], j[inside]] += products[d, f]
+    return np.moveaxis(total, (0, 1), (-4, -2)).reshape(*rest, n * a, n * b)
+
+
+def _torus_gram_norm(size: tuple[int, int], kernel: np.ndarray) -> float:
+    """The least |C C^*|_2 of the four tori of fact 3, from K^ K^*(w) = sum_l exp(i w.l) lags[l]."""
+    frequencies, tori = _torus(size, kernel.shape[:2])
+    lags = _autocorrelation(kernel)
+    waves = _waves(frequencies, lags.shape[:2])
+    channels = kernel.shape[2]
+    batches = min(len(waves), math.ceil(len(waves) * channels**2 / _BATCH_NUMBERS))
+    matrix = lags.reshape(-1, channels**2)
+    largest = []
+    for batch in np.array_split(waves, batches):
+        gram = batch.real @ matrix + 1j * (batch.imag @ matrix)
+        largest.append(_largest_eigenvalues(gram.reshape(-1, channels, channels), kernel))
+    return float(np.concatenate(largest)[tori].max(axis=1).min())
+
+
+def _autocorrelation(kernel: np.ndarray) -> np.ndarray:
+    """lags[kh - 1 + l, kw - 1 + m] = sum_{d, e} K[d + l, e + m] K[d, e]^T: [2 kh - 1, 2 kw - 1, c, c]."""
+    kh, kw, channels, _ = kernel.shape
+    lags = np.zeros((2 * kh - 1, 2 * kw - 1, channels, channels))
+    for d, e in np.ndindex(kh, kw):
+        products = np.einsum("io,fgjo->fgij", kernel[d, e], kernel, optimize=True)
+        lags[d : d + kh, e : e + kw] += products[::-1, ::-1]
+    return lags
+
+
+def _torus(size: tuple[int, int], sides: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(frequencies, tori): w / 2 pi, [F, 2], and which of them make up each torus, [4, N M].
+
+    The two grids of an axis are the even and the odd members of the grid of 2 N frequencies. A real kernel has
+    |K^(-w)| = |K^(w)|, so F counts half of them. An axis with one tap has one frequency.
+    """
+    kinds = [1 if k == 1 else 2 for k in sides]
+    rows, columns = (kind * (n + k // 2) for kind, n, k in zip(kinds, size, sides, strict=True))
+    half = columns // 2 + 1
+    frequencies = np.indices((rows, half)).reshape(2, -1).T / (rows, columns)
+    i, j = np.indices((rows, columns))
+    index = np.where(j < half, i * half + j, -i % rows * half + columns - j)
+    tori = [index[a :: kinds[0], b :: kinds[1]].ravel() for a in range(kinds[0]) for b in range(kinds[1])]
+    return frequencies, np.stack(tori)
+
+
+def _waves(frequencies: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+    """exp(i w.t) [F, taps] for offsets t from the centre of an array with these sides."""
+    offsets = np.indices(sides).reshape(2, -1) - np.array(sides)[:, None] // 2
+    return np.exp(2j * np.pi * (frequencies @ offsets))
+
+
+def _interpolated_bound(linear_map: LinearMap, kernel: np.ndarray, a: float, b: float) -> float:
+    """Steps 1 and 2 of `induced_norm_bound`, for b <= a."""
+    t = max(2 * a - 1, 1 - 2 * b)
+    if t == 0:
+        return _spectral_bound(linear_map, kernel)
+    size, taps = _size(linear_map), _reaching_taps(linear_map, kernel)
+    if t == 2 * a - 1:
+        edge = _largest_column(size, taps, 0.5 + (b - 0.5) / t)
+    else:  # |A|_{p->inf} = |A^T|_{1->p*}
+        edge = _largest_column(size, _transposed(taps), 0.5 - (a - 0.5) / t)
+    return edge if t == 1 else _spectral_bound(linear_map, kernel) ** (1 - t) * edge**t
+
+
+def _largest_column(size: tuple[int, int], kernel: np.ndarray, b: float) -> float:
+    """The largest norm of order 1 / b of a column of A, rounded up: of K[window, i, :] over windows and inputs i."""
+    entries = np.abs(kernel)
+    columns = [
+        entries[rows, columns]
+        for rows in _windows(size[0], kernel.shape[0])
+        for columns in _windows(size[1], kernel.shape[1])
+    ]
+    if b <= 0:
+        return float(max(column.max() for column in columns))
+    largest = entries.max() or 1.0
+    powers = max(np.sum((column / largest) ** (1 / b), axis=(0, 1, 3)).max() for column in columns)
+    return float(largest * powers**b * (1 + 8 * _EPSILON * entries.size))
+
+
+def _windows(n: int, taps: int) -> list[slice]:
+    """The taps through which a pixel of an axis reaches the image, one slice for every kind of pixel."""
+    p = taps // 2
+    windows = {(max(0, i + p - n + 1), min(taps, i + p + 1)) for i in range(n)}
+    return [slice(*window) for window in windows]
