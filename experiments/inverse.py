@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,13 +146,13 @@ def round_trips(flow: ResidualFlow, z: Array, images: Array) -> dict[str, float]
     """Largest errors of both round trips, in float32 and float64, by the default solver."""
     errors = {}
     graphdef, state = nnx.split(flow)
-    for dtype in (np.float32, np.float64):
-        with jax.enable_x64(dtype is np.float64):
-            wide = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), dtype), state))
-            x, latent = jnp.asarray(np.asarray(images), dtype), jnp.asarray(np.asarray(z), dtype)
-            bits = jnp.finfo(dtype).bits
-            errors[f"x, float{bits}"] = float(jnp.max(jnp.abs(x - wide.inverse(wide(x)))))
-            errors[f"z, float{bits}"] = float(jnp.max(jnp.abs(latent - _transform(wide, wide.inverse(latent)))))
+    arrays = jax.device_get((state, images, z))
+    for bits in (32, 64):
+        with jax.enable_x64(bits == 64):
+            state, x, latent = jax.tree.map(partial(jnp.asarray, dtype=f"float{bits}"), arrays)
+            cast = nnx.merge(graphdef, state)
+            errors[f"x, float{bits}"] = float(jnp.max(jnp.abs(x - cast.inverse(cast(x)))))
+            errors[f"z, float{bits}"] = float(jnp.max(jnp.abs(latent - _transform(cast, cast.inverse(latent)))))
     return errors
 
 
