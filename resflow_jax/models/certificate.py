@@ -46,7 +46,7 @@ class Certificate:
             worst = int(np.argmax(self.bounds))
             norms = ", ".join(f"{layer.norm:.4f}" for layer in self.blocks[worst].layers)
             raise ValueError(
-                f"flow: expected every block certified with a Lipschitz bound below 1, got {self.bounds[worst]:.4f} for "
+                f"flow: expected every block certified, its Lipschitz bound below 1, got {self.bounds[worst]:.4f} for "
                 f"block {worst} (norms of its layers: {norms}); `flow.tighten()` brings them within their coefficients"
             )
 

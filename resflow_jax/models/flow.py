@@ -21,9 +21,9 @@ from resflow_jax.functional.checks import check_batch, check_count
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
 from resflow_jax.functional.inverse import report_unconverged
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
+from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.layers.bijector import join_blocks, split_estimator, split_key
 from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.lipschitz import map_linears
