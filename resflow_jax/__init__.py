@@ -3,10 +3,12 @@
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated
 from resflow_jax.functional.fitting import fit_lengths
-from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, residual_inverse
+from resflow_jax.functional.inverse import InverseError, report_unconverged, residual_inverse
+from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
 from resflow_jax.functional.logdet import Diagnostics, residual
 from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, power_iteration
+from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint
 from resflow_jax.layers.lipschitz import NormState
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import ResidualFlow

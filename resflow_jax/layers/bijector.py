@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus
+from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
+from resflow_jax.functional.solvers import Solver
 
 Array = jax.Array
 Forward = tuple[Array, Array, list[Diagnostics]]
@@ -41,7 +42,7 @@ class Bijector(nnx.Module):
         """
         raise NotImplementedError
 
-    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
+    def inverse(self, y: Array, solver: Solver) -> tuple[Array, InverseStatus]:
         """(x, status) with f(x) = y."""
         raise NotImplementedError
 
@@ -53,7 +54,8 @@ class Bijector(nnx.Module):
 def solved(x: Array) -> InverseStatus:
     """The status of an inverse in closed form."""
     batch = x.shape[0]
-    return InverseStatus(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, x.dtype), jnp.ones(batch, bool))
+    zeros = jnp.zeros(batch, x.dtype)
+    return InverseStatus(jnp.zeros(batch, jnp.int32), zeros, zeros, jnp.ones(batch, bool))
 
 
 def join_status(first: InverseStatus, second: InverseStatus) -> InverseStatus:
@@ -61,6 +63,7 @@ def join_status(first: InverseStatus, second: InverseStatus) -> InverseStatus:
     return InverseStatus(
         first.iterations + second.iterations,
         jnp.maximum(first.residual, second.residual),
+        jnp.maximum(first.residual_norm, second.residual_norm),
         first.converged & second.converged,
     )
 
@@ -85,7 +88,7 @@ class Chain(Bijector):
             log_det, diagnostics = log_det + term, diagnostics + found
         return x, log_det, diagnostics
 
-    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
+    def inverse(self, y: Array, solver: Solver) -> tuple[Array, InverseStatus]:
         status = solved(y)
         for bijector in reversed(self.bijectors):
             y, step = bijector.inverse(y, solver)

@@ -11,7 +11,8 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus
+from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Bijector, Forward, solved
 
 Array = jax.Array
@@ -41,7 +42,7 @@ class Logit(Bijector):
         log_det = jnp.sum(math.log1p(-2 * self.alpha) - log_s - log_rest, axis=_event_axes(x))
         return log_s - log_rest, log_det, []
 
-    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
+    def inverse(self, y: Array, solver: Solver) -> tuple[Array, InverseStatus]:
         x = (jax.nn.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)
         return x, solved(x)
 
@@ -67,7 +68,7 @@ class ActNorm(Bijector):
         log_det = (math.prod(x.shape[1:]) // log_scale.size) * jnp.sum(log_scale)
         return self(x), jnp.broadcast_to(log_det, x.shape[:1]), []
 
-    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
+    def inverse(self, y: Array, solver: Solver) -> tuple[Array, InverseStatus]:
         x = y * jnp.exp(-self.log_scale[...]) - self.bias[...]
         return x, solved(x)
 
@@ -96,7 +97,7 @@ class Squeeze(Bijector):
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         return self(x), jnp.zeros(x.shape[0], x.dtype), []
 
-    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
+    def inverse(self, y: Array, solver: Solver) -> tuple[Array, InverseStatus]:
         height, width, channels = self.shape
         y = y.reshape(y.shape[0], height // 2, width // 2, channels, 2, 2)
         x = y.transpose(0, 1, 4, 2, 5, 3).reshape(y.shape[0], height, width, channels)
@@ -115,7 +116,7 @@ class Flatten(Bijector):
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         return self(x), jnp.zeros(x.shape[0], x.dtype), []
 
-    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
+    def inverse(self, y: Array, solver: Solver) -> tuple[Array, InverseStatus]:
         x = y.reshape(y.shape[0], *self.shape)
         return x, solved(x)
 

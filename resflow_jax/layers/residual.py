@@ -5,7 +5,7 @@ g alternates activations and Lipschitz affine layers,
     g = h_n o phi o ... o phi o h_1 (o phi with pre-activation),   Lip(g) <= prod_i c_i * Lip(phi)^n < 1
 
 (Chen et al. 2019, arXiv 1906.02735, section 3.2 and appendix E; pre-activation as in He et al.
-2016). log-det and inverse are those of `functional.logdet` and `functional.fixed_point`.
+2016). log-det and inverse are those of `functional.logdet` and `functional.inverse`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,11 @@ from flax import nnx
 from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.checks import check_count
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, residual_inverse
+from resflow_jax.functional.inverse import residual_inverse
+from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.logdet import residual
+from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Bijector, Chain, Forward, join_diagnostics, join_status, solved
 from resflow_jax.layers.lipschitz import LipschitzLinear
 
@@ -94,7 +96,7 @@ class ResidualBlock(Bijector):
         )
         return y, log_det, [jax.tree.map(lambda leaf: leaf[None], diagnostics)]
 
-    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
+    def inverse(self, y: Array, solver: Solver) -> tuple[Array, InverseStatus]:
         return residual_inverse(self.apply, self.weights(), y, solver=solver, return_status=True)
 
 
@@ -135,7 +137,7 @@ class ResidualStack(Bijector):
         x, (log_dets, diagnostics) = self._scan(body, x, (keys, estimators))
         return x, jnp.sum(log_dets, axis=0), [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), diagnostics)]
 
-    def inverse(self, y: Array, solver: FixedPoint) -> tuple[Array, InverseStatus]:
+    def inverse(self, y: Array, solver: Solver) -> tuple[Array, InverseStatus]:
         def body(step, carry, _):
             y, status = carry
             x, new = step.inverse(y, solver)

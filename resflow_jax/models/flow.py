@@ -19,9 +19,11 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_batch, check_count
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
-from resflow_jax.functional.fixed_point import FixedPoint, InverseStatus, warn_unconverged
+from resflow_jax.functional.inverse import report_unconverged
+from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
+from resflow_jax.functional.solvers import FixedPoint, Solver
 from resflow_jax.layers.bijector import join_diagnostics, join_status, solved, split_estimator, split_key
 from resflow_jax.layers.lipschitz import map_linears
 from resflow_jax.models.build import build_scales
@@ -107,7 +109,7 @@ class ResidualFlow(nnx.Module):
         return _transform(*nnx.split(self), x)
 
     def inverse(
-        self, z: Array, *, solver: FixedPoint = FixedPoint(), return_status: bool = False
+        self, z: Array, *, solver: Solver = FixedPoint(), return_status: bool = False
     ) -> Array | tuple[Array, InverseStatus]:
         """Maps z [B, D] to x [B, *event_shape], by fixed-point iteration block by block.
 
@@ -129,7 +131,7 @@ class ResidualFlow(nnx.Module):
         x, status = _inverse(*nnx.split(self), z, solver)
         if return_status:
             return x, status
-        warn_unconverged(status, "ResidualFlow.inverse")
+        report_unconverged(status, "ResidualFlow.inverse", solver.on_failure)
         return x
 
     def log_prob(
@@ -148,7 +150,7 @@ class ResidualFlow(nnx.Module):
         log_prob = standard_normal_log_prob(z) + log_det
         return (log_prob, diagnostics) if return_diagnostics else log_prob
 
-    def sample(self, key: Array, number: int, *, solver: FixedPoint = FixedPoint()) -> Array:
+    def sample(self, key: Array, number: int, *, solver: Solver = FixedPoint()) -> Array:
         """Draws x [number, *event_shape]: z from N(0, I), then `inverse`; images are clipped to [0, 1].
 
         Clipping moves the part of the density that the logit's alpha leaves outside of [0, 1].
