@@ -3,7 +3,7 @@
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated
 from resflow_jax.functional.fitting import fit_lengths
-from resflow_jax.functional.inverse import InverseError, report_unconverged, residual_inverse
+from resflow_jax.functional.inverse import InverseError, residual_inverse
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
 from resflow_jax.functional.logdet import Diagnostics, residual
@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ACTIVATIONS",
     "Activation",
+    "Anderson",
+    "Broyden",
     "Defensive",
     "Diagnostics",
     "Estimate",
@@ -28,6 +30,7 @@ __all__ = [
     "FixedPoint",
     "Geometric",
     "ImageFlowConfig",
+    "InverseError",
     "InverseStatus",
     "NormState",
     "Poisson",

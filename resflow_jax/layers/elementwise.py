@@ -11,8 +11,7 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.functional.solvers import Solver
+from resflow_jax.functional.iteration import InverseStatus, Solver
 from resflow_jax.layers.bijector import Bijector, Forward, solved
 
 Array = jax.Array

@@ -18,10 +18,9 @@ from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.checks import check_count
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import residual_inverse
-from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.iteration import InverseStatus, Solver
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.logdet import residual
-from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Bijector, Chain, Forward, join_diagnostics, join_status, solved
 from resflow_jax.layers.lipschitz import LipschitzLinear
 

@@ -20,10 +20,10 @@ from flax import nnx
 from resflow_jax.functional.checks import check_batch, check_count
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
 from resflow_jax.functional.inverse import report_unconverged
-from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.iteration import InverseStatus, Solver
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
-from resflow_jax.functional.solvers import FixedPoint, Solver
+from resflow_jax.functional.solvers import FixedPoint
 from resflow_jax.layers.bijector import join_diagnostics, join_status, solved, split_estimator, split_key
 from resflow_jax.layers.lipschitz import map_linears
 from resflow_jax.models.build import build_scales
