@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 
 from resflow_jax.functional.checks import check_choice, check_residual
-from resflow_jax.functional.iteration import InverseStatus, example_max, iterate
-from resflow_jax.functional.solvers import ON_FAILURE, FixedPoint, Solver
+from resflow_jax.functional.iteration import ON_FAILURE, InverseStatus, Solver, example_max, iterate
+from resflow_jax.functional.solvers import FixedPoint
 
 Array = jax.Array
 
@@ -43,15 +43,17 @@ def residual_inverse(
         example of the batch by itself.
       params: any pytree.
       y: floats [B, ...].
-      solver: tolerance and iteration cap.
+      solver: `FixedPoint`, `Anderson` or `Broyden`, with its tolerance and iteration cap.
       return_status: whether to return the status as well.
 
     Returns:
-      x like y, or (x, `InverseStatus`). Without the status, an example that did not converge
-      raises a RuntimeWarning (from a host callback under jit).
+      x like y, or (x, `InverseStatus`). Without the status, an example that did not converge is
+      reported as `solver.on_failure` says; see `report_unconverged`. The solves of the derivative
+      always are.
 
     Raises:
       ValueError: if y is not a float array with a batch axis or g changes its shape or dtype.
+      InverseError: if an example did not converge and `solver.on_failure` is "raise".
     """
     check_residual("y", g, params, y)
 

@@ -1,32 +1,92 @@
-"""The loop that solves x = T(x), one example at a time, under any update rule.
+"""The loop that solves x = T(x) for a contraction T, one example at a time, by any solver's update rule.
 
-Each turn evaluates T once, at the point x that the rule proposed, and knows then its residual
+Each turn evaluates T once, at the x [B, D] that the rule proposed, and knows then its residual
 
-    r = T(x) - x,     |T(x) - x*| <= L / (1 - L) * |r|      for a contraction T of constant L  (Banach)
+    r = T(x) - x,     |x - x*| <= |r| / (1 - L)      for a contraction T of constant L  (Banach)
 
-and returns the last T(x). An example stops by itself, and changes no more, once
+An example stops by itself, and changes no more, once max |r| <= tolerance * max(scale, max |T(x)|), or
+once a step x <- T(x) within 64 units of rounding lowers max |r| no more: no more can be had.
 
-    max |r| <= tolerance * max(scale, max |T(x)|),
-
-or once |r| is at most 64 units of rounding and no longer less than before: no more can be had.
-
-A rule may propose anything, and no contraction is lost: the loop holds on to the best point so far,
-the base. A proposal that does not lower the 2-norm of the base's residual by the factor `DECREASE` is
-rejected, and the next point is T(base), a step of plain iteration, which lowers it by L. So after n
-evaluations the residual is at most max(L, DECREASE)^floor(n / 2) of the first one, in the worst case.
+A rule may propose anything, and no contraction in the 2-norm is lost. The loop holds on to the best
+point, the base: a proposal counts as a failure unless it lowers the base's |r|_2 by the factor
+`DECREASE`. After more than `patience` failures in a row x goes back to T(base) and takes plain steps
+x <- T(x), each of which lowers |r|_2 by L: one the first time, then 2, 4, 8, ... So of n evaluations at
+most (patience + 1) * (1 + log2(n + 1)) are spent on such lapses, however bad the rule.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resflow_jax.functional.checks import check_choice, check_count, check_positive
+
 Array = jax.Array
 
 DECREASE = 0.999
+ON_FAILURE = ("warn", "raise")
+_TOLERANCES = {16: 1e-2, 32: 1e-6, 64: 1e-12}  # by bits of the dtype
+
+
+class Evaluation(NamedTuple):
+    """T at a point x, or a difference of two such: T(x) and r = T(x) - x, [B, D]."""
+
+    image: Array
+    residual: Array
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Interface of a solver, and the settings that all solvers share.
+
+    Attributes:
+      tolerance: bound on max |r|, relative to max(1, max |x|, max |y|) of the example; by default
+        1e-6 in float32, 1e-12 in float64, 1e-2 in 16-bit floats.
+      max_iterations: cap on the evaluations of g.
+      on_failure: whether an example that does not converge gives a RuntimeWarning ("warn") or an
+        `InverseError` ("raise").
+      patience: proposals in a row that may fail; a property of the rule, not a setting.
+
+    Raises:
+      ValueError: if the tolerance is not positive, the cap below one or `on_failure` unknown.
+    """
+
+    tolerance: float | None = None
+    max_iterations: int = 1000
+    on_failure: str = "warn"
+    patience: ClassVar[int] = 0
+
+    def __post_init__(self):
+        if self.tolerance is not None:
+            check_positive("tolerance", self.tolerance)
+        check_count("max_iterations", self.max_iterations, 1)
+        check_choice("on_failure", self.on_failure, ON_FAILURE)
+
+    def tolerance_for(self, dtype: Any) -> float:
+        """The tolerance in force for arrays of this float dtype."""
+        return _TOLERANCES[jnp.finfo(dtype).bits] if self.tolerance is None else self.tolerance
+
+    def initialize(self, x: Array) -> Any:
+        """The memory of the rule before the first evaluation, which will be at x [B, D]."""
+        raise NotImplementedError
+
+    def propose(
+        self, turn: Array, memory: Any, change: Evaluation, new: Evaluation, trusted: Array
+    ) -> tuple[Any, Array]:
+        """(memory, x): where to evaluate next; T(x) as long as nothing is known.
+
+        Args:
+          turn: number of evaluations before this one, int32 [].
+          memory: of the turn before.
+          change: from the base, the best point so far, to the new one; zero at the first point.
+          new: T(x) and r at the point just evaluated.
+          trusted: where not, [B], proposals have failed; the x returned is not used, T(base) is.
+        """
+        raise NotImplementedError
 
 
 class InverseStatus(NamedTuple):
@@ -34,8 +94,8 @@ class InverseStatus(NamedTuple):
 
     Attributes:
       iterations: evaluations of g used by each example, summed over the blocks of a flow.
-      residual: max |y - g(x) - x| at the last x evaluated, one iterate before the x returned; the
-        largest over the blocks of a flow.
+      residual: max |y - g(x) - x| at the best x evaluated, whose successor is returned; the largest
+        over the blocks of a flow.
       residual_norm: the same in the 2-norm, from which `error_bound` follows.
       converged: whether the residual was within the tolerance or down to rounding, in every block
         of a flow.
@@ -47,73 +107,96 @@ class InverseStatus(NamedTuple):
     converged: Array
 
     def error_bound(self, lipschitz: Array | float) -> Array:
-        """A bound on |x - x*|_2 of each example, residual_norm * L / (1 - L); infinite where L >= 1.
+        """A bound on |x - x*|_2 of each example: residual_norm / (1 - L), infinite where L >= 1.
 
-        It holds for the solve of one block, in exact arithmetic, converged or not.
+        It holds for the solve of one block, converged or not, up to the rounding of g.
 
         Args:
-          lipschitz: a constant L of g in the 2-norm; broadcast against residual_norm.
+          lipschitz: a constant L of g in the 2-norm; broadcasts against residual_norm.
         """
         lipschitz = jnp.asarray(lipschitz, self.residual_norm.dtype)
         contracts = lipschitz < 1
-        factor = lipschitz / jnp.where(contracts, 1 - lipschitz, 1)
-        return jnp.where(contracts, self.residual_norm * factor, jnp.inf)
+        return jnp.where(contracts, self.residual_norm / jnp.where(contracts, 1 - lipschitz, 1), jnp.inf)
 
 
-class Evaluation(NamedTuple):
-    """A point x that T was evaluated at: T(x) and r = T(x) - x, [B, D]."""
-
-    image: Array
-    residual: Array
+class _Guard(NamedTuple):
+    failures: Array  # proposals in a row that did not improve on the base, int32 [B]
+    rest: Array  # plain steps still to take
+    penalty: Array  # plain steps after the next lapse
 
 
 class _State(NamedTuple):
     x: Array  # the next point to evaluate
-    base: Evaluation  # of the best point so far, whose residual is that of the status
-    memory: Any  # of the update rule
+    base: Evaluation  # at the best point so far, whose residuals the status holds
+    guard: _Guard
+    memory: Any
     status: InverseStatus
 
 
-def iterate(step: Callable[[Array], Array], start: Array, solver: Any, scale: Array) -> tuple[Array, InverseStatus]:
-    """Solves x = step(x) from `start` [B, ...] by a `Solver`; the tolerance is relative to `scale` [B] at least."""
-    batch, dtype = start.shape[0], start.dtype
-    tolerance, rounding = solver.tolerance_for(dtype), 64 * jnp.finfo(dtype).eps
+def iterate(step: Callable[[Array], Array], start: Array, solver: Solver, scale: Array) -> tuple[Array, InverseStatus]:
+    """Solves x = step(x) from `start` [B, ...]; the tolerance is relative to `scale` [B] at least.
+
+    Returns:
+      (x, status): x is the step that the solver would take next, its best guess and free; or T(base)
+      where that is more than |r|_2 away. So |x - x*|_2 <= |r|_2 + L / (1 - L) * |r|_2 = |r|_2 / (1 - L).
+    """
+    x = start.reshape(start.shape[0], math.prod(start.shape[1:]))
+    tolerance, rounding = solver.tolerance_for(x.dtype), 64 * jnp.finfo(x.dtype).eps
 
     def advance(carry):
-        turn, (x, base, memory, status) = carry
+        turn, (x, base, guard, memory, status) = carry
         image = step(x.reshape(start.shape)).reshape(x.shape)
         new = Evaluation(image, image - x)
         largest, norm = example_max(new.residual), example_norm(new.residual)
-        size = jnp.maximum(scale, example_max(image))
         plain = jnp.all(x == base.image, axis=1) | (turn == 0)
 
+        size = jnp.maximum(scale, example_max(image))
         small = largest <= tolerance * size
         stalled = plain & (largest <= rounding * size) & (largest >= status.residual)
-        accepted = plain | small | (norm <= DECREASE * status.residual_norm)
-        active = ~status.converged
-
-        def keep(condition, new, old):
-            return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+        better = plain | small | (norm <= DECREASE * status.residual_norm)
+        guard, trusted = _judge(guard, better, solver.patience)
 
         finite = jnp.isfinite(norm) & jnp.isfinite(status.residual_norm)
         change = jax.tree.map(lambda a, b: jnp.where(finite[:, None], a - b, 0), new, base)
-        memory, proposal = solver.propose(turn, memory, change, new)
-        base = keep(active & accepted, new, base)
-        x = keep(active, keep(accepted, proposal, base.image), x)
-        residual, residual_norm = keep(active & accepted, (largest, norm), (status.residual, status.residual_norm))
+        memory, proposal = solver.propose(turn, memory, change, new, trusted)
+
+        active = ~status.converged
+        base, residual, residual_norm = _select(
+            active & better, (new, largest, norm), (base, status.residual, status.residual_norm)
+        )
+        x = _select(active, _select(guard.rest > 0, base.image, proposal), x)
         status = InverseStatus(status.iterations + active, residual, residual_norm, status.converged | small | stalled)
-        return turn + 1, _State(x, base, memory, status)
+        return turn + 1, _State(x, base, guard, memory, status)
 
     def unfinished(carry):
         turn, state = carry
         return (turn < solver.max_iterations) & jnp.any(~state.status.converged)
 
-    x = start.reshape(batch, math.prod(start.shape[1:]))
-    infinite = jnp.full(batch, jnp.inf, dtype)
-    status = InverseStatus(jnp.zeros(batch, jnp.int32), infinite, infinite, jnp.zeros(batch, bool))
-    state = _State(x, Evaluation(x, jnp.zeros_like(x)), solver.initialize(x), status)
+    none, infinite = jnp.zeros(x.shape[0], jnp.int32), jnp.full(x.shape[0], jnp.inf, x.dtype)
+    status = InverseStatus(none, infinite, infinite, none > 0)
+    state = _State(x, Evaluation(x, x), _Guard(none, none, none + 1), solver.initialize(x), status)
     _, state = lax.while_loop(unfinished, advance, (jnp.int32(0), state))
-    return state.base.image.reshape(start.shape), state.status
+    x, base, status = state.x, state.base, state.status
+    x = _select(example_norm(x - base.image) <= status.residual_norm, x, base.image)
+    return x.reshape(start.shape), status
+
+
+def _judge(guard: _Guard, better: Array, patience: int) -> tuple[_Guard, Array]:
+    """The guard after a proposal, and whether the rule may go on from there, [B]."""
+    failures = jnp.where(better, 0, guard.failures + 1)
+    trusted = failures <= patience
+    on = _Guard(failures, jnp.maximum(guard.rest - 1, 0), guard.penalty)
+    lapse = _Guard(jnp.zeros_like(failures), guard.penalty, 2 * guard.penalty)
+    return _select(trusted, on, lapse), trusted
+
+
+def _select(condition: Array, true: Any, false: Any) -> Any:
+    """One tree or the other, example by example."""
+
+    def select(a, b):
+        return jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(select, true, false)
 
 
 def example_max(x: Array) -> Array:

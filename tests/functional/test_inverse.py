@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-
 from resflow_jax.functional.fixed_point import FixedPoint, residual_inverse
+
 from tests.functional.contractions import check_two_orders, conv_net, dense_net, jacobians, quick_jit
 
 IDS = ["easy", "hard", "conv"]
