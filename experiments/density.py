@@ -213,7 +213,7 @@ def report(
         "test bits/dim": f"{result.mean:.4f} +- {result.stderr:.4f} ({len(test)} images, weights of step {step})",
         "of which": f"{result.data_stderr:.4f} from the choice of images, {result.noise_stderr:.4f} from noise",
         "reconstruction error": f"{jnp.max(jnp.abs(images - reconstructions)):.1e}, max |x - f^-1(f(x))|"
-        + ("" if status.converged.all() else f"; {int((~status.converged).sum())} did not converge"),
+        + ("" if status.converged.all() else f"; {int((~status.converged.all(axis=0)).sum())} did not converge"),
         **certificate_rows(certificate),
         "time per step": "no step taken: the run was finished before"
         if step_time is None

@@ -31,7 +31,7 @@ from experiments.run import certificate_rows, print_table, use_compilation_cache
 from experiments.trained import NAMES, trained_flow, trained_runs
 from resflow_jax import Anderson, Broyden, Certificate, FixedPoint, ResidualFlow, Roulette, Solver, certify
 from resflow_jax.data.images import to_unit_interval
-from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.checks import check_choice, check_count, check_positive
 
 Array = jax.Array
 
@@ -73,6 +73,7 @@ class InverseConfig:
         for target in self.targets:
             check_choice("targets", target, NAMES)
         check_count("samples", self.samples, 1)
+        check_positive("error", self.error)
         check_count("repeats", self.repeats, 1)
         check_count("seed", self.seed, 0)
 

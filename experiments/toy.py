@@ -246,7 +246,7 @@ def draw_samples(config: ToyConfig, flow: ResidualFlow) -> tuple[np.ndarray, int
     """Samples [N, 2] of the flow, how many of them converged, and max |z - f(f^-1(z))|."""
     z = jax.random.normal(jax.random.key(config.seed + 1), (config.evaluation.samples, 2), flow.dtype)
     samples, status = flow.inverse(z, return_status=True)
-    return np.asarray(samples), int(status.converged.sum()), float(jnp.max(jnp.abs(z - flow(samples))))
+    return np.asarray(samples), int(status.converged.all(axis=0).sum()), float(jnp.max(jnp.abs(z - flow(samples))))
 
 
 def _rng(config: ToyConfig, purpose: str, step: int = 0) -> np.random.Generator:

@@ -51,6 +51,13 @@ def test_files_and_metrics(finished):
     for name in ("samples.png", "reconstructions.png", "curves.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG"), name
     assert json.loads((workdir / "config.json").read_text())["model"]["blocks"] == [1]
+    certificate = json.loads((workdir / "certificate.json").read_text())
+    (block,) = certificate["blocks"]
+    assert certificate["is_certified"] and block["bound"] <= block["promised"]
+    with density.Checkpoints(workdir / "checkpoints") as checkpoints:
+        recorded = checkpoints.certificate(6)
+    # Of the flow as it was saved; tightening has only lowered it since.
+    assert recorded["is_certified"] and block["bound"] <= recorded["blocks"][0]["bound"] <= 1.01 * block["bound"]
     assert {"3", "6"} >= {p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()} >= {"6"}
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines if line["split"] == "train"] == [2, 3, 4, 6]

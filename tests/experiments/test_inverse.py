@@ -1,0 +1,71 @@
+"""The study of the inverse, tiny: its tables, files and figures, and bad input."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import density, inverse
+from experiments.configs.base import EvaluationConfig
+from experiments.inverse import InverseConfig
+from resflow_jax import ImageFlowConfig, Roulette
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A tiny digits flow, few points, and programs that stay out of the home directory."""
+    tiny = dataclasses.replace(
+        density.CONFIGS["digits"],
+        model=ImageFlowConfig((8, 8, 1), blocks=(2,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)),
+        steps=2,
+        batch_size=8,
+        evaluation=EvaluationConfig(estimator=Roulette(), draws=1, images=20, every=2),
+    )
+    monkeypatch.setitem(density.CONFIGS, "digits", tiny)
+    monkeypatch.setattr(inverse, "TOLERANCES", (1e-3, 1e-6))
+    monkeypatch.setattr(inverse, "PLOTTED_ITERATIONS", (1, 4))
+    monkeypatch.setattr(inverse, "DRAWN_ITERATIONS", (1,))
+    for module in (density, inverse):
+        monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
+
+
+def test_end_to_end(small, tmp_path, capsys):
+    """Every solver reaches the error asked for; the files; what is printed is what is written."""
+    config = InverseConfig(tmp_path, targets=("digits",), samples=4, repeats=1)
+    with jax.enable_x64(False):
+        results = inverse.run(config)["digits"]
+    assert json.loads((tmp_path / "inverse.json").read_text()) == {"digits": results}
+    for name in ("digits_errors.png", "digits_reconstructions.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG"), name
+    assert len(results["bounds"]) == 2 and max(results["bounds"]) < 1
+    for solver in inverse.SOLVERS:
+        cost = results["costs"][solver]
+        assert cost["error"] <= config.error and cost["tolerance"] in (1e-3, 1e-6)
+        assert all(1 <= mean <= most for mean, most in zip(cost["mean"], cost["largest"], strict=True))
+        assert results["seconds"][solver]["samples"] > 0 and results["seconds"][solver]["error"] < 1e-2
+    errors = results["round_trips"]
+    assert errors["x, float32"] < 1e-5 and errors["x, float64"] < 1e-10 and errors["z, float64"] < 1e-9
+    assert np.sum([sum(part["Anderson"][:1]) for part in results["totals"].values()]) == pytest.approx(
+        np.sum(results["costs"]["Anderson"]["mean"])
+    )
+    printed = capsys.readouterr().out
+    assert "every block is invertible" in printed and "block 1, L <= " in printed
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"targets": ("letters",)}, "targets: expected one of digits, fashion_mnist; got 'letters'"),
+        ({"samples": 0}, "samples: expected an integer of at least 1, got 0"),
+        ({"repeats": 0}, "repeats: expected an integer of at least 1, got 0"),
+        ({"error": 0.0}, "error: expected a positive number, got 0.0"),
+    ],
+)
+def test_bad_settings_are_named(setting, message):
+    """Each is refused before anything is made."""
+    with pytest.raises(ValueError, match=message):
+        InverseConfig(**setting)

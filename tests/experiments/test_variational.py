@@ -1,0 +1,105 @@
+"""The variational experiment: its files, what it learns, its measures, and bad input."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from experiments import variational
+from experiments.configs.base import OptimizerConfig
+from experiments.variational import VariationalConfig, divergence, draw_from_grid, target_on_grid
+from resflow_jax import VectorFlowConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TINY = VariationalConfig(
+    target="banana",
+    steps=40,
+    batch_size=64,
+    annealing=0,
+    optimizer=OptimizerConfig(learning_rate=3e-2, warmup=4, ema_decay=0.8),
+    model=VectorFlowConfig(dim=2, blocks=3, hidden=(16,), activation="elu", preactivation="none"),
+    samples=500,
+    cells=60,
+    log_every=10,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    """Programs compiled by a run stay out of the home directory."""
+    monkeypatch.setattr(variational, "use_compilation_cache", lambda: None)
+
+
+def test_a_tiny_run_learns_from_its_own_samples(tmp_path, capsys):
+    """The files; the divergence falls, is positive, and is what the metrics and the table say."""
+    result = variational.run(VariationalConfig(**{**vars(TINY), "workdir": tmp_path / "run"}))
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "variational.png"}
+    assert (tmp_path / "run" / "variational.png").read_bytes().startswith(b"\x89PNG")
+    *train, test = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in train] == [10, 20, 30, 40]
+    assert train[-1]["kl_minus_log_normalizer"] < train[0]["kl_minus_log_normalizer"] - 0.3
+    assert test["kl"] == result.kl and 0 < result.kl < train[0]["kl_minus_log_normalizer"] + result.log_normalizer
+    assert 0 < result.sample_efficiency <= 1
+    printed = capsys.readouterr().out
+    assert f"{result.kl:.4f} +- {result.stderr:.4f} nats" in printed and "every block is invertible" in printed
+
+
+def test_divergence_of_gaussians():
+    """KL(N(0, 1) || c N(1, 1)) = 1/2, log Z = log c, and the efficiency exp(-1), from samples."""
+    x = np.random.default_rng(0).normal(size=400_000)
+    found = divergence(norm.logpdf(x), norm.logpdf(x, 1.0) + 0.7, 0.7)
+    assert abs(found.kl - 0.5) < 4 * found.stderr < 0.01
+    assert abs(found.estimated_log_normalizer - 0.7) < 0.02
+    assert abs(found.sample_efficiency - np.exp(-1)) < 0.02
+    same = divergence(norm.logpdf(x), norm.logpdf(x) + 0.7, 0.7)
+    np.testing.assert_allclose((same.kl, same.stderr, same.sample_efficiency), (0, 0, 1), atol=1e-12)
+
+
+def test_grid_of_a_known_density(monkeypatch):
+    """The grid normalises exp(3) N((1, -2), diag(0.25, 1)), and points drawn from it have its moments."""
+    monkeypatch.setattr(
+        variational,
+        "log_density",
+        lambda name, x: 3 + jax.scipy.stats.norm.logpdf(x, jnp.asarray([1.0, -2.0]), jnp.asarray([0.5, 1.0])).sum(-1),
+    )
+    density, log_normalizer = target_on_grid("any", 200)
+    assert abs(log_normalizer - 3) < 1e-6
+    low, high = (np.full(2, bound) for bound in variational.POTENTIAL_BOX)
+    points = draw_from_grid(density, low, high, 100_000, np.random.default_rng(0))
+    np.testing.assert_allclose(points.mean(0), [1, -2], atol=0.02)
+    np.testing.assert_allclose(points.std(0), [0.5, 1], rtol=0.02)
+
+
+def test_a_solve_that_fails_stops_the_run(tmp_path, monkeypatch):
+    """A sample that is no solution is never trained on."""
+    monkeypatch.setattr(variational, "SOLVER", variational.Anderson(max_iterations=1, on_failure="raise"))
+    with pytest.raises(Exception, match="did not converge"):
+        variational.run(VariationalConfig(**{**vars(TINY), "workdir": tmp_path / "run", "steps": 2}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"target": "square"}, "target: expected one of"),
+        ({"steps": 0}, "steps: expected an integer of at least 1, got 0"),
+        ({"annealing": -1}, "annealing: expected an integer of at least 0, got -1"),
+        ({"estimator": "truncated"}, "estimator: expected one of exact, roulette; got 'truncated'"),
+        ({"model": VectorFlowConfig(dim=3)}, "model.dim: expected 2, got 3"),
+    ],
+)
+def test_bad_settings_are_named(setting, message):
+    """Each is refused before anything is made."""
+    with pytest.raises(ValueError, match=message):
+        VariationalConfig(**setting)
+
+
+def test_the_command_line_reaches_the_config(monkeypatch):
+    """Names and nested settings."""
+    seen = []
+    monkeypatch.setattr(variational, "run", seen.append)
+    variational.main(["--target", "wave", "--model.blocks", "3"])
+    assert (seen[0].target, seen[0].model.blocks) == ("wave", 3)
