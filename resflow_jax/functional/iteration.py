@@ -8,7 +8,8 @@ An example stops by itself, and changes no more, once max |r| <= tolerance * max
 once a step x <- T(x) within 64 units of rounding lowers max |r| no more: no more can be had.
 
 A rule may propose anything, and no contraction in the 2-norm is lost. The loop holds on to the best
-point, the base: a proposal counts as a failure unless it lowers the base's |r|_2 by the factor
+point, the base, and takes no step longer than `REACH` * |r|_2 (x* is within |r|_2 / (1 - L)), but T(x)
+instead. A proposal counts as a failure unless it lowers the base's |r|_2 by the factor
 `DECREASE`. After more than `patience` failures in a row x goes back to T(base) and takes plain steps
 x <- T(x), each of which lowers |r|_2 by L: one the first time, then 2, 4, 8, ... So of n evaluations at
 most (patience + 1) * (1 + log2(n + 1)) are spent on such lapses, however bad the rule.
@@ -28,6 +29,7 @@ from resflow_jax.functional.checks import check_choice, check_count, check_posit
 Array = jax.Array
 
 DECREASE = 0.999
+REACH = 1e4
 ON_FAILURE = ("warn", "raise")
 _TOLERANCES = {16: 1e-2, 32: 1e-6, 64: 1e-12}  # by bits of the dtype
 
@@ -159,6 +161,7 @@ def iterate(step: Callable[[Array], Array], start: Array, solver: Solver, scale:
         finite = jnp.isfinite(norm) & jnp.isfinite(status.residual_norm)
         change = jax.tree.map(lambda a, b: jnp.where(finite[:, None], a - b, 0), new, base)
         memory, proposal = solver.propose(turn, memory, change, new, trusted)
+        proposal = _select(example_norm(proposal - image) <= REACH * norm, proposal, image)
 
         active = ~status.converged
         base, residual, residual_norm = _select(

@@ -1,6 +1,7 @@
 """The inverse of y = x + g(x): right, per example, honest about its status, with the implicit derivative."""
 
 import warnings
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -8,11 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from resflow_jax.functional.fixed_point import FixedPoint, residual_inverse
 
-from tests.functional.contractions import check_two_orders, conv_net, dense_net, jacobians, quick_jit
+from resflow_jax.functional.inverse import InverseError, report_unconverged, residual_inverse
+from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint
+from tests.functional.contractions import (
+    check_two_orders,
+    conv_net,
+    dense_net,
+    jacobians,
+    quick_jit,
+)
 
 IDS = ["easy", "hard", "conv"]
+SOLVERS = {"fixed point": FixedPoint(), "anderson": Anderson(), "broyden": Broyden()}
+every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 with_status = partial(residual_inverse, return_status=True)
 
 
@@ -22,10 +33,11 @@ def sine(params, x):
 
 
 @pytest.mark.parametrize("net", [partial(dense_net, 0.3), partial(dense_net, 0.9), partial(conv_net, 0.9)], ids=IDS)
-def test_round_trip(net):
-    """inverse(x + g(x)) = x to 1e-10, converged, in as many iterations as L^n = tolerance needs."""
+@every_solver
+def test_round_trip(net, solver):
+    """inverse(x + g(x)) = x to 1e-10, converged, in no more iterations than L^n = tolerance needs."""
     g, params, x = net()
-    inverse, status = quick_jit(lambda p, y: with_status(g, p, y))(params, x + g(params, x))
+    inverse, status = quick_jit(lambda p, y: with_status(g, p, y, solver=solver))(params, x + g(params, x))
     np.testing.assert_allclose(inverse, x, atol=1e-10)
     assert jnp.all(status.converged)
     assert status.iterations.shape == status.residual.shape == status.converged.shape == (len(x),)
@@ -48,36 +60,141 @@ def test_the_iterates(tolerance):
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 1e-10])
-def test_the_residual_is_within_tolerance(tolerance):
-    """max |y - g(x) - x| <= tolerance max(1, |x|, |y|) at the x returned, not its square root."""
+@pytest.mark.parametrize("method", [FixedPoint, Anderson, Broyden])
+def test_the_residual_is_within_tolerance(tolerance, method):
+    """max |y - g(x) - x| <= tolerance max(1, |x|, |y|) at the last x evaluated, not its square root, and about that
+    at the x returned.
+    """
     y = jnp.asarray(np.random.default_rng(0).normal(size=(20, 3)))
-    x, status = with_status(sine, jnp.asarray(1.0), y, solver=FixedPoint(tolerance))
+    x, status = with_status(sine, jnp.asarray(1.0), y, solver=method(tolerance))
     scale = jnp.maximum(1, jnp.maximum(jnp.abs(x).max(axis=1), jnp.abs(y).max(axis=1)))
     residual = jnp.abs(y - sine(1.0, x) - x).max(axis=1)
-    assert jnp.all(residual <= tolerance * scale)
-    assert jnp.all(residual <= status.residual) and jnp.all(status.residual <= tolerance * scale)
+    assert jnp.all(residual <= (1 if method is FixedPoint else 2) * tolerance * scale)
+    assert jnp.all(status.residual <= tolerance * scale)
     assert jnp.all(status.converged)
 
 
-def test_every_example_stops_by_itself():
+@every_solver
+def test_every_example_stops_by_itself(solver):
     """An easy and a hard example take different numbers of iterations, each exactly what it gets alone."""
     y = jnp.array([[0.0, 0.0], [2.5, 2.0], [0.3, 0.2]])
-    solve = quick_jit(lambda y: with_status(sine, jnp.asarray(1.0), y))
+    solve = quick_jit(lambda y: with_status(sine, jnp.asarray(1.0), y, solver=solver))
     x, status = solve(y)
-    assert status.iterations[0] == 1 and jnp.max(status.iterations) > 50
+    assert status.iterations[0] == 1 and jnp.max(status.iterations) > 5
     for n in range(3):
         x_alone, alone = solve(y[n : n + 1])
         np.testing.assert_array_equal(x_alone[0], x[n])
         jax.tree.map(lambda a, b, n=n: np.testing.assert_array_equal(a[0], b[n]), alone, status)
 
 
-def test_a_bad_example_spoils_no_other():
+@every_solver
+def test_a_bad_example_spoils_no_other(solver):
     """An example of NaN is reported as not converged; its neighbours are as they were."""
     y = jnp.array([[0.3, 0.2], [jnp.nan, 0.0]])
-    x, status = with_status(sine, jnp.asarray(1.0), y)
-    expected, _ = with_status(sine, jnp.asarray(1.0), y[:1])
+    solver = replace(solver, max_iterations=300)
+    x, status = with_status(sine, jnp.asarray(1.0), y, solver=solver)
+    expected, _ = with_status(sine, jnp.asarray(1.0), y[:1], solver=solver)
     np.testing.assert_array_equal(status.converged, [True, False])
     np.testing.assert_array_equal(x[:1], expected)
+
+
+# What the solvers promise beyond the right answer
+
+
+def random_contraction(rng, lipschitz, dim):
+    """g(x) = L U f(V x + b) with orthonormal U and V and f of slope at most one; also kinked, also linear."""
+    u, v = (jnp.asarray(np.linalg.qr(rng.normal(size=(dim, dim)))[0]) for _ in range(2))
+    f = [jnp.tanh, jnp.sin, jnp.abs, lambda x: x, jax.nn.relu][rng.integers(5)]
+    b = jnp.asarray(rng.normal(size=dim))
+    return lambda _, x: lipschitz * f(x @ v + b) @ u
+
+
+@every_solver
+@pytest.mark.parametrize("max_iterations", [7, 1000])
+def test_the_error_bound_holds(solver, max_iterations):
+    """|x - x*|_2 <= residual_norm / (1 - L), converged or not, on many random contractions."""
+    rng = np.random.default_rng(0)
+    options = {"solver": replace(solver, tolerance=1e-5, max_iterations=max_iterations)}
+    for lipschitz, dim in [(0.6, 3), (0.97, 2), (0.97, 8)]:
+        g = random_contraction(rng, lipschitz, dim)
+        exact = jnp.asarray(3 * rng.normal(size=(40, dim)))
+        x, status = quick_jit(lambda y, g=g: with_status(g, None, y, **options))(exact + g(None, exact))
+        error = jnp.linalg.norm(x - exact, axis=1)
+        assert jnp.all(error <= status.error_bound(lipschitz) * (1 + 1e-9) + 1e-14)
+
+
+def test_error_bound_broadcasts():
+    """Constants with leading axes; no bound where L >= 1."""
+    status = InverseStatus(jnp.ones(2, int), jnp.ones(2), jnp.array([1.0, 2.0]), jnp.ones(2, bool))
+    bound = status.error_bound(jnp.array([[0.5], [0.0], [1.0]]))
+    np.testing.assert_array_equal(bound, [[2, 4], [1, 2], [np.inf, np.inf]])
+
+
+@quick_jit
+def iterations_of_all(lipschitz):
+    """Evaluations that each solver spends on three contractions, [solver, 3, B]: symmetric, skew and general J."""
+    rng = np.random.default_rng(1)
+    q, u = (np.linalg.qr(rng.normal(size=(8, 8)))[0] for _ in range(2))
+    spectrum = jnp.linspace(-1, 1, 8)
+    skew = q - q.T
+    skew = skew / np.linalg.norm(skew, 2)
+    y = jnp.asarray(rng.normal(size=(32, 8)))
+    problems = [
+        lambda c, x: c * (jnp.tanh(x @ q + 0.1) * spectrum) @ q.T,
+        lambda c, x: c * jnp.tanh(x @ skew),
+        lambda c, x: c * (jnp.tanh(x @ q + 0.1) * spectrum) @ u,
+    ]
+    return [[with_status(g, lipschitz, y, solver=s)[1].iterations for g in problems] for s in SOLVERS.values()]
+
+
+@pytest.mark.parametrize("lipschitz", [0.1, 0.3, 0.5, 0.8, 0.9, 0.98])
+def test_fewer_evaluations(lipschitz):
+    """Never more than plain iteration takes; at most half as many from L = 0.9 on where J has eigenvalues near L."""
+    plain, *others = np.array(iterations_of_all(lipschitz))
+    for iterations in others:
+        assert np.all(iterations.mean(axis=1) <= plain.mean(axis=1))
+        assert np.all(iterations.max(axis=1) <= plain.max(axis=1))
+        if lipschitz >= 0.9:
+            assert np.all(2 * iterations.mean(axis=1)[:2] <= plain.mean(axis=1)[:2])
+
+
+@dataclass(frozen=True)
+class Obstinate(FixedPoint):
+    """Proposes nonsense for ever: the worst rule there is."""
+
+    nonsense: float = 0.0
+
+    def propose(self, turn, memory, change, new, trusted):
+        return memory, jnp.full_like(new.image, self.nonsense) + new.residual
+
+
+@pytest.mark.parametrize("nonsense", [0.0, 1e3, np.nan, np.inf])
+@pytest.mark.parametrize("lipschitz", [0.5, 0.95])
+def test_no_proposal_prevents_convergence(nonsense, lipschitz):
+    """However bad the rule, it costs at most 1 + log2(n + 1) evaluations more than plain iteration."""
+    g, params, x = dense_net(lipschitz)
+    y = x + g(params, x)
+    _, plain = with_status(g, params, y)
+    inverse, status = with_status(g, params, y, solver=Obstinate(nonsense=nonsense))
+    assert jnp.all(status.converged)
+    np.testing.assert_allclose(inverse, x, atol=1e-9)
+    assert jnp.all(status.iterations <= plain.iterations + 2 + jnp.log2(plain.iterations + 1))
+
+
+@every_solver
+def test_no_contraction_no_claim(solver):
+    """A g without a solution is reported, within the cap, and its neighbour in the batch solved all the same."""
+    y = jnp.array([[0.3, -0.2], [-1.0, -1.0]])
+
+    def g(_, x):
+        hopeless = -x + jnp.exp(x)  # x + g(x) = exp(x) > 0 never is y = -1
+        return jnp.stack([0.5 * jnp.sin(x[0]), hopeless[1]])
+
+    solver = replace(solver, max_iterations=60)
+    x, status = with_status(g, None, y, solver=solver)
+    np.testing.assert_array_equal(status.converged, [True, False])
+    assert status.iterations[1] == 60
+    np.testing.assert_allclose(x[0] + 0.5 * jnp.sin(x[0]), y[0], atol=1e-11)
 
 
 # Status and warnings
@@ -117,11 +234,59 @@ def test_unconverged_derivative_warns(mode):
         jax.effects_barrier()
 
 
+@pytest.mark.parametrize("method", [FixedPoint, Anderson, Broyden])
+def test_raising(method):
+    """on_failure="raise": an InverseError, also of the derivative; under jit an error of JAX's that quotes it."""
+    y, rate = jnp.array([[0.0, 0.0], [0.3, 0.2], [2.0, 1.0]]), jnp.asarray(1.0)
+    solver = method(max_iterations=2, on_failure="raise")
+    solve = partial(residual_inverse, sine, rate, solver=solver)
+    with pytest.raises(InverseError, match=r"^residual_inverse: 2 of 3 examples did not converge; largest residual"):
+        solve(y)
+    with pytest.raises(RuntimeError, match="InverseError: residual_inverse: 2 of 3 examples"):
+        jax.block_until_ready(jax.jit(solve)(y))
+        jax.effects_barrier()
+    x, status = solve(y, return_status=True)
+    assert not status.converged[1]
+    np.testing.assert_array_equal(solve(y[:1]), x[:1])
+
+
+def test_a_derivative_that_raises():
+    """y = 0 has x = 0 at once; only the derivative's solve fails."""
+    solver = FixedPoint(max_iterations=5, on_failure="raise")
+    with pytest.raises(RuntimeError, match="the derivative of the inverse: 2 of 2 examples"):
+        gradient = jax.grad(lambda y: jnp.sum(residual_inverse(sine, jnp.asarray(1.0), y, solver=solver)))
+        jax.block_until_ready(gradient(jnp.zeros((2, 3))))
+        jax.effects_barrier()
+
+
+def test_reports_of_any_shape():
+    """A status with leading axes is counted whole, its largest residual that of a failure; a good one is silent."""
+    residual = jnp.array([[9.0, 1.0], [2.0, 0.0]])
+    status = InverseStatus(jnp.ones((2, 2), int), residual, residual, jnp.array([[True, False], [False, True]]))
+    with pytest.warns(RuntimeWarning, match=r"^a flow: 2 of 4 examples did not converge; largest residual 2.00e\+00"):
+        report_unconverged(status, "a flow", "warn")
+    with pytest.raises(InverseError, match="2 of 4"):
+        report_unconverged(status, "a flow", "raise")
+    report_unconverged(status._replace(converged=residual >= 0), "a flow", "raise")
+    with pytest.raises(ValueError, match=r"^on_failure: expected"):
+        report_unconverged(status, "a flow", "ignore")
+
+
 # Derivatives
 
 
-@pytest.mark.parametrize("net", [partial(dense_net, 0.3), partial(dense_net, 0.9), partial(conv_net, 0.8)], ids=IDS)
-def test_implicit_derivative(net):
+@pytest.mark.parametrize(
+    ("net", "solver"),
+    [
+        (partial(dense_net, 0.3), FixedPoint()),
+        (partial(dense_net, 0.9), FixedPoint()),
+        (partial(conv_net, 0.8), Anderson()),
+        (partial(dense_net, 0.9), Anderson()),
+        (partial(dense_net, 0.9), Broyden()),
+    ],
+    ids=["easy", "hard", "conv, anderson", "hard, anderson", "hard, broyden"],
+)
+def test_implicit_derivative(net, solver):
     """dx = (I + J)^-1 (dy - dg), in forward and reverse mode, in params and y, against dense solves."""
     g, params, x = net()
     y = x + g(params, x)
@@ -131,7 +296,7 @@ def test_implicit_derivative(net):
     )
 
     def inverse(params, y):
-        return residual_inverse(g, params, y)
+        return residual_inverse(g, params, y, solver=solver)
 
     @quick_jit
     def derivatives():
@@ -148,27 +313,30 @@ def test_implicit_derivative(net):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), *derivatives())
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-7, 1e-12, 1e12])
-def test_derivative_is_linear(size):
+@every_solver
+def test_derivative_is_linear(solver):
     """The derivative of s * loss is s times that of the loss, however small s: a mean over a large batch is small."""
     g, params, x = dense_net(0.9)
     y = x + g(params, x)
-    gradient = quick_jit(lambda s: jax.grad(lambda y: s * jnp.sum(residual_inverse(g, params, y)))(y))
-    np.testing.assert_allclose(gradient(jnp.asarray(size)) / size, gradient(jnp.asarray(1.0)), rtol=1e-8)
+    gradient = quick_jit(lambda s: jax.grad(lambda y: s * jnp.sum(residual_inverse(g, params, y, solver=solver)))(y))
+    for size in [1e-7, 1e-12, 1e12]:
+        np.testing.assert_allclose(gradient(jnp.asarray(size)) / size, gradient(jnp.asarray(1.0)), rtol=1e-8)
 
 
-def test_derivative_of_a_small_loss_in_float32():
+@every_solver
+def test_derivative_of_a_small_loss_in_float32(solver):
     """The same in float32 with its default tolerance, for the mean over a batch of 4096."""
     y = jnp.full((4096, 2), 0.1, jnp.float32)
-    gradient = quick_jit(jax.grad(lambda y: jnp.mean(residual_inverse(sine, jnp.float32(1.0), y))))(y)
+    gradient = quick_jit(jax.grad(lambda y: jnp.mean(residual_inverse(sine, jnp.float32(1.0), y, solver=solver))))(y)
     x, _ = with_status(sine, jnp.float32(1.0), y)
     np.testing.assert_allclose(gradient * y.size, 1 / (1 + 0.9 * jnp.cos(x)), rtol=1e-4)
 
 
-def test_check_grads_to_second_order():
+@every_solver
+def test_check_grads_to_second_order(solver):
     """jax.test_util.check_grads, order 2, forward and reverse."""
     args = jnp.asarray(0.7), jnp.array([[0.4, -0.2]])
-    check_grads(jax.jit(partial(residual_inverse, sine)), args, order=2, modes=("fwd", "rev"), rtol=1e-4)
+    check_grads(jax.jit(partial(residual_inverse, sine, solver=solver)), args, order=2, modes=("fwd", "rev"), rtol=1e-4)
 
 
 def test_two_orders():
@@ -177,13 +345,16 @@ def test_two_orders():
     check_two_orders(lambda params, y: jnp.sum(jnp.sin(3 * residual_inverse(g, params, y))), params, x)
 
 
-def test_transformations():
+@pytest.mark.parametrize("solver", [FixedPoint(), Anderson()], ids=["fixed point", "anderson"])
+def test_transformations(solver):
     """jit, vmap over y and params, and grad of all of it = a loop of single calls."""
     g, params, x = dense_net(0.6)
     stacked, ys = jax.tree.map(lambda leaf: jnp.stack([leaf, -0.8 * leaf]), (params, x))
 
     def value_and_gradient(params, y):
-        return jax.value_and_grad(lambda p, y: jnp.sum(residual_inverse(g, p, y) ** 3), (0, 1))(params, y)
+        return jax.value_and_grad(lambda p, y: jnp.sum(residual_inverse(g, p, y, solver=solver) ** 3), (0, 1))(
+            params, y
+        )
 
     result, one = quick_jit(jax.vmap(value_and_gradient))(stacked, ys), quick_jit(value_and_gradient)
     for n in range(2):
@@ -222,21 +393,24 @@ def test_integer_leaf_in_params():
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.1)], ids=["float32", "bfloat16"])
-def test_default_tolerance_follows_the_dtype(dtype, error):
+@every_solver
+def test_default_tolerance_follows_the_dtype(dtype, error, solver):
     """In narrow floats it converges by default, keeps the dtype and is as right as the dtype allows."""
     g, params, x = dense_net(0.7, dtype=dtype)
-    inverse, status = with_status(g, params, x + g(params, x))
+    inverse, status = with_status(g, params, x + g(params, x), solver=solver)
     assert inverse.dtype == status.residual.dtype == dtype
     assert jnp.all(status.converged) and jnp.all(status.iterations < 60)
     np.testing.assert_allclose(inverse.astype(float), x.astype(float), atol=error)
 
 
-def test_rank_one_and_empty_batch():
+@every_solver
+def test_rank_one_and_empty_batch(solver):
     """y may be [B], one number an example, and a batch may be empty."""
     y = jnp.linspace(-1, 1, 5)
-    x = residual_inverse(sine, jnp.asarray(1.0), y)
+    x = residual_inverse(sine, jnp.asarray(1.0), y, solver=solver)
     np.testing.assert_allclose(x + sine(1.0, x), y, atol=1e-11)
-    assert residual_inverse(sine, jnp.asarray(1.0), jnp.zeros((0, 3))).shape == (0, 3)
+    for shape in [(0, 3), (2, 0)]:
+        assert residual_inverse(sine, jnp.asarray(1.0), jnp.zeros(shape), solver=solver).shape == shape
 
 
 @pytest.mark.parametrize(
@@ -246,12 +420,15 @@ def test_rank_one_and_empty_batch():
         ("tolerance", {"tolerance": -1.0}),
         ("tolerance", {"tolerance": float("nan")}),
         ("max_iterations", {"max_iterations": 0}),
+        ("on_failure", {"on_failure": "ignore"}),
+        ("memory", {"memory": 0}),
     ],
 )
 def test_bad_settings(name, options):
-    """A tolerance is positive and a cap at least one."""
-    with pytest.raises(ValueError, match=f"^{name}: expected"):
-        FixedPoint(**options)
+    """A tolerance is positive, a cap and a memory at least one, and a failure warns or raises."""
+    for method in [Anderson, Broyden] if name == "memory" else [FixedPoint, Anderson, Broyden]:
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            method(**options)
 
 
 @pytest.mark.parametrize(
@@ -272,10 +449,11 @@ def test_bad_arguments(name, g, y):
 
 @pytest.mark.parametrize("lipschitz", [0.95, 0.98])
 @pytest.mark.parametrize("offset", [1.0, 20.0, 100.0])
-def test_converges_down_to_rounding_in_float32(lipschitz, offset):
+@every_solver
+def test_converges_down_to_rounding_in_float32(lipschitz, offset, solver):
     """Large values and a constant near one: rounding alone does not count as non-convergence."""
     y = jax.random.normal(jax.random.key(0), (200, 1), jnp.float32)
-    x, status = residual_inverse(lambda p, x: p * jnp.sin(x) + offset, jnp.float32(lipschitz), y, return_status=True)
+    x, status = with_status(lambda p, x: p * jnp.sin(x) + offset, jnp.float32(lipschitz), y, solver=solver)
     assert x.dtype == jnp.float32 and status.converged.all()
     assert status.iterations.max() < 900
     error = jnp.abs(x + lipschitz * jnp.sin(x) + offset - y).max()
