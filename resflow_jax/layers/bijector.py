@@ -18,8 +18,8 @@ from flax import nnx
 
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.functional.solvers import Solver
 from resflow_jax.functional.logdet import Diagnostics
+from resflow_jax.functional.solvers import Solver
 
 Array = jax.Array
 Forward = tuple[Array, Array, list[Diagnostics]]

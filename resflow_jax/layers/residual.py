@@ -1,7 +1,7 @@
 """The residual block y = x + g(x), and a stack of equal blocks run as one scan.
 
 g is a `Contraction`; log-det and inverse are those of `functional.logdet` and
-`functional.fixed_point`.
+`functional.inverse`.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from flax import nnx
 from resflow_jax.functional.checks import check_count
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import residual_inverse
-from resflow_jax.functional.solvers import Solver
 from resflow_jax.functional.logdet import residual
+from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Bijector, Chain, Forward, Inverse, join_blocks
 from resflow_jax.layers.contraction import Contraction
 
