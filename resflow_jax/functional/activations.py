@@ -46,12 +46,14 @@ class Activation:
       slopes: |dy_j / dx_i| of the `expansion` outputs of one channel where their p-norm is largest, for
         every p >= 1 and all params alike; (1,) for functions that permute the channels.
       initial: initial value of each learnable scalar parameter, by name.
+      group: the number of channels must be a multiple of it.
     """
 
     name: str
     function: Callable[[dict[str, Array], Array], Array]
     slopes: tuple[float, ...] = (1.0,)
     initial: tuple[tuple[str, float], ...] = ()
+    group: int = 1
 
     def __call__(self, params: dict[str, Array], x: Array) -> Array:
         return self.function(params, x)
@@ -106,8 +108,8 @@ def lipschitz_cube(x: Array) -> Array:
     return inner**3 / 3 + (x - inner)
 
 
-def _plain(name: str, function: Callable[[Array], Array]) -> Activation:
-    return Activation(name, lambda params, x: function(x))
+def _plain(name: str, function: Callable[[Array], Array], group: int = 1) -> Activation:
+    return Activation(name, lambda params, x: function(x), group=group)
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -137,7 +139,7 @@ ACTIVATIONS: dict[str, Activation] = {
         _plain("sin", jnp.sin),
         _plain("identity", lambda x: x),
         _plain("lipschitz_cube", lipschitz_cube),
-        _plain("maxmin", maxmin),
+        _plain("maxmin", maxmin, group=2),
         _plain("fullsort", lambda x: jnp.sort(x, axis=-1)),
     )
 }

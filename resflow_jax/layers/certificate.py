@@ -122,7 +122,7 @@ def tighten_contraction(contraction: Contraction) -> None:
     block = certify_contraction(contraction)
     if block.bound <= block.promised:
         return
-    factors = [min(1.0, layer.coefficient / layer.norm) for layer in block.layers]
+    factors = [layer.coefficient / max(layer.coefficient, layer.norm) for layer in block.layers]
     orders = [block.order, *(layer.codomain for layer in block.layers)]
     norms = [factor * layer.norm for factor, layer in zip(factors, block.layers, strict=True)]
     scaled = contraction.bound(norms, orders) * block.dim ** max(0.0, 1 / orders[0] - 1 / orders[-1])

@@ -29,6 +29,7 @@ from resflow_jax.functional.norms import (
     soft_normalize,
 )
 from resflow_jax.functional.orders import learnable_order
+from resflow_jax.functional.vector_norms import is_order
 
 Array = jax.Array
 Result = TypeVar("Result")
@@ -124,7 +125,8 @@ class LipschitzLinear(nnx.Module):
         For norms other than 2 -> 2, whose power iteration ends in local maxima.
         """
         kernel, orders = self.kernel[...], self._traced_orders()
-        if needs_power_iteration(*orders) and orders != (2.0, 2.0):
+        is_euclidean = all(is_order(order, 2) for order in orders)
+        if needs_power_iteration(*orders) and not is_euclidean:
             result = best_start(
                 partial(self.linear_map.matvec, kernel),
                 partial(self.linear_map.rmatvec, kernel),

@@ -1,7 +1,7 @@
 """The residual block y = x + g(x), and a stack of equal blocks run as one scan.
 
 g is a `Contraction`; log-det and inverse are those of `functional.logdet` and
-`functional.fixed_point`.
+`functional.inverse`.
 """
 
 from collections.abc import Callable

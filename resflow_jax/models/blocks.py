@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from flax import nnx
 
-from resflow_jax.functional.activations import get_activation
+from resflow_jax.functional.activations import Activation, get_activation
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.layers.bijector import Bijector, Chain
 from resflow_jax.layers.contraction import Contraction, Layered
@@ -43,8 +43,14 @@ def layered(
 ) -> MakeContraction:
     """Chains of layers; `hidden` are the widths behind the activations, some of which multiply the channels."""
     activation = get_activation(config.activation)
+    _check_widths(activation, hidden)
 
     def make(preactivation: bool, rngs: nnx.Rngs) -> Layered:
+        if preactivation and features % activation.group:
+            raise ValueError(
+                f"preactivation: expected 'none' for {activation.name} on {features} channels, which are no multiple "
+                f"of {activation.group}, got {config.preactivation!r}"
+            )
         outputs = [*(width // activation.expansion for width in hidden), features]
         inputs = [activation.expansion * width for width in (features, *outputs[:-1])]
         inputs[0] = inputs[0] if preactivation else features
@@ -63,6 +69,7 @@ def densenet(
 ) -> MakeContraction:
     """DenseNets of `config.dense_depth` dense layers, behind one of width `first` if that is given."""
     activation = get_activation(config.activation)
+    _check_widths(activation, [growth])
 
     def make(preactivation: bool, rngs: nnx.Rngs) -> DenseNet:
         head = linear(features, first, 1) if first else None
@@ -71,3 +78,11 @@ def densenet(
         return DenseNet(head, dense, linear(widths[-1], features, 1), activation, config.coefficient, rngs=rngs)
 
     return make
+
+
+def _check_widths(activation: Activation, widths: Sequence[int]) -> None:
+    """Numbers of channels that the activation can put out."""
+    multiple = activation.group * activation.expansion
+    for width in widths:
+        if width % multiple:
+            raise ValueError(f"activation: expected widths that {multiple} divides for {activation.name}, got {width}")

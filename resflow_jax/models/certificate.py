@@ -1,6 +1,7 @@
 """`certify`: upper bounds on the Lipschitz constants of a flow and of its inverse."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +45,10 @@ class Certificate:
         """Raises ValueError, naming the worst block, unless the flow is certified."""
         if not self.is_certified:
             worst = int(np.argmax(self.bounds))
-            norms = ", ".join(f"{layer.norm:.4f}" for layer in self.blocks[worst].layers)
+            norms = ", ".join(f"{layer.norm:.6f}" for layer in self.blocks[worst].layers)
             raise ValueError(
-                f"flow: expected every block certified, its Lipschitz bound below 1, got {self.bounds[worst]:.4f} for "
-                f"block {worst} (norms of its layers: {norms}); `flow.tighten()` brings them within their coefficients"
+                f"flow: expected every block certified with a Lipschitz bound below 1, got {self.bounds[worst]:.6f} "
+                f"for block {worst} (norms of its layers: {norms}); `flow.tighten()` brings them within their promise"
             )
 
     def error_bounds(self, status: InverseStatus) -> np.ndarray:
@@ -60,7 +61,8 @@ class Certificate:
           status: of `flow.inverse(z, return_status=True)`.
         """
         factors = np.array([[block.bound * block.inverse_lipschitz] for block in self.blocks])
-        return factors * np.asarray(status.residual_norm, np.float64)
+        bounds = np.full(status.residual_norm.shape, math.inf)
+        return np.multiply(factors, np.asarray(status.residual_norm, np.float64), out=bounds, where=factors < math.inf)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

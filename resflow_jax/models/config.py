@@ -174,7 +174,7 @@ def _make_tuples(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, Iterable):
-            raise ValueError(f"{name}: expected a tuple of integers, got {value!r}")
+            raise ValueError(f"{name}: expected a tuple of numbers, got {value!r}")
         object.__setattr__(config, name, tuple(value))
 
 

@@ -54,7 +54,7 @@ class ResidualFlow(nnx.Module):
         self.config = config
         self.scales = nnx.merge(static["graphdef"], state)
         self._emitted = static["emitted"]
-        if config.norms is not None or config.learn_norms:
+        if config.norms is not None:  # learned ones start at 2, where any start will do
             map_linears(self, lambda layer: layer.search_norm())
         self.converge_norms()
 
@@ -258,10 +258,10 @@ class ResidualFlow(nnx.Module):
             tighten(scale)
 
     def order_loss(self) -> Array:
-        """Mean norm of the linear layers with learnable orders of their norms; 0 without any.
+        """Mean norm of the linear layers, differentiable in the learnable orders of these norms alone; a scalar.
 
-        Differentiable in the orders alone: where it is small, kernels are shrunk least (Chen et al. 2019,
-        section 3.3). To be added to the training loss with a small weight.
+        Where it is small, kernels are shrunk least (Chen et al. 2019, section 3.3). To be added to the
+        training loss with a small weight, as `training.likelihood.tend` does.
         """
         losses = map_linears(self, lambda layer: layer.order_loss())
         return jnp.mean(jnp.concatenate([jnp.atleast_1d(loss) for loss in losses]))

@@ -9,6 +9,7 @@ from flax import nnx
 from resflow_jax.functional.activations import get_activation
 from resflow_jax.functional.linear_maps import DenseMap
 from resflow_jax.layers.bijector import Chain
+from resflow_jax.layers.contraction import Layered
 from resflow_jax.layers.normalization import MovingBatchNorm, Normalization
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 
@@ -79,10 +80,9 @@ def test_stack_updates_in_sequence(method):
     """A stack, under jit, does what its steps do one after the other, and changes statistics only."""
 
     def step(rngs):
-        block = ResidualBlock(
-            [DenseMap(2, 4), DenseMap(4, 2)], get_activation("elu"), 0.9, preactivation=False, rngs=rngs
-        )
-        return Chain([block, MovingBatchNorm((2,))])
+        maps = [DenseMap(2, 4), DenseMap(4, 2)]
+        g = Layered(maps, get_activation("elu"), 0.9, preactivation=False, rngs=rngs)
+        return Chain([ResidualBlock(g), MovingBatchNorm((2,))])
 
     stack, x = ResidualStack(step, 3, rngs=nnx.Rngs(0)), batch((2,))
     graphdef, stacked = nnx.split(stack.steps)
@@ -104,11 +104,11 @@ def test_stack_updates_in_sequence(method):
     np.testing.assert_allclose(
         stack.steps.bijectors[1].variance[...], [norm.variance[...] for norm in norms], rtol=1e-12
     )
-    np.testing.assert_array_equal(stack.steps.bijectors[0].linears[0].kernel[...], stacked_kernel(stacked))
+    np.testing.assert_array_equal(stack.steps.bijectors[0].contraction.linears[0].kernel[...], stacked_kernel(stacked))
 
 
 def stacked_kernel(stacked):
-    return stacked["bijectors"][0]["linears"][0]["kernel"][...]
+    return stacked["bijectors"][0]["contraction"]["linears"][0]["kernel"][...]
 
 
 def test_normalization_normalises():

@@ -339,11 +339,11 @@ BAD_CONFIGS = {
     "dim": (rf.VectorFlowConfig, {"dim": 0}, "dim: expected an integer of at least 1, got 0"),
     "even kernel": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "kernels": (3, 2)}, "kernels: expected odd sizes"),
     "no coefficient": (rf.VectorFlowConfig, {"dim": 2, "coefficient": None}, "coefficient: .*got None"),
-    "shape no tuple": (rf.ImageFlowConfig, {"shape": 8}, "shape: expected a tuple of integers, got 8"),
+    "shape no tuple": (rf.ImageFlowConfig, {"shape": 8}, "shape: expected a tuple of numbers, got 8"),
     "blocks no tuple": (
         rf.ImageFlowConfig,
         {**IMAGE_SHAPE, "blocks": 4},
-        "blocks: expected a tuple of integers, got 4",
+        "blocks: expected a tuple of numbers, got 4",
     ),
     "alpha": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "logit_alpha": 0.5}, "logit_alpha: expected a number in"),
 }

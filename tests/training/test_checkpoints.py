@@ -1,8 +1,11 @@
 """Checkpoints: the latest and the best survive, and restore bit for bit."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -11,6 +14,12 @@ from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.step import TrainState
 
 TABLE = jnp.asarray([[0.5, 0.1], [0.2, 0.2]])
+
+
+# As of a flow whose blocks are not all certified: with what JSON has no numbers for.
+LAYER = rf.LayerCertificate(norm=1.2, coefficient=0.9, domain=2.0, codomain=np.inf)
+BLOCK = rf.BlockCertificate(bound=1.2, promised=0.9, order=2.0, dim=3, layers=(LAYER,))
+CERTIFICATE = rf.Certificate((BLOCK,), lipschitz=2.2, inverse_lipschitz=np.inf)
 
 
 def state(step, estimator):
@@ -27,7 +36,8 @@ def test_keeps_the_latest_and_the_best(tmp_path, estimator):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step is None and checkpoints.best_step is None
         for step, value in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)]:
-            checkpoints.save(state(step, estimator), value)
+            certificate = dataclasses.replace(CERTIFICATE, lipschitz=float(step))
+            checkpoints.save(state(step, estimator), value, certificate)
         checkpoints.wait()
         assert (checkpoints.latest_step, checkpoints.best_step) == (4, 2)
     with Checkpoints(tmp_path / "checkpoints") as again:
@@ -35,5 +45,11 @@ def test_keeps_the_latest_and_the_best(tmp_path, estimator):
         for step in (2, 4):
             restored = again.restore(step, jax.tree.map(jnp.zeros_like, state(0, estimator)))
             chex.assert_trees_all_equal(restored, state(step, estimator))
+            certificate = again.certificate(step)
+            assert certificate["is_certified"] is False and certificate["lipschitz"] == step
+            assert certificate["inverse_lipschitz"] == np.inf
+            (block,) = certificate["blocks"]
+            assert (block["bound"], block["promised"], block["dim"]) == (1.2, 0.9, 3)
+            assert block["layers"] == [{"norm": 1.2, "coefficient": 0.9, "domain": 2.0, "codomain": np.inf}]
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {"2", "4"}

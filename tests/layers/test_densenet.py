@@ -1,0 +1,78 @@
+"""The contraction of an invertible DenseNet against a transcription of the paper's equations in NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resflow_jax.functional.linear_maps import ConvMap, DenseMap
+from resflow_jax.layers.densenet import normalized_concatenation
+from tests.functional.contractions import dense_matrix
+from tests.layers.blocks import CONTRACTIONS, apply, make
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def numpy_lipswish(x, beta):
+    return x / (1 + np.exp(-np.log1p(np.exp(beta)) * x)) / 1.1
+
+
+def numpy_activation(name, x, beta):
+    if name == "lipswish":
+        return numpy_lipswish(x, beta)
+    return np.concatenate([numpy_lipswish(x, beta), numpy_lipswish(-x, beta)], axis=-1) / 1.004
+
+
+def numpy_affine(linear, x):
+    """The layer by its dense matrix, divided by its largest singular value where that exceeds 0.9."""
+    matrix = dense_matrix(linear.linear_map, linear.kernel[...])
+    if linear.linear_map.copies > 1:
+        matrix = np.kron(np.eye(linear.linear_map.copies), matrix)
+    matrix = matrix * min(1, 0.9 / np.linalg.norm(matrix, 2))
+    y = (x.reshape(len(x), -1) @ matrix.T).reshape(*x.shape[:-1], -1)
+    return y + np.asarray(linear.bias[...])
+
+
+@pytest.mark.parametrize("name", [name for name in CONTRACTIONS if "DenseNet" in name])
+def test_the_equations_of_the_paper(name):
+    """h_i = c [eta1 h_(i-1), eta2 phi(W_i h_(i-1) + b_i)], with softplus weights on the unit circle."""
+    contraction, x = make(name)
+    linears, h = list(contraction.linears), np.asarray(x)
+    if "behind" in name:
+        h = numpy_affine(linears.pop(0), h)
+    for linear, params, raw in zip(
+        linears[:-1], contraction.activation_params, np.asarray(contraction.concatenation[...]), strict=True
+    ):
+        s1, s2 = np.log1p(np.exp(raw)) + 0.1
+        new = numpy_activation(contraction.activation.name, numpy_affine(linear, h), float(params["beta"][...]))
+        h = 0.9 * np.concatenate([s1 * h, s2 * new], axis=-1) / np.sqrt(s1**2 + s2**2)
+    np.testing.assert_allclose(apply(contraction, x), numpy_affine(linears[-1], h), rtol=1e-7, atol=1e-9)
+
+
+def test_weights_of_the_concatenation():
+    """Positive, of unit length, equal at the start, the larger the raw one; the same from NumPy and from JAX."""
+    raw = np.random.default_rng(0).normal(size=(50, 2), scale=20)
+    eta = normalized_concatenation(raw)
+    np.testing.assert_allclose(np.linalg.norm(eta, axis=1), 1, rtol=1e-12)
+    assert (eta > 0).all() and ((eta[:, 0] > eta[:, 1]) == (raw[:, 0] > raw[:, 1])).all()
+    np.testing.assert_allclose(normalized_concatenation(jnp.asarray(raw)), eta, rtol=1e-12)
+    np.testing.assert_allclose(normalized_concatenation(np.ones(2)), 0.5**0.5, rtol=1e-12)
+
+
+@pytest.mark.parametrize("slope", [0.3, 1.0])
+def test_lipschitz_constant_of_a_concatenation(slope):
+    """|[a x, b R x]| of an isometry R scaled by `slope` is exactly sqrt(a^2 + slope^2 b^2) |x|: the bound's formula."""
+    contraction, _ = make("DenseNet behind a layer")
+    raw = np.asarray(contraction.concatenation[...])[0]
+    a, b = 0.9 * normalized_concatenation(raw)
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    exact = np.linalg.norm(np.concatenate([a * np.eye(3), b * slope * rotation]), 2)
+    norm = slope / contraction.activation.lipschitz
+    np.testing.assert_allclose(contraction.bound([0.7, norm, 0.6], (2.0,) * 4), 0.7 * exact * 0.6, rtol=1e-12)
+
+
+def test_dense_layers_keep_their_promise():
+    """With every norm at the coefficient the block's bound is below c^(number of layers), strictly."""
+    contraction, _ = make("DenseNet")
+    assert contraction.bound([0.9] * 3, (2.0,) * 4) < contraction.lipschitz == 0.9**3
+    assert isinstance(contraction.linears[0].linear_map, DenseMap)
+    assert isinstance(make("convolutional DenseNet")[0].linears[0].linear_map, ConvMap)
