@@ -29,12 +29,14 @@ from flax import nnx
 from experiments import density, pictures
 from experiments.run import certificate_rows, print_table, use_compilation_cache, write_atomically
 from experiments.trained import NAMES, trained_flow, trained_runs
-from resflow_jax import Anderson, Broyden, Certificate, FixedPoint, ResidualFlow, Roulette, Solver, certify
+from resflow_jax import Anderson, Broyden, Certificate, FixedPoint, Geometric, ResidualFlow, Roulette, Solver, certify
 from resflow_jax.data.images import to_unit_interval
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 
 Array = jax.Array
 
+# The estimator of normflows' evaluation: 20 terms of the power series, then a geometric number of them.
+ESTIMATOR = Roulette(Geometric(0.5), exact_terms=20, krylov=0, probe="gaussian")
 SOLVERS: dict[str, Solver] = {"fixed point": FixedPoint(), "Anderson": Anderson(), "Broyden": Broyden()}
 PLAIN, BEST = "fixed point", "Anderson"
 TOLERANCES = tuple(10.0 ** (-n / 4) for n in range(8, 27))
@@ -159,13 +161,12 @@ def round_trips(flow: ResidualFlow, z: Array, images: Array) -> dict[str, float]
 
 def time_sampling(flow: ResidualFlow, z: Array, solvers: dict[str, Solver], config: InverseConfig) -> dict[str, Any]:
     """Median seconds of samples alone and with their log-density, and errors; alternating runs of all competitors."""
-    estimator = Roulette(exact_terms=20)
 
     def ours(solver: Solver) -> dict[str, Callable[[], Any]]:
         @jax.jit
         def with_log_prob(flow, z, key):
             x = flow.inverse(z, solver=solver, return_status=True)[0]
-            return x, flow.log_prob(x, key=key, estimator=estimator)
+            return x, flow.log_prob(x, key=key, estimator=ESTIMATOR)
 
         key = jax.random.key(config.seed)
         return {
@@ -175,9 +176,9 @@ def time_sampling(flow: ResidualFlow, z: Array, solvers: dict[str, Solver], conf
 
     competitors = {name: ours(solver) for name, solver in solvers.items()}
     if config.peer:
-        from experiments.peers import NormflowsPeer
+        from experiments.peers import normflows_from
 
-        peer = NormflowsPeer(flow)
+        peer = normflows_from(flow)
         latent = np.asarray(z)
         competitors["normflows"] = {
             "samples": lambda: peer.samples(latent),
