@@ -92,15 +92,13 @@ class Solver:
 
 
 class InverseStatus(NamedTuple):
-    """How the solves of a batch ended; every field has shape [B].
+    """How the solves of a batch ended; fields [B] for one block, [blocks, B] for a flow.
 
     Attributes:
-      iterations: evaluations of g used by each example, summed over the blocks of a flow.
-      residual: max |y - g(x) - x| at the best x evaluated, whose successor is returned; the largest
-        over the blocks of a flow.
+      iterations: evaluations of g used by each example.
+      residual: max |y - g(x) - x| at the best x evaluated, whose successor is returned.
       residual_norm: the same in the 2-norm, from which `error_bound` follows.
-      converged: whether the residual was within the tolerance or down to rounding, in every block
-        of a flow.
+      converged: whether the residual was within the tolerance or down to rounding.
     """
 
     iterations: Array

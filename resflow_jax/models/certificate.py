@@ -54,13 +54,13 @@ class Certificate:
     def error_bounds(self, status: InverseStatus) -> np.ndarray:
         """Bound on the error in x that each block's solve leaves, in the 2-norm, [blocks, B].
 
-        L / (1 - L) |r| with r the residual one step before the x returned (see `InverseStatus`), up to
-        rounding; infinite for a block that is not certified.
+        |r| / (1 - L) with the residual r of `InverseStatus`, up to rounding; infinite for a block that is not
+        certified.
 
         Args:
           status: of `flow.inverse(z, return_status=True)`.
         """
-        factors = np.array([[block.bound * block.inverse_lipschitz] for block in self.blocks])
+        factors = np.array([[block.inverse_lipschitz] for block in self.blocks])
         bounds = np.full(status.residual_norm.shape, math.inf)
         return np.multiply(factors, np.asarray(status.residual_norm, np.float64), out=bounds, where=factors < math.inf)
 
