@@ -98,8 +98,8 @@ def lipschitz_bounds(bijector: Bijector, blocks: list[BlockCertificate]) -> tupl
         return block.lipschitz, block.inverse_lipschitz
     if isinstance(bijector, Chain | ResidualStack):
         parts = bijector.bijectors if isinstance(bijector, Chain) else bijector.unstacked()
-        forward, inverse = zip(*(lipschitz_bounds(part, blocks) for part in parts), strict=True)
-        return math.prod(forward), math.prod(inverse)
+        bounds = [lipschitz_bounds(part, blocks) for part in parts]
+        return math.prod(forward for forward, _ in bounds), math.prod(inverse for _, inverse in bounds)
     return bijector.lipschitz_bounds()
 
 

@@ -1,7 +1,7 @@
 """The certificate of a block: no pair of points and no Jacobian exceeds it; `tighten` keeps what it promises."""
 
-import itertools
 import math
+from itertools import pairwise
 
 import chex
 import jax
@@ -63,7 +63,7 @@ def test_no_pair_and_no_jacobian_exceeds_the_bound(name):
     for orders in (own, (2.0,) * len(own)):
         norms = [
             induced_norm_bound(linear.linear_map, linear.weights()[0], *pair)
-            for linear, pair in zip(linears, itertools.pairwise(orders), strict=True)
+            for linear, pair in zip(linears, pairwise(orders), strict=True)
         ]
         closing = x[0].size ** max(0.0, 1 / orders[0] - 1 / orders[-1])
         bounds.append(closing * contraction.bound(norms, orders))

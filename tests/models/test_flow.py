@@ -23,6 +23,21 @@ CONFIGS = {
     "images, one layer a block": rf.ImageFlowConfig(
         (2, 2, 1), blocks=(2,), kernels=(3,), hidden_channels=4, fc_blocks=1, fc_layers=1, logit_alpha=None
     ),
+    "images, DenseNets": rf.ImageFlowConfig(
+        (4, 4, 1),
+        blocks=(1, 2),
+        dense_depth=1,
+        dense_growth=2,
+        fc_blocks=1,
+        fc_dense_first=3,
+        fc_dense_growth=2,
+        activation="clipswish",
+        batchnorm=True,
+        invertible_linear=True,
+        logit_alpha=None,
+        data_mean=(0.4,),
+        data_deviation=(0.3,),
+    ),
     "vectors": rf.VectorFlowConfig(dim=3, blocks=3, hidden=(5,), preactivation="none", actnorm=False),
 }
 
@@ -247,6 +262,38 @@ def test_float32():
     np.testing.assert_allclose(flow.inverse(flow(x32)), x32, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def padded_flow():
+    config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), padding=1, padding_noise="gaussian", fc_blocks=0, **SMALL)
+    return rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+
+
+def test_padding(padded_flow):
+    """z has more elements than x; the noise needs a key, also with the exact log-det; the inverse drops it."""
+    flow, x, key = padded_flow, jax.random.uniform(jax.random.key(2), (3, 4, 4, 1)), jax.random.key(3)
+    assert (flow.event_shape, flow.dim) == ((4, 4, 1), 32)
+    assert flow(x).shape == (3, 32)
+    with pytest.raises(ValueError, match="key: expected a PRNG key to draw the padding's noise, got None"):
+        flow.log_prob(x, estimator=rf.Exact())
+    first, second = (flow.log_prob(x, key=k, estimator=rf.Exact()) for k in jax.random.split(key))
+    assert first.shape == (3,) and not np.allclose(first, second)
+    z, _ = flow.forward(x, key=key, estimator=rf.Exact())
+    np.testing.assert_allclose(flow.inverse(z), x, atol=1e-10)
+    assert flow.sample(key, 2).shape == (2, 4, 4, 1)
+    with pytest.raises(ValueError, match="padding: expected a flow without padding, got 1"):
+        flow.sample_and_log_prob(key, 2)
+
+
+def test_data_mean_and_deviation():
+    """With blocks of zeros and no ActNorm a flow is its entrance: (x - mean) / deviation."""
+    config = rf.VectorFlowConfig(2, 1, (3,), actnorm=False, data_mean=[1.0, -2.0], data_deviation=[0.5, 4.0])
+    flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+    nnx.update(flow, jax.tree.map(jnp.zeros_like, nnx.state(flow, nnx.Param)))
+    z, log_det = flow.forward(jnp.asarray([[2.0, 2.0]]), estimator=rf.Exact())
+    np.testing.assert_allclose(z, [[2.0, 1.0]], rtol=1e-12)
+    np.testing.assert_allclose(log_det, -np.log(2.0), rtol=1e-12)
+
+
 def test_latent_order():
     """z holds the part factored out first in front, each part flattened in H, W, C order."""
     config = rf.ImageFlowConfig((4, 4, 1), blocks=(1, 1), factor_out=True, fc_blocks=0, **SMALL)
@@ -345,6 +392,63 @@ BAD_CONFIGS = {
         {**IMAGE_SHAPE, "blocks": 4},
         "blocks: expected a tuple of numbers, got 4",
     ),
+    "data mean alone": (
+        rf.VectorFlowConfig,
+        {"dim": 2, "data_mean": (0.0, 1.0)},
+        "data_deviation: expected both or none of data_mean and data_deviation, got None",
+    ),
+    "data deviation alone": (rf.VectorFlowConfig, {"dim": 2, "data_deviation": (1.0, 1.0)}, "data_deviation: .* both"),
+    "data mean of another length": (
+        rf.VectorFlowConfig,
+        {"dim": 2, "data_mean": (0.0,), "data_deviation": (1.0,)},
+        r"data_mean: expected 2 numbers, one a channel, got \(0.0,\)",
+    ),
+    "data mean no tuple": (
+        rf.VectorFlowConfig,
+        {"dim": 2, "data_mean": 0.0, "data_deviation": 1.0},
+        "data_mean: expected a tuple of numbers, got 0.0",
+    ),
+    "data mean beside logit": (
+        rf.ImageFlowConfig,
+        {**IMAGE_SHAPE, "data_mean": (0.0,), "data_deviation": (1.0,)},
+        "data_mean: expected None beside logit_alpha",
+    ),
+    "norms of another length": (
+        rf.VectorFlowConfig,
+        {"dim": 2, "norms": "22"},
+        "norms: expected 4 orders",
+    ),
+    "norms below one": (
+        rf.VectorFlowConfig,
+        {"dim": 2, "norms": (2, 0.5, 2, 2)},
+        r"norms\[1\]: expected an order",
+    ),
+    "norms unknown": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "norms": "22x2"}, "norms: expected digits .* got 'x'"),
+    "norms beside learning": (
+        rf.VectorFlowConfig,
+        {"dim": 2, "norms": "222f", "learn_norms": True},
+        "norms: expected None beside learn_norms, got '222f'",
+    ),
+    "norms of DenseNets": (
+        rf.VectorFlowConfig,
+        {"dim": 2, "norms": "2222", "dense_depth": 1},
+        "norms: expected None beside dense_depth, got '2222'",
+    ),
+    "learned norms of DenseNets": (
+        rf.VectorFlowConfig,
+        {"dim": 2, "learn_norms": True, "dense_depth": 1},
+        "learn_norms: expected False beside dense_depth, got True",
+    ),
+    "dense depth": (rf.VectorFlowConfig, {"dim": 2, "dense_depth": -1}, "dense_depth: .* at least 0, got -1"),
+    "dense growth": (rf.VectorFlowConfig, {"dim": 2, "dense_growth": 0}, "dense_growth: .* at least 1, got 0"),
+    "dense first": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "fc_dense_first": 0}, "fc_dense_first: .* at least 1, got 0"),
+    "dense fc growth": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "fc_dense_growth": 0}, "fc_dense_growth: .* 1, got 0"),
+    "padding": (rf.VectorFlowConfig, {"dim": 2, "padding": -1}, "padding: expected an integer of at least 0, got -1"),
+    "noise": (
+        rf.VectorFlowConfig,
+        {"dim": 2, "padding_noise": "x"},
+        "padding_noise: expected one of uniform",
+    ),
     "alpha": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "logit_alpha": 0.5}, "logit_alpha: expected a number in"),
 }
 
@@ -355,6 +459,62 @@ def test_bad_configs_are_named(case):
     kind, arguments, message = BAD_CONFIGS[case]
     with pytest.raises(ValueError, match=message):
         kind(**arguments)
+
+
+VECTOR = {"dim": 3, "blocks": 1, "preactivation": "none"}
+WIDTHS = {
+    "odd hidden width, clipswish": (
+        rf.VectorFlowConfig(**VECTOR, hidden=(4, 5), activation="clipswish"),
+        "activation: expected widths that 2 divides for clipswish, got 5",
+    ),
+    "odd hidden width, maxmin": (
+        rf.VectorFlowConfig(**VECTOR, hidden=(5,), activation="maxmin"),
+        "activation: expected widths that 2 divides for maxmin, got 5",
+    ),
+    "odd growth, clipswish": (
+        rf.VectorFlowConfig(**VECTOR, dense_depth=1, dense_growth=5, activation="clipswish"),
+        "activation: expected widths that 2 divides for clipswish, got 5",
+    ),
+    "odd hidden channels": (
+        rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=3, activation="clipswish"),
+        "activation: expected widths that 2 divides for clipswish, got 3",
+    ),
+    "odd fc width": (
+        rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, fc_hidden=3, activation="maxmin"),
+        "activation: expected widths that 2 divides for maxmin, got 3",
+    ),
+    "odd fc growth": (
+        rf.ImageFlowConfig(
+            (4, 4, 1), blocks=(1,), dense_depth=1, dense_growth=2, fc_dense_growth=3, activation="clipswish"
+        ),
+        "activation: expected widths that 2 divides for clipswish, got 3",
+    ),
+    "odd channels before an activation": (
+        rf.VectorFlowConfig(dim=3, blocks=2, hidden=(4,), activation="maxmin"),
+        "preactivation: expected 'none' for maxmin on 3 channels, .* got 'all_but_first'",
+    ),
+    "deviation of zero": (
+        rf.VectorFlowConfig(dim=2, data_mean=(0, 0), data_deviation=(1, 0)),
+        "deviation: expected positive finite numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WIDTHS)
+def test_flows_that_cannot_be_made_say_why(case):
+    """What shows only when the layers are built: at that moment, not at the first call."""
+    config, message = WIDTHS[case]
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("activation", ["maxmin", "clipswish"])
+def test_even_widths_are_taken(activation):
+    """An odd number of data channels is no obstacle where no activation of pairs sees it."""
+    config = rf.VectorFlowConfig(dim=3, blocks=1, hidden=(4,), activation=activation)
+    flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
+    linears = flow.scales[0].bijectors[1].bijectors[0].contraction.linears
+    assert [linear.linear_map.features_out for linear in linears] == [4 if activation == "maxmin" else 2, 3]
 
 
 def test_config_of_another_kind():

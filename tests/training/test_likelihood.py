@@ -18,7 +18,8 @@ def test_bits_per_dim_of_a_uniform_density():
 class KnownDensity(nnx.Module):
     """log p(x) = mean level of the image: shows which images were counted, and how often."""
 
-    dim = 4
+    config = rf.VectorFlowConfig(dim=4)
+    event_shape = (2, 2, 1)
 
     def log_prob(self, x, *, key, estimator, return_diagnostics):
         assert return_diagnostics
