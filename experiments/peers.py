@@ -6,14 +6,16 @@ Everything that is timed is normflows' own: residual blocks with their fixed-poi
 log-det, the layers inside them, ActNorm, squeeze and logit; only the flattening in H, W, C order is added here. Its
 linear layers get the kernels that ours apply, already normalised, and leave them as they are.
 
-What normflows (1.7.3) does in its evaluation mode, and cannot be told to do otherwise:
+What normflows (1.7.3) does in evaluation mode; its tolerance and its 20 terms are no arguments of its blocks:
 
     inverse    x <- y - g(x) until (x - x_prev)^2 < 1e-5 (1 + |y|) everywhere in the batch: steps of 3e-3 and more pass;
-               1000 steps at most, without a word
-    log-det    n + 20 terms of the power series, n >= 1 geometric with p = 1/2: 22 products with the Jacobian on
-               average; one Gaussian probe an example
+               some 1000 steps at most, without a word
+    log-det    n + 20 terms of the power series, n >= 1 geometric with p = 1/2 for a whole batch: 22 products with
+               the Jacobian on average; one Gaussian probe an example; unbiased
 
-Its numbers come from the global generators, `torch.manual_seed` and `np.random.seed`. Needs the extra `bench`.
+On cores that others use too, its threads wait for each other: one slow core delays all. Time on idle cores, or on one.
+
+Its random numbers come from the global generators, `torch.manual_seed` and `np.random.seed`. Needs the extra `bench`.
 """
 
 from collections.abc import Iterator
@@ -91,10 +93,9 @@ def normflows_from(flow: ResidualFlow) -> Peer:
     if not isinstance(flow.config, ImageFlowConfig) or flow.factors_out:
         raise ValueError(f"flow: expected one of images without factor_out, got {flow.config}")
     layers = [layer for scale in flow.scales for layer in _unrolled(scale)]
-    kinds = [type(layer) for layer in layers]
-    if Flatten not in kinds:
-        layers, kinds = [*layers, Flatten(flow._emitted[-1])], [*kinds, Flatten]
-    flat = kinds.index(Flatten)
+    if not flow.config.fc_blocks:
+        layers.append(Flatten(flow._emitted[-1]))
+    flat = [isinstance(layer, Flatten) for layer in layers].index(True)
     flows = [_converted(layer, (1, 1) if n < flat else ()) for n, layer in enumerate(layers)]
     base = nf.distributions.DiagGaussian(flow.dim, trainable=False)
     peer = Peer(nf.NormalizingFlow(base, flows[::-1]), flow.dtype)
