@@ -43,7 +43,7 @@ def test_formulas():
     expected = {
         "ring": -(((np.hypot(x1, x2) - 2) / 0.4) ** 2) / 2 + modes,
         "wave": -(((x2 - np.sin(np.pi * x1 / 2)) / 0.4) ** 2) / 2 - (x1 / 2) ** 2 / 2,
-        "banana": -(((x2 - x1**2 / 2 + 2) / 0.5) ** 2) / 2 - (x1 / 1.5) ** 2 / 2,
+        "banana": -(((x2 - x1**2 / 4 + 2) / 0.5) ** 2) / 2 - (x1 / 1.5) ** 2 / 2,
     }
     assert expected.keys() == set(POTENTIALS)
     for name, values in expected.items():

@@ -2,7 +2,7 @@
 
     ring     log p = -((|x| - 2) / 0.4)^2 / 2 + log(exp(-((x1 - 2) / 0.6)^2 / 2) + exp(-((x1 + 2) / 0.6)^2 / 2)) + c
     wave     log p = -((x2 - sin(pi x1 / 2)) / 0.4)^2 / 2 - (x1 / 2)^2 / 2 + c
-    banana   log p = -((x2 - x1^2 / 2 + 2) / 0.5)^2 / 2 - (x1 / 1.5)^2 / 2 + c
+    banana   log p = -((x2 - x1^2 / 4 + 2) / 0.5)^2 / 2 - (x1 / 1.5)^2 / 2 + c
 
 The first is U1 of Rezende & Mohamed (2015, arXiv 1505.05770), table 1; the second their U2, made proper
 by a Gaussian on x1. `log_density(name, x)` takes x [B, 2] and returns [B] in nats, up to the constant c.
@@ -40,7 +40,7 @@ def _wave(x1: Array, x2: Array) -> Array:
 
 
 def _banana(x1: Array, x2: Array) -> Array:
-    return _gaussian(x2, x1**2 / 2 - 2, 0.5) + _gaussian(x1, 0.0, 1.5)
+    return _gaussian(x2, x1**2 / 4 - 2, 0.5) + _gaussian(x1, 0.0, 1.5)
 
 
 def _gaussian(x: Array, mean: Array | float, deviation: float) -> Array:

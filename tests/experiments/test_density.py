@@ -10,7 +10,7 @@ import pytest
 from experiments import density
 from experiments.configs.base import EvaluationConfig, OptimizerConfig
 from experiments.run import MetricsFile
-from resflow_jax import ImageFlowConfig, Roulette
+from resflow_jax import ImageFlowConfig, Roulette, certify
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -59,6 +59,9 @@ def test_files_and_metrics(finished):
     # Of the flow as it was saved; tightening has only lowered it since.
     assert recorded["is_certified"] and block["bound"] <= recorded["blocks"][0]["bound"] <= 1.01 * block["bound"]
     assert {"3", "6"} >= {p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()} >= {"6"}
+    certificate = json.loads((workdir / "certificate.json").read_text())
+    assert certificate["is_certified"] is True
+    assert all(block["bound"] <= block["promised"] < 1 for block in certificate["blocks"])
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines if line["split"] == "train"] == [2, 3, 4, 6]
     assert all(np.isfinite(line["bits_per_dim"]) for line in lines)
@@ -92,6 +95,17 @@ def test_lengths_are_fitted_between_validations(fitted):
     tables = [np.asarray(state.estimator.length.table) for state in (start, end)]
     assert tables[0].shape == tables[1].shape == (1, 16) and tables[0][0, 0] == 1
     assert not np.allclose(*tables)
+
+
+def test_checkpoints_hold_the_certificate_of_the_averaged_flow(finished):
+    """That of the flow before it is tightened; the run's own is that of the flow behind."""
+    workdir, _ = finished
+    trainer, state = density.set_up(TINY, density.load(TINY.data))
+    with density.Checkpoints(workdir / "checkpoints") as checkpoints:
+        flow = trainer.averaged_flow(checkpoints.restore(6, state))
+        stored = checkpoints.certificate(6)
+    certificate = certify(flow)
+    assert [block["bound"] for block in stored["blocks"]] == pytest.approx(certificate.bounds, rel=1e-6)
 
 
 @pytest.mark.parametrize("fit_lengths", [False, True])
@@ -177,7 +191,7 @@ def test_bad_optimizer_settings_are_named(arguments, message):
         (["--steps", "0"], "steps: expected an integer of at least 1, got 0"),
         (["--model.blocks", "0"], "blocks: expected an integer of at least 1, got 0"),
         (["--steps", "x"], "steps"),
-        (["mnist2"], "NAME: expected one of digits, fashion_mnist; got 'mnist2'"),
+        (["mnist2"], "NAME: expected one of digits, digits_densenet, fashion_mnist, cifar10_densenet; got 'mnist2'"),
     ],
 )
 def test_bad_command_lines(arguments, message, capsys):
