@@ -81,9 +81,10 @@ def scaling_log_det(log_scale: Array, x: Array) -> Array:
 
 
 def scaling_bounds(log_scale: Array | np.ndarray) -> tuple[float, float]:
-    """Lipschitz constants of x * exp(log_scale) and of its inverse."""
+    """Lipschitz constants of x * exp(log_scale) and of its inverse; infinite where float64 ends."""
     log_scale = np.asarray(log_scale, np.float64)
-    return math.exp(log_scale.max()), math.exp(-log_scale.min())
+    with np.errstate(over="ignore"):
+        return float(np.exp(log_scale.max())), float(np.exp(-log_scale.min()))
 
 
 class Chain(Bijector):

@@ -100,7 +100,8 @@ def test_a_linear_block_attains_its_bound():
     np.testing.assert_allclose(np.linalg.norm(jacobians(contraction, x[:1])[0], 2), block.bound, rtol=1e-6)
 
 
-SPOILABLE = [name for name in CONTRACTIONS if name != "orders 121, clipswish"]  # closed forms, no vectors
+# The first has closed forms and no vectors; the second stays within its promise in the 2-norm.
+SPOILABLE = [name for name in CONTRACTIONS if name not in ("orders 121, clipswish", "orders 32")]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])

@@ -158,6 +158,13 @@ def test_chain_multiplies_lipschitz_bounds():
     np.testing.assert_allclose(lipschitz_bounds(Chain([chain, Chain([])]), []), products)
 
 
+def test_scales_beyond_float64_have_infinite_bounds():
+    """As of a flow that diverges: a bound, and no error."""
+    layer = ActNorm((2,))
+    layer.log_scale[...] = jnp.asarray([-1e4, 0.0])
+    assert layer.lipschitz_bounds() == (1, np.inf)
+
+
 def test_layers_without_lipschitz_bounds_say_so():
     """The error names the class."""
     with pytest.raises(NotImplementedError, match="Bijector has no Lipschitz bounds"):
