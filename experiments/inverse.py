@@ -39,9 +39,9 @@ Array = jax.Array
 ESTIMATOR = Roulette(Geometric(0.5), exact_terms=20, krylov=0, probe="gaussian")
 SOLVERS: dict[str, Solver] = {"fixed point": FixedPoint(), "Anderson": Anderson(), "Broyden": Broyden()}
 PLAIN, BEST = "fixed point", "Anderson"
-TOLERANCES = tuple(10.0 ** (-n / 4) for n in range(8, 27))
-DRAWN_ITERATIONS = (1, 2, 4, 8)
-PLOTTED_ITERATIONS = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64)
+TOLERANCES = tuple(10.0 ** (-n / 4) for n in range(18, 29))
+DRAWN_ITERATIONS = (1, 2, 4)
+PLOTTED_ITERATIONS = (1, 2, 4, 6, 9, 13, 18, 24, 32)
 HARD = 0.9  # a block whose certified constant is above it
 
 

@@ -17,7 +17,7 @@ from jax import lax
 
 from resflow_jax.functional.checks import check_choice, check_residual
 from resflow_jax.functional.iteration import ON_FAILURE, InverseStatus, Solver, example_max, iterate
-from resflow_jax.functional.solvers import FixedPoint
+from resflow_jax.functional.solvers import Anderson
 
 Array = jax.Array
 
@@ -31,7 +31,7 @@ def residual_inverse(
     params: Any,
     y: Array,
     *,
-    solver: Solver = FixedPoint(),
+    solver: Solver = Anderson(),
     return_status: bool = False,
 ) -> Array | tuple[Array, InverseStatus]:
     """Solves x + g(params, x) = y for x, each example to its own tolerance.

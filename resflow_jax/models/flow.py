@@ -120,7 +120,7 @@ class ResidualFlow(nnx.Module):
 
         Args:
           z: floats [B, D].
-          solver: the iteration, with its tolerance and cap: `Anderson`, `FixedPoint` or ... .
+          solver: the iteration of every block, with its tolerance and cap: `Anderson`, `FixedPoint`, `Broyden`.
           return_status: whether to return the status as well.
 
         Returns:

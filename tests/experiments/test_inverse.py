@@ -26,9 +26,10 @@ def small(monkeypatch):
         evaluation=EvaluationConfig(estimator=Roulette(), draws=1, images=20, every=2),
     )
     monkeypatch.setitem(density.CONFIGS, "digits", tiny)
-    monkeypatch.setattr(inverse, "TOLERANCES", (1e-3, 1e-6))
-    monkeypatch.setattr(inverse, "PLOTTED_ITERATIONS", (1, 4))
-    monkeypatch.setattr(inverse, "DRAWN_ITERATIONS", (1,))
+    monkeypatch.setattr(inverse, "SOLVERS", {name: inverse.SOLVERS[name] for name in (inverse.PLAIN, inverse.BEST)})
+    monkeypatch.setattr(inverse, "TOLERANCES", (1e-2, 1e-6))
+    monkeypatch.setattr(inverse, "PLOTTED_ITERATIONS", (2,))
+    monkeypatch.setattr(inverse, "DRAWN_ITERATIONS", (2,))
     for module in (density, inverse):
         monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
 
@@ -44,7 +45,7 @@ def test_end_to_end(small, tmp_path, capsys):
     assert len(results["bounds"]) == 2 and max(results["bounds"]) < 1
     for solver in inverse.SOLVERS:
         cost = results["costs"][solver]
-        assert cost["error"] <= config.error and cost["tolerance"] in (1e-3, 1e-6)
+        assert cost["error"] <= config.error and cost["tolerance"] in (1e-2, 1e-6)
         assert all(1 <= mean <= most for mean, most in zip(cost["mean"], cost["largest"], strict=True))
         assert results["seconds"][solver]["samples"] > 0 and results["seconds"][solver]["error"] < 1e-2
     errors = results["round_trips"]
