@@ -174,7 +174,7 @@ def test_no_proposal_prevents_convergence(nonsense, lipschitz):
     """However bad the rule, it costs at most 1 + log2(n + 1) evaluations more than plain iteration."""
     g, params, x = dense_net(lipschitz)
     y = x + g(params, x)
-    _, plain = with_status(g, params, y)
+    _, plain = with_status(g, params, y, solver=FixedPoint())
     inverse, status = with_status(g, params, y, solver=Obstinate(nonsense=nonsense))
     assert jnp.all(status.converged)
     np.testing.assert_allclose(inverse, x, atol=1e-9)
