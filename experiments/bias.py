@@ -39,7 +39,17 @@ from experiments.configs.base import DensityConfig, OptimizerConfig
 from experiments.density import load, set_up
 from experiments.loop import training_loop
 from experiments.run import MetricsFile, claim_workdir, use_compilation_cache
-from resflow_jax import Estimate, Estimator, Exact, ImageFlowConfig, ResidualFlow, Roulette, Truncated
+from resflow_jax import (
+    Certificate,
+    Estimate,
+    Estimator,
+    Exact,
+    ImageFlowConfig,
+    ResidualFlow,
+    Roulette,
+    Truncated,
+    certify,
+)
 from resflow_jax.data.images import ImageSplits, epoch_batch
 from resflow_jax.functional.checks import check_count
 from resflow_jax.training.likelihood import evaluate_bits_per_dim
@@ -125,11 +135,13 @@ class Outcome(NamedTuple):
       estimate: mean loss of the steps since the last measurement but one.
       test: the last measurement.
       step_time: median seconds a step.
+      certificate: of the flow after the last step.
     """
 
     estimate: float
     test: Measurement
     step_time: float
+    certificate: Certificate
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -186,7 +198,9 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
             metrics.write(run=name, step=at.step, split="test", **line, gap=test.gap, gap_stderr=test.gap_stderr)
             estimate, losses = float(np.mean(losses)), []
             at.bar.set_description(f"test {test.exact:.3f} bits/dim, estimate {test.gap:+.3f}")
-    return Outcome(estimate, test, float(np.median(step_times)))
+    # Not tightened: that would change the flow whose bias is measured.
+    certificate = certify(trainer.current_flow(at.state))
+    return Outcome(estimate, test, float(np.median(step_times)), certificate)
 
 
 def measure(config: BiasConfig, flow: ResidualFlow, data: ImageSplits, key: Array, estimator: Estimator) -> Measurement:
@@ -215,6 +229,7 @@ def report(config: BiasConfig, outcomes: dict[str, Outcome], metrics: list[dict]
         "training estimate": [f"{o.estimate:.4f}" for o in outcomes.values()],
         "exact test value": [f"{o.test.exact:.4f} +- {o.test.stderr:.4f}" for o in outcomes.values()],
         "estimate - exact": [f"{o.test.gap:+.4f} +- {o.test.gap_stderr:.4f}" for o in outcomes.values()],
+        "certified": [f"Lip(g) <= {o.certificate.bounds.max():.4f}" for o in outcomes.values()],
         "time per step": [f"{o.step_time * 1e3:.0f} ms" for o in outcomes.values()],
     }
     for name, (truncated, roulette) in columns.items():

@@ -25,6 +25,7 @@ from experiments.configs.base import DataConfig, DensityConfig
 from experiments.loop import training_loop
 from experiments.run import (
     MetricsFile,
+    as_json,
     certificate_rows,
     claim_workdir,
     print_table,
@@ -86,7 +87,7 @@ def run(config: DensityConfig) -> Estimate:
         step_time = train(config, data, trainer, state, checkpoints, metrics)
         checkpoints.wait()
         best = checkpoints.restore(checkpoints.best_step, state)
-    return report(config, data, trainer.averaged_flow(best), int(best.step), metrics, step_time, began)
+    return report(config, data, tightened_flow(trainer, best), int(best.step), metrics, step_time, began)
 
 
 def load(config: DataConfig) -> ImageSplits:
@@ -146,7 +147,7 @@ def train(
         line = {"bits_per_dim": float(at.metrics["loss"]), "gradient_norm": float(at.metrics["gradient_norm"])}
         line["diagnostics"] = {name: value.tolist() for name, value in at.metrics["diagnostics"]._asdict().items()}
         if validates_at(at.step):
-            flow = trainer.averaged_flow(at.state)
+            flow = tightened_flow(trainer, at.state)
             estimate = validate(config, data, flow)
             if not np.isfinite(estimate.mean):
                 raise FloatingPointError(f"bits/dim of the validation split are {estimate.mean} at step {at.step}")
@@ -155,6 +156,13 @@ def train(
             at.bar.set_description(f"validation {estimate.mean:.3f} bits/dim")
         metrics.write(step=at.step, split="train", **line)
     return float(np.median(step_times)) if step_times else None
+
+
+def tightened_flow(trainer: Trainer, state: TrainState) -> ResidualFlow:
+    """The flow that a run is judged by: with the averaged weights, tightened."""
+    flow = trainer.averaged_flow(state)
+    flow.tighten()
+    return flow
 
 
 def validate(config: DensityConfig, data: ImageSplits, flow: ResidualFlow) -> Estimate:
@@ -178,10 +186,9 @@ def report(
     step_time: float | None,
     began: float,
 ) -> Estimate:
-    """Tightens, certifies and evaluates the chosen flow, draws the pictures, prints the closing table."""
-    flow.tighten()
+    """Certifies the chosen flow and evaluates it on the test split, draws the pictures, prints the closing table."""
     certificate = certify(flow)
-    write_atomically(config.workdir / "certificate.json", json.dumps(certificate.as_dict(), indent=2) + "\n")
+    write_atomically(config.workdir / "certificate.json", json.dumps(as_json(certificate.as_dict()), indent=2) + "\n")
     test = data.test[: config.evaluation.images]
     result = evaluate_bits_per_dim(
         flow,

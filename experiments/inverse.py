@@ -4,9 +4,11 @@
 
 The trained flows are tightened and certified first. For every solver the loosest tolerance is found at which
 the samples x = f^-1(z) have max |x - f^-1(f(x))| at most 1e-5 in float32, and the evaluations of g are counted
-at that tolerance, block by block. Times are medians of alternating runs, of samples alone and of samples with
-their log-density; `--peer` runs the same flow with the same weights in normflows beside it (`pip install -e
-'.[bench]'`). The flows are trained first, under the work directory, unless they are there.
+at that tolerance, block by block. Times are medians of alternating runs: of samples alone, and of samples with
+their log-density by the default estimator and by a series as long as normflows takes. `--peer` runs the same
+flow with the same weights in normflows beside it (`pip install -e '.[bench]'`); its random lengths differ by
+run, so do its times. "noise" is the standard deviation of the estimates of log p. The
+flows are trained first, under the work directory, unless they are there.
 
 Writes NAME_errors.png (error against iterations), NAME_reconstructions.png (after 1, 2, 4, ... iterations)
 and inverse.json, and prints tables. TIMES
@@ -29,19 +31,31 @@ from flax import nnx
 from experiments import density, pictures
 from experiments.run import certificate_rows, print_table, use_compilation_cache, write_atomically
 from experiments.trained import NAMES, trained_flow, trained_runs
-from resflow_jax import Anderson, Broyden, Certificate, FixedPoint, Geometric, ResidualFlow, Roulette, Solver, certify
+from resflow_jax import (
+    Anderson,
+    Broyden,
+    Certificate,
+    Estimator,
+    FixedPoint,
+    Geometric,
+    ResidualFlow,
+    Roulette,
+    Solver,
+    certify,
+)
 from resflow_jax.data.images import to_unit_interval
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 
 Array = jax.Array
 
-# The estimator of normflows' evaluation: 20 terms of the power series, then a geometric number of them.
-ESTIMATOR = Roulette(Geometric(0.5), exact_terms=20, krylov=0, probe="gaussian")
+# That of normflows' evaluation: 20 terms of the power series, then a geometric number of them.
+LONG_SERIES = Roulette(Geometric(0.5), exact_terms=20, krylov=0, probe="gaussian")
 SOLVERS: dict[str, Solver] = {"fixed point": FixedPoint(), "Anderson": Anderson(), "Broyden": Broyden()}
 PLAIN, BEST = "fixed point", "Anderson"
 TOLERANCES = tuple(10.0 ** (-n / 4) for n in range(18, 29))
 DRAWN_ITERATIONS = (1, 2, 4)
 PLOTTED_ITERATIONS = (1, 2, 4, 6, 9, 13, 18, 24, 32)
+DRAWS = 8  # of log p, to judge its noise
 HARD = 0.9  # a block whose certified constant is above it
 
 
@@ -112,7 +126,6 @@ def run(config: InverseConfig) -> dict[str, Any]:
     for run_config in trained_runs(config.targets, given, config.workdir):
         name, data = run_config.data.name, density.load(run_config.data)
         flow = trained_flow(run_config)
-        flow.tighten()
         certificate = certify(flow)
         images = to_unit_interval(data.test[: config.samples], data.levels)
         z = jax.random.normal(jax.random.key(config.seed), (config.samples, flow.dim), flow.dtype)
@@ -152,7 +165,7 @@ def round_trips(flow: ResidualFlow, z: Array, images: Array) -> dict[str, float]
     arrays = jax.device_get((state, images, z))
     for bits in (32, 64):
         with jax.enable_x64(bits == 64):
-            state, x, latent = jax.tree.map(partial(jnp.asarray, dtype=f"float{bits}"), arrays)
+            state, x, latent = jax.tree.map(partial(_cast, dtype=f"float{bits}"), arrays)
             cast = nnx.merge(graphdef, state)
             errors[f"x, float{bits}"] = float(jnp.max(jnp.abs(x - cast.inverse(cast(x)))))
             errors[f"z, float{bits}"] = float(jnp.max(jnp.abs(latent - _transform(cast, cast.inverse(latent)))))
@@ -161,17 +174,16 @@ def round_trips(flow: ResidualFlow, z: Array, images: Array) -> dict[str, float]
 
 def time_sampling(flow: ResidualFlow, z: Array, solvers: dict[str, Solver], config: InverseConfig) -> dict[str, Any]:
     """Median seconds of samples alone and with their log-density, and errors; alternating runs of all competitors."""
+    key, number = jax.random.key(config.seed), config.samples
 
     def ours(solver: Solver) -> dict[str, Callable[[], Any]]:
-        @jax.jit
-        def with_log_prob(flow, z, key):
-            x = flow.inverse(z, solver=solver, return_status=True)[0]
-            return x, flow.log_prob(x, key=key, estimator=ESTIMATOR)
+        def with_log_prob(estimator: Estimator) -> Any:
+            return flow.sample_and_log_prob(key, number, solver=solver, estimator=estimator)
 
-        key = jax.random.key(config.seed)
         return {
             "samples": lambda: flow.inverse(z, solver=solver, return_status=True)[0],
-            "samples and log_prob": lambda: with_log_prob(flow, z, key),
+            "with log_prob": lambda: with_log_prob(Roulette()),
+            "with log_prob, 20 terms": lambda: with_log_prob(LONG_SERIES),
         }
 
     competitors = {name: ours(solver) for name, solver in solvers.items()}
@@ -182,7 +194,7 @@ def time_sampling(flow: ResidualFlow, z: Array, solvers: dict[str, Solver], conf
         latent = np.asarray(z)
         competitors["normflows"] = {
             "samples": lambda: peer.samples(latent),
-            "samples and log_prob": lambda: peer.samples_and_log_prob(latent),
+            "with log_prob": lambda: peer.samples_and_log_prob(latent),
         }
     seconds = {name: {what: [] for what in functions} for name, functions in competitors.items()}
     for repeat in range(config.repeats + 1):  # the first compiles
@@ -193,13 +205,22 @@ def time_sampling(flow: ResidualFlow, z: Array, solvers: dict[str, Solver], conf
                 if repeat:
                     seconds[name][what].append(time.perf_counter() - began)
     medians = {name: {what: float(np.median(t)) for what, t in all_.items()} for name, all_ in seconds.items()}
-    if config.peer:
-        x = peer.samples(latent)
-        medians["normflows"]["error"] = float(np.abs(latent - peer.forward(x)).max())
     for name, solver in solvers.items():
         x = flow.inverse(z, solver=solver, return_status=True)[0]
-        medians[name]["error"] = float(jnp.max(jnp.abs(z - _transform(flow, x))))
+        back = flow.inverse(_transform(flow, x), solver=solver, return_status=True)[0]
+        medians[name]["error"] = float(jnp.max(jnp.abs(x - back)))
+    keys = jax.random.split(jax.random.key(config.seed), DRAWS)
+    medians[BEST]["noise"] = noise([_log_prob(flow, x, key) for key in keys])
+    if config.peer:
+        x = peer.samples(latent)
+        medians["normflows"]["error"] = float(np.abs(x - peer.samples(peer.forward(x))).max())
+        medians["normflows"]["noise"] = noise([peer.samples_and_log_prob(latent)[1] for _ in keys])
     return medians
+
+
+def noise(draws: list[Array]) -> float:
+    """Standard deviation of estimates of log p over their draws [B] each, in nats; root mean square over images."""
+    return float(np.sqrt(np.var(np.asarray(draws), axis=0, ddof=1).mean()))
 
 
 def report(
@@ -223,13 +244,17 @@ def report(
     }
     for what in ("tolerance", "error", "bound"):
         print(f"{what:<22}" + "".join(f"{row[what]:>24.1e}" for row in rows.values()))
-    print(f"{'':<22}{'samples':>16}{'and log_prob':>16}{'max |z - f(x)|':>18}")
     for competitor, row in times.items():
-        cells = f"{row['samples'] * 1e3:>13.1f} ms{row['samples and log_prob'] * 1e3:>13.1f} ms{row['error']:>18.1e}"
-        print(f"{competitor:<22}{cells}")
+        print(f"{competitor}: " + ", ".join(f"{what} {_shown(what, value)}" for what, value in row.items()))
     print_table({f"round trip of {which}": f"{error:.1e}" for which, error in exactness.items()})
     print_table(certificate_rows(certificate))
     return {"bounds": bounds.tolist(), "costs": rows, "totals": totals, "seconds": times, "round_trips": exactness}
+
+
+def _shown(what: str, value: float) -> str:
+    if what == "error":
+        return f"{value:.1e}"
+    return f"{value:.2f} nats" if what == "noise" else f"{value * 1e3:.1f} ms"
 
 
 def draw(workdir: Path, name: str, flow: ResidualFlow, images: Array) -> None:
@@ -252,6 +277,15 @@ def draw(workdir: Path, name: str, flow: ResidualFlow, images: Array) -> None:
         panels[f"{n} evaluations a block"] = reconstruct(SOLVERS[PLAIN], n)[:32]
     panels["converged $f^{-1}(f(x))$"] = flow.inverse(z[:32])
     pictures.save_images(workdir / f"{name}_reconstructions.png", panels, columns=4)
+
+
+def _cast(array: np.ndarray, dtype: str) -> Array:
+    return jnp.asarray(array, dtype if np.issubdtype(array.dtype, np.floating) else None)
+
+
+@jax.jit
+def _log_prob(flow: ResidualFlow, x: Array, key: Array) -> Array:
+    return flow.log_prob(x, key=key)
 
 
 @jax.jit

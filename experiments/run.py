@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def as_json(config: Any) -> Any:
-    """A config dataclass as plain JSON values; a nested dataclass carries its class as "type"."""
+    """A config dataclass, or a dict, as plain JSON values; a nested dataclass carries its class as "type"."""
     if dataclasses.is_dataclass(config):
         fields = {f.name: as_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
         return {"type": type(config).__name__, **fields}
+    if isinstance(config, dict):
+        return {name: as_json(value) for name, value in config.items()}
     if isinstance(config, tuple | list):
         return [as_json(item) for item in config]
+    if isinstance(config, float) and not math.isfinite(config):
+        return str(config)  # JSON has no infinity
     return str(config) if isinstance(config, Path) else config
 
 

@@ -37,10 +37,10 @@ def trained_runs(names: Sequence[str], given: dict[str, Path | None], workdir: P
 
 
 def trained_flow(config: DensityConfig) -> ResidualFlow:
-    """The flow of a run, of its best weights."""
+    """The flow of a run, of its best weights, tightened."""
     trainer, state = density.set_up(config, density.load(config.data))
     with Checkpoints(config.workdir / "checkpoints") as checkpoints:
-        return trainer.averaged_flow(checkpoints.restore(checkpoints.best_step, state))
+        return density.tightened_flow(trainer, checkpoints.restore(checkpoints.best_step, state))
 
 
 def _is_finished(config: DensityConfig) -> bool:

@@ -7,8 +7,9 @@ from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.inverse import InverseError, residual_inverse
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
+from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.logdet import Diagnostics, residual
-from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, power_iteration
+from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, best_start, power_iteration
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.layers.certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.lipschitz import NormState
@@ -26,7 +27,9 @@ __all__ = [
     "BlockCertificate",
     "Broyden",
     "Certificate",
+    "ConvMap",
     "Defensive",
+    "DenseMap",
     "Diagnostics",
     "Estimate",
     "Estimator",
@@ -47,6 +50,7 @@ __all__ = [
     "Solver",
     "Truncated",
     "VectorFlowConfig",
+    "best_start",
     "certify",
     "evaluate_bits_per_dim",
     "fit_lengths",

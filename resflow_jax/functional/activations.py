@@ -16,13 +16,12 @@ elementwise. The cost is one pass over the input, n log n comparisons for `fulls
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resflow_jax.functional.checks import check_choice
+from resflow_jax.functional.checks import check_choice, check_order
 
 Array = jax.Array
 
@@ -74,8 +73,7 @@ class Activation:
         # <= |slopes|_p |a - b| for one channel; p-th powers (or maxima, for inf) add up over the channels.
         # A sort is continuous and piecewise a permutation, an isometry of every p-norm: on each piece
         # of the segment from a to b the distance is kept, so its constant is 1.
-        if not isinstance(p, Real) or not p >= 1:
-            raise ValueError(f"p: expected a number of at least 1, got {p!r}")
+        check_order("p", p)
         return float(np.linalg.norm(self.slopes, p))
 
 

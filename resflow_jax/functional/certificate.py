@@ -23,14 +23,13 @@ zero outside; a dense map has one pixel and one tap. Three facts reduce the work
 
 import itertools
 import math
-from numbers import Real
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.checks import check_count, check_order
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap
 
 Array = jax.Array
@@ -77,8 +76,8 @@ def induced_norm_bound(linear_map: LinearMap, kernel: Array | np.ndarray, domain
     Raises:
       ValueError: for an order below 1 or NaN, or a kernel that `spectral_norm_bound` refuses.
     """
-    _check_order("domain", domain)
-    _check_order("codomain", codomain)
+    check_order("domain", domain)
+    check_order("codomain", codomain)
     kernel, exponent = _scaled(linear_map, kernel)
     a, b = 1 / float(domain), 1 / float(codomain)
     n_in, n_out = (math.prod(_size(linear_map)) * channels for channels in kernel.shape[-2:])
@@ -146,11 +145,6 @@ def _check_kernel(linear_map: LinearMap, kernel: Array | np.ndarray) -> None:
         raise ValueError(f"{expected}, got {kernel.shape}")
     if isinstance(linear_map, ConvMap) and linear_map.kernel_size % 2 == 0:
         raise ValueError(f"kernel: expected odd sides, got {kernel.shape}")
-
-
-def _check_order(name: str, order: float) -> None:
-    if not isinstance(order, Real) or not order >= 1:
-        raise ValueError(f"{name}: expected an order of at least 1, got {order!r}")
 
 
 def _scaled(linear_map: LinearMap, kernel: Array | np.ndarray) -> tuple[np.ndarray, int]:

@@ -60,7 +60,8 @@ def residual_inverse(
     def solve(equation, start):
         # Not x - equation(x): its rounding would be added to that of y - g(x).
         x, status = iterate(lambda x: y - g(params, x), start, solver, jnp.maximum(1, example_max(y)))
-        return x, jax.tree.map(lambda leaf: leaf.astype(y.dtype), status)  # custom_root wants float aux
+        wide = jnp.promote_types(y.dtype, jnp.float32)  # custom_root wants float aux, and counts may pass 256
+        return x, jax.tree.map(lambda leaf: leaf.astype(wide), status)
 
     def solve_linear(operator, b):
         # operator(u) = u + J u, or its transpose in reverse mode. The solution is linear in b, so its

@@ -9,7 +9,9 @@ below, and only as well as it has converged; here every norm is bounded from abo
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ class LayerCertificate:
 
     Attributes:
       norm: upper bound on the norm of the normalised kernel, from order `domain` to order `codomain`.
-      coefficient: what the layer promises for it.
+      coefficient: what the norm is normalised to at most.
       domain: order of the norm on the layer's input; 2 for the spectral norm.
       codomain: order of the norm on its output.
     """
@@ -43,62 +45,60 @@ class BlockCertificate:
 
     Attributes:
       bound: L, upper bound on Lip(g) in the norm of order `order`; the block is invertible if L < 1.
-      promised: what the coefficients promise for Lip(g).
+      promised: what the coefficients promise for it.
       order: of the norm in which g has this constant.
-      dim: number of elements of the block's input.
+      lipschitz: bound on Lip(f) in the 2-norm.
+      inverse_lipschitz: bound on Lip(f^-1) in the 2-norm; infinite if the block is not certified.
       layers: the linear layers, from the input to the output.
     """
 
     bound: float
     promised: float
     order: float
-    dim: int
+    lipschitz: float
+    inverse_lipschitz: float
     layers: tuple[LayerCertificate, ...]
-
-    @property
-    def lipschitz(self) -> float:
-        """Bound on Lip(f) in the 2-norm."""
-        return (1 + self.bound) * self._conversion
-
-    @property
-    def inverse_lipschitz(self) -> float:
-        """Bound on Lip(f^-1) in the 2-norm; infinite if the block is not certified."""
-        return self._conversion / (1 - self.bound) if self.bound < 1 else math.inf
-
-    @property
-    def _conversion(self) -> float:
-        # |x|_2 <= D^max(0, 1/2 - 1/p) |x|_p and |x|_p <= D^max(0, 1/p - 1/2) |x|_2: one exponent is zero.
-        return self.dim ** abs(0.5 - 1 / self.order)
 
 
 def certify_contraction(contraction: Contraction) -> BlockCertificate:
-    """The bound of one contraction g, in its own norms or in the 2-norm, whichever is smaller."""
+    """The bounds of one contraction g, in its own norms and in the 2-norm, whichever are smaller."""
     linears = list(contraction.linears)
     own = (linears[0].orders()[0], *(linear.orders()[1] for linear in linears))
-    dim = linears[-1].linear_map.copies * math.prod(linears[-1].linear_map.output_shape)
     kernels = [np.asarray(linear.weights()[0], np.float64) for linear in linears]
+    limits = [float(linear.limit()) for linear in linears]
+    dim = _dim(contraction)
     candidates = []
     for orders in {own, (2.0,) * len(own)}:
         layers = tuple(
-            LayerCertificate(induced_norm_bound(linear.linear_map, kernel, p, q), linear.coefficient, p, q)
-            for linear, kernel, p, q in zip(linears, kernels, orders[:-1], orders[1:], strict=True)
+            LayerCertificate(induced_norm_bound(linear.linear_map, kernel, p, q), limit, p, q)
+            for linear, kernel, limit, (p, q) in zip(linears, kernels, limits, pairwise(orders), strict=True)
         )
-        bound = contraction.bound([layer.norm for layer in layers], orders)
-        # |g(a) - g(b)| is bounded in the last norm and wanted in the first.
-        bound *= dim ** max(0.0, 1 / orders[0] - 1 / orders[-1])
-        candidates.append(BlockCertificate(bound, contraction.lipschitz, orders[0], dim, layers))
-    return min(candidates, key=lambda block: block.bound)
+        bound = _closed_bound(contraction, [layer.norm for layer in layers], orders)
+        # |x|_2 <= D^max(0, 1/2 - 1/p) |x|_p and |x|_p <= D^max(0, 1/p - 1/2) |x|_2: one exponent is zero.
+        to_two_norm = dim ** abs(0.5 - 1 / orders[0])
+        inverse = to_two_norm / (1 - bound) if bound < 1 else math.inf
+        candidates.append(
+            BlockCertificate(bound, contraction.promised, orders[0], to_two_norm * (1 + bound), inverse, layers)
+        )
+    return replace(
+        min(candidates, key=lambda block: block.bound),
+        lipschitz=min(block.lipschitz for block in candidates),
+        inverse_lipschitz=min(block.inverse_lipschitz for block in candidates),
+    )
 
 
-def lipschitz_bounds(bijector: Bijector, blocks: list[BlockCertificate]) -> tuple[float, float]:
+def certified_bounds(bijector: Bijector, blocks: list[BlockCertificate]) -> tuple[float, float]:
     """Bounds on Lip(f) and Lip(f^-1) in the 2-norm; appends the certificates of all residual blocks inside."""
     if isinstance(bijector, ResidualBlock):
-        block = certify_contraction(bijector.contraction)
+        try:
+            block = certify_contraction(bijector.contraction)
+        except ValueError as error:
+            raise ValueError(f"block {len(blocks)}: {error}") from error
         blocks.append(block)
         return block.lipschitz, block.inverse_lipschitz
     if isinstance(bijector, Chain | ResidualStack):
         parts = bijector.bijectors if isinstance(bijector, Chain) else bijector.unstacked()
-        bounds = [lipschitz_bounds(part, blocks) for part in parts]
+        bounds = [certified_bounds(part, blocks) for part in parts]
         return math.prod(forward for forward, _ in bounds), math.prod(inverse for _, inverse in bounds)
     return bijector.lipschitz_bounds()
 
@@ -118,16 +118,25 @@ def tighten(bijector: Bijector) -> None:
 
 
 def tighten_contraction(contraction: Contraction) -> None:
-    """Unless it is within its promise: rescales each kernel to its coefficient, and the last as far as is left."""
+    """Unless it is within its promise: rescales each kernel to its limit, and the last as far as is left."""
     block = certify_contraction(contraction)
-    if block.bound <= block.promised:
-        return
-    factors = [layer.coefficient / max(layer.coefficient, layer.norm) for layer in block.layers]
-    orders = [block.order, *(layer.codomain for layer in block.layers)]
-    norms = [factor * layer.norm for factor, layer in zip(factors, block.layers, strict=True)]
-    scaled = contraction.bound(norms, orders) * block.dim ** max(0.0, 1 / orders[0] - 1 / orders[-1])
-    factors[-1] *= min(1.0, block.promised / scaled)
-    for linear, factor in zip(contraction.linears, factors, strict=True):
-        if factor < 1:
-            rounding = 64 * float(jnp.finfo(linear.kernel[...].dtype).eps)
+    while block.bound > block.promised:  # once, or twice where rounding was unkind
+        factors = [layer.coefficient / max(layer.coefficient, layer.norm) for layer in block.layers]
+        norms = [factor * layer.norm for factor, layer in zip(factors, block.layers, strict=True)]
+        orders = [block.order, *(layer.codomain for layer in block.layers)]
+        factors[-1] *= min(1.0, block.promised / _closed_bound(contraction, norms, orders))
+        rounding = 64 * float(jnp.finfo(contraction.linears[0].kernel[...].dtype).eps)
+        for linear, factor in zip(contraction.linears, factors, strict=True):
             linear.rescale(factor * (1 - rounding))
+        block = certify_contraction(contraction)
+
+
+def _closed_bound(contraction: Contraction, norms: Sequence[float], orders: Sequence[float]) -> float:
+    """Lip(g) in the norm of the first order: |g(a) - g(b)| is bounded in that of the last."""
+    return contraction.bound(norms, orders) * _dim(contraction) ** max(0.0, 1 / orders[0] - 1 / orders[-1])
+
+
+def _dim(contraction: Contraction) -> int:
+    """Number of elements of g(x)."""
+    linear_map = contraction.linears[-1].linear_map
+    return linear_map.copies * math.prod(linear_map.output_shape)

@@ -28,11 +28,13 @@ class Contraction(nnx.Module):
 
     Attributes:
       linears: its Lipschitz layers, from the input to the output.
-      lipschitz: the bound on Lip(g) that their coefficients promise, in (0, 1).
+      promised: what their coefficients promise for the norm of g from the first order to the last, in (0, 1).
+      is_closed: whether that is a promise for Lip(g): unless the last order is above the first.
     """
 
     linears: Sequence[LipschitzLinear]
-    lipschitz: float
+    promised: float
+    is_closed: bool = True
 
     def weights(self) -> Any:
         """Normalised kernels, biases and all other parameters: what `apply` takes."""
@@ -62,14 +64,16 @@ class Layered(Contraction):
     ):
         """coefficient: bound on each layer's norm; norms: the orders, one more than layers, all 2 by default."""
         norms = [2.0] * (len(linear_maps) + 1) if norms is None else norms
+        slopes = [activation.slopes if n or preactivation else (1.0,) for n in range(len(linear_maps))]
         self.linears = nnx.List(
-            LipschitzLinear(linear_map, coefficient, domain=p, codomain=q, rngs=rngs)
-            for linear_map, p, q in zip(linear_maps, norms[:-1], norms[1:], strict=True)
+            LipschitzLinear(linear_map, coefficient, domain=p, codomain=q, slopes=s, rngs=rngs)
+            for linear_map, p, q, s in zip(linear_maps, norms[:-1], norms[1:], slopes, strict=True)
         )
         self.activation = activation
         self.preactivation = preactivation
         self.activation_params = learnable(activation, len(linear_maps) - (not preactivation))
-        self.lipschitz = coefficient ** len(self.linears) * activation.lipschitz ** len(self.activation_params)
+        self.promised = coefficient ** len(self.linears) * min(1.0, activation.lipschitz) ** len(self.activation_params)
+        self.is_closed = norms[0] is norms[-1] or norms[0] >= norms[-1]
 
     def weights(self) -> tuple[list[tuple[Array, Array]], list[Params]]:
         return [linear.weights() for linear in self.linears], values(self.activation_params)

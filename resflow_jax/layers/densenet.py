@@ -50,7 +50,7 @@ class DenseNet(Contraction):
         self.activation_params = learnable(activation, len(dense))
         self.concatenation = nnx.Param(jnp.ones((len(dense), 2)))
         self.coefficient = coefficient
-        self.lipschitz = coefficient ** len(maps)
+        self.promised = coefficient ** len(maps)
 
     def weights(self) -> Any:
         linears = [linear.weights() for linear in self.linears]

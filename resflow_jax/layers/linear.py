@@ -8,6 +8,8 @@ else is learned. W starts as a random orthogonal matrix. Cost: one product of C 
 with x; for the inverse two triangular solves, exact.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,14 @@ class InvertibleLinear(Bijector):
         return x, []
 
     def lipschitz_bounds(self) -> tuple[float, float]:
-        lower, upper = self._factors(np, np.float64)
-        singular_values = np.linalg.svd(lower @ upper, compute_uv=False)
-        return float(singular_values[0]), float(1 / singular_values[-1])
+        with np.errstate(over="ignore", invalid="ignore"):
+            lower, upper = self._factors(np, np.float64)
+            product = lower @ upper
+            size = np.linalg.norm(np.abs(lower) @ np.abs(upper))
+        if not np.isfinite(size):
+            return math.inf, math.inf
+        singular_values = np.linalg.svd(product, compute_uv=False)
+        # What rounding may have done to the product and to its singular values (Higham 2002, sections 3.5 and 20.1).
+        rounding = 8 * len(product) * np.finfo(np.float64).eps * size
+        smallest = singular_values[-1] - rounding
+        return float(singular_values[0] + rounding), float(1 / smallest) if smallest > 0 else math.inf

@@ -29,7 +29,7 @@ from resflow_jax.functional.norms import (
     soft_normalize,
 )
 from resflow_jax.functional.orders import learnable_order
-from resflow_jax.functional.vector_norms import is_order
+from resflow_jax.functional.vector_norms import is_order, vector_norm
 
 Array = jax.Array
 Result = TypeVar("Result")
@@ -54,9 +54,14 @@ class LipschitzLinear(nnx.Module):
         *,
         domain: Order = 2.0,
         codomain: Order = 2.0,
+        slopes: tuple[float, ...] = (1.0,),
         rngs: nnx.Rngs,
     ):
-        """coefficient: bound on the norm from the order `domain` to the order `codomain`, in (0, 1)."""
+        """coefficient: bound on the norm from the order `domain` to the order `codomain`, in (0, 1).
+
+        slopes: those of the activation in front (see `Activation`); where it expands in the norm of order
+        `domain`, the layer makes up for it.
+        """
         check_open_interval("coefficient", coefficient, 0, 1)
         shapes = linear_map.kernel_shape, linear_map.kernel_shape[-1:], linear_map.input_shape
         kernel, bias, v = _uniforms(rngs.params(), shapes)
@@ -65,6 +70,7 @@ class LipschitzLinear(nnx.Module):
         self.coefficient = coefficient
         self.domain = domain
         self.codomain = codomain
+        self.slopes = slopes
         self.kernel = nnx.Param(bound * kernel)
         self.bias = nnx.Param(bound * bias)
         self.u = NormState(jnp.zeros(linear_map.output_shape, kernel.dtype))
@@ -78,6 +84,11 @@ class LipschitzLinear(nnx.Module):
         """The orders of the norms on input and output, on the host."""
         return tuple(float(order) for order in self._traced_orders())
 
+    def limit(self) -> Array:
+        """What the norm is normalised to at most: the coefficient, less what the activation in front expands."""
+        expansion = vector_norm(jnp.asarray(self.slopes, self.kernel.dtype), self._traced_orders()[0])
+        return self.coefficient / jnp.maximum(1, expansion)
+
     def _traced_orders(self) -> tuple[float | Array, float | Array]:
         orders = self.domain, self.codomain
         return tuple(learnable_order(order[...]) if isinstance(order, nnx.Param) else order for order in orders)
@@ -88,7 +99,7 @@ class LipschitzLinear(nnx.Module):
 
     def weights(self) -> tuple[Array, Array]:
         """The softly normalised kernel, and the bias: what `apply` takes."""
-        return soft_normalize(self.kernel[...], self.norm(), self.coefficient), self.bias[...]
+        return soft_normalize(self.kernel[...], self.norm(), self.limit()), self.bias[...]
 
     def apply(self, weights: tuple[Array, Array], x: Array) -> Array:
         """The affine map with given weights; depends on no parameter of the layer itself."""

@@ -43,13 +43,14 @@ class ResidualBlock(Bijector):
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         # g takes the raw state and normalises it: the backward pass keeps no normalised copy.
         graphdef, state = nnx.split(self)
+        lipschitz = self.contraction.promised if self.contraction.is_closed else None
         y, log_det, diagnostics = residual(
             lambda state, x: nnx.merge(graphdef, state).g(x),
             state,
             x,
             key=key,
             estimator=jax.tree.map(lambda rows: rows[0], estimator),
-            lipschitz=self.contraction.lipschitz,
+            lipschitz=lipschitz,
             return_diagnostics=True,
         )
         return y, log_det, [jax.tree.map(lambda leaf: leaf[None], diagnostics)]

@@ -27,7 +27,7 @@ def residual_blocks(
     def step(preactivation: bool) -> Callable[[nnx.Rngs], Chain]:
         return lambda rngs: Chain([ResidualBlock(contraction(preactivation, rngs)), *behind(rngs)])
 
-    if not first or config.preactivation != "all_but_first":
+    if config.dense_depth or not first or config.preactivation != "all_but_first":
         return [ResidualStack(step(config.preactivation != "none"), depth, rngs=rngs)]
     head = step(False)(rngs)
     return [head] if depth == 1 else [head, ResidualStack(step(True), depth - 1, rngs=rngs)]

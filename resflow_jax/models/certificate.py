@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.layers.certificate import BlockCertificate, lipschitz_bounds
+from resflow_jax.layers.certificate import BlockCertificate, certified_bounds
 from resflow_jax.models.flow import ResidualFlow
 
 
@@ -65,7 +65,7 @@ class Certificate:
         return np.multiply(factors, np.asarray(status.residual_norm, np.float64), out=bounds, where=factors < math.inf)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Plain values; infinite ones as they are."""
         return {"is_certified": self.is_certified, **dataclasses.asdict(self)}
 
 
@@ -84,7 +84,7 @@ def certify(flow: ResidualFlow) -> Certificate:
     blocks: list[BlockCertificate] = []
     lipschitz = inverse = 1.0
     for n, scale in enumerate(flow.scales):
-        forward, backward = lipschitz_bounds(scale, blocks)
+        forward, backward = certified_bounds(scale, blocks)
         if n > 0 and flow.factors_out:  # what has left before stays as it is
             forward, backward = max(1.0, forward), max(1.0, backward)
         lipschitz, inverse = lipschitz * forward, inverse * backward

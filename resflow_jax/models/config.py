@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from resflow_jax.functional.activations import ACTIVATIONS
-from resflow_jax.functional.checks import check_choice, check_count, check_open_interval
+from resflow_jax.functional.checks import check_choice, check_count, check_open_interval, check_positive
 from resflow_jax.functional.orders import parse_norms
 from resflow_jax.layers.padding import NOISES
 
@@ -40,12 +40,13 @@ class ImageFlowConfig:
       batchnorm: a `MovingBatchNorm` per channel (per feature behind dense blocks) after every block.
       invertible_linear: an invertible 1x1 convolution after every convolutional block.
       activation: name of the activation, one of `functional.activations.ACTIVATIONS`.
-      preactivation: which blocks start with an activation: "all_but_first", "all" or "none".
+      preactivation: which blocks start with an activation: "all_but_first", "all" or "none"; DenseNets never do.
       coefficient: bound on the norm of every linear layer, in (0, 1).
       norms: orders of the norms between the linear layers of a convolutional block, one more than layers:
-        a string like "222f" (f for infinity) or a tuple of numbers; None for 2 throughout. A block is
-        certified to be a contraction more easily where the first order is not below the last.
-      learn_norms: learn these orders, from 2, the last equal to the first; dense blocks too.
+        a string like "f12f" (f for infinity) or a tuple of numbers; None for 2 throughout. Where the last
+        order is above the first, as in "222f", the coefficients promise no contraction in any norm, the
+        roulette knows no bound to adapt to, and only `tighten` and the certificate make the block sure.
+      learn_norms: learn these orders, from 2, the last equal to the first; those of dense blocks too.
       logit_alpha: alpha of the logit transform; None leaves it out.
       data_mean: without the logit, mean of every channel, to be subtracted.
       data_deviation: with `data_mean`, deviation of every channel, to be divided by.
@@ -203,3 +204,5 @@ def _check_common(config: "ImageFlowConfig | VectorFlowConfig", layers: int, cha
             _make_tuples(config, name)
             if len(values) != channels:
                 raise ValueError(f"{name}: expected {channels} numbers, one a channel, got {values}")
+    for value in config.data_deviation or ():
+        check_positive("data_deviation", value)

@@ -4,12 +4,13 @@
 
 The scales run in order; with factor-out, half of the channels leave for z behind each of them.
 z is ordered scale by scale, the part factored out first in front, each part flattened in
-H, W, C order. Every public method is compiled once per configuration and shape, and may be
+H, W, C order. Every public method but `tighten` is compiled once per configuration and shape, and may be
 called inside jit, grad, vmap and scan.
 """
 
 import math
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import jax
@@ -24,8 +25,9 @@ from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.functional.solvers import Anderson, Solver
-from resflow_jax.layers.bijector import join_blocks, split_estimator, split_key
+from resflow_jax.layers.bijector import Chain, join_blocks, split_estimator, split_key
 from resflow_jax.layers.certificate import tighten
+from resflow_jax.layers.elementwise import Logit
 from resflow_jax.layers.lipschitz import map_linears
 from resflow_jax.models.build import build_scales
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
@@ -37,7 +39,8 @@ class ResidualFlow(nnx.Module):
     """A residual flow; see the module's head for the map, `forward` for the estimators.
 
     The flow is a pytree (Flax NNX): its parameters are `nnx.Param`, its power-iteration vectors
-    `NormState`. Nothing random is stored. Parameters have JAX's default float dtype.
+    `NormState`, its running statistics `nnx.BatchStat`. Nothing random is stored. Parameters have
+    JAX's default float dtype.
 
     Example:
       flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2), rngs=nnx.Rngs(0))
@@ -90,14 +93,15 @@ class ResidualFlow(nnx.Module):
 
         Args:
           x: floats [B, *event_shape]; for images in [0, 1].
-          key: PRNG key of the estimate; not needed by `Exact`.
+          key: PRNG key of the estimate; not needed by `Exact`, but by a flow that pads x with noise.
           estimator: how each block's log-det is found: `Exact()`, `Truncated(...)`, or
             `Roulette(...)`, the default, which is unbiased. The law of its lengths may be a
             `Fitted` with one row a residual block.
           return_diagnostics: whether to return the estimates' `Diagnostics` as well.
 
         Returns:
-          (z, log_det) or (z, log_det, diagnostics): z [B, D]; log_det [B] = log|det dz/dx| in nats;
+          (z, log_det) or (z, log_det, diagnostics): z [B, D]; log_det [B] = log|det dz/dx| in nats, less the
+          log-density of the noise where x is padded (see `layers.padding`);
           diagnostics with a leading axis of residual blocks, in the order of the flow.
 
         Raises:
@@ -109,7 +113,7 @@ class ResidualFlow(nnx.Module):
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array) -> Array:
-        """Maps x [B, *event_shape] to z [B, D], without the log-det."""
+        """Maps x [B, *event_shape] to z [B, D], without the log-det; padding is by the mean of its noise."""
         self._check_input(x)
         return _transform(*nnx.split(self), x)
 
@@ -137,7 +141,7 @@ class ResidualFlow(nnx.Module):
         x, status = _inverse(*nnx.split(self), z, solver)
         if return_status:
             return x, status
-        report_unconverged(status, "ResidualFlow.inverse", solver.on_failure)
+        report_unconverged(_of_examples(status), "ResidualFlow.inverse", solver.on_failure)
         return x
 
     def log_prob(
@@ -150,7 +154,8 @@ class ResidualFlow(nnx.Module):
     ) -> Array | tuple[Array, Diagnostics]:
         """log p(x) [B] in nats, of the continuous density of x. Arguments and errors as in `forward`.
 
-        Unbiased with `Roulette` (also its gradients), exact with `Exact`, biased with `Truncated`.
+        Unbiased with `Roulette` (also its gradients), exact with `Exact`, biased with `Truncated`. Of a flow that
+        pads x with noise it is a lower bound in expectation (see `layers.padding`).
         """
         z, log_det, diagnostics = self.forward(x, key=key, estimator=estimator, return_diagnostics=True)
         log_prob = standard_normal_log_prob(z) + log_det
@@ -195,9 +200,9 @@ class ResidualFlow(nnx.Module):
             raise ValueError(f"padding: expected a flow without padding, got {self.config.padding}")
         z_key, estimator_key = jax.random.split(key)
         z = jax.random.normal(z_key, (number, self.dim), self.dtype)
-        x = self.inverse(z, solver=solver)
-        # Not through `forward`, which rejects images that the logit's alpha lets out of [0, 1].
-        _, log_det, diagnostics = _forward(*nnx.split(self), x, estimator_key, self._checked(estimator))
+        graphdef, state = nnx.split(self)
+        x, log_det, diagnostics, status = _sample(graphdef, state, z, estimator_key, self._checked(estimator), solver)
+        report_unconverged(_of_examples(status), "ResidualFlow.sample_and_log_prob", solver.on_failure)
         log_prob = standard_normal_log_prob(z) + log_det
         return (x, log_prob, diagnostics) if return_diagnostics else (x, log_prob)
 
@@ -207,7 +212,7 @@ class ResidualFlow(nnx.Module):
         return jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype
 
     def initialize(self, x: Array) -> None:
-        """Sets every ActNorm from a batch x, in place, so that its output is normalised.
+        """Sets every ActNorm and `MovingBatchNorm` from a batch x, in place, so that its output is normalised.
 
         At least two examples, better hundreds: each statistic is taken over the batch.
         """
@@ -327,14 +332,20 @@ def _warn_norms(status: PowerIterationStatus) -> None:
         )
 
 
+def _of_examples(status: InverseStatus) -> InverseStatus:
+    """The status of whole examples [B] from that of every block: converged in all; the worst of what failed."""
+    failed = jnp.where(status.converged, 0, status.residual)
+    return status._replace(converged=status.converged.all(axis=0), residual=failed.max(axis=0))
+
+
 def _join(parts: list[Array]) -> Array:
     return jnp.concatenate([part.reshape(part.shape[0], math.prod(part.shape[1:])) for part in parts], axis=-1)
 
 
-def _through_scales(flow: ResidualFlow, x: Array, apply) -> Array:
+def _through_scales(flow: ResidualFlow, scales: Sequence[Chain], x: Array, apply) -> Array:
     """Runs x through the scales by apply(index, scale, x); the parts of z, joined."""
     parts = []
-    for n, scale in enumerate(flow.scales):
+    for n, scale in enumerate(scales):
         x = apply(n, scale, x)
         if n < len(flow._emitted) - 1:
             x, emitted = jnp.split(x, 2, axis=-1)
@@ -358,7 +369,11 @@ def _with_rows(estimator: Estimator, blocks: int) -> Estimator:
 @partial(jax.jit, static_argnames="graphdef")
 def _forward(graphdef, state, x, key, estimator):
     flow = nnx.merge(graphdef, state)
-    keys, estimators = split_key(key, len(flow.scales)), split_estimator(estimator, flow.scales)
+    return _forward_scales(flow, flow.scales, x.astype(flow.dtype), key, estimator)
+
+
+def _forward_scales(flow, scales, x, key, estimator):
+    keys, estimators = split_key(key, len(scales)), split_estimator(estimator, scales)
     log_dets, diagnostics = [], []
 
     def apply(n, scale, x):
@@ -367,39 +382,56 @@ def _forward(graphdef, state, x, key, estimator):
         diagnostics.extend(found)
         return x
 
-    z = _through_scales(flow, x.astype(flow.dtype), apply)
+    z = _through_scales(flow, scales, x, apply)
     return z, sum(log_dets), join_blocks(diagnostics)
 
 
 @partial(jax.jit, static_argnames="graphdef")
 def _transform(graphdef, state, x):
     flow = nnx.merge(graphdef, state)
-    return _through_scales(flow, x.astype(flow.dtype), lambda _, scale, x: scale(x))
+    return _through_scales(flow, flow.scales, x.astype(flow.dtype), lambda _, scale, x: scale(x))
 
 
 @partial(jax.jit, static_argnames="graphdef")
 def _initialize(graphdef, state, x):
     flow = nnx.merge(graphdef, state)
-    _through_scales(flow, x.astype(flow.dtype), lambda _, scale, x: scale.initialize(x))
+    _through_scales(flow, flow.scales, x.astype(flow.dtype), lambda _, scale, x: scale.initialize(x))
     return nnx.state(flow)
 
 
 @partial(jax.jit, static_argnames="graphdef")
 def _update_statistics(graphdef, state, x):
     flow = nnx.merge(graphdef, state)
-    _through_scales(flow, x.astype(flow.dtype), lambda _, scale, x: scale.update_statistics(x))
+    _through_scales(flow, flow.scales, x.astype(flow.dtype), lambda _, scale, x: scale.update_statistics(x))
     return nnx.state(flow, nnx.BatchStat)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "solver"))
 def _inverse(graphdef, state, z, solver):
     flow = nnx.merge(graphdef, state)
-    z = z.astype(flow.dtype)
+    return _inverse_scales(flow, flow.scales, z.astype(flow.dtype), solver)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "solver"))
+def _sample(graphdef, state, z, key, estimator, solver):
+    """x, log_det, diagnostics and status, without a way through x where a logit has rounded it to 0 or 1."""
+    flow = nnx.merge(graphdef, state)
+    logit, *rest = flow.scales[0].bijectors
+    if not isinstance(logit, Logit):
+        x, status = _inverse_scales(flow, flow.scales, z, solver)
+        return x, *_forward_scales(flow, flow.scales, x, key, estimator)[1:], status
+    scales = [Chain(rest), *flow.scales[1:]]
+    y, status = _inverse_scales(flow, scales, z, solver)
+    _, log_det, diagnostics = _forward_scales(flow, scales, y, key, estimator)
+    return logit.inverse(y, solver)[0], log_det + logit.log_det_at(y), diagnostics, status
+
+
+def _inverse_scales(flow, scales, z, solver):
     sizes = [math.prod(shape) for shape in flow._emitted]
     pieces = jnp.split(z, np.cumsum(sizes)[:-1], axis=-1)
     parts = [piece.reshape(z.shape[0], *shape) for piece, shape in zip(pieces, flow._emitted, strict=True)]
     x, statuses = parts.pop(), []
-    for scale in reversed(flow.scales):
+    for scale in reversed(scales):
         x, found = scale.inverse(x, solver)
         statuses = found + statuses
         if parts:

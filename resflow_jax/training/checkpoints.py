@@ -47,7 +47,10 @@ class Checkpoints:
         return self._manager.best_step()
 
     def save(self, state: TrainState, validation_bits_per_dim: float, certificate: Certificate) -> None:
-        """Writes the state, and the certificate of its averaged flow, in the background; `wait` before reading."""
+        """Writes the state, and the certificate of its averaged and tightened flow, in the background.
+
+        Call `wait` before reading it.
+        """
         metrics = {"bits_per_dim": validation_bits_per_dim}
         state = jax.tree.map(jnp.copy, state)  # the next step is donated the original while this is written
         items = ocp.args.Composite(
@@ -65,7 +68,7 @@ class Checkpoints:
         return state._replace(estimator=jax.tree.unflatten(jax.tree.structure(like.estimator), state.estimator))
 
     def certificate(self, step: int) -> dict[str, Any]:
-        """What `Certificate.as_dict` gave for the averaged flow saved at `step`."""
+        """What `Certificate.as_dict` gave for the averaged and tightened flow of the state saved at `step`."""
         return self._manager.restore(step, args=ocp.args.Composite(certificate=ocp.args.JsonRestore())).certificate
 
     def wait(self) -> None:

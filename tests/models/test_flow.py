@@ -210,7 +210,7 @@ def test_inverse_reports_what_did_not_converge(vector_flow):
     solver = rf.FixedPoint(max_iterations=2)
     _, status = flow.inverse(flow(x), solver=solver, return_status=True)
     assert not status.converged.any()
-    with pytest.warns(RuntimeWarning, match="did not converge"):
+    with pytest.warns(RuntimeWarning, match="3 of 3 examples did not converge"):
         jax.block_until_ready(flow.inverse(flow(x), solver=solver))
         jax.effects_barrier()
     with pytest.warns(RuntimeWarning, match="ResidualFlow.inverse"):
