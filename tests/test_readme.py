@@ -1,4 +1,4 @@
-"""The README's example runs as it stands."""
+"""The README's examples run as they stand."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 
-def test_the_example_runs():
-    """The Python block trains a step and draws sixteen finite samples."""
+def test_the_examples_run():
+    """One after the other: the flow trains a step, draws sixteen finite samples, and is certified."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names = {}
-    exec(example, names)
+    for example in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(example, names)
+    assert names["report"].is_certified
     assert np.isfinite(names["loss"])
     assert names["samples"].shape == (16, 8, 8, 1) and jax.numpy.isfinite(names["samples"]).all()

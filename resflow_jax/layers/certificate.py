@@ -127,7 +127,8 @@ def tighten_contraction(contraction: Contraction) -> None:
         factors[-1] *= min(1.0, block.promised / _closed_bound(contraction, norms, orders))
         rounding = 64 * float(jnp.finfo(contraction.linears[0].kernel[...].dtype).eps)
         for linear, factor in zip(contraction.linears, factors, strict=True):
-            linear.rescale(factor * (1 - rounding))
+            if factor < 1:
+                linear.rescale(factor * (1 - rounding))
         block = certify_contraction(contraction)
 
 

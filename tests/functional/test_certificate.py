@@ -357,9 +357,9 @@ def test_kernels_that_are_not_finite(value):
 def test_bad_orders(order):
     """Orders below 1 are no norms."""
     kernel = np.eye(2)
-    with pytest.raises(ValueError, match=r"^domain: expected an order of at least 1, got"):
+    with pytest.raises(ValueError, match=r"^domain: expected an order of at least 1"):
         induced_norm_bound(DenseMap(2, 2), kernel, order, 2)
-    with pytest.raises(ValueError, match=r"^codomain: expected an order of at least 1, got"):
+    with pytest.raises(ValueError, match=r"^codomain: expected an order of at least 1"):
         induced_norm_bound(DenseMap(2, 2), kernel, 2, order)
 
 

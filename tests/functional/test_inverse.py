@@ -332,7 +332,7 @@ def test_derivative_of_a_small_loss_in_float32(solver):
     np.testing.assert_allclose(gradient * y.size, 1 / (1 + 0.9 * jnp.cos(x)), rtol=1e-4)
 
 
-@every_solver
+@pytest.mark.parametrize("solver", [FixedPoint(), Anderson()], ids=["fixed point", "anderson"])
 def test_check_grads_to_second_order(solver):
     """jax.test_util.check_grads, order 2, forward and reverse."""
     args = jnp.asarray(0.7), jnp.array([[0.4, -0.2]])

@@ -203,11 +203,14 @@ def test_error_bounds(name):
 def test_error_bounds_without_a_certificate():
     """Infinite, also where the residual is zero."""
     layer = rf.LayerCertificate(1.0, 0.9, 2.0, 2.0)
-    blocks = tuple(rf.BlockCertificate(bound, 0.9, 2.0, 3, (layer,)) for bound in (0.5, 1.0))
+    blocks = tuple(
+        rf.BlockCertificate(bound, 0.9, 2.0, 1 + bound, inverse, (layer,))
+        for bound, inverse in ((0.5, 2.0), (1.0, np.inf))
+    )
     certificate = rf.Certificate(blocks, 2.0, np.inf)
     norm = jnp.asarray([[0.0, 2.0], [0.0, 2.0]])
     status = rf.InverseStatus(norm.astype(int), norm, norm, norm > 0)
-    np.testing.assert_array_equal(certificate.error_bounds(status), [[0.0, 2.0], [np.inf, np.inf]])
+    np.testing.assert_array_equal(certificate.error_bounds(status), [[0.0, 4.0], [np.inf, np.inf]])
 
 
 def test_only_flows_are_certified():
