@@ -281,9 +281,9 @@ def draw(workdir: Path, name: str, flow: ResidualFlow, images: Array) -> None:
     pictures.save_error_curves(workdir / f"{name}_errors.png", PLOTTED_ITERATIONS, errors, f"{name}: inverse")
     panels = {"test images x": shown}
     for n in DRAWN_ITERATIONS:
-        panels[f"{n} evaluations a block"] = reconstruct(SOLVERS[PLAIN], n)[:32]
+        panels[f"evaluations of g a block: {n}"] = reconstruct(SOLVERS[PLAIN], n)[:32]
     panels["converged $f^{-1}(f(x))$"] = flow.inverse(z[:32])
-    pictures.save_images(workdir / f"{name}_reconstructions.png", panels, columns=4)
+    pictures.save_images(workdir / f"{name}_reconstructions.png", panels, columns=8)
 
 
 def _cast(array: np.ndarray, dtype: str) -> Array:

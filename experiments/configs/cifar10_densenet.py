@@ -3,7 +3,7 @@
 python -m experiments.density cifar10_densenet --data.dir DIR
 
 Sizes and batch are theirs: 3 scales of 16 blocks, depth 3, growth 172, 24.9 million parameters, batches of 64.
-They report 3.25 bits/dim after weeks on GPUs; this run has not been made here.
+They report 3.25 bits/dim. This run has not been made with this library.
 """
 
 from pathlib import Path
