@@ -4,7 +4,7 @@
 
 `--help` behind a name lists every setting. The same command again resumes from the last checkpoint.
 Under the work directory it writes metrics.jsonl, samples.png, reconstructions.png, curves.png,
-config.json and checkpoints/. The validation split chooses the checkpoint; the test split is read
+config.json, certificate.json and checkpoints/. The validation split chooses the checkpoint; the test split is read
 once, at the end.
 """
 

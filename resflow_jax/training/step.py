@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: steps done.
       params: `nnx.Param` of the flow.
-      rest: its other variables, the power-iteration vectors.
+      rest: its other variables: power-iteration vectors, running statistics, constants.
       opt_state: of the optimiser.
       ema: `optax.ema` state of the parameters.
       estimator: of the log-det; its arrays, if any, are the fitted laws of the lengths.
