@@ -53,15 +53,8 @@ def test_files_and_metrics(finished):
     assert json.loads((workdir / "config.json").read_text())["model"]["blocks"] == [1]
     certificate = json.loads((workdir / "certificate.json").read_text())
     (block,) = certificate["blocks"]
-    assert certificate["is_certified"] and block["bound"] <= block["promised"]
-    with density.Checkpoints(workdir / "checkpoints") as checkpoints:
-        recorded = checkpoints.certificate(6)
-    # Of the flow as it was saved; tightening has only lowered it since.
-    assert recorded["is_certified"] and block["bound"] <= recorded["blocks"][0]["bound"] <= 1.01 * block["bound"]
+    assert certificate["is_certified"] is True and block["bound"] <= block["promised"] < 1
     assert {"3", "6"} >= {p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()} >= {"6"}
-    certificate = json.loads((workdir / "certificate.json").read_text())
-    assert certificate["is_certified"] is True
-    assert all(block["bound"] <= block["promised"] < 1 for block in certificate["blocks"])
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines if line["split"] == "train"] == [2, 3, 4, 6]
     assert all(np.isfinite(line["bits_per_dim"]) for line in lines)
