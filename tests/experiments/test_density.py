@@ -90,15 +90,16 @@ def test_lengths_are_fitted_between_validations(fitted):
     assert not np.allclose(*tables)
 
 
-def test_checkpoints_hold_the_certificate_of_the_averaged_flow(finished):
-    """That of the flow before it is tightened; the run's own is that of the flow behind."""
+def test_checkpoints_hold_the_certificate_of_the_tightened_flow(finished):
+    """Of the averaged weights: what is restored and tightened is what the checkpoint says, and within its promise."""
     workdir, _ = finished
     trainer, state = density.set_up(TINY, density.load(TINY.data))
     with density.Checkpoints(workdir / "checkpoints") as checkpoints:
-        flow = trainer.averaged_flow(checkpoints.restore(6, state))
+        flow = density.tightened_flow(trainer, checkpoints.restore(6, state))
         stored = checkpoints.certificate(6)
     certificate = certify(flow)
     assert [block["bound"] for block in stored["blocks"]] == pytest.approx(certificate.bounds, rel=1e-6)
+    assert all(block["bound"] <= block["promised"] for block in stored["blocks"])
 
 
 @pytest.mark.parametrize("fit_lengths", [False, True])
