@@ -397,6 +397,11 @@ BAD_CONFIGS = {
         {"dim": 2, "data_mean": (0.0, 1.0)},
         "data_deviation: expected both or none of data_mean and data_deviation, got None",
     ),
+    "deviation of zero": (
+        rf.VectorFlowConfig,
+        {"dim": 2, "data_mean": (0, 0), "data_deviation": (1, 0)},
+        "data_deviation: expected a positive number, got 0",
+    ),
     "data deviation alone": (rf.VectorFlowConfig, {"dim": 2, "data_deviation": (1.0, 1.0)}, "data_deviation: .* both"),
     "data mean of another length": (
         rf.VectorFlowConfig,
@@ -492,10 +497,6 @@ WIDTHS = {
     "odd channels before an activation": (
         rf.VectorFlowConfig(dim=3, blocks=2, hidden=(4,), activation="maxmin"),
         "preactivation: expected 'none' for maxmin on 3 channels, .* got 'all_but_first'",
-    ),
-    "deviation of zero": (
-        rf.VectorFlowConfig(dim=2, data_mean=(0, 0), data_deviation=(1, 0)),
-        "deviation: expected positive finite numbers",
     ),
 }
 

@@ -18,7 +18,9 @@ TABLE = jnp.asarray([[0.5, 0.1], [0.2, 0.2]])
 
 # As of a flow whose blocks are not all certified: with what JSON has no numbers for.
 LAYER = rf.LayerCertificate(norm=1.2, coefficient=0.9, domain=2.0, codomain=np.inf)
-BLOCK = rf.BlockCertificate(bound=1.2, promised=0.9, order=2.0, dim=3, layers=(LAYER,))
+BLOCK = rf.BlockCertificate(
+    bound=1.2, promised=0.9, order=2.0, lipschitz=2.2, inverse_lipschitz=np.inf, layers=(LAYER,)
+)
 CERTIFICATE = rf.Certificate((BLOCK,), lipschitz=2.2, inverse_lipschitz=np.inf)
 
 
