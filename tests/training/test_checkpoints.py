@@ -51,7 +51,7 @@ def test_keeps_the_latest_and_the_best(tmp_path, estimator):
             assert certificate["is_certified"] is False and certificate["lipschitz"] == step
             assert certificate["inverse_lipschitz"] == np.inf
             (block,) = certificate["blocks"]
-            assert (block["bound"], block["promised"], block["dim"]) == (1.2, 0.9, 3)
+            assert (block["bound"], block["promised"], block["inverse_lipschitz"]) == (1.2, 0.9, np.inf)
             assert block["layers"] == [{"norm": 1.2, "coefficient": 0.9, "domain": 2.0, "codomain": np.inf}]
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {"2", "4"}
