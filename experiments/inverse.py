@@ -11,8 +11,9 @@ run, so do its times. "noise" is the standard deviation of the estimates of log 
 flows are trained first, under the work directory, unless they are there.
 
 Writes NAME_errors.png (error against iterations), NAME_reconstructions.png (after 1, 2, 4, ... iterations)
-and inverse.json, and prints tables. On 2 CPU cores: about 15 minutes, and 15 more where the flows are to be trained. Every tolerance is
-a program of its own: where the system limits memory maps, run one target at a time.
+and inverse.json, and prints tables. On 2 CPU cores: about 15 minutes,
+and 15 more where the flows are to be trained. Every tolerance is a program of its own: where the system limits
+memory maps, run one target at a time.
 """
 
 import json
