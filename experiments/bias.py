@@ -229,8 +229,8 @@ def report(config: BiasConfig, outcomes: dict[str, Outcome], metrics: list[dict]
         "training estimate": [f"{o.estimate:.4f}" for o in outcomes.values()],
         "exact test value": [f"{o.test.exact:.4f} +- {o.test.stderr:.4f}" for o in outcomes.values()],
         "estimate - exact": [f"{o.test.gap:+.4f} +- {o.test.gap_stderr:.4f}" for o in outcomes.values()],
-        "certified": [f"Lip(g) <= {o.certificate.bounds.max():.4f}" for o in outcomes.values()],
         "time per step": [f"{o.step_time * 1e3:.0f} ms" for o in outcomes.values()],
+        "certified": [f"Lip(g) <= {o.certificate.bounds.max():.4f}" for o in outcomes.values()],
     }
     for name, (truncated, roulette) in columns.items():
         print(f"{name:<22}{truncated:<22}{roulette}")
