@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 
 from resflow_jax.functional.checks import check_count, check_order
-from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap
+from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap, tap_windows
 
 Array = jax.Array
 
@@ -312,17 +312,10 @@ def _interpolated_bound(linear_map: LinearMap, kernel: np.ndarray, a: float, b: 
 def _largest_column(size: tuple[int, int], kernel: np.ndarray, b: float) -> float:
     """The largest norm of order 1 / b of a column of A, rounded up: of K[window, i, :] over windows and inputs i."""
     entries = np.abs(kernel)
-    windows = itertools.product(*(_windows(n, k) for n, k in zip(size, kernel.shape, strict=False)))
+    windows = itertools.product(*(tap_windows(k, n) for n, k in zip(size, kernel.shape, strict=False)))
     columns = [entries[window] for window in windows]
     if b <= 0:
         return float(max(column.max() for column in columns))
     largest = entries.max() or 1.0
     powers = max(np.sum((column / largest) ** (1 / b), axis=(0, 1, 3)).max() for column in columns)
     return float(largest * powers**b * (1 + 8 * _EPSILON * entries.size))
-
-
-def _windows(n: int, taps: int) -> list[slice]:
-    """The taps through which a pixel of an axis reaches the image, one slice for every kind of pixel."""
-    p = taps // 2
-    windows = {(max(0, i + p - n + 1), min(taps, i + p + 1)) for i in range(n)}
-    return [slice(*window) for window in windows]

@@ -129,11 +129,11 @@ class ConvMap:
 
     def _parts(self, kernel: Array) -> list[Array]:
         """The parts of the kernel that lie inside the image at some pixel: all of it alone, if it fits."""
-        down, across = (_tap_windows(self.kernel_size, size) for size in self.size)
+        down, across = (tap_windows(self.kernel_size, size) for size in self.size)
         return [kernel[rows, columns] for rows in down for columns in across]
 
 
-def _tap_windows(taps: int, size: int) -> list[slice]:
+def tap_windows(taps: int, size: int) -> list[slice]:
     """The largest ranges of taps that fall on `size` pixels, centred on one of them."""
     if size >= taps:
         return [slice(0, taps)]  # no part of a vector has a larger norm
