@@ -212,12 +212,11 @@ def time_sampling(flow: ResidualFlow, z: Array, solvers: dict[str, Solver], conf
                 if repeat:
                     seconds[name][what].append(time.perf_counter() - began)
     medians = {name: {what: float(np.median(t)) for what, t in all_.items()} for name, all_ in seconds.items()}
-    for name, solver in solvers.items():
-        x = flow.inverse(z, solver=solver, return_status=True)[0]
-        back = flow.inverse(_transform(flow, x), solver=solver, return_status=True)[0]
-        medians[name]["error"] = float(jnp.max(jnp.abs(x - back)))
+    samples = {name: flow.inverse(z, solver=solver, return_status=True)[0] for name, solver in solvers.items()}
+    for name, x in samples.items():
+        medians[name]["error"] = reconstruction_error(flow, x, solvers[name])
     keys = jax.random.split(jax.random.key(config.seed), DRAWS)
-    medians[BEST]["noise"] = noise([_log_prob(flow, x, key) for key in keys])
+    medians[BEST]["noise"] = noise([_log_prob(flow, samples[BEST], key) for key in keys])
     if config.peer:
         x = peer.samples(latent)
         medians["normflows"]["error"] = float(np.abs(x - peer.samples(peer.forward(x))).max())
