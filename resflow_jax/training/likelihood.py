@@ -58,9 +58,10 @@ def dequantized_bits_per_dim(
     """
 
     def loss(flow: ResidualFlow, images: Array, key: Array, estimator: Estimator) -> tuple[Array, Diagnostics]:
-        scores, diagnostics = _image_scores(flow, images, key, levels, estimator)
-        value = jnp.mean(scores)
-        return tend(flow, dequantize(images, jax.random.split(key)[0], levels), value), diagnostics
+        noise_key, flow_key = jax.random.split(key)
+        x = dequantize(images, noise_key, levels)
+        scores, diagnostics = _scores(flow, x, flow_key, levels, estimator)
+        return tend(flow, x, jnp.mean(scores)), diagnostics
 
     return loss
 
@@ -124,8 +125,7 @@ def evaluate_bits_per_dim(
     for draw, draw_key in enumerate(jax.random.split(key, draws)):
         keys = jax.random.split(draw_key, batches)
         parts = [
-            _image_scores(flow, b, k, levels, estimator)[0]
-            for b, k in zip(np.split(padded, batches), keys, strict=True)
+            _image_scores(flow, b, k, levels, estimator) for b, k in zip(np.split(padded, batches), keys, strict=True)
         ]
         scores[draw] = np.concatenate(jax.device_get(parts))
     scores = scores[:, :number]
@@ -141,12 +141,13 @@ def evaluate_bits_per_dim(
 
 
 @partial(jax.jit, static_argnames="levels")
-def _image_scores(
-    flow: ResidualFlow, images: Array, key: Array, levels: int, estimator: Estimator
-) -> tuple[Array, Diagnostics]:
-    """Bits/dim of one draw for each image [B], and the diagnostics of the estimates."""
+def _image_scores(flow: ResidualFlow, images: Array, key: Array, levels: int, estimator: Estimator) -> Array:
+    """Bits/dim of one draw for each image, [B]."""
     noise_key, flow_key = jax.random.split(key)
-    log_prob, diagnostics = flow.log_prob(
-        dequantize(images, noise_key, levels), key=flow_key, estimator=estimator, return_diagnostics=True
-    )
+    return _scores(flow, dequantize(images, noise_key, levels), flow_key, levels, estimator)[0]
+
+
+def _scores(flow: ResidualFlow, x: Array, key: Array, levels: int, estimator: Estimator) -> tuple[Array, Diagnostics]:
+    """Bits/dim of dequantised images x, [B], and the diagnostics of the estimates."""
+    log_prob, diagnostics = flow.log_prob(x, key=key, estimator=estimator, return_diagnostics=True)
     return bits_per_dim(log_prob, math.prod(flow.event_shape), levels), diagnostics
