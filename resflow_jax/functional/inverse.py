@@ -75,6 +75,7 @@ def residual_inverse(
 
     x, aux = lax.custom_root(lambda x: x + g(params, x) - y, y, solve, tangent_solve, has_aux=True)
     iterations, residual, residual_norm, converged = lax.stop_gradient(aux)
+    residual, residual_norm = residual.astype(y.dtype), residual_norm.astype(y.dtype)
     status = InverseStatus(iterations.astype(jnp.int32), residual, residual_norm, converged > 0)
     if return_status:
         return x, status
