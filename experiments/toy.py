@@ -28,17 +28,15 @@ from flax import nnx
 
 from experiments import pictures
 from experiments.configs.base import OptimizerConfig
-from experiments.loop import training_loop
+from experiments.plane import PlaneConfig, density_on_grid, exact_log_prob, train_flow
 from experiments.run import MetricsFile, certificate_rows, claim_workdir, print_table, use_compilation_cache
-from resflow_jax import Diagnostics, Estimate, Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig, certify
+from resflow_jax import Diagnostics, Estimate, Estimator, ResidualFlow, VectorFlowConfig, certify
 from resflow_jax.data.toy import TOY_DENSITIES, sample_toy
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.likelihood import tend
-from resflow_jax.training.step import Trainer
 
 Array = jax.Array
 
-ESTIMATORS: dict[str, Estimator] = {"exact": Exact(), "roulette": Roulette()}
 INTEGRAL_TOLERANCE = 0.01
 _PURPOSES = ("initialize", "train", "test", "picture")
 
@@ -67,44 +65,25 @@ class ToyEvaluationConfig:
 
 
 @dataclass(frozen=True)
-class ToyConfig:
-    """One run of `python -m experiments.toy`.
+class ToyConfig(PlaneConfig):
+    """One run of `python -m experiments.toy`, under runs/toy/NAME by default.
 
     Attributes:
       data: which density.
-      workdir: where everything is written; runs/toy/NAME by default.
-      steps: optimiser steps in all.
-      batch_size: points a step.
-      seed: of parameters, data and noise.
-      optimizer: learning rate, clipping, averaging.
-      estimator: of the log-det in the loss.
-      model: the flow.
-      evaluation: how it is examined.
-      log_every: steps between lines of metrics.jsonl.
+      evaluation: how the flow is examined.
     """
 
     data: Literal[TOY_DENSITIES] = "8gaussians"
-    workdir: Path | None = None
     steps: int = 6000
-    batch_size: int = 256
-    seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-2, warmup=300, ema_decay=0.99)
-    estimator: Literal["exact", "roulette"] = "exact"
     model: VectorFlowConfig = VectorFlowConfig(
         dim=2, blocks=32, hidden=(32, 32), activation="elu", preactivation="none", coefficient=0.995
     )
     evaluation: ToyEvaluationConfig = ToyEvaluationConfig()
-    log_every: int = 50
 
     def __post_init__(self):
+        super().__post_init__()
         check_choice("data", self.data, TOY_DENSITIES)
-        check_count("steps", self.steps, 1)
-        check_count("batch_size", self.batch_size, 2)
-        check_count("seed", self.seed, 0)
-        check_choice("estimator", self.estimator, tuple(ESTIMATORS))
-        if self.model.dim != 2:
-            raise ValueError(f"model.dim: expected 2, got {self.model.dim}")
-        check_count("log_every", self.log_every, 1)
 
 
 @dataclass(frozen=True)
@@ -150,22 +129,10 @@ def train(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile) -> tuple[
     def batch_at(step: int) -> np.ndarray:
         return sample_toy(config.data, config.batch_size, _rng(config, "train", step))
 
-    trainer = Trainer(nnx.split(flow)[0], loss, config.optimizer.build(config.steps), config.optimizer.ema_decay)
-    state, step_times = trainer.create_state(flow, ESTIMATORS[config.estimator]), []
-    for at in training_loop(
-        trainer,
-        state,
-        jax.random.key(config.seed),
-        batch_at,
-        steps=config.steps,
-        pauses_at=lambda step: step % config.log_every == 0,
-        unit="nats (-log_prob)",
-    ):
-        state = at.state
-        step_times.append(at.seconds)
-        log_prob, norm = -float(at.metrics["loss"]), float(at.metrics["gradient_norm"])
-        metrics.write(step=at.step, split="train", log_prob=log_prob, gradient_norm=norm)
-    return trainer.averaged_flow(state), float(np.median(step_times))
+    def as_line(loss: float) -> dict[str, float]:
+        return {"log_prob": -loss}
+
+    return train_flow(config, flow, loss, batch_at, metrics, unit="nats (-log_prob)", as_line=as_line)
 
 
 def report(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile, step_time: float, began: float) -> ToyResult:
@@ -218,28 +185,12 @@ def report(config: ToyConfig, flow: ResidualFlow, metrics: MetricsFile, step_tim
     return ToyResult(result, integral)
 
 
-def exact_log_prob(flow: ResidualFlow, points: np.ndarray, batch_size: int) -> np.ndarray:
-    """log p of points [N, 2] by the exact log-det, [N] in nats, in batches of one size."""
-    batches = -(-len(points) // batch_size)
-    padded = np.resize(points, (batches * batch_size, 2))
-    scores = [flow.log_prob(batch, estimator=Exact()) for batch in np.split(padded, batches)]
-    return np.concatenate(jax.device_get(scores))[: len(points)].astype(np.float64)
-
-
 def grid_box(*points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper corner of a box around point sets [N, 2], with a margin of 15 % on every side."""
     low = np.min([p.min(0) for p in points], axis=0)
     high = np.max([p.max(0) for p in points], axis=0)
     margin = 0.15 * (high - low)
     return low - margin, high + margin
-
-
-def density_on_grid(flow: ResidualFlow, low: np.ndarray, high: np.ndarray, cells: int, batch_size: int) -> np.ndarray:
-    """p at the midpoints of cells x cells equal cells of a box, [y, x]."""
-    middles = (np.arange(cells) + 0.5) / cells
-    grid = np.stack(np.meshgrid(middles, middles), axis=-1).reshape(-1, 2)
-    points = (low + (high - low) * grid).astype(np.float32)
-    return np.exp(exact_log_prob(flow, points, batch_size)).reshape(cells, cells)
 
 
 def draw_samples(config: ToyConfig, flow: ResidualFlow) -> tuple[np.ndarray, int, float]:

@@ -27,15 +27,12 @@ import tyro
 from flax import nnx
 
 from experiments import pictures
-from experiments.configs.base import OptimizerConfig
-from experiments.loop import training_loop
+from experiments.plane import PlaneConfig, density_on_grid, grid_midpoints, train_flow
 from experiments.run import MetricsFile, certificate_rows, claim_workdir, print_table, use_compilation_cache
-from experiments.toy import ESTIMATORS, density_on_grid
-from resflow_jax import Anderson, Diagnostics, Estimator, Exact, ResidualFlow, VectorFlowConfig, certify
+from resflow_jax import Anderson, Diagnostics, Estimator, Exact, ResidualFlow, certify
 from resflow_jax.data.potentials import POTENTIAL_BOX, POTENTIALS, log_density
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.likelihood import tend
-from resflow_jax.training.step import Trainer
 
 Array = jax.Array
 
@@ -44,51 +41,27 @@ SOLVER = Anderson(on_failure="raise")
 
 
 @dataclass(frozen=True)
-class VariationalConfig:
-    """One run of `python -m experiments.variational`.
+class VariationalConfig(PlaneConfig):
+    """One run of `python -m experiments.variational`, under runs/variational/NAME by default.
 
     Attributes:
       target: which unnormalised density.
-      workdir: where everything is written; runs/variational/NAME by default.
-      steps: optimiser steps in all.
-      batch_size: samples a step.
-      seed: of parameters and samples.
       annealing: steps over which the weight of log q rises to 1.
-      optimizer: learning rate, clipping, averaging.
-      estimator: of the log-det in the loss.
-      model: the flow.
       samples: drawn for the evaluation.
       cells: of the grid along each side, for the target's normaliser and the picture.
-      log_every: steps between lines of metrics.jsonl.
     """
 
     target: Literal[POTENTIALS] = "ring"
-    workdir: Path | None = None
-    steps: int = 3000
-    batch_size: int = 256
-    seed: int = 0
     annealing: int = 1000
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-2, warmup=300, ema_decay=0.99)
-    estimator: Literal["exact", "roulette"] = "exact"
-    model: VectorFlowConfig = VectorFlowConfig(
-        dim=2, blocks=16, hidden=(32, 32), activation="elu", preactivation="none", coefficient=0.97
-    )
     samples: int = 20000
     cells: int = 800
-    log_every: int = 50
 
     def __post_init__(self):
+        super().__post_init__()
         check_choice("target", self.target, POTENTIALS)
-        check_count("steps", self.steps, 1)
-        check_count("batch_size", self.batch_size, 2)
-        check_count("seed", self.seed, 0)
         check_count("annealing", self.annealing, 0)
-        check_choice("estimator", self.estimator, tuple(ESTIMATORS))
         check_count("samples", self.samples, 2)
         check_count("cells", self.cells, 1)
-        check_count("log_every", self.log_every, 1)
-        if self.model.dim != 2:
-            raise ValueError(f"model.dim: expected 2, got {self.model.dim}")
 
 
 @dataclass(frozen=True)
@@ -138,23 +111,11 @@ def train(config: VariationalConfig, metrics: MetricsFile) -> tuple[ResidualFlow
     def weight_at(step: int) -> np.ndarray:
         return np.float32(min(1.0, 0.01 + step / max(config.annealing, 1)))
 
+    def as_line(loss: float) -> dict[str, float]:
+        return {"kl_minus_log_normalizer": loss}
+
     flow = ResidualFlow(config.model, rngs=nnx.Rngs(config.seed))
-    trainer = Trainer(nnx.split(flow)[0], loss, config.optimizer.build(config.steps), config.optimizer.ema_decay)
-    state, step_times = trainer.create_state(flow, ESTIMATORS[config.estimator]), []
-    for at in training_loop(
-        trainer,
-        state,
-        jax.random.key(config.seed),
-        weight_at,
-        steps=config.steps,
-        pauses_at=lambda step: step % config.log_every == 0,
-        unit="nats (KL - log Z)",
-    ):
-        state = at.state
-        step_times.append(at.seconds)
-        loss_value, norm = float(at.metrics["loss"]), float(at.metrics["gradient_norm"])
-        metrics.write(step=at.step, split="train", kl_minus_log_normalizer=loss_value, gradient_norm=norm)
-    return trainer.averaged_flow(state), float(np.median(step_times))
+    return train_flow(config, flow, loss, weight_at, metrics, unit="nats (KL - log Z)", as_line=as_line)
 
 
 def report(
@@ -215,9 +176,8 @@ def divergence(log_prob: np.ndarray, log_target: np.ndarray, log_normalizer: flo
 def target_on_grid(name: str, cells: int) -> tuple[np.ndarray, float]:
     """The normalised target at the midpoints of cells x cells cells of `POTENTIAL_BOX`, [y, x], and log Z."""
     low, high = POTENTIAL_BOX
-    middles = low + (high - low) * (np.arange(cells) + 0.5) / cells
-    grid = np.stack(np.meshgrid(middles, middles), axis=-1).reshape(-1, 2)
-    values = np.exp(np.asarray(log_density(name, jnp.asarray(grid, float)), np.float64)).reshape(cells, cells)
+    grid = jnp.asarray(grid_midpoints(low, high, cells), float)
+    values = np.exp(np.asarray(log_density(name, grid), np.float64)).reshape(cells, cells)
     normalizer = values.sum() * ((high - low) / cells) ** 2
     return values / normalizer, float(np.log(normalizer))
 
