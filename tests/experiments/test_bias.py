@@ -16,8 +16,6 @@ from experiments.density import load, set_up
 from experiments.run import claim_workdir
 from resflow_jax import Exact, ImageFlowConfig, Truncated, certify
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = BiasConfig(
     model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)),
     steps=5,

@@ -12,8 +12,6 @@ from experiments.configs.base import EvaluationConfig, OptimizerConfig
 from experiments.run import MetricsFile
 from resflow_jax import ImageFlowConfig, Roulette, certify
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = dataclasses.replace(
     density.CONFIGS["digits"],
     model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)),

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from experiments import density, estimators
-from experiments.configs.base import EvaluationConfig
 from experiments.estimators import DEFAULT, FITTED, PAPERS, EstimatorsConfig, Target
-from resflow_jax import Diagnostics, Geometric, ImageFlowConfig, Roulette
+from resflow_jax import Diagnostics, Geometric, Roulette
+from tests.experiments import tiny
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings("ignore:length. .* infinite variance:RuntimeWarning"),
 ]
 
@@ -79,14 +78,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     kept = {name: estimators.ESTIMATORS[name] for name in (PAPERS, DEFAULT, FITTED)}
     monkeypatch.setattr(estimators, "ESTIMATORS", kept)
     monkeypatch.setattr(estimators, "spectra", lambda dim, rng: {"saturated": -0.9 * np.eye(dim)})
-    tiny = dataclasses.replace(
-        density.CONFIGS["digits"],
-        model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)),
-        steps=2,
-        batch_size=8,
-        evaluation=EvaluationConfig(estimator=Roulette(), draws=1, images=20, every=2),
-    )
-    monkeypatch.setitem(density.CONFIGS, "digits", tiny)
+    monkeypatch.setitem(density.CONFIGS, "digits", tiny.DIGITS)
     monkeypatch.setattr(density, "find_data_dir", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no such data")))
     config = EstimatorsConfig(tmp_path, keys=20, probes=2, batch_size=4)
     with jax.enable_x64(False):

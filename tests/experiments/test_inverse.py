@@ -1,6 +1,5 @@
 """The study of the inverse, tiny: its tables, files and figures, and bad input."""
 
-import dataclasses
 import json
 
 import jax
@@ -8,24 +7,14 @@ import numpy as np
 import pytest
 
 from experiments import density, inverse
-from experiments.configs.base import EvaluationConfig
 from experiments.inverse import InverseConfig
-from resflow_jax import ImageFlowConfig, Roulette
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from tests.experiments import tiny
 
 
 @pytest.fixture
 def small(monkeypatch):
     """A tiny digits flow, few points, and programs that stay out of the home directory."""
-    tiny = dataclasses.replace(
-        density.CONFIGS["digits"],
-        model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)),
-        steps=2,
-        batch_size=8,
-        evaluation=EvaluationConfig(estimator=Roulette(), draws=1, images=20, every=2),
-    )
-    monkeypatch.setitem(density.CONFIGS, "digits", tiny)
+    monkeypatch.setitem(density.CONFIGS, "digits", tiny.DIGITS)
     monkeypatch.setattr(inverse, "SOLVERS", {name: inverse.SOLVERS[name] for name in (inverse.PLAIN, inverse.BEST)})
     monkeypatch.setattr(inverse, "TOLERANCES", (1e-6,))
     monkeypatch.setattr(inverse, "PLOTTED_ITERATIONS", (2,))

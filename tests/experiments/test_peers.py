@@ -18,8 +18,6 @@ import torch
 
 from experiments.peers import normflows_from
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = {"kernels": (3, 1), "hidden_channels": 4, "fc_hidden": 4, "fc_layers": 2}
 SCALES = ImageFlowConfig((4, 4, 1), blocks=(2, 1), fc_blocks=1, **SMALL)
 CONVOLUTIONS = ImageFlowConfig((2, 4, 2), blocks=(1,), fc_blocks=0, **SMALL)

@@ -13,8 +13,6 @@ from experiments.configs.base import OptimizerConfig
 from experiments.variational import VariationalConfig, divergence, draw_from_grid, target_on_grid
 from resflow_jax import VectorFlowConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = VariationalConfig(
     target="banana",
     steps=40,

@@ -15,8 +15,6 @@ from resflow_jax.layers.certificate import certify_contraction, tighten_contract
 from tests.functional.contractions import dense_matrix
 from tests.layers.blocks import CONTRACTIONS, INF, apply, make, spoil
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def flat(x):
     return np.asarray(x).reshape(len(x), -1)

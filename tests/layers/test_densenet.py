@@ -9,8 +9,6 @@ from resflow_jax.layers.densenet import normalized_concatenation
 from tests.functional.contractions import dense_matrix
 from tests.layers.blocks import CONTRACTIONS, apply, make
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def numpy_lipswish(x, beta):
     return x / (1 + np.exp(-np.log1p(np.exp(beta)) * x)) / 1.1

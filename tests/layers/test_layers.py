@@ -20,8 +20,6 @@ from resflow_jax.layers.lipschitz import LipschitzLinear, NormState, map_linears
 from resflow_jax.layers.normalization import MovingBatchNorm, Normalization
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IMAGE = (4, 4, 2)
 
 
@@ -100,9 +98,15 @@ def in_float32(leaf):
     return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
 
 
-def dense_jacobian(layer, x):
-    """The Jacobian of a layer at one example, [D, D]."""
-    return jax.jacobian(lambda e: layer(e[None])[0].ravel())(x).reshape(x.size, x.size)
+def dense_jacobians(layer, x):
+    """The Jacobians of a layer at the examples of a batch, [B, D, D]."""
+    graphdef, state = nnx.split(layer)
+
+    @jax.jit
+    def jacobians(state, x):
+        return jax.vmap(jax.jacobian(lambda e: nnx.merge(graphdef, state)(e[None])[0].ravel()))(x)
+
+    return jacobians(state, x).reshape(len(x), x[0].size, x[0].size)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -113,15 +117,14 @@ def test_inverse_and_log_det(name):
     """
     layer, x = moved_layer(name)
     before = jax.tree.map(jnp.copy, nnx.state(layer))
-    y, log_det, _ = layer.forward(x, None, rf.Exact())
+    y, log_det, _ = nnx.jit(lambda layer, x: layer.forward(x, None, rf.Exact()))(layer, x)
     np.testing.assert_allclose(layer(x), y, rtol=1e-12, atol=1e-12)
-    back, statuses = layer.inverse(y, rf.FixedPoint())
+    back, statuses = nnx.jit(lambda layer, y: layer.inverse(y, rf.FixedPoint()))(layer, y)
     assert sum(len(status.converged) for status in statuses) == layer.blocks
     assert all(status.converged.shape[1:] == (3,) and status.converged.all() for status in statuses)
     np.testing.assert_allclose(back, x, rtol=0, atol=1e-10)
-    for n in range(len(x)):
-        expected = np.linalg.slogdet(dense_jacobian(layer, x[n]))[1]
-        np.testing.assert_allclose(log_det[n], expected, rtol=1e-10, atol=1e-10)
+    expected = np.linalg.slogdet(dense_jacobians(layer, x))[1]
+    np.testing.assert_allclose(log_det, expected, rtol=1e-10, atol=1e-10)
     chex.assert_trees_all_equal(nnx.state(layer), before)
 
 
@@ -132,8 +135,7 @@ def test_lipschitz_bounds(name):
     blocks = []
     forward, inverse = certified_bounds(layer, blocks)
     assert len(blocks) == layer.blocks
-    for e in x:
-        singular_values = np.linalg.svd(dense_jacobian(layer, e), compute_uv=False)
+    for singular_values in np.linalg.svd(dense_jacobians(layer, x), compute_uv=False):
         norms = singular_values[0], 1 / singular_values[-1]
         assert norms[0] <= forward * (1 + 1e-12) and norms[1] <= inverse * (1 + 1e-12)
         if name in CLOSED_FORM and not name.startswith(("logit", "chain")):
@@ -143,7 +145,7 @@ def test_lipschitz_bounds(name):
 def test_logit_attains_its_lipschitz_bounds():
     """f at the ends of [0, 1], f^-1 in the middle."""
     layer = Logit(0.05)
-    slopes = jnp.diag(dense_jacobian(layer, jnp.asarray([0.0, 0.5, 1.0])))
+    slopes = jnp.diag(dense_jacobians(layer, jnp.asarray([[0.0, 0.5, 1.0]]))[0])
     forward, inverse = layer.lipschitz_bounds()
     np.testing.assert_allclose(slopes[jnp.asarray([0, 2])], forward, rtol=1e-12)
     np.testing.assert_allclose(1 / slopes[1], inverse, rtol=1e-12)

@@ -12,8 +12,6 @@ from tests.functional.brute_force import brute_force_norm
 from tests.functional.contractions import dense_matrix
 from tests.layers.blocks import INF, spoil
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def linear(domain, codomain, linear_map=None):
     layer = LipschitzLinear(linear_map or DenseMap(3, 4), 0.9, domain=domain, codomain=codomain, rngs=nnx.Rngs(0))

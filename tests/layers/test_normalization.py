@@ -13,8 +13,6 @@ from resflow_jax.layers.contraction import Layered
 from resflow_jax.layers.normalization import MovingBatchNorm, Normalization
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IMAGE = (4, 4, 2)
 
 

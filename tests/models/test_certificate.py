@@ -14,8 +14,6 @@ import resflow_jax as rf
 from resflow_jax.functional.orders import learnable_order
 from resflow_jax.layers.lipschitz import NormState
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIGS = {
     "images": rf.ImageFlowConfig(
         (4, 4, 1),

@@ -9,8 +9,6 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.models.flow import check_values, standard_normal_log_prob
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = {"hidden_channels": 4, "fc_hidden": 4, "fc_layers": 2, "kernels": (3, 3), "logit_alpha": 0.05}
 CONFIGS = {
     "images": rf.ImageFlowConfig((4, 4, 1), blocks=(2, 1), fc_blocks=1, **SMALL),
@@ -194,12 +192,12 @@ def test_update_norms_follows_the_parameters():
 def test_sampling(flow_and_x):
     """Samples have the event's shape, are deterministic in the key, and are f^-1 of the base draw."""
     flow, _ = flow_and_x
-    samples = flow.sample(jax.random.key(3), 4)
-    assert samples.shape == (4, *flow.event_shape)
-    z = jax.random.normal(jax.random.key(3), (4, flow.dim))
+    samples = flow.sample(jax.random.key(3), 3)
+    assert samples.shape == (3, *flow.event_shape)
+    z = jax.random.normal(jax.random.key(3), (3, flow.dim))
     x = flow.inverse(z)
     np.testing.assert_allclose(samples, jnp.clip(x, 0, 1) if x.ndim == 4 else x, rtol=1e-12)
-    assert jnp.isfinite(flow.log_prob(samples, key=jax.random.key(0))).all()
+    assert jnp.isfinite(flow.log_prob(samples, estimator=rf.Exact())).all()
     with pytest.raises(ValueError, match="number: expected an integer of at least 1"):
         flow.sample(jax.random.key(3), 0)
 

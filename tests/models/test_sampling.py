@@ -10,8 +10,6 @@ from jax.flatten_util import ravel_pytree
 import resflow_jax as rf
 from tests.functional.contractions import z_scores
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SOLVER = rf.FixedPoint(tolerance=1e-13)
 CONFIGS = {
     "vectors": rf.VectorFlowConfig(dim=2, blocks=2, hidden=(3,), preactivation="none", coefficient=0.8),

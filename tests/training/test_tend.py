@@ -12,8 +12,6 @@ import resflow_jax as rf
 from resflow_jax.training.likelihood import tend
 from resflow_jax.training.step import Trainer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = rf.VectorFlowConfig(dim=2, blocks=2, hidden=(3,), preactivation="all", learn_norms=True, batchnorm=True)
 X = jax.random.normal(jax.random.key(0), (16, 2)) * jnp.asarray([1.0, 3.0]) + 2
 
