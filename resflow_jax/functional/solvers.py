@@ -16,9 +16,10 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from resflow_jax.functional.checks import check_count
-from resflow_jax.functional.iteration import Evaluation, Solver, example_norm
+from resflow_jax.functional.iteration import Solver, example_norm
 
 Array = jax.Array
 
@@ -32,6 +33,12 @@ class FixedPoint(Solver):
 
     def propose(self, turn, memory, change, new, trusted):
         return memory, new.image
+
+
+class _Changes(NamedTuple):
+    images: Array  # dT, [B, memory, D]
+    residuals: Array  # dr
+    gram: Array  # dr^T dr, [B, memory, memory]
 
 
 @dataclass(frozen=True)
@@ -48,26 +55,36 @@ class Anderson(Solver):
         super().__post_init__()
         check_count("memory", self.memory, 1)
 
-    def initialize(self, x: Array) -> Evaluation:
+    def initialize(self, x: Array) -> _Changes:
         size = max(1, min(self.memory, x.shape[1]))
-        empty = jnp.zeros((size, *x.shape), x.dtype)
-        return Evaluation(empty, empty)
+        empty = jnp.zeros((x.shape[0], size, x.shape[1]), x.dtype)
+        return _Changes(empty, empty, jnp.zeros((x.shape[0], size, size), _wide(x.dtype)))
 
     def propose(self, turn, memory, change, new, trusted):
         # Columns of norm one or zero: no Gram matrix over- or underflows, however small r has become.
         unit = example_norm(change.residual)[:, None]
-        columns = jax.tree.map(lambda v: jnp.where(unit > 0, v / unit, 0), change)
-        slot = turn % memory.residual.shape[0]
-        memory = jax.tree.map(lambda kept, column: kept.at[slot].set(column), memory, columns)
+        image, residual = (jnp.where(unit > 0, v / unit, 0) for v in change)
+        slot, dtype = turn % memory.gram.shape[-1], memory.gram.dtype
+        images, residuals = memory.images.at[:, slot].set(image), memory.residuals.at[:, slot].set(residual)
+        row = _products(residuals, residual, dtype)
+        gram = memory.gram.at[:, slot].set(row).at[:, :, slot].set(row)
 
-        dtype = jnp.promote_types(new.residual.dtype, jnp.float32)
-        residuals = memory.residual.astype(dtype)
-        gram = jnp.einsum("mbd,nbd->bmn", residuals, residuals)
-        slopes = jnp.einsum("mbd,bd->bm", residuals, new.residual.astype(dtype))
         # Nearly dependent columns cost accuracy of r, not of x: the ridge is what rounding leaves of them.
         ridge = 16 * jnp.finfo(dtype).eps * jnp.eye(gram.shape[-1], dtype=dtype)
-        weights = jnp.linalg.solve(gram + ridge, slopes[..., None])[..., 0].astype(new.image.dtype)
-        return memory, new.image - jnp.einsum("mbd,bm->bd", memory.image, weights)
+        factor = jnp.linalg.cholesky(gram + ridge, symmetrize_input=False), True
+        slopes = _products(residuals, new.residual, dtype)
+        weights = jax.scipy.linalg.cho_solve(factor, slopes[..., None])[..., 0].astype(new.image.dtype)
+        weights = jnp.where(jnp.isfinite(weights), weights, 0)  # no factor: a plain step
+        return _Changes(images, residuals, gram), new.image - jnp.einsum("bmd,bm->bd", images, weights)
+
+
+def _wide(dtype: np.dtype) -> np.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _products(rows: Array, vector: Array, dtype: np.dtype) -> Array:
+    """Inner products of [B, memory, D] with [B, D]: [B, memory]."""
+    return jnp.einsum("bmd,bd->bm", rows.astype(dtype), vector.astype(dtype))
 
 
 class _RankOne(NamedTuple):
