@@ -5,10 +5,11 @@
 The trained flows are tightened and certified first. For every solver the loosest tolerance is found at which
 the samples x = f^-1(z) have max |x - f^-1(f(x))| at most 1e-5 in float32, and the evaluations of g are counted
 at that tolerance, block by block. Times are medians of alternating runs: of samples alone, and of samples with
-their log-density by the default estimator and by a series as long as normflows takes. `--peer` runs the same
-flow with the same weights in normflows beside it (`pip install -e '.[bench]'`); its random lengths differ by
-run, so do its times. "noise" is the standard deviation of the estimates of log p. The
-flows are trained first, under the work directory, unless they are there.
+their log-density by the default estimator and by a series as long as normflows takes; each device draws its part
+of the samples, on a CPU each core. `--peer` runs the same flow with the same weights in normflows beside it
+(`pip install -e '.[bench]'`), on as many threads, and Anderson acceleration also with the tolerance whose error is
+normflows' at most; its random lengths differ by run, so do its times. "noise" is the standard deviation of the
+estimates of log p. The flows are trained first, under the work directory, unless they are there.
 
 Writes NAME_errors.png (error against iterations), NAME_reconstructions.png (after 1, 2, 4, ... iterations)
 and inverse.json, and prints tables. On 2 CPU cores: about 15 minutes,
@@ -19,9 +20,10 @@ memory maps, run one target at a time.
 import json
 import time
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments import density, pictures
-from experiments.run import certificate_rows, print_table, use_compilation_cache, write_atomically
+from experiments.run import certificate_rows, print_table, use_all_cores, use_compilation_cache, write_atomically
 from experiments.trained import NAMES, trained_flow, trained_runs
 from resflow_jax import (
     Anderson,
@@ -41,6 +44,7 @@ from resflow_jax import (
     Estimator,
     FixedPoint,
     Geometric,
+    InverseStatus,
     ResidualFlow,
     Roulette,
     Solver,
@@ -55,10 +59,9 @@ Array = jax.Array
 LONG_SERIES = Roulette(Geometric(0.5), exact_terms=20, krylov=0, probe="gaussian")
 SOLVERS: dict[str, Solver] = {"fixed point": FixedPoint(), "Anderson": Anderson(), "Broyden": Broyden()}
 PLAIN, BEST = "fixed point", "Anderson"
-TOLERANCES = tuple(10.0 ** (-n / 4) for n in range(20, 29))
+TOLERANCES = tuple(10.0 ** (-n / 4) for n in range(8, 29))  # ascending in exactness
 DRAWN_ITERATIONS = (1, 2, 4)
 PLOTTED_ITERATIONS = (1, 2, 4, 6, 9, 13, 18, 24, 32)
-LOOSE = 1e-2  # a tolerance whose error is about that of normflows
 DRAWS = 8  # of log p, to judge its noise
 HARD = 0.9  # a block whose certified constant is above it
 
@@ -118,12 +121,15 @@ class Cost(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
+    use_all_cores()
     run(tyro.cli(InverseConfig, args=arguments, prog="python -m experiments.inverse", description=__doc__))
 
 
 def run(config: InverseConfig) -> dict[str, Any]:
     """Measures and draws every flow; returns what inverse.json holds."""
     use_compilation_cache()
+    if config.samples % jax.device_count():
+        raise ValueError(f"samples: expected a multiple of the {jax.device_count()} devices, got {config.samples}")
     config.workdir.mkdir(parents=True, exist_ok=True)
     results = {}
     given = {name: getattr(config, name) for name in NAMES}
@@ -136,8 +142,14 @@ def run(config: InverseConfig) -> dict[str, Any]:
 
         costs = {solver: equal_error_cost(flow, certificate, z, config.error, SOLVERS[solver]) for solver in SOLVERS}
         solvers = {solver: replace(SOLVERS[solver], tolerance=cost.tolerance) for solver, cost in costs.items()}
-        solvers[f"{BEST}, loose"] = replace(SOLVERS[BEST], tolerance=LOOSE)
-        times = time_sampling(flow, z, solvers, config)
+        peer = None
+        if config.peer:
+            from experiments.peers import normflows_from
+
+            peer = normflows_from(flow)
+            cost = equal_error_cost(flow, certificate, z, peer_error(peer, z), SOLVERS[BEST])
+            solvers[f"{BEST}, error of normflows"] = replace(SOLVERS[BEST], tolerance=cost.tolerance)
+        times = time_sampling(flow, z, solvers, peer, config)
         exactness = round_trips(flow, z, images)
         results[name] = report(name, certificate, costs, times, exactness)
         write_atomically(config.workdir / "inverse.json", json.dumps(results, indent=2) + "\n")
@@ -146,13 +158,19 @@ def run(config: InverseConfig) -> dict[str, Any]:
 
 
 def equal_error_cost(flow: ResidualFlow, certificate: Certificate, z: Array, error: float, solver: Solver) -> Cost:
-    """The evaluations of g at the loosest of `TOLERANCES` whose samples have the reconstruction error asked for."""
-    for tolerance in TOLERANCES:
-        solver = replace(solver, tolerance=tolerance)
-        x, status = flow.inverse(z, solver=solver, return_status=True)
-        found = reconstruction_error(flow, x, solver)
-        if found <= error:
-            break
+    """The evaluations of g at the loosest of `TOLERANCES` whose samples have the reconstruction error asked for.
+
+    Found by bisection; the tightest, if none has.
+    """
+
+    def solve(n: int) -> tuple[float, InverseStatus]:
+        at = replace(solver, tolerance=TOLERANCES[n])
+        x, status = flow.inverse(z, solver=at, return_status=True)
+        return reconstruction_error(flow, x, at), status
+
+    solves = lru_cache(solve)
+    chosen = bisect_left(range(len(TOLERANCES) - 1), True, key=lambda n: solves(n)[0] <= error)
+    tolerance, (found, status) = TOLERANCES[chosen], solves(chosen)
     counts, bounds = np.asarray(status.iterations), certificate.error_bounds(status)
     return Cost(tolerance, found, counts.mean(axis=1), counts.max(axis=1), float(bounds.max()))
 
@@ -160,6 +178,12 @@ def equal_error_cost(flow: ResidualFlow, certificate: Certificate, z: Array, err
 def reconstruction_error(flow: ResidualFlow, x: Array, solver: Solver) -> float:
     """max |x - f^-1(f(x))|."""
     return float(jnp.max(jnp.abs(x - flow.inverse(_transform(flow, x), solver=solver, return_status=True)[0])))
+
+
+def peer_error(peer: Any, z: Array) -> float:
+    """max |x - f^-1(f(x))| of the samples of normflows."""
+    x = peer.samples(np.asarray(z))
+    return float(np.abs(x - peer.samples(peer.forward(x))).max())
 
 
 def round_trips(flow: ResidualFlow, z: Array, images: Array) -> dict[str, float]:
@@ -176,25 +200,46 @@ def round_trips(flow: ResidualFlow, z: Array, images: Array) -> dict[str, float]
     return errors
 
 
-def time_sampling(flow: ResidualFlow, z: Array, solvers: dict[str, Solver], config: InverseConfig) -> dict[str, Any]:
+def over_devices(function: Callable[[ResidualFlow, Array], Any], flow: ResidualFlow, batch: Array) -> Callable[[], Any]:
+    """function(flow, part) compiled, for equal parts of the batch, one on each device; outputs are put together."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    whole, parts = PartitionSpec(), PartitionSpec("data")
+    graphdef, state = nnx.split(flow)
+    state = jax.device_put(state, NamedSharding(mesh, whole))
+    batch = jax.device_put(batch, NamedSharding(mesh, parts))
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(whole, parts), out_specs=parts, check_vma=False)
+    def apply(state, part):
+        return function(nnx.merge(graphdef, state), part)
+
+    return lambda: apply(state, batch)
+
+
+def time_sampling(
+    flow: ResidualFlow, z: Array, solvers: dict[str, Solver], peer: Any, config: InverseConfig
+) -> dict[str, Any]:
     """Median seconds of samples alone and with their log-density, and errors; alternating runs of all competitors."""
-    key, number = jax.random.key(config.seed), config.samples
+    devices = jax.device_count()
+    draws = jax.random.split(jax.random.key(config.seed), devices)
 
     def ours(solver: Solver) -> dict[str, Callable[[], Any]]:
-        def with_log_prob(estimator: Estimator) -> Any:
-            return flow.sample_and_log_prob(key, number, solver=solver, estimator=estimator)
+        def samples(flow: ResidualFlow, z: Array) -> Array:
+            return flow.inverse(z, solver=solver, return_status=True)[0]
+
+        def with_log_prob(estimator: Estimator) -> Callable[[ResidualFlow, Array], Any]:
+            return lambda flow, key: flow.sample_and_log_prob(
+                key[0], config.samples // devices, solver=solver, estimator=estimator
+            )
 
         return {
-            "samples": lambda: flow.inverse(z, solver=solver, return_status=True)[0],
-            "with log_prob": lambda: with_log_prob(Roulette()),
-            "with log_prob, 20 terms": lambda: with_log_prob(LONG_SERIES),
+            "samples": over_devices(samples, flow, z),
+            "with log_prob": over_devices(with_log_prob(Roulette()), flow, draws),
+            "with log_prob, 20 terms": over_devices(with_log_prob(LONG_SERIES), flow, draws),
         }
 
     competitors = {name: ours(solver) for name, solver in solvers.items()}
-    if config.peer:
-        from experiments.peers import normflows_from
-
-        peer = normflows_from(flow)
+    if peer is not None:
         latent = np.asarray(z)
         competitors["normflows"] = {
             "samples": lambda: peer.samples(latent),
@@ -217,9 +262,8 @@ def time_sampling(flow: ResidualFlow, z: Array, solvers: dict[str, Solver], conf
         medians[name]["error"] = reconstruction_error(flow, x, solvers[name])
     keys = jax.random.split(jax.random.key(config.seed), DRAWS)
     medians[BEST]["noise"] = noise([_log_prob(flow, samples[BEST], key) for key in keys])
-    if config.peer:
-        x = peer.samples(latent)
-        medians["normflows"]["error"] = float(np.abs(x - peer.samples(peer.forward(x))).max())
+    if peer is not None:
+        medians["normflows"]["error"] = peer_error(peer, z)
         medians["normflows"]["noise"] = noise([peer.samples_and_log_prob(latent)[1] for _ in keys])
     return medians
 

@@ -18,6 +18,14 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "resflow_jax"))
 
 
+def use_all_cores() -> None:
+    """Makes every CPU core a JAX device; to be called before JAX does anything.
+
+    XLA divides one small operation badly among cores; programs on parts of a batch run side by side.
+    """
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file as a whole, so that a crash leaves the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")

@@ -1,13 +1,16 @@
 """The study of the inverse, tiny: its tables, files and figures, and bad input."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import density, inverse
 from experiments.inverse import InverseConfig
+from resflow_jax import Anderson, Exact, InverseStatus, ResidualFlow, VectorFlowConfig
 from tests.experiments import tiny
 
 
@@ -16,7 +19,7 @@ def small(monkeypatch):
     """A tiny digits flow, few points, and programs that stay out of the home directory."""
     monkeypatch.setitem(density.CONFIGS, "digits", tiny.DIGITS)
     monkeypatch.setattr(inverse, "SOLVERS", {name: inverse.SOLVERS[name] for name in (inverse.PLAIN, inverse.BEST)})
-    monkeypatch.setattr(inverse, "TOLERANCES", (1e-6,))
+    monkeypatch.setattr(inverse, "TOLERANCES", (1e-6,))  # one program
     monkeypatch.setattr(inverse, "PLOTTED_ITERATIONS", (2,))
     monkeypatch.setattr(inverse, "DRAWN_ITERATIONS", (2,))
     for module in (density, inverse):
@@ -44,6 +47,43 @@ def test_end_to_end(small, tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert "every block is invertible" in printed and "block 0, L <= " in printed and "nats" in printed
+
+
+def test_parts_on_devices_are_put_together():
+    """Each of two devices computes its half of the batch, with the whole flow."""
+    flow = ResidualFlow(VectorFlowConfig(2, 1, (4,)), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (6, 2))
+    z, log_det, mean = inverse.over_devices(
+        lambda flow, x: (*flow.forward(x, estimator=Exact()), x.mean(0, keepdims=True)), flow, x
+    )()
+    np.testing.assert_allclose(z, flow(x), rtol=1e-12)
+    np.testing.assert_allclose(log_det, flow.forward(x, estimator=Exact())[1], rtol=1e-12)
+    np.testing.assert_allclose(mean, [x[:3].mean(0), x[3:].mean(0)], rtol=1e-12)
+
+
+def test_samples_that_do_not_divide_among_devices(tmp_path):
+    """Named before anything is computed."""
+    with pytest.raises(ValueError, match="samples: expected a multiple of the 2 devices, got 3"):
+        inverse.run(InverseConfig(tmp_path, samples=3))
+
+
+def test_bisection_finds_the_loosest_tolerance(monkeypatch):
+    """Of errors that fall with the tolerance; the tightest where none is small enough."""
+    solved = []
+
+    class Flow:
+        def inverse(self, z, *, solver, return_status):
+            solved.append(solver.tolerance)
+            counts = np.full((1, 2), 3)
+            return z, InverseStatus(counts, 0.0 * counts, 0.0 * counts, counts > 0)
+
+    monkeypatch.setattr(inverse, "reconstruction_error", lambda flow, x, solver: 2 * solver.tolerance)
+    certificate = SimpleNamespace(error_bounds=lambda status: np.zeros(2))
+    for error, expected in ((2e-4, 1e-4), (1.9e-4, 10**-4.25), (1.0, 1e-2), (1e-9, 1e-7)):
+        solved.clear()
+        cost = inverse.equal_error_cost(Flow(), certificate, np.zeros((2, 2)), error, Anderson())
+        assert cost.tolerance == pytest.approx(expected) and cost.error == pytest.approx(2 * expected)
+        assert len(solved) == len(set(solved)) <= 6
 
 
 @pytest.mark.parametrize(
