@@ -5,10 +5,10 @@
 The trained flows are tightened and certified first. For every solver the loosest tolerance is found at which
 the samples x = f^-1(z) have max |x - f^-1(f(x))| at most 1e-5 in float32, and the evaluations of g are counted
 at that tolerance, block by block. Times are medians of alternating runs: of samples alone, and of samples with
-their log-density by the default estimator and by a series as long as normflows takes; each device draws its part
-of the samples, on a CPU each core. `--peer` runs the same flow with the same weights in normflows beside it
+their log-density by the default estimator and by a series as long as normflows takes, in parts on all devices, on a
+CPU on all cores (see `experiments.parts`). `--peer` runs the same flow with the same weights in normflows beside it
 (`pip install -e '.[bench]'`), on as many threads, and Anderson acceleration also with the tolerance whose error is
-normflows' at most; its random lengths differ by run, so do its times. "noise" is the standard deviation of the
+normflows' at most; the lengths of its series and of ours differ by run. "noise" is the standard deviation of the
 estimates of log p. The flows are trained first, under the work directory, unless they are there.
 
 Writes NAME_errors.png (error against iterations), NAME_reconstructions.png (after 1, 2, 4, ... iterations)
@@ -32,9 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments import density, pictures
+from experiments.parts import number_of_parts, over_parts
 from experiments.run import certificate_rows, print_table, use_all_cores, use_compilation_cache, write_atomically
 from experiments.trained import NAMES, trained_flow, trained_runs
 from resflow_jax import (
@@ -75,6 +75,7 @@ class InverseConfig:
       targets: which flows.
       samples: drawn from each flow.
       error: max |x - f^-1(f(x))| that every solver has to reach.
+      part: samples that one device draws at a time, at most.
       repeats: timed runs of each competitor.
       peer: whether to time normflows as well.
       digits: work directory of a run of `experiments.density digits`; made if not given.
@@ -86,6 +87,7 @@ class InverseConfig:
     targets: tuple[str, ...] = NAMES
     samples: int = 64
     error: float = 1e-5
+    part: int = 8
     repeats: int = 5
     peer: bool = False
     digits: Path | None = None
@@ -97,6 +99,7 @@ class InverseConfig:
             check_choice("targets", target, NAMES)
         check_count("samples", self.samples, 1)
         check_positive("error", self.error)
+        check_count("part", self.part, 1)
         check_count("repeats", self.repeats, 1)
         check_count("seed", self.seed, 0)
 
@@ -128,8 +131,6 @@ def main(arguments: list[str] | None = None) -> None:
 def run(config: InverseConfig) -> dict[str, Any]:
     """Measures and draws every flow; returns what inverse.json holds."""
     use_compilation_cache()
-    if config.samples % jax.device_count():
-        raise ValueError(f"samples: expected a multiple of the {jax.device_count()} devices, got {config.samples}")
     config.workdir.mkdir(parents=True, exist_ok=True)
     results = {}
     given = {name: getattr(config, name) for name in NAMES}
@@ -200,50 +201,37 @@ def round_trips(flow: ResidualFlow, z: Array, images: Array) -> dict[str, float]
     return errors
 
 
-def over_devices(function: Callable[[ResidualFlow, Array], Any], flow: ResidualFlow, batch: Array) -> Callable[[], Any]:
-    """function(flow, part) compiled, for equal parts of the batch, one on each device; outputs are put together."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    whole, parts = PartitionSpec(), PartitionSpec("data")
-    graphdef, state = nnx.split(flow)
-    state = jax.device_put(state, NamedSharding(mesh, whole))
-    batch = jax.device_put(batch, NamedSharding(mesh, parts))
-
-    @jax.jit
-    @partial(jax.shard_map, mesh=mesh, in_specs=(whole, parts), out_specs=parts, check_vma=False)
-    def apply(state, part):
-        return function(nnx.merge(graphdef, state), part)
-
-    return lambda: apply(state, batch)
-
-
 def time_sampling(
     flow: ResidualFlow, z: Array, solvers: dict[str, Solver], peer: Any, config: InverseConfig
 ) -> dict[str, Any]:
     """Median seconds of samples alone and with their log-density, and errors; alternating runs of all competitors."""
-    devices = jax.device_count()
-    draws = jax.random.split(jax.random.key(config.seed), devices)
+    parts = number_of_parts(config.samples, config.part)
+    size, z_parts = config.samples // parts, z.reshape(parts, -1, z.shape[-1])
+    keys = jax.random.split(jax.random.key(config.seed), (config.repeats + 1, parts))
 
-    def ours(solver: Solver) -> dict[str, Callable[[], Any]]:
+    def ours(solver: Solver) -> dict[str, Callable[[int], Any]]:
         def samples(flow: ResidualFlow, z: Array) -> Array:
             return flow.inverse(z, solver=solver, return_status=True)[0]
 
-        def with_log_prob(estimator: Estimator) -> Callable[[ResidualFlow, Array], Any]:
-            return lambda flow, key: flow.sample_and_log_prob(
-                key[0], config.samples // devices, solver=solver, estimator=estimator
+        def with_log_prob(estimator: Estimator) -> Callable[[int], Any]:
+            draw = over_parts(
+                lambda flow, key: flow.sample_and_log_prob(key, size, solver=solver, estimator=estimator), flow
             )
+            return lambda repeat: draw(keys[repeat])
 
+        samples_of = over_parts(samples, flow)
         return {
-            "samples": over_devices(samples, flow, z),
-            "with log_prob": over_devices(with_log_prob(Roulette()), flow, draws),
-            "with log_prob, 20 terms": over_devices(with_log_prob(LONG_SERIES), flow, draws),
+            "samples": lambda _: samples_of(z_parts),
+            "with log_prob": with_log_prob(Roulette()),
+            "with log_prob, 20 terms": with_log_prob(LONG_SERIES),
         }
 
     competitors = {name: ours(solver) for name, solver in solvers.items()}
     if peer is not None:
         latent = np.asarray(z)
         competitors["normflows"] = {
-            "samples": lambda: peer.samples(latent),
-            "with log_prob": lambda: peer.samples_and_log_prob(latent),
+            "samples": lambda _: peer.samples(latent),
+            "with log_prob": lambda _: peer.samples_and_log_prob(latent),
         }
     seconds = {name: {what: [] for what in functions} for name, functions in competitors.items()}
     for repeat in range(config.repeats + 1):  # the first compiles
@@ -253,7 +241,7 @@ def time_sampling(
                 with warnings.catch_warnings():
                     # normflows' law has no finite variance for all blocks of these constants: that is not the question.
                     warnings.filterwarnings("ignore", "length: Geometric", RuntimeWarning)
-                    jax.block_until_ready(function())
+                    jax.block_until_ready(function(repeat))
                 if repeat:
                     seconds[name][what].append(time.perf_counter() - began)
     medians = {name: {what: float(np.median(t)) for what, t in all_.items()} for name, all_ in seconds.items()}

@@ -61,7 +61,7 @@ def certificate_rows(certificate: Certificate) -> dict[str, str]:
 def print_table(rows: dict[str, str]) -> None:
     """A closing table."""
     for name, value in rows.items():
-        print(f"{name:<22}{value}")
+        print(f"{name:<24}{value}")
 
 
 # Settings that may differ when a run is resumed: they change neither the model nor what a step does, but

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from experiments import density, inverse
 from experiments.inverse import InverseConfig
-from resflow_jax import Anderson, Exact, InverseStatus, ResidualFlow, VectorFlowConfig
+from resflow_jax import Anderson, InverseStatus
 from tests.experiments import tiny
 
 
@@ -49,24 +48,6 @@ def test_end_to_end(small, tmp_path, capsys):
     assert "every block is invertible" in printed and "block 0, L <= " in printed and "nats" in printed
 
 
-def test_parts_on_devices_are_put_together():
-    """Each of two devices computes its half of the batch, with the whole flow."""
-    flow = ResidualFlow(VectorFlowConfig(2, 1, (4,)), rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (6, 2))
-    z, log_det, mean = inverse.over_devices(
-        lambda flow, x: (*flow.forward(x, estimator=Exact()), x.mean(0, keepdims=True)), flow, x
-    )()
-    np.testing.assert_allclose(z, flow(x), rtol=1e-12)
-    np.testing.assert_allclose(log_det, flow.forward(x, estimator=Exact())[1], rtol=1e-12)
-    np.testing.assert_allclose(mean, [x[:3].mean(0), x[3:].mean(0)], rtol=1e-12)
-
-
-def test_samples_that_do_not_divide_among_devices(tmp_path):
-    """Named before anything is computed."""
-    with pytest.raises(ValueError, match="samples: expected a multiple of the 2 devices, got 3"):
-        inverse.run(InverseConfig(tmp_path, samples=3))
-
-
 def test_bisection_finds_the_loosest_tolerance(monkeypatch):
     """Of errors that fall with the tolerance; the tightest where none is small enough."""
     solved = []
@@ -91,6 +72,7 @@ def test_bisection_finds_the_loosest_tolerance(monkeypatch):
     [
         ({"targets": ("letters",)}, "targets: expected one of digits, fashion_mnist; got 'letters'"),
         ({"samples": 0}, "samples: expected an integer of at least 1, got 0"),
+        ({"part": 0}, "part: expected an integer of at least 1, got 0"),
         ({"repeats": 0}, "repeats: expected an integer of at least 1, got 0"),
         ({"error": 0.0}, "error: expected a positive number, got 0.0"),
     ],
