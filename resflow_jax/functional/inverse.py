@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from resflow_jax.functional.checks import check_choice, check_residual
-from resflow_jax.functional.iteration import ON_FAILURE, InverseStatus, Solver, example_max, iterate
+from resflow_jax.functional.iteration import ON_FAILURE, InverseStatus, Solver, example_max, iterate, wide_dtype
 from resflow_jax.functional.solvers import Anderson
 
 Array = jax.Array
@@ -60,7 +60,7 @@ def residual_inverse(
     def solve(equation, start):
         # Not x - equation(x): its rounding would be added to that of y - g(x).
         x, status = iterate(lambda x: y - g(params, x), start, solver, jnp.maximum(1, example_max(y)))
-        wide = jnp.promote_types(y.dtype, jnp.float32)  # custom_root wants float aux, and counts may pass 256
+        wide = wide_dtype(y.dtype)  # custom_root wants float aux, and counts may pass 256
         return x, jax.tree.map(lambda leaf: leaf.astype(wide), status)
 
     def solve_linear(operator, b):

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
@@ -114,7 +115,8 @@ class InverseStatus(NamedTuple):
         Args:
           lipschitz: a constant L of g in the 2-norm; broadcasts against residual_norm.
         """
-        lipschitz = jnp.asarray(lipschitz, self.residual_norm.dtype)
+        # A 16-bit L could be rounded down, and with it the bound.
+        lipschitz = jnp.asarray(lipschitz, wide_dtype(self.residual_norm.dtype))
         contracts = lipschitz < 1
         return jnp.where(contracts, self.residual_norm / jnp.where(contracts, 1 - lipschitz, 1), jnp.inf)
 
@@ -198,6 +200,11 @@ def _select(condition: Array, true: Any, false: Any) -> Any:
         return jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
     return jax.tree.map(select, true, false)
+
+
+def wide_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype, or float32 for 16-bit floats."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def example_max(x: Array) -> Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.checks import check_count
-from resflow_jax.functional.iteration import Solver, example_norm
+from resflow_jax.functional.iteration import Solver, example_norm, wide_dtype
 
 Array = jax.Array
 
@@ -58,7 +58,7 @@ class Anderson(Solver):
     def initialize(self, x: Array) -> _Changes:
         size = max(1, min(self.memory, x.shape[1]))
         empty = jnp.zeros((x.shape[0], size, x.shape[1]), x.dtype)
-        return _Changes(empty, empty, jnp.zeros((x.shape[0], size, size), _wide(x.dtype)))
+        return _Changes(empty, empty, jnp.zeros((x.shape[0], size, size), wide_dtype(x.dtype)))
 
     def propose(self, turn, memory, change, new, trusted):
         # Columns of norm one or zero: no Gram matrix over- or underflows, however small r has become.
@@ -78,13 +78,10 @@ class Anderson(Solver):
         return _Changes(images, residuals, gram), new.image - jnp.einsum("bmd,bm->bd", images, weights)
 
 
-def _wide(dtype: np.dtype) -> np.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _products(rows: Array, vector: Array, dtype: np.dtype) -> Array:
     """Inner products of [B, memory, D] with [B, D]: [B, memory]."""
-    return jnp.einsum("bmd,bd->bm", rows.astype(dtype), vector.astype(dtype))
+    # Accelerators multiply coarsely by default: such a Gram matrix may have negative eigenvalues.
+    return jnp.einsum("bmd,bd->bm", rows.astype(dtype), vector.astype(dtype), precision="highest")
 
 
 class _RankOne(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 from resflow_jax.functional.inverse import InverseError, report_unconverged, residual_inverse
-from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.iteration import Evaluation, InverseStatus
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint
 from tests.functional.contractions import (
     check_two_orders,
@@ -401,6 +401,27 @@ def test_default_tolerance_follows_the_dtype(dtype, error, solver):
     assert inverse.dtype == status.residual.dtype == dtype
     assert jnp.all(status.converged) and jnp.all(status.iterations < 60)
     np.testing.assert_allclose(inverse.astype(float), x.astype(float), atol=error)
+
+
+def test_error_bound_of_a_narrow_residual_does_not_round_the_constant():
+    """0.997 is 0.9961 in bfloat16, and 0.999 is 1."""
+    ones = jnp.ones(2, jnp.bfloat16)
+    status = InverseStatus(ones, ones, ones, ones > 0)
+    np.testing.assert_allclose(status.error_bound(0.997), 1 / 0.003, rtol=1e-4)
+    np.testing.assert_allclose(status.error_bound(np.asarray([0.999, 1.0])), [1e3, np.inf], rtol=1e-3)
+
+
+def test_a_gram_matrix_that_rounding_spoiled_gives_a_plain_step():
+    """One that has no Cholesky factor: of that example T(x) is proposed, of the others nothing changes."""
+    new, change = (Evaluation(*jax.random.normal(key, (2, 2, 5))) for key in jax.random.split(jax.random.key(0)))
+    memory = Anderson(memory=3).initialize(new.image)
+    turn, trusted = jnp.asarray(1), jnp.asarray([True, True])
+    _, expected = Anderson(memory=3).propose(turn, memory, change, new, trusted)
+    spoiled = memory._replace(gram=memory.gram.at[0, 2, 2].set(-1.0))
+    _, found = Anderson(memory=3).propose(turn, spoiled, change, new, trusted)
+    np.testing.assert_array_equal(found[0], new.image[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert not np.allclose(expected, new.image)
 
 
 @every_solver
