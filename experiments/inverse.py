@@ -7,9 +7,9 @@ the samples x = f^-1(z) have max |x - f^-1(f(x))| at most 1e-5 in float32, and t
 at that tolerance, block by block. Times are medians of alternating runs: of samples alone, and of samples with
 their log-density by the default estimator and by a series as long as normflows takes, in parts on all devices, on a
 CPU on all cores (see `experiments.parts`). `--peer` runs the same flow with the same weights in normflows beside it
-(`pip install -e '.[bench]'`), on as many threads, and Anderson acceleration also with the tolerance whose error is
-normflows' at most; the lengths of its series and of ours differ by run. "noise" is the standard deviation of the
-estimates of log p. The flows are trained first, under the work directory, unless they are there.
+(`pip install -e '.[bench]'`), on the threads that PyTorch takes, and Anderson acceleration also with the tolerance
+whose error is normflows' at most; the lengths of its series and of ours differ by run. "noise" is the standard
+deviation of the estimates of log p. The flows are trained first, under the work directory, unless they are there.
 
 Writes NAME_errors.png (error against iterations), NAME_reconstructions.png (after 1, 2, 4, ... iterations)
 and inverse.json, and prints tables. On 2 CPU cores: about 10 minutes,
@@ -18,7 +18,6 @@ memory maps, run one target at a time.
 """
 
 import json
-import math
 import time
 import warnings
 from bisect import bisect_left
@@ -76,7 +75,8 @@ class InverseConfig:
       targets: which flows.
       samples: drawn from each flow.
       error: max |x - f^-1(f(x))| that every solver has to reach.
-      part: numbers in the samples that one device draws at a time, at most; as many as suit its caches.
+      part: numbers in the samples that one device draws at a time, at most: as many as suit the
+        caches of a CPU core; an accelerator wants them all.
       repeats: timed runs of each competitor.
       peer: whether to time normflows as well.
       digits: work directory of a run of `experiments.density digits`; made if not given.
@@ -165,14 +165,14 @@ def equal_error_cost(flow: ResidualFlow, certificate: Certificate, z: Array, err
     Found by bisection; the tightest, if none has.
     """
 
+    @lru_cache
     def solve(n: int) -> tuple[float, InverseStatus]:
         at = replace(solver, tolerance=TOLERANCES[n])
         x, status = flow.inverse(z, solver=at, return_status=True)
         return reconstruction_error(flow, x, at), status
 
-    solves = lru_cache(solve)
-    chosen = bisect_left(range(len(TOLERANCES) - 1), True, key=lambda n: solves(n)[0] <= error)
-    tolerance, (found, status) = TOLERANCES[chosen], solves(chosen)
+    chosen = bisect_left(range(len(TOLERANCES) - 1), True, key=lambda n: solve(n)[0] <= error)
+    tolerance, (found, status) = TOLERANCES[chosen], solve(chosen)
     counts, bounds = np.asarray(status.iterations), certificate.error_bounds(status)
     return Cost(tolerance, found, counts.mean(axis=1), counts.max(axis=1), float(bounds.max()))
 
@@ -206,7 +206,7 @@ def time_sampling(
     flow: ResidualFlow, z: Array, solvers: dict[str, Solver], peer: Any, config: InverseConfig
 ) -> dict[str, Any]:
     """Median seconds of samples alone and with their log-density, and errors; alternating runs of all competitors."""
-    parts = number_of_parts(config.samples, max(1, config.part // math.prod(flow.event_shape)))
+    parts = number_of_parts(config.samples, max(1, config.part // flow.dim))
     size, z_parts = config.samples // parts, z.reshape(parts, -1, z.shape[-1])
     keys = jax.random.split(jax.random.key(config.seed), (config.repeats + 1, parts))
 
@@ -248,7 +248,7 @@ def time_sampling(
     medians = {name: {what: float(np.median(t)) for what, t in all_.items()} for name, all_ in seconds.items()}
     samples = {name: flow.inverse(z, solver=solver, return_status=True)[0] for name, solver in solvers.items()}
     for name, x in samples.items():
-        medians[name]["error"] = reconstruction_error(flow, x, solvers[name])
+        medians[name] |= {"error": reconstruction_error(flow, x, solvers[name]), "tolerance": solvers[name].tolerance}
     keys = jax.random.split(jax.random.key(config.seed), DRAWS)
     medians[BEST]["noise"] = noise([_log_prob(flow, samples[BEST], key) for key in keys])
     if peer is not None:
@@ -291,7 +291,7 @@ def report(
 
 
 def _shown(what: str, value: float) -> str:
-    if what == "error":
+    if what in ("error", "tolerance"):
         return f"{value:.1e}"
     return f"{value:.2f} nats" if what == "noise" else f"{value * 1e3:.1f} ms"
 

@@ -1,8 +1,7 @@
 """A batch in parts: some at a time on each device, so that all cores work and a part's activations stay in cache."""
 
-import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -34,21 +33,21 @@ def over_parts(function: Callable[[ResidualFlow, Array], Any], flow: ResidualFlo
         outputs = jax.lax.map(lambda part: function(nnx.merge(graphdef, state), part), parts)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
 
-    @jax.jit
-    def apply(state, parts):
-        mesh = _mesh(len(parts))
-        specs = {"in_specs": (PartitionSpec(), PartitionSpec("data")), "out_specs": PartitionSpec("data")}
-        return jax.shard_map(of_device, mesh=mesh, check_vma=False, **specs)(state, parts)
+    @lru_cache
+    def prepared(number):
+        mesh, whole, shares = _mesh(number), PartitionSpec(), PartitionSpec("data")
+        apply = jax.shard_map(of_device, mesh=mesh, in_specs=(whole, shares), out_specs=shares, check_vma=False)
+        return jax.jit(apply), jax.device_put(state, NamedSharding(mesh, whole)), NamedSharding(mesh, shares)
 
     def over(parts):
-        place = partial(NamedSharding, _mesh(len(parts)))
-        return apply(jax.device_put(state, place(PartitionSpec())), jax.device_put(parts, place(PartitionSpec("data"))))
+        apply, placed, shares = prepared(len(parts))
+        return apply(placed, jax.device_put(parts, shares))
 
     return over
 
 
 def _devices_for(number: int) -> int:
-    return math.gcd(number, jax.device_count())
+    return max(n for n in range(1, jax.device_count() + 1) if number % n == 0)
 
 
 def _mesh(parts: int) -> jax.sharding.Mesh:

@@ -23,7 +23,8 @@ def use_all_cores() -> None:
 
     XLA divides one small operation badly among cores; programs on parts of a batch run side by side.
     """
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jax.config.update("jax_num_cpu_devices", cores)
 
 
 def write_atomically(path: Path, text: str) -> None:

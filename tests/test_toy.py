@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from experiments import toy
+from experiments import plane, toy
 from experiments.toy import ToyConfig, ToyEvaluationConfig
 from resflow_jax.data.toy import TOY_DENSITIES, sample_toy
 from resflow_jax.training.likelihood import Estimate
@@ -180,7 +180,7 @@ def test_a_run_that_diverges_stops(tiny, monkeypatch):
 def test_exact_log_prob_does_not_depend_on_the_batching(tiny):
     flow = rf.ResidualFlow(tiny.model, rngs=nnx.Rngs(0))
     points = sample_toy("rings", 1200, np.random.default_rng(0))
-    whole, pieces = (toy.exact_log_prob(flow, points, size) for size in (1200, 500))
+    whole, pieces = (plane.exact_log_prob(flow, points, size) for size in (1200, 500))
     assert pieces.shape == (1200,)
     np.testing.assert_allclose(pieces, whole, rtol=1e-10)
 

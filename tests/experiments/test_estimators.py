@@ -13,9 +13,7 @@ from experiments.estimators import DEFAULT, FITTED, PAPERS, EstimatorsConfig, Ta
 from resflow_jax import Diagnostics, Geometric, Roulette
 from tests.experiments import tiny
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:length. .* infinite variance:RuntimeWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:length. .* infinite variance:RuntimeWarning")
 
 
 def known_target(ratio):

@@ -1,6 +1,7 @@
 """The study of the inverse, tiny: its tables, files and figures, and bad input."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from experiments import density, inverse
 from experiments.inverse import InverseConfig
-from resflow_jax import Anderson, InverseStatus
+from resflow_jax import Anderson, FixedPoint, InverseStatus
 from tests.experiments import tiny
 
 
@@ -21,13 +22,31 @@ def small(monkeypatch):
     monkeypatch.setattr(inverse, "TOLERANCES", (1e-6,))  # one program
     monkeypatch.setattr(inverse, "PLOTTED_ITERATIONS", (2,))
     monkeypatch.setattr(inverse, "DRAWN_ITERATIONS", (2,))
+    monkeypatch.setitem(sys.modules, "experiments.peers", SimpleNamespace(normflows_from=StandIn))
     for module in (density, inverse):
         monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
 
 
+class StandIn:
+    """Another library's flow that stops early, and whose log p grows by one nat with every draw."""
+
+    def __init__(self, flow):
+        self.flow, self.draws = flow, 0
+
+    def samples(self, z):
+        return np.asarray(self.flow.inverse(z, solver=FixedPoint(tolerance=1e-2)))
+
+    def samples_and_log_prob(self, z):
+        self.draws += 1
+        return self.samples(z), np.full(len(z), float(self.draws))
+
+    def forward(self, x):
+        return np.asarray(self.flow(np.clip(x, 0, 1)))
+
+
 def test_end_to_end(small, tmp_path, capsys):
     """Every solver reaches the error asked for; the files; what is printed is what is written."""
-    config = InverseConfig(tmp_path, targets=("digits",), samples=4, repeats=1)
+    config = InverseConfig(tmp_path, targets=("digits",), samples=4, repeats=1, peer=True)
     with jax.enable_x64(False):
         results = inverse.run(config)["digits"]
     assert json.loads((tmp_path / "inverse.json").read_text()) == {"digits": results}
@@ -38,7 +57,12 @@ def test_end_to_end(small, tmp_path, capsys):
         cost = results["costs"][solver]
         assert cost["error"] <= config.error and cost["tolerance"] == 1e-6
         assert all(1 <= mean <= most for mean, most in zip(cost["mean"], cost["largest"], strict=True))
-        assert results["seconds"][solver]["samples"] > 0 and results["seconds"][solver]["error"] < 1e-2
+        row = results["seconds"][solver]
+        assert row["samples"] > 0 and row["error"] == cost["error"] and row["tolerance"] == 1e-6
+    row = results["seconds"]["normflows"]
+    assert row["samples"] > 0 and row["with log_prob"] > 0 and 1e-6 < row["error"] < 0.1
+    assert row["noise"] == pytest.approx(np.std(range(inverse.DRAWS), ddof=1))
+    assert results["seconds"]["Anderson, error of normflows"]["error"] <= row["error"]
     errors = results["round_trips"]
     assert errors["x, float32"] < 1e-5 and errors["x, float64"] < 1e-10 and errors["z, float64"] < 1e-9
     assert np.sum([sum(part["Anderson"][:1]) for part in results["totals"].values()]) == pytest.approx(

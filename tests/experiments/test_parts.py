@@ -8,6 +8,10 @@ from flax import nnx
 from experiments.parts import number_of_parts, over_parts
 from resflow_jax import Exact, ResidualFlow, VectorFlowConfig
 
+pytestmark = pytest.mark.skipif(
+    jax.device_count() != 2, reason="needs the two CPU devices of conftest.py, not another platform"
+)
+
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
 def test_parts_are_put_together_in_order(parts):
@@ -32,3 +36,10 @@ def test_parts_are_put_together_in_order(parts):
 def test_number_of_parts(batch_size, largest, expected):
     """Equal parts, for both devices where the batch can be halved, none larger than asked."""
     assert number_of_parts(batch_size, largest) == expected
+
+
+def test_as_many_devices_as_divide_the_batch(monkeypatch):
+    """64 images on 6 cores: 4 of them work, and of 12 cores 8."""
+    for devices, expected in ((6, 4), (12, 8), (5, 4), (1, 1)):
+        monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
+        assert number_of_parts(64, 64) == expected
