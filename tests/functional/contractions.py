@@ -17,9 +17,6 @@ from jax.flatten_util import ravel_pytree
 from resflow_jax.functional.convolution import conv2d
 from resflow_jax.functional.linear_maps import ConvMap
 
-# The programs here are tiny: compiling them without LLVM's optimiser takes a third of the time.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def dense_net(scale, *, batch=3, dim=4, dtype=jnp.float64, seed=0):
     """A contraction on [B, D] of Lipschitz constant `scale`, nearly attained."""
@@ -69,7 +66,7 @@ def _conv(params, x):
     return scale * conv2d(hidden, kernel[::-1, ::-1].swapaxes(2, 3))
 
 
-@partial(quick_jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def _columns(linear_map, kernel):
     size = math.prod(linear_map.input_shape)
     basis = jnp.eye(size).reshape(size, *linear_map.input_shape)
@@ -124,7 +121,7 @@ def check_two_orders(function, *args, h=2e-5, rtol=1e-6):
     flat, unravel = ravel_pytree(args)
     direction = jnp.asarray(np.random.default_rng(2).normal(size=flat.shape))
 
-    @quick_jit
+    @jax.jit
     def derivatives(flat):
         value_and_grad = jax.value_and_grad(lambda flat: function(*unravel(flat)))
         return jax.jvp(value_and_grad, (flat,), (direction,))

@@ -19,7 +19,6 @@ from tests.functional.contractions import (
     dense_net,
     jacobians,
     nonsymmetric_net,
-    quick_jit,
     z_scores,
 )
 
@@ -70,7 +69,7 @@ def reference(net, log_det=dense_log_det):
     """The same vector by autodiff through dense Jacobians, independent of the package."""
     g, params, x = net
     value = lambda params, x: (x + g(params, x), log_det(g, params, x))  # noqa: E731
-    return quick_jit(lambda: flat_value_and_gradient(g, params, x, value))()
+    return jax.jit(lambda: flat_value_and_gradient(g, params, x, value))()
 
 
 @cache
@@ -83,10 +82,10 @@ def exact(name):
 def dense_jacobians(name):
     """dg/dx of every example of a net, [B, D, D]."""
     g, params, x = net_named(name)
-    return np.asarray(quick_jit(lambda: jacobians(g, params, x))())
+    return np.asarray(jax.jit(lambda: jacobians(g, params, x))())
 
 
 def worst_z(name, estimator, keys=4000):
     """The largest |z| of the mean over keys, over all components of value and gradient."""
-    run = quick_jit(jax.vmap(lambda key: estimate(net_named(name), estimator, key)))
+    run = jax.jit(jax.vmap(lambda key: estimate(net_named(name), estimator, key)))
     return np.abs(z_scores(run(jax.random.split(jax.random.key(0), keys)), exact(name))).max()

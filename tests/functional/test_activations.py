@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from resflow_jax.functional.activations import ACTIVATIONS, clipswish, get_activation, lipschitz_cube, lipswish, maxmin
-from tests.functional.contractions import check_two_orders, quick_jit
+from tests.functional.contractions import check_two_orders
 
 GRID = jnp.linspace(-60.0, 60.0, 240_001)
 SORTS = ["fullsort", "maxmin"]
@@ -26,7 +26,7 @@ def named(name, dtype=float):
 
 def derivative(function, x=GRID):
     """Slopes of the outputs of one channel, [N, expansion]."""
-    return quick_jit(jax.vmap(jax.jacfwd(lambda x: function(x[None]))))(x)
+    return jax.jit(jax.vmap(jax.jacfwd(lambda x: function(x[None]))))(x)
 
 
 @cache
@@ -39,7 +39,7 @@ def test_lipschitz_constant_is_the_largest_singular_value(name):
     """max |J|_2 = the stated constant <= 1 over a line through R^4 that swaps all channels, attained to 1e-3."""
     activation = get_activation(name)
     x = jnp.asarray([1.0, -0.7, 0.5, -0.3]) * jnp.linspace(-60.0, 60.0, 24_001)[:, None] + jnp.arange(4.0)
-    jacobians = quick_jit(jax.vmap(jax.jacfwd(named(name))))(x)
+    jacobians = jax.jit(jax.vmap(jax.jacfwd(named(name))))(x)
     assert jacobians.shape == (len(x), 4 * activation.expansion, 4)
     # |J|_2^2 is the largest eigenvalue of J^T J
     norm = np.sqrt(np.linalg.eigvalsh(jnp.swapaxes(jacobians, 1, 2) @ jacobians)[:, -1].max())
@@ -60,7 +60,7 @@ def test_lipschitz_constant_in_p_norms_on_a_grid(name, p):
 def test_lipschitz_constant_in_p_norms_for_random_pairs(name):
     """|f(x) - f(y)|_p <= lipschitz_in(p) |x - y|_p in 16 dimensions, near and far pairs."""
     rng = np.random.default_rng(0)
-    f = quick_jit(named(name))
+    f = jax.jit(named(name))
     for step in (1e-3, 1.0, 100.0):
         x = rng.normal(scale=3, size=(2000, 16))
         y = x + rng.normal(scale=step, size=x.shape) * rng.integers(0, 2, x.shape)

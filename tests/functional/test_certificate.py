@@ -12,7 +12,6 @@ import pytest
 from resflow_jax.functional import certificate
 from resflow_jax.functional.certificate import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
-from tests.functional.contractions import quick_jit
 
 CHANNELS = [(1, 1), (2, 3), (3, 2)]
 SIZES = [(3, 3), (4, 7), (16, 3), (8, 8), (5, 9), (1, 6), (2, 9), (2, 2), (1, 1)]
@@ -267,7 +266,7 @@ def test_columns_of_an_image_smaller_than_the_kernel():
     assert induced_norm_bound(conv, kernel, 1, math.inf) == pytest.approx(6, rel=1e-12)
 
 
-@partial(quick_jit, static_argnums=(0, 2))
+@partial(jax.jit, static_argnums=(0, 2))
 def gram_bounds(linear_map, kernel, counts):
     return jnp.stack([gram_iteration_bound(linear_map, kernel, n) for n in counts])
 
@@ -295,7 +294,7 @@ def test_gradient_of_gram_iteration(linear_map):
         (2, lambda k: gram_bounds(linear_map, k, (2,))[0]),
         (12, lambda k: torus_bounds(linear_map, np.asarray(k))[0]),
     ):
-        gradient = quick_jit(jax.grad(partial(gram_iteration_bound, linear_map, iterations=iterations)))(kernel)
+        gradient = jax.jit(jax.grad(partial(gram_iteration_bound, linear_map, iterations=iterations)))(kernel)
         slope = (function(kernel + 1e-5 * direction) - function(kernel - 1e-5 * direction)) / 2e-5
         np.testing.assert_allclose(jnp.vdot(gradient, direction), slope, rtol=1e-6)
         if isinstance(linear_map, DenseMap) and iterations == 12:
@@ -308,7 +307,7 @@ def test_gram_iteration_of_a_stack():
     conv = MAPS[2]
     kernel = jnp.asarray(random_kernel(conv))
     stack = kernel * jnp.asarray([1.0, 1e-150, 1e150, 0.0])[:, None, None, None, None]
-    values, gradients = quick_jit(jax.vmap(jax.value_and_grad(partial(gram_iteration_bound, conv))))(stack)
+    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(partial(gram_iteration_bound, conv))))(stack)
     np.testing.assert_allclose(values, values[0] * np.array([1, 1e-150, 1e150, 0]), rtol=1e-12)
     np.testing.assert_allclose(
         gradients[1:3], np.broadcast_to(gradients[0], gradients[1:3].shape), rtol=1e-9, atol=1e-12
@@ -328,7 +327,7 @@ def test_gram_iteration_in_float32():
         assert (1 - 1e-5) * limit <= value <= (1 + 1e-5) * 48 ** (1 / 2**9) * limit
 
 
-@partial(quick_jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def _value_and_grad_32(linear_map, kernel):
     return jax.value_and_grad(partial(gram_iteration_bound, linear_map))(kernel)
 

@@ -9,7 +9,6 @@ import pytest
 
 from resflow_jax.functional.convolution import conv2d, conv2d_lax, conv2d_matmul
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
-from tests.functional.contractions import quick_jit
 
 # input channels, output channels, kernel sides, height, width
 CASES = [
@@ -43,7 +42,7 @@ def test_lowerings_agree_to_second_order(case):
         def value_and_slope(x, kernel):
             return jax.jvp(lambda x, k: jnp.tanh(conv(x, k)), (x, kernel), tangents)
 
-        @quick_jit
+        @jax.jit
         def value_slope_and_gradients(x, kernel):
             primals, pullback = jax.vjp(value_and_slope, x, kernel)
             return primals, pullback((cotangent, 1 / (2 + cotangent)))
@@ -79,8 +78,8 @@ def test_vmap(in_axes):
     def value_and_gradient(x, kernel):
         return jax.value_and_grad(lambda x, k: jnp.sum(jnp.sin(conv2d(x, k))), (0, 1))(x, kernel)
 
-    result = quick_jit(jax.vmap(value_and_gradient, in_axes))(xs, kernels)
-    one = quick_jit(value_and_gradient)
+    result = jax.jit(jax.vmap(value_and_gradient, in_axes))(xs, kernels)
+    one = jax.jit(value_and_gradient)
     for n in range(3):
         expected = one(xs[n] if in_axes[0] == 0 else x, kernels[n] if in_axes[1] == 0 else kernel)
         nth = jax.tree.map(lambda leaf, n=n: leaf[n], result)
@@ -98,7 +97,7 @@ def test_transpose_is_the_adjoint(linear_map):
     shapes = linear_map.kernel_shape, linear_map.input_shape, linear_map.output_shape
     kernel, v, u = (jnp.asarray(rng.normal(size=shape)) for shape in shapes)
 
-    @quick_jit
+    @jax.jit
     def products(kernel, v, u):
         (transposed,) = jax.linear_transpose(lambda v: linear_map.matvec(kernel, v), v)(u)
         return linear_map.matvec(kernel, v), linear_map.rmatvec(kernel, u), transposed
@@ -119,7 +118,7 @@ def test_lowering_per_platform(channels):
     """No convolution in the CPU's program, gradient included; one in that of GPUs and TPUs."""
     x, kernel, _ = random_case(*channels, (3, 3), 4, 4)
 
-    @quick_jit
+    @jax.jit
     def loss_and_gradient(x, kernel):
         return jax.value_and_grad(lambda x, k: jnp.sum(conv2d(x, k) ** 2), (0, 1))(x, kernel)
 

@@ -10,7 +10,6 @@ from resflow_jax.functional.estimators import Exact, Roulette, Truncated
 from resflow_jax.functional.laws import Defensive, Geometric
 from resflow_jax.functional.logdet import residual
 from tests.functional.contractions import (
-    quick_jit,
     z_scores,
 )
 from tests.functional.estimates import (
@@ -35,7 +34,7 @@ def test_diagnostics_of_one_estimate(estimator):
     """mean and second moment are those of the returned log_det, which they do not change; there is no gradient."""
     g, params, x = net_named("moderate")
 
-    @quick_jit
+    @jax.jit
     def run(params, x, key):
         def both(params, x):
             y, log_det, diagnostics = residual(g, params, x, key=key, estimator=estimator, return_diagnostics=True)
@@ -61,7 +60,7 @@ def test_diagnostics_of_one_estimate(estimator):
 def diagnose(name, estimator, keys=2000, seed=0):
     """The diagnostics of many keys."""
     run = lambda key: residual(*net_named(name), key=key, estimator=estimator, return_diagnostics=True)[2]  # noqa: E731
-    return quick_jit(jax.vmap(run))(jax.random.split(jax.random.key(seed), keys))
+    return jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(seed), keys))
 
 
 def power_norms(name, terms=8):

@@ -8,7 +8,6 @@ import scipy.optimize
 
 from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.laws import Fitted
-from tests.functional.contractions import quick_jit
 
 K = np.arange(1, 9)
 NORMS = {
@@ -100,7 +99,7 @@ def test_more_cost_beside_the_terms_means_more_terms():
 def test_jit_and_blocks():
     """Under jit and with a row a block it is what it is for each row alone; float32 stays float32."""
     norms = jnp.asarray(np.stack([NORMS["geometric"], NORMS["slow"], NORMS["sudden end"]]))
-    law = quick_jit(fit_lengths)(norms)
+    law = jax.jit(fit_lengths)(norms)
     assert isinstance(law, Fitted)
     assert law.table.shape[0] == 3
     law.check()
@@ -133,7 +132,7 @@ def test_bad_input(name, norms, options):
 def test_a_fit_of_measured_norms_is_traced():
     """A law made under jit may be sampled there."""
 
-    @quick_jit
+    @jax.jit
     def lengths(norms, key):
         return fit_lengths(norms).sample(key, (5,))
 

@@ -18,7 +18,7 @@ from resflow_jax.functional.norms import (
 )
 from resflow_jax.functional.vector_norms import conjugate, dual_map, vector_norm
 from tests.functional.brute_force import brute_force_norm, enumerated_norm
-from tests.functional.contractions import dense_matrix, quick_jit
+from tests.functional.contractions import dense_matrix
 
 inf = math.inf
 DENSE = DenseMap(3, 3)
@@ -26,13 +26,13 @@ PAIRS = [(1, 1), (1, 3), (2, inf), (inf, inf), (inf, 1), (inf, 2.5), (2, 1), (3,
 CONVS = [ConvMap((3, 4), 2, 2), ConvMap((2, 4), 2, 1), ConvMap((1, 2), 1, 2, 5), ConvMap((3, 4), 1, 2, 5)]
 
 
-@partial(quick_jit, static_argnums=(0, 3, 4), static_argnames=("tolerance", "max_iterations", "iterations"))
+@partial(jax.jit, static_argnums=(0, 3, 4), static_argnames=("tolerance", "max_iterations", "iterations"))
 def iterate(linear_map, kernel, v, domain, codomain, **options):
     matvec, rmatvec = partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel)
     return power_iteration(matvec, rmatvec, v, domain=domain, codomain=codomain, **options)
 
 
-@partial(quick_jit, static_argnums=(0, 3, 4), static_argnames=("tolerance", "max_iterations"))
+@partial(jax.jit, static_argnums=(0, 3, 4), static_argnames=("tolerance", "max_iterations"))
 def search(linear_map, kernels, starts, domain, codomain, **options):
     def one(kernel):
         matvec, rmatvec = partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel)
@@ -41,15 +41,15 @@ def search(linear_map, kernels, starts, domain, codomain, **options):
     return jax.vmap(one)(kernels)
 
 
-@quick_jit
+@jax.jit
 def search_traced(kernel, starts, domain, codomain):
     """`search` on `DENSE` with orders that are arrays: one program for all of them."""
     matvec, rmatvec = partial(DENSE.matvec, kernel), partial(DENSE.rmatvec, kernel)
     return best_start(matvec, rmatvec, starts, domain=domain, codomain=codomain, tolerance=1e-14, max_iterations=3000)
 
 
-induced_gradients = quick_jit(jax.grad(partial(induced_norm, DENSE), argnums=(0, 1, 2, 3, 4)))
-order_gradients = quick_jit(jax.value_and_grad(partial(order_loss, DENSE), argnums=(0, 1, 2, 3)))
+induced_gradients = jax.jit(jax.grad(partial(induced_norm, DENSE), argnums=(0, 1, 2, 3, 4)))
+order_gradients = jax.jit(jax.value_and_grad(partial(order_loss, DENSE), argnums=(0, 1, 2, 3)))
 
 
 def normal(*shape, seed=0):
@@ -101,7 +101,7 @@ def test_general_formulas_are_those_of_two_at_two():
     kernel, start = normal(3, 3), normal(3, seed=1)
     two = jnp.asarray(2.0)
 
-    @quick_jit
+    @jax.jit
     def run(v, p, q):
         matvec, rmatvec = partial(DENSE.matvec, kernel), partial(DENSE.rmatvec, kernel)
         return power_iteration(matvec, rmatvec, v, domain=p, codomain=q, iterations=1)
@@ -148,7 +148,7 @@ def test_positive_matrices_need_one_start(p, q):
             np.testing.assert_allclose(result.sigma, expected, rtol=1e-9)
 
 
-@partial(quick_jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def closed_forms(linear_map, kernel):
     """Values of both closed forms by order: numbers, and one array."""
     orders = {1: 1, 2: 2.0, 2.5: jnp.asarray(2.5), inf: inf}
@@ -205,7 +205,7 @@ def test_pixelwise_convolution(p, q):
     u, v = result.u[0], result.v[0]
     whole = np.kron(np.eye(2), kernel[0, 0].T)
     np.testing.assert_allclose(induced_norm(conv, kernel, u, v, p, q), brute_force_norm(whole, p, q), rtol=1e-8)
-    value, slope = quick_jit(jax.value_and_grad(partial(order_loss, conv, kernel, v, p)))(q)
+    value, slope = jax.jit(jax.value_and_grad(partial(order_loss, conv, kernel, v, p)))(q)
     np.testing.assert_allclose(value, brute_force_norm(whole, p, q), rtol=1e-8)
     expected = (brute_force_norm(whole, p, q + h) - brute_force_norm(whole, p, q - h)) / (2 * h)
     np.testing.assert_allclose(slope, expected, rtol=1e-4)
@@ -225,7 +225,7 @@ def test_gradient_in_the_kernel(p, q):
     if needs_power_iteration(p, q):
         u, v = search(DENSE, kernel[None], normal(32, 3), p, q, tolerance=1e-15, max_iterations=9000)[1:3]
         u, v = u[0], v[0]
-    gradient = quick_jit(jax.grad(lambda kernel: induced_norm(DENSE, kernel, u, v, p, q)))(kernel)
+    gradient = jax.jit(jax.grad(lambda kernel: induced_norm(DENSE, kernel, u, v, p, q)))(kernel)
     np.testing.assert_allclose(np.vdot(gradient, direction), slope_of_the_norm(kernel, direction, p, q), rtol=1e-5)
 
 
@@ -264,7 +264,7 @@ def test_gradient_of_the_order_loss_in_closed_forms():
         (lambda q: order_loss(conv, kernel, v, 1, q), lambda q: enumerated_norm(matrix, q, domain=1)),
         (lambda p: order_loss(conv, kernel, v, p, inf), lambda p: enumerated_norm(matrix.T, p / (p - 1), domain=1)),
     ]:
-        np.testing.assert_allclose(quick_jit(jax.grad(loss))(2.5), (norm(2.5 + h) - norm(2.5 - h)) / (2 * h), rtol=1e-7)
+        np.testing.assert_allclose(jax.jit(jax.grad(loss))(2.5), (norm(2.5 + h) - norm(2.5 - h)) / (2 * h), rtol=1e-7)
 
 
 @pytest.mark.parametrize(("p", "q"), [(inf, 2.5), (3, 1.5), (1.2, 1)])
@@ -296,7 +296,7 @@ def test_vector_norm(order):
     """NumPy's norm over the given axes; finite gradients, zero at a zero element and at the zero vector."""
     x = normal(4, 3, 2)
     x[0, 0, 0] = 0
-    gradient_of = quick_jit(jax.grad(lambda x: vector_norm(x, order)))
+    gradient_of = jax.jit(jax.grad(lambda x: vector_norm(x, order)))
     np.testing.assert_allclose(vector_norm(x, order, axis=1), np.linalg.norm(x, order, axis=1), rtol=1e-14)
     np.testing.assert_allclose(vector_norm(x, order), np.linalg.norm(x.ravel(), order), rtol=1e-14)
     np.testing.assert_allclose(gradient_of(x), np.where(x == 0, 0, dual_map(x, order)[0]), rtol=1e-12)
@@ -308,7 +308,7 @@ def test_slope_of_the_vector_norm_in_the_order(order):
     """Against differences, with zero elements; zero at the zero vector."""
     x, h = normal(5), 1e-6
     x[1] = 0
-    slope_of = quick_jit(jax.grad(vector_norm, argnums=1))
+    slope_of = jax.jit(jax.grad(vector_norm, argnums=1))
     expected = (np.linalg.norm(x, order + h) - np.linalg.norm(x, order - h)) / (2 * h)
     np.testing.assert_allclose(slope_of(x, order), expected, rtol=1e-6)
     assert slope_of(np.zeros(5), order) == 0

@@ -18,7 +18,6 @@ from tests.functional.contractions import (
     conv_net,
     dense_net,
     jacobians,
-    quick_jit,
 )
 
 IDS = ["easy", "hard", "conv"]
@@ -37,7 +36,7 @@ def sine(params, x):
 def test_round_trip(net, solver):
     """inverse(x + g(x)) = x to 1e-10, converged, in no more iterations than L^n = tolerance needs."""
     g, params, x = net()
-    inverse, status = quick_jit(lambda p, y: with_status(g, p, y, solver=solver))(params, x + g(params, x))
+    inverse, status = jax.jit(lambda p, y: with_status(g, p, y, solver=solver))(params, x + g(params, x))
     np.testing.assert_allclose(inverse, x, atol=1e-10)
     assert jnp.all(status.converged)
     assert status.iterations.shape == status.residual.shape == status.converged.shape == (len(x),)
@@ -78,7 +77,7 @@ def test_the_residual_is_within_tolerance(tolerance, method):
 def test_every_example_stops_by_itself(solver):
     """An easy and a hard example take different numbers of iterations, each exactly what it gets alone."""
     y = jnp.array([[0.0, 0.0], [2.5, 2.0], [0.3, 0.2]])
-    solve = quick_jit(lambda y: with_status(sine, jnp.asarray(1.0), y, solver=solver))
+    solve = jax.jit(lambda y: with_status(sine, jnp.asarray(1.0), y, solver=solver))
     x, status = solve(y)
     assert status.iterations[0] == 1 and jnp.max(status.iterations) > 5
     for n in range(3):
@@ -118,7 +117,7 @@ def test_the_error_bound_holds(solver, max_iterations):
     for lipschitz, dim in [(0.6, 3), (0.97, 2), (0.97, 8)]:
         g = random_contraction(rng, lipschitz, dim)
         exact = jnp.asarray(3 * rng.normal(size=(40, dim)))
-        x, status = quick_jit(lambda y, g=g: with_status(g, None, y, **options))(exact + g(None, exact))
+        x, status = jax.jit(lambda y, g=g: with_status(g, None, y, **options))(exact + g(None, exact))
         error = jnp.linalg.norm(x - exact, axis=1)
         assert jnp.all(error <= status.error_bound(lipschitz) * (1 + 1e-9) + 1e-14)
 
@@ -130,7 +129,7 @@ def test_error_bound_broadcasts():
     np.testing.assert_array_equal(bound, [[2, 4], [1, 2], [np.inf, np.inf]])
 
 
-@quick_jit
+@jax.jit
 def iterations_of_all(lipschitz):
     """Evaluations that each solver spends on three contractions, [solver, 3, B]: symmetric, skew and general J."""
     rng = np.random.default_rng(1)
@@ -298,7 +297,7 @@ def test_implicit_derivative(net, solver):
     def inverse(params, y):
         return residual_inverse(g, params, y, solver=solver)
 
-    @quick_jit
+    @jax.jit
     def derivatives():
         _, dx = jax.jvp(inverse, (params, y), (dparams, dy))
         _, pullback = jax.vjp(inverse, params, y)
@@ -318,7 +317,7 @@ def test_derivative_is_linear(solver):
     """The derivative of s * loss is s times that of the loss, however small s: a mean over a large batch is small."""
     g, params, x = dense_net(0.9)
     y = x + g(params, x)
-    gradient = quick_jit(lambda s: jax.grad(lambda y: s * jnp.sum(residual_inverse(g, params, y, solver=solver)))(y))
+    gradient = jax.jit(lambda s: jax.grad(lambda y: s * jnp.sum(residual_inverse(g, params, y, solver=solver)))(y))
     for size in [1e-7, 1e-12, 1e12]:
         np.testing.assert_allclose(gradient(jnp.asarray(size)) / size, gradient(jnp.asarray(1.0)), rtol=1e-8)
 
@@ -327,7 +326,7 @@ def test_derivative_is_linear(solver):
 def test_derivative_of_a_small_loss_in_float32(solver):
     """The same in float32 with its default tolerance, for the mean over a batch of 4096."""
     y = jnp.full((4096, 2), 0.1, jnp.float32)
-    gradient = quick_jit(jax.grad(lambda y: jnp.mean(residual_inverse(sine, jnp.float32(1.0), y, solver=solver))))(y)
+    gradient = jax.jit(jax.grad(lambda y: jnp.mean(residual_inverse(sine, jnp.float32(1.0), y, solver=solver))))(y)
     x, _ = with_status(sine, jnp.float32(1.0), y)
     np.testing.assert_allclose(gradient * y.size, 1 / (1 + 0.9 * jnp.cos(x)), rtol=1e-4)
 
@@ -356,7 +355,7 @@ def test_transformations(solver):
             params, y
         )
 
-    result, one = quick_jit(jax.vmap(value_and_gradient))(stacked, ys), quick_jit(value_and_gradient)
+    result, one = jax.jit(jax.vmap(value_and_gradient))(stacked, ys), jax.jit(value_and_gradient)
     for n in range(2):
         expected = one(*jax.tree.map(lambda leaf, n=n: leaf[n], (stacked, ys)))
         nth = jax.tree.map(lambda leaf, n=n: leaf[n], result)
@@ -367,7 +366,7 @@ def test_closed_over_arrays():
     """The gradient in arrays that g closes over is that in the same params; integers may be closed over too."""
     g, params, y = dense_net(0.6)
 
-    @quick_jit
+    @jax.jit
     def gradients(params, y, count):
         def by_closure(params):
             return jnp.sum(residual_inverse(lambda _, x: g(params, x) / count, None, y) ** 3)

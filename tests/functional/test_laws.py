@@ -10,7 +10,7 @@ import scipy.stats
 
 from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson, check_variance
 from resflow_jax.functional.roulette import term_weight
-from tests.functional.contractions import quick_jit, z_scores
+from tests.functional.contractions import z_scores
 
 K = np.arange(-2, 61)
 CLOSED_FORMS = [
@@ -50,7 +50,7 @@ def stated_survival(law, k):
 def test_survival_of_samples(law):
     """The fraction of 2e5 samples with N >= k is P(N >= k) to 4 standard errors, for every k."""
     count = 200_000
-    samples = np.asarray(quick_jit(lambda key: law.sample(key, (count,)))(jax.random.key(0)))
+    samples = np.asarray(jax.jit(lambda key: law.sample(key, (count,)))(jax.random.key(0)))
     assert samples.dtype == np.int32
     assert samples.min() >= 0
     p = stated_survival(law, K)
@@ -275,7 +275,7 @@ def test_good_tables():
     """Ones, equal entries and a row a block pass; a traced table is not looked at."""
     for law in [*TABLES, Fitted(jnp.array([[1.0, 0.5], [0.3, 0.3]]))]:
         law.check()
-    quick_jit(lambda table: Fitted(table).check())(jnp.array([0.5, 0.6]))
+    jax.jit(lambda table: Fitted(table).check())(jnp.array([0.5, 0.6]))
 
 
 def test_fitted_is_a_pytree():

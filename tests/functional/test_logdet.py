@@ -12,7 +12,6 @@ from resflow_jax.functional.logdet import residual
 from tests.functional.contractions import (
     check_two_orders,
     dense_net,
-    quick_jit,
 )
 from tests.functional.estimates import (
     GRADIENTS,
@@ -56,7 +55,7 @@ def test_the_nonsymmetric_net_is_not_easy():
 def test_exact_is_slogdet(name, chunk_size):
     """Exact = numpy's slogdet of the dense Jacobian to 1e-10, in chunks of any size; y = x + g(x)."""
     g, params, x = net_named(name)
-    y, log_det = quick_jit(lambda p, x: residual(g, p, x, estimator=Exact(chunk_size)))(params, x)
+    y, log_det = jax.jit(lambda p, x: residual(g, p, x, estimator=Exact(chunk_size)))(params, x)
     sign, expected = np.linalg.slogdet(np.eye(x[0].size) + dense_jacobians(name))
     assert np.all(sign == 1)
     np.testing.assert_allclose(log_det, expected, rtol=1e-10)
@@ -67,13 +66,13 @@ def test_exact_is_slogdet(name, chunk_size):
 def test_exact_gradient(name):
     """Its gradient = autodiff through the dense slogdet to 1e-9 = finite differences to 1e-7."""
     g, params, x = net_named(name)
-    result = quick_jit(lambda: estimate(net_named(name), Exact(), None))()
+    result = jax.jit(lambda: estimate(net_named(name), Exact(), None))()
     np.testing.assert_allclose(result, exact(name), rtol=1e-9, atol=1e-9)
 
     flat, unravel = ravel_pytree((params, x))
     direction = np.random.default_rng(1).normal(size=flat.shape)
 
-    @quick_jit
+    @jax.jit
     def loss(flat):
         params, x = unravel(flat)
         y, log_det = residual(g, params, x, estimator=Exact())
@@ -102,7 +101,7 @@ def test_both_gradients_share_their_value(options):
     kind = Truncated if "terms" in options else Roulette
     g, params, x = net_named("saturated")
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def values(key):
         return [residual(g, params, x, key=key, estimator=kind(**options, gradient=gradient)) for gradient in GRADIENTS]
@@ -141,7 +140,7 @@ def test_jit_and_vmap(estimator):
     def run(x, key):
         return estimate((g, params, x), estimator, key)
 
-    batched, one = quick_jit(jax.vmap(run))(xs, keys), quick_jit(run)
+    batched, one = jax.jit(jax.vmap(run))(xs, keys), jax.jit(run)
     for n in range(2):
         np.testing.assert_allclose(batched[n], one(xs[n], keys[n]), rtol=1e-12, atol=1e-12)
     eager = residual(g, params, x, key=keys[0], estimator=estimator)
@@ -171,7 +170,7 @@ def test_scan_over_blocks(estimator):
             total += log_det
         return x, total
 
-    results = [quick_jit(lambda p, x, f=f: flat_value_and_gradient(g, p, x, f))(stacked, x) for f in (scanned, chained)]
+    results = [jax.jit(lambda p, x, f=f: flat_value_and_gradient(g, p, x, f))(stacked, x) for f in (scanned, chained)]
     np.testing.assert_allclose(*results, rtol=1e-11, atol=1e-11)
 
 
@@ -179,11 +178,11 @@ def test_scan_over_blocks(estimator):
 def test_float32(estimator):
     """Dtypes are kept in value and gradient, and the float32 result is the float64 one to 1e-4 for the same draws."""
     wide, narrow = dense_net(0.6), dense_net(0.6, dtype=jnp.float32)
-    narrow_result = quick_jit(lambda key: estimate(narrow, estimator, key))(jax.random.key(0))
+    narrow_result = jax.jit(lambda key: estimate(narrow, estimator, key))(jax.random.key(0))
     assert narrow_result.dtype == jnp.float32
     y, log_det = jax.eval_shape(lambda key: residual(*narrow, key=key, estimator=estimator), jax.random.key(0))
     assert y.dtype == log_det.dtype == jnp.float32
-    wide_result = quick_jit(lambda key: estimate(wide, estimator, key))(jax.random.key(0))
+    wide_result = jax.jit(lambda key: estimate(wide, estimator, key))(jax.random.key(0))
     np.testing.assert_allclose(narrow_result, wide_result, rtol=1e-4, atol=1e-4)
 
 
@@ -200,9 +199,9 @@ def test_integer_leaf_in_params(estimator):
         y, log_det = residual(with_count, params, x, key=key, estimator=estimator)
         return loss_of(g, params, x, log_det, y)
 
-    gradient = quick_jit(jax.grad(loss, allow_int=True))({"net": params, "count": jnp.asarray(1)}, x)
+    gradient = jax.jit(jax.grad(loss, allow_int=True))({"net": params, "count": jnp.asarray(1)}, x)
     assert gradient["count"].dtype == jax.dtypes.float0
-    expected = quick_jit(lambda: estimate(net_named("saturated"), estimator, key))()[len(x) : -x.size]
+    expected = jax.jit(lambda: estimate(net_named("saturated"), estimator, key))()[len(x) : -x.size]
     np.testing.assert_allclose(ravel_pytree(gradient["net"])[0], expected, rtol=1e-10, atol=1e-10)
 
 
@@ -212,14 +211,14 @@ def test_closed_over_arrays(estimator):
     g, params, x = net_named("saturated")
     key = jax.random.key(0)
 
-    @quick_jit
+    @jax.jit
     def gradient(params, x, count):
         def value(params, x):
             return residual(lambda _, x: g(params, x) / count, None, x, key=key, estimator=estimator)
 
         return flat_value_and_gradient(g, params, x, value)
 
-    expected = quick_jit(lambda: estimate(net_named("saturated"), estimator, key))()
+    expected = jax.jit(lambda: estimate(net_named("saturated"), estimator, key))()
     np.testing.assert_allclose(gradient(params, x, jnp.asarray(1)), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -243,7 +242,7 @@ def test_a_series_that_has_ended_goes_on(dtype, gradient):
     """
     estimator = Roulette(exact_terms=60, probe="orthogonal", probes=4, gradient=gradient)
     net = dense_net(0.8, dtype=dtype)
-    result = quick_jit(lambda key: estimate(net, estimator, key))(jax.random.key(1))
+    result = jax.jit(lambda key: estimate(net, estimator, key))(jax.random.key(1))
     tolerance = 1e-9 if dtype == jnp.float64 else 1e-3
     np.testing.assert_allclose(result, exact("saturated"), rtol=tolerance, atol=tolerance)
 
@@ -256,7 +255,7 @@ def test_zero_residual(gradient):
         x, key, estimator = jnp.ones((3, 5)), jax.random.key(0), Roulette(exact_terms=30, gradient=gradient)
         return residual(lambda p, x: p * x, p, x, key=key, estimator=estimator)[1]
 
-    value, gradient = quick_jit(lambda p: (log_det(p), jax.grad(lambda p: log_det(p).sum())(p)))(jnp.asarray(0.0))
+    value, gradient = jax.jit(lambda p: (log_det(p), jax.grad(lambda p: log_det(p).sum())(p)))(jnp.asarray(0.0))
     np.testing.assert_array_equal(value, 0)
     np.testing.assert_allclose(gradient, 15, rtol=1e-12)
 
@@ -277,7 +276,7 @@ def test_zero_residual(gradient):
 def test_the_exact_trace(name, estimator):
     """With enough terms D orthogonal probes give the dense value and gradient for every key, to 1e-9."""
     keys = jax.random.split(jax.random.key(0), 3)
-    results = quick_jit(jax.vmap(lambda key: estimate(net_named(name), estimator, key)))(keys)
+    results = jax.jit(jax.vmap(lambda key: estimate(net_named(name), estimator, key)))(keys)
     np.testing.assert_allclose(results, np.tile(exact(name), (3, 1)), rtol=1e-9, atol=1e-9)
 
 
@@ -297,7 +296,7 @@ def test_the_law_adapts_to_the_lipschitz_constant():
     """residual(..., lipschitz=L) uses law.within(L): by default that is Defensive(lipschitz=L)."""
     net, keys = net_named("saturated"), jax.random.split(jax.random.key(0), 200)
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def values(key):
         given = residual(*net, key=key, estimator=Roulette(krylov=0), lipschitz=0.9)[1]
@@ -313,7 +312,7 @@ def test_a_traced_table_needs_no_recompilation():
     """`Fitted` is a pytree: another table of the same size is the same program, and gives its own estimate."""
     traces = []
 
-    @quick_jit
+    @jax.jit
     def run(estimator, key):
         traces.append(estimator)
         return estimate(net_named("nonsymmetric"), estimator, key)
@@ -322,7 +321,7 @@ def test_a_traced_table_needs_no_recompilation():
     for table in ([1.0, 0.6, 0.6, 0.2], [0.9, 0.8, 0.1, 0.05]):
         estimator = Roulette(Fitted(jnp.array(table), 0.75), samples=3)
         results.append(run(estimator, key))
-        closed_over = quick_jit(lambda key, e=estimator: estimate(net_named("nonsymmetric"), e, key))(key)
+        closed_over = jax.jit(lambda key, e=estimator: estimate(net_named("nonsymmetric"), e, key))(key)
         np.testing.assert_allclose(results[-1], closed_over, rtol=1e-12, atol=1e-12)
     assert len(traces) == 1
     assert np.abs(results[0] - results[1]).max() > 1e-3
@@ -346,7 +345,7 @@ def gradient_memory(estimator, blocks, batch=64, dim=8, hidden=512):
         y, log_dets = jax.lax.scan(block, x, (params, jax.random.split(key, blocks)))
         return jnp.sum(y**2) + jnp.sum(log_dets)
 
-    compiled = quick_jit(jax.grad(loss)).lower(params, jnp.zeros((batch, dim)), jax.random.key(0)).compile()
+    compiled = jax.jit(jax.grad(loss)).lower(params, jnp.zeros((batch, dim)), jax.random.key(0)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

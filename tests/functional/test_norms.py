@@ -9,7 +9,7 @@ import pytest
 
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.norms import power_iteration, soft_normalize, spectral_norm
-from tests.functional.contractions import dense_norm, quick_jit
+from tests.functional.contractions import dense_norm
 
 MAPS = [DenseMap(7, 4), DenseMap(3, 6), ConvMap((5, 4), 2, 3), ConvMap((5, 4), 3, 2, 1)]
 
@@ -22,9 +22,7 @@ def start(linear_map, seed=1):
     return jnp.asarray(np.random.default_rng(seed).normal(size=linear_map.input_shape))
 
 
-@partial(
-    quick_jit, static_argnums=0, static_argnames=("tolerance", "residual_tolerance", "max_iterations", "iterations")
-)
+@partial(jax.jit, static_argnums=0, static_argnames=("tolerance", "residual_tolerance", "max_iterations", "iterations"))
 def iterate(linear_map, kernel, v, **options):
     return power_iteration(partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel), v, **options)
 

@@ -9,10 +9,9 @@ import pytest
 
 from resflow_jax.functional import orders as orders_module
 from resflow_jax.functional.orders import parse_norms
-from tests.functional.contractions import quick_jit
 
-learnable_order = quick_jit(orders_module.learnable_order)
-slopes_of = quick_jit(jax.vmap(jax.grad(orders_module.learnable_order)))
+learnable_order = jax.jit(orders_module.learnable_order)
+slopes_of = jax.jit(jax.vmap(jax.grad(orders_module.learnable_order)))
 
 
 @pytest.mark.parametrize(

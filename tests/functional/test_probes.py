@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from resflow_jax.functional.probes import PROBES, draw_probes
-from tests.functional.contractions import quick_jit, z_scores
+from tests.functional.contractions import z_scores
 
 X = jnp.zeros((3, 2, 2))
 
 
 def draws(probe, probes, keys, x=X, seed=0):
     """v of many keys: [keys, probes, B, D]."""
-    run = quick_jit(jax.vmap(lambda key: draw_probes(probe, probes, key, x)))
+    run = jax.jit(jax.vmap(lambda key: draw_probes(probe, probes, key, x)))
     v = np.asarray(run(jax.random.split(jax.random.key(seed), keys)))
     assert v.shape == (keys, probes * len(x), *x.shape[1:])
     return v.reshape(keys, probes, len(x), -1)

@@ -7,7 +7,6 @@ import pytest
 
 from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
 from resflow_jax.functional.roulette import length_cap, term_weight
-from tests.functional.contractions import quick_jit
 
 FITTED = Fitted(jnp.array([1.0, 0.7, 0.7, 0.2]), 0.6)
 LAWS = [Geometric(0.3), Geometric(0.8), Poisson(1.0), Poisson(4.0), Defensive(0.5, 0.1, 0.8), FITTED]
@@ -19,7 +18,7 @@ def test_term_weight_has_expectation_one(law, samples):
     """E[weight of term k] = 1 for k = 1..8 and m = 0, 2, 5 exact terms, which weigh one without randomness."""
     exact_terms, k = np.array([0, 2, 5])[:, None], np.arange(1, 9)
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def draw(key):
         lengths = law.sample(key, (samples,))
@@ -42,7 +41,7 @@ def test_term_weight_summed_over_the_law(law):
     n, exact_terms, k = np.arange(150), np.array([0, 3])[:, None, None], np.arange(1, 21)[:, None]
     probability = np.asarray(law.survival(n) - law.survival(n + 1))
     weight = jnp.vectorize(lambda n, m, k: term_weight(law, n[None], m, k))
-    np.testing.assert_allclose(quick_jit(weight)(n, exact_terms, k) @ probability, 1.0, rtol=1e-8)
+    np.testing.assert_allclose(jax.jit(weight)(n, exact_terms, k) @ probability, 1.0, rtol=1e-8)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=str)
@@ -53,7 +52,7 @@ def test_length_cap(law):
         bound = Fitted(jnp.ones(4), law.lipschitz) if isinstance(law, Fitted) else law
         assert bound.survival(n + 1) <= probability < bound.survival(n)
         assert law.survival(n + 1) <= probability
-    assert quick_jit(lambda x: x + length_cap(law))(0) == length_cap(law)
+    assert jax.jit(lambda x: x + length_cap(law))(0) == length_cap(law)
 
 
 def test_length_cap_beyond_the_limit():
@@ -68,4 +67,4 @@ def test_length_cap_of_a_traced_table():
     """Of a `Fitted` law it depends on the size of the table alone, which may be traced."""
     cap = length_cap(FITTED)
     assert cap == length_cap(Fitted(jnp.array([0.3, 0.2, 0.1, 0.1]), 0.6))
-    assert quick_jit(lambda law: jnp.asarray(length_cap(law)))(FITTED) == cap
+    assert jax.jit(lambda law: jnp.asarray(length_cap(law)))(FITTED) == cap

@@ -12,7 +12,6 @@ import pytest
 import scipy.linalg
 
 from resflow_jax.functional.series import MinimalResidual, PowerSeries
-from tests.functional.contractions import quick_jit
 
 DIM = 8
 
@@ -51,7 +50,7 @@ V = np.random.default_rng(1).choice([-1.0, 1.0], size=(len(M), DIM))
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=lambda dtype: dtype.__name__)
 
 
-@partial(quick_jit, static_argnums=(0, 3))
+@partial(jax.jit, static_argnums=(0, 3))
 def run(series, m, v, terms):
     """All terms of w [K, B, D] and of the value [K, B], and all states of the series, the first included."""
 

@@ -16,7 +16,6 @@ from resflow_jax.functional.logdet import Roulette, Truncated
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
 from tests.functional.contractions import (
     dense_series,
-    quick_jit,
 )
 from tests.functional.estimates import (
     FITTED,
@@ -53,7 +52,7 @@ def enumerate_draws(monkeypatch, net, estimator, lengths=(0,)):
         return estimate(net, estimator, jax.random.key(0))
 
     over_probes = jax.vmap(one, (None, 0))
-    return quick_jit(jax.vmap(over_probes, (0, None)))(jnp.asarray(lengths), jnp.arange(len(hadamard)))
+    return jax.jit(jax.vmap(over_probes, (0, None)))(jnp.asarray(lengths), jnp.arange(len(hadamard)))
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

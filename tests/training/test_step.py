@@ -121,8 +121,7 @@ def test_memory_does_not_grow_with_depth():
         trainer = Trainer(nnx.split(flow)[0], dequantized_bits_per_dim(256), optax.adam(1e-3), 0.99)
         state = jax.eval_shape(lambda flow: trainer.create_state(flow, rf.Roulette()), flow)
         images = jax.ShapeDtypeStruct((64, 16, 16, 1), jnp.uint8)
-        lowered = trainer.compiled_step().lower(state, images, KEY)
-        compiled = lowered.compile({"xla_backend_optimization_level": 0})  # of LLVM: buffers stay the same
+        compiled = trainer.compiled_step().lower(state, images, KEY).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert peak((16, 16, 16)) <= 1.1 * peak((2, 2, 2))
