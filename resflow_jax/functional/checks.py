@@ -26,10 +26,10 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
     """One of the given strings."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}")
 
 
 def check_open_interval(name: str, value: Any, low: float, high: float) -> None:

@@ -10,23 +10,35 @@ above all), so there the same sum is written as one product:
   few channels in:   gather the kh*kw shifted copies of x, then one product;
   few channels out:  one product to kh*kw*O channels, then add the shifted copies.
 
-Each form is the transpose of the other, so derivatives of either stay matrix
-products. `conv2d` is bilinear and says so to JAX (`custom_jvp`): a derivative is
-another `conv2d`, and nothing but x and the kernel is ever saved for it.
+`conv2d` and its derivative in the kernel are two primitives of JAX, bilinear and closed under
+derivatives of any order: every derivative is one of the two again, in the form that is fast, and
+nothing but x and the kernel is ever saved for it.
+
+With `matmul_dtype` the factors of every product, those of the derivatives included, are rounded to that
+dtype (bfloat16: 8 bits), and added up in float32.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from resflow_jax.functional.checks import check_choice
+from resflow_jax.functional.manual_axes import vary_alike
 
 Array = jax.Array
 
+MATMUL_DTYPES = (None, "bfloat16")
 
-def conv2d(x: Array, kernel: Array) -> Array:
-    """Convolves x [B, H, W, I] with kernel [kh, kw, I, O] (odd sides) to [B, H, W, O].
 
-    Raises ValueError for wrong ranks, channel counts that differ, or an even side.
+def conv2d(x: Array, kernel: Array, *, matmul_dtype: str | None = None) -> Array:
+    """Convolves x [B, H, W, I] with kernel [kh, kw, I, O] (odd sides) to [B, H, W, O], of their common dtype.
+
+    Raises ValueError for wrong ranks, channel counts that differ, an even side, or another `matmul_dtype` than
+    None (that of x and kernel) and "bfloat16".
     """
     if x.ndim != 4:
         raise ValueError(f"x: expected rank 4 [B, H, W, C], got shape {x.shape}")
@@ -34,55 +46,159 @@ def conv2d(x: Array, kernel: Array) -> Array:
         raise ValueError(f"kernel: expected [kh, kw, I, O] with odd kh, kw, got shape {kernel.shape}")
     if kernel.shape[2] != x.shape[3]:
         raise ValueError(f"kernel: expected {x.shape[3]} input channels (those of x), got {kernel.shape[2]}")
+    check_choice("matmul_dtype", matmul_dtype, MATMUL_DTYPES)
     dtype = jnp.result_type(x, kernel)
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    if kernel.shape[:2] == (1, 1):
-        return x @ kernel[0, 0]
-    return _conv2d(x, kernel)
+    return _conv2d(x.astype(dtype), kernel.astype(dtype), matmul_dtype)
 
 
-@jax.custom_jvp
-def _conv2d(x: Array, kernel: Array) -> Array:
-    return lax.platform_dependent(x, kernel, cpu=conv2d_matmul, default=conv2d_lax)
+# The primitives: out = conv2d(x, kernel), and kernel_bar with <kernel_bar, kernel> = <y, conv2d(x, kernel)>.
+_conv2d_p = Primitive("conv2d")
+_correlate_p = Primitive("conv2d_correlate")
 
 
-def _conv2d_jvp(primals, tangents):
-    (x, kernel), (dx, dkernel) = primals, tangents
-    out = _conv2d(x, kernel)
-    terms = []
-    if not isinstance(dx, SymbolicZero):
-        terms.append(_conv2d(dx, kernel))
-    if not isinstance(dkernel, SymbolicZero):
-        terms.append(_conv2d(x, dkernel))
-    return out, sum(terms) if terms else jnp.zeros_like(out)
+def _conv2d(x: Array, kernel: Array, matmul_dtype: str | None) -> Array:
+    x, kernel = vary_alike(x, kernel)
+    return _conv2d_p.bind(x, kernel, matmul_dtype=matmul_dtype)
 
 
-_conv2d.defjvp(_conv2d_jvp, symbolic_zeros=True)
+def _correlate(x: Array, y: Array, sides: tuple[int, int], matmul_dtype: str | None) -> Array:
+    x, y = vary_alike(x, y)
+    return _correlate_p.bind(x, y, sides=sides, matmul_dtype=matmul_dtype)
 
 
-def conv2d_lax(x: Array, kernel: Array) -> Array:
+def _reflected(kernel: Array) -> Array:
+    """The kernel of the transposed convolution."""
+    return kernel[::-1, ::-1].swapaxes(2, 3)
+
+
+def conv2d_lax(x: Array, kernel: Array, *, matmul_dtype: str | None = None) -> Array:
     """The accelerators' path of `conv2d`: one convolution instruction."""
     return lax.conv_general_dilated(
-        x, kernel, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+        *_factors(x, kernel, matmul_dtype),
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=_sum_dtype(x, matmul_dtype),
+    ).astype(x.dtype)
 
 
-def conv2d_matmul(x: Array, kernel: Array) -> Array:
+def correlate_lax(x: Array, y: Array, *, sides: tuple[int, int], matmul_dtype: str | None = None) -> Array:
+    """The accelerators' derivative of `conv2d` in the kernel: a convolution over the batch, [kh, kw, I, O]."""
+    kh, kw = sides
+    return lax.conv_general_dilated(
+        *_factors(x, y, matmul_dtype),
+        window_strides=(1, 1),
+        padding=((kh // 2, kh // 2), (kw // 2, kw // 2)),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=_sum_dtype(x, matmul_dtype),
+    ).astype(x.dtype)
+
+
+def conv2d_matmul(x: Array, kernel: Array, *, matmul_dtype: str | None = None) -> Array:
     """The CPU's path of `conv2d`: one matrix product and shifted copies of the thinner side."""
     kh, kw, channels_in, channels_out = kernel.shape
-    if channels_in <= channels_out:
-        patches = jnp.concatenate(_shifts(_pad(x, kh, kw), kh, kw), axis=-1)
-        return patches @ kernel.reshape(kh * kw * channels_in, channels_out)
-    products = x @ kernel.transpose(2, 0, 1, 3).reshape(channels_in, kh * kw * channels_out)
-    shifts = _shifts(_pad(products, kh, kw), kh, kw)
+    if channels_in <= channels_out or kh == kw == 1:
+        return _outer(_patches(x, kh, kw), kernel.reshape(-1, channels_out), matmul_dtype)
+    products = _outer(x, kernel.transpose(2, 0, 1, 3).reshape(channels_in, -1), matmul_dtype)
+    shifts = _shifts(products, kh, kw)
     return sum(shift[..., n * channels_out : (n + 1) * channels_out] for n, shift in enumerate(shifts))
 
 
-def _pad(x: Array, kh: int, kw: int) -> Array:
-    return jnp.pad(x, ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
+def correlate_matmul(x: Array, y: Array, *, sides: tuple[int, int], matmul_dtype: str | None = None) -> Array:
+    """The CPU's derivative of `conv2d` in the kernel: one product of the thinner side's patches and the other."""
+    channels_in, channels_out = x.shape[-1], y.shape[-1]
+    if channels_in <= channels_out or sides == (1, 1):
+        return _inner(_patches(x, *sides), y, matmul_dtype).reshape(*sides, channels_in, channels_out)
+    return _reflected(_inner(_patches(y, *sides), x, matmul_dtype).reshape(*sides, channels_out, channels_in))
 
 
-def _shifts(padded: Array, kh: int, kw: int) -> list[Array]:
-    """x[b, i + di - kh//2, j + dj - kw//2, c] for every offset (di, dj) of the kernel."""
-    height, width = padded.shape[1] - kh + 1, padded.shape[2] - kw + 1
+def _patches(x: Array, kh: int, kw: int) -> Array:
+    """[B, H, W, kh * kw * C]: the neighbourhood of every pixel."""
+    return x if kh == kw == 1 else jnp.concatenate(_shifts(x, kh, kw), axis=-1)
+
+
+def _shifts(x: Array, kh: int, kw: int) -> list[Array]:
+    """x[b, i + di - kh//2, j + dj - kw//2, c] for every offset (di, dj) of the kernel, zero outside."""
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
     return [padded[:, di : di + height, dj : dj + width] for di in range(kh) for dj in range(kw)]
+
+
+def _outer(x: Array, matrix: Array, matmul_dtype: str | None) -> Array:
+    """x @ matrix for every pixel."""
+    product = _matmul(x.reshape(-1, x.shape[-1]), matrix, (1,), (0,), matmul_dtype)
+    return product.reshape(*x.shape[:-1], matrix.shape[-1])
+
+
+def _inner(a: Array, b: Array, matmul_dtype: str | None) -> Array:
+    """sum_pixels a^T b, [channels of a, channels of b]."""
+    if matmul_dtype is None:
+        a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    # else XLA transposes a where there are several axes to sum over; along the first of two its product is slow
+    pixels = tuple(range(a.ndim - 1))
+    return _matmul(a, b, pixels, pixels, matmul_dtype)
+
+
+def _matmul(a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...], matmul_dtype: str | None) -> Array:
+    product = lax.dot_general(
+        *_factors(a, b, matmul_dtype),
+        ((a_axes, b_axes), ((), ())),
+        preferred_element_type=_sum_dtype(a, matmul_dtype),
+    )
+    return product.astype(a.dtype)
+
+
+def _factors(a: Array, b: Array, matmul_dtype: str | None) -> tuple[Array, Array]:
+    return (a, b) if matmul_dtype is None else (a.astype(matmul_dtype), b.astype(matmul_dtype))
+
+
+def _sum_dtype(a: Array, matmul_dtype: str | None):
+    return a.dtype if matmul_dtype is None else jnp.float32
+
+
+def _conv2d_aval(x, kernel, *, matmul_dtype):
+    return x.update(shape=(*x.shape[:3], kernel.shape[3]), weak_type=False)
+
+
+def _correlate_aval(x, y, *, sides, matmul_dtype):
+    return x.update(shape=(*sides, x.shape[3], y.shape[3]), weak_type=False)
+
+
+def _batch(cpu, default, arguments, axes, **params):
+    """vmap of the lowerings themselves, which is fast where each example has a kernel of its own."""
+
+    def apply(*arguments):
+        return lax.platform_dependent(*arguments, cpu=partial(cpu, **params), default=partial(default, **params))
+
+    return jax.vmap(apply, axes)(*arguments), 0
+
+
+def _batch_conv2d(arguments, axes, *, matmul_dtype):
+    (x, kernel), (axis, kernel_axis) = arguments, axes
+    if kernel_axis is not None:
+        return _batch(conv2d_matmul, conv2d_lax, arguments, axes, matmul_dtype=matmul_dtype)
+    x = jnp.moveaxis(x, axis, 0)
+    out = _conv2d(x.reshape(-1, *x.shape[2:]), kernel, matmul_dtype)
+    return out.reshape(*x.shape[:2], *out.shape[1:]), 0
+
+
+for _primitive, _cpu, _default, _aval in (
+    (_conv2d_p, conv2d_matmul, conv2d_lax, _conv2d_aval),
+    (_correlate_p, correlate_matmul, correlate_lax, _correlate_aval),
+):
+    _primitive.def_impl(jax.jit(_primitive.bind, static_argnames=("sides", "matmul_dtype")))
+    _primitive.def_abstract_eval(_aval)
+    mlir.register_lowering(_primitive, mlir.lower_fun(_default, multiple_results=False))
+    mlir.register_lowering(_primitive, mlir.lower_fun(_cpu, multiple_results=False), platform="cpu")
+    batching.primitive_batchers[_primitive] = partial(_batch, _cpu, _default)
+batching.primitive_batchers[_conv2d_p] = _batch_conv2d
+ad.defbilinear(
+    _conv2d_p,
+    lambda ct, x, kernel, *, matmul_dtype: _conv2d(ct, _reflected(kernel), matmul_dtype),
+    lambda ct, x, kernel, *, matmul_dtype: _correlate(x, ct, kernel.aval.shape[:2], matmul_dtype),
+)
+ad.defbilinear(
+    _correlate_p,
+    lambda ct, x, y, *, sides, matmul_dtype: _conv2d(y, _reflected(ct), matmul_dtype),
+    lambda ct, x, y, *, sides, matmul_dtype: _conv2d(x, ct, matmul_dtype),
+)

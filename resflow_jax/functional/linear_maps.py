@@ -28,10 +28,14 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class DenseMap:
-    """x -> x @ kernel on the last axis, kernel [features_in, features_out]."""
+    """x -> x @ kernel on [B, features_in], kernel [features_in, features_out].
+
+    The map of a batch multiplies in `matmul_dtype` (see `conv2d`); its norm is measured in the kernel's own.
+    """
 
     features_in: int
     features_out: int
+    matmul_dtype: str | None = None
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -48,12 +52,17 @@ class DenseMap:
         return (self.features_out,)
 
     @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Shape of what one example becomes."""
+        return (self.features_out,)
+
+    @property
     def copies(self) -> int:
         """How many times the map holds the one between `input_shape` and `output_shape`."""
         return 1
 
     def __call__(self, kernel: Array, x: Array) -> Array:
-        return x @ kernel
+        return conv2d(x[:, None, None], kernel[None, None], matmul_dtype=self.matmul_dtype)[:, 0, 0]
 
     def matvec(self, kernel: Array, v: Array) -> Array:
         """W v for one vector of `input_shape`."""
@@ -74,12 +83,16 @@ class DenseMap:
 
 @dataclass(frozen=True)
 class ConvMap:
-    """x -> conv2d(x, kernel) on [B, *size, channels_in], kernel [k, k, channels_in, channels_out]."""
+    """x -> conv2d(x, kernel) on [B, *size, channels_in], kernel [k, k, channels_in, channels_out].
+
+    The map of a batch multiplies in `matmul_dtype` (see `conv2d`); its norm is measured in the kernel's own.
+    """
 
     size: tuple[int, int]
     channels_in: int
     channels_out: int
     kernel_size: int = 3
+    matmul_dtype: str | None = None
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -100,12 +113,17 @@ class ConvMap:
         return *self._grid, self.channels_out
 
     @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Shape of what one example becomes."""
+        return *self.size, self.channels_out
+
+    @property
     def copies(self) -> int:
         """How many times the map holds the one between `input_shape` and `output_shape`: H W for a 1x1 kernel."""
         return self.size[0] * self.size[1] if self.kernel_size == 1 else 1
 
     def __call__(self, kernel: Array, x: Array) -> Array:
-        return conv2d(x, kernel)
+        return conv2d(x, kernel, matmul_dtype=self.matmul_dtype)
 
     def matvec(self, kernel: Array, v: Array) -> Array:
         """W v for one vector of `input_shape`."""

@@ -28,11 +28,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from resflow_jax.functional.checks import check_open_interval, check_residual
+from resflow_jax.functional.checks import check_count, check_open_interval, check_residual
+from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chunks, split_chunks
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated, check_estimator
 from resflow_jax.functional.laws import Fitted, check_variance
+from resflow_jax.functional.manual_axes import example_keys, vary_over, varying_axes
 from resflow_jax.functional.probes import draw_probes
 from resflow_jax.functional.roulette import length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
@@ -71,6 +74,8 @@ def residual(
     key: Array | None = None,
     estimator: Estimator | None = None,
     lipschitz: float | None = None,
+    prepare: Callable[[Any], Any] | None = None,
+    chunk_size: int | None = None,
     return_diagnostics: bool = False,
 ) -> tuple[Array, Array] | tuple[Array, Array, Diagnostics]:
     """Computes y = x + g(params, x) and log|det dy/dx| with the given estimator.
@@ -84,7 +89,15 @@ def residual(
       estimator: `Exact()`, `Truncated(...)` or `Roulette(...)` (the default).
       lipschitz: a bound on Lip(g), if one is known: a law of lengths adapts to it, and a
         RuntimeWarning says so if the law does not guarantee finite variance under it.
+      prepare: pure function of params whose result g takes in their place. It is computed once a call, however
+        often g is evaluated, and again in the backward pass: nothing that it makes is kept.
+      chunk_size: on a CPU the examples are taken in equal chunks of at most so many, one after the other, so
+        that what g computes inside stays in the processor's cache; elsewhere all at once. None for one chunk.
+        The result is the same. Not for `Exact` and gradient="autodiff".
       return_diagnostics: whether to return `Diagnostics` as well.
+
+    Inside `jax.shard_map` x is a device's share of the batch: with the same key on every device, all take
+    series of the same length, and each example gets its own probe, as if the batch were whole.
 
     Returns:
       (y, log_det) or (y, log_det, diagnostics): y like x; log_det [B] in nats. Differentiable in
@@ -95,26 +108,34 @@ def residual(
         the key is missing, if the estimator is unknown, or for more orthogonal probes than dimensions.
     """
     estimator = Roulette() if estimator is None else estimator
+    prepare = (lambda params: params) if prepare is None else prepare
     check_estimator(estimator)
-    check_residual("x", g, params, x)
+    check_residual("x", g, jax.eval_shape(prepare, params), x)
     if x.shape[0] == 0:
         raise ValueError(f"x: expected at least one example, got shape {x.shape}")
     if lipschitz is not None:
         check_open_interval("lipschitz", lipschitz, 0, 1)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size, 1)
     if isinstance(estimator, Exact):
         # The Jacobian is not worth keeping: a chain of blocks would hold them all.
-        y, log_det = jax.checkpoint(partial(_exact, g, estimator.chunk_size))(params, x)
+        y, log_det = jax.checkpoint(partial(_exact, g, prepare, estimator.chunk_size))(params, x)
         diagnostics = _diagnostics(math.prod(x.shape[1:]), jnp.zeros(DIAGNOSED_TERMS, x.dtype), log_det)
     elif key is None:
         raise ValueError(f"key: {type(estimator).__name__} expected a PRNG key, got None")
     else:
         estimator = _within(estimator, lipschitz)
         if estimator.gradient == "autodiff":
-            y, log_det, diagnostics = _autodiff(g, estimator, params, x, key)
+            y, log_det, diagnostics = _autodiff(g, estimator, prepare(params), x, key)
         else:
+            chunks = split_chunks(x, chunk_size)
             # custom_vjp must see every array that g depends on, also those it closes over.
-            g_closed, closed_over = jax.closure_convert(g, params, _repeat(x, estimator.probes))
-            y, log_det, diagnostics = _neumann(g_closed, estimator, (params, closed_over), x, key)
+            prepare, prepared_over = jax.closure_convert(prepare, params)
+            weights = jax.eval_shape(prepare, params, *prepared_over)
+            g, closed_over = jax.closure_convert(g, weights, _repeat(chunks[0], estimator.probes))
+            args = vary_over((params, prepared_over, closed_over), varying_axes(x))
+            y, log_det, diagnostics = _neumann(g, prepare, estimator, args, chunks, key)
+            y, log_det = join_chunks(y), join_chunks(log_det)
     return (y, log_det, diagnostics) if return_diagnostics else (y, log_det)
 
 
@@ -176,11 +197,10 @@ class _Sums(NamedTuple):
         )
 
 
-def _result(x: Array, g_x: Array, plan: _Plan, sums: _Sums) -> tuple[Array, Array, Diagnostics]:
-    """y, log_det and the diagnostics, from g and sums over the probes' batches."""
+def _result(x: Array, g_x: Array, sums: _Sums) -> tuple[Array, Array]:
+    """y and log_det, from g and sums over the probes' batches."""
     batch = x.shape[0]
-    log_det = jnp.mean(sums.value.reshape(-1, batch), axis=0)
-    return x + g_x[:batch], log_det, _diagnostics(plan.length, sums.norms, log_det)
+    return x + g_x[:batch], jnp.mean(sums.value.reshape(-1, batch), axis=0)
 
 
 def _diagnostics(length: Array | int, norms: Array, log_det: Array) -> Diagnostics:
@@ -188,41 +208,74 @@ def _diagnostics(length: Array | int, norms: Array, log_det: Array) -> Diagnosti
     return Diagnostics(*map(lax.stop_gradient, values))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _neumann(g, estimator, args, x, key):
-    return _neumann_forward(g, estimator, args, x, key)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _neumann(g, prepare, estimator, args, x, key):
+    return _neumann_forward(g, prepare, estimator, args, x, key)[0]
 
 
-def _neumann_forward(g, estimator, args, x, key):
-    params, closed_over = args
+def _neumann_forward(g, prepare, estimator, args, x, key):
+    """x [chunks, b, ...]; y and log_det likewise."""
+    params, prepared_over, closed_over = args
+    weights = prepare(params, *prepared_over)
     length_key, probe_key = jax.random.split(key)
-    plan, v = _draw_plan(estimator, length_key), draw_probes(estimator.probe, estimator.probes, probe_key, x)
-    g_x, pullback = jax.vjp(lambda x: g(params, x, *closed_over), _repeat(x, estimator.probes))
+    plan = _draw_plan(estimator, length_key)
 
-    def add_term(carry):
-        k, state, sums = carry
-        state, term = plan.series.step(k, v, state, lambda u: pullback(u)[0])
-        return k + 1, state, sums.add(plan, k, term)
+    def of_chunk(inputs):
+        x, keys = inputs
+        v = draw_probes(estimator.probe, estimator.probes, keys, x)
+        g_x, pullback = jax.vjp(lambda x: g(weights, x, *closed_over), _repeat(x, estimator.probes))
 
-    start = jnp.asarray(1), plan.series.start(v), _Sums.zero(v)
-    _, _, sums = lax.while_loop(lambda carry: carry[0] <= plan.length, add_term, start)
-    return _result(x, g_x, plan, sums), (estimator, args, x, probe_key, v + sums.w)
+        def add_term(carry):
+            k, state, sums = carry
+            state, term = plan.series.step(k, v, state, lambda u: pullback(u)[0])
+            return k + 1, state, sums.add(plan, k, term)
+
+        start = jnp.asarray(1), plan.series.start(v), _Sums.zero(v)
+        _, _, sums = lax.while_loop(lambda carry: carry[0] <= plan.length, add_term, start)
+        return *_result(x, g_x, sums), v + sums.w, sums.norms
+
+    y, log_det, w, norms = map_chunks(of_chunk, (x, _example_keys(probe_key, x)))
+    diagnostics = _diagnostics(plan.length, jnp.mean(norms, axis=0), log_det)
+    return (y, log_det, diagnostics), (estimator, args, x, probe_key, w)
 
 
-def _neumann_backward(g, kept, cotangents):
-    estimator, args, x, probe_key, w = kept
+def _neumann_backward(g, prepare, kept, cotangents):
+    estimator, (params, prepared_over, closed_over), x, probe_key, w = kept
     y_bar, log_det_bar, _ = cotangents
-    v = draw_probes(estimator.probe, estimator.probes, probe_key, x)
+    weights, pullback = jax.vjp(prepare, params, *prepared_over)
+    moving, still = _partition((weights, closed_over))
 
-    def value_and_product(args, x):
-        params, closed_over = args
-        value, product = jax.jvp(lambda x: g(params, x, *closed_over), (_repeat(x, estimator.probes),), (v,))
+    def value_and_product(moving, x, keys):
+        weights, closed_over = _combine(moving, still)
+        v = draw_probes(estimator.probe, estimator.probes, keys, x)
+        value, product = jax.jvp(lambda x: g(weights, x, *closed_over), (_repeat(x, estimator.probes),), (v,))
         return value[: x.shape[0]], product
 
-    _, pullback = jax.vjp(value_and_product, args, x)
-    per_example = log_det_bar.reshape(-1, *[1] * (x.ndim - 1)) / estimator.probes
-    args_bar, x_bar = pullback((y_bar, _repeat(per_example, estimator.probes) * w))
-    return jax.tree.map(jnp.zeros_like, estimator), args_bar, x_bar + y_bar, None
+    per_example = log_det_bar.reshape(*log_det_bar.shape, *[1] * (x.ndim - 2)) / estimator.probes
+    w_bar = jax.vmap(lambda scale, w: _repeat(scale, estimator.probes) * w)(per_example, w)
+    keys = _example_keys(probe_key, x)
+    moving_bar, x_bar = pullback_chunks(value_and_product, moving, x, keys, (y_bar, w_bar))
+    still_bar = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), still)
+    weights_bar, closed_over_bar = _combine(moving_bar, still_bar)
+    params_bar, *prepared_over_bar = pullback(weights_bar)
+    return jax.tree.map(jnp.zeros_like, estimator), (params_bar, prepared_over_bar, closed_over_bar), x_bar + y_bar, None
+
+
+def _partition(tree):
+    """The floats of a tree, and its other leaves, each in a tree with None for the rest."""
+    floats = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
+    moving = jax.tree.map(lambda leaf, is_float: leaf if is_float else None, tree, floats)
+    return moving, jax.tree.map(lambda leaf, is_float: None if is_float else leaf, tree, floats)
+
+
+def _combine(first, second):
+    """The tree that `_partition` has taken apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
+
+
+def _example_keys(key, x):
+    """[chunks, b] for x [chunks, b, ...]."""
+    return split_chunks(example_keys(key, join_chunks(x)), x.shape[1])
 
 
 _neumann.defvjp(_neumann_forward, _neumann_backward)
@@ -231,7 +284,8 @@ _neumann.defvjp(_neumann_forward, _neumann_backward)
 def _autodiff(g, estimator, params, x, key):
     """The same estimate of the value, left to JAX's own differentiation."""
     length_key, probe_key = jax.random.split(key)
-    plan, v = _draw_plan(estimator, length_key), draw_probes(estimator.probe, estimator.probes, probe_key, x)
+    plan = _draw_plan(estimator, length_key)
+    v = draw_probes(estimator.probe, estimator.probes, example_keys(probe_key, x), x)
     g_x, pullback = jax.vjp(partial(g, params), _repeat(x, estimator.probes))
 
     @jax.checkpoint
@@ -249,12 +303,13 @@ def _autodiff(g, estimator, params, x, key):
         longest = estimator.exact_terms + length_cap(estimator.length)
     start = plan.series.start(v), _Sums.zero(v)
     (_, sums), _ = lax.scan(step, start, jnp.arange(1, longest + 1))
-    return _result(x, g_x, plan, sums)
+    y, log_det = _result(x, g_x, sums)
+    return y, log_det, _diagnostics(plan.length, sums.norms, log_det)
 
 
-def _exact(g, chunk_size, params, x):
+def _exact(g, prepare, chunk_size, params, x):
     batch, event = x.shape[0], x.shape[1:]
-    g_x, pullback = jax.vjp(partial(g, params), x)
+    g_x, pullback = jax.vjp(partial(g, prepare(params)), x)
     size = math.prod(event)
     basis = jnp.eye(size, dtype=x.dtype).reshape(size, *event)
 

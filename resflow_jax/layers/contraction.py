@@ -22,6 +22,8 @@ from resflow_jax.layers.lipschitz import LipschitzLinear, Order
 Array = jax.Array
 Params = dict[str, Array]
 
+_CACHED = 2**17  # numbers: half a MB in float32, of the one or two MB of L2 cache that a core has
+
 
 class Contraction(nnx.Module):
     """Interface of g on [B, ...], which keeps the shape; subclasses are final.
@@ -35,6 +37,12 @@ class Contraction(nnx.Module):
     linears: Sequence[LipschitzLinear]
     promised: float
     is_closed: bool = True
+
+    @property
+    def chunk_size(self) -> int:
+        """How many examples to take at a time on a CPU, for its cache to hold a layer's output."""
+        widest = max(math.prod(linear.linear_map.example_shape) for linear in self.linears)
+        return max(1, _CACHED // widest)
 
     def weights(self) -> Any:
         """Normalised kernels, biases and all other parameters: what `apply` takes."""

@@ -41,16 +41,16 @@ class ResidualBlock(Bijector):
         return x + self.g(x)
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
-        # g takes the raw state and normalises it: the backward pass keeps no normalised copy.
-        graphdef, state = nnx.split(self)
-        lipschitz = self.contraction.promised if self.contraction.is_closed else None
+        graphdef, state = nnx.split(self.contraction)
         y, log_det, diagnostics = residual(
-            lambda state, x: nnx.merge(graphdef, state).g(x),
+            self.contraction.apply,
             state,
             x,
             key=key,
             estimator=jax.tree.map(lambda rows: rows[0], estimator),
-            lipschitz=lipschitz,
+            lipschitz=self.contraction.promised if self.contraction.is_closed else None,
+            prepare=lambda state: nnx.merge(graphdef, state).weights(),
+            chunk_size=self.contraction.chunk_size,
             return_diagnostics=True,
         )
         return y, log_det, [jax.tree.map(lambda leaf: leaf[None], diagnostics)]

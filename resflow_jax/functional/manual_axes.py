@@ -1,0 +1,45 @@
+"""Where a batch is spread over devices by `jax.shard_map`: which mesh axes, and whose examples these are."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def varying_axes(x: Array) -> tuple[str, ...]:
+    """The mesh axes over whose devices x differs, inside a `jax.shard_map` that tracks them; none elsewhere."""
+    manual = jax.typeof(x).manual_axis_type
+    return tuple(sorted(manual.varying))
+
+
+def vary_over(tree: Any, axes: tuple[str, ...]) -> Any:
+    """The same arrays, typed as differing over `axes` too, so that their gradients stay those of one device."""
+
+    def vary(x):
+        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree) if axes else tree
+
+
+def vary_alike(*trees: Any) -> tuple[Any, ...]:
+    """The same arrays, typed as differing over the axes over which any of them does."""
+    leaves = jax.tree.leaves(trees)
+    axes = tuple(sorted({axis for leaf in leaves for axis in varying_axes(leaf)}))
+    return tuple(vary_over(tree, axes) for tree in trees)
+
+
+def example_keys(key: Array, x: Array) -> Array:
+    """A PRNG key for each example of x [B, ...], [B].
+
+    A key goes by the example's number in the whole batch, of which x is a device's share inside
+    `jax.shard_map`: what is drawn with it does not depend on how the batch is divided.
+    """
+    batch = x.shape[0]
+    first = 0
+    for axis in varying_axes(x):
+        first = first * lax.axis_size(axis) + lax.axis_index(axis)
+    return jax.vmap(lambda n: jax.random.fold_in(key, n))(first * batch + jnp.arange(batch))
