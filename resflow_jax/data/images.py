@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resflow_jax.functional.manual_axes import example_keys
+
 Array = jax.Array
 
 
@@ -43,10 +45,13 @@ class ImageSplits:
 
 
 def dequantize(images: Array, key: Array, levels: int) -> Array:
-    """(k + u) / levels with u uniform in [0, 1), for integers k [B, H, W, C]; floats in [0, 1]."""
+    """(k + u) / levels with u uniform in [0, 1), for integers k [B, H, W, C]; floats in [0, 1].
+
+    Each image has noise of its own, which does not depend on how the batch is divided among devices.
+    """
     if not jnp.issubdtype(images.dtype, jnp.integer):
         raise ValueError(f"images: expected integer pixels in 0..{levels - 1}, got dtype {images.dtype}")
-    noise = jax.random.uniform(key, images.shape)
+    noise = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(example_keys(key, images))
     return (images.astype(noise.dtype) + noise) / levels
 
 

@@ -12,7 +12,7 @@ law needs 1 - p > L^2; the tail of a Poisson law falls faster than any geometric
 import math
 import warnings
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -87,18 +87,21 @@ class Poisson:
         check_open_interval("rate", self.rate, 0, math.inf)
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
-        """Draws lengths, int32 of `shape`, inside or outside jit."""
-        return jax.random.poisson(key, self.rate, shape, dtype=jnp.int32)
+        """Draws lengths, int32 of `shape`, inside or outside jit: N = #{k >= 1: u < P(N >= k)} for a uniform u.
+
+        u has 64 random bits, so that lengths of probability 2^-64 come up as often as they should.
+        """
+        high, low = jax.random.bits(key, (2, *shape), jnp.uint32).astype(jnp.result_type(float))
+        u = (high + (low + 0.5) * 2.0**-32) * 2.0**-32
+        return jnp.sum(u[..., None] < self._table[1:], axis=-1, dtype=jnp.int32)
 
     def survival(self, k: Array | int) -> Array:
-        """P(N >= k), a float of k's shape; one for k <= 0.
+        """P(N >= k), a float of k's shape; one for k <= 0. Looked up in a table; below 1e-300 its last entry."""
+        return jnp.asarray(self._table)[jnp.clip(k, 0, len(self._table) - 1)]
 
-        The regularised lower incomplete gamma function at (k, rate): accurate in the far tail,
-        where one minus the distribution function would cancel.
-        """
-        k = jnp.asarray(k)
-        a = jnp.maximum(k, 1).astype(jnp.result_type(float))
-        return jnp.where(k <= 0, 1.0, jax.scipy.special.gammainc(a, self.rate))
+    @property
+    def _table(self) -> np.ndarray:
+        return _poisson_survival(self.rate)
 
     def tail_ratio(self) -> float:
         """lim P(N >= k + 1) / P(N >= k)."""
@@ -107,6 +110,17 @@ class Poisson:
     def within(self, lipschitz: float | None) -> "Poisson":
         """The law to use for a g of that Lipschitz constant: this one."""
         return self
+
+
+@lru_cache
+def _poisson_survival(rate: float) -> np.ndarray:
+    """P(N >= k) for k = 0, 1, ... down to 1e-300: sums of the tail's terms, which do not cancel."""
+    terms, log_term = [], -rate
+    while log_term > -700 or len(terms) < rate:
+        terms.append(math.exp(log_term))
+        log_term += math.log(rate / len(terms))
+    survival = np.cumsum(terms[::-1])[::-1]
+    return np.where(np.arange(len(terms)) == 0, 1.0, survival)
 
 
 @partial(_static, meta_fields=("p", "share", "lipschitz"))

@@ -35,7 +35,7 @@ from resflow_jax.functional.checks import check_count, check_open_interval, chec
 from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chunks, split_chunks
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated, check_estimator
 from resflow_jax.functional.laws import Fitted, check_variance
-from resflow_jax.functional.manual_axes import example_keys, vary_over, varying_axes
+from resflow_jax.functional.manual_axes import example_keys, vary_alike, vary_over, varying_axes
 from resflow_jax.functional.probes import draw_probes
 from resflow_jax.functional.roulette import length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
@@ -193,7 +193,7 @@ class _Sums(NamedTuple):
         return _Sums(
             self.w + neumann_weight * term.w,
             self.value + value_weight * term.value,
-            self.norms.at[k - 1].add(norm, mode="drop"),
+            self.norms + jnp.where(jnp.arange(1, DIAGNOSED_TERMS + 1) == k, norm, 0),
         )
 
 
@@ -230,7 +230,7 @@ def _neumann_forward(g, prepare, estimator, args, x, key):
             state, term = plan.series.step(k, v, state, lambda u: pullback(u)[0])
             return k + 1, state, sums.add(plan, k, term)
 
-        start = jnp.asarray(1), plan.series.start(v), _Sums.zero(v)
+        start = jnp.asarray(1), *vary_alike(plan.series.start(v), _Sums.zero(v))
         _, _, sums = lax.while_loop(lambda carry: carry[0] <= plan.length, add_term, start)
         return *_result(x, g_x, sums), v + sums.w, sums.norms
 

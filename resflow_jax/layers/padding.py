@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.functional.estimators import Estimator
+from resflow_jax.functional.manual_axes import example_keys
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Bijector, Forward, Inverse
 
@@ -44,7 +45,8 @@ class ChannelPadding(Bijector):
 
     def _draw(self, key: Array, x: Array) -> Array:
         draw = jax.random.uniform if self.noise == "uniform" else jax.random.normal
-        return draw(key, (*x.shape[:-1], self.channels), x.dtype)
+        shape = *x.shape[1:-1], self.channels
+        return jax.vmap(lambda key: draw(key, shape, x.dtype))(example_keys(key, x))
 
     def __call__(self, x: Array) -> Array:
         mean = 0.5 if self.noise == "uniform" else 0.0

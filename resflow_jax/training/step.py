@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from resflow_jax.functional.estimators import Estimator, Roulette
 from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.laws import Defensive, Fitted
 from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
+from resflow_jax.functional.manual_axes import vary_over, varying_axes
 from resflow_jax.models.flow import ResidualFlow
 
 Array = jax.Array
@@ -76,7 +78,7 @@ class Trainer(NamedTuple):
 
         Args:
           state: from `create_state` or an earlier step.
-          batch: what the loss takes.
+          batch: what the loss takes; inside `jax.shard_map` a device's share, for the mean over devices.
           key: the run's PRNG key; the step folds its own number into it.
 
         Returns:
@@ -84,12 +86,21 @@ class Trainer(NamedTuple):
           log-det's estimates, by block.
         """
 
+        axes = varying_axes(jax.tree.leaves(batch)[0])
+        # Typed as this device's own, parameters get this device's gradient: one sum over devices at the end.
+        own_params, own_rest = vary_over((state.params, state.rest), axes)
+
         def objective(params):
-            flow = nnx.merge(self.graphdef, params, state.rest, copy=True)
+            flow = nnx.merge(self.graphdef, params, own_rest, copy=True)
             value, diagnostics = self.loss(flow, batch, jax.random.fold_in(key, state.step), state.estimator)
             return value, (diagnostics, nnx.split(flow, nnx.Param, ...)[2])
 
-        (value, (diagnostics, rest)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (value, (diagnostics, rest)), gradient = jax.value_and_grad(objective, has_aux=True)(own_params)
+        if axes:
+            value, diagnostics, statistics, gradient = jax.lax.pmean(
+                (value, diagnostics, nnx.filter_state(rest, nnx.BatchStat), gradient), axes
+            )
+            rest = nnx.merge_state(state.rest, statistics)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         flow = nnx.merge(self.graphdef, params, rest)
@@ -103,6 +114,18 @@ class Trainer(NamedTuple):
     def compiled_step(self) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
         """`step` compiled; the state passed in is donated."""
         return jax.jit(self.step, donate_argnums=0)
+
+    def parallel_step(
+        self, mesh: jax.sharding.Mesh
+    ) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
+        """`step` compiled for the devices of a mesh with the one axis "data": each takes an equal share of the batch.
+
+        The state is the same on all, and donated. The same numbers as on one device, to rounding: gradients,
+        metrics and running statistics are means over the devices.
+        """
+        whole, shares = PartitionSpec(), PartitionSpec("data")
+        step = jax.shard_map(self.step, mesh=mesh, in_specs=(whole, shares, whole), out_specs=whole)
+        return jax.jit(step, donate_argnums=0)
 
     def current_flow(self, state: TrainState) -> ResidualFlow:
         """The flow with the parameters of the last step, its norms iterated to convergence."""
