@@ -74,17 +74,44 @@ class Peer:
     def forward(self, x: np.ndarray) -> np.ndarray:
         """z = f(x), without the log-det."""
         with torch.no_grad():
-            z = self._tensor(x).permute(0, 3, 1, 2).contiguous()
+            z = self._images(x)
             for flow in reversed(self.model.flows):
                 z = flow.iresblock.forward(z) if isinstance(flow, nf.flows.Residual) else flow.inverse(z)[0]
         return z.numpy()
+
+    def log_prob(self, x: np.ndarray) -> np.ndarray:
+        """Estimates of log p(x) [B] with 20 terms and a roulette."""
+        self.model.eval()
+        return self.model.log_prob(self._images(x)).detach().numpy()
+
+    def start_training(self, learning_rate: float, clip: float) -> None:
+        """Makes the Adam optimiser of `train_step`."""
+        self._clip = clip
+        self._optimizer = torch.optim.Adam(self.model.parameters(), learning_rate)
+
+    def train_step(self, x: np.ndarray) -> float:
+        """Forward, backward, clipping by the global norm, Adam, five power iterations a layer; the loss in nats."""
+        self.model.train()
+        self._optimizer.zero_grad()
+        loss = self.model.forward_kld(self._images(x))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
+        self._optimizer.step()
+        nf.utils.update_lipschitz(self.model, 5)
+        return float(loss)
+
+    def _images(self, x: np.ndarray) -> torch.Tensor:
+        return self._tensor(x).permute(0, 3, 1, 2).contiguous()
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.tensor(np.asarray(array), dtype=self._dtype)
 
 
-def normflows_from(flow: ResidualFlow) -> Peer:
+def normflows_from(flow: ResidualFlow, *, papers: bool = False) -> Peer:
     """The same image flow in normflows, with the numbers and the dtype of `flow`; ready to be timed.
+
+    papers: lengths are drawn from the Poisson law of mean 2, as in the papers, not from normflows' geometric law, and
+      kernels are those before normalisation, with the norm bound of each layer: what training needs.
 
     Raises:
       ValueError: for vectors, for factored-out channels, and for layers and activations other than those of
@@ -96,7 +123,7 @@ def normflows_from(flow: ResidualFlow) -> Peer:
     if not flow.config.fc_blocks:
         layers.append(Flatten(flow._emitted[-1]))
     flat = [isinstance(layer, Flatten) for layer in layers].index(True)
-    flows = [_converted(layer, (1, 1) if n < flat else ()) for n, layer in enumerate(layers)]
+    flows = [_converted(layer, (1, 1) if n < flat else (), papers) for n, layer in enumerate(layers)]
     base = nf.distributions.DiagGaussian(flow.dim, trainable=False)
     peer = Peer(nf.NormalizingFlow(base, flows[::-1]), flow.dtype)
     peer.forward(np.full((1, *flow.event_shape), 0.5))  # convolutions learn the size of their images at the first call
@@ -117,7 +144,7 @@ def _unrolled(bijector: Bijector) -> Iterator[Bijector]:
         yield from _unrolled(part)
 
 
-def _converted(bijector: Bijector, pixel: tuple[int, ...]) -> nf.flows.Flow:
+def _converted(bijector: Bijector, pixel: tuple[int, ...], papers: bool) -> nf.flows.Flow:
     """A layer's counterpart; `pixel` is what a parameter per channel has for height and width."""
     match bijector:
         case Logit():
@@ -133,19 +160,20 @@ def _converted(bijector: Bijector, pixel: tuple[int, ...]) -> nf.flows.Flow:
         case Flatten():
             return _Flatten(bijector.shape)
         case ResidualBlock():
-            return nf.flows.Residual(_network(bijector.contraction))
+            law = {"n_dist": "poisson", "lamb": 2.0} if papers else {}
+            return nf.flows.Residual(_network(bijector.contraction, raw=papers), **law)
     raise ValueError(
         f"flow: expected only Logit, ActNorm per channel, Squeeze, Flatten and ResidualBlock, "
         f"got {type(bijector).__name__}"
     )
 
 
-def _network(contraction: Contraction) -> nn.Sequential:
+def _network(contraction: Contraction, *, raw: bool) -> nn.Sequential:
     if not isinstance(contraction, Layered) or contraction.activation.name != "lipswish":
         got = contraction.activation.name if isinstance(contraction, Layered) else type(contraction).__name__
         raise ValueError(f"flow: expected chains of layers with lipswish between them, got {got}")
     swishes = [_swish(params["beta"][...]) for params in contraction.activation_params]
-    linears = [_linear(layer) for layer in contraction.linears]
+    linears = [_linear(layer, raw=raw) for layer in contraction.linears]
     first, second = (swishes, linears) if contraction.preactivation else (linears, swishes)
     return nn.Sequential(*filter(None, chain.from_iterable(zip_longest(first, second))))
 
@@ -156,15 +184,21 @@ def _swish(beta: jax.Array) -> Swish:
     return swish
 
 
-def _linear(layer: LipschitzLinear) -> InducedNormConv2d | InducedNormLinear:
-    """The layer with the kernel that it applies, of norm below one: a coefficient of one leaves that as it is."""
+def _linear(layer: LipschitzLinear, *, raw: bool) -> InducedNormConv2d | InducedNormLinear:
+    """The layer with the kernel that it applies, of norm below one: a coefficient of one leaves that as it is.
+
+    raw: with the kernel before normalisation, and the layer's own coefficient.
+    """
     kernel, bias = layer.weights()
+    coefficient = 1.0
+    if raw:
+        kernel, coefficient = layer.kernel[...], layer.coefficient
     if isinstance(layer.linear_map, ConvMap):
         *_, size, channels_in, channels_out = kernel.shape
-        linear = InducedNormConv2d(channels_in, channels_out, size, 1, size // 2, coeff=1.0, n_iterations=5)
+        linear = InducedNormConv2d(channels_in, channels_out, size, 1, size // 2, coeff=coefficient, n_iterations=5)
         linear.weight = _parameter(kernel.transpose(3, 2, 0, 1))
     else:
-        linear = InducedNormLinear(*kernel.shape, coeff=1.0, n_iterations=5)
+        linear = InducedNormLinear(*kernel.shape, coeff=coefficient, n_iterations=5)
         linear.weight = _parameter(kernel.T)
     linear.bias = _parameter(bias)
     return linear

@@ -48,17 +48,18 @@ def conv2d(x: Array, kernel: Array, *, matmul_dtype: str | None = None) -> Array
         raise ValueError(f"kernel: expected {x.shape[3]} input channels (those of x), got {kernel.shape[2]}")
     check_choice("matmul_dtype", matmul_dtype, MATMUL_DTYPES)
     dtype = jnp.result_type(x, kernel)
-    return _conv2d(x.astype(dtype), kernel.astype(dtype), matmul_dtype)
+    return _conv2d(x.astype(dtype), kernel.astype(dtype), False, matmul_dtype)
 
 
-# The primitives: out = conv2d(x, kernel), and kernel_bar with <kernel_bar, kernel> = <y, conv2d(x, kernel)>.
+# The primitives: out = conv2d(x, kernel), or with `reflected` its transpose in x, conv2d(x, _reflected(kernel)); and
+# kernel_bar with <kernel_bar, kernel> = <y, conv2d(x, kernel)>. In a loop a kernel that is not to be copied stays put.
 _conv2d_p = Primitive("conv2d")
 _correlate_p = Primitive("conv2d_correlate")
 
 
-def _conv2d(x: Array, kernel: Array, matmul_dtype: str | None) -> Array:
+def _conv2d(x: Array, kernel: Array, reflected: bool, matmul_dtype: str | None) -> Array:
     x, kernel = vary_alike(x, kernel)
-    return _conv2d_p.bind(x, kernel, matmul_dtype=matmul_dtype)
+    return _conv2d_p.bind(x, kernel, reflected=reflected, matmul_dtype=matmul_dtype)
 
 
 def _correlate(x: Array, y: Array, sides: tuple[int, int], matmul_dtype: str | None) -> Array:
@@ -71,8 +72,9 @@ def _reflected(kernel: Array) -> Array:
     return kernel[::-1, ::-1].swapaxes(2, 3)
 
 
-def conv2d_lax(x: Array, kernel: Array, *, matmul_dtype: str | None = None) -> Array:
+def conv2d_lax(x: Array, kernel: Array, *, reflected: bool = False, matmul_dtype: str | None = None) -> Array:
     """The accelerators' path of `conv2d`: one convolution instruction."""
+    kernel = _reflected(kernel) if reflected else kernel
     return lax.conv_general_dilated(
         *_factors(x, kernel, matmul_dtype),
         window_strides=(1, 1),
@@ -94,10 +96,13 @@ def correlate_lax(x: Array, y: Array, *, sides: tuple[int, int], matmul_dtype: s
     ).astype(x.dtype)
 
 
-def conv2d_matmul(x: Array, kernel: Array, *, matmul_dtype: str | None = None) -> Array:
+def conv2d_matmul(x: Array, kernel: Array, *, reflected: bool = False, matmul_dtype: str | None = None) -> Array:
     """The CPU's path of `conv2d`: one matrix product and shifted copies of the thinner side."""
+    if kernel.shape[:2] == (1, 1):
+        return _outer(x, kernel[0, 0], matmul_dtype, transposed=reflected)
+    kernel = _reflected(kernel) if reflected else kernel
     kh, kw, channels_in, channels_out = kernel.shape
-    if channels_in <= channels_out or kh == kw == 1:
+    if channels_in <= channels_out:
         return _outer(_patches(x, kh, kw), kernel.reshape(-1, channels_out), matmul_dtype)
     products = _outer(x, kernel.transpose(2, 0, 1, 3).reshape(channels_in, -1), matmul_dtype)
     shifts = _shifts(products, kh, kw)
@@ -124,10 +129,10 @@ def _shifts(x: Array, kh: int, kw: int) -> list[Array]:
     return [padded[:, di : di + height, dj : dj + width] for di in range(kh) for dj in range(kw)]
 
 
-def _outer(x: Array, matrix: Array, matmul_dtype: str | None) -> Array:
-    """x @ matrix for every pixel."""
-    product = _matmul(x.reshape(-1, x.shape[-1]), matrix, (1,), (0,), matmul_dtype)
-    return product.reshape(*x.shape[:-1], matrix.shape[-1])
+def _outer(x: Array, matrix: Array, matmul_dtype: str | None, *, transposed: bool = False) -> Array:
+    """x @ matrix, or its transpose, for every pixel."""
+    product = _matmul(x.reshape(-1, x.shape[-1]), matrix, (1,), (int(transposed),), matmul_dtype)
+    return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
 def _inner(a: Array, b: Array, matmul_dtype: str | None) -> Array:
@@ -156,8 +161,8 @@ def _sum_dtype(a: Array, matmul_dtype: str | None):
     return a.dtype if matmul_dtype is None else jnp.float32
 
 
-def _conv2d_aval(x, kernel, *, matmul_dtype):
-    return x.update(shape=(*x.shape[:3], kernel.shape[3]), weak_type=False)
+def _conv2d_aval(x, kernel, *, reflected, matmul_dtype):
+    return x.update(shape=(*x.shape[:3], kernel.shape[2 if reflected else 3]), weak_type=False)
 
 
 def _correlate_aval(x, y, *, sides, matmul_dtype):
@@ -173,12 +178,12 @@ def _batch(cpu, default, arguments, axes, **params):
     return jax.vmap(apply, axes)(*arguments), 0
 
 
-def _batch_conv2d(arguments, axes, *, matmul_dtype):
+def _batch_conv2d(arguments, axes, **params):
     (x, kernel), (axis, kernel_axis) = arguments, axes
     if kernel_axis is not None:
-        return _batch(conv2d_matmul, conv2d_lax, arguments, axes, matmul_dtype=matmul_dtype)
+        return _batch(conv2d_matmul, conv2d_lax, arguments, axes, **params)
     x = jnp.moveaxis(x, axis, 0)
-    out = _conv2d(x.reshape(-1, *x.shape[2:]), kernel, matmul_dtype)
+    out = _conv2d(x.reshape(-1, *x.shape[2:]), kernel, **params)
     return out.reshape(*x.shape[:2], *out.shape[1:]), 0
 
 
@@ -186,19 +191,25 @@ for _primitive, _cpu, _default, _aval in (
     (_conv2d_p, conv2d_matmul, conv2d_lax, _conv2d_aval),
     (_correlate_p, correlate_matmul, correlate_lax, _correlate_aval),
 ):
-    _primitive.def_impl(jax.jit(_primitive.bind, static_argnames=("sides", "matmul_dtype")))
+    _primitive.def_impl(jax.jit(_primitive.bind, static_argnames=("sides", "reflected", "matmul_dtype")))
     _primitive.def_abstract_eval(_aval)
     mlir.register_lowering(_primitive, mlir.lower_fun(_default, multiple_results=False))
     mlir.register_lowering(_primitive, mlir.lower_fun(_cpu, multiple_results=False), platform="cpu")
     batching.primitive_batchers[_primitive] = partial(_batch, _cpu, _default)
 batching.primitive_batchers[_conv2d_p] = _batch_conv2d
+
+def _conv2d_transpose_kernel(ct, x, kernel, *, reflected, matmul_dtype):
+    x, y = (ct, x) if reflected else (x, ct)
+    return _correlate(x, y, kernel.aval.shape[:2], matmul_dtype)
+
+
 ad.defbilinear(
     _conv2d_p,
-    lambda ct, x, kernel, *, matmul_dtype: _conv2d(ct, _reflected(kernel), matmul_dtype),
-    lambda ct, x, kernel, *, matmul_dtype: _correlate(x, ct, kernel.aval.shape[:2], matmul_dtype),
+    lambda ct, x, kernel, *, reflected, matmul_dtype: _conv2d(ct, kernel, not reflected, matmul_dtype),
+    _conv2d_transpose_kernel,
 )
 ad.defbilinear(
     _correlate_p,
-    lambda ct, x, y, *, sides, matmul_dtype: _conv2d(y, _reflected(ct), matmul_dtype),
-    lambda ct, x, y, *, sides, matmul_dtype: _conv2d(x, ct, matmul_dtype),
+    lambda ct, x, y, *, sides, matmul_dtype: _conv2d(y, ct, True, matmul_dtype),
+    lambda ct, x, y, *, sides, matmul_dtype: _conv2d(x, ct, False, matmul_dtype),
 )

@@ -11,7 +11,7 @@ from resflow_jax.layers.elementwise import ActNorm, Flatten, Logit, Squeeze
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.normalization import MovingBatchNorm, Normalization
 from resflow_jax.layers.padding import ChannelPadding
-from resflow_jax.models.blocks import Config, MakeContraction, densenet, layered, residual_blocks
+from resflow_jax.models.blocks import Config, MakeContraction, MakeLinear, densenet, layered, residual_blocks
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 
 Shape = tuple[int, ...]
@@ -60,10 +60,10 @@ def _vector_scales(config: VectorFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain
     if config.first_actnorm:
         layers += map(ActNorm, actnorms)
     if config.dense_depth:
-        contraction = densenet(config, _dense_map, dim, None, config.dense_growth, 1)
+        contraction = densenet(config, _dense_maps(config), dim, None, config.dense_growth, 1)
     else:
         kernels = [1] * (len(config.hidden) + 1)
-        contraction = layered(config, _dense_map, dim, config.hidden, kernels, config.norms)
+        contraction = layered(config, _dense_maps(config), dim, config.hidden, kernels, config.norms)
     behind = partial(_behind, config, actnorms, dim, config.invertible_linear)
     layers += residual_blocks(config, contraction, behind, config.blocks, first=True, rngs=rngs)
     return [Chain(layers)], [(dim,)]
@@ -95,7 +95,7 @@ def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:
     *size, channels = shape
 
     def conv(channels_in: int, channels_out: int, kernel: int) -> ConvMap:
-        return ConvMap(tuple(size), channels_in, channels_out, kernel)
+        return ConvMap(tuple(size), channels_in, channels_out, kernel, config.matmul_dtype)
 
     if config.dense_depth:
         return densenet(config, conv, channels, None, config.dense_growth, 3)
@@ -105,13 +105,13 @@ def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:
 
 def _fully_connected(config: ImageFlowConfig, dim: int) -> MakeContraction:
     if config.dense_depth:
-        return densenet(config, _dense_map, dim, config.fc_dense_first, config.fc_dense_growth, 1)
+        return densenet(config, _dense_maps(config), dim, config.fc_dense_first, config.fc_dense_growth, 1)
     hidden = [config.fc_hidden] * (config.fc_layers - 1)
-    return layered(config, _dense_map, dim, hidden, [1] * config.fc_layers, None)
+    return layered(config, _dense_maps(config), dim, hidden, [1] * config.fc_layers, None)
 
 
-def _dense_map(features_in: int, features_out: int, kernel: int) -> DenseMap:
-    return DenseMap(features_in, features_out)
+def _dense_maps(config: Config) -> MakeLinear:
+    return lambda features_in, features_out, kernel: DenseMap(features_in, features_out, config.matmul_dtype)
 
 
 def _squeezed(shape: Shape) -> Shape:

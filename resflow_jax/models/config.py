@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from resflow_jax.functional.activations import ACTIVATIONS
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval, check_positive
+from resflow_jax.functional.convolution import MATMUL_DTYPES
 from resflow_jax.functional.orders import parse_norms
 from resflow_jax.layers.padding import NOISES
 
@@ -52,6 +53,9 @@ class ImageFlowConfig:
       data_deviation: with `data_mean`, deviation of every channel, to be divided by.
       padding: channels of noise appended to the image, after logit or normalisation.
       padding_noise: "uniform" on [0, 1] or "gaussian".
+      matmul_dtype: "bfloat16" rounds the factors of every matrix product and convolution in the blocks to it, and
+        adds up in float32; parameters, activations and norms stay as they are. None for no rounding. Rounded, g
+        is a contraction but for steps of 2^-8 of its values: inverse and log-det lose as much.
     """
 
     shape: tuple[int, int, int]
@@ -82,6 +86,7 @@ class ImageFlowConfig:
     data_deviation: tuple[float, ...] | None = None
     padding: int = 0
     padding_noise: str = "uniform"
+    matmul_dtype: str | None = None
 
     def __post_init__(self):
         _make_tuples(self, "shape", "blocks", "kernels")
@@ -140,6 +145,7 @@ class VectorFlowConfig:
       data_deviation: with `data_mean`, deviation of every element, to be divided by.
       padding: elements of noise appended to the vector.
       padding_noise: "uniform" on [0, 1] or "gaussian".
+      matmul_dtype: as in `ImageFlowConfig`.
     """
 
     dim: int
@@ -160,6 +166,7 @@ class VectorFlowConfig:
     data_deviation: tuple[float, ...] | None = None
     padding: int = 0
     padding_noise: str = "uniform"
+    matmul_dtype: str | None = None
 
     def __post_init__(self):
         _make_tuples(self, "hidden")
@@ -188,6 +195,7 @@ def _check_common(config: "ImageFlowConfig | VectorFlowConfig", layers: int, cha
     check_count("dense_growth", config.dense_growth, 1)
     check_count("padding", config.padding, 0)
     check_choice("padding_noise", config.padding_noise, NOISES)
+    check_choice("matmul_dtype", config.matmul_dtype, MATMUL_DTYPES)
     if config.norms is not None:
         orders = parse_norms(config.norms, layers)
         if config.dense_depth or config.learn_norms:
