@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.run import data_mesh
 from resflow_jax import ResidualFlow
 
 Array = jax.Array
@@ -35,7 +36,7 @@ def over_parts(function: Callable[[ResidualFlow, Array], Any], flow: ResidualFlo
 
     @lru_cache
     def prepared(number):
-        mesh, whole, shares = _mesh(number), PartitionSpec(), PartitionSpec("data")
+        mesh, whole, shares = data_mesh(_devices_for(number)), PartitionSpec(), PartitionSpec("data")
         apply = jax.shard_map(of_device, mesh=mesh, in_specs=(whole, shares), out_specs=shares, check_vma=False)
         return jax.jit(apply), jax.device_put(state, NamedSharding(mesh, whole)), NamedSharding(mesh, shares)
 
@@ -46,10 +47,26 @@ def over_parts(function: Callable[[ResidualFlow, Array], Any], flow: ResidualFlo
     return over
 
 
+def over_devices(function: Callable[..., Array], flow: ResidualFlow) -> Callable[..., Array]:
+    """Compiles function(flow, x, *others) for x [B, ...]: each device takes an equal share of x, all the others whole.
+
+    Its arrays [B, ...] come back put together. With the same key each example draws what it would on one device.
+    """
+    graphdef, state = nnx.split(flow)
+    whole, shares = PartitionSpec(), PartitionSpec("data")
+
+    @lru_cache
+    def compiled(batch_size, others):
+        apply = jax.shard_map(
+            lambda state, x, *others: function(nnx.merge(graphdef, state), x, *others),
+            mesh=data_mesh(_devices_for(batch_size)),
+            in_specs=(whole, shares, *[whole] * others),
+            out_specs=shares,
+        )
+        return jax.jit(apply)
+
+    return lambda x, *others: compiled(len(x), len(others))(state, x, *others)
+
+
 def _devices_for(number: int) -> int:
     return max(n for n in range(1, jax.device_count() + 1) if number % n == 0)
-
-
-def _mesh(parts: int) -> jax.sharding.Mesh:
-    devices = jax.devices()[: _devices_for(parts)]
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 
 from resflow_jax.models.certificate import Certificate
 
@@ -25,6 +26,24 @@ def use_all_cores() -> None:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jax.config.update("jax_num_cpu_devices", cores)
+
+
+def use_xla_flags() -> None:
+    """Sets flags of XLA's CPU compiler, where the user has not; to be called before JAX does anything.
+
+    LLVM's first level of optimisation compiles a step in four fifths of the time; its programs are no slower. Where
+    each core is a device, its operations are not to be divided further.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    for name, value in (("xla_backend_optimization_level", "1"), ("xla_cpu_multi_thread_eigen", "false")):
+        if name not in flags:
+            flags += f" --{name}={value}"
+    os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def data_mesh(devices: int) -> jax.sharding.Mesh:
+    """The first so many devices along the axis "data"."""
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -35,7 +35,7 @@ from resflow_jax.functional.checks import check_count, check_open_interval, chec
 from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chunks, split_chunks
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated, check_estimator
 from resflow_jax.functional.laws import Fitted, check_variance
-from resflow_jax.functional.manual_axes import example_keys, vary_alike, vary_over, varying_axes
+from resflow_jax.functional.manual_axes import example_keys, sum_alike, vary_alike, vary_over, varying_axes
 from resflow_jax.functional.probes import draw_probes
 from resflow_jax.functional.roulette import length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
@@ -129,11 +129,12 @@ def residual(
             y, log_det, diagnostics = _autodiff(g, estimator, prepare(params), x, key)
         else:
             chunks = split_chunks(x, chunk_size)
+            params = vary_over(params, varying_axes(x))
             # custom_vjp must see every array that g depends on, also those it closes over.
             prepare, prepared_over = jax.closure_convert(prepare, params)
             weights = jax.eval_shape(prepare, params, *prepared_over)
             g, closed_over = jax.closure_convert(g, weights, _repeat(chunks[0], estimator.probes))
-            args = vary_over((params, prepared_over, closed_over), varying_axes(x))
+            args = params, prepared_over, closed_over
             y, log_det, diagnostics = _neumann(g, prepare, estimator, args, chunks, key)
             y, log_det = join_chunks(y), join_chunks(log_det)
     return (y, log_det, diagnostics) if return_diagnostics else (y, log_det)
@@ -240,7 +241,8 @@ def _neumann_forward(g, prepare, estimator, args, x, key):
 
 
 def _neumann_backward(g, prepare, kept, cotangents):
-    estimator, (params, prepared_over, closed_over), x, probe_key, w = kept
+    estimator, args, x, probe_key, w = kept
+    params, prepared_over, closed_over = args
     y_bar, log_det_bar, _ = cotangents
     weights, pullback = jax.vjp(prepare, params, *prepared_over)
     moving, still = _partition((weights, closed_over))
@@ -258,7 +260,8 @@ def _neumann_backward(g, prepare, kept, cotangents):
     still_bar = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), still)
     weights_bar, closed_over_bar = _combine(moving_bar, still_bar)
     params_bar, *prepared_over_bar = pullback(weights_bar)
-    return jax.tree.map(jnp.zeros_like, estimator), (params_bar, prepared_over_bar, closed_over_bar), x_bar + y_bar, None
+    args_bar = sum_alike((params_bar, prepared_over_bar, closed_over_bar), args)
+    return jax.tree.map(jnp.zeros_like, estimator), args_bar, x_bar + y_bar, None
 
 
 def _partition(tree):

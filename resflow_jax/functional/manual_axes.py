@@ -32,6 +32,16 @@ def vary_alike(*trees: Any) -> tuple[Any, ...]:
     return tuple(vary_over(tree, axes) for tree in trees)
 
 
+def sum_alike(cotangents: Any, primals: Any) -> Any:
+    """Cotangents summed over the devices over which the primals do not differ."""
+
+    def sum_leaf(cotangent, primal):
+        missing = tuple(axis for axis in varying_axes(cotangent) if axis not in varying_axes(primal))
+        return lax.psum(cotangent, missing) if missing else cotangent
+
+    return jax.tree.map(sum_leaf, cotangents, primals) if jax.tree.leaves(cotangents) else cotangents
+
+
 def example_keys(key: Array, x: Array) -> Array:
     """A PRNG key for each example of x [B, ...], [B].
 

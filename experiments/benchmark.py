@@ -1,0 +1,256 @@
+"""How fast: training, evaluation, sampling, compilation and memory, beside the PyTorch library normflows.
+
+    python -m experiments.benchmark [--cases 28x28 32x32] [--rounds N] [--workdir DIR] [--profile DIR]
+
+Every competitor has a process of its own, which does nothing while another is measured; rounds alternate between
+them, on the same images with the same weights, at the papers' setting: series of two terms and Poisson(2) more in training, of
+20 and Poisson(2) more in evaluation. Prints medians and ratios, and writes benchmark.json. normflows needs the extra
+`bench`; without it the rest is measured.
+
+Roofline: the time that the matrix products alone would take at the speed that plain products reach here, over the time
+of a step. `--profile` writes a trace of three training steps of each case for TensorBoard or Perfetto instead.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments.competitors import CASES, COMPETITORS
+from experiments.run import write_atomically
+from resflow_jax.functional.checks import check_choice, check_count
+
+TOLERANCES = ("1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What is measured.
+
+    Attributes:
+      cases: names in `experiments.competitors.CASES`.
+      competitors: of "resflow_jax", "resflow_jax bfloat16" and "normflows"; the last one is what others are compared with.
+      rounds: of alternating measurements; every table entry is a median over them.
+      steps: training steps a round.
+      compilation: also compile the CIFAR-10 step of the papers, cold and from the cache, and give its memory.
+      workdir: where benchmark.json is written.
+      profile: a directory for traces, instead of all that.
+    """
+
+    cases: tuple[str, ...] = ("28x28", "32x32")
+    competitors: tuple[str, ...] = COMPETITORS
+    rounds: int = 5
+    steps: int = 3
+    compilation: bool = True
+    workdir: Path = Path("runs/benchmark")
+    profile: Path | None = None
+
+    def __post_init__(self):
+        for case in self.cases:
+            check_choice("cases", case, tuple(CASES))
+        for competitor in self.competitors:
+            check_choice("competitors", competitor, COMPETITORS)
+        check_count("rounds", self.rounds, 1)
+        check_count("steps", self.steps, 1)
+
+
+class Worker:
+    """A competitor in its process."""
+
+    def __init__(self, case: str, competitor: str, cache: Path | None = None):
+        environment = os.environ if cache is None else {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+        command = [sys.executable, "-W", "ignore", "-m", "experiments.competitors", case, competitor]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def __call__(self, *measure: str) -> dict[str, Any]:
+        """One measurement.
+
+        Raises:
+          RuntimeError: if the process ended; its own message stands on standard error.
+        """
+        self._process.stdin.write(" ".join(measure) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self._process.args)}: ended with {self._process.wait()} at {measure[0]}")
+        return json.loads(line)
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line and runs."""
+    run(tyro.cli(BenchmarkConfig, args=arguments, prog="python -m experiments.benchmark", description=__doc__))
+
+
+def run(config: BenchmarkConfig) -> dict[str, Any]:
+    """Measures, prints and writes; returns what is written."""
+    if config.profile is not None:
+        for case in config.cases:
+            with Worker(case, "resflow_jax") as worker:
+                worker("profile", str(config.profile / case))
+            print(f"traces of {case} in {config.profile / case}")
+        return {}
+    competitors = [name for name in config.competitors if name != "normflows" or _has_peer()]
+    if len(competitors) < len(config.competitors):
+        print("normflows is left out: it needs the extra bench, pip install -e '.[experiments,bench]'")
+    config.workdir.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"machine": machine(), "cases": {}}
+    print(result["machine"])
+    for case in config.cases:
+        result["cases"][case] = measure(case, competitors, config.rounds, config.steps)
+        print_case(case, result["cases"][case])
+        write_atomically(config.workdir / "benchmark.json", json.dumps(result, indent=2) + "\n")
+    if config.compilation:
+        result["compilation"] = compilation()
+        print_compilation(result["compilation"])
+    write_atomically(config.workdir / "benchmark.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def machine() -> str:
+    """The processor, and how many cores of it."""
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores of {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def measure(case: str, competitors: list[str], rounds: int, steps: int) -> dict[str, dict[str, float]]:
+    """Medians over alternating rounds, by competitor."""
+    workers = {name: Worker(case, name) for name in competitors}
+    try:
+        found: dict[str, dict[str, list[float]]] = {name: {} for name in competitors}
+        tolerances = _tolerances(workers)
+        for n in range(rounds + 1):
+            for name, worker in workers.items():
+                for key, values in _round(worker, name, steps, tolerances.get(name)).items():
+                    if n:  # the first round compiles
+                        found[name].setdefault(key, []).extend(values)
+        return {
+            name: {key: float(np.median(values)) for key, values in measured.items()}
+            for name, measured in found.items()
+        }
+    finally:
+        for worker in workers.values():
+            worker.__exit__()
+
+
+def _round(worker: Worker, name: str, steps: int, tolerance: str | None) -> dict[str, list[float]]:
+    train = [worker("train") for _ in range(steps)]
+    evaluate = worker("evaluate")
+    values = {
+        "train": [one["seconds"] for one in train],
+        "evaluate": [evaluate["seconds"]],
+        "noise": [evaluate["noise"]],
+    }
+    if name != "normflows":
+        speed = worker("matmul")["flops_per_second"]
+        values["matmul"] = [speed]
+        values["roofline"] = [one["flops"] / speed / one["seconds"] for one in train]
+        default = worker("evaluate_default")
+        values["evaluate_default"], values["noise_default"] = [default["seconds"]], [default["noise"]]
+    if name != "resflow_jax bfloat16":
+        sample = worker("sample", *([tolerance] if tolerance else []))
+        values["sample"], values["error"] = [sample["seconds"]], [sample["error"]]
+        evaluate = sample
+    values["peak_bytes"] = [evaluate["peak_bytes"]]
+    return values
+
+
+def _tolerances(workers: dict[str, Worker]) -> dict[str, str]:
+    """The loosest tolerance whose error is a hundredth of the peer's, or the strictest there is."""
+    if "normflows" not in workers or "resflow_jax" not in workers:
+        return {}
+    goal = workers["normflows"]("sample")["error"] / 100
+    for tolerance in TOLERANCES:
+        if workers["resflow_jax"]("sample", tolerance)["error"] <= goal:
+            break
+    return {"resflow_jax": tolerance}
+
+
+def compilation() -> dict[str, float]:
+    """Seconds to trace and compile the papers' CIFAR-10 step, without and with a cache; bytes of it and of 2-2-2."""
+    with tempfile.TemporaryDirectory() as cache:
+        answers = []
+        for case in ("cifar10", "cifar10", "cifar10_2"):
+            with Worker(case, "resflow_jax", Path(cache)) as worker:
+                answers.append(worker("compile"))
+    cold, warm, shallow = answers
+    return {
+        "cold_trace": cold["trace"],
+        "cold_compile": cold["compile"],
+        "warm_trace": warm["trace"],
+        "warm_compile": warm["compile"],
+        "temporary_bytes": cold["temporary_bytes"],
+        "temporary_bytes_2-2-2": shallow["temporary_bytes"],
+    }
+
+
+ROWS = {
+    "train": ("training step", 1.0, "s"),
+    "evaluate": ("evaluation, 20 terms and a roulette", 1.0, "s"),
+    "noise": ("  noise of log p of an image", 1.0, "nats"),
+    "evaluate_default": ("evaluation, Roulette()", 1.0, "s"),
+    "noise_default": ("  noise of log p of an image", 1.0, "nats"),
+    "sample": ("inverse", 1.0, "s"),
+    "error": ("  max |x - f^-1(f(x))|", 1.0, ""),
+    "peak_bytes": ("peak memory of the process", 1e-9, "GB"),
+    "matmul": ("speed of plain matrix products", 1e-9, "GFLOP/s"),
+    "roofline": ("roofline of the training step", 100.0, "%"),
+}
+
+
+def print_case(case: str, result: dict[str, dict[str, float]]) -> None:
+    """The table of one case: medians, and how many times less than the last competitor."""
+    shape, batch = CASES[case].config, CASES[case].batch_size
+    print(f"\n{case}: blocks {'-'.join(map(str, shape.blocks))}, {shape.hidden_channels} hidden channels, batch {batch}")
+    print(f"{'':40}" + "".join(f"{name:>30}" for name in result))
+    last = list(result.values())[-1]
+    for key, (label, scale, unit) in ROWS.items():
+        cells = []
+        for measured in result.values():
+            value = measured.get(key)
+            text = "" if value is None else f"{scale * value:.3g} {unit}".strip()
+            reference = last.get("evaluate" if key == "evaluate_default" else key)
+            if value and reference and measured is not last and key in ("train", "evaluate", "evaluate_default", "sample"):
+                text += f" ({reference / value:.2f}x)"
+            cells.append(f"{text:>30}")
+        print(f"{label:40}" + "".join(cells))
+
+
+def print_compilation(result: dict[str, float]) -> None:
+    """The lines on the CIFAR-10 step."""
+    print("\nthe CIFAR-10 training step of the papers, 16-16-16 blocks, 512 hidden channels, batch 64, on one device")
+    for name in ("cold", "warm"):
+        trace, compile_ = result[f"{name}_trace"], result[f"{name}_compile"]
+        print(f"{name + ' start':40}{trace:.1f} s to trace, {compile_:.1f} s to compile")
+    deep, shallow = result["temporary_bytes"], result["temporary_bytes_2-2-2"]
+    print(f"{'temporary memory':40}{deep / 1e6:.0f} MB; with 2-2-2 blocks {shallow / 1e6:.0f} MB")
+
+
+def _has_peer() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("torch", "normflows"))
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+if __name__ == "__main__":
+    main()
