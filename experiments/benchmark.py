@@ -3,9 +3,9 @@
     python -m experiments.benchmark [--cases 28x28 32x32] [--rounds N] [--workdir DIR] [--profile DIR]
 
 Every competitor has a process of its own, which does nothing while another is measured; rounds alternate between
-them, on the same images with the same weights, at the papers' setting: series of two terms and Poisson(2) more in training, of
-20 and Poisson(2) more in evaluation. Prints medians and ratios, and writes benchmark.json. normflows needs the extra
-`bench`; without it the rest is measured.
+them, on the same images with the same weights, at the papers' setting: series of two terms and Poisson(2) more in
+training, of 20 and Poisson(2) more in evaluation. Prints medians and ratios, and writes benchmark.json. normflows needs
+the extra `bench`; without it the rest is measured.
 
 Roofline: the time that the matrix products alone would take at the speed that plain products reach here, over the time
 of a step. `--profile` writes a trace of three training steps of each case for TensorBoard or Perfetto instead.
@@ -38,7 +38,7 @@ class BenchmarkConfig:
 
     Attributes:
       cases: names in `experiments.competitors.CASES`.
-      competitors: of "resflow_jax", "resflow_jax bfloat16" and "normflows"; the last one is what others are compared with.
+      competitors: of "resflow_jax", "resflow_jax bfloat16" and "normflows"; the last is what others are compared with.
       rounds: of alternating measurements; every table entry is a median over them.
       steps: training steps a round.
       compilation: also compile the CIFAR-10 step of the papers, cold and from the cache, and give its memory.
@@ -174,10 +174,10 @@ def _round(worker: Worker, name: str, steps: int, tolerance: str | None) -> dict
 
 
 def _tolerances(workers: dict[str, Worker]) -> dict[str, str]:
-    """The loosest tolerance whose error is a hundredth of the peer's, or the strictest there is."""
+    """The loosest tolerance whose error is a hundredth of the peer's, or 1e-6, the rounding error of float32."""
     if "normflows" not in workers or "resflow_jax" not in workers:
         return {}
-    goal = workers["normflows"]("sample")["error"] / 100
+    goal = max(1e-6, workers["normflows"]("sample")["error"] / 100)
     for tolerance in TOLERANCES:
         if workers["resflow_jax"]("sample", tolerance)["error"] <= goal:
             break
@@ -218,8 +218,8 @@ ROWS = {
 
 def print_case(case: str, result: dict[str, dict[str, float]]) -> None:
     """The table of one case: medians, and how many times less than the last competitor."""
-    shape, batch = CASES[case].config, CASES[case].batch_size
-    print(f"\n{case}: blocks {'-'.join(map(str, shape.blocks))}, {shape.hidden_channels} hidden channels, batch {batch}")
+    flow, batch = CASES[case].config, CASES[case].batch_size
+    print(f"\n{case}: blocks {'-'.join(map(str, flow.blocks))}, {flow.hidden_channels} hidden channels, batch {batch}")
     print(f"{'':40}" + "".join(f"{name:>30}" for name in result))
     last = list(result.values())[-1]
     for key, (label, scale, unit) in ROWS.items():
@@ -228,7 +228,12 @@ def print_case(case: str, result: dict[str, dict[str, float]]) -> None:
             value = measured.get(key)
             text = "" if value is None else f"{scale * value:.3g} {unit}".strip()
             reference = last.get("evaluate" if key == "evaluate_default" else key)
-            if value and reference and measured is not last and key in ("train", "evaluate", "evaluate_default", "sample"):
+            if (
+                value
+                and reference
+                and measured is not last
+                and key in ("train", "evaluate", "evaluate_default", "sample")
+            ):
                 text += f" ({reference / value:.2f}x)"
             cells.append(f"{text:>30}")
         print(f"{label:40}" + "".join(cells))

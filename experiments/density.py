@@ -28,8 +28,11 @@ from experiments.run import (
     as_json,
     certificate_rows,
     claim_workdir,
+    data_mesh,
     print_table,
+    use_all_cores,
     use_compilation_cache,
+    use_xla_flags,
     write_atomically,
 )
 from resflow_jax import ResidualFlow, certify
@@ -58,6 +61,8 @@ CONFIGS = {name: module.CONFIG for name, module in MODULES.items()}
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs; `digits` if no name is given."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    use_xla_flags()
+    use_all_cores()
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["digits", *arguments]
     if not arguments[0].startswith("-") and arguments[0] not in CONFIGS:
@@ -142,6 +147,7 @@ def train(
         pauses_at=lambda step: step % config.log_every == 0 or validates_at(step),
         unit="bits/dim",
         at_pause=at_pause,
+        mesh=data_mesh(config.batch_size),
     ):
         step_times.append(at.seconds)
         line = {"bits_per_dim": float(at.metrics["loss"]), "gradient_norm": float(at.metrics["gradient_norm"])}
@@ -174,6 +180,7 @@ def validate(config: DensityConfig, data: ImageSplits, flow: ResidualFlow) -> Es
         levels=data.levels,
         estimator=config.evaluation.estimator,
         draws=1,
+        mesh=data_mesh(jax.device_count()),
     )
 
 
@@ -197,6 +204,7 @@ def report(
         levels=data.levels,
         estimator=config.evaluation.estimator,
         draws=config.evaluation.draws,
+        mesh=data_mesh(jax.device_count()),
     )
     errors = {"data_stderr": result.data_stderr, "noise_stderr": result.noise_stderr}
     metrics.write(step=step, split="test", bits_per_dim=result.mean, bits_per_dim_stderr=result.stderr, **errors)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from resflow_jax.training.step import Trainer, TrainState
@@ -40,16 +41,21 @@ def training_loop(
     pauses_at: Callable[[int], bool],
     unit: str,
     at_pause: Callable[[int, TrainState], TrainState] = lambda step, state: state,
+    mesh: Mesh | None = None,
 ) -> Iterator[Progress]:
     """Steps from state.step to `steps` on batch_at(0), batch_at(1), ...; yields at every pause and at the end.
 
+    With a mesh each batch is shared by its devices (see `Trainer.parallel_step`); what is yielded is on one of them.
     What changes the state between steps is `at_pause`, called with the number of steps done before each yield.
 
     Raises:
       FloatingPointError: at a pause, if a metric is not finite; no later state is yielded.
     """
-    step_function = trainer.compiled_step()
+    step_function = trainer.compiled_step() if mesh is None else trainer.parallel_step(mesh)
+    one = jax.devices()[0]
+    everywhere = one if mesh is None else NamedSharding(mesh, PartitionSpec())
     first, pending = int(state.step), []
+    state = jax.device_put(state, everywhere)
     with tqdm(total=steps, initial=first, unit="step", mininterval=1 if sys.stderr.isatty() else 20) as bar:
         began = time.perf_counter()
         for step in range(first + 1, steps + 1):
@@ -66,6 +72,7 @@ def training_loop(
                     "rate may help."
                 )
             bar.set_postfix_str(f"{metrics['loss']:.3f} {unit}")
-            state = at_pause(step, state)
+            state = at_pause(step, jax.device_put(state, one))
             yield Progress(step, state, metrics, (time.perf_counter() - began) / len(pending), bar)
+            state = jax.device_put(state, everywhere)
             pending, began = [], time.perf_counter()

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.run import data_mesh
+from experiments.run import data_mesh, devices_for
 from resflow_jax import ResidualFlow
 
 Array = jax.Array
@@ -16,7 +16,7 @@ Array = jax.Array
 
 def number_of_parts(batch_size: int, largest: int) -> int:
     """The fewest equal parts of at most `largest` examples that occupy all devices, or as many as can be."""
-    devices = _devices_for(batch_size)
+    devices = devices_for(batch_size)
     return next(
         n for n in range(devices, batch_size + 1, devices) if batch_size % n == 0 and batch_size // n <= largest
     )
@@ -36,7 +36,7 @@ def over_parts(function: Callable[[ResidualFlow, Array], Any], flow: ResidualFlo
 
     @lru_cache
     def prepared(number):
-        mesh, whole, shares = data_mesh(_devices_for(number)), PartitionSpec(), PartitionSpec("data")
+        mesh, whole, shares = data_mesh(number), PartitionSpec(), PartitionSpec("data")
         apply = jax.shard_map(of_device, mesh=mesh, in_specs=(whole, shares), out_specs=shares, check_vma=False)
         return jax.jit(apply), jax.device_put(state, NamedSharding(mesh, whole)), NamedSharding(mesh, shares)
 
@@ -59,14 +59,10 @@ def over_devices(function: Callable[..., Array], flow: ResidualFlow) -> Callable
     def compiled(batch_size, others):
         apply = jax.shard_map(
             lambda state, x, *others: function(nnx.merge(graphdef, state), x, *others),
-            mesh=data_mesh(_devices_for(batch_size)),
+            mesh=data_mesh(batch_size),
             in_specs=(whole, shares, *[whole] * others),
             out_specs=shares,
         )
         return jax.jit(apply)
 
     return lambda x, *others: compiled(len(x), len(others))(state, x, *others)
-
-
-def _devices_for(number: int) -> int:
-    return max(n for n in range(1, jax.device_count() + 1) if number % n == 0)

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -158,3 +159,21 @@ def _trailing_mean(points: np.ndarray, width: int) -> np.ndarray:
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def save_scaling(path: Path, result: dict[str, dict[str, Any]]) -> None:
+    """Time and memory of a training step against each setting, on logarithmic axes, with the fitted exponents."""
+    figure, axes = plt.subplots(2, len(result), figsize=(3.2 * len(result), 5.2), squeeze=False, layout="constrained")
+    for column, (name, found) in enumerate(result.items()):
+        rows = (("seconds", 1e3, "ms a step", "time"), ("bytes", 1e-6, "MB a device", "memory"))
+        for row, (key, scale, unit, kind) in enumerate(rows):
+            ax, values = axes[row, column], np.asarray(found["values"], float)
+            measured, exponent = scale * np.asarray(found[key]), found[f"{kind}_exponent"]
+            line = np.exp(np.mean(np.log(measured)) + exponent * (np.log(values) - np.mean(np.log(values))))
+            ax.loglog(values, measured, "o", color="C0")
+            ax.loglog(values, line, "-", color="C1", label=f"{name}$^{{{exponent:.2f}}}$")
+            ax.set(xlabel=name, ylabel=unit if column == 0 else None, title=kind if column == 0 else None)
+            ax.set_xticks(values, [f"{value:g}" for value in values])
+            ax.minorticks_off()
+            ax.legend()
+    _save(figure, path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 
 from resflow_jax.models.certificate import Certificate
 
@@ -41,9 +41,15 @@ def use_xla_flags() -> None:
     os.environ["XLA_FLAGS"] = flags.strip()
 
 
-def data_mesh(devices: int) -> jax.sharding.Mesh:
-    """The first so many devices along the axis "data"."""
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+def devices_for(batch_size: int) -> int:
+    """The most devices that can take equal shares of a batch."""
+    return max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
+
+
+def data_mesh(batch_size: int) -> Mesh:
+    """The devices that share a batch, along the axis "data"."""
+    number = devices_for(batch_size)
+    return jax.make_mesh((number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number])
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -198,6 +198,7 @@ for _primitive, _cpu, _default, _aval in (
     batching.primitive_batchers[_primitive] = partial(_batch, _cpu, _default)
 batching.primitive_batchers[_conv2d_p] = _batch_conv2d
 
+
 def _conv2d_transpose_kernel(ct, x, kernel, *, reflected, matmul_dtype):
     x, y = (ct, x) if reflected else (x, ct)
     return _correlate(x, y, kernel.aval.shape[:2], matmul_dtype)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from resflow_jax.data.images import check_quantized, dequantize
 from resflow_jax.functional.checks import check_count
@@ -89,6 +90,7 @@ def evaluate_bits_per_dim(
     estimator: Estimator | None = None,
     draws: int = 4,
     batch_size: int = 100,
+    mesh: Mesh | None = None,
 ) -> Estimate:
     """Mean bits/dim of quantised images [N, H, W, C], each counted once, with its standard errors.
 
@@ -108,6 +110,8 @@ def evaluate_bits_per_dim(
         with a small batch size.
       draws: independent passes over the images; the noise is judged from that many values.
       batch_size: images at once.
+      mesh: devices along the axis "data" that share each batch, which is rounded up to a multiple of their number;
+        None for one device. The result is the same.
 
     Raises:
       ValueError: unless the images are integers in {0..levels-1}, N > 0, draws and batch_size positive.
@@ -117,7 +121,8 @@ def evaluate_bits_per_dim(
     check_count("draws", draws, 1)
     check_count("batch_size", batch_size, 1)
     number = len(images)
-    batch_size = min(batch_size, number)
+    devices = 1 if mesh is None else mesh.size
+    batch_size = devices * -(-min(batch_size, number) // devices)
     batches = -(-number // batch_size)
     padded = np.resize(images, (batches * batch_size, *images.shape[1:]))
 
@@ -125,7 +130,8 @@ def evaluate_bits_per_dim(
     for draw, draw_key in enumerate(jax.random.split(key, draws)):
         keys = jax.random.split(draw_key, batches)
         parts = [
-            _image_scores(flow, b, k, levels, estimator) for b, k in zip(np.split(padded, batches), keys, strict=True)
+            _image_scores(flow, b, k, levels, estimator, mesh)
+            for b, k in zip(np.split(padded, batches), keys, strict=True)
         ]
         scores[draw] = np.concatenate(jax.device_get(parts))
     scores = scores[:, :number]
@@ -140,11 +146,21 @@ def evaluate_bits_per_dim(
     return Estimate(float(scores.mean()), math.sqrt(data + noise), math.sqrt(data), math.sqrt(noise))
 
 
-@partial(jax.jit, static_argnames="levels")
-def _image_scores(flow: ResidualFlow, images: Array, key: Array, levels: int, estimator: Estimator) -> Array:
+@partial(jax.jit, static_argnames=("levels", "mesh"))
+def _image_scores(
+    flow: ResidualFlow, images: Array, key: Array, levels: int, estimator: Estimator, mesh: Mesh | None
+) -> Array:
     """Bits/dim of one draw for each image, [B]."""
-    noise_key, flow_key = jax.random.split(key)
-    return _scores(flow, dequantize(images, noise_key, levels), flow_key, levels, estimator)[0]
+
+    def scores(flow, images, key, estimator):
+        noise_key, flow_key = jax.random.split(key)
+        return _scores(flow, dequantize(images, noise_key, levels), flow_key, levels, estimator)[0]
+
+    if mesh is None:
+        return scores(flow, images, key, estimator)
+    whole, shares = PartitionSpec(), PartitionSpec("data")
+    spread = jax.shard_map(scores, mesh=mesh, in_specs=(whole, shares, whole, whole), out_specs=shares)
+    return spread(flow, images, key, estimator)
 
 
 def _scores(flow: ResidualFlow, x: Array, key: Array, levels: int, estimator: Estimator) -> tuple[Array, Diagnostics]:

@@ -85,7 +85,6 @@ class Trainer(NamedTuple):
           The new state, and metrics: "loss"; "gradient_norm", before clipping; "diagnostics" of the
           log-det's estimates, by block.
         """
-
         axes = varying_axes(jax.tree.leaves(batch)[0])
         # Typed as this device's own, parameters get this device's gradient: one sum over devices at the end.
         own_params, own_rest = vary_over((state.params, state.rest), axes)

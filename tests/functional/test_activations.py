@@ -191,3 +191,21 @@ def test_rejects_what_is_no_norm(p):
     """p below one gives no norm."""
     with pytest.raises(ValueError, match="p: expected an order of at least 1"):
         ACTIVATIONS["elu"].lipschitz_in(p)
+
+
+@pytest.mark.parametrize("beta", [-1.0, 0.5, 3.0])
+def test_closed_form_derivatives_of_lipswish(beta):
+    """Derivatives up to the third, in x and beta and mixed, are those of the formula, forwards and backwards."""
+    x = jnp.linspace(-6, 6, 41)
+
+    def formula(x, beta):
+        return x / (1 + jnp.exp(-jnp.log1p(jnp.exp(beta)) * x)) / 1.1
+
+    def derivatives(f):
+        f_x, f_b = jax.grad(f, 0), jax.grad(f, 1)
+        f_xx, f_xb, f_bb = jax.jacfwd(f_x, 0), jax.jacfwd(f_x, 1), jax.jacfwd(f_b, 1)
+        return [f, f_x, f_b, f_xx, f_xb, jax.grad(f_b, 0), f_bb, jax.grad(f_xx, 1), jax.grad(f_xb, 0), jax.grad(f_xx)]
+
+    for found, expected in zip(derivatives(lipswish), derivatives(formula), strict=True):
+        found, expected = (jax.jit(jax.vmap(f, (0, None)))(x, beta) for f in (found, expected))
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)

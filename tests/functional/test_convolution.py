@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resflow_jax.functional.convolution import conv2d, conv2d_lax, conv2d_matmul
+from resflow_jax.functional.convolution import conv2d, conv2d_lax, conv2d_matmul, correlate_lax, correlate_matmul
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 
 # input channels, output channels, kernel sides, height, width
@@ -133,6 +133,38 @@ def test_lowering_per_platform(channels):
         assert "stablehlo.dot_general" not in exported
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("lowering", [conv2d_matmul, conv2d_lax])
+def test_bfloat16_products(case, lowering):
+    """Every product, those of the derivatives included, has factors rounded to 8 bits and sums that are not."""
+    x, kernel, cotangent = (array.astype(jnp.float32) for array in random_case(*case))
+
+    def rounded(array):
+        return array.astype(jnp.bfloat16).astype(jnp.float32)
+
+    out, pullback = jax.vjp(lambda x, k: conv2d(x, k, matmul_dtype="bfloat16"), x, kernel)
+    expected, exact = jax.vjp(conv2d, rounded(x), rounded(kernel))
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lowering(x, kernel, matmul_dtype="bfloat16"), expected, rtol=1e-5, atol=1e-5)
+    for found, wanted in zip(pullback(cotangent), exact(rounded(cotangent)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    assert np.abs(out - conv2d(x, kernel)).max() > 1e-4
+
+
+@pytest.mark.parametrize("sides", [(3, 3), (1, 1)])
+@pytest.mark.parametrize("channels", [(2, 5), (5, 2)])
+def test_both_lowerings_of_the_primitives(sides, channels):
+    """The transposed convolution and the derivative in the kernel: on accelerators the same as on a CPU."""
+    x, kernel, y = random_case(*channels, sides, 4, 6)
+    for options in ({}, {"matmul_dtype": "bfloat16"}):
+        tolerance = {"rtol": 1e-6, "atol": 1e-6} if options else {"rtol": 1e-12, "atol": 1e-12}
+        found, expected = (f(x, y, sides=sides, **options) for f in (correlate_matmul, correlate_lax))
+        np.testing.assert_allclose(found, expected, **tolerance)
+        found, expected = (f(y, kernel, reflected=True, **options) for f in (conv2d_matmul, conv2d_lax))
+        np.testing.assert_allclose(found, expected, **tolerance)
+
+
 def test_float32():
     """The dtype is kept on both paths."""
     x, kernel, _ = random_case(2, 3, (3, 3), 4, 4)
@@ -153,3 +185,9 @@ def test_bad_shapes(x_shape, kernel_shape, message):
     """Errors name the argument, what was expected and what came."""
     with pytest.raises(ValueError, match=message):
         conv2d(jnp.zeros(x_shape), jnp.zeros(kernel_shape))
+
+
+def test_bad_matmul_dtype():
+    """None or bfloat16."""
+    with pytest.raises(ValueError, match="matmul_dtype: expected one of None, bfloat16; got 'float16'"):
+        conv2d(jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 2, 2)), matmul_dtype="float16")

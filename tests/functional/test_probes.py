@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from resflow_jax.functional.manual_axes import example_keys
 from resflow_jax.functional.probes import PROBES, draw_probes
 from tests.functional.contractions import z_scores
 
@@ -13,7 +14,7 @@ X = jnp.zeros((3, 2, 2))
 
 def draws(probe, probes, keys, x=X, seed=0):
     """v of many keys: [keys, probes, B, D]."""
-    run = jax.jit(jax.vmap(lambda key: draw_probes(probe, probes, key, x)))
+    run = jax.jit(jax.vmap(lambda key: draw_probes(probe, probes, example_keys(key, x), x)))
     v = np.asarray(run(jax.random.split(jax.random.key(seed), keys)))
     assert v.shape == (keys, probes * len(x), *x.shape[1:])
     return v.reshape(keys, probes, len(x), -1)
@@ -61,7 +62,7 @@ def test_all_dimensions_give_the_exact_trace():
 def test_dtype_and_shape(probe):
     """v has the dtype and event shape of x, also for x of shape [B]."""
     for shape in [(3, 2, 2), (3,)]:
-        v = draw_probes(probe, 1, jax.random.key(0), jnp.zeros(shape, jnp.float32))
+        v = draw_probes(probe, 1, jax.random.split(jax.random.key(0), 3), jnp.zeros(shape, jnp.float32))
         assert (v.shape, v.dtype) == (shape, jnp.float32)
     if probe == "orthogonal":
         np.testing.assert_allclose(np.abs(v), 1, rtol=1e-6)
@@ -70,4 +71,4 @@ def test_dtype_and_shape(probe):
 def test_too_many_orthogonal_probes():
     """No more than dimensions."""
     with pytest.raises(ValueError, match=r"^probes: expected at most 4 orthogonal probes in 4 dimensions, got 5$"):
-        draw_probes("orthogonal", 5, jax.random.key(0), X)
+        draw_probes("orthogonal", 5, jax.random.split(jax.random.key(0), 3), X)

@@ -1,0 +1,122 @@
+"""The benchmark on a tiny case: its table and file, compilation from the cache, bad input; exponents of known laws."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from experiments import benchmark, competitors, scaling
+from resflow_jax import ImageFlowConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:length. Poisson:RuntimeWarning")  # the papers' law
+TINY = competitors.Case(ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)), 4)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The case "digits" made tiny, measured in this process."""
+    monkeypatch.setitem(competitors.CASES, "digits", TINY)
+
+    class InProcess:
+        def __init__(self, case, competitor, cache=None):
+            self.ours = competitors.Ours(competitors.CASES[case])
+
+        def __call__(self, measure, *arguments):
+            return {**getattr(self.ours, measure)(*arguments), "peak_bytes": 1.0}
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(benchmark, "Worker", InProcess)
+    monkeypatch.setattr(competitors, "MATMULS", ((8, 8, 8),))
+
+
+def test_a_round(tiny, tmp_path, capsys):
+    """Every measure is positive, the inverse is right, and the table and the file tell the same."""
+    config = benchmark.BenchmarkConfig(("digits",), ("resflow_jax",), 1, 1, False, tmp_path)
+    result = benchmark.run(config)
+    assert json.loads((tmp_path / "benchmark.json").read_text()) == result
+    (measured,) = result["cases"]["digits"].values()
+    assert set(measured) == set(benchmark.ROWS) and all(value > 0 for value in measured.values())
+    assert measured["error"] < 1e-5
+    printed = capsys.readouterr().out
+    assert all(label in printed for label, _, _ in benchmark.ROWS.values())
+
+
+def test_operations_are_counted():
+    """Twice the multiplications of every layer: 3x3 from one channel to four, and back, on 16 pixels."""
+    flow = competitors.make_flow(TINY, competitors.photograph_crops((4, 4, 1), 4))
+    assert competitors.evaluation_flops(flow) == 2 * 2 * 9 * 4 * 16
+
+
+def test_photographs():
+    """Crops of the size and channels asked for, of whole levels, not constant."""
+    images = competitors.photograph_crops((6, 8, 3), 4)
+    assert images.shape == (4, 6, 8, 3) and images.dtype == np.uint8 and images.std() > 10
+
+
+def test_a_process_of_its_own(tmp_path):
+    """A worker answers by a line of JSON, and says what went wrong if it ends."""
+    with benchmark.Worker("digits", "resflow_jax", tmp_path) as worker:
+        answer = worker("matmul")
+        assert answer["flops_per_second"] > 1e8 and answer["peak_bytes"] > 1e7
+    worker = benchmark.Worker("no such case", "resflow_jax")
+    with pytest.raises(RuntimeError, match="no such case resflow_jax: ended with 1 at train"):
+        worker("train")
+    worker.__exit__()
+
+
+def test_compilation():
+    """Seconds and bytes of a step that is never run."""
+    answer = competitors.compile_step(TINY)
+    assert all(answer[name] > 0 for name in ("trace", "compile", "temporary_bytes"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cases": ("mnist",)}, "cases: expected one of 28x28, .*; got 'mnist'"),
+        ({"competitors": ("torchflows",)}, "competitors: expected one of resflow_jax, .*; got 'torchflows'"),
+        ({"rounds": 0}, "rounds: expected an integer of at least 1, got 0"),
+        ({"steps": 0}, "steps: expected an integer of at least 1, got 0"),
+    ],
+)
+def test_bad_settings(options, message):
+    """Named, with what is expected."""
+    with pytest.raises(ValueError, match=message):
+        benchmark.BenchmarkConfig(**options)
+
+
+def test_exponents(monkeypatch, tmp_path):
+    """Of measurements that follow a law, the law; with its picture."""
+    laws = {"depth": (1, 0), "width": (2, 1), "batch": (1, 0), "side": (2, 2)}
+
+    def measure(case, steps):
+        config = case.config
+        sizes = {
+            "depth": config.blocks[0],
+            "width": config.hidden_channels,
+            "batch": case.batch_size,
+            "side": config.shape[0],
+        }
+        return tuple(np.prod([size ** laws[name][n] for name, size in sizes.items()], dtype=float) for n in (0, 1))
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    result = scaling.run(scaling.ScalingConfig(workdir=tmp_path))
+    for name, (time, memory) in laws.items():
+        np.testing.assert_allclose(result[name]["time_exponent"], time, atol=1e-9)
+        np.testing.assert_allclose(result[name]["memory_exponent"], memory, atol=1e-9)
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"name: expected one of depth, .*, got 'height'"):
+        scaling.varied("height", 2)
+
+
+def test_flags_of_the_user_stay(monkeypatch):
+    """A flag that the user has set is kept; the others are added once."""
+    from experiments.run import use_xla_flags
+
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    use_xla_flags()
+    use_xla_flags()
+    assert os.environ["XLA_FLAGS"] == "--xla_backend_optimization_level=3 --xla_cpu_multi_thread_eigen=false"

@@ -1,0 +1,97 @@
+"""A batch in chunks: the same numbers as at once, on the CPU's path and on that of other platforms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resflow_jax.functional import chunks
+from resflow_jax.functional.estimators import Roulette
+from resflow_jax.functional.laws import Geometric
+from resflow_jax.functional.logdet import residual
+from tests.functional.contractions import conv_net, dense_net
+
+
+@pytest.fixture(params=["cpu", "default"])
+def platform(request, monkeypatch):
+    """Takes the branch of a platform, whatever the tests run on."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **branches: branches[request.param](*args))
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "shape"), [(6, 4, (2, 3)), (6, 6, (1, 6)), (7, 3, (7, 1)), (6, None, (1, 6))]
+)
+def test_chunks_are_equal_and_few(batch, size, shape):
+    """The fewest equal chunks of at most `size`, in order; joined they are the batch."""
+    x = jnp.arange(2.0 * batch).reshape(batch, 2)
+    parts = chunks.split_chunks(x, size)
+    assert parts.shape == (*shape, 2)
+    np.testing.assert_array_equal(chunks.join_chunks(parts), x)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_map_and_pullback(platform, number):
+    """Outputs are stacked in order; cotangents of what all chunks share are summed, those of x are their own."""
+    rng = np.random.default_rng(0)
+    x, others, bar = (jnp.asarray(rng.normal(size=(number, 2, 4))) for _ in range(3))
+    weights = {"a": jnp.asarray(rng.normal(size=4))}
+
+    def function(weights, x, other):
+        return jnp.sin(weights["a"] * x) * other
+
+    out = chunks.map_chunks(lambda chunk: function(weights, *chunk), (x, others))
+    expected, pullback = jax.vjp(lambda weights, x: function(weights, x, others), weights, x)
+    np.testing.assert_allclose(out, expected, rtol=1e-12)
+    found = chunks.pullback_chunks(function, weights, x, others, bar)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, pullback(bar))
+
+
+@pytest.mark.parametrize("make", [dense_net, conv_net])
+@pytest.mark.parametrize("options", [{}, {"krylov": 0, "probe": "gaussian", "length": Geometric(0.3)}, {"probes": 2}])
+def test_residual_in_chunks(platform, make, options):
+    """Value, log-det, diagnostics and all gradients do not depend on the size of the chunks."""
+    g, params, x = make(0.7, batch=6)
+    estimator = Roulette(exact_terms=2, **options)
+
+    def loss(params, x, size):
+        y, log_det, diagnostics = residual(
+            g, params, x, key=jax.random.key(3), estimator=estimator, chunk_size=size, return_diagnostics=True
+        )
+        return jnp.sum(jnp.sin(y)) + jnp.sum(log_det * jnp.arange(1.0, 7)), (y, log_det, diagnostics)
+
+    whole, *parts = (
+        jax.jit(jax.value_and_grad(lambda p, x, size=size: loss(p, x, size), (0, 1), has_aux=True))(params, x)
+        for size in (None, 2, 1)
+    )
+    for part in parts:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), part, whole)
+
+
+def test_prepared_once():
+    """What `prepare` makes is what g takes, gradients reach what it is made of, and integers stay what they are."""
+    g, params, x = dense_net(0.7, batch=4)
+    key = jax.random.key(0)
+
+    def prepare(raw):
+        return jax.tree.map(lambda leaf: leaf * raw[1], raw[0])
+
+    def loss(raw, x):
+        y, log_det = residual(g, raw, x, key=key, prepare=prepare, chunk_size=2, estimator=Roulette(exact_terms=2))
+        return jnp.sum(y**2) - jnp.sum(log_det)
+
+    def plain(raw, x):
+        y, log_det = residual(g, prepare(raw), x, key=key, estimator=Roulette(exact_terms=2))
+        return jnp.sum(y**2) - jnp.sum(log_det)
+
+    halved = jax.tree.map(lambda leaf: leaf / 2, params), jnp.asarray(2)
+    found, expected = (jax.jit(jax.value_and_grad(f, (0, 1), allow_int=True))(halved, x) for f in (loss, plain))
+    for one, other in ((found[0], expected[0]), (found[1][0][0], expected[1][0][0]), (found[1][1], expected[1][1])):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), one, other)
+
+
+@pytest.mark.parametrize("size", [0, 1.5])
+def test_bad_chunk_size(size):
+    """It is a count."""
+    g, params, x = dense_net(0.5)
+    with pytest.raises(ValueError, match=f"chunk_size: expected an integer of at least 1, got {size}"):
+        residual(g, params, x, key=jax.random.key(0), chunk_size=size)

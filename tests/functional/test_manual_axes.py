@@ -1,0 +1,86 @@
+"""A batch spread over two devices by shard_map: the same numbers as on one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from resflow_jax.functional.convolution import conv2d
+from resflow_jax.functional.estimators import Roulette
+from resflow_jax.functional.logdet import residual
+from resflow_jax.functional.manual_axes import example_keys, vary_over, varying_axes
+from tests.functional.contractions import conv_net
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() != 2, reason="needs the two CPU devices of conftest.py, not another platform"
+)
+WHOLE, SHARES = PartitionSpec(), PartitionSpec("data")
+
+
+def spread(function, in_specs, out_specs=SHARES):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
+
+
+def test_keys_go_by_the_example():
+    """The keys of a device's share are those of its examples in the whole batch; all differ."""
+    x, key = jnp.zeros((6, 2)), jax.random.key(1)
+    keys = jax.random.key_data(example_keys(key, x))
+    found = spread(lambda x, key: jax.random.key_data(example_keys(key, x)), (SHARES, WHOLE))(x, key)
+    np.testing.assert_array_equal(found, keys)
+    assert len(np.unique(keys, axis=0)) == 6
+
+
+def test_axes():
+    """What a device shares with others, and what not; outside of shard_map nothing varies."""
+    assert varying_axes(jnp.zeros(2)) == ()
+
+    def inside(x, shared):
+        assert varying_axes(x) == ("data",) and varying_axes(shared) == ()
+        assert varying_axes(vary_over(shared, ("data",))) == ("data",)
+        assert varying_axes(vary_over(x, ("data",))) == ("data",)
+        return x
+
+    spread(inside, (SHARES, WHOLE))(jnp.zeros((2, 1)), jnp.zeros(3))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_residual(chunk_size):
+    """Value and log-det by example; gradients of what all devices share, also of what g closes over, are sums."""
+    g, params, x = conv_net(0.6, batch=4)
+    key, weights = jax.random.key(5), jnp.arange(1.0, 5)
+
+    def forward(params, scale, x, weights):
+        y, log_det = residual(
+            lambda params, x: scale * g(params, x),
+            params,
+            x,
+            key=key,
+            estimator=Roulette(exact_terms=2),
+            chunk_size=chunk_size,
+        )
+        return jnp.sum(weights[:, None, None, None] * jnp.sin(y)) + jnp.sum(weights * log_det), (y, log_det)
+
+    def total(params, scale, x, weights):
+        return jax.lax.psum(forward(params, scale, x, weights)[0], "data")
+
+    scale = jnp.asarray(0.9)
+    (_, expected), gradient = jax.value_and_grad(forward, (0, 1, 2), has_aux=True)(params, scale, x, weights)
+    specs = WHOLE, WHOLE, SHARES, SHARES
+    found = spread(lambda *args: forward(*args)[1], specs)(params, scale, x, weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), found, expected)
+    found = spread(jax.grad(total, (0, 1, 2)), specs, (WHOLE, WHOLE, SHARES))(params, scale, x, weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, gradient)
+
+
+def test_convolution():
+    """A kernel that all devices share gets the gradient of the whole batch."""
+    rng = np.random.default_rng(0)
+    x, kernel = jnp.asarray(rng.normal(size=(4, 3, 3, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 3)))
+
+    def loss(kernel, x):
+        return jnp.sum(jnp.sin(conv2d(x, kernel)))
+
+    found = spread(jax.grad(lambda k, x: jax.lax.psum(loss(k, x), "data")), (WHOLE, SHARES), WHOLE)(kernel, x)
+    np.testing.assert_allclose(found, jax.grad(loss)(kernel, x), rtol=1e-10)
