@@ -22,7 +22,7 @@ from resflow_jax.layers.lipschitz import LipschitzLinear, Order
 Array = jax.Array
 Params = dict[str, Array]
 
-_CACHED = 2**17  # numbers: half a MB in float32, of the one or two MB of L2 cache that a core has
+_CACHED = 2**16  # numbers: a quarter of a MB in float32, a few of which the one or two MB of a core's L2 cache hold
 
 
 class Contraction(nnx.Module):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.data.images import check_quantized, dequantize
 from resflow_jax.functional.checks import check_count
@@ -121,6 +121,8 @@ def evaluate_bits_per_dim(
     check_count("draws", draws, 1)
     check_count("batch_size", batch_size, 1)
     number = len(images)
+    if mesh is not None:
+        flow = jax.device_put(flow, NamedSharding(mesh, PartitionSpec()))
     devices = 1 if mesh is None else mesh.size
     batch_size = devices * -(-min(batch_size, number) // devices)
     batches = -(-number // batch_size)

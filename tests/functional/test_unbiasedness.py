@@ -224,9 +224,9 @@ def test_roulette_is_unbiased_for_convolutions(estimator):
 
 def _cotangents(mutate):
     def replaced(original):
-        def backward(g, kept, cotangents):
+        def backward(g, prepare, kept, cotangents):
             y_bar, log_det_bar, diagnostics_bar = cotangents
-            return original(g, kept, (y_bar, mutate(kept[0], log_det_bar), diagnostics_bar))
+            return original(g, prepare, kept, (y_bar, mutate(kept[0], log_det_bar), diagnostics_bar))
 
         return backward
 
@@ -257,7 +257,7 @@ def _no_roulette_in_gradient(original):
     return lambda estimator, key: original(estimator, key)._replace(neumann_weight=lambda k: jnp.ones(()))
 
 
-first_for_all = _cotangents(lambda estimator, log_det_bar: jnp.full_like(log_det_bar, log_det_bar[0]))
+first_for_all = _cotangents(lambda estimator, log_det_bar: jnp.full_like(log_det_bar, log_det_bar.ravel()[0]))
 no_mean = _cotangents(lambda estimator, log_det_bar: estimator.probes * log_det_bar)
 wrong_sign = _terms(lambda k, term, *_: Term(-term.w, -term.value))
 MUTATIONS = {
