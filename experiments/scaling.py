@@ -3,7 +3,7 @@
     python -m experiments.scaling [--workdir DIR]
 
 From one small flow, one setting at a time is doubled and doubled again; an exponent is the slope of a straight line
-through the logarithms. Prints the table and writes scaling.json and scaling.png. About 5 minutes on 2 CPU cores.
+through the logarithms. Prints the table and writes scaling.json and scaling.png. About 3 minutes on 2 CPU cores.
 """
 
 import json
