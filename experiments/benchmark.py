@@ -11,6 +11,7 @@ Roofline: the time that the matrix products alone would take at the speed that p
 of a step. `--profile` writes a trace of three training steps of each case for TensorBoard or Perfetto instead.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -78,8 +79,9 @@ class Worker:
         Raises:
           RuntimeError: if the process ended; its own message stands on standard error.
         """
-        self._process.stdin.write(" ".join(measure) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(" ".join(measure) + "\n")
+            self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"{' '.join(self._process.args)}: ended with {self._process.wait()} at {measure[0]}")
@@ -89,7 +91,8 @@ class Worker:
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
 
@@ -110,6 +113,8 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     competitors = [name for name in config.competitors if name != "normflows" or _has_peer()]
     if len(competitors) < len(config.competitors):
         print("normflows is left out: it needs the extra bench, pip install -e '.[experiments,bench]'")
+    if not competitors:
+        raise ValueError(f"competitors: expected at least one that can be measured, got {config.competitors}")
     config.workdir.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"machine": machine(), "cases": {}}
     print(result["machine"])

@@ -217,11 +217,12 @@ class Normflows:
         self._x = ((self.images + 0.5) / 256).astype(np.float32)
         self._peer = normflows_from(flow)
         self._papers = normflows_from(flow, papers=True)
-        self._papers.start_training(LEARNING_RATE, CLIP)
+        self._trained = normflows_from(flow, papers=True)
+        self._trained.start_training(LEARNING_RATE, CLIP)
 
     def train(self) -> dict[str, float]:
         """One training step."""
-        return {"seconds": _timed(lambda: self._papers.train_step(self._x))["seconds"]}
+        return {"seconds": _timed(lambda: self._trained.train_step(self._x))["seconds"]}
 
     def evaluate(self) -> dict[str, float]:
         """log p of the batch with 20 terms and a roulette; `noise` is the deviation of an image's."""

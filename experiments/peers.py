@@ -4,20 +4,22 @@
 
 Everything that is timed is normflows' own: residual blocks with their fixed-point inverse and their estimate of the
 log-det, the layers inside them, ActNorm, squeeze and logit; only the flattening in H, W, C order is added here. Its
-linear layers get the kernels that ours apply, already normalised, and leave them as they are.
+linear layers get the kernels that ours apply, already normalised, and leave them as they are; with `papers` they get
+ours before normalisation, and its bound.
 
 What normflows (1.7.3) does in evaluation mode; its tolerance and its 20 terms are no arguments of its blocks:
 
     inverse    x <- y - g(x) until (x - x_prev)^2 < 1e-5 (1 + |y|) everywhere in the batch: steps of 3e-3 and more pass;
                some 1000 steps at most, without a word
-    log-det    n + 20 terms of the power series, n >= 1 geometric with p = 1/2 for a whole batch: 22 products with
-               the Jacobian on average; one Gaussian probe an example; unbiased
+    log-det    n + 20 terms of the power series, n >= 1 geometric with p = 1/2 for a whole batch (with `papers`,
+               Poisson(2)): 22 products with the Jacobian on average; one Gaussian probe an example; unbiased
 
 On cores that others use too, its threads wait for each other: one slow core delays all. Time on idle cores, or on one.
 
 Its random numbers come from the global generators, `torch.manual_seed` and `np.random.seed`. Needs the extra `bench`.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import chain, zip_longest
 
@@ -40,7 +42,7 @@ from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 class Peer:
     """A flow of normflows on NumPy arrays in the layout of `ResidualFlow`: x [B, H, W, C], z [B, D].
 
-    All methods are without gradients, on as many threads as PyTorch takes by default.
+    All methods but `train_step` are without gradients, on as many threads as PyTorch takes by default.
 
     Attributes:
       model: the `normflows.NormalizingFlow`; its flows map z to x, in the order of sampling.
@@ -81,8 +83,8 @@ class Peer:
 
     def log_prob(self, x: np.ndarray) -> np.ndarray:
         """Estimates of log p(x) [B] with 20 terms and a roulette."""
-        self.model.eval()
-        return self.model.log_prob(self._images(x)).detach().numpy()
+        with torch.no_grad():
+            return self.model.eval().log_prob(self._images(x)).detach().numpy()
 
     def start_training(self, learning_rate: float, clip: float) -> None:
         """Makes the Adam optimiser of `train_step`."""
@@ -90,10 +92,10 @@ class Peer:
         self._optimizer = torch.optim.Adam(self.model.parameters(), learning_rate)
 
     def train_step(self, x: np.ndarray) -> float:
-        """Forward, backward, clipping by the global norm, Adam, five power iterations a layer; the loss in nats."""
+        """Forward, backward, clipping by the global norm, Adam, five power iterations a layer; the loss in bits/dim."""
         self.model.train()
         self._optimizer.zero_grad()
-        loss = self.model.forward_kld(self._images(x))
+        loss = self.model.forward_kld(self._images(x)) / (math.log(2) * x[0].size)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
         self._optimizer.step()
@@ -200,6 +202,7 @@ def _linear(layer: LipschitzLinear, *, raw: bool) -> InducedNormConv2d | Induced
     else:
         linear = InducedNormLinear(*kernel.shape, coeff=coefficient, n_iterations=5)
         linear.weight = _parameter(kernel.T)
+        linear.compute_weight(update=True, n_iterations=200)  # its vectors are those of the kernel it was made with
     linear.bias = _parameter(bias)
     return linear
 

@@ -18,7 +18,7 @@ from experiments import pictures
 from experiments.competitors import Case, Ours
 from experiments.run import use_all_cores, use_compilation_cache, use_xla_flags, write_atomically
 from resflow_jax import ImageFlowConfig
-from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.checks import check_choice, check_count
 
 BASE = Case(ImageFlowConfig((16, 16, 1), blocks=(4,), hidden_channels=64, fc_blocks=0, preactivation="all"), 32)
 
@@ -34,7 +34,7 @@ def varied(name: str, value: int) -> Case:
             return replace(BASE, batch_size=value)
         case "side":
             return replace(BASE, config=replace(BASE.config, shape=(value, value, 1)))
-    raise ValueError(f"name: expected one of {', '.join(SERIES)}, got {name!r}")
+    raise ValueError(f"name: expected one of {', '.join(SERIES)}; got {name!r}")
 
 
 SERIES = {"depth": (4, 8, 16, 32), "width": (64, 128, 256, 512), "batch": (32, 64, 128, 256), "side": (16, 32, 64)}
@@ -58,6 +58,8 @@ class ScalingConfig:
 
     def __post_init__(self):
         check_count("steps", self.steps, 1)
+        for name in self.series:
+            check_choice("series", name, tuple(SERIES))
         check_count("length", self.length, 2)
 
 

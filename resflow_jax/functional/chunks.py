@@ -11,12 +11,18 @@ Array = jax.Array
 
 
 def split_chunks(x: Array, chunk_size: int | None) -> Array:
-    """[B, ...] -> [chunks, B / chunks, ...]: the fewest equal chunks of at most so many examples; one for None."""
+    """[B, ...] -> [chunks, B / chunks, ...]: the fewest equal chunks of at most so many examples; one for None.
+
+    Where those have less than a quarter of that, as for a prime B, the smallest larger ones.
+    """
     batch = x.shape[0]
     if chunk_size is None:
         return x[None]
-    chunks = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= chunk_size)
-    return x.reshape(chunks, -1, *x.shape[1:])
+    sizes = [n for n in range(1, batch + 1) if batch % n == 0]
+    size = max(n for n in sizes if n <= chunk_size)
+    if 4 * size < min(chunk_size, batch):
+        size = min(n for n in sizes if n > chunk_size)
+    return x.reshape(-1, size, *x.shape[1:])
 
 
 def join_chunks(x: Array) -> Array:

@@ -73,7 +73,9 @@ def _reflected(kernel: Array) -> Array:
 
 
 def conv2d_lax(x: Array, kernel: Array, *, reflected: bool = False, matmul_dtype: str | None = None) -> Array:
-    """The accelerators' path of `conv2d`: one convolution instruction."""
+    """The accelerators' path of `conv2d`: one convolution instruction; a product for a 1x1 kernel."""
+    if kernel.shape[:2] == (1, 1):
+        return conv2d_matmul(x, kernel, reflected=reflected, matmul_dtype=matmul_dtype)
     kernel = _reflected(kernel) if reflected else kernel
     return lax.conv_general_dilated(
         *_factors(x, kernel, matmul_dtype),
@@ -86,6 +88,8 @@ def conv2d_lax(x: Array, kernel: Array, *, reflected: bool = False, matmul_dtype
 
 def correlate_lax(x: Array, y: Array, *, sides: tuple[int, int], matmul_dtype: str | None = None) -> Array:
     """The accelerators' derivative of `conv2d` in the kernel: a convolution over the batch, [kh, kw, I, O]."""
+    if sides == (1, 1):
+        return correlate_matmul(x, y, sides=sides, matmul_dtype=matmul_dtype)
     kh, kw = sides
     return lax.conv_general_dilated(
         *_factors(x, y, matmul_dtype),

@@ -62,6 +62,8 @@ class DenseMap:
         return 1
 
     def __call__(self, kernel: Array, x: Array) -> Array:
+        if x.ndim != 2:
+            raise ValueError(f"x: expected rank 2 [B, {self.features_in}], got shape {x.shape}")
         return conv2d(x[:, None, None], kernel[None, None], matmul_dtype=self.matmul_dtype)[:, 0, 0]
 
     def matvec(self, kernel: Array, v: Array) -> Array:

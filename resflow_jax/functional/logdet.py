@@ -96,8 +96,8 @@ def residual(
         The result is the same. Not for `Exact` and gradient="autodiff".
       return_diagnostics: whether to return `Diagnostics` as well.
 
-    Inside `jax.shard_map` x is a device's share of the batch: with the same key on every device, all take
-    series of the same length, and each example gets its own probe, as if the batch were whole.
+    Inside `jax.shard_map` (with check_vma, its default) x is a device's share of the batch: with the same key on
+    every device, all take series of the same length, and each example gets its own probe, as if the batch were whole.
 
     Returns:
       (y, log_det) or (y, log_det, diagnostics): y like x; log_det [B] in nats. Differentiable in
@@ -304,7 +304,7 @@ def _autodiff(g, estimator, params, x, key):
         longest = estimator.terms
     else:
         longest = estimator.exact_terms + length_cap(estimator.length)
-    start = plan.series.start(v), _Sums.zero(v)
+    start = vary_alike(plan.series.start(v), _Sums.zero(v))
     (_, sums), _ = lax.scan(step, start, jnp.arange(1, longest + 1))
     y, log_det = _result(x, g_x, sums)
     return y, log_det, _diagnostics(plan.length, sums.norms, log_det)
@@ -314,7 +314,7 @@ def _exact(g, prepare, chunk_size, params, x):
     batch, event = x.shape[0], x.shape[1:]
     g_x, pullback = jax.vjp(partial(g, prepare(params)), x)
     size = math.prod(event)
-    basis = jnp.eye(size, dtype=x.dtype).reshape(size, *event)
+    basis = vary_over(jnp.eye(size, dtype=x.dtype).reshape(size, *event), varying_axes(x))
 
     def row(e):  # e_i^T J of every example at once
         return pullback(jnp.broadcast_to(e, x.shape))[0].reshape(batch, size)

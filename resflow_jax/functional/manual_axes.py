@@ -32,6 +32,12 @@ def vary_alike(*trees: Any) -> tuple[Any, ...]:
     return tuple(vary_over(tree, axes) for tree in trees)
 
 
+def mean_over_devices(x: Array) -> Array:
+    """The mean of x over the devices over which it differs."""
+    axes = varying_axes(x)
+    return lax.pmean(x, axes) if axes else x
+
+
 def sum_alike(cotangents: Any, primals: Any) -> Any:
     """Cotangents summed over the devices over which the primals do not differ."""
 
@@ -46,7 +52,8 @@ def example_keys(key: Array, x: Array) -> Array:
     """A PRNG key for each example of x [B, ...], [B].
 
     A key goes by the example's number in the whole batch, of which x is a device's share inside
-    `jax.shard_map`: what is drawn with it does not depend on how the batch is divided.
+    `jax.shard_map` with check_vma: what is drawn with it does not depend on how the batch is divided along
+    one axis. Without check_vma JAX does not tell, and the devices draw the same.
     """
     batch = x.shape[0]
     first = 0

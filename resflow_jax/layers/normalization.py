@@ -16,6 +16,7 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_open_interval, check_positive
 from resflow_jax.functional.estimators import Estimator
+from resflow_jax.functional.manual_axes import mean_over_devices
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Bijector, Constant, Forward, Inverse, scaling_bounds, scaling_log_det
 
@@ -61,9 +62,12 @@ class MovingBatchNorm(Bijector):
         return self._move(x, self.decay)
 
     def _move(self, x: Array, share: float) -> Array:
+        """Moves by a share towards the statistics of the whole batch, of which x may be a device's part."""
         batch, axes = jax.lax.stop_gradient(x), tuple(range(x.ndim - self.mean.ndim))
-        self.mean[...] += share * (jnp.mean(batch, axes) - self.mean[...])
-        self.variance[...] += share * (jnp.var(batch, axes) - self.variance[...])
+        mean = mean_over_devices(jnp.mean(batch, axes))
+        variance = mean_over_devices(jnp.mean(jnp.square(batch - mean), axes))
+        self.mean[...] += share * (mean - self.mean[...])
+        self.variance[...] += share * (variance - self.variance[...])
         return self(x)
 
     def lipschitz_bounds(self) -> tuple[float, float]:

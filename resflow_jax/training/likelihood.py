@@ -111,7 +111,7 @@ def evaluate_bits_per_dim(
       draws: independent passes over the images; the noise is judged from that many values.
       batch_size: images at once.
       mesh: devices along the axis "data" that share each batch, which is rounded up to a multiple of their number;
-        None for one device. The result is the same.
+        None for one device. The result is the same if it is one.
 
     Raises:
       ValueError: unless the images are integers in {0..levels-1}, N > 0, draws and batch_size positive.
@@ -122,7 +122,7 @@ def evaluate_bits_per_dim(
     check_count("batch_size", batch_size, 1)
     number = len(images)
     if mesh is not None:
-        flow = jax.device_put(flow, NamedSharding(mesh, PartitionSpec()))
+        flow, key, estimator = jax.device_put((flow, key, estimator), NamedSharding(mesh, PartitionSpec()))
     devices = 1 if mesh is None else mesh.size
     batch_size = devices * -(-min(batch_size, number) // devices)
     batches = -(-number // batch_size)

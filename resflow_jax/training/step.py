@@ -85,7 +85,7 @@ class Trainer(NamedTuple):
           The new state, and metrics: "loss"; "gradient_norm", before clipping; "diagnostics" of the
           log-det's estimates, by block.
         """
-        axes = varying_axes(jax.tree.leaves(batch)[0])
+        axes = tuple(sorted({axis for leaf in jax.tree.leaves(batch) for axis in varying_axes(leaf)}))
         # Typed as this device's own, parameters get this device's gradient: one sum over devices at the end.
         own_params, own_rest = vary_over((state.params, state.rest), axes)
 
@@ -119,8 +119,8 @@ class Trainer(NamedTuple):
     ) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
         """`step` compiled for the devices of a mesh with the one axis "data": each takes an equal share of the batch.
 
-        The state is the same on all, and donated. The same numbers as on one device, to rounding: gradients,
-        metrics and running statistics are means over the devices.
+        The state is the same on all, and donated. The same numbers as on one device, to rounding. Of what the loss
+        changes in the flow beside the parameters, only `nnx.BatchStat` is kept.
         """
         whole, shares = PartitionSpec(), PartitionSpec("data")
         step = jax.shard_map(self.step, mesh=mesh, in_specs=(whole, shares, whole), out_specs=whole)

@@ -88,6 +88,20 @@ def test_bad_settings(options, message):
         benchmark.BenchmarkConfig(**options)
 
 
+def test_bad_series():
+    """Named before anything is measured."""
+    with pytest.raises(ValueError, match=r"series: expected one of depth, .*; got 'height'"):
+        scaling.ScalingConfig(series=("height",))
+
+
+def test_nobody_to_measure(monkeypatch, tmp_path):
+    """Said, where the only competitor is not installed."""
+    monkeypatch.setattr(benchmark, "_has_peer", lambda: False)
+    config = benchmark.BenchmarkConfig(("digits",), ("normflows",), 1, 1, False, tmp_path)
+    with pytest.raises(ValueError, match="competitors: expected at least one that can be measured"):
+        benchmark.run(config)
+
+
 def test_exponents(monkeypatch, tmp_path):
     """Of measurements that follow a law, the law; with its picture."""
     laws = {"depth": (1, 0), "width": (2, 1), "batch": (1, 0), "side": (2, 2)}
@@ -108,7 +122,7 @@ def test_exponents(monkeypatch, tmp_path):
         np.testing.assert_allclose(result[name]["time_exponent"], time, atol=1e-9)
         np.testing.assert_allclose(result[name]["memory_exponent"], memory, atol=1e-9)
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"name: expected one of depth, .*, got 'height'"):
+    with pytest.raises(ValueError, match=r"name: expected one of depth, .*; got 'height'"):
         scaling.varied("height", 2)
 
 

@@ -97,3 +97,14 @@ def test_log_densities_within_their_noise(example):
 def test_other_flows_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         normflows_from(ResidualFlow(config, rngs=nnx.Rngs(0)))
+
+
+def test_the_papers_setting_is_the_same_map():
+    """With the kernels before normalisation too, dense ones included, once their norms are known; and it trains."""
+    flow, _ = make(SCALES)
+    peer = normflows_from(flow, papers=True)
+    x = np.random.default_rng(1).uniform(size=(3, *flow.event_shape))
+    np.testing.assert_allclose(peer.forward(x), flow(jnp.asarray(x)), rtol=1e-3, atol=1e-3)
+    peer.start_training(1e-2, 1.0)
+    losses = [peer.train_step(x) for _ in range(20)]
+    assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:5])

@@ -19,7 +19,7 @@ def platform(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("batch", "size", "shape"), [(6, 4, (2, 3)), (6, 6, (1, 6)), (7, 3, (7, 1)), (6, None, (1, 6))]
+    ("batch", "size", "shape"), [(6, 4, (2, 3)), (6, 6, (1, 6)), (7, 3, (7, 1)), (13, 5, (1, 13)), (6, None, (1, 6))]
 )
 def test_chunks_are_equal_and_few(batch, size, shape):
     """The fewest equal chunks of at most `size`, in order; joined they are the batch."""

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from resflow_jax.functional.convolution import conv2d
-from resflow_jax.functional.estimators import Roulette
+from resflow_jax.functional.estimators import Exact, Roulette
+from resflow_jax.functional.laws import Geometric
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.manual_axes import example_keys, vary_over, varying_axes
 from tests.functional.contractions import conv_net
@@ -45,8 +46,17 @@ def test_axes():
     spread(inside, (SHARES, WHOLE))(jnp.zeros((2, 1)), jnp.zeros(3))
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1])
-def test_residual(chunk_size):
+@pytest.mark.parametrize(
+    ("estimator", "chunk_size"),
+    [
+        (Roulette(exact_terms=2), None),
+        (Roulette(exact_terms=2, probes=2), 1),
+        (Roulette(Geometric(0.5), exact_terms=2, krylov=0, gradient="autodiff"), None),
+        (Exact(), None),
+    ],
+    ids=str,
+)
+def test_residual(estimator, chunk_size):
     """Value and log-det by example; gradients of what all devices share, also of what g closes over, are sums."""
     g, params, x = conv_net(0.6, batch=4)
     key, weights = jax.random.key(5), jnp.arange(1.0, 5)
@@ -57,7 +67,7 @@ def test_residual(chunk_size):
             params,
             x,
             key=key,
-            estimator=Roulette(exact_terms=2),
+            estimator=estimator,
             chunk_size=chunk_size,
         )
         return jnp.sum(weights[:, None, None, None] * jnp.sin(y)) + jnp.sum(weights * log_det), (y, log_det)

@@ -119,21 +119,13 @@ def test_the_step_lowers_for_accelerators(platform):
 @pytest.mark.skipif(jax.device_count() != 2, reason="needs the two CPU devices of conftest.py, not another platform")
 @pytest.mark.parametrize("batchnorm", [False, True])
 def test_two_devices_take_the_steps_of_one(batchnorm):
-    """Three steps on halves of the batch: state and metrics of whole batches; of a batch norm, the running means."""
+    """Three steps on halves of the batch: state and metrics of whole batches, running statistics included."""
     config = dataclasses.replace(TINY, batchnorm=batchnorm, blocks=(1,), hidden_channels=8)
     trainer, state = make(config, optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     one, two = jax.jit(trainer.step), trainer.parallel_step(mesh)
     other = jax.tree.map(jnp.copy, state)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-9)
-    if batchnorm:  # its variance over a half is not that over the whole, so later steps differ
-        means = [
-            [leaf for path, leaf in jax.tree.leaves_with_path(jax.device_get(s.rest)) if "'mean'" in str(path)]
-            for s in (state, one(state, IMAGES, KEY)[0], two(other, IMAGES, KEY)[0])
-        ]
-        assert means[0] and not np.allclose(means[0], means[1])
-        close(means[2], means[1])
-        return
     for _ in range(3):
         state, metrics = one(state, IMAGES, KEY)
         other, others_metrics = two(other, IMAGES, KEY)
