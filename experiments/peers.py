@@ -129,6 +129,8 @@ def normflows_from(flow: ResidualFlow, *, papers: bool = False) -> Peer:
     base = nf.distributions.DiagGaussian(flow.dim, trainable=False)
     peer = Peer(nf.NormalizingFlow(base, flows[::-1]), flow.dtype)
     peer.forward(np.full((1, *flow.event_shape), 0.5))  # convolutions learn the size of their images at the first call
+    if papers:  # the vectors of its dense layers are still those of the kernels that they were made with
+        nf.utils.update_lipschitz(peer.model, 500)
     return peer
 
 
@@ -202,7 +204,6 @@ def _linear(layer: LipschitzLinear, *, raw: bool) -> InducedNormConv2d | Induced
     else:
         linear = InducedNormLinear(*kernel.shape, coeff=coefficient, n_iterations=5)
         linear.weight = _parameter(kernel.T)
-        linear.compute_weight(update=True, n_iterations=200)  # its vectors are those of the kernel it was made with
     linear.bias = _parameter(bias)
     return linear
 
