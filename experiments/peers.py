@@ -100,7 +100,7 @@ class Peer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
         self._optimizer.step()
         nf.utils.update_lipschitz(self.model, 5)
-        return float(loss)
+        return float(loss.detach())
 
     def _images(self, x: np.ndarray) -> torch.Tensor:
         return self._tensor(x).permute(0, 3, 1, 2).contiguous()
