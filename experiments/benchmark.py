@@ -27,7 +27,7 @@ import numpy as np
 import tyro
 
 from experiments.competitors import CASES, COMPETITORS
-from experiments.run import write_atomically
+from experiments.run import number_of_cores, write_atomically
 from resflow_jax.functional.checks import check_choice, check_count
 
 TOLERANCES = ("1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
@@ -132,8 +132,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
 def machine() -> str:
     """The processor, and how many cores of it."""
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {names[0] if names else platform.processor() or platform.machine()}"
+    return f"{number_of_cores()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
 
 def measure(case: str, competitors: list[str], rounds: int, steps: int) -> dict[str, dict[str, float]]:

@@ -40,7 +40,7 @@ PART = 8192  # numbers of z that are inverted at a time on a core, as in `experi
 
 @dataclass(frozen=True)
 class Case:
-    """A flow and a batch; with the PyTorch library's time of a training step in mind."""
+    """A flow, and how many images a batch has."""
 
     config: ImageFlowConfig
     batch_size: int

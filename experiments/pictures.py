@@ -174,7 +174,7 @@ def save_scaling(path: Path, result: dict[str, dict[str, Any]]) -> None:
             ax.loglog(values, line, "-", color="C1", label=f"{name}$^{{{exponent:.2f}}}$")
             ax.set(xlabel=name, ylabel=unit if column == 0 else None, title=kind if column == 0 else None)
             ax.set_xticks(values, [f"{value:g}" for value in values])
-            ax.set_yticks(measured, [f"{value:.3g}" for value in measured])
+            ax.set_yticks(measured, [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in measured])
             ax.minorticks_off()
             ax.legend()
     _save(figure, path)

@@ -24,8 +24,12 @@ def use_all_cores() -> None:
 
     XLA divides one small operation badly among cores; programs on parts of a batch run side by side.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", cores)
+    jax.config.update("jax_num_cpu_devices", number_of_cores())
+
+
+def number_of_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def use_xla_flags() -> None:

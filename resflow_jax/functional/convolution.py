@@ -52,7 +52,8 @@ def conv2d(x: Array, kernel: Array, *, matmul_dtype: str | None = None) -> Array
 
 
 # The primitives: out = conv2d(x, kernel), or with `reflected` its transpose in x, conv2d(x, _reflected(kernel)); and
-# kernel_bar with <kernel_bar, kernel> = <y, conv2d(x, kernel)>. In a loop a kernel that is not to be copied stays put.
+# kernel_bar with <kernel_bar, kernel> = <y, conv2d(x, kernel)>. The transpose is a flag, since XLA would copy a
+# transposed matrix in every turn of a loop.
 _conv2d_p = Primitive("conv2d")
 _correlate_p = Primitive("conv2d_correlate")
 

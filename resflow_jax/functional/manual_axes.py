@@ -9,10 +9,10 @@ from jax import lax
 Array = jax.Array
 
 
-def varying_axes(x: Array) -> tuple[str, ...]:
-    """The mesh axes over whose devices x differs, inside a `jax.shard_map` that tracks them; none elsewhere."""
-    manual = jax.typeof(x).manual_axis_type
-    return tuple(sorted(manual.varying))
+def varying_axes(tree: Any) -> tuple[str, ...]:
+    """The mesh axes over whose devices any array differs, inside a `jax.shard_map` that tracks them; none elsewhere."""
+    varying = (jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree))
+    return tuple(sorted(frozenset().union(*varying)))
 
 
 def vary_over(tree: Any, axes: tuple[str, ...]) -> Any:
@@ -27,8 +27,7 @@ def vary_over(tree: Any, axes: tuple[str, ...]) -> Any:
 
 def vary_alike(*trees: Any) -> tuple[Any, ...]:
     """The same arrays, typed as differing over the axes over which any of them does."""
-    leaves = jax.tree.leaves(trees)
-    axes = tuple(sorted({axis for leaf in leaves for axis in varying_axes(leaf)}))
+    axes = varying_axes(trees)
     return tuple(vary_over(tree, axes) for tree in trees)
 
 

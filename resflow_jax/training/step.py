@@ -85,7 +85,7 @@ class Trainer(NamedTuple):
           The new state, and metrics: "loss"; "gradient_norm", before clipping; "diagnostics" of the
           log-det's estimates, by block.
         """
-        axes = tuple(sorted({axis for leaf in jax.tree.leaves(batch) for axis in varying_axes(leaf)}))
+        axes = varying_axes(batch)
         # Typed as this device's own, parameters get this device's gradient: one sum over devices at the end.
         own_params, own_rest = vary_over((state.params, state.rest), axes)
 
