@@ -32,14 +32,23 @@ def number_of_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+_XLA_FLAGS = {
+    "xla_backend_optimization_level": "1",
+    "xla_backend_extra_options": "xla_cpu_use_multi_output_fusion=true,xla_cpu_flatten_after_fusion=true,"
+    "xla_cpu_disable_loop_unrolling=true",
+    "xla_cpu_multi_thread_eigen": "false",
+}
+
+
 def use_xla_flags() -> None:
     """Sets flags of XLA's CPU compiler, where the user has not; to be called before JAX does anything.
 
-    LLVM's first level of optimisation compiles a step in four fifths of the time; its programs are no slower. Where
-    each core is a device, its operations are not to be divided further.
+    LLVM's first level of optimisation, loops that are not unrolled, and fusions with several outputs halve the time
+    that a step takes to compile, and those fusions make it a little faster. Where each core is a device, its
+    operations are not to be divided further.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    for name, value in (("xla_backend_optimization_level", "1"), ("xla_cpu_multi_thread_eigen", "false")):
+    for name, value in _XLA_FLAGS.items():
         if name not in flags:
             flags += f" --{name}={value}"
     os.environ["XLA_FLAGS"] = flags.strip()

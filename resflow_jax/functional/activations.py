@@ -11,9 +11,10 @@ activation here comes with its Lipschitz constant as a map of vectors of channel
 
 All functions act on arrays of any shape whose last axis is that of the channels; most act
 elementwise. The cost is one pass over the input, n log n comparisons for `fullsort`.
-`Activation.function(params, x)` takes the learnable parameters (a dict, empty for most) first.
+An `Activation` takes its learnable parameters (a dict, empty for most) first.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,7 +43,8 @@ class Activation:
 
     Attributes:
       name: the key in `ACTIVATIONS`.
-      function: `(params, x) -> y`: y has x's dtype, and x's shape but for `expansion` times the channels.
+      function: `(constrained params, x) -> y`: y has x's dtype, and x's shape but for `expansion` times the
+        channels.
       slopes: |dy_j / dx_i| of the `expansion` outputs of one channel where their p-norm is largest, for
         every p >= 1 and all params alike; (1,) for functions that permute the channels.
       initial: initial value of each learnable scalar parameter, by name.
@@ -56,7 +58,14 @@ class Activation:
     group: int = 1
 
     def __call__(self, params: dict[str, Array], x: Array) -> Array:
-        return self.function(params, x)
+        return self.function(self.constrain(params, x.shape[-1]), x)
+
+    def constrain(self, params: dict[str, Array], channels: int) -> dict[str, Array]:
+        """What `function` takes: softplus(beta) and sigmoid(alpha), the same for every x; each once a channel.
+
+        Their gradients are then sums over pixels for every channel (see `_repeat_rows`).
+        """
+        return {name: jnp.broadcast_to(_CONSTRAINTS[name](value), channels) for name, value in params.items()}
 
     @property
     def expansion(self) -> int:
@@ -80,7 +89,7 @@ class Activation:
 
 def lipswish(x: Array, beta: Array | float = 0.5) -> Array:
     """x * sigmoid(softplus(beta) * x) / 1.1; Lipschitz constant 0.99985... for every beta."""
-    return _swish(x, jax.nn.softplus(beta)) / 1.1
+    return _lipswish(x, jax.nn.softplus(beta))
 
 
 # x * sigmoid(b x) and its slope, with closed forms of their derivatives: the linearisation of either keeps one
@@ -112,7 +121,20 @@ def _swish_slope_jvp(primals, tangents):
 def _along(tangents, *derivatives):
     """The sum of derivative() * tangent over the variables that move; at least one does."""
     pairs = zip(tangents, derivatives, strict=True)
-    return sum(derivative() * tangent for tangent, derivative in pairs if not isinstance(tangent, SymbolicZero))
+    moving = ((tangent, derivative()) for tangent, derivative in pairs if not isinstance(tangent, SymbolicZero))
+    return sum(slope * _repeat_rows(tangent, slope.shape) for tangent, slope in moving)
+
+
+def _repeat_rows(x: Array, shape: tuple[int, ...]) -> Array:
+    """x broadcast to `shape`, as a product with a column of ones if it is one number a channel.
+
+    The transpose, a sum over pixels for every channel, is then a product too: XLA's own sum is several times slower
+    on a CPU.
+    """
+    if x.shape != shape[-1:] or len(shape) < 2:
+        return jnp.broadcast_to(x, shape)
+    ones = jnp.ones((math.prod(shape[:-1]), 1), x.dtype)
+    return jnp.matmul(ones, x[None], precision="highest").reshape(shape)
 
 
 _swish.defjvp(_swish_jvp, symbolic_zeros=True)
@@ -121,12 +143,28 @@ _swish_slope.defjvp(_swish_slope_jvp, symbolic_zeros=True)
 
 def clipswish(x: Array, beta: Array | float = 0.5) -> Array:
     """[lipswish(x), lipswish(-x)] / 1.004: [..., C] -> [..., 2C]; Lipschitz constant 0.99996... for every beta."""
-    return jnp.concatenate([lipswish(x, beta), lipswish(-x, beta)], axis=-1) / 1.004
+    return _clipswish(x, jax.nn.softplus(beta))
 
 
 def leaky_lipswish(x: Array, alpha: Array | float = -3.0, beta: Array | float = 0.5) -> Array:
     """a x + (1 - a) lipswish(x), a = sigmoid(alpha): slopes between those of lipswish and one."""
-    return lipswish(x, beta) + jax.nn.sigmoid(alpha) * (x - lipswish(x, beta))
+    return _leaky_lipswish(x, jax.nn.sigmoid(alpha), jax.nn.softplus(beta))
+
+
+# The same of constrained parameters a in (0, 1) and b > 0.
+_CONSTRAINTS = {"alpha": jax.nn.sigmoid, "beta": jax.nn.softplus}
+
+
+def _lipswish(x: Array, b: Array) -> Array:
+    return _swish(x, b) / 1.1
+
+
+def _clipswish(x: Array, b: Array) -> Array:
+    return jnp.concatenate([_lipswish(x, b), _lipswish(-x, b)], axis=-1) / 1.004
+
+
+def _leaky_lipswish(x: Array, a: Array, b: Array) -> Array:
+    return a * x + (1 - a) * _lipswish(x, b)
 
 
 def maxmin(x: Array) -> Array:
@@ -152,19 +190,19 @@ ACTIVATIONS: dict[str, Activation] = {
     for a in (
         Activation(
             "lipswish",
-            lambda params, x: lipswish(x, params["beta"]),
+            lambda params, x: _lipswish(x, params["beta"]),
             slopes=(_SWISH_LIPSCHITZ / 1.1,),
             initial=(("beta", 0.5),),
         ),
         Activation(
             "clipswish",
-            lambda params, x: clipswish(x, params["beta"]),
+            lambda params, x: _clipswish(x, params["beta"]),
             slopes=_CLIPSWISH_SLOPES,
             initial=(("beta", 0.5),),
         ),
         Activation(
             "leakylipswish",
-            lambda params, x: leaky_lipswish(x, params["alpha"], params["beta"]),
+            lambda params, x: _leaky_lipswish(x, params["alpha"], params["beta"]),
             initial=(("alpha", -3.0), ("beta", 0.5)),
         ),
         _plain("elu", jax.nn.elu),

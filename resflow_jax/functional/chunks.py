@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from resflow_jax.functional.platforms import by_platform
 
 Array = jax.Array
 
@@ -32,10 +35,16 @@ def join_chunks(x: Array) -> Array:
 
 def map_chunks(function: Callable[[Any], Any], chunks: Any) -> Any:
     """function(chunk) of every chunk, along the leading axis of all leaves."""
-    if len(jax.tree.leaves(chunks)[0]) == 1:
+    number = len(jax.tree.leaves(chunks)[0])
+    if number == 1:
         return jax.tree.map(lambda leaf: leaf[None], function(_first(chunks)))
-    return lax.platform_dependent(
-        chunks, cpu=lambda chunks: lax.map(function, chunks), default=lambda chunks: jax.vmap(function)(chunks)
+    function, closed_over, types = _closed(function, _first(chunks))
+    return by_platform(
+        closed_over,
+        chunks,
+        cpu=lambda closed_over, chunks: lax.map(lambda chunk: function(closed_over, chunk), chunks),
+        default=lambda closed_over, chunks: jax.vmap(function, (None, 0))(closed_over, chunks),
+        out=jax.tree.map(lambda type_: type_.update(shape=(number, *type_.shape)), types),
     )
 
 
@@ -44,29 +53,44 @@ def pullback_chunks(
 ) -> tuple[Any, Array]:
     """Cotangents of args and x, where function(args, chunk of x, chunk of others) has the `cotangents`.
 
-    Those of args are summed over all chunks: a single sum where the chunks are taken at once.
+    Those of args are summed over all chunks: a single sum where the chunks are taken at once. function must
+    close over nothing that is differentiated.
     """
+    function, closed_over, _ = _closed(function, args, *_first((x, others)))
 
-    def pullback(x, others, cotangents):
-        return jax.vjp(lambda args, x: function(args, x, others), args, x)[1](cotangents)
+    def pullback(closed_over, args, x, others, cotangents):
+        return jax.vjp(lambda args, x: function(closed_over, args, x, others), args, x)[1](cotangents)
 
-    def one_by_one(*chunks):
+    def one_by_one(closed_over, args, *chunks):
         def add(total, chunk):
-            args_bar, x_bar = pullback(*chunk)
+            args_bar, x_bar = pullback(closed_over, args, *chunk)
             return jax.tree.map(jnp.add, total, args_bar), x_bar
 
         return lax.scan(add, jax.tree.map(jnp.zeros_like, args), chunks)
 
-    def at_once(x, others, cotangents):
-        whole = jax.vmap(function, (None, 0, 0))
-        return jax.vjp(lambda args, x: whole(args, x, others), args, x)[1](cotangents)
+    def at_once(closed_over, args, x, others, cotangents):
+        whole = jax.vmap(function, (None, None, 0, 0))
+        return jax.vjp(lambda args, x: whole(closed_over, args, x, others), args, x)[1](cotangents)
 
     chunks = x, others, cotangents
     if len(x) == 1:
-        args_bar, x_bar = pullback(*_first(chunks))
+        args_bar, x_bar = pullback(closed_over, args, *_first(chunks))
         return args_bar, x_bar[None]
-    return lax.platform_dependent(*chunks, cpu=one_by_one, default=at_once)
+    return by_platform(
+        closed_over, args, *chunks, cpu=one_by_one, default=at_once, out=jax.tree.map(jax.typeof, (args, x))
+    )
 
 
 def _first(chunks: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], chunks)
+
+
+def _closed(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Array], Any]:
+    """(closed, closed_over, types): closed(closed_over, *args) = function(*args) of these types, traced once."""
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    tree = jax.tree.structure(shapes)
+
+    def closed(closed_over, *args):
+        return tree.unflatten(jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, closed_over))(*jax.tree.leaves(args)))
+
+    return closed, jaxpr.consts, tree.unflatten(jaxpr.out_avals)

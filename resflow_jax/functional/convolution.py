@@ -28,6 +28,7 @@ from jax.interpreters import ad, batching, mlir
 
 from resflow_jax.functional.checks import check_choice
 from resflow_jax.functional.manual_axes import vary_alike
+from resflow_jax.functional.platforms import by_platform
 
 Array = jax.Array
 
@@ -176,11 +177,8 @@ def _correlate_aval(x, y, *, sides, matmul_dtype):
 
 def _batch(cpu, default, arguments, axes, **params):
     """vmap of the lowerings themselves, which is fast where each example has a kernel of its own."""
-
-    def apply(*arguments):
-        return lax.platform_dependent(*arguments, cpu=partial(cpu, **params), default=partial(default, **params))
-
-    return jax.vmap(apply, axes)(*arguments), 0
+    cpu, default = (jax.vmap(partial(lowering, **params), axes) for lowering in (cpu, default))
+    return by_platform(*arguments, cpu=cpu, default=default, out=jax.typeof(jax.eval_shape(cpu, *arguments))), 0
 
 
 def _batch_conv2d(arguments, axes, **params):

@@ -13,7 +13,7 @@ appendix C ("Neumann gradient series") for the gradient; Behrmann et al. (2019, 
 The Neumann gradient differentiates first and estimates after: with w an unbiased estimate of
 (I + J)^-T v, w_b^T (dJ_b/dtheta) v_b is an unbiased gradient of example b's log-det. The backward
 pass is thus one vjp of x -> (g(x), J v) with cotangents (y_bar, ld_bar_b * w_b), one weight an
-example. Only x, w and the key of v are kept: memory grows neither with the series nor with
+example. Only x, w and the keys of v are kept: memory grows neither with the series nor with
 g's width. The loop that builds w adds up the value too, which is a true unbiased log-det.
 
 Shapes: x [B, ...], any event shape; y like x; log_det [B], in nats. g must treat the
@@ -235,13 +235,14 @@ def _neumann_forward(g, prepare, estimator, args, x, key):
         _, _, sums = lax.while_loop(lambda carry: carry[0] <= plan.length, add_term, start)
         return *_result(x, g_x, sums), v + sums.w, sums.norms
 
-    y, log_det, w, norms = map_chunks(of_chunk, (x, _example_keys(probe_key, x)))
+    keys = split_chunks(example_keys(probe_key, join_chunks(x)), x.shape[1])
+    y, log_det, w, norms = map_chunks(of_chunk, (x, keys))
     diagnostics = _diagnostics(plan.length, jnp.mean(norms, axis=0), log_det)
-    return (y, log_det, diagnostics), (estimator, args, x, probe_key, w)
+    return (y, log_det, diagnostics), (estimator, args, x, keys, w)
 
 
 def _neumann_backward(g, prepare, kept, cotangents):
-    estimator, args, x, probe_key, w = kept
+    estimator, args, x, keys, w = kept
     params, prepared_over, closed_over = args
     y_bar, log_det_bar, _ = cotangents
     weights, pullback = jax.vjp(prepare, params, *prepared_over)
@@ -255,7 +256,6 @@ def _neumann_backward(g, prepare, kept, cotangents):
 
     per_example = log_det_bar.reshape(*log_det_bar.shape, *[1] * (x.ndim - 2)) / estimator.probes
     w_bar = jax.vmap(lambda scale, w: _repeat(scale, estimator.probes) * w)(per_example, w)
-    keys = _example_keys(probe_key, x)
     moving_bar, x_bar = pullback_chunks(value_and_product, moving, x, keys, (y_bar, w_bar))
     still_bar = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), still)
     weights_bar, closed_over_bar = _combine(moving_bar, still_bar)
@@ -274,11 +274,6 @@ def _partition(tree):
 def _combine(first, second):
     """The tree that `_partition` has taken apart."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
-
-
-def _example_keys(key, x):
-    """[chunks, b] for x [chunks, b, ...]."""
-    return split_chunks(example_keys(key, join_chunks(x)), x.shape[1])
 
 
 _neumann.defvjp(_neumann_forward, _neumann_backward)

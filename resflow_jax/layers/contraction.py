@@ -45,7 +45,7 @@ class Contraction(nnx.Module):
         return max(1, _CACHED // widest)
 
     def weights(self) -> Any:
-        """Normalised kernels, biases and all other parameters: what `apply` takes."""
+        """Normalised kernels, biases and all other parameters in the form that `apply` takes, the same for every x."""
         raise NotImplementedError
 
     def apply(self, weights: Any, x: Array) -> Array:
@@ -84,15 +84,18 @@ class Layered(Contraction):
         self.is_closed = norms[0] is norms[-1] or norms[0] >= norms[-1]
 
     def weights(self) -> tuple[list[tuple[Array, Array]], list[Params]]:
-        return [linear.weights() for linear in self.linears], values(self.activation_params)
+        behind = self.linears[not self.preactivation :]
+        channels = [linear.linear_map.kernel_shape[-2] // self.activation.expansion for linear in behind]
+        activations = constrained(self.activation, self.activation_params, channels)
+        return [linear.weights() for linear in self.linears], activations
 
     def apply(self, weights: tuple[list[tuple[Array, Array]], list[Params]], x: Array) -> Array:
         linears, activations = weights
         if self.preactivation:
-            x, activations = self.activation(activations[0], x), activations[1:]
+            x, activations = self.activation.function(activations[0], x), activations[1:]
         x = self.linears[0].apply(linears[0], x)
         for layer, linear, params in zip(self.linears[1:], linears[1:], activations, strict=True):
-            x = layer.apply(linear, self.activation(params, x))
+            x = layer.apply(linear, self.activation.function(params, x))
         return x
 
     def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float:
@@ -108,6 +111,7 @@ def learnable(activation: Activation, number: int) -> nnx.List:
     )
 
 
-def values(params: nnx.List) -> list[Params]:
-    """The arrays inside what `learnable` made."""
-    return [{name: param[...] for name, param in names.items()} for names in params]
+def constrained(activation: Activation, params: nnx.List, channels: Sequence[int]) -> list[Params]:
+    """What `activation.function` takes for inputs of so many channels each, of what `learnable` made."""
+    raw = [{name: param[...] for name, param in names.items()} for names in params]
+    return [activation.constrain(*pair) for pair in zip(raw, channels, strict=True)]

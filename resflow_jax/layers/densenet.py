@@ -19,7 +19,7 @@ from flax import nnx
 
 from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.linear_maps import LinearMap
-from resflow_jax.layers.contraction import Contraction, learnable, values
+from resflow_jax.layers.contraction import Contraction, constrained, learnable
 from resflow_jax.layers.lipschitz import LipschitzLinear
 
 Array = jax.Array
@@ -54,17 +54,18 @@ class DenseNet(Contraction):
 
     def weights(self) -> Any:
         linears = [linear.weights() for linear in self.linears]
-        return linears, values(self.activation_params), self.concatenation[...]
+        etas = self.coefficient * normalized_concatenation(self.concatenation[...])
+        channels = [linear.linear_map.kernel_shape[-1] for linear in self.linears[-1 - len(etas) : -1]]
+        return linears, constrained(self.activation, self.activation_params, channels), etas
 
     def apply(self, weights: Any, x: Array) -> Array:
-        linears, activations, concatenation = weights
+        linears, activations, etas = weights
         before = len(linears) - len(activations) - 1
         for layer, linear in zip(self.linears[:before], linears, strict=False):
             x = layer.apply(linear, x)
-        etas = self.coefficient * normalized_concatenation(concatenation)
         inside = zip(self.linears[before:-1], linears[before:-1], activations, etas, strict=True)
         for layer, linear, params, eta in inside:
-            new = self.activation(params, layer.apply(linear, x))
+            new = self.activation.function(params, layer.apply(linear, x))
             x = jnp.concatenate([eta[0] * x, eta[1] * new], axis=-1)
         return self.linears[-1].apply(linears[-1], x)
 
