@@ -50,7 +50,8 @@ from resflow_jax import (
     Truncated,
     certify,
 )
-from resflow_jax.data.images import ImageSplits, epoch_batch
+from resflow_jax.data.batches import Batches
+from resflow_jax.data.images import ImageSplits
 from resflow_jax.functional.checks import check_count
 from resflow_jax.training.likelihood import evaluate_bits_per_dim
 
@@ -180,7 +181,7 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
         trainer,
         state,
         jax.random.key(config.seed),
-        lambda step: data.train[epoch_batch(config.seed, step, len(data.train), config.batch_size)],
+        Batches(data.train, seed=config.seed, batch_size=config.batch_size).starting_at,
         steps=config.steps,
         pauses_at=lambda step: step % config.log_every == 0 or measures_at(step),
         unit=f"bits/dim, {name}",

@@ -1,17 +1,21 @@
 """Density estimation on images: trains a residual flow and reports bits/dim on the test split.
 
     python -m experiments.density [NAME] [--workdir DIR] [--steps N] [--batch-size B] [--seed S] ...
+    python -m experiments.density NAME --data.path IMAGES --model.shape H W C    on your own images
+    python -m experiments.density NAME --tiny                                    two updates of a tiny flow, no data
 
-`--help` behind a name lists every setting. The same command again resumes from the last checkpoint.
-Under the work directory it writes metrics.jsonl, samples.png, reconstructions.png, curves.png,
-config.json, certificate.json and checkpoints/. The validation split chooses the checkpoint; the test split is read
-once, at the end.
+`--help` behind a name lists every setting. `--data.path` takes a folder of image files, a .npy or .npz file, or IDX
+files. The same command again resumes from the last checkpoint. Under the work directory it writes report.html, with
+everything on one page, metrics.jsonl, samples.png, reconstructions.png, curves.png, config.json, certificate.json
+and checkpoints/. The validation split chooses the checkpoint; the test split is read once, at the end.
 """
 
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +24,24 @@ import tyro
 from flax import nnx
 
 from experiments import pictures
-from experiments.configs import cifar10_densenet, digits, digits_densenet, fashion_mnist
+from experiments.configs import (
+    ablations,
+    celebahq64,
+    celebahq256,
+    cifar10,
+    cifar10_densenet,
+    digits,
+    digits_densenet,
+    fashion_mnist,
+    imagenet32,
+    imagenet64,
+    mnist,
+    photographs,
+    svhn,
+)
 from experiments.configs.base import DataConfig, DensityConfig
 from experiments.loop import training_loop
+from experiments.page import write_report
 from experiments.run import (
     MetricsFile,
     as_json,
@@ -36,26 +55,39 @@ from experiments.run import (
     write_atomically,
 )
 from resflow_jax import ResidualFlow, certify
-from resflow_jax.data.images import (
-    ImageSplits,
-    dequantize,
-    epoch_batch,
-    find_data_dir,
-    load_digits,
-    load_tfds,
-    to_unit_interval,
-)
+from resflow_jax.data.batches import Augmentation, Batches
+from resflow_jax.data.embedded import load_digits, load_photographs
+from resflow_jax.data.files import load_path
+from resflow_jax.data.images import ImageSplits, dequantize, to_unit_interval
+from resflow_jax.data.tfds import find_data_dir, load_tfds
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.likelihood import Estimate, dequantized_bits_per_dim, evaluate_bits_per_dim
 from resflow_jax.training.step import Trainer, TrainState, fit_estimator
 
-MODULES = {
-    "digits": digits,
-    "digits_densenet": digits_densenet,
-    "fashion_mnist": fashion_mnist,
-    "cifar10_densenet": cifar10_densenet,
-}
-CONFIGS = {name: module.CONFIG for name, module in MODULES.items()}
+
+class StepTime(NamedTuple):
+    """Median seconds of a training step, and those of them that it waits for data."""
+
+    seconds: float
+    waiting: float
+
+
+MODULES = (
+    digits,
+    digits_densenet,
+    photographs,
+    mnist,
+    fashion_mnist,
+    cifar10,
+    cifar10_densenet,
+    svhn,
+    imagenet32,
+    imagenet64,
+    celebahq64,
+    celebahq256,
+)
+_SUMMARIES = {module.__name__.rpartition(".")[2]: module.__doc__.splitlines()[0] for module in MODULES}
+CONFIGS = {name: module.CONFIG for name, module in zip(_SUMMARIES, MODULES, strict=True)} | ablations.CONFIGS
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,11 +99,45 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = ["digits", *arguments]
     if not arguments[0].startswith("-") and arguments[0] not in CONFIGS:
         sys.exit(f"NAME: expected one of {', '.join(CONFIGS)}; got {arguments[0]!r}")
-    named = {name: (module.__doc__.splitlines()[0], module.CONFIG) for name, module in MODULES.items()}
+    change = tiny if "--tiny" in arguments else lambda config: config
+    named = {
+        name: (_SUMMARIES.get(name, ablations.__doc__.splitlines()[0]), change(config))
+        for name, config in CONFIGS.items()
+    }
+    arguments = [argument for argument in arguments if argument != "--tiny"]
     run(
         tyro.extras.overridable_config_cli(
             named, args=arguments, prog="python -m experiments.density", description=__doc__
         )
+    )
+
+
+def tiny(config: DensityConfig) -> DensityConfig:
+    """A run of seconds to minutes through the same code: two updates of a tiny flow of the same kind.
+
+    On crops of the embedded photographs, of the shape and the bits of the images that it stands for.
+    """
+    model = replace(
+        config.model,
+        blocks=(1,) * len(config.model.blocks),
+        hidden_channels=8,
+        dense_growth=4,
+        fc_blocks=min(1, config.model.fc_blocks),
+        fc_hidden=8,
+        fc_dense_first=8,
+        fc_dense_growth=4,
+    )
+    height, _, channels = model.shape
+    embedded = replace(config.data, name="photographs", size=height, channels=channels)
+    steps = 2 * config.optimizer.accumulate
+    return replace(
+        config,
+        data=config.data if config.data.name == "digits" else embedded,
+        model=model,
+        workdir=config.workdir.with_name(f"{config.workdir.name}_tiny"),
+        steps=steps,
+        batch_size=8,
+        evaluation=replace(config.evaluation, images=8, draws=1, every=steps),
     )
 
 
@@ -97,19 +163,24 @@ def run(config: DensityConfig) -> Estimate:
 
 def load(config: DataConfig) -> ImageSplits:
     """The images that a config names."""
+    if config.path is not None:
+        return load_path(config.path, bits=config.bits)
     if config.name == "digits":
         return load_digits()
-    return load_tfds(config.name, config.dir or str(find_data_dir(config.name, Path("../shared/tfds"))))
+    if config.name == "photographs":
+        return load_photographs(config.size, config.channels, bits=config.bits)
+    directory = config.dir or find_data_dir(config.name, Path("../shared/tfds"))
+    return load_tfds(config.name, directory, bits=config.bits)
 
 
 def set_up(config: DensityConfig, data: ImageSplits) -> tuple[Trainer, TrainState]:
     """The flow, initialised on a training batch, with its optimiser."""
     flow = ResidualFlow(config.model, rngs=nnx.Rngs(config.seed))
-    batch = data.train[epoch_batch(config.seed, 0, len(data.train), min(512, len(data.train)))]
+    batch = Batches(data.train, seed=config.seed, batch_size=min(512, len(data.train)))[0]
     flow.initialize(dequantize(jnp.asarray(batch), jax.random.key(config.seed), data.levels))
     loss = dequantized_bits_per_dim(data.levels)
     optimizer = config.optimizer.build(config.steps)
-    trainer = Trainer(nnx.split(flow)[0], loss, optimizer, config.optimizer.ema_decay)
+    trainer = Trainer(nnx.split(flow)[0], loss, optimizer, config.optimizer.ema_decay_a_batch)
     state = trainer.create_state(flow, config.estimator)
     return trainer, fit_estimator(state, config.batch_size) if config.fit_lengths else state
 
@@ -121,16 +192,15 @@ def train(
     state: TrainState,
     checkpoints: Checkpoints,
     metrics: MetricsFile,
-) -> float | None:
-    """Runs the remaining steps; validates and saves along the way. Returns the median seconds a step, if any.
+) -> StepTime | None:
+    """Runs the remaining steps; validates and saves along the way. Returns what a step took, if any was taken.
 
     Raises:
       FloatingPointError: if the loss or the gradient stops being finite.
     """
-    step_times = []
-
-    def batch_at(step: int) -> np.ndarray:
-        return data.train[epoch_batch(config.seed, step, len(data.train), config.batch_size)]
+    step_times, waiting = [], []
+    augmentation = Augmentation(config.data.flip, config.data.crop)
+    batches = Batches(data.train, seed=config.seed, batch_size=config.batch_size, augmentation=augmentation)
 
     def validates_at(step: int) -> bool:
         return step % config.evaluation.every == 0 or step == config.steps
@@ -142,7 +212,7 @@ def train(
         trainer,
         state,
         jax.random.key(config.seed),
-        batch_at,
+        lambda step: batches.starting_at(step, threads=config.data.threads),
         steps=config.steps,
         pauses_at=lambda step: step % config.log_every == 0 or validates_at(step),
         unit="bits/dim",
@@ -150,6 +220,7 @@ def train(
         mesh=data_mesh(config.batch_size),
     ):
         step_times.append(at.seconds)
+        waiting.append(at.waiting)
         line = {"bits_per_dim": float(at.metrics["loss"]), "gradient_norm": float(at.metrics["gradient_norm"])}
         line["diagnostics"] = {name: value.tolist() for name, value in at.metrics["diagnostics"]._asdict().items()}
         if validates_at(at.step):
@@ -161,7 +232,7 @@ def train(
             checkpoints.save(at.state, estimate.mean, certify(flow))
             at.bar.set_description(f"validation {estimate.mean:.3f} bits/dim")
         metrics.write(step=at.step, split="train", **line)
-    return float(np.median(step_times)) if step_times else None
+    return StepTime(float(np.median(step_times)), float(np.median(waiting))) if step_times else None
 
 
 def tightened_flow(trainer: Trainer, state: TrainState) -> ResidualFlow:
@@ -190,7 +261,7 @@ def report(
     flow: ResidualFlow,
     step: int,
     metrics: MetricsFile,
-    step_time: float | None,
+    step_time: StepTime | None,
     began: float,
 ) -> Estimate:
     """Certifies the chosen flow and evaluates it on the test split, draws the pictures, prints the closing table."""
@@ -232,10 +303,24 @@ def report(
         **certificate_rows(certificate),
         "time per step": "no step taken: the run was finished before"
         if step_time is None
-        else f"{step_time * 1e3:.0f} ms, batches of {config.batch_size}",
+        else f"{step_time.seconds * 1e3:.0f} ms, batches of {config.batch_size}; "
+        f"{step_time.waiting / step_time.seconds:.1%} of it waiting for data",
         "time in all": f"{time.perf_counter() - began:.0f} s, set-up and compilation included",
         "written to": str(config.workdir),
     }
+    names = {
+        "bits/dim of training, validation and test": "curves",
+        "samples": "samples",
+        "reconstructions": "reconstructions",
+    }
+    write_report(
+        config.workdir / "report.html",
+        f"{config.workdir.name}: test bits/dim {result.mean:.4f} +- {result.stderr:.4f}",
+        rows,
+        {caption: config.workdir / f"{name}.png" for caption, name in names.items()},
+        certificate,
+        as_json(config),
+    )
     print_table(rows)
     print(f"test bits/dim {result.mean:.4f} +- {result.stderr:.4f}")
     return result

@@ -46,7 +46,8 @@ from resflow_jax import (
     fit_lengths,
     residual,
 )
-from resflow_jax.data.images import dequantize, epoch_batch
+from resflow_jax.data.batches import Batches
+from resflow_jax.data.images import dequantize
 from resflow_jax.functional.checks import check_choice, check_count
 
 Array = jax.Array
@@ -240,7 +241,7 @@ def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsCo
         f"{run_config.data.name}: layer norms {norms.min():.3f} to {norms.max():.3f}, median {np.median(norms):.3f} "
         f"(coefficient {run_config.model.coefficient})"
     )
-    images = data.train[epoch_batch(config.seed, 0, len(data.train), batch_size)]
+    images = Batches(data.train, seed=config.seed, batch_size=batch_size)[0]
     x = dequantize(jnp.asarray(images), jax.random.key(config.seed), data.levels)
     graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
 

@@ -21,6 +21,7 @@ class Progress(NamedTuple):
       state: the training state after that step.
       metrics: means over the steps since the last pause, with the structure of a step's.
       seconds: per step since the last pause.
+      waiting: of these, spent waiting for data.
       bar: the progress bar, to write on.
     """
 
@@ -28,6 +29,7 @@ class Progress(NamedTuple):
     state: TrainState
     metrics: dict[str, Any]
     seconds: float
+    waiting: float
     bar: tqdm
 
 
@@ -35,7 +37,7 @@ def training_loop(
     trainer: Trainer,
     state: TrainState,
     key: jax.Array,
-    batch_at: Callable[[int], Any],
+    batches_from: Callable[[int], Iterator[Any]],
     *,
     steps: int,
     pauses_at: Callable[[int], bool],
@@ -43,9 +45,10 @@ def training_loop(
     at_pause: Callable[[int, TrainState], TrainState] = lambda step, state: state,
     mesh: Mesh | None = None,
 ) -> Iterator[Progress]:
-    """Steps from state.step to `steps` on batch_at(0), batch_at(1), ...; yields at every pause and at the end.
+    """Steps from state.step to `steps`; yields at every pause and at the end.
 
-    With a mesh each batch is shared by its devices (see `Trainer.parallel_step`); what is yielded is on one of them.
+    batches_from(n) iterates over the batches of step n and the following, the first step being number 0. With a mesh
+    each batch is shared by its devices (see `Trainer.parallel_step`); what is yielded is on one of them.
     What changes the state between steps is `at_pause`, called with the number of steps done before each yield.
 
     Raises:
@@ -54,12 +57,16 @@ def training_loop(
     step_function = trainer.compiled_step() if mesh is None else trainer.parallel_step(mesh)
     one = jax.devices()[0]
     everywhere = one if mesh is None else NamedSharding(mesh, PartitionSpec())
-    first, pending = int(state.step), []
+    first, pending, waiting = int(state.step), [], 0.0
+    batches = batches_from(first)
     state = jax.device_put(state, everywhere)
     with tqdm(total=steps, initial=first, unit="step", mininterval=1 if sys.stderr.isatty() else 20) as bar:
         began = time.perf_counter()
         for step in range(first + 1, steps + 1):
-            state, values = step_function(state, batch_at(step - 1), key)
+            asked = time.perf_counter()
+            batch = next(batches)
+            waiting += time.perf_counter() - asked
+            state, values = step_function(state, batch, key)
             pending.append(values)
             bar.update()
             if not pauses_at(step) and step < steps:
@@ -73,6 +80,7 @@ def training_loop(
                 )
             bar.set_postfix_str(f"{metrics['loss']:.3f} {unit}")
             state = at_pause(step, jax.device_put(state, one))
-            yield Progress(step, state, metrics, (time.perf_counter() - began) / len(pending), bar)
+            seconds = (time.perf_counter() - began) / len(pending)
+            yield Progress(step, state, metrics, seconds, waiting / len(pending), bar)
             state = jax.device_put(state, everywhere)
-            pending, began = [], time.perf_counter()
+            pending, waiting, began = [], 0.0, time.perf_counter()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +80,7 @@ def train_flow(
         trainer,
         state,
         jax.random.key(config.seed),
-        batch_at,
+        lambda step: map(batch_at, count(step)),
         steps=config.steps,
         pauses_at=lambda step: step % config.log_every == 0,
         unit=unit,

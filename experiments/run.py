@@ -105,7 +105,7 @@ def print_table(rows: dict[str, str]) -> None:
 
 # Settings that may differ when a run is resumed: they change neither the model nor what a step does, but
 # for the number of steps, on which the schedule of the learning rate depends from then on.
-MAY_CHANGE = ("steps", "workdir", "log_every", "data.dir", "evaluation.draws", "evaluation.images")
+MAY_CHANGE = ("steps", "workdir", "log_every", "data.dir", "data.threads", "evaluation.draws", "evaluation.images")
 
 
 def claim_workdir(workdir: Path, config: Any) -> None:

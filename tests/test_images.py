@@ -1,4 +1,4 @@
-"""Image data: fixed splits, dequantisation, batches that depend on their arguments alone, bad input."""
+"""Image data: fixed splits, dequantisation, images that stay on disk, bad input."""
 
 from pathlib import Path
 
@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resflow_jax.data import images
+from resflow_jax.data import embedded, images, tfds
 
 SHARED = Path(__file__).parents[2] / "shared" / "tfds"
 
 
 def test_digits_are_split_once_and_for_all():
     """1797 digits in three parts that are always the same and never overlap."""
-    data = images.load_digits()
+    data = embedded.load_digits()
     assert [len(part) for part in (data.train, data.validation, data.test)] == [1347, 150, 300]
     assert data.shape == (8, 8, 1) and data.levels == 17
-    again = images.load_digits()
+    again = embedded.load_digits()
     np.testing.assert_array_equal(data.test, again.test)
     every = np.concatenate([data.train, data.validation, data.test]).reshape(1797, -1)
     from sklearn.datasets import load_digits
@@ -35,15 +35,55 @@ def test_dequantisation_is_uniform_in_each_cell():
     np.testing.assert_allclose(images.to_unit_interval(np.asarray([0, 16]), 17), [0.5 / 17, 16.5 / 17])
 
 
-def test_epochs_visit_every_image_once():
-    """The batches of an epoch are disjoint; epochs and seeds differ; a step gives the same batch again."""
-    epoch = np.concatenate([images.epoch_batch(3, step, 10, 3) for step in range(3)])
-    assert len(set(epoch)) == 9
-    np.testing.assert_array_equal(images.epoch_batch(3, 1, 10, 3), epoch[3:6])
-    assert not np.array_equal(images.epoch_batch(3, 3, 10, 3), epoch[:3])
-    assert not np.array_equal(images.epoch_batch(4, 0, 10, 3), epoch[:3])
-    with pytest.raises(ValueError, match="batch_size: expected between 1 and 10"):
-        images.epoch_batch(0, 0, 10, 11)
+def test_highest_bits_are_kept():
+    """256 levels become 2^bits, each of as many neighbours; other numbers of bits are refused."""
+    pixels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(images.reduce_bits(pixels, 5), np.repeat(np.arange(32), 8))
+    np.testing.assert_array_equal(images.reduce_bits(pixels, 8), pixels)
+    assert images.reduce_bits(pixels, 1).dtype == np.uint8
+    for bits in (0, 9, 2.5):
+        with pytest.raises(ValueError, match="bits: expected"):
+            images.reduce_bits(pixels, bits)
+
+
+@pytest.mark.parametrize(("size", "channels", "bits"), [(16, 3, 8), (28, 1, 8), (128, 3, 5)])
+def test_photographs_are_split_by_region(size, channels, bits):
+    """Crops of the asked shape and bits; no pixel of the photographs is in two splits."""
+    from sklearn.datasets import load_sample_images
+
+    data = embedded.load_photographs(size, channels, bits=bits)
+    assert data.shape == (size, size, channels) and data.levels == 2**bits
+    assert len(data.train) > len(data.test) > 1 and len(data.validation) > 1
+    if size == 16:  # as they are: every crop is a piece of its region, columns 0:448, 448:512 and 512:640
+        for split, (left, right) in {"train": (0, 448), "validation": (448, 512), "test": (512, 640)}.items():
+            regions = [photograph[:, left:right] for photograph in load_sample_images().images]
+            stride = 8 if split == "train" else 16
+            pieces = {
+                region[i : i + 16, j : j + 16].tobytes()
+                for region in regions
+                for i in range(0, 427 - 15, stride)
+                for j in range(0, right - left - 15, stride)
+            }
+            assert {image.tobytes() for image in getattr(data, split)} == pieces
+    with pytest.raises(ValueError, match="channels: expected 1 or 3, got 2"):
+        embedded.load_photographs(16, 2)
+
+
+def test_stored_images_are_like_an_array():
+    """Length, shape, one image, slices and lists of indices; an image of another shape is refused."""
+    array = np.random.default_rng(0).integers(0, 256, (7, 2, 3, 1), np.uint8)
+    rows = np.asarray([6, 2, 3, 5])
+    stored = images.StoredImages(lambda numbers: array[numbers], rows)
+    assert len(stored) == 4 and stored.shape == (4, 2, 3, 1) and stored.dtype == np.uint8
+    np.testing.assert_array_equal(stored[1], array[2])
+    np.testing.assert_array_equal(stored[1:3], array[[2, 3]])
+    np.testing.assert_array_equal(stored[np.asarray([3, 0])], array[[5, 6]])
+    np.testing.assert_array_equal(stored[:0], array[:0])
+    ragged = images.StoredImages(lambda n: np.zeros((len(n), 2, 2 + int(n.max()), 1), np.uint8), np.arange(3))
+    with pytest.raises(ValueError, match=r"images: expected shape \(2, 2, 1\), that of the first, got \(2, 4, 1\)"):
+        ragged[2]
+    splits = images.ImageSplits(stored, stored, array, levels=256)
+    assert splits.shape == (2, 3, 1)
 
 
 def test_only_integers_are_dequantised():
@@ -79,20 +119,56 @@ def test_splits_of_different_shapes():
 def test_a_missing_data_set_says_how_to_prepare_it(tmp_path):
     """The error names the directory searched and the command to run."""
     with pytest.raises(FileNotFoundError, match=r"data_dir: .*tfds build fashion_mnist --data_dir"):
-        images.load_tfds("fashion_mnist", str(tmp_path))
+        tfds.load_tfds("fashion_mnist", str(tmp_path))
 
 
 def test_data_dir_comes_from_the_environment(tmp_path, monkeypatch):
     """$TFDS_DATA_DIR is searched first."""
     (tmp_path / "fashion_mnist").mkdir()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert images.find_data_dir("fashion_mnist") == tmp_path
+    assert tfds.find_data_dir("fashion_mnist") == tmp_path
 
 
 @pytest.mark.skipif(not (SHARED / "fashion_mnist").is_dir(), reason=f"no prepared fashion_mnist in {SHARED}")
 def test_fashion_mnist_through_tfds():
     """The prepared data set is read without TensorFlow: 60000 + 10000 images, the last 5000 validate."""
-    data = images.load_tfds("fashion_mnist", str(SHARED))
+    data = tfds.load_tfds("fashion_mnist", str(SHARED))
     assert data.train.shape == (55000, 28, 28, 1) and len(data.validation) == 5000 and len(data.test) == 10000
     assert data.levels == 256 and data.train.dtype == np.uint8
     assert 70 < data.train.mean() < 76
+
+
+class Source:
+    """What `tensorflow_datasets.data_source` gives for a split."""
+
+    def __init__(self, array):
+        self.array, self.read = array, []
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitems__(self, numbers):
+        self.read += numbers
+        return [{"image": self.array[n]} for n in numbers]
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("splits", [("train", "test", "extra"), ("train", "validation"), ("train",)])
+def test_splits_of_tfds(tmp_path, monkeypatch, splits, lazily):
+    """The end of train validates; the test split is "test", else "validation", else the end of train; 5 bits."""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.integers(0, 256, (40, 4, 4, 3), np.uint8) for name in splits}
+    sources = {name: Source(array) for name, array in arrays.items()}
+    (tmp_path / "some" / "64").mkdir(parents=True)
+    monkeypatch.setattr("tensorflow_datasets.data_source", lambda name, data_dir: sources)
+    if lazily:
+        monkeypatch.setattr(tfds, "_IN_MEMORY", 0)
+    data = tfds.load_tfds("some/64", tmp_path, bits=5, validation=6)
+    rest = arrays["train"] if len(splits) > 1 else arrays["train"][:-4]
+    np.testing.assert_array_equal(data.train[:], rest[:-6] >> 3)
+    np.testing.assert_array_equal(data.validation[:], rest[-6:] >> 3)
+    np.testing.assert_array_equal(data.test[:], (arrays[splits[1]] if len(splits) > 1 else arrays["train"][-4:]) >> 3)
+    assert data.levels == 32
+    assert isinstance(data.train, images.StoredImages) is lazily
+    with pytest.raises(ValueError, match="validation: expected between 1 and"):
+        tfds.load_tfds("some/64", tmp_path, validation=40)

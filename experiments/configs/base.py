@@ -1,12 +1,16 @@
 """The settings of an experiment. Each image data set has a file beside this one."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import optax
 
 from resflow_jax import Estimator, ImageFlowConfig, Roulette
-from resflow_jax.functional.checks import check_count, check_open_interval
+from resflow_jax.functional.checks import check_choice, check_count, check_open_interval
+
+OPTIMIZERS = ("adam", "adamax", "adamw", "sgd")
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -14,34 +18,70 @@ class DataConfig:
     """Which images.
 
     Attributes:
-      name: "digits" (shipped with scikit-learn) or the name of a prepared TensorFlow data set.
+      name: "digits" or "photographs" (both shipped with scikit-learn), or the name of a prepared TensorFlow data set.
+      path: your own images in its place: a folder of image files, a .npy or .npz file, or IDX files; see
+        `resflow_jax.data.files.load_path`.
       dir: directory of TensorFlow data sets; by default the first of $TFDS_DATA_DIR,
         ~/tensorflow_datasets and ../shared/tfds that holds it.
+      size: side of the crops of "photographs".
+      channels: of these: 3, or 1 for grey.
+      bits: of the eight of a pixel, the highest that are kept.
+      flip: mirror training images left and right, half of the time.
+      crop: shift training images by up to so many pixels, continued by reflection.
+      threads: that read training images.
     """
 
     name: str
+    path: Path | None = None
     dir: str | None = None
+    size: int = 16
+    channels: int = 3
+    bits: int = 8
+    flip: bool = False
+    crop: int = 0
+    threads: int = 2
+
+    def __post_init__(self):
+        check_count("size", self.size, 1)
+        check_count("threads", self.threads, 0)
+        check_count("crop", self.crop, 0)
+        check_count("bits", self.bits, 1)
+        if self.bits > 8:
+            raise ValueError(f"bits: expected between 1 and 8, got {self.bits}")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam with warm-up, cosine decay to zero and clipping by the global norm.
+    """Warm-up, a schedule, clipping by the global norm, accumulation and averaging around an optimiser.
 
     Attributes:
+      name: "adam", "adamax", "adamw" or "sgd" (with Nesterov momentum 0.9).
       learning_rate: peak, reached after the warm-up.
-      warmup: steps of linear warm-up.
+      warmup: updates of linear warm-up.
+      schedule: behind it: "cosine" to zero, or "constant".
       b2: decay of Adam's second moment.
+      weight_decay: of "adamw".
       clip: bound on the gradient's global norm (bits/dim per unit of parameter).
-      ema_decay: decay of the moving average of the parameters that evaluation uses.
+      accumulate: batches whose mean gradient makes an update.
+      ema_decay: decay, an update, of the moving average of the parameters that evaluation uses.
     """
 
+    name: str = "adam"
     learning_rate: float = 1e-2
     warmup: int = 100
+    schedule: str = "cosine"
     b2: float = 0.99
+    weight_decay: float = 0.0
     clip: float = 1.0
+    accumulate: int = 1
     ema_decay: float = 0.995
 
     def __post_init__(self):
+        check_choice("name", self.name, OPTIMIZERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_count("accumulate", self.accumulate, 1)
+        if (self.weight_decay and self.name != "adamw") or not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay: expected 0, or a positive number with adamw, got {self.weight_decay}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         check_count("warmup", self.warmup, 0)
@@ -51,10 +91,28 @@ class OptimizerConfig:
         check_open_interval("ema_decay", self.ema_decay, 0, 1)
 
     def build(self, steps: int) -> optax.GradientTransformation:
-        """The optimiser of a run of so many steps; the warm-up takes at most half of them."""
-        warmup = min(self.warmup, steps // 2)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
-        return optax.chain(optax.clip_by_global_norm(self.clip), optax.adam(schedule, b2=self.b2))
+        """The optimiser of a run of so many steps, a batch each; the warm-up takes at most half of the updates."""
+        updates = max(1, steps // self.accumulate)
+        warmup = min(self.warmup, updates // 2)
+        if self.schedule == "cosine":
+            schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, updates)
+        else:
+            schedule = optax.warmup_constant_schedule(0.0, self.learning_rate, warmup)
+        optimizer = {
+            "adam": partial(optax.adam, b2=self.b2),
+            "adamax": partial(optax.adamax, b2=self.b2),
+            "adamw": partial(optax.adamw, b2=self.b2, weight_decay=self.weight_decay),
+            "sgd": partial(optax.sgd, momentum=0.9, nesterov=True),
+        }[self.name](schedule)
+        update = optax.chain(optax.clip_by_global_norm(self.clip), optimizer)
+        if self.accumulate == 1:
+            return update
+        return optax.MultiSteps(update, self.accumulate, accumulator_dtype=None).gradient_transformation()
+
+    @property
+    def ema_decay_a_batch(self) -> float:
+        """`ema_decay` for an average over batches, of which every `accumulate` have the same parameters."""
+        return self.ema_decay ** (1 / self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -87,7 +145,7 @@ class DensityConfig:
       data: which images.
       model: the flow.
       workdir: where everything is written.
-      steps: optimiser steps in all.
+      steps: batches in all.
       batch_size: images a step.
       seed: of parameters, data order and noise.
       estimator: of the log-det in the loss.

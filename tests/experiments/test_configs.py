@@ -1,13 +1,19 @@
-"""The sizes that the configurations of experiments promise."""
+"""What the configurations of experiments promise: sizes, published settings, optimisers."""
 
+import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import resflow_jax as rf
+from experiments import density
 from experiments.configs import cifar10_densenet, digits, digits_densenet
+from experiments.configs.base import OPTIMIZERS, SCHEDULES, OptimizerConfig
 
 # config: number of parameters
 SIZES = {
@@ -24,3 +30,71 @@ def test_number_of_parameters(name):
     config, expected = SIZES[name]
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(flow, nnx.Param))) == expected
+
+
+@pytest.mark.parametrize("name", density.CONFIGS)
+def test_every_config_has_a_tiny_mode(name):
+    """Two updates on embedded images of the same shape and bits; the flow has as many scales, of eight channels."""
+    config, small = density.CONFIGS[name], density.tiny(density.CONFIGS[name])
+    assert len(small.model.blocks) == len(config.model.blocks) and small.model.shape == config.model.shape
+    assert small.model.hidden_channels == 8 and small.steps == 2 * config.optimizer.accumulate
+    assert small.data.name in ("digits", "photographs") and small.data.bits == config.data.bits
+    assert small.workdir != config.workdir
+    flow = nnx.eval_shape(lambda: rf.ResidualFlow(small.model, rngs=nnx.Rngs(0)))
+    assert flow.event_shape == config.model.shape
+
+
+def test_config_names_and_work_directories_are_their_own():
+    """No two runs write to the same place; the help has a line for each."""
+    assert len({config.workdir for config in density.CONFIGS.values()}) == len(density.CONFIGS) == 18
+
+
+def test_published_settings():
+    """What the authors' commands say: terms, batches, optimiser, logit."""
+    for name in ("mnist", "cifar10", "svhn", "imagenet32", "imagenet64", "celebahq64"):
+        config = density.CONFIGS[name]
+        assert config.estimator == rf.Roulette(rf.Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian")
+        assert (config.batch_size, config.optimizer.learning_rate, config.optimizer.accumulate) == (64, 1e-3, 1)
+        assert config.model.logit_alpha == (1e-6 if name == "mnist" else 0.05)
+    config = density.CONFIGS["celebahq256"]
+    assert (config.batch_size, config.optimizer.accumulate, config.estimator.exact_terms) == (8, 5, 8)
+    assert config.model.blocks == (16,) * 6 and config.model.activation == "elu" and config.data.bits == 5
+    for data in ("digits", "mnist", "cifar10"):
+        assert density.CONFIGS[f"{data}_truncated_elu"].estimator == rf.Truncated(terms=5)
+        assert density.CONFIGS[f"{data}_elu"].estimator == density.CONFIGS[data].estimator
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_optimizers_descend(name, schedule):
+    """Every optimiser with every schedule lowers a square; behind the warm-up the rate is that of the schedule."""
+    settings = OptimizerConfig(name, 0.05, warmup=4, schedule=schedule, weight_decay=1e-3 if name == "adamw" else 0.0)
+    optimizer = settings.build(60)
+    x = jnp.asarray([1.0, -2.0])
+    state = optimizer.init(x)
+    for _ in range(60):
+        updates, state = optimizer.update(2 * x, state, x)
+        x = optax.apply_updates(x, updates)
+    assert jnp.max(jnp.abs(x)) < 1
+    if schedule == "cosine":
+        assert jnp.max(jnp.abs(optimizer.update(2 * x, state, x)[0])) < 1e-6
+
+
+def test_accumulated_batches_are_one_batch():
+    """Three batches make one update by their mean gradient; so often averaged, parameters have the weight of one."""
+    whole = OptimizerConfig("adam", 0.1, warmup=1, schedule="constant", ema_decay=0.9)
+    parts = dataclasses.replace(whole, accumulate=3)
+    gradients = np.random.default_rng(0).normal(size=(4, 3, 2))
+
+    def run(settings, gradients):
+        optimizer = settings.build(len(gradients))
+        x = jnp.asarray([1.0, -2.0])
+        state = optimizer.init(x)
+        for gradient in gradients:
+            updates, state = optimizer.update(jnp.asarray(gradient), state, x)
+            x = optax.apply_updates(x, updates)
+        return x
+
+    expected = run(whole, gradients.mean(axis=1))
+    np.testing.assert_allclose(run(parts, gradients.reshape(12, 2)), expected, rtol=1e-12)
+    assert parts.ema_decay_a_batch**3 == pytest.approx(0.9) and whole.ema_decay_a_batch == 0.9

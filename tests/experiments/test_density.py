@@ -1,14 +1,17 @@
 """The density experiment end to end, tiny: its files, its promises, resuming, and bad input."""
 
+import base64
 import dataclasses
+import itertools
 import json
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import density
-from experiments.configs.base import EvaluationConfig, OptimizerConfig
+from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
 from experiments.run import MetricsFile
 from resflow_jax import ImageFlowConfig, Roulette, certify
 
@@ -49,6 +52,11 @@ def test_files_and_metrics(finished):
     for name in ("samples.png", "reconstructions.png", "curves.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG"), name
     assert json.loads((workdir / "config.json").read_text())["model"]["blocks"] == [1]
+    page = (workdir / "report.html").read_text()
+    assert f"test bits/dim {result.mean:.4f} +- {result.stderr:.4f}</h1>" in page
+    for name in ("samples.png", "reconstructions.png", "curves.png"):
+        assert base64.b64encode((workdir / name).read_bytes()).decode() in page
+    assert 'src="http' not in page and "&quot;hidden_channels&quot;: 4" in page
     certificate = json.loads((workdir / "certificate.json").read_text())
     (block,) = certificate["blocks"]
     assert certificate["is_certified"] is True and block["bound"] <= block["promised"] < 1
@@ -105,15 +113,14 @@ def test_a_cut_run_resumes_exactly(finished, fitted, tmp_path, monkeypatch, caps
     """A run cut behind its first checkpoint and started again ends as the uncut one, bit for bit."""
     workdir, result = fitted if fit_lengths else finished
     config = dataclasses.replace(TINY, workdir=tmp_path, fit_lengths=fit_lengths)
-    batch = density.epoch_batch
+    starting_at = density.Batches.starting_at
 
-    def cut(seed, step, *args):
-        if step == 5:
-            raise KeyboardInterrupt
-        return batch(seed, step, *args)
+    def cut(self, step, **options):
+        yield from itertools.islice(starting_at(self, step, **options), 5)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(density, "epoch_batch", cut)
+        patch.setattr(density.Batches, "starting_at", cut)
         with pytest.raises(KeyboardInterrupt):
             density.run(config)
     assert density.run(config) == result
@@ -169,6 +176,10 @@ def test_command_line_overrides(monkeypatch):
         ({"clip": float("nan")}, "clip: expected a positive number, got nan"),
         ({"warmup": -1}, "warmup: expected an integer of at least 0, got -1"),
         ({"b2": 1.0}, r"b2: expected a number in \(0, 1\), got 1.0"),
+        ({"name": "lion"}, "name: expected one of adam, adamax, adamw, sgd; got 'lion'"),
+        ({"schedule": "step"}, "schedule: expected one of cosine, constant; got 'step'"),
+        ({"weight_decay": 0.1}, "weight_decay: expected 0, or a positive number with adamw, got 0.1"),
+        ({"accumulate": 0}, "accumulate: expected an integer of at least 1, got 0"),
     ],
 )
 def test_bad_optimizer_settings_are_named(arguments, message):
@@ -183,7 +194,8 @@ def test_bad_optimizer_settings_are_named(arguments, message):
         (["--steps", "0"], "steps: expected an integer of at least 1, got 0"),
         (["--model.blocks", "0"], "blocks: expected an integer of at least 1, got 0"),
         (["--steps", "x"], "steps"),
-        (["mnist2"], "NAME: expected one of digits, digits_densenet, fashion_mnist, cifar10_densenet; got 'mnist2'"),
+        (["mnist2"], "NAME: expected one of digits, digits_densenet, photographs, mnist, fashion_mnist, cifar10,"),
+        (["mnist2"], "; got 'mnist2'"),
     ],
 )
 def test_bad_command_lines(arguments, message, capsys):
@@ -233,3 +245,21 @@ def test_metrics_survive_a_half_written_line(tmp_path):
     metrics = MetricsFile(path, keep_until=5)
     metrics.write(step=3, split="train")
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+def test_own_images(tmp_path):
+    """A folder of image files, cut to five bits, mirrored and shifted: trained, evaluated, drawn, evaluated again."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for n in range(60):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / "images" / f"{n}.png")
+    data = DataConfig("own", path=tmp_path / "images", bits=5, flip=True, crop=1)
+    model = dataclasses.replace(TINY.model, shape=(8, 8, 3))
+    optimizer = OptimizerConfig("adamax", warmup=1, accumulate=2)
+    config = dataclasses.replace(
+        TINY, data=data, model=model, optimizer=optimizer, batch_size=4, workdir=tmp_path / "run"
+    )
+    result = density.run(config)
+    assert 4 < result.mean < 7  # of random pixels of 32 levels, five bits at best
+    assert density.load(config.data).levels == 32
+    assert density.run(config) == result

@@ -1,0 +1,29 @@
+"""CelebA-HQ at 256x256 with 5 bits, with the sizes of Chen et al. (2019, arXiv 1906.02735): six scales, ELU.
+
+python -m experiments.density celebahq256 --data.dir DIR
+
+Eight exact terms, batches of 8, of which five make an update. Published: 0.992 bits/dim. This run has not been made
+with this library.
+"""
+
+from dataclasses import replace
+
+from experiments.configs.base import DataConfig
+from experiments.configs.published import ESTIMATOR, OPTIMIZER, published
+from resflow_jax import ImageFlowConfig
+
+CONFIG = published(
+    DataConfig("celeb_a_hq/256", bits=5, flip=True),
+    ImageFlowConfig(
+        (256, 256, 3),
+        blocks=(16,) * 6,
+        squeeze_first=True,
+        factor_out=True,
+        fc_blocks=0,
+        activation="elu",
+        logit_alpha=0.05,
+    ),
+    batch_size=8,
+    estimator=replace(ESTIMATOR, exact_terms=8),
+    optimizer=replace(OPTIMIZER, accumulate=5),
+)

@@ -1,0 +1,15 @@
+"""CelebA-HQ at 64x64 with 5 bits, with the settings of the authors' `train_img.py` for its data and of ImageNet 64.
+
+python -m experiments.density celebahq64 --data.dir DIR
+
+No bits/dim are published for it. This run has not been made with this library.
+"""
+
+from experiments.configs.base import DataConfig
+from experiments.configs.published import published
+from resflow_jax import ImageFlowConfig
+
+CONFIG = published(
+    DataConfig("celeb_a_hq/64", bits=5, flip=True),
+    ImageFlowConfig((64, 64, 3), squeeze_first=True, factor_out=True, logit_alpha=0.05),
+)

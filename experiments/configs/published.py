@@ -1,0 +1,28 @@
+"""What the published runs of Chen et al. (2019, arXiv 1906.02735) have in common, as in the authors' `train_img.py`.
+
+Poisson(2) lengths behind two exact terms and Gaussian probes; Adam at 1e-3 behind 1000 steps of warm-up, b2 0.99,
+gradients clipped at norm 1, no weight decay, moving average 0.999; batches of 64. How many steps they took is
+not published; the numbers here are a choice. These are runs of days on accelerators.
+"""
+
+from pathlib import Path
+
+from experiments.configs.base import DataConfig, DensityConfig, EvaluationConfig, OptimizerConfig
+from resflow_jax import ImageFlowConfig, Poisson, Roulette
+
+ESTIMATOR = Roulette(Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian")
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup=1000, schedule="constant", ema_decay=0.999)
+
+
+def published(data: DataConfig, model: ImageFlowConfig, **settings) -> DensityConfig:
+    """A run with the common settings, but for those that are given."""
+    common = {
+        "workdir": Path("runs") / data.name.replace("/", "_"),
+        "steps": 300_000,
+        "batch_size": 64,
+        "estimator": ESTIMATOR,
+        "optimizer": OPTIMIZER,
+        "evaluation": EvaluationConfig(every=5000, draws=1),
+        "log_every": 100,
+    }
+    return DensityConfig(data=data, model=model, **(common | settings))

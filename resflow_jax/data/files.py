@@ -1,0 +1,158 @@
+"""A user's own images: a folder of image files, an array in a .npy or .npz file, or IDX files as those of MNIST."""
+
+import gzip
+import math
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from resflow_jax.data.images import Images, ImageSplits, StoredImages, reduce_bits
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+SPLITS = ("train", "validation", "test")
+_IDX_IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+_IN_MEMORY = 2**30  # bytes of pixels up to which files are decoded once, and not in every epoch
+
+
+def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
+    """The images under a path, all of one shape, 8 bits a pixel of which the highest `bits` are kept.
+
+    The path is one of
+
+      - a folder of image files, in any depth; or with the subfolders train, test and, if there is one, validation;
+      - a .npy file of uint8 images [N, H, W, C] or [N, H, W]; a .npz file of one such array, or of several named
+        train, test and, if there is one, validation;
+      - an IDX file of images, or a folder with the files of MNIST (train-images-idx3-ubyte, t10k-images-idx3-ubyte),
+        compressed by gzip or not.
+
+    Where there is no test split, a tenth of the images, drawn by a fixed seed, is it; where there is no
+    validation split, a twentieth of what is left. Folders of more than 1 GB of pixels are read as needed.
+
+    Raises:
+      FileNotFoundError: if there is nothing there, or no image inside.
+      ValueError: if a file cannot be read, and if images differ in shape; the message names the file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"path: expected a folder or a file of images, found nothing at {path}")
+    parts = _read_folder(path) if path.is_dir() else _read_file(path)
+    return split(parts, bits=bits)
+
+
+def split(parts: dict[str, Images], *, bits: int = 8) -> ImageSplits:
+    """Splits from those that there are: "train", and "validation" and "test" or not."""
+    rng = np.random.default_rng(0)
+    parts = dict(parts)
+    for name, share in (("test", 10), ("validation", 20)):
+        if name not in parts:
+            number = len(parts["train"])
+            taken = max(1, number // share)
+            if number - taken < 1:
+                raise ValueError(f"path: expected more than {number} images to take some from for {name}")
+            order = rng.permutation(number)
+            parts[name] = _rows(parts["train"], np.sort(order[:taken]))
+            parts["train"] = _rows(parts["train"], np.sort(order[taken:]))
+    return ImageSplits(**{name: _of_bits(parts[name], bits) for name in SPLITS}, levels=2**bits)
+
+
+def _rows(images: Images, rows: np.ndarray) -> Images:
+    if isinstance(images, StoredImages):
+        return StoredImages(lambda numbers: images[numbers], rows)
+    return images[rows]
+
+
+def _of_bits(images: Images, bits: int) -> Images:
+    if isinstance(images, StoredImages):
+        return StoredImages(lambda numbers: reduce_bits(images[numbers], bits), np.arange(len(images)))
+    return reduce_bits(images, bits)
+
+
+def _read_folder(path: Path) -> dict[str, Images]:
+    idx = {name: path / file for name, file in _IDX_IMAGES.items()}
+    idx = {name: file if file.exists() else file.with_name(file.name + ".gz") for name, file in idx.items()}
+    if idx["train"].exists():
+        return {name: _read_idx(file) for name, file in idx.items() if file.exists()}
+    if (path / "train").is_dir():
+        return {name: stored_files(path / name) for name in SPLITS if (path / name).is_dir()}
+    return {"train": stored_files(path)}
+
+
+def stored_files(folder: Path) -> Images:
+    """The image files of a folder, in any depth, in the order of their names; read now if they are small."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"path: expected image files ({', '.join(SUFFIXES)}) in {folder}, found none")
+    images = StoredImages(lambda numbers: _decode([files[n] for n in numbers]), np.arange(len(files)))
+    return images[:] if math.prod(images.shape) <= _IN_MEMORY else images
+
+
+def _decode(files: Sequence[Path]) -> np.ndarray:
+    """uint8 [n, H, W, C]; grey files have one channel, all others three."""
+    from PIL import Image
+
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                grey = image.mode in ("1", "L")
+                pixels = np.asarray(image.convert("L" if grey else "RGB"))
+        except OSError as error:
+            raise ValueError(f"path: expected an image file, could not read {file}: {error}") from error
+        images.append(pixels[..., None] if grey else pixels)
+        if images[-1].shape != images[0].shape:
+            raise ValueError(
+                f"path: expected images of one shape, got {images[0].shape} in {files[0]} and {images[-1].shape} in "
+                f"{file}"
+            )
+    return np.stack(images)
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"path: expected a .npz file of arrays, could not read {path}: {error}") from error
+        if len(arrays) == 1:
+            arrays = {"train": next(iter(arrays.values()))}
+        elif "train" not in arrays or not set(arrays) <= set(SPLITS):
+            raise ValueError(
+                f"path: expected one array, or arrays named train, test and validation, got {', '.join(arrays)} in "
+                f"{path}"
+            )
+        return {name: _as_images(array, path) for name, array in arrays.items()}
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"path: expected a .npy file, could not read {path}: {error}") from error
+        return {"train": _as_images(array, path)}
+    return {"train": _read_idx(path)}
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """uint8 images [N, H, W, 1] of an IDX file: 0, 0, type 8, number of axes, then the axes, big-endian."""
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"path: could not decompress {path}: {error}") from error
+    if data[:4] not in (b"\0\0\x08\x03", b"\0\0\x08\x04"):
+        raise ValueError(f"path: expected a folder, .npy, .npz, or an IDX file of uint8 images, got {path}")
+    axes = np.frombuffer(data, ">u4", data[3], 4)
+    pixels = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    if pixels.size != math.prod(axes.tolist()):
+        raise ValueError(f"path: expected {math.prod(axes.tolist())} pixels in {path}, got {pixels.size}")
+    return _as_images(pixels.reshape(axes), path)
+
+
+def _as_images(array: np.ndarray, path: Path) -> np.ndarray:
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.size == 0:
+        raise ValueError(
+            f"path: expected uint8 images [N, H, W, C] or [N, H, W], got {array.dtype} {array.shape} in {path}"
+        )
+    return array[..., None] if array.ndim == 3 else array

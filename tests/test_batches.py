@@ -1,0 +1,79 @@
+"""Training batches: every image once an epoch, functions of seed and step alone, shares of processes, augmentation."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from resflow_jax.data.batches import Augmentation, Batches
+from resflow_jax.data.images import StoredImages
+
+# image n has all pixels n
+IMAGES = np.broadcast_to(np.arange(10, dtype=np.uint8)[:, None, None, None], (10, 2, 3, 1))
+
+
+def numbers(batch):
+    return batch[:, 0, 0, 0].tolist()
+
+
+def test_every_epoch_visits_every_image_once():
+    """In an order that differs between epochs and seeds and is the same again; a batch may span two epochs."""
+    batches = Batches(IMAGES, seed=3, batch_size=4)
+    drawn = list(itertools.chain(*(numbers(batches[step]) for step in range(5))))
+    first, second = drawn[:10], drawn[10:]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert numbers(Batches(IMAGES, seed=3, batch_size=4)[2]) == drawn[8:12]
+    assert numbers(Batches(IMAGES, seed=4, batch_size=10)[0]) != first
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_run_that_is_cut_goes_on_with_the_same_batches(threads):
+    """From step n on, read ahead by threads, they are those of an uncut run, also what is random in them."""
+    noisy = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
+    batches = Batches(noisy, seed=0, batch_size=4, augmentation=Augmentation(flip=True, crop=2))
+    whole = list(itertools.islice(batches.starting_at(0, threads=threads), 9))
+    rest = list(itertools.islice(batches.starting_at(4, threads=threads), 5))
+    np.testing.assert_array_equal(whole[4:], rest)
+    np.testing.assert_array_equal(whole[7], batches[7])
+
+
+def test_processes_share_a_batch():
+    """Their shares put together have the images of the whole batch, each once."""
+    whole = Batches(IMAGES, seed=1, batch_size=4)
+    shares = [Batches(IMAGES, seed=1, batch_size=4, process=n, processes=2) for n in range(2)]
+    for step in range(4):
+        assert sorted(numbers(whole[step])) == sorted(numbers(shares[0][step]) + numbers(shares[1][step]))
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of 3 processes, got 4"):
+        Batches(IMAGES, seed=1, batch_size=4, process=0, processes=3)
+
+
+def test_stored_images_are_read_one_by_one():
+    """Only those of a batch are read."""
+    read = []
+    stored = StoredImages(lambda rows: read.append(rows.tolist()) or IMAGES[rows], np.arange(10))
+    read.clear()
+    batch = Batches(stored, seed=3, batch_size=4)[0]
+    assert numbers(batch) == numbers(Batches(IMAGES, seed=3, batch_size=4)[0])
+    assert sorted(itertools.chain(*read)) == sorted(numbers(batch))
+
+
+@pytest.mark.parametrize("batch_size", [0, 11])
+def test_bad_batch_sizes(batch_size):
+    """More images a batch than there are, or none, is an error."""
+    with pytest.raises(ValueError, match="batch_size: expected between 1 and 10, the number of training images"):
+        Batches(IMAGES, seed=0, batch_size=batch_size)
+
+
+def test_augmentation():
+    """Half of the images are mirrored; a shift moves the pixels by up to `crop`, continued by reflection."""
+    image = np.arange(5 * 6 * 1, dtype=np.uint8).reshape(5, 6, 1)
+    rng = np.random.default_rng(0)
+    flipped = [np.array_equal(Augmentation(flip=True)(image, rng), image[:, ::-1]) for _ in range(400)]
+    assert abs(np.mean(flipped) - 0.5) < 4 * 0.5 / 400**0.5
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    shifts = [padded[i : i + 5, j : j + 6].tobytes() for i in range(5) for j in range(5)]
+    found = {Augmentation(crop=2)(image, rng).tobytes() for _ in range(400)}
+    assert found == set(shifts) and image.tobytes() in found
+    np.testing.assert_array_equal(Augmentation()(image, rng), image)
+    with pytest.raises(ValueError, match="crop: expected an integer of at least 0, got -1"):
+        Augmentation(crop=-1)

@@ -1,0 +1,124 @@
+"""A user's own images: every kind of file and folder gives the same images; what is not one is named."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resflow_jax.data import files
+from resflow_jax.data.images import StoredImages
+
+RNG = np.random.default_rng(0)
+COLOUR = RNG.integers(0, 256, (40, 6, 4, 3), np.uint8)
+GREY = COLOUR[..., :1]
+
+
+def write_folder(folder, images):
+    for n, image in enumerate(images):
+        (folder / f"{n % 3}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{n % 3}" / f"{n:03}.png")
+
+
+def idx(images):
+    return struct.pack(">HBBIII", 0, 8, 3, *images.shape[:3]) + images.tobytes()
+
+
+def as_set(*arrays):
+    return sorted(image.tobytes() for array in arrays for image in array)
+
+
+def write(kind, path, images):
+    if kind == "folder":
+        write_folder(path, images)
+    elif kind == "npy":
+        path = path.with_suffix(".npy")
+        np.save(path, images)
+    elif kind == "npz":
+        path = path.with_suffix(".npz")
+        np.savez(path, whatever=images)
+    elif kind == "idx":
+        path.write_bytes(idx(images))
+    else:
+        path = path.with_suffix(".gz")
+        path.write_bytes(gzip.compress(idx(images)))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["folder", "npy", "npz", "idx", "idx.gz"])
+def test_images_without_splits(tmp_path, kind):
+    """A tenth is the test split, a twentieth of the rest validates; every image is in one split; always the same."""
+    images = GREY if kind.startswith("idx") else COLOUR
+    path = write(kind, tmp_path / "images", images)
+    data = files.load_path(path)
+    assert (len(data.train), len(data.validation), len(data.test)) == (35, 1, 4) and data.levels == 256
+    assert as_set(data.train, data.validation, data.test) == as_set(images)
+    again = files.load_path(str(path), bits=3)
+    np.testing.assert_array_equal(again.test, data.test >> 5)
+    assert again.levels == 8
+
+
+def test_folders_with_splits(tmp_path):
+    """train, validation and test of a folder, of a .npz file, and of the files of MNIST, are taken as they are."""
+    parts = {"train": GREY[:20], "validation": GREY[20:25], "test": GREY[25:]}
+    for name, images in parts.items():
+        write_folder(tmp_path / "folder" / name, images)
+    np.savez(tmp_path / "file.npz", **{name: images[..., 0] for name, images in parts.items()})
+    for path in (tmp_path / "folder", tmp_path / "file.npz"):
+        data = files.load_path(path)
+        for name, images in parts.items():
+            assert as_set(getattr(data, name)) == as_set(images)
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(GREY[:30])))
+    (tmp_path / "mnist" / "t10k-images-idx3-ubyte").write_bytes(idx(GREY[30:]))
+    data = files.load_path(tmp_path / "mnist")
+    np.testing.assert_array_equal(data.test, GREY[30:])
+    assert as_set(data.train, data.validation) == as_set(GREY[:30]) and len(data.validation) == 1
+
+
+def test_large_folders_are_read_as_needed(tmp_path, monkeypatch):
+    """The same splits, without holding the images."""
+    write_folder(tmp_path, COLOUR)
+    held = files.load_path(tmp_path, bits=5)
+    monkeypatch.setattr(files, "_IN_MEMORY", 0)
+    stored = files.load_path(tmp_path, bits=5)
+    for name in files.SPLITS:
+        assert isinstance(getattr(stored, name), StoredImages)
+        np.testing.assert_array_equal(getattr(stored, name)[:], getattr(held, name))
+
+
+def broken_png(path):
+    write_folder(path, COLOUR[:2])
+    (path / "0" / "000.png").write_bytes(b"\x89PNG but no more")
+
+
+def mixed(path):
+    write_folder(path, COLOUR[:2])
+    Image.fromarray(COLOUR[0][:3]).save(path / "other.png")
+
+
+BAD = {
+    "nothing": (lambda path: None, FileNotFoundError, "path: expected a folder or a file of images, found nothing at"),
+    "empty": (lambda path: path.mkdir(), FileNotFoundError, r"path: expected image files \(.png, .*found none"),
+    "broken.folder": (broken_png, ValueError, "path: expected an image file, could not read .*000.png"),
+    "mixed": (mixed, ValueError, r"one shape, got \(6, 4, 3\) in .*000.png and \(3, 4, 3\) in .*other.png"),
+    "text.npy": (lambda path: path.write_text("hello"), ValueError, "path: expected a .npy file, could not read"),
+    "text.npz": (lambda path: path.write_text("hello"), ValueError, "path: expected a .npz file of arrays, could not"),
+    "float.npy": (lambda path: np.save(path, np.zeros((3, 2, 2))), ValueError, r"expected uint8 images .*float64 \(3"),
+    "none.npy": (lambda path: np.save(path, COLOUR[:0]), ValueError, r"expected uint8 images .*uint8 \(0, 6"),
+    "one.npy": (lambda path: np.save(path, COLOUR[:1]), ValueError, "expected more than 1 images"),
+    "names.npz": (lambda path: np.savez(path, a=COLOUR, b=COLOUR), ValueError, "named train, test and validation, got"),
+    "idx": (lambda path: path.write_bytes(idx(GREY)[:-5]), ValueError, "path: expected 960 pixels in .*, got 955"),
+    "labels": (lambda path: path.write_bytes(b"\0\0\x08\x01\0\0\0\1\5"), ValueError, "or an IDX file of uint8 images"),
+    "cut.gz": (lambda path: path.write_bytes(gzip.compress(idx(GREY))[:50]), ValueError, "path: could not decompress"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_not_a_set_of_images_is_named(tmp_path, name):
+    """The error says what was expected, and which file came."""
+    write_bad, error, message = BAD[name]
+    write_bad(tmp_path / name)
+    with pytest.raises(error, match=message):
+        files.load_path(tmp_path / name)
