@@ -95,16 +95,16 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     use_xla_flags()
     use_all_cores()
+    change = tiny if "--tiny" in arguments else lambda config: config
+    arguments = [argument for argument in arguments if argument != "--tiny"]
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["digits", *arguments]
     if not arguments[0].startswith("-") and arguments[0] not in CONFIGS:
         sys.exit(f"NAME: expected one of {', '.join(CONFIGS)}; got {arguments[0]!r}")
-    change = tiny if "--tiny" in arguments else lambda config: config
     named = {
         name: (_SUMMARIES.get(name, ablations.__doc__.splitlines()[0]), change(config))
         for name, config in CONFIGS.items()
     }
-    arguments = [argument for argument in arguments if argument != "--tiny"]
     run(
         tyro.extras.overridable_config_cli(
             named, args=arguments, prog="python -m experiments.density", description=__doc__
@@ -176,7 +176,9 @@ def load(config: DataConfig) -> ImageSplits:
 def set_up(config: DensityConfig, data: ImageSplits) -> tuple[Trainer, TrainState]:
     """The flow, initialised on a training batch, with its optimiser."""
     flow = ResidualFlow(config.model, rngs=nnx.Rngs(config.seed))
-    batch = Batches(data.train, seed=config.seed, batch_size=min(512, len(data.train)))[0]
+    height, width, _ = data.shape
+    number = min(len(data.train), 512, max(config.batch_size, 2**22 // (height * width)))
+    batch = Batches(data.train, seed=config.seed, batch_size=number)[0]
     flow.initialize(dequantize(jnp.asarray(batch), jax.random.key(config.seed), data.levels))
     loss = dequantized_bits_per_dim(data.levels)
     optimizer = config.optimizer.build(config.steps)
@@ -293,7 +295,9 @@ def report(
         {"test images x": images, "reconstructions $f^{-1}(f(x))$": reconstructions},
         columns=8,
     )
-    pictures.save_curves(config.workdir / "curves.png", metrics.lines, f"{config.data.name}: bits/dim")
+    pictures.save_curves(
+        config.workdir / "curves.png", metrics.lines, f"{config.data.path or config.data.name}: bits/dim"
+    )
 
     rows = {
         "test bits/dim": f"{result.mean:.4f} +- {result.stderr:.4f} ({len(test)} images, weights of step {step})",

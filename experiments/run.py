@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,27 @@ _XLA_FLAGS = {
 
 
 def use_xla_flags() -> None:
-    """Sets flags of XLA's CPU compiler, where the user has not; to be called before JAX does anything.
+    """Sets flags of XLA's CPU compiler, where the user has not, unless there is an accelerator.
+
+    To be called before JAX does anything.
 
     LLVM's first level of optimisation, loops that are not unrolled, and fusions with several outputs halve the time
     that a step takes to compile, and those fusions make it a little faster. Where each core is a device, its
     operations are not to be divided further.
     """
+    if not _is_for_cpu():
+        return
     flags = os.environ.get("XLA_FLAGS", "")
     for name, value in _XLA_FLAGS.items():
         if name not in flags:
             flags += f" --{name}={value}"
     os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def _is_for_cpu() -> bool:
+    """Whether JAX will run on the CPU: there is nothing else, or the user says so. It must not start for that."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    return asked == "cpu" if asked else not any(map(find_spec, ("jax_plugins", "libtpu")))
 
 
 def devices_for(batch_size: int) -> int:

@@ -98,12 +98,52 @@ def mixed(path):
     Image.fromarray(COLOUR[0][:3]).save(path / "other.png")
 
 
+def deep(path):
+    path.mkdir()
+    Image.fromarray(GREY[0, ..., 0].astype(np.uint16) * 256).save(path / "deep.png")
+
+
+def folders(*names):
+    def write(path):
+        for name in names:
+            write_folder(path / name, COLOUR[:3])
+
+    return write
+
+
+def damaged_npz(path):
+    np.savez_compressed(path, COLOUR)
+    data = bytearray(path.read_bytes())
+    data[200:260] = bytes(60)
+    path.write_bytes(data)
+
+
 BAD = {
+    "val": (
+        folders("train", "val", "test"),
+        ValueError,
+        "expected the folders train, test and .* got test, train, val in",
+    ),
+    "training": (folders("training", "testing"), ValueError, "expected the folders train, .* got testing, training in"),
+    "class": (folders("train", "cat"), ValueError, "expected the folders train, .* got cat, train in"),
+    "damaged.npz": (damaged_npz, ValueError, "path: expected a .npz file of arrays, could not read"),
+    "empty.npz": (lambda path: path.touch(), ValueError, "path: expected a .npz file of arrays, could not read"),
+    "short": (lambda path: path.write_bytes(b"\0\0\x08\x03\0\0"), ValueError, "or an IDX file of uint8 images"),
+    "garbled.gz": (
+        lambda path: path.write_bytes(gzip.compress(idx(GREY))[:50] + bytes(50)),
+        ValueError,
+        "path: could not decompress",
+    ),
     "nothing": (lambda path: None, FileNotFoundError, "path: expected a folder or a file of images, found nothing at"),
     "empty": (lambda path: path.mkdir(), FileNotFoundError, r"path: expected image files \(.png, .*found none"),
     "broken.folder": (broken_png, ValueError, "path: expected an image file, could not read .*000.png"),
     "mixed": (mixed, ValueError, r"one shape, got \(6, 4, 3\) in .*000.png and \(3, 4, 3\) in .*other.png"),
-    "text.npy": (lambda path: path.write_text("hello"), ValueError, "path: expected a .npy file, could not read"),
+    "deep": (deep, ValueError, r"path: expected images of 8 bits a pixel, got mode I.* in .*deep.png"),
+    "text.npy": (
+        lambda path: path.write_text("hello"),
+        ValueError,
+        "path: expected a .npy file of arrays, could not read",
+    ),
     "text.npz": (lambda path: path.write_text("hello"), ValueError, "path: expected a .npz file of arrays, could not"),
     "float.npy": (lambda path: np.save(path, np.zeros((3, 2, 2))), ValueError, r"expected uint8 images .*float64 \(3"),
     "none.npy": (lambda path: np.save(path, COLOUR[:0]), ValueError, r"expected uint8 images .*uint8 \(0, 6"),

@@ -97,7 +97,8 @@ class OptimizerConfig:
         if self.schedule == "cosine":
             schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, updates)
         else:
-            schedule = optax.warmup_constant_schedule(0.0, self.learning_rate, warmup)
+            first = 0.0 if warmup else self.learning_rate
+            schedule = optax.warmup_constant_schedule(first, self.learning_rate, warmup)
         optimizer = {
             "adam": partial(optax.adam, b2=self.b2),
             "adamax": partial(optax.adamax, b2=self.b2),

@@ -3,7 +3,7 @@
 import gzip
 import math
 import zipfile
-from collections.abc import Sequence
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from resflow_jax.data.images import Images, ImageSplits, StoredImages, reduce_bi
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 SPLITS = ("train", "validation", "test")
 _IDX_IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+_SPLIT_LIKE = {*SPLITS, "val", "valid", "dev", "training", "testing"}
+_GREY = ("1", "L", "LA")  # modes of files with one channel
 _IN_MEMORY = 2**30  # bytes of pixels up to which files are decoded once, and not in every epoch
 
 
@@ -32,7 +34,8 @@ def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
 
     Raises:
       FileNotFoundError: if there is nothing there, or no image inside.
-      ValueError: if a file cannot be read, and if images differ in shape; the message names the file.
+      ValueError: if a file cannot be read, and if images differ in shape; the message names the file. If folders are
+        named like splits, but not as above.
     """
     path = Path(path)
     if not path.exists():
@@ -74,9 +77,15 @@ def _read_folder(path: Path) -> dict[str, Images]:
     idx = {name: file if file.exists() else file.with_name(file.name + ".gz") for name, file in idx.items()}
     if idx["train"].exists():
         return {name: _read_idx(file) for name, file in idx.items() if file.exists()}
-    if (path / "train").is_dir():
-        return {name: stored_files(path / name) for name in SPLITS if (path / name).is_dir()}
-    return {"train": stored_files(path)}
+    folders = {folder.name for folder in path.iterdir() if folder.is_dir()}
+    if not folders & _SPLIT_LIKE:
+        return {"train": stored_files(path)}
+    if "train" not in folders or not folders <= set(SPLITS):
+        raise ValueError(
+            f"path: expected the folders train, test and validation, of which the last two may be missing, got "
+            f"{', '.join(sorted(folders))} in {path}"
+        )
+    return {name: stored_files(path / name) for name in SPLITS if name in folders}
 
 
 def stored_files(folder: Path) -> Images:
@@ -84,53 +93,58 @@ def stored_files(folder: Path) -> Images:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"path: expected image files ({', '.join(SUFFIXES)}) in {folder}, found none")
-    images = StoredImages(lambda numbers: _decode([files[n] for n in numbers]), np.arange(len(files)))
+    first = _shape(files[0])
+    for file in files[1:]:
+        if _shape(file) != first:
+            raise ValueError(
+                f"path: expected images of one shape, got {first} in {files[0]} and {_shape(file)} in {file}"
+            )
+    images = StoredImages(lambda numbers: np.stack([_decode(files[n]) for n in numbers]), np.arange(len(files)))
     return images[:] if math.prod(images.shape) <= _IN_MEMORY else images
 
 
-def _decode(files: Sequence[Path]) -> np.ndarray:
-    """uint8 [n, H, W, C]; grey files have one channel, all others three."""
+def _shape(file: Path) -> tuple[int, int, int]:
+    """(H, W, C) of an image file, which is not decoded; grey ones have one channel, all others three."""
     from PIL import Image
 
-    images = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                grey = image.mode in ("1", "L")
-                pixels = np.asarray(image.convert("L" if grey else "RGB"))
-        except OSError as error:
-            raise ValueError(f"path: expected an image file, could not read {file}: {error}") from error
-        images.append(pixels[..., None] if grey else pixels)
-        if images[-1].shape != images[0].shape:
-            raise ValueError(
-                f"path: expected images of one shape, got {images[0].shape} in {files[0]} and {images[-1].shape} in "
-                f"{file}"
-            )
-    return np.stack(images)
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"path: expected images of 8 bits a pixel, got mode {image.mode} in {file}")
+            return image.height, image.width, 1 if image.mode in _GREY else 3
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"path: expected an image file, could not read {file}: {error}") from error
+
+
+def _decode(file: Path) -> np.ndarray:
+    """uint8 [H, W, C]. What is transparent is taken as opaque."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"path: expected an image file, could not read {file}: {error}") from error
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"path: expected a .npz file of arrays, could not read {path}: {error}") from error
-        if len(arrays) == 1:
-            arrays = {"train": next(iter(arrays.values()))}
-        elif "train" not in arrays or not set(arrays) <= set(SPLITS):
-            raise ValueError(
-                f"path: expected one array, or arrays named train, test and validation, got {', '.join(arrays)} in "
-                f"{path}"
-            )
-        return {name: _as_images(array, path) for name, array in arrays.items()}
-    if path.suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"path: expected a .npy file, could not read {path}: {error}") from error
-        return {"train": _as_images(array, path)}
-    return {"train": _read_idx(path)}
+    if path.suffix not in (".npy", ".npz"):
+        return {"train": _read_idx(path)}
+    try:
+        content = np.load(path, allow_pickle=False)
+        arrays = content if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"path: expected a {path.suffix} file of arrays, could not read {path}: {error}") from error
+    if isinstance(arrays, np.ndarray):
+        arrays = {"train": arrays}
+    elif len(arrays) == 1:
+        arrays = {"train": next(iter(arrays.values()))}
+    elif "train" not in arrays or not set(arrays) <= set(SPLITS):
+        raise ValueError(
+            f"path: expected one array, or arrays named train, test and validation, got {', '.join(arrays)} in {path}"
+        )
+    return {name: _as_images(array, path) for name, array in arrays.items()}
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -139,9 +153,9 @@ def _read_idx(path: Path) -> np.ndarray:
     if data[:2] == b"\x1f\x8b":
         try:
             data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"path: could not decompress {path}: {error}") from error
-    if data[:4] not in (b"\0\0\x08\x03", b"\0\0\x08\x04"):
+    if data[:4] not in (b"\0\0\x08\x03", b"\0\0\x08\x04") or len(data) < 4 + 4 * data[3]:
         raise ValueError(f"path: expected a folder, .npy, .npz, or an IDX file of uint8 images, got {path}")
     axes = np.frombuffer(data, ">u4", data[3], 4)
     pixels = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])

@@ -1,7 +1,8 @@
-"""One function written twice, for a CPU and for accelerators, of which only the one that is needed is ever traced.
+"""One function written twice, for a CPU and for accelerators, of which only the one that is needed is traced.
 
 `lax.platform_dependent` traces every branch, which doubles the time until a program is compiled. Here a
-branch is traced when it is lowered, for whatever platform that is.
+branch is traced when it is lowered, for whatever platform that is; only where JAX differentiates or batches it,
+both are. `jax.experimental.checkify` does not look inside.
 """
 
 from collections.abc import Callable

@@ -66,9 +66,12 @@ def test_published_settings():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_optimizers_descend(name, schedule):
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_optimizers_descend(name, schedule, warmup):
     """Every optimiser with every schedule lowers a square; behind the warm-up the rate is that of the schedule."""
-    settings = OptimizerConfig(name, 0.05, warmup=4, schedule=schedule, weight_decay=1e-3 if name == "adamw" else 0.0)
+    settings = OptimizerConfig(
+        name, 0.05, warmup=warmup, schedule=schedule, weight_decay=1e-3 if name == "adamw" else 0.0
+    )
     optimizer = settings.build(60)
     x = jnp.asarray([1.0, -2.0])
     state = optimizer.init(x)

@@ -163,7 +163,12 @@ def test_command_line_overrides(monkeypatch):
         ["--steps", "5", "--batch-size", "8", "--seed", "2", "--workdir", "elsewhere", "--model.blocks", "1", "2"]
     )
     density.main(["fashion_mnist", "--data.dir", "there"])
-    digits, fashion = configs
+    density.main(["--tiny", "svhn", "--data.crop", "2"])
+    density.main(["--tiny"])
+    digits, fashion, svhn, tiny = configs
+    assert svhn == dataclasses.replace(density.tiny(density.CONFIGS["svhn"]), data=svhn.data)
+    assert (svhn.data.name, svhn.data.crop) == ("photographs", 2)
+    assert tiny == density.tiny(density.CONFIGS["digits"])
     assert (digits.data.name, digits.steps, digits.batch_size, digits.seed) == ("digits", 5, 8, 2)
     assert str(digits.workdir) == "elsewhere" and digits.model.blocks == (1, 2)
     assert fashion.data.name == "fashion_mnist" and fashion.data.dir == "there"
