@@ -35,6 +35,16 @@ def save_images(path: Path, rows: dict[str, np.ndarray], columns: int) -> None:
     _save(figure, path)
 
 
+def save_strip(path: Path, images: np.ndarray, labels: Sequence[str], title: str) -> None:
+    """Writes images [N, H, W, C] in [0, 1] in one row, each with its label below."""
+    figure, axes = plt.subplots(1, len(images), figsize=(1.1 * len(images), 1.7), squeeze=False, layout="constrained")
+    for axis, image, label in zip(axes[0], images, labels, strict=True):
+        axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+        axis.set(xticks=[], yticks=[], xlabel=label)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
 def save_curves(path: Path, metrics: list[dict], title: str) -> None:
     """Draws training and validation bits/dim against the step, and the final test value."""
     train = np.array([(m["step"], m["bits_per_dim"]) for m in metrics if m["split"] == "train"]).reshape(-1, 2)
@@ -145,6 +155,18 @@ def save_error_curves(path: Path, iterations: Sequence[int], errors: dict[str, l
     for name, values in errors.items():
         axis.plot(iterations, values, "o-", ms=4, label=name)
     axis.set(xlabel="evaluations of g in every block", ylabel="max |x - f$^{-1}$(f(x))|", yscale="log", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
+def save_histograms(path: Path, scores: dict[str, np.ndarray], xlabel: str, title: str) -> None:
+    """Draws the histogram of each named set of scores [N] on common bins, each as a density."""
+    edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), bins=60)
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, values in scores.items():
+        axis.hist(values, bins=edges, density=True, histtype="stepfilled", alpha=0.5, label=name)
+    axis.set(xlabel=xlabel, ylabel="density of images", title=title)
     axis.grid(alpha=0.3)
     axis.legend()
     _save(figure, path)

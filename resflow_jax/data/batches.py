@@ -64,7 +64,7 @@ class Batches:
         if batch_size % processes:
             raise ValueError(f"batch_size: expected a multiple of {processes} processes, got {batch_size}")
         dataset = grain.MapDataset.source(images).seed(seed).shuffle().repeat()
-        if augmentation is not None:
+        if augmentation is not None and (augmentation.flip or augmentation.crop):
             dataset = dataset.random_map(augmentation)
         self._dataset = dataset[process::processes].batch(batch_size // processes, drop_remainder=True)
 

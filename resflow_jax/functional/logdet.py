@@ -317,5 +317,11 @@ def _exact(g, prepare, chunk_size, params, x):
     rows = lax.map(row, basis, batch_size=min(chunk_size, size))
     jacobian = rows.swapaxes(0, 1)
     # det(I + J) > 0: I + tJ is invertible for every t in [0, 1], since |tJ| < 1.
-    log_det = jnp.linalg.slogdet(jnp.eye(size, dtype=x.dtype) + jacobian)[1]
+    matrices = jnp.eye(size, dtype=x.dtype) + jacobian
+    log_det = lax.platform_dependent(matrices, cpu=partial(lax.map, _log_abs_det), default=_log_abs_det)
     return x + g_x, log_det
+
+
+def _log_abs_det(matrices):
+    """On a CPU to be taken of one matrix at a time: batches in two devices at once wait for each other for ever."""
+    return jnp.linalg.slogdet(matrices)[1]

@@ -43,6 +43,25 @@ class Estimate(NamedTuple):
     data_stderr: float
     noise_stderr: float
 
+    @classmethod
+    def from_scores(cls, scores: np.ndarray) -> "Estimate":
+        """The mean of scores [draws, N], as `image_bits_per_dim` gives them, by two-way analysis of variance.
+
+        The noise is judged by the variance over draws of the mean over images, since the roulette's length is
+        shared by a batch and its error does not average out over images; what is left of the variance over images
+        is the data's.
+        """
+        draws, number = scores.shape
+        data = scores.mean(axis=0).var(ddof=1) if number > 1 else math.inf
+        if draws == 1:
+            stderr = math.sqrt(data / number)
+            return cls(float(scores.mean()), stderr, stderr, math.nan)
+        # What draws have in common does not add to the variance over images.
+        rest = scores - scores.mean(axis=0)
+        data = max(0.0, data - rest.var(axis=1, ddof=1).sum() / (draws - 1) / draws) / number
+        noise = scores.mean(axis=1).var(ddof=1) / draws
+        return cls(float(scores.mean()), math.sqrt(data + noise), math.sqrt(data), math.sqrt(noise))
+
 
 def bits_per_dim(log_prob: Array, dim: int, levels: int) -> Array:
     """Bits/dim of log p(x) in nats, elementwise."""
@@ -95,10 +114,8 @@ def evaluate_bits_per_dim(
     """Mean bits/dim of quantised images [N, H, W, C], each counted once, with its standard errors.
 
     Unbiased for the dequantised density, whose bits/dim bound those of the integers from above. Every
-    image is dequantised and its log-det estimated `draws` times. The noise is judged by the variance
-    over draws of the mean over images, since the roulette's length is shared by a batch and its error
-    does not average out over images; what is left of the variance over images is the data's. Cost:
-    `draws` times the estimator's on N images.
+    image is dequantised and its log-det estimated `draws` times. Cost: `draws` times the estimator's on N images.
+    See `Estimate.from_scores` for the standard errors, `image_bits_per_dim` for the images one by one.
 
     Args:
       flow: of images [H, W, C].
@@ -115,6 +132,26 @@ def evaluate_bits_per_dim(
 
     Raises:
       ValueError: unless the images are integers in {0..levels-1}, N > 0, draws and batch_size positive.
+    """
+    scores = image_bits_per_dim(
+        flow, images, key, levels=levels, estimator=estimator, draws=draws, batch_size=batch_size, mesh=mesh
+    )
+    return Estimate.from_scores(scores)
+
+
+def image_bits_per_dim(
+    flow: ResidualFlow,
+    images: np.ndarray,
+    key: Array,
+    *,
+    levels: int = 256,
+    estimator: Estimator | None = None,
+    draws: int = 4,
+    batch_size: int = 100,
+    mesh: Mesh | None = None,
+) -> np.ndarray:
+    """Bits/dim of each of the quantised images [N, H, W, C] in each draw, [draws, N]. Arguments, cost and errors as in
+    `evaluate_bits_per_dim`, which returns their mean.
     """
     estimator = Roulette(exact_terms=8) if estimator is None else estimator
     check_quantized("images", images, levels)
@@ -136,16 +173,7 @@ def evaluate_bits_per_dim(
             for b, k in zip(np.split(padded, batches), keys, strict=True)
         ]
         scores[draw] = np.concatenate(jax.device_get(parts))
-    scores = scores[:, :number]
-    data = scores.mean(axis=0).var(ddof=1) if number > 1 else math.inf
-    if draws == 1:
-        stderr = math.sqrt(data / number)
-        return Estimate(float(scores.mean()), stderr, stderr, math.nan)
-    # Two-way analysis of variance: what draws have in common does not add to the variance over images.
-    rest = scores - scores.mean(axis=0)
-    data = max(0.0, data - rest.var(axis=1, ddof=1).sum() / (draws - 1) / draws) / number
-    noise = scores.mean(axis=1).var(ddof=1) / draws
-    return Estimate(float(scores.mean()), math.sqrt(data + noise), math.sqrt(data), math.sqrt(noise))
+    return scores[:, :number]
 
 
 @partial(jax.jit, static_argnames=("levels", "mesh"))

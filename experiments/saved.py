@@ -1,0 +1,143 @@
+"""The flow of an `experiments.density` run, finished or still running, from its work directory alone.
+
+The config is read back from config.json, as `experiments.run.as_json` writes it: each dataclass with its name as
+"type", tuples as lists, paths and infinite numbers as strings.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from experiments import density
+from experiments.configs.base import DataConfig, DensityConfig, EvaluationConfig, OptimizerConfig
+from resflow_jax import Defensive, Exact, Geometric, ImageFlowConfig, Poisson, ResidualFlow, Roulette, Truncated
+from resflow_jax.data.images import ImageSplits
+from resflow_jax.functional.checks import check_choice
+from resflow_jax.training.checkpoints import Checkpoints
+
+Weights = Literal["best", "latest"]
+
+# What a config.json may hold. `Fitted` is no setting: its table lies in the checkpoints.
+_TYPES = {
+    cls.__name__: cls
+    for cls in (
+        DensityConfig,
+        DataConfig,
+        OptimizerConfig,
+        EvaluationConfig,
+        ImageFlowConfig,
+        Exact,
+        Truncated,
+        Roulette,
+        Geometric,
+        Poisson,
+        Defensive,
+    )
+}
+
+
+class SavedFlow(NamedTuple):
+    """A run's flow and what it belongs to.
+
+    Attributes:
+      config: of the run; its work directory is where the run was found.
+      data: the images that the config names.
+      flow: with the averaged weights, tightened, as the run itself evaluates it.
+      step: of the checkpoint.
+    """
+
+    config: DensityConfig
+    data: ImageSplits
+    flow: ResidualFlow
+    step: int
+
+
+def saved_flow(run_dir: Path, weights: Weights = "best") -> SavedFlow:
+    """The flow of a run: of the lowest validation bits/dim so far, or of the latest checkpoint.
+
+    Raises:
+      FileNotFoundError: if the directory holds no run, the run has no checkpoint yet, or its data are not found.
+      ValueError: for other weights, and as `saved_config`.
+    """
+    check_choice("weights", weights, get_args(Weights))
+    config = saved_config(run_dir)
+    directory = config.workdir / "checkpoints"
+    none_yet = FileNotFoundError(
+        f"run_dir: expected a run with a checkpoint, got {run_dir} without any; the first is written at step "
+        f"{min(config.evaluation.every, config.steps)}"
+    )
+    if not directory.is_dir():
+        raise none_yet
+    with Checkpoints(directory) as checkpoints:
+        step = checkpoints.best_step if weights == "best" else checkpoints.latest_step
+        if step is None:
+            raise none_yet
+        data = density.load(config.data)
+        trainer, state = density.set_up(config, data)
+        state = checkpoints.restore(step, state)
+    return SavedFlow(config, data, density.tightened_flow(trainer, state), step)
+
+
+def saved_config(run_dir: Path) -> DensityConfig:
+    """The config of the run in a work directory, wherever that has been moved to.
+
+    Raises:
+      FileNotFoundError: if the directory holds no config.json.
+      ValueError: if config.json is damaged, of another experiment, or has types or fields that this version of the
+        code does not know, or lacks some; the message names them and the file.
+    """
+    path = Path(run_dir) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"run_dir: expected the work directory of a run, got {run_dir} without config.json")
+    try:
+        config = _read(json.loads(path.read_text()), DensityConfig, "config")
+    except ValueError as error:
+        raise ValueError(f"{path}: expected the config of a run of experiments.density; {error}") from error
+    return dataclasses.replace(config, workdir=Path(run_dir))
+
+
+def _read(value: Any, hint: Any, name: str) -> Any:
+    """A value of the type that a field's hint allows, from its JSON."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(value, dict):
+        value = _dataclass(value, name)
+    elif isinstance(value, list):
+        item = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), Any)
+        value = tuple(_read(v, item, f"{name}[{n}]") for n, v in enumerate(value))
+    elif isinstance(value, str) and Path in kinds:
+        value = Path(value)
+    elif value in ("inf", "-inf", "nan") and float in kinds:
+        value = float(value)
+    if not any(_is_of(value, kind) for kind in kinds):
+        raise ValueError(f"{name}: expected {' or '.join(map(_named, kinds))}, got {value!r}")
+    return value
+
+
+def _dataclass(fields: dict[str, Any], name: str) -> Any:
+    """The dataclass that `as_json` wrote as a dict."""
+    check_choice(f"{name}.type", fields.get("type"), tuple(_TYPES))
+    cls = _TYPES[fields["type"]]
+    hints = get_type_hints(cls)
+    expected = {field.name for field in dataclasses.fields(cls)}
+    found = fields.keys() - {"type"}
+    if expected != found:
+        wrong = {"missing": expected - found, "unknown": found - expected}
+        listed = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names)
+        raise ValueError(f"{name}: expected the fields of {cls.__name__}, got others ({listed})")
+    return cls(**{field: _read(fields[field], hints[field], f"{name}.{field}") for field in expected})
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if kind is Any:
+        return True
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    return isinstance(value, int | float if kind is float else get_origin(kind) or kind)
+
+
+def _named(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else str(kind)

@@ -1,0 +1,193 @@
+"""The evaluation of a saved run, tiny: its figures are those of the run, its detection has known answers."""
+
+import json
+from dataclasses import replace
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import density, evaluate
+from experiments.evaluate import EvaluateConfig
+from experiments.run import as_json, data_mesh
+from experiments.saved import saved_flow
+from resflow_jax import Anderson, Exact, ResidualFlow, Roulette, evaluate_bits_per_dim
+from resflow_jax.data.images import ImageSplits, to_unit_interval
+from resflow_jax.training.likelihood import image_bits_per_dim
+from tests.experiments import tiny
+from tests.training.test_likelihood import KnownDensity
+
+CONFIG = replace(tiny.DIGITS, evaluation=replace(tiny.DIGITS.evaluation, draws=2))
+KEY = jax.random.key(CONFIG.seed + 2)
+SHARED = {"levels": 17, "mesh": data_mesh(jax.device_count())}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a run of two steps and its test bits/dim; it is loaded once.
+
+    Programs stay out of the home directory.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (density, evaluate):
+            patch.setattr(module, "use_compilation_cache", lambda: None)
+        patch.setattr(evaluate, "saved_flow", lru_cache(saved_flow))
+        workdir = tmp_path_factory.mktemp("run")
+        yield workdir, density.run(replace(CONFIG, workdir=workdir))
+
+
+@pytest.fixture(scope="module")
+def saved(finished):
+    return evaluate.saved_flow(finished[0], "best")
+
+
+def test_figures_are_those_of_the_run(finished, capsys):
+    """Bits/dim and errors to the last bit, certificate, reconstructions; what is written is what is returned."""
+    workdir, estimate = finished
+    result = evaluate.run(EvaluateConfig(workdir))
+    test = result["test"]
+    assert (test["bits_per_dim"], test["stderr"], test["data_stderr"], test["noise_stderr"]) == estimate
+    assert (test["images"], result["draws"], result["step"], result["weights"]) == (20, 2, 2, "best")
+    assert result["reconstruction"]["images"] == 20 and result["reconstruction"]["unconverged"] == 0
+    assert 0 <= result["reconstruction"]["error"] < 1e-9
+    assert as_json(result["certificate"]) == json.loads((workdir / "certificate.json").read_text())
+    out = workdir / "evaluation"
+    assert json.loads((out / "evaluation.json").read_text()) == as_json(result)
+    assert (out / "histograms.png").read_bytes().startswith(b"\x89PNG")
+    with np.load(out / "scores.npz") as scores:
+        assert set(scores) == {"test", "permuted"}
+        np.testing.assert_allclose(scores["test"].mean(), estimate.mean, rtol=1e-12)
+        pairs = scores["permuted"][:, None] > scores["test"][None]
+        np.testing.assert_allclose(pairs.mean(), result["other"]["permuted"]["auroc"], rtol=1e-12)
+    printed = capsys.readouterr().out
+    assert f"{estimate.mean:.4f} +- {estimate.stderr:.4f}" in printed and "every block is invertible" in printed
+    assert "test images with their pixels permuted" in printed
+
+
+def test_exact_log_dets_of_few_images(finished, saved, tmp_path):
+    """The mean is that of `Exact()` with the same noise, whose own error one draw cannot tell: written as a string."""
+    out = tmp_path / "a" / "b"
+    result = evaluate.run(EvaluateConfig(finished[0], "latest", images=3, draws=1, exact=True, workdir=out))
+    assert (result["test"]["images"], result["draws"], result["weights"]) == (3, 1, "latest")
+    expected = evaluate_bits_per_dim(saved.flow, saved.data.test[:3], KEY, estimator=Exact(), draws=1, levels=17)
+    np.testing.assert_allclose(result["test"]["bits_per_dim"], expected.mean, rtol=1e-10)
+    written = json.loads((out / "evaluation.json").read_text())
+    assert written["test"]["noise_stderr"] == "nan" and written["estimator"]["type"] == "Exact"
+
+
+def test_other_data_sets(finished, saved, tmp_path, monkeypatch):
+    """Their images are scored like the run's own; a set of another shape or other levels is refused at once."""
+    load = density.load
+    noise = np.random.default_rng(1).integers(0, 17, (30, 8, 8, 1)).astype(np.uint8)
+    sets = {
+        "noise": ImageSplits(noise, noise, noise, 17),
+        "wide": ImageSplits(*[np.zeros((3, 8, 9, 1), np.uint8)] * 3, 17),
+        "fine": ImageSplits(*[np.zeros((3, 8, 8, 1), np.uint8)] * 3, 256),
+    }
+    monkeypatch.setattr(density, "load", lambda config: sets.get(config.name) or load(config))
+    result = evaluate.run(EvaluateConfig(finished[0], other=("noise", "digits"), workdir=tmp_path))
+    found = result["other"]["noise"]
+    assert found["images"] == 20 and list(result["other"]) == ["noise", "digits"]
+    estimator = CONFIG.evaluation.estimator
+    expected = evaluate_bits_per_dim(saved.flow, noise[:20], KEY, estimator=estimator, draws=2, **SHARED)
+    np.testing.assert_allclose(found["bits_per_dim"], expected.mean, rtol=1e-10)
+    assert result["other"]["digits"]["auroc"] == pytest.approx(0.5, abs=1e-12)  # the same images with the same noise
+    for name, got in (("wide", r"\(8, 9, 1\) with 17"), ("fine", r"\(8, 8, 1\) with 256")):
+        message = (
+            rf"other: expected images of shape \(8, 8, 1\) with 17 levels.*digits; got shape {got} levels in {name}"
+        )
+        with pytest.raises(ValueError, match=message):
+            evaluate.run(EvaluateConfig(finished[0], other=(name,), workdir=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_other_sets_are_looked_for_where_the_run_was(saved, monkeypatch):
+    """By name, in the run's directory, and never among own images; what can be made comes in the run's shape."""
+    asked = []
+    config = replace(saved.config, data=replace(saved.config.data, path="images", dir="there"))
+    monkeypatch.setattr(density, "load", lambda data: asked.append(data) or saved.data)
+    images = evaluate.other_images(saved._replace(config=config), ("photographs",), 5)
+    (data,) = asked
+    assert (data.name, data.path, data.dir, data.size, data.channels) == ("photographs", None, "there", 8, 1)
+    np.testing.assert_array_equal(images["photographs"], saved.data.test[:5])
+
+
+@pytest.mark.parametrize(
+    ("test", "other", "expected"),
+    [
+        ([1.0, 2.0], [3.0, 4.0, 5.0], 1.0),
+        ([3.0, 4.0], [1.0, 2.0], 0.0),
+        ([2.0, 2.0], [2.0, 2.0, 2.0], 0.5),
+        ([0.0, 1.0, 2.0], [1.0, 2.0, 3.0], 7 / 9),  # 3 + 2.5 + 1.5 of 9 pairs
+    ],
+)
+def test_auroc_of_known_scores(test, other, expected):
+    """More bits/dim mean another set; ties count half."""
+    assert evaluate.auroc(np.array(test), np.array(other)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_permuted_images():
+    """One order for all images and calls, another than their own; a pixel keeps its channels."""
+    numbers = np.arange(2 * 4 * 3).reshape(2, 4, 3)
+    images = np.stack([numbers, numbers + 100], axis=-1)[..., None, :].reshape(2, 4, 3, 2)
+    shuffled = evaluate.permuted(images)
+    np.testing.assert_array_equal(shuffled[..., 1] - shuffled[..., 0], 100)
+    np.testing.assert_array_equal(shuffled[1], shuffled[0] + 12)
+    np.testing.assert_array_equal(np.sort(shuffled[0], axis=None), np.sort(images[0], axis=None))
+    assert (shuffled != images).any()
+    np.testing.assert_array_equal(shuffled, evaluate.permuted(images))
+
+
+def test_unconverged_reconstructions_are_counted(saved, monkeypatch):
+    """After one evaluation of g none has converged, the error is large, and the table says so."""
+    images = to_unit_interval(saved.data.test[:6], 17)
+    inverse = ResidualFlow.inverse
+    short = Anderson(max_iterations=1)
+    monkeypatch.setattr(ResidualFlow, "inverse", lambda flow, z, **kwargs: inverse(flow, z, solver=short, **kwargs))
+    error, unconverged = evaluate.reconstruction(saved.flow, images)
+    expected = jnp.abs(images - inverse(saved.flow, saved.flow(images), solver=short, return_status=True)[0]).max()
+    assert unconverged == 6 and error == pytest.approx(float(expected), rel=1e-6) and error > 1e-6
+    reconstruction = {"images": 6, "error": error, "unconverged": unconverged}
+    test = {"images": 6, "bits_per_dim": 1.0, "stderr": 0.0, "data_stderr": 0.0, "noise_stderr": 0.0}
+    result = {"test": test, "reconstruction": reconstruction, "step": 2, "draws": 1, "estimator": {"type": "Exact"}}
+    assert "6 DID NOT CONVERGE" in evaluate.rows(result | {"other": {}})["reconstruction error"]
+
+
+def test_scores_of_single_images():
+    """Each image has its own score in each draw, also in a ragged last batch; their mean is the evaluation."""
+    images = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+    arguments = {"levels": 16, "estimator": Roulette(), "batch_size": 4, "draws": 3}
+    scores = image_bits_per_dim(KnownDensity(), images, jax.random.key(0), **arguments)
+    assert scores.shape == (3, 10)
+    expected = 4 - np.arange(10) / (4 * np.log(2))
+    np.testing.assert_allclose(scores, np.tile(expected, (3, 1)), atol=5 * 0.1 / (4 * np.log(2)))
+    assert (scores.std(axis=0) > 0).all()
+    assert evaluate_bits_per_dim(KnownDensity(), images, jax.random.key(0), **arguments).mean == scores.mean()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"images": 1}, "images: expected an integer of at least 2, got 1"),
+        ({"draws": 0}, "draws: expected an integer of at least 1, got 0"),
+        ({"exact": True}, "images: expected a number beside exact"),
+    ],
+)
+def test_bad_settings_are_named(setting, message, tmp_path):
+    """Each is refused before anything is read."""
+    with pytest.raises(ValueError, match=message):
+        EvaluateConfig(tmp_path, **setting)
+
+
+def test_command_line(monkeypatch, tmp_path):
+    """The run's directory stands by itself; several other data sets may be named."""
+    configs = []
+    monkeypatch.setattr(evaluate, "run", configs.append)
+    for name in ("use_xla_flags", "use_all_cores"):
+        monkeypatch.setattr(evaluate, name, lambda: None)
+    evaluate.main([str(tmp_path), "--other", "mnist", "svhn", "--images", "5", "--exact"])
+    evaluate.main([str(tmp_path), "--draws", "3", "--workdir", "out"])
+    assert configs[0] == EvaluateConfig(tmp_path, other=("mnist", "svhn"), images=5, exact=True)
+    assert (configs[1].draws, str(configs[1].workdir)) == (3, "out")

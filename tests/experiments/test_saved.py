@@ -1,0 +1,174 @@
+"""Runs read back from their work directories: every config, the chosen weights, and directories that hold none."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from experiments import density
+from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
+from experiments.run import as_json, claim_workdir
+from experiments.saved import saved_config, saved_flow
+from resflow_jax import Defensive, Exact, Geometric, ImageFlowConfig, Poisson, Roulette, Truncated, certify
+from resflow_jax.training.checkpoints import Checkpoints
+from tests.experiments import tiny
+
+UNUSUAL = replace(
+    tiny.DIGITS,
+    data=DataConfig("elsewhere", path=Path("images"), dir="there"),
+    model=ImageFlowConfig(
+        (8, 8, 3), blocks=(1, 2), norms="f12f", logit_alpha=None, data_mean=(0.5, 0, 0.25), data_deviation=(1, 1, 0.5)
+    ),
+    estimator=Truncated(7, probe="gaussian", probes=2),
+    optimizer=OptimizerConfig(clip=math.inf),
+    evaluation=EvaluationConfig(estimator=Exact(chunk_size=3)),
+)
+CONFIGS = {
+    **density.CONFIGS,
+    "unusual": UNUSUAL,
+    **{
+        type(law).__name__: replace(tiny.DIGITS, estimator=Roulette(law, exact_terms=2, krylov=0))
+        for law in (Geometric(0.4), Poisson(1.5), Defensive(lipschitz=0.9))
+    },
+}
+
+
+def save_run(workdir):
+    """The files of a run at its first checkpoint, without its training: the weights are those of the start."""
+    config = replace(tiny.DIGITS, workdir=workdir)
+    claim_workdir(workdir, config)
+    trainer, state = density.set_up(config, density.load(config.data))
+    average = optax.EmaState(jnp.asarray(1), optax.tree.scale(1 - trainer.ema_decay, state.params))
+    state = state._replace(step=jnp.asarray(2), ema=average)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(state, 3.0, certify(density.tightened_flow(trainer, state)))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """The work directory of a run."""
+    workdir = tmp_path_factory.mktemp("run")
+    save_run(workdir)
+    return workdir
+
+
+def write(directory, config):
+    (directory / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_comes_back(name, tmp_path):
+    """What as_json writes is read as an equal config of the same types, but for where the run lies now."""
+    write(tmp_path, as_json(CONFIGS[name]))
+    config = saved_config(tmp_path)
+    assert config == replace(CONFIGS[name], workdir=tmp_path)
+    assert repr(config) == repr(replace(CONFIGS[name], workdir=tmp_path))
+    assert hash(config.model) == hash(CONFIGS[name].model)
+
+
+def edited(*path, **fields):
+    """The JSON of a tiny run with fields of a nested dict set, or removed where they are None."""
+    config = as_json(tiny.DIGITS)
+    inner = config
+    for name in path:
+        inner = inner[name]
+    for name, value in fields.items():
+        inner[name] = value
+        if value is None:
+            del inner[name]
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "Expecting"),
+        ("\N{SNOWMAN}", "Expecting value"),
+        ("3", "config: expected DensityConfig, got 3"),
+        (edited(type="BiasConfig"), "config.type: expected one of DensityConfig, .*; got 'BiasConfig'"),
+        (
+            edited(type="DataConfig"),
+            r"expected the fields of DataConfig, got others \(missing: .*unknown: batch_size, ",
+        ),
+        (as_json(DataConfig("digits")), "config: expected DensityConfig, got DataConfig"),
+        (edited("model", type=None), "config.model.type: expected one of .*; got None"),
+        (edited("model", depth=3), r"config.model: .* ImageFlowConfig, got others \(unknown: depth\)"),
+        (edited("model", blocks=None, shape=None), r"config.model: .*got others \(missing: blocks, shape\)"),
+        (edited("estimator", "length", type="Zipf"), "config.estimator.length.type: .*; got 'Zipf'"),
+        (
+            edited(estimator=as_json(Poisson())),
+            "config.estimator: expected Exact or Truncated or Roulette, got Poisson",
+        ),
+        (edited("model", blocks=["one"]), r"config.model.blocks\[0\]: expected int, got 'one'"),
+        (edited(steps="many"), "config.steps: expected int, got 'many'"),
+        (edited(fit_lengths=1), "config.fit_lengths: expected bool, got 1"),
+        (edited(steps=True), "config.steps: expected int, got True"),
+        (edited("estimator", probe="coin"), "config.estimator.probe: expected .*rademacher.*, got 'coin'"),
+        (edited(steps=0), "steps: expected an integer of at least 1, got 0"),
+    ],
+)
+def test_damaged_configs_are_named(config, message, tmp_path):
+    """The file, the field, what was expected and what came."""
+    write(tmp_path, config)
+    with pytest.raises(ValueError, match=rf"config\.json: expected the config of a run.*{message}"):
+        saved_config(tmp_path)
+
+
+@pytest.mark.parametrize("directory", ["", "nowhere", "config.json"])
+def test_a_directory_that_holds_no_run(directory, tmp_path):
+    """Empty, missing, or a file."""
+    if directory == "config.json":
+        write(tmp_path, "{}")
+    with pytest.raises(FileNotFoundError, match=r"run_dir: expected the work directory of a run, got .*config\.json"):
+        saved_flow(tmp_path / directory)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("makes_directory", [False, True])
+def test_a_run_without_a_checkpoint(makes_directory, tmp_path):
+    """Before the first validation there is nothing to load; nothing is written."""
+    write(tmp_path, as_json(tiny.DIGITS))
+    if makes_directory:
+        (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"run_dir: expected a run with a checkpoint.*written at step 2"):
+        saved_flow(tmp_path)
+    assert (tmp_path / "checkpoints").exists() == makes_directory
+
+
+def test_the_best_and_the_latest_weights(run_dir, tmp_path):
+    """Of a run that was moved: averaged, tightened, of the step asked for, and a certificate as was saved."""
+    workdir = tmp_path / "moved"
+    shutil.copytree(run_dir, workdir)
+    config = saved_config(workdir)
+    trainer, state = density.set_up(config, density.load(config.data))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        best = checkpoints.restore(2, state)
+        latest = best._replace(step=best.step + 1, ema=best.ema._replace(ema=optax.tree.scale(1.5, best.ema.ema)))
+        checkpoints.save(latest, 99.0, certify(density.tightened_flow(trainer, latest)))
+    for weights, expected in (("best", best), ("latest", latest)):
+        saved = saved_flow(workdir, weights)
+        assert saved.step == int(expected.step) == {"best": 2, "latest": 3}[weights]
+        assert saved.config == replace(tiny.DIGITS, workdir=workdir) and saved.data.shape == (8, 8, 1)
+        with Checkpoints(workdir / "checkpoints") as checkpoints:
+            bounds = [block["bound"] for block in checkpoints.certificate(saved.step)["blocks"]]
+        np.testing.assert_allclose(certify(saved.flow).bounds, bounds, rtol=1e-9)
+        kernels = nnx.state(density.tightened_flow(trainer, expected), nnx.Param)
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(saved.flow, nnx.Param), kernels)
+    biases = [
+        jax.tree.leaves(nnx.state(saved_flow(workdir, weights).flow, nnx.Param)) for weights in ("best", "latest")
+    ]
+    assert any(not np.allclose(a, b) for a, b in zip(*biases, strict=True))
+
+
+def test_other_weights_are_refused(run_dir):
+    """There are two kinds."""
+    with pytest.raises(ValueError, match="weights: expected one of best, latest; got 'first'"):
+        saved_flow(run_dir, "first")
