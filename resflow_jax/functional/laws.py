@@ -101,7 +101,8 @@ class Poisson:
 
     @property
     def _table(self) -> np.ndarray:
-        return _poisson_survival(self.rate)
+        # JAX keeps an array that it has met, also where float64 has been switched off since.
+        return np.asarray(_poisson_survival(self.rate), jnp.result_type(float))
 
     def tail_ratio(self) -> float:
         """lim P(N >= k + 1) / P(N >= k)."""

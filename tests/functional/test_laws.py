@@ -285,3 +285,11 @@ def test_fitted_is_a_pytree():
     assert len(leaves) == 1
     assert jax.tree.unflatten(treedef, leaves).lipschitz == 0.7
     assert jax.tree.structure(Fitted(jnp.ones(3), 0.8)) != treedef
+
+
+def test_survival_has_the_precision_of_the_moment():
+    """float64 switched on, off and on again, under jit."""
+    for enabled in (True, False, True):
+        with jax.enable_x64(enabled):
+            survival = jax.jit(lambda k: Poisson(2.0).survival(k))(jnp.arange(3))
+            assert survival.dtype == jnp.result_type(float)
