@@ -81,7 +81,7 @@ def test_large_folders_are_read_as_needed(tmp_path, monkeypatch):
     """The same splits, without holding the images."""
     write_folder(tmp_path, COLOUR)
     held = files.load_path(tmp_path, bits=5)
-    monkeypatch.setattr(files, "_IN_MEMORY", 0)
+    monkeypatch.setattr("resflow_jax.data.images._IN_MEMORY", 0)
     stored = files.load_path(tmp_path, bits=5)
     for name in files.SPLITS:
         assert isinstance(getattr(stored, name), StoredImages)

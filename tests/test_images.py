@@ -162,7 +162,7 @@ def test_splits_of_tfds(tmp_path, monkeypatch, splits, lazily):
     (tmp_path / "some" / "64").mkdir(parents=True)
     monkeypatch.setattr("tensorflow_datasets.data_source", lambda name, data_dir: sources)
     if lazily:
-        monkeypatch.setattr(tfds, "_IN_MEMORY", 0)
+        monkeypatch.setattr(images, "_IN_MEMORY", 0)
     data = tfds.load_tfds("some/64", tmp_path, bits=5, validation=6)
     rest = arrays["train"] if len(splits) > 1 else arrays["train"][:-4]
     np.testing.assert_array_equal(data.train[:], rest[:-6] >> 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 import optax
 
 from resflow_jax import Estimator, ImageFlowConfig, Roulette
+from resflow_jax.data.images import check_bits
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval
 
 OPTIMIZERS = ("adam", "adamax", "adamw", "sgd")
@@ -45,9 +46,7 @@ class DataConfig:
         check_count("size", self.size, 1)
         check_count("threads", self.threads, 0)
         check_count("crop", self.crop, 0)
-        check_count("bits", self.bits, 1)
-        if self.bits > 8:
-            raise ValueError(f"bits: expected between 1 and 8, got {self.bits}")
+        check_bits(self.bits)
 
 
 @dataclass(frozen=True)

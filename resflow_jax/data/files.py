@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from resflow_jax.data.images import Images, ImageSplits, StoredImages, reduce_bits
+from resflow_jax.data.images import Images, ImageSplits, StoredImages, held_if_small, reduce_bits, take
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 SPLITS = ("train", "validation", "test")
 _IDX_IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 _SPLIT_LIKE = {*SPLITS, "val", "valid", "dev", "training", "testing"}
 _GREY = ("1", "L", "LA")  # modes of files with one channel
-_IN_MEMORY = 2**30  # bytes of pixels up to which files are decoded once, and not in every epoch
 
 
 def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
@@ -55,15 +54,9 @@ def split(parts: dict[str, Images], *, bits: int = 8) -> ImageSplits:
             if number - taken < 1:
                 raise ValueError(f"path: expected more than {number} images to take some from for {name}")
             order = rng.permutation(number)
-            parts[name] = _rows(parts["train"], np.sort(order[:taken]))
-            parts["train"] = _rows(parts["train"], np.sort(order[taken:]))
+            parts[name] = take(parts["train"], np.sort(order[:taken]))
+            parts["train"] = take(parts["train"], np.sort(order[taken:]))
     return ImageSplits(**{name: _of_bits(parts[name], bits) for name in SPLITS}, levels=2**bits)
-
-
-def _rows(images: Images, rows: np.ndarray) -> Images:
-    if isinstance(images, StoredImages):
-        return StoredImages(lambda numbers: images[numbers], rows)
-    return images[rows]
 
 
 def _of_bits(images: Images, bits: int) -> Images:
@@ -100,7 +93,7 @@ def stored_files(folder: Path) -> Images:
                 f"path: expected images of one shape, got {first} in {files[0]} and {_shape(file)} in {file}"
             )
     images = StoredImages(lambda numbers: np.stack([_decode(files[n]) for n in numbers]), np.arange(len(files)))
-    return images[:] if math.prod(images.shape) <= _IN_MEMORY else images
+    return held_if_small(images)
 
 
 def _shape(file: Path) -> tuple[int, int, int]:

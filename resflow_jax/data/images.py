@@ -5,6 +5,7 @@ A pixel of L levels, k in {0..L-1}, is dequantised to x = (k + u) / L with u uni
 of the discrete image from above.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,6 +44,20 @@ class StoredImages:
 
 
 Images = np.ndarray | StoredImages
+
+_IN_MEMORY = 2**30  # bytes of pixels up to which images are decoded once, and not in every epoch
+
+
+def held_if_small(images: StoredImages) -> Images:
+    """The images read now, up to 1 GB of pixels; else as they are."""
+    return images[:] if math.prod(images.shape) <= _IN_MEMORY else images
+
+
+def take(images: Images, rows: np.ndarray) -> Images:
+    """The images of these rows; stored ones stay where they are."""
+    if isinstance(images, StoredImages):
+        return StoredImages(lambda numbers: images[numbers], rows)
+    return images[rows]
 
 
 @dataclass(frozen=True)
@@ -85,10 +100,15 @@ def dequantize(images: Array, key: Array, levels: int) -> Array:
 
 def reduce_bits(images: np.ndarray, bits: int) -> np.ndarray:
     """The highest `bits` of the eight of a pixel: uint8 in {0..255} to {0..2^bits - 1}."""
+    check_bits(bits)
+    return images >> np.uint8(8 - bits)
+
+
+def check_bits(bits: int) -> None:
+    """Raises ValueError unless a pixel of eight bits has so many."""
     check_count("bits", bits, 1)
     if bits > 8:
         raise ValueError(f"bits: expected between 1 and 8, got {bits}")
-    return images >> np.uint8(8 - bits)
 
 
 def check_quantized(name: str, images: np.ndarray, levels: int) -> None:

@@ -1,15 +1,12 @@
 """Image sets of TensorFlow Datasets, prepared on disk and read without TensorFlow."""
 
-import math
 import os
 from pathlib import Path
 
 import numpy as np
 
 from resflow_jax.data.files import split
-from resflow_jax.data.images import Images, ImageSplits, StoredImages
-
-_IN_MEMORY = 2**30  # bytes of pixels up to which a split is decoded once, and not in every epoch
+from resflow_jax.data.images import Images, ImageSplits, StoredImages, held_if_small, take
 
 
 def load_tfds(name: str, data_dir: str | Path | None = None, *, bits: int = 8, validation: int = 5000) -> ImageSplits:
@@ -61,13 +58,10 @@ def _stored(source) -> Images:
     def read(numbers):
         return np.stack([example["image"] for example in source.__getitems__([int(n) for n in numbers])])
 
-    images = StoredImages(read, np.arange(len(source)))
-    return images[:] if math.prod(images.shape) <= _IN_MEMORY else images
+    return held_if_small(StoredImages(read, np.arange(len(source))))
 
 
 def _cut(images: Images, last: int) -> tuple[Images, Images]:
     """All but the last so many, and these."""
-    if isinstance(images, StoredImages):
-        rows = np.arange(len(images))
-        return tuple(StoredImages(lambda numbers: images[numbers], part) for part in (rows[:-last], rows[-last:]))
-    return images[:-last], images[-last:]
+    rows = np.arange(len(images))
+    return take(images, rows[:-last]), take(images, rows[-last:])
