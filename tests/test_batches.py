@@ -1,11 +1,17 @@
 """Training batches: every image once an epoch, functions of seed and step alone, shares of processes, augmentation."""
 
 import itertools
+import multiprocessing
+import os
+import signal
+from contextlib import closing
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from resflow_jax.data.batches import Augmentation, Batches
+from resflow_jax.data.files import load_path
 from resflow_jax.data.images import StoredImages
 
 # image n has all pixels n
@@ -37,6 +43,40 @@ def test_a_run_that_is_cut_goes_on_with_the_same_batches(threads):
     np.testing.assert_array_equal(whole[7], batches[7])
 
 
+def test_worker_processes_read_the_same_batches(tmp_path, monkeypatch):
+    """From a step in the middle, of an array, and of image files that are read as needed. They end with the iterator.
+
+    An interrupt, which reaches all processes of a run, leaves them alone.
+    """
+    noisy = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+    for n, image in enumerate(noisy):
+        Image.fromarray(image).save(tmp_path / f"{n:02}.png")
+    monkeypatch.setattr("resflow_jax.data.images._IN_MEMORY", 0)
+    stored = load_path(tmp_path, bits=5).train
+    assert isinstance(stored, StoredImages)
+    for images, workers in ((noisy, 2), (stored, 1)):
+        batches = Batches(images, seed=0, batch_size=4, augmentation=Augmentation(flip=True, crop=2))
+        with closing(batches.starting_at(4, threads=1, workers=workers)) as iterator:
+            for step, batch in enumerate(itertools.islice(iterator, 7), 4):
+                np.testing.assert_array_equal(batch, batches[step], strict=True)
+                if step == 6:  # every worker has begun
+                    for process in multiprocessing.active_children():
+                        os.kill(process.pid, signal.SIGINT)
+        assert not multiprocessing.active_children()
+    with pytest.raises(ValueError, match="workers: expected an integer of at least 0, got -1"):
+        batches.starting_at(0, workers=-1)
+
+
+def test_vectors():
+    """Batches of them keep their type; they cannot be augmented like images."""
+    vectors = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
+    batches = Batches(vectors, seed=0, batch_size=5, augmentation=Augmentation())
+    epoch = np.concatenate([batches[0], batches[1]])
+    assert epoch.dtype == np.float32 and sorted(map(bytes, epoch)) == sorted(map(bytes, vectors))
+    with pytest.raises(ValueError, match=r"augmentation: expected images \[N, H, W, C\].*got shape \(10, 3\)"):
+        Batches(vectors, seed=0, batch_size=5, augmentation=Augmentation(flip=True))
+
+
 def test_processes_share_a_batch():
     """Their shares put together have the images of the whole batch, each once."""
     whole = Batches(IMAGES, seed=1, batch_size=4)
@@ -60,7 +100,7 @@ def test_stored_images_are_read_one_by_one():
 @pytest.mark.parametrize("batch_size", [0, 11])
 def test_bad_batch_sizes(batch_size):
     """More images a batch than there are, or none, is an error."""
-    with pytest.raises(ValueError, match="batch_size: expected between 1 and 10, the number of training images"):
+    with pytest.raises(ValueError, match="batch_size: expected between 1 and 10, the number of training examples"):
         Batches(IMAGES, seed=0, batch_size=batch_size)
 
 

@@ -1,10 +1,11 @@
-"""Images that scikit-learn ships: data sets that need no network."""
+"""Images and vectors that scikit-learn ships: data sets that need no network."""
 
 import math
 
 import numpy as np
 
 from resflow_jax.data.images import ImageSplits, reduce_bits
+from resflow_jax.data.vectors import VectorSplits
 from resflow_jax.functional.checks import check_count
 
 _TRAIN, _VALIDATION = 0.7, 0.8  # the photographs' columns left of these parts of their width
@@ -52,6 +53,18 @@ def load_photographs(size: int = 16, channels: int = 3, *, bits: int = 8) -> Ima
     rng = np.random.default_rng(0)
     splits = {name: reduce_bits(rng.permutation(np.stack(crops)), bits) for name, crops in parts.items()}
     return ImageSplits(**splits, levels=2**bits)
+
+
+def load_cell_nuclei() -> VectorSplits:
+    """30 measurements of each of 569 cell nuclei (the breast cancer data of Wolberg et al. 1995), in their own units.
+
+    The split is fixed: of the rows permuted by a fixed seed, 400 train, 69 validate, 100 test.
+    """
+    from sklearn.datasets import load_breast_cancer
+
+    rows = load_breast_cancer().data.astype(np.float32)
+    train, validation, test = np.split(np.random.default_rng(0).permutation(rows), [400, 469])
+    return VectorSplits(train, validation, test)
 
 
 def _crops(pixels: np.ndarray, size: int, stride: int) -> list[np.ndarray]:

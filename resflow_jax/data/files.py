@@ -2,16 +2,16 @@
 
 import gzip
 import math
-import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from resflow_jax.data.images import Images, ImageSplits, StoredImages, held_if_small, reduce_bits, take
+from resflow_jax.data.arrays import read_arrays
+from resflow_jax.data.images import Images, ImageSplits, StoredImages, held_if_small, reduce_bits
+from resflow_jax.data.splits import SPLITS, complete
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-SPLITS = ("train", "validation", "test")
 _IDX_IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 _SPLIT_LIKE = {*SPLITS, "val", "valid", "dev", "training", "testing"}
 _GREY = ("1", "L", "LA")  # modes of files with one channel
@@ -45,18 +45,8 @@ def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
 
 def split(parts: dict[str, Images], *, bits: int = 8) -> ImageSplits:
     """Splits from those that there are: "train", and "validation" and "test" or not."""
-    rng = np.random.default_rng(0)
-    parts = dict(parts)
-    for name, share in (("test", 10), ("validation", 20)):
-        if name not in parts:
-            number = len(parts["train"])
-            taken = max(1, number // share)
-            if number - taken < 1:
-                raise ValueError(f"path: expected more than {number} images to take some from for {name}")
-            order = rng.permutation(number)
-            parts[name] = take(parts["train"], np.sort(order[:taken]))
-            parts["train"] = take(parts["train"], np.sort(order[taken:]))
-    return ImageSplits(**{name: _of_bits(parts[name], bits) for name in SPLITS}, levels=2**bits)
+    parts = complete(parts, "images")
+    return ImageSplits(**{name: _of_bits(images, bits) for name, images in parts.items()}, levels=2**bits)
 
 
 def _of_bits(images: Images, bits: int) -> Images:
@@ -124,20 +114,7 @@ def _decode(file: Path) -> np.ndarray:
 def _read_file(path: Path) -> dict[str, np.ndarray]:
     if path.suffix not in (".npy", ".npz"):
         return {"train": _read_idx(path)}
-    try:
-        content = np.load(path, allow_pickle=False)
-        arrays = content if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"path: expected a {path.suffix} file of arrays, could not read {path}: {error}") from error
-    if isinstance(arrays, np.ndarray):
-        arrays = {"train": arrays}
-    elif len(arrays) == 1:
-        arrays = {"train": next(iter(arrays.values()))}
-    elif "train" not in arrays or not set(arrays) <= set(SPLITS):
-        raise ValueError(
-            f"path: expected one array, or arrays named train, test and validation, got {', '.join(arrays)} in {path}"
-        )
-    return {name: _as_images(array, path) for name, array in arrays.items()}
+    return {name: _as_images(array, path) for name, array in read_arrays(path).items()}
 
 
 def _read_idx(path: Path) -> np.ndarray:
