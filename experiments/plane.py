@@ -13,12 +13,11 @@ from flax import nnx
 from experiments.configs.base import OptimizerConfig
 from experiments.loop import training_loop
 from experiments.run import MetricsFile
-from resflow_jax import Diagnostics, Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
+from resflow_jax import Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.training.step import Trainer
+from resflow_jax.training.step import Loss, Trainer
 
 Array = jax.Array
-Loss = Callable[[ResidualFlow, Any, Array, Estimator], tuple[Array, Diagnostics]]
 
 ESTIMATORS: dict[str, Estimator] = {"exact": Exact(), "roulette": Roulette()}
 

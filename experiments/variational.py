@@ -102,7 +102,9 @@ def run(config: VariationalConfig) -> Divergence:
 def train(config: VariationalConfig, metrics: MetricsFile) -> tuple[ResidualFlow, float]:
     """Runs all steps. Returns the flow with the averaged parameters, and the median seconds a step."""
 
-    def loss(flow: ResidualFlow, weight: Array, key: Array, estimator: Estimator) -> tuple[Array, Diagnostics]:
+    def loss(
+        flow: ResidualFlow, weight: Array, key: Array, estimator: Estimator, step: Array
+    ) -> tuple[Array, Diagnostics]:
         x, log_prob, diagnostics = flow.sample_and_log_prob(
             key, config.batch_size, estimator=estimator, solver=SOLVER, return_diagnostics=True
         )

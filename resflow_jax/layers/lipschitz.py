@@ -78,24 +78,25 @@ class LipschitzLinear(nnx.Module):
 
     def norm(self) -> Array:
         """sigma of the unnormalised kernel, with the stored vectors where it has no closed form; a scalar."""
-        return induced_norm(self.linear_map, self.kernel[...], self.u[...], self.v[...], *self._traced_orders())
+        return induced_norm(self.linear_map, self.kernel[...], self.u[...], self.v[...], *self.traced_orders())
 
     def orders(self) -> tuple[float, float]:
         """The orders of the norms on input and output, on the host."""
-        return tuple(float(order) for order in self._traced_orders())
+        return tuple(float(order) for order in self.traced_orders())
 
     def limit(self) -> Array:
         """What the norm is normalised to at most: the coefficient, less what the activation in front expands."""
-        expansion = vector_norm(jnp.asarray(self.slopes, self.kernel.dtype), self._traced_orders()[0])
+        expansion = vector_norm(jnp.asarray(self.slopes, self.kernel.dtype), self.traced_orders()[0])
         return self.coefficient / jnp.maximum(1, expansion)
 
-    def _traced_orders(self) -> tuple[float | Array, float | Array]:
+    def traced_orders(self) -> tuple[float | Array, float | Array]:
+        """The same orders; those that are learned as arrays."""
         orders = self.domain, self.codomain
         return tuple(learnable_order(order[...]) if isinstance(order, nnx.Param) else order for order in orders)
 
     def order_loss(self) -> Array:
         """The norm of the fixed kernel at the fixed v, differentiable in learnable orders alone; a scalar."""
-        return order_loss(self.linear_map, self.kernel[...], self.v[...], *self._traced_orders())
+        return order_loss(self.linear_map, self.kernel[...], self.v[...], *self.traced_orders())
 
     def weights(self) -> tuple[Array, Array]:
         """The softly normalised kernel, and the bias: what `apply` takes."""
@@ -114,7 +115,7 @@ class LipschitzLinear(nnx.Module):
     ) -> PowerIterationStatus:
         """Advances u and v from where they are, in place. See `power_iteration` for the settings."""
         kernel = self.kernel[...]
-        domain, codomain = self._traced_orders()
+        domain, codomain = self.traced_orders()
         if not needs_power_iteration(domain, codomain):
             return PowerIterationStatus(jnp.asarray(0), jnp.zeros((), kernel.dtype), jnp.asarray(True))
         result = power_iteration(
@@ -135,7 +136,7 @@ class LipschitzLinear(nnx.Module):
 
         For norms other than 2 -> 2, whose power iteration ends in local maxima.
         """
-        kernel, orders = self.kernel[...], self._traced_orders()
+        kernel, orders = self.kernel[...], self.traced_orders()
         is_euclidean = all(is_order(order, 2) for order in orders)
         if needs_power_iteration(*orders) and not is_euclidean:
             result = best_start(

@@ -271,6 +271,11 @@ class ResidualFlow(nnx.Module):
         losses = map_linears(self, lambda layer: layer.order_loss())
         return jnp.mean(jnp.concatenate([jnp.atleast_1d(loss) for loss in losses]))
 
+    def norm_orders(self) -> np.ndarray:
+        """The orders of the norms before and behind every linear layer, given or learned, [layers, 2]; on the host."""
+        orders = map_linears(self, lambda layer: jnp.stack([jnp.asarray(p, float) for p in layer.traced_orders()]))
+        return np.concatenate([np.reshape(pair, (-1, 2)) for pair in orders])
+
     def update_statistics(self, x: Array) -> None:
         """Moves the running statistics of every `MovingBatchNorm` towards those of a batch x, in place.
 

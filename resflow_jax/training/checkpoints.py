@@ -1,4 +1,4 @@
-"""Checkpoints of a training run by orbax: the latest and the best, written atomically.
+"""Checkpoints of a training run by orbax: the latest and the best, written atomically and in the background.
 
 A directory `checkpoints/STEP/` appears under its name only once it is complete, so a run that is
 cut off leaves the earlier ones whole.
@@ -18,19 +18,21 @@ from resflow_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step; keeps the latest and that of the lowest validation bits/dim.
+    """The checkpoints of one run, by step; keeps the latest and that of the lowest validation loss.
 
     A context manager: leaving it, also by an exception, waits for what is being written.
     """
 
     def __init__(self, directory: Path):
         def lowest(metrics: dict[str, float]) -> float:
-            return metrics["bits_per_dim"]
+            return metrics["loss"]
 
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(1),
-                checkpoint_managers.BestN(get_metric_fn=lowest, reverse=True, n=1),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False
+                ),
             ]
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=policies, best_fn=lowest, best_mode="min")
@@ -43,20 +45,26 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the lowest validation bits/dim, or None."""
+        """Step of the checkpoint with the lowest validation loss, or None."""
         return self._manager.best_step()
 
-    def save(self, state: TrainState, validation_bits_per_dim: float, certificate: Certificate) -> None:
-        """Writes the state, and the certificate of its averaged and tightened flow, in the background.
+    def save(
+        self, state: TrainState, validation_loss: float | None = None, certificate: Certificate | None = None
+    ) -> None:
+        """Writes the state in the background; call `wait` before reading it.
 
-        Call `wait` before reading it.
+        Where the state was validated, with the loss, in any unit, and the certificate of its averaged and tightened
+        flow; without a loss it is never the best.
+
+        Raises:
+          OSError: if this or the one before cannot be written, as on a full disk; those before stay whole.
         """
-        metrics = {"bits_per_dim": validation_bits_per_dim}
+        metrics = None if validation_loss is None else {"loss": validation_loss}
         state = jax.tree.map(jnp.copy, state)  # the next step is donated the original while this is written
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_arrays_only(state)), certificate=ocp.args.JsonSave(certificate.as_dict())
-        )
-        self._manager.save(int(state.step), args=items, metrics=metrics)
+        items = {"state": ocp.args.StandardSave(_arrays_only(state))}
+        if certificate is not None:
+            items["certificate"] = ocp.args.JsonSave(certificate.as_dict())
+        self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at `step`; `like` gives structure and shapes."""

@@ -1,4 +1,4 @@
-"""Bits per dimension: the scale on which likelihoods of images are compared.
+"""Likelihoods: losses and evaluation. Those of images are compared in bits per dimension:
 
     bits/dim = -(log p(x) - D log L) / (D log 2) = -log p(x) / (D log 2) + log2 L
 
@@ -8,19 +8,21 @@ on the model spends on one of the D values of an image.
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.data.images import check_quantized, dequantize
 from resflow_jax.functional.checks import check_count
-from resflow_jax.functional.estimators import Estimator, Roulette
+from resflow_jax.functional.estimators import Estimator, Exact, Roulette
 from resflow_jax.functional.logdet import Diagnostics
-from resflow_jax.models.flow import ResidualFlow
+from resflow_jax.models.flow import ResidualFlow, standard_normal_log_prob
+from resflow_jax.training.step import Loss
 
 Array = jax.Array
 
@@ -68,19 +70,35 @@ def bits_per_dim(log_prob: Array, dim: int, levels: int) -> Array:
     return -log_prob / (dim * math.log(2)) + math.log2(levels)
 
 
-def dequantized_bits_per_dim(
-    levels: int,
-) -> Callable[[ResidualFlow, Array, Array, Estimator], tuple[Array, Diagnostics]]:
+# From flow, batch, key, estimator and the log-det's weight (None for 1) to floats x, scores [B], diagnostics.
+Score = Callable[..., tuple[Array, Array, Diagnostics]]
+
+
+def dequantized_bits_per_dim(levels: int, log_det_weight: optax.Schedule | None = None) -> Loss:
     """The loss of a density model: mean bits/dim of integer images [B, H, W, C], dequantised with the key.
 
     Unbiased, in value and gradient, if the estimator is. With the estimates' diagnostics. Beside the
     value, `tend` does to the flow what training owes it.
-    """
 
-    def loss(flow: ResidualFlow, images: Array, key: Array, estimator: Estimator) -> tuple[Array, Diagnostics]:
-        noise_key, flow_key = jax.random.split(key)
-        x = dequantize(images, noise_key, levels)
-        scores, diagnostics = _scores(flow, x, flow_key, levels, estimator)
+    Args:
+      levels: number of values that a pixel can have.
+      log_det_weight: from steps done to the weight of the log-det in the gradient, to let it rise slowly from 0 to
+        1; the value is that of weight 1 all along. None for weight 1.
+    """
+    return _mean_loss(_bits_per_dim_of(levels), log_det_weight)
+
+
+def negative_log_likelihood(log_det_weight: optax.Schedule | None = None) -> Loss:
+    """The loss of a density model of vectors: mean -log p(x) in nats of x [B, D]. As `dequantized_bits_per_dim`."""
+    return _mean_loss(_negative_log_prob, log_det_weight)
+
+
+def _mean_loss(score: Score, log_det_weight: optax.Schedule | None) -> Loss:
+    def loss(
+        flow: ResidualFlow, batch: Array, key: Array, estimator: Estimator, step: Array
+    ) -> tuple[Array, Diagnostics]:
+        weight = None if log_det_weight is None else log_det_weight(step)
+        x, scores, diagnostics = score(flow, batch, key, estimator, weight)
         return tend(flow, x, jnp.mean(scores)), diagnostics
 
     return loss
@@ -155,45 +173,105 @@ def image_bits_per_dim(
     """
     estimator = Roulette(exact_terms=8) if estimator is None else estimator
     check_quantized("images", images, levels)
+    return _scores(_bits_per_dim_of(levels), flow, images, key, estimator, draws, batch_size, mesh)
+
+
+def vector_log_prob(
+    flow: ResidualFlow,
+    x: np.ndarray,
+    key: Array,
+    *,
+    estimator: Estimator | None = None,
+    draws: int = 1,
+    batch_size: int = 1000,
+    mesh: Mesh | None = None,
+) -> np.ndarray:
+    """log p(x) in nats of each of the vectors x [N, D] in each draw of the estimate, [draws, N].
+
+    Arguments and cost as in `evaluate_bits_per_dim`, the estimator `Exact()` by default.
+
+    Raises:
+      ValueError: unless x is [N, D] with N > 0, draws and batch_size positive.
+    """
+    estimator = Exact() if estimator is None else estimator
+    if x.ndim != 2 or len(x) == 0:
+        raise ValueError(f"x: expected vectors [N, D] with N > 0, got shape {x.shape}")
+    return -_scores(_negative_log_prob, flow, x, key, estimator, draws, batch_size, mesh)
+
+
+def _scores(
+    score: Score,
+    flow: ResidualFlow,
+    examples: np.ndarray,
+    key: Array,
+    estimator: Estimator,
+    draws: int,
+    batch_size: int,
+    mesh: Mesh | None,
+) -> np.ndarray:
+    """The score of each of the examples [N, ...] in each draw, [draws, N]."""
     check_count("draws", draws, 1)
     check_count("batch_size", batch_size, 1)
-    number = len(images)
+    number = len(examples)
     if mesh is not None:
         flow, key, estimator = jax.device_put((flow, key, estimator), NamedSharding(mesh, PartitionSpec()))
     devices = 1 if mesh is None else mesh.size
     batch_size = devices * -(-min(batch_size, number) // devices)
     batches = -(-number // batch_size)
-    padded = np.resize(images, (batches * batch_size, *images.shape[1:]))
+    padded = np.resize(examples, (batches * batch_size, *examples.shape[1:]))
 
     scores = np.zeros((draws, batches * batch_size))
     for draw, draw_key in enumerate(jax.random.split(key, draws)):
         keys = jax.random.split(draw_key, batches)
         parts = [
-            _image_scores(flow, b, k, levels, estimator, mesh)
+            _batch_scores(flow, b, k, estimator, score, mesh)
             for b, k in zip(np.split(padded, batches), keys, strict=True)
         ]
         scores[draw] = np.concatenate(jax.device_get(parts))
     return scores[:, :number]
 
 
-@partial(jax.jit, static_argnames=("levels", "mesh"))
-def _image_scores(
-    flow: ResidualFlow, images: Array, key: Array, levels: int, estimator: Estimator, mesh: Mesh | None
+@partial(jax.jit, static_argnames=("score", "mesh"))
+def _batch_scores(
+    flow: ResidualFlow, batch: Array, key: Array, estimator: Estimator, score: Score, mesh: Mesh | None
 ) -> Array:
-    """Bits/dim of one draw for each image, [B]."""
+    """The scores of one draw of a batch, [B]."""
 
-    def scores(flow, images, key, estimator):
-        noise_key, flow_key = jax.random.split(key)
-        return _scores(flow, dequantize(images, noise_key, levels), flow_key, levels, estimator)[0]
+    def scores(flow, batch, key, estimator):
+        return score(flow, batch, key, estimator)[1]
 
     if mesh is None:
-        return scores(flow, images, key, estimator)
+        return scores(flow, batch, key, estimator)
     whole, shares = PartitionSpec(), PartitionSpec("data")
     spread = jax.shard_map(scores, mesh=mesh, in_specs=(whole, shares, whole, whole), out_specs=shares)
-    return spread(flow, images, key, estimator)
+    return spread(flow, batch, key, estimator)
 
 
-def _scores(flow: ResidualFlow, x: Array, key: Array, levels: int, estimator: Estimator) -> tuple[Array, Diagnostics]:
-    """Bits/dim of dequantised images x, [B], and the diagnostics of the estimates."""
-    log_prob, diagnostics = flow.log_prob(x, key=key, estimator=estimator, return_diagnostics=True)
-    return bits_per_dim(log_prob, math.prod(flow.event_shape), levels), diagnostics
+@lru_cache
+def _bits_per_dim_of(levels: int) -> Score:
+    """Of images [B, H, W, C] with so many levels: the dequantised images, their bits/dim [B], diagnostics."""
+
+    def score(flow, images, key, estimator, weight=None):
+        noise_key, flow_key = jax.random.split(key)
+        x = dequantize(images, noise_key, levels)
+        log_prob, diagnostics = _log_prob(flow, x, flow_key, estimator, weight)
+        return x, bits_per_dim(log_prob, math.prod(flow.event_shape), levels), diagnostics
+
+    return score
+
+
+def _negative_log_prob(flow, x, key, estimator, weight=None):
+    """Of vectors x [B, D]: these, -log p [B] in nats, diagnostics."""
+    log_prob, diagnostics = _log_prob(flow, x, key, estimator, weight)
+    return x, -log_prob, diagnostics
+
+
+def _log_prob(
+    flow: ResidualFlow, x: Array, key: Array, estimator: Estimator, weight: Array | None
+) -> tuple[Array, Diagnostics]:
+    """log p(x) [B] and diagnostics; the log-det has this weight in the gradient alone."""
+    if weight is None:
+        return flow.log_prob(x, key=key, estimator=estimator, return_diagnostics=True)
+    z, log_det, diagnostics = flow.forward(x, key=key, estimator=estimator, return_diagnostics=True)
+    without = (1 - weight) * log_det
+    return standard_normal_log_prob(z) + log_det - without + jax.lax.stop_gradient(without), diagnostics

@@ -23,6 +23,9 @@ from resflow_jax.models.flow import ResidualFlow
 
 Array = jax.Array
 
+# From flow, batch, key, estimator and steps done to a scalar and `Diagnostics`.
+Loss = Callable[[ResidualFlow, Any, Array, Estimator, Array], tuple[Array, Diagnostics]]
+
 _DECAY = 0.99
 _TERM_NORMS = optax.ema(_DECAY)
 
@@ -54,7 +57,7 @@ class Trainer(NamedTuple):
 
     Attributes:
       graphdef: structure of the flow.
-      loss: (flow, batch, key, estimator) -> (scalar, `Diagnostics`); see
+      loss: (flow, batch, key, estimator, steps done) -> (scalar, `Diagnostics`); see
         `training.likelihood.dequantized_bits_per_dim`. What it changes in the flow beside the
         parameters, such as running statistics, is kept.
       optimizer: an optax transformation.
@@ -62,7 +65,7 @@ class Trainer(NamedTuple):
     """
 
     graphdef: Any
-    loss: Callable[[ResidualFlow, Any, Array, Estimator], tuple[Array, Diagnostics]]
+    loss: Loss
     optimizer: optax.GradientTransformation
     ema_decay: float
 
@@ -91,7 +94,8 @@ class Trainer(NamedTuple):
 
         def objective(params):
             flow = nnx.merge(self.graphdef, params, own_rest, copy=True)
-            value, diagnostics = self.loss(flow, batch, jax.random.fold_in(key, state.step), state.estimator)
+            step_key = jax.random.fold_in(key, state.step)
+            value, diagnostics = self.loss(flow, batch, step_key, state.estimator, state.step)
             return value, (diagnostics, nnx.split(flow, nnx.Param, ...)[2])
 
         (value, (diagnostics, rest)), gradient = jax.value_and_grad(objective, has_aux=True)(own_params)

@@ -20,7 +20,7 @@ def plain_loss(flow, x):
     return -jnp.mean(flow.log_prob(x, estimator=rf.Exact()))
 
 
-def loss(flow, x, key, estimator):
+def loss(flow, x, key, estimator, step):
     log_prob, diagnostics = flow.log_prob(x, estimator=estimator, return_diagnostics=True)
     return tend(flow, x, -jnp.mean(log_prob)), diagnostics
 
