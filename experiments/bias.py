@@ -36,9 +36,10 @@ import tyro
 from experiments import pictures
 from experiments.configs import digits
 from experiments.configs.base import DensityConfig, OptimizerConfig
-from experiments.density import load, set_up
+from experiments.images import ImageTask, load
 from experiments.loop import training_loop
 from experiments.run import MetricsFile, claim_workdir, use_compilation_cache
+from experiments.train import set_up
 from resflow_jax import (
     Certificate,
     Estimate,
@@ -171,7 +172,7 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
     Raises:
       FloatingPointError: if the loss or the gradient stops being finite.
     """
-    trainer, state = set_up(config.training(estimator), data)
+    trainer, state = set_up(ImageTask(config.training(estimator)))
     losses, step_times = [], []
 
     def measures_at(step: int) -> bool:

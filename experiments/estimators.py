@@ -31,8 +31,9 @@ import tyro
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from experiments import density, pictures
+from experiments import pictures
 from experiments.configs.base import DensityConfig
+from experiments.images import load
 from experiments.run import use_compilation_cache, write_atomically
 from experiments.trained import NAMES, trained_flow, trained_runs
 from resflow_jax import (
@@ -233,7 +234,7 @@ def synthetic_targets(config: EstimatorsConfig) -> Iterator[Target]:
 
 def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsConfig) -> Target:
     """The mean log-density of a batch of training images under a trained flow, in all parameters."""
-    data = density.load(run_config.data)
+    data = load(run_config.data)
     flow = trained_flow(run_config)
     certificate = certify(flow)
     norms = certificate.norms

@@ -33,7 +33,8 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from experiments import density, pictures
+from experiments import pictures
+from experiments.images import load
 from experiments.parts import number_of_parts, over_parts
 from experiments.run import certificate_rows, print_table, use_all_cores, use_compilation_cache, write_atomically
 from experiments.trained import NAMES, trained_flow, trained_runs
@@ -137,7 +138,7 @@ def run(config: InverseConfig) -> dict[str, Any]:
     results = {}
     given = {name: getattr(config, name) for name in NAMES}
     for run_config in trained_runs(config.targets, given, config.workdir):
-        name, data = run_config.data.name, density.load(run_config.data)
+        name, data = run_config.data.name, load(run_config.data)
         flow = trained_flow(run_config)
         certificate = certify(flow)
         images = to_unit_interval(data.test[: config.samples], data.levels)

@@ -43,9 +43,10 @@ def training_loop(
     pauses_at: Callable[[int], bool],
     unit: str,
     at_pause: Callable[[int, TrainState], TrainState] = lambda step, state: state,
+    stops: Callable[[], bool] = lambda: False,
     mesh: Mesh | None = None,
 ) -> Iterator[Progress]:
-    """Steps from state.step to `steps`; yields at every pause and at the end.
+    """Steps from state.step to `steps`; yields at every pause and at the end, which is where `stops` says so first.
 
     batches_from(n) iterates over the batches of step n and the following, the first step being number 0. With a mesh
     each batch is shared by its devices (see `Trainer.parallel_step`); what is yielded is on one of them.
@@ -69,7 +70,8 @@ def training_loop(
             state, values = step_function(state, batch, key)
             pending.append(values)
             bar.update()
-            if not pauses_at(step) and step < steps:
+            is_last = step == steps or stops()
+            if not pauses_at(step) and not is_last:
                 continue
             metrics = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *jax.device_get(pending))
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(metrics)):
@@ -82,5 +84,7 @@ def training_loop(
             state = at_pause(step, jax.device_put(state, one))
             seconds = (time.perf_counter() - began) / len(pending)
             yield Progress(step, state, metrics, seconds, waiting / len(pending), bar)
+            if is_last:
+                return
             state = jax.device_put(state, everywhere)
             pending, waiting, began = [], 0.0, time.perf_counter()

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 
 def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
@@ -22,6 +23,38 @@ def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
         top, left = 1 + n // columns * (height + 1), 1 + n % columns * (width + 1)
         grid[top : top + height, left : left + width] = image
     return grid
+
+
+def save_grid(path: Path, images: np.ndarray, columns: int) -> None:
+    """Writes images [N, H, W, C] in [0, 1] as one PNG, each pixel of small ones a square."""
+    grid = np.rint(255 * np.clip(image_grid(np.asarray(images), columns), 0, 1)).astype(np.uint8)
+    zoom = max(1, 600 // len(grid))
+    Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid).resize(
+        (zoom * grid.shape[1], zoom * grid.shape[0]), Image.Resampling.NEAREST
+    ).save(path)
+
+
+def save_scatter(path: Path, data: np.ndarray, samples: np.ndarray, title: str) -> None:
+    """Draws data [N, D] and samples [M, D], every element against the next, of at most the first five."""
+    shown = min(data.shape[1], 5)
+    pairs = [(n, n + 1) for n in range(shown - 1)] or [(0, 0)]
+    figure, axes = plt.subplots(1, len(pairs), figsize=(3.6 * len(pairs), 3.9), squeeze=False, layout="constrained")
+    for axis, (x, y) in zip(axes[0], pairs, strict=True):
+        for points, label in ((data, "data"), (samples, "samples")):
+            if x == y:
+                axis.hist(points[:, x], bins=60, density=True, alpha=0.5, label=label)
+            else:
+                axis.plot(points[:, x], points[:, y], ".", ms=2, alpha=0.6, label=label)
+        axis.set(xlabel=f"element {x}", ylabel="density" if x == y else f"element {y}")
+        # by the data: samples of a young flow may lie far away
+        low, margin = data.min(axis=0), 0.3 * np.ptp(data, axis=0)
+        high = low + np.ptp(data, axis=0)
+        axis.set_xlim(low[x] - margin[x], high[x] + margin[x])
+        if x != y:
+            axis.set_ylim(low[y] - margin[y], high[y] + margin[y])
+    axes[0, 0].legend()
+    figure.suptitle(title)
+    _save(figure, path)
 
 
 def save_images(path: Path, rows: dict[str, np.ndarray], columns: int) -> None:
@@ -45,12 +78,11 @@ def save_strip(path: Path, images: np.ndarray, labels: Sequence[str], title: str
     _save(figure, path)
 
 
-def save_curves(path: Path, metrics: list[dict], title: str) -> None:
-    """Draws training and validation bits/dim against the step, and the final test value."""
-    train = np.array([(m["step"], m["bits_per_dim"]) for m in metrics if m["split"] == "train"]).reshape(-1, 2)
-    validation = np.array(
-        [(m["step"], m["validation_bits_per_dim"]) for m in metrics if "validation_bits_per_dim" in m]
-    ).reshape(-1, 2)
+def save_curves(path: Path, metrics: list[dict], name: str, unit: str, title: str) -> None:
+    """Draws a metric of training and validation against the step, and the final test value."""
+    train = np.array([(m["step"], m[name]) for m in metrics if m["split"] == "train"]).reshape(-1, 2)
+    judged = f"validation_{name}"
+    validation = np.array([(m["step"], m[judged]) for m in metrics if judged in m]).reshape(-1, 2)
     test = [m for m in metrics if m["split"] == "test"]
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axis.plot(*train.T, color="C0", alpha=0.35, lw=0.8, label="train, batches (unbiased)")
@@ -59,13 +91,13 @@ def save_curves(path: Path, metrics: list[dict], title: str) -> None:
         axis.plot(*_trailing_mean(train, width).T, color="C0", lw=1.5, label=f"train, mean of the last {width}")
     axis.plot(*validation.T, "o-", color="C1", ms=3, label="validation, averaged weights")
     for m in test:
-        label = f"test, {m['bits_per_dim']:.3f} $\\pm$ {m['bits_per_dim_stderr']:.3f}"
-        axis.errorbar(m["step"], m["bits_per_dim"], m["bits_per_dim_stderr"], fmt="*", color="C3", ms=9, label=label)
+        label = f"test, {m[name]:.3f} $\\pm$ {m[f'{name}_stderr']:.3f}"
+        axis.errorbar(m["step"], m[name], m[f"{name}_stderr"], fmt="*", color="C3", ms=9, label=label)
     values = np.concatenate([train[len(train) // 20 :, 1], validation[:, 1]])
     if len(values):
-        low, high = np.percentile(values, [0, 99])
+        low, high = np.percentile(values, [1, 99])
         axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-    axis.set(xlabel="step", ylabel="bits/dim", title=title)
+    axis.set(xlabel="step", ylabel=unit, title=title)
     axis.grid(alpha=0.3)
     axis.legend()
     _save(figure, path)

@@ -116,7 +116,18 @@ def print_table(rows: dict[str, str]) -> None:
 
 # Settings that may differ when a run is resumed: they change neither the model nor what a step does, but
 # for the number of steps, on which the schedule of the learning rate depends from then on.
-MAY_CHANGE = ("steps", "workdir", "log_every", "data.dir", "data.threads", "evaluation.draws", "evaluation.images")
+MAY_CHANGE = (
+    "steps",
+    "workdir",
+    "log_every",
+    "save_every",
+    "data.dir",
+    "data.threads",
+    "data.workers",
+    "evaluation.draws",
+    "evaluation.examples",
+    "evaluation.patience",
+)
 
 
 def claim_workdir(workdir: Path, config: Any) -> None:
@@ -166,6 +177,16 @@ class MetricsFile:
 
     def write(self, **line: Any) -> None:
         """Appends a line."""
+        line = _without_nan(line)
         self.lines.append(line)
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """A line's values, None where one is not finite: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,8 +16,9 @@ ends are the reconstructions f^-1(f(x)) and f^-1(f(y)).
 Under OUT, by default RUN_DIR/sampling, it writes samples.png (a grid of the first 64); with `--format png`
 samples/00000.png, 00001.png, ..., in place of those of an earlier call; with `--format npz` samples.npz, whose array
 `images` is uint8 [N, H, W, C] in 0..255, as programs that compute the FID read it; by default both; and
-interpolation.png. Solves that did not converge are counted and named in the closing table; their images are written all
-the same.
+interpolation.png. Of a flow of vectors samples.png shows the samples beside data, and samples.npz has the array
+`vectors`, floats [N, D]. Solves that did not converge are counted and named in the closing table; their samples are
+written all the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,11 +34,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments import pictures
+from experiments.images import ImageTask
 from experiments.parts import over_parts
 from experiments.run import devices_for, print_table, use_all_cores, use_compilation_cache, use_xla_flags
 from experiments.saved import SavedFlow, Weights, saved_flow
-from resflow_jax import ResidualFlow
-from resflow_jax.data.images import to_unit_interval
+from experiments.vectors import VectorTask
+from resflow_jax import ImageFlowConfig, ResidualFlow
 from resflow_jax.functional.checks import check_count
 
 Array = jax.Array
@@ -52,12 +54,12 @@ class SampleConfig:
 
     Attributes:
       run_dir: work directory of a run of `experiments.density`.
-      weights: of the lowest validation bits/dim, or of the latest checkpoint.
+      weights: of the best validation, or of the latest checkpoint.
       number: of samples.
       temperature: deviation of the latents; 1 for samples of the flow's density, less for more typical images.
       seed: of the latents.
       batch_size: samples at once, shared by all devices.
-      format: files of samples beside the grid.
+      format: files of samples beside the grid; of vectors there are no PNG files.
       interpolate: numbers of two test images to interpolate between.
       workdir: where everything is written; by default RUN_DIR/sampling.
     """
@@ -88,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(config: SampleConfig) -> np.ndarray:
-    """Draws, writes and prints; returns the samples, bytes [N, H, W, C]."""
+    """Draws, writes and prints; returns the samples, bytes [N, H, W, C] or vectors [N, D]."""
     use_compilation_cache()
     saved = saved_flow(config.run_dir, config.weights)
     pair = None if config.interpolate is None else chosen_images(saved, config.interpolate)
@@ -97,9 +99,12 @@ def run(config: SampleConfig) -> np.ndarray:
     decode = decoder(saved.flow, config.batch_size)
 
     batches = decode(normal_latents(saved.flow, config.seed, config.temperature), config.number)
-    parts = [(to_bytes(x, saved.data.levels), converged) for x, converged in batches]
-    samples, converged = map(np.concatenate, zip(*parts, strict=True))
-    write_samples(workdir, samples, config)
+    samples, converged = map(np.concatenate, zip(*batches, strict=True))
+    if isinstance(saved.task, ImageTask):
+        samples = to_bytes(samples, saved.task.splits.levels)
+        write_images(workdir, samples, config)
+    else:
+        write_vectors(workdir, samples, saved.task, config)
     rows = {
         "samples": f"{len(samples)} at temperature {config.temperature:g}, weights of step {saved.step}",
         "their solves": convergence(converged),
@@ -119,14 +124,15 @@ def chosen_images(saved: SavedFlow, indices: tuple[int, int]) -> Array:
     """The test images of these numbers, in [0, 1].
 
     Raises:
-      ValueError: if there is none of such a number.
+      ValueError: if there is none of such a number, or the run is not on images.
     """
+    if not isinstance(saved.task, ImageTask):
+        raise ValueError(f"interpolate: expected a run on images, got one on vectors ({saved.task.name})")
+    test = saved.task.splits.test
     for index in indices:
-        if not 0 <= index < len(saved.data.test):
-            raise ValueError(
-                f"interpolate: expected numbers of test images, 0..{len(saved.data.test) - 1}, got {index}"
-            )
-    return to_unit_interval(saved.data.test[np.array(indices)], saved.data.levels)
+        if not 0 <= index < len(test):
+            raise ValueError(f"interpolate: expected numbers of test images, 0..{len(test) - 1}, got {index}")
+    return saved.task.inputs(test[np.array(indices)])
 
 
 Latents = Callable[[Array], Array]  # from numbers [B] to the latents z [B, D] of these numbers
@@ -134,14 +140,15 @@ Decode = Callable[[Latents, int], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 
 def decoder(flow: ResidualFlow, batch_size: int) -> Decode:
-    """A function of latents and how many, N: images f^-1(z) clipped to [0, 1], and whether each converged, in batches.
+    """A function of latents and how many, N: f^-1(z), images clipped to [0, 1], and whether each converged, in batches.
 
     All batches have the same size, of which the last is cut to what is missing: the inverse is compiled once.
     """
 
     def solve(flow: ResidualFlow, z: Array) -> tuple[Array, Array]:
         x, status = flow.inverse(z, return_status=True)
-        return jnp.clip(x, 0, 1), status.converged.all(axis=0)
+        x = jnp.clip(x, 0, 1) if isinstance(flow.config, ImageFlowConfig) else x
+        return x, status.converged.all(axis=0)
 
     solve_parts = over_parts(solve, flow)
 
@@ -193,7 +200,15 @@ def to_bytes(images: np.ndarray, levels: int) -> np.ndarray:
     return np.rint(quantized * (255 / (levels - 1))).astype(np.uint8)
 
 
-def write_samples(workdir: Path, samples: np.ndarray, config: SampleConfig) -> None:
+def write_vectors(workdir: Path, samples: np.ndarray, task: VectorTask, config: SampleConfig) -> None:
+    """The picture, and the file that the config may ask for."""
+    title = f"{task.name}: data and samples at temperature {config.temperature:g}"
+    pictures.save_scatter(workdir / "samples.png", task.splits.train[: len(samples)], samples, title)
+    if "npz" in config.format:
+        np.savez(workdir / "samples.npz", vectors=samples)
+
+
+def write_images(workdir: Path, samples: np.ndarray, config: SampleConfig) -> None:
     """The grid, and the files that the config asks for."""
     title = f"samples at temperature {config.temperature:g}"
     pictures.save_images(workdir / "samples.png", {title: samples[:SHOWN] / 255}, columns=8)

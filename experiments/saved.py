@@ -11,9 +11,28 @@ from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from experiments import density
-from experiments.configs.base import DataConfig, DensityConfig, EvaluationConfig, OptimizerConfig
-from resflow_jax import Defensive, Exact, Geometric, ImageFlowConfig, Poisson, ResidualFlow, Roulette, Truncated
-from resflow_jax.data.images import ImageSplits
+from experiments.configs.base import (
+    DataConfig,
+    DensityConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+    VectorDataConfig,
+    VectorsConfig,
+)
+from experiments.configs.toy import ToyConfig, ToyEvaluationConfig
+from experiments.train import Task, set_up, tightened_flow
+from resflow_jax import (
+    Defensive,
+    Exact,
+    Geometric,
+    ImageFlowConfig,
+    Poisson,
+    ResidualFlow,
+    Roulette,
+    Truncated,
+    VectorFlowConfig,
+)
 from resflow_jax.functional.checks import check_choice
 from resflow_jax.training.checkpoints import Checkpoints
 
@@ -24,10 +43,15 @@ _TYPES = {
     cls.__name__: cls
     for cls in (
         DensityConfig,
+        VectorsConfig,
+        ToyConfig,
         DataConfig,
+        VectorDataConfig,
         OptimizerConfig,
         EvaluationConfig,
+        ToyEvaluationConfig,
         ImageFlowConfig,
+        VectorFlowConfig,
         Exact,
         Truncated,
         Roulette,
@@ -43,19 +67,19 @@ class SavedFlow(NamedTuple):
 
     Attributes:
       config: of the run; its work directory is where the run was found.
-      data: the images that the config names.
+      task: what it was to learn, with its data.
       flow: with the averaged weights, tightened, as the run itself evaluates it.
       step: of the checkpoint.
     """
 
-    config: DensityConfig
-    data: ImageSplits
+    config: RunConfig
+    task: Task
     flow: ResidualFlow
     step: int
 
 
 def saved_flow(run_dir: Path, weights: Weights = "best") -> SavedFlow:
-    """The flow of a run: of the lowest validation bits/dim so far, or of the latest checkpoint.
+    """The flow of a run: of the best validation so far, or of the latest checkpoint.
 
     Raises:
       FileNotFoundError: if the directory holds no run, the run has no checkpoint yet, or its data are not found.
@@ -74,13 +98,13 @@ def saved_flow(run_dir: Path, weights: Weights = "best") -> SavedFlow:
         step = checkpoints.best_step if weights == "best" else checkpoints.latest_step
         if step is None:
             raise none_yet
-        data = density.load(config.data)
-        trainer, state = density.set_up(config, data)
+        task = density.task_of(config)
+        trainer, state = set_up(task)
         state = checkpoints.restore(step, state)
-    return SavedFlow(config, data, density.tightened_flow(trainer, state), step)
+    return SavedFlow(config, task, tightened_flow(trainer, state), step)
 
 
-def saved_config(run_dir: Path) -> DensityConfig:
+def saved_config(run_dir: Path) -> RunConfig:
     """The config of the run in a work directory, wherever that has been moved to.
 
     Raises:
@@ -92,7 +116,7 @@ def saved_config(run_dir: Path) -> DensityConfig:
     if not path.is_file():
         raise FileNotFoundError(f"run_dir: expected the work directory of a run, got {run_dir} without config.json")
     try:
-        config = _read(json.loads(path.read_text()), DensityConfig, "config")
+        config = _read(json.loads(path.read_text()), RunConfig, "config")
     except ValueError as error:
         raise ValueError(f"{path}: expected the config of a run of experiments.density; {error}") from error
     return dataclasses.replace(config, workdir=Path(run_dir))

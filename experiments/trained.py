@@ -6,6 +6,8 @@ from pathlib import Path
 
 from experiments import density
 from experiments.configs.base import DensityConfig
+from experiments.images import load
+from experiments.train import set_up, tightened_flow
 from resflow_jax import ResidualFlow
 from resflow_jax.training.checkpoints import Checkpoints
 
@@ -29,7 +31,7 @@ def trained_runs(names: Sequence[str], given: dict[str, Path | None], workdir: P
         try:
             if directory is None and not _is_finished(config):
                 density.run(config)
-            density.load(config.data)
+            load(config.data)
         except FileNotFoundError as error:
             print(f"{name}: left out, {error}")
             continue
@@ -38,9 +40,9 @@ def trained_runs(names: Sequence[str], given: dict[str, Path | None], workdir: P
 
 def trained_flow(config: DensityConfig) -> ResidualFlow:
     """The flow of a run, of its best weights, tightened."""
-    trainer, state = density.set_up(config, density.load(config.data))
+    trainer, state = set_up(density.task_of(config))
     with Checkpoints(config.workdir / "checkpoints") as checkpoints:
-        return density.tightened_flow(trainer, checkpoints.restore(checkpoints.best_step, state))
+        return tightened_flow(trainer, checkpoints.restore(checkpoints.best_step, state))
 
 
 def _is_finished(config: DensityConfig) -> bool:

@@ -1,17 +1,16 @@
-"""The settings of an experiment. Each image data set has a file beside this one."""
+"""The settings of a run. Each data set has a file beside this one."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import optax
 
-from resflow_jax import Estimator, ImageFlowConfig, Roulette
+from resflow_jax import Estimator, ImageFlowConfig, Roulette, VectorFlowConfig
 from resflow_jax.data.images import check_bits
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval
 
 OPTIMIZERS = ("adam", "adamax", "adamw", "sgd")
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "step", "constant")
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class DataConfig:
       bits: of the eight of a pixel, the highest that are kept.
       flip: mirror training images left and right, half of the time.
       crop: shift training images by up to so many pixels, continued by reflection.
-      threads: that read training images.
+      threads: that read training images, in each worker.
+      workers: processes that read training images; 0 for this one, which is enough where they fit in memory.
     """
 
     name: str
@@ -41,10 +41,12 @@ class DataConfig:
     flip: bool = False
     crop: int = 0
     threads: int = 2
+    workers: int = 0
 
     def __post_init__(self):
         check_count("size", self.size, 1)
         check_count("threads", self.threads, 0)
+        check_count("workers", self.workers, 0)
         check_count("crop", self.crop, 0)
         check_bits(self.bits)
 
@@ -57,7 +59,9 @@ class OptimizerConfig:
       name: "adam", "adamax", "adamw" or "sgd" (with Nesterov momentum 0.9).
       learning_rate: peak, reached after the warm-up.
       warmup: updates of linear warm-up.
-      schedule: behind it: "cosine" to zero, or "constant".
+      schedule: behind it: "cosine" to zero, "step" (times `decay` at each of `milestones`), or "constant".
+      milestones: of "step": updates after which the rate falls, increasing.
+      decay: of "step": factor of each fall, in (0, 1).
       b2: decay of Adam's second moment.
       weight_decay: of "adamw".
       clip: bound on the gradient's global norm (bits/dim per unit of parameter).
@@ -69,6 +73,8 @@ class OptimizerConfig:
     learning_rate: float = 1e-2
     warmup: int = 100
     schedule: str = "cosine"
+    milestones: tuple[int, ...] = ()
+    decay: float = 0.1
     b2: float = 0.99
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -78,6 +84,14 @@ class OptimizerConfig:
     def __post_init__(self):
         check_choice("name", self.name, OPTIMIZERS)
         check_choice("schedule", self.schedule, SCHEDULES)
+        check_open_interval("decay", self.decay, 0, 1)
+        if bool(self.milestones) != (self.schedule == "step"):
+            raise ValueError(
+                f'milestones: expected some with the schedule "step", and none else, got {self.milestones} with '
+                f"{self.schedule!r}"
+            )
+        if any(b <= a for a, b in zip((0, *self.milestones), self.milestones, strict=False)):
+            raise ValueError(f"milestones: expected positive numbers that increase, got {self.milestones}")
         check_count("accumulate", self.accumulate, 1)
         if (self.weight_decay and self.name != "adamw") or not self.weight_decay >= 0:
             raise ValueError(f"weight_decay: expected 0, or a positive number with adamw, got {self.weight_decay}")
@@ -90,24 +104,28 @@ class OptimizerConfig:
         check_open_interval("ema_decay", self.ema_decay, 0, 1)
 
     def build(self, steps: int) -> optax.GradientTransformation:
-        """The optimiser of a run of so many steps, a batch each; the warm-up takes at most half of the updates."""
-        updates = max(1, steps // self.accumulate)
-        warmup = min(self.warmup, updates // 2)
-        if self.schedule == "cosine":
-            schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, updates)
-        else:
-            first = 0.0 if warmup else self.learning_rate
-            schedule = optax.warmup_constant_schedule(first, self.learning_rate, warmup)
+        """The optimiser of a run of so many steps, a batch each."""
+        schedule = self.learning_rates(steps)
         optimizer = {
-            "adam": partial(optax.adam, b2=self.b2),
-            "adamax": partial(optax.adamax, b2=self.b2),
-            "adamw": partial(optax.adamw, b2=self.b2, weight_decay=self.weight_decay),
-            "sgd": partial(optax.sgd, momentum=0.9, nesterov=True),
-        }[self.name](schedule)
+            "adam": lambda: optax.adam(schedule, b2=self.b2),
+            "adamax": lambda: optax.adamax(schedule, b2=self.b2),
+            "adamw": lambda: optax.adamw(schedule, b2=self.b2, weight_decay=self.weight_decay),
+            "sgd": lambda: optax.sgd(schedule, momentum=0.9, nesterov=True),
+        }[self.name]()
         update = optax.chain(optax.clip_by_global_norm(self.clip), optimizer)
         if self.accumulate == 1:
             return update
         return optax.MultiSteps(update, self.accumulate, accumulator_dtype=None).gradient_transformation()
+
+    def learning_rates(self, steps: int) -> optax.Schedule:
+        """The learning rate by updates done, in a run of so many steps; the warm-up takes at most half of them."""
+        updates = max(1, steps // self.accumulate)
+        warmup = min(self.warmup, updates // 2)
+        if self.schedule == "cosine":
+            return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, updates)
+        rise = optax.warmup_constant_schedule(0.0 if warmup else self.learning_rate, self.learning_rate, warmup)
+        fall = optax.piecewise_constant_schedule(1.0, dict.fromkeys(self.milestones, self.decay))
+        return lambda done: rise(done) * fall(done)
 
     @property
     def ema_decay_a_batch(self) -> float:
@@ -117,60 +135,105 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How bits/dim is measured.
+    """How the likelihood is measured.
 
     Attributes:
       estimator: of the log-det, unbiased and longer than in training.
-      draws: dequantisations an image, for the test split.
-      images: at most so many images of a split.
-      every: steps between evaluations on the validation split (one draw), each with a checkpoint.
+      draws: of dequantisation and estimate for each example of the test split.
+      examples: at most so many of a split.
+      every: steps between evaluations on the validation split (one draw), each with a checkpoint and pictures.
+      patience: so many of these in a row without an improvement end the training; None for no such end.
     """
 
     estimator: Estimator = field(default_factory=lambda: Roulette(exact_terms=8))
     draws: int = 10
-    images: int = 10000
+    examples: int = 10000
     every: int = 200
+    patience: int | None = None
 
     def __post_init__(self):
         check_count("draws", self.draws, 1)
-        check_count("images", self.images, 2)
+        check_count("examples", self.examples, 2)
         check_count("every", self.every, 1)
+        if self.patience is not None:
+            check_count("patience", self.patience, 1)
 
 
-@dataclass(frozen=True)
-class DensityConfig:
-    """One run of `python -m experiments.density`.
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What all runs have in common.
 
     Attributes:
-      data: which images.
-      model: the flow.
       workdir: where everything is written.
       steps: batches in all.
-      batch_size: images a step.
+      batch_size: examples a step.
       seed: of parameters, data order and noise.
       estimator: of the log-det in the loss.
       fit_lengths: refit the law of each block's lengths at every validation (of a `Roulette` only).
+      annealing: steps in which the weight of the log-det in the gradient rises from 0 to 1; 0 for none.
       optimizer: learning rate, clipping, averaging.
-      evaluation: how bits/dim is measured.
+      evaluation: how the likelihood is measured.
       log_every: steps between lines of metrics.jsonl.
+      save_every: steps between checkpoints, beside those at validations; None for these alone.
     """
 
-    data: DataConfig
-    model: ImageFlowConfig
     workdir: Path
     steps: int = 1200
     batch_size: int = 64
     seed: int = 0
     estimator: Estimator = field(default_factory=Roulette)
     fit_lengths: bool = False
+    annealing: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log_every: int = 10
+    save_every: int | None = None
 
     def __post_init__(self):
         check_count("steps", self.steps, 1)
         check_count("batch_size", self.batch_size, 1)
         check_count("seed", self.seed, 0)
+        check_count("annealing", self.annealing, 0)
         check_count("log_every", self.log_every, 1)
+        if self.save_every is not None:
+            check_count("save_every", self.save_every, 1)
         if self.fit_lengths and not isinstance(self.estimator, Roulette):
             raise ValueError(f"fit_lengths: expected a Roulette as estimator, got {self.estimator}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensityConfig(RunConfig):
+    """One run of `python -m experiments.density` on images.
+
+    Attributes:
+      data: which images.
+      model: the flow.
+    """
+
+    data: DataConfig
+    model: ImageFlowConfig
+
+
+@dataclass(frozen=True)
+class VectorDataConfig:
+    """Which vectors.
+
+    Attributes:
+      path: a .npy, .npz or .csv file; see `resflow_jax.data.vectors.load_vectors`. By default 30 measurements
+        of 569 cell nuclei that scikit-learn ships.
+    """
+
+    path: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorsConfig(RunConfig):
+    """One run of `python -m experiments.density` on vectors.
+
+    Attributes:
+      data: which vectors.
+      model: the flow.
+    """
+
+    data: VectorDataConfig
+    model: VectorFlowConfig

@@ -13,7 +13,7 @@ from flax import nnx
 import resflow_jax as rf
 from experiments import density
 from experiments.configs import cifar10_densenet, digits, digits_densenet
-from experiments.configs.base import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from experiments.configs.base import OPTIMIZERS, SCHEDULES, DensityConfig, OptimizerConfig
 
 # config: number of parameters
 SIZES = {
@@ -34,19 +34,22 @@ def test_number_of_parameters(name):
 
 @pytest.mark.parametrize("name", density.CONFIGS)
 def test_every_config_has_a_tiny_mode(name):
-    """Two updates on embedded images of the same shape and bits; the flow has as many scales, of eight channels."""
+    """Two updates of a flow of eight channels; of images on embedded ones of the same shape, bits and scales."""
     config, small = density.CONFIGS[name], density.tiny(density.CONFIGS[name])
-    assert len(small.model.blocks) == len(config.model.blocks) and small.model.shape == config.model.shape
-    assert small.model.hidden_channels == 8 and small.steps == 2 * config.optimizer.accumulate
-    assert small.data.name in ("digits", "photographs") and small.data.bits == config.data.bits
-    assert small.workdir != config.workdir
+    assert small.steps == 2 * config.optimizer.accumulate and small.workdir != config.workdir
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(small.model, rngs=nnx.Rngs(0)))
-    assert flow.event_shape == config.model.shape
+    if isinstance(config, DensityConfig):
+        assert len(small.model.blocks) == len(config.model.blocks) and small.model.shape == config.model.shape
+        assert small.model.hidden_channels == 8
+        assert small.data.name in ("digits", "photographs") and small.data.bits == config.data.bits
+        assert flow.event_shape == config.model.shape
+    else:
+        assert small.data == config.data and small.model.hidden == (8,) and flow.event_shape == (config.model.dim,)
 
 
 def test_config_names_and_work_directories_are_their_own():
     """No two runs write to the same place; the help has a line for each."""
-    assert len({config.workdir for config in density.CONFIGS.values()}) == len(density.CONFIGS) == 18
+    assert len({config.workdir for config in density.CONFIGS.values()}) == len(density.CONFIGS) == 27
 
 
 def test_published_settings():
@@ -70,7 +73,12 @@ def test_published_settings():
 def test_optimizers_descend(name, schedule, warmup):
     """Every optimiser with every schedule lowers a square; behind the warm-up the rate is that of the schedule."""
     settings = OptimizerConfig(
-        name, 0.05, warmup=warmup, schedule=schedule, weight_decay=1e-3 if name == "adamw" else 0.0
+        name,
+        0.05,
+        warmup=warmup,
+        schedule=schedule,
+        milestones=(30, 50) if schedule == "step" else (),
+        weight_decay=1e-3 if name == "adamw" else 0.0,
     )
     optimizer = settings.build(60)
     x = jnp.asarray([1.0, -2.0])
@@ -81,6 +89,15 @@ def test_optimizers_descend(name, schedule, warmup):
     assert jnp.max(jnp.abs(x)) < 1
     if schedule == "cosine":
         assert jnp.max(jnp.abs(optimizer.update(2 * x, state, x)[0])) < 1e-6
+
+
+def test_learning_rates():
+    """Linear in the warm-up, then as the schedule says, by updates."""
+    step = OptimizerConfig(learning_rate=2.0, warmup=4, schedule="step", milestones=(6, 8), decay=0.5)
+    rates = [float(step.learning_rates(20)(n)) for n in range(10)]
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 1.5, 2, 2, 1, 1, 0.5, 0.5])
+    cosine = OptimizerConfig(learning_rate=2.0, warmup=0, accumulate=2).learning_rates(8)
+    np.testing.assert_allclose([float(cosine(n)) for n in (0, 2, 4)], [2, 1, 0], atol=1e-7)
 
 
 def test_accumulated_batches_are_one_batch():

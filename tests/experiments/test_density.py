@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import density
+from experiments import density, train
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
+from experiments.images import load
 from experiments.run import MetricsFile
 from resflow_jax import ImageFlowConfig, Roulette, certify
+from resflow_jax.data.batches import Batches
+from resflow_jax.training.checkpoints import Checkpoints
 
 TINY = dataclasses.replace(
     density.CONFIGS["digits"],
@@ -22,7 +25,7 @@ TINY = dataclasses.replace(
     batch_size=16,
     log_every=2,
     optimizer=OptimizerConfig(warmup=2),
-    evaluation=EvaluationConfig(estimator=Roulette(), draws=2, images=30, every=3),
+    evaluation=EvaluationConfig(estimator=Roulette(), draws=2, examples=30, every=3),
 )
 
 
@@ -88,8 +91,8 @@ def test_lengths_are_fitted_between_validations(fitted):
     workdir, result = fitted
     assert np.isfinite(result.mean)
     config = dataclasses.replace(TINY, workdir=workdir, fit_lengths=True)
-    _, start = density.set_up(config, density.load(config.data))
-    with density.Checkpoints(workdir / "checkpoints") as checkpoints:
+    _, start = train.set_up(density.task_of(config))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
         end = checkpoints.restore(6, start)
     tables = [np.asarray(state.estimator.length.table) for state in (start, end)]
     assert tables[0].shape == tables[1].shape == (1, 16) and tables[0][0, 0] == 1
@@ -99,9 +102,9 @@ def test_lengths_are_fitted_between_validations(fitted):
 def test_checkpoints_hold_the_certificate_of_the_tightened_flow(finished):
     """Of the averaged weights: what is restored and tightened is what the checkpoint says, and within its promise."""
     workdir, _ = finished
-    trainer, state = density.set_up(TINY, density.load(TINY.data))
-    with density.Checkpoints(workdir / "checkpoints") as checkpoints:
-        flow = density.tightened_flow(trainer, checkpoints.restore(6, state))
+    trainer, state = train.set_up(density.task_of(TINY))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        flow = train.tightened_flow(trainer, checkpoints.restore(6, state))
         stored = checkpoints.certificate(6)
     certificate = certify(flow)
     assert [block["bound"] for block in stored["blocks"]] == pytest.approx(certificate.bounds, rel=1e-6)
@@ -113,14 +116,14 @@ def test_a_cut_run_resumes_exactly(finished, fitted, tmp_path, monkeypatch, caps
     """A run cut behind its first checkpoint and started again ends as the uncut one, bit for bit."""
     workdir, result = fitted if fit_lengths else finished
     config = dataclasses.replace(TINY, workdir=tmp_path, fit_lengths=fit_lengths)
-    starting_at = density.Batches.starting_at
+    starting_at = Batches.starting_at
 
     def cut(self, step, **options):
         yield from itertools.islice(starting_at(self, step, **options), 5)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(density.Batches, "starting_at", cut)
+        patch.setattr(Batches, "starting_at", cut)
         with pytest.raises(KeyboardInterrupt):
             density.run(config)
     assert density.run(config) == result
@@ -182,7 +185,7 @@ def test_command_line_overrides(monkeypatch):
         ({"warmup": -1}, "warmup: expected an integer of at least 0, got -1"),
         ({"b2": 1.0}, r"b2: expected a number in \(0, 1\), got 1.0"),
         ({"name": "lion"}, "name: expected one of adam, adamax, adamw, sgd; got 'lion'"),
-        ({"schedule": "step"}, "schedule: expected one of cosine, constant; got 'step'"),
+        ({"schedule": "steps"}, "schedule: expected one of cosine, step, constant; got 'steps'"),
         ({"weight_decay": 0.1}, "weight_decay: expected 0, or a positive number with adamw, got 0.1"),
         ({"accumulate": 0}, "accumulate: expected an integer of at least 1, got 0"),
     ],
@@ -266,5 +269,5 @@ def test_own_images(tmp_path):
     )
     result = density.run(config)
     assert 4 < result.mean < 7  # of random pixels of 32 levels, five bits at best
-    assert density.load(config.data).levels == 32
+    assert load(config.data).levels == 32
     assert density.run(config) == result

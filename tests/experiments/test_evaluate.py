@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import density, evaluate
+from experiments import density, evaluate, images, train
 from experiments.evaluate import EvaluateConfig
 from experiments.run import as_json, data_mesh
 from experiments.saved import saved_flow
@@ -31,7 +31,7 @@ def finished(tmp_path_factory):
     Programs stay out of the home directory.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for module in (density, evaluate):
+        for module in (train, evaluate):
             patch.setattr(module, "use_compilation_cache", lambda: None)
         patch.setattr(evaluate, "saved_flow", lru_cache(saved_flow))
         workdir = tmp_path_factory.mktemp("run")
@@ -49,8 +49,8 @@ def test_figures_are_those_of_the_run(finished, capsys):
     result = evaluate.run(EvaluateConfig(workdir))
     test = result["test"]
     assert (test["bits_per_dim"], test["stderr"], test["data_stderr"], test["noise_stderr"]) == estimate
-    assert (test["images"], result["draws"], result["step"], result["weights"]) == (20, 2, 2, "best")
-    assert result["reconstruction"]["images"] == 20 and result["reconstruction"]["unconverged"] == 0
+    assert (test["examples"], result["draws"], result["step"], result["weights"]) == (20, 2, 2, "best")
+    assert result["reconstruction"]["examples"] == 20 and result["reconstruction"]["unconverged"] == 0
     assert 0 <= result["reconstruction"]["error"] < 1e-9
     assert as_json(result["certificate"]) == json.loads((workdir / "certificate.json").read_text())
     out = workdir / "evaluation"
@@ -63,15 +63,15 @@ def test_figures_are_those_of_the_run(finished, capsys):
         np.testing.assert_allclose(pairs.mean(), result["other"]["permuted"]["auroc"], rtol=1e-12)
     printed = capsys.readouterr().out
     assert f"{estimate.mean:.4f} +- {estimate.stderr:.4f}" in printed and "every block is invertible" in printed
-    assert "test images with their pixels permuted" in printed
+    assert "of the test split in disorder" in printed
 
 
 def test_exact_log_dets_of_few_images(finished, saved, tmp_path):
     """The mean is that of `Exact()` with the same noise, whose own error one draw cannot tell: written as a string."""
     out = tmp_path / "a" / "b"
-    result = evaluate.run(EvaluateConfig(finished[0], "latest", images=3, draws=1, exact=True, workdir=out))
-    assert (result["test"]["images"], result["draws"], result["weights"]) == (3, 1, "latest")
-    expected = evaluate_bits_per_dim(saved.flow, saved.data.test[:3], KEY, estimator=Exact(), draws=1, levels=17)
+    result = evaluate.run(EvaluateConfig(finished[0], "latest", examples=3, draws=1, exact=True, workdir=out))
+    assert (result["test"]["examples"], result["draws"], result["weights"]) == (3, 1, "latest")
+    expected = evaluate_bits_per_dim(saved.flow, saved.task.splits.test[:3], KEY, estimator=Exact(), draws=1, levels=17)
     np.testing.assert_allclose(result["test"]["bits_per_dim"], expected.mean, rtol=1e-10)
     written = json.loads((out / "evaluation.json").read_text())
     assert written["test"]["noise_stderr"] == "nan" and written["estimator"]["type"] == "Exact"
@@ -79,17 +79,17 @@ def test_exact_log_dets_of_few_images(finished, saved, tmp_path):
 
 def test_other_data_sets(finished, saved, tmp_path, monkeypatch):
     """Their images are scored like the run's own; a set of another shape or other levels is refused at once."""
-    load = density.load
+    load = images.load
     noise = np.random.default_rng(1).integers(0, 17, (30, 8, 8, 1)).astype(np.uint8)
     sets = {
         "noise": ImageSplits(noise, noise, noise, 17),
         "wide": ImageSplits(*[np.zeros((3, 8, 9, 1), np.uint8)] * 3, 17),
         "fine": ImageSplits(*[np.zeros((3, 8, 8, 1), np.uint8)] * 3, 256),
     }
-    monkeypatch.setattr(density, "load", lambda config: sets.get(config.name) or load(config))
+    monkeypatch.setattr(images, "load", lambda config: sets.get(config.name) or load(config))
     result = evaluate.run(EvaluateConfig(finished[0], other=("noise", "digits"), workdir=tmp_path))
     found = result["other"]["noise"]
-    assert found["images"] == 20 and list(result["other"]) == ["noise", "digits"]
+    assert found["examples"] == 20 and list(result["other"]) == ["noise", "digits"]
     estimator = CONFIG.evaluation.estimator
     expected = evaluate_bits_per_dim(saved.flow, noise[:20], KEY, estimator=estimator, draws=2, **SHARED)
     np.testing.assert_allclose(found["bits_per_dim"], expected.mean, rtol=1e-10)
@@ -103,15 +103,22 @@ def test_other_data_sets(finished, saved, tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
-def test_other_sets_are_looked_for_where_the_run_was(saved, monkeypatch):
-    """By name, in the run's directory, and never among own images; what can be made comes in the run's shape."""
+def test_where_other_data_are_looked_for(saved, tmp_path, monkeypatch):
+    """By name, in the run's directory, and never among own images; what can be made comes in the run's shape. Or by
+    a path.
+    """
     asked = []
     config = replace(saved.config, data=replace(saved.config.data, path="images", dir="there"))
-    monkeypatch.setattr(density, "load", lambda data: asked.append(data) or saved.data)
-    images = evaluate.other_images(saved._replace(config=config), ("photographs",), 5)
-    (data,) = asked
-    assert (data.name, data.path, data.dir, data.size, data.channels) == ("photographs", None, "there", 8, 1)
-    np.testing.assert_array_equal(images["photographs"], saved.data.test[:5])
+    monkeypatch.setattr(saved.task, "config", config)
+    monkeypatch.setattr(images, "load", lambda data: asked.append(data) or saved.task.splits)
+    np.testing.assert_array_equal(saved.task.other("photographs"), saved.task.splits.test)
+    saved.task.other(str(tmp_path))
+    by_name, by_path = asked
+    assert (by_name.name, by_name.path, by_name.dir, by_name.size, by_name.channels) == (
+        *("photographs", None, "there"),
+        *(8, 1),
+    )
+    assert by_path.path == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -128,31 +135,32 @@ def test_auroc_of_known_scores(test, other, expected):
     assert evaluate.auroc(np.array(test), np.array(other)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_permuted_images():
+def test_permuted_images(saved):
     """One order for all images and calls, another than their own; a pixel keeps its channels."""
     numbers = np.arange(2 * 4 * 3).reshape(2, 4, 3)
-    images = np.stack([numbers, numbers + 100], axis=-1)[..., None, :].reshape(2, 4, 3, 2)
-    shuffled = evaluate.permuted(images)
+    shown = np.stack([numbers, numbers + 100], axis=-1)[..., None, :].reshape(2, 4, 3, 2)
+    shuffled = saved.task.permuted(shown)
     np.testing.assert_array_equal(shuffled[..., 1] - shuffled[..., 0], 100)
     np.testing.assert_array_equal(shuffled[1], shuffled[0] + 12)
-    np.testing.assert_array_equal(np.sort(shuffled[0], axis=None), np.sort(images[0], axis=None))
-    assert (shuffled != images).any()
-    np.testing.assert_array_equal(shuffled, evaluate.permuted(images))
+    np.testing.assert_array_equal(np.sort(shuffled[0], axis=None), np.sort(shown[0], axis=None))
+    assert (shuffled != shown).any()
+    np.testing.assert_array_equal(shuffled, saved.task.permuted(shown))
 
 
 def test_unconverged_reconstructions_are_counted(saved, monkeypatch):
     """After one evaluation of g none has converged, the error is large, and the table says so."""
-    images = to_unit_interval(saved.data.test[:6], 17)
+    examples = to_unit_interval(saved.task.splits.test[:6], 17)
     inverse = ResidualFlow.inverse
     short = Anderson(max_iterations=1)
     monkeypatch.setattr(ResidualFlow, "inverse", lambda flow, z, **kwargs: inverse(flow, z, solver=short, **kwargs))
-    error, unconverged = evaluate.reconstruction(saved.flow, images)
-    expected = jnp.abs(images - inverse(saved.flow, saved.flow(images), solver=short, return_status=True)[0]).max()
+    error, unconverged = evaluate.reconstruction(saved.flow, examples)
+    found, _ = inverse(saved.flow, saved.flow(examples), solver=short, return_status=True)
+    expected = jnp.abs(examples - found).max()
     assert unconverged == 6 and error == pytest.approx(float(expected), rel=1e-6) and error > 1e-6
-    reconstruction = {"images": 6, "error": error, "unconverged": unconverged}
-    test = {"images": 6, "bits_per_dim": 1.0, "stderr": 0.0, "data_stderr": 0.0, "noise_stderr": 0.0}
+    reconstruction = {"examples": 6, "error": error, "unconverged": unconverged}
+    test = {"examples": 6, "bits_per_dim": 1.0, "stderr": 0.0, "data_stderr": 0.0, "noise_stderr": 0.0}
     result = {"test": test, "reconstruction": reconstruction, "step": 2, "draws": 1, "estimator": {"type": "Exact"}}
-    assert "6 DID NOT CONVERGE" in evaluate.rows(result | {"other": {}})["reconstruction error"]
+    assert "6 DID NOT CONVERGE" in evaluate.rows(saved.task, result | {"other": {}})["reconstruction error"]
 
 
 def test_scores_of_single_images():
@@ -170,9 +178,9 @@ def test_scores_of_single_images():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"images": 1}, "images: expected an integer of at least 2, got 1"),
+        ({"examples": 1}, "examples: expected an integer of at least 2, got 1"),
         ({"draws": 0}, "draws: expected an integer of at least 1, got 0"),
-        ({"exact": True}, "images: expected a number beside exact"),
+        ({"exact": True}, "examples: expected a number beside exact"),
     ],
 )
 def test_bad_settings_are_named(setting, message, tmp_path):
@@ -187,7 +195,7 @@ def test_command_line(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "run", configs.append)
     for name in ("use_xla_flags", "use_all_cores"):
         monkeypatch.setattr(evaluate, name, lambda: None)
-    evaluate.main([str(tmp_path), "--other", "mnist", "svhn", "--images", "5", "--exact"])
+    evaluate.main([str(tmp_path), "--other", "mnist", "svhn", "--examples", "5", "--exact"])
     evaluate.main([str(tmp_path), "--draws", "3", "--workdir", "out"])
-    assert configs[0] == EvaluateConfig(tmp_path, other=("mnist", "svhn"), images=5, exact=True)
+    assert configs[0] == EvaluateConfig(tmp_path, other=("mnist", "svhn"), examples=5, exact=True)
     assert (configs[1].draws, str(configs[1].workdir)) == (3, "out")

@@ -89,7 +89,7 @@ def test_ends_of_an_interpolation_are_the_reconstructions(run_dir, saved, tmp_pa
     ((path, frames, labels, title),) = strips
     assert path == tmp_path / "interpolation.png" and "spherical" in title and "2 to 7" in title
     assert frames.shape == (11, 8, 8, 1) and (labels[0], labels[5], labels[-1]) == ("0", "0.5", "1")
-    pair = to_unit_interval(saved.data.test[np.array([2, 7])], 17)
+    pair = to_unit_interval(saved.task.splits.test[np.array([2, 7])], 17)
     np.testing.assert_allclose(frames[[0, -1]], pair, atol=1e-9)
     z = np.asarray(saved.flow(pair))
     np.testing.assert_allclose(frames[[0, -1]], saved.flow.inverse(jnp.asarray(z)), atol=1e-12)
@@ -135,10 +135,10 @@ def test_bytes_stand_for_levels(levels):
 def test_formats(tmp_path):
     """Only the files asked for; those of an earlier call go, other people's stay; colours are kept."""
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3)).astype(np.uint8)
-    sample.write_samples(tmp_path, images, SampleConfig(tmp_path, format=("png",)))
+    sample.write_images(tmp_path, images, SampleConfig(tmp_path, format=("png",)))
     assert not (tmp_path / "samples.npz").exists()
     (tmp_path / "samples" / "mine.png").write_text("")
-    sample.write_samples(tmp_path, images[1:2], SampleConfig(tmp_path, format=("png",)))
+    sample.write_images(tmp_path, images[1:2], SampleConfig(tmp_path, format=("png",)))
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["00000.png", "mine.png"]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "00000.png")), images[1])
 

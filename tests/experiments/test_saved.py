@@ -17,6 +17,7 @@ from experiments import density
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
 from experiments.run import as_json, claim_workdir
 from experiments.saved import saved_config, saved_flow
+from experiments.train import set_up, tightened_flow
 from resflow_jax import Defensive, Exact, Geometric, ImageFlowConfig, Poisson, Roulette, Truncated, certify
 from resflow_jax.training.checkpoints import Checkpoints
 from tests.experiments import tiny
@@ -45,11 +46,11 @@ def save_run(workdir):
     """The files of a run at its first checkpoint, without its training: the weights are those of the start."""
     config = replace(tiny.DIGITS, workdir=workdir)
     claim_workdir(workdir, config)
-    trainer, state = density.set_up(config, density.load(config.data))
+    trainer, state = set_up(density.task_of(config))
     average = optax.EmaState(jnp.asarray(1), optax.tree.scale(1 - trainer.ema_decay, state.params))
     state = state._replace(step=jnp.asarray(2), ema=average)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(state, 3.0, certify(density.tightened_flow(trainer, state)))
+        checkpoints.save(state, 3.0, certify(tightened_flow(trainer, state)))
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +93,13 @@ def edited(*path, **fields):
     [
         ("{", "Expecting"),
         ("\N{SNOWMAN}", "Expecting value"),
-        ("3", "config: expected DensityConfig, got 3"),
+        ("3", "config: expected RunConfig, got 3"),
         (edited(type="BiasConfig"), "config.type: expected one of DensityConfig, .*; got 'BiasConfig'"),
         (
             edited(type="DataConfig"),
-            r"expected the fields of DataConfig, got others \(missing: .*unknown: batch_size, ",
+            r"expected the fields of DataConfig, got others \(missing: .*unknown: annealing, batch_size, ",
         ),
-        (as_json(DataConfig("digits")), "config: expected DensityConfig, got DataConfig"),
+        (as_json(DataConfig("digits")), "config: expected RunConfig, got DataConfig"),
         (edited("model", type=None), "config.model.type: expected one of .*; got None"),
         (edited("model", depth=3), r"config.model: .* ImageFlowConfig, got others \(unknown: depth\)"),
         (edited("model", blocks=None, shape=None), r"config.model: .*got others \(missing: blocks, shape\)"),
@@ -148,19 +149,19 @@ def test_the_best_and_the_latest_weights(run_dir, tmp_path):
     workdir = tmp_path / "moved"
     shutil.copytree(run_dir, workdir)
     config = saved_config(workdir)
-    trainer, state = density.set_up(config, density.load(config.data))
+    trainer, state = set_up(density.task_of(config))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         best = checkpoints.restore(2, state)
         latest = best._replace(step=best.step + 1, ema=best.ema._replace(ema=optax.tree.scale(1.5, best.ema.ema)))
-        checkpoints.save(latest, 99.0, certify(density.tightened_flow(trainer, latest)))
+        checkpoints.save(latest, 99.0, certify(tightened_flow(trainer, latest)))
     for weights, expected in (("best", best), ("latest", latest)):
         saved = saved_flow(workdir, weights)
         assert saved.step == int(expected.step) == {"best": 2, "latest": 3}[weights]
-        assert saved.config == replace(tiny.DIGITS, workdir=workdir) and saved.data.shape == (8, 8, 1)
+        assert saved.config == replace(tiny.DIGITS, workdir=workdir) and saved.task.splits.shape == (8, 8, 1)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
             bounds = [block["bound"] for block in checkpoints.certificate(saved.step)["blocks"]]
         np.testing.assert_allclose(certify(saved.flow).bounds, bounds, rtol=1e-9)
-        kernels = nnx.state(density.tightened_flow(trainer, expected), nnx.Param)
+        kernels = nnx.state(tightened_flow(trainer, expected), nnx.Param)
         jax.tree.map(np.testing.assert_array_equal, nnx.state(saved.flow, nnx.Param), kernels)
     biases = [
         jax.tree.leaves(nnx.state(saved_flow(workdir, weights).flow, nnx.Param)) for weights in ("best", "latest")

@@ -11,5 +11,5 @@ DIGITS = replace(
     model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)),
     steps=2,
     batch_size=8,
-    evaluation=EvaluationConfig(estimator=Roulette(), draws=1, images=20, every=2),
+    evaluation=EvaluationConfig(estimator=Roulette(), draws=1, examples=20, every=2),
 )

@@ -1,0 +1,327 @@
+"""One run, whatever it learns: set-up, training with validation and checkpoints, and the closing report.
+
+What is learned, and how it is judged and drawn, is a `Task`.
+"""
+
+import json
+import math
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments import pictures
+from experiments.configs.base import RunConfig
+from experiments.loop import training_loop
+from experiments.metrics import Metrics
+from experiments.page import write_report
+from experiments.run import (
+    as_json,
+    certificate_rows,
+    claim_workdir,
+    data_mesh,
+    print_table,
+    use_compilation_cache,
+    write_atomically,
+)
+from experiments.signals import stop_on_signal
+from resflow_jax import Estimate, Estimator, ResidualFlow, certify
+from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.step import Loss, Trainer, TrainState, fit_estimator
+
+Array = jax.Array
+Split = Literal["validation", "test"]
+
+
+class Drawing(NamedTuple):
+    """What a task shows of a flow at the end of a run.
+
+    Attributes:
+      pictures: PNG files by caption.
+      rows: further lines of the closing table.
+    """
+
+    pictures: dict[str, Path]
+    rows: dict[str, str]
+
+
+class Task(ABC):
+    """What a run learns and how it is judged.
+
+    Attributes:
+      metric: name of the likelihood in metrics.jsonl; its loss is `sign` times it.
+      unit: of the metric.
+      label: the metric and its unit, for people.
+      sign: 1 where less of the metric is better, -1 where more is.
+      batch_size: examples at once where flows are judged.
+      name: of the data, for titles.
+      splits: the data, with train, validation and test.
+      loss: of a training step.
+    """
+
+    metric: ClassVar[str]
+    unit: ClassVar[str]
+    label: ClassVar[str]
+    sign: ClassVar[int]
+    batch_size: ClassVar[int]
+    name: str
+    splits: Any
+    loss: Loss
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+
+    @abstractmethod
+    def initial(self) -> Array:
+        """Examples to initialise a flow with, as it takes them."""
+
+    @abstractmethod
+    def batches(self, step: int) -> Iterator[Any]:
+        """The batches of step number `step`, counted from 0, and all that follow."""
+
+    @abstractmethod
+    def scores(
+        self, flow: ResidualFlow, examples: Any, key: Array, estimator: Estimator, draws: int, batch_size: int
+    ) -> np.ndarray:
+        """The metric of each of N examples in each draw, [draws, N]."""
+
+    @abstractmethod
+    def inputs(self, examples: Any) -> Array:
+        """Examples as the flow takes them, without noise."""
+
+    @abstractmethod
+    def permuted(self, examples: Any) -> Any:
+        """Examples that differ from those of the data in how their elements belong together, and in nothing else."""
+
+    @abstractmethod
+    def other(self, name: str) -> Any:
+        """The test split of other data, whose examples the flow takes as well; by a name or a path.
+
+        Raises:
+          ValueError: if they have another shape than the task's.
+        """
+
+    @abstractmethod
+    def sketch(self, flow: ResidualFlow, prefix: Path) -> dict[str, Path]:
+        """Draws what the flow has learned so far; PNG files by name, whose paths start with the prefix."""
+
+    @abstractmethod
+    def draw(self, flow: ResidualFlow, result: Estimate) -> Drawing:
+        """Draws what the flow has learned in the end, under the work directory."""
+
+    def estimate(self, flow: ResidualFlow, split: Split) -> Estimate:
+        """The mean metric of a split, with the same noise every time; one draw in validation."""
+        settings = self.config.evaluation
+        scores = self.scores(
+            flow,
+            getattr(self.splits, split)[: settings.examples],
+            jax.random.key(self.config.seed + (1 if split == "validation" else 2)),
+            settings.estimator,
+            settings.draws if split == "test" else 1,
+            self.batch_size,
+        )
+        return Estimate.from_scores(scores)
+
+    def log_det_weight(self) -> optax.Schedule | None:
+        """That of the log-det in the gradient, by steps done."""
+        steps = self.config.annealing
+        return optax.linear_schedule(0.0, 1.0, steps) if steps else None
+
+
+class StepTime(NamedTuple):
+    """Median seconds of a training step, and those of them that it waits for data."""
+
+    seconds: float
+    waiting: float
+
+
+def run(config: RunConfig, task: Task) -> Estimate:
+    """Trains (or goes on training), evaluates, draws. Returns the metric of the test split.
+
+    A first SIGINT or SIGTERM ends it behind the step that is running, with a checkpoint and exit status 0.
+
+    Raises:
+      FloatingPointError: if the loss, the gradient or the validation stops being finite.
+      OSError: if the work directory cannot be written; what was saved before is whole.
+      ValueError, FileExistsError: as `claim_workdir`.
+    """
+    began = time.perf_counter()
+    use_compilation_cache()
+    claim_workdir(config.workdir, config)
+    trainer, state = set_up(task)
+    with Checkpoints(config.workdir / "checkpoints") as checkpoints:
+        if checkpoints.latest_step is not None:
+            state = checkpoints.restore(checkpoints.latest_step, state)
+            print(f"resuming {config.workdir} at step {int(state.step)}")
+        with Metrics(config.workdir, keep_until=int(state.step)) as metrics:
+            step, step_time = train(task, trainer, state, checkpoints, metrics)
+            checkpoints.wait()
+            if step < config.steps and not is_patience_spent(task, metrics.lines):
+                print(f"stopped at step {step} of {config.steps}; the same command goes on from there")
+                sys.exit(0)
+            best = checkpoints.restore(checkpoints.best_step, state)
+            return report(task, tightened_flow(trainer, best), int(best.step), metrics, step_time, began)
+
+
+def set_up(task: Task) -> tuple[Trainer, TrainState]:
+    """The flow, initialised on training examples, with its optimiser."""
+    config = task.config
+    flow = ResidualFlow(config.model, rngs=nnx.Rngs(config.seed))
+    flow.initialize(task.initial())
+    optimizer = config.optimizer.build(config.steps)
+    trainer = Trainer(nnx.split(flow)[0], task.loss, optimizer, config.optimizer.ema_decay_a_batch)
+    state = trainer.create_state(flow, config.estimator)
+    return trainer, fit_estimator(state, config.batch_size) if config.fit_lengths else state
+
+
+def train(
+    task: Task, trainer: Trainer, state: TrainState, checkpoints: Checkpoints, metrics: Metrics
+) -> tuple[int, StepTime | None]:
+    """Runs the remaining steps; validates, saves and draws along the way.
+
+    Returns:
+      The number of steps done, less than those of the config if the run was asked to stop or its patience is spent;
+      and what a step took, if any was taken.
+    """
+    config, steps = task.config, int(state.step)
+    step_times, waiting = [], []
+    learning_rates = config.optimizer.learning_rates(config.steps)
+    if is_patience_spent(task, metrics.lines):
+        return steps, None
+
+    def validates_at(step: int) -> bool:
+        return step % config.evaluation.every == 0 or step == config.steps
+
+    def saves_at(step: int) -> bool:
+        return config.save_every is not None and step % config.save_every == 0
+
+    def at_pause(step: int, state: TrainState) -> TrainState:
+        return fit_estimator(state, config.batch_size) if config.fit_lengths and validates_at(step) else state
+
+    with stop_on_signal() as is_asked_to_stop:
+        for at in training_loop(
+            trainer,
+            state,
+            jax.random.key(config.seed),
+            task.batches,
+            steps=config.steps,
+            pauses_at=lambda step: step % config.log_every == 0 or validates_at(step) or saves_at(step),
+            unit=task.unit,
+            at_pause=at_pause,
+            stops=is_asked_to_stop,
+            mesh=data_mesh(config.batch_size),
+        ):
+            steps = at.step
+            step_times.append(at.seconds)
+            waiting.append(at.waiting)
+            line = {
+                task.metric: task.sign * float(at.metrics["loss"]),
+                "gradient_norm": float(at.metrics["gradient_norm"]),
+                "learning_rate": float(learning_rates((steps - 1) // config.optimizer.accumulate)),
+                "diagnostics": {name: value.tolist() for name, value in at.metrics["diagnostics"]._asdict().items()},
+            }
+            if validates_at(steps):
+                flow = tightened_flow(trainer, at.state)
+                line |= validate(task, flow, at.state, checkpoints, metrics)
+                at.bar.set_description(f"validation {line[f'validation_{task.metric}']:.3f} {task.unit}")
+            elif saves_at(steps) or is_asked_to_stop():
+                checkpoints.save(at.state)
+            metrics.write(step=steps, split="train", **line)
+            if is_patience_spent(task, metrics.lines):
+                break
+    return steps, StepTime(float(np.median(step_times)), float(np.median(waiting))) if step_times else None
+
+
+def validate(
+    task: Task, flow: ResidualFlow, state: TrainState, checkpoints: Checkpoints, metrics: Metrics
+) -> dict[str, Any]:
+    """Judges, certifies, saves and draws a flow; what metrics.jsonl says of it."""
+    step, estimate = int(state.step), task.estimate(flow, "validation")
+    if not np.isfinite(estimate.mean):
+        raise FloatingPointError(f"{task.label} of the validation split is {estimate.mean} at step {step}")
+    certificate = certify(flow)
+    checkpoints.save(state, task.sign * estimate.mean, certificate)
+    directory = task.config.workdir / "training"
+    directory.mkdir(exist_ok=True)
+    for name, path in task.sketch(flow, directory / f"{step:07}").items():
+        metrics.picture(step, name, path)
+    line = {f"validation_{task.metric}": estimate.mean, "lipschitz": certificate.bounds.tolist()}
+    if task.config.model.learn_norms:
+        line["orders"] = flow.norm_orders().tolist()
+    return line
+
+
+def is_patience_spent(task: Task, lines: list[dict[str, Any]]) -> bool:
+    """Whether the last validations, as many as the config has patience for, have not improved on those before."""
+    patience = task.config.evaluation.patience
+    found = [task.sign * line[name] for line in lines if (name := f"validation_{task.metric}") in line]
+    return patience is not None and len(found) > patience and min(found[:-patience]) <= min(found[-patience:])
+
+
+def tightened_flow(trainer: Trainer, state: TrainState) -> ResidualFlow:
+    """The flow that a run is judged by: with the averaged weights, tightened."""
+    flow = trainer.averaged_flow(state)
+    flow.tighten()
+    return flow
+
+
+def report(
+    task: Task, flow: ResidualFlow, step: int, metrics: Metrics, step_time: StepTime | None, began: float
+) -> Estimate:
+    """Certifies the chosen flow and evaluates it on the test split, draws the pictures, prints the closing table."""
+    config, workdir = task.config, task.config.workdir
+    certificate = certify(flow)
+    write_atomically(workdir / "certificate.json", json.dumps(as_json(certificate.as_dict()), indent=2) + "\n")
+    result = task.estimate(flow, "test")
+    line = {task.metric: result.mean, f"{task.metric}_stderr": result.stderr}
+    metrics.write(step=step, split="test", **line, data_stderr=result.data_stderr, noise_stderr=result.noise_stderr)
+
+    drawing = task.draw(flow, result)
+    curves = workdir / "curves.png"
+    pictures.save_curves(curves, metrics.lines, task.metric, task.label, f"{task.name}: {task.label}")
+    number = len(task.splits.test[: config.evaluation.examples])
+    measured = f"{result.mean:.4f} +- {result.stderr:.4f}"
+    rows = {
+        f"test {task.label}": f"{measured} ({number} examples, weights of step {step})",
+        "of which": error_by_cause(result.data_stderr, result.noise_stderr),
+        **drawing.rows,
+        **certificate_rows(certificate),
+        "time per step": "no step taken: the run was finished before"
+        if step_time is None
+        else f"{step_time.seconds * 1e3:.0f} ms, batches of {config.batch_size}; "
+        f"{step_time.waiting / step_time.seconds:.1%} of it waiting for data",
+        "time in all": f"{time.perf_counter() - began:.0f} s, set-up and compilation included",
+        "written to": str(workdir),
+    }
+    figures = {f"{task.label} of training, validation and test": curves, **drawing.pictures, **along_training(workdir)}
+    title = f"{workdir.name}: test {task.label} {measured}"
+    write_report(workdir / "report.html", title, rows, figures, certificate, as_json(config))
+    print_table(rows)
+    print(f"test {task.label} {measured}")
+    return result
+
+
+def error_by_cause(data_stderr: float, noise_stderr: float) -> str:
+    """What a closing table says of the causes of a standard error."""
+    noise = (
+        f"{noise_stderr:.4f} from noise" if math.isfinite(noise_stderr) else "of a single draw, so noise is not told"
+    )
+    return f"{data_stderr:.4f} from the choice of examples, {noise}"
+
+
+def along_training(workdir: Path, at_most: int = 6) -> dict[str, Path]:
+    """Some of the pictures that were drawn along training, evenly among them, by caption."""
+    chosen = {}
+    kinds = {path.stem.partition("_")[2] for path in (workdir / "training").glob("*.png")}
+    for kind in sorted(kinds):
+        paths = sorted((workdir / "training").glob(f"*_{kind}.png"))
+        numbers = np.unique(np.linspace(0, len(paths) - 1, at_most).round().astype(int))
+        chosen |= {f"{kind} at step {int(paths[n].stem.partition('_')[0])}": paths[n] for n in numbers}
+    return chosen

@@ -1,0 +1,200 @@
+"""Runs on vectors, from a file or a toy density in the plane: their log-likelihood in nats, and pictures of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import pictures
+from experiments.configs.base import RunConfig, VectorDataConfig, VectorsConfig
+from experiments.configs.toy import ToyConfig
+from experiments.plane import density_on_grid
+from experiments.run import data_mesh
+from experiments.train import Drawing, Task
+from resflow_jax import Estimate, Estimator, Exact, ResidualFlow
+from resflow_jax.data.batches import Batches
+from resflow_jax.data.embedded import load_cell_nuclei
+from resflow_jax.data.toy import TOY_DENSITIES, sample_toy
+from resflow_jax.data.vectors import VectorSplits, load_vectors
+from resflow_jax.training.likelihood import negative_log_likelihood, vector_log_prob
+
+Array = jax.Array
+
+SAMPLES = 1000  # in a sketch
+INTEGRAL_TOLERANCE = 0.01
+_PURPOSES = ("initialize", "train", "test", "picture", "validation")
+
+
+def load(config: VectorDataConfig) -> VectorSplits:
+    """The vectors that a config names."""
+    return load_cell_nuclei() if config.path is None else load_vectors(config.path)
+
+
+class VectorTask(Task):
+    """The density of vectors, in nats."""
+
+    metric, unit, label, sign, batch_size = "log_prob", "nats", "log_prob, nats", -1, 1000
+    splits: VectorSplits
+
+    def __init__(self, config: VectorsConfig):
+        """Raises ValueError if the vectors have another dimension than the model."""
+        self._set(config, load(config.data), str(config.data.path or "cell nuclei"))
+
+    def _set(self, config: RunConfig, splits: VectorSplits, name: str) -> None:
+        super().__init__(config)
+        if splits.dim != config.model.dim:
+            raise ValueError(f"model.dim: expected {splits.dim}, that of the vectors, got {config.model.dim}")
+        self.splits, self.name = splits, name
+        self.loss = negative_log_likelihood(self.log_det_weight())
+
+    def initial(self) -> Array:
+        return jnp.asarray(self.splits.train[:10000])
+
+    def batches(self, step: int) -> Iterator[np.ndarray]:
+        config = self.config
+        return Batches(self.splits.train, seed=config.seed, batch_size=config.batch_size).starting_at(step)
+
+    def scores(
+        self, flow: ResidualFlow, examples: np.ndarray, key: Array, estimator: Estimator, draws: int, batch_size: int
+    ) -> np.ndarray:
+        mesh = data_mesh(jax.device_count())
+        return vector_log_prob(flow, examples, key, estimator=estimator, draws=draws, batch_size=batch_size, mesh=mesh)
+
+    def estimate(self, flow: ResidualFlow, split: str) -> Estimate:
+        found = super().estimate(flow, split)
+        is_exact = isinstance(self.config.evaluation.estimator, Exact) and not self.config.model.padding
+        return found._replace(noise_stderr=0.0) if is_exact else found
+
+    def inputs(self, examples: np.ndarray) -> Array:
+        return jnp.asarray(examples)
+
+    def permuted(self, examples: np.ndarray) -> np.ndarray:
+        """Vectors [N, D] with every element from a vector of its own: as if elements did not go together."""
+        return np.random.default_rng(0).permuted(examples, axis=0)
+
+    def other(self, name: str) -> np.ndarray:
+        """The test vectors of another file, or points of a toy density; as `Task.other`."""
+        if name in TOY_DENSITIES:
+            vectors = sample_toy(name, len(self.splits.test), np.random.default_rng(0))
+        else:
+            vectors = load_vectors(Path(name)).test
+        if vectors.shape[1] != self.splits.dim:
+            raise ValueError(
+                f"other: expected vectors of dimension {self.splits.dim}, like those of {self.name}; got "
+                f"{vectors.shape[1]} in {name}"
+            )
+        return vectors
+
+    def sketch(self, flow: ResidualFlow, prefix: Path) -> dict[str, Path]:
+        path = prefix.with_name(f"{prefix.name}_samples.png")
+        pictures.save_scatter(path, *self._shown(flow), f"{self.name}: data and samples")
+        return {"samples": path}
+
+    def draw(self, flow: ResidualFlow, result: Estimate) -> Drawing:
+        path = self.config.workdir / "samples.png"
+        pictures.save_scatter(path, *self._shown(flow), f"{self.name}: data and samples")
+        test = self.inputs(self.splits.test[:SAMPLES])
+        reconstructed, status = flow.inverse(flow(test), return_status=True)
+        unconverged = int((~status.converged.all(axis=0)).sum())
+        error = f"{jnp.max(jnp.abs(test - reconstructed)):.1e}, max |x - f^-1(f(x))|"
+        rows = {"reconstruction error": error + (f"; {unconverged} did not converge" if unconverged else "")}
+        return Drawing({"samples": path}, rows)
+
+    def _shown(self, flow: ResidualFlow) -> tuple[np.ndarray, np.ndarray]:
+        """Training vectors and samples."""
+        samples = flow.sample(jax.random.key(self.config.seed + 3), SAMPLES)
+        return self.splits.train[:SAMPLES], np.asarray(samples)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A density on a grid.
+
+    Attributes:
+      density: at the midpoints of the cells, [y, x].
+      low: lower corner.
+      high: upper corner.
+      integral: of the density over the grid.
+    """
+
+    density: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    integral: float
+
+
+class ToyTask(VectorTask):
+    """A toy density in the plane. Batches are fresh points, without end; so are the points that judge the flow."""
+
+    def __init__(self, config: ToyConfig):
+        number = config.evaluation.examples
+        splits = VectorSplits(
+            train=sample_toy(config.data, 2048, _rng(config, "initialize")),
+            validation=sample_toy(config.data, number, _rng(config, "validation")),
+            test=sample_toy(config.data, number, _rng(config, "test")),
+        )
+        self._set(config, splits, config.data)
+
+    def batches(self, step: int) -> Iterator[np.ndarray]:
+        config = self.config
+        return (sample_toy(config.data, config.batch_size, _rng(config, "train", n)) for n in count(step))
+
+    def draw(self, flow: ResidualFlow, result: Estimate) -> Drawing:
+        """The density on a grid too, which must integrate to 1 whatever was learned.
+
+        That holds the log-det to the map, and to the samples, which choose the grid's box.
+        """
+        config, path = self.config, self.config.workdir / "toy.png"
+        z = jax.random.normal(jax.random.key(config.seed + 1), (config.evaluation.samples, 2), flow.dtype)
+        samples, status = flow.inverse(z, return_status=True)
+        unconverged = int((~status.converged.all(axis=0)).sum())
+        grid = grid_of(flow, config.evaluation.cells, self.splits.test, np.asarray(samples))
+        pictures.save_densities(
+            path,
+            sample_toy(config.data, 200000, _rng(config, "picture")),
+            grid.density,
+            (grid.low, grid.high),
+            np.asarray(samples),
+            {
+                "data": f"data: {config.data}",
+                "density": f"learned density, {result.mean:.3f} nats",
+                "samples": "samples of the flow",
+            },
+        )
+        (left, bottom), (right, top) = grid.low, grid.high
+        rows = {
+            "integral of density": f"{grid.integral:.4f} over [{left:.1f}, {right:.1f}] x [{bottom:.1f}, {top:.1f}], "
+            f"{config.evaluation.cells}^2 cells",
+            "reconstruction error": f"{jnp.max(jnp.abs(z - flow(samples))):.1e}, max |z - f(f^-1(z))|"
+            + (f"; {unconverged} did not converge" if unconverged else ""),
+        }
+        if not abs(grid.integral - 1) <= INTEGRAL_TOLERANCE:
+            rows["WARNING"] = (
+                f"the density integrates to {grid.integral:.4f}, not to 1 within {INTEGRAL_TOLERANCE:.0%}: the grid is "
+                "too coarse (raise --evaluation.cells), or the box leaves mass outside"
+            )
+        return Drawing({"data, learned density and samples": path}, rows)
+
+
+def grid_of(flow: ResidualFlow, cells: int, *points: np.ndarray) -> Grid:
+    """The density of a flow in the plane in a box around point sets [N, 2]."""
+    low, high = grid_box(*points)
+    density = density_on_grid(flow, low, high, cells, 4000)
+    return Grid(density, low, high, float(density.mean(dtype=np.float64) * np.prod(high - low)))
+
+
+def grid_box(*points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper corner of a box around point sets [N, 2], with a margin of 15 % on every side."""
+    low = np.min([p.min(0) for p in points], axis=0)
+    high = np.max([p.max(0) for p in points], axis=0)
+    margin = 0.15 * (high - low)
+    return low - margin, high + margin
+
+
+def _rng(config: ToyConfig, purpose: str, step: int = 0) -> np.random.Generator:
+    """NumPy's generator for one purpose of a run, and one step, independent of the others."""
+    return np.random.default_rng((config.seed, _PURPOSES.index(purpose), step))
