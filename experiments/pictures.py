@@ -26,8 +26,9 @@ def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def save_grid(path: Path, images: np.ndarray, columns: int) -> None:
-    """Writes images [N, H, W, C] in [0, 1] as one PNG, each pixel of small ones a square."""
-    grid = np.rint(255 * np.clip(image_grid(np.asarray(images), columns), 0, 1)).astype(np.uint8)
+    """Writes images [N, H, W, C] in [0, 1] as one PNG, each pixel of small ones a square; what is no number is grey."""
+    grid = np.clip(np.nan_to_num(image_grid(np.asarray(images), columns), nan=0.5), 0, 1)
+    grid = np.rint(255 * grid).astype(np.uint8)
     zoom = max(1, 600 // len(grid))
     Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid).resize(
         (zoom * grid.shape[1], zoom * grid.shape[0]), Image.Resampling.NEAREST

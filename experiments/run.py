@@ -79,8 +79,17 @@ def data_mesh(batch_size: int) -> Mesh:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file as a whole, so that a crash leaves the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _named(error, path) from error
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The error with the file that could not be written: a full disk does not say."""
+    return OSError(error.errno, f"{error.strerror}; could not write it, what was saved before is whole", str(path))
 
 
 def as_json(config: Any) -> Any:
@@ -137,10 +146,14 @@ def claim_workdir(workdir: Path, config: Any) -> None:
       FileExistsError: if the directory holds metrics or checkpoints that no config.json accounts for.
       ValueError: if the directory holds a run of another config; the message lists the differences.
       NotADirectoryError: if the path is taken by a file.
+      OSError: if it cannot be made or written to.
     """
     if workdir.exists() and not workdir.is_dir():
         raise NotADirectoryError(f"workdir: expected a directory, got the file {workdir}")
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"workdir: could not make {workdir}: {error.strerror}") from error
     path, new = workdir / "config.json", as_json(config)
     if path.exists():
         differences = list(_differences(json.loads(path.read_text()), new))
@@ -179,8 +192,11 @@ class MetricsFile:
         """Appends a line."""
         line = _without_nan(line)
         self.lines.append(line)
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise _named(error, self._path) from error
 
 
 def _without_nan(value: Any) -> Any:

@@ -4,6 +4,8 @@ A directory `checkpoints/STEP/` appears under its name only once it is complete,
 cut off leaves the earlier ones whole.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(_arrays_only(state))}
         if certificate is not None:
             items["certificate"] = ocp.args.JsonSave(certificate.as_dict())
-        self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
+        with self._written():
+            self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at `step`; `like` gives structure and shapes."""
@@ -80,14 +83,25 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(certificate=ocp.args.JsonRestore())).certificate
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until what was saved is on disk. Raises OSError as `save`."""
+        with self._written():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """One kind of error for the many that orbax lets through where a file cannot be written."""
+        try:
+            yield
+        except Exception as error:
+            directory = self._manager.directory
+            raise OSError(f"checkpoints: could not write to {directory}; those before are whole. {error}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._manager.close()
+        with self._written():
+            self._manager.close()
 
 
 def _arrays_only(state: TrainState) -> TrainState:

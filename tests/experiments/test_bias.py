@@ -12,8 +12,9 @@ from flax import nnx
 from experiments import bias
 from experiments.bias import BiasConfig
 from experiments.configs.base import OptimizerConfig
-from experiments.density import load, set_up
+from experiments.images import ImageTask, load
 from experiments.run import claim_workdir
+from experiments.train import set_up
 from resflow_jax import Exact, ImageFlowConfig, Truncated, certify
 
 TINY = BiasConfig(
@@ -88,7 +89,7 @@ def test_the_closing_table(finished, tmp_path, capsys):
 
 def test_runs_start_alike(data):
     """Parameters before the first step do not depend on the estimator."""
-    first, second = (set_up(TINY.training(estimator), data)[1] for estimator in (TINY.truncated, TINY.roulette))
+    first, second = (set_up(ImageTask(TINY.training(estimator)))[1] for estimator in (TINY.truncated, TINY.roulette))
     for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -96,7 +97,7 @@ def test_runs_start_alike(data):
 def test_the_gap_is_that_of_the_estimator(data):
     """None for the exact log-det, none for a long series; for its first term that of tr J, from large Jacobians."""
     config = dataclasses.replace(TINY, draws=8)
-    trainer, state = set_up(config.training(Exact()), data)
+    trainer, state = set_up(ImageTask(config.training(Exact())))
     grown = jax.tree.map(lambda p: 3 * jnp.abs(p), state.params)  # positive kernels: J is close to a blur
     flow = trainer.current_flow(state._replace(params=grown))
     assert certify(flow).norms.max() == pytest.approx(config.model.coefficient, rel=1e-3)  # of the new weights
@@ -112,7 +113,7 @@ def test_the_gap_is_that_of_the_estimator(data):
 
 def test_measuring_leaves_the_state_alone(data):
     """The flow measured has norms of its own."""
-    trainer, state = set_up(TINY.training(TINY.roulette), data)
+    trainer, state = set_up(ImageTask(TINY.training(TINY.roulette)))
     before = jax.device_get(jax.tree.leaves(state.rest))
     flow = trainer.current_flow(state)
     assert isinstance(flow, nnx.Module)

@@ -4,17 +4,24 @@ import base64
 import dataclasses
 import itertools
 import json
+import os
+import signal
+import struct
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto import event_pb2
 
-from experiments import density, train
-from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
+from experiments import density, evaluate, sample, train
+from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig, VectorDataConfig
+from experiments.evaluate import EvaluateConfig
 from experiments.images import load
-from experiments.run import MetricsFile
-from resflow_jax import ImageFlowConfig, Roulette, certify
+from experiments.run import MetricsFile, write_atomically
+from experiments.sample import SampleConfig
+from resflow_jax import Estimate, Exact, ImageFlowConfig, Roulette, VectorFlowConfig, certify
 from resflow_jax.data.batches import Batches
 from resflow_jax.training.checkpoints import Checkpoints
 
@@ -64,6 +71,10 @@ def test_files_and_metrics(finished):
     (block,) = certificate["blocks"]
     assert certificate["is_certified"] is True and block["bound"] <= block["promised"] < 1
     assert {"3", "6"} >= {p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()} >= {"6"}
+    assert sorted(path.name for path in (workdir / "training").iterdir()) == [
+        f"{step:07}_{kind}.png" for step in (3, 6) for kind in ("reconstructions", "samples")
+    ]
+    assert "samples at step 3" in page and "reconstructions at step 6" in page
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines if line["split"] == "train"] == [2, 3, 4, 6]
     assert all(np.isfinite(line["bits_per_dim"]) for line in lines)
@@ -77,6 +88,38 @@ def test_files_and_metrics(finished):
         assert len(found["length"]) == len(found["mean"]) == len(found["second_moment"]) == 1
         assert len(found["term_norms"][0]) == 16 and found["length"][0] >= 1
     assert {line["split"] for line in lines} == {"train", "test"}
+
+
+def events(workdir):
+    """What TensorBoard reads: {tag: {step: value}} of numbers, and the tags of everything else."""
+    numbers, others = {}, set()
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+            at += 12 + size + 4
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    numbers.setdefault(value.tag, {})[event.step] = value.simple_value
+                else:
+                    others.add(value.tag)
+    return numbers, others
+
+
+def test_events(finished):
+    """TensorBoard shows the numbers of metrics.jsonl, the distributions of its lists, and the pictures."""
+    workdir, result = finished
+    numbers, others = events(workdir)
+    lines = [line for line in read_metrics(workdir) if line["split"] == "train"]
+    for name in ("bits_per_dim", "gradient_norm", "learning_rate", "validation_bits_per_dim"):
+        expected = {line["step"]: line[name] for line in lines if name in line}
+        assert numbers[f"train/{name}"] == pytest.approx(expected, rel=1e-6), name
+    assert numbers["test/bits_per_dim"] == pytest.approx({max(numbers["test/bits_per_dim"]): result.mean}, rel=1e-6)
+    assert others == {
+        *("samples", "reconstructions", "train/lipschitz"),
+        *(f"train/diagnostics/{name}" for name in lines[0]["diagnostics"]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +172,69 @@ def test_a_cut_run_resumes_exactly(finished, fitted, tmp_path, monkeypatch, caps
     assert density.run(config) == result
     assert "resuming" in capsys.readouterr().out
     assert read_metrics(tmp_path) == read_metrics(workdir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop(finished, tmp_path, monkeypatch, capsys, number):
+    """The step is finished, saved and logged, the exit status is 0; the same command ends as the uncut run did."""
+    workdir, result = finished
+    config = dataclasses.replace(TINY, workdir=tmp_path)
+    starting_at = Batches.starting_at
+
+    def with_signal(self, step, **options):
+        for n, batch in enumerate(starting_at(self, step, **options)):
+            if n == 4:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "starting_at", with_signal)
+        with pytest.raises(SystemExit) as stop:
+            density.run(config)
+    assert not stop.value.code and signal.getsignal(number) is before
+    assert "stopped at step 5 of 6; the same command goes on" in capsys.readouterr().out
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert (checkpoints.latest_step, checkpoints.best_step) == (5, 3)
+    assert density.run(config) == result
+    assert "resuming" in capsys.readouterr().out
+    assert [line["step"] for line in read_metrics(tmp_path)][:-1] == [2, 3, 4, 5, 6]
+    state = train.set_up(density.task_of(TINY))[1]
+    ends = []
+    for directory in (workdir, tmp_path):
+        with Checkpoints(directory / "checkpoints") as checkpoints:
+            ends.append(checkpoints.restore(6, state))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_patience(tmp_path, monkeypatch, capsys):
+    """Two validations in a row without an improvement end the run; it is evaluated, and not gone on with."""
+    values = iter([3.0, 2.0, 2.5, 2.1, 1.0])
+    monkeypatch.setattr(
+        train.Task,
+        "estimate",
+        lambda self, flow, split: Estimate(next(values) if split == "validation" else 9, *[0.1] * 3),
+    )
+    evaluation = dataclasses.replace(TINY.evaluation, every=1, patience=2)
+    config = dataclasses.replace(TINY, workdir=tmp_path, evaluation=evaluation, save_every=5)
+    for _ in range(2):
+        assert density.run(config).mean == 9
+        assert [line["step"] for line in read_metrics(tmp_path) if line["split"] == "train"] == [1, 2, 3, 4]
+        assert "weights of step 2)" in capsys.readouterr().out
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert (checkpoints.latest_step, checkpoints.best_step) == (4, 2)
+
+
+def test_checkpoints_between_validations(tmp_path, monkeypatch):
+    """Are what a run that is cut goes on from; they are never the best, and go when newer ones come."""
+    config = dataclasses.replace(TINY, workdir=tmp_path, save_every=2)
+    save, saved = Checkpoints.save, []
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, state, *rest: saved.append(int(state.step)) or save(self, state, *rest)
+    )
+    density.run(config)
+    assert saved == [2, 3, 4, 6]
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()} <= {"3", "6"}
 
 
 def test_a_finished_run_is_only_evaluated_again(finished, capsys):
@@ -246,6 +352,28 @@ def test_workdir_that_is_a_file(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_full_disk(tmp_path):
+    """What cannot be written says which file; the one that was there stays whole, and nothing half is left."""
+    path = tmp_path / "config.json"
+    path.write_text("mine")
+    (tmp_path / "config.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left.*config\.json"):
+        write_atomically(path, "new")
+    assert path.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", keep_until=5)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
+        metrics.write(step=2, split="train")
+
+
+def test_a_work_directory_that_cannot_be_made():
+    """The error names the argument and the path."""
+    with pytest.raises(OSError, match=r"workdir: could not make /proc/nowhere"):
+        density.run(dataclasses.replace(TINY, workdir=Path("/proc/nowhere")))
+
+
 def test_metrics_survive_a_half_written_line(tmp_path):
     """A line cut off by a crash is dropped, complete ones stay."""
     path = tmp_path / "metrics.jsonl"
@@ -271,3 +399,39 @@ def test_own_images(tmp_path):
     assert 4 < result.mean < 7  # of random pixels of 32 levels, five bits at best
     assert load(config.data).levels == 32
     assert density.run(config) == result
+
+
+def test_own_vectors(tmp_path):
+    """A table with a header: trained with learned norms and a rising weight of the log-det, evaluated again, drawn."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(90, 3)) * [1.0, 5.0, 0.1] + [0, 20, 3]
+    table = "\n".join(["a,b,c", *(",".join(map(str, row)) for row in rows)])
+    (tmp_path / "rows.csv").write_text(table)
+    config = dataclasses.replace(
+        density.CONFIGS["vectors"],
+        data=VectorDataConfig(tmp_path / "rows.csv"),
+        model=VectorFlowConfig(3, blocks=2, hidden=(4,), learn_norms=True),
+        workdir=tmp_path / "run",
+        steps=4,
+        annealing=2,
+        batch_size=8,
+        evaluation=EvaluationConfig(estimator=Exact(), draws=1, every=2),
+    )
+    result = density.run(config)
+    assert -20 < result.mean < 0 and result.noise_stderr == 0
+    lines = read_metrics(config.workdir)
+    orders = [line["orders"] for line in lines if "orders" in line]
+    assert np.shape(orders) == (2, 4, 2) and orders[0] != orders[1]
+    assert [len(line["lipschitz"]) for line in lines if "lipschitz" in line] == [2, 2]
+    assert density.run(config) == result
+    with pytest.raises(ValueError, match=r"model\.dim: expected 3, that of the vectors, got 30"):
+        density.run(dataclasses.replace(density.CONFIGS["vectors"], data=config.data, workdir=tmp_path / "other"))
+    again = evaluate.run(EvaluateConfig(config.workdir, other=(str(tmp_path / "rows.csv"),)))
+    assert again["test"]["log_prob"] == pytest.approx(result.mean, rel=1e-6)
+    assert again["other"][str(tmp_path / "rows.csv")]["auroc"] == pytest.approx(0.5, abs=1e-9)
+    samples = sample.run(SampleConfig(config.workdir, number=5, batch_size=4))
+    assert samples.shape == (5, 3) and np.isfinite(samples).all()
+    with np.load(config.workdir / "sampling" / "samples.npz") as file:
+        np.testing.assert_array_equal(file["vectors"], samples)
+    with pytest.raises(ValueError, match="interpolate: expected a run on images, got one on vectors"):
+        sample.run(SampleConfig(config.workdir, interpolate=(0, 1)))

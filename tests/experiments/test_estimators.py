@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import density, estimators
+from experiments import density, estimators, images
 from experiments.estimators import DEFAULT, FITTED, PAPERS, EstimatorsConfig, Target
 from resflow_jax import Diagnostics, Geometric, Roulette
 from tests.experiments import tiny
@@ -77,7 +77,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(estimators, "ESTIMATORS", kept)
     monkeypatch.setattr(estimators, "spectra", lambda dim, rng: {"saturated": -0.9 * np.eye(dim)})
     monkeypatch.setitem(density.CONFIGS, "digits", tiny.DIGITS)
-    monkeypatch.setattr(density, "find_data_dir", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no such data")))
+    monkeypatch.setattr(images, "find_data_dir", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no such data")))
     config = EstimatorsConfig(tmp_path, keys=20, probes=2, batch_size=4)
     with jax.enable_x64(False):
         results = estimators.run(config)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import density, inverse
+from experiments import density, inverse, train
 from experiments.inverse import InverseConfig
 from resflow_jax import Anderson, FixedPoint, InverseStatus
 from tests.experiments import tiny
@@ -23,7 +23,7 @@ def small(monkeypatch):
     monkeypatch.setattr(inverse, "PLOTTED_ITERATIONS", (2,))
     monkeypatch.setattr(inverse, "DRAWN_ITERATIONS", (2,))
     monkeypatch.setitem(sys.modules, "experiments.peers", SimpleNamespace(normflows_from=StandIn))
-    for module in (density, inverse):
+    for module in (train, inverse):
         monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
 
 

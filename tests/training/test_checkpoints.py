@@ -55,3 +55,18 @@ def test_keeps_the_latest_and_the_best(tmp_path, estimator):
             assert block["layers"] == [{"norm": 1.2, "coefficient": 0.9, "domain": 2.0, "codomain": np.inf}]
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {"2", "4"}
+
+
+def test_what_cannot_be_written_says_where(tmp_path, monkeypatch):
+    """Whatever the library raises on a full disk comes as one error that names the directory; others stay whole."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1, rf.Roulette()), 3.0)
+        checkpoints.wait()
+
+        def full(*arguments, **options):
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+        monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+        with pytest.raises(OSError, match=rf"checkpoints: could not write to {tmp_path}; those before.*No space left"):
+            checkpoints.save(state(2, rf.Roulette()), 2.0)
+        assert int(checkpoints.restore(1, state(0, rf.Roulette())).step) == 1

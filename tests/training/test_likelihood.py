@@ -1,13 +1,23 @@
 """Bits/dim: the formula, and an evaluation that counts every image once and states its error."""
 
+from functools import partial
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.training.likelihood import bits_per_dim, evaluate_bits_per_dim
+from resflow_jax.data.images import dequantize
+from resflow_jax.training.likelihood import (
+    bits_per_dim,
+    dequantized_bits_per_dim,
+    evaluate_bits_per_dim,
+    negative_log_likelihood,
+)
 
 
 def test_bits_per_dim_of_a_uniform_density():
@@ -125,3 +135,37 @@ def test_two_devices_give_the_evaluation_of_one():
     for batch_size in (3, 4):
         two = rf.evaluate_bits_per_dim(flow, images, jax.random.key(1), batch_size=batch_size, mesh=mesh, **arguments)
         np.testing.assert_allclose(two, one, rtol=1e-10)
+
+
+@pytest.mark.parametrize("of_images", [True, False])
+def test_annealing_weighs_the_log_det_in_the_gradient_alone(of_images):
+    """The value is that of weight 1 at every step; the gradient that of log N(z) + weight * log-det."""
+    if of_images:
+        flow = rf.ResidualFlow(
+            rf.ImageFlowConfig((2, 2, 1), blocks=(1,), hidden_channels=3, fc_blocks=0), rngs=nnx.Rngs(0)
+        )
+        batch, make = np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1), partial(dequantized_bits_per_dim, 16)
+        scale = -1 / (4 * np.log(2))
+    else:
+        flow = rf.ResidualFlow(rf.VectorFlowConfig(3, blocks=2, hidden=(4,)), rngs=nnx.Rngs(0))
+        batch, make, scale = jax.random.normal(jax.random.key(1), (3, 3)), negative_log_likelihood, -1
+    graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
+    key, estimator = jax.random.key(2), rf.Exact()
+    x = dequantize(batch, jax.random.split(key)[0], 16) if of_images else batch
+
+    def part(which):
+        def mean(params):
+            z, log_det = nnx.merge(graphdef, params, rest).forward(x, estimator=estimator)
+            return scale * jnp.mean([-0.5 * jnp.sum(z**2, axis=1), log_det][which])
+
+        return jax.grad(mean)(params)
+
+    def loss(params, step, *weight):
+        return make(*weight)(nnx.merge(graphdef, params, rest), batch, key, estimator, step)[0]
+
+    prior, log_det = part(0), part(1)
+    for step, weight in ((0, 0.0), (1, 0.25), (8, 1.0)):
+        value, gradient = jax.value_and_grad(loss)(params, step, optax.linear_schedule(0.0, 1.0, 4))
+        np.testing.assert_allclose(value, loss(params, step), rtol=1e-12)
+        expected = jax.tree.map(lambda a, b, weight=weight: a + weight * b, prior, log_det)
+        chex.assert_trees_all_close(gradient, expected, rtol=1e-8, atol=1e-12)
