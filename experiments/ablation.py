@@ -3,7 +3,7 @@
     python -m experiments.ablation [--data digits | mnist | cifar10] [--seeds 0 1 2] [--workdir DIR] [--data-dir DIR]
 
 trains three flows with each seed: an i-ResNet (ELU, five terms of the power series), a residual flow with ELU, and one
-with LipSwish, each as `experiments.density` does, under DIR/NAME/SEED (by default runs/ablation); runs that are finished
+with LipSwish, each as `experiments.density` does, under DIR/NAME/SEED (by default runs/ablation); finished runs
 are only judged again, and one that was cut goes on. All are judged by the same unbiased estimate on the same images. It
 prints the table, bits/dim of the test split as mean and standard deviation over seeds, and writes it to
 DIR/ablation.json with the figures of every run.

@@ -42,7 +42,7 @@ from experiments.run import (
 )
 from experiments.saved import SavedFlow, Weights, saved_flow
 from experiments.train import Task, error_by_cause
-from resflow_jax import Estimate, Exact, ResidualFlow, certify
+from resflow_jax import Estimator, Exact, ResidualFlow, certify
 from resflow_jax.functional.checks import check_count
 
 Array = jax.Array
@@ -65,6 +65,7 @@ class EvaluateConfig:
         it.
       other: paths or names of other data of the same shape.
       workdir: where everything is written; by default RUN_DIR/evaluation.
+      data: where the data of the run have been moved to, if they have.
     """
 
     run_dir: tyro.conf.Positional[Path]
@@ -74,10 +75,13 @@ class EvaluateConfig:
     exact: bool = False
     other: tuple[str, ...] = ()
     workdir: Path | None = None
+    data: Path | None = None
 
     def __post_init__(self):
         if self.examples is not None:
             check_count("examples", self.examples, 2)
+        if set(self.other) & {"test", "file"}:
+            raise ValueError(f"other: expected names other than 'test' and 'file', got {self.other}; ./test is a path")
         if self.draws is not None:
             check_count("draws", self.draws, 1)
         if self.exact and self.examples is None:
@@ -94,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measures, draws and prints; returns what evaluation.json holds."""
     use_compilation_cache()
-    saved = saved_flow(config.run_dir, config.weights)
+    saved = saved_flow(config.run_dir, config.weights, config.data)
     task, settings = saved.task, saved.config.evaluation
     test = task.splits.test[: config.examples or settings.examples]
     others = {name: task.other(name)[: len(test)] for name in config.other} or {PERMUTED: task.permuted(test)}
@@ -120,11 +124,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "step": saved.step,
         "estimator": as_json(estimator),
         "draws": draws,
-        "test": summary(task.metric, scores["test"]),
+        "test": summary(task, scores["test"], estimator),
         "reconstruction": {"examples": len(test[:RECONSTRUCTED]), "error": error, "unconverged": unconverged},
         "certificate": certificate.as_dict(),
         "other": {
-            name: {"auroc": auroc(losses["test"], losses[name]), **summary(task.metric, scores[name])}
+            name: {"auroc": auroc(losses["test"], losses[name]), **summary(task, scores[name], estimator)}
             for name in others
         },
     }
@@ -153,10 +157,10 @@ def reconstruction(flow: ResidualFlow, examples: Array) -> tuple[float, int]:
     return float(jnp.max(jnp.abs(examples - reconstructed))), int(jnp.sum(~converged))
 
 
-def summary(metric: str, scores: np.ndarray) -> dict[str, float]:
+def summary(task: Task, scores: np.ndarray, estimator: Estimator) -> dict[str, float]:
     """The figures of scores [draws, N]: how many examples, the mean metric and its standard errors."""
-    estimate = Estimate.from_scores(scores)._asdict()
-    return {"examples": scores.shape[1], metric: estimate.pop("mean"), **estimate}
+    estimate = task.mean(scores, estimator)._asdict()
+    return {"examples": scores.shape[1], task.metric: estimate.pop("mean"), **estimate}
 
 
 def draw(workdir: Path, saved: SavedFlow, means: dict[str, np.ndarray], result: dict[str, Any]) -> None:

@@ -71,6 +71,7 @@ class FidConfig:
       seed: of the latents, and of the choice of images.
       batch_size: samples at once, shared by all devices.
       workdir: where everything is written; by default RUN_DIR/fid.
+      data: where the data of the run have been moved to, if they have.
     """
 
     run_dir: tyro.conf.Positional[Path]
@@ -83,6 +84,7 @@ class FidConfig:
     seed: int = 0
     batch_size: int = 64
     workdir: Path | None = None
+    data: Path | None = None
 
     def __post_init__(self):
         if self.number is not None:
@@ -111,7 +113,7 @@ def run(config: FidConfig) -> dict[str, Any]:
     """Draws, measures and prints; returns what fid.json holds."""
     package = needed_package()
     use_compilation_cache()
-    saved = saved_flow(config.run_dir, config.weights)
+    saved = saved_flow(config.run_dir, config.weights, config.data)
     if not isinstance(saved.task, ImageTask):
         raise ValueError(f"run_dir: expected a run on images, got one on vectors ({saved.task.name})")
     data = saved.task.splits

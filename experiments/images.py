@@ -11,7 +11,7 @@ import numpy as np
 from experiments import pictures
 from experiments.configs.base import DataConfig, DensityConfig
 from experiments.run import data_mesh
-from experiments.train import Drawing, Task
+from experiments.train import Drawing, Task, draw_samples, unconverged
 from resflow_jax import Estimate, Estimator, ResidualFlow
 from resflow_jax.data.batches import Augmentation, Batches
 from resflow_jax.data.embedded import load_digits, load_photographs
@@ -53,6 +53,14 @@ class ImageTask(Task):
             )
         self.name = str(config.data.path or config.data.name)
         self.loss = dequantized_bits_per_dim(self.splits.levels, self.log_det_weight())
+        self._batches = Batches(
+            self.splits.train,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            augmentation=Augmentation(config.data.flip, config.data.crop),
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
 
     def initial(self) -> Array:
         config, data = self.config, self.splits
@@ -62,10 +70,8 @@ class ImageTask(Task):
         return dequantize(jnp.asarray(batch), jax.random.key(config.seed), data.levels)
 
     def batches(self, step: int) -> Iterator[np.ndarray]:
-        config, data = self.config, self.config.data
-        augmentation = Augmentation(data.flip, data.crop)
-        batches = Batches(self.splits.train, seed=config.seed, batch_size=config.batch_size, augmentation=augmentation)
-        return batches.starting_at(step, threads=data.threads, workers=data.workers)
+        data = self.config.data
+        return self._batches.starting_at(step, threads=data.threads, workers=data.workers)
 
     def scores(
         self, flow: ResidualFlow, examples: np.ndarray, key: Array, estimator: Estimator, draws: int, batch_size: int
@@ -129,11 +135,8 @@ class ImageTask(Task):
             {"test images x": images, "reconstructions $f^{-1}(f(x))$": reconstructions},
             COLUMNS,
         )
-        unconverged = int((~status.converged.all(axis=0)).sum())
         error = f"{jnp.max(jnp.abs(images - reconstructions)):.1e}, max |x - f^-1(f(x))|"
-        return Drawing(
-            shown, {"reconstruction error": error + (f"; {unconverged} did not converge" if unconverged else "")}
-        )
+        return Drawing(shown, {"reconstruction error": error + unconverged(status)})
 
     def _samples(self, flow: ResidualFlow) -> Array:
-        return flow.sample(jax.random.key(self.config.seed + 3), SHOWN)
+        return jnp.clip(draw_samples(flow, self.config.seed + 3, SHOWN)[0], 0, 1)

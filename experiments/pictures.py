@@ -14,8 +14,15 @@ import numpy as np
 from PIL import Image
 
 
+def as_shown(images: np.ndarray) -> np.ndarray:
+    """Images [..., C] with one channel or three: of others the first, or the first three, stand for all."""
+    channels = images.shape[-1]
+    return images if channels in (1, 3) else images[..., : 1 if channels == 2 else 3]
+
+
 def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
     """Tiles [N, H, W, C] into one [rows * (H + 1) + 1, columns * (W + 1) + 1, C], with a margin of one pixel."""
+    images = as_shown(images)
     number, height, width, channels = images.shape
     rows = -(-number // columns)
     grid = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 0.5)
@@ -36,7 +43,8 @@ def save_grid(path: Path, images: np.ndarray, columns: int) -> None:
 
 
 def save_scatter(path: Path, data: np.ndarray, samples: np.ndarray, title: str) -> None:
-    """Draws data [N, D] and samples [M, D], every element against the next, of at most the first five."""
+    """Draws data [N, D] and the finite of samples [M, D], every element against the next, of at most the first five."""
+    samples = samples[np.isfinite(samples).all(axis=1)]
     shown = min(data.shape[1], 5)
     pairs = [(n, n + 1) for n in range(shown - 1)] or [(0, 0)]
     figure, axes = plt.subplots(1, len(pairs), figsize=(3.6 * len(pairs), 3.9), squeeze=False, layout="constrained")
@@ -72,7 +80,7 @@ def save_images(path: Path, rows: dict[str, np.ndarray], columns: int) -> None:
 def save_strip(path: Path, images: np.ndarray, labels: Sequence[str], title: str) -> None:
     """Writes images [N, H, W, C] in [0, 1] in one row, each with its label below."""
     figure, axes = plt.subplots(1, len(images), figsize=(1.1 * len(images), 1.7), squeeze=False, layout="constrained")
-    for axis, image, label in zip(axes[0], images, labels, strict=True):
+    for axis, image, label in zip(axes[0], as_shown(images), labels, strict=True):
         axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[], xlabel=label)
     figure.suptitle(title, fontsize=10)
@@ -81,9 +89,9 @@ def save_strip(path: Path, images: np.ndarray, labels: Sequence[str], title: str
 
 def save_curves(path: Path, metrics: list[dict], name: str, unit: str, title: str) -> None:
     """Draws a metric of training and validation against the step, and the final test value."""
-    train = np.array([(m["step"], m[name]) for m in metrics if m["split"] == "train"]).reshape(-1, 2)
     judged = f"validation_{name}"
-    validation = np.array([(m["step"], m[judged]) for m in metrics if judged in m]).reshape(-1, 2)
+    train = np.array([(m["step"], m[name]) for m in metrics if m["split"] == "train"], float).reshape(-1, 2)
+    validation = np.array([(m["step"], m[judged]) for m in metrics if judged in m], float).reshape(-1, 2)
     test = [m for m in metrics if m["split"] == "test"]
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axis.plot(*train.T, color="C0", alpha=0.35, lw=0.8, label="train, batches (unbiased)")

@@ -84,10 +84,10 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _named(error, path) from error
+        raise could_not_write(error, path) from error
 
 
-def _named(error: OSError, path: Path) -> OSError:
+def could_not_write(error: OSError, path: Path) -> OSError:
     """The error with the file that could not be written: a full disk does not say."""
     return OSError(error.errno, f"{error.strerror}; could not write it, what was saved before is whole", str(path))
 
@@ -134,13 +134,14 @@ MAY_CHANGE = (
     "data.threads",
     "data.workers",
     "evaluation.draws",
-    "evaluation.examples",
     "evaluation.patience",
 )
 
 
 def claim_workdir(workdir: Path, config: Any) -> None:
     """Makes the directory and writes config.json, or checks that a run may go on there.
+
+    Where nothing has been trained yet, another config is as good.
 
     Raises:
       FileExistsError: if the directory holds metrics or checkpoints that no config.json accounts for.
@@ -156,9 +157,12 @@ def claim_workdir(workdir: Path, config: Any) -> None:
         raise OSError(error.errno, f"workdir: could not make {workdir}: {error.strerror}") from error
     path, new = workdir / "config.json", as_json(config)
     if path.exists():
-        differences = list(_differences(json.loads(path.read_text()), new))
-        differences = [d for d in differences if d.split(":")[0] not in MAY_CHANGE]
-        if differences:
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"workdir: expected the config of a run in {path}, could not read it: {error}") from error
+        differences = [d for d in _differences(old, new) if d.split(":")[0] not in MAY_CHANGE]
+        if differences and _has_results(workdir):
             raise ValueError(
                 f"workdir: {workdir} holds a run of another config; name another --workdir, or use its settings:\n  "
                 + "\n  ".join(differences)
@@ -166,6 +170,13 @@ def claim_workdir(workdir: Path, config: Any) -> None:
     elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
         raise FileExistsError(f"workdir: expected a new directory or that of a run, got {workdir} without config.json")
     write_atomically(path, json.dumps(new, indent=2) + "\n")
+
+
+def _has_results(workdir: Path) -> bool:
+    """Whether a run has got so far that something would be lost."""
+    metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
+    has_lines = metrics.exists() and metrics.stat().st_size > 0
+    return has_lines or (checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir()))
 
 
 def _differences(old: Any, new: Any, name: str = ""):
@@ -184,7 +195,7 @@ class MetricsFile:
         self._path = path
         self.lines: list[dict[str, Any]] = []
         if path.exists():
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            lines = _whole_lines(path)
             self.lines = [line for line in lines if line["step"] <= keep_until and line["split"] == "train"]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
@@ -196,7 +207,19 @@ class MetricsFile:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise _named(error, self._path) from error
+            raise could_not_write(error, self._path) from error
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file, but for a last one that was cut off."""
+    texts, lines = path.read_text().splitlines(), []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            if number < len(texts):
+                raise ValueError(f"workdir: expected JSON in line {number} of {path}: {error}") from error
+    return lines
 
 
 def _without_nan(value: Any) -> Any:

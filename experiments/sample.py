@@ -62,6 +62,7 @@ class SampleConfig:
       format: files of samples beside the grid; of vectors there are no PNG files.
       interpolate: numbers of two test images to interpolate between.
       workdir: where everything is written; by default RUN_DIR/sampling.
+      data: where the data of the run have been moved to, if they have.
     """
 
     run_dir: tyro.conf.Positional[Path]
@@ -73,6 +74,7 @@ class SampleConfig:
     format: tuple[Literal["png", "npz"], ...] = ("png", "npz")
     interpolate: tuple[int, int] | None = None
     workdir: Path | None = None
+    data: Path | None = None
 
     def __post_init__(self):
         check_count("number", self.number, 1)
@@ -92,7 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
 def run(config: SampleConfig) -> np.ndarray:
     """Draws, writes and prints; returns the samples, bytes [N, H, W, C] or vectors [N, D]."""
     use_compilation_cache()
-    saved = saved_flow(config.run_dir, config.weights)
+    saved = saved_flow(config.run_dir, config.weights, config.data)
+    if isinstance(saved.task, ImageTask) and saved.task.splits.shape[-1] > 4 and "png" in config.format:
+        raise ValueError(f"format: expected npz alone for images of {saved.task.splits.shape[-1]} channels")
     pair = None if config.interpolate is None else chosen_images(saved, config.interpolate)
     workdir = config.workdir or config.run_dir / "sampling"
     workdir.mkdir(parents=True, exist_ok=True)

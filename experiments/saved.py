@@ -78,8 +78,13 @@ class SavedFlow(NamedTuple):
     step: int
 
 
-def saved_flow(run_dir: Path, weights: Weights = "best") -> SavedFlow:
+def saved_flow(run_dir: Path, weights: Weights = "best", data: Path | None = None) -> SavedFlow:
     """The flow of a run: of the best validation so far, or of the latest checkpoint.
+
+    Args:
+      run_dir: its work directory, wherever that has been moved to.
+      weights: "best" or "latest".
+      data: where its data have been moved to: the new `--data.path`, or `--data.dir` if it had no path.
 
     Raises:
       FileNotFoundError: if the directory holds no run, the run has no checkpoint yet, or its data are not found.
@@ -87,6 +92,8 @@ def saved_flow(run_dir: Path, weights: Weights = "best") -> SavedFlow:
     """
     check_choice("weights", weights, get_args(Weights))
     config = saved_config(run_dir)
+    if data is not None:
+        config = dataclasses.replace(config, data=_moved(config.data, data))
     directory = config.workdir / "checkpoints"
     none_yet = FileNotFoundError(
         f"run_dir: expected a run with a checkpoint, got {run_dir} without any; the first is written at step "
@@ -94,14 +101,28 @@ def saved_flow(run_dir: Path, weights: Weights = "best") -> SavedFlow:
     )
     if not directory.is_dir():
         raise none_yet
-    with Checkpoints(directory) as checkpoints:
+    if not any(path.name.isdigit() for path in directory.iterdir()):
+        raise none_yet
+    task = density.task_of(config)
+    trainer, state = set_up(task)
+    with Checkpoints(directory) as checkpoints:  # now, for a run that goes on replaces them
         step = checkpoints.best_step if weights == "best" else checkpoints.latest_step
         if step is None:
-            raise none_yet
-        task = density.task_of(config)
-        trainer, state = set_up(task)
+            raise FileNotFoundError(
+                f"weights: expected a validated checkpoint, the only one in {run_dir} is of step "
+                f"{checkpoints.latest_step}, before the first validation; 'latest' are its weights"
+            )
         state = checkpoints.restore(step, state)
     return SavedFlow(config, task, tightened_flow(trainer, state), step)
+
+
+def _moved(old: Any, to: Path) -> Any:
+    """The data of a config, at another place."""
+    if isinstance(old, DataConfig | VectorDataConfig) and old.path is not None:
+        return dataclasses.replace(old, path=to)
+    if isinstance(old, DataConfig):
+        return dataclasses.replace(old, dir=str(to))
+    raise ValueError(f"data: expected a run on files, which can be moved, got one on {old}")
 
 
 def saved_config(run_dir: Path) -> RunConfig:

@@ -7,26 +7,33 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+_ASK = (signal.SIGINT, signal.SIGTERM)
+
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Within it a first SIGINT or SIGTERM does nothing but make the function that it gives return True.
 
-    A second one does what it always does. In a thread that is not the main one, signals are left alone.
+    The next of either does what it always does. In a thread that is not the main one, signals are left alone.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _ASK}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def ask(number: int, frame) -> None:
         asked.set()
-        signal.signal(number, before[number])
+        restore()
         tqdm.write("stopping behind this step, with a checkpoint; once more to stop at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in _ASK:
+        signal.signal(number, ask)
     try:
         yield asked.is_set
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()

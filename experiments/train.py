@@ -32,7 +32,7 @@ from experiments.run import (
     write_atomically,
 )
 from experiments.signals import stop_on_signal
-from resflow_jax import Estimate, Estimator, ResidualFlow, certify
+from resflow_jax import Certificate, Estimate, Estimator, InverseStatus, ResidualFlow, certify
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.step import Loss, Trainer, TrainState, fit_estimator
 
@@ -127,6 +127,10 @@ class Task(ABC):
             settings.draws if split == "test" else 1,
             self.batch_size,
         )
+        return self.mean(scores, settings.estimator)
+
+    def mean(self, scores: np.ndarray, estimator: Estimator) -> Estimate:
+        """The mean of scores [draws, N] that an estimator gave, with its standard errors."""
         return Estimate.from_scores(scores)
 
     def log_det_weight(self) -> optax.Schedule | None:
@@ -154,18 +158,24 @@ def run(config: RunConfig, task: Task) -> Estimate:
     """
     began = time.perf_counter()
     use_compilation_cache()
+    if len(task.splits.test) < 2 or not len(task.splits.validation):
+        raise ValueError(f"data: expected two or more examples to test on, got {len(task.splits.test)} in {task.name}")
+    trainer, state = set_up(task)  # before anything is written
     claim_workdir(config.workdir, config)
-    trainer, state = set_up(task)
     with Checkpoints(config.workdir / "checkpoints") as checkpoints:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(checkpoints.latest_step, state)
             print(f"resuming {config.workdir} at step {int(state.step)}")
+            if int(state.step) > config.steps:
+                raise ValueError(f"steps: expected at least {int(state.step)}, as many as taken, got {config.steps}")
         with Metrics(config.workdir, keep_until=int(state.step)) as metrics:
             step, step_time = train(task, trainer, state, checkpoints, metrics)
             checkpoints.wait()
             if step < config.steps and not is_patience_spent(task, metrics.lines):
                 print(f"stopped at step {step} of {config.steps}; the same command goes on from there")
                 sys.exit(0)
+            if step == config.steps and f"validation_{task.metric}" not in metrics.lines[-1]:
+                raise ValueError(f"steps: expected more than {step}, where the run was stopped unvalidated, got {step}")
             best = checkpoints.restore(checkpoints.best_step, state)
             return report(task, tightened_flow(trainer, best), int(best.step), metrics, step_time, began)
 
@@ -213,7 +223,7 @@ def train(
             task.batches,
             steps=config.steps,
             pauses_at=lambda step: step % config.log_every == 0 or validates_at(step) or saves_at(step),
-            unit=task.unit,
+            unit=task.unit if task.sign == 1 else f"{task.unit} (-{task.metric})",
             at_pause=at_pause,
             stops=is_asked_to_stop,
             mesh=data_mesh(config.batch_size),
@@ -227,35 +237,40 @@ def train(
                 "learning_rate": float(learning_rates((steps - 1) // config.optimizer.accumulate)),
                 "diagnostics": {name: value.tolist() for name, value in at.metrics["diagnostics"]._asdict().items()},
             }
+            # The line first: where the rest is cut off it is dropped, and without it patience would miss a validation.
             if validates_at(steps):
                 flow = tightened_flow(trainer, at.state)
-                line |= validate(task, flow, at.state, checkpoints, metrics)
-                at.bar.set_description(f"validation {line[f'validation_{task.metric}']:.3f} {task.unit}")
-            elif saves_at(steps) or is_asked_to_stop():
-                checkpoints.save(at.state)
-            metrics.write(step=steps, split="train", **line)
+                loss, certificate = judge(task, flow, steps)
+                line |= {f"validation_{task.metric}": task.sign * loss, "lipschitz": certificate.bounds.tolist()}
+                if config.model.learn_norms:
+                    line["orders"] = flow.norm_orders().tolist()
+                metrics.write(step=steps, split="train", **line)
+                checkpoints.save(at.state, loss, certificate)
+                sketch(task, flow, steps, metrics)
+                at.bar.set_description(f"validation {task.sign * loss:.3f} {task.unit}")
+            else:
+                metrics.write(step=steps, split="train", **line)
+                if saves_at(steps) or is_asked_to_stop():
+                    checkpoints.save(at.state)
             if is_patience_spent(task, metrics.lines):
                 break
     return steps, StepTime(float(np.median(step_times)), float(np.median(waiting))) if step_times else None
 
 
-def validate(
-    task: Task, flow: ResidualFlow, state: TrainState, checkpoints: Checkpoints, metrics: Metrics
-) -> dict[str, Any]:
-    """Judges, certifies, saves and draws a flow; what metrics.jsonl says of it."""
-    step, estimate = int(state.step), task.estimate(flow, "validation")
+def judge(task: Task, flow: ResidualFlow, step: int) -> tuple[float, Certificate]:
+    """The loss of the validation split, and the certificate."""
+    estimate = task.estimate(flow, "validation")
     if not np.isfinite(estimate.mean):
         raise FloatingPointError(f"{task.label} of the validation split is {estimate.mean} at step {step}")
-    certificate = certify(flow)
-    checkpoints.save(state, task.sign * estimate.mean, certificate)
+    return task.sign * estimate.mean, certify(flow)
+
+
+def sketch(task: Task, flow: ResidualFlow, step: int, metrics: Metrics) -> None:
+    """Draws a flow along training."""
     directory = task.config.workdir / "training"
     directory.mkdir(exist_ok=True)
     for name, path in task.sketch(flow, directory / f"{step:07}").items():
         metrics.picture(step, name, path)
-    line = {f"validation_{task.metric}": estimate.mean, "lipschitz": certificate.bounds.tolist()}
-    if task.config.model.learn_norms:
-        line["orders"] = flow.norm_orders().tolist()
-    return line
 
 
 def is_patience_spent(task: Task, lines: list[dict[str, Any]]) -> bool:
@@ -314,6 +329,17 @@ def error_by_cause(data_stderr: float, noise_stderr: float) -> str:
         f"{noise_stderr:.4f} from noise" if math.isfinite(noise_stderr) else "of a single draw, so noise is not told"
     )
     return f"{data_stderr:.4f} from the choice of examples, {noise}"
+
+
+def draw_samples(flow: ResidualFlow, seed: int, number: int) -> tuple[Array, InverseStatus]:
+    """As `flow.sample`, images not clipped, with the status of the solves in the place of a warning."""
+    return flow.inverse(jax.random.normal(jax.random.key(seed), (number, flow.dim), flow.dtype), return_status=True)
+
+
+def unconverged(status: InverseStatus) -> str:
+    """What a closing table says of solves that did not converge, if any."""
+    number = int((~status.converged.all(axis=0)).sum())
+    return f"; {number} did not converge" if number else ""
 
 
 def along_training(workdir: Path, at_most: int = 6) -> dict[str, Path]:

@@ -14,7 +14,7 @@ from experiments.configs.base import RunConfig, VectorDataConfig, VectorsConfig
 from experiments.configs.toy import ToyConfig
 from experiments.plane import density_on_grid
 from experiments.run import data_mesh
-from experiments.train import Drawing, Task
+from experiments.train import Drawing, Task, draw_samples, unconverged
 from resflow_jax import Estimate, Estimator, Exact, ResidualFlow
 from resflow_jax.data.batches import Batches
 from resflow_jax.data.embedded import load_cell_nuclei
@@ -43,6 +43,7 @@ class VectorTask(Task):
     def __init__(self, config: VectorsConfig):
         """Raises ValueError if the vectors have another dimension than the model."""
         self._set(config, load(config.data), str(config.data.path or "cell nuclei"))
+        self._batches = Batches(self.splits.train, seed=config.seed, batch_size=config.batch_size)
 
     def _set(self, config: RunConfig, splits: VectorSplits, name: str) -> None:
         super().__init__(config)
@@ -55,18 +56,20 @@ class VectorTask(Task):
         return jnp.asarray(self.splits.train[:10000])
 
     def batches(self, step: int) -> Iterator[np.ndarray]:
-        config = self.config
-        return Batches(self.splits.train, seed=config.seed, batch_size=config.batch_size).starting_at(step)
+        return self._batches.starting_at(step)
 
     def scores(
         self, flow: ResidualFlow, examples: np.ndarray, key: Array, estimator: Estimator, draws: int, batch_size: int
     ) -> np.ndarray:
         mesh = data_mesh(jax.device_count())
+        if isinstance(estimator, Exact):
+            batch_size = min(batch_size, max(1, 2**24 // self.splits.dim**2))  # dense Jacobians of 64 MB
         return vector_log_prob(flow, examples, key, estimator=estimator, draws=draws, batch_size=batch_size, mesh=mesh)
 
-    def estimate(self, flow: ResidualFlow, split: str) -> Estimate:
-        found = super().estimate(flow, split)
-        is_exact = isinstance(self.config.evaluation.estimator, Exact) and not self.config.model.padding
+    def mean(self, scores: np.ndarray, estimator: Estimator) -> Estimate:
+        """Without noise where the estimator and the flow have none, which a single draw could not tell."""
+        found = super().mean(scores, estimator)
+        is_exact = isinstance(estimator, Exact) and not self.config.model.padding
         return found._replace(noise_stderr=0.0) if is_exact else found
 
     def inputs(self, examples: np.ndarray) -> Array:
@@ -99,14 +102,12 @@ class VectorTask(Task):
         pictures.save_scatter(path, *self._shown(flow), f"{self.name}: data and samples")
         test = self.inputs(self.splits.test[:SAMPLES])
         reconstructed, status = flow.inverse(flow(test), return_status=True)
-        unconverged = int((~status.converged.all(axis=0)).sum())
         error = f"{jnp.max(jnp.abs(test - reconstructed)):.1e}, max |x - f^-1(f(x))|"
-        rows = {"reconstruction error": error + (f"; {unconverged} did not converge" if unconverged else "")}
-        return Drawing({"samples": path}, rows)
+        return Drawing({"samples": path}, {"reconstruction error": error + unconverged(status)})
 
     def _shown(self, flow: ResidualFlow) -> tuple[np.ndarray, np.ndarray]:
         """Training vectors and samples."""
-        samples = flow.sample(jax.random.key(self.config.seed + 3), SAMPLES)
+        samples, _ = draw_samples(flow, self.config.seed + 3, SAMPLES)
         return self.splits.train[:SAMPLES], np.asarray(samples)
 
 
@@ -151,7 +152,6 @@ class ToyTask(VectorTask):
         config, path = self.config, self.config.workdir / "toy.png"
         z = jax.random.normal(jax.random.key(config.seed + 1), (config.evaluation.samples, 2), flow.dtype)
         samples, status = flow.inverse(z, return_status=True)
-        unconverged = int((~status.converged.all(axis=0)).sum())
         grid = grid_of(flow, config.evaluation.cells, self.splits.test, np.asarray(samples))
         pictures.save_densities(
             path,
@@ -170,7 +170,7 @@ class ToyTask(VectorTask):
             "integral of density": f"{grid.integral:.4f} over [{left:.1f}, {right:.1f}] x [{bottom:.1f}, {top:.1f}], "
             f"{config.evaluation.cells}^2 cells",
             "reconstruction error": f"{jnp.max(jnp.abs(z - flow(samples))):.1e}, max |z - f(f^-1(z))|"
-            + (f"; {unconverged} did not converge" if unconverged else ""),
+            + unconverged(status),
         }
         if not abs(grid.integral - 1) <= INTEGRAL_TOLERANCE:
             rows["WARNING"] = (

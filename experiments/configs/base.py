@@ -195,6 +195,14 @@ class RunConfig:
         check_count("seed", self.seed, 0)
         check_count("annealing", self.annealing, 0)
         check_count("log_every", self.log_every, 1)
+        if self.annealing > self.steps:
+            raise ValueError(f"annealing: expected at most {self.steps}, the number of steps, got {self.annealing}")
+        updates = self.steps // self.optimizer.accumulate
+        if any(milestone >= updates for milestone in self.optimizer.milestones):
+            raise ValueError(
+                f"optimizer.milestones: expected numbers below {updates}, that of updates, got "
+                f"{self.optimizer.milestones}"
+            )
         if self.save_every is not None:
             check_count("save_every", self.save_every, 1)
         if self.fit_lengths and not isinstance(self.estimator, Roulette):

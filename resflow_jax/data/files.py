@@ -112,7 +112,7 @@ def _decode(file: Path) -> np.ndarray:
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
-    if path.suffix not in (".npy", ".npz"):
+    if path.suffix.lower() not in (".npy", ".npz"):
         return {"train": _read_idx(path)}
     return {name: _as_images(array, path) for name, array in read_arrays(path).items()}
 

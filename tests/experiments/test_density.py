@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -15,11 +16,12 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from experiments import density, evaluate, sample, train
+from experiments import density, evaluate, pictures, sample, train
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig, VectorDataConfig
 from experiments.evaluate import EvaluateConfig
 from experiments.images import load
-from experiments.run import MetricsFile, write_atomically
+from experiments.metrics import Metrics
+from experiments.run import MetricsFile, claim_workdir, write_atomically
 from experiments.sample import SampleConfig
 from resflow_jax import Estimate, Exact, ImageFlowConfig, Roulette, VectorFlowConfig, certify
 from resflow_jax.data.batches import Batches
@@ -368,6 +370,72 @@ def test_a_full_disk(tmp_path):
         metrics.write(step=2, split="train")
 
 
+def test_events_on_a_full_disk(tmp_path, monkeypatch):
+    """An error that names the directory, not a run that waits for ever."""
+    with Metrics(tmp_path, keep_until=0) as metrics:
+        with monkeypatch.context() as patch:
+            patch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
+            for n in range(20):
+                with pytest.raises(OSError, match=r"No space left.*tensorboard"):
+                    metrics.write(step=n, split="train", bits_per_dim=3.0)
+        metrics.write(step=21, split="train", lipschitz=[0.5, float("inf")], orders=[float("nan")], none=float("nan"))
+    assert len(read_metrics(tmp_path)) == 21
+    assert read_metrics(tmp_path)[-1]["lipschitz"] == [0.5, None]
+    assert events(tmp_path)[1] == {"train/lipschitz"}
+
+
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_start_that_failed_leaves_the_directory_free(tmp_path):
+    """Settings that cannot work say so before anything is written; where nothing was trained another config may run."""
+    config = dataclasses.replace(TINY, workdir=tmp_path / "run")
+    with pytest.raises(ValueError, match="batch_size: expected between 1 and 1347"):
+        density.run(dataclasses.replace(config, batch_size=5000))
+    assert not config.workdir.exists()
+    claim_workdir(config.workdir, dataclasses.replace(config, batch_size=8))
+    claim_workdir(config.workdir, config)
+    assert json.loads((config.workdir / "config.json").read_text())["batch_size"] == 16
+    (config.workdir / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"another config.*\n.*batch_size: 16 there, 8 now"):
+        claim_workdir(config.workdir, dataclasses.replace(config, batch_size=8))
+    (config.workdir / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"workdir: expected the config of a run in .*config\.json"):
+        claim_workdir(config.workdir, config)
+
+
+def test_fewer_steps_than_taken(finished):
+    """A run cannot be made shorter than it is."""
+    with pytest.raises(ValueError, match="steps: expected at least 6, as many as taken, got 4"):
+        density.run(dataclasses.replace(TINY, workdir=finished[0], steps=4))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+def test_pictures_of_any_number_of_channels(channels, tmp_path):
+    """Of images that are neither grey nor in colour the first channels are shown."""
+    images = np.full((3, 4, 5, channels), np.nan)
+    images[:, 0] = np.linspace(0, 1, channels)
+    pictures.save_grid(tmp_path / "grid.png", images, 2)
+    pictures.save_images(tmp_path / "images.png", {"a": np.nan_to_num(images)}, 2)
+    pictures.save_strip(tmp_path / "strip.png", np.nan_to_num(images), "abc", "title")
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    zoom = 600 // 11
+    assert grid.shape == (11 * zoom, 13 * zoom) if channels < 3 else (11 * zoom, 13 * zoom, 3)
+    last = grid[zoom + 1, zoom + 1] if channels < 3 else grid[zoom + 1, zoom + 1, 2]
+    assert last == round(255 * (0 if channels < 3 else 2 / (channels - 1)))
+
+
+def test_too_few_examples_to_test_on(tmp_path):
+    """No standard error can be told of one."""
+    np.save(tmp_path / "few.npy", np.random.default_rng(0).normal(size=(12, 2)))
+    config = dataclasses.replace(
+        density.CONFIGS["vectors"], data=VectorDataConfig(tmp_path / "few.npy"), model=VectorFlowConfig(2), batch_size=4
+    )
+    with pytest.raises(ValueError, match="data: expected two or more examples to test on, got 1 in"):
+        density.run(config)
+
+
 def test_a_work_directory_that_cannot_be_made():
     """The error names the argument and the path."""
     with pytest.raises(OSError, match=r"workdir: could not make /proc/nowhere"):
@@ -377,7 +445,7 @@ def test_a_work_directory_that_cannot_be_made():
 def test_metrics_survive_a_half_written_line(tmp_path):
     """A line cut off by a crash is dropped, complete ones stay."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "split": "train"}\n{"step": 2, "spl')
+    path.write_text('{"step": 1, "split": "train"}\n{"step": 2, "split": "train", "d": {"x": 1}')
     metrics = MetricsFile(path, keep_until=5)
     metrics.write(step=3, split="train")
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import density
+from experiments import density, saved
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
 from experiments.run import as_json, claim_workdir
 from experiments.saved import saved_config, saved_flow
@@ -42,7 +42,7 @@ CONFIGS = {
 }
 
 
-def save_run(workdir):
+def save_run(workdir, loss=3.0):
     """The files of a run at its first checkpoint, without its training: the weights are those of the start."""
     config = replace(tiny.DIGITS, workdir=workdir)
     claim_workdir(workdir, config)
@@ -50,7 +50,7 @@ def save_run(workdir):
     average = optax.EmaState(jnp.asarray(1), optax.tree.scale(1 - trainer.ema_decay, state.params))
     state = state._replace(step=jnp.asarray(2), ema=average)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(state, 3.0, certify(tightened_flow(trainer, state)))
+        checkpoints.save(state, loss, certify(tightened_flow(trainer, state)))
 
 
 @pytest.fixture(scope="module")
@@ -155,14 +155,14 @@ def test_the_best_and_the_latest_weights(run_dir, tmp_path):
         latest = best._replace(step=best.step + 1, ema=best.ema._replace(ema=optax.tree.scale(1.5, best.ema.ema)))
         checkpoints.save(latest, 99.0, certify(tightened_flow(trainer, latest)))
     for weights, expected in (("best", best), ("latest", latest)):
-        saved = saved_flow(workdir, weights)
-        assert saved.step == int(expected.step) == {"best": 2, "latest": 3}[weights]
-        assert saved.config == replace(tiny.DIGITS, workdir=workdir) and saved.task.splits.shape == (8, 8, 1)
+        run = saved_flow(workdir, weights)
+        assert run.step == int(expected.step) == {"best": 2, "latest": 3}[weights]
+        assert run.config == replace(tiny.DIGITS, workdir=workdir) and run.task.splits.shape == (8, 8, 1)
         with Checkpoints(workdir / "checkpoints") as checkpoints:
-            bounds = [block["bound"] for block in checkpoints.certificate(saved.step)["blocks"]]
-        np.testing.assert_allclose(certify(saved.flow).bounds, bounds, rtol=1e-9)
+            bounds = [block["bound"] for block in checkpoints.certificate(run.step)["blocks"]]
+        np.testing.assert_allclose(certify(run.flow).bounds, bounds, rtol=1e-9)
         kernels = nnx.state(tightened_flow(trainer, expected), nnx.Param)
-        jax.tree.map(np.testing.assert_array_equal, nnx.state(saved.flow, nnx.Param), kernels)
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(run.flow, nnx.Param), kernels)
     biases = [
         jax.tree.leaves(nnx.state(saved_flow(workdir, weights).flow, nnx.Param)) for weights in ("best", "latest")
     ]
@@ -173,3 +173,22 @@ def test_other_weights_are_refused(run_dir):
     """There are two kinds."""
     with pytest.raises(ValueError, match="weights: expected one of best, latest; got 'first'"):
         saved_flow(run_dir, "first")
+
+
+def test_an_unvalidated_checkpoint_is_the_latest_alone(tmp_path):
+    """As of a run that was stopped early: its best weights are not there, and the message says what is."""
+    save_run(tmp_path, loss=None)
+    with pytest.raises(
+        FileNotFoundError, match=r"weights: expected a validated checkpoint, the only one in .* is of step 2"
+    ):
+        saved_flow(tmp_path)
+    assert saved_flow(tmp_path, "latest").step == 2
+
+
+def test_data_that_were_moved():
+    """By their new path, or directory; what was never in a file cannot be."""
+    assert saved._moved(DataConfig("own", path=Path("old")), Path("new")).path == Path("new")
+    assert saved._moved(DataConfig("mnist", dir="old"), Path("new")).dir == "new"
+    for config in ("vectors", "rings"):
+        with pytest.raises(ValueError, match="data: expected a run on files"):
+            saved._moved(density.CONFIGS[config].data, Path("new"))
