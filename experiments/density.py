@@ -62,6 +62,7 @@ MODULES = (
 )
 _SUMMARIES = {module.__name__.rpartition(".")[2]: module.__doc__.splitlines()[0] for module in MODULES}
 CONFIGS = {name: module.CONFIG for name, module in zip(_SUMMARIES, MODULES, strict=True)}
+CONFIGS["fashion_mnist_small"], _SUMMARIES["fashion_mnist_small"] = fashion_mnist.SMALL, _SUMMARIES["fashion_mnist"]
 for module in (ablations, toy):
     CONFIGS |= module.CONFIGS
     _SUMMARIES |= dict.fromkeys(module.CONFIGS, module.__doc__.splitlines()[0])

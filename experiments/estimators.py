@@ -9,7 +9,7 @@ up to 24 with their probabilities, which shows the heavy tails that hundreds of 
 
   synthetic       linear contractions of 64 dimensions with chosen spectra, batches of 64
   digits          the default flow, trained by `python -m experiments.density`
-  fashion_mnist   that of `python -m experiments.density fashion_mnist`; left out where the data are not found
+  fashion_mnist   that of `python -m experiments.density fashion_mnist_small`; left out where the data are not found
 
 The flows are trained first, under the work directory, unless they are there. Writes estimators.json and
 estimators.png, and prints a table. On 2 CPU cores: about 40 minutes, and 15 more where the flows are to be

@@ -16,6 +16,7 @@ h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top }
 th { font-weight: 600; white-space: nowrap } table.numbers td { text-align: right; font-variant-numeric: tabular-nums }
 tr + tr > * { border-top: 1px solid #ddd }
+.sketches { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem } .sketches figure { margin: 0 }
 figure { margin: 1rem 0 } img { max-width: 100% } figcaption { color: #666 }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
 """  # noqa: E501
@@ -26,11 +27,15 @@ def write_report(
     title: str,
     rows: dict[str, str],
     pictures: dict[str, Path],
+    along_training: dict[str, Path],
     certificate: Certificate,
     config: Any,
 ) -> None:
     """Writes the page: the closing table, pictures by caption, the certificate of every block, the config as JSON."""
-    figures = "\n".join(_figure(caption, picture) for caption, picture in pictures.items())
+    figures, sketches = (
+        "\n".join(_figure(caption, picture) for caption, picture in group.items())
+        for group in (pictures, along_training)
+    )
     blocks = _table(
         ("block", "Lip(g) at most", "promised"),
         ((f"{n}", f"{b.bound:.4f}", f"{b.promised:.4f}") for n, b in enumerate(certificate.blocks, start=1)),
@@ -47,6 +52,10 @@ def write_report(
 <table>{closing}</table>
 <h2>Pictures</h2>
 {figures}
+<h2>Along training</h2>
+<div class="sketches">
+{sketches}
+</div>
 <h2>Certificate</h2>
 {blocks}
 <h2>Config</h2>

@@ -315,9 +315,9 @@ def report(
         "time in all": f"{time.perf_counter() - began:.0f} s, set-up and compilation included",
         "written to": str(workdir),
     }
-    figures = {f"{task.label} of training, validation and test": curves, **drawing.pictures, **along_training(workdir)}
+    figures = {f"{task.label} of training, validation and test": curves, **drawing.pictures}
     title = f"{workdir.name}: test {task.label} {measured}"
-    write_report(workdir / "report.html", title, rows, figures, certificate, as_json(config))
+    write_report(workdir / "report.html", title, rows, figures, along_training(workdir), certificate, as_json(config))
     print_table(rows)
     print(f"test {task.label} {measured}")
     return result
@@ -346,7 +346,7 @@ def along_training(workdir: Path, at_most: int = 6) -> dict[str, Path]:
     """Some of the pictures that were drawn along training, evenly among them, by caption."""
     chosen = {}
     kinds = {path.stem.partition("_")[2] for path in (workdir / "training").glob("*.png")}
-    for kind in sorted(kinds):
+    for kind in sorted(kinds, reverse=True):
         paths = sorted((workdir / "training").glob(f"*_{kind}.png"))
         numbers = np.unique(np.linspace(0, len(paths) - 1, at_most).round().astype(int))
         chosen |= {f"{kind} at step {int(paths[n].stem.partition('_')[0])}": paths[n] for n in numbers}

@@ -12,6 +12,7 @@ from resflow_jax import ResidualFlow
 from resflow_jax.training.checkpoints import Checkpoints
 
 NAMES = ("digits", "fashion_mnist")
+_CONFIGS = {"digits": "digits", "fashion_mnist": "fashion_mnist_small"}  # of experiments.density
 
 
 def trained_runs(names: Sequence[str], given: dict[str, Path | None], workdir: Path) -> Iterator[DensityConfig]:
@@ -27,7 +28,7 @@ def trained_runs(names: Sequence[str], given: dict[str, Path | None], workdir: P
         directory = given.get(name)
         if directory is not None and not (directory / "checkpoints").is_dir():
             raise ValueError(f"{name}: expected the work directory of a run of this data set, got {directory}")
-        config = dataclasses.replace(density.CONFIGS[name], workdir=directory or workdir / name)
+        config = dataclasses.replace(density.CONFIGS[_CONFIGS[name]], workdir=directory or workdir / name)
         try:
             if directory is None and not _is_finished(config):
                 density.run(config)
