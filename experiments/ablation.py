@@ -8,7 +8,8 @@ are only judged again, and one that was cut goes on. All are judged by the same 
 prints the table, bits/dim of the test split as mean and standard deviation over seeds, and writes it to
 DIR/ablation.json with the figures of every run.
 
-On digits and 2 CPU cores about a minute a run, the first of a kind two. Expected: 1.910 +- 0.004, 1.868 +- 0.007, 1.856 +- 0.001.
+On digits and 2 CPU cores about a minute a run, the first of a kind two. Expected: 1.910 +- 0.004, 1.868 +- 0.007,
+1.856 +- 0.001.
 """
 
 import json
