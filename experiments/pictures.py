@@ -61,7 +61,7 @@ def save_scatter(path: Path, data: np.ndarray, samples: np.ndarray, title: str) 
         axis.set_xlim(low[x] - margin[x], high[x] + margin[x])
         if x != y:
             axis.set_ylim(low[y] - margin[y], high[y] + margin[y])
-    axes[0, 0].legend()
+    axes[0, 0].legend(markerscale=4)
     figure.suptitle(title)
     _save(figure, path)
 
@@ -207,7 +207,7 @@ def save_histograms(path: Path, scores: dict[str, np.ndarray], xlabel: str, titl
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, values in scores.items():
         axis.hist(values, bins=edges, density=True, histtype="stepfilled", alpha=0.5, label=name)
-    axis.set(xlabel=xlabel, ylabel="density of images", title=title)
+    axis.set(xlabel=xlabel, ylabel="density of examples", title=title)
     axis.grid(alpha=0.3)
     axis.legend()
     _save(figure, path)
