@@ -3,7 +3,7 @@
 python -m experiments.density 8gaussians      (2spirals, checkerboard, rings, moons, pinwheel, swissroll, circles)
 python -m experiments.toy --data rings --estimator roulette      (in the place of the exact log-det)
 
-About 100 s with two CPU cores for 6000 steps of 13 ms. Test log_prob in nats, +- 0.007, beside minus the entropy
+About 70 s with two CPU cores for 6000 steps of 8 ms. Test log_prob in nats, +- 0.007, beside minus the entropy
 of the data, the best possible:
   8gaussians -2.83 (-2.84)   2spirals -2.55 (-2.55)   checkerboard -3.61 (-3.47)   rings -2.73 (-2.64)
   moons -2.38 (-2.39)        pinwheel -2.33 (-2.32)   swissroll -2.66 (-2.67)      circles -3.26 (-3.27)
