@@ -198,6 +198,11 @@ class RunConfig:
         if self.annealing > self.steps:
             raise ValueError(f"annealing: expected at most {self.steps}, the number of steps, got {self.annealing}")
         updates = self.steps // self.optimizer.accumulate
+        if updates < 1:
+            raise ValueError(
+                f"optimizer.accumulate: expected at most {self.steps}, the number of steps, got "
+                f"{self.optimizer.accumulate}"
+            )
         if any(milestone >= updates for milestone in self.optimizer.milestones):
             raise ValueError(
                 f"optimizer.milestones: expected numbers below {updates}, that of updates, got "

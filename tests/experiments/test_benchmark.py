@@ -151,3 +151,12 @@ def test_an_accelerator_gets_no_flags_of_the_cpu(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "")
     run.use_xla_flags()
     assert os.environ["XLA_FLAGS"]
+
+
+def test_two_steps_of_two_sizes(monkeypatch, tmp_path):
+    """The study itself, tiny: a step takes time and memory, twice the batch no less of the latter."""
+    monkeypatch.setattr(scaling, "BASE", TINY)
+    monkeypatch.setattr(scaling, "SERIES", {"batch": (2, 4)})
+    result = scaling.run(scaling.ScalingConfig(steps=2, series=("batch",), length=2, workdir=tmp_path))
+    assert min(result["batch"]["seconds"]) > 0 and 0 < result["batch"]["bytes"][0] <= result["batch"]["bytes"][1]
+    assert json.loads((tmp_path / "scaling.json").read_text()) == result

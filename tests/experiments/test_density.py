@@ -296,12 +296,34 @@ def test_command_line_overrides(monkeypatch):
         ({"schedule": "steps"}, "schedule: expected one of cosine, step, constant; got 'steps'"),
         ({"weight_decay": 0.1}, "weight_decay: expected 0, or a positive number with adamw, got 0.1"),
         ({"accumulate": 0}, "accumulate: expected an integer of at least 1, got 0"),
+        ({"schedule": "step"}, 'milestones: expected some with the schedule "step", and none else, got .. with'),
+        ({"milestones": (3,)}, "milestones: expected some with the schedule .* got .3,. with 'cosine'"),
+        ({"schedule": "step", "milestones": (3, 3)}, "milestones: expected positive numbers that increase, got"),
+        ({"schedule": "step", "milestones": (3,), "decay": 1.0}, r"decay: expected a number in \(0, 1\), got 1.0"),
     ],
 )
 def test_bad_optimizer_settings_are_named(arguments, message):
     """Settings that cannot train name the argument, what was expected and what came."""
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"annealing": 7}, "annealing: expected at most 6, the number of steps, got 7"),
+        ({"save_every": 0}, "save_every: expected an integer of at least 1, got 0"),
+        ({"optimizer": OptimizerConfig(accumulate=7)}, "optimizer.accumulate: expected at most 6, .* got 7"),
+        (
+            {"optimizer": OptimizerConfig(schedule="step", milestones=(2, 6))},
+            "optimizer.milestones: expected numbers below 6, that of updates, got .2, 6.",
+        ),
+    ],
+)
+def test_bad_settings_of_a_run_are_named(settings, message):
+    """Settings that have no effect on a run of so many steps are refused."""
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **settings)
 
 
 @pytest.mark.parametrize(
