@@ -160,14 +160,16 @@ def run(config: RunConfig, task: Task) -> Estimate:
     use_compilation_cache()
     if len(task.splits.test) < 2 or not len(task.splits.validation):
         raise ValueError(f"data: expected two or more examples to test on, got {len(task.splits.test)} in {task.name}")
+    directory = config.workdir / "checkpoints"
+    taken = max((int(path.name) for path in directory.glob("*") if path.name.isdigit()), default=0)
+    if taken > config.steps:
+        raise ValueError(f"steps: expected at least {taken}, as many as taken, got {config.steps}")
     trainer, state = set_up(task)  # before anything is written
     claim_workdir(config.workdir, config)
-    with Checkpoints(config.workdir / "checkpoints") as checkpoints:
+    with Checkpoints(directory) as checkpoints:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(checkpoints.latest_step, state)
             print(f"resuming {config.workdir} at step {int(state.step)}")
-            if int(state.step) > config.steps:
-                raise ValueError(f"steps: expected at least {int(state.step)}, as many as taken, got {config.steps}")
         with Metrics(config.workdir, keep_until=int(state.step)) as metrics:
             step, step_time = train(task, trainer, state, checkpoints, metrics)
             checkpoints.wait()

@@ -428,9 +428,11 @@ def test_a_start_that_failed_leaves_the_directory_free(tmp_path):
 
 
 def test_fewer_steps_than_taken(finished):
-    """A run cannot be made shorter than it is."""
+    """A run cannot be made shorter than it is; its config stays."""
+    before = (finished[0] / "config.json").read_text()
     with pytest.raises(ValueError, match="steps: expected at least 6, as many as taken, got 4"):
         density.run(dataclasses.replace(TINY, workdir=finished[0], steps=4))
+    assert (finished[0] / "config.json").read_text() == before
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
