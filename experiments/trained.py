@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments import density
 from experiments.configs.base import DensityConfig
 from experiments.images import load
-from experiments.train import set_up, tightened_flow
+from experiments.saved import saved_config, saved_flow
 from resflow_jax import ResidualFlow
 from resflow_jax.training.checkpoints import Checkpoints
 
@@ -16,7 +16,7 @@ _CONFIGS = {"digits": "digits", "fashion_mnist": "fashion_mnist_small"}  # of ex
 
 
 def trained_runs(names: Sequence[str], given: dict[str, Path | None], workdir: Path) -> Iterator[DensityConfig]:
-    """The finished runs of the density configs of these names.
+    """The finished runs of the density configs of these names, or those in given directories, as they were made.
 
     A run without a given directory lies under `workdir`, and is made there unless it is finished. One whose
     data are not on disk is left out, and that is printed.
@@ -28,7 +28,10 @@ def trained_runs(names: Sequence[str], given: dict[str, Path | None], workdir: P
         directory = given.get(name)
         if directory is not None and not (directory / "checkpoints").is_dir():
             raise ValueError(f"{name}: expected the work directory of a run of this data set, got {directory}")
-        config = dataclasses.replace(density.CONFIGS[_CONFIGS[name]], workdir=directory or workdir / name)
+        if directory is None:
+            config = dataclasses.replace(density.CONFIGS[_CONFIGS[name]], workdir=workdir / name)
+        else:
+            config = saved_config(directory)
         try:
             if directory is None and not _is_finished(config):
                 density.run(config)
@@ -41,9 +44,7 @@ def trained_runs(names: Sequence[str], given: dict[str, Path | None], workdir: P
 
 def trained_flow(config: DensityConfig) -> ResidualFlow:
     """The flow of a run, of its best weights, tightened."""
-    trainer, state = set_up(density.task_of(config))
-    with Checkpoints(config.workdir / "checkpoints") as checkpoints:
-        return tightened_flow(trainer, checkpoints.restore(checkpoints.best_step, state))
+    return saved_flow(config.workdir).flow
 
 
 def _is_finished(config: DensityConfig) -> bool:

@@ -18,6 +18,7 @@ from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConf
 from experiments.run import as_json, claim_workdir
 from experiments.saved import saved_config, saved_flow
 from experiments.train import set_up, tightened_flow
+from experiments.trained import trained_flow, trained_runs
 from resflow_jax import Defensive, Exact, Geometric, ImageFlowConfig, Poisson, Roulette, Truncated, certify
 from resflow_jax.training.checkpoints import Checkpoints
 from tests.experiments import tiny
@@ -192,3 +193,11 @@ def test_data_that_were_moved():
     for config in ("vectors", "rings"):
         with pytest.raises(ValueError, match="data: expected a run on files"):
             saved._moved(density.CONFIGS[config].data, Path("new"))
+
+
+def test_studies_take_a_given_run_as_it_was_made(run_dir, tmp_path):
+    """Not with the settings that they would have trained it with."""
+    (config,) = trained_runs(["digits"], {"digits": run_dir}, tmp_path)
+    assert config == replace(tiny.DIGITS, workdir=run_dir) and config.model != density.CONFIGS["digits"].model
+    kernels, expected = (nnx.state(flow, nnx.Param) for flow in (trained_flow(config), saved_flow(run_dir).flow))
+    jax.tree.map(np.testing.assert_array_equal, kernels, expected)
