@@ -15,6 +15,7 @@ from experiments.loop import training_loop
 from experiments.run import MetricsFile
 from resflow_jax import Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.training.likelihood import vector_log_prob
 from resflow_jax.training.step import Loss, Trainer
 
 Array = jax.Array
@@ -91,14 +92,6 @@ def train_flow(
     return trainer.averaged_flow(state), float(np.median(step_times))
 
 
-def exact_log_prob(flow: ResidualFlow, points: np.ndarray, batch_size: int) -> np.ndarray:
-    """log p of points [N, 2] by the exact log-det, [N] in nats, in batches of one size."""
-    batches = -(-len(points) // batch_size)
-    padded = np.resize(points, (batches * batch_size, 2))
-    scores = [flow.log_prob(batch, estimator=Exact()) for batch in np.split(padded, batches)]
-    return np.concatenate(jax.device_get(scores))[: len(points)].astype(np.float64)
-
-
 def grid_midpoints(low: np.ndarray | float, high: np.ndarray | float, cells: int) -> np.ndarray:
     """The midpoints of cells x cells equal cells of a box, [cells * cells, 2], row by row of y."""
     middles = (np.arange(cells) + 0.5) / cells
@@ -109,4 +102,5 @@ def grid_midpoints(low: np.ndarray | float, high: np.ndarray | float, cells: int
 def density_on_grid(flow: ResidualFlow, low: np.ndarray, high: np.ndarray, cells: int, batch_size: int) -> np.ndarray:
     """p at the midpoints of cells x cells equal cells of a box, [y, x]."""
     points = grid_midpoints(low, high, cells).astype(np.float32)
-    return np.exp(exact_log_prob(flow, points, batch_size)).reshape(cells, cells)
+    (log_prob,) = vector_log_prob(flow, points, jax.random.key(0), batch_size=batch_size)
+    return np.exp(log_prob).reshape(cells, cells)
