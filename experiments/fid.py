@@ -42,8 +42,8 @@ from experiments.run import (
     use_xla_flags,
     write_atomically,
 )
-from experiments.sample import convergence, decoder, normal_latents, to_bytes
-from experiments.saved import SavedFlow, Weights, saved_flow
+from experiments.sample import check_drawing, convergence, decoder, drawn_samples, to_bytes
+from experiments.saved import Weights, saved_flow
 from resflow_jax.data.images import Images, ImageSplits, to_unit_interval
 from resflow_jax.functional.checks import check_choice, check_count
 
@@ -96,10 +96,7 @@ class FidConfig:
                 raise ValueError(f"inception_weights: expected None beside {self.features}, got a path")
             if not self.inception_weights.is_file():
                 raise ValueError(f"inception_weights: expected a file, got {self.inception_weights}")
-        if not 0 <= self.temperature < np.inf:
-            raise ValueError(f"temperature: expected a number of at least 0, got {self.temperature}")
-        check_count("seed", self.seed, 0)
-        check_count("batch_size", self.batch_size, 1)
+        check_drawing(self.temperature, self.seed, self.batch_size)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -128,7 +125,8 @@ def run(config: FidConfig) -> dict[str, Any]:
 
     in_floor = min(map(len, chosen.values()))
     floor = distance(chosen["train"][:in_floor], chosen["test"][:in_floor])  # first: it is soon known if this fails
-    samples, converged = drawn_samples(saved, config, number)
+    decode = decoder(saved.flow, config.batch_size)
+    samples, converged = drawn_samples(decode, saved, number, config.seed, config.temperature)
     images = chosen[config.against]
     result = {
         "run": config.run_dir,
@@ -184,15 +182,6 @@ def chosen_images(data: ImageSplits, split: Split, number: int, seed: int) -> np
     rows = np.random.default_rng(seed).permutation(len(images))[:number]
     of_level = to_bytes(np.asarray(to_unit_interval(np.arange(data.levels), data.levels)), data.levels)
     return of_level[images[rows]]
-
-
-def drawn_samples(saved: SavedFlow, config: FidConfig, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples, bytes [number, H, W, C], and whether the solve of each converged."""
-    decode = decoder(saved.flow, config.batch_size)
-    batches = decode(normal_latents(saved.flow, config.seed, config.temperature), number)
-    parts = [(to_bytes(x, saved.task.splits.levels), converged) for x, converged in batches]
-    samples, converged = map(np.concatenate, zip(*parts, strict=True))
-    return samples, converged
 
 
 def frechet_distance(

@@ -78,10 +78,15 @@ class SampleConfig:
 
     def __post_init__(self):
         check_count("number", self.number, 1)
-        if not 0 <= self.temperature < np.inf:
-            raise ValueError(f"temperature: expected a number of at least 0, got {self.temperature}")
-        check_count("seed", self.seed, 0)
-        check_count("batch_size", self.batch_size, 1)
+        check_drawing(self.temperature, self.seed, self.batch_size)
+
+
+def check_drawing(temperature: float, seed: int, batch_size: int) -> None:
+    """Raises ValueError unless samples can be drawn so."""
+    if not 0 <= temperature < np.inf:
+        raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
+    check_count("seed", seed, 0)
+    check_count("batch_size", batch_size, 1)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -102,10 +107,8 @@ def run(config: SampleConfig) -> np.ndarray:
     workdir.mkdir(parents=True, exist_ok=True)
     decode = decoder(saved.flow, config.batch_size)
 
-    batches = decode(normal_latents(saved.flow, config.seed, config.temperature), config.number)
-    samples, converged = map(np.concatenate, zip(*batches, strict=True))
+    samples, converged = drawn_samples(decode, saved, config.number, config.seed, config.temperature)
     if isinstance(saved.task, ImageTask):
-        samples = to_bytes(samples, saved.task.splits.levels)
         write_images(workdir, samples, config)
     else:
         write_vectors(workdir, samples, saved.task, config)
@@ -164,6 +167,17 @@ def decoder(flow: ResidualFlow, batch_size: int) -> Decode:
             yield x, converged
 
     return decode
+
+
+def drawn_samples(
+    decode: Decode, saved: SavedFlow, number: int, seed: int, temperature: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples, bytes [N, H, W, C] or vectors [N, D], and whether the solve of each converged."""
+    batches = decode(normal_latents(saved.flow, seed, temperature), number)
+    if isinstance(saved.task, ImageTask):
+        batches = ((to_bytes(x, saved.task.splits.levels), converged) for x, converged in batches)
+    samples, converged = map(np.concatenate, zip(*batches, strict=True))
+    return samples, converged
 
 
 def normal_latents(flow: ResidualFlow, seed: int, temperature: float) -> Latents:
