@@ -94,7 +94,7 @@ def save_curves(path: Path, metrics: list[dict], name: str, unit: str, title: st
     validation = np.array([(m["step"], m[judged]) for m in metrics if judged in m], float).reshape(-1, 2)
     test = [m for m in metrics if m["split"] == "test"]
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axis.plot(*train.T, color="C0", alpha=0.35, lw=0.8, label="train, batches (unbiased)")
+    axis.plot(*train.T, color="C0", alpha=0.35, lw=0.8, label="train, batches")
     if len(train) >= 20:
         width = max(len(train) // 40, 2)
         axis.plot(*_trailing_mean(train, width).T, color="C0", lw=1.5, label=f"train, mean of the last {width}")
