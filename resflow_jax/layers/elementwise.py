@@ -11,6 +11,7 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.estimators import Estimator
+from resflow_jax.functional.manual_axes import moments
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Bijector, Forward, Inverse, scaling_bounds, scaling_log_det
 
@@ -60,7 +61,7 @@ class ActNorm(Bijector):
 
     log_det = (elements of x / elements of log_scale) * sum(log_scale): Glow, Kingma & Dhariwal
     (2018, arXiv 1807.03039), table 1. `initialize` sets both so that y has mean zero and unit
-    variance over a batch; until then the layer is the identity.
+    variance over a batch (the whole one, where x is a device's share of it); until then the layer is the identity.
     """
 
     def __init__(self, shape: tuple[int, ...]):
@@ -80,9 +81,9 @@ class ActNorm(Bijector):
 
     def initialize(self, x: Array) -> Array:
         axes = tuple(range(x.ndim - self.bias.ndim))
-        variance = jnp.maximum(jnp.var(x, axes), 1e-6)  # a constant channel is left finite
-        self.bias[...] = -jnp.mean(x, axes)
-        self.log_scale[...] = -0.5 * jnp.log(variance)
+        mean, variance = moments(x, axes)
+        self.bias[...] = -mean
+        self.log_scale[...] = -0.5 * jnp.log(jnp.maximum(variance, 1e-6))  # a constant channel is left finite
         return self(x)
 
     def lipschitz_bounds(self) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_open_interval, check_positive
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.manual_axes import mean_over_devices
+from resflow_jax.functional.manual_axes import moments
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Bijector, Constant, Forward, Inverse, scaling_bounds, scaling_log_det
 
@@ -64,8 +64,7 @@ class MovingBatchNorm(Bijector):
     def _move(self, x: Array, share: float) -> Array:
         """Moves by a share towards the statistics of the whole batch, of which x may be a device's part."""
         batch, axes = jax.lax.stop_gradient(x), tuple(range(x.ndim - self.mean.ndim))
-        mean = mean_over_devices(jnp.mean(batch, axes))
-        variance = mean_over_devices(jnp.mean(jnp.square(batch - mean), axes))
+        mean, variance = moments(batch, axes)
         self.mean[...] += share * (mean - self.mean[...])
         self.variance[...] += share * (variance - self.variance[...])
         return self(x)

@@ -14,13 +14,13 @@ from resflow_jax.functional.manual_axes import example_keys, vary_over, varying_
 from tests.functional.contractions import conv_net
 
 pytestmark = pytest.mark.skipif(
-    jax.device_count() != 2, reason="needs the two CPU devices of conftest.py, not another platform"
+    jax.device_count() != 8, reason="needs the eight CPU devices of conftest.py, not another platform"
 )
 WHOLE, SHARES = PartitionSpec(), PartitionSpec("data")
 
 
 def spread(function, in_specs, out_specs=SHARES):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
 
 
