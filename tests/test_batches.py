@@ -1,4 +1,4 @@
-"""Training batches: every image once an epoch, functions of seed and step alone, shares of processes, augmentation."""
+"""Training batches: every image once an epoch, functions of seed and step alone, parts of them, augmentation."""
 
 import itertools
 import multiprocessing
@@ -77,14 +77,18 @@ def test_vectors():
         Batches(vectors, seed=0, batch_size=5, augmentation=Augmentation(flip=True))
 
 
-def test_processes_share_a_batch():
-    """Their shares put together have the images of the whole batch, each once."""
-    whole = Batches(IMAGES, seed=1, batch_size=4)
-    shares = [Batches(IMAGES, seed=1, batch_size=4, process=n, processes=2) for n in range(2)]
+def test_parts_of_a_batch():
+    """Put together in their order they are the whole batch, from any step on, also where it spans two epochs."""
+    augmentation = Augmentation(flip=True)
+    noisy = np.random.default_rng(0).integers(0, 256, (10, 2, 3, 1), np.uint8)
+    whole = Batches(noisy, seed=1, batch_size=6, augmentation=augmentation)
+    parts = [Batches(noisy, seed=1, batch_size=6, augmentation=augmentation, part=n, parts=3) for n in range(3)]
     for step in range(4):
-        assert sorted(numbers(whole[step])) == sorted(numbers(shares[0][step]) + numbers(shares[1][step]))
-    with pytest.raises(ValueError, match="batch_size: expected a multiple of 3 processes, got 4"):
-        Batches(IMAGES, seed=1, batch_size=4, process=0, processes=3)
+        np.testing.assert_array_equal(np.concatenate([part[step] for part in parts]), whole[step])
+    found = [next(part.starting_at(2, threads=1)) for part in parts]
+    np.testing.assert_array_equal(np.concatenate(found), whole[2])
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of 4 parts, got 6"):
+        Batches(noisy, seed=1, batch_size=6, part=0, parts=4)
 
 
 def test_stored_images_are_read_one_by_one():

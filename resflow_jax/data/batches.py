@@ -1,4 +1,4 @@
-"""Training batches by grain: shuffled by a seed, a share a process, read ahead, resumed at any step."""
+"""Training batches by grain: shuffled by a seed, a part a process, read ahead, resumed at any step."""
 
 import atexit
 import multiprocessing
@@ -55,22 +55,22 @@ class Batches:
         seed: int,
         batch_size: int,
         augmentation: Augmentation | None = None,
-        process: int = 0,
-        processes: int = 1,
+        part: int = 0,
+        parts: int = 1,
     ):
-        """Of `processes` that read the same rows, this is number `process`; batch_size is that of all together.
+        """Of every batch, cut in so many equal parts for as many processes, that of number `part`.
 
         Args:
           rows: images [N, H, W, C], vectors [N, D], or whatever else has a length and is indexed by numbers.
           seed: of the order, and of the augmentation.
-          batch_size: rows of a batch.
+          batch_size: rows of a whole batch.
           augmentation: of images, if any.
-          process: number of this process.
-          processes: number of processes.
+          part: which part is read.
+          parts: how many there are.
 
         Raises:
-          ValueError: for a batch larger than the number of rows, or that the processes cannot share equally; for
-            an augmentation of what are not images.
+          ValueError: for a batch larger than the number of rows, or that cannot be cut in equal parts; for an
+            augmentation of what are not images.
         """
         import grain
 
@@ -78,17 +78,17 @@ class Batches:
             raise ValueError(
                 f"batch_size: expected between 1 and {len(rows)}, the number of training examples, got {batch_size}"
             )
-        if batch_size % processes:
-            raise ValueError(f"batch_size: expected a multiple of {processes} processes, got {batch_size}")
+        if batch_size % parts:
+            raise ValueError(f"batch_size: expected a multiple of {parts} parts, got {batch_size}")
         dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
         if augmentation is not None and (augmentation.flip or augmentation.crop):
             if len(rows.shape) != 4:
                 raise ValueError(f"augmentation: expected images [N, H, W, C] to augment, got shape {rows.shape}")
             dataset = dataset.random_map(augmentation)
-        self._dataset = dataset[process::processes].batch(batch_size // processes, drop_remainder=True)
+        self._dataset = dataset.batch(batch_size // parts, drop_remainder=True)[part::parts]
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """The batch of a step, [batch_size / processes, ...] of the rows' type."""
+        """The part of the batch of a step, [batch_size / parts, ...] of the rows' type."""
         return self._dataset[step]
 
     def starting_at(self, step: int, *, threads: int = 2, ahead: int = 4, workers: int = 0) -> Iterator[np.ndarray]:

@@ -196,15 +196,48 @@ class ResidualFlow(nnx.Module):
           ValueError: for a number below 1, a bad estimator, and for a flow that pads x: its log p needs noise.
         """
         check_count("number", number, 1)
-        if self.config.padding:
-            raise ValueError(f"padding: expected a flow without padding, got {self.config.padding}")
         z_key, estimator_key = jax.random.split(key)
         z = jax.random.normal(z_key, (number, self.dim), self.dtype)
+        options = {"solver": solver, "return_diagnostics": return_diagnostics}
+        return self.inverse_and_log_prob(z, key=estimator_key, estimator=estimator, **options)
+
+    def inverse_and_log_prob(
+        self,
+        z: Array,
+        *,
+        key: Array | None = None,
+        estimator: Estimator | None = None,
+        solver: Solver = Anderson(),
+        return_diagnostics: bool = False,
+        return_status: bool = False,
+    ) -> tuple[Array, ...]:
+        """Maps z [B, D] to x [B, *event_shape] with log p(x) [B] in nats, differentiable in z and the parameters.
+
+        As `sample_and_log_prob`, which draws z from N(0, I); each example's noise goes by its number in z.
+
+        Args:
+          z: floats [B, D].
+          key: PRNG key of the estimate; not needed by `Exact`.
+          estimator: of the log-dets, as in `forward`.
+          solver: of the inverse.
+          return_diagnostics: whether to return the estimates' `Diagnostics` as well.
+          return_status: whether to return the `InverseStatus` of the solves, [blocks, B], as last; without it, a solve
+            that did not converge warns or raises as the solver says. In a program on several devices ask for it, and
+            do what is to be done by it: an error on one of them would leave the others waiting.
+
+        Raises:
+          ValueError: for a wrong rank, size or dtype, a bad estimator, and for a flow that pads x: its log p needs
+            noise.
+        """
+        check_batch("z", z, (self.dim,))
+        if self.config.padding:
+            raise ValueError(f"padding: expected a flow without padding, got {self.config.padding}")
         graphdef, state = nnx.split(self)
-        x, log_det, diagnostics, status = _sample(graphdef, state, z, estimator_key, self._checked(estimator), solver)
-        report_unconverged(_of_examples(status), "ResidualFlow.sample_and_log_prob", solver.on_failure)
-        log_prob = standard_normal_log_prob(z) + log_det
-        return (x, log_prob, diagnostics) if return_diagnostics else (x, log_prob)
+        x, log_det, diagnostics, status = _sample(graphdef, state, z, key, self._checked(estimator), solver)
+        if not return_status:
+            report_unconverged(_of_examples(status), "ResidualFlow.inverse_and_log_prob", solver.on_failure)
+        log_prob = standard_normal_log_prob(z.astype(self.dtype)) + log_det
+        return x, log_prob, *[diagnostics] * return_diagnostics, *[status] * return_status
 
     @property
     def dtype(self) -> np.dtype:
@@ -421,6 +454,7 @@ def _inverse(graphdef, state, z, solver):
 def _sample(graphdef, state, z, key, estimator, solver):
     """x, log_det, diagnostics and status, without a way through x where a logit has rounded it to 0 or 1."""
     flow = nnx.merge(graphdef, state)
+    z = z.astype(flow.dtype)
     logit, *rest = flow.scales[0].bijectors
     if not isinstance(logit, Logit):
         x, status = _inverse_scales(flow, flow.scales, z, solver)

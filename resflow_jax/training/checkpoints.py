@@ -22,7 +22,8 @@ from resflow_jax.training.step import TrainState
 class Checkpoints:
     """The checkpoints of one run, by step; keeps the latest and that of the lowest validation loss.
 
-    A context manager: leaving it, also by an exception, waits for what is being written.
+    A context manager: leaving it, also by an exception, waits for what is being written. Of several processes, which
+    share the directory, all call the same methods; each writes what lies on its devices.
     """
 
     def __init__(self, directory: Path):
@@ -55,8 +56,8 @@ class Checkpoints:
     ) -> None:
         """Writes the state in the background; call `wait` before reading it.
 
-        Where the state was validated, with the loss, in any unit, and the certificate of its averaged and tightened
-        flow; without a loss it is never the best.
+        The arrays lie on one device or are global, as of `Placement.on_mesh`. Where the state was validated, with the
+        loss, in any unit, and the certificate of its averaged and tightened flow; without a loss it is never the best.
 
         Raises:
           OSError: if this or the one before cannot be written, as on a full disk; those before stay whole.
@@ -69,13 +70,29 @@ class Checkpoints:
         with self._written():
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at `step`; `like` gives structure and shapes."""
-        on_host = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _arrays_only(like))
-        # Back through the host, so that the arrays are as little tied to a device as fresh ones are:
-        # else every compiled function would be compiled once more for them.
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(on_host))
-        state = jax.device_put(self._manager.restore(step, args=items).state)
+    def restore(self, step: int, like: TrainState, shardings: TrainState | None = None) -> TrainState:
+        """The state saved at `step`, by however many devices.
+
+        Args:
+          step: of the checkpoint.
+          like: gives structure and shapes.
+          shardings: where the arrays are to lie, as of `training.placement`: every process reads what its devices
+            hold. None for whole arrays, which every process reads, and which are tied to no device.
+        """
+        arrays = _arrays_only(like)
+        if shardings is None:
+            # Through the host, so that the arrays are as little tied to a device as fresh ones are:
+            # else every compiled function would be compiled once more for them.
+            target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), arrays)
+        else:
+            target = jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                arrays,
+                _arrays_only(shardings),
+            )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        state = self._manager.restore(step, args=items).state
+        state = jax.device_put(state) if shardings is None else state
         return state._replace(estimator=jax.tree.unflatten(jax.tree.structure(like.estimator), state.estimator))
 
     def certificate(self, step: int) -> dict[str, Any]:

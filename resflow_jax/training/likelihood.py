@@ -22,6 +22,7 @@ from resflow_jax.functional.checks import check_count
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.models.flow import ResidualFlow, standard_normal_log_prob
+from resflow_jax.training.parallel import divided, on_all_devices
 from resflow_jax.training.step import Loss
 
 Array = jax.Array
@@ -146,7 +147,8 @@ def evaluate_bits_per_dim(
       draws: independent passes over the images; the noise is judged from that many values.
       batch_size: images at once.
       mesh: devices along the axis "data" that share each batch, which is rounded up to a multiple of their number;
-        None for one device. The result is the same if it is one.
+        None for one device. The result is the same if it is one. It may have the devices of several processes, which
+        then call this with the same arguments and get the same result.
 
     Raises:
       ValueError: unless the images are integers in {0..levels-1}, N > 0, draws and batch_size positive.
@@ -214,7 +216,7 @@ def _scores(
     check_count("batch_size", batch_size, 1)
     number = len(examples)
     if mesh is not None:
-        flow, key, estimator = jax.device_put((flow, key, estimator), NamedSharding(mesh, PartitionSpec()))
+        flow, key, estimator = on_all_devices((flow, key, estimator), mesh)
     devices = 1 if mesh is None else mesh.size
     batch_size = devices * -(-min(batch_size, number) // devices)
     batches = -(-number // batch_size)
@@ -224,7 +226,7 @@ def _scores(
     for draw, draw_key in enumerate(jax.random.split(key, draws)):
         keys = jax.random.split(draw_key, batches)
         parts = [
-            _batch_scores(flow, b, k, estimator, score, mesh)
+            _batch_scores(flow, b if mesh is None else divided(b, mesh), k, estimator, score, mesh)
             for b, k in zip(np.split(padded, batches), keys, strict=True)
         ]
         scores[draw] = np.concatenate(jax.device_get(parts))
@@ -244,7 +246,8 @@ def _batch_scores(
         return scores(flow, batch, key, estimator)
     whole, shares = PartitionSpec(), PartitionSpec("data")
     spread = jax.shard_map(scores, mesh=mesh, in_specs=(whole, shares, whole, whole), out_specs=shares)
-    return spread(flow, batch, key, estimator)
+    found = spread(flow, batch, key, estimator)
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, whole))  # for every process to read
 
 
 @lru_cache

@@ -1,7 +1,8 @@
 """The training step of a flow: one pure function of state and batch.
 
 The gradient of a loss(flow, batch, key) updates the parameters through optax; then the power
-iteration of every linear layer advances; then the moving average of the parameters.
+iteration of every linear layer advances; then the moving average of the parameters. `training.parallel` runs
+the same function on many devices.
 """
 
 from collections.abc import Callable
@@ -12,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from resflow_jax.functional.estimators import Estimator, Roulette
 from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.laws import Defensive, Fitted
 from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
-from resflow_jax.functional.manual_axes import vary_over, varying_axes
+from resflow_jax.functional.manual_axes import batch_axes, vary_over, varying_axes
 from resflow_jax.models.flow import ResidualFlow
 
 Array = jax.Array
@@ -52,6 +52,14 @@ class TrainState(NamedTuple):
     term_norms: optax.EmaState
 
 
+class _Found(NamedTuple):
+    """What batches tell: the mean loss, the estimates' diagnostics, and the gradient."""
+
+    loss: Array
+    diagnostics: Diagnostics
+    gradient: nnx.State
+
+
 class Trainer(NamedTuple):
     """The static side of training: what the pure functions below close over.
 
@@ -62,12 +70,14 @@ class Trainer(NamedTuple):
         parameters, such as running statistics, is kept.
       optimizer: an optax transformation.
       ema_decay: decay of the parameters' moving average, which is bias-corrected.
+      accumulate: batches whose mean gradient makes an update.
     """
 
     graphdef: Any
     loss: Loss
     optimizer: optax.GradientTransformation
     ema_decay: float
+    accumulate: int = 1
 
     def create_state(self, flow: ResidualFlow, estimator: Estimator) -> TrainState:
         """The state before the first step."""
@@ -77,58 +87,74 @@ class Trainer(NamedTuple):
         return TrainState(jnp.asarray(0), params, rest, self.optimizer.init(params), ema, estimator, term_norms)
 
     def step(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        """One optimiser step.
+        """One update, from one batch or, with `accumulate`, from so many, each of which counts as a step.
+
+        It may run on each device's share of the batches, as `training.parallel` does: means are then taken over
+        devices, once an update, and the new state is the same on all.
 
         Args:
           state: from `create_state` or an earlier step.
-          batch: what the loss takes; inside `jax.shard_map` a device's share, for the mean over devices.
-          key: the run's PRNG key; the step folds its own number into it.
+          batch: what the loss takes; with `accumulate` above 1, so many on a leading axis.
+          key: the run's PRNG key, the same on all devices; each step folds its own number into it.
 
         Returns:
-          The new state, and metrics: "loss"; "gradient_norm", before clipping; "diagnostics" of the
-          log-det's estimates, by block.
+          The new state, and metrics, means over the batches: "loss"; "gradient_norm" of the mean gradient, before
+          clipping; "diagnostics" of the log-det's estimates, by block.
         """
-        axes = varying_axes(batch)
-        # Typed as this device's own, parameters get this device's gradient: one sum over devices at the end.
-        own_params, own_rest = vary_over((state.params, state.rest), axes)
-
-        def objective(params):
-            flow = nnx.merge(self.graphdef, params, own_rest, copy=True)
-            step_key = jax.random.fold_in(key, state.step)
-            value, diagnostics = self.loss(flow, batch, step_key, state.estimator, state.step)
-            return value, (diagnostics, nnx.split(flow, nnx.Param, ...)[2])
-
-        (value, (diagnostics, rest)), gradient = jax.value_and_grad(objective, has_aux=True)(own_params)
-        if axes:
-            value, diagnostics, statistics, gradient = jax.lax.pmean(
-                (value, diagnostics, nnx.filter_state(rest, nnx.BatchStat), gradient), axes
-            )
+        found, rest = self._mean_gradient(state, batch, key)
+        if axes := batch_axes(batch):
+            # One sum over devices for everything, a leaf at a time: each can start as soon as its gradient is known.
+            found, statistics = jax.lax.pmean((found, nnx.filter_state(rest, nnx.BatchStat)), axes)
             rest = nnx.merge_state(state.rest, statistics)
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
+        updates, opt_state = self.optimizer.update(found.gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         flow = nnx.merge(self.graphdef, params, rest)
         flow.update_norms()
         rest = nnx.split(flow, nnx.Param, ...)[2]
         _, ema = optax.ema(self.ema_decay).update(params, state.ema)
-        _, term_norms = _TERM_NORMS.update(diagnostics.term_norms, state.term_norms)
-        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient), "diagnostics": diagnostics}
-        return TrainState(state.step + 1, params, rest, opt_state, ema, state.estimator, term_norms), metrics
+        _, term_norms = _TERM_NORMS.update(found.diagnostics.term_norms, state.term_norms)
+        metrics = {
+            "loss": found.loss,
+            "gradient_norm": optax.tree.norm(found.gradient),
+            "diagnostics": found.diagnostics,
+        }
+        steps = state.step + self.accumulate
+        return TrainState(steps, params, rest, opt_state, ema, state.estimator, term_norms), metrics
 
     def compiled_step(self) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
-        """`step` compiled; the state passed in is donated."""
+        """`step` compiled for one device; the state passed in is donated."""
         return jax.jit(self.step, donate_argnums=0)
 
-    def parallel_step(
-        self, mesh: jax.sharding.Mesh
-    ) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
-        """`step` compiled for the devices of a mesh with the one axis "data": each takes an equal share of the batch.
+    def _mean_gradient(self, state: TrainState, batch: Any, key: Array) -> "tuple[_Found, nnx.State]":
+        """Means over the batches of an update, and the flow's other variables behind them."""
+        # Typed as this device's own, parameters get this device's gradient.
+        params, rest = vary_over((state.params, state.rest), varying_axes(batch))
 
-        The state is the same on all, and donated. The same numbers as on one device, to rounding. Of what the loss
-        changes in the flow beside the parameters, only `nnx.BatchStat` is kept.
-        """
-        whole, shares = PartitionSpec(), PartitionSpec("data")
-        step = jax.shard_map(self.step, mesh=mesh, in_specs=(whole, shares, whole), out_specs=whole)
-        return jax.jit(step, donate_argnums=0)
+        def of_batch(rest, batch, step):
+            def objective(params):
+                flow = nnx.merge(self.graphdef, params, rest, copy=True)
+                loss, diagnostics = self.loss(flow, batch, jax.random.fold_in(key, step), state.estimator, step)
+                return loss, (diagnostics, nnx.split(flow, nnx.Param, ...)[2])
+
+            (loss, (diagnostics, rest)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
+            return _Found(loss, diagnostics, gradient), rest
+
+        if self.accumulate == 1:
+            return of_batch(rest, batch, state.step)
+
+        def add(carry, inputs):
+            total, rest = carry
+            found, rest = of_batch(rest, *inputs)
+            return (jax.tree.map(jnp.add, total, found), rest), None
+
+        # The last batch is not part of the loop, so that sums over devices may begin within its backward pass.
+        steps = state.step + jnp.arange(self.accumulate)
+        batches, last = jax.tree.map(lambda leaf: leaf[:-1], batch), jax.tree.map(lambda leaf: leaf[-1], batch)
+        types = jax.eval_shape(of_batch, rest, last, steps[-1])[0]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), types)
+        (total, rest), _ = jax.lax.scan(add, (vary_over(zeros, varying_axes(batch)), rest), (batches, steps[:-1]))
+        found, rest = of_batch(rest, last, steps[-1])
+        return jax.tree.map(lambda a, b: (a + b) / self.accumulate, total, found), rest
 
     def current_flow(self, state: TrainState) -> ResidualFlow:
         """The flow with the parameters of the last step, its norms iterated to convergence."""

@@ -1,0 +1,244 @@
+"""One training step on many devices: by `jax.jit` over a mesh, by `jax.shard_map` or by `jax.pmap`.
+
+All three run `Trainer.step` on equal shares of a batch and give the numbers of one device, to rounding: every
+example draws its noise by its number in the whole batch, the roulette's lengths are drawn with one key, so that no
+device waits for another's longer series, and losses, gradients and statistics are means over all devices, taken
+in one sum an update.
+
+    jit        the step is batched over shares (`jax.vmap`), the compiler divides the batch axis among the devices of
+               the mesh; it also divides the state, where that is wanted
+    shard_map  each device of the mesh runs the step on its share; the state is the same on all
+    pmap       the same with a leading axis of devices on every array, as research scripts have it
+
+A mesh has the axes "data", along which batches are divided, and "model", along which kernels may be.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.manual_axes import DATA_AXIS
+from resflow_jax.training.step import Trainer, TrainState
+
+Array = jax.Array
+Step = Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Any]]]
+
+MODEL_AXIS = "model"
+Way = Literal["jit", "shard_map", "pmap"]
+WAYS = get_args(Way)
+Parameters = Literal["replicated", "model", "full"]
+PARAMETERS = get_args(Parameters)
+
+_LEAST = 64  # elements of an array that a device holds at least, where arrays are divided
+
+
+def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices, with the axes "data" and "model".
+
+    Args:
+      data: devices along which a batch is divided; None for all that `model` leaves.
+      model: devices along which kernels may be divided.
+      devices: those of the mesh; by default all of all processes.
+
+    Raises:
+      ValueError: unless data * model is the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    check_count("mesh.model", model, 1)
+    if data is not None:
+        check_count("mesh.data", data, 1)
+    elif len(devices) % model:
+        raise ValueError(f"mesh.model: expected a divisor of {len(devices)}, the number of devices, got {model}")
+    data = len(devices) // model if data is None else data
+    if data * model != len(devices):
+        raise ValueError(
+            f"mesh: expected sizes whose product is {len(devices)}, the number of devices, got data {data} * model "
+            f"{model} = {data * model}"
+        )
+    mesh = jax.make_mesh((data, model), (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    if part_of_process(mesh) is not None:
+        return mesh
+    # JAX ordered the devices by their network alone; process by process, each reads one part of a batch.
+    ordered = np.asarray(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(data, model)
+    mesh = Mesh(ordered, (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2)
+    if part_of_process(mesh) is None:
+        raise ValueError(
+            f"mesh.model: expected a divisor or a multiple of {jax.local_device_count()}, the number of devices of a "
+            f"process, got {model}"
+        )
+    return mesh
+
+
+def part_of_process(mesh: Mesh) -> tuple[int, int] | None:
+    """(n, parts): of a batch cut in so many equal parts, this process's devices have number n; None if they do not."""
+    own = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
+    rows = np.flatnonzero(own.any(axis=1))
+    number = len(rows)
+    if not number or rows[-1] - rows[0] != number - 1 or rows[0] % number or mesh.shape[DATA_AXIS] % number:
+        return None
+    return int(rows[0]) // number, mesh.shape[DATA_AXIS] // number
+
+
+def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "replicated") -> Step:
+    """The step compiled for a mesh, divided by the compiler.
+
+    Args:
+      trainer: whose step.
+      mesh: from `make_mesh`.
+      parameters: where the state lies, that is parameters, optimiser, averages and power-iteration vectors.
+        "replicated": on every device. "model": arrays of more than one axis divided along "model" by their last, a
+        kernel's outputs; the products with them are divided too. "full": along both axes, by the longer of the last
+        two, and gathered where they are used: least memory between steps.
+
+    Returns:
+      (state, batch, key) -> (state, metrics) as `Trainer.step`, of global arrays: batch [B, ...], or with accumulation
+      [batches, B, ...]. What does not lie as it should is moved. The state is donated.
+    """
+    check_choice("parameters", parameters, PARAMETERS)
+    shares = mesh.shape[DATA_AXIS]
+    axis = _batch_axis(trainer)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def step(state, batch, key):
+        check_divisible(batch.shape[axis], mesh)
+        state = _constrained(state, state_shardings(state, mesh, parameters))
+        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(trainer, mesh))
+        apply = trainer.step
+        if shares > 1:
+            batch = batch.reshape(*batch.shape[:axis], shares, -1, *batch.shape[axis + 1 :])
+            apply = jax.vmap(apply, (None, axis, None), None, axis_name=DATA_AXIS, spmd_axis_name=DATA_AXIS)
+        state, metrics = apply(state, batch, key)
+        metrics = jax.lax.with_sharding_constraint(metrics, jax.tree.map(lambda _: whole, metrics))
+        return _constrained(state, state_shardings(state, mesh, parameters)), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def shard_map_train_step(trainer: Trainer, mesh: Mesh) -> Step:
+    """The step in `jax.shard_map` over a mesh, each device with its share of the batch, the state the same on all.
+
+    Of what the loss changes in the flow beside the parameters, only `nnx.BatchStat` is kept. Returns as
+    `jit_train_step`.
+
+    Raises:
+      ValueError: for a mesh with more than one device along "model", to which there is nothing to give.
+    """
+    check_data_alone("shard_map", mesh)
+    whole = PartitionSpec()
+    specs = whole, batch_sharding(trainer, mesh).spec, whole
+    return jax.jit(jax.shard_map(trainer.step, mesh=mesh, in_specs=specs, out_specs=whole), donate_argnums=0)
+
+
+def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = None) -> Step:
+    """The step in `jax.pmap`, whose axis is named "data".
+
+    Args:
+      trainer: whose step.
+      devices: by default all of all processes.
+
+    Returns:
+      (state, batch, key) -> (state, metrics): the state with a leading axis of this process's devices on every array,
+      the same for each, as `replicate` makes it; batch [devices, per-device batch, ...], or with accumulation
+      [devices, batches, per-device batch, ...]; one key for all; metrics without the axis. The state is donated.
+    """
+    return jax.pmap(
+        trainer.step,
+        axis_name=DATA_AXIS,
+        in_axes=(0, 0, None),
+        out_axes=(0, None),
+        donate_argnums=0,
+        devices=devices,
+    )
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+    """Arrays with a leading axis of this process's devices, a copy on each, for `pmap_train_step`."""
+    mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), (DATA_AXIS,))
+    stacked = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return jax.tree.map(lambda leaf: from_host(np.broadcast_to(leaf, (mesh.size, *np.shape(leaf))), stacked), tree)
+
+
+def unreplicate(tree: Any, mesh: Mesh) -> Any:
+    """The arrays that `replicate` has made, or a step gave back, without the axis: one array on all devices each."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def join(leaf):
+        parts = [shard.data[0] for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape[1:], whole, parts)
+
+    return jax.tree.map(join, tree)
+
+
+def check_divisible(batch_size: int, mesh: Mesh) -> None:
+    """Raises ValueError unless the devices along "data" can take equal shares of a batch."""
+    if batch_size % mesh.shape[DATA_AXIS]:
+        raise ValueError(
+            f"batch_size: expected a multiple of {mesh.shape[DATA_AXIS]}, the number of devices that share a batch, "
+            f"got {batch_size}"
+        )
+
+
+def batch_sharding(trainer: Trainer, mesh: Mesh) -> NamedSharding:
+    """Where the batches of an update lie: divided along "data" by examples."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * _batch_axis(trainer), DATA_AXIS))
+
+
+def state_shardings(state: TrainState, mesh: Mesh, parameters: Parameters) -> TrainState:
+    """Where each array of a state lies, by its shape alone; see `jit_train_step`."""
+
+    def of(leaf):
+        shape = np.shape(leaf)
+        spec = [None] * len(shape)
+        if parameters == "model":
+            axes, candidates = (MODEL_AXIS,), (len(shape) - 1,)
+        else:
+            axes, candidates = (DATA_AXIS, MODEL_AXIS), sorted(range(len(shape))[-2:], key=lambda n: -shape[n])
+        devices = int(np.prod([mesh.shape[axis] for axis in axes]))
+        if parameters != "replicated" and len(shape) > 1 and np.prod(shape) >= devices * _LEAST:
+            divisible = next((n for n in candidates if shape[n] % devices == 0), None)
+            if divisible is not None:
+                spec[divisible] = axes
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(of, state)
+
+
+def on_all_devices(tree: Any, mesh: Mesh) -> Any:
+    """Global arrays, whole on every device, from those that every process has; PRNG keys too."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def put(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        return from_host(np.asarray(leaf), whole)
+
+    return jax.tree.map(put, tree)
+
+
+def divided(examples: np.ndarray, mesh: Mesh) -> Array:
+    """A global array [B, ...] of examples that every process has, divided along "data"."""
+    return from_host(examples, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
+
+
+def from_host(leaf: np.ndarray, sharding: NamedSharding) -> Array:
+    """A global array from one that every process holds; each sends its devices what they are to have."""
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
+def _constrained(state: TrainState, shardings: TrainState) -> TrainState:
+    return jax.tree.map(jax.lax.with_sharding_constraint, state, shardings)
+
+
+def _batch_axis(trainer: Trainer) -> int:
+    """Which axis of a step's batch is that of examples."""
+    return 0 if trainer.accumulate == 1 else 1
+
+
+def check_data_alone(way: Way, mesh: Mesh) -> None:
+    """Raises ValueError for a mesh with devices along "model", to which a way but "jit" has nothing to give."""
+    if mesh.shape[MODEL_AXIS] > 1:
+        raise ValueError(f'parallel: expected "jit" with {mesh.shape[MODEL_AXIS]} devices along "model", got "{way}"')

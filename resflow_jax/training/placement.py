@@ -1,0 +1,135 @@
+"""Where the state and the batches of a training on many devices lie: how they get there, and back.
+
+A process holds what its devices hold. Between steps the state has the form that the step takes; checkpoints and
+evaluation have their own:
+
+    whole, or global arrays --place--> as the step takes it --on_mesh--> global arrays, as they are saved
+    global arrays --local--> whole, on the first device of each process, to evaluate
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from resflow_jax.functional.checks import check_choice
+from resflow_jax.training.parallel import (
+    WAYS,
+    Parameters,
+    Step,
+    Way,
+    batch_sharding,
+    check_data_alone,
+    check_divisible,
+    from_host,
+    jit_train_step,
+    part_of_process,
+    pmap_train_step,
+    replicate,
+    shard_map_train_step,
+    state_shardings,
+    unreplicate,
+)
+from resflow_jax.training.step import Trainer, TrainState
+
+Array = jax.Array
+
+
+class Placement:
+    """A training step on the devices of a mesh, with what it takes put in place.
+
+    Attributes:
+      mesh: from `make_mesh`.
+      step: (state, batch, key) -> (state, metrics), as of `training.parallel`, with the state and batches of `place`
+        and `place_batch`; the metrics are the same on all devices.
+      part, parts: of every batch, cut in so many equal parts, this process reads that of this number.
+    """
+
+    mesh: Mesh
+    step: Step
+    part: int
+    parts: int
+
+    def __init__(self, trainer: Trainer, mesh: Mesh, way: Way = "jit", parameters: Parameters = "replicated"):
+        """`parameters` as in `jit_train_step`; the other ways know none but "replicated".
+
+        Raises:
+          ValueError: for an unknown way, and for divided parameters in another way than "jit".
+        """
+        check_choice("parallel", way, WAYS)
+        if way != "jit" and parameters != "replicated":
+            raise ValueError(f'mesh.parameters: expected "replicated" with {way}, got "{parameters}"')
+        self.trainer, self.mesh, self.way, self.parameters = trainer, mesh, way, parameters
+        if way != "jit":
+            check_data_alone(way, mesh)
+        self.step = {
+            "jit": lambda: jit_train_step(trainer, mesh, parameters=parameters),
+            "shard_map": lambda: shard_map_train_step(trainer, mesh),
+            "pmap": lambda: pmap_train_step(trainer, self._devices),
+        }[way]()
+        self._batches = batch_sharding(trainer, mesh)
+        self.part, self.parts = part_of_process(mesh)
+
+    @property
+    def _devices(self) -> list[jax.Device]:
+        return list(self.mesh.devices.flat)
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raises ValueError unless the devices can take equal shares of a batch."""
+        check_divisible(batch_size, self.mesh)
+
+    def place(self, tree: Any) -> Any:
+        """A state, or part of one, as the step takes it: one that every process holds whole, or of global arrays.
+
+        What does not lie as it should is copied, so that the step, which is donated it, leaves the original alone.
+        """
+        if self.way == "pmap":
+            return replicate(self.local(tree), self._devices)
+
+        def put(leaf, sharding):
+            if isinstance(leaf, Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+                return leaf
+            return from_host(np.asarray(leaf), sharding)
+
+        return jax.tree.map(put, tree, self.shardings(tree))
+
+    def shardings(self, state: TrainState) -> TrainState:
+        """Where the global arrays of a state lie."""
+        return state_shardings(state, self.mesh, self.parameters)
+
+    def place_batch(self, rows: np.ndarray) -> Array | np.ndarray:
+        """The batch of a step of which this process has read its part; with accumulation [batches, ...] of them."""
+        axis = len(self._batches.spec) - 1
+        if self.way == "pmap":
+            local = sum(device.process_index == jax.process_index() for device in self._devices)
+            shares = rows.reshape(*rows.shape[:axis], local, -1, *rows.shape[axis + 1 :])
+            return np.moveaxis(shares, axis, 0)
+        number = rows.shape[axis] * self.parts
+
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            first, end, _ = index[axis].indices(number)
+            start = first - self.part * rows.shape[axis]
+            return rows[(slice(None),) * axis + (slice(start, start + end - first),)]
+
+        shape = *rows.shape[:axis], number, *rows.shape[axis + 1 :]
+        return jax.make_array_from_callback(shape, self._batches, of_device)
+
+    def on_mesh(self, state: TrainState) -> TrainState:
+        """The state as global arrays, as they are saved."""
+        return unreplicate(state, self.mesh) if self.way == "pmap" else state
+
+    def local(self, tree: Any) -> Any:
+        """Global arrays, whole on the first device of this process; others as they are."""
+        return jax.tree.map(_first_copy, gathered(tree, self.mesh))
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """The same arrays, those that are divided among devices whole on every one."""
+    if all(not isinstance(leaf, Array) or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+        return tree
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+
+
+def _first_copy(leaf: Array) -> Array:
+    return leaf.addressable_data(0) if isinstance(leaf.sharding, NamedSharding) else leaf
