@@ -29,6 +29,7 @@ import tyro
 from experiments.competitors import CASES, COMPETITORS
 from experiments.run import number_of_cores, write_atomically
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.training.parallel import WAYS, Way
 
 TOLERANCES = ("1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
 
@@ -45,6 +46,7 @@ class BenchmarkConfig:
       compilation: also compile the CIFAR-10 step of the papers, cold and from the cache, and give its memory.
       workdir: where benchmark.json is written.
       profile: a directory for traces, instead of all that.
+      parallel: how this library's training step is divided among cores, as in `experiments.density`.
     """
 
     cases: tuple[str, ...] = ("28x28", "32x32")
@@ -54,8 +56,10 @@ class BenchmarkConfig:
     compilation: bool = True
     workdir: Path = Path("runs/benchmark")
     profile: Path | None = None
+    parallel: Way = "jit"
 
     def __post_init__(self):
+        check_choice("parallel", self.parallel, WAYS)
         for case in self.cases:
             check_choice("cases", case, tuple(CASES))
         for competitor in self.competitors:
@@ -67,9 +71,9 @@ class BenchmarkConfig:
 class Worker:
     """A competitor in its process."""
 
-    def __init__(self, case: str, competitor: str, cache: Path | None = None):
+    def __init__(self, case: str, competitor: str, cache: Path | None = None, way: Way = "jit"):
         environment = os.environ if cache is None else {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-        command = [sys.executable, "-W", "ignore", "-m", "experiments.competitors", case, competitor]
+        command = [sys.executable, "-W", "ignore", "-m", "experiments.competitors", case, competitor, way]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
@@ -106,7 +110,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Measures, prints and writes; returns what is written."""
     if config.profile is not None:
         for case in config.cases:
-            with Worker(case, "resflow_jax") as worker:
+            with Worker(case, "resflow_jax", way=config.parallel) as worker:
                 worker("profile", str(config.profile / case))
             print(f"traces of {case} in {config.profile / case}")
         return {}
@@ -119,7 +123,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"machine": machine(), "cases": {}}
     print(result["machine"])
     for case in config.cases:
-        result["cases"][case] = measure(case, competitors, config.rounds, config.steps)
+        result["cases"][case] = measure(case, competitors, config.rounds, config.steps, config.parallel)
         print_case(case, result["cases"][case])
         write_atomically(config.workdir / "benchmark.json", json.dumps(result, indent=2) + "\n")
     if config.compilation:
@@ -135,9 +139,11 @@ def machine() -> str:
     return f"{number_of_cores()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
 
-def measure(case: str, competitors: list[str], rounds: int, steps: int) -> dict[str, dict[str, float]]:
+def measure(
+    case: str, competitors: list[str], rounds: int, steps: int, way: Way = "jit"
+) -> dict[str, dict[str, float]]:
     """Medians over alternating rounds, by competitor."""
-    workers = {name: Worker(case, name) for name in competitors}
+    workers = {name: Worker(case, name, way=way) for name in competitors}
     try:
         found: dict[str, dict[str, list[float]]] = {name: {} for name in competitors}
         tolerances = _tolerances(workers)

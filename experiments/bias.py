@@ -37,9 +37,9 @@ from experiments import pictures
 from experiments.configs import digits
 from experiments.configs.base import DensityConfig, OptimizerConfig
 from experiments.images import ImageTask, load
-from experiments.loop import training_loop
+from experiments.loop import falls_due, training_loop
 from experiments.run import MetricsFile, claim_workdir, use_compilation_cache
-from experiments.train import set_up
+from experiments.train import place_on_devices, set_up
 from resflow_jax import (
     Certificate,
     Estimate,
@@ -51,10 +51,10 @@ from resflow_jax import (
     Truncated,
     certify,
 )
-from resflow_jax.data.batches import Batches
 from resflow_jax.data.images import ImageSplits
 from resflow_jax.functional.checks import check_count
 from resflow_jax.training.likelihood import evaluate_bits_per_dim
+from resflow_jax.training.parallel import Way
 
 Array = jax.Array
 
@@ -76,6 +76,7 @@ class BiasConfig:
       draws: dequantisations and estimates an image, at every measurement.
       images: at most so many images of the test split.
       log_every: steps between training lines of metrics.jsonl.
+      parallel: how a step is divided among devices, as in `experiments.density`.
     """
 
     model: ImageFlowConfig = replace(digits.CONFIG.model, blocks=(2,), kernels=(3, 3), fc_blocks=0)
@@ -90,6 +91,7 @@ class BiasConfig:
     draws: int = 8
     images: int = 300
     log_every: int = 10
+    parallel: Way = "jit"
 
     def __post_init__(self):
         self.training(self.roulette)  # checks what is common to all training
@@ -111,6 +113,7 @@ class BiasConfig:
             estimator=estimator,
             optimizer=self.optimizer,
             log_every=self.log_every,
+            parallel=self.parallel,
         )
 
 
@@ -172,19 +175,21 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
     Raises:
       FloatingPointError: if the loss or the gradient stops being finite.
     """
-    trainer, state = set_up(ImageTask(config.training(estimator)))
+    task, together = ImageTask(config.training(estimator)), config.optimizer.accumulate
+    trainer, state = set_up(task)
+    placement = place_on_devices(trainer, task.config)
     losses, step_times = [], []
 
     def measures_at(step: int) -> bool:
-        return step % config.every == 0 or step == config.steps
+        return falls_due(step, config.every, together) or step == config.steps
 
     for at in training_loop(
-        trainer,
+        placement,
         state,
         jax.random.key(config.seed),
-        Batches(data.train, seed=config.seed, batch_size=config.batch_size).starting_at,
+        task.batches,
         steps=config.steps,
-        pauses_at=lambda step: step % config.log_every == 0 or measures_at(step),
+        pauses_at=lambda step: falls_due(step, config.log_every, together) or measures_at(step),
         unit=f"bits/dim, {name}",
     ):
         losses.append(float(at.metrics["loss"]))
@@ -193,7 +198,7 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
         metrics.write(run=name, step=at.step, split="train", **line)
         if measures_at(at.step):
             key = jax.random.fold_in(jax.random.key(config.seed + 2), at.step)
-            test = measure(config, trainer.current_flow(at.state), data, key, estimator)
+            test = measure(config, trainer.current_flow(placement.local(at.state)), data, key, estimator)
             if not np.isfinite(test).all():
                 raise FloatingPointError(f"bits/dim of the test split are {test} at step {at.step}")
             line = {"bits_per_dim": test.exact, "bits_per_dim_stderr": test.stderr}
@@ -201,7 +206,7 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
             estimate, losses = float(np.mean(losses)), []
             at.bar.set_description(f"test {test.exact:.3f} bits/dim, estimate {test.gap:+.3f}")
     # Not tightened: that would change the flow whose bias is measured.
-    certificate = certify(trainer.current_flow(at.state))
+    certificate = certify(trainer.current_flow(placement.local(at.state)))
     return Outcome(estimate, test, float(np.median(step_times)), certificate)
 
 

@@ -1,6 +1,6 @@
 """What `experiments.benchmark` times: one case by one competitor, in a process of its own.
 
-    python -m experiments.competitors CASE COMPETITOR
+    python -m experiments.competitors CASE COMPETITOR [jit | shard_map | pmap]
 
 answers each line of standard input, the name of a measure, by one line of JSON: seconds, and what comes with them.
 `compile` needs no data and takes the case's flow in the abstract.
@@ -27,6 +27,8 @@ from experiments.run import data_mesh, use_all_cores, use_compilation_cache, use
 from resflow_jax import Anderson, ImageFlowConfig, Poisson, ResidualFlow, Roulette
 from resflow_jax.layers.lipschitz import map_linears
 from resflow_jax.training.likelihood import dequantized_bits_per_dim
+from resflow_jax.training.parallel import Way, make_mesh
+from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Trainer
 
 Array = jax.Array
@@ -112,33 +114,30 @@ def compile_step(case: Case) -> dict[str, float]:
 
 
 class Ours:
-    """resflow_jax, each core a device with its share of the batch."""
+    """resflow_jax, each core a device with its share of the batch; training steps in one of the `parallel` ways."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, way: Way = "jit"):
         self.case = case
         self.images = photograph_crops(case.config.shape, case.batch_size)
         self.flow = make_flow(case, self.images)
         self.flops = case.batch_size * evaluation_flops(self.flow)
         self.mesh = data_mesh(case.batch_size)
         self.trainer = make_trainer(nnx.split(self.flow)[0])
+        self.placement = Placement(self.trainer, make_mesh(devices=list(self.mesh.devices.flat)), way)
         self._log_prob, self._inverse = lru_cache(self._log_prob), lru_cache(self._inverse)
-        self.key = self._placed(jax.random.key(1), PartitionSpec())
-        self.shares = self._placed(self.images, PartitionSpec("data"))
-
-    def _placed(self, tree: Any, spec: PartitionSpec) -> Any:
-        return jax.device_put(tree, NamedSharding(self.mesh, spec))
+        self.key = self.train_key = jax.random.key(1)
 
     @cached_property
     def step(self):
-        state = self.trainer.create_state(self.flow, TRAINING)
-        self.state = self._placed(jax.tree.map(jnp.copy, state), PartitionSpec())  # which is donated
-        return self.trainer.parallel_step(self.mesh).lower(self.state, self.shares, self.key).compile()
+        self.state = self.placement.place(self.trainer.create_state(self.flow, TRAINING))
+        self.batch = self.placement.place_batch(self.images)
+        return self.placement.step.lower(self.state, self.batch, self.train_key).compile()
 
     def train(self) -> dict[str, float]:
         """One training step; `flops` of its matrix products."""
         step = self.step
         began = time.perf_counter()
-        self.state, metrics = jax.block_until_ready(step(self.state, self.shares, self.key))
+        self.state, metrics = jax.block_until_ready(step(self.state, self.batch, self.train_key))
         seconds = time.perf_counter() - began
         # forward, each product of the series, and six evaluations' worth in the backward pass
         return {"seconds": seconds, "flops": self.flops * (7 + float(metrics["diagnostics"].length.mean()))}
@@ -256,7 +255,7 @@ def main() -> None:
     use_compilation_cache()
     if name.endswith("bfloat16"):
         case = replace(case, config=replace(case.config, matmul_dtype="bfloat16"))
-    make = partial(Normflows if name == "normflows" else Ours, case)
+    make = partial(Normflows, case) if name == "normflows" else partial(Ours, case, *sys.argv[3:])
     competitor = None
     for line in sys.stdin:
         measure, *arguments = line.split()

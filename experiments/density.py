@@ -39,8 +39,9 @@ from experiments.configs import (
 )
 from experiments.configs.base import DensityConfig, RunConfig, VectorsConfig
 from experiments.configs.toy import ToyConfig
+from experiments.distributed import join
 from experiments.images import ImageTask
-from experiments.run import use_all_cores, use_xla_flags
+from experiments.run import cores_for, use_all_cores, use_xla_flags
 from experiments.train import Task
 from experiments.vectors import ToyTask, VectorTask
 from resflow_jax import Estimate
@@ -72,7 +73,6 @@ def main(arguments: list[str] | None = None, configs: Mapping[str, RunConfig] = 
     """Parses the command line, of which NAME is that of one of the configs, and runs; `digits` if none is given."""
     arguments = sys.argv[1:] if arguments is None else arguments
     use_xla_flags()
-    use_all_cores()
     change = tiny if "--tiny" in arguments else lambda config: config
     arguments = [argument for argument in arguments if argument != "--tiny"]
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
@@ -80,11 +80,21 @@ def main(arguments: list[str] | None = None, configs: Mapping[str, RunConfig] = 
     if not arguments[0].startswith("-") and arguments[0] not in configs:
         sys.exit(f"NAME: expected one of {', '.join(configs)}; got {arguments[0]!r}")
     named = {name: (_SUMMARIES[name], change(config)) for name, config in configs.items()}
-    run(
-        tyro.extras.overridable_config_cli(
-            named, args=arguments, prog="python -m experiments.density", description=__doc__
-        )
+    config = tyro.extras.overridable_config_cli(
+        named, args=arguments, prog="python -m experiments.density", description=__doc__
     )
+    use_all_cores(cores_for_run(config))
+    join(config.distributed)
+    run(config)
+
+
+def cores_for_run(config: RunConfig) -> int:
+    """As many CPU devices as the mesh has, or else as can take equal shares of a batch, in each process."""
+    processes = config.distributed.num_processes or 1
+    if config.mesh.data is not None:
+        return max(1, config.mesh.data * config.mesh.model // processes)
+    shared = max(1, config.batch_size // processes)
+    return max(config.mesh.model, cores_for(shared) // config.mesh.model * config.mesh.model)
 
 
 def tiny(config: RunConfig) -> RunConfig:

@@ -53,14 +53,7 @@ class ImageTask(Task):
             )
         self.name = str(config.data.path or config.data.name)
         self.loss = dequantized_bits_per_dim(self.splits.levels, self.log_det_weight())
-        self._batches = Batches(
-            self.splits.train,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            augmentation=Augmentation(config.data.flip, config.data.crop),
-            process=jax.process_index(),
-            processes=jax.process_count(),
-        )
+        self._batches(0, 1)  # an error in its settings comes now
 
     def initial(self) -> Array:
         config, data = self.config, self.splits
@@ -69,9 +62,15 @@ class ImageTask(Task):
         batch = Batches(data.train, seed=config.seed, batch_size=number)[0]
         return dequantize(jnp.asarray(batch), jax.random.key(config.seed), data.levels)
 
-    def batches(self, step: int) -> Iterator[np.ndarray]:
+    def batches(self, step: int, part: int = 0, parts: int = 1) -> Iterator[np.ndarray]:
         data = self.config.data
-        return self._batches.starting_at(step, threads=data.threads, workers=data.workers)
+        return self._batches(part, parts).starting_at(step, threads=data.threads, workers=data.workers)
+
+    def _batches(self, part: int, parts: int) -> Batches:
+        config = self.config
+        augmentation = Augmentation(config.data.flip, config.data.crop)
+        settings = {"seed": config.seed, "batch_size": config.batch_size, "augmentation": augmentation}
+        return Batches(self.splits.train, **settings, part=part, parts=parts)
 
     def scores(
         self, flow: ResidualFlow, examples: np.ndarray, key: Array, estimator: Estimator, draws: int, batch_size: int

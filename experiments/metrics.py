@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from experiments.run import MetricsFile, could_not_write
+from experiments.run import MetricsFile, could_not_write, kept_lines, without_nan
 
 
 class Metrics:
@@ -74,6 +74,26 @@ class Metrics:
             self._events.flush()
         except OSError as error:
             raise could_not_write(error, self._directory) from error
+
+
+class Followed:
+    """What the other processes of a run have in the place of `Metrics`: they keep the same lines and write nothing."""
+
+    def __init__(self, workdir: Path, *, keep_until: int):
+        self.lines = kept_lines(workdir / "metrics.jsonl", keep_until)
+
+    def write(self, **line: Any) -> None:
+        """Keeps a line."""
+        self.lines.append(without_nan(line))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Nothing: pictures are drawn by the first process."""
+
+    def __enter__(self) -> "Followed":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
 
 
 def _flat(name: str, value: Any):

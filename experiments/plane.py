@@ -11,11 +11,13 @@ import numpy as np
 from flax import nnx
 
 from experiments.configs.base import OptimizerConfig
-from experiments.loop import training_loop
+from experiments.loop import falls_due, training_loop
 from experiments.run import MetricsFile
 from resflow_jax import Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.likelihood import vector_log_prob
+from resflow_jax.training.parallel import WAYS, Way, make_mesh
+from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Loss, Trainer
 
 Array = jax.Array
@@ -36,6 +38,7 @@ class PlaneConfig:
       estimator: of the log-det in the loss.
       model: the flow.
       log_every: steps between lines of metrics.jsonl.
+      parallel: how a step is divided among devices, as in `experiments.density`.
     """
 
     workdir: Path | None = None
@@ -48,8 +51,10 @@ class PlaneConfig:
         dim=2, blocks=16, hidden=(32, 32), activation="elu", preactivation="none", coefficient=0.97
     )
     log_every: int = 50
+    parallel: Way = "jit"
 
     def __post_init__(self):
+        check_choice("parallel", self.parallel, WAYS)
         check_count("steps", self.steps, 1)
         check_count("batch_size", self.batch_size, 2)
         check_count("seed", self.seed, 0)
@@ -57,6 +62,11 @@ class PlaneConfig:
         if self.model.dim != 2:
             raise ValueError(f"model.dim: expected 2, got {self.model.dim}")
         check_count("log_every", self.log_every, 1)
+        if self.steps % self.optimizer.accumulate:
+            raise ValueError(
+                f"optimizer.accumulate: expected a divisor of {self.steps}, the number of steps, got "
+                f"{self.optimizer.accumulate}"
+            )
 
 
 def train_flow(
@@ -74,18 +84,23 @@ def train_flow(
     Returns:
       The flow with the averaged parameters, and the median seconds a step.
     """
-    trainer = Trainer(nnx.split(flow)[0], loss, config.optimizer.build(config.steps), config.optimizer.ema_decay)
-    state, step_times = trainer.create_state(flow, ESTIMATORS[config.estimator]), []
+    together = config.optimizer.accumulate
+    trainer = Trainer(
+        nnx.split(flow)[0], loss, config.optimizer.build(config.steps), config.optimizer.ema_decay, together
+    )
+    placement = Placement(trainer, make_mesh(), config.parallel)
+    placement.check_batch_size(config.batch_size)
+    step_times = []
     for at in training_loop(
-        trainer,
-        state,
+        placement,
+        trainer.create_state(flow, ESTIMATORS[config.estimator]),
         jax.random.key(config.seed),
         lambda step: map(batch_at, count(step)),
         steps=config.steps,
-        pauses_at=lambda step: step % config.log_every == 0,
+        pauses_at=lambda step: falls_due(step, config.log_every, together),
         unit=unit,
     ):
-        state = at.state
+        state = placement.local(at.state)
         step_times.append(at.seconds)
         line = as_line(float(at.metrics["loss"]))
         metrics.write(step=at.step, split="train", **line, gradient_norm=float(at.metrics["gradient_norm"]))

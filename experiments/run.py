@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,21 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "resflow_jax"))
 
 
-def use_all_cores() -> None:
-    """Makes every CPU core a JAX device; to be called before JAX does anything.
+def use_all_cores(number: int | None = None) -> None:
+    """Makes every CPU core a JAX device, or `number` of them; to be called before JAX does anything.
 
-    XLA divides one small operation badly among cores; programs on parts of a batch run side by side.
+    XLA divides one small operation badly among cores; programs on parts of a batch run side by side. Where the user has
+    said how many CPU devices there are, there are so many.
     """
-    jax.config.update("jax_num_cpu_devices", number_of_cores())
+    if jax.config.jax_num_cpu_devices < 0 and "xla_force_host_platform_device_count" not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
+        jax.config.update("jax_num_cpu_devices", number or number_of_cores())
+
+
+def cores_for(batch_size: int) -> int:
+    """The most CPU cores that can take equal shares of a batch."""
+    return max(n for n in range(1, number_of_cores() + 1) if batch_size % n == 0)
 
 
 def number_of_cores() -> int:
@@ -71,7 +81,7 @@ def devices_for(batch_size: int) -> int:
 
 
 def data_mesh(batch_size: int) -> Mesh:
-    """The devices that share a batch, along the axis "data"."""
+    """The devices that share a batch which is no step of training, along the axis "data"; as many as can."""
     number = devices_for(batch_size)
     return jax.make_mesh((number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number])
 
@@ -123,11 +133,20 @@ def print_table(rows: dict[str, str]) -> None:
         print(f"{name:<24}{value}")
 
 
-# Settings that may differ when a run is resumed: they change neither the model nor what a step does, but
+# Settings that may differ when a run is resumed: they change neither the model nor what a step does, to rounding, but
 # for the number of steps, on which the schedule of the learning rate depends from then on.
 MAY_CHANGE = (
     "steps",
     "workdir",
+    "parallel",
+    "mesh.data",
+    "mesh.model",
+    "mesh.parameters",
+    "distributed.auto",
+    "distributed.coordinator",
+    "distributed.num_processes",
+    "distributed.process_id",
+    "distributed.timeout",
     "log_every",
     "save_every",
     "data.dir",
@@ -161,7 +180,7 @@ def claim_workdir(workdir: Path, config: Any) -> None:
             old = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"workdir: expected the config of a run in {path}, could not read it: {error}") from error
-        differences = [d for d in _differences(old, new) if d.split(":")[0] not in MAY_CHANGE]
+        differences = [d for d in config_differences(old, new) if d.split(":")[0] not in MAY_CHANGE]
         if differences and _has_results(workdir):
             raise ValueError(
                 f"workdir: {workdir} holds a run of another config; name another --workdir, or use its settings:\n  "
@@ -179,10 +198,11 @@ def _has_results(workdir: Path) -> bool:
     return has_lines or (checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir()))
 
 
-def _differences(old: Any, new: Any, name: str = ""):
+def config_differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """Lines "name: old there, new now", one a setting, for two configs as JSON."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+            yield from config_differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
     elif old != new:
         yield f"{name}: {old!r} there, {new!r} now"
 
@@ -193,21 +213,24 @@ class MetricsFile:
     def __init__(self, path: Path, *, keep_until: int):
         """Keeps the training lines up to a step, for a run that goes on from there; drops the rest."""
         self._path = path
-        self.lines: list[dict[str, Any]] = []
-        if path.exists():
-            lines = _whole_lines(path)
-            self.lines = [line for line in lines if line["step"] <= keep_until and line["split"] == "train"]
+        self.lines = kept_lines(path, keep_until)
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def write(self, **line: Any) -> None:
         """Appends a line."""
-        line = _without_nan(line)
+        line = without_nan(line)
         self.lines.append(line)
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise could_not_write(error, self._path) from error
+
+
+def kept_lines(path: Path, keep_until: int) -> list[dict[str, Any]]:
+    """The training lines of a metrics.jsonl up to a step; none if there is no file."""
+    lines = _whole_lines(path) if path.exists() else []
+    return [line for line in lines if line["step"] <= keep_until and line["split"] == "train"]
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -222,10 +245,10 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """A line's values, None where one is not finite: JSON has no word for it."""
     if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
+        return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,7 +14,9 @@ from experiments import density
 from experiments.configs.base import (
     DataConfig,
     DensityConfig,
+    DistributedConfig,
     EvaluationConfig,
+    MeshConfig,
     OptimizerConfig,
     RunConfig,
     VectorDataConfig,
@@ -50,6 +52,8 @@ _TYPES = {
         OptimizerConfig,
         EvaluationConfig,
         ToyEvaluationConfig,
+        MeshConfig,
+        DistributedConfig,
         ImageFlowConfig,
         VectorFlowConfig,
         Exact,

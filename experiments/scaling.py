@@ -19,6 +19,7 @@ from experiments.competitors import Case, Ours
 from experiments.run import use_all_cores, use_compilation_cache, use_xla_flags, write_atomically
 from resflow_jax import ImageFlowConfig
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.training.parallel import WAYS, Way
 
 BASE = Case(ImageFlowConfig((16, 16, 1), blocks=(4,), hidden_channels=64, fc_blocks=0, preactivation="all"), 32)
 
@@ -49,14 +50,17 @@ class ScalingConfig:
       series: settings to vary.
       length: how many values of each, at least 2.
       workdir: where scaling.json and scaling.png are written.
+      parallel: how a step is divided among cores, as in `experiments.density`.
     """
 
     steps: int = 7
     series: tuple[str, ...] = tuple(SERIES)
     length: int = 4
     workdir: Path = Path("runs/scaling")
+    parallel: Way = "jit"
 
     def __post_init__(self):
+        check_choice("parallel", self.parallel, WAYS)
         check_count("steps", self.steps, 1)
         for name in self.series:
             check_choice("series", name, tuple(SERIES))
@@ -78,7 +82,7 @@ def run(config: ScalingConfig) -> dict[str, dict[str, list[float]]]:
     print(f"{'':8}{'value':>8}{'ms a step':>12}{'MB a device':>14}")
     for name in config.series:
         values = SERIES[name][: config.length]
-        found = [measure(varied(name, value), config.steps) for value in values]
+        found = [measure(varied(name, value), config.steps, config.parallel) for value in values]
         for value, (seconds, size) in zip(values, found, strict=True):
             print(f"{name:8}{value:8}{1e3 * seconds:12.1f}{size / 1e6:14.2f}", flush=True)
         seconds, sizes = (list(column) for column in zip(*found, strict=True))
@@ -92,9 +96,9 @@ def run(config: ScalingConfig) -> dict[str, dict[str, list[float]]]:
     return result
 
 
-def measure(case: Case, steps: int) -> tuple[float, float]:
+def measure(case: Case, steps: int, way: Way = "jit") -> tuple[float, float]:
     """Median seconds of a training step, and bytes of its temporary memory on each device."""
-    ours = Ours(case)
+    ours = Ours(case, way)
     ours.train()
     seconds = float(np.median([ours.train()["seconds"] for _ in range(steps)]))
     return seconds, float(ours.step.memory_analysis().temp_size_in_bytes)

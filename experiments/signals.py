@@ -1,24 +1,62 @@
 """A run that is asked to stop finishes its step and saves."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import jax
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 _ASK = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
+def stop_on_signal(first: int) -> Iterator[Callable[[int], bool]]:
     """Within it a first SIGINT or SIGTERM does nothing but make the function that it gives return True.
 
     The next of either does what it always does. In a thread that is not the main one, signals are left alone.
+
+    The function is to be called with the number of steps done, which was `first` at the start, behind every update. Of
+    several processes a signal to any makes it return True in all, at the same step.
     """
+    with _agreed_stop(first) if jax.process_count() > 1 else _own_stop() as stops_at:
+        yield stops_at
+
+
+@contextmanager
+def _agreed_stop(first: int) -> Iterator[Callable[[int], bool]]:
+    """Of several processes: JAX has taken over SIGTERM since they met, and lets them agree on a step."""
+    asked_for = first
+
+    def stops_at(step: int) -> bool:
+        # The step that they agree on may be one of several that make an update. Orbax asks by the same numbers.
+        nonlocal asked_for
+        steps, asked_for = range(asked_for + 1, step + 1), step
+        return any([multihost_utils.reached_preemption_sync_point(n) for n in steps])
+
+    def ask(number: int, frame) -> None:
+        signal.signal(signal.SIGINT, before)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stops_at
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _own_stop() -> Iterator[Callable[[int], bool]]:
     asked = threading.Event()
+
+    def stops_at(step: int) -> bool:
+        return asked.is_set()
+
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield stops_at
         return
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _ASK}
 
@@ -34,6 +72,6 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     for number in _ASK:
         signal.signal(number, ask)
     try:
-        yield asked.is_set
+        yield stops_at
     finally:
         restore()

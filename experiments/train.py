@@ -19,14 +19,14 @@ from flax import nnx
 
 from experiments import pictures
 from experiments.configs.base import RunConfig
-from experiments.loop import training_loop
-from experiments.metrics import Metrics
+from experiments.distributed import by_first, check_same, is_first, wait_for_all
+from experiments.loop import falls_due, training_loop
+from experiments.metrics import Followed, Metrics
 from experiments.page import write_report
 from experiments.run import (
     as_json,
     certificate_rows,
     claim_workdir,
-    data_mesh,
     print_table,
     use_compilation_cache,
     write_atomically,
@@ -34,6 +34,8 @@ from experiments.run import (
 from experiments.signals import stop_on_signal
 from resflow_jax import Certificate, Estimate, Estimator, InverseStatus, ResidualFlow, certify
 from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.parallel import make_mesh
+from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Loss, Trainer, TrainState, fit_estimator
 
 Array = jax.Array
@@ -83,8 +85,8 @@ class Task(ABC):
         """Examples to initialise a flow with, as it takes them."""
 
     @abstractmethod
-    def batches(self, step: int) -> Iterator[Any]:
-        """The batches of step number `step`, counted from 0, and all that follow."""
+    def batches(self, step: int, part: int = 0, parts: int = 1) -> Iterator[Any]:
+        """The batches of step number `step`, counted from 0, and all that follow; of each, one of so many parts."""
 
     @abstractmethod
     def scores(
@@ -158,28 +160,51 @@ def run(config: RunConfig, task: Task) -> Estimate:
     """
     began = time.perf_counter()
     use_compilation_cache()
+    check_same(config)
     if len(task.splits.test) < 2 or not len(task.splits.validation):
         raise ValueError(f"data: expected two or more examples to test on, got {len(task.splits.test)} in {task.name}")
     directory = config.workdir / "checkpoints"
     taken = max((int(path.name) for path in directory.glob("*") if path.name.isdigit()), default=0)
     if taken > config.steps:
         raise ValueError(f"steps: expected at least {taken}, as many as taken, got {config.steps}")
-    trainer, state = set_up(task)  # before anything is written
-    claim_workdir(config.workdir, config)
+    trainer, start = set_up(task)  # before anything is written
+    placement = place_on_devices(trainer, config)
+    by_first(lambda: claim_workdir(config.workdir, config))
     with Checkpoints(directory) as checkpoints:
+        state = start
         if checkpoints.latest_step is not None:
-            state = checkpoints.restore(checkpoints.latest_step, state)
-            print(f"resuming {config.workdir} at step {int(state.step)}")
-        with Metrics(config.workdir, keep_until=int(state.step)) as metrics:
-            step, step_time = train(task, trainer, state, checkpoints, metrics)
+            state = checkpoints.restore(checkpoints.latest_step, start, placement.shardings(start))
+            say(f"resuming {config.workdir} at step {int(state.step)}")
+        with (Metrics if is_first() else Followed)(config.workdir, keep_until=int(state.step)) as metrics:
+            step, step_time = train(task, placement, state, checkpoints, metrics)
             checkpoints.wait()
             if step < config.steps and not is_patience_spent(task, metrics.lines):
-                print(f"stopped at step {step} of {config.steps}; the same command goes on from there")
+                say(f"stopped at step {step} of {config.steps}; the same command goes on from there")
                 sys.exit(0)
             if step == config.steps and f"validation_{task.metric}" not in metrics.lines[-1]:
                 raise ValueError(f"steps: expected more than {step}, where the run was stopped unvalidated, got {step}")
-            best = checkpoints.restore(checkpoints.best_step, state)
-            return report(task, tightened_flow(trainer, best), int(best.step), metrics, step_time, began)
+            best = checkpoints.restore(checkpoints.best_step, start)
+            result = report(task, tightened_flow(trainer, best), int(best.step), metrics, step_time, began)
+    wait_for_all("report")
+    return result
+
+
+def say(line: str) -> None:
+    """Prints a line, of several processes once."""
+    if is_first():
+        print(line, flush=True)
+
+
+def place_on_devices(trainer: Trainer, config: RunConfig) -> Placement:
+    """The step on the devices of all processes.
+
+    Raises:
+      ValueError: if the sizes of the mesh do not fit the devices, or these cannot share a batch.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    placement = Placement(trainer, mesh, config.parallel, config.mesh.parameters)
+    placement.check_batch_size(config.batch_size)
+    return placement
 
 
 def set_up(task: Task) -> tuple[Trainer, TrainState]:
@@ -188,13 +213,13 @@ def set_up(task: Task) -> tuple[Trainer, TrainState]:
     flow = ResidualFlow(config.model, rngs=nnx.Rngs(config.seed))
     flow.initialize(task.initial())
     optimizer = config.optimizer.build(config.steps)
-    trainer = Trainer(nnx.split(flow)[0], task.loss, optimizer, config.optimizer.ema_decay_a_batch)
+    trainer = Trainer(nnx.split(flow)[0], task.loss, optimizer, config.optimizer.ema_decay, config.optimizer.accumulate)
     state = trainer.create_state(flow, config.estimator)
     return trainer, fit_estimator(state, config.batch_size) if config.fit_lengths else state
 
 
 def train(
-    task: Task, trainer: Trainer, state: TrainState, checkpoints: Checkpoints, metrics: Metrics
+    task: Task, placement: Placement, state: TrainState, checkpoints: Checkpoints, metrics: Metrics | Followed
 ) -> tuple[int, StepTime | None]:
     """Runs the remaining steps; validates, saves and draws along the way.
 
@@ -202,33 +227,37 @@ def train(
       The number of steps done, less than those of the config if the run was asked to stop or its patience is spent;
       and what a step took, if any was taken.
     """
-    config, steps = task.config, int(state.step)
+    config, trainer, steps = task.config, placement.trainer, int(state.step)
     step_times, waiting = [], []
     learning_rates = config.optimizer.learning_rates(config.steps)
     if is_patience_spent(task, metrics.lines):
         return steps, None
 
-    def validates_at(step: int) -> bool:
-        return step % config.evaluation.every == 0 or step == config.steps
+    def is_due(step: int, every: int | None) -> bool:
+        return every is not None and falls_due(step, every, config.optimizer.accumulate)
 
-    def saves_at(step: int) -> bool:
-        return config.save_every is not None and step % config.save_every == 0
+    def validates_at(step: int) -> bool:
+        return is_due(step, config.evaluation.every) or step == config.steps
 
     def at_pause(step: int, state: TrainState) -> TrainState:
-        return fit_estimator(state, config.batch_size) if config.fit_lengths and validates_at(step) else state
+        if not config.fit_lengths or not validates_at(step):
+            return state
+        fitted = fit_estimator(placement.local(state), config.batch_size)
+        return state._replace(estimator=placement.on_mesh(placement.place(fitted.estimator)))
 
-    with stop_on_signal() as is_asked_to_stop:
+    with stop_on_signal(steps) as stops_at:
         for at in training_loop(
-            trainer,
+            placement,
             state,
             jax.random.key(config.seed),
-            task.batches,
+            lambda step: task.batches(step, placement.part, placement.parts),
             steps=config.steps,
-            pauses_at=lambda step: step % config.log_every == 0 or validates_at(step) or saves_at(step),
+            pauses_at=lambda step: (
+                is_due(step, config.log_every) or validates_at(step) or is_due(step, config.save_every)
+            ),
             unit=task.unit if task.sign == 1 else f"{task.unit} (-{task.metric})",
             at_pause=at_pause,
-            stops=is_asked_to_stop,
-            mesh=data_mesh(config.batch_size),
+            stops_at=stops_at,
         ):
             steps = at.step
             step_times.append(at.seconds)
@@ -241,18 +270,19 @@ def train(
             }
             # The line first: where the rest is cut off it is dropped, and without it patience would miss a validation.
             if validates_at(steps):
-                flow = tightened_flow(trainer, at.state)
+                flow = tightened_flow(trainer, placement.local(at.state))
                 loss, certificate = judge(task, flow, steps)
                 line |= {f"validation_{task.metric}": task.sign * loss, "lipschitz": certificate.bounds.tolist()}
                 if config.model.learn_norms:
                     line["orders"] = flow.norm_orders().tolist()
                 metrics.write(step=steps, split="train", **line)
                 checkpoints.save(at.state, loss, certificate)
-                sketch(task, flow, steps, metrics)
+                if is_first():
+                    sketch(task, flow, steps, metrics)
                 at.bar.set_description(f"validation {task.sign * loss:.3f} {task.unit}")
             else:
                 metrics.write(step=steps, split="train", **line)
-                if saves_at(steps) or is_asked_to_stop():
+                if is_due(steps, config.save_every) or at.stopped:
                     checkpoints.save(at.state)
             if is_patience_spent(task, metrics.lines):
                 break
@@ -290,13 +320,18 @@ def tightened_flow(trainer: Trainer, state: TrainState) -> ResidualFlow:
 
 
 def report(
-    task: Task, flow: ResidualFlow, step: int, metrics: Metrics, step_time: StepTime | None, began: float
+    task: Task, flow: ResidualFlow, step: int, metrics: Metrics | Followed, step_time: StepTime | None, began: float
 ) -> Estimate:
-    """Certifies the chosen flow and evaluates it on the test split, draws the pictures, prints the closing table."""
+    """Certifies the chosen flow and evaluates it on the test split, draws the pictures, prints the closing table.
+
+    Of several processes all evaluate, the first does the rest.
+    """
     config, workdir = task.config, task.config.workdir
+    result = task.estimate(flow, "test")
+    if not is_first():
+        return result
     certificate = certify(flow)
     write_atomically(workdir / "certificate.json", json.dumps(as_json(certificate.as_dict()), indent=2) + "\n")
-    result = task.estimate(flow, "test")
     line = {task.metric: result.mean, f"{task.metric}_stderr": result.stderr}
     metrics.write(step=step, split="test", **line, data_stderr=result.data_stderr, noise_stderr=result.noise_stderr)
 

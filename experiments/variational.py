@@ -36,7 +36,6 @@ from resflow_jax.training.likelihood import tend
 
 Array = jax.Array
 
-# What does not converge must stop the run: a wrong sample is a wrong gradient.
 SOLVER = Anderson(on_failure="raise")
 
 
@@ -102,22 +101,28 @@ def run(config: VariationalConfig) -> Divergence:
 def train(config: VariationalConfig, metrics: MetricsFile) -> tuple[ResidualFlow, float]:
     """Runs all steps. Returns the flow with the averaged parameters, and the median seconds a step."""
 
-    def loss(
-        flow: ResidualFlow, weight: Array, key: Array, estimator: Estimator, step: Array
-    ) -> tuple[Array, Diagnostics]:
-        x, log_prob, diagnostics = flow.sample_and_log_prob(
-            key, config.batch_size, estimator=estimator, solver=SOLVER, return_diagnostics=True
+    def loss(flow: ResidualFlow, z: Array, key: Array, estimator: Estimator, step: Array) -> tuple[Array, Diagnostics]:
+        x, log_prob, diagnostics, status = flow.inverse_and_log_prob(
+            z, key=key, estimator=estimator, solver=SOLVER, return_diagnostics=True, return_status=True
         )
-        return tend(flow, x, jnp.mean(log_prob - weight * log_density(config.target, x))), diagnostics
+        weight = jnp.minimum(1.0, 0.01 + step / max(config.annealing, 1))
+        values = log_prob - weight * log_density(config.target, x)
+        # A wrong sample would be a wrong gradient. NaN ends the run.
+        values = jnp.where(status.converged.all(axis=0), values, jnp.nan)
+        return tend(flow, x, jnp.mean(values)), diagnostics
 
-    def weight_at(step: int) -> np.ndarray:
-        return np.float32(min(1.0, 0.01 + step / max(config.annealing, 1)))
+    def latents_at(step: int) -> np.ndarray:
+        shape = config.batch_size, config.model.dim
+        return np.random.default_rng((config.seed, step)).normal(size=shape).astype(np.float32)
 
     def as_line(loss: float) -> dict[str, float]:
         return {"kl_minus_log_normalizer": loss}
 
     flow = ResidualFlow(config.model, rngs=nnx.Rngs(config.seed))
-    return train_flow(config, flow, loss, weight_at, metrics, unit="nats (KL - log Z)", as_line=as_line)
+    try:
+        return train_flow(config, flow, loss, latents_at, metrics, unit="nats (KL - log Z)", as_line=as_line)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} The loss is nan too if a solve of the inverse did not converge.") from error
 
 
 def report(

@@ -43,7 +43,7 @@ class VectorTask(Task):
     def __init__(self, config: VectorsConfig):
         """Raises ValueError if the vectors have another dimension than the model."""
         self._set(config, load(config.data), str(config.data.path or "cell nuclei"))
-        self._batches = Batches(self.splits.train, seed=config.seed, batch_size=config.batch_size)
+        self._batches(0, 1)  # an error in its settings comes now
 
     def _set(self, config: RunConfig, splits: VectorSplits, name: str) -> None:
         super().__init__(config)
@@ -55,8 +55,12 @@ class VectorTask(Task):
     def initial(self) -> Array:
         return jnp.asarray(self.splits.train[:10000])
 
-    def batches(self, step: int) -> Iterator[np.ndarray]:
-        return self._batches.starting_at(step)
+    def batches(self, step: int, part: int = 0, parts: int = 1) -> Iterator[np.ndarray]:
+        return self._batches(part, parts).starting_at(step)
+
+    def _batches(self, part: int, parts: int) -> Batches:
+        config = self.config
+        return Batches(self.splits.train, seed=config.seed, batch_size=config.batch_size, part=part, parts=parts)
 
     def scores(
         self, flow: ResidualFlow, examples: np.ndarray, key: Array, estimator: Estimator, draws: int, batch_size: int
@@ -140,9 +144,10 @@ class ToyTask(VectorTask):
         )
         self._set(config, splits, config.data)
 
-    def batches(self, step: int) -> Iterator[np.ndarray]:
-        config = self.config
-        return (sample_toy(config.data, config.batch_size, _rng(config, "train", n)) for n in count(step))
+    def batches(self, step: int, part: int = 0, parts: int = 1) -> Iterator[np.ndarray]:
+        config, own = self.config, self.config.batch_size // parts
+        wholes = (sample_toy(config.data, config.batch_size, _rng(config, "train", n)) for n in count(step))
+        return (whole[part * own : (part + 1) * own] for whole in wholes)
 
     def draw(self, flow: ResidualFlow, result: Estimate) -> Drawing:
         """The density on a grid too, which must integrate to 1 whatever was learned.

@@ -175,7 +175,7 @@ def test_a_wrong_integral_is_reported(tiny, capsys):
 
 
 def test_a_run_that_diverges_stops(tiny, monkeypatch):
-    def batches(self, step):
+    def batches(self, step, part, parts):
         while True:
             yield np.full((64, 2), 1e200) * np.random.default_rng(step).normal(size=(64, 2))
 

@@ -8,6 +8,7 @@ import optax
 from resflow_jax import Estimator, ImageFlowConfig, Roulette, VectorFlowConfig
 from resflow_jax.data.images import check_bits
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval
+from resflow_jax.training.parallel import PARAMETERS, WAYS, Parameters, Way
 
 OPTIMIZERS = ("adam", "adamax", "adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
@@ -104,7 +105,7 @@ class OptimizerConfig:
         check_open_interval("ema_decay", self.ema_decay, 0, 1)
 
     def build(self, steps: int) -> optax.GradientTransformation:
-        """The optimiser of a run of so many steps, a batch each."""
+        """The optimiser of a run of so many steps, a batch each, to be called once for every `accumulate` of them."""
         schedule = self.learning_rates(steps)
         optimizer = {
             "adam": lambda: optax.adam(schedule, b2=self.b2),
@@ -112,10 +113,7 @@ class OptimizerConfig:
             "adamw": lambda: optax.adamw(schedule, b2=self.b2, weight_decay=self.weight_decay),
             "sgd": lambda: optax.sgd(schedule, momentum=0.9, nesterov=True),
         }[self.name]()
-        update = optax.chain(optax.clip_by_global_norm(self.clip), optimizer)
-        if self.accumulate == 1:
-            return update
-        return optax.MultiSteps(update, self.accumulate, accumulator_dtype=None).gradient_transformation()
+        return optax.chain(optax.clip_by_global_norm(self.clip), optimizer)
 
     def learning_rates(self, steps: int) -> optax.Schedule:
         """The learning rate by updates done, in a run of so many steps; the warm-up takes at most half of them."""
@@ -126,11 +124,6 @@ class OptimizerConfig:
         rise = optax.warmup_constant_schedule(0.0 if warmup else self.learning_rate, self.learning_rate, warmup)
         fall = optax.piecewise_constant_schedule(1.0, dict.fromkeys(self.milestones, self.decay))
         return lambda done: rise(done) * fall(done)
-
-    @property
-    def ema_decay_a_batch(self) -> float:
-        """`ema_decay` for an average over batches, of which every `accumulate` have the same parameters."""
-        return self.ema_decay ** (1 / self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -159,6 +152,72 @@ class EvaluationConfig:
             check_count("patience", self.patience, 1)
 
 
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of all processes are divided.
+
+    Attributes:
+      data: devices that share each batch; by default all that `model` leaves.
+      model: devices that share kernels, where `parameters` says so.
+      parameters: "replicated", the same on all; "model", divided among the devices along `model`, and the products with
+        them; "full", divided among all, least memory between steps. The last two with "jit" alone.
+    """
+
+    data: int | None = None
+    model: int = 1
+    parameters: Parameters = "replicated"
+
+    def __post_init__(self):
+        if self.data is not None:
+            check_count("mesh.data", self.data, 1)
+        check_count("mesh.model", self.model, 1)
+        check_choice("mesh.parameters", self.parameters, PARAMETERS)
+        if self.parameters == "model" and self.model == 1:
+            raise ValueError('mesh.model: expected at least 2 with parameters "model", got 1')
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How several processes find each other, on one host or many; by default there is one.
+
+    Attributes:
+      auto: as the cluster says (Slurm, Open MPI, Kubernetes, Cloud TPU), by JAX's own detection.
+      coordinator: address of process 0, HOST:PORT, in its place.
+      num_processes: how many there are.
+      process_id: number of this one, from 0.
+      timeout: seconds to wait for the others.
+    """
+
+    auto: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout: int = 300
+
+    def __post_init__(self):
+        named = (self.coordinator, self.num_processes, self.process_id)
+        given = [value for value in named if value is not None]
+        if self.auto and given:
+            raise ValueError(f"distributed.auto: expected no other setting of the cluster beside it, got {given}")
+        if given and len(given) < len(named):
+            raise ValueError(
+                "distributed: expected coordinator, num_processes and process_id, or none of them, got "
+                f"{self.coordinator}, {self.num_processes}, {self.process_id}"
+            )
+        if given:
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdigit():
+                raise ValueError(f"distributed.coordinator: expected HOST:PORT, got {self.coordinator!r}")
+            check_count("distributed.num_processes", self.num_processes, 1)
+            check_count("distributed.process_id", self.process_id, 0)
+            if self.process_id >= self.num_processes:
+                raise ValueError(
+                    f"distributed.process_id: expected a number below {self.num_processes}, that of processes, got "
+                    f"{self.process_id}"
+                )
+        check_count("distributed.timeout", self.timeout, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What all runs have in common.
@@ -175,6 +234,10 @@ class RunConfig:
       evaluation: how the likelihood is measured.
       log_every: steps between lines of metrics.jsonl.
       save_every: steps between checkpoints, beside those at validations; None for these alone.
+      parallel: how a step is divided among devices: by the compiler, by `jax.shard_map` or by `jax.pmap`. The numbers
+        are those of one device, to rounding.
+      mesh: which devices share what.
+      distributed: other processes that take part.
     """
 
     workdir: Path
@@ -188,8 +251,12 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log_every: int = 10
     save_every: int | None = None
+    parallel: Way = "jit"
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     def __post_init__(self):
+        check_choice("parallel", self.parallel, WAYS)
         check_count("steps", self.steps, 1)
         check_count("batch_size", self.batch_size, 1)
         check_count("seed", self.seed, 0)
@@ -197,10 +264,10 @@ class RunConfig:
         check_count("log_every", self.log_every, 1)
         if self.annealing > self.steps:
             raise ValueError(f"annealing: expected at most {self.steps}, the number of steps, got {self.annealing}")
-        updates = self.steps // self.optimizer.accumulate
-        if updates < 1:
+        updates, rest = divmod(self.steps, self.optimizer.accumulate)
+        if rest:
             raise ValueError(
-                f"optimizer.accumulate: expected at most {self.steps}, the number of steps, got "
+                f"optimizer.accumulate: expected a divisor of {self.steps}, the number of steps, got "
                 f"{self.optimizer.accumulate}"
             )
         if any(milestone >= updates for milestone in self.optimizer.milestones):

@@ -1,6 +1,5 @@
 """What the configurations of experiments promise: sizes, published settings, optimisers."""
 
-import dataclasses
 import math
 
 import jax
@@ -98,23 +97,3 @@ def test_learning_rates():
     np.testing.assert_allclose(rates, [0, 0.5, 1, 1.5, 2, 2, 1, 1, 0.5, 0.5])
     cosine = OptimizerConfig(learning_rate=2.0, warmup=0, accumulate=2).learning_rates(8)
     np.testing.assert_allclose([float(cosine(n)) for n in (0, 2, 4)], [2, 1, 0], atol=1e-7)
-
-
-def test_accumulated_batches_are_one_batch():
-    """Three batches make one update by their mean gradient; so often averaged, parameters have the weight of one."""
-    whole = OptimizerConfig("adam", 0.1, warmup=1, schedule="constant", ema_decay=0.9)
-    parts = dataclasses.replace(whole, accumulate=3)
-    gradients = np.random.default_rng(0).normal(size=(4, 3, 2))
-
-    def run(settings, gradients):
-        optimizer = settings.build(len(gradients))
-        x = jnp.asarray([1.0, -2.0])
-        state = optimizer.init(x)
-        for gradient in gradients:
-            updates, state = optimizer.update(jnp.asarray(gradient), state, x)
-            x = optax.apply_updates(x, updates)
-        return x
-
-    expected = run(whole, gradients.mean(axis=1))
-    np.testing.assert_allclose(run(parts, gradients.reshape(12, 2)), expected, rtol=1e-12)
-    assert parts.ema_decay_a_batch**3 == pytest.approx(0.9) and whole.ema_decay_a_batch == 0.9

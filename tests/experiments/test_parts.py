@@ -1,4 +1,4 @@
-"""A batch in parts over two devices."""
+"""A batch in parts over devices."""
 
 import jax
 import numpy as np
@@ -9,13 +9,13 @@ from experiments.parts import number_of_parts, over_parts
 from resflow_jax import Exact, ResidualFlow, VectorFlowConfig
 
 pytestmark = pytest.mark.skipif(
-    jax.device_count() != 2, reason="needs the two CPU devices of conftest.py, not another platform"
+    jax.device_count() != 8, reason="needs the eight CPU devices of conftest.py, not another platform"
 )
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
 def test_parts_are_put_together_in_order(parts):
-    """Each part goes through the whole flow by itself; an odd number of parts takes one device."""
+    """Each part goes through the whole flow by itself; as many devices work as there are parts."""
     flow = ResidualFlow(VectorFlowConfig(2, 1, (4,)), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (6, 2))
 
@@ -26,15 +26,15 @@ def test_parts_are_put_together_in_order(parts):
     np.testing.assert_allclose(z, flow(x), rtol=1e-12)
     np.testing.assert_allclose(log_det, flow.forward(x, estimator=Exact())[1], rtol=1e-12)
     np.testing.assert_allclose(mean, x.reshape(parts, -1, 2).mean(1), rtol=1e-12)
-    assert len(z.sharding.device_set) == (1 if parts % 2 else 2)
+    assert len(z.sharding.device_set) == parts
 
 
 @pytest.mark.parametrize(
     ("batch_size", "largest", "expected"),
-    [(64, 8, 8), (64, 64, 2), (64, 5, 16), (6, 3, 2), (7, 8, 1), (7, 3, 7), (1, 1, 1), (2, 8, 2)],
+    [(64, 8, 8), (64, 64, 8), (64, 5, 16), (12, 3, 6), (18, 8, 6), (11, 8, 11), (7, 8, 7), (1, 1, 1), (2, 8, 2)],
 )
 def test_number_of_parts(batch_size, largest, expected):
-    """Equal parts, for both devices where the batch can be halved, none larger than asked."""
+    """Equal parts, for as many of the eight devices as can share the batch, none larger than asked."""
     assert number_of_parts(batch_size, largest) == expected
 
 

@@ -75,7 +75,7 @@ def test_grid_of_a_known_density(monkeypatch):
 def test_a_solve_that_fails_stops_the_run(tmp_path, monkeypatch):
     """A sample that is no solution is never trained on."""
     monkeypatch.setattr(variational, "SOLVER", variational.Anderson(max_iterations=1, on_failure="raise"))
-    with pytest.raises(Exception, match="did not converge"):
+    with pytest.raises(FloatingPointError, match=r"diverged between steps 1 and 2: loss nan.*did not converge"):
         variational.run(VariationalConfig(**{**vars(TINY), "workdir": tmp_path / "run", "steps": 2}))
 
 

@@ -1,10 +1,16 @@
-"""A run of `experiments.density digits` that takes seconds."""
+"""A run of `experiments.density digits` that takes seconds, and one that was never trained."""
 
 from dataclasses import replace
 
+import jax.numpy as jnp
+import optax
+
 from experiments import density
-from experiments.configs.base import EvaluationConfig
-from resflow_jax import ImageFlowConfig, Roulette
+from experiments.configs.base import DensityConfig, EvaluationConfig
+from experiments.run import claim_workdir
+from experiments.train import set_up, tightened_flow
+from resflow_jax import ImageFlowConfig, Roulette, certify
+from resflow_jax.training.checkpoints import Checkpoints
 
 DIGITS = replace(
     density.CONFIGS["digits"],
@@ -13,3 +19,13 @@ DIGITS = replace(
     batch_size=8,
     evaluation=EvaluationConfig(estimator=Roulette(), draws=1, examples=20, every=2),
 )
+
+
+def save_run(config: DensityConfig, loss: float = 3.0) -> None:
+    """The files of a run at its last checkpoint, without its training: the weights are those of the start."""
+    claim_workdir(config.workdir, config)
+    trainer, state = set_up(density.task_of(config))
+    average = optax.EmaState(jnp.asarray(1), optax.tree.scale(1 - trainer.ema_decay, state.params))
+    state = state._replace(step=jnp.asarray(config.steps), ema=average)
+    with Checkpoints(config.workdir / "checkpoints") as checkpoints:
+        checkpoints.save(state, loss, certify(tightened_flow(trainer, state)))
