@@ -13,6 +13,7 @@ in one sum an update.
 A mesh has the axes "data", along which batches are divided, and "model", along which kernels may be.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -188,20 +189,23 @@ def batch_sharding(trainer: Trainer, mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(state: TrainState, mesh: Mesh, parameters: Parameters) -> TrainState:
-    """Where each array of a state lies, by its shape alone; see `jit_train_step`."""
+    """Where each array of a state lies, by its shape alone; see `jit_train_step`.
+
+    Written as XLA writes it, or a step would be compiled again for the state that the first one gave back: only axes of
+    several devices are named, one by its name alone.
+    """
+    named = {"replicated": (), "model": (MODEL_AXIS,), "full": (DATA_AXIS, MODEL_AXIS)}[parameters]
+    axes = tuple(axis for axis in named if mesh.shape[axis] > 1)
+    devices = math.prod(mesh.shape[axis] for axis in axes)
 
     def of(leaf):
         shape = np.shape(leaf)
-        spec = [None] * len(shape)
-        if parameters == "model":
-            axes, candidates = (MODEL_AXIS,), (len(shape) - 1,)
-        else:
-            axes, candidates = (DATA_AXIS, MODEL_AXIS), sorted(range(len(shape))[-2:], key=lambda n: -shape[n])
-        devices = int(np.prod([mesh.shape[axis] for axis in axes]))
-        if parameters != "replicated" and len(shape) > 1 and np.prod(shape) >= devices * _LEAST:
-            divisible = next((n for n in candidates if shape[n] % devices == 0), None)
-            if divisible is not None:
-                spec[divisible] = axes
+        if not axes or len(shape) < 2 or math.prod(shape) < devices * _LEAST:
+            return NamedSharding(mesh, PartitionSpec())
+        last = len(shape) - 1
+        candidates = [last] if parameters == "model" else sorted((last - 1, last), key=lambda n: -shape[n])
+        divisible = next((n for n in candidates if shape[n] % devices == 0), None)
+        spec = () if divisible is None else (*[None] * divisible, axes if len(axes) > 1 else axes[0])
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(of, state)

@@ -82,13 +82,14 @@ class Placement:
     def place(self, tree: Any) -> Any:
         """A state, or part of one, as the step takes it: one that every process holds whole, or of global arrays.
 
-        What does not lie as it should is copied, so that the step, which is donated it, leaves the original alone.
+        The step is donated it: global arrays that lie as they should are taken as they are, all others copied.
         """
         if self.way == "pmap":
             return replicate(self.local(tree), self._devices)
 
         def put(leaf, sharding):
-            if isinstance(leaf, Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            is_global = isinstance(leaf, Array) and isinstance(leaf.sharding, NamedSharding)
+            if is_global and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
                 return leaf
             return from_host(np.asarray(leaf), sharding)
 

@@ -19,8 +19,8 @@ def tiny(monkeypatch):
     monkeypatch.setitem(competitors.CASES, "digits", TINY)
 
     class InProcess:
-        def __init__(self, case, competitor, cache=None):
-            self.ours = competitors.Ours(competitors.CASES[case])
+        def __init__(self, case, competitor, cache=None, way="jit"):
+            self.ours = competitors.Ours(competitors.CASES[case], way)
 
         def __call__(self, measure, *arguments):
             return {**getattr(self.ours, measure)(*arguments), "peak_bytes": 1.0}
@@ -62,7 +62,7 @@ def test_a_process_of_its_own(tmp_path):
         answer = worker("matmul")
         assert answer["flops_per_second"] > 1e8 and answer["peak_bytes"] > 1e7
     worker = benchmark.Worker("no such case", "resflow_jax")
-    with pytest.raises(RuntimeError, match="no such case resflow_jax: ended with 1 at train"):
+    with pytest.raises(RuntimeError, match="no such case resflow_jax jit: ended with 1 at train"):
         worker("train")
     worker.__exit__()
 
@@ -106,7 +106,7 @@ def test_exponents(monkeypatch, tmp_path):
     """Of measurements that follow a law, the law; with its picture."""
     laws = {"depth": (1, 0), "width": (2, 1), "batch": (1, 0), "side": (2, 2)}
 
-    def measure(case, steps):
+    def measure(case, steps, way):
         config = case.config
         sizes = {
             "depth": config.blocks[0],

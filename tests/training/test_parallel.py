@@ -92,6 +92,8 @@ def test_the_steps_of_one_device(layout, accumulate):
         batch = placement.place_batch(batch_of(update, trainer.accumulate))
         state, found = placement.step(state, batch, KEY)
         chex.assert_trees_all_close(found, metrics[update], rtol=1e-7, atol=1e-9)
+    if way != "pmap":
+        assert placement.step._cache_size() == 1, "the state that a step gives back needs no other program"
     on_mesh = placement.on_mesh(state)
     check_shardings(on_mesh, placement)
     chex.assert_trees_all_close(placement.local(on_mesh), expected, rtol=1e-7, atol=1e-9)

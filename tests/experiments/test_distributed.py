@@ -1,0 +1,275 @@
+"""Two real processes of two devices each: the run of one device, killed, stopped and resumed on other devices."""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import density, train
+from experiments.configs.base import DistributedConfig, EvaluationConfig, MeshConfig, OptimizerConfig
+from experiments.metrics import Followed
+from experiments.run import MetricsFile
+from resflow_jax import ImageFlowConfig, Roulette
+from resflow_jax.data.batches import Batches
+from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.parallel import make_mesh
+
+CONFIG = dataclasses.replace(
+    density.CONFIGS["digits"],
+    model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=64, fc_blocks=0, fc_hidden=64, kernels=(3, 3)),
+    steps=12,
+    batch_size=24,
+    log_every=1,
+    optimizer=OptimizerConfig(warmup=2),
+    evaluation=EvaluationConfig(estimator=Roulette(), draws=2, examples=30, every=3),
+)
+SETTINGS = {  # of CONFIG, where it differs from that of digits
+    "model.blocks": 1,
+    "model.hidden-channels": 64,
+    "model.fc-blocks": 0,
+    "model.kernels": "3 3",
+    "steps": 12,
+    "batch-size": 24,
+    "log-every": 1,
+    "optimizer.warmup": 2,
+    "evaluation.draws": 2,
+    "evaluation.examples": 30,
+    "evaluation.every": 3,
+    "evaluation.estimator.exact-terms": 0,
+}
+ARGUMENTS = [word for name, value in SETTINGS.items() for word in (f"--{name}", *str(value).split())]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_compilation_cache(tmp_path_factory):
+    """Tests compile for themselves and leave the user's cache alone."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    """The run that all others are compared with: its result and the lines of metrics.jsonl."""
+    config = dataclasses.replace(CONFIG, workdir=tmp_path_factory.mktemp("one"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
+        return density.run(config), read_metrics(config.workdir)
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(workdir, *arguments, event=("none", 0, 0), each=((), ())):
+    """Two processes of `experiments.density`, with further arguments of both and of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_ENABLE_X64": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.with_name("cache")),
+    }
+    distributed = f"--distributed.coordinator 127.0.0.1:{port} --distributed.num-processes 2".split()
+    own = [*ARGUMENTS, "--workdir", str(workdir), *distributed, *arguments]
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-W", "ignore", "-m", "tests.experiments.worker", *map(str, event)),
+                *("digits", *own, "--distributed.process-id", str(n), *each[n]),
+            ],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+
+
+def ended(processes, seconds=240):
+    """Exit status, output and errors of each."""
+    try:
+        found = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
+
+
+def said(output):
+    """An output but for that of the library that connects the processes, whose threads write at the same time."""
+    return re.sub(r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\.[^:\n]*: \d+", "", output).strip()
+
+
+def check_same_run(workdir, result, expected):
+    """The result and every line, to rounding in float64."""
+    expected_result, expected_lines = expected
+    np.testing.assert_allclose(result, expected_result, rtol=1e-8)
+    lines = read_metrics(workdir)
+    assert [(line["step"], line["split"]) for line in lines] == [(n, "train") for n in range(1, 13)] + [(12, "test")]
+    for line, other in zip(lines, expected_lines, strict=True):
+        jax.tree.map(lambda a, b: a == b or np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10), line, other)
+
+
+def test_killed_and_resumed_on_another_number_of_devices(on_one_device, tmp_path):
+    """Two processes, all parameters divided among four devices, killed; then one with eight; the run of one device."""
+    workdir = tmp_path / "run"
+    processes = start(workdir, "--mesh.parameters", "full", event=("stall", 1, 7))
+    deadline = time.monotonic() + 240
+    while not ((workdir / "checkpoints" / "6").is_dir() and len(read_metrics(workdir)) == 7):
+        if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+            pytest.fail(f"two processes did not get to step 7: {ended(processes, 1)}")
+        time.sleep(0.2)
+    for process in processes:
+        process.kill()
+    _, (_, others_printed, others_errors) = ended(processes)
+    assert "step/s" not in others_errors and not said(others_printed), "the second process writes nothing"
+    check_same_run(workdir, density.run(dataclasses.replace(CONFIG, workdir=workdir)), on_one_device)
+
+
+def test_stopped_by_a_signal_to_one_process(on_one_device, tmp_path, monkeypatch, capsys):
+    """A run that was cut on eight devices, gone on with by pmap in two processes; SIGTERM to the second ends both."""
+    workdir = tmp_path / "run"
+    config = dataclasses.replace(CONFIG, workdir=workdir)
+    starting_at = Batches.starting_at
+
+    def cut(self, step, **options):
+        yield from itertools.islice(starting_at(self, step, **options), 4)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "starting_at", cut)
+        with pytest.raises(KeyboardInterrupt):
+            density.run(config)
+    first, second = ended(start(workdir, "--parallel", "pmap", event=("terminate", 1, 1)))
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert f"resuming {workdir} at step 3" in first[1] and not said(second[1])
+    step = int(re.search(r"stopped at step (\d+) of 12; the same command goes on from there", first[1])[1])
+    assert 5 <= step < 12
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step == step
+    check_same_run(workdir, density.run(config), on_one_device)
+    assert f"resuming {workdir} at step {step}" in capsys.readouterr().out
+
+
+def test_processes_with_different_configs(tmp_path):
+    """Both end before anything is made, and say what differs; where data lie, each knows for itself."""
+    each = ("--data.dir", "here"), ("--data.dir", "there", "--seed", "3")
+    first, second = ended(start(tmp_path / "run", each=each))
+    assert first[0] == second[0] == 1 and not (tmp_path / "run").exists()
+    assert "config: expected the same in all processes, got other settings in 1 than in 0" in first[2]
+    assert "in process 1 that of process 0, got other settings:\n  seed: 0 there, 3 now\n" in second[2]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_never_joins(tmp_path, number):
+    """The other says so in time, coordinator or not."""
+    processes = start(tmp_path / "run", "--distributed.timeout", "3")
+    processes[1 - number].kill()
+    began = time.monotonic()
+    status, _, errors = ended(processes)[number]
+    assert status == 1 and time.monotonic() - began < 60 and not (tmp_path / "run").exists()
+    assert "distributed.timeout: expected within 3 s 2 processes to meet at 127.0.0.1:" in errors
+    assert f"of which this is number {number}; one or more never came" in errors
+
+
+def test_what_other_processes_keep(tmp_path):
+    """The lines of the first, which it decides by, and no file."""
+    line = {"step": 1, "split": "train", "loss": float("nan"), "norms": [1.0, float("inf")]}
+    first = MetricsFile(tmp_path / "metrics.jsonl", keep_until=0)
+    with Followed(tmp_path, keep_until=0) as other:
+        for one in (first, other):
+            one.write(**line)
+        other.picture(1, "none", tmp_path / "none.png")
+    assert other.lines == first.lines
+    assert Followed(tmp_path, keep_until=1).lines == first.lines and Followed(tmp_path, keep_until=0).lines == []
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"),
+    [
+        (MeshConfig, {"data": 0}, "mesh.data: expected an integer of at least 1, got 0"),
+        (MeshConfig, {"parameters": "some"}, "mesh.parameters: expected one of replicated, model, full; got 'some'"),
+        (MeshConfig, {"parameters": "model"}, 'mesh.model: expected at least 2 with parameters "model", got 1'),
+        (DistributedConfig, {"coordinator": "here:1"}, "distributed: expected coordinator, .*got here:1, None, None"),
+        (
+            DistributedConfig,
+            {"auto": True, "process_id": 0},
+            r"distributed.auto: expected no other setting of the cluster beside it, got \[0\]",
+        ),
+        (
+            DistributedConfig,
+            {"coordinator": "here", "num_processes": 2, "process_id": 0},
+            "distributed.coordinator: expected HOST:PORT, got 'here'",
+        ),
+        (
+            DistributedConfig,
+            {"coordinator": "here:1", "num_processes": 2, "process_id": 2},
+            "distributed.process_id: expected a number below 2, that of processes, got 2",
+        ),
+    ],
+)
+def test_bad_settings_are_named(cls, settings, message):
+    """Each is refused before anything is made."""
+    with pytest.raises(ValueError, match=message):
+        cls(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 12}, "batch_size: expected a multiple of 8, the number of devices that share a batch, got 12"),
+        ({"mesh": MeshConfig(data=3)}, "mesh: expected sizes whose product is 8, the number of devices"),
+        ({"parallel": "pmap", "mesh": MeshConfig(model=2)}, 'parallel: expected "jit" with 2 devices along "model"'),
+        (
+            {"parallel": "shard_map", "mesh": MeshConfig(parameters="full")},
+            'mesh.parameters: expected "replicated" with shard_map, got "full"',
+        ),
+    ],
+)
+def test_devices_that_do_not_fit(tmp_path, settings, message):
+    """Said before anything is written."""
+    with pytest.raises(ValueError, match=message):
+        density.run(dataclasses.replace(CONFIG, workdir=tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_cores_for_a_run(monkeypatch):
+    """Without a word on the mesh as many cores as can share a batch; else as many CPU devices as the mesh has."""
+    monkeypatch.setattr("experiments.run.number_of_cores", lambda: 12)
+    for settings, expected in [
+        ({"batch_size": 64}, 8),
+        ({"batch_size": 36}, 12),
+        ({"batch_size": 7}, 7),
+        ({"mesh": MeshConfig(data=2, model=3)}, 6),
+        ({"mesh": MeshConfig(model=5)}, 5),
+        ({"distributed": DistributedConfig(coordinator="a:1", num_processes=4, process_id=0)}, 8),
+    ]:
+        config = dataclasses.replace(CONFIG, **({"batch_size": 64} | settings))
+        assert density.cores_for_run(config) == expected, settings
+
+
+def test_cluster_detection_fails(monkeypatch):
+    """What to say instead."""
+    from experiments.distributed import join
+
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: (_ for _ in ()).throw(ValueError("no cluster")))
+    with pytest.raises(ValueError, match=r"distributed.auto: expected a cluster .* detects, got: no cluster"):
+        join(DistributedConfig(auto=True))
