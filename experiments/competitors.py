@@ -7,6 +7,7 @@ answers each line of standard input, the name of a measure, by one line of JSON:
 """
 
 import json
+import math
 import resource
 import sys
 import time
@@ -25,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments.parts import number_of_parts, over_devices, over_parts
 from experiments.run import data_mesh, use_all_cores, use_compilation_cache, use_xla_flags
 from resflow_jax import Anderson, ImageFlowConfig, Poisson, ResidualFlow, Roulette
-from resflow_jax.layers.lipschitz import map_linears
+from resflow_jax.layers.lipschitz import LipschitzLinear
 from resflow_jax.training.likelihood import dequantized_bits_per_dim
 from resflow_jax.training.parallel import Way, make_mesh
 from resflow_jax.training.placement import Placement
@@ -73,14 +74,17 @@ def photograph_crops(shape: tuple[int, int, int], number: int) -> np.ndarray:
 
 
 def evaluation_flops(flow: ResidualFlow) -> float:
-    """Floating-point operations of the matrix products in one evaluation of every block's g, for one example."""
+    """Floating-point operations of the matrix products in one evaluation of every block's g, for one example.
 
-    def of_layer(layer):
-        linear_map = layer.linear_map
-        pixels = np.prod(linear_map.example_shape) / linear_map.example_shape[-1]
-        return jnp.asarray(2.0 * pixels * np.prod(linear_map.kernel_shape))
-
-    return float(sum(np.sum(flops) for flops in map_linears(flow, of_layer)))
+    Of a flow in the abstract, as of `nnx.eval_shape`, too.
+    """
+    total = 0.0
+    for _, layer in nnx.iter_modules(flow):
+        if isinstance(layer, LipschitzLinear):
+            linear_map = layer.linear_map
+            pixels = math.prod(linear_map.example_shape[:-1])
+            total += 2.0 * pixels * math.prod(layer.kernel.shape)  # with the blocks of a stack
+    return total
 
 
 def make_flow(case: Case, images: np.ndarray) -> ResidualFlow:
