@@ -158,9 +158,9 @@ class MeshConfig:
 
     Attributes:
       data: devices that share each batch; by default all that `model` leaves.
-      model: devices that share kernels, where `parameters` says so.
-      parameters: "replicated", the same on all; "model", divided among the devices along `model`, and the products with
-        them; "full", divided among all, least memory between steps. The last two with "jit" alone.
+      model: devices that share kernels and the products with them, with parameters "model".
+      parameters: "replicated", the same on all; "model", divided among the devices along `model`; "full", divided
+        among all, and gathered for each step: least memory between steps. The last two with "jit" alone.
     """
 
     data: int | None = None
@@ -172,8 +172,11 @@ class MeshConfig:
             check_count("mesh.data", self.data, 1)
         check_count("mesh.model", self.model, 1)
         check_choice("mesh.parameters", self.parameters, PARAMETERS)
-        if self.parameters == "model" and self.model == 1:
-            raise ValueError('mesh.model: expected at least 2 with parameters "model", got 1')
+        if (self.parameters == "model") != (self.model > 1):
+            raise ValueError(
+                f'mesh.model: expected at least 2 with parameters "model", and else 1, got {self.model} with '
+                f"{self.parameters!r}"
+            )
 
 
 @dataclass(frozen=True)

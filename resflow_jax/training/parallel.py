@@ -5,8 +5,9 @@ example draws its noise by its number in the whole batch, the roulette's lengths
 device waits for another's longer series, and losses, gradients and statistics are means over all devices, taken
 in one sum an update.
 
-    jit        the step is batched over shares (`jax.vmap`), the compiler divides the batch axis among the devices of
-               the mesh; it also divides the state, where that is wanted
+    jit        the compiler places the arrays of the step on the mesh, and may divide the state among the devices; loss
+               and gradient are each device's of its share, or, where kernels are divided for their products, of an axis
+               of shares that the compiler divides too
     shard_map  each device of the mesh runs the step on its share; the state is the same on all
     pmap       the same with a leading axis of devices on every array, as research scripts have it
 
@@ -23,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.functional.manual_axes import DATA_AXIS
-from resflow_jax.training.step import Trainer, TrainState
+from resflow_jax.training.step import Gradient, Trainer, TrainState
 
 Array = jax.Array
 Step = Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Any]]]
@@ -100,23 +101,43 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
       [batches, B, ...]. What does not lie as it should is moved. The state is donated.
     """
     check_choice("parameters", parameters, PARAMETERS)
-    shares = mesh.shape[DATA_AXIS]
-    axis = _batch_axis(trainer)
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole, batches = NamedSharding(mesh, PartitionSpec()), batch_sharding(trainer, mesh)
+    if parameters == "model":
+        gradient = _by_axis_of_shares(trainer, mesh.shape[DATA_AXIS])
+    else:
+        specs = whole.spec, batches.spec, whole.spec
+        gradient = jax.shard_map(trainer.gradient, mesh=mesh, in_specs=specs, out_specs=whole.spec)
+
+    def divided(state):
+        return jax.tree.map(jax.lax.with_sharding_constraint, state, state_shardings(state, mesh, parameters))
+
+    def with_flow_gathered(state):
+        """Before loops in which it is used again and again; where kernels are divided for their products, they stay."""
+        if parameters == "model":
+            return state
+        params, rest = jax.lax.with_sharding_constraint((state.params, state.rest), whole)
+        return state._replace(params=params, rest=rest)
 
     def step(state, batch, key):
-        check_divisible(batch.shape[axis], mesh)
-        state = _constrained(state, state_shardings(state, mesh, parameters))
-        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(trainer, mesh))
-        apply = trainer.step
-        if shares > 1:
-            batch = batch.reshape(*batch.shape[:axis], shares, -1, *batch.shape[axis + 1 :])
-            apply = jax.vmap(apply, (None, axis, None), None, axis_name=DATA_AXIS, spmd_axis_name=DATA_AXIS)
-        state, metrics = apply(state, batch, key)
-        metrics = jax.lax.with_sharding_constraint(metrics, jax.tree.map(lambda _: whole, metrics))
-        return _constrained(state, state_shardings(state, mesh, parameters)), metrics
+        check_divisible(batch.shape[len(batches.spec) - 1], mesh)
+        state, batch = divided(state), jax.lax.with_sharding_constraint(batch, batches)
+        found = gradient(with_flow_gathered(state), batch, key)
+        state = divided(trainer.update(state, found))
+        state = divided(trainer.advance_norms(with_flow_gathered(state)))
+        return state, jax.lax.with_sharding_constraint(found.metrics(), whole)
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _by_axis_of_shares(trainer: Trainer, shares: int) -> Callable[[TrainState, Array, Array], Gradient]:
+    """`Trainer.gradient` with an axis of shares, along which the compiler divides, as it divides the kernels."""
+    axis = _batch_axis(trainer)
+    apply = jax.vmap(trainer.gradient, (None, axis, None), None, axis_name=DATA_AXIS, spmd_axis_name=DATA_AXIS)
+
+    def gradient(state, batch, key):
+        return apply(state, batch.reshape(*batch.shape[:axis], shares, -1, *batch.shape[axis + 1 :]), key)
+
+    return gradient
 
 
 def shard_map_train_step(trainer: Trainer, mesh: Mesh) -> Step:
@@ -231,10 +252,6 @@ def divided(examples: np.ndarray, mesh: Mesh) -> Array:
 def from_host(leaf: np.ndarray, sharding: NamedSharding) -> Array:
     """A global array from one that every process holds; each sends its devices what they are to have."""
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-
-def _constrained(state: TrainState, shardings: TrainState) -> TrainState:
-    return jax.tree.map(jax.lax.with_sharding_constraint, state, shardings)
 
 
 def _batch_axis(trainer: Trainer) -> int:

@@ -52,12 +52,18 @@ class TrainState(NamedTuple):
     term_norms: optax.EmaState
 
 
-class _Found(NamedTuple):
-    """What batches tell: the mean loss, the estimates' diagnostics, and the gradient."""
+class Gradient(NamedTuple):
+    """What batches tell: mean loss, the estimates' diagnostics, gradient, and the flow's other variables behind them."""
 
     loss: Array
     diagnostics: Diagnostics
     gradient: nnx.State
+    rest: nnx.State
+
+    def metrics(self) -> dict[str, Any]:
+        """What a step reports."""
+        norm = optax.tree.norm(self.gradient)
+        return {"loss": self.loss, "gradient_norm": norm, "diagnostics": self.diagnostics}
 
 
 class Trainer(NamedTuple):
@@ -101,32 +107,42 @@ class Trainer(NamedTuple):
           The new state, and metrics, means over the batches: "loss"; "gradient_norm" of the mean gradient, before
           clipping; "diagnostics" of the log-det's estimates, by block.
         """
-        found, rest = self._mean_gradient(state, batch, key)
+        found = self.gradient(state, batch, key)
+        state = self.advance_norms(self.update(state, found))
+        return state, found.metrics()
+
+    def gradient(self, state: TrainState, batch: Any, key: Array) -> "Gradient":
+        """The first part of a step: means over the batches of an update, and over devices."""
+        loss, diagnostics, gradient, rest = self._own_gradient(state, batch, key)
         if axes := batch_axes(batch):
             # One sum over devices for everything, a leaf at a time: each can start as soon as its gradient is known.
-            found, statistics = jax.lax.pmean((found, nnx.filter_state(rest, nnx.BatchStat)), axes)
+            loss, diagnostics, gradient, statistics = jax.lax.pmean(
+                (loss, diagnostics, gradient, nnx.filter_state(rest, nnx.BatchStat)), axes
+            )
             rest = nnx.merge_state(state.rest, statistics)
+        return Gradient(loss, diagnostics, gradient, rest)
+
+    def update(self, state: TrainState, found: "Gradient") -> TrainState:
+        """The second part: the optimiser and the averages, element by element but for the gradient's norm."""
         updates, opt_state = self.optimizer.update(found.gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        flow = nnx.merge(self.graphdef, params, rest)
-        flow.update_norms()
-        rest = nnx.split(flow, nnx.Param, ...)[2]
         _, ema = optax.ema(self.ema_decay).update(params, state.ema)
         _, term_norms = _TERM_NORMS.update(found.diagnostics.term_norms, state.term_norms)
-        metrics = {
-            "loss": found.loss,
-            "gradient_norm": optax.tree.norm(found.gradient),
-            "diagnostics": found.diagnostics,
-        }
         steps = state.step + self.accumulate
-        return TrainState(steps, params, rest, opt_state, ema, state.estimator, term_norms), metrics
+        return TrainState(steps, params, found.rest, opt_state, ema, state.estimator, term_norms)
+
+    def advance_norms(self, state: TrainState) -> TrainState:
+        """The last part: the power iterations of the new parameters."""
+        flow = nnx.merge(self.graphdef, state.params, state.rest, copy=True)
+        flow.update_norms()
+        return state._replace(rest=nnx.split(flow, nnx.Param, ...)[2])
 
     def compiled_step(self) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
         """`step` compiled for one device; the state passed in is donated."""
         return jax.jit(self.step, donate_argnums=0)
 
-    def _mean_gradient(self, state: TrainState, batch: Any, key: Array) -> "tuple[_Found, nnx.State]":
-        """Means over the batches of an update, and the flow's other variables behind them."""
+    def _own_gradient(self, state: TrainState, batch: Any, key: Array) -> "Gradient":
+        """Means over the batches of an update, on a device's share of them."""
         # Typed as this device's own, parameters get this device's gradient.
         params, rest = vary_over((state.params, state.rest), varying_axes(batch))
 
@@ -136,11 +152,12 @@ class Trainer(NamedTuple):
                 loss, diagnostics = self.loss(flow, batch, jax.random.fold_in(key, step), state.estimator, step)
                 return loss, (diagnostics, nnx.split(flow, nnx.Param, ...)[2])
 
-            (loss, (diagnostics, rest)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
-            return _Found(loss, diagnostics, gradient), rest
+            (loss, (diagnostics, after)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
+            return (loss, diagnostics, gradient), after
 
         if self.accumulate == 1:
-            return of_batch(rest, batch, state.step)
+            found, rest = of_batch(rest, batch, state.step)
+            return Gradient(*found, rest)
 
         def add(carry, inputs):
             total, rest = carry
@@ -154,7 +171,7 @@ class Trainer(NamedTuple):
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), types)
         (total, rest), _ = jax.lax.scan(add, (vary_over(zeros, varying_axes(batch)), rest), (batches, steps[:-1]))
         found, rest = of_batch(rest, last, steps[-1])
-        return jax.tree.map(lambda a, b: (a + b) / self.accumulate, total, found), rest
+        return Gradient(*jax.tree.map(lambda a, b: (a + b) / self.accumulate, total, found), rest)
 
     def current_flow(self, state: TrainState) -> ResidualFlow:
         """The flow with the parameters of the last step, its norms iterated to convergence."""

@@ -207,7 +207,8 @@ def test_what_other_processes_keep(tmp_path):
     [
         (MeshConfig, {"data": 0}, "mesh.data: expected an integer of at least 1, got 0"),
         (MeshConfig, {"parameters": "some"}, "mesh.parameters: expected one of replicated, model, full; got 'some'"),
-        (MeshConfig, {"parameters": "model"}, 'mesh.model: expected at least 2 with parameters "model", got 1'),
+        (MeshConfig, {"parameters": "model"}, "mesh.model: expected at least 2 .*, and else 1, got 1 with 'model'"),
+        (MeshConfig, {"model": 2}, "mesh.model: .* got 2 with 'replicated'"),
         (DistributedConfig, {"coordinator": "here:1"}, "distributed: expected coordinator, .*got here:1, None, None"),
         (
             DistributedConfig,
@@ -237,7 +238,10 @@ def test_bad_settings_are_named(cls, settings, message):
     [
         ({"batch_size": 12}, "batch_size: expected a multiple of 8, the number of devices that share a batch, got 12"),
         ({"mesh": MeshConfig(data=3)}, "mesh: expected sizes whose product is 8, the number of devices"),
-        ({"parallel": "pmap", "mesh": MeshConfig(model=2)}, 'parallel: expected "jit" with 2 devices along "model"'),
+        (
+            {"parallel": "pmap", "mesh": MeshConfig(model=2, parameters="model")},
+            'mesh.parameters: expected "replicated" with pmap, got "model"',
+        ),
         (
             {"parallel": "shard_map", "mesh": MeshConfig(parameters="full")},
             'mesh.parameters: expected "replicated" with shard_map, got "full"',
@@ -258,8 +262,8 @@ def test_cores_for_a_run(monkeypatch):
         ({"batch_size": 64}, 8),
         ({"batch_size": 36}, 12),
         ({"batch_size": 7}, 7),
-        ({"mesh": MeshConfig(data=2, model=3)}, 6),
-        ({"mesh": MeshConfig(model=5)}, 5),
+        ({"mesh": MeshConfig(data=2, model=3, parameters="model")}, 6),
+        ({"mesh": MeshConfig(model=5, parameters="model")}, 5),
         ({"distributed": DistributedConfig(coordinator="a:1", num_processes=4, process_id=0)}, 8),
     ]:
         config = dataclasses.replace(CONFIG, **({"batch_size": 64} | settings))
