@@ -112,7 +112,7 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
         return jax.tree.map(jax.lax.with_sharding_constraint, state, state_shardings(state, mesh, parameters))
 
     def with_flow_gathered(state):
-        """Before loops in which it is used again and again; where kernels are divided for their products, they stay."""
+        """At the ends of loops that use it again and again; where kernels are divided for their products, they stay."""
         if parameters == "model":
             return state
         params, rest = jax.lax.with_sharding_constraint((state.params, state.rest), whole)
@@ -123,8 +123,8 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
         state, batch = divided(state), jax.lax.with_sharding_constraint(batch, batches)
         found = gradient(with_flow_gathered(state), batch, key)
         state = divided(trainer.update(state, found))
-        state = divided(trainer.advance_norms(with_flow_gathered(state)))
-        return state, jax.lax.with_sharding_constraint(found.metrics(), whole)
+        state = with_flow_gathered(trainer.advance_norms(with_flow_gathered(state)))
+        return divided(state), jax.lax.with_sharding_constraint(found.metrics(), whole)
 
     return jax.jit(step, donate_argnums=0)
 

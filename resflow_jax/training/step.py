@@ -53,7 +53,7 @@ class TrainState(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """What batches tell: mean loss, the estimates' diagnostics, gradient, and the flow's other variables behind them."""
+    """What batches tell: mean loss, the estimates' diagnostics, gradient; the flow's other variables behind them."""
 
     loss: Array
     diagnostics: Diagnostics
