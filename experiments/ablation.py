@@ -21,7 +21,9 @@ import numpy as np
 import tyro
 
 from experiments import density
-from experiments.run import as_json, use_all_cores, use_xla_flags, write_atomically
+from experiments.run import as_json, cores_for, use_all_cores, use_xla_flags, write_atomically
+from resflow_jax.functional.checks import check_choice
+from resflow_jax.training.parallel import WAYS, Way
 
 VARIANTS = {
     "i-ResNet, ELU": "_truncated_elu",
@@ -40,6 +42,7 @@ class AblationConfig:
       workdir: where everything is written.
       data_dir: directory of TensorFlow data sets, as `--data.dir` of `experiments.density`.
       steps: of every run; by default those of the data's config.
+      parallel: how a step is divided among devices, as in `experiments.density`.
     """
 
     data: Literal["digits", "mnist", "cifar10"] = "digits"
@@ -47,8 +50,10 @@ class AblationConfig:
     workdir: Path = Path("runs/ablation")
     data_dir: str | None = None
     steps: int | None = None
+    parallel: Way = "jit"
 
     def __post_init__(self):
+        check_choice("parallel", self.parallel, WAYS)
         if len(set(self.seeds)) < max(2, len(self.seeds)):
             raise ValueError(f"seeds: expected two or more different numbers, got {self.seeds}")
 
@@ -56,8 +61,9 @@ class AblationConfig:
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
-    use_all_cores()
-    run(tyro.cli(AblationConfig, args=arguments, prog="python -m experiments.ablation", description=__doc__))
+    config = tyro.cli(AblationConfig, args=arguments, prog="python -m experiments.ablation", description=__doc__)
+    use_all_cores(cores_for(density.CONFIGS[config.data].batch_size))
+    run(config)
 
 
 def run(config: AblationConfig) -> dict[str, Any]:
@@ -89,6 +95,7 @@ def settings(config: AblationConfig, name: str, seed: int) -> density.DensityCon
         data=replace(base.data, dir=config.data_dir),
         seed=seed,
         steps=config.steps or base.steps,
+        parallel=config.parallel,
         workdir=config.workdir / name / str(seed),
     )
 

@@ -4,6 +4,8 @@
     python -m experiments.density NAME --data.path IMAGES --model.shape H W C     on your own images
     python -m experiments.density vectors --data.path FILE --model.dim D          on your own vectors
     python -m experiments.density NAME --tiny                                     two updates of a tiny flow, no data
+    python -m experiments.density NAME --parallel shard_map                       devices share a batch (or jit, pmap)
+    python -m experiments.density NAME --distributed.auto                         one of several processes, on a cluster
 
 `--help` behind a name lists every setting. For images `--data.path` takes a folder of image files, a .npy or .npz file,
 or IDX files; for vectors a .npy, .npz or .csv file. The same command again resumes from the last checkpoint; Ctrl-C

@@ -50,6 +50,7 @@ from resflow_jax import (
 from resflow_jax.data.batches import Batches
 from resflow_jax.data.images import dequantize
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.training.parallel import WAYS, Way
 
 Array = jax.Array
 Gradient = Callable[[Array, Estimator], tuple[Array, Diagnostics]]
@@ -86,6 +87,7 @@ class EstimatorsConfig:
       digits: work directory of a run of `experiments.density digits`; by default trained under `workdir`.
       fashion_mnist: the same for fashion_mnist.
       seed: of batch, noise and keys.
+      parallel: how steps are divided among devices where flows are trained, as in `experiments.density`.
     """
 
     workdir: Path = Path("runs/estimators")
@@ -96,8 +98,10 @@ class EstimatorsConfig:
     digits: Path | None = None
     fashion_mnist: Path | None = None
     seed: int = 0
+    parallel: Way = "jit"
 
     def __post_init__(self):
+        check_choice("parallel", self.parallel, WAYS)
         for target in self.targets:
             check_choice("targets", target, TARGETS)
         check_count("keys", self.keys, 20)
@@ -179,7 +183,9 @@ def find_targets(config: EstimatorsConfig) -> Iterator[Target]:
     if "synthetic" in config.targets:
         yield from synthetic_targets(config)
     names = [name for name in NAMES if name in config.targets]
-    for run_config in trained_runs(names, {name: getattr(config, name) for name in NAMES}, config.workdir):
+    for run_config in trained_runs(
+        names, {name: getattr(config, name) for name in NAMES}, config.workdir, config.parallel
+    ):
         batch_size = config.batch_size if run_config.data.name == "digits" else max(config.batch_size // 4, 2)
         yield flow_target(run_config, batch_size, config)
 

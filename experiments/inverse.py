@@ -36,7 +36,14 @@ from flax import nnx
 from experiments import pictures
 from experiments.images import load
 from experiments.parts import number_of_parts, over_parts
-from experiments.run import certificate_rows, print_table, use_all_cores, use_compilation_cache, write_atomically
+from experiments.run import (
+    certificate_rows,
+    cores_for,
+    print_table,
+    use_all_cores,
+    use_compilation_cache,
+    write_atomically,
+)
 from experiments.trained import NAMES, trained_flow, trained_runs
 from resflow_jax import (
     Anderson,
@@ -53,6 +60,7 @@ from resflow_jax import (
 )
 from resflow_jax.data.images import to_unit_interval
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
+from resflow_jax.training.parallel import WAYS, Way
 
 Array = jax.Array
 
@@ -84,6 +92,7 @@ class InverseConfig:
       digits: work directory of a run of `experiments.density digits`; made if not given.
       fashion_mnist: the same of fashion_mnist; left out if neither given nor its data found.
       seed: of the samples.
+      parallel: how steps are divided among devices where flows are trained, as in `experiments.density`.
     """
 
     workdir: Path = Path("runs/inverse")
@@ -96,8 +105,10 @@ class InverseConfig:
     digits: Path | None = None
     fashion_mnist: Path | None = None
     seed: int = 0
+    parallel: Way = "jit"
 
     def __post_init__(self):
+        check_choice("parallel", self.parallel, WAYS)
         for target in self.targets:
             check_choice("targets", target, NAMES)
         check_count("samples", self.samples, 1)
@@ -127,7 +138,7 @@ class Cost(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
-    use_all_cores()
+    use_all_cores(cores_for(64))  # the batches of the flows, where they are trained
     run(tyro.cli(InverseConfig, args=arguments, prog="python -m experiments.inverse", description=__doc__))
 
 
@@ -137,7 +148,7 @@ def run(config: InverseConfig) -> dict[str, Any]:
     config.workdir.mkdir(parents=True, exist_ok=True)
     results = {}
     given = {name: getattr(config, name) for name in NAMES}
-    for run_config in trained_runs(config.targets, given, config.workdir):
+    for run_config in trained_runs(config.targets, given, config.workdir, config.parallel):
         name, data = run_config.data.name, load(run_config.data)
         flow = trained_flow(run_config)
         certificate = certify(flow)

@@ -10,16 +10,19 @@ from experiments.images import load
 from experiments.saved import saved_config, saved_flow
 from resflow_jax import ResidualFlow
 from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.parallel import Way
 
 NAMES = ("digits", "fashion_mnist")
 _CONFIGS = {"digits": "digits", "fashion_mnist": "fashion_mnist_small"}  # of experiments.density
 
 
-def trained_runs(names: Sequence[str], given: dict[str, Path | None], workdir: Path) -> Iterator[DensityConfig]:
+def trained_runs(
+    names: Sequence[str], given: dict[str, Path | None], workdir: Path, parallel: Way = "jit"
+) -> Iterator[DensityConfig]:
     """The finished runs of the density configs of these names, or those in given directories, as they were made.
 
-    A run without a given directory lies under `workdir`, and is made there unless it is finished. One whose
-    data are not on disk is left out, and that is printed.
+    A run without a given directory lies under `workdir`, and is made there unless it is finished, its steps divided among
+    devices as `parallel` says. One whose data are not on disk is left out, and that is printed.
 
     Raises:
       ValueError: if a given directory holds no run.
@@ -29,7 +32,7 @@ def trained_runs(names: Sequence[str], given: dict[str, Path | None], workdir: P
         if directory is not None and not (directory / "checkpoints").is_dir():
             raise ValueError(f"{name}: expected the work directory of a run of this data set, got {directory}")
         if directory is None:
-            config = dataclasses.replace(density.CONFIGS[_CONFIGS[name]], workdir=workdir / name)
+            config = dataclasses.replace(density.CONFIGS[_CONFIGS[name]], workdir=workdir / name, parallel=parallel)
         else:
             config = saved_config(directory)
         try:

@@ -1,5 +1,6 @@
 """Residual flows for JAX: invertible residual networks with unbiased log-densities."""
 
+from resflow_jax import training
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
 from resflow_jax.functional.certificate import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated
@@ -60,4 +61,5 @@ __all__ = [
     "residual",
     "residual_inverse",
     "spectral_norm_bound",
+    "training",
 ]

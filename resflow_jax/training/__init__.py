@@ -1,0 +1,25 @@
+"""Training: one pure step, three ways to run it on many devices, and where its state and batches lie."""
+
+from resflow_jax.training.parallel import (
+    jit_train_step,
+    make_mesh,
+    pmap_train_step,
+    replicate,
+    shard_map_train_step,
+    unreplicate,
+)
+from resflow_jax.training.placement import Placement
+from resflow_jax.training.step import Trainer, TrainState, fit_estimator
+
+__all__ = [
+    "Placement",
+    "TrainState",
+    "Trainer",
+    "fit_estimator",
+    "jit_train_step",
+    "make_mesh",
+    "pmap_train_step",
+    "replicate",
+    "shard_map_train_step",
+    "unreplicate",
+]
