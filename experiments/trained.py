@@ -21,8 +21,8 @@ def trained_runs(
 ) -> Iterator[DensityConfig]:
     """The finished runs of the density configs of these names, or those in given directories, as they were made.
 
-    A run without a given directory lies under `workdir`, and is made there unless it is finished, its steps divided among
-    devices as `parallel` says. One whose data are not on disk is left out, and that is printed.
+    A run without a given directory lies under `workdir`, and is made there unless it is finished, its steps divided
+    among devices as `parallel` says. One whose data are not on disk is left out, and that is printed.
 
     Raises:
       ValueError: if a given directory holds no run.
