@@ -121,19 +121,24 @@ class Ours:
     """resflow_jax, each core a device with its share of the batch; training steps in one of the `parallel` ways."""
 
     def __init__(self, case: Case, way: Way = "jit"):
-        self.case = case
+        self.case, self.way = case, way
         self.images = photograph_crops(case.config.shape, case.batch_size)
-        self.flow = make_flow(case, self.images)
-        self.flops = case.batch_size * evaluation_flops(self.flow)
         self.mesh = data_mesh(case.batch_size)
-        self.trainer = make_trainer(nnx.split(self.flow)[0])
-        self.placement = Placement(self.trainer, make_mesh(devices=list(self.mesh.devices.flat)), way)
         self._log_prob, self._inverse = lru_cache(self._log_prob), lru_cache(self._inverse)
         self.key = self.train_key = jax.random.key(1)
 
     @cached_property
+    def flow(self) -> ResidualFlow:
+        return make_flow(self.case, self.images)
+
+    @cached_property
+    def placement(self) -> Placement:
+        trainer = make_trainer(nnx.split(self.flow)[0])
+        return Placement(trainer, make_mesh(devices=list(self.mesh.devices.flat)), self.way)
+
+    @cached_property
     def step(self):
-        self.state = self.placement.place(self.trainer.create_state(self.flow, TRAINING))
+        self.state = self.placement.place(self.placement.trainer.create_state(self.flow, TRAINING))
         self.batch = self.placement.place_batch(self.images)
         return self.placement.step.lower(self.state, self.batch, self.train_key).compile()
 
@@ -144,7 +149,8 @@ class Ours:
         self.state, metrics = jax.block_until_ready(step(self.state, self.batch, self.train_key))
         seconds = time.perf_counter() - began
         # forward, each product of the series, and six evaluations' worth in the backward pass
-        return {"seconds": seconds, "flops": self.flops * (7 + float(metrics["diagnostics"].length.mean()))}
+        flops = self.case.batch_size * evaluation_flops(self.flow)
+        return {"seconds": seconds, "flops": flops * (7 + float(metrics["diagnostics"].length.mean()))}
 
     def _log_prob(self, estimator: Roulette) -> Callable[[Array, Array], Array]:
         return over_devices(lambda flow, x, key: flow.log_prob(x, key=key, estimator=estimator), self.flow)

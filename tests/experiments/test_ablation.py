@@ -1,14 +1,13 @@
-"""The ablation: which runs it makes, and its table."""
+"""The ablation: which runs it makes, and its table. It is really made in test_evaluate.py."""
 
 import json
 
 import numpy as np
 import pytest
 
-from experiments import ablation, density, train
+from experiments import ablation, density
 from experiments.ablation import AblationConfig
 from resflow_jax import Estimate, Truncated
-from tests.experiments import tiny
 
 
 def test_runs_and_table(tmp_path, monkeypatch, capsys):
@@ -21,7 +20,7 @@ def test_runs_and_table(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(density, "run", run)
     for name in ("use_xla_flags", "use_all_cores"):
-        monkeypatch.setattr(ablation, name, lambda: None)
+        monkeypatch.setattr(ablation, name, lambda *_: None)
     ablation.main(["--data", "mnist", "--seeds", "0", "3", "--workdir", str(tmp_path), "--data-dir", "there"])
     assert [config.seed for config in configs] == [0, 3] * 3
     assert len({config.workdir for config in configs}) == 6
@@ -35,21 +34,6 @@ def test_runs_and_table(tmp_path, monkeypatch, capsys):
     assert row["mean"] == pytest.approx(8.15) and row["deviation"] == pytest.approx(np.std([8, 8.3], ddof=1))
     assert row["runs"]["3"]["mean"] == pytest.approx(8.3)
     assert "Residual flow, LipSwish     8.1500 +- 0.2121   (8.0000, 8.3000)" in capsys.readouterr().out
-
-
-def test_two_steps_of_two_seeds(tmp_path, monkeypatch, capsys):
-    """One variant, really trained; run again it is only judged again, and the table is the same."""
-    monkeypatch.setattr(train, "use_compilation_cache", lambda: None)
-    monkeypatch.setattr(ablation, "VARIANTS", {"Residual flow, LipSwish": ""})
-    monkeypatch.setitem(density.CONFIGS, "digits", tiny.DIGITS)
-    config = AblationConfig(seeds=(0, 1), workdir=tmp_path)
-    table = ablation.run(config)
-    (row,) = table.values()
-    assert np.isfinite(row["mean"]) and row["deviation"] > 0
-    assert (tmp_path / "digits" / "1" / "report.html").exists()
-    capsys.readouterr()
-    assert ablation.run(config) == table
-    assert capsys.readouterr().out.count("no step taken") == 2
 
 
 @pytest.mark.parametrize("seeds", [(0,), (1, 1)])

@@ -23,6 +23,7 @@ from resflow_jax import ImageFlowConfig, Roulette
 from resflow_jax.data.batches import Batches
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.parallel import make_mesh
+from tests.experiments.worker import without_pictures
 
 CONFIG = dataclasses.replace(
     density.CONFIGS["digits"],
@@ -51,12 +52,12 @@ ARGUMENTS = [word for name, value in SETTINGS.items() for word in (f"--{name}", 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_compilation_cache(tmp_path_factory):
-    """Tests compile for themselves and leave the user's cache alone."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+def without_pictures_and_cache():
+    """Tests compile for themselves and leave the user's cache alone; here they draw nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "use_compilation_cache", lambda: None)
+        without_pictures(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,7 @@ def test_killed_and_resumed_on_another_number_of_devices(on_one_device, tmp_path
         process.kill()
     _, (_, others_printed, others_errors) = ended(processes)
     assert "step/s" not in others_errors and not said(others_printed), "the second process writes nothing"
+    assert [path.name for path in (workdir / "training").iterdir()] == ["process 0"], "nor does it draw"
     check_same_run(workdir, density.run(dataclasses.replace(CONFIG, workdir=workdir)), on_one_device)
 
 

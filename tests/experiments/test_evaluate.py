@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import density, evaluate, images, train
+from experiments import ablation, density, evaluate, images, train
+from experiments.ablation import AblationConfig
 from experiments.evaluate import EvaluateConfig
 from experiments.run import as_json, data_mesh
 from experiments.saved import saved_flow
@@ -199,3 +200,20 @@ def test_command_line(monkeypatch, tmp_path):
     evaluate.main([str(tmp_path), "--draws", "3", "--workdir", "out"])
     assert configs[0] == EvaluateConfig(tmp_path, other=("mnist", "svhn"), examples=5, exact=True)
     assert (configs[1].draws, str(configs[1].workdir)) == (3, "out")
+
+
+def test_an_ablation_of_two_steps_and_two_seeds(tmp_path, monkeypatch, capsys):
+    """One variant, really trained; run again it is only judged again, and the table is the same. Here, for its programs
+    are those of `finished`.
+    """
+    monkeypatch.setattr(train, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(ablation, "VARIANTS", {"Residual flow, LipSwish": ""})
+    monkeypatch.setitem(density.CONFIGS, "digits", CONFIG)
+    config = AblationConfig(seeds=(0, 1), workdir=tmp_path)
+    table = ablation.run(config)
+    (row,) = table.values()
+    assert np.isfinite(row["mean"]) and row["deviation"] > 0
+    assert (tmp_path / "digits" / "1" / "report.html").exists()
+    capsys.readouterr()
+    assert ablation.run(config) == table
+    assert capsys.readouterr().out.count("no step taken") == 2
