@@ -41,7 +41,7 @@ from experiments.configs import (
 )
 from experiments.configs.base import DensityConfig, RunConfig, VectorsConfig
 from experiments.configs.toy import ToyConfig
-from experiments.distributed import join
+from experiments.distributed import all_end_with_one, check_same, join
 from experiments.images import ImageTask
 from experiments.run import cores_for, use_all_cores, use_xla_flags
 from experiments.train import Task
@@ -87,11 +87,15 @@ def main(arguments: list[str] | None = None, configs: Mapping[str, RunConfig] = 
     )
     use_all_cores(cores_for_run(config))
     join(config.distributed)
-    run(config)
+    with all_end_with_one():
+        run(config)
 
 
 def cores_for_run(config: RunConfig) -> int:
-    """As many CPU devices as the mesh has, or else as can take equal shares of a batch, in each process."""
+    """As many CPU devices as the mesh has, or else as can take equal shares of a batch, in each process.
+
+    How many processes a cluster has is not known yet: on its CPUs $JAX_NUM_CPU_DEVICES says how many devices each has.
+    """
     processes = config.distributed.num_processes or 1
     if config.mesh.data is not None:
         return max(1, config.mesh.data * config.mesh.model // processes)
@@ -137,6 +141,7 @@ def task_of(config: RunConfig) -> Task:
 
 def run(config: RunConfig) -> Estimate:
     """Trains (or goes on training), evaluates, draws. Returns bits/dim of the test images, or nats of other data."""
+    check_same(config)
     return train.run(config, task_of(config))
 
 

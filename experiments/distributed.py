@@ -8,7 +8,9 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -44,9 +46,8 @@ def join(config: DistributedConfig) -> None:
             # What is given holds: JAX would ask the cluster which devices are whose all the same.
             cluster_detection_method=None if config.auto else "deactivate",
             initialization_timeout=config.timeout + 60,
-            shutdown_timeout_seconds=3600,
         )
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         if config.auto:
             raise ValueError(
                 f"distributed.auto: expected a cluster that JAX detects, got: {error} Name --distributed.coordinator, "
@@ -99,6 +100,28 @@ def check_same(config: Any) -> None:
             f"config: expected the same in all processes, got other settings in {', '.join(map(str, others))} than in "
             "0; they say which"
         )
+
+
+@contextmanager
+def all_end_with_one() -> Iterator[None]:
+    """Around what several processes do together: where one fails, it ends at once, and the others with it.
+
+    Waiting for them to come to an end, as JAX does at exit, it would keep them waiting for itself.
+    """
+    try:
+        yield
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def from_first(tree: Any) -> Any:
+    """The arrays of the first process, in all: what each computes for itself may differ in the last bits."""
+    return jax.device_put(multihost_utils.broadcast_one_to_all(tree)) if jax.process_count() > 1 else tree
 
 
 def by_first(action: Callable[[], None]) -> None:

@@ -27,11 +27,11 @@
 # a grace time, Slurm sends SIGTERM to the tasks and not to this script. The run finishes its step, or the validation
 # that it is in, writes a checkpoint and ends with status 0. As a finished run ends with status 0 as well, the script
 # looks for report.html, which a run writes last: if there is none newer than this start, the job goes back into the
-# queue under its old number and goes on from the checkpoint. So it does if SIGTERM killed the run (status 143), as it
-# may outside training: while it is set up or evaluated. Other errors are not repeated.
+# queue under its old number and goes on from the checkpoint. A signal while the run is set up counts for its first step;
+# one in its closing report is ignored, and the report goes on. So it does too if SIGTERM killed the run (status 143), as
+# it may before the processes have met. Other errors are not repeated.
 # A preemption without grace time, and a lost node, leave the last checkpoint that there is: --save-every says how old
 # it may be. Slurm itself requeues then, if it is configured to.
-# Slurm signals all processes of a task. Those that --data.workers starts do not expect it: leave it at 0.
 #
 # How to stop it for good. scancel JOB ends it at once, with a checkpoint or without. With one:
 #

@@ -1,8 +1,8 @@
 """Where a batch is divided among devices: along which named axes, and whose examples these are.
 
 Inside `jax.shard_map` (with check_vma, its default) the types of arrays tell over which axes of the mesh they differ.
-Inside `jax.pmap`, and `jax.vmap` with an axis_name, they do not: there an axis named "data" is one along
-which a batch is divided, and gradients are a device's own until they are summed.
+Inside `jax.pmap`, `jax.vmap` with an axis_name, and `jax.shard_map` without check_vma, they do not: there an axis named
+"data" is one along which a batch is divided, and gradients are a device's own until they are summed.
 """
 
 from typing import Any

@@ -62,22 +62,33 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Dev
             f"{model} = {data * model}"
         )
     mesh = jax.make_mesh((data, model), (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2, devices=devices)
-    if part_of_process(mesh) is not None:
+    if _has_a_part_for_every_process(mesh):
         return mesh
     # JAX ordered the devices by their network alone; process by process, each reads one part of a batch.
     ordered = np.asarray(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(data, model)
     mesh = Mesh(ordered, (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2)
-    if part_of_process(mesh) is None:
+    if not _has_a_part_for_every_process(mesh):
         raise ValueError(
-            f"mesh.model: expected a divisor or a multiple of {jax.local_device_count()}, the number of devices of a "
-            f"process, got {model}"
+            f"mesh: expected sizes with which every process has an equal part of a batch, got data {data} and model "
+            f"{model} with {len(devices)} devices, {jax.local_device_count()} of them in process {jax.process_index()}"
         )
     return mesh
 
 
-def part_of_process(mesh: Mesh) -> tuple[int, int] | None:
-    """(n, parts): of a batch cut in so many equal parts, this process's devices have number n; None if they do not."""
-    own = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
+def _has_a_part_for_every_process(mesh: Mesh) -> bool:
+    """Asked for all of them, so that all have the same answer."""
+    processes = {device.process_index for device in mesh.devices.flat}
+    parts = {part_of_process(mesh, process) for process in processes}
+    return None not in parts and len({number for _, number in parts}) == 1
+
+
+def part_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int] | None:
+    """(n, parts): of a batch cut in so many equal parts, a process's devices have number n; None if they do not.
+
+    By default of this process.
+    """
+    process = jax.process_index() if process is None else process
+    own = np.vectorize(lambda device: device.process_index == process)(mesh.devices)
     rows = np.flatnonzero(own.any(axis=1))
     number = len(rows)
     if not number or rows[-1] - rows[0] != number - 1 or rows[0] % number or mesh.shape[DATA_AXIS] % number:
@@ -98,7 +109,7 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
 
     Returns:
       (state, batch, key) -> (state, metrics) as `Trainer.step`, of global arrays: batch [B, ...], or with accumulation
-      [batches, B, ...]. What does not lie as it should is moved. The state is donated.
+      [batches, B, ...]. Arrays that are tied to no device are moved to where they should lie. The state is donated.
     """
     check_choice("parameters", parameters, PARAMETERS)
     whole, batches = NamedSharding(mesh, PartitionSpec()), batch_sharding(trainer, mesh)
@@ -163,9 +174,10 @@ def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = Non
       devices: by default all of all processes.
 
     Returns:
-      (state, batch, key) -> (state, metrics): the state with a leading axis of this process's devices on every array,
-      the same for each, as `replicate` makes it; batch [devices, per-device batch, ...], or with accumulation
-      [devices, batches, per-device batch, ...]; one key for all; metrics without the axis. The state is donated.
+      (state, batch, key) -> (state, metrics): the state with a leading axis of devices on every array, the same for
+      each, as `replicate` makes it; batch [devices, per-device batch, ...], or with accumulation [devices, batches,
+      per-device batch, ...], of this process's devices; one key for all; metrics without the axis. The state is
+      donated.
     """
     return jax.pmap(
         trainer.step,
@@ -178,7 +190,7 @@ def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = Non
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
-    """Arrays with a leading axis of this process's devices, a copy on each, for `pmap_train_step`."""
+    """Arrays with a leading axis of all devices, a copy on each, for `pmap_train_step`."""
     mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), (DATA_AXIS,))
     stacked = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
     return jax.tree.map(lambda leaf: from_host(np.broadcast_to(leaf, (mesh.size, *np.shape(leaf))), stacked), tree)

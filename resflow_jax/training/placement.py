@@ -80,7 +80,7 @@ class Placement:
         check_divisible(batch_size, self.mesh)
 
     def place(self, tree: Any) -> Any:
-        """A state, or part of one, as the step takes it: one that every process holds whole, or of global arrays.
+        """A state, or part of one, as the step takes it: one that every process holds whole, or of `on_mesh`.
 
         The step is donated it: global arrays that lie as they should are taken as they are, all others copied.
         """

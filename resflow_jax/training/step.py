@@ -186,7 +186,7 @@ class Trainer(NamedTuple):
 
 
 def fit_estimator(state: TrainState, batch_size: int) -> TrainState:
-    """The state with the law of each block's lengths fitted to the term norms of the last hundred steps or so.
+    """The state with the law of each block's lengths fitted to the term norms of the last hundred updates or so.
 
     To be called between epochs; the gradient of the next steps stays unbiased. Before the first step
     there is nothing to fit, and the table is that of `Defensive`. `batch_size` examples share a length.
