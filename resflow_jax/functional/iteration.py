@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
+from resflow_jax.functional.manual_axes import vary_over, varying_axes
 
 Array = jax.Array
 
@@ -178,6 +179,7 @@ def iterate(step: Callable[[Array], Array], start: Array, solver: Solver, scale:
     none, infinite = jnp.zeros(x.shape[0], jnp.int32), jnp.full(x.shape[0], jnp.inf, x.dtype)
     status = InverseStatus(none, infinite, infinite, none > 0)
     state = _State(x, Evaluation(x, x), _Guard(none, none, none + 1), solver.initialize(x), status)
+    state = vary_over(state, varying_axes((x, scale)))
     _, state = lax.while_loop(unfinished, advance, (jnp.int32(0), state))
     x, base, status = state.x, state.base, state.status
     x = _select(example_norm(x - base.image) <= status.residual_norm, x, base.image)

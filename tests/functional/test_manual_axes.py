@@ -8,9 +8,11 @@ from jax.sharding import AxisType, PartitionSpec
 
 from resflow_jax.functional.convolution import conv2d
 from resflow_jax.functional.estimators import Exact, Roulette
+from resflow_jax.functional.inverse import residual_inverse
 from resflow_jax.functional.laws import Geometric
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.manual_axes import example_keys, vary_over, varying_axes
+from resflow_jax.functional.solvers import Anderson
 from tests.functional.contractions import conv_net
 
 pytestmark = pytest.mark.skipif(
@@ -82,6 +84,27 @@ def test_residual(estimator, chunk_size):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), found, expected)
     found = spread(jax.grad(total, (0, 1, 2)), specs, (WHOLE, WHOLE, SHARES))(params, scale, x, weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, gradient)
+
+
+def test_inverse():
+    """Each device solves for its examples; values and gradients are those of one device."""
+    g, params, x = conv_net(0.6, batch=4)
+    y = x + g(params, x)
+    solver = Anderson(tolerance=1e-12)
+
+    def loss(params, y):
+        return jnp.sum(jnp.sin(residual_inverse(g, params, y, solver=solver, return_status=True)[0]))
+
+    def total(params, y):
+        return jax.lax.psum(loss(params, y), "data")
+
+    expected = jax.value_and_grad(loss, (0, 1))(params, y)
+    own = spread(lambda params, y: jax.grad(loss, 1)(params, y), (WHOLE, SHARES))(params, y)
+    np.testing.assert_allclose(own, expected[1][1], rtol=1e-8, atol=1e-10)
+    found = spread(jax.value_and_grad(total), (WHOLE, SHARES), WHOLE)(params, y)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), found, (expected[0], expected[1][0])
+    )
 
 
 def test_convolution():
