@@ -104,9 +104,10 @@ def check_same(config: Any) -> None:
 
 @contextmanager
 def all_end_with_one() -> Iterator[None]:
-    """Around what several processes do together: where one fails, it ends at once, and the others with it.
+    """Around what several processes do together: where one fails, it ends at once, and JAX ends the others.
 
-    Waiting for them to come to an end, as JAX does at exit, it would keep them waiting for itself.
+    They miss its heartbeat after 100 s at most. Waiting for them to come to an end, as JAX does at exit, it would keep
+    them waiting for itself.
     """
     try:
         yield
