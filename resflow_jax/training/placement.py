@@ -4,7 +4,7 @@ A process holds what its devices hold. Between steps the state has the form that
 evaluation have their own:
 
     whole, or global arrays --place--> as the step takes it --on_mesh--> global arrays, as they are saved
-    global arrays --local--> whole, on the first device of each process, to evaluate
+    global arrays --local--> whole in each process, tied to no device, to evaluate
 """
 
 from typing import Any
@@ -121,7 +121,10 @@ class Placement:
         return unreplicate(state, self.mesh) if self.way == "pmap" else state
 
     def local(self, tree: Any) -> Any:
-        """Global arrays, whole on the first device of this process; others as they are."""
+        """Global arrays, whole, and as little tied to a device as fresh ones are; others as they are.
+
+        Through the host: else every program that runs on them would be compiled once more.
+        """
         return jax.tree.map(_first_copy, gathered(tree, self.mesh))
 
 
@@ -133,4 +136,5 @@ def gathered(tree: Any, mesh: Mesh) -> Any:
 
 
 def _first_copy(leaf: Array) -> Array:
-    return leaf.addressable_data(0) if isinstance(leaf.sharding, NamedSharding) else leaf
+    is_global = isinstance(leaf.sharding, NamedSharding)
+    return jax.device_put(np.array(leaf.addressable_data(0))) if is_global else leaf
