@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import errno
-import itertools
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from experiments.sample import SampleConfig
 from resflow_jax import Estimate, Exact, ImageFlowConfig, Roulette, VectorFlowConfig, certify
 from resflow_jax.data.batches import Batches
 from resflow_jax.training.checkpoints import Checkpoints
+from tests.experiments.tiny import run_and_cut
 
 TINY = dataclasses.replace(
     density.CONFIGS["digits"],
@@ -157,20 +157,11 @@ def test_checkpoints_hold_the_certificate_of_the_tightened_flow(finished):
 
 
 @pytest.mark.parametrize("fit_lengths", [False, True])
-def test_a_cut_run_resumes_exactly(finished, fitted, tmp_path, monkeypatch, capsys, fit_lengths):
+def test_a_cut_run_resumes_exactly(finished, fitted, tmp_path, capsys, fit_lengths):
     """A run cut behind its first checkpoint and started again ends as the uncut one, bit for bit."""
     workdir, result = fitted if fit_lengths else finished
     config = dataclasses.replace(TINY, workdir=tmp_path, fit_lengths=fit_lengths)
-    starting_at = Batches.starting_at
-
-    def cut(self, step, **options):
-        yield from itertools.islice(starting_at(self, step, **options), 5)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Batches, "starting_at", cut)
-        with pytest.raises(KeyboardInterrupt):
-            density.run(config)
+    run_and_cut(config, batches=5)
     assert density.run(config) == result
     assert "resuming" in capsys.readouterr().out
     assert read_metrics(tmp_path) == read_metrics(workdir)

@@ -1,7 +1,6 @@
 """Two real processes of two devices each: the run of one device, killed, stopped and resumed on other devices."""
 
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -20,9 +19,9 @@ from experiments.configs.base import DistributedConfig, EvaluationConfig, MeshCo
 from experiments.metrics import Followed
 from experiments.run import MetricsFile
 from resflow_jax import ImageFlowConfig, Roulette
-from resflow_jax.data.batches import Batches
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.parallel import make_mesh
+from tests.experiments.tiny import run_and_cut
 from tests.experiments.worker import without_pictures
 
 CONFIG = dataclasses.replace(
@@ -113,11 +112,6 @@ def ended(processes, seconds=240):
     return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
 
 
-def said(output):
-    """An output but for that of the library that connects the processes, whose threads write at the same time."""
-    return re.sub(r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\.[^:\n]*: \d+", "", output).strip()
-
-
 def check_same_run(workdir, expected):
     """Every line, to rounding in float64."""
     _, expected_lines = expected
@@ -139,42 +133,32 @@ def test_killed_and_resumed_on_another_number_of_devices(on_one_device, tmp_path
     for process in processes:
         process.kill()
     _, (_, others_printed, others_errors) = ended(processes)
-    assert "step/s" not in others_errors and not said(others_printed), "the second process writes nothing"
+    assert "step/s" not in others_errors and not others_printed, "the second process writes nothing"
     assert [path.name for path in (workdir / "training").iterdir()] == ["process 0"], "nor does it draw"
     result = density.run(dataclasses.replace(CONFIG, workdir=workdir))
     np.testing.assert_allclose(result, on_one_device[0], rtol=1e-8)
     check_same_run(workdir, on_one_device)
 
 
-def test_stopped_by_a_signal_to_one_process(on_one_device, tmp_path, monkeypatch):
+def test_stopped_by_a_signal_to_one_process(on_one_device, tmp_path):
     """A run that was cut on eight devices, gone on with by pmap in two processes; SIGTERM to the second ends both.
 
     The signal comes before their first step. They go on, by shard_map, to the end.
     """
     workdir = tmp_path / "run"
-    config = dataclasses.replace(CONFIG, workdir=workdir)
-    starting_at = Batches.starting_at
-
-    def cut(self, step, **options):
-        yield from itertools.islice(starting_at(self, step, **options), 4)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Batches, "starting_at", cut)
-        with pytest.raises(KeyboardInterrupt):
-            density.run(config)
+    run_and_cut(dataclasses.replace(CONFIG, workdir=workdir), batches=4)
     first, second = ended(start(workdir, "--parallel", "pmap", event=("terminate", 1, 0)))
     assert (first[0], second[0]) == (0, 0), (first, second)
-    assert f"resuming {workdir} at step 3" in first[1] and not said(second[1])
+    assert f"resuming {workdir} at step 3" in first[1] and not second[1]
     step = int(re.search(r"stopped at step (\d+) of 12; the same command goes on from there", first[1])[1])
     assert 4 <= step < 12
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         assert checkpoints.latest_step == step
     first, second = ended(start(workdir, "--parallel", "shard_map"))
-    assert (first[0], second[0]) == (0, 0) and not said(second[1]), (first, second)
+    assert (first[0], second[0]) == (0, 0) and not second[1], (first, second)
     assert f"resuming {workdir} at step {step}" in first[1]
     result = on_one_device[0]
-    assert said(first[1]).splitlines()[-1] == f"test bits/dim {result.mean:.4f} +- {result.stderr:.4f}"
+    assert first[1].splitlines()[-1] == f"test bits/dim {result.mean:.4f} +- {result.stderr:.4f}"
     assert (workdir / "report.html").exists()
     check_same_run(workdir, on_one_device)
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -15,7 +14,7 @@ from flax import nnx
 
 from experiments import density, saved
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
-from experiments.run import as_json, claim_workdir
+from experiments.run import as_json
 from experiments.saved import saved_config, saved_flow
 from experiments.train import set_up, tightened_flow
 from experiments.trained import trained_flow, trained_runs
@@ -43,22 +42,11 @@ CONFIGS = {
 }
 
 
-def save_run(workdir, loss=3.0):
-    """The files of a run at its first checkpoint, without its training: the weights are those of the start."""
-    config = replace(tiny.DIGITS, workdir=workdir)
-    claim_workdir(workdir, config)
-    trainer, state = set_up(density.task_of(config))
-    average = optax.EmaState(jnp.asarray(1), optax.tree.scale(1 - trainer.ema_decay, state.params))
-    state = state._replace(step=jnp.asarray(2), ema=average)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(state, loss, certify(tightened_flow(trainer, state)))
-
-
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """The work directory of a run."""
     workdir = tmp_path_factory.mktemp("run")
-    save_run(workdir)
+    tiny.save_run(replace(tiny.DIGITS, workdir=workdir))
     return workdir
 
 
@@ -178,7 +166,7 @@ def test_other_weights_are_refused(run_dir):
 
 def test_an_unvalidated_checkpoint_is_the_latest_alone(tmp_path):
     """As of a run that was stopped early: its best weights are not there, and the message says what is."""
-    save_run(tmp_path, loss=None)
+    tiny.save_run(replace(tiny.DIGITS, workdir=tmp_path), loss=None)
     with pytest.raises(
         FileNotFoundError, match=r"weights: expected a validated checkpoint, the only one in .* is of step 2"
     ):

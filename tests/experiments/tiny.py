@@ -1,15 +1,18 @@
-"""A run of `experiments.density digits` that takes seconds, and one that was never trained."""
+"""A run of `experiments.density digits` that takes seconds, one that was never trained, and one that is cut."""
 
 from dataclasses import replace
+from itertools import islice
 
 import jax.numpy as jnp
 import optax
+import pytest
 
 from experiments import density
 from experiments.configs.base import DensityConfig, EvaluationConfig
 from experiments.run import claim_workdir
 from experiments.train import set_up, tightened_flow
 from resflow_jax import ImageFlowConfig, Roulette, certify
+from resflow_jax.data.batches import Batches
 from resflow_jax.training.checkpoints import Checkpoints
 
 DIGITS = replace(
@@ -21,7 +24,20 @@ DIGITS = replace(
 )
 
 
-def save_run(config: DensityConfig, loss: float = 3.0) -> None:
+def run_and_cut(config: DensityConfig, batches: int) -> None:
+    """A run that comes to an abrupt end when it asks for more than so many batches."""
+    starting_at = Batches.starting_at
+
+    def cut(self, step, **options):
+        yield from islice(starting_at(self, step, **options), batches)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Batches, "starting_at", cut)
+        density.run(config)
+
+
+def save_run(config: DensityConfig, loss: float | None = 3.0) -> None:
     """The files of a run at its last checkpoint, without its training: the weights are those of the start."""
     claim_workdir(config.workdir, config)
     trainer, state = set_up(density.task_of(config))

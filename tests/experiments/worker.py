@@ -3,7 +3,8 @@
     python -m tests.experiments.worker EVENT PROCESS BATCH [arguments of experiments.density]
 
 As it reads its batch of number BATCH, counted from where it starts, the process PROCESS stalls for ever ("stall"), or
-is sent SIGTERM and reads slowly from there on ("terminate").
+is sent SIGTERM and reads slowly from there on ("terminate"). Its standard output is what Python prints: what libraries
+write there by themselves, as Gloo's threads do, one through the other, goes to standard error.
 """
 
 import os
@@ -30,7 +31,14 @@ def without_pictures(set_attribute) -> None:
     set_attribute(ImageTask, "draw", lambda *_: Drawing({}, {}))
 
 
+def separate_python_output() -> None:
+    """Gives Python the standard output for itself."""
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+
 def main() -> None:
+    separate_python_output()
     event, process, number, *arguments = sys.argv[1:]
     starting_at = Batches.starting_at
 
