@@ -35,7 +35,7 @@ def use_all_cores(number: int | None = None) -> None:
 
 def cores_for(batch_size: int) -> int:
     """The most CPU cores that can take equal shares of a batch."""
-    return max(n for n in range(1, number_of_cores() + 1) if batch_size % n == 0)
+    return _most_sharing(batch_size, number_of_cores())
 
 
 def number_of_cores() -> int:
@@ -77,7 +77,12 @@ def _is_for_cpu() -> bool:
 
 def devices_for(batch_size: int) -> int:
     """The most devices that can take equal shares of a batch."""
-    return max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
+    return _most_sharing(batch_size, jax.device_count())
+
+
+def _most_sharing(batch_size: int, number: int) -> int:
+    """The most of so many that can take equal shares of a batch."""
+    return max(n for n in range(1, number + 1) if batch_size % n == 0)
 
 
 def data_mesh(batch_size: int) -> Mesh:

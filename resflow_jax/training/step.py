@@ -111,7 +111,7 @@ class Trainer(NamedTuple):
         state = self.advance_norms(self.update(state, found))
         return state, found.metrics()
 
-    def gradient(self, state: TrainState, batch: Any, key: Array) -> "Gradient":
+    def gradient(self, state: TrainState, batch: Any, key: Array) -> Gradient:
         """The first part of a step: means over the batches of an update, and over devices."""
         loss, diagnostics, gradient, rest = self._own_gradient(state, batch, key)
         if axes := batch_axes(batch):
@@ -122,7 +122,7 @@ class Trainer(NamedTuple):
             rest = nnx.merge_state(state.rest, statistics)
         return Gradient(loss, diagnostics, gradient, rest)
 
-    def update(self, state: TrainState, found: "Gradient") -> TrainState:
+    def update(self, state: TrainState, found: Gradient) -> TrainState:
         """The second part: the optimiser and the averages, element by element but for the gradient's norm."""
         updates, opt_state = self.optimizer.update(found.gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -141,7 +141,7 @@ class Trainer(NamedTuple):
         """`step` compiled for one device; the state passed in is donated."""
         return jax.jit(self.step, donate_argnums=0)
 
-    def _own_gradient(self, state: TrainState, batch: Any, key: Array) -> "Gradient":
+    def _own_gradient(self, state: TrainState, batch: Any, key: Array) -> Gradient:
         """Means over the batches of an update, on a device's share of them."""
         # Typed as this device's own, parameters get this device's gradient.
         params, rest = vary_over((state.params, state.rest), varying_axes(batch))
