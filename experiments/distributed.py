@@ -111,7 +111,7 @@ def all_end_with_one() -> Iterator[None]:
     """
     try:
         yield
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         if jax.process_count() == 1:
             raise
         traceback.print_exc()

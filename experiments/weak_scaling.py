@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
@@ -143,18 +142,17 @@ def measure(case: Case, config: WeakScalingConfig, data: int, model: int, way: s
     placement = Placement(trainer, make_mesh(data, model, jax.devices()[: data * model]), way, parameters)
     state = placement.place(trainer.create_state(flow, Roulette()))
     batch, key = placement.place_batch(images), jax.random.key(0)
-    step = placement.step.lower(state, batch, key).compile()
+    lowered = placement.step.lower(state, batch, key)
+    step, metrics = lowered.compile(), lowered.out_info[1]
     found = collectives(step.as_text())
     seconds = None
     if data * model <= number_of_cores():
         times = []
         for _ in range(config.steps + 1):
             began = time.perf_counter()
-            state, metrics = jax.block_until_ready(step(state, batch, key))
+            state, _ = jax.block_until_ready(step(state, batch, key))
             times.append(time.perf_counter() - began)
         seconds = float(np.median(times[1:]))
-    else:
-        metrics = jax.eval_shape(trainer.step, trainer.create_state(flow, Roulette()), jnp.asarray(images), key)[1]
     scalars = metrics["loss"], metrics["diagnostics"]
     return {
         "devices": data * model,

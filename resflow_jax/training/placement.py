@@ -61,8 +61,8 @@ class Placement:
         if way != "jit" and parameters != "replicated":
             raise ValueError(f'mesh.parameters: expected "replicated" with {way}, got "{parameters}"')
         self.trainer, self.mesh, self.way, self.parameters = trainer, mesh, way, parameters
-        if way != "jit":
-            check_data_alone(way, mesh)
+        if way == "pmap":
+            check_data_alone(way, mesh)  # the step of shard_map does so itself
         self.step = {
             "jit": lambda: jit_train_step(trainer, mesh, parameters=parameters),
             "shard_map": lambda: shard_map_train_step(trainer, mesh),
