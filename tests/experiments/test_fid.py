@@ -5,6 +5,7 @@ What computes a distance needs torch-fidelity; the rest runs without.
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -14,7 +15,7 @@ import pytest
 from experiments import fid, sample
 from experiments.fid import FidConfig
 from resflow_jax.data.images import ImageSplits
-from tests.experiments.test_saved import save_run
+from tests.experiments import tiny
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_pixels_are_means_on_a_grid(package):
 def run_dir(tmp_path_factory):
     """The work directory of a run on grey images of 17 levels."""
     workdir = tmp_path_factory.mktemp("run")
-    save_run(workdir)
+    tiny.save_run(replace(tiny.DIGITS, workdir=workdir))
     return workdir
 
 

@@ -13,7 +13,7 @@ from experiments import pictures, sample
 from experiments.sample import SampleConfig
 from resflow_jax import Anderson, ResidualFlow
 from resflow_jax.data.images import to_unit_interval
-from tests.experiments.test_saved import save_run
+from tests.experiments import tiny
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def run_dir(tmp_path_factory):
         for name in ("saved_flow", "decoder"):
             patch.setattr(sample, name, lru_cache(getattr(sample, name)))
         workdir = tmp_path_factory.mktemp("run")
-        save_run(workdir)
+        tiny.save_run(replace(tiny.DIGITS, workdir=workdir))
         yield workdir
 
 
