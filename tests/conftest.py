@@ -1,12 +1,22 @@
 """Every test runs in float64, so that a wrong formula cannot hide behind rounding.
 
-The programs are tiny, compiled often and run once: most of XLA's optimisations cost more than they bring.
+The programs are tiny, compiled often and run once: most of XLA's optimisations cost more than they bring, and its
+older emitters of fusions compile in half of the time. Python's garbage collector, which looks at every traced program
+anew, runs rarely.
 """
 
+import gc
+import os
 from pathlib import Path
 
-import jax
+import jaxlib.version
 import pytest
+
+if jaxlib.version.__version__.startswith("0.10."):  # XLA ends a process for a flag that it does not know
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+gc.set_threshold(200_000, 20, 100)
+
+import jax  # noqa: E402
 
 MAPS = Path("/proc/self/maps")
 
