@@ -74,13 +74,13 @@ class DenseMap:
         """W^T u for one vector of `output_shape`."""
         return kernel @ u
 
-    def norm_from_one(self, kernel: Array, codomain: Order) -> Array:
-        """||W||_{1 -> codomain}; differentiable in the kernel and in the order."""
-        return jnp.max(vector_norm(kernel, codomain, axis=1))
+    def column_norms(self, kernel: Array, codomain: Order) -> Array:
+        """||W e_j|| in the order `codomain` for every input j, [features_in, 1]; differentiable in kernel and order."""
+        return vector_norm(kernel, codomain, axis=1)[:, None]
 
-    def norm_to_infinity(self, kernel: Array, domain: Order) -> Array:
-        """||W||_{domain -> inf}; differentiable in the kernel and in the order."""
-        return jnp.max(vector_norm(kernel, conjugate(domain), axis=0))
+    def row_norms(self, kernel: Array, domain: Order) -> Array:
+        """||W^T e_i|| in the order conjugate to `domain` for every output i, [features_out]; likewise."""
+        return vector_norm(kernel, conjugate(domain), axis=0)
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,18 @@ class ConvMap:
             return kernel[0, 0] @ u
         return conv2d(u[None], kernel[::-1, ::-1].swapaxes(2, 3))[0]
 
-    def norm_from_one(self, kernel: Array, codomain: Order) -> Array:
-        """||W||_{1 -> codomain}, the zero padding included; differentiable in the kernel and in the order."""
-        columns = [vector_norm(part, codomain, axis=(0, 1, 3)) for part in self._parts(kernel)]
-        return jnp.max(jnp.stack(columns))
+    def column_norms(self, kernel: Array, codomain: Order) -> Array:
+        """The largest ||W e_j|| in the order `codomain` of each input channel, over all pixels, [channels_in, 1].
 
-    def norm_to_infinity(self, kernel: Array, domain: Order) -> Array:
-        """||W||_{domain -> inf}, the zero padding included; differentiable in the kernel and in the order."""
+        The zero padding is included; differentiable in the kernel and in the order.
+        """
+        columns = [vector_norm(part, codomain, axis=(0, 1, 3)) for part in self._parts(kernel)]
+        return jnp.max(jnp.stack(columns), axis=0)[:, None]
+
+    def row_norms(self, kernel: Array, domain: Order) -> Array:
+        """The largest ||W^T e_i|| in the order conjugate to `domain` of each output channel, [channels_out]."""
         rows = [vector_norm(part, conjugate(domain), axis=(0, 1, 2)) for part in self._parts(kernel)]
-        return jnp.max(jnp.stack(rows))
+        return jnp.max(jnp.stack(rows), axis=0)
 
     def _parts(self, kernel: Array) -> list[Array]:
         """The parts of the kernel that lie inside the image at some pixel: all of it alone, if it fits."""

@@ -18,7 +18,8 @@ it is the zero-padded convolution on its real spatial size, never the reshaped
 kernel (Gouk et al. 2018, arXiv 1804.04368; Behrmann et al. 2019, arXiv 1811.00995,
 appendix D).
 
-Soft normalisation W * min(1, c / sigma) leaves a map of norm below c alone.
+Soft normalisation W * min(1, c / sigma) leaves a map of norm below c alone. Where sigma is a largest norm
+of rows or of columns, each of them is normalised by its own, which is enough and shrinks W least.
 Gradients flow through sigma = u^T W v with u and v held fixed, which is the
 derivative of the norm at convergence, by the envelope theorem. For the orders p
 and q there is a loss of its own, with W and v held fixed.
@@ -178,11 +179,22 @@ def induced_norm(
     vectors of `power_iteration`, times the factor of a map that holds `copies` of W (it exceeds one for
     domain > codomain only). Gradients in learnable orders come from `order_loss`.
     """
+    return jnp.max(channel_norms(linear_map, kernel, u, v, domain, codomain))
+
+
+def channel_norms(
+    linear_map: LinearMap, kernel: Array, u: Array, v: Array, domain: Order = 2.0, codomain: Order = 2.0
+) -> Array:
+    """Norms to be limited for the map's norm to be: their maximum is `induced_norm`.
+
+    Of every output channel, [O], where the norm is the largest of rows (codomain inf); of every input channel, [I, 1],
+    where it is the largest of columns (domain 1); otherwise of the whole, a scalar. Broadcasts against the kernel.
+    """
     domain, codomain = (lax.stop_gradient(order) if isinstance(order, Array) else order for order in (domain, codomain))
     if not needs_power_iteration(domain, codomain):
         return _closed_form(linear_map, kernel, domain, codomain)
     sigma = spectral_norm(partial(linear_map.matvec, kernel), u, v)
-    return _with_copies(sigma, linear_map.copies, domain, codomain)
+    return with_copies(sigma, linear_map.copies, domain, codomain)
 
 
 def order_loss(linear_map: LinearMap, kernel: Array, v: Array, domain: Order, codomain: Order) -> Array:
@@ -192,13 +204,13 @@ def order_loss(linear_map: LinearMap, kernel: Array, v: Array, domain: Order, co
     """
     kernel, v = lax.stop_gradient((kernel, v))
     if not needs_power_iteration(domain, codomain):
-        return _closed_form(linear_map, kernel, domain, codomain)
+        return jnp.max(_closed_form(linear_map, kernel, domain, codomain))
     sigma = vector_norm(linear_map.matvec(kernel, v), codomain) / vector_norm(v, domain)
-    return _with_copies(sigma, linear_map.copies, domain, codomain)
+    return with_copies(sigma, linear_map.copies, domain, codomain)
 
 
 def soft_normalize(kernel: Array, sigma: Array, coefficient: float) -> Array:
-    """kernel * min(1, coefficient / sigma): norm at most `coefficient` if sigma is exact."""
+    """kernel * min(1, coefficient / sigma): norm at most `coefficient` if sigma, as of `channel_norms`, is exact."""
     return kernel / jnp.maximum(1.0, sigma / coefficient)
 
 
@@ -223,12 +235,13 @@ def _residual(w: Array, v: Array, sigma: Array, v_next: Array, sigma_next: Array
 
 
 def _closed_form(linear_map: LinearMap, kernel: Array, domain: Order, codomain: Order) -> Array:
+    """The norms of all columns, or of all rows."""
     if is_order(domain, 1):
-        return linear_map.norm_from_one(kernel, codomain)
-    return linear_map.norm_to_infinity(kernel, domain)
+        return linear_map.column_norms(kernel, codomain)
+    return linear_map.row_norms(kernel, domain)
 
 
-def _with_copies(sigma: Array, copies: int, domain: Order, codomain: Order) -> Array:
+def with_copies(sigma: Array, copies: int, domain: Order, codomain: Order) -> Array:
     """||W + ... + W||_{p->q} of a direct sum: sigma * max_a ||a||_q / ||a||_p = sigma * copies^max(0, 1/q - 1/p)."""
     if copies == 1:
         return sigma

@@ -28,31 +28,32 @@ _ATANH_HALF = 0.5493061829986572  # rounded to float32, as there: p(0) - 2 is 6e
 _MARGIN = 1e-3
 
 
-def parse_norms(norms: str | Sequence[float], layers: int | None = None) -> tuple[float, ...]:
+def parse_norms(norms: str | Sequence[float], layers: int | None = None, name: str = "norms") -> tuple[float, ...]:
     """The orders that a user gave: "222f" -> (2.0, 2.0, 2.0, inf), (2, 2.5, 2) -> (2.0, 2.5, 2.0).
 
     Args:
       norms: digits from 1 to 9 and "f" for infinity, or a sequence of numbers of at least one.
       layers: if given, layers + 1 orders are expected; otherwise at least two.
+      name: of the argument, for errors.
 
     Raises:
-      ValueError: that names `norms` and the order which is wrong, or how many were expected.
+      ValueError: that names the argument and the order which is wrong, or how many were expected.
     """
     if isinstance(norms, str):
         unknown = sorted(set(norms) - set("123456789f"))
         if unknown:
-            raise ValueError(f"norms: expected digits from 1 to 9 and 'f' (infinity), got {unknown[0]!r} in {norms!r}")
+            raise ValueError(f"{name}: expected digits from 1 to 9 and 'f' (infinity), got {unknown[0]!r} in {norms!r}")
         orders = tuple(math.inf if letter == "f" else float(letter) for letter in norms)
     elif isinstance(norms, Sequence):
         for n, order in enumerate(norms):
-            check_order(f"norms[{n}]", order)
+            check_order(f"{name}[{n}]", order)
         orders = tuple(map(float, norms))
     else:
-        raise ValueError(f"norms: expected a string such as '222f' or a sequence of numbers, got {norms!r}")
+        raise ValueError(f"{name}: expected a string such as '222f' or a sequence of numbers, got {norms!r}")
     if layers is None:
-        check_count("norms: the number of orders", len(orders), 2)
+        check_count(f"{name}: the number of orders", len(orders), 2)
     elif len(orders) != layers + 1:
-        raise ValueError(f"norms: expected {layers + 1} orders for {layers} layers, got {len(orders)} in {norms!r}")
+        raise ValueError(f"{name}: expected {layers + 1} orders for {layers} layers, got {len(orders)} in {norms!r}")
     return orders
 
 

@@ -3,7 +3,8 @@
     h(x) = W x * min(1, c / sigma) + b,   sigma = u^T W v
 
 u and v are the power-iteration vectors, explicit state beside the parameters (`NormState`).
-They are iterated to convergence when a layer is made and advanced by `update_norm`; applying
+For norms in closed form sigma is that of every row or every column alone. The
+vectors are iterated to convergence when a layer is made and advanced by `update_norm`; applying
 the layer never changes them.
 """
 
@@ -22,6 +23,7 @@ from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.norms import (
     PowerIterationStatus,
     best_start,
+    channel_norms,
     induced_norm,
     needs_power_iteration,
     order_loss,
@@ -100,7 +102,8 @@ class LipschitzLinear(nnx.Module):
 
     def weights(self) -> tuple[Array, Array]:
         """The softly normalised kernel, and the bias: what `apply` takes."""
-        return soft_normalize(self.kernel[...], self.norm(), self.limit()), self.bias[...]
+        norms = channel_norms(self.linear_map, self.kernel[...], self.u[...], self.v[...], *self.traced_orders())
+        return soft_normalize(self.kernel[...], norms, self.limit()), self.bias[...]
 
     def apply(self, weights: tuple[Array, Array], x: Array) -> Array:
         """The affine map with given weights; depends on no parameter of the layer itself."""
@@ -132,17 +135,18 @@ class LipschitzLinear(nnx.Module):
         return result.status
 
     def search_norm(self, starts: int = 32) -> None:
-        """Sets u and v to the best of several power iterations, in place.
+        """Sets u and v to the best of several power iterations, from v and from random starts, in place.
 
         For norms other than 2 -> 2, whose power iteration ends in local maxima.
         """
         kernel, orders = self.kernel[...], self.traced_orders()
         is_euclidean = all(is_order(order, 2) for order in orders)
+        shape = starts - 1, *self.v.shape
         if needs_power_iteration(*orders) and not is_euclidean:
             result = best_start(
                 partial(self.linear_map.matvec, kernel),
                 partial(self.linear_map.rmatvec, kernel),
-                jax.random.normal(jax.random.key(0), (starts, *self.v.shape), kernel.dtype),
+                jnp.concatenate([self.v[...][None], jax.random.normal(jax.random.key(0), shape, kernel.dtype)]),
                 domain=orders[0],
                 codomain=orders[1],
             )
