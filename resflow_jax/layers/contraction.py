@@ -18,6 +18,7 @@ from flax import nnx
 from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.layers.lipschitz import LipschitzLinear, Order
+from resflow_jax.layers.normalization import MovingCentering
 
 Array = jax.Array
 Params = dict[str, Array]
@@ -52,13 +53,20 @@ class Contraction(nnx.Module):
         """g(x) with given weights; depends on no parameter of the module itself."""
         raise NotImplementedError
 
+    def move_statistics(self, x: Array, share: float | None = None) -> None:
+        """Moves running statistics inside towards those of a batch, in place, by their own share or the given one."""
+
     def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float:
         """Bound on Lip(g) from bounds on the layers' norms, layer i between orders i and i + 1; on the host."""
         raise NotImplementedError
 
 
 class Layered(Contraction):
-    """Lipschitz layers with an activation between any two, and before the first with pre-activation."""
+    """Lipschitz layers with an activation between any two, and before the first with pre-activation.
+
+    With centering a `MovingCentering` per channel stands before the first activation of a pre-activation, and behind
+    every linear layer.
+    """
 
     def __init__(
         self,
@@ -68,6 +76,7 @@ class Layered(Contraction):
         *,
         preactivation: bool,
         norms: Sequence[Order] | None = None,
+        centering: bool = False,
         rngs: nnx.Rngs,
     ):
         """coefficient: bound on each layer's norm; norms: the orders, one more than layers, all 2 by default."""
@@ -80,23 +89,46 @@ class Layered(Contraction):
         self.activation = activation
         self.preactivation = preactivation
         self.activation_params = learnable(activation, len(linear_maps) - (not preactivation))
+        self.pre_center = MovingCentering(linear_maps[-1].kernel_shape[-1:]) if centering and preactivation else None
+        self.centers = nnx.List(MovingCentering(m.kernel_shape[-1:]) for m in linear_maps if centering)
         self.promised = coefficient ** len(self.linears) * min(1.0, activation.lipschitz) ** len(self.activation_params)
-        self.is_closed = norms[0] is norms[-1] or norms[0] >= norms[-1]
+        fixed = not isinstance(norms[0], nnx.Param)
+        self.is_closed = norms[0] is norms[-1] or (fixed and norms[0] >= norms[-1])
 
-    def weights(self) -> tuple[list[tuple[Array, Array]], list[Params]]:
+    def weights(self) -> tuple[Array | None, list[tuple[Array, Array]], list[Params]]:
         behind = self.linears[not self.preactivation :]
         channels = [linear.linear_map.kernel_shape[-2] // self.activation.expansion for linear in behind]
         activations = constrained(self.activation, self.activation_params, channels)
-        return [linear.weights() for linear in self.linears], activations
+        linears = [linear.weights() for linear in self.linears]
+        if self.centers:
+            shifts = [center.shift() for center in self.centers]
+            linears = [(kernel, bias + shift) for (kernel, bias), shift in zip(linears, shifts, strict=True)]
+        return self.pre_center and self.pre_center.shift(), linears, activations
 
-    def apply(self, weights: tuple[list[tuple[Array, Array]], list[Params]], x: Array) -> Array:
-        linears, activations = weights
+    def apply(self, weights: tuple[Array | None, list[tuple[Array, Array]], list[Params]], x: Array) -> Array:
+        shift, linears, activations = weights
+        if shift is not None:
+            x = x + shift
         if self.preactivation:
             x, activations = self.activation.function(activations[0], x), activations[1:]
         x = self.linears[0].apply(linears[0], x)
         for layer, linear, params in zip(self.linears[1:], linears[1:], activations, strict=True):
             x = layer.apply(linear, self.activation.function(params, x))
         return x
+
+    def move_statistics(self, x: Array, share: float | None = None) -> None:
+        if not self.centers:
+            return
+        activations = iter(self.weights()[2])
+        if self.preactivation:
+            self.pre_center.move(x, share)
+            x = self.activation.function(next(activations), self.pre_center(x))
+        for layer, center in zip(self.linears, self.centers, strict=True):
+            x = layer(x)
+            center.move(x, share)
+            x = center(x)
+            if layer is not self.linears[-1]:
+                x = self.activation.function(next(activations), x)
 
     def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float:
         places = orders[not self.preactivation : -1]

@@ -137,5 +137,25 @@ class Flatten(Bijector):
         return 1.0, 1.0
 
 
+class Unflatten(Bijector):
+    """[B, D] -> [B, *shape]: the inverse of `Flatten`."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
+
+    def __call__(self, x: Array) -> Array:
+        return x.reshape(x.shape[0], *self.shape)
+
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
+        return self(x), jnp.zeros(x.shape[0], x.dtype), []
+
+    def inverse(self, y: Array, solver: Solver) -> Inverse:
+        x = y.reshape(y.shape[0], math.prod(self.shape))
+        return x, []
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return 1.0, 1.0
+
+
 def _event_axes(x: Array) -> tuple[int, ...]:
     return tuple(range(1, x.ndim))

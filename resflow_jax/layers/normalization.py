@@ -1,6 +1,7 @@
 """Normalisation by running statistics or by given constants, per channel or per feature.
 
     MovingBatchNorm   y = (x - mean) / sqrt(variance + epsilon) * exp(log_scale) + bias
+    MovingCentering   y = x - mean + bias
     Normalization     y = (x - mean) / deviation
 
 Mean and variance are constants of every application, so the log-det is that of a scaling and
@@ -72,6 +73,51 @@ class MovingBatchNorm(Bijector):
     def lipschitz_bounds(self) -> tuple[float, float]:
         variance = np.asarray(self.variance[...], np.float64)
         return scaling_bounds(np.asarray(self.log_scale[...], np.float64) - 0.5 * np.log(variance + self.epsilon))
+
+
+class MovingCentering(Bijector):
+    """y = x - mean + bias: of `MovingBatchNorm` the centre alone, an isometry, which may stand inside a contraction.
+
+    Applying the layer never changes the mean (`nnx.BatchStat`), into which no gradient flows: `initialize` sets it
+    to a batch's, `update_statistics` moves it towards a batch's by the share `decay`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], decay: float = 0.1):
+        """shape: (C,) for one of each a channel of [B, ..., C], an event shape for one a feature."""
+        check_open_interval("decay", decay, 0, 1)
+        self.decay = decay
+        self.bias = nnx.Param(jnp.zeros(shape))
+        self.mean = nnx.BatchStat(jnp.zeros(shape))
+
+    def shift(self) -> Array:
+        """What is added to x."""
+        return self.bias[...] - jax.lax.stop_gradient(self.mean[...])
+
+    def move(self, x: Array, share: float | None = None) -> None:
+        """Moves the mean by a share (`decay`) towards that of the whole batch, of which x may be a device's part."""
+        mean, _ = moments(jax.lax.stop_gradient(x), tuple(range(x.ndim - self.mean.ndim)))
+        self.mean[...] += (self.decay if share is None else share) * (mean - self.mean[...])
+
+    def __call__(self, x: Array) -> Array:
+        return x + self.shift()
+
+    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
+        return self(x), jnp.zeros(x.shape[0], x.dtype), []
+
+    def inverse(self, y: Array, solver: Solver) -> Inverse:
+        x = y - self.shift()
+        return x, []
+
+    def initialize(self, x: Array) -> Array:
+        self.move(x, 1.0)
+        return self(x)
+
+    def update_statistics(self, x: Array) -> Array:
+        self.move(x)
+        return self(x)
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return 1.0, 1.0
 
 
 class Normalization(Bijector):

@@ -60,6 +60,14 @@ class ResidualBlock(Bijector):
         x, status = residual_inverse(g, weights, y, solver=solver, return_status=True)
         return x, [jax.tree.map(lambda leaf: leaf[None], status)]
 
+    def initialize(self, x: Array) -> Array:
+        self.contraction.move_statistics(x, share=1.0)
+        return self(x)
+
+    def update_statistics(self, x: Array) -> Array:
+        self.contraction.move_statistics(x)
+        return self(x)
+
 
 class ResidualStack(Bijector):
     """Equal chains (a residual block and the layers behind it), one after the other, as one scan.

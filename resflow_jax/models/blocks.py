@@ -1,6 +1,7 @@
 """From a configuration to residual blocks: which layers g has, and what stands behind every block."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from flax import nnx
 
@@ -16,16 +17,26 @@ from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 Config = ImageFlowConfig | VectorFlowConfig
 MakeLinear = Callable[[int, int, int], LinearMap]  # from features in, features out, and kernel size
 MakeContraction = Callable[[bool, nnx.Rngs], Contraction]  # with pre-activation or without
-MakeLayers = Callable[[nnx.Rngs], list[Bijector]]
+
+
+class Around(Protocol):
+    """The layers before and behind every residual block of a scale."""
+
+    def before(self, rngs: nnx.Rngs) -> list[Bijector]: ...
+
+    def behind(self) -> list[Bijector]: ...
 
 
 def residual_blocks(
-    config: Config, contraction: MakeContraction, behind: MakeLayers, depth: int, *, first: bool, rngs: nnx.Rngs
+    config: Config, contraction: MakeContraction, around: Around, depth: int, *, first: bool, rngs: nnx.Rngs
 ) -> list[Bijector]:
-    """`depth` residual blocks, each with the layers behind it, stacked as far as they are alike."""
+    """`depth` residual blocks, each with the layers around it, stacked as far as they are alike."""
 
     def step(preactivation: bool) -> Callable[[nnx.Rngs], Chain]:
-        return lambda rngs: Chain([ResidualBlock(contraction(preactivation, rngs)), *behind(rngs)])
+        def make(rngs: nnx.Rngs) -> Chain:
+            return Chain([*around.before(rngs), ResidualBlock(contraction(preactivation, rngs)), *around.behind()])
+
+        return make
 
     if config.dense_depth or not first or config.preactivation != "all_but_first":
         return [ResidualStack(step(config.preactivation != "none"), depth, rngs=rngs)]
@@ -40,6 +51,7 @@ def layered(
     hidden: Sequence[int],
     kernels: Sequence[int],
     norms: Sequence[float] | None,
+    centering: bool,
 ) -> MakeContraction:
     """Chains of layers; `hidden` are the widths behind the activations, some of which multiply the channels."""
     activation = get_activation(config.activation)
@@ -57,9 +69,11 @@ def layered(
         maps = [linear(*sizes) for sizes in zip(inputs, outputs, kernels, strict=True)]
         orders = norms
         if config.learn_norms:
-            learned = [learned_order() for _ in maps]
-            orders = [*learned, learned[0]]
-        return Layered(maps, activation, config.coefficient, preactivation=preactivation, norms=orders, rngs=rngs)
+            learned = [learned_order() for _ in range(1 if config.order_ties == "all" else len(maps))]
+            learned *= len(maps) // len(learned)
+            orders = [*learned, learned_order() if config.order_ties == "none" else learned[0]]
+        options = {"preactivation": preactivation, "norms": orders, "centering": centering}
+        return Layered(maps, activation, config.coefficient, **options, rngs=rngs)
 
     return make
 

@@ -1,17 +1,19 @@
 """From a configuration to the scales of a flow: chains of layers, with the shape after each."""
 
 import math
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from flax import nnx
 
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.layers.bijector import Bijector, Chain
-from resflow_jax.layers.elementwise import ActNorm, Flatten, Logit, Squeeze
+from resflow_jax.layers.elementwise import ActNorm, Flatten, Logit, Squeeze, Unflatten
 from resflow_jax.layers.linear import InvertibleLinear
-from resflow_jax.layers.normalization import MovingBatchNorm, Normalization
+from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
 from resflow_jax.layers.padding import ChannelPadding
 from resflow_jax.models.blocks import Config, MakeContraction, MakeLinear, densenet, layered, residual_blocks
+from resflow_jax.models.classifier import Classifier
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 
 Shape = tuple[int, ...]
@@ -22,32 +24,60 @@ def build_scales(config: Config, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shap
     return _image_scales(config, rngs) if isinstance(config, ImageFlowConfig) else _vector_scales(config, rngs)
 
 
+def build_classifier(config: Config, rngs: nnx.Rngs) -> Classifier | None:
+    """The classifier on the features of every scale, or none."""
+    if isinstance(config, VectorFlowConfig) or not config.classes:
+        return None
+    return Classifier(feature_shapes(config), config.classifier_channels, config.classes, rngs=rngs)
+
+
+def feature_shapes(config: ImageFlowConfig) -> list[Shape]:
+    """(H, W, C) of the features of every scale; see `models.classifier`."""
+    shape = (*config.shape[:2], config.shape[2] + config.padding)
+    if config.squeeze_first:
+        shape = _squeezed(shape)
+    shapes = []
+    for _ in config.blocks[1:]:
+        shape = _squeezed(shape)
+        if config.factor_out:
+            shape = (*shape[:2], shape[2] // 2)
+        shapes.append(shape)
+    return [*shapes, shape]
+
+
 def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:
-    layers: list[Bijector] = [] if config.logit_alpha is None else [Logit(config.logit_alpha)]
-    layers += _data_layers(config)
+    layers = _image_data_layers(config)
     shape, chains, emitted = (*config.shape[:2], config.shape[2] + config.padding), [], []
     if config.squeeze_first:
-        layers.append(Squeeze(shape))
         shape = _squeezed(shape)
     for scale, depth in enumerate(config.blocks):
-        actnorms = [shape[-1:]] * config.actnorm + [shape] * config.feature_actnorm
+        event = (math.prod(shape),) if config.fully_connected else shape
+        actnorms = [event[-1:]] * config.actnorm + [event] * config.feature_actnorm
+        if config.fully_connected:
+            layers.append(Flatten(shape))
+            contraction = _fully_connected(config, event[0], len(config.kernels), config.hidden_channels, config.norms)
+        else:
+            contraction = _convolutional(config, shape)
         if scale == 0 and config.first_actnorm:
             layers += map(ActNorm, actnorms)
-        behind = partial(_behind, config, actnorms, shape[-1], config.invertible_linear)
-        layers += residual_blocks(config, _convolutional(config, shape), behind, depth, first=scale == 0, rngs=rngs)
+        around = _Around(config, actnorms, event[-1], config.invertible_linear)
+        layers += residual_blocks(config, contraction, around, depth, first=scale == 0, rngs=rngs)
         if scale < len(config.blocks) - 1:
+            layers += [Unflatten(shape)] * config.fully_connected
             layers.append(Squeeze(shape))
             shape = _squeezed(shape)
             if config.factor_out:
                 shape = (*shape[:2], shape[2] // 2)
                 emitted.append(shape)
-        elif config.fc_blocks:
-            layers.append(Flatten(shape))
-            shape = (math.prod(shape),)
-            actnorms = [shape] if config.actnorm or config.feature_actnorm else []
-            behind = partial(_behind, config, actnorms, shape[0], False)
-            dense = _fully_connected(config, shape[0])
-            layers += residual_blocks(config, dense, behind, config.fc_blocks, first=False, rngs=rngs)
+        else:
+            if config.fc_blocks:
+                layers += [] if config.fully_connected else [Flatten(shape)]
+                event = (math.prod(shape),)
+                actnorms = [event] if config.actnorm or config.feature_actnorm else []
+                around = _Around(config, actnorms, event[0], False)
+                dense = _fully_connected(config, event[0], config.fc_layers, config.fc_hidden, config.fc_norms)
+                layers += residual_blocks(config, dense, around, config.fc_blocks, first=False, rngs=rngs)
+            shape = event
         chains.append(Chain(layers))
         layers = []
     return chains, [*emitted, shape]
@@ -56,39 +86,66 @@ def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain],
 def _vector_scales(config: VectorFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:
     dim = config.dim + config.padding
     actnorms = [(dim,)] if config.actnorm else []
-    layers = _data_layers(config)
+    layers = _normalization(config, 0) + _padding(config)
     if config.first_actnorm:
         layers += map(ActNorm, actnorms)
     if config.dense_depth:
         contraction = densenet(config, _dense_maps(config), dim, None, config.dense_growth, 1)
     else:
         kernels = [1] * (len(config.hidden) + 1)
-        contraction = layered(config, _dense_maps(config), dim, config.hidden, kernels, config.norms)
-    behind = partial(_behind, config, actnorms, dim, config.invertible_linear)
-    layers += residual_blocks(config, contraction, behind, config.blocks, first=True, rngs=rngs)
+        centering = config.centering == "layers"
+        contraction = layered(config, _dense_maps(config), dim, config.hidden, kernels, config.norms, centering)
+    around = _Around(config, actnorms, dim, config.invertible_linear)
+    layers += residual_blocks(config, contraction, around, config.blocks, first=True, rngs=rngs)
     return [Chain(layers)], [(dim,)]
 
 
-def _data_layers(config: Config) -> list[Bijector]:
-    """What is done to the data at the entrance of the flow."""
-    layers: list[Bijector] = []
-    if config.data_mean is not None:
-        layers.append(Normalization(config.data_mean, config.data_deviation))
-    if config.padding:
-        layers.append(ChannelPadding(config.padding, config.padding_noise))
-    return layers
+def _image_data_layers(config: ImageFlowConfig) -> list[Bijector]:
+    """What is done to images at the entrance of the flow, the first squeeze included."""
+    logit = [] if config.logit_alpha is None else [Logit(config.logit_alpha)]
+    padding = _padding(config)
+    squeeze: list[Bijector] = []
+    if config.squeeze_first:
+        squeeze.append(Squeeze((*config.shape[:2], config.shape[2] + config.padding)))
+    if config.squeezed_data:
+        return [*padding, *squeeze, *_normalization(config, 4 * config.padding)]
+    normalization = _normalization(config, 0)
+    data = [*normalization, *padding, *logit] if config.padding_first else [*logit, *normalization, *padding]
+    return [*data, *squeeze]
 
 
-def _behind(
-    config: Config, actnorms: list[Shape], channels: int, invertible_linear: bool, rngs: nnx.Rngs
-) -> list[Bijector]:
-    """The layers behind a residual block."""
-    layers: list[Bijector] = [ActNorm(shape) for shape in actnorms]
-    if config.batchnorm:
-        layers.append(MovingBatchNorm((channels,)))
-    if invertible_linear:
-        layers.append(InvertibleLinear(channels, rngs=rngs))
-    return layers
+def _normalization(config: Config, others: int) -> list[Bijector]:
+    """That of the data, which leaves so many channels behind its own as they are."""
+    if config.data_mean is None:
+        return []
+    return [Normalization((*config.data_mean, *[0] * others), (*config.data_deviation, *[1] * others))]
+
+
+def _padding(config: Config) -> list[Bijector]:
+    if not config.padding:
+        return []
+    return [ChannelPadding(config.padding, config.padding_noise, config.padding_scale, config.padding_shift)]
+
+
+@dataclass(frozen=True)
+class _Around:
+    """The layers before and behind every residual block of a scale."""
+
+    config: Config
+    actnorms: list[Shape]
+    channels: int
+    invertible_linear: bool
+
+    def before(self, rngs: nnx.Rngs) -> list[Bijector]:
+        return [InvertibleLinear(self.channels, rngs=rngs)] if self.invertible_linear else []
+
+    def behind(self) -> list[Bijector]:
+        layers: list[Bijector] = [ActNorm(shape) for shape in self.actnorms]
+        if self.config.batchnorm:
+            layers.append(MovingBatchNorm((self.channels,)))
+        if self.config.centering == "blocks":
+            layers.append(MovingCentering((self.channels,)))
+        return layers
 
 
 def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:
@@ -100,14 +157,16 @@ def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:
     if config.dense_depth:
         return densenet(config, conv, channels, None, config.dense_growth, 3)
     hidden = [config.hidden_channels] * (len(config.kernels) - 1)
-    return layered(config, conv, channels, hidden, config.kernels, config.norms)
+    return layered(config, conv, channels, hidden, config.kernels, config.norms, config.centering == "layers")
 
 
-def _fully_connected(config: ImageFlowConfig, dim: int) -> MakeContraction:
+def _fully_connected(
+    config: ImageFlowConfig, dim: int, depth: int, width: int, norms: Sequence[float] | None
+) -> MakeContraction:
+    """Blocks of `depth` dense layers, or DenseNets; without centering inside."""
     if config.dense_depth:
         return densenet(config, _dense_maps(config), dim, config.fc_dense_first, config.fc_dense_growth, 1)
-    hidden = [config.fc_hidden] * (config.fc_layers - 1)
-    return layered(config, _dense_maps(config), dim, hidden, [1] * config.fc_layers, None)
+    return layered(config, _dense_maps(config), dim, [width] * (depth - 1), [1] * depth, norms, False)
 
 
 def _dense_maps(config: Config) -> MakeLinear:

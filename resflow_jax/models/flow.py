@@ -29,7 +29,7 @@ from resflow_jax.layers.bijector import Chain, join_blocks, split_estimator, spl
 from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.elementwise import Logit
 from resflow_jax.layers.lipschitz import map_linears
-from resflow_jax.models.build import build_scales
+from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 
 Array = jax.Array
@@ -55,9 +55,11 @@ class ResidualFlow(nnx.Module):
         create, static = _creator(config)
         state = create(rngs.params())
         self.config = config
-        self.scales = nnx.merge(static["graphdef"], state)
+        self.scales, self.classifier = nnx.merge(static["graphdef"], state)
         self._emitted = static["emitted"]
-        if config.norms is not None:  # learned ones start at 2, where any start will do
+        if (
+            config.norms is not None or getattr(config, "fc_norms", None) is not None
+        ):  # learned ones start at 2, where any start will do
             map_linears(self, lambda layer: layer.search_norm())
         self.converge_norms()
 
@@ -116,6 +118,17 @@ class ResidualFlow(nnx.Module):
         """Maps x [B, *event_shape] to z [B, D], without the log-det; padding is by the mean of its noise."""
         self._check_input(x)
         return _transform(*nnx.split(self), x)
+
+    def logits(self, x: Array) -> Array:
+        """Logits [B, classes] of the classifier on the flow's features (see `models.classifier`), for images x.
+
+        Padding is by the mean of its noise. Costs one evaluation of every g. Raises ValueError for a flow whose config
+        has no `classes`, and as `forward` for x.
+        """
+        if self.classifier is None:
+            raise ValueError("classes: expected a flow whose config has classes, got none")
+        self._check_input(x)
+        return _logits(*nnx.split(self), x)
 
     def inverse(
         self, z: Array, *, solver: Solver = Anderson(), return_status: bool = False
@@ -352,8 +365,9 @@ def _creator(config):
 
     @jax.jit
     def create(key):
-        scales, emitted = build_scales(config, nnx.Rngs(key))
-        static["graphdef"], state = nnx.split(nnx.List(scales))
+        rngs = nnx.Rngs(key)
+        scales, emitted = build_scales(config, rngs)
+        static["graphdef"], state = nnx.split((nnx.List(scales), build_classifier(config, rngs)))
         static["emitted"] = tuple(emitted)
         return state
 
@@ -431,9 +445,35 @@ def _transform(graphdef, state, x):
 
 
 @partial(jax.jit, static_argnames="graphdef")
+def _logits(graphdef, state, x):
+    flow = nnx.merge(graphdef, state)
+    return flow.classifier(_features(flow, x.astype(flow.dtype), lambda scale, x: scale(x)))
+
+
+def _features(flow, x, apply):
+    """The features [B, H, W, C] of every scale by apply(scale, x); see `models.classifier`."""
+    outputs = []
+
+    def keep(_, scale, x):
+        outputs.append(apply(scale, x))
+        return outputs[-1]
+
+    _through_scales(flow, flow.scales, x, keep)
+    if flow.factors_out:
+        emitted = [jnp.split(output, 2, axis=-1)[1] for output in outputs[:-1]]
+        return [*emitted, emitted[-1]]
+    shapes = feature_shapes(flow.config)
+    return [output.reshape(-1, *shape) for output, shape in zip(outputs, shapes, strict=True)]
+
+
+@partial(jax.jit, static_argnames="graphdef")
 def _initialize(graphdef, state, x):
     flow = nnx.merge(graphdef, state)
-    _through_scales(flow, flow.scales, x.astype(flow.dtype), lambda _, scale, x: scale.initialize(x))
+    x = x.astype(flow.dtype)
+    if flow.classifier is None:
+        _through_scales(flow, flow.scales, x, lambda _, scale, x: scale.initialize(x))
+    else:
+        flow.classifier.initialize(_features(flow, x, lambda scale, x: scale.initialize(x)))
     return nnx.state(flow)
 
 

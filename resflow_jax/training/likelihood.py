@@ -111,7 +111,7 @@ def tend(flow: ResidualFlow, x: Array, loss: Array) -> Array:
     Where the flow has running statistics, they move towards those of the batch x, in place. Where it has
     learnable orders of norms, their gradient is that of 0.01 * `order_loss`, of which the value stays out.
     """
-    if flow.config.batchnorm:
+    if flow.config.batchnorm or flow.config.centering:
         flow.update_statistics(jax.lax.stop_gradient(x))
     if flow.config.learn_norms:
         order_loss = _ORDER_LOSS_WEIGHT * flow.order_loss()
