@@ -1,6 +1,6 @@
 """Residual flows for JAX: invertible residual networks with unbiased log-densities."""
 
-from resflow_jax import training
+from resflow_jax import interop, training
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
 from resflow_jax.functional.certificate import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated
@@ -12,6 +12,7 @@ from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.logdet import Diagnostics, residual
 from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, best_start, power_iteration
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
+from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
 from resflow_jax.layers.certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.lipschitz import NormState
 from resflow_jax.models.certificate import Certificate, certify
@@ -57,9 +58,12 @@ __all__ = [
     "fit_lengths",
     "gram_iteration_bound",
     "induced_norm_bound",
+    "interop",
+    "load_torch_checkpoint",
     "power_iteration",
     "residual",
     "residual_inverse",
+    "save_torch_checkpoint",
     "spectral_norm_bound",
     "training",
 ]
