@@ -1,0 +1,83 @@
+"""A flow as a bijector of distrax, and through `distrax.to_tfp` of TFP on JAX; needs the extra "distrax".
+
+    distrax.Transformed(base, rf.interop.distrax.bijector(flow, key))
+
+is the distribution of x that the flow models, for a standard normal base of D elements. So the bijector's forward is
+the flow's inverse, z -> x, and its inverse the flow, x -> z; `distrax.Inverse(bijector)` is the other way round.
+"""
+
+import jax
+
+from resflow_jax.functional.estimators import Estimator
+from resflow_jax.functional.solvers import Anderson, Solver
+from resflow_jax.interop.extras import needs_extra
+from resflow_jax.interop.sampling import SamplingMap
+from resflow_jax.models.flow import ResidualFlow
+
+with needs_extra("distrax"):
+    import distrax
+
+Array = jax.Array
+
+
+def bijector(
+    flow: ResidualFlow, key: Array | None = None, *, estimator: Estimator | None = None, solver: Solver = Anderson()
+) -> "FlowBijector":
+    """The flow as it is now, as a `distrax.Bijector` from z [..., D] to x [..., *event_shape].
+
+    Any number of batch axes. Differentiable in z, x and the flow's parameters, under jit, grad and vmap: to train, make
+    the bijector inside of the loss, from the flow that is differentiated.
+
+      def loss(flow, x, key):
+          base = distrax.MultivariateNormalDiag(jnp.zeros(flow.dim), jnp.ones(flow.dim))
+          return -distrax.Transformed(base, rf.interop.distrax.bijector(flow, key)).log_prob(x).mean()
+
+      value, gradient = nnx.value_and_grad(loss)(flow, x, key)
+
+    Randomness: one key for the bijector's life, so that all its log-dets are deterministic functions (common random
+    numbers). Each example of a batch has its own noise, but under `jax.vmap`, which `distrax.Transformed.sample` and
+    `sample_and_log_prob` use, all examples share theirs. Unbiased over keys: train with a new one each step.
+
+    Args:
+      flow: one without padding, which is no bijection.
+      key: PRNG key of the log-det's estimates; not needed by `Exact`.
+      estimator: as in `ResidualFlow.forward`, `Roulette()` by default.
+      solver: of z -> x. Where it does not converge, it warns or raises, also under jit, as the solver says.
+
+    Raises:
+      ValueError: for a flow with padding, an unknown estimator, and a missing key; of its methods, for wrong shapes and
+        dtypes. Values are not checked: images beyond [0, 1] give NaN.
+    """
+    return FlowBijector(SamplingMap.of(flow, key, estimator, solver))
+
+
+class FlowBijector(distrax.Bijector):
+    """The bijector of `bijector`, a pytree. Behind a logit x may leave [0, 1] by alpha / (1 - 2 alpha)."""
+
+    def __init__(self, sampling: SamplingMap):
+        super().__init__(event_ndims_in=1, event_ndims_out=len(sampling.event_shape))
+        self._sampling = sampling
+
+    def forward(self, x: Array) -> Array:
+        self._check_forward_input_shape(x)
+        return self._sampling.generate(x)
+
+    def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
+        self._check_forward_input_shape(x)
+        return self._sampling.generate_and_log_det(x)
+
+    def inverse(self, y: Array) -> Array:
+        self._check_inverse_input_shape(y)
+        return self._sampling.encode(y)
+
+    def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
+        self._check_inverse_input_shape(y)
+        return self._sampling.encode_and_log_det(y)
+
+    def same_as(self, other: distrax.Bijector) -> bool:
+        return isinstance(other, FlowBijector) and self._sampling.is_same(other._sampling)
+
+    @property
+    def flow(self) -> ResidualFlow:
+        """The flow, made anew of the state that the bijector holds."""
+        return self._sampling.flow

@@ -1,0 +1,14 @@
+"""The error for a library that is not installed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Around the imports of an optional library: an ImportError there says which extra of this package brings it."""
+    try:
+        yield
+    except ImportError as error:
+        message = f"resflow_jax.interop.{extra} needs the extra {extra}: pip install 'resflow_jax[{extra}]' ({error})"
+        raise ImportError(message) from error

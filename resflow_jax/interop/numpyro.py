@@ -1,0 +1,175 @@
+"""A flow in NumPyro: a transform, a distribution, and a variational family; needs the extra "numpyro".
+
+    prior                numpyro.sample("x", FlowDistribution(flow, key))
+    the same, NUTS on z  numpyro.handlers.reparam(model, config={"x": TransformReparam()})
+    guide of SVI         numpyro.sample("x", FlowDistribution(flow_module("flow", flow), key))
+
+NUTS on x takes log p(x) and its gradient at every step: a log-det, for which `Exact()` or one fixed key makes the
+density deterministic, as Hamiltonian dynamics need. NUTS on z takes the standard normal density of z and the likelihood
+at x(z): a solve, but no log-det and no noise, and a geometry as simple as the likelihood lets it be.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.estimators import Estimator
+from resflow_jax.functional.solvers import Anderson, Solver
+from resflow_jax.interop.extras import needs_extra
+from resflow_jax.interop.norms import advance_norms
+from resflow_jax.interop.sampling import SamplingMap
+from resflow_jax.models.flow import ResidualFlow
+
+with needs_extra("numpyro"):
+    import numpyro
+    from numpyro.distributions import Normal, TransformedDistribution, constraints
+    from numpyro.distributions.transforms import Transform
+    from numpyro.distributions.util import validate_sample
+    from numpyro.primitives import mutable
+
+Array = jax.Array
+
+
+class FlowTransform(Transform):
+    """x = f^-1(z) [..., *event_shape] of z [..., D], and back; a pytree.
+
+    Its codomain is the unit interval for images behind a logit, whose x is clipped to it (by at most alpha / (1 - 2
+    alpha)), as by `ResidualFlow.sample`; else the reals. Differentiable in z, x and the flow's parameters. log-dets in
+    nats, with noise fixed by the key.
+    """
+
+    def __init__(
+        self,
+        flow: ResidualFlow,
+        key: Array | None = None,
+        *,
+        estimator: Estimator | None = None,
+        solver: Solver = Anderson(),
+    ):
+        """flow: one without padding; key, estimator: of its log-det; solver: of its inverse. See `bijector` of distrax.
+
+        Raises:
+          ValueError: for a flow with padding, an unknown estimator, and a missing key.
+        """
+        self._sampling = SamplingMap.of(flow, key, estimator, solver)
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return constraints.real_vector
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        sampling = self._sampling
+        element = constraints.unit_interval if sampling.unit_interval else constraints.real
+        return constraints.independent(element, len(sampling.event_shape))
+
+    def __call__(self, x: Array) -> Array:
+        return self._clip(self._sampling.generate(jnp.asarray(x)))
+
+    def call_with_intermediates(self, x: Array) -> tuple[Array, Array]:
+        """The image and its log-det, which `log_abs_det_jacobian` takes as `intermediates`."""
+        y, log_det = self._sampling.generate_and_log_det(jnp.asarray(x))
+        return self._clip(y), log_det
+
+    def _inverse(self, y: Array) -> Array:
+        return self._sampling.encode(jnp.asarray(y))
+
+    def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
+        """z [..., D] of y [..., *event_shape] with log|det dz/dy| [...], at the price of one pass."""
+        return self._sampling.encode_and_log_det(jnp.asarray(y))
+
+    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Array | None = None) -> Array:
+        return -self.inverse_and_log_det(y)[1] if intermediates is None else intermediates
+
+    def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return _exchange(shape, (self._sampling.dim,), self._sampling.event_shape)
+
+    def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return _exchange(shape, self._sampling.event_shape, (self._sampling.dim,))
+
+    def tree_flatten(self):
+        return (self._sampling,), (("_sampling",), {})
+
+    def eq(self, other: object, static: bool = False) -> bool:
+        return isinstance(other, FlowTransform) and self._sampling.is_same(other._sampling)
+
+    @property
+    def flow(self) -> ResidualFlow:
+        """The flow, made anew of the state that the transform holds."""
+        return self._sampling.flow
+
+    def _clip(self, x: Array) -> Array:
+        return jnp.clip(x, 0, 1) if self._sampling.unit_interval else x
+
+
+class FlowDistribution(TransformedDistribution):
+    """The distribution of x [*event_shape] that a flow models: `FlowTransform` of z ~ N(0, I).
+
+    A `TransformedDistribution`, so that `TransformReparam` takes it apart, with a `log_prob` of one pass: the flow's
+    own, in nats. `sample` is differentiable in the parameters, and log_prob of its own samples needs no pass more.
+    """
+
+    def __init__(
+        self,
+        flow: ResidualFlow,
+        key: Array | None = None,
+        *,
+        estimator: Estimator | None = None,
+        solver: Solver = Anderson(),
+        validate_args: bool | None = None,
+    ):
+        """Arguments and errors as of `FlowTransform`."""
+        transform = FlowTransform(flow, key, estimator=estimator, solver=solver)
+        base = Normal(jnp.zeros(flow.dim, flow.dtype), 1).to_event(1)
+        super().__init__(base, transform, validate_args=validate_args)
+
+    @validate_sample
+    def log_prob(self, value: Array, intermediates: list | None = None) -> Array:
+        if intermediates is not None:
+            return super().log_prob(value, intermediates)
+        z, log_det = self.transforms[0].inverse_and_log_det(value)
+        return self.base_dist.log_prob(z) + log_det
+
+    @property
+    def flow(self) -> ResidualFlow:
+        """The flow, made anew of the state that the distribution holds."""
+        return self.transforms[0].flow
+
+
+def flow_module(name: str, flow: ResidualFlow, *, max_iterations: int = 20, warm_start: bool = True) -> ResidualFlow:
+    """Inside a model or guide: the flow with parameters that inference optimises, like NumPyro's `nnx_module`.
+
+    The parameters are the param site NAME$params. All else, the power-iteration vectors first, is the mutable site
+    NAME$state: at every call it is advanced to the present parameters, which keeps the blocks contractions while SVI
+    trains them.
+
+      guide = lambda: numpyro.sample("x", FlowDistribution(flow_module("flow", flow), estimator=rf.Exact()))
+      result = SVI(model, guide, optimizer, Trace_ELBO()).run(key, steps)
+      with numpyro.handlers.substitute(data=result.params):
+          trained = flow_module("flow", flow)
+      trained.converge_norms()
+
+    Args:
+      name: of the sites.
+      flow: gives structure and initial values; it is not changed.
+      max_iterations: cap on the power iterations of a call.
+      warm_start: whether there is a mutable site. Without, every call starts from the flow's own vectors, and may need
+        more iterations; NumPyro 0.22 runs no ELBO of more than one particle with mutable sites.
+    """
+    check_count("max_iterations", max_iterations, 1)
+    graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
+    params = numpyro.param(f"{name}$params", params)
+    holder = {"rest": rest}
+    if warm_start:
+        holder = mutable(f"{name}$state", holder)
+    holder["rest"] = advance_norms(graphdef, params, holder["rest"], max_iterations)
+    return nnx.merge(graphdef, params, holder["rest"], copy=True)
+
+
+def _exchange(shape: tuple[int, ...], event: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    """[..., *event] -> [..., *other]."""
+    batch = shape[: len(shape) - len(event)]
+    if shape != (*batch, *event):
+        raise ValueError(f"shape: expected one that ends in {event}, got {shape}")
+    return *batch, *other

@@ -1,0 +1,149 @@
+"""A flow as a bijector of distrax and TFP: against the flow itself, dense Jacobians, and in use."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import resflow_jax as rf
+from tests.interop.flows import SOLVER, bent, make_flow, make_image_flow, train
+
+distrax = pytest.importorskip("distrax", reason="needs the extra distrax")
+
+from resflow_jax.interop import distrax as bijectors  # noqa: E402
+
+Z = jax.random.normal(jax.random.key(0), (3, 2))
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return make_flow()
+
+
+@pytest.fixture(scope="module")
+def bijector(flow):
+    return bijectors.bijector(flow, estimator=rf.Exact(), solver=SOLVER)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return distrax.MultivariateNormalDiag(jnp.zeros(2), jnp.ones(2))
+
+
+def test_maps_z_to_x_with_the_log_det_of_the_dense_jacobian(flow, bijector):
+    """Forward is the flow's inverse, inverse the flow, both log-dets those of the Jacobian of the flow."""
+    x, log_det = bijector.forward_and_log_det(Z)
+    z, inverse_log_det = bijector.inverse_and_log_det(x)
+    np.testing.assert_allclose(z, Z, atol=1e-12)
+    np.testing.assert_allclose(z, flow(x), atol=1e-12)
+    jacobians = jax.jit(jax.vmap(jax.jacfwd(lambda x: flow(x[None])[0])))(x)
+    expected = np.linalg.slogdet(jacobians)[1]
+    np.testing.assert_allclose(inverse_log_det, expected, atol=1e-10)
+    np.testing.assert_allclose(log_det, -expected, atol=1e-10)
+    np.testing.assert_allclose(bijector.forward(Z), x, atol=1e-12)
+    np.testing.assert_allclose(bijector.inverse(x), z, atol=1e-12)
+
+
+def test_any_batch_axes(bijector):
+    """None or two give the numbers of one."""
+    x, log_det = bijector.inverse_and_log_det(Z)
+    for leading in ((), (3, 1)):
+        several = bijector.inverse_and_log_det(Z[0] if leading == () else Z.reshape(*leading, 2))
+        assert several[0].shape == (*leading, 2) and several[1].shape == leading
+        np.testing.assert_allclose(several[0].ravel(), x.ravel()[: several[0].size], atol=1e-12)
+        np.testing.assert_allclose(several[1].ravel(), log_det.ravel()[: several[1].size], atol=1e-12)
+
+
+def test_transformed_distribution_trained_by_its_log_prob(base):
+    """Maximum likelihood raises the log_prob, which is the flow's; samples come with theirs."""
+    flow, x = make_flow(seed=1), bent(128)
+
+    def loss(flow, x, key):
+        return -distrax.Transformed(base, bijectors.bijector(flow, estimator=rf.Exact())).log_prob(x).mean()
+
+    before = flow.log_prob(x, estimator=rf.Exact()).mean()
+    train(loss, flow, x, steps=40)
+    trained = distrax.Transformed(base, bijectors.bijector(flow, estimator=rf.Exact(), solver=SOLVER))
+    after = trained.log_prob(x)
+    assert after.mean() > before + 0.5
+    np.testing.assert_allclose(after, flow.log_prob(x, estimator=rf.Exact()), atol=1e-12)
+    samples, log_prob = trained.sample_and_log_prob(seed=jax.random.key(1), sample_shape=(128,))  # by vmap
+    np.testing.assert_allclose(log_prob, flow.log_prob(samples, estimator=rf.Exact()), atol=1e-10)
+
+
+def test_composes(flow, bijector, base):
+    """Chain, Inverse and Block, as an argument of jit: scaling by 2 in front of the flow costs 2 log 2 nats."""
+    scaling = distrax.Block(distrax.ScalarAffine(0.0, 2.0), 1)
+    chain = distrax.Chain([scaling, bijector])
+    x = jnp.asarray(Z)
+    log_prob = jax.jit(lambda chain, x: distrax.Transformed(base, chain).log_prob(x))(chain, 2 * x)
+    np.testing.assert_allclose(log_prob, flow.log_prob(x, estimator=rf.Exact()) - 2 * np.log(2), atol=1e-12)
+    z, log_det = bijector.inverse_and_log_det(x)
+    inverse = distrax.Inverse(bijector)
+    for other, expected in ((inverse, log_det), (distrax.Block(inverse, 1), log_det.sum())):
+        image, total = other.forward_and_log_det(x)
+        np.testing.assert_allclose(image, z, atol=1e-12)
+        np.testing.assert_allclose(total, expected, atol=1e-12)
+
+
+def test_in_tfp(flow, bijector, base):
+    """A TFP distribution made of the bijector, and the bijector on a TFP base, have the flow's log_prob."""
+    tfp = pytest.importorskip("tensorflow_probability.substrates.jax")
+    expected = flow.log_prob(Z, estimator=rf.Exact())
+    normal = tfp.distributions.MultivariateNormalDiag(jnp.zeros(2), jnp.ones(2))
+    theirs = tfp.distributions.TransformedDistribution(normal, distrax.to_tfp(bijector))
+    assert theirs.event_shape == (2,)
+    np.testing.assert_allclose(theirs.log_prob(Z), expected, atol=1e-12)
+    np.testing.assert_allclose(distrax.Transformed(normal, bijector).log_prob(Z), expected, atol=1e-12)
+    samples = theirs.sample(3, seed=jax.random.key(0))
+    z = normal.sample(3, seed=jax.random.key(0))
+    np.testing.assert_allclose(flow(samples), z, atol=1e-12)
+
+
+def test_images():
+    """z [D] to x [H, W, C]; back also from beyond [0, 1], where the logit's alpha lets samples be."""
+    flow = make_image_flow()
+    bijector = bijectors.bijector(flow, estimator=rf.Exact(), solver=SOLVER)
+    assert (bijector.event_ndims_in, bijector.event_ndims_out) == (1, 3)
+    base = distrax.MultivariateNormalDiag(jnp.zeros(4), jnp.ones(4))
+    assert distrax.Transformed(base, bijector).event_shape == (2, 2, 1)
+    z = 6 * jax.random.normal(jax.random.key(0), (8, 4))
+    x, log_det = bijector.forward_and_log_det(z)
+    assert x.shape == (8, 2, 2, 1) and x.min() < 0 and x.max() > 1
+    same, inverse_log_det = bijector.inverse_and_log_det(x)
+    np.testing.assert_allclose(same, z, atol=1e-8)
+    np.testing.assert_allclose(inverse_log_det, -log_det, atol=1e-8)
+
+
+def test_is_the_same_only_with_the_same_arrays_and_settings(flow, bijector):
+    rebuilt = jax.tree.unflatten(*reversed(jax.tree.flatten(bijector)))
+    assert bijector.same_as(rebuilt) and bijector.same_as(bijectors.bijector(flow, estimator=rf.Exact(), solver=SOLVER))
+    assert not bijector.same_as(bijectors.bijector(flow, estimator=rf.Exact()))
+    assert not bijector.same_as(jax.tree.map(lambda leaf: leaf + 0, bijector))
+    assert not bijector.same_as(distrax.Tanh())
+    assert bijector.name == "FlowBijector"
+    np.testing.assert_array_equal(bijector.flow(Z), flow(Z))
+
+
+def test_errors_name_the_argument(flow, bijector):
+    padded = nnx.merge(*nnx.split(flow))
+    padded.config = replace(flow.config, padding=1)
+    with pytest.raises(ValueError, match=r"flow: expected one without padding.*got padding=1"):
+        bijectors.bijector(padded)
+    with pytest.raises(ValueError, match="flow: expected a ResidualFlow, got str"):
+        bijectors.bijector("flow")
+    with pytest.raises(ValueError, match="key: Roulette expected a PRNG key, got None"):
+        bijectors.bijector(flow)
+    with pytest.raises(ValueError, match="estimator: expected Exact"):
+        bijectors.bijector(flow, estimator="exact")
+    with pytest.raises(ValueError, match=r"z: expected a float array \[B, 2\], got shape"):
+        bijector.forward(jnp.zeros((4, 3)))
+    with pytest.raises(ValueError, match="event_ndims_in"):
+        bijector.forward(jnp.zeros(()))
+    stopped = bijectors.bijector(flow, estimator=rf.Exact(), solver=rf.FixedPoint(max_iterations=1))
+    with pytest.warns(RuntimeWarning, match="did not converge"):
+        jax.block_until_ready(stopped.forward(Z))
+        jax.effects_barrier()

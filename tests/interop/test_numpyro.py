@@ -1,0 +1,140 @@
+"""A flow in NumPyro: transform, prior of a model sampled by NUTS, and guide of SVI, against grids in the plane."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import resflow_jax as rf
+from tests.interop.flows import SOLVER, make_flow, make_image_flow
+
+numpyro = pytest.importorskip("numpyro", reason="needs the extra numpyro")
+
+from numpyro import distributions as dist  # noqa: E402
+from numpyro.diagnostics import effective_sample_size  # noqa: E402
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO  # noqa: E402
+from numpyro.infer.reparam import TransformReparam  # noqa: E402
+
+from resflow_jax.interop import numpyro as interop  # noqa: E402
+
+Z = jax.random.normal(jax.random.key(0), (3, 2))
+SPACING = 0.1
+GRID = jnp.stack(jnp.meshgrid(*[jnp.arange(-8, 8, SPACING)] * 2), axis=-1).reshape(-1, 2)
+NOISE = 0.6
+DATA = jnp.array([0.8, 0.4])
+
+
+def log_likelihood(x):
+    """Of the model whose bent posterior the flow is trained on."""
+    return dist.Normal(x[..., 0] + x[..., 1] ** 2, 0.5).log_prob(1.0)
+
+
+@pytest.fixture(scope="module")
+def result():
+    """(initial flow, result of SVI): the flow as the guide of a model."""
+    flow = make_flow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(16,)), seed=2)
+
+    def model():
+        x = numpyro.sample("x", dist.Normal(jnp.zeros(2), 1).to_event(1))
+        numpyro.factor("likelihood", log_likelihood(x))
+
+    def guide():
+        trained = interop.flow_module("flow", flow)
+        numpyro.sample("x", interop.FlowDistribution(trained, estimator=rf.Exact(), solver=SOLVER))
+
+    svi = SVI(model, guide, numpyro.optim.Adam(0.02), Trace_ELBO())
+    return flow, svi.run(jax.random.key(0), 600, progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def flow(result):
+    """The trained flow, as `flow_module` finds it."""
+    initial, (params, state, _) = result
+    with numpyro.handlers.substitute(data={**params, **state.mutable_state}):
+        return interop.flow_module("flow", initial)
+
+
+@pytest.fixture(scope="module")
+def prior(flow):
+    return interop.FlowDistribution(flow, estimator=rf.Exact(), solver=SOLVER)
+
+
+@pytest.fixture(scope="module")
+def posterior(flow):
+    """Mean and mean square of the posterior given DATA, by a grid."""
+    log_density = flow.log_prob(GRID, estimator=rf.Exact()) - 0.5 * jnp.sum((DATA - GRID) ** 2, axis=1) / NOISE**2
+    weights = jax.nn.softmax(log_density)
+    return jnp.concatenate([weights @ GRID, weights @ GRID**2])
+
+
+def test_transform_is_a_bijection_with_the_flows_log_det(flow):
+    transform = interop.FlowTransform(flow, estimator=rf.Exact(), solver=SOLVER)
+    x, intermediates = transform.call_with_intermediates(Z)
+    z, log_det = flow.forward(x, estimator=rf.Exact())
+    np.testing.assert_allclose(z, Z, atol=1e-12)
+    np.testing.assert_allclose(transform.inv(x), Z, atol=1e-12)
+    np.testing.assert_allclose(transform.log_abs_det_jacobian(Z, x), -log_det, atol=1e-12)
+    np.testing.assert_allclose(transform.log_abs_det_jacobian(Z, x, intermediates), -log_det, atol=1e-12)
+    assert transform.forward_shape((5, 2)) == transform.inverse_shape((5, 2)) == (5, 2)
+    with pytest.raises(ValueError, match=r"shape: expected one that ends in \(2,\), got \(5, 3\)"):
+        transform.forward_shape((5, 3))
+    assert jax.tree.unflatten(*reversed(jax.tree.flatten(transform))) == transform
+    assert transform != interop.FlowTransform(flow, jax.random.key(1))
+
+
+def test_distribution_is_the_flows(flow, prior):
+    """log_prob, also of own samples by what sampling has found; any sample shape; passed through a pytree."""
+    x, intermediates = prior.sample_with_intermediates(jax.random.key(0), (3,))
+    expected = flow.log_prob(x, estimator=rf.Exact())
+    rebuilt = jax.tree.unflatten(*reversed(jax.tree.flatten(prior)))
+    np.testing.assert_allclose(rebuilt.log_prob(x), expected, atol=1e-12)
+    np.testing.assert_allclose(prior.log_prob(x, intermediates), expected, atol=1e-10)
+    several, _ = prior.sample_with_intermediates(jax.random.key(0), (3, 1))
+    np.testing.assert_allclose(several[:, 0], x, atol=1e-12)
+    np.testing.assert_allclose(prior.log_prob(several)[:, 0], expected, atol=1e-12)
+    assert prior.event_shape == (2,) and prior.batch_shape == () and prior.support == dist.constraints.real_vector
+
+
+def test_images_have_the_unit_interval_as_support():
+    """Also of a z that the logit's alpha lets out of it."""
+    images = interop.FlowDistribution(make_image_flow(), estimator=rf.Exact(), solver=SOLVER)
+    assert images.event_shape == (2, 2, 1) and images.support.event_dim == 3
+    x = images.transforms[0](6 * jax.random.normal(jax.random.key(0), (8, 4)))
+    assert images.support(x).all() and x.min() == 0
+
+
+@pytest.mark.parametrize("parametrization", ["x", "z"])
+def test_nuts_finds_the_posterior_of_a_model_whose_prior_is_a_flow(prior, posterior, parametrization):
+    """Mean and mean square within 4.5 standard errors of the grid's, with NUTS on x and on z."""
+
+    def model():
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, NOISE).to_event(1), obs=DATA)
+
+    if parametrization == "z":
+        model = numpyro.handlers.reparam(model, config={"x": TransformReparam()})
+    mcmc = MCMC(NUTS(model), num_warmup=200, num_samples=1000, progress_bar=False)
+    mcmc.run(jax.random.key(0))
+    assert ("x_base" in mcmc.get_samples()) == (parametrization == "z")
+    x = np.asarray(mcmc.get_samples()["x"])
+    draws = np.concatenate([x, x**2], axis=1)
+    sizes = effective_sample_size(draws[None])
+    assert sizes.min() > 100
+    scores = (draws.mean(axis=0) - posterior) / (draws.std(axis=0) / np.sqrt(sizes))
+    assert np.abs(scores).max() < 4.5
+
+
+def test_svi_with_a_flow_as_guide_approaches_the_evidence(result, flow):
+    """The ELBO rises to less than a nat below the log evidence of the grid; the flow's norms follow its parameters."""
+    log_prior = dist.Normal(jnp.zeros(2), 1).to_event(1).log_prob(GRID)
+    evidence = jax.nn.logsumexp(log_prior + log_likelihood(GRID)) + 2 * np.log(SPACING)
+    elbo = -np.asarray(result[1].losses)
+    error = elbo[-200:].std() / np.sqrt(200)
+    assert elbo[-200:].mean() > elbo[:20].mean() + 1
+    assert evidence - 1 < elbo[-200:].mean() < evidence + 4.5 * error
+    assert flow.update_norms().iterations <= 3
+    with numpyro.handlers.trace() as sites:
+        interop.flow_module("flow", flow, warm_start=False)
+    assert list(sites) == ["flow$params"]  # as ELBOs of several particles want it
+    with pytest.raises(ValueError, match="max_iterations: expected an integer of at least 1, got 0"):
+        interop.flow_module("flow", flow, max_iterations=0)

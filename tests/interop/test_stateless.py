@@ -1,0 +1,137 @@
+"""Flows as pure functions of a dict: against the flow itself, and through what dicts go through."""
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import resflow_jax as rf
+import resflow_jax.interop
+from tests.interop.flows import bent
+
+CONFIG = rf.VectorFlowConfig(
+    dim=2,
+    blocks=2,
+    hidden=(4,),
+    batchnorm=True,
+    invertible_linear=True,
+    preactivation="all",
+    data_mean=(0, 0),
+    data_deviation=(1, 2),
+)
+X = bent(8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return resflow_jax.interop.stateless.stateless(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    return model.init(jax.random.key(0), X)
+
+
+@pytest.fixture(scope="module")
+def expected(model, variables):
+    return model.bind(variables).log_prob(X, estimator=rf.Exact())
+
+
+def differing(first, second):
+    """The collections that differ."""
+    equal = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), first, second)
+    return [name for name, tree in equal.items() if not all(jax.tree.leaves(tree))]
+
+
+def log_prob(model, variables):
+    return model.apply(variables, "log_prob", X, estimator=rf.Exact())
+
+
+def test_variables_are_plain_dicts_by_collection(model, variables, expected):
+    """Only dicts with string keys and arrays; apply is the flow's method; data set ActNorm at `init`."""
+    assert set(variables) == {"params", "norms", "batch_stats", "constants"}
+    for path, leaf in jax.tree.leaves_with_path(variables):
+        assert isinstance(leaf, jax.Array)
+        assert all(isinstance(entry, jax.tree_util.DictKey) and isinstance(entry.key, str) for entry in path)
+    np.testing.assert_array_equal(log_prob(model, variables), expected)
+    assert differing(variables, model.init(jax.random.key(0))) == ["batch_stats", "params"]
+
+
+def test_every_public_method_is_there(model, variables):
+    sample = model.apply(variables, "sample", jax.random.key(0), 8)
+    z = model.apply(variables, "__call__", sample)
+    np.testing.assert_allclose(model.apply(variables, "inverse", z), sample, atol=1e-9)
+    assert rf.certify(model.bind(variables)).bounds.shape == (2,)
+
+
+def test_methods_that_change_a_flow_return_new_variables(model, variables):
+    """Each changes its own collections, and those passed in stay as they were."""
+    copy = jax.tree.map(jnp.copy, variables)
+    scaled = {**variables, "params": jax.tree.map(lambda leaf: 1.1 * leaf + 0.1, variables["params"])}
+    after, status = model.apply(scaled, "update_norms", max_iterations=3)
+    assert differing(scaled, after) == ["norms"] and status.iterations > 1
+    assert differing(variables, model.apply(variables, "update_statistics", 2 * X)) == ["batch_stats"]
+    # the first ActNorm undoes the scaling: batch norm behind it finds what it found before
+    assert differing(variables, model.apply(variables, "initialize", 2 * X)) == ["params"]
+    assert differing(variables, copy) == []
+
+
+def test_trains_by_optax_under_jit(model, variables, expected):
+    """One compiled step of parameters and norms, the gradient in the parameters alone."""
+    optimizer = optax.adam(0.02)
+
+    @jax.jit
+    def step(variables, state):
+        def loss(params):
+            return -log_prob(model, {**variables, "params": params}).mean()
+
+        updates, state = optimizer.update(jax.grad(loss)(variables["params"]), state)
+        params = optax.apply_updates(variables["params"], updates)
+        return model.apply({**variables, "params": params}, "update_norms")[0], state
+
+    trained, state = variables, optimizer.init(variables["params"])
+    for _ in range(20):
+        trained, state = step(trained, state)
+    assert log_prob(model, trained).mean() > expected.mean() + 0.1
+    assert differing(variables, trained) == ["norms", "params"]
+
+
+def test_vmap_over_variables(model, variables, expected):
+    """An ensemble as one dict with a leading axis."""
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), variables)
+    together = jax.jit(jax.vmap(lambda variables: log_prob(model, variables)))(stacked)
+    np.testing.assert_allclose(together, [expected, expected], atol=1e-12)
+
+
+def test_survives_serialization(model, variables, expected, tmp_path):
+    """flax.serialization and orbax give the same numbers back; host arrays will do."""
+    packed = flax.serialization.to_bytes(variables)
+    restored = flax.serialization.from_bytes(variables, packed)
+    np.testing.assert_array_equal(log_prob(model, restored), expected)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "variables", variables)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "variables", variables)
+    np.testing.assert_array_equal(log_prob(model, restored), expected)
+
+
+def test_errors_name_what_is_wrong(model, variables):
+    with pytest.raises(ValueError, match=r"method: expected one of forward, .*; got 'logprob'"):
+        model.apply(variables, "logprob", X)
+    without = {name: tree for name, tree in variables.items() if name != "norms"}
+    with pytest.raises(ValueError, match=r"collections missing: norms$"):
+        model.bind(without)
+    with pytest.raises(ValueError, match=r"collections unknown: state$"):
+        model.bind({**variables, "state": {}})
+    with pytest.raises(ValueError, match=r"arrays unknown: constants/scale$"):
+        model.bind({**variables, "constants": {**variables["constants"], "scale": jnp.ones(1)}})
+    with pytest.raises(ValueError, match="arrays missing: constants/scales/0/bijectors/0/deviation, "):
+        model.bind({**variables, "constants": {}})
+    scalars = jax.tree.map(lambda leaf: leaf.ravel()[:1], variables["constants"])
+    with pytest.raises(
+        ValueError, match=r"expected constants/scales/0/bijectors/0/deviation of shape \(2,\), got \(1,\)"
+    ):
+        model.bind({**variables, "constants": scalars})
