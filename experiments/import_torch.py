@@ -1,0 +1,145 @@
+"""A checkpoint of the authors' PyTorch implementation as a run, which can be evaluated, sampled and gone on with.
+
+    python -m experiments.import_torch model.pth --workdir DIR [--data.name NAME | --data.path IMAGES] [--steps N]
+    python -m experiments.evaluate DIR
+    python -m experiments.sample DIR
+    python -m experiments.resume DIR
+
+Reads a file of `train_img.py` or `train_toy.py`, without PyTorch and without executing anything in it, and writes
+config.json and checkpoints/ under DIR: at step 0 the raw weights, with the averaged ones as their moving average where
+the file has them, the power iteration converged, and a new optimiser. The settings of the training are those of the
+file as far as they are known here; dropout is not. The imported weights count as the best until the first validation
+of a run that goes on.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import optax
+import tyro
+from flax import nnx
+
+from experiments.configs import celebahq64, celebahq256, cifar10, imagenet32, imagenet64, mnist, svhn
+from experiments.configs.base import OPTIMIZERS, DataConfig, RunConfig
+from experiments.configs.published import OPTIMIZER, published
+from experiments.configs.toy import ToyConfig
+from experiments.run import certificate_rows, claim_workdir, print_table
+from resflow_jax import ImageFlowConfig, ResidualFlow, Truncated, certify, load_torch_checkpoint
+from resflow_jax.functional.checks import check_count
+from resflow_jax.interop.torch_checkpoints import torch_args
+from resflow_jax.interop.torch_config import data_levels, estimator_from_args
+from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.step import Trainer, TrainState
+
+_DATA = {
+    "mnist": mnist.CONFIG.data,
+    "cifar10": cifar10.CONFIG.data,
+    "svhn": svhn.CONFIG.data,
+    "imagenet32": imagenet32.CONFIG.data,
+    "imagenet64": imagenet64.CONFIG.data,
+    "celebahq": celebahq256.CONFIG.data,
+    "celeba_5bit": celebahq64.CONFIG.data,
+}
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """One call of `python -m experiments.import_torch`.
+
+    Attributes:
+      checkpoint: the file.
+      workdir: of the new run.
+      data: images that the run is judged by and goes on with; by default those that the file names.
+      steps: of a run that goes on.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    workdir: Path
+    data: DataConfig = DataConfig("")
+    steps: int = 10_000
+
+    def __post_init__(self):
+        check_count("steps", self.steps, 1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line and runs."""
+    run(tyro.cli(ImportConfig, args=arguments, prog="python -m experiments.import_torch", description=__doc__))
+
+
+def run(config: ImportConfig) -> Path:
+    """Writes the run, prints what it is, and returns its work directory.
+
+    Raises:
+      FileExistsError: if the work directory holds a run already.
+      ValueError, FileNotFoundError: as `load_torch_checkpoint`.
+    """
+    if (config.workdir / "config.json").exists():
+        raise FileExistsError(f"workdir: expected a directory without a run, got {config.workdir} with config.json")
+    args = torch_args(config.checkpoint)
+    raw = load_torch_checkpoint(config.checkpoint, weights="raw")
+    averaged = load_torch_checkpoint(config.checkpoint)
+    settings = run_config(args, averaged, config)
+    claim_workdir(config.workdir, settings)
+    certificate = certify(averaged)
+    with Checkpoints(config.workdir / "checkpoints") as checkpoints:
+        checkpoints.save(imported_state(settings, raw, averaged), sys.float_info.max, certificate)
+    print_table(
+        {
+            "flow": f"{averaged.blocks} blocks, {averaged.dim} dimensions",
+            **certificate_rows(certificate),
+            "to evaluate it": f"python -m experiments.evaluate {config.workdir}",
+            "to sample it": f"python -m experiments.sample {config.workdir}",
+            "to go on": f"python -m experiments.resume {config.workdir}",
+        }
+    )
+    return config.workdir
+
+
+def imported_state(settings: RunConfig, raw: ResidualFlow, averaged: ResidualFlow) -> TrainState:
+    """The state before the first step, with an average that has long forgotten its start."""
+    decay = settings.optimizer.ema_decay
+    trainer = Trainer(nnx.graphdef(raw), _no_loss, settings.optimizer.build(settings.steps), decay)
+    state = trainer.create_state(raw, settings.estimator)
+    return state._replace(ema=optax.EmaState(jnp.asarray(2**20), nnx.state(averaged, nnx.Param)))
+
+
+def _no_loss(*_):
+    raise NotImplementedError("an imported state is written, not trained")
+
+
+def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfig) -> RunConfig:
+    """The settings of the file's training, as far as there are such here."""
+    estimator = estimator_from_args(args)
+    given = vars(args)
+    if not isinstance(flow.config, ImageFlowConfig):
+        return ToyConfig(workdir=config.workdir, data=given["data"], model=flow.config, steps=config.steps)
+    data = config.data
+    if not data.name and data.path is None:
+        data = _DATA[given["data"]]
+    data = replace(data, name=data.name or "images", bits=(data_levels(args) - 1).bit_length())
+    optimizer = replace(
+        OPTIMIZER,
+        name=given.get("optimizer") if given.get("optimizer") in OPTIMIZERS else OPTIMIZER.name,
+        learning_rate=float(given.get("lr", OPTIMIZER.learning_rate)),
+        warmup=given.get("warmup_iters", OPTIMIZER.warmup),
+        accumulate=given.get("update_freq", OPTIMIZER.accumulate),
+    )
+    if not isinstance(estimator, Truncated):
+        estimator = replace(estimator, krylov=0, probe="gaussian")
+    return published(
+        data,
+        flow.config,
+        workdir=config.workdir,
+        steps=-(-config.steps // optimizer.accumulate) * optimizer.accumulate,
+        batch_size=given.get("batchsize", 64),
+        estimator=estimator,
+        optimizer=optimizer,
+    )
+
+
+if __name__ == "__main__":
+    main()

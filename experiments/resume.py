@@ -1,0 +1,42 @@
+"""Goes on with a run of `experiments.density`, or one that `experiments.import_torch` wrote, by its own config.json.
+
+    python -m experiments.resume RUN_DIR
+
+The same as the run's own command once more, for those who no longer have it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from experiments import density
+from experiments.distributed import all_end_with_one, join
+from experiments.run import use_all_cores, use_xla_flags
+from experiments.saved import saved_config
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    """One call of `python -m experiments.resume`.
+
+    Attributes:
+      run_dir: work directory of the run.
+    """
+
+    run_dir: tyro.conf.Positional[Path]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line and runs."""
+    use_xla_flags()
+    parsed = tyro.cli(ResumeConfig, args=arguments, prog="python -m experiments.resume", description=__doc__)
+    config = saved_config(parsed.run_dir)
+    use_all_cores(density.cores_for_run(config))
+    join(config.distributed)
+    with all_end_with_one():
+        density.run(config)
+
+
+if __name__ == "__main__":
+    main()

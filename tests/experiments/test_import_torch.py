@@ -1,0 +1,91 @@
+"""A checkpoint of the PyTorch implementation as a run: its flow, its settings, what goes on with it, and bad input."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import resflow_jax as rf
+from experiments import density, import_torch, resume
+from experiments.configs.base import DataConfig, EvaluationConfig
+from experiments.import_torch import ImportConfig
+from experiments.run import as_json, write_atomically
+from experiments.saved import saved_config, saved_flow
+from tests.experiments import tiny
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run imported from a file with other averages than weights."""
+    directory = tmp_path_factory.mktemp("import")
+    config = replace(tiny.DIGITS.model, preactivation="all")
+    raw, average = (rf.ResidualFlow(config, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    raw.initialize(jax.random.uniform(jax.random.key(0), (8, 8, 8, 1)))
+    rf.save_torch_checkpoint(raw, directory / "model.pth", average=average)
+    settings = ImportConfig(directory / "model.pth", directory / "run", data=DataConfig("digits"), steps=2)
+    return import_torch.run(settings)
+
+
+def test_the_flow_of_the_run_is_that_of_the_file(run_dir, capsys):
+    """The averaged one; and the state that goes on has the raw weights."""
+    saved = saved_flow(run_dir)
+    expected = rf.load_torch_checkpoint(run_dir.parent / "model.pth")
+    x = jax.random.uniform(jax.random.key(1), (3, 8, 8, 1))
+    np.testing.assert_allclose(saved.flow(x), expected(x), rtol=1e-6, atol=1e-6)
+    assert saved.step == 0 and saved.config.model == expected.config
+    raw = rf.load_torch_checkpoint(run_dir.parent / "model.pth", weights="raw")
+    state = import_torch.imported_state(saved.config, raw, expected)
+    for found, wanted in zip(jax.tree.leaves(state.params), jax.tree.leaves(nnx.state(raw, nnx.Param)), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert np.abs(np.asarray(raw(x) - expected(x))).max() > 0.1
+
+
+def test_it_goes_on(run_dir, monkeypatch):
+    """Two steps from the imported weights, by `experiments.resume`, validated and judged at the end."""
+    for name in ("use_xla_flags", "use_all_cores"):
+        monkeypatch.setattr(resume, name, lambda *_: None)
+    judged = EvaluationConfig(estimator=rf.Roulette(), draws=1, examples=20, every=2)
+    config = replace(saved_config(run_dir), evaluation=judged, batch_size=8)
+    write_atomically(run_dir / "config.json", json.dumps(as_json(config)))
+    with pytest.warns(RuntimeWarning, match="infinite variance"):  # the law of the authors' code, as in the file
+        resume.main([str(run_dir)])
+    assert (run_dir / "samples.png").exists()
+    assert saved_flow(run_dir).step == 2, "the validated weights are better than imported ones, which never were"
+
+
+def test_the_settings_are_those_of_the_file(tmp_path):
+    """Of the authors' own files: images and toys."""
+    for name, data in (("mnist_tiny", DataConfig("digits")), ("toy2d", DataConfig(""))):
+        path = DATA / f"reference_{name}.pth"
+        args = import_torch.torch_args(path)
+        flow = rf.load_torch_checkpoint(path, norms="stored")
+        config = import_torch.run_config(args, flow, ImportConfig(path, tmp_path / name, data=data))
+        assert config.model == flow.config and config.workdir == tmp_path / name
+        if name == "toy2d":
+            assert config.data == args.data
+        else:
+            assert config.data == DataConfig("digits", bits=8) and config.optimizer.learning_rate == args.lr
+            assert config.batch_size == args.batchsize and config.optimizer.warmup == args.warmup_iters
+            assert isinstance(config.estimator.length, rf.Poisson) and config.estimator.probe == "gaussian"
+            with_name = import_torch.run_config(args, flow, ImportConfig(path, tmp_path))
+            assert with_name.data == density.CONFIGS["mnist"].data
+
+
+def test_bad_input(run_dir, tmp_path):
+    """A directory that holds a run stays as it is; nothing is written for a file that is no checkpoint."""
+    with pytest.raises(FileExistsError, match=r"workdir: expected a directory without a run, got .* with config\.json"):
+        import_torch.run(ImportConfig(run_dir.parent / "model.pth", run_dir))
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    with pytest.raises(ValueError, match=r"text\.pth"):
+        import_torch.run(ImportConfig(tmp_path / "text.pth", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="steps: expected"):
+        ImportConfig(tmp_path / "text.pth", tmp_path / "run", steps=0)
+    with pytest.raises(FileNotFoundError, match="expected the work directory of a run"):
+        resume.main([str(tmp_path)])
