@@ -7,9 +7,10 @@
 
 Reads a file of `train_img.py` or `train_toy.py`, without PyTorch and without executing anything in it, and writes
 config.json and checkpoints/ under DIR: at step 0 the raw weights, with the averaged ones as their moving average where
-the file has them, the power iteration converged, and a new optimiser. The settings of the training are those of the
-file as far as they are known here; dropout is not. The imported weights count as the best until the first validation
-of a run that goes on.
+the file has them, the power iteration converged, and a new optimiser. Batch size, estimator, learning rate, warm-up,
+annealing and accumulation are those of the file; what of its training is not carried over is listed. A classifier
+comes along, but a run that goes on learns the density alone. The imported weights count as the best until the first
+validation of a run that goes on.
 """
 
 import argparse
@@ -27,10 +28,11 @@ from experiments.configs.base import OPTIMIZERS, DataConfig, RunConfig
 from experiments.configs.published import OPTIMIZER, published
 from experiments.configs.toy import ToyConfig
 from experiments.run import certificate_rows, claim_workdir, print_table
-from resflow_jax import ImageFlowConfig, ResidualFlow, Truncated, certify, load_torch_checkpoint
+from resflow_jax import ImageFlowConfig, ResidualFlow, Truncated, certify
 from resflow_jax.functional.checks import check_count
-from resflow_jax.interop.torch_checkpoints import torch_args
+from resflow_jax.interop.torch_checkpoints import flow_of, parts_of
 from resflow_jax.interop.torch_config import data_levels, estimator_from_args
+from resflow_jax.interop.torch_files import read_torch_file
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.step import Trainer, TrainState
 
@@ -77,20 +79,25 @@ def run(config: ImportConfig) -> Path:
       FileExistsError: if the work directory holds a run already.
       ValueError, FileNotFoundError: as `load_torch_checkpoint`.
     """
-    if (config.workdir / "config.json").exists():
-        raise FileExistsError(f"workdir: expected a directory without a run, got {config.workdir} with config.json")
-    args = torch_args(config.checkpoint)
-    raw = load_torch_checkpoint(config.checkpoint, weights="raw")
-    averaged = load_torch_checkpoint(config.checkpoint)
-    settings = run_config(args, averaged, config)
-    claim_workdir(config.workdir, settings)
+    if (config.workdir / "checkpoints").exists():
+        raise FileExistsError(f"workdir: expected a directory without a run, got {config.workdir} with checkpoints")
+    content = read_torch_file(config.checkpoint)
+    try:
+        _, args = parts_of(content)
+        print("converging the norms of the raw weights and of the averages", flush=True)
+        raw, averaged = (flow_of(content, weights, "converged") for weights in ("raw", None))
+        settings = run_config(args, averaged, config)
+    except ValueError as error:
+        raise ValueError(f"{config.checkpoint}: {error}") from error
     certificate = certify(averaged)
+    claim_workdir(config.workdir, settings)
     with Checkpoints(config.workdir / "checkpoints") as checkpoints:
         checkpoints.save(imported_state(settings, raw, averaged), sys.float_info.max, certificate)
     print_table(
         {
             "flow": f"{averaged.blocks} blocks, {averaged.dim} dimensions",
             **certificate_rows(certificate),
+            "not carried over": ", ".join(not_carried_over(args)) or "nothing",
             "to evaluate it": f"python -m experiments.evaluate {config.workdir}",
             "to sample it": f"python -m experiments.sample {config.workdir}",
             "to go on": f"python -m experiments.resume {config.workdir}",
@@ -111,15 +118,36 @@ def _no_loss(*_):
     raise NotImplementedError("an imported state is written, not trained")
 
 
+def not_carried_over(args: argparse.Namespace) -> list[str]:
+    """Settings of the file's training that a run here does not have, where they were in use."""
+    unused = {
+        "task": "density",
+        "dropout": 0,
+        "wd": 0,
+        "weight_decay": 0,
+        "scheduler": False,
+        "add_noise": True,
+        "neumann_grad": True,
+        "var_reduc_lr": 0,
+        "brute_force": False,
+        "exact_trace": False,
+    }
+    found = [f"{name}={getattr(args, name)}" for name, value in unused.items() if getattr(args, name, value) != value]
+    optimizer = getattr(args, "optimizer", OPTIMIZER.name)
+    return [*found, *([f"optimizer={optimizer}"] if optimizer not in OPTIMIZERS else [])]
+
+
 def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfig) -> RunConfig:
     """The settings of the file's training, as far as there are such here."""
-    estimator = estimator_from_args(args)
     given = vars(args)
     if not isinstance(flow.config, ImageFlowConfig):
-        return ToyConfig(workdir=config.workdir, data=given["data"], model=flow.config, steps=config.steps)
+        return ToyConfig(
+            workdir=config.workdir, data=given.get("data", "pinwheel"), model=flow.config, steps=config.steps
+        )
+    estimator = estimator_from_args(args)
     data = config.data
     if not data.name and data.path is None:
-        data = _DATA[given["data"]]
+        data = _DATA[given.get("data", "cifar10")]
     data = replace(data, name=data.name or "images", bits=(data_levels(args) - 1).bit_length())
     optimizer = replace(
         OPTIMIZER,
@@ -136,6 +164,7 @@ def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfi
         workdir=config.workdir,
         steps=-(-config.steps // optimizer.accumulate) * optimizer.accumulate,
         batch_size=given.get("batchsize", 64),
+        annealing=given.get("annealing_iters", 0),
         estimator=estimator,
         optimizer=optimizer,
     )

@@ -11,8 +11,6 @@ is executed.
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import numpy as np
 
 from resflow_jax.interop.extras import needs_extra
 from resflow_jax.interop.stateless import Stateless, Variables, split_variables
+from resflow_jax.interop.whole_files import whole_file
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import ResidualFlow
 
@@ -34,15 +33,9 @@ _CONFIGS = {cls.__name__: cls for cls in (ImageFlowConfig, VectorFlowConfig)}
 def save(flow: ResidualFlow, path: str | Path) -> None:
     """Writes all arrays of a flow, in its dtype, and its config; replaces a file of this name when all is written."""
     metadata = {"format": "resflow_jax", "version": version("resflow_jax"), "config": _as_json(flow.config)}
-    path = Path(path)
     arrays = {name: np.array(array, order="C") for name, array in _flat(split_variables(flow)).items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with whole_file(path) as temporary:
         save_file(arrays, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> ResidualFlow:
@@ -90,7 +83,10 @@ def _from_json(text: str) -> ImageFlowConfig | VectorFlowConfig:
     for name in ("norms", "fc_norms"):
         if isinstance(fields.get(name), list):
             fields[name] = tuple(map(float, fields[name]))
-    return cls(**fields)
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ValueError(f"config: expected all fields of {cls.__name__} that have no default: {error}") from error
 
 
 def _flat(variables: Variables, prefix: str = "") -> dict[str, Any]:
@@ -107,5 +103,7 @@ def _nested(arrays: dict[str, np.ndarray]) -> Variables:
         node = variables
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{name}: expected an array or a collection of this name's beginning, got both")
         node[last] = array
     return variables

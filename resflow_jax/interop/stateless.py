@@ -92,6 +92,9 @@ class Stateless:
                 raise ValueError(
                     f"variables: expected {'/'.join(path)} of shape {leaf.shape}, got {jnp.shape(flat[path])}"
                 )
+            kind, got = jnp.issubdtype(leaf.dtype, jnp.floating), jnp.result_type(flat[path])
+            if kind != jnp.issubdtype(got, jnp.floating):
+                raise ValueError(f"variables: expected {'/'.join(path)} of a dtype like {leaf.dtype}, got {got}")
         leaves = [jnp.asarray(flat[path]) for path in structure.leaves]
         return nnx.merge(structure.graphdef, jax.tree.unflatten(structure.treedef, leaves), copy=True)
 

@@ -21,10 +21,12 @@ from resflow_jax.functional.checks import check_choice
 from resflow_jax.functional.norms import with_copies
 from resflow_jax.interop.torch_config import args_from_config, config_from_args, is_toy
 from resflow_jax.interop.torch_files import read_torch_file
-from resflow_jax.interop.torch_layout import Canvas, Entry, entries
+from resflow_jax.interop.torch_layout import Canvas, Entry, Ignored, Norm, entries
 from resflow_jax.interop.torch_objects import Stub
+from resflow_jax.interop.torch_storages import brief
 from resflow_jax.interop.torch_writer import write_torch_file
 from resflow_jax.layers.lipschitz import LipschitzLinear, map_linears
+from resflow_jax.models.config import VectorFlowConfig, has_mixed_norms
 from resflow_jax.models.flow import ResidualFlow
 
 Array = np.ndarray
@@ -63,16 +65,7 @@ def load_torch_checkpoint(
     path = Path(path)
     content = read_torch_file(path)
     try:
-        return _flow(content, weights, norms)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def torch_args(path: str | Path) -> argparse.Namespace:
-    """The options in a checkpoint of the authors' PyTorch implementation; errors as `load_torch_checkpoint`."""
-    content = read_torch_file(path)
-    try:
-        return _parts(content)[1]
+        return flow_of(content, weights, norms)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -80,8 +73,9 @@ def torch_args(path: str | Path) -> argparse.Namespace:
 def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: ResidualFlow | None = None) -> None:
     """Writes a flow as a checkpoint that the authors' PyTorch implementation and `load_torch_checkpoint` take.
 
-    In the flow's float dtype; `load_torch_checkpoint(path, norms="stored")` gives it back exactly, but for the
-    factors of an invertible linear layer, which are found again from their product.
+    In the flow's float dtype. `load_torch_checkpoint(path, norms="stored")` gives it back bit for bit; but to rounding
+    the factors of an invertible linear layer, which are found again from their product, and u of 1x1 convolutions
+    with mixed norms, which is rescaled.
 
     Args:
       flow: of a config that the options of the scripts can say.
@@ -121,10 +115,10 @@ def _tensors(flow: ResidualFlow) -> dict[str, Array]:
     return {e.name: scales[e.name] if e.name in scales else e.place.take(canvas) for e in found}
 
 
-def _parts(content: Any) -> tuple[dict[str, Array], argparse.Namespace]:
+def parts_of(content: Any) -> tuple[dict[str, Array], argparse.Namespace]:
     """The tensors and the options."""
     if not isinstance(content, dict) or not {"state_dict", "args"} <= content.keys():
-        keys = f"a dict of {', '.join(map(repr, content))}" if isinstance(content, dict) else type(content).__name__
+        keys = f"a dict of {', '.join(map(brief, content))}" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"expected a checkpoint of the training scripts with 'state_dict' and 'args', got {keys}")
     tensors, args = content["state_dict"], content["args"]
     if not isinstance(args, argparse.Namespace):
@@ -132,15 +126,19 @@ def _parts(content: Any) -> tuple[dict[str, Array], argparse.Namespace]:
     if not isinstance(tensors, Mapping):
         raise ValueError(f"state_dict: expected a dict of tensors, got {type(tensors).__name__}")
     for name, tensor in tensors.items():
-        if not isinstance(tensor, np.ndarray):
-            raise ValueError(f"state_dict: expected tensors, got {type(tensor).__name__} for {name!r}")
+        if not isinstance(name, str) or not isinstance(tensor, np.ndarray):
+            raise ValueError(f"state_dict: expected tensors by name, got {type(tensor).__name__} for {brief(name)}")
     return dict(tensors), args
 
 
-def _flow(content: Any, weights: str | None, norms: str) -> ResidualFlow:
-    tensors, args = _parts(content)
+def flow_of(content: Any, weights: str | None, norms: str) -> ResidualFlow:
+    """The flow of what `read_torch_file` gave; arguments and errors as of `load_torch_checkpoint`."""
+    tensors, args = parts_of(content)
     averages = _averages(content, weights)
     config = config_from_args(args, tensors)
+    blocks = config.blocks if isinstance(config, VectorFlowConfig) else sum(config.blocks) + config.fc_blocks
+    if blocks > len(tensors):
+        raise ValueError(f"nblocks: expected no more blocks than the {len(tensors)} tensors of the file, got {blocks}")
     flow = nnx.eval_shape(lambda: ResidualFlow(config, rngs=nnx.Rngs(0)))
     found = entries(flow, dropout=bool(getattr(args, "dropout", 0)))
     _check_names("state_dict", {e.name for e in found}, tensors.keys())
@@ -169,7 +167,10 @@ def _averages(content: dict[str, Any], weights: str | None) -> dict[str, Array] 
     if ema is None:
         raise ValueError("weights: expected 'raw' for a file without averages ('ema'), got 'ema'")
     shadow = ema.state.get("shadow_params") if isinstance(ema, Stub) and isinstance(ema.state, dict) else None
-    if not isinstance(shadow, Mapping) or not all(isinstance(tensor, np.ndarray) for tensor in shadow.values()):
+    of_tensors = isinstance(shadow, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, np.ndarray) for name, tensor in shadow.items()
+    )
+    if not of_tensors:
         raise ValueError("ema: expected an object with a dict of tensors, shadow_params, got none")
     return dict(shadow)
 
@@ -185,7 +186,7 @@ def _check_names(what: str, expected: set[str], got: Mapping | set) -> None:
 def _put(entry: Entry, canvas: Canvas, tensor: Array) -> None:
     if entry.shape is not None and tensor.shape != entry.shape:
         raise ValueError(f"{entry.name}: expected shape {entry.shape}, as args say, got {tensor.shape}")
-    if not np.isfinite(tensor).all():
+    if not isinstance(entry.place, Ignored | Norm) and not np.isfinite(tensor).all():
         raise ValueError(f"{entry.name}: expected finite numbers, got {np.count_nonzero(~np.isfinite(tensor))} others")
     try:
         entry.place.put(canvas, tensor)
@@ -208,15 +209,13 @@ def _scale_vectors(flow: ResidualFlow, scale) -> None:
     def apply(layer: LipschitzLinear) -> None:
         layer.u[...] = scale(layer.u[...], with_copies(jnp.ones(()), layer.linear_map.copies, *layer.traced_orders()))
 
-    config = flow.config
-    if config.norms is not None or config.learn_norms:
+    if has_mixed_norms(flow.config) or flow.config.learn_norms:
         map_linears(flow, apply)
 
 
 def _converge(flow: ResidualFlow) -> None:
     """Iterates every norm to the rounding of its dtype, or 20000 times."""
-    config = flow.config
-    if config.norms is not None or config.learn_norms or getattr(config, "fc_norms", None) is not None:
+    if has_mixed_norms(flow.config) or flow.config.learn_norms:
         map_linears(flow, lambda layer: layer.search_norm())
     status = flow.update_norms(tolerance=4 * float(jnp.finfo(flow.dtype).eps), max_iterations=20_000)
     if not status.residual <= 1e-2:
@@ -224,5 +223,5 @@ def _converge(flow: ResidualFlow) -> None:
             f"norms: a layer is far from converged after {status.iterations} iterations; largest residual "
             f"{status.residual:.1e}",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -17,11 +17,13 @@ import numpy as np
 
 from resflow_jax.functional.estimators import Estimator, Roulette, Truncated
 from resflow_jax.functional.laws import Geometric, Poisson
+from resflow_jax.interop.torch_storages import brief
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 
 Config = ImageFlowConfig | VectorFlowConfig
 Tensors = Mapping[str, np.ndarray]
 
+_LARGEST = 4096  # side of images
 FC_BLOCKS = 4  # the image script builds so many behind the last scale
 NORMALIZATION = "transforms.0.chain.0"  # the place of the data's constants, where there are any
 
@@ -70,9 +72,6 @@ _TOY_DEFAULTS = {
     "nblocks": 100,
     "actnorm": False,
     "batchnorm": False,
-    "n_dist": "geometric",
-    "n_samples": 1,
-    "n_power_series": None,
 }
 ACTIVATIONS = {
     "swish": "lipswish",
@@ -113,6 +112,8 @@ def args_from_config(config: Config) -> argparse.Namespace:
     unused = _unused_fields(config)
     for field in dataclasses.fields(config):
         wanted, got = getattr(config, field.name), getattr(built, field.name)
+        if field.name in ("norms", "fc_norms") and wanted is not None and set(wanted) == {2.0}:
+            wanted = None
         if wanted != got and field.name not in unused:
             raise ValueError(f"{field.name}: expected {got!r}, which the original has an option for, got {wanted!r}")
     return args
@@ -189,6 +190,7 @@ def _norms_as_text(norms: tuple[float, ...] | None, layers: int) -> str:
 def _unused_fields(config: Config) -> set[str]:
     """Parts of a config that make no difference to the flow, beside others of it."""
     unused = {"matmul_dtype", "dense_growth", "fc_dense_first", "fc_dense_growth"}  # how to multiply; of DenseNets
+    unused |= set() if config.learn_norms else {"order_ties"}
     if not config.padding:
         unused |= {"padding_noise", "padding_scale", "padding_shift", "padding_first"}
     if isinstance(config, VectorFlowConfig):
@@ -205,12 +207,12 @@ def _unused_fields(config: Config) -> set[str]:
 
 
 def estimator_from_args(args: argparse.Namespace) -> Estimator:
-    """The estimator of the training, with the starting values of its law, which the scripts never move."""
-    options = _options(args, _TOY_DEFAULTS if is_toy(args) else _IMAGE_DEFAULTS)
+    """The estimator of a training on images, with the starting values of its law, which the script never moves."""
+    options = _options(args, _IMAGE_DEFAULTS)
     if options["n_power_series"] is not None:
         return Truncated(options["n_power_series"])
     law = Poisson(2.0) if options["n_dist"] == "poisson" else Geometric(0.5)
-    return Roulette(law, exact_terms=options.get("n_exact_terms", 2), samples=options["n_samples"])
+    return Roulette(law, exact_terms=options["n_exact_terms"], samples=options["n_samples"])
 
 
 def data_levels(args: argparse.Namespace) -> int:
@@ -226,6 +228,8 @@ def _image_config(args: argparse.Namespace, tensors: Tensors) -> ImageFlowConfig
     if options["data"] not in _CHANNELS:
         raise ValueError(f"data: expected one of {', '.join(_CHANNELS)}; got {options['data']!r}")
     channels, size = _CHANNELS[options["data"]], options["imagesize"]
+    if not 4 <= size <= _LARGEST:
+        raise ValueError(f"imagesize: expected a number from 4 to {_LARGEST}, got {size}")
     kernels = _numbers("kernels", options["kernels"])
     blocks = _numbers("nblocks", options["nblocks"])[: _scales(size // 2 if options["squeeze_first"] else size)]
     if not blocks or min(blocks) < 1:
@@ -324,7 +328,7 @@ def _options(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, An
             right = isinstance(value, int | float)
         if not right or (isinstance(value, bool) and kind is not bool):
             expected = "int or None" if default is None else kind.__name__
-            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+            raise ValueError(f"{name}: expected {expected}, got {brief(value)}")
     return options
 
 

@@ -47,7 +47,7 @@ def read_torch_file(path: str | Path) -> Any:
             return _read(file, path.stat().st_size)
         except Refused as error:
             raise ValueError(f"{path}: {error}") from error
-        except Exception as error:
+        except Exception as error:  # also MemoryError and OSError: damaged lengths and offsets lead to them
             raise ValueError(
                 f"{path}: expected a whole checkpoint of PyTorch, could not read it ({type(error).__name__}: {error})"
             ) from error
@@ -78,7 +78,7 @@ def _read_zip(archive: zipfile.ZipFile, nbytes: int) -> Any:
     if f"{prefix}/byteorder" in records:
         _check_order(archive.read(f"{prefix}/byteorder"), b"little")
     storages: dict[str, Storage] = {}
-    value = interpret(BytesIO(archive.read(f"{prefix}/data.pkl")), persistent(storages, nbytes))
+    value = interpret(BytesIO(archive.read(f"{prefix}/data.pkl")), _limit(nbytes), persistent(storages, nbytes))
     for key, storage in storages.items():
         record = records.get(f"{prefix}/data/{key}")
         if record is None:
@@ -90,15 +90,16 @@ def _read_zip(archive: zipfile.ZipFile, nbytes: int) -> Any:
 
 
 def _read_legacy(file: BinaryIO, nbytes: int) -> Any:
-    if interpret(file) != _MAGIC:
+    limit = _limit(nbytes)
+    if interpret(file, limit) != _MAGIC:
         raise Refused("expected a file of torch.save, got a pickle of something else")
-    version = interpret(file)
+    version = interpret(file, limit)
     if version != _VERSION:
         raise Refused(f"expected version {_VERSION} of the format before torch 1.6, got {brief(version)}")
-    _check_order(interpret(file)["little_endian"], True)
+    _check_order(interpret(file, limit)["little_endian"], True)
     storages: dict[str, Storage] = {}
-    value = interpret(file, persistent(storages, nbytes))
-    keys = interpret(file)
+    value = interpret(file, limit, persistent(storages, nbytes))
+    keys = interpret(file, limit)
     if sorted(keys) != sorted(storages):
         raise Refused(f"expected the {len(storages)} storages that the object refers to, got a list of others")
     for key in keys:
@@ -108,6 +109,11 @@ def _read_legacy(file: BinaryIO, nbytes: int) -> Any:
             raise Refused(f"expected {storage.length} elements in storage {key}, got {length}")
         storage.fill(file.read(storage.nbytes))
     return value
+
+
+def _limit(nbytes: int) -> int:
+    """Bytes of objects that a file of so many may become: a storage is part of several tensors of a checkpoint."""
+    return 16 * nbytes + 2**27
 
 
 def _check_order(order: Any, little: Any) -> None:

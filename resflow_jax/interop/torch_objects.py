@@ -6,8 +6,8 @@ it is never imported, and nothing of the file is called:
   - a tensor or a parameter becomes a numpy array;
   - OrderedDict, set, frozenset, bytes, argparse.Namespace, numpy's numbers, torch.Size (a tuple) and torch's dtypes
     (numpy's) become what they are;
-  - a class or a function of `resflows` or `torch.nn`, and a torch.device, become a `Stub`: what the file says of it,
-    without any behaviour;
+  - a class or a function of `resflows` (`lib`, before it was renamed) or `torch.nn`, and a torch.device, become a
+    `Stub`: what the file says of it, without any behaviour;
   - every other name is refused.
 
 An attribute can be given only to an object that was made for this file: a stub, a namespace, or an OrderedDict (its
@@ -25,7 +25,7 @@ import numpy as np
 from resflow_jax.interop.torch_storages import DTYPES, STORAGES, Refused, Storage, brief
 
 _NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "numpy._core.multiarray": "numpy.core.multiarray"}
-_STUBBED = ("resflows", "torch.nn")
+_STUBBED = ("resflows", "lib", "torch.nn")  # the authors' package was named lib until 2023
 
 
 @dataclass(eq=False)
@@ -73,6 +73,15 @@ def build(target: Any, args: Any) -> Any:
         raise Refused(f"expected a class or a function and a tuple of arguments, got {brief(target)} and {brief(args)}")
     builder = _BUILDERS.get((target.module, target.name))
     return builder(*args) if builder else Stub(target.module, target.name, args)
+
+
+def size_of(made: Any) -> int:
+    """About how many bytes an object takes that was made by a call."""
+    if isinstance(made, np.ndarray):
+        return made.nbytes
+    if isinstance(made, tuple | set | frozenset | OrderedDict):
+        return 64 * len(made)
+    return len(made) if type(made) is bytes else 0
 
 
 def set_state(instance: Any, state: Any) -> None:

@@ -10,7 +10,7 @@ import pickletools
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from resflow_jax.interop.torch_objects import add, build, check_key, extend, look_up, set_state, update
+from resflow_jax.interop.torch_objects import add, build, check_key, extend, look_up, set_state, size_of, update
 from resflow_jax.interop.torch_storages import Refused, brief
 
 _VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -22,17 +22,18 @@ _LITERALS = {
 }
 
 
-def interpret(file: BinaryIO, load_persistent: Callable[[Any], Any] | None = None) -> Any:
+def interpret(file: BinaryIO, limit: int, load_persistent: Callable[[Any], Any] | None = None) -> Any:
     """The object of the pickle at the position of a file, which is then at the end of the pickle.
 
     Args:
       file: where to read.
+      limit: bytes, about, that all objects may take which are made by calls: of repeated ones a file may be small.
       load_persistent: gives what lies outside of the pickle, for its reference; None if nothing does.
 
     Raises:
       Refused: if the pickle names what is not allowed, holds what torch.save does not write, or is damaged.
     """
-    machine = _Machine(load_persistent)
+    machine = _Machine(limit, load_persistent)
     try:
         for instruction, argument, _ in pickletools.genops(file):
             machine.run(instruction.name, argument)
@@ -44,7 +45,8 @@ def interpret(file: BinaryIO, load_persistent: Callable[[Any], Any] | None = Non
 
 
 class _Machine:
-    def __init__(self, load_persistent: Callable[[Any], Any] | None) -> None:
+    def __init__(self, limit: int, load_persistent: Callable[[Any], Any] | None) -> None:
+        self.left = limit
         self.load_persistent = load_persistent
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stack below each mark
@@ -108,7 +110,11 @@ class _Machine:
             case "STACK_GLOBAL":
                 self.stack.append(look_up(*self._pop(2)))
             case "REDUCE" | "NEWOBJ":
-                self.stack.append(build(*self._pop(2)))
+                made = build(*self._pop(2))
+                self.left -= size_of(made)
+                if self.left < 0:
+                    raise Refused("expected objects about as large as the file, got some that grow without end")
+                self.stack.append(made)
             case "BUILD":
                 (state,) = self._pop(1)
                 set_state(self.stack[-1], state)

@@ -7,7 +7,6 @@ with the arguments, and gives them their state.
 
 import argparse
 import math
-import os
 import pickle
 import struct
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 
 from resflow_jax.interop.torch_objects import Stub, look_up
 from resflow_jax.interop.torch_storages import DTYPES, STORAGES
+from resflow_jax.interop.whole_files import whole_file
 
 __all__ = ["Stub", "write_torch_file"]
 
@@ -41,20 +41,14 @@ def write_torch_file(path: str | Path, obj: Any) -> None:
       TypeError: if there is anything else in `obj`; the message says where.
       ValueError: if a stub has a class that `read_torch_file` would refuse.
     """
-    path = Path(path)
     pickler = _Pickler()
     data = pickler.pickle(obj)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
-            _add(archive, "data.pkl", data)
-            _add(archive, "byteorder", sys.byteorder.encode())
-            for key, array in enumerate(pickler.arrays):
-                _add(archive, f"data/{key}", np.ascontiguousarray(array, DTYPES[array.dtype.name]).tobytes())
-            _add(archive, "version", b"3\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        _add(archive, "data.pkl", data)
+        _add(archive, "byteorder", sys.byteorder.encode())
+        for key, array in enumerate(pickler.arrays):
+            _add(archive, f"data/{key}", np.ascontiguousarray(array, DTYPES[array.dtype.name]).tobytes())
+        _add(archive, "version", b"3\n")
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:

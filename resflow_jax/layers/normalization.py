@@ -78,6 +78,8 @@ class MovingBatchNorm(Bijector):
 class MovingCentering(Bijector):
     """y = x - mean + bias: of `MovingBatchNorm` the centre alone, an isometry, which may stand inside a contraction.
 
+    The moving batch norm of the authors' code.
+
     Applying the layer never changes the mean (`nnx.BatchStat`), into which no gradient flows: `initialize` sets it
     to a batch's, `update_statistics` moves it towards a batch's by the share `decay`.
     """

@@ -1,4 +1,4 @@
-"""From a configuration to residual blocks: which layers g has, and what stands behind every block."""
+"""From a configuration to residual blocks: which layers g has, and what stands before and behind every block."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol

@@ -28,15 +28,13 @@ class Classifier(nnx.Module):
         self.kernel, self.bias = _affine((channels * len(shapes), classes), rngs)
 
     def __call__(self, features: Sequence[Array]) -> Array:
-        return self._logits([head(x) for head, x in zip(self.heads, features, strict=True)])
+        parts = [head(x) for head, x in zip(self.heads, features, strict=True)]
+        return jnp.concatenate(parts, axis=-1) @ self.kernel[...] + self.bias[...]
 
     def initialize(self, features: Sequence[Array]) -> None:
         """Sets every ActNorm from a batch, in place."""
         for head, x in zip(self.heads, features, strict=True):
             head.norm.initialize(head.convolution(x))
-
-    def _logits(self, parts: list[Array]) -> Array:
-        return jnp.concatenate(parts, axis=-1) @ self.kernel[...] + self.bias[...]
 
 
 class Head(nnx.Module):

@@ -30,7 +30,7 @@ from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.elementwise import Logit
 from resflow_jax.layers.lipschitz import map_linears
 from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
-from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
+from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
 
 Array = jax.Array
 
@@ -57,9 +57,7 @@ class ResidualFlow(nnx.Module):
         self.config = config
         self.scales, self.classifier = nnx.merge(static["graphdef"], state)
         self._emitted = static["emitted"]
-        if (
-            config.norms is not None or getattr(config, "fc_norms", None) is not None
-        ):  # learned ones start at 2, where any start will do
+        if has_mixed_norms(config):  # learned ones start at 2, where any start will do
             map_linears(self, lambda layer: layer.search_norm())
         self.converge_norms()
 
@@ -258,7 +256,7 @@ class ResidualFlow(nnx.Module):
         return jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype
 
     def initialize(self, x: Array) -> None:
-        """Sets every ActNorm and `MovingBatchNorm` from a batch x, in place, so that its output is normalised.
+        """Sets every ActNorm and running statistic from a batch x, in place, so that outputs are normalised.
 
         At least two examples, better hundreds: each statistic is taken over the batch.
         """
@@ -323,7 +321,7 @@ class ResidualFlow(nnx.Module):
         return np.concatenate([np.reshape(pair, (-1, 2)) for pair in orders])
 
     def update_statistics(self, x: Array) -> None:
-        """Moves the running statistics of every `MovingBatchNorm` towards those of a batch x, in place.
+        """Moves all running statistics (`MovingBatchNorm`, `MovingCentering`) towards those of a batch x, in place.
 
         To be called at every training step of a flow that has any; the log-density never does it.
         """

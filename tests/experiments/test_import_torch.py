@@ -1,5 +1,6 @@
 """A checkpoint of the PyTorch implementation as a run: its flow, its settings, what goes on with it, and bad input."""
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from experiments.configs.base import DataConfig, EvaluationConfig
 from experiments.import_torch import ImportConfig
 from experiments.run import as_json, write_atomically
 from experiments.saved import saved_config, saved_flow
+from resflow_jax.interop.torch_files import read_torch_file
 from tests.experiments import tiny
 
 DATA = Path(__file__).parents[1] / "data"
@@ -63,7 +65,7 @@ def test_the_settings_are_those_of_the_file(tmp_path):
     """Of the authors' own files: images and toys."""
     for name, data in (("mnist_tiny", DataConfig("digits")), ("toy2d", DataConfig(""))):
         path = DATA / f"reference_{name}.pth"
-        args = import_torch.torch_args(path)
+        args = read_torch_file(path)["args"]
         flow = rf.load_torch_checkpoint(path, norms="stored")
         config = import_torch.run_config(args, flow, ImportConfig(path, tmp_path / name, data=data))
         assert config.model == flow.config and config.workdir == tmp_path / name
@@ -79,12 +81,14 @@ def test_the_settings_are_those_of_the_file(tmp_path):
 
 def test_bad_input(run_dir, tmp_path):
     """A directory that holds a run stays as it is; nothing is written for a file that is no checkpoint."""
-    with pytest.raises(FileExistsError, match=r"workdir: expected a directory without a run, got .* with config\.json"):
+    with pytest.raises(FileExistsError, match=r"workdir: expected a directory without a run, got .* with checkpoints"):
         import_torch.run(ImportConfig(run_dir.parent / "model.pth", run_dir))
     (tmp_path / "text.pth").write_text("no checkpoint")
     with pytest.raises(ValueError, match=r"text\.pth"):
         import_torch.run(ImportConfig(tmp_path / "text.pth", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+    args = argparse.Namespace(task="hybrid", wd=0.0, dropout=0.1, optimizer="rmsprop", scheduler=False)
+    assert import_torch.not_carried_over(args) == ["task=hybrid", "dropout=0.1", "optimizer=rmsprop"]
     with pytest.raises(ValueError, match="steps: expected"):
         ImportConfig(tmp_path / "text.pth", tmp_path / "run", steps=0)
     with pytest.raises(FileNotFoundError, match="expected the work directory of a run"):

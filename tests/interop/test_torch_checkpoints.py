@@ -46,7 +46,7 @@ def ordered_as_ours(flow, z):
     """z of the original, each part flattened as [C, H, W]; ours as [H, W, C]."""
     if isinstance(flow.config, rf.VectorFlowConfig):
         return z
-    shapes = [*feature_shapes(flow.config)[:-1], feature_shapes(flow.config)[-1]]
+    shapes = feature_shapes(flow.config)
     shapes = shapes if flow.factors_out else shapes[-1:]
     sizes = [math.prod(shape) for shape in shapes]
     parts = np.split(z, np.cumsum(sizes)[:-1], axis=1)
@@ -133,7 +133,7 @@ def test_a_written_file_holds_what_the_scripts_read(tmp_path):
     assert {k: v for k, v in vars(ours["args"]).items() if vars(theirs["args"])[k] != v} == {}
 
 
-def test_float32(monkeypatch):
+def test_float32():
     """In JAX's default dtype z is within 1e-4 of the original's, and an example is found again from it to 1e-5."""
     with np.load(DATA / "reference_mnist_tiny.npz") as arrays:
         x, z = channels_last(arrays["expected/x"]), arrays["expected/z_ema_converged"]
@@ -176,7 +176,12 @@ WEIGHT = "chain.1.nnet.1.weight"
         (with_tensor("chain.9.weight", np.zeros(2)), r"state_dict: .* some left over: chain\.9\.weight"),
         (with_tensor(WEIGHT, np.zeros((3, 2))), rf"{WEIGHT}: expected shape \(16, 2\), as args say, got \(3, 2\)"),
         (with_tensor(WEIGHT, np.full((16, 2), np.nan)), rf"{WEIGHT}: expected finite numbers, got 32 others"),
-        (with_tensor(WEIGHT, "a weight"), rf"state_dict: expected tensors, got str for '{WEIGHT}'"),
+        (with_tensor(WEIGHT, "a weight"), rf"state_dict: expected tensors by name, got str for '{WEIGHT}'"),
+        (
+            with_option("nblocks", 10**12),
+            "nblocks: expected no more blocks than the [0-9]+ tensors of the file, got 10",
+        ),
+        (with_tensor(1, np.zeros(2)), "state_dict: expected tensors by name, got ndarray for 1"),
         (with_option("nblocks", 5), r"state_dict: .* some missing: chain\.10\.bias"),
         (
             with_option("dims", "16-8"),
@@ -245,11 +250,12 @@ IMAGES = {"data": "mnist", "imagesize": 8, "idim": 4, "nblocks": "1-1"}
         ({"data": "faces"}, "data: expected one of mnist, .*; got 'faces'"),
         ({"nblocks": "0-1"}, "nblocks: expected at least one block a scale, got '0-1'"),
         ({"kernels": "3", "vnorms": "2f"}, "vnorms: expected two equal orders for the one size in kernels, got '2f'"),
-        ({"kernels": "3-5-3", "vnorms": "22f2"}, "vnorms: expected orders 1, 2 or f|kernels: expected sizes that fit"),
+        ({"kernels": "3-5-3", "vnorms": "22ff"}, "kernels: expected sizes that fit images of 4 pixels, got 5"),
         ({"kernels": "2-3-3"}, "kernels: expected odd sizes"),
         ({"padding": 1, "padding_dist": "cauchy"}, "padding_dist: expected uniform or gaussian, got 'cauchy'"),
         ({"task": "hybrid"}, "logit_layer.weight: expected in the file, as its args say, but it is missing"),
-        ({"imagesize": 2}, "nblocks: expected at least one block a scale"),
+        ({"imagesize": 2}, "imagesize: expected a number from 4 to 4096, got 2"),
+        ({"imagesize": 10**6}, "imagesize: expected a number from 4 to 4096, got 1000000"),
     ],
 )
 def test_bad_options_of_images(options, message):
@@ -286,7 +292,8 @@ def test_estimator(options, expected):
             rf.VectorFlowConfig(dim=2, hidden=(4,), preactivation="all", norms=(2, 2.5, 2)),
             "norms: expected whole orders",
         ),
-        (rf.ImageFlowConfig((8, 8, 1), blocks=(1,), logit_alpha=0.1), "preactivation|logit_alpha: expected 1e-06"),
+        (rf.ImageFlowConfig((8, 8, 1), blocks=(1, 1), logit_alpha=0.1), "logit_alpha: expected 1e-06"),
+        (rf.ImageFlowConfig((8, 8, 1), blocks=(1,)), "preactivation: expected 'all'"),
         (rf.ImageFlowConfig((8, 8, 1), blocks=(1, 1), dense_depth=1), "dense_depth: expected 0"),
         (rf.ImageFlowConfig((8, 8, 1), blocks=(1, 1), batchnorm=True), "batchnorm: expected False"),
     ],

@@ -35,7 +35,9 @@ SHARED = TESTS.parents[1] / "shared/reference"
 
 
 def shared(name):
-    path = SHARED / name
+    """A file of the PyTorch implementation; of those that are not part of the repository, where it is at hand."""
+    path = TESTS / "data" / f"reference_{name}"
+    path = path if path.exists() else SHARED / name
     if not path.exists():
         pytest.skip(f"needs {path}, a file of the PyTorch implementation that is not part of the repository")
     return path
@@ -162,6 +164,24 @@ def test_stubs_take_anything(tmp_path):
     pairs = b"(" + literal("k") + literal(1) + b"u" + literal("l") + literal(2) + b"s"
     assert read_value(tmp_path, kind, b")\x81", pairs).items == [("k", 1), ("l", 2)]
     assert read_value(tmp_path, kind, b")\x81(", literal(1), b"e", literal(2), b"a").items == [1, 2]
+
+
+def test_the_package_before_it_was_renamed(tmp_path):
+    """The authors' classes lay in `lib` when their models were released."""
+    ema = named("lib.utils", "ExponentialMovingAverage") + b")\x81" + literal({"decay": 0.999}) + b"b"
+    assert_same(read_value(tmp_path, ema), Stub("lib.utils", "ExponentialMovingAverage", (), {"decay": 0.999}))
+    with pytest.raises(ValueError, match=r"refused to build 'library\.x'"):
+        read_value(tmp_path, named("library", "x"))
+
+
+def test_objects_that_grow_without_end(tmp_path):
+    """Of a file of a few kB: many large tensors of one repeated number, and many copies of one long text."""
+    expanded = [tensor(0, (2**24 - n,), (0,)) for n in range(3)]
+    text = literal("x" * 2**16) + b"q\x07" + b"0"  # into the memo
+    copies = [named("_codecs", "encode") + b"(h\x07" + literal("latin1") + b"tR" for _ in range(2**12)]
+    for parts in (expanded, [text, *copies]):
+        with pytest.raises(ValueError, match="expected objects about as large as the file"):
+            read_value(tmp_path, b"(", *parts, b"t", records=[("data/0", SIX)])
 
 
 def test_nothing_is_imported(tmp_path, monkeypatch):

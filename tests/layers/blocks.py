@@ -1,4 +1,7 @@
-"""Contractions of every kind, with kernels so large that the normalisation matters, and how to spoil their norms."""
+"""Contractions of every kind, with kernels so large that the normalisation matters, and how to spoil their norms.
+
+Their parts in NumPy too.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,8 @@ from resflow_jax.functional.vector_norms import dual_map
 from resflow_jax.layers.contraction import Layered
 from resflow_jax.layers.densenet import DenseNet
 from resflow_jax.layers.lipschitz import learned_order
+from resflow_jax.layers.normalization import MovingCentering
+from tests.functional.contractions import dense_matrix
 
 DENSE = [DenseMap(4, 6), DenseMap(6, 4)]
 WIDENING = [DenseMap(8, 3), DenseMap(6, 4)]  # behind activations that double the channels
@@ -18,10 +23,9 @@ CONV = [ConvMap((3, 2), 2, 3), ConvMap((3, 2), 3, 4, 1), ConvMap((3, 2), 4, 2)]
 INF = np.inf
 
 
-def layered(maps=DENSE, activation="lipswish", preactivation=False, norms=None, coefficient=0.9):
-    return lambda rngs: Layered(
-        maps, get_activation(activation), coefficient, preactivation=preactivation, norms=norms, rngs=rngs
-    )
+def layered(maps=DENSE, activation="lipswish", preactivation=False, norms=None, coefficient=0.9, centering=False):
+    options = {"preactivation": preactivation, "norms": norms, "centering": centering}
+    return lambda rngs: Layered(maps, get_activation(activation), coefficient, **options, rngs=rngs)
 
 
 def dense_net(first, dense, last, activation="clipswish"):
@@ -43,7 +47,7 @@ CONTRACTIONS = {
     "clipswish": (layered([DenseMap(4, 3), DenseMap(6, 4)], "clipswish"), (4,)),
     "clipswish, preactivation": (layered(WIDENING, "clipswish", preactivation=True), (4,)),
     "maxmin": (layered(activation="maxmin"), (4,)),
-    "fullsort, preactivation": (layered(activation="fullsort", preactivation=True), (4,)),
+    "fullsort, preactivation, centred": (layered(activation="fullsort", preactivation=True, centering=True), (4,)),
     "identity": (layered([DenseMap(4, 4)], "identity"), (4,)),
     "convolutions": (layered(CONV, preactivation=True), (3, 2, 2)),
     "one 1x1 convolution": (layered([ConvMap((3, 2), 2, 2, 1)]), (3, 2, 2)),
@@ -72,9 +76,18 @@ def make(name, scale=4.0):
     for params in contraction.activation_params:
         for param in params.values():
             param[...] += rng.normal()
+    scramble_centers(contraction, rng)
     if isinstance(contraction, DenseNet):
         contraction.concatenation[...] += 2 * rng.normal(size=contraction.concatenation.shape)
     return contraction, jnp.asarray(rng.normal(size=(40, *shape)))
+
+
+def scramble_centers(contraction, rng):
+    """Biases and means of a centred contraction as after some training."""
+    for _, center in nnx.iter_modules(contraction):
+        if isinstance(center, MovingCentering):
+            center.bias[...] += rng.normal(size=center.bias.shape)
+            center.mean[...] += rng.normal(size=center.mean.shape)
 
 
 def spoil(linear):
@@ -89,3 +102,23 @@ def spoil(linear):
 def apply(contraction, x):
     """g(x) of a contraction."""
     return contraction.apply(contraction.weights(), x)
+
+
+def numpy_lipswish(x, beta):
+    return x / (1 + np.exp(-np.log1p(np.exp(beta)) * x)) / 1.1
+
+
+def numpy_activation(name, x, beta):
+    if name == "lipswish":
+        return numpy_lipswish(x, beta)
+    return np.concatenate([numpy_lipswish(x, beta), numpy_lipswish(-x, beta)], axis=-1) / 1.004
+
+
+def numpy_affine(linear, x):
+    """The layer by its dense matrix, divided by its largest singular value where that exceeds 0.9."""
+    matrix = dense_matrix(linear.linear_map, linear.kernel[...])
+    if linear.linear_map.copies > 1:
+        matrix = np.kron(np.eye(linear.linear_map.copies), matrix)
+    matrix = matrix * min(1, 0.9 / np.linalg.norm(matrix, 2))
+    y = (x.reshape(len(x), -1) @ matrix.T).reshape(*x.shape[:-1], -1)
+    return y + np.asarray(linear.bias[...])

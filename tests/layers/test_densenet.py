@@ -6,28 +6,7 @@ import pytest
 
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.layers.densenet import normalized_concatenation
-from tests.functional.contractions import dense_matrix
-from tests.layers.blocks import CONTRACTIONS, apply, make
-
-
-def numpy_lipswish(x, beta):
-    return x / (1 + np.exp(-np.log1p(np.exp(beta)) * x)) / 1.1
-
-
-def numpy_activation(name, x, beta):
-    if name == "lipswish":
-        return numpy_lipswish(x, beta)
-    return np.concatenate([numpy_lipswish(x, beta), numpy_lipswish(-x, beta)], axis=-1) / 1.004
-
-
-def numpy_affine(linear, x):
-    """The layer by its dense matrix, divided by its largest singular value where that exceeds 0.9."""
-    matrix = dense_matrix(linear.linear_map, linear.kernel[...])
-    if linear.linear_map.copies > 1:
-        matrix = np.kron(np.eye(linear.linear_map.copies), matrix)
-    matrix = matrix * min(1, 0.9 / np.linalg.norm(matrix, 2))
-    y = (x.reshape(len(x), -1) @ matrix.T).reshape(*x.shape[:-1], -1)
-    return y + np.asarray(linear.bias[...])
+from tests.layers.blocks import CONTRACTIONS, apply, make, numpy_activation, numpy_affine
 
 
 @pytest.mark.parametrize("name", [name for name in CONTRACTIONS if "DenseNet" in name])

@@ -14,18 +14,19 @@ from resflow_jax.layers.bijector import Bijector, Chain
 from resflow_jax.layers.certificate import certified_bounds
 from resflow_jax.layers.contraction import Layered
 from resflow_jax.layers.densenet import DenseNet
-from resflow_jax.layers.elementwise import ActNorm, Flatten, Logit, Squeeze
+from resflow_jax.layers.elementwise import ActNorm, Flatten, Logit, Squeeze, Unflatten
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormState, map_linears
-from resflow_jax.layers.normalization import MovingBatchNorm, Normalization
+from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 
 IMAGE = (4, 4, 2)
 
 
-def residual_block(rngs, *, activation="lipswish", preactivation=True, dense=False):
+def residual_block(rngs, *, activation="lipswish", preactivation=True, dense=False, centering=False):
     maps = [DenseMap(6, 8), DenseMap(8, 6)] if dense else [ConvMap((4, 4), 2, 5), ConvMap((4, 4), 5, 2)]
-    block = ResidualBlock(Layered(maps, get_activation(activation), 0.9, preactivation=preactivation, rngs=rngs))
+    options = {"preactivation": preactivation, "centering": centering}
+    block = ResidualBlock(Layered(maps, get_activation(activation), 0.9, **options, rngs=rngs))
     map_linears(block, lambda layer: layer.update_norm(1e-8, None, 1000))
     return block
 
@@ -44,7 +45,8 @@ def stack(rngs):
 
 def mixed_stack(rngs):
     def step(rngs):
-        return Chain([residual_block(rngs, dense=True), InvertibleLinear(6, rngs=rngs), MovingBatchNorm((6,))])
+        block = residual_block(rngs, dense=True, centering=True)
+        return Chain([InvertibleLinear(6, rngs=rngs), block, MovingBatchNorm((6,)), MovingCentering((6,))])
 
     return ResidualStack(step, 2, rngs=rngs)
 
@@ -56,10 +58,13 @@ CLOSED_FORM = {
     "actnorm per feature": (lambda rngs: ActNorm(IMAGE), IMAGE),
     "squeeze": (lambda rngs: Squeeze(IMAGE), IMAGE),
     "flatten": (lambda rngs: Flatten(IMAGE), IMAGE),
+    "unflatten": (lambda rngs: Unflatten(IMAGE), (32,)),
     "linear on vectors": (lambda rngs: InvertibleLinear(5, rngs=rngs), (5,)),
     "linear on channels": (lambda rngs: InvertibleLinear(2, rngs=rngs), IMAGE),
     "batch norm per channel": (lambda rngs: MovingBatchNorm((2,)), IMAGE),
     "batch norm per feature": (lambda rngs: MovingBatchNorm(IMAGE), IMAGE),
+    "centering per channel": (lambda rngs: MovingCentering((2,)), IMAGE),
+    "centering per feature": (lambda rngs: MovingCentering(IMAGE), IMAGE),
     "normalization per channel": (lambda rngs: Normalization([0.4, -1.0], [0.3, 2.0]), IMAGE),
     "normalization per feature": (lambda rngs: Normalization([0.4, -1.0, 3.0], [0.3, 2.0, 1.0]), (3,)),
     "chain in closed form": (
@@ -73,7 +78,7 @@ LAYERS = CLOSED_FORM | {
     "DenseNet block": (dense_net_block, (6,)),
     "dense block": (lambda rngs: residual_block(rngs, dense=True, activation="elu"), (6,)),
     "stack": (stack, IMAGE),
-    "stack of a block, a linear layer and a batch norm": (mixed_stack, (6,)),
+    "stack of a linear layer, a centred block, a batch norm and a centering": (mixed_stack, (6,)),
     "chain": (lambda rngs: Chain([Logit(0.05), ActNorm((2,)), stack(rngs), Squeeze(IMAGE)]), IMAGE),
 }
 
@@ -239,6 +244,17 @@ def test_squeeze_orders_channels():
     assert y.shape == (1, 2, 2, 8)
     for c, dy, dx in np.ndindex(2, 2, 2):
         np.testing.assert_array_equal(y[..., c * 4 + dy * 2 + dx], x[:, dy::2, dx::2, c])
+
+
+def test_unflatten_is_the_inverse_of_flatten():
+    """Both ways, pixel by pixel, to the last bit; what one puts out the other takes."""
+    flatten, unflatten = Flatten(IMAGE), Unflatten(IMAGE)
+    x = jnp.arange(64.0).reshape(2, *IMAGE)
+    y = flatten(x)
+    assert y.shape == (2, 32)
+    np.testing.assert_array_equal(unflatten(y), x)
+    np.testing.assert_array_equal(unflatten.forward(y, None, rf.Exact())[0], flatten.inverse(y, rf.FixedPoint())[0])
+    np.testing.assert_array_equal(unflatten.inverse(x, rf.FixedPoint())[0], y)
 
 
 def test_logit_is_finite_at_the_ends_in_float32():

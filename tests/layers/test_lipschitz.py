@@ -1,4 +1,4 @@
-"""Lipschitz layers of mixed and learned orders: their norms, and what search and rescaling do to them."""
+"""Lipschitz layers of mixed and learned orders: their norms, whole or row by row, search, and rescaling."""
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,54 @@ def test_search_finds_the_norm(orders):
     np.testing.assert_allclose(brute_force_norm(dense_matrix(layer.linear_map, weights), *orders), 0.9, rtol=1e-5)
     np.testing.assert_array_equal(bias, layer.bias[...])
     assert layer.orders() == orders
+
+
+def test_search_starts_from_the_present_vector_too():
+    """With one start the known maximiser is kept, where the first random start would end at 0.64 of the norm."""
+    layer = linear(INF, 1.0)
+    layer.kernel[...] = jax.random.normal(jax.random.key(2), (3, 4))
+    layer.search_norm()
+    u, v, norm = layer.u[...], layer.v[...], layer.norm()
+    np.testing.assert_allclose(norm, brute_force_norm(np.asarray(layer.kernel[...]).T, INF, 1), rtol=1e-10)
+    layer.search_norm(starts=1)
+    np.testing.assert_allclose(layer.v[...], v, rtol=1e-12)
+    np.testing.assert_allclose(layer.u[...], u, rtol=1e-12)
+    np.testing.assert_allclose(layer.norm(), norm, rtol=1e-12)
+
+
+@pytest.mark.parametrize("linear_map", [DenseMap(3, 4), ConvMap((2, 1), 2, 3)])
+@pytest.mark.parametrize("orders", [(2.0, INF), (INF, INF), (1.0, 2.0)])
+def test_rows_and_columns_are_limited_by_their_own_norms(orders, linear_map):
+    """Those within 0.9 keep their bits, the others have exactly 0.9; the whole is then within it too.
+
+    Rows are output channels, for norms to order inf, and columns input channels, for those from order 1.
+    """
+    layer = linear(*orders, linear_map)
+    by_input = orders[0] == 1
+    scales = jnp.asarray([1.0, 0.02]) if by_input else jnp.asarray([1.0, 0.02, 2.0, 0.01])
+    channels = jnp.resize(scales, linear_map.kernel_shape[-2 if by_input else -1])
+    layer.kernel[...] *= channels[:, None] if by_input else channels
+
+    def norms(kernel):
+        """Of the dense matrix: the largest of every channel."""
+        matrix = dense_matrix(linear_map, kernel)
+        if by_input:
+            return np.linalg.norm(matrix, orders[1], axis=0).reshape(-1, len(channels)).max(0)
+        dual = {2.0: 2, INF: 1}[orders[0]]
+        return np.linalg.norm(matrix, dual, axis=1).reshape(-1, len(channels)).max(0)
+
+    kernel, weights = np.asarray(layer.kernel[...]), np.asarray(layer.weights()[0])
+    before, after = norms(kernel), norms(weights)
+    within = before <= 0.9
+    assert within.any() and not within.all()
+    axis = kernel.ndim - 2 if by_input else kernel.ndim - 1
+    keep = np.flatnonzero(within)
+    np.testing.assert_array_equal(np.take(weights, keep, axis), np.take(kernel, keep, axis))
+    np.testing.assert_allclose(after[~within], 0.9, rtol=1e-12)
+    np.testing.assert_allclose(after, np.minimum(before, 0.9), rtol=1e-12)
+    norm = brute_force_norm(dense_matrix(linear_map, weights), *orders)
+    assert 0.89 < norm <= 0.9 * (1 + 1e-12)
+    np.testing.assert_allclose(layer.norm(), before.max(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("linear_map", [DenseMap(3, 4), ConvMap((2, 2), 2, 3, 1)])

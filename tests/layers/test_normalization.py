@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import resflow_jax as rf
 from resflow_jax.functional.activations import get_activation
 from resflow_jax.functional.linear_maps import DenseMap
 from resflow_jax.layers.bijector import Chain
 from resflow_jax.layers.contraction import Layered
-from resflow_jax.layers.normalization import MovingBatchNorm, Normalization
+from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 
 IMAGE = (4, 4, 2)
@@ -46,6 +47,26 @@ def test_update_moves_statistics_by_decay():
     np.testing.assert_allclose(layer(second), y, rtol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(2,), IMAGE])
+def test_centering_moves_its_mean(shape):
+    """`initialize` takes a batch's mean, `update_statistics` the share `decay` of it; y = x - mean + bias."""
+    layer, first, second = MovingCentering(shape, decay=0.3), batch(IMAGE), batch(IMAGE, seed=1) ** 2
+    bias = np.linspace(-1, 1, layer.bias.size).reshape(shape)
+    layer.bias[...] = jnp.asarray(bias)
+    axes = tuple(range(4 - len(shape)))
+    np.testing.assert_allclose(jnp.mean(layer.initialize(first), axes), bias, atol=1e-12)
+    np.testing.assert_allclose(layer.mean[...], np.mean(first, axes), rtol=1e-12)
+    y = layer.update_statistics(second)
+    mean = 0.7 * np.mean(first, axes) + 0.3 * np.mean(second, axes)
+    np.testing.assert_allclose(layer.mean[...], mean, rtol=1e-12)
+    np.testing.assert_allclose(y, second - mean + bias, rtol=1e-10)
+    z, log_det, diagnostics = layer.forward(second, None, rf.Exact())
+    np.testing.assert_array_equal(z, y)
+    np.testing.assert_array_equal(log_det, np.zeros(50))
+    np.testing.assert_allclose(layer.inverse(y, rf.FixedPoint())[0], second, rtol=1e-12, atol=1e-12)
+    assert diagnostics == [] and layer.lipschitz_bounds() == (1, 1)
+
+
 def test_updates_converge_to_the_statistics_of_the_data():
     """Hundreds of updates forget where they started."""
     layer, x = MovingBatchNorm((2,)), batch((2,))
@@ -66,6 +87,24 @@ def test_statistics_are_no_parameters_and_take_no_gradient():
     np.testing.assert_allclose(gradient, jax.grad(lambda x: jnp.sum(layer(x) ** 2))(x), rtol=1e-12)
 
 
+def test_the_mean_of_a_centering_is_no_parameter_and_takes_no_gradient():
+    """The bias alone is trained; an update is differentiated with the mean held, in which there is no gradient."""
+    layer, x = MovingCentering((2,)), batch((2,))
+    assert set(nnx.state(layer, nnx.Param)) == {"bias"}
+    assert set(nnx.state(layer, nnx.BatchStat)) == {"mean"}
+    graphdef, params, statistics = nnx.split(layer, nnx.Param, nnx.BatchStat)
+
+    def loss(params, statistics, x):
+        return jnp.sum(nnx.merge(graphdef, params, statistics, copy=True).update_statistics(x) ** 2)
+
+    gradients = jax.grad(loss, argnums=(0, 1, 2))(params, statistics, x)
+    y = layer.update_statistics(x)
+    np.testing.assert_allclose(gradients[0]["bias"][...], 2 * jnp.sum(y, 0), rtol=1e-12)
+    np.testing.assert_allclose(gradients[2], 2 * y, rtol=1e-12)
+    # A mean that were not held would have the gradient -2 * 0.9 * sum(y).
+    np.testing.assert_array_equal(gradients[1]["mean"][...], 0)
+
+
 def test_chain_updates_in_sequence():
     """The second layer sees what the first, already updated, puts out; initialize does likewise."""
     first, second, x = MovingBatchNorm((2,), decay=0.5), MovingBatchNorm((2,), decay=0.5), batch((2,))
@@ -75,20 +114,24 @@ def test_chain_updates_in_sequence():
 
 @pytest.mark.parametrize("method", ["initialize", "update_statistics"])
 def test_stack_updates_in_sequence(method):
-    """A stack, under jit, does what its steps do one after the other, and changes statistics only."""
+    """A stack, under jit, does what its steps do one after the other, and changes statistics only.
+
+    Those inside its contractions, which are centred, too.
+    """
 
     def step(rngs):
         maps = [DenseMap(2, 4), DenseMap(4, 2)]
-        g = Layered(maps, get_activation("elu"), 0.9, preactivation=False, rngs=rngs)
+        g = Layered(maps, get_activation("elu"), 0.9, preactivation=False, centering=True, rngs=rngs)
         return Chain([ResidualBlock(g), MovingBatchNorm((2,))])
 
     stack, x = ResidualStack(step, 3, rngs=nnx.Rngs(0)), batch((2,))
     graphdef, stacked = nnx.split(stack.steps)
-    expected, norms = x, []
+    expected, norms, centers = x, [], []
     for n in range(3):
         alone = nnx.merge(graphdef, jax.tree.map(lambda leaf, n=n: leaf[n], stacked))
         expected = getattr(alone, method)(expected)
         norms.append(alone.bijectors[1])
+        centers.append(alone.bijectors[0].contraction.centers)
 
     @jax.jit
     def update(state, x):
@@ -102,6 +145,10 @@ def test_stack_updates_in_sequence(method):
     np.testing.assert_allclose(
         stack.steps.bijectors[1].variance[...], [norm.variance[...] for norm in norms], rtol=1e-12
     )
+    for n, center in enumerate(stack.steps.bijectors[0].contraction.centers):
+        means = np.asarray([center[n].mean[...] for center in centers])
+        np.testing.assert_allclose(center.mean[...], means, rtol=1e-12)
+        assert means.all(), "every mean has moved"
     np.testing.assert_array_equal(stack.steps.bijectors[0].contraction.linears[0].kernel[...], stacked_kernel(stacked))
 
 
@@ -124,6 +171,7 @@ def test_normalization_normalises():
     [
         (lambda: MovingBatchNorm((2,), decay=0.0), r"decay: expected a number in \(0, 1\), got 0.0"),
         (lambda: MovingBatchNorm((2,), epsilon=0.0), "epsilon: expected a positive number, got 0.0"),
+        (lambda: MovingCentering((2,), decay=1.0), r"decay: expected a number in \(0, 1\), got 1.0"),
         (lambda: Normalization([np.nan], [1.0]), "mean: expected finite numbers, got"),
         (lambda: Normalization([0.0, 0.0], [1.0]), r"deviation: expected the shape \(2,\) of mean, got \(1,\)"),
         (lambda: Normalization([0.0, 0.0], [1.0, 0.0]), "deviation: expected positive finite numbers, got"),

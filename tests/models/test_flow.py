@@ -1,25 +1,49 @@
-"""Whole flows, for images and vectors: exact log-dets, round trips, sampling, norms, transforms, errors."""
+"""Whole flows, for images and vectors: exact log-dets, round trips, sampling, norms, transforms, logits, errors."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
 import resflow_jax as rf
 from resflow_jax.models.flow import check_values, standard_normal_log_prob
+from tests.functional.brute_force import enumerated_norm
 
 SMALL = {"hidden_channels": 4, "fc_hidden": 4, "fc_layers": 2, "kernels": (3, 3), "logit_alpha": 0.05}
+CLASSES = {"classes": 3, "classifier_channels": 2}
 CONFIGS = {
     "images": rf.ImageFlowConfig((4, 4, 1), blocks=(2, 1), fc_blocks=1, **SMALL),
     "images, factored out": rf.ImageFlowConfig(
-        (4, 4, 2), blocks=(1, 1, 1), factor_out=True, fc_blocks=0, feature_actnorm=True, **SMALL
+        (4, 4, 2),
+        blocks=(1, 1, 1),
+        factor_out=True,
+        fc_blocks=0,
+        feature_actnorm=True,
+        centering="layers",
+        **CLASSES,
+        **SMALL,
     ),
     "images, squeezed first": rf.ImageFlowConfig(
-        (4, 4, 1), blocks=(1, 2), squeeze_first=True, fc_blocks=1, preactivation="all", activation="elu", **SMALL
+        (4, 4, 1),
+        blocks=(1, 2),
+        squeeze_first=True,
+        fc_blocks=1,
+        fc_norms="2f2",
+        preactivation="all",
+        activation="elu",
+        **SMALL,
     ),
-    "images, one layer a block": rf.ImageFlowConfig(
-        (2, 2, 1), blocks=(2,), kernels=(3,), hidden_channels=4, fc_blocks=1, fc_layers=1, logit_alpha=None
+    "images, one dense layer a block": rf.ImageFlowConfig(
+        (2, 2, 1),
+        blocks=(1, 1),
+        kernels=(3,),
+        fully_connected=True,
+        fc_blocks=1,
+        fc_layers=1,
+        logit_alpha=None,
+        **CLASSES,
     ),
     "images, DenseNets": rf.ImageFlowConfig(
         (4, 4, 1),
@@ -31,6 +55,7 @@ CONFIGS = {
         fc_dense_growth=2,
         activation="clipswish",
         batchnorm=True,
+        centering="blocks",
         invertible_linear=True,
         logit_alpha=None,
         data_mean=(0.4,),
@@ -74,7 +99,7 @@ def test_round_trips(flow_and_x):
     back, status = flow.inverse(flow(x), return_status=True)
     np.testing.assert_allclose(back, x, atol=1e-10)
     assert status.converged.all() and (status.iterations > 0).all() and status.residual.shape == (flow.blocks, 3)
-    z = 0.5 * jax.random.normal(jax.random.key(0), (3, flow.dim))
+    z = 0.4 * jax.random.normal(jax.random.key(0), (3, flow.dim))  # of images in [0, 1] in every flow
     np.testing.assert_allclose(flow(jnp.clip(flow.inverse(z), 0, 1) if x.ndim == 4 else flow.inverse(z)), z, atol=1e-7)
 
 
@@ -114,6 +139,68 @@ def test_unbiased_with_every_estimator(flow_and_x):
     assert np.abs(z_score).max() < 4
     with pytest.raises(ValueError, match="key: Roulette expected a PRNG key"):
         flow.log_prob(x)
+
+
+def plain_logits(classifier, features):
+    """By JAX's own convolution, padded with zeros; and the outputs of every head's ActNorm."""
+    parts, outputs = [], []
+    for head, h in zip(classifier.heads, features, strict=True):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(h, head.kernel[...], (1, 1), "SAME", dimension_numbers=numbers)
+        outputs.append((y + head.bias[...] + head.norm.bias[...]) * jnp.exp(head.norm.log_scale[...]))
+        parts.append(np.maximum(outputs[-1], 0).mean(axis=(1, 2)))
+    return np.concatenate(parts, axis=1) @ classifier.kernel[...] + classifier.bias[...], outputs
+
+
+def test_logits(flow_and_x):
+    """Against plain convolutions on what z holds; initialisation has normalised what stands before each relu.
+
+    A head sees the half that leaves behind its scale, the last the half of the one before; where nothing leaves, it
+    sees all that its scale puts out.
+    """
+    flow, x = flow_and_x
+    if not getattr(flow.config, "classes", 0):
+        with pytest.raises(ValueError, match="classes: expected a flow whose config has classes, got none"):
+            flow.logits(x)
+        return
+    z = flow(x)
+    if flow.factors_out:
+        first, second = z[:, :16].reshape(3, 2, 2, 4), z[:, 16:24].reshape(3, 1, 1, 8)
+        features = [first, second, second]
+    else:
+        features = [flow.scales[0](x), z.reshape(3, 1, 1, 4)]
+    expected, outputs = plain_logits(flow.classifier, features)
+    assert expected.shape == (3, 3) and np.ptp(expected, axis=0).min() > 1e-3
+    np.testing.assert_allclose(flow.logits(x), expected, rtol=1e-10, atol=1e-12)
+    for output in outputs:
+        np.testing.assert_allclose(jnp.mean(output, (0, 1, 2)), 0, atol=1e-10)
+        np.testing.assert_allclose(jnp.std(output, (0, 1, 2)), 1, rtol=1e-10)
+    with pytest.raises(ValueError, match=r"x: expected values in \[0, 1\]"):
+        flow.logits(x + 1)
+
+
+def test_classifier_is_differentiable():
+    """Under jit: the gradient of a cross-entropy in the parameters of flow and heads, by central differences."""
+    flow, x = make("images, one dense layer a block")
+    graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
+
+    def loss(params):
+        return -jnp.mean(jax.nn.log_softmax(nnx.merge(graphdef, params, rest).logits(x))[:, 0])
+
+    loss_and_gradient = jax.jit(jax.value_and_grad(loss))
+    value, gradient = loss_and_gradient(params)
+    np.testing.assert_allclose(value, -jnp.mean(jax.nn.log_softmax(flow.logits(x))[:, 0]), rtol=1e-12)
+    flat, unravel = ravel_pytree(params)
+    for part in ("classifier", "scales"):  # along a direction in the parameters of each
+        mask, _ = ravel_pytree(jax.tree_util.tree_map_with_path(lambda path, p, k=part: 0 * p + is_of(path, k), params))
+        step = 1e-6 * mask * np.random.default_rng(0).normal(size=flat.shape)
+        change = loss_and_gradient(unravel(flat + step))[0] - loss_and_gradient(unravel(flat - step))[0]
+        assert abs(change) > 1e-8
+        np.testing.assert_allclose(2 * ravel_pytree(gradient)[0] @ step, change, rtol=1e-6)
+
+
+def is_of(path, part):
+    return f"['{part}']" in jax.tree_util.keystr(path)
 
 
 def test_diagnostics_by_block(flow_and_x):
@@ -166,6 +253,11 @@ def test_norms_are_right_without_any_update(flow_and_x):
     """A fresh flow is normalised: no layer's norm, measured anew, exceeds the coefficient."""
     flow, _ = flow_and_x
     assert rf.certify(flow).norms.max() <= flow.config.coefficient * (1 + 1e-4)
+    if getattr(flow.config, "fc_norms", None):  # from order inf to 2, which needs several starts
+        (dense,) = flow.scales[-1].bijectors[-1].unstacked()
+        first, last = dense.bijectors[0].contraction.linears
+        np.testing.assert_allclose(enumerated_norm(last.weights()[0].T, 2, domain=np.inf), 0.98, rtol=1e-6)
+        assert (first.orders(), last.orders()) == ((2, np.inf), (np.inf, 2))
 
 
 def test_update_norms_follows_the_parameters():
@@ -359,164 +451,3 @@ def test_vectors_may_leave_the_unit_interval(vector_flow):
     assert jnp.isfinite(flow.log_prob(10 * x, estimator=rf.Exact())).all()
     with pytest.raises(ValueError, match="x: expected finite values"):
         check_values("x", np.asarray([np.inf]), unit_interval=False)
-
-
-IMAGE_SHAPE = {"shape": (8, 8, 1)}
-BAD_CONFIGS = {
-    "zero blocks": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "blocks": (2, 0)}, "blocks: expected an integer of at least 1"),
-    "no scales": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "blocks": ()}, "blocks: expected at least one scale"),
-    "unsqueezable": (
-        rf.ImageFlowConfig,
-        {"shape": (7, 8, 1), "blocks": (1, 1)},
-        r"shape: .*divisible by 2.*\(7, 8, 1\)",
-    ),
-    "unsqueezable first": (
-        rf.ImageFlowConfig,
-        {"shape": (6, 6, 1), "blocks": (1, 1), "squeeze_first": True},
-        "shape: .*divisible by 4.*squeeze_first",
-    ),
-    "flat shape": (rf.ImageFlowConfig, {"shape": (8, 8)}, r"shape: expected \(H, W, C\), got \(8, 8\)"),
-    "coefficient one": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "coefficient": 1.0}, r"coefficient: .*\(0, 1\), got 1.0"),
-    "coefficient zero": (rf.VectorFlowConfig, {"dim": 2, "coefficient": 0.0}, r"coefficient: .*\(0, 1\), got 0.0"),
-    "activation": (rf.VectorFlowConfig, {"dim": 2, "activation": "gelu"}, "activation: expected one of .*got 'gelu'"),
-    "preactivation": (rf.VectorFlowConfig, {"dim": 2, "preactivation": "x"}, "preactivation: expected one of"),
-    "vector blocks": (rf.VectorFlowConfig, {"dim": 2, "blocks": 0}, "blocks: expected an integer of at least 1, got 0"),
-    "dim": (rf.VectorFlowConfig, {"dim": 0}, "dim: expected an integer of at least 1, got 0"),
-    "even kernel": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "kernels": (3, 2)}, "kernels: expected odd sizes"),
-    "no coefficient": (rf.VectorFlowConfig, {"dim": 2, "coefficient": None}, "coefficient: .*got None"),
-    "shape no tuple": (rf.ImageFlowConfig, {"shape": 8}, "shape: expected a tuple of numbers, got 8"),
-    "blocks no tuple": (
-        rf.ImageFlowConfig,
-        {**IMAGE_SHAPE, "blocks": 4},
-        "blocks: expected a tuple of numbers, got 4",
-    ),
-    "data mean alone": (
-        rf.VectorFlowConfig,
-        {"dim": 2, "data_mean": (0.0, 1.0)},
-        "data_deviation: expected both or none of data_mean and data_deviation, got None",
-    ),
-    "deviation of zero": (
-        rf.VectorFlowConfig,
-        {"dim": 2, "data_mean": (0, 0), "data_deviation": (1, 0)},
-        "data_deviation: expected a positive number, got 0",
-    ),
-    "data deviation alone": (rf.VectorFlowConfig, {"dim": 2, "data_deviation": (1.0, 1.0)}, "data_deviation: .* both"),
-    "data mean of another length": (
-        rf.VectorFlowConfig,
-        {"dim": 2, "data_mean": (0.0,), "data_deviation": (1.0,)},
-        r"data_mean: expected 2 numbers, one a channel, got \(0.0,\)",
-    ),
-    "data mean no tuple": (
-        rf.VectorFlowConfig,
-        {"dim": 2, "data_mean": 0.0, "data_deviation": 1.0},
-        "data_mean: expected a tuple of numbers, got 0.0",
-    ),
-    "data mean beside logit": (
-        rf.ImageFlowConfig,
-        {**IMAGE_SHAPE, "data_mean": (0.0,), "data_deviation": (1.0,)},
-        "data_mean: expected None beside logit_alpha",
-    ),
-    "norms of another length": (
-        rf.VectorFlowConfig,
-        {"dim": 2, "norms": "22"},
-        "norms: expected 4 orders",
-    ),
-    "norms below one": (
-        rf.VectorFlowConfig,
-        {"dim": 2, "norms": (2, 0.5, 2, 2)},
-        r"norms\[1\]: expected an order",
-    ),
-    "norms unknown": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "norms": "22x2"}, "norms: expected digits .* got 'x'"),
-    "norms beside learning": (
-        rf.VectorFlowConfig,
-        {"dim": 2, "norms": "222f", "learn_norms": True},
-        "norms: expected None beside learn_norms, got '222f'",
-    ),
-    "norms of DenseNets": (
-        rf.VectorFlowConfig,
-        {"dim": 2, "norms": "2222", "dense_depth": 1},
-        "norms: expected None beside dense_depth, got '2222'",
-    ),
-    "learned norms of DenseNets": (
-        rf.VectorFlowConfig,
-        {"dim": 2, "learn_norms": True, "dense_depth": 1},
-        "learn_norms: expected False beside dense_depth, got True",
-    ),
-    "dense depth": (rf.VectorFlowConfig, {"dim": 2, "dense_depth": -1}, "dense_depth: .* at least 0, got -1"),
-    "dense growth": (rf.VectorFlowConfig, {"dim": 2, "dense_growth": 0}, "dense_growth: .* at least 1, got 0"),
-    "dense first": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "fc_dense_first": 0}, "fc_dense_first: .* at least 1, got 0"),
-    "dense fc growth": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "fc_dense_growth": 0}, "fc_dense_growth: .* 1, got 0"),
-    "padding": (rf.VectorFlowConfig, {"dim": 2, "padding": -1}, "padding: expected an integer of at least 0, got -1"),
-    "noise": (
-        rf.VectorFlowConfig,
-        {"dim": 2, "padding_noise": "x"},
-        "padding_noise: expected one of uniform",
-    ),
-    "alpha": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "logit_alpha": 0.5}, "logit_alpha: expected a number in"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_bad_configs_are_named(case):
-    """A config that cannot be built says which field, what was expected and what came."""
-    kind, arguments, message = BAD_CONFIGS[case]
-    with pytest.raises(ValueError, match=message):
-        kind(**arguments)
-
-
-VECTOR = {"dim": 3, "blocks": 1, "preactivation": "none"}
-WIDTHS = {
-    "odd hidden width, clipswish": (
-        rf.VectorFlowConfig(**VECTOR, hidden=(4, 5), activation="clipswish"),
-        "activation: expected widths that 2 divides for clipswish, got 5",
-    ),
-    "odd hidden width, maxmin": (
-        rf.VectorFlowConfig(**VECTOR, hidden=(5,), activation="maxmin"),
-        "activation: expected widths that 2 divides for maxmin, got 5",
-    ),
-    "odd growth, clipswish": (
-        rf.VectorFlowConfig(**VECTOR, dense_depth=1, dense_growth=5, activation="clipswish"),
-        "activation: expected widths that 2 divides for clipswish, got 5",
-    ),
-    "odd hidden channels": (
-        rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=3, activation="clipswish"),
-        "activation: expected widths that 2 divides for clipswish, got 3",
-    ),
-    "odd fc width": (
-        rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, fc_hidden=3, activation="maxmin"),
-        "activation: expected widths that 2 divides for maxmin, got 3",
-    ),
-    "odd fc growth": (
-        rf.ImageFlowConfig(
-            (4, 4, 1), blocks=(1,), dense_depth=1, dense_growth=2, fc_dense_growth=3, activation="clipswish"
-        ),
-        "activation: expected widths that 2 divides for clipswish, got 3",
-    ),
-    "odd channels before an activation": (
-        rf.VectorFlowConfig(dim=3, blocks=2, hidden=(4,), activation="maxmin"),
-        "preactivation: expected 'none' for maxmin on 3 channels, .* got 'all_but_first'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WIDTHS)
-def test_flows_that_cannot_be_made_say_why(case):
-    """What shows only when the layers are built: at that moment, not at the first call."""
-    config, message = WIDTHS[case]
-    with pytest.raises(ValueError, match=message):
-        nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
-
-
-@pytest.mark.parametrize("activation", ["maxmin", "clipswish"])
-def test_even_widths_are_taken(activation):
-    """An odd number of data channels is no obstacle where no activation of pairs sees it."""
-    config = rf.VectorFlowConfig(dim=3, blocks=1, hidden=(4,), activation=activation)
-    flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
-    linears = flow.scales[0].bijectors[1].bijectors[0].contraction.linears
-    assert [linear.linear_map.features_out for linear in linears] == [4 if activation == "maxmin" else 2, 3]
-
-
-def test_config_of_another_kind():
-    """A flow is made of one of the two configs."""
-    with pytest.raises(ValueError, match="config: expected ImageFlowConfig or VectorFlowConfig, got dict"):
-        rf.ResidualFlow({}, rngs=nnx.Rngs(0))

@@ -1,5 +1,7 @@
 """What training owes a flow beside its loss: learned orders of norms, and running statistics."""
 
+from types import SimpleNamespace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,9 @@ import resflow_jax as rf
 from resflow_jax.training.likelihood import tend
 from resflow_jax.training.step import Trainer
 
-CONFIG = rf.VectorFlowConfig(dim=2, blocks=2, hidden=(3,), preactivation="all", learn_norms=True, batchnorm=True)
+CONFIG = rf.VectorFlowConfig(
+    dim=2, blocks=2, hidden=(3,), preactivation="all", learn_norms=True, batchnorm=True, centering="layers"
+)
 X = jax.random.normal(jax.random.key(0), (16, 2)) * jnp.asarray([1.0, 3.0]) + 2
 
 
@@ -127,9 +131,9 @@ def test_a_step_moves_running_statistics(flow, steps):
     chex.assert_trees_all_close(found, new, rtol=1e-10)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         assert not np.allclose(a, b)
-    # The first block's layer sees y = x + g(x) behind the first ActNorm.
+    # The first block's layer sees y = x + g(x) behind the first ActNorm, with the moved means inside g.
     chain = flow.scales[0].bijectors
-    y = chain[1].unstacked()[0].bijectors[0](chain[0](X))
+    y = chain[1].unstacked()[0].bijectors[0].update_statistics(chain[0](X))
     norm = chain[1].unstacked()[0].bijectors
     y = norm[1](y)
     np.testing.assert_allclose(
@@ -137,6 +141,22 @@ def test_a_step_moves_running_statistics(flow, steps):
         0.9 * norm[2].mean[...] + 0.1 * jnp.mean(y, 0),
         rtol=1e-10,
     )
+    center = chain[1].steps.bijectors[0].contraction.pre_center
+    np.testing.assert_allclose(
+        expected.scales[0].bijectors[1].steps.bijectors[0].contraction.pre_center.mean[...][0],
+        0.9 * center.mean[...][0] + 0.1 * jnp.mean(chain[0](X), 0),
+        rtol=1e-10,
+    )
+
+
+@pytest.mark.parametrize("running", [{"batchnorm": True}, {"centering": "blocks"}, {"centering": "layers"}])
+def test_each_kind_of_running_statistics_is_moved(running):
+    """By the batch, whichever of them a flow has."""
+    seen = []
+    flow = SimpleNamespace(config=rf.VectorFlowConfig(2, 1, (3,), **running), update_statistics=seen.append)
+    value = jnp.asarray(3.0)
+    assert tend(flow, X, value) is value
+    np.testing.assert_array_equal(seen, [X])
 
 
 def test_flows_with_neither_are_left_alone():

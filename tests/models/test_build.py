@@ -1,0 +1,189 @@
+"""From a configuration to layers: which stand where, of which sizes and norms, and what they do to data at first.
+
+Most of it on layers of shapes alone, which costs no compilation.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import resflow_jax as rf
+from resflow_jax.functional.linear_maps import DenseMap
+from resflow_jax.layers.bijector import Chain
+from resflow_jax.layers.elementwise import Logit, Squeeze
+from resflow_jax.layers.normalization import Normalization
+from resflow_jax.layers.padding import ChannelPadding
+from resflow_jax.layers.residual import ResidualBlock, ResidualStack
+from resflow_jax.models.build import build_scales
+
+
+def entrance(**settings):
+    """What a flow of images does to x before anything learned, as one chain."""
+    config = rf.ImageFlowConfig((2, 2, 1), blocks=(1,), kernels=(1,), actnorm=False, fc_blocks=0, **settings)
+    (scale,), _ = build_scales(config, nnx.Rngs(0))
+    of_data = (ChannelPadding, Logit, Normalization, Squeeze)
+    return Chain(itertools.takewhile(lambda layer: isinstance(layer, of_data), scale.bijectors))
+
+
+PADDED = {"padding": 1, "padding_scale": 0.5, "padding_shift": 0.25}
+
+
+@pytest.mark.parametrize("padding_first", [False, True])
+def test_noise_before_or_behind_the_logit(padding_first):
+    """[logit(x), e] or logit([x, e]) for e in [0.25, 0.75]: the log-det is that of all logits, and 4 log 0.5."""
+    chain = entrance(**PADDED, padding_first=padding_first, logit_alpha=0.05)
+    x = jax.random.uniform(jax.random.key(0), (100, 2, 2, 1))
+    y, log_det, _ = chain.forward(x, jax.random.key(1), rf.Exact())
+    passed = y if padding_first else y[..., :1]
+    s = jax.nn.sigmoid(passed)
+    inputs = (s - 0.05) / 0.9
+    np.testing.assert_allclose(inputs[..., :1], x, atol=1e-12)
+    e = np.asarray(inputs[..., 1:] if padding_first else y[..., 1:])
+    assert 0.25 <= e.min() < 0.26 and 0.74 < e.max() <= 0.75 and len(np.unique(e)) == 400
+    slopes = 0.9 / (s * (1 - s))  # d logit(0.05 + 0.9 x) / dx
+    np.testing.assert_allclose(log_det, jnp.log(slopes).sum((1, 2, 3)) + 4 * np.log(0.5), rtol=1e-10)
+    np.testing.assert_allclose(chain.inverse(y, rf.FixedPoint())[0], x, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding_first", [False, True])
+def test_data_mean_of_squeezed_channels(padding_first):
+    """One of every channel behind the squeeze, whose order is that of `Squeeze`; the noise is left as it is."""
+    mean, deviation = np.asarray([0.1, 0.2, 0.3, 0.4]), np.asarray([0.5, 2.0, 0.25, 4.0])
+    data = {"data_mean": mean, "data_deviation": deviation, "logit_alpha": None, "squeeze_first": True}
+    chain = entrance(**PADDED, **data, padding_first=padding_first)
+    x = jax.random.uniform(jax.random.key(0), (100, 2, 2, 1))
+    y, log_det, _ = chain.forward(x, jax.random.key(1), rf.Exact())
+    np.testing.assert_allclose(y[..., :4], (x.reshape(100, 1, 1, 4) - mean) / deviation, rtol=1e-12)
+    e = np.asarray(y[..., 4:])
+    assert e.shape == (100, 1, 1, 4) and 0.25 <= e.min() < 0.26 and 0.74 < e.max() <= 0.75
+    np.testing.assert_allclose(log_det, 4 * np.log(0.5) - np.log(deviation).sum(), rtol=1e-12)
+    # One number is the mean of the image's channel, before the squeeze.
+    chain = entrance(**data | {"data_mean": (0.1,), "data_deviation": (0.5,)})
+    np.testing.assert_allclose(chain(x), (x.reshape(100, 1, 1, 4) - 0.1) / 0.5, rtol=1e-12)
+
+
+def built(config):
+    """The layers of every scale, as shapes alone: nothing is computed. Steps of a stack follow it in a list."""
+
+    def parts(chain):
+        return [
+            parts(p.steps) if isinstance(p, ResidualStack) else parts(p) if isinstance(p, Chain) else p
+            for p in chain.bijectors
+        ]
+
+    scales = nnx.eval_shape(lambda: nnx.List(build_scales(config, nnx.Rngs(0))[0]))
+    return [parts(scale) for scale in scales]
+
+
+def names(layers):
+    return [names(layer) if isinstance(layer, list) else type(layer).__name__ for layer in layers]
+
+
+TWO_SCALES = {"shape": (4, 4, 1), "blocks": (2, 1), "kernels": (3, 3), "hidden_channels": 4, "fc_layers": 2}
+BLOCK = ["ResidualBlock"]
+FULL_BLOCK = ["InvertibleLinear", "ResidualBlock", "ActNorm", "MovingBatchNorm", "MovingCentering"]
+LAYERS = {
+    "centred blocks": (
+        {"centering": "blocks"},
+        [
+            ["Logit", [*BLOCK, "MovingCentering"], [*BLOCK, "MovingCentering"], "Squeeze"],
+            [[*BLOCK, "MovingCentering"], "Flatten", [*BLOCK, "MovingCentering"]],
+        ],
+    ),
+    "centred layers": ({"centering": "layers"}, [["Logit", BLOCK, BLOCK, "Squeeze"], [BLOCK, "Flatten", BLOCK]]),
+    "fully connected": (
+        {"fully_connected": True, "invertible_linear": True},
+        [
+            ["Logit", "Flatten", *[["InvertibleLinear", *BLOCK]] * 2, "Unflatten", "Squeeze"],
+            ["Flatten", ["InvertibleLinear", *BLOCK], BLOCK],
+        ],
+    ),
+    "fully connected alone": (
+        {"fully_connected": True, "fc_blocks": 0, "actnorm": True, "preactivation": "all"},
+        [
+            ["Logit", "Flatten", "ActNorm", [*BLOCK, "ActNorm"], "Unflatten", "Squeeze"],
+            ["Flatten", [*BLOCK, "ActNorm"]],
+        ],
+    ),
+    "all at once": (
+        {"actnorm": True, "batchnorm": True, "centering": "blocks", "invertible_linear": True, "fc_blocks": 0},
+        [
+            ["Logit", "ActNorm", *[FULL_BLOCK] * 2, "Squeeze"],
+            [FULL_BLOCK],
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_layers_in_order(case):
+    """What stands where in the scales, and around every block."""
+    settings, expected = LAYERS[case]
+    scales = built(rf.ImageFlowConfig(**TWO_SCALES | {"actnorm": False, "fc_blocks": 1} | settings))
+    assert names(scales) == expected
+
+
+def contractions(layers):
+    """Of every residual block, in order; those of a stack as one."""
+    for layer in layers:
+        if isinstance(layer, list):
+            yield from contractions(layer)
+        elif isinstance(layer, ResidualBlock):
+            yield layer.contraction
+
+
+def test_centering_of_layers_leaves_dense_blocks_alone():
+    """Inside convolutions one behind every linear layer, and before the activation of all but the first block."""
+    *convolutional, dense = contractions(built(rf.ImageFlowConfig(**TWO_SCALES, fc_blocks=1, centering="layers")))
+    assert [len(contraction.centers) for contraction in convolutional] == [2, 2, 2]
+    assert [contraction.pre_center is None for contraction in convolutional] == [True, False, False]
+    assert not dense.centers and dense.pre_center is None
+    (blocks,) = contractions(built(rf.VectorFlowConfig(3, 2, (4,), preactivation="all", centering="layers")))
+    assert [center.mean.shape for center in (blocks.pre_center, *blocks.centers)] == [(2, 3), (2, 4), (2, 3)]
+
+
+def test_fully_connected_sizes():
+    """As many layers as `kernels`, of width `hidden_channels`, on all features; ActNorms are per feature there."""
+    scales = built(rf.ImageFlowConfig(**TWO_SCALES | {"kernels": (3, 1, 3)}, fully_connected=True, fc_blocks=1))
+    maps = [[linear.linear_map for linear in g.linears] for g in contractions(scales)]
+    assert maps == [[DenseMap(16, 4), DenseMap(4, 4), DenseMap(4, 16)]] * 3 + [[DenseMap(16, 128), DenseMap(128, 16)]]
+    assert [norm.bias.shape for norm in (scales[0][2], scales[0][3][1], scales[0][4][1])] == [(16,), (16,), (1, 16)]
+
+
+def test_norms_of_convolutional_and_of_dense_blocks():
+    """`norms` are those of convolutions, of dense layers in their place too, `fc_norms` of the dense blocks behind."""
+    for fully_connected in (False, True):
+        config = rf.ImageFlowConfig(
+            **TWO_SCALES, norms="f1f", fc_norms=(2, 1.5, 2), fc_blocks=1, fully_connected=fully_connected
+        )
+        assert config.fc_norms == (2.0, 1.5, 2.0)
+        orders = [[(linear.domain, linear.codomain) for linear in g.linears] for g in contractions(built(config))]
+        assert orders == [[(np.inf, 1.0), (1.0, np.inf)]] * 3 + [[(2.0, 1.5), (1.5, 2.0)]]
+
+
+TIES = {"closed": [0, 1, 2, 0], "all": [0, 0, 0, 0], "none": [0, 1, 2, 3]}
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_order_ties(ties):
+    """Which of the orders around the layers of a block are one parameter; each block, also of a stack, has its own."""
+    config = rf.VectorFlowConfig(3, 3, (4, 4), learn_norms=True, order_ties=ties)
+    for n, contraction in enumerate(contractions(built(config))):
+        linears = contraction.linears
+        for before, behind in itertools.pairwise(linears):
+            assert before.codomain is behind.domain
+        orders = [linears[0].domain, *(linear.codomain for linear in linears)]
+        assert [next(m for m, q in enumerate(orders) if q is p) for p in orders] == TIES[ties]
+        assert {order.shape for order in orders} == {() if n == 0 else (2,)}
+        distinct = [leaf for path, leaf in leaves_with_paths(contraction) if "domain" in path]  # of the "codomain" too
+        assert len(distinct) == len(set(TIES[ties]))
+        assert contraction.is_closed == (ties != "none")
+
+
+def leaves_with_paths(module):
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(module, nnx.Param))
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
