@@ -85,6 +85,11 @@ def main(arguments: list[str] | None = None, configs: Mapping[str, RunConfig] = 
     config = tyro.extras.overridable_config_cli(
         named, args=arguments, prog="python -m experiments.density", description=__doc__
     )
+    start(config)
+
+
+def start(config: RunConfig) -> None:
+    """Takes the devices, joins the other processes if there are any, and runs."""
     use_all_cores(cores_for_run(config))
     join(config.distributed)
     with all_end_with_one():

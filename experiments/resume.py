@@ -11,8 +11,7 @@ from pathlib import Path
 import tyro
 
 from experiments import density
-from experiments.distributed import all_end_with_one, join
-from experiments.run import use_all_cores, use_xla_flags
+from experiments.run import use_xla_flags
 from experiments.saved import saved_config
 
 
@@ -31,11 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
     parsed = tyro.cli(ResumeConfig, args=arguments, prog="python -m experiments.resume", description=__doc__)
-    config = saved_config(parsed.run_dir)
-    use_all_cores(density.cores_for_run(config))
-    join(config.distributed)
-    with all_end_with_one():
-        density.run(config)
+    density.start(saved_config(parsed.run_dir))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
+from resflow_jax.interop.whole_files import whole_file
 from resflow_jax.models.certificate import Certificate
 
 
@@ -93,12 +94,10 @@ def data_mesh(batch_size: int) -> Mesh:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file as a whole, so that a crash leaves the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            temporary.write_text(text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise could_not_write(error, path) from error
 
 

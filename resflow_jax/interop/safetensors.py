@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from resflow_jax.interop.extras import needs_extra
-from resflow_jax.interop.stateless import Stateless, Variables, split_variables
+from resflow_jax.interop.stateless import Stateless, flattened, nested, split_variables
 from resflow_jax.interop.whole_files import whole_file
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import ResidualFlow
@@ -33,7 +33,7 @@ _CONFIGS = {cls.__name__: cls for cls in (ImageFlowConfig, VectorFlowConfig)}
 def save(flow: ResidualFlow, path: str | Path) -> None:
     """Writes all arrays of a flow, in its dtype, and its config; replaces a file of this name when all is written."""
     metadata = {"format": "resflow_jax", "version": version("resflow_jax"), "config": _as_json(flow.config)}
-    arrays = {name: np.array(array, order="C") for name, array in _flat(split_variables(flow)).items()}
+    arrays = {".".join(path): np.array(array, order="C") for path, array in flattened(split_variables(flow))}
     with whole_file(path) as temporary:
         save_file(arrays, temporary, metadata=metadata)
 
@@ -56,7 +56,9 @@ def load(path: str | Path) -> ResidualFlow:
     if "config" not in metadata:
         raise ValueError(f"{path}: expected the config of a flow in the metadata, got {sorted(metadata)}")
     try:
-        return Stateless(_from_json(metadata["config"])).bind(_nested(arrays))
+        return Stateless(_from_json(metadata["config"])).bind(
+            nested({tuple(name.split(".")): array for name, array in arrays.items()})
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -87,23 +89,3 @@ def _from_json(text: str) -> ImageFlowConfig | VectorFlowConfig:
         return cls(**fields)
     except TypeError as error:
         raise ValueError(f"config: expected all fields of {cls.__name__} that have no default: {error}") from error
-
-
-def _flat(variables: Variables, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, node in variables.items():
-        flat |= _flat(node, f"{prefix}{name}.") if isinstance(node, dict) else {f"{prefix}{name}": node}
-    return flat
-
-
-def _nested(arrays: dict[str, np.ndarray]) -> Variables:
-    variables: Variables = {}
-    for name, array in arrays.items():
-        *parents, last = name.split(".")
-        node = variables
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"{name}: expected an array or a collection of this name's beginning, got both")
-        node[last] = array
-    return variables

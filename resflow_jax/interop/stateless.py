@@ -78,7 +78,7 @@ class Stateless:
           ValueError: as `apply`.
         """
         structure = _structure(self.config)
-        flat, collections = dict(_flatten(variables)), {path[0] for path in structure.leaves}
+        flat, collections = dict(flattened(variables)), {path[0] for path in structure.leaves}
         for what, names in (
             ("collections missing", collections - set(variables)),
             ("collections unknown", set(variables) - collections),
@@ -107,14 +107,30 @@ def stateless(config: ImageFlowConfig | VectorFlowConfig) -> Stateless:
 def split_variables(flow: ResidualFlow) -> Variables:
     """The variables of a flow as they are now: nested plain dicts of arrays, by collection."""
     _, state = nnx.split(flow)
+    return nested(dict(zip(_paths(state), jax.tree.leaves(state), strict=True)))
+
+
+def nested(flat: Mapping[Path, Any]) -> Variables:
+    """Nested dicts of arrays by path; a ValueError if the path of one leads through another."""
     variables: Variables = {}
-    for path, leaf in zip(_paths(state), jax.tree.leaves(state), strict=True):
+    for path, array in flat.items():
         *parents, name = path
         node = variables
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = leaf
+            if not isinstance(node, dict):
+                raise ValueError(
+                    f"{'/'.join(path)}: expected an array or a collection of this name's beginning, got both"
+                )
+        node[name] = array
     return variables
+
+
+def flattened(variables: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """(path, array) of nested dicts."""
+    for name, node in variables.items():
+        path = (*prefix, name)
+        yield from flattened(node, path) if isinstance(node, Mapping) else [(path, node)]
 
 
 class _Structure(NamedTuple):
@@ -142,10 +158,3 @@ def _paths(state: nnx.State) -> list[Path]:
     """Collection and names of every array, in the order of `jax.tree.leaves`."""
     names = {kind: name for name, kind in COLLECTIONS.items()}
     return [(names[type(variable)], *map(str, path)) for path, variable in nnx.to_flat_state(state)]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """(path, array) of nested dicts."""
-    for name, node in tree.items():
-        path = (*prefix, name)
-        yield from _flatten(node, path) if isinstance(node, Mapping) else [(path, node)]

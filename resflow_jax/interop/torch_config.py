@@ -297,11 +297,14 @@ def _vector_config(args: argparse.Namespace) -> VectorFlowConfig:
         raise ValueError(
             f"vnorms: expected at least {layers + 1} orders for {layers} layers, got {options['vnorms']!r}"
         )
-    norms = None
+    norms, ties = None, "closed"
     if not options["learn_p"]:
         norms = _norms(options["vnorms"][: layers + 1], layers)
         _check_closed_forms(options["vnorms"], norms, (1,) * layers, 1)
-    ties = "closed" if given == layers else "none"  # the script's last order is tied to one of a layer it never built
+    elif not options["mixed"]:
+        ties = "all"
+    elif given > layers:
+        ties = "none"  # the last order is tied to one of a layer that the script never built
     return VectorFlowConfig(
         dim=2,
         blocks=options["nblocks"],
@@ -314,7 +317,7 @@ def _vector_config(args: argparse.Namespace) -> VectorFlowConfig:
         coefficient=options["coeff"],
         norms=norms,
         learn_norms=options["learn_p"],
-        order_ties=(ties if options["mixed"] else "all") if options["learn_p"] else "closed",
+        order_ties=ties,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; it replaces that file when all is written, and is removed where that fails."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -1,7 +1,7 @@
 """From a configuration to residual blocks: which layers g has, and what stands before and behind every block."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 from flax import nnx
 
@@ -10,7 +10,10 @@ from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.layers.bijector import Bijector, Chain
 from resflow_jax.layers.contraction import Contraction, Layered
 from resflow_jax.layers.densenet import DenseNet
+from resflow_jax.layers.elementwise import ActNorm
+from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import learned_order
+from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 
@@ -19,12 +22,32 @@ MakeLinear = Callable[[int, int, int], LinearMap]  # from features in, features 
 MakeContraction = Callable[[bool, nnx.Rngs], Contraction]  # with pre-activation or without
 
 
-class Around(Protocol):
-    """The layers before and behind every residual block of a scale."""
+@dataclass(frozen=True)
+class Around:
+    """The layers before and behind every residual block of a scale.
 
-    def before(self, rngs: nnx.Rngs) -> list[Bijector]: ...
+    Attributes:
+      config: of the flow.
+      actnorms: the shape of every ActNorm behind a block.
+      channels: of the blocks' last axis.
+      invertible_linear: whether an invertible linear layer stands before a block.
+    """
 
-    def behind(self) -> list[Bijector]: ...
+    config: Config
+    actnorms: Sequence[tuple[int, ...]]
+    channels: int
+    invertible_linear: bool
+
+    def before(self, rngs: nnx.Rngs) -> list[Bijector]:
+        return [InvertibleLinear(self.channels, rngs=rngs)] if self.invertible_linear else []
+
+    def behind(self) -> list[Bijector]:
+        layers: list[Bijector] = [ActNorm(shape) for shape in self.actnorms]
+        if self.config.batchnorm:
+            layers.append(MovingBatchNorm((self.channels,)))
+        if self.config.centering == "blocks":
+            layers.append(MovingCentering((self.channels,)))
+        return layers
 
 
 def residual_blocks(

@@ -2,17 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from flax import nnx
 
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.layers.bijector import Bijector, Chain
 from resflow_jax.layers.elementwise import ActNorm, Flatten, Logit, Squeeze, Unflatten
-from resflow_jax.layers.linear import InvertibleLinear
-from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
+from resflow_jax.layers.normalization import Normalization
 from resflow_jax.layers.padding import ChannelPadding
-from resflow_jax.models.blocks import Config, MakeContraction, MakeLinear, densenet, layered, residual_blocks
+from resflow_jax.models.blocks import Around, Config, MakeContraction, MakeLinear, densenet, layered, residual_blocks
 from resflow_jax.models.classifier import Classifier
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 
@@ -33,9 +31,7 @@ def build_classifier(config: Config, rngs: nnx.Rngs) -> Classifier | None:
 
 def feature_shapes(config: ImageFlowConfig) -> list[Shape]:
     """(H, W, C) of the features of every scale; see `models.classifier`."""
-    shape = (*config.shape[:2], config.shape[2] + config.padding)
-    if config.squeeze_first:
-        shape = _squeezed(shape)
+    shape = _entrance(config)
     shapes = []
     for _ in config.blocks[1:]:
         shape = _squeezed(shape)
@@ -45,12 +41,16 @@ def feature_shapes(config: ImageFlowConfig) -> list[Shape]:
     return [*shapes, shape]
 
 
+def _entrance(config: ImageFlowConfig) -> Shape:
+    """(H, W, C) of what the first scale takes."""
+    shape = (*config.shape[:2], config.shape[2] + config.padding)
+    return _squeezed(shape) if config.squeeze_first else shape
+
+
 def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:
-    layers = _image_data_layers(config)
-    shape, chains, emitted = (*config.shape[:2], config.shape[2] + config.padding), [], []
-    if config.squeeze_first:
-        shape = _squeezed(shape)
-    for scale, depth in enumerate(config.blocks):
+    layers, chains, features = _image_data_layers(config), [], feature_shapes(config)
+    shapes = [_entrance(config), *features[:-1]]
+    for scale, (depth, shape) in enumerate(zip(config.blocks, shapes, strict=True)):
         event = (math.prod(shape),) if config.fully_connected else shape
         actnorms = [event[-1:]] * config.actnorm + [event] * config.feature_actnorm
         if config.fully_connected:
@@ -60,27 +60,21 @@ def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain],
             contraction = _convolutional(config, shape)
         if scale == 0 and config.first_actnorm:
             layers += map(ActNorm, actnorms)
-        around = _Around(config, actnorms, event[-1], config.invertible_linear)
+        around = Around(config, actnorms, event[-1], config.invertible_linear)
         layers += residual_blocks(config, contraction, around, depth, first=scale == 0, rngs=rngs)
         if scale < len(config.blocks) - 1:
             layers += [Unflatten(shape)] * config.fully_connected
             layers.append(Squeeze(shape))
-            shape = _squeezed(shape)
-            if config.factor_out:
-                shape = (*shape[:2], shape[2] // 2)
-                emitted.append(shape)
-        else:
-            if config.fc_blocks:
-                layers += [] if config.fully_connected else [Flatten(shape)]
-                event = (math.prod(shape),)
-                actnorms = [event] if config.actnorm or config.feature_actnorm else []
-                around = _Around(config, actnorms, event[0], False)
-                dense = _fully_connected(config, event[0], config.fc_layers, config.fc_hidden, config.fc_norms)
-                layers += residual_blocks(config, dense, around, config.fc_blocks, first=False, rngs=rngs)
-            shape = event
+        elif config.fc_blocks:
+            layers += [] if config.fully_connected else [Flatten(shape)]
+            event = (math.prod(shape),)
+            actnorms = [event] if config.actnorm or config.feature_actnorm else []
+            around = Around(config, actnorms, event[0], False)
+            dense = _fully_connected(config, event[0], config.fc_layers, config.fc_hidden, config.fc_norms)
+            layers += residual_blocks(config, dense, around, config.fc_blocks, first=False, rngs=rngs)
         chains.append(Chain(layers))
         layers = []
-    return chains, [*emitted, shape]
+    return chains, [*(features[:-1] if config.factor_out else []), event]
 
 
 def _vector_scales(config: VectorFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:
@@ -95,7 +89,7 @@ def _vector_scales(config: VectorFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain
         kernels = [1] * (len(config.hidden) + 1)
         centering = config.centering == "layers"
         contraction = layered(config, _dense_maps(config), dim, config.hidden, kernels, config.norms, centering)
-    around = _Around(config, actnorms, dim, config.invertible_linear)
+    around = Around(config, actnorms, dim, config.invertible_linear)
     layers += residual_blocks(config, contraction, around, config.blocks, first=True, rngs=rngs)
     return [Chain(layers)], [(dim,)]
 
@@ -125,27 +119,6 @@ def _padding(config: Config) -> list[Bijector]:
     if not config.padding:
         return []
     return [ChannelPadding(config.padding, config.padding_noise, config.padding_scale, config.padding_shift)]
-
-
-@dataclass(frozen=True)
-class _Around:
-    """The layers before and behind every residual block of a scale."""
-
-    config: Config
-    actnorms: list[Shape]
-    channels: int
-    invertible_linear: bool
-
-    def before(self, rngs: nnx.Rngs) -> list[Bijector]:
-        return [InvertibleLinear(self.channels, rngs=rngs)] if self.invertible_linear else []
-
-    def behind(self) -> list[Bijector]:
-        layers: list[Bijector] = [ActNorm(shape) for shape in self.actnorms]
-        if self.config.batchnorm:
-            layers.append(MovingBatchNorm((self.channels,)))
-        if self.config.centering == "blocks":
-            layers.append(MovingCentering((self.channels,)))
-        return layers
 
 
 def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:

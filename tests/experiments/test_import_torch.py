@@ -50,8 +50,8 @@ def test_the_flow_of_the_run_is_that_of_the_file(run_dir, capsys):
 
 def test_it_goes_on(run_dir, monkeypatch):
     """Two steps from the imported weights, by `experiments.resume`, validated and judged at the end."""
-    for name in ("use_xla_flags", "use_all_cores"):
-        monkeypatch.setattr(resume, name, lambda *_: None)
+    monkeypatch.setattr(resume, "use_xla_flags", lambda: None)
+    monkeypatch.setattr(density, "use_all_cores", lambda number: None)
     judged = EvaluationConfig(estimator=rf.Roulette(), draws=1, examples=20, every=2)
     config = replace(saved_config(run_dir), evaluation=judged, batch_size=8)
     write_atomically(run_dir / "config.json", json.dumps(as_json(config)))
