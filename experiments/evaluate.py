@@ -31,7 +31,6 @@ from sklearn.metrics import roc_auc_score
 from experiments import pictures
 from experiments.parts import over_parts
 from experiments.run import (
-    as_json,
     certificate_rows,
     devices_for,
     print_table,
@@ -44,6 +43,7 @@ from experiments.saved import SavedFlow, Weights, saved_flow
 from experiments.train import Task, error_by_cause
 from resflow_jax import Estimator, Exact, ResidualFlow, certify
 from resflow_jax.functional.checks import check_count
+from resflow_jax.interop.plain_json import as_json
 
 Array = jax.Array
 

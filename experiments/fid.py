@@ -34,18 +34,12 @@ import numpy as np
 import tyro
 
 from experiments.images import ImageTask
-from experiments.run import (
-    as_json,
-    print_table,
-    use_all_cores,
-    use_compilation_cache,
-    use_xla_flags,
-    write_atomically,
-)
+from experiments.run import print_table, use_all_cores, use_compilation_cache, use_xla_flags, write_atomically
 from experiments.sample import check_drawing, convergence, decoder, drawn_samples, to_bytes
 from experiments.saved import Weights, saved_flow
 from resflow_jax.data.images import Images, ImageSplits, to_unit_interval
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.interop.plain_json import as_json
 
 Split = Literal["train", "test"]
 Features = Literal["inception", "pixels"]

@@ -1,6 +1,5 @@
 """What every experiment does with its work directory: config.json, metrics.jsonl, the compilation cache."""
 
-import dataclasses
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
+from resflow_jax.interop.plain_json import as_json
 from resflow_jax.interop.whole_files import whole_file
 from resflow_jax.models.certificate import Certificate
 
@@ -104,20 +104,6 @@ def write_atomically(path: Path, text: str) -> None:
 def could_not_write(error: OSError, path: Path) -> OSError:
     """The error with the file that could not be written: a full disk does not say."""
     return OSError(error.errno, f"{error.strerror}; could not write it, what was saved before is whole", str(path))
-
-
-def as_json(config: Any) -> Any:
-    """A config dataclass, or a dict, as plain JSON values; a nested dataclass carries its class as "type"."""
-    if dataclasses.is_dataclass(config):
-        fields = {f.name: as_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        return {"type": type(config).__name__, **fields}
-    if isinstance(config, dict):
-        return {name: as_json(value) for name, value in config.items()}
-    if isinstance(config, tuple | list):
-        return [as_json(item) for item in config]
-    if isinstance(config, float) and not math.isfinite(config):
-        return str(config)  # JSON has no infinity
-    return str(config) if isinstance(config, Path) else config
 
 
 def certificate_rows(certificate: Certificate) -> dict[str, str]:

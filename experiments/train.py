@@ -23,16 +23,10 @@ from experiments.distributed import by_first, from_first, is_first, wait_for_all
 from experiments.loop import falls_due, training_loop
 from experiments.metrics import Followed, Metrics
 from experiments.page import write_report
-from experiments.run import (
-    as_json,
-    certificate_rows,
-    claim_workdir,
-    print_table,
-    use_compilation_cache,
-    write_atomically,
-)
+from experiments.run import certificate_rows, claim_workdir, print_table, use_compilation_cache, write_atomically
 from experiments.signals import stop_on_signal
 from resflow_jax import Certificate, Estimate, Estimator, InverseStatus, ResidualFlow, certify
+from resflow_jax.interop.plain_json import as_json
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.parallel import make_mesh
 from resflow_jax.training.placement import Placement

@@ -10,14 +10,13 @@ is executed.
 
 import dataclasses
 import json
-import math
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from resflow_jax.interop.extras import needs_extra
+from resflow_jax.interop.plain_json import as_json
 from resflow_jax.interop.stateless import Stateless, flattened, nested, split_variables
 from resflow_jax.interop.whole_files import whole_file
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
@@ -32,7 +31,7 @@ _CONFIGS = {cls.__name__: cls for cls in (ImageFlowConfig, VectorFlowConfig)}
 
 def save(flow: ResidualFlow, path: str | Path) -> None:
     """Writes all arrays of a flow, in its dtype, and its config; replaces a file of this name when all is written."""
-    metadata = {"format": "resflow_jax", "version": version("resflow_jax"), "config": _as_json(flow.config)}
+    metadata = {"format": "resflow_jax", "version": version("resflow_jax"), "config": json.dumps(as_json(flow.config))}
     arrays = {".".join(path): np.array(array, order="C") for path, array in flattened(split_variables(flow))}
     with whole_file(path) as temporary:
         save_file(arrays, temporary, metadata=metadata)
@@ -61,16 +60,6 @@ def load(path: str | Path) -> ResidualFlow:
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _as_json(config: ImageFlowConfig | VectorFlowConfig) -> str:
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-    fields = {name: plain(value) for name, value in vars(config).items()}
-    return json.dumps({"type": type(config).__name__, **fields})
 
 
 def _from_json(text: str) -> ImageFlowConfig | VectorFlowConfig:

@@ -14,8 +14,9 @@ import resflow_jax as rf
 from experiments import density, import_torch, resume
 from experiments.configs.base import DataConfig, EvaluationConfig
 from experiments.import_torch import ImportConfig
-from experiments.run import as_json, write_atomically
+from experiments.run import write_atomically
 from experiments.saved import saved_config, saved_flow
+from resflow_jax.interop.plain_json import as_json
 from resflow_jax.interop.torch_files import read_torch_file
 from tests.experiments import tiny
 

@@ -14,11 +14,11 @@ from flax import nnx
 
 from experiments import density, saved
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
-from experiments.run import as_json
 from experiments.saved import saved_config, saved_flow
 from experiments.train import set_up, tightened_flow
 from experiments.trained import trained_flow, trained_runs
 from resflow_jax import Defensive, Exact, Geometric, ImageFlowConfig, Poisson, Roulette, Truncated, certify
+from resflow_jax.interop.plain_json import as_json
 from resflow_jax.training.checkpoints import Checkpoints
 from tests.experiments import tiny
 
