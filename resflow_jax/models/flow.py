@@ -10,7 +10,7 @@ called inside jit, grad, vmap and scan.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import jax
@@ -25,12 +25,13 @@ from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.functional.solvers import Anderson, Solver
-from resflow_jax.layers.bijector import Chain, join_blocks, split_estimator, split_key
+from resflow_jax.layers.bijector import Chain, Constant, join_blocks, split_estimator, split_key
 from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.elementwise import Logit
 from resflow_jax.layers.lipschitz import map_linears
 from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
+from resflow_jax.models.values import UNIT_INTERVAL, Domain, begin_check, behind_logit
 
 Array = jax.Array
 
@@ -108,14 +109,17 @@ class ResidualFlow(nnx.Module):
           ValueError: for a wrong rank, size or dtype, a missing key, and, where x is concrete (not
             traced), for values that are not finite or, for images, outside [0, 1].
         """
-        self._check_input(x)
+        check = self._begin_check(x)
         z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
+        check()
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array) -> Array:
         """Maps x [B, *event_shape] to z [B, D], without the log-det; padding is by the mean of its noise."""
-        self._check_input(x)
-        return _transform(*nnx.split(self), x)
+        check = self._begin_check(x)
+        z = _transform(*nnx.split(self), x)
+        check()
+        return z
 
     def logits(self, x: Array) -> Array:
         """Logits [B, classes] of the classifier on the flow's features (see `models.classifier`), for images x.
@@ -125,8 +129,10 @@ class ResidualFlow(nnx.Module):
         """
         if self.classifier is None:
             raise ValueError("classes: expected a flow whose config has classes, got none")
-        self._check_input(x)
-        return _logits(*nnx.split(self), x)
+        check = self._begin_check(x, are_data=True)
+        logits = _logits(*nnx.split(self), x)
+        check()
+        return logits
 
     def inverse(
         self, z: Array, *, solver: Solver = Anderson(), return_status: bool = False
@@ -147,9 +153,9 @@ class ResidualFlow(nnx.Module):
           ValueError: for a wrong rank, size or dtype, and for concrete values that are not finite.
         """
         check_batch("z", z, (self.dim,))
-        if not isinstance(z, jax.core.Tracer):
-            check_values("z", z, unit_interval=False)
+        check = begin_check("z", z, self.dtype)
         x, status = _inverse(*nnx.split(self), z, solver)
+        check()
         if return_status:
             return x, status
         report_unconverged(_of_examples(status), "ResidualFlow.inverse", solver.on_failure)
@@ -260,10 +266,16 @@ class ResidualFlow(nnx.Module):
 
         At least two examples, better hundreds: each statistic is taken over the batch.
         """
-        self._check_input(x)
+        check = self._begin_check(x, are_data=True)
         if x.shape[0] < 2:
             raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
-        nnx.update(self, _initialize(*nnx.split(self), x))
+        state, is_finite = _initialize(*nnx.split(self), x)
+        check()
+        if not isinstance(is_finite, jax.core.Tracer) and not is_finite:
+            raise ValueError(
+                f"x: expected values whose statistics are finite in {self.dtype}, got a batch where they overflow"
+            )
+        nnx.update(self, state)
 
     def update_norms(
         self, *, tolerance: float = 1e-3, residual_tolerance: float | None = None, max_iterations: int = 20
@@ -325,8 +337,10 @@ class ResidualFlow(nnx.Module):
 
         To be called at every training step of a flow that has any; the log-density never does it.
         """
-        self._check_input(x)
-        nnx.update(self, _update_statistics(*nnx.split(self), x))
+        check = self._begin_check(x)
+        state = _update_statistics(*nnx.split(self), x)
+        check()
+        nnx.update(self, state)
 
     def _checked(self, estimator: Estimator | None) -> Estimator:
         """The estimator, or the default, with one row a residual block where it has arrays."""
@@ -334,21 +348,18 @@ class ResidualFlow(nnx.Module):
         check_estimator(estimator)
         return _with_rows(estimator, self.blocks)
 
-    def _check_input(self, x: Array) -> None:
+    def _begin_check(self, x: Array, *, are_data: bool = False) -> Callable[[], None]:
+        """Checks the shape of x, and begins to check its values: that they may be a flow's input, or are data."""
         check_batch("x", x, self.event_shape)
         if x.shape[0] == 0:
             raise ValueError(f"x: expected at least one example, got shape {x.shape}")
-        if not isinstance(x, jax.core.Tracer):
-            check_values("x", x, unit_interval=isinstance(self.config, ImageFlowConfig))
-
-
-def check_values(name: str, x: Array | np.ndarray, *, unit_interval: bool) -> None:
-    """Raises ValueError on the host unless all values are finite and, if asked, within [0, 1]."""
-    x = np.asarray(x)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{name}: expected finite values, got {np.count_nonzero(~np.isfinite(x))} that are not")
-    if unit_interval and x.size and not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"{name}: expected values in [0, 1], got [{x.min()}, {x.max()}]")
+        dtype, domain = self.dtype, Domain()
+        if isinstance(self.config, ImageFlowConfig):
+            if self.config.logit_alpha is not None:
+                domain = behind_logit(self.config.logit_alpha, dtype)
+            elif are_data:  # without a logit samples may be anywhere
+                domain = UNIT_INTERVAL
+        return begin_check("x", x, dtype, domain)
 
 
 def standard_normal_log_prob(z: Array) -> Array:
@@ -472,7 +483,9 @@ def _initialize(graphdef, state, x):
         _through_scales(flow, flow.scales, x, lambda _, scale, x: scale.initialize(x))
     else:
         flow.classifier.initialize(_features(flow, x, lambda scale, x: scale.initialize(x)))
-    return nnx.state(flow)
+    statistics = jax.tree.leaves(nnx.state(flow, (nnx.BatchStat, Constant)))
+    is_finite = jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in statistics], bool))
+    return nnx.state(flow), is_finite
 
 
 @partial(jax.jit, static_argnames="graphdef")
