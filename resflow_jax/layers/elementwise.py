@@ -77,7 +77,7 @@ _SLACK = 8  # units of rounding by which x may be beyond the end of a logit's do
 
 
 def logit_domain(alpha: float, dtype: Any) -> tuple[float, float]:
-    """The ends of what the inverse of `Logit(alpha)` returns in a dtype, rounding included; its forward is finite there.
+    """The ends of what the inverse of `Logit(alpha)` returns in a dtype, rounding included, where its forward is finite.
 
     -delta and 1 + delta, delta = alpha / (1 - 2 alpha), each moved outwards by half of what the forward allows.
     """
@@ -135,6 +135,7 @@ class ActNorm(Bijector):
 
     def set_constants(self, center: Array, deviation: Array) -> None:
         """Replaces both, in place, and the parameters by those of the same map."""
+        # y is the same: (x - c) a + s = (x - c') a + s + (c' - c) a.
         self.shift[...] += (center - self.center[...]) * (jnp.exp(self.log_scale[...]) / self.deviation[...])
         self.log_scale[...] += jnp.log(deviation) - jnp.log(self.deviation[...])
         self.center[...], self.deviation[...] = center, deviation

@@ -31,7 +31,7 @@ from resflow_jax.layers.elementwise import Logit
 from resflow_jax.layers.lipschitz import map_linears
 from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
-from resflow_jax.models.values import UNIT_INTERVAL, Domain, begin_check, behind_logit
+from resflow_jax.models.values import ANYWHERE, UNIT_INTERVAL, begin_check, behind_logit
 
 Array = jax.Array
 
@@ -353,7 +353,7 @@ class ResidualFlow(nnx.Module):
         check_batch("x", x, self.event_shape)
         if x.shape[0] == 0:
             raise ValueError(f"x: expected at least one example, got shape {x.shape}")
-        dtype, domain = self.dtype, Domain()
+        dtype, domain = self.dtype, ANYWHERE
         if isinstance(self.config, ImageFlowConfig):
             if self.config.logit_alpha is not None:
                 domain = behind_logit(self.config.logit_alpha, dtype)

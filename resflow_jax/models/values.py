@@ -1,8 +1,10 @@
 """Checks of concrete values, which wait for no result: begun before a computation, read when it is under way.
 
-check = begin_check("x", x, dtype, domain)      # a NumPy array is checked at once, a traced one never
-z = compiled(x)                                 # dispatched
-check()                                         # raises, where a value is wrong
+In this order:
+
+    check = begin_check("x", x, dtype, domain)  # a NumPy array is checked at once, a traced one never
+    z = compiled(x)  # dispatched
+    check()  # raises, where a value is wrong
 """
 
 import math
@@ -34,6 +36,7 @@ class Domain(NamedTuple):
     remark: str = ""
 
 
+ANYWHERE = Domain()
 UNIT_INTERVAL = Domain(0, 1, "[0, 1]")
 
 
@@ -43,7 +46,7 @@ def behind_logit(alpha: float, dtype: Any) -> Domain:
     return Domain(*logit_domain(alpha, dtype), UNIT_INTERVAL.text, beyond)
 
 
-def begin_check(name: str, x: Any, dtype: Any, domain: Domain = Domain()) -> Callable[[], None]:
+def begin_check(name: str, x: Any, dtype: Any, domain: Domain = ANYWHERE) -> Callable[[], None]:
     """Begins to check that x, cast to a dtype, is finite and within a domain; what it returns ends that, and raises.
 
     A NumPy array is checked at once, on the host. Of a JAX array, which may still be computed, be on an accelerator or
