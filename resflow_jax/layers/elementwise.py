@@ -48,7 +48,7 @@ class Logit(Bijector):
         s = _positive(alpha + scale * x, max(eps * alpha / 2, tiny), _SLACK * eps * alpha)
         # The maximum is never the bound. Without it XLA would make (1 + alpha) - x of alpha + (1 - x), and lose alpha.
         rest = alpha + scale * jnp.maximum(1 - x, -2 * (1 + alpha / scale))
-        return jnp.log(s), jnp.log(_positive(rest, min(eps / 2, alpha), _SLACK * eps))
+        return jnp.log(s), jnp.log(_positive(rest, max(min(eps, alpha) / 2, tiny), _SLACK * eps))
 
     def __call__(self, x: Array) -> Array:
         log_s, log_rest = self._parts(x)
@@ -77,7 +77,7 @@ _SLACK = 8  # units of rounding by which x may be beyond the end of a logit's do
 
 
 def logit_domain(alpha: float, dtype: Any) -> tuple[float, float]:
-    """The ends of what the inverse of `Logit(alpha)` returns in a dtype, rounding included, where its forward is finite.
+    """The ends of what the inverse of `Logit(alpha)` returns in a dtype, rounding included: forward is finite there.
 
     -delta and 1 + delta, delta = alpha / (1 - 2 alpha), each moved outwards by half of what the forward allows.
     """
@@ -86,8 +86,8 @@ def logit_domain(alpha: float, dtype: Any) -> tuple[float, float]:
 
 
 def _positive(s: Array, least: float, slack: float) -> Array:
-    """s, but at least `least`; what is below -slack stays as it is, for a logarithm to make NaN of it."""
-    return jnp.where(s < -slack, s, jnp.maximum(s, least))
+    """s, but `least` where it is less; what is below -slack stays as it is, for a logarithm to make NaN of it."""
+    return jnp.where((-slack <= s) & (s < least), least, s)
 
 
 class ActNorm(Bijector):
