@@ -10,7 +10,8 @@ called inside jit, grad, vmap and scan.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 
 import jax
@@ -31,7 +32,7 @@ from resflow_jax.layers.elementwise import Logit
 from resflow_jax.layers.lipschitz import map_linears
 from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
-from resflow_jax.models.values import ANYWHERE, UNIT_INTERVAL, begin_check, behind_logit
+from resflow_jax.models.values import ANYWHERE, UNIT_INTERVAL, behind_logit, checked
 
 Array = jax.Array
 
@@ -109,17 +110,14 @@ class ResidualFlow(nnx.Module):
           ValueError: for a wrong rank, size or dtype, a missing key, and, where x is concrete (not
             traced), for values that are not finite or, for images, outside [0, 1].
         """
-        check = self._begin_check(x)
-        z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
-        check()
+        with self._checked_input(x):
+            z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array) -> Array:
         """Maps x [B, *event_shape] to z [B, D], without the log-det; padding is by the mean of its noise."""
-        check = self._begin_check(x)
-        z = _transform(*nnx.split(self), x)
-        check()
-        return z
+        with self._checked_input(x):
+            return _transform(*nnx.split(self), x)
 
     def logits(self, x: Array) -> Array:
         """Logits [B, classes] of the classifier on the flow's features (see `models.classifier`), for images x.
@@ -129,10 +127,8 @@ class ResidualFlow(nnx.Module):
         """
         if self.classifier is None:
             raise ValueError("classes: expected a flow whose config has classes, got none")
-        check = self._begin_check(x, are_data=True)
-        logits = _logits(*nnx.split(self), x)
-        check()
-        return logits
+        with self._checked_input(x, are_data=True):
+            return _logits(*nnx.split(self), x)
 
     def inverse(
         self, z: Array, *, solver: Solver = Anderson(), return_status: bool = False
@@ -153,9 +149,8 @@ class ResidualFlow(nnx.Module):
           ValueError: for a wrong rank, size or dtype, and for concrete values that are not finite.
         """
         check_batch("z", z, (self.dim,))
-        check = begin_check("z", z, self.dtype)
-        x, status = _inverse(*nnx.split(self), z, solver)
-        check()
+        with checked("z", z, self.dtype):
+            x, status = _inverse(*nnx.split(self), z, solver)
         if return_status:
             return x, status
         report_unconverged(_of_examples(status), "ResidualFlow.inverse", solver.on_failure)
@@ -266,11 +261,10 @@ class ResidualFlow(nnx.Module):
 
         At least two examples, better hundreds: each statistic is taken over the batch.
         """
-        check = self._begin_check(x, are_data=True)
-        if x.shape[0] < 2:
-            raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
-        state, is_finite = _initialize(*nnx.split(self), x)
-        check()
+        with self._checked_input(x, are_data=True):
+            if x.shape[0] < 2:
+                raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
+            state, is_finite = _initialize(*nnx.split(self), x)
         if not isinstance(is_finite, jax.core.Tracer) and not is_finite:
             raise ValueError(
                 f"x: expected values whose statistics are finite in {self.dtype}, got a batch where they overflow"
@@ -337,9 +331,8 @@ class ResidualFlow(nnx.Module):
 
         To be called at every training step of a flow that has any; the log-density never does it.
         """
-        check = self._begin_check(x)
-        state = _update_statistics(*nnx.split(self), x)
-        check()
+        with self._checked_input(x):
+            state = _update_statistics(*nnx.split(self), x)
         nnx.update(self, state)
 
     def _checked(self, estimator: Estimator | None) -> Estimator:
@@ -348,8 +341,8 @@ class ResidualFlow(nnx.Module):
         check_estimator(estimator)
         return _with_rows(estimator, self.blocks)
 
-    def _begin_check(self, x: Array, *, are_data: bool = False) -> Callable[[], None]:
-        """Checks the shape of x, and begins to check its values: that they may be a flow's input, or are data."""
+    def _checked_input(self, x: Array, *, are_data: bool = False) -> AbstractContextManager[None]:
+        """Checks the shape of x, and its values around a computation: that they may be a flow's input, or are data."""
         check_batch("x", x, self.event_shape)
         if x.shape[0] == 0:
             raise ValueError(f"x: expected at least one example, got shape {x.shape}")
@@ -359,7 +352,7 @@ class ResidualFlow(nnx.Module):
                 domain = behind_logit(self.config.logit_alpha, dtype)
             elif are_data:  # without a logit samples may be anywhere
                 domain = UNIT_INTERVAL
-        return begin_check("x", x, dtype, domain)
+        return checked("x", x, dtype, domain)
 
 
 def standard_normal_log_prob(z: Array) -> Array:

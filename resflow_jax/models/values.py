@@ -1,14 +1,14 @@
 """Checks of concrete values, which wait for no result: begun before a computation, read when it is under way.
 
-In this order:
+In this way:
 
-    check = begin_check("x", x, dtype, domain)  # a NumPy array is checked at once, a traced one never
-    z = compiled(x)  # dispatched
-    check()  # raises, where a value is wrong
+    with checked("x", x, dtype, domain):  # a NumPy array is checked at once, a traced one never
+        z = compiled(x)  # dispatched; then the check raises, where a value is wrong
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,29 +46,35 @@ def behind_logit(alpha: float, dtype: Any) -> Domain:
     return Domain(*logit_domain(alpha, dtype), UNIT_INTERVAL.text, beyond)
 
 
-def begin_check(name: str, x: Any, dtype: Any, domain: Domain = ANYWHERE) -> Callable[[], None]:
-    """Begins to check that x, cast to a dtype, is finite and within a domain; what it returns ends that, and raises.
+@contextmanager
+def checked(name: str, x: Any, dtype: Any, domain: Domain = ANYWHERE) -> Iterator[None]:
+    """Around a computation on x: checks that x, cast to a dtype, is finite and within a domain.
 
-    A NumPy array is checked at once, on the host. Of a JAX array, which may still be computed, be on an accelerator or
-    be shared by several processes, three numbers are asked for, and waited for at the end alone; an array of one CPU
-    is looked at then. Traced arrays have no values to check.
+    A NumPy array is checked before the computation, on the host. Of a JAX array, which may still be computed, be on an
+    accelerator or be shared by several processes, three numbers are asked for before the computation and waited for
+    behind it; an array of one CPU is looked at there. Where the computation raises, a wrong value is named instead.
+    Traced arrays have no values to check.
 
     Raises:
-      ValueError: that names the argument, at the beginning or at the end; the same in every process.
+      ValueError: that names the argument; the same in every process.
     """
+    check = _begin(name, x, dtype, domain)
+    try:
+        yield
+    finally:
+        check()
+
+
+def _begin(name: str, x: Any, dtype: Any, domain: Domain) -> Callable[[], None]:
+    """What ends the check, and raises."""
     if isinstance(x, jax.core.Tracer):
         return _nothing
     if not isinstance(x, jax.Array):
         _check_on_host(name, x, dtype, domain)
         return _nothing
     if len(x.devices()) == 1 and next(iter(x.devices())).platform == "cpu":
-        check = partial(_check_on_host, name, x, dtype, domain)
-    else:
-        check = partial(_check_numbers, name, _numbers(x, dtype), dtype, domain)
-    if jax.config.jax_debug_nans:  # the computation would raise first, without the argument's name
-        check()
-        return _nothing
-    return check
+        return partial(_check_on_host, name, x, dtype, domain)
+    return partial(_check_numbers, name, _numbers(x, dtype), dtype, domain)
 
 
 def _nothing() -> None: ...

@@ -5,7 +5,6 @@ that the formula keeps apart.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -76,7 +75,7 @@ def test_values_between_the_ends(layer_and_dtype, compiled):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 def test_what_the_inverse_returns_is_in_the_domain(layer_and_dtype, compiled):
-    """Also where a sigmoid has become 0 or 1: finite in value and in both derivatives; y comes back where x tells it."""
+    """Also where a sigmoid is 0 or 1: finite in value and in both derivatives; y comes back where x tells it."""
     layer, dtype = layer_and_dtype
     y = np.concatenate([-np.geomspace(1e30, 1e-3, 400), np.geomspace(1e-3, 1e30, 400)]).astype(dtype)
     wrap = jax.jit if compiled else lambda function: function
