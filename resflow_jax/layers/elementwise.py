@@ -113,18 +113,21 @@ class ActNorm(Bijector):
     def _total_log_scale(self) -> Array:
         return self.log_scale[...] - jnp.log(self.deviation[...])
 
+    def _broadcast(self, ndim: int, sign: int) -> tuple[Array, ...]:
+        """Center, deviation, exp(sign * log_scale) and shift with so many axes."""
+        parts = self.center[...], self.deviation[...], jnp.exp(sign * self.log_scale[...]), self.shift[...]
+        return tuple(jax.lax.broadcast_to_rank(part, ndim) for part in parts)
+
     def __call__(self, x: Array) -> Array:
-        scale = jnp.exp(self.log_scale[...]) / self.deviation[...]
-        center, scale, shift = _broadcast(x, self.center[...], scale, self.shift[...])
-        return (x - center) * scale + shift
+        center, deviation, scale, shift = self._broadcast(x.ndim, 1)
+        return (x - center) / deviation * scale + shift
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         return self(x), scaling_log_det(self._total_log_scale(), x), []
 
     def inverse(self, y: Array, solver: Solver) -> Inverse:
-        scale = jnp.exp(-self.log_scale[...]) * self.deviation[...]
-        center, scale, shift = _broadcast(y, self.center[...], scale, self.shift[...])
-        x = (y - shift) * scale + center
+        center, deviation, scale, shift = self._broadcast(y.ndim, -1)
+        x = (y - shift) * scale * deviation + center
         return x, []
 
     def initialize(self, x: Array) -> Array:
@@ -210,11 +213,6 @@ class Unflatten(Bijector):
 
     def lipschitz_bounds(self) -> tuple[float, float]:
         return 1.0, 1.0
-
-
-def _broadcast(x: Array, *parameters: Array) -> tuple[Array, ...]:
-    """The parameters with as many axes as x, whose last ones are theirs."""
-    return tuple(jax.lax.broadcast_to_rank(parameter, x.ndim) for parameter in parameters)
 
 
 def _event_axes(x: Array) -> tuple[int, ...]:

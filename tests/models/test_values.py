@@ -131,8 +131,9 @@ def test_under_debug_nans_the_argument_is_named():
                 checked("x", bad_here, bad.dtype, UNIT_INTERVAL),
             ):
                 pass
+    bad_here = jnp.asarray(bad)
     with jax.debug_nans(True), pytest.raises(ValueError, match="x: expected finite values, got 1"):
-        flow(jnp.asarray(bad))
+        flow(bad_here)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
