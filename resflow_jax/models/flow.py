@@ -94,7 +94,7 @@ class ResidualFlow(nnx.Module):
         """Maps x to z with the log-det of the map.
 
         Args:
-          x: floats [B, *event_shape]; for images in [0, 1].
+          x: floats [B, *event_shape]; for images in [0, 1], which `inverse` may leave by a little.
           key: PRNG key of the estimate; not needed by `Exact`, but by a flow that pads x with noise.
           estimator: how each block's log-det is found: `Exact()`, `Truncated(...)`, or
             `Roulette(...)`, the default, which is unbiased. The law of its lengths may be a
@@ -108,7 +108,8 @@ class ResidualFlow(nnx.Module):
 
         Raises:
           ValueError: for a wrong rank, size or dtype, a missing key, and, where x is concrete (not
-            traced), for values that are not finite or, for images, outside [0, 1].
+            traced), for values that are not finite or, for images behind a logit, beyond what `inverse` can return.
+            Traced values beyond that give NaN.
         """
         with self._checked_input(x):
             z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
@@ -259,7 +260,12 @@ class ResidualFlow(nnx.Module):
     def initialize(self, x: Array) -> None:
         """Sets every ActNorm and running statistic from a batch x, in place, so that outputs are normalised.
 
-        At least two examples, better hundreds: each statistic is taken over the batch.
+        At least two examples, better hundreds: each statistic is taken over the batch. With an ActNorm in front, as by
+        default, x may be in any unit, from 1e-20 to 1e20 and more in float32: training is the same.
+
+        Raises:
+          ValueError: for fewer examples, as `forward` for x, without a logit for images outside [0, 1] too, and where
+            statistics overflow the dtype; the flow is then left as it was.
         """
         with self._checked_input(x, are_data=True):
             if x.shape[0] < 2:
