@@ -37,7 +37,7 @@ from jax import lax
 from resflow_jax.functional.checks import check_count, check_order, check_positive
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.manual_axes import vary_over, varying_axes
-from resflow_jax.functional.starts import excludes_larger, mixed_start, pseudo_random_direction, unit
+from resflow_jax.functional.starts import excludes_larger, mixed_start, unit
 from resflow_jax.functional.vector_norms import Order, conjugate, dual_map, is_order, positive, vector_norm
 
 Array = jax.Array
@@ -168,12 +168,12 @@ def power_iteration(
     infinity = jnp.asarray(jnp.inf, v.dtype)
     status = PowerIterationStatus(jnp.asarray(0), infinity, jnp.asarray(False))
     v = lax.stop_gradient(v)
-    direction = unit(pseudo_random_direction(v.shape, v.dtype), domain)
-    v = unit(v, domain) if iterations else mixed_start(v, direction, domain, residual_tolerance)
+    v = mixed_start(v, domain, residual_tolerance) if iterations is None else unit(v, domain)
     u = jax.eval_shape(matvec, v)
     chains = PowerIteration(infinity, jnp.zeros(u.shape, u.dtype), v, status)
     if restart:
-        chains = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), chains)._replace(v=jnp.stack([v, direction]))
+        second = chains._replace(v=mixed_start(jnp.zeros_like(v), domain, residual_tolerance))
+        chains = jax.tree.map(lambda *leaves: jnp.stack(leaves), chains, second)
     start = jnp.asarray(True), chains
     start = vary_over(start, varying_axes((start, jax.eval_shape(step, start))))
     return judged(lax.while_loop(unfinished, step, start)[1])

@@ -46,14 +46,16 @@ def pseudo_random_direction(shape: tuple[int, ...], dtype: np.dtype) -> Array:
     return jnp.where(x < 0, x - 1, x + 1).reshape(shape)
 
 
-def mixed_start(v: Array, direction: Array, order: Order, residual_tolerance: Array) -> Array:
-    """The unit vector along v with a part of the unit `direction`, about half as large as the residual may be.
+def mixed_start(v: Array, order: Order, residual_tolerance: Array) -> Array:
+    """The unit vector along v with a part of the fixed direction, about half as long as the residual may be.
 
     Of a v that has converged, one iteration makes the part too small to be seen in the status. In a call after
-    the other such parts add up along every singular direction with a value above that of v.
+    the other such parts add up along every singular direction with a value above that of v. From zero, the direction.
     """
-    share = jnp.minimum(residual_tolerance / 2, _LARGEST_SHARE)
-    return unit(unit(v, order) + share * direction, order)
+    direction = pseudo_random_direction(v.shape, v.dtype)
+    length = dual_map(v, order)[1]
+    share = jnp.minimum(residual_tolerance / 2, _LARGEST_SHARE) / (1.5 * v.size ** (1 / order))
+    return unit(v + jnp.where(length > 0, share * length, 1) * direction, order)
 
 
 def excludes_larger(sigma: Array, residual: Array, iterations: Array, size: int, best: Array) -> Array:

@@ -9,7 +9,9 @@ called whenever the kernel has changed; applying the layer never changes them.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -49,12 +51,26 @@ class NormSettings(NamedTuple):
 
 
 # Singular values are told apart that differ by 0.2 %. From a random start 1000 iterations leave an expected error
-# of sigma of at most 0.44 log(n) / 999 for whatever spectrum, n numbers of v (Kuczynski, Wozniakowski 1992, theorem 3.1).
+# of sigma below 0.44 log(n) / 999 for whatever spectrum and n numbers of v (Kuczynski and Wozniakowski 1992, SIAM J.
+# Matrix Anal. Appl. 13, theorem 3.1).
 TIGHT = NormSettings(tolerance=1e-6, residual_tolerance=1e-5, max_iterations=1000)
 
 
 class NormState(nnx.Variable):
     """A power-iteration vector: state that training carries along but does not differentiate."""
+
+
+_deferred = ContextVar("_deferred", default=False)
+
+
+@contextmanager
+def deferred_norms() -> Iterator[None]:
+    """Layers made inside keep random vectors: who makes a whole model calls `update_norms` on it once."""
+    token = _deferred.set(True)
+    try:
+        yield
+    finally:
+        _deferred.reset(token)
 
 
 class LipschitzLinear(nnx.Module):
@@ -98,7 +114,8 @@ class LipschitzLinear(nnx.Module):
         self.bias = nnx.Param(bound * bias)
         self.u = NormState(jnp.zeros(linear_map.output_shape, kernel.dtype))
         self.v = NormState(v)
-        self.update_norm(restart=False)  # v is random: it lacks nothing
+        if not _deferred.get():
+            self.update_norm(restart=False)  # v is random: it lacks nothing
 
     def norm(self) -> Array:
         """sigma of the unnormalised kernel, with the stored vectors where it has no closed form; a scalar."""
@@ -153,7 +170,7 @@ class LipschitzLinear(nnx.Module):
             return PowerIterationStatus(jnp.asarray(0), jnp.zeros((), kernel.dtype), jnp.asarray(True))
         check_settings(tolerance, residual_tolerance, max_iterations)
         settings = NormSettings(tolerance, residual_tolerance, max_iterations)
-        result = _advance(self.linear_map, *_static_and_traced(orders), restart, kernel, self.v[...], settings)
+        result = advance(self.linear_map, *split_orders(orders), restart, kernel, self.v[...], settings)
         self.u[...], self.v[...] = result.u, result.v
         return result.status
 
@@ -165,7 +182,7 @@ class LipschitzLinear(nnx.Module):
         orders = self.traced_orders()
         is_euclidean = all(is_order(order, 2) for order in orders)
         if needs_power_iteration(*orders) and not is_euclidean:
-            result = _search(self.linear_map, *_static_and_traced(orders), starts, self.kernel[...], self.v[...])
+            result = _search(self.linear_map, *split_orders(orders), starts, self.kernel[...], self.v[...])
             self.u[...], self.v[...] = result.u, result.v
 
     def rescale(self, factor: float) -> None:
@@ -175,7 +192,7 @@ class LipschitzLinear(nnx.Module):
 
 # Compiled once for all layers of a shape, whatever their settings, also where they are used eagerly.
 @partial(jax.jit, static_argnums=(0, 1, 3))
-def _advance(linear_map, fixed, learned, restart, kernel, v, settings) -> PowerIteration:
+def advance(linear_map, fixed, learned, restart, kernel, v, settings) -> PowerIteration:
     matvec, rmatvec = partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel)
     orders = dict(zip(("domain", "codomain"), _join_orders(fixed, learned), strict=True))
     return power_iteration(matvec, rmatvec, v, **orders, **settings._asdict(), restart=restart)
@@ -189,7 +206,7 @@ def _search(linear_map, fixed, learned, starts, kernel, v) -> PowerIteration:
     return best_start(matvec, rmatvec, jnp.concatenate([v[None], others]), **orders, max_iterations=200)
 
 
-def _static_and_traced(orders: tuple[float | Array, ...]) -> tuple[tuple[float | None, ...], tuple[Array | None, ...]]:
+def split_orders(orders: tuple[float | Array, ...]) -> tuple[tuple[float | None, ...], tuple[Array | None, ...]]:
     """The orders that are numbers and, where there is None, those that are arrays."""
     is_array = [isinstance(order, Array) for order in orders]
     fixed = tuple(None if learned else order for order, learned in zip(orders, is_array, strict=True))

@@ -28,7 +28,8 @@ from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.layers.bijector import Chain, join_blocks, split_estimator, split_key
 from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.elementwise import Logit
-from resflow_jax.layers.lipschitz import TIGHT, map_linears
+from resflow_jax.layers.lipschitz import TIGHT, NormSettings, deferred_norms, map_linears
+from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
 
@@ -295,7 +296,7 @@ class ResidualFlow(nnx.Module):
         check_settings(tolerance, residual_tolerance, max_iterations)
         if residual_tolerance is None:
             residual_tolerance = tolerance**0.5
-        settings = (tolerance, residual_tolerance, max_iterations)
+        settings = NormSettings(tolerance, residual_tolerance, max_iterations)
         state, status = _update_norms(*nnx.split(self), settings, restart)
         nnx.update(self, state)
         return status
@@ -381,8 +382,11 @@ def _creator(config):
     @jax.jit
     def create(key):
         rngs = nnx.Rngs(key)
-        scales, emitted = build_scales(config, rngs)
-        static["graphdef"], state = nnx.split((nnx.List(scales), build_classifier(config, rngs)))
+        with deferred_norms():
+            scales, emitted = build_scales(config, rngs)
+        scales = nnx.List(scales)
+        update_norms(scales, TIGHT, restart=False)  # their vectors are random: they lack nothing
+        static["graphdef"], state = nnx.split((scales, build_classifier(config, rngs)))
         static["emitted"] = tuple(emitted)
         return state
 
@@ -536,10 +540,5 @@ def _inverse_scales(flow, scales, z, solver):
 @partial(jax.jit, static_argnames=("graphdef", "restart"))
 def _update_norms(graphdef, state, settings, restart):
     flow = nnx.merge(graphdef, state)
-    statuses = map_linears(flow, lambda layer: layer.update_norm(*settings, restart=restart))
-    slowest = PowerIterationStatus(
-        jnp.max(jnp.stack([jnp.max(s.iterations) for s in statuses])),
-        jnp.max(jnp.stack([jnp.max(s.residual) for s in statuses])),
-        jnp.all(jnp.stack([jnp.all(s.converged) for s in statuses])),
-    )
-    return nnx.state(flow), slowest
+    status = update_norms(flow, settings, restart)
+    return nnx.state(flow), status
