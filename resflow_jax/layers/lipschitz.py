@@ -77,7 +77,7 @@ class LipschitzLinear(nnx.Module):
     """x -> linear_map(kernel * min(1, coefficient / sigma), x) + bias.
 
     Starts from the uniform law U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for kernel and bias, with its norm iterated to
-    convergence from a random vector. After any change of the kernel, `update_norm()` finds the new norm.
+    convergence from random vectors. After any change of the kernel, `update_norm()` finds the new norm.
 
     Example:
       layer = LipschitzLinear(DenseMap(64, 32), 0.9, rngs=nnx.Rngs(0))
@@ -115,6 +115,7 @@ class LipschitzLinear(nnx.Module):
         self.u = NormState(jnp.zeros(linear_map.output_shape, kernel.dtype))
         self.v = NormState(v)
         if not _deferred.get():
+            self.search_norm()
             self.update_norm(restart=False)  # v is random: it lacks nothing
 
     def norm(self) -> Array:
@@ -177,7 +178,7 @@ class LipschitzLinear(nnx.Module):
     def search_norm(self, starts: int = 32) -> None:
         """Sets u and v to the best of several power iterations, from v and from random starts, in place.
 
-        For norms other than 2 -> 2, whose power iteration ends in local maxima.
+        For norms other than 2 -> 2, whose power iteration ends in local maxima; for 2 -> 2 it does nothing.
         """
         orders = self.traced_orders()
         is_euclidean = all(is_order(order, 2) for order in orders)
@@ -192,7 +193,16 @@ class LipschitzLinear(nnx.Module):
 
 # Compiled once for all layers of a shape, whatever their settings, also where they are used eagerly.
 @partial(jax.jit, static_argnums=(0, 1, 3))
-def advance(linear_map, fixed, learned, restart, kernel, v, settings) -> PowerIteration:
+def advance(
+    linear_map: LinearMap,
+    fixed: tuple[float | None, ...],
+    learned: tuple[Array | None, ...],
+    restart: bool,
+    kernel: Array,
+    v: Array,
+    settings: NormSettings,
+) -> PowerIteration:
+    """The `power_iteration` of one kernel from v, with the orders that `split_orders` gave."""
     matvec, rmatvec = partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel)
     orders = dict(zip(("domain", "codomain"), _join_orders(fixed, learned), strict=True))
     return power_iteration(matvec, rmatvec, v, **orders, **settings._asdict(), restart=restart)
