@@ -46,8 +46,19 @@ class NormSettings(NamedTuple):
     """How far a power iteration goes; see `power_iteration`."""
 
     tolerance: float | Array
-    residual_tolerance: float | Array | None
+    residual_tolerance: float | Array
     max_iterations: int | Array
+
+    @classmethod
+    def of(
+        cls, tolerance: float | Array, residual_tolerance: float | Array | None, max_iterations: int | Array
+    ) -> "NormSettings":
+        """What a user gave, checked by `check_settings`, as Python numbers unless traced: of one type for `jax.jit`."""
+        check_settings(tolerance, residual_tolerance, max_iterations)
+        if residual_tolerance is None:
+            residual_tolerance = tolerance**0.5
+        numbers = zip((float, float, int), (tolerance, residual_tolerance, max_iterations), strict=True)
+        return cls(*(value if isinstance(value, jax.core.Tracer) else number(value) for number, value in numbers))
 
 
 # Singular values are told apart that differ by 0.2 %. From a random start 1000 iterations leave an expected error
@@ -169,8 +180,7 @@ class LipschitzLinear(nnx.Module):
         kernel, orders = self.kernel[...], self.traced_orders()
         if not needs_power_iteration(*orders):
             return PowerIterationStatus(jnp.asarray(0), jnp.zeros((), kernel.dtype), jnp.asarray(True))
-        check_settings(tolerance, residual_tolerance, max_iterations)
-        settings = NormSettings(tolerance, residual_tolerance, max_iterations)
+        settings = NormSettings.of(tolerance, residual_tolerance, max_iterations)
         result = advance(self.linear_map, *split_orders(orders), restart, kernel, self.v[...], settings)
         self.u[...], self.v[...] = result.u, result.v
         return result.status

@@ -23,7 +23,7 @@ from resflow_jax.functional.estimators import Estimator, Roulette, check_estimat
 from resflow_jax.functional.inverse import report_unconverged
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
-from resflow_jax.functional.norms import PowerIterationStatus, check_settings
+from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.layers.bijector import Chain, join_blocks, split_estimator, split_key
 from resflow_jax.layers.certificate import tighten
@@ -293,10 +293,7 @@ class ResidualFlow(nnx.Module):
         Raises:
           ValueError: for a tolerance that is not positive or a cap below one, unless it is traced.
         """
-        check_settings(tolerance, residual_tolerance, max_iterations)
-        if residual_tolerance is None:
-            residual_tolerance = tolerance**0.5
-        settings = NormSettings(tolerance, residual_tolerance, max_iterations)
+        settings = NormSettings.of(tolerance, residual_tolerance, max_iterations)
         state, status = _update_norms(*nnx.split(self), settings, restart)
         nnx.update(self, state)
         return status
