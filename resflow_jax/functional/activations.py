@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_choice, check_order
 
 Array = jax.Array
@@ -96,26 +97,28 @@ def lipswish(x: Array, beta: Array | float = 0.5) -> Array:
 # array a variable and recomputes nothing, and what belongs to a fixed b is never computed.
 @jax.custom_jvp
 def _swish(x: Array, b: Array) -> Array:
-    return x * jax.nn.sigmoid(b * x)
+    return x * jax.nn.sigmoid(trailing(b, x) * x)
 
 
 @jax.custom_jvp
 def _swish_slope(x: Array, b: Array) -> Array:
+    b = trailing(b, x)
     s = jax.nn.sigmoid(b * x)
     return s + (b * x) * (s * (1 - s))
 
 
 def _swish_jvp(primals, tangents):
     x, b = primals
-    s = jax.nn.sigmoid(b * x)
+    s = jax.nn.sigmoid(trailing(b, x) * x)
     return _swish(x, b), _along(tangents, lambda: _swish_slope(x, b), lambda: x * x * (s * (1 - s)))
 
 
 def _swish_slope_jvp(primals, tangents):
     x, b = primals
-    s = jax.nn.sigmoid(b * x)
-    curvature = s * (1 - s) * (2 + (b * x) * (1 - 2 * s))
-    return _swish_slope(x, b), _along(tangents, lambda: b * curvature, lambda: x * curvature)
+    factor = trailing(b, x)
+    s = jax.nn.sigmoid(factor * x)
+    curvature = s * (1 - s) * (2 + (factor * x) * (1 - 2 * s))
+    return _swish_slope(x, b), _along(tangents, lambda: factor * curvature, lambda: x * curvature)
 
 
 def _along(tangents, *derivatives):
@@ -164,6 +167,7 @@ def _clipswish(x: Array, b: Array) -> Array:
 
 
 def _leaky_lipswish(x: Array, a: Array, b: Array) -> Array:
+    a = trailing(a, x)
     return a * x + (1 - a) * _lipswish(x, b)
 
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resflow_jax.functional.broadcasting import trailing
+
 Array = jax.Array
 
 DATA_AXIS = "data"
@@ -64,7 +66,7 @@ def mean_over_devices(tree: Any) -> Any:
 def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """Mean and variance of x over axes, that of its batch among them: of the whole batch where x is a share of it."""
     mean = mean_over_devices(jnp.mean(x, axes))
-    return mean, mean_over_devices(jnp.mean(jnp.square(x - mean), axes))
+    return mean, mean_over_devices(jnp.mean(jnp.square(x - trailing(mean, x)), axes))
 
 
 def sum_alike(cotangents: Any, primals: Any) -> Any:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.activations import Activation
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.layers.lipschitz import LipschitzLinear, Order
 from resflow_jax.layers.normalization import MovingCentering
@@ -108,7 +109,7 @@ class Layered(Contraction):
     def apply(self, weights: tuple[Array | None, list[tuple[Array, Array]], list[Params]], x: Array) -> Array:
         shift, linears, activations = weights
         if shift is not None:
-            x = x + shift
+            x = x + trailing(shift, x)
         if self.preactivation:
             x, activations = self.activation.function(activations[0], x), activations[1:]
         x = self.linears[0].apply(linears[0], x)

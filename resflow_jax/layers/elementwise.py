@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.manual_axes import moments
@@ -70,13 +71,13 @@ class ActNorm(Bijector):
         self.log_scale = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, x: Array) -> Array:
-        return (x + self.bias[...]) * jnp.exp(self.log_scale[...])
+        return (x + trailing(self.bias[...], x)) * trailing(jnp.exp(self.log_scale[...]), x)
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         return self(x), scaling_log_det(self.log_scale[...], x), []
 
     def inverse(self, y: Array, solver: Solver) -> Inverse:
-        x = y * jnp.exp(-self.log_scale[...]) - self.bias[...]
+        x = y * trailing(jnp.exp(-self.log_scale[...]), y) - trailing(self.bias[...], y)
         return x, []
 
     def initialize(self, x: Array) -> Array:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.norms import (
@@ -108,7 +109,8 @@ class LipschitzLinear(nnx.Module):
     def apply(self, weights: tuple[Array, Array], x: Array) -> Array:
         """The affine map with given weights; depends on no parameter of the layer itself."""
         kernel, bias = weights
-        return self.linear_map(kernel, x) + bias
+        y = self.linear_map(kernel, x)
+        return y + trailing(bias, y)
 
     def __call__(self, x: Array) -> Array:
         return self.apply(self.weights(), x)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.convolution import conv2d
 from resflow_jax.layers.elementwise import ActNorm
 
@@ -29,7 +30,8 @@ class Classifier(nnx.Module):
 
     def __call__(self, features: Sequence[Array]) -> Array:
         parts = [head(x) for head, x in zip(self.heads, features, strict=True)]
-        return jnp.concatenate(parts, axis=-1) @ self.kernel[...] + self.bias[...]
+        logits = jnp.concatenate(parts, axis=-1) @ self.kernel[...]
+        return logits + trailing(self.bias[...], logits)
 
     def initialize(self, features: Sequence[Array]) -> None:
         """Sets every ActNorm from a batch, in place."""
@@ -45,7 +47,8 @@ class Head(nnx.Module):
         self.norm = ActNorm((channels,))
 
     def convolution(self, x: Array) -> Array:
-        return conv2d(x, self.kernel[...]) + self.bias[...]
+        y = conv2d(x, self.kernel[...])
+        return y + trailing(self.bias[...], y)
 
     def __call__(self, x: Array) -> Array:
         return jnp.mean(jax.nn.relu(self.norm(self.convolution(x))), axis=(1, 2))
