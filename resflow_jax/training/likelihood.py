@@ -23,7 +23,7 @@ from resflow_jax.functional.estimators import Estimator, Exact, Roulette
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.models.flow import ResidualFlow, standard_normal_log_prob
 from resflow_jax.training.parallel import divided, on_all_devices
-from resflow_jax.training.step import Loss
+from resflow_jax.training.step import Loss, optax_promotion
 
 Array = jax.Array
 
@@ -98,7 +98,8 @@ def _mean_loss(score: Score, log_det_weight: optax.Schedule | None) -> Loss:
     def loss(
         flow: ResidualFlow, batch: Array, key: Array, estimator: Estimator, step: Array
     ) -> tuple[Array, Diagnostics]:
-        weight = None if log_det_weight is None else log_det_weight(step)
+        with optax_promotion():
+            weight = None if log_det_weight is None else log_det_weight(step)
         x, scores, diagnostics = score(flow, batch, key, estimator, weight)
         return tend(flow, x, jnp.mean(scores)), diagnostics
 
