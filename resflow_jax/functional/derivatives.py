@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-_REMEDY = 'use estimator=Exact(), or gradient="autodiff", whose derivatives of any order and mode are those of the value'
+_REMEDY = 'use estimator=Exact(), or gradient="autodiff", which have derivatives of any order in any mode'
 
 
 def reverse_only(tree: Any) -> Any:

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resflow_jax.functional.checks import as_float_batch, check_count, check_key, check_open_interval
+from resflow_jax.functional.checks import as_float_batch, check_count, check_open_interval
 from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chunks, split_chunks
 from resflow_jax.functional.derivatives import forward_only, reverse_only
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated, check_estimator
@@ -112,14 +112,13 @@ def residual(
     estimator = Roulette() if estimator is None else estimator
     check_estimator(estimator)
     x = as_float_batch("x", x)
-    if x.shape[0] == 0:
-        raise ValueError(f"x: expected at least one example, got shape {x.shape}")
     if lipschitz is not None:
         check_open_interval("lipschitz", lipschitz, 0, 1)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size, 1)
     if not isinstance(estimator, Exact):
-        check_key(type(estimator).__name__, key)
+        if key is None:
+            raise ValueError(f"key: {type(estimator).__name__} expected a PRNG key, got None")
         estimator = _within(estimator, lipschitz)
     is_series = not isinstance(estimator, Exact) and estimator.gradient == "neumann"
     chunks = split_chunks(x, chunk_size if is_series else None)

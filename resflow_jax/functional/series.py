@@ -37,7 +37,7 @@ class PowerSeries:
 
     def step(self, k: Array, v: Array, power: Array, product: Product) -> tuple[Array, Term]:
         power = -product(power)
-        return power, Term(power, -dot(v, power) / k)
+        return power, Term(power, -dot(v, power) / jnp.asarray(k, v.dtype))
 
 
 class _Krylov(NamedTuple):
