@@ -17,6 +17,7 @@ An `Activation` takes its learnable parameters (a dict, empty for most) first.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,12 @@ class Activation:
 
     def __call__(self, params: dict[str, Array], x: Array) -> Array:
         return self.function(self.constrain(params, x.shape[-1]), x)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """One of `ACTIVATIONS` is pickled and copied by its name, and stays the same object."""
+        if ACTIVATIONS.get(self.name) is self:
+            return get_activation, (self.name,)
+        return super().__reduce_ex__(protocol)
 
     def constrain(self, params: dict[str, Array], channels: int) -> dict[str, Array]:
         """What `function` takes: softplus(beta) and sigmoid(alpha), the same for every x; each once a channel.

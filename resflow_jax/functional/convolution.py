@@ -179,7 +179,7 @@ _STATIC = "sides", "reflected", "matmul_dtype"
 
 
 def _at_once(compiled, cpu, default, *arguments, **params):
-    """The value of a primitive outside of any program. Where JAX is told not to compile, `compiled` is the primitive."""
+    """A primitive outside of any program; under jax.disable_jit `compiled` would be the primitive itself."""
     if not jax.config.jax_disable_jit:
         return compiled(*arguments, **params)
     return (cpu if jax.default_backend() == "cpu" else default)(*arguments, **params)

@@ -20,6 +20,7 @@ from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.solvers import Solver
+from resflow_jax.layers.module import List, Module
 
 Array = jax.Array
 Forward = tuple[Array, Array, list[Diagnostics]]
@@ -31,7 +32,7 @@ class Constant(nnx.Variable):
     """An array that is fixed when its layer is made: state that nothing changes."""
 
 
-class Bijector(nnx.Module):
+class Bijector(Module):
     """Interface of an invertible layer on [B, ...]; subclasses are final.
 
     Attributes:
@@ -91,7 +92,7 @@ class Chain(Bijector):
     """f = f_n o ... o f_1; the log-dets add up, the inverses run backwards."""
 
     def __init__(self, bijectors: Sequence[Bijector]):
-        self.bijectors = nnx.List(bijectors)
+        self.bijectors = List(bijectors)
         self.blocks = sum(bijector.blocks for bijector in bijectors)
 
     def _fold(self, apply: Callable[[Bijector, Array], Array], x: Array) -> Array:

@@ -33,6 +33,7 @@ from resflow_jax.functional.norms import (
 )
 from resflow_jax.functional.orders import learnable_order
 from resflow_jax.functional.vector_norms import is_order, vector_norm
+from resflow_jax.layers.module import Module
 
 Array = jax.Array
 Result = TypeVar("Result")
@@ -43,7 +44,7 @@ class NormState(nnx.Variable):
     """A power-iteration vector: state that training carries along but does not differentiate."""
 
 
-class LipschitzLinear(nnx.Module):
+class LipschitzLinear(Module):
     """x -> linear_map(kernel * min(1, coefficient / sigma), x) + bias.
 
     Starts from the uniform law U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for kernel and bias. The vectors

@@ -16,16 +16,17 @@ from flax import nnx
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.convolution import conv2d
 from resflow_jax.layers.elementwise import ActNorm
+from resflow_jax.layers.module import List, Module
 
 Array = jax.Array
 
 
-class Classifier(nnx.Module):
+class Classifier(Module):
     """Logits [B, classes] of the features [B, H, W, C] of every scale; the cost is one convolution a scale."""
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], channels: int, classes: int, *, rngs: nnx.Rngs):
         """shapes: (H, W, C) of the features of every scale; channels: of each convolution's output."""
-        self.heads = nnx.List(Head(shape[-1], channels, rngs=rngs) for shape in shapes)
+        self.heads = List(Head(shape[-1], channels, rngs=rngs) for shape in shapes)
         self.kernel, self.bias = _affine((channels * len(shapes), classes), rngs)
 
     def __call__(self, features: Sequence[Array]) -> Array:
@@ -39,7 +40,7 @@ class Classifier(nnx.Module):
             head.norm.initialize(head.convolution(x))
 
 
-class Head(nnx.Module):
+class Head(Module):
     """[B, H, W, C] -> [B, channels]."""
 
     def __init__(self, channels_in: int, channels: int, *, rngs: nnx.Rngs):

@@ -29,13 +29,14 @@ from resflow_jax.layers.bijector import Chain, join_blocks, split_estimator, spl
 from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.elementwise import Logit
 from resflow_jax.layers.lipschitz import map_linears
+from resflow_jax.layers.module import List, Module
 from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
 
 Array = jax.Array
 
 
-class ResidualFlow(nnx.Module):
+class ResidualFlow(Module):
     """A residual flow; see the module's head for the map, `forward` for the estimators.
 
     The flow is a pytree (Flax NNX): its parameters are `nnx.Param`, its power-iteration vectors
@@ -377,7 +378,7 @@ def _creator(config):
     def create(key):
         rngs = nnx.Rngs(key)
         scales, emitted = build_scales(config, rngs)
-        static["graphdef"], state = nnx.split((nnx.List(scales), build_classifier(config, rngs)))
+        static["graphdef"], state = nnx.split((List(scales), build_classifier(config, rngs)))
         static["emitted"] = tuple(emitted)
         return state
 
