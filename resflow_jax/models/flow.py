@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import check_batch, check_count
+from resflow_jax.functional.checks import as_float_batch, check_count, check_key, check_type
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
@@ -53,6 +53,9 @@ class ResidualFlow(Module):
         """Makes a flow with random parameters, each linear layer's norm iterated to convergence."""
         if not isinstance(config, ImageFlowConfig | VectorFlowConfig):
             raise ValueError(f"config: expected ImageFlowConfig or VectorFlowConfig, got {type(config).__name__}")
+        check_type("rngs", rngs, nnx.Rngs)
+        if not hasattr(rngs, "params"):
+            raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
         create, static = _creator(config)
         state = create(rngs.params())
         self.config = config
@@ -109,12 +112,15 @@ class ResidualFlow(Module):
           ValueError: for a wrong rank, size or dtype, a missing key, and, where x is concrete (not
             traced), for values that are not finite or, for images, outside [0, 1].
         """
+        x = as_float_batch("x", x, self.event_shape)
+        check_key("key", key, optional=True)
         self._check_input(x)
         z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array) -> Array:
         """Maps x [B, *event_shape] to z [B, D], without the log-det; padding is by the mean of its noise."""
+        x = as_float_batch("x", x, self.event_shape)
         self._check_input(x)
         return _transform(*nnx.split(self), x)
 
@@ -126,6 +132,7 @@ class ResidualFlow(Module):
         """
         if self.classifier is None:
             raise ValueError("classes: expected a flow whose config has classes, got none")
+        x = as_float_batch("x", x, self.event_shape)
         self._check_input(x)
         return _logits(*nnx.split(self), x)
 
@@ -149,7 +156,7 @@ class ResidualFlow(Module):
           ValueError: for a wrong rank, size or dtype, for concrete values that are not finite, if solver is none.
           InverseError: from an eager call, if a solve did not converge and solver.on_failure is "raise".
         """
-        check_batch("z", z, (self.dim,))
+        z = as_float_batch("z", z, (self.dim,))
         check_solver(solver)
         if not isinstance(z, jax.core.Tracer):
             check_values("z", z, unit_interval=False)
@@ -186,6 +193,7 @@ class ResidualFlow(Module):
         Clipping moves the part of the density that the logit's alpha leaves outside of [0, 1]. With return_status,
         (x, status) as of `inverse`; without, what does not converge is reported as there.
         """
+        check_key("key", key)
         check_count("number", number, 1)
         check_solver(solver)
         z = jax.random.normal(key, (number, self.dim), self.dtype)
@@ -218,6 +226,7 @@ class ResidualFlow(Module):
         Raises:
           ValueError: for a number below 1, a bad estimator, and for a flow that pads x: its log p needs noise.
         """
+        check_key("key", key)
         check_count("number", number, 1)
         z_key, estimator_key = jax.random.split(key)
         z = jax.random.normal(z_key, (number, self.dim), self.dtype)
@@ -251,7 +260,8 @@ class ResidualFlow(Module):
           ValueError: for a wrong rank, size or dtype, a bad estimator, and for a flow that pads x: its log p needs
             noise.
         """
-        check_batch("z", z, (self.dim,))
+        z = as_float_batch("z", z, (self.dim,))
+        check_key("key", key, optional=True)
         check_solver(solver)
         if self.config.padding:
             raise ValueError(f"padding: expected a flow without padding, got {self.config.padding}")
@@ -273,6 +283,7 @@ class ResidualFlow(Module):
 
         At least two examples, better hundreds: each statistic is taken over the batch.
         """
+        x = as_float_batch("x", x, self.event_shape)
         self._check_input(x)
         if x.shape[0] < 2:
             raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
@@ -338,6 +349,7 @@ class ResidualFlow(Module):
 
         To be called at every training step of a flow that has any; the log-density never does it.
         """
+        x = as_float_batch("x", x, self.event_shape)
         self._check_input(x)
         nnx.update(self, _update_statistics(*nnx.split(self), x))
 
@@ -348,9 +360,6 @@ class ResidualFlow(Module):
         return _with_rows(estimator, self.blocks)
 
     def _check_input(self, x: Array) -> None:
-        check_batch("x", x, self.event_shape)
-        if x.shape[0] == 0:
-            raise ValueError(f"x: expected at least one example, got shape {x.shape}")
         if not isinstance(x, jax.core.Tracer):
             check_values("x", x, unit_interval=isinstance(self.config, ImageFlowConfig))
 
