@@ -1,4 +1,4 @@
-"""Values and gradients under vmap over any arguments, grad of vmap and vmap of grad, nested, in scan: those of loops."""
+"""Values and gradients under vmap over any arguments, before and after grad, nested, in scan: those of loops."""
 
 import itertools
 from functools import partial
