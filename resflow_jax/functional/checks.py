@@ -1,5 +1,6 @@
 """Checks of arguments: each raises a ValueError that names the argument, what was expected and what came."""
 
+import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def as_float_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None) -> jax.Array:
-    """x as an array of JAX [B, ...], or [B, *event_shape] where that is given, with B > 0; x may be traced.
+def as_float_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None, *, least: int = 1) -> jax.Array:
+    """x as an array of JAX [B, ...], or [B, *event_shape] where that is given, with B >= least; x may be traced.
 
     An array of NumPy is copied, in the machine's byte order, to the dtype that JAX gives it (float64 becomes float32
     unless 64-bit types are enabled). A masked array without a masked value counts as its data.
@@ -21,7 +22,7 @@ def as_float_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None
     x = _float_array(name, x, f"a float array [B, {_sizes(event_shape)}]")
     if x.ndim < 1 or (event_shape is not None and x.shape[1:] != tuple(event_shape)):
         raise ValueError(f"{name}: expected a float array [B, {_sizes(event_shape)}], got shape {x.shape}")
-    if x.shape[0] == 0:
+    if x.shape[0] < least:
         raise ValueError(f"{name}: expected at least one example, got shape {x.shape}")
     return _of_jax(x)
 
@@ -141,6 +142,12 @@ def check_open_interval(name: str, value: Any, low: float, high: float) -> None:
     """A number strictly between `low` and `high`."""
     if not isinstance(value, Real) or not low < value < high:
         raise ValueError(f"{name}: expected a number in ({low}, {high}), got {value!r}")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """A number, neither infinite nor NaN."""
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 from resflow_jax.functional.manual_axes import vary_over, varying_axes
@@ -135,6 +135,10 @@ class InverseStatus(NamedTuple):
         return jnp.where(contracts, self.residual_norm / jnp.where(contracts, 1 - lipschitz, 1), jnp.inf)
 
 
+# A program that returns a status can be written to a file.
+export.register_namedtuple_serialization(InverseStatus, serialized_name="resflow_jax.InverseStatus")
+
+
 class _Guard(NamedTuple):
     failures: Array  # proposals in a row that did not improve on the base, int32 [B]
     rest: Array  # plain steps still to take
@@ -169,8 +173,8 @@ def iterate(step: Callable[[Array], Array], start: Array, solver: Solver, scale:
         plain = jnp.all(x == base.image, axis=1) | (turn == 0)
 
         size = jnp.maximum(scale, example_max(image))
-        small = largest <= tolerance * size
-        stalled = plain & (largest <= rounding * size) & (largest >= status.residual)
+        small = jnp.isfinite(norm) & (largest <= tolerance * size)
+        stalled = plain & jnp.isfinite(norm) & (largest <= rounding * size) & (largest >= status.residual)
         better = plain | small | (norm <= DECREASE * status.residual_norm)
         guard, trusted = _judge(guard, better, solver.patience)
 
