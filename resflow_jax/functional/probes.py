@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from resflow_jax.functional.iteration import wide_dtype
+
 Array = jax.Array
 
 PROBES = ("rademacher", "gaussian", "orthogonal")
@@ -29,8 +31,8 @@ def draw_probes(probe: str, probes: int, keys: Array, x: Array) -> Array:
             return jax.random.rademacher(key, (probes, *event), x.dtype)
         if probe == "gaussian":
             return jax.random.normal(key, (probes, *event), x.dtype)
-        wide = jnp.promote_types(x.dtype, jnp.float32)  # LAPACK has no 16-bit floats
-        columns = jnp.linalg.qr(jax.random.normal(key, (dim, probes), wide))[0]
+        # LAPACK has no 16-bit floats
+        columns = jnp.linalg.qr(jax.random.normal(key, (dim, probes), wide_dtype(x.dtype)))[0]
         return (math.sqrt(dim) * columns.T.reshape(probes, *event)).astype(x.dtype)
 
     return jax.vmap(draw, out_axes=1)(keys).reshape(probes * x.shape[0], *event)
