@@ -429,7 +429,7 @@ def _forward(graphdef, state, x, key, estimator):
 
 
 def _forward_scales(flow, scales, x, key, estimator):
-    keys, estimators = split_key(key, len(scales)), split_estimator(estimator, scales)
+    keys, estimators = split_key(key, scales), split_estimator(estimator, scales)
     log_dets, diagnostics = [], []
 
     def apply(n, scale, x):
