@@ -28,7 +28,7 @@ Blocks = TypeVar("Blocks", Diagnostics, InverseStatus)
 
 
 class Constant(nnx.Variable):
-    """An array that is fixed when its layer is made: state that nothing changes."""
+    """An array that is fixed when its layer is made or initialised: state that no training changes."""
 
 
 class Bijector(nnx.Module):

@@ -11,6 +11,7 @@ called inside jit, grad, vmap and scan.
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 
 import jax
@@ -25,12 +26,13 @@ from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.functional.solvers import Anderson, Solver
-from resflow_jax.layers.bijector import Chain, join_blocks, split_estimator, split_key
+from resflow_jax.layers.bijector import Chain, Constant, join_blocks, split_estimator, split_key
 from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.elementwise import Logit
 from resflow_jax.layers.lipschitz import map_linears
 from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
+from resflow_jax.models.values import ANYWHERE, UNIT_INTERVAL, behind_logit, checked
 
 Array = jax.Array
 
@@ -92,7 +94,7 @@ class ResidualFlow(nnx.Module):
         """Maps x to z with the log-det of the map.
 
         Args:
-          x: floats [B, *event_shape]; for images in [0, 1].
+          x: floats [B, *event_shape]; for images in [0, 1], which `inverse` may leave by a little.
           key: PRNG key of the estimate; not needed by `Exact`, but by a flow that pads x with noise.
           estimator: how each block's log-det is found: `Exact()`, `Truncated(...)`, or
             `Roulette(...)`, the default, which is unbiased. The law of its lengths may be a
@@ -106,16 +108,17 @@ class ResidualFlow(nnx.Module):
 
         Raises:
           ValueError: for a wrong rank, size or dtype, a missing key, and, where x is concrete (not
-            traced), for values that are not finite or, for images, outside [0, 1].
+            traced), for values that are not finite or, for images behind a logit, beyond what `inverse` can return.
+            Traced values beyond that give NaN.
         """
-        self._check_input(x)
-        z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
+        with self._checked_input(x):
+            z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array) -> Array:
         """Maps x [B, *event_shape] to z [B, D], without the log-det; padding is by the mean of its noise."""
-        self._check_input(x)
-        return _transform(*nnx.split(self), x)
+        with self._checked_input(x):
+            return _transform(*nnx.split(self), x)
 
     def logits(self, x: Array) -> Array:
         """Logits [B, classes] of the classifier on the flow's features (see `models.classifier`), for images x.
@@ -125,8 +128,8 @@ class ResidualFlow(nnx.Module):
         """
         if self.classifier is None:
             raise ValueError("classes: expected a flow whose config has classes, got none")
-        self._check_input(x)
-        return _logits(*nnx.split(self), x)
+        with self._checked_input(x, are_data=True):
+            return _logits(*nnx.split(self), x)
 
     def inverse(
         self, z: Array, *, solver: Solver = Anderson(), return_status: bool = False
@@ -150,9 +153,8 @@ class ResidualFlow(nnx.Module):
         """
         check_batch("z", z, (self.dim,))
         check_solver(solver)
-        if not isinstance(z, jax.core.Tracer):
-            check_values("z", z, unit_interval=False)
-        return self._invert(z, solver, return_status, "ResidualFlow.inverse")
+        with checked("z", z, self.dtype):
+            return self._invert(z, solver, return_status, "ResidualFlow.inverse")
 
     def _invert(self, z: Array, solver: Solver, return_status: bool, what: str) -> Array | tuple[Array, InverseStatus]:
         """`inverse` of a z that has been checked."""
@@ -270,12 +272,22 @@ class ResidualFlow(nnx.Module):
     def initialize(self, x: Array) -> None:
         """Sets every ActNorm and running statistic from a batch x, in place, so that outputs are normalised.
 
-        At least two examples, better hundreds: each statistic is taken over the batch.
+        At least two examples, better hundreds: each statistic is taken over the batch. With an ActNorm in front, as by
+        default, x may be in any unit, from 1e-20 to 1e20 and more in float32: training is the same.
+
+        Raises:
+          ValueError: for fewer examples, as `forward` for x, without a logit for images outside [0, 1] too, and where
+            statistics overflow the dtype; the flow is then left as it was.
         """
-        self._check_input(x)
-        if x.shape[0] < 2:
-            raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
-        nnx.update(self, _initialize(*nnx.split(self), x))
+        with self._checked_input(x, are_data=True):
+            if x.shape[0] < 2:
+                raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
+            state, is_finite = _initialize(*nnx.split(self), x)
+        if not isinstance(is_finite, jax.core.Tracer) and not is_finite:
+            raise ValueError(
+                f"x: expected values whose statistics are finite in {self.dtype}, got a batch where they overflow"
+            )
+        nnx.update(self, state)
 
     def update_norms(
         self, *, tolerance: float = 1e-3, residual_tolerance: float | None = None, max_iterations: int = 20
@@ -337,8 +349,9 @@ class ResidualFlow(nnx.Module):
 
         To be called at every training step of a flow that has any; the log-density never does it.
         """
-        self._check_input(x)
-        nnx.update(self, _update_statistics(*nnx.split(self), x))
+        with self._checked_input(x):
+            state = _update_statistics(*nnx.split(self), x)
+        nnx.update(self, state)
 
     def _checked(self, estimator: Estimator | None) -> Estimator:
         """The estimator, or the default, with one row a residual block where it has arrays."""
@@ -346,21 +359,18 @@ class ResidualFlow(nnx.Module):
         check_estimator(estimator)
         return _with_rows(estimator, self.blocks)
 
-    def _check_input(self, x: Array) -> None:
+    def _checked_input(self, x: Array, *, are_data: bool = False) -> AbstractContextManager[None]:
+        """Checks the shape of x, and its values around a computation: that they may be a flow's input, or are data."""
         check_batch("x", x, self.event_shape)
         if x.shape[0] == 0:
             raise ValueError(f"x: expected at least one example, got shape {x.shape}")
-        if not isinstance(x, jax.core.Tracer):
-            check_values("x", x, unit_interval=isinstance(self.config, ImageFlowConfig))
-
-
-def check_values(name: str, x: Array | np.ndarray, *, unit_interval: bool) -> None:
-    """Raises ValueError on the host unless all values are finite and, if asked, within [0, 1]."""
-    x = np.asarray(x)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{name}: expected finite values, got {np.count_nonzero(~np.isfinite(x))} that are not")
-    if unit_interval and x.size and not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"{name}: expected values in [0, 1], got [{x.min()}, {x.max()}]")
+        dtype, domain = self.dtype, ANYWHERE
+        if isinstance(self.config, ImageFlowConfig):
+            if self.config.logit_alpha is not None:
+                domain = behind_logit(self.config.logit_alpha, dtype)
+            elif are_data:  # without a logit samples may be anywhere
+                domain = UNIT_INTERVAL
+        return checked("x", x, dtype, domain)
 
 
 def standard_normal_log_prob(z: Array) -> Array:
@@ -478,7 +488,9 @@ def _initialize(graphdef, state, x):
         _through_scales(flow, flow.scales, x, lambda _, scale, x: scale.initialize(x))
     else:
         flow.classifier.initialize(_features(flow, x, lambda scale, x: scale.initialize(x)))
-    return nnx.state(flow)
+    statistics = jax.tree.leaves(nnx.state(flow, (nnx.BatchStat, Constant)))
+    is_finite = jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in statistics], bool))
+    return nnx.state(flow), is_finite
 
 
 @partial(jax.jit, static_argnames="graphdef")

@@ -36,7 +36,8 @@ class Estimate(NamedTuple):
     Attributes:
       mean: the estimate.
       stderr: its standard error.
-      data_stderr: the part from having these images and no others.
+      data_stderr: the part from having these images and no others; infinite for a single image, which tells nothing
+        of others, and 0 where it is less than the noise lets see.
       noise_stderr: the part from dequantisation and from the estimate of the log-det, for these images;
         NaN where a single draw cannot tell, and stderr then leaves out what a batch has in common.
     """
@@ -52,18 +53,26 @@ class Estimate(NamedTuple):
 
         The noise is judged by the variance over draws of the mean over images, since the roulette's length is
         shared by a batch and its error does not average out over images; what is left of the variance over images
-        is the data's.
+        is the data's. What is not known is infinite or NaN, as of a single image or draw, and where a score is NaN.
+
+        Raises:
+          ValueError: for scores that are not [draws, N] with at least one of each.
         """
+        scores = np.asarray(scores, np.float64)
+        if scores.ndim != 2 or scores.size == 0:
+            raise ValueError(f"scores: expected [draws, N] with at least one of each, got shape {scores.shape}")
         draws, number = scores.shape
-        data = scores.mean(axis=0).var(ddof=1) if number > 1 else math.inf
+        mean, data, noise = float(scores.mean()), math.inf, math.nan
+        if number > 1:
+            data = scores.mean(axis=0).var(ddof=1)
+            if draws > 1:  # what draws have in common does not add to the variance over images
+                rest = scores - scores.mean(axis=0)
+                data = np.maximum(0, data - rest.var(axis=1, ddof=1).sum() / (draws - 1) / draws)  # NaN stays NaN
+            data = float(data) / number
         if draws == 1:
-            stderr = math.sqrt(data / number)
-            return cls(float(scores.mean()), stderr, stderr, math.nan)
-        # What draws have in common does not add to the variance over images.
-        rest = scores - scores.mean(axis=0)
-        data = max(0.0, data - rest.var(axis=1, ddof=1).sum() / (draws - 1) / draws) / number
-        noise = scores.mean(axis=1).var(ddof=1) / draws
-        return cls(float(scores.mean()), math.sqrt(data + noise), math.sqrt(data), math.sqrt(noise))
+            return cls(mean, math.sqrt(data), math.sqrt(data), noise)
+        noise = float(scores.mean(axis=1).var(ddof=1)) / draws
+        return cls(mean, math.sqrt(data + noise), math.sqrt(data), math.sqrt(noise))
 
 
 def bits_per_dim(log_prob: Array, dim: int, levels: int) -> Array:
