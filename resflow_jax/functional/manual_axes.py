@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resflow_jax.functional.broadcasting import trailing
+
 Array = jax.Array
 
 _named_axes = jax.make_user_context(default_value=())  # part of the key of jit's caches
@@ -94,7 +96,7 @@ def mean_over_devices(tree: Any) -> Any:
 def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """Mean and variance of x over axes, that of its batch among them: of the whole batch where x is a share of it."""
     mean = mean_over_devices(jnp.mean(x, axes))
-    return mean, mean_over_devices(jnp.mean(jnp.square(x - mean), axes))
+    return mean, mean_over_devices(jnp.mean(jnp.square(x - trailing(mean, x)), axes))
 
 
 def standardization(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_count, check_order, check_positive
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.vector_norms import Order, conjugate, dual_map, is_order, positive, vector_norm
@@ -211,7 +212,7 @@ def order_loss(linear_map: LinearMap, kernel: Array, v: Array, domain: Order, co
 
 def soft_normalize(kernel: Array, sigma: Array, coefficient: float) -> Array:
     """kernel * min(1, coefficient / sigma): norm at most `coefficient` if sigma, as of `channel_norms`, is exact."""
-    return kernel / jnp.maximum(1.0, sigma / coefficient)
+    return kernel / trailing(jnp.maximum(1.0, sigma / coefficient), kernel)
 
 
 def _residual(w: Array, v: Array, sigma: Array, v_next: Array, sigma_next: Array, domain: Order) -> Array:

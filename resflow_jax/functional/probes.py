@@ -30,8 +30,9 @@ def draw_probes(probe: str, probes: int, keys: Array, x: Array) -> Array:
             return _signs(key, probes * dim, x.dtype).reshape(probes, *event)
         if probe == "gaussian":
             return jax.random.normal(key, (probes, *event), x.dtype)
-        columns = jnp.linalg.qr(jax.random.normal(key, (dim, probes), x.dtype))[0]
-        return math.sqrt(dim) * columns.T.reshape(probes, *event)
+        wide = jnp.promote_types(x.dtype, jnp.float32)  # LAPACK has no 16-bit floats
+        columns = jnp.linalg.qr(jax.random.normal(key, (dim, probes), wide))[0]
+        return (math.sqrt(dim) * columns.T.reshape(probes, *event)).astype(x.dtype)
 
     return jax.vmap(draw, out_axes=1)(keys).reshape(probes * x.shape[0], *event)
 

@@ -20,6 +20,7 @@ from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.solvers import Solver
+from resflow_jax.layers.module import List, Module
 
 Array = jax.Array
 Forward = tuple[Array, Array, list[Diagnostics]]
@@ -31,7 +32,7 @@ class Constant(nnx.Variable):
     """An array that is fixed when its layer is made or initialised: state that no training changes."""
 
 
-class Bijector(nnx.Module):
+class Bijector(Module):
     """Interface of an invertible layer on [B, ...]; subclasses are final.
 
     Attributes:
@@ -93,7 +94,7 @@ class Chain(Bijector):
     """f = f_n o ... o f_1; the log-dets add up, the inverses run backwards."""
 
     def __init__(self, bijectors: Sequence[Bijector]):
-        self.bijectors = nnx.List(bijectors)
+        self.bijectors = List(bijectors)
         self.blocks = sum(bijector.blocks for bijector in bijectors)
         self.takes_noise = any(bijector.takes_noise for bijector in bijectors)
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.norms import (
@@ -32,6 +33,7 @@ from resflow_jax.functional.norms import (
 )
 from resflow_jax.functional.orders import learnable_order
 from resflow_jax.functional.vector_norms import is_order, vector_norm
+from resflow_jax.layers.module import Module
 
 Array = jax.Array
 Result = TypeVar("Result")
@@ -42,7 +44,7 @@ class NormState(nnx.Variable):
     """A power-iteration vector: state that training carries along but does not differentiate."""
 
 
-class LipschitzLinear(nnx.Module):
+class LipschitzLinear(Module):
     """x -> linear_map(kernel * min(1, coefficient / sigma), x) + bias.
 
     Starts from the uniform law U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for kernel and bias. The vectors
@@ -108,7 +110,8 @@ class LipschitzLinear(nnx.Module):
     def apply(self, weights: tuple[Array, Array], x: Array) -> Array:
         """The affine map with given weights; depends on no parameter of the layer itself."""
         kernel, bias = weights
-        return self.linear_map(kernel, x) + bias
+        y = self.linear_map(kernel, x)
+        return y + trailing(bias, y)
 
     def __call__(self, x: Array) -> Array:
         return self.apply(self.weights(), x)

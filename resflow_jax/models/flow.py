@@ -10,16 +10,17 @@ called inside jit, grad, vmap and scan.
 
 import math
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import check_batch, check_count
+from resflow_jax.functional.checks import as_float_batch, check_count, check_key, check_type
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
@@ -30,6 +31,7 @@ from resflow_jax.layers.bijector import Chain, Constant, join_blocks, split_esti
 from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.elementwise import Logit
 from resflow_jax.layers.lipschitz import map_linears
+from resflow_jax.layers.module import List, Module
 from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
 from resflow_jax.models.values import ANYWHERE, UNIT_INTERVAL, behind_logit, checked
@@ -37,7 +39,7 @@ from resflow_jax.models.values import ANYWHERE, UNIT_INTERVAL, behind_logit, che
 Array = jax.Array
 
 
-class ResidualFlow(nnx.Module):
+class ResidualFlow(Module):
     """A residual flow; see the module's head for the map, `forward` for the estimators.
 
     The flow is a pytree (Flax NNX): its parameters are `nnx.Param`, its power-iteration vectors
@@ -54,6 +56,9 @@ class ResidualFlow(nnx.Module):
         """Makes a flow with random parameters, each linear layer's norm iterated to convergence."""
         if not isinstance(config, ImageFlowConfig | VectorFlowConfig):
             raise ValueError(f"config: expected ImageFlowConfig or VectorFlowConfig, got {type(config).__name__}")
+        check_type("rngs", rngs, nnx.Rngs)
+        if not hasattr(rngs, "params"):
+            raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
         create, static = _creator(config)
         state = create(rngs.params())
         self.config = config
@@ -111,13 +116,14 @@ class ResidualFlow(nnx.Module):
             traced), for values that are not finite or, for images behind a logit, beyond what `inverse` can return.
             Traced values beyond that give NaN.
         """
-        with self._checked_input(x):
+        check_key("key", key, optional=True)
+        with self._checked_input(x) as x:
             z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array) -> Array:
         """Maps x [B, *event_shape] to z [B, D], without the log-det; padding is by the mean of its noise."""
-        with self._checked_input(x):
+        with self._checked_input(x) as x:
             return _transform(*nnx.split(self), x)
 
     def logits(self, x: Array) -> Array:
@@ -128,7 +134,7 @@ class ResidualFlow(nnx.Module):
         """
         if self.classifier is None:
             raise ValueError("classes: expected a flow whose config has classes, got none")
-        with self._checked_input(x, are_data=True):
+        with self._checked_input(x, are_data=True) as x:
             return _logits(*nnx.split(self), x)
 
     def inverse(
@@ -151,7 +157,7 @@ class ResidualFlow(nnx.Module):
           ValueError: for a wrong rank, size or dtype, for concrete values that are not finite, if solver is none.
           InverseError: from an eager call, if a solve did not converge and solver.on_failure is "raise".
         """
-        check_batch("z", z, (self.dim,))
+        z = as_float_batch("z", z, (self.dim,))
         check_solver(solver)
         with checked("z", z, self.dtype):
             return self._invert(z, solver, return_status, "ResidualFlow.inverse")
@@ -187,6 +193,7 @@ class ResidualFlow(nnx.Module):
         Clipping moves the part of the density that the logit's alpha leaves outside of [0, 1]. With return_status,
         (x, status) as of `inverse`; without, what does not converge is reported as there.
         """
+        check_key("key", key)
         check_count("number", number, 1)
         check_solver(solver)
         z = jax.random.normal(key, (number, self.dim), self.dtype)
@@ -219,6 +226,7 @@ class ResidualFlow(nnx.Module):
         Raises:
           ValueError: for a number below 1, a bad estimator, and for a flow that pads x: its log p needs noise.
         """
+        check_key("key", key)
         check_count("number", number, 1)
         z_key, estimator_key = jax.random.split(key)
         z = jax.random.normal(z_key, (number, self.dim), self.dtype)
@@ -252,7 +260,8 @@ class ResidualFlow(nnx.Module):
           ValueError: for a wrong rank, size or dtype, a bad estimator, and for a flow that pads x: its log p needs
             noise.
         """
-        check_batch("z", z, (self.dim,))
+        z = as_float_batch("z", z, (self.dim,))
+        check_key("key", key, optional=True)
         check_solver(solver)
         if self.config.padding:
             raise ValueError(f"padding: expected a flow without padding, got {self.config.padding}")
@@ -279,7 +288,7 @@ class ResidualFlow(nnx.Module):
           ValueError: for fewer examples, as `forward` for x, without a logit for images outside [0, 1] too, and where
             statistics overflow the dtype; the flow is then left as it was.
         """
-        with self._checked_input(x, are_data=True):
+        with self._checked_input(x, are_data=True) as x:
             if x.shape[0] < 2:
                 raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
             state, is_finite = _initialize(*nnx.split(self), x)
@@ -349,7 +358,7 @@ class ResidualFlow(nnx.Module):
 
         To be called at every training step of a flow that has any; the log-density never does it.
         """
-        with self._checked_input(x):
+        with self._checked_input(x) as x:
             state = _update_statistics(*nnx.split(self), x)
         nnx.update(self, state)
 
@@ -359,18 +368,18 @@ class ResidualFlow(nnx.Module):
         check_estimator(estimator)
         return _with_rows(estimator, self.blocks)
 
-    def _checked_input(self, x: Array, *, are_data: bool = False) -> AbstractContextManager[None]:
-        """Checks the shape of x, and its values around a computation: that they may be a flow's input, or are data."""
-        check_batch("x", x, self.event_shape)
-        if x.shape[0] == 0:
-            raise ValueError(f"x: expected at least one example, got shape {x.shape}")
+    @contextmanager
+    def _checked_input(self, x: Any, *, are_data: bool = False) -> Iterator[Array]:
+        """x as an array of JAX, its values checked around a computation: they may be a flow's input, or are data."""
+        batch = as_float_batch("x", x, self.event_shape)
         dtype, domain = self.dtype, ANYWHERE
         if isinstance(self.config, ImageFlowConfig):
             if self.config.logit_alpha is not None:
                 domain = behind_logit(self.config.logit_alpha, dtype)
             elif are_data:  # without a logit samples may be anywhere
                 domain = UNIT_INTERVAL
-        return checked("x", x, dtype, domain)
+        with checked("x", x if isinstance(x, np.ndarray) else batch, dtype, domain):
+            yield batch
 
 
 def standard_normal_log_prob(z: Array) -> Array:
@@ -387,7 +396,7 @@ def _creator(config):
     def create(key):
         rngs = nnx.Rngs(key)
         scales, emitted = build_scales(config, rngs)
-        static["graphdef"], state = nnx.split((nnx.List(scales), build_classifier(config, rngs)))
+        static["graphdef"], state = nnx.split((List(scales), build_classifier(config, rngs)))
         static["emitted"] = tuple(emitted)
         return state
 

@@ -18,12 +18,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.data.images import check_quantized, dequantize
-from resflow_jax.functional.checks import check_count
-from resflow_jax.functional.estimators import Estimator, Exact, Roulette
+from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type
+from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.models.flow import ResidualFlow, standard_normal_log_prob
 from resflow_jax.training.parallel import divided, on_all_devices
-from resflow_jax.training.step import Loss
+from resflow_jax.training.step import Loss, optax_promotion
 
 Array = jax.Array
 
@@ -107,7 +107,8 @@ def _mean_loss(score: Score, log_det_weight: optax.Schedule | None) -> Loss:
     def loss(
         flow: ResidualFlow, batch: Array, key: Array, estimator: Estimator, step: Array
     ) -> tuple[Array, Diagnostics]:
-        weight = None if log_det_weight is None else log_det_weight(step)
+        with optax_promotion():
+            weight = None if log_det_weight is None else log_det_weight(step)
         x, scores, diagnostics = score(flow, batch, key, estimator, weight)
         return tend(flow, x, jnp.mean(scores)), diagnostics
 
@@ -182,8 +183,13 @@ def image_bits_per_dim(
     """Bits/dim of each of the quantised images [N, H, W, C] in each draw, [draws, N]. Arguments, cost and errors as in
     `evaluate_bits_per_dim`, which returns their mean.
     """
+    _check_flow(flow)
+    check_count("levels", levels, 1)
     estimator = Roulette(exact_terms=8) if estimator is None else estimator
+    images = as_host_array("images", images, "an array of integers [N, H, W, C]")
     check_quantized("images", images, levels)
+    if images.shape[1:] != flow.event_shape:
+        raise ValueError(f"images: expected images {flow.event_shape}, those of the flow, got {images.shape[1:]}")
     return _scores(_bits_per_dim_of(levels), flow, images, key, estimator, draws, batch_size, mesh)
 
 
@@ -204,10 +210,18 @@ def vector_log_prob(
     Raises:
       ValueError: unless x is [N, D] with N > 0, draws and batch_size positive.
     """
+    _check_flow(flow)
     estimator = Exact() if estimator is None else estimator
+    x = as_host_array("x", x, "a float array [N, D]")
     if x.ndim != 2 or len(x) == 0:
         raise ValueError(f"x: expected vectors [N, D] with N > 0, got shape {x.shape}")
     return -_scores(_negative_log_prob, flow, x, key, estimator, draws, batch_size, mesh)
+
+
+def _check_flow(flow: ResidualFlow) -> None:
+    """Anything with the methods of a flow."""
+    if isinstance(flow, type) or not hasattr(flow, "log_prob"):
+        raise ValueError(f"flow: expected a ResidualFlow, got {flow!r}")
 
 
 def _scores(
@@ -221,8 +235,12 @@ def _scores(
     mesh: Mesh | None,
 ) -> np.ndarray:
     """The score of each of the examples [N, ...] in each draw, [draws, N]."""
+    check_key("key", key)
+    check_estimator(estimator)
     check_count("draws", draws, 1)
     check_count("batch_size", batch_size, 1)
+    if mesh is not None:
+        check_type("mesh", mesh, Mesh)
     number = len(examples)
     if mesh is not None:
         flow, key, estimator = on_all_devices((flow, key, estimator), mesh)
