@@ -6,6 +6,54 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+def as_float_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None, *, least: int = 1) -> jax.Array:
+    """x as an array of JAX [B, ...], or [B, *event_shape] where that is given, with B >= least; x may be traced.
+
+    An array of NumPy is copied, in the machine's byte order, to the dtype that JAX gives it (float64 becomes float32
+    unless 64-bit types are enabled). A masked array without a masked value counts as its data.
+
+    Raises:
+      ValueError: for anything but a float array of this shape; it says how to make one.
+    """
+    shape = "..." if event_shape is None else ", ".join(map(str, event_shape))
+    expected = f"{name}: expected a float array [B, {shape}]"
+    if not isinstance(x, jax.Array | type) and hasattr(x, "__jax_array__"):  # as a variable of Flax
+        x = x.__jax_array__()
+    if not isinstance(x, jax.Array | np.ndarray | np.generic):
+        is_data = isinstance(x, Sequence) or hasattr(x, "__array__")
+        remedy = f"; pass jnp.asarray({name})" if is_data and not isinstance(x, str | bytes | type) else ""
+        raise ValueError(f"{expected}, got {type(x).__name__}{remedy}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{expected}, got dtype {x.dtype}{_remedy(name, x)}")
+    if x.ndim < 1 or (event_shape is not None and x.shape[1:] != tuple(event_shape)):
+        raise ValueError(f"{expected}, got shape {x.shape}")
+    if x.shape[0] < least:
+        raise ValueError(f"{name}: expected at least one example, got shape {x.shape}")
+    if isinstance(x, np.ma.MaskedArray):
+        if np.ma.is_masked(x):
+            raise ValueError(f"{expected} without masked values, got {np.ma.count_masked(x)} masked values")
+        x = x.data
+    return x if isinstance(x, jax.Array) else _from_numpy(x)
+
+
+def _remedy(name: str, x: jax.Array | np.ndarray) -> str:
+    """What to do with an array that is not of floats."""
+    if not (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
+        return ""
+    if x.ndim == 4:
+        return f"; dequantise images: ({name} + noise) / levels, with uniform noise in [0, 1)"
+    return f"; pass {name}.astype(jnp.float32)"
+
+
+def _from_numpy(x: np.ndarray) -> jax.Array:
+    """A copy, since NumPy's array may change while a program still reads it."""
+    if x.dtype.kind == "f":  # of any byte order; JAX knows none that is longer than float64
+        with np.errstate(over="ignore"):  # infinite then
+            x = x.astype(jax.dtypes.canonicalize_dtype(np.dtype(f"f{min(x.dtype.itemsize, 8)}")))
+    return jnp.array(np.asarray(x))
 
 
 def check_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None) -> None:

@@ -20,7 +20,7 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_batch, check_count
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
-from resflow_jax.functional.inverse import report_unconverged
+from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
@@ -139,21 +139,26 @@ class ResidualFlow(nnx.Module):
           return_status: whether to return the status as well.
 
         Returns:
-          x, or (x, `InverseStatus`) with fields [blocks, B] in the order of the flow. Without the status, a
-          solve that did not converge warns or raises as the solver says. Differentiable in any mode, by
+          x, or (x, `InverseStatus`) with fields [blocks, B] in the order of the flow. Without the status, an eager
+          call warns or raises where a solve did not converge, as the solver says; inside a compiled program x is then
+          the best guess, or NaN with on_failure="raise" (see `functional.inverse`). Differentiable in any mode, by
           the implicit function theorem. Behind a logit x may leave [0, 1] by alpha / (1 - 2 alpha).
 
         Raises:
-          ValueError: for a wrong rank, size or dtype, and for concrete values that are not finite.
+          ValueError: for a wrong rank, size or dtype, for concrete values that are not finite, if solver is none.
+          InverseError: from an eager call, if a solve did not converge and solver.on_failure is "raise".
         """
         check_batch("z", z, (self.dim,))
+        check_solver(solver)
         if not isinstance(z, jax.core.Tracer):
             check_values("z", z, unit_interval=False)
-        x, status = _inverse(*nnx.split(self), z, solver)
-        if return_status:
-            return x, status
-        report_unconverged(_of_examples(status), "ResidualFlow.inverse", solver.on_failure)
-        return x
+        return self._invert(z, solver, return_status, "ResidualFlow.inverse")
+
+    def _invert(self, z: Array, solver: Solver, return_status: bool, what: str) -> Array | tuple[Array, InverseStatus]:
+        """`inverse` of a z that has been checked."""
+        rule, limits = solver.split(self.dtype)
+        x, status = _inverse(*nnx.split(self), z, rule, limits)
+        return (x, status) if return_status else reported(x, status, what, solver.on_failure)
 
     def log_prob(
         self,
@@ -172,15 +177,21 @@ class ResidualFlow(nnx.Module):
         log_prob = standard_normal_log_prob(z) + log_det
         return (log_prob, diagnostics) if return_diagnostics else log_prob
 
-    def sample(self, key: Array, number: int, *, solver: Solver = Anderson()) -> Array:
+    def sample(
+        self, key: Array, number: int, *, solver: Solver = Anderson(), return_status: bool = False
+    ) -> Array | tuple[Array, InverseStatus]:
         """Draws x [number, *event_shape]: z from N(0, I), then `inverse`; images are clipped to [0, 1].
 
-        Clipping moves the part of the density that the logit's alpha leaves outside of [0, 1].
+        Clipping moves the part of the density that the logit's alpha leaves outside of [0, 1]. With return_status,
+        (x, status) as of `inverse`; without, what does not converge is reported as there.
         """
         check_count("number", number, 1)
+        check_solver(solver)
         z = jax.random.normal(key, (number, self.dim), self.dtype)
-        x = self.inverse(z, solver=solver)
-        return jnp.clip(x, 0, 1) if isinstance(self.config, ImageFlowConfig) else x
+        x, status = self._invert(z, solver, True, "")
+        if isinstance(self.config, ImageFlowConfig):
+            x = jnp.clip(x, 0, 1)
+        return (x, status) if return_status else reported(x, status, "ResidualFlow.sample", solver.on_failure)
 
     def sample_and_log_prob(
         self,
@@ -232,22 +243,23 @@ class ResidualFlow(nnx.Module):
           estimator: of the log-dets, as in `forward`.
           solver: of the inverse.
           return_diagnostics: whether to return the estimates' `Diagnostics` as well.
-          return_status: whether to return the `InverseStatus` of the solves, [blocks, B], as last; without it, a solve
-            that did not converge warns or raises as the solver says. In a program on several devices ask for it, and
-            do what is to be done by it: an error on one of them would leave the others waiting.
+          return_status: whether to return the `InverseStatus` of the solves, [blocks, B], as last; without it, what
+            does not converge is reported as by `inverse`: inside a compiled program it can only be NaN, or nothing.
 
         Raises:
           ValueError: for a wrong rank, size or dtype, a bad estimator, and for a flow that pads x: its log p needs
             noise.
         """
         check_batch("z", z, (self.dim,))
+        check_solver(solver)
         if self.config.padding:
             raise ValueError(f"padding: expected a flow without padding, got {self.config.padding}")
         graphdef, state = nnx.split(self)
-        x, log_det, diagnostics, status = _sample(graphdef, state, z, key, self._checked(estimator), solver)
-        if not return_status:
-            report_unconverged(_of_examples(status), "ResidualFlow.inverse_and_log_prob", solver.on_failure)
+        rule, limits = solver.split(self.dtype)
+        x, log_det, diagnostics, status = _sample(graphdef, state, z, key, self._checked(estimator), rule, limits)
         log_prob = standard_normal_log_prob(z.astype(self.dtype)) + log_det
+        if not return_status:
+            x, log_prob = reported((x, log_prob), status, "ResidualFlow.inverse_and_log_prob", solver.on_failure)
         return x, log_prob, *[diagnostics] * return_diagnostics, *[status] * return_status
 
     @property
@@ -382,12 +394,6 @@ def _warn_norms(status: PowerIterationStatus) -> None:
         )
 
 
-def _of_examples(status: InverseStatus) -> InverseStatus:
-    """The status of whole examples [B] from that of every block: converged in all; the worst of what failed."""
-    failed = jnp.where(status.converged, 0, status.residual)
-    return status._replace(converged=status.converged.all(axis=0), residual=failed.max(axis=0))
-
-
 def _join(parts: list[Array]) -> Array:
     return jnp.concatenate([part.reshape(part.shape[0], math.prod(part.shape[1:])) for part in parts], axis=-1)
 
@@ -482,16 +488,16 @@ def _update_statistics(graphdef, state, x):
     return nnx.state(flow, nnx.BatchStat)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "solver"))
-def _inverse(graphdef, state, z, solver):
+@partial(jax.jit, static_argnames=("graphdef", "rule"))
+def _inverse(graphdef, state, z, rule, limits):
     flow = nnx.merge(graphdef, state)
-    return _inverse_scales(flow, flow.scales, z.astype(flow.dtype), solver)
+    return _inverse_scales(flow, flow.scales, z.astype(flow.dtype), rule.with_limits(limits))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "solver"))
-def _sample(graphdef, state, z, key, estimator, solver):
+@partial(jax.jit, static_argnames=("graphdef", "rule"))
+def _sample(graphdef, state, z, key, estimator, rule, limits):
     """x, log_det, diagnostics and status, without a way through x where a logit has rounded it to 0 or 1."""
-    flow = nnx.merge(graphdef, state)
+    flow, solver = nnx.merge(graphdef, state), rule.with_limits(limits)
     z = z.astype(flow.dtype)
     logit, *rest = flow.scales[0].bijectors
     if not isinstance(logit, Logit):

@@ -18,7 +18,7 @@ from resflow_jax.functional.estimators import Estimator, Roulette
 from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.laws import Defensive, Fitted
 from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
-from resflow_jax.functional.manual_axes import batch_axes, vary_over, varying_axes
+from resflow_jax.functional.manual_axes import axes_of_batch, vary_over, varying_axes
 from resflow_jax.models.flow import ResidualFlow
 
 Array = jax.Array
@@ -114,7 +114,7 @@ class Trainer(NamedTuple):
     def gradient(self, state: TrainState, batch: Any, key: Array) -> Gradient:
         """The first part of a step: means over the batches of an update, and over devices."""
         loss, diagnostics, gradient, rest = self._own_gradient(state, batch, key)
-        if axes := batch_axes(batch):
+        if axes := axes_of_batch(batch):
             # One sum over devices for everything, a leaf at a time: each can start as soon as its gradient is known.
             loss, diagnostics, gradient, statistics = jax.lax.pmean(
                 (loss, diagnostics, gradient, nnx.filter_state(rest, nnx.BatchStat)), axes
