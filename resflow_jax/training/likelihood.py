@@ -23,6 +23,7 @@ from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.models.flow import ResidualFlow, standard_normal_log_prob
 from resflow_jax.training.parallel import divided, on_all_devices
+from resflow_jax.training.placement import mesh_of
 from resflow_jax.training.step import Loss, optax_promotion
 
 Array = jax.Array
@@ -158,7 +159,8 @@ def evaluate_bits_per_dim(
       batch_size: images at once.
       mesh: devices along the axis "data" that share each batch, which is rounded up to a multiple of their number;
         None for one device. The result is the same if it is one. It may have the devices of several processes, which
-        then call this with the same arguments and get the same result.
+        then call this with the same arguments and get the same result. A flow whose arrays are divided among devices,
+        as of `Placement.averaged_flow`, is evaluated where they lie, on the mesh of these.
 
     Raises:
       ValueError: unless the images are integers in {0..levels-1}, N > 0, draws and batch_size positive.
@@ -242,8 +244,12 @@ def _scores(
     if mesh is not None:
         check_type("mesh", mesh, Mesh)
     number = len(examples)
+    divided_among = mesh_of(flow)
+    mesh = mesh if divided_among is None else divided_among
     if mesh is not None:
-        flow, key, estimator = on_all_devices((flow, key, estimator), mesh)
+        key, estimator = on_all_devices((key, estimator), mesh)
+    if mesh is not None and divided_among is None:
+        flow = on_all_devices(flow, mesh)
     devices = 1 if mesh is None else mesh.size
     batch_size = devices * -(-min(batch_size, number) // devices)
     batches = -(-number // batch_size)
@@ -253,18 +259,20 @@ def _scores(
     for draw, draw_key in enumerate(jax.random.split(key, draws)):
         keys = jax.random.split(draw_key, batches)
         parts = [
-            _batch_scores(flow, b if mesh is None else divided(b, mesh), k, estimator, score, mesh)
+            _batch_scores(
+                flow, b if mesh is None else divided(b, mesh), k, estimator, score, mesh, divided_among is None
+            )
             for b, k in zip(np.split(padded, batches), keys, strict=True)
         ]
         scores[draw] = np.concatenate(jax.device_get(parts))
     return scores[:, :number]
 
 
-@partial(jax.jit, static_argnames=("score", "mesh"))
+@partial(jax.jit, static_argnames=("score", "mesh", "is_whole"))
 def _batch_scores(
-    flow: ResidualFlow, batch: Array, key: Array, estimator: Estimator, score: Score, mesh: Mesh | None
+    flow: ResidualFlow, batch: Array, key: Array, estimator: Estimator, score: Score, mesh: Mesh | None, is_whole: bool
 ) -> Array:
-    """The scores of one draw of a batch, [B]."""
+    """The scores of one draw of a batch, [B]; where the flow is divided, the compiler divides its products."""
 
     def scores(flow, batch, key, estimator):
         return score(flow, batch, key, estimator)[1]
@@ -272,8 +280,9 @@ def _batch_scores(
     if mesh is None:
         return scores(flow, batch, key, estimator)
     whole, shares = PartitionSpec(), PartitionSpec("data")
-    spread = jax.shard_map(scores, mesh=mesh, in_specs=(whole, shares, whole, whole), out_specs=shares)
-    found = spread(flow, batch, key, estimator)
+    if is_whole:
+        scores = jax.shard_map(scores, mesh=mesh, in_specs=(whole, shares, whole, whole), out_specs=shares)
+    found = scores(flow, batch, key, estimator)
     return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, whole))  # for every process to read
 
 
