@@ -31,6 +31,9 @@ class MovingBatchNorm(Bijector):
     Applying the layer never changes mean and variance (`nnx.BatchStat`): `initialize` sets them to a
     batch's, `update_statistics` moves them towards a batch's by the share `decay`. No gradient flows
     into them. Until then the layer is the identity, up to epsilon.
+
+    epsilon is in squared units of x, of which the layer so knows one: it suits values around 1, as there are behind an
+    ActNorm. Where the dtype does not hold the variance of x, it is infinite, and `ResidualFlow.initialize` refuses x.
     """
 
     def __init__(self, shape: tuple[int, ...], decay: float = 0.1, epsilon: float = 1e-4):

@@ -57,7 +57,7 @@ class ImageFlowConfig:
       learn_norms: learn these orders, from 2; those of dense blocks too.
       order_ties: which learned orders of a block are one: "closed" for the last and the first, "all", or "none", with
         which g, as with norms that rise, need not be a contraction in any one norm.
-      logit_alpha: alpha of the logit transform; None leaves it out.
+      logit_alpha: alpha of the logit transform, at least the smallest normal number of the dtype; None leaves it out.
       data_mean: without the logit, mean of every channel, to be subtracted; with `squeeze_first` it may have one of
         every channel behind the squeeze, and is subtracted there.
       data_deviation: with `data_mean`, deviation of every channel, to be divided by.
