@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def as_float_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None) -> jax.Array:
-    """x as an array of JAX [B, ...], or [B, *event_shape] where that is given, with B > 0; x may be traced.
+def as_float_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None, *, least: int = 1) -> jax.Array:
+    """x as an array of JAX [B, ...], or [B, *event_shape] where that is given, with B >= least; x may be traced.
 
     An array of NumPy is copied, in the machine's byte order, to the dtype that JAX gives it (float64 becomes float32
     unless 64-bit types are enabled). A masked array without a masked value counts as its data.
@@ -30,7 +30,7 @@ def as_float_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None
         raise ValueError(f"{expected}, got dtype {x.dtype}{_remedy(name, x)}")
     if x.ndim < 1 or (event_shape is not None and x.shape[1:] != tuple(event_shape)):
         raise ValueError(f"{expected}, got shape {x.shape}")
-    if x.shape[0] == 0:
+    if x.shape[0] < least:
         raise ValueError(f"{name}: expected at least one example, got shape {x.shape}")
     if isinstance(x, np.ma.MaskedArray):
         if np.ma.is_masked(x):

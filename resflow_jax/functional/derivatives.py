@@ -66,5 +66,6 @@ ad.primitive_jvps[_reverse_only_p] = lambda primals, tangents: (
 )
 _reverse_only_tangent_p.def_impl(_refuse_forward)
 mlir.register_lowering(_reverse_only_tangent_p, _refuse_forward)
+batching.primitive_batchers[_reverse_only_tangent_p] = _refuse_forward  # of jacfwd: what is transposed never is batched
 ad.deflinear2(_reverse_only_tangent_p, lambda cotangent, x: [cotangent])
 ad.deflinear2(_forward_only_p, _refuse_reverse)

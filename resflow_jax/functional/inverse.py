@@ -67,7 +67,7 @@ def residual_inverse(
       ValueError: if y is not a float array with a batch axis, if g changes its shape or dtype, if solver is none.
       InverseError: in an eager call, if an example did not converge and `solver.on_failure` is "raise".
     """
-    y = as_float_batch("y", y)
+    y = as_float_batch("y", y, least=0)
     check_solver(solver)
     traced, closed_over = trace(g, params, y)
     if getattr(traced.out, "shape", None) != y.shape or traced.out.dtype != y.dtype:
@@ -129,7 +129,7 @@ def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:
     if isinstance(status.converged, jax.core.Tracer):
         if on_failure == "warn":
             return x
-        converged = jnp.all(status.converged.reshape(-1, status.converged.shape[-1]), axis=0)
+        converged = _of_all_blocks(status.converged)
         return jax.tree.map(lambda leaf: _nan_where_unconverged(leaf, converged), x)
     if status.converged.is_fully_addressable:
         failed, largest = _worst(np, np.asarray(status.converged), np.asarray(status.residual, float))
@@ -146,8 +146,12 @@ def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:
 
 def _worst(xp: Any, converged: Any, residual: Any) -> tuple[Any, Any]:
     """How many examples failed in any block, and the largest residual of a solve that failed."""
-    failed = ~converged.reshape(-1, converged.shape[-1]).all(axis=0)
-    return failed.sum(), xp.max(xp.where(converged, -xp.inf, residual))
+    return (~_of_all_blocks(converged)).sum(), xp.max(xp.where(converged, -xp.inf, residual), initial=-xp.inf)
+
+
+def _of_all_blocks(converged: Any) -> Any:
+    """[B] of [B] or [blocks, B]."""
+    return converged.all(axis=tuple(range(converged.ndim - 1)))
 
 
 def _nan_where_unconverged(x: Array, converged: Array) -> Array:

@@ -169,8 +169,8 @@ def iterate(step: Callable[[Array], Array], start: Array, solver: Solver, scale:
         plain = jnp.all(x == base.image, axis=1) | (turn == 0)
 
         size = jnp.maximum(scale, example_max(image))
-        small = largest <= tolerance * size
-        stalled = plain & (largest <= rounding * size) & (largest >= status.residual)
+        small = jnp.isfinite(norm) & (largest <= tolerance * size)
+        stalled = plain & jnp.isfinite(norm) & (largest <= rounding * size) & (largest >= status.residual)
         better = plain | small | (norm <= DECREASE * status.residual_norm)
         guard, trusted = _judge(guard, better, solver.patience)
 

@@ -139,22 +139,27 @@ def _identity(params: Any) -> Any:
 
 def _trace_g(g: Residual, weights: Any, x: Array, part: Array) -> tuple[Traced, list[Any]]:
     """g traced on the examples that it will take at once: `part`, a chunk of x, once for every probe."""
+
+    def trace_on(like):
+        traced, closed_over = trace(g, weights, like)
+        if getattr(traced.out, "shape", None) != like.shape or traced.out.dtype != like.dtype:
+            got = (
+                f"{traced.out.dtype} {traced.out.shape}" if hasattr(traced.out, "shape") else type(traced.out).__name__
+            )
+            raise ValueError(f"g: expected an output {like.dtype} {like.shape} like x, got {got}")
+        return traced, closed_over
+
     try:
-        traced, closed_over = trace(g, weights, part)
+        return trace_on(part)
     except (TypeError, ValueError) as error:
         if part.shape == x.shape:
             raise
-        jax.eval_shape(g, weights, x)  # where g fails on the whole batch too, chunks are not the reason
+        trace_on(x)  # where g fails on the whole batch too, chunks and probes are not the reason
         raise ValueError(
-            f"chunk_size, probes: expected a g that takes {part.shape[0]} of the {x.shape[0]} examples at once (chunks "
-            "of a batch, repeated for every probe); it fails, probably since it closes over an array with one row an "
-            f"example. Use chunk_size=None and probes=1. {type(error).__name__}: {error}"
+            f"chunk_size, probes: expected a g that takes {part.shape[0]} examples at once in place of {x.shape[0]} "
+            "(a chunk of the batch, repeated for every probe); it fails, probably since it closes over an array with "
+            f"one row an example. Use chunk_size=None and probes=1. {type(error).__name__}: {error}"
         ) from error
-    out = traced.out
-    if getattr(out, "shape", None) != part.shape or out.dtype != part.dtype:
-        got = f"{out.dtype} {out.shape}" if hasattr(out, "shape") else jax.tree.structure(out)
-        raise ValueError(f"g: expected an output {part.dtype} {part.shape} like x, got {got}")
-    return traced, closed_over
 
 
 def _estimate(g: Traced, prepare: Traced, estimator: Estimator, args: Any, chunks: Array, key: Array | None) -> Any:

@@ -9,10 +9,12 @@ the caller makes a new lambda each time, and sees every change of what the lambd
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from types import FunctionType
 from typing import Any
 
 import jax
-from jax._src import core  # the only place that asks which trace is running
+from jax._src import core  # no public interface tells which trace is running
+from jax._src.linear_util import WrappedFun
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 COMPILED = 128  # programs of eager calls that are kept
@@ -45,7 +47,8 @@ class Traced:
 
 def trace(function: Callable[..., Any], *args: Any) -> tuple[Traced, list[Any]]:
     """(traced, closed_over): traced(closed_over, *args) == function(*args). The args may be types, as of eval_shape."""
-    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    # A new function each time, or JAX would return what it has traced before, whatever has changed in the closure.
+    jaxpr, shapes = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
     return Traced(jaxpr.jaxpr, jax.tree.structure(shapes).unflatten(jaxpr.out_avals)), list(jaxpr.consts)
 
 
@@ -122,7 +125,23 @@ def _is_same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_is_same(a[name], b[name]) for name in a)
     if isinstance(a, tuple | list):
         return len(a) == len(b) and all(map(_is_same, a, b))
+    if isinstance(a, WrappedFun):  # what JAX makes of a rule of derivatives
+        return all(_is_same(getattr(a, name), getattr(b, name)) for name in ("f", "transforms", "params"))
+    if isinstance(a, FunctionType):
+        return _is_same_wrapper(a, b)
     try:
         return bool(a == b)
     except Exception:  # of an array, or of a type without equality
         return False
+
+
+# Variables of JAX's own wrappers of functions that hold what they have computed, not what they compute.
+_STATE = frozenset({"cells", "sentinel", "self", "out_store", "store"})
+
+
+def _is_same_wrapper(a: FunctionType, b: FunctionType) -> bool:
+    """Whether two functions that JAX has made around others do the same; other functions must be the very same."""
+    if a.__code__ is not b.__code__ or not a.__module__.startswith("jax."):
+        return False
+    cells = zip(a.__code__.co_freevars, a.__closure__ or (), b.__closure__ or (), strict=True)
+    return all(name in _STATE or _is_same(p.cell_contents, q.cell_contents) for name, p, q in cells)
