@@ -46,8 +46,8 @@ class FlowBijection(AbstractBijection):
 
     The flow's parameters are trainable leaves. Power-iteration vectors, running statistics and constants are
     `paramax.NonTrainable`; as nothing in flowjax's loops would advance the vectors, every evaluation does, from where
-    they were when the bijection was made to the present parameters. `FlowBijection(bijection.to_flow())` starts the next
-    fit from converged ones.
+    they were when the bijection was made to the present parameters. `FlowBijection(bijection.to_flow())` starts the
+    next fit from converged ones.
 
     Attributes:
       params: `nnx.Param` of the flow.

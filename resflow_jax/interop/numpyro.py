@@ -140,9 +140,7 @@ class FlowDistribution(TransformedDistribution):
         return self.transforms[0].flow
 
 
-def flow_module(
-    name: str, flow: ResidualFlow, *, max_iterations: int = 200, warm_start: bool = False
-) -> ResidualFlow:
+def flow_module(name: str, flow: ResidualFlow, *, max_iterations: int = 200, warm_start: bool = False) -> ResidualFlow:
     """Inside a model or guide: the flow with parameters that inference optimises, like NumPyro's `nnx_module`.
 
     The parameters are the param site NAME$params. At every call the power-iteration vectors are advanced to the present

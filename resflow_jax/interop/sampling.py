@@ -16,7 +16,6 @@ the best guess ("warn"), or NaN for the example ("raise"). Derivatives of such a
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
