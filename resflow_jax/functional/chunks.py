@@ -16,10 +16,11 @@ Array = jax.Array
 def split_chunks(x: Array, chunk_size: int | None) -> Array:
     """[B, ...] -> [chunks, B / chunks, ...]: the fewest equal chunks of at most so many examples; one for None.
 
-    Where those have less than a quarter of that, as for a prime B, the smallest larger ones.
+    Where those have less than a quarter of that, as for a prime B, the smallest larger ones. One for a B that is left
+    open, as `jax.export.symbolic_shape` does.
     """
     batch = x.shape[0]
-    if chunk_size is None:
+    if chunk_size is None or not isinstance(batch, int):
         return x[None]
     sizes = [n for n in range(1, batch + 1) if batch % n == 0]
     size = max(n for n in sizes if n <= chunk_size)

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 from resflow_jax.functional.manual_axes import vary_over, varying_axes
@@ -133,6 +133,10 @@ class InverseStatus(NamedTuple):
         lipschitz = jnp.asarray(lipschitz, wide_dtype(self.residual_norm.dtype))
         contracts = lipschitz < 1
         return jnp.where(contracts, self.residual_norm / jnp.where(contracts, 1 - lipschitz, 1), jnp.inf)
+
+
+# A program that returns a status can be written to a file.
+export.register_namedtuple_serialization(InverseStatus, serialized_name="resflow_jax.InverseStatus")
 
 
 class _Guard(NamedTuple):
