@@ -7,6 +7,10 @@
 NUTS on x takes log p(x) and its gradient at every step: a log-det, for which `Exact()` or one fixed key makes the
 density deterministic, as Hamiltonian dynamics need. NUTS on z takes the standard normal density of z and the likelihood
 at x(z): a solve, but no log-det and no noise, and a geometry as simple as the likelihood lets it be.
+
+NumPyro compiles what it runs, and nothing can be said from inside of a compiled program: where a solve of z -> x does
+not converge, x is the best guess with a solver of on_failure="warn", and NaN with "raise", which shows in losses and
+in NUTS as a divergence. Derivatives of such a solve are NaN. An eager call warns or raises.
 """
 
 import inspect
@@ -39,7 +43,7 @@ class FlowTransform(Transform):
 
     Its codomain is the unit interval for images behind a logit, whose x is clipped to it (by at most alpha / (1 - 2
     alpha)), as by `ResidualFlow.sample`; else the reals. Differentiable in z, x and the flow's parameters. log-dets in
-    nats, with noise fixed by the key.
+    nats, with noise fixed by the key and by an example's number in its batch.
     """
 
     def __init__(
@@ -124,7 +128,7 @@ class FlowDistribution(TransformedDistribution):
     ):
         """Arguments and errors as of `FlowTransform`."""
         transform = FlowTransform(flow, key, estimator=estimator, solver=solver)
-        base = Normal(jnp.zeros(flow.dim, flow.dtype), 1).to_event(1)
+        base = Normal(jnp.zeros((), flow.dtype), jnp.ones((), flow.dtype)).expand((flow.dim,)).to_event(1)
         super().__init__(base, transform, validate_args=validate_args)
 
     @validate_sample

@@ -26,6 +26,7 @@ SPACING = 0.1
 GRID = jnp.stack(jnp.meshgrid(*[jnp.arange(-8, 8, SPACING)] * 2), axis=-1).reshape(-1, 2)
 NOISE = 0.6
 DATA = jnp.array([0.8, 0.4])
+STANDARD = dist.Normal(0.0, 1.0).expand((2,)).to_event(1)
 
 
 def log_likelihood(x):
@@ -34,7 +35,7 @@ def log_likelihood(x):
 
 
 def bent_model():
-    x = numpyro.sample("x", dist.Normal(jnp.zeros(2), 1).to_event(1))
+    x = numpyro.sample("x", STANDARD)
     numpyro.factor("likelihood", log_likelihood(x))
 
 
@@ -67,7 +68,7 @@ def prior(flow):
 @pytest.fixture(scope="module")
 def posterior(flow):
     """Mean and mean square of the posterior given DATA, by a grid."""
-    log_density = flow.log_prob(GRID, estimator=rf.Exact()) - 0.5 * jnp.sum((DATA - GRID) ** 2, axis=1) / NOISE**2
+    log_density = flow.log_prob(GRID, estimator=rf.Exact()) - 0.5 * jnp.sum((DATA[None] - GRID) ** 2, axis=1) / NOISE**2
     weights = jax.nn.softmax(log_density)
     return jnp.concatenate([weights @ GRID, weights @ GRID**2])
 
@@ -131,8 +132,7 @@ def test_nuts_finds_the_posterior_of_a_model_whose_prior_is_a_flow(prior, poster
 
 def test_svi_with_a_flow_as_guide_approaches_the_evidence(result, flow):
     """The ELBO rises to less than a nat below the log evidence of the grid; the flow's norms follow its parameters."""
-    log_prior = dist.Normal(jnp.zeros(2), 1).to_event(1).log_prob(GRID)
-    evidence = jax.nn.logsumexp(log_prior + log_likelihood(GRID)) + 2 * np.log(SPACING)
+    evidence = jax.nn.logsumexp(STANDARD.log_prob(GRID) + log_likelihood(GRID)) + 2 * np.log(SPACING)
     elbo = -np.asarray(result[1].losses)
     error = elbo[-200:].std() / np.sqrt(200)
     assert elbo[-200:].mean() > elbo[:20].mean() + 1
