@@ -138,6 +138,8 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _check_kernel(linear_map: LinearMap, kernel: Array | np.ndarray) -> None:
+    if not isinstance(linear_map, LinearMap):
+        raise ValueError(f"linear_map: expected a DenseMap or a ConvMap, got {linear_map!r}")
     expected = f"kernel: expected a float array {linear_map.kernel_shape}"
     if not hasattr(kernel, "dtype") or not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise ValueError(f"{expected}, got {getattr(kernel, 'dtype', type(kernel).__name__)}")

@@ -61,7 +61,7 @@ def test_variables_are_plain_dicts_by_collection(model, variables, expected):
         assert isinstance(leaf, jax.Array)
         assert all(isinstance(entry, jax.tree_util.DictKey) and isinstance(entry.key, str) for entry in path)
     np.testing.assert_array_equal(log_prob(model, variables), expected)
-    assert differing(variables, model.init(jax.random.key(0))) == ["batch_stats", "params"]
+    assert differing(variables, model.init(jax.random.key(0))) == ["batch_stats", "constants"]
 
 
 def test_every_public_method_is_there(model, variables):
@@ -86,7 +86,7 @@ def test_methods_that_change_a_flow_return_new_variables(model, variables):
     assert differing(scaled, after) == ["norms"] and status.iterations > 1
     assert differing(variables, model.apply(variables, "update_statistics", 2 * X)) == ["batch_stats"]
     # the first ActNorm undoes the scaling: batch norm behind it finds what it found before
-    assert differing(variables, model.apply(variables, "initialize", 2 * X)) == ["params"]
+    assert differing(variables, model.apply(variables, "initialize", 2 * X)) == ["constants"]
     assert differing(variables, copy) == []
 
 
