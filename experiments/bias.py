@@ -198,7 +198,7 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
         metrics.write(run=name, step=at.step, split="train", **line)
         if measures_at(at.step):
             key = jax.random.fold_in(jax.random.key(config.seed + 2), at.step)
-            test = measure(config, trainer.current_flow(placement.local(at.state)), data, key, estimator)
+            test = measure(config, placement.current_flow(at.state), data, key, estimator)
             if not np.isfinite(test).all():
                 raise FloatingPointError(f"bits/dim of the test split are {test} at step {at.step}")
             line = {"bits_per_dim": test.exact, "bits_per_dim_stderr": test.stderr}
@@ -206,7 +206,7 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
             estimate, losses = float(np.mean(losses)), []
             at.bar.set_description(f"test {test.exact:.3f} bits/dim, estimate {test.gap:+.3f}")
     # Not tightened: that would change the flow whose bias is measured.
-    certificate = certify(trainer.current_flow(placement.local(at.state)))
+    certificate = certify(placement.current_flow(at.state))
     return Outcome(estimate, test, float(np.median(step_times)), certificate)
 
 

@@ -100,11 +100,10 @@ def train_flow(
         pauses_at=lambda step: falls_due(step, config.log_every, together),
         unit=unit,
     ):
-        state = placement.local(at.state)
         step_times.append(at.seconds)
         line = as_line(float(at.metrics["loss"]))
         metrics.write(step=at.step, split="train", **line, gradient_norm=float(at.metrics["gradient_norm"]))
-    return trainer.averaged_flow(state), float(np.median(step_times))
+    return placement.averaged_flow(at.state), float(np.median(step_times))
 
 
 def grid_midpoints(low: np.ndarray | float, high: np.ndarray | float, cells: int) -> np.ndarray:

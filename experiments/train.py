@@ -29,7 +29,7 @@ from resflow_jax import Certificate, Estimate, Estimator, InverseStatus, Residua
 from resflow_jax.interop.plain_json import as_json
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.parallel import make_mesh
-from resflow_jax.training.placement import Placement
+from resflow_jax.training.placement import Placement, mesh_of, on_host, tightened
 from resflow_jax.training.step import Loss, Trainer, TrainState, fit_estimator
 
 Array = jax.Array
@@ -135,6 +135,20 @@ class Task(ABC):
         return optax.linear_schedule(0.0, 1.0, steps) if steps else None
 
 
+class Judged(NamedTuple):
+    """The flow that a run is judged by: with the averaged weights, tightened.
+
+    Attributes:
+      flow: to evaluate, by all processes together; its arrays lie as of `Placement.averaged_flow`.
+      drawn: the same, to draw by the first process alone.
+      certificate: of it.
+    """
+
+    flow: ResidualFlow
+    drawn: ResidualFlow
+    certificate: Certificate
+
+
 class StepTime(NamedTuple):
     """Median seconds of a training step, and those of them that it waits for data."""
 
@@ -164,10 +178,12 @@ def run(config: RunConfig, task: Task) -> Estimate:
     start = from_first(start)
     placement = place_on_devices(trainer, config)
     by_first(lambda: claim_workdir(config.workdir, config))
+    shapes, lies = jax.eval_shape(lambda state: state, start), placement.shardings(start)
     with Checkpoints(directory) as checkpoints:
-        state = start
+        state = start if placement.way == "pmap" else placement.place(start)  # that of the first step is donated
+        del start  # one device had it whole
         if checkpoints.latest_step is not None:
-            state = checkpoints.restore(checkpoints.latest_step, start, placement.shardings(start))
+            state = checkpoints.restore(checkpoints.latest_step, shapes, lies)
             say(f"resuming {config.workdir} at step {int(state.step)}")
         with (Metrics if is_first() else Followed)(config.workdir, keep_until=int(state.step)) as metrics:
             step, step_time = train(task, placement, state, checkpoints, metrics)
@@ -177,8 +193,8 @@ def run(config: RunConfig, task: Task) -> Estimate:
                 sys.exit(0)
             if step == config.steps and f"validation_{task.metric}" not in metrics.lines[-1]:
                 raise ValueError(f"steps: expected more than {step}, where the run was stopped unvalidated, got {step}")
-            best = checkpoints.restore(checkpoints.best_step, start)
-            result = report(task, tightened_flow(trainer, best), int(best.step), metrics, step_time, began)
+            best = checkpoints.restore(checkpoints.best_step, shapes, lies)
+            result = report(task, judged(placement, best), int(best.step), metrics, step_time, began)
     wait_for_all("report")
     return result
 
@@ -221,7 +237,7 @@ def train(
       The number of steps done, less than those of the config if the run was asked to stop or its patience is spent;
       and what a step took, if any was taken.
     """
-    config, trainer, steps = task.config, placement.trainer, int(state.step)
+    config, steps = task.config, int(state.step)
     step_times, waiting = [], []
     learning_rates = config.optimizer.learning_rates(config.steps)
     if is_patience_spent(task, metrics.lines):
@@ -236,7 +252,8 @@ def train(
     def at_pause(step: int, state: TrainState) -> TrainState:
         if not config.fit_lengths or not validates_at(step):
             return state
-        fitted = fit_estimator(placement.local(state), config.batch_size)
+        estimator, term_norms = placement.local((state.estimator, state.term_norms))  # all that is fitted to
+        fitted = fit_estimator(state._replace(estimator=estimator, term_norms=term_norms), config.batch_size)
         return state._replace(estimator=placement.on_mesh(placement.place(fitted.estimator)))
 
     with stop_on_signal() as stops_at:
@@ -264,15 +281,15 @@ def train(
             }
             # The line first: where the rest is cut off it is dropped, and without it patience would miss a validation.
             if validates_at(steps):
-                flow = tightened_flow(trainer, placement.local(at.state))
-                loss, certificate = judge(task, flow, steps)
-                line |= {f"validation_{task.metric}": task.sign * loss, "lipschitz": certificate.bounds.tolist()}
+                found = judged(placement, at.state)
+                loss = validate(task, found.flow, steps)
+                line |= {f"validation_{task.metric}": task.sign * loss, "lipschitz": found.certificate.bounds.tolist()}
                 if config.model.learn_norms:
-                    line["orders"] = flow.norm_orders().tolist()
+                    line["orders"] = found.flow.norm_orders().tolist()
                 metrics.write(step=steps, split="train", **line)
-                checkpoints.save(at.state, loss, certificate)
+                checkpoints.save(at.state, loss, found.certificate)
                 if is_first():
-                    sketch(task, flow, steps, metrics)
+                    sketch(task, found.drawn, steps, metrics)
                 at.bar.set_description(f"validation {task.sign * loss:.3f} {task.unit}")
             else:
                 metrics.write(step=steps, split="train", **line)
@@ -283,12 +300,12 @@ def train(
     return steps, StepTime(float(np.median(step_times)), float(np.median(waiting))) if step_times else None
 
 
-def judge(task: Task, flow: ResidualFlow, step: int) -> tuple[float, Certificate]:
-    """The loss of the validation split, and the certificate."""
+def validate(task: Task, flow: ResidualFlow, step: int) -> float:
+    """The loss of the validation split."""
     estimate = task.estimate(flow, "validation")
     if not np.isfinite(estimate.mean):
         raise FloatingPointError(f"{task.label} of the validation split is {estimate.mean} at step {step}")
-    return task.sign * estimate.mean, certify(flow)
+    return task.sign * estimate.mean
 
 
 def sketch(task: Task, flow: ResidualFlow, step: int, metrics: Metrics) -> None:
@@ -307,29 +324,41 @@ def is_patience_spent(task: Task, lines: list[dict[str, Any]]) -> bool:
 
 
 def tightened_flow(trainer: Trainer, state: TrainState) -> ResidualFlow:
-    """The flow that a run is judged by: with the averaged weights, tightened."""
+    """The flow that a run is judged by, of a state that one device has whole."""
     flow = trainer.averaged_flow(state)
     flow.tighten()
     return flow
 
 
+def judged(placement: Placement, state: TrainState) -> Judged:
+    """The flow that a run is judged by, of a state as of `Placement.on_mesh`; by all processes together.
+
+    Where its arrays are divided among devices they stay so; the host has a copy, of which the certificate is. Only if
+    the devices are those of several processes the first draws from the copy, on its CPU.
+    """
+    flow = tightened(placement.averaged_flow(state))
+    if mesh_of(flow) is None:
+        return Judged(flow, flow, certify(flow))
+    whole = on_host(flow)
+    return Judged(flow, flow if jax.process_count() == 1 else whole, certify(whole))
+
+
 def report(
-    task: Task, flow: ResidualFlow, step: int, metrics: Metrics | Followed, step_time: StepTime | None, began: float
+    task: Task, chosen: Judged, step: int, metrics: Metrics | Followed, step_time: StepTime | None, began: float
 ) -> Estimate:
-    """Certifies the chosen flow and evaluates it on the test split, draws the pictures, prints the closing table.
+    """Evaluates the chosen flow on the test split, draws the pictures, prints the closing table.
 
     Of several processes all evaluate, the first does the rest.
     """
     config, workdir = task.config, task.config.workdir
-    result = task.estimate(flow, "test")
+    result, certificate = task.estimate(chosen.flow, "test"), chosen.certificate
     if not is_first():
         return result
-    certificate = certify(flow)
     write_atomically(workdir / "certificate.json", json.dumps(as_json(certificate.as_dict()), indent=2) + "\n")
     line = {task.metric: result.mean, f"{task.metric}_stderr": result.stderr}
     metrics.write(step=step, split="test", **line, data_stderr=result.data_stderr, noise_stderr=result.noise_stderr)
 
-    drawing = task.draw(flow, result)
+    drawing = task.draw(chosen.drawn, result)
     curves = workdir / "curves.png"
     pictures.save_curves(curves, metrics.lines, task.metric, task.label, f"{task.name}: {task.label}")
     number = len(task.splits.test[: config.evaluation.examples])

@@ -10,6 +10,7 @@ from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.logdet import Diagnostics, residual
+from resflow_jax.functional.manual_axes import batch_axes
 from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, best_start, power_iteration
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
@@ -52,6 +53,7 @@ __all__ = [
     "Solver",
     "Truncated",
     "VectorFlowConfig",
+    "batch_axes",
     "best_start",
     "certify",
     "evaluate_bits_per_dim",

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from resflow_jax.functional.platforms import by_platform
+from resflow_jax.functional.tracing import trace
 
 Array = jax.Array
 
@@ -16,10 +16,11 @@ Array = jax.Array
 def split_chunks(x: Array, chunk_size: int | None) -> Array:
     """[B, ...] -> [chunks, B / chunks, ...]: the fewest equal chunks of at most so many examples; one for None.
 
-    Where those have less than a quarter of that, as for a prime B, the smallest larger ones.
+    Where those have less than a quarter of that, as for a prime B, the smallest larger ones. One for a B that is left
+    open, as `jax.export.symbolic_shape` does.
     """
     batch = x.shape[0]
-    if chunk_size is None:
+    if chunk_size is None or not isinstance(batch, int):
         return x[None]
     sizes = [n for n in range(1, batch + 1) if batch % n == 0]
     size = max(n for n in sizes if n <= chunk_size)
@@ -38,13 +39,13 @@ def map_chunks(function: Callable[[Any], Any], chunks: Any) -> Any:
     number = len(jax.tree.leaves(chunks)[0])
     if number == 1:
         return jax.tree.map(lambda leaf: leaf[None], function(_first(chunks)))
-    function, closed_over, types = _closed(function, _first(chunks))
+    function, closed_over = trace(function, _first(chunks))
     return by_platform(
         closed_over,
         chunks,
         cpu=lambda closed_over, chunks: lax.map(lambda chunk: function(closed_over, chunk), chunks),
         default=lambda closed_over, chunks: jax.vmap(function, (None, 0))(closed_over, chunks),
-        out=jax.tree.map(lambda type_: type_.update(shape=(number, *type_.shape)), types),
+        out=jax.tree.map(lambda type_: type_.update(shape=(number, *type_.shape)), function.out),
     )
 
 
@@ -56,7 +57,7 @@ def pullback_chunks(
     Those of args are summed over all chunks: a single sum where the chunks are taken at once. function must
     close over nothing that is differentiated.
     """
-    function, closed_over, _ = _closed(function, args, *_first((x, others)))
+    function, closed_over = trace(function, args, *_first((x, others)))
 
     def pullback(closed_over, args, x, others, cotangents):
         return jax.vjp(lambda args, x: function(closed_over, args, x, others), args, x)[1](cotangents)
@@ -83,14 +84,3 @@ def pullback_chunks(
 
 def _first(chunks: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], chunks)
-
-
-def _closed(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Array], Any]:
-    """(closed, closed_over, types): closed(closed_over, *args) = function(*args) of these types, traced once."""
-    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    tree = jax.tree.structure(shapes)
-
-    def closed(closed_over, *args):
-        return tree.unflatten(jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, closed_over))(*jax.tree.leaves(args)))
-
-    return closed, jaxpr.consts, tree.unflatten(jaxpr.out_avals)

@@ -3,6 +3,16 @@
 The derivative comes from the implicit function theorem: dx = (I + J)^-1 (dy - dg), where
 (I + J)^-1, and its transpose in reverse mode, are applied by the same solver, to u = b - J u.
 Nothing of the iterations is stored.
+
+A solve reports by its status; nothing inside a compiled program calls back to Python, which could wait for ever for
+the thread that it blocks. Where no status is asked for and an example has not converged:
+
+                          on_failure="warn"             on_failure="raise"
+    an eager call         RuntimeWarning, best guess    InverseError
+    inside jit or vmap    best guess                    NaN for the example
+    a derivative          NaN for the example           NaN for the example
+
+An eager call has to wait for its result; under grad alone it is eager still.
 """
 
 import warnings
@@ -15,15 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resflow_jax.functional.checks import check_choice, check_residual
-from resflow_jax.functional.iteration import ON_FAILURE, InverseStatus, Solver, example_max, iterate, wide_dtype
+from resflow_jax.functional.checks import as_float_batch, check_callable
+from resflow_jax.functional.iteration import InverseStatus, Solver, example_max, iterate, wide_dtype
 from resflow_jax.functional.solvers import Anderson
+from resflow_jax.functional.tracing import Traced, run, trace
 
 Array = jax.Array
 
 
 class InverseError(RuntimeError):
-    """An inverse, or its derivative, did not converge, and the solver was told to raise."""
+    """An inverse did not converge in an eager call, and the solver was told to raise."""
 
 
 def residual_inverse(
@@ -36,30 +47,53 @@ def residual_inverse(
 ) -> Array | tuple[Array, InverseStatus]:
     """Solves x + g(params, x) = y for x, each example to its own tolerance.
 
-    Differentiable in params, y and whatever g closes over, in any mode and order.
+    Differentiable in params, y and whatever g closes over, in any mode and order. An eager call compiles once for
+    equal g, shapes and kind of solver, whatever its tolerance and cap.
 
     Args:
       g: pure function (params, x) -> array of x's shape and dtype, a contraction in x, each
-        example of the batch by itself.
+        example of the batch by itself. It may close over arrays of any dtype, traced ones too.
       params: any pytree.
       y: floats [B, ...].
       solver: `FixedPoint`, `Anderson` or `Broyden`, with its tolerance and iteration cap.
       return_status: whether to return the status as well.
 
     Returns:
-      x like y, or (x, `InverseStatus`). Without the status, an example that did not converge is
-      reported as `solver.on_failure` says; see `report_unconverged`. The solves of the derivative
-      always are.
+      x like y, or (x, `InverseStatus`). Without the status, an example that did not converge is reported as
+      `solver.on_failure` says; see the table in the head of this module. An example that is not finite ends at once,
+      unconverged.
 
     Raises:
-      ValueError: if y is not a float array with a batch axis or g changes its shape or dtype.
-      InverseError: if an example did not converge and `solver.on_failure` is "raise".
+      ValueError: if y is not a float array with a batch axis, if g changes its shape or dtype, if solver is none.
+      InverseError: in an eager call, if an example did not converge and `solver.on_failure` is "raise".
     """
-    check_residual("y", g, params, y)
+    check_callable("g", g)
+    y = as_float_batch("y", y, least=0)
+    check_solver(solver)
+    traced, closed_over = trace(g, params, y)
+    if getattr(traced.out, "shape", None) != y.shape or traced.out.dtype != y.dtype:
+        got = f"{traced.out.dtype} {traced.out.shape}" if hasattr(traced.out, "shape") else type(traced.out).__name__
+        raise ValueError(f"g: expected an output {y.dtype} {y.shape} like y, got {got}")
+    rule, limits = solver.split(y.dtype)
+    x, status = run(_solve, (traced, rule), limits, closed_over, params, y)
+    return (x, status) if return_status else reported(x, status, "residual_inverse", solver.on_failure)
+
+
+def check_solver(solver: Any) -> None:
+    """Raises ValueError for anything but a solver."""
+    if not isinstance(solver, Solver):
+        raise ValueError(f"solver: expected Anderson(), FixedPoint() or Broyden(), got {solver!r}")
+
+
+def _solve(
+    g: Traced, rule: Solver, limits: Any, closed_over: Any, params: Any, y: Array
+) -> tuple[Array, InverseStatus]:
+    solver = rule.with_limits(limits)
 
     def solve(equation, start):
         # Not x - equation(x): its rounding would be added to that of y - g(x).
-        x, status = iterate(lambda x: y - g(params, x), start, solver, jnp.maximum(1, example_max(y)))
+        scale = jnp.maximum(1, example_max(y))
+        x, status = iterate(lambda x: y - g(closed_over, params, x), start, solver, scale)
         wide = wide_dtype(y.dtype)  # custom_root wants float aux, and counts may pass 256
         return x, jax.tree.map(lambda leaf: leaf.astype(wide), status)
 
@@ -67,43 +101,59 @@ def residual_inverse(
         # operator(u) = u + J u, or its transpose in reverse mode. The solution is linear in b, so its
         # accuracy must not depend on b's scale: the tolerance is relative to max |b|.
         u, status = iterate(lambda u: b - (operator(u) - u), b, solver, example_max(b))
-        report_unconverged(status, "the derivative of the inverse", solver.on_failure)
-        return u
+        return _nan_where_unconverged(u, status.converged)
 
     def tangent_solve(operator, b):
         return lax.custom_linear_solve(operator, b, solve_linear, solve_linear)
 
-    x, aux = lax.custom_root(lambda x: x + g(params, x) - y, y, solve, tangent_solve, has_aux=True)
+    def equation(x):
+        return x + g(closed_over, params, x) - y
+
+    x, aux = lax.custom_root(equation, y, solve, tangent_solve, has_aux=True)
     iterations, residual, residual_norm, converged = lax.stop_gradient(aux)
     residual, residual_norm = residual.astype(y.dtype), residual_norm.astype(y.dtype)
-    status = InverseStatus(iterations.astype(jnp.int32), residual, residual_norm, converged > 0)
-    if return_status:
-        return x, status
-    report_unconverged(status, "residual_inverse", solver.on_failure)
+    return x, InverseStatus(iterations.astype(jnp.int32), residual, residual_norm, converged > 0)
+
+
+def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:
+    """x, after a warning or an error in an eager call, or with NaN in a compiled program; see the module's head.
+
+    Args:
+      x: array [B, ...], or a tree of such, of examples whose solves have this status.
+      status: with fields [B], or [blocks, B], of which an example needs all.
+      what: what was solved, the start of the message.
+      on_failure: as of a solver.
+
+    Raises:
+      InverseError: if on_failure is "raise" and the status, not traced, tells of an example that did not converge.
+    """
+    if isinstance(status.converged, jax.core.Tracer):
+        if on_failure == "warn":
+            return x
+        converged = _of_all_blocks(status.converged)
+        return jax.tree.map(lambda leaf: _nan_where_unconverged(leaf, converged), x)
+    if status.converged.is_fully_addressable:
+        failed, largest = _worst(np, np.asarray(status.converged), np.asarray(status.residual, float))
+    else:  # on devices of several processes: numbers that each of them can read
+        failed, largest = jax.jit(partial(_worst, jnp))(status.converged, status.residual)
+    if failed:
+        message = f"{what}: {failed} of {status.converged.shape[-1]} examples did not converge; largest residual "
+        message += f"{largest:.2e}"
+        if on_failure == "raise":
+            raise InverseError(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
     return x
 
 
-def report_unconverged(status: InverseStatus, what: str, on_failure: str) -> None:
-    """Warns or raises, as a solver's `on_failure` says, if an example did not converge.
-
-    Works under jit, by a host callback: an `InverseError` surfaces there as a JaxRuntimeError that
-    quotes it, once the result is waited for.
-
-    Args:
-      status: of a solve, with any leading axes.
-      what: what was solved, the start of the message.
-      on_failure: "warn" for a RuntimeWarning, "raise" for an `InverseError`.
-    """
-    check_choice("on_failure", on_failure, ON_FAILURE)
-    jax.debug.callback(partial(_report, what=what, on_failure=on_failure), status.converged, status.residual)
+def _worst(xp: Any, converged: Any, residual: Any) -> tuple[Any, Any]:
+    """How many examples failed in any block, and the largest residual of a solve that failed."""
+    return (~_of_all_blocks(converged)).sum(), xp.max(xp.where(converged, -xp.inf, residual), initial=-xp.inf)
 
 
-def _report(converged: np.ndarray, residual: np.ndarray, what: str, on_failure: str) -> None:
-    failed = ~np.asarray(converged)
-    if not failed.any():
-        return
-    largest = np.max(np.asarray(residual, float)[failed])
-    message = f"{what}: {failed.sum()} of {failed.size} examples did not converge; largest residual {largest:.2e}"
-    if on_failure == "raise":
-        raise InverseError(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+def _of_all_blocks(converged: Any) -> Any:
+    """[B] of [B] or [blocks, B]."""
+    return converged.all(axis=tuple(range(converged.ndim - 1)))
+
+
+def _nan_where_unconverged(x: Array, converged: Array) -> Array:
+    return jnp.where(converged.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)

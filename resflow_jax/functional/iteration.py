@@ -5,7 +5,8 @@ Each turn evaluates T once, at the x [B, D] that the rule proposed, and knows th
     r = T(x) - x,     |x - x*| <= |r| / (1 - L)      for a contraction T of constant L  (Banach)
 
 An example stops by itself, and changes no more, once max |r| <= tolerance * max(scale, max |T(x)|), or
-once a step x <- T(x) within 64 units of rounding lowers max |r| no more: no more can be had.
+once a step x <- T(x) within 64 units of rounding lowers max |r| no more: no more can be had. It stops unconverged where
+T of its best point is not finite: no step can mend that.
 
 A rule may propose anything, and no contraction in the 2-norm is lost. The loop holds on to the best
 point, the base, and takes no step longer than `REACH` * |r|_2 (x* is within |r|_2 / (1 - L)), but T(x)
@@ -17,13 +18,13 @@ most (patience + 1) * (1 + log2(n + 1)) are spent on such lapses, however bad th
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 from resflow_jax.functional.manual_axes import vary_over, varying_axes
@@ -51,8 +52,9 @@ class Solver:
       tolerance: bound on max |r|, relative to max(1, max |x|, max |y|) of the example; by default
         1e-6 in float32, 1e-12 in float64, 1e-2 in 16-bit floats.
       max_iterations: cap on the evaluations of g.
-      on_failure: whether an example that does not converge gives a RuntimeWarning ("warn") or an
-        `InverseError` ("raise").
+      on_failure: what happens where an example does not converge and no status was asked for. "warn": an eager call
+        gives a RuntimeWarning, a compiled program says nothing and returns its best guess. "raise": an eager call
+        raises an `InverseError`, a compiled program returns NaN for the example. See `functional.inverse`.
       patience: proposals in a row that may fail; a property of the rule, not a setting.
 
     Raises:
@@ -65,14 +67,24 @@ class Solver:
     patience: ClassVar[int] = 0
 
     def __post_init__(self):
-        if self.tolerance is not None:
+        # Both limits are traced where a program serves every value of them.
+        if self.tolerance is not None and not isinstance(self.tolerance, Array):
             check_positive("tolerance", self.tolerance)
-        check_count("max_iterations", self.max_iterations, 1)
+        if not isinstance(self.max_iterations, Array):
+            check_count("max_iterations", self.max_iterations, 1)
         check_choice("on_failure", self.on_failure, ON_FAILURE)
 
     def tolerance_for(self, dtype: Any) -> float:
         """The tolerance in force for arrays of this float dtype."""
         return _TOLERANCES[jnp.finfo(dtype).bits] if self.tolerance is None else self.tolerance
+
+    def split(self, dtype: Any) -> tuple["Solver", tuple[float, int]]:
+        """(rule, limits): the solver without tolerance and cap, to compile a program for, and these, its arguments."""
+        return replace(self, tolerance=None, max_iterations=1), (self.tolerance_for(dtype), self.max_iterations)
+
+    def with_limits(self, limits: tuple[Array | float, Array | int]) -> "Solver":
+        """The rule with the limits of `split`, which may be traced."""
+        return replace(self, tolerance=limits[0], max_iterations=limits[1])
 
     def initialize(self, x: Array) -> Any:
         """The memory of the rule before the first evaluation, which will be at x [B, D]."""
@@ -100,7 +112,8 @@ class InverseStatus(NamedTuple):
       iterations: evaluations of g used by each example.
       residual: max |y - g(x) - x| at the best x evaluated, whose successor is returned.
       residual_norm: the same in the 2-norm, from which `error_bound` follows.
-      converged: whether the residual was within the tolerance or down to rounding.
+      converged: whether the residual was within the tolerance or down to rounding; False for an example that is not
+        finite, of which a single evaluation tells.
     """
 
     iterations: Array
@@ -122,6 +135,10 @@ class InverseStatus(NamedTuple):
         return jnp.where(contracts, self.residual_norm / jnp.where(contracts, 1 - lipschitz, 1), jnp.inf)
 
 
+# A program that returns a status can be written to a file.
+export.register_namedtuple_serialization(InverseStatus, serialized_name="resflow_jax.InverseStatus")
+
+
 class _Guard(NamedTuple):
     failures: Array  # proposals in a row that did not improve on the base, int32 [B]
     rest: Array  # plain steps still to take
@@ -134,6 +151,7 @@ class _State(NamedTuple):
     guard: _Guard
     memory: Any
     status: InverseStatus
+    lost: Array  # whether T of the best point is not finite, [B]
 
 
 def iterate(step: Callable[[Array], Array], start: Array, solver: Solver, scale: Array) -> tuple[Array, InverseStatus]:
@@ -144,18 +162,19 @@ def iterate(step: Callable[[Array], Array], start: Array, solver: Solver, scale:
       where that is more than |r|_2 away. So |x - x*|_2 <= |r|_2 + L / (1 - L) * |r|_2 = |r|_2 / (1 - L).
     """
     x = start.reshape(start.shape[0], math.prod(start.shape[1:]))
-    tolerance, rounding = solver.tolerance_for(x.dtype), 64 * jnp.finfo(x.dtype).eps
+    tolerance = jnp.asarray(solver.tolerance_for(x.dtype), x.dtype)
+    rounding = 64 * float(jnp.finfo(x.dtype).eps)
 
     def advance(carry):
-        turn, (x, base, guard, memory, status) = carry
+        turn, (x, base, guard, memory, status, lost) = carry
         image = step(x.reshape(start.shape)).reshape(x.shape)
         new = Evaluation(image, image - x)
         largest, norm = example_max(new.residual), example_norm(new.residual)
         plain = jnp.all(x == base.image, axis=1) | (turn == 0)
 
         size = jnp.maximum(scale, example_max(image))
-        small = largest <= tolerance * size
-        stalled = plain & (largest <= rounding * size) & (largest >= status.residual)
+        small = jnp.isfinite(norm) & (largest <= tolerance * size)
+        stalled = plain & jnp.isfinite(norm) & (largest <= rounding * size) & (largest >= status.residual)
         better = plain | small | (norm <= DECREASE * status.residual_norm)
         guard, trusted = _judge(guard, better, solver.patience)
 
@@ -164,21 +183,23 @@ def iterate(step: Callable[[Array], Array], start: Array, solver: Solver, scale:
         memory, proposal = solver.propose(turn, memory, change, new, trusted)
         proposal = _select(example_norm(proposal - image) <= REACH * norm, proposal, image)
 
-        active = ~status.converged
+        active = ~(status.converged | lost)
+        lost = lost | (active & plain & ~jnp.isfinite(norm))
         base, residual, residual_norm = _select(
             active & better, (new, largest, norm), (base, status.residual, status.residual_norm)
         )
         x = _select(active, _select(guard.rest > 0, base.image, proposal), x)
-        status = InverseStatus(status.iterations + active, residual, residual_norm, status.converged | small | stalled)
-        return turn + 1, _State(x, base, guard, memory, status)
+        converged = status.converged | (active & (small | stalled))
+        status = InverseStatus(status.iterations + active.astype(jnp.int32), residual, residual_norm, converged)
+        return turn + 1, _State(x, base, guard, memory, status, lost)
 
     def unfinished(carry):
         turn, state = carry
-        return (turn < solver.max_iterations) & jnp.any(~state.status.converged)
+        return (turn < solver.max_iterations) & ~jnp.all(state.status.converged | state.lost)
 
     none, infinite = jnp.zeros(x.shape[0], jnp.int32), jnp.full(x.shape[0], jnp.inf, x.dtype)
     status = InverseStatus(none, infinite, infinite, none > 0)
-    state = _State(x, Evaluation(x, x), _Guard(none, none, none + 1), solver.initialize(x), status)
+    state = _State(x, Evaluation(x, x), _Guard(none, none, none + 1), solver.initialize(x), status, none > 0)
     state = vary_over(state, varying_axes((x, scale)))
     _, state = lax.while_loop(unfinished, advance, (jnp.int32(0), state))
     x, base, status = state.x, state.base, state.status
@@ -206,7 +227,7 @@ def _select(condition: Array, true: Any, false: Any) -> Any:
 
 def wide_dtype(dtype: np.dtype) -> np.dtype:
     """The dtype, or float32 for 16-bit floats."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
 
 
 def example_max(x: Array) -> Array:

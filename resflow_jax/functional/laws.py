@@ -1,5 +1,7 @@
 """Laws of the random length N of a Russian-roulette series: sample, P(N >= k), and whether they are safe.
 
+Lengths are drawn from 64 random bits, in every float dtype: those of a probability below 2^-64 never come up.
+
 An estimate whose terms decay like L^k, L the Lipschitz constant of g, has finite variance for
 certain only if
 
@@ -54,7 +56,7 @@ class Geometric:
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws lengths, int32 of `shape`, inside or outside jit."""
-        return jax.random.geometric(key, self.p, shape, dtype=jnp.int32)
+        return _draw_geometric(_uniform(key, shape), 1 - self.p)
 
     def survival(self, k: Array | int) -> Array:
         """P(N >= k), a float of k's shape; one for k <= 1."""
@@ -87,13 +89,9 @@ class Poisson:
         check_open_interval("rate", self.rate, 0, math.inf)
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
-        """Draws lengths, int32 of `shape`, inside or outside jit: N = #{k >= 1: u < P(N >= k)} for a uniform u.
-
-        u has 64 random bits, so that lengths of probability 2^-64 come up as often as they should.
-        """
-        high, low = jax.random.bits(key, (2, *shape), jnp.uint32).astype(jnp.result_type(float))
-        u = (high + (low + 0.5) * 2.0**-32) * 2.0**-32
-        return jnp.sum(u[..., None] < self._table[1:], axis=-1, dtype=jnp.int32)
+        """Draws lengths, int32 of `shape`, inside or outside jit: N = #{k >= 1: u < P(N >= k)} for a uniform u."""
+        table = self._table[1:].reshape(*[1] * len(shape), -1)
+        return jnp.sum(_uniform(key, shape)[..., None] < table, axis=-1, dtype=jnp.int32)
 
     def survival(self, k: Array | int) -> Array:
         """P(N >= k), a float of k's shape; one for k <= 0. From a table down to 1e-300, in float32 zero below 1e-38."""
@@ -154,10 +152,8 @@ class Defensive:
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws lengths, int32 of `shape`, inside or outside jit."""
-        choice_key, length_key = jax.random.split(key)
-        long = jax.random.bernoulli(choice_key, self.share, shape)
-        p = jnp.where(long, 1 - self.tail_ratio(), self.p)
-        return jax.random.geometric(length_key, p, shape, dtype=jnp.int32)
+        choice, length = _uniform(key, (2, *shape))
+        return _draw_geometric(length, jnp.where(choice < self.share, self.tail_ratio(), 1 - self.p))
 
     def survival(self, k: Array | int) -> Array:
         """P(N >= k), a float of k's shape; one for k <= 1."""
@@ -196,17 +192,17 @@ class Fitted:
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws lengths, int32 of `shape`, inside or outside jit."""
         table = jnp.asarray(self.table)
-        u = jax.random.uniform(key, (*shape, 1), table.dtype, minval=2.0**-24)
-        inside = jnp.sum(u < table, axis=-1, dtype=jnp.int32)
+        u = _uniform(key, shape).astype(table.dtype)
+        inside = jnp.sum(u[..., None] < table.reshape(*[1] * len(shape), -1), axis=-1, dtype=jnp.int32)
         # N >= K + j where u < P(N >= K) * L^j
-        behind = jnp.ceil(jnp.log(u[..., 0] / table[-1]) / math.log(self.tail_ratio())) - 1
-        return inside + jnp.maximum(behind, 0).astype(jnp.int32)
+        after = jnp.ceil(jnp.log(u / table[-1]) / math.log(self.tail_ratio())) - 1
+        return inside + jnp.maximum(after, 0).astype(jnp.int32)
 
     def survival(self, k: Array | int) -> Array:
         """P(N >= k), a float of k's shape; one for k <= 0."""
         k, table, size = jnp.asarray(k), jnp.asarray(self.table), self.table.shape[-1]
-        behind = jnp.exp(jnp.maximum(k - size, 0) * math.log(self.tail_ratio()))
-        return jnp.where(k <= 0, 1.0, table[jnp.clip(k - 1, 0, size - 1)] * behind)
+        after = jnp.exp(jnp.maximum(k - size, 0).astype(table.dtype) * math.log(self.tail_ratio()))
+        return jnp.where(k <= 0, 1.0, table[jnp.clip(k - 1, 0, size - 1)] * after)
 
     def tail_ratio(self) -> float:
         """lim P(N >= k + 1) / P(N >= k)."""
@@ -232,9 +228,25 @@ class Fitted:
 Law = Geometric | Poisson | Defensive | Fitted
 
 
+def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
+    """Uniform floats in (0, 1) of 64 random bits: events of probability 2^-64 come up as often as they should.
+
+    With the 23 bits of `jax.random.uniform` in float32 no Geometric(0.5) would be longer than 24.
+    """
+    high, low = jax.random.bits(key, (2, *shape), jnp.uint32).astype(jnp.result_type(float))
+    u = (high + (low + 0.5) * 2.0**-32) * 2.0**-32
+    return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
+
+
+def _draw_geometric(u: Array, ratio: Array | float) -> Array:
+    """The N with P(N >= k) = ratio^(k - 1) at uniform numbers u: N >= k where u < ratio^(k - 1)."""
+    ratio = jnp.asarray(ratio, u.dtype)
+    return jnp.maximum(jnp.ceil(jnp.log(u) / jnp.log(ratio)), 1).astype(jnp.int32)
+
+
 def _geometric_survival(ratio: float, k: Array | int) -> Array:
-    exponent = jnp.maximum(jnp.asarray(k) - 1, 0)
-    return jnp.exp(exponent * jnp.log(ratio))
+    exponent = jnp.maximum(jnp.asarray(k) - 1, 0).astype(jnp.result_type(float))
+    return jnp.exp(exponent * math.log(ratio))
 
 
 def check_variance(law: Law, lipschitz: float) -> None:

@@ -31,14 +31,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resflow_jax.functional.checks import check_count, check_open_interval, check_residual
+from resflow_jax.functional.checks import as_float_batch, check_callable, check_count, check_key, check_open_interval
 from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chunks, split_chunks
+from resflow_jax.functional.derivatives import forward_only, reverse_only
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated, check_estimator
+from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.laws import Fitted, check_variance
 from resflow_jax.functional.manual_axes import example_keys, sum_alike, vary_alike, vary_over, varying_axes
 from resflow_jax.functional.probes import draw_probes
 from resflow_jax.functional.roulette import length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
+from resflow_jax.functional.tracing import Traced, run, trace
 
 Array = jax.Array
 Residual = Callable[[Any, Array], Array]
@@ -108,36 +111,94 @@ def residual(
         the key is missing, if the estimator is unknown, or for more orthogonal probes than dimensions.
     """
     estimator = Roulette() if estimator is None else estimator
-    prepare = (lambda params: params) if prepare is None else prepare
+    check_callable("g", g)
+    if prepare is not None:
+        check_callable("prepare", prepare)
+    check_key("key", key, optional=True)
     check_estimator(estimator)
-    check_residual("x", g, jax.eval_shape(prepare, params), x)
-    if x.shape[0] == 0:
-        raise ValueError(f"x: expected at least one example, got shape {x.shape}")
+    x = as_float_batch("x", x)
     if lipschitz is not None:
         check_open_interval("lipschitz", lipschitz, 0, 1)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size, 1)
+    if not isinstance(estimator, Exact):
+        if key is None:
+            raise ValueError(f"key: {type(estimator).__name__} expected a PRNG key, got None")
+        estimator = _within(estimator, lipschitz)
+    is_series = not isinstance(estimator, Exact) and estimator.gradient == "neumann"
+    chunks = split_chunks(x, chunk_size if is_series else None)
+    probes = 1 if isinstance(estimator, Exact) else estimator.probes
+    if is_series:
+        params = vary_over(params, varying_axes(x))
+    prepare, prepared_over = trace(_identity if prepare is None else prepare, params)
+    g, closed_over = _trace_g(g, prepare.out, x, _repeat(chunks[0], probes))
+    args = params, prepared_over, closed_over
+    y, log_det, diagnostics = run(_estimate, (g, prepare), estimator, args, chunks, key)
+    y, log_det = join_chunks(y), join_chunks(log_det)
+    return (y, log_det, diagnostics) if return_diagnostics else (y, log_det)
+
+
+def _identity(params: Any) -> Any:
+    return params
+
+
+def _trace_g(g: Residual, weights: Any, x: Array, part: Array) -> tuple[Traced, list[Any]]:
+    """g traced on the examples that it will take at once: `part`, a chunk of x, once for every probe."""
+
+    def trace_on(like):
+        traced, closed_over = trace(g, weights, like)
+        if getattr(traced.out, "shape", None) != like.shape or traced.out.dtype != like.dtype:
+            got = (
+                f"{traced.out.dtype} {traced.out.shape}" if hasattr(traced.out, "shape") else type(traced.out).__name__
+            )
+            raise ValueError(f"g: expected an output {like.dtype} {like.shape} like x, got {got}")
+        return traced, closed_over
+
+    try:
+        return trace_on(part)
+    except (TypeError, ValueError) as error:
+        if part.shape == x.shape:
+            raise
+        trace_on(x)  # where g fails on the whole batch too, chunks and probes are not the reason
+        raise ValueError(
+            f"chunk_size, probes: expected a g that takes {part.shape[0]} examples at once in place of {x.shape[0]} "
+            "(a chunk of the batch, repeated for every probe); it fails, probably since it closes over an array with "
+            f"one row an example. Use chunk_size=None and probes=1. {type(error).__name__}: {error}"
+        ) from error
+
+
+def _estimate(g: Traced, prepare: Traced, estimator: Estimator, args: Any, chunks: Array, key: Array | None) -> Any:
+    """y, log_det, diagnostics; chunks, y and log_det are [chunks, b, ...]."""
+    if not isinstance(estimator, Exact) and estimator.gradient == "neumann":
+        # A rule of gradients adds up what reaches a result over all lanes of a vmap that it does not depend on: y must
+        # be mapped wherever log_det is.
+        chunks = _mapped_with(chunks, (key, estimator))
+        return _neumann(g, prepare, estimator, reverse_only(args), reverse_only(chunks), key)
+    params, prepared_over, closed_over = args
+    x = chunks[0]
+
+    def g_of(args, x):
+        params, prepared_over, closed_over = args
+        return g(closed_over, prepare(prepared_over, params), x)
+
     if isinstance(estimator, Exact):
         # The Jacobian is not worth keeping: a chain of blocks would hold them all.
-        y, log_det = jax.checkpoint(partial(_exact, g, prepare, estimator.chunk_size))(params, x)
+        y, log_det = jax.checkpoint(partial(_exact, g_of, estimator.chunk_size))(args, x)
         diagnostics = _diagnostics(math.prod(x.shape[1:]), jnp.zeros(DIAGNOSED_TERMS, x.dtype), log_det)
-    elif key is None:
-        raise ValueError(f"key: {type(estimator).__name__} expected a PRNG key, got None")
     else:
-        estimator = _within(estimator, lipschitz)
-        if estimator.gradient == "autodiff":
-            y, log_det, diagnostics = _autodiff(g, estimator, prepare(params), x, key)
-        else:
-            chunks = split_chunks(x, chunk_size)
-            params = vary_over(params, varying_axes(x))
-            # custom_vjp must see every array that g depends on, also those it closes over.
-            prepare, prepared_over = jax.closure_convert(prepare, params)
-            weights = jax.eval_shape(prepare, params, *prepared_over)
-            g, closed_over = jax.closure_convert(g, weights, _repeat(chunks[0], estimator.probes))
-            args = params, prepared_over, closed_over
-            y, log_det, diagnostics = _neumann(g, prepare, estimator, args, chunks, key)
-            y, log_det = join_chunks(y), join_chunks(log_det)
-    return (y, log_det, diagnostics) if return_diagnostics else (y, log_det)
+        weights = prepare(prepared_over, params)
+        y, log_det, diagnostics = _autodiff(lambda x: g(closed_over, weights, x), estimator, x, key)
+    return y[None], log_det[None], diagnostics
+
+
+def _mapped_with(x: Array, tree: Any) -> Array:
+    """x, mapped by every `jax.vmap` that maps an array of the tree; costs nothing where x is mapped already."""
+    for leaf in jax.tree.leaves(tree):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        number = (jax.random.key_data(leaf) if is_key else jnp.asarray(leaf)).reshape(-1)[0]
+        always = (number == number) | True
+        x = lax.select_n(always, lax.stop_gradient(x), x)  # which XLA removes
+    return x
 
 
 def _within(estimator: Truncated | Roulette, lipschitz: float | None) -> Truncated | Roulette:
@@ -153,19 +214,25 @@ def _within(estimator: Truncated | Roulette, lipschitz: float | None) -> Truncat
 
 
 class _Plan(NamedTuple):
-    """The terms of one draw: of which series, how many, and the weights of term k in value and in w."""
+    """The terms of one draw: of which series, how many, and the weights of term k in value and in w.
+
+    Attributes:
+      series: what is summed.
+      length: the number of terms.
+      value_weight, neumann_weight: from the number k of a term to its weight, a scalar.
+    """
 
     series: PowerSeries | MinimalResidual
     length: Array | int
-    value_weight: Callable[[Array], Array | float]
-    neumann_weight: Callable[[Array], Array | float]
+    value_weight: Callable[[Array], Array]
+    neumann_weight: Callable[[Array], Array]
 
 
 def _draw_plan(estimator: Truncated | Roulette, key: Array) -> _Plan:
     if isinstance(estimator, Truncated):
         # tr(J^k) has the derivative k * tr(J^(k-1) dJ): n terms of the value have powers below n.
         below = lambda k: jnp.where(k < estimator.terms, 1.0, 0.0)  # noqa: E731
-        return _Plan(PowerSeries(), estimator.terms, lambda k: 1.0, below)
+        return _Plan(PowerSeries(), estimator.terms, lambda k: jnp.ones(()), below)
     series = PowerSeries() if estimator.krylov == 0 else MinimalResidual(estimator.krylov)
     lengths = estimator.length.sample(key, (estimator.samples,))
     weight = partial(term_weight, estimator.length, lengths, estimator.exact_terms)
@@ -189,12 +256,13 @@ class _Sums(NamedTuple):
         return cls(jnp.zeros_like(v), jnp.zeros(v.shape[0], v.dtype), jnp.zeros(DIAGNOSED_TERMS, v.dtype))
 
     def add(self, plan: _Plan, k: Array, term: Term) -> "_Sums":
-        value_weight, neumann_weight = (jnp.asarray(f(k), term.w.dtype) for f in plan[2:])
+        dtype = term.w.dtype
+        value_weight, neumann_weight = plan.value_weight(k).astype(dtype), plan.neumann_weight(k).astype(dtype)
         norm = value_weight * jnp.mean(jnp.square(term.w))
         return _Sums(
             self.w + neumann_weight * term.w,
             self.value + value_weight * term.value,
-            self.norms + jnp.where(jnp.arange(1, DIAGNOSED_TERMS + 1) == k, norm, 0),
+            self.norms + jnp.where(jnp.arange(1, DIAGNOSED_TERMS + 1, dtype=jnp.int32) == k, norm, 0),
         )
 
 
@@ -217,26 +285,27 @@ def _neumann(g, prepare, estimator, args, x, key):
 def _neumann_forward(g, prepare, estimator, args, x, key):
     """x [chunks, b, ...]; y and log_det likewise."""
     params, prepared_over, closed_over = args
-    weights = prepare(params, *prepared_over)
+    weights = prepare(prepared_over, params)
     length_key, probe_key = jax.random.split(key)
     plan = _draw_plan(estimator, length_key)
 
     def of_chunk(inputs):
         x, keys = inputs
         v = draw_probes(estimator.probe, estimator.probes, keys, x)
-        g_x, pullback = jax.vjp(lambda x: g(weights, x, *closed_over), _repeat(x, estimator.probes))
+        g_x, pullback = jax.vjp(lambda x: g(closed_over, weights, x), _repeat(x, estimator.probes))
 
         def add_term(carry):
             k, state, sums = carry
             state, term = plan.series.step(k, v, state, lambda u: pullback(u)[0])
             return k + 1, state, sums.add(plan, k, term)
 
-        start = jnp.asarray(1), *vary_alike(plan.series.start(v), _Sums.zero(v))
+        start = jnp.int32(1), *vary_alike(plan.series.start(v), _Sums.zero(v))
         _, _, sums = lax.while_loop(lambda carry: carry[0] <= plan.length, add_term, start)
         return *_result(x, g_x, sums), v + sums.w, sums.norms
 
     keys = split_chunks(example_keys(probe_key, join_chunks(x)), x.shape[1])
     y, log_det, w, norms = map_chunks(of_chunk, (x, keys))
+    log_det, w = forward_only((log_det, w))
     diagnostics = _diagnostics(plan.length, jnp.mean(norms, axis=0), log_det)
     return (y, log_det, diagnostics), (estimator, args, x, keys, w)
 
@@ -245,21 +314,21 @@ def _neumann_backward(g, prepare, kept, cotangents):
     estimator, args, x, keys, w = kept
     params, prepared_over, closed_over = args
     y_bar, log_det_bar, _ = cotangents
-    weights, pullback = jax.vjp(prepare, params, *prepared_over)
-    moving, still = _partition((weights, closed_over))
+    weights, pullback = jax.vjp(prepare, prepared_over, params)
+    differentiable, static = _partition((weights, closed_over))
 
-    def value_and_product(moving, x, keys):
-        weights, closed_over = _combine(moving, still)
+    def value_and_product(differentiable, x, keys):
+        weights, closed_over = _combine(differentiable, static)
         v = draw_probes(estimator.probe, estimator.probes, keys, x)
-        value, product = jax.jvp(lambda x: g(weights, x, *closed_over), (_repeat(x, estimator.probes),), (v,))
+        value, product = jax.jvp(lambda x: g(closed_over, weights, x), (_repeat(x, estimator.probes),), (v,))
         return value[: x.shape[0]], product
 
     per_example = log_det_bar.reshape(*log_det_bar.shape, *[1] * (x.ndim - 2)) / estimator.probes
     w_bar = jax.vmap(lambda scale, w: _repeat(scale, estimator.probes) * w)(per_example, w)
-    moving_bar, x_bar = pullback_chunks(value_and_product, moving, x, keys, (y_bar, w_bar))
-    still_bar = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), still)
-    weights_bar, closed_over_bar = _combine(moving_bar, still_bar)
-    params_bar, *prepared_over_bar = pullback(weights_bar)
+    differentiable_bar, x_bar = pullback_chunks(value_and_product, differentiable, x, keys, (y_bar, w_bar))
+    static_bar = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), static)
+    weights_bar, closed_over_bar = _combine(differentiable_bar, static_bar)
+    prepared_over_bar, params_bar = pullback(weights_bar)
     args_bar = sum_alike((params_bar, prepared_over_bar, closed_over_bar), args)
     return jax.tree.map(jnp.zeros_like, estimator), args_bar, x_bar + y_bar, None
 
@@ -267,8 +336,8 @@ def _neumann_backward(g, prepare, kept, cotangents):
 def _partition(tree):
     """The floats of a tree, and its other leaves, each in a tree with None for the rest."""
     floats = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
-    moving = jax.tree.map(lambda leaf, is_float: leaf if is_float else None, tree, floats)
-    return moving, jax.tree.map(lambda leaf, is_float: None if is_float else leaf, tree, floats)
+    differentiable = jax.tree.map(lambda leaf, is_float: leaf if is_float else None, tree, floats)
+    return differentiable, jax.tree.map(lambda leaf, is_float: None if is_float else leaf, tree, floats)
 
 
 def _combine(first, second):
@@ -279,12 +348,12 @@ def _combine(first, second):
 _neumann.defvjp(_neumann_forward, _neumann_backward)
 
 
-def _autodiff(g, estimator, params, x, key):
+def _autodiff(g, estimator, x, key):
     """The same estimate of the value, left to JAX's own differentiation."""
     length_key, probe_key = jax.random.split(key)
     plan = _draw_plan(estimator, length_key)
     v = draw_probes(estimator.probe, estimator.probes, example_keys(probe_key, x), x)
-    g_x, pullback = jax.vjp(partial(g, params), _repeat(x, estimator.probes))
+    g_x, pullback = jax.vjp(g, _repeat(x, estimator.probes))
 
     @jax.checkpoint
     def add_term(carry, k):
@@ -300,26 +369,27 @@ def _autodiff(g, estimator, params, x, key):
     else:
         longest = estimator.exact_terms + length_cap(estimator.length)
     start = vary_alike(plan.series.start(v), _Sums.zero(v))
-    (_, sums), _ = lax.scan(step, start, jnp.arange(1, longest + 1))
+    (_, sums), _ = lax.scan(step, start, jnp.arange(1, longest + 1, dtype=jnp.int32))
     y, log_det = _result(x, g_x, sums)
     return y, log_det, _diagnostics(plan.length, sums.norms, log_det)
 
 
-def _exact(g, prepare, chunk_size, params, x):
+def _exact(g, chunk_size, args, x):
     batch, event = x.shape[0], x.shape[1:]
-    g_x, pullback = jax.vjp(partial(g, prepare(params)), x)
+    g_x, pullback = jax.vjp(partial(g, args), x)
     size = math.prod(event)
     basis = vary_over(jnp.eye(size, dtype=x.dtype).reshape(size, *event), varying_axes(x))
 
     def row(e):  # e_i^T J of every example at once
-        return pullback(jnp.broadcast_to(e, x.shape))[0].reshape(batch, size)
+        return pullback(jnp.broadcast_to(e[None], x.shape))[0].reshape(batch, size)
 
     rows = lax.map(row, basis, batch_size=min(chunk_size, size))
     jacobian = rows.swapaxes(0, 1)
     # det(I + J) > 0: I + tJ is invertible for every t in [0, 1], since |tJ| < 1.
-    matrices = jnp.eye(size, dtype=x.dtype) + jacobian
+    matrices = jnp.eye(size, dtype=x.dtype)[None] + jacobian
+    matrices = matrices.astype(wide_dtype(x.dtype))  # LAPACK has no 16-bit floats
     log_det = lax.platform_dependent(matrices, cpu=partial(lax.map, _log_abs_det), default=_log_abs_det)
-    return x + g_x, log_det
+    return x + g_x, log_det.astype(x.dtype)
 
 
 def _log_abs_det(matrices):

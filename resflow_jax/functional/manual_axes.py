@@ -1,20 +1,46 @@
 """Where a batch is divided among devices: along which named axes, and whose examples these are.
 
 Inside `jax.shard_map` (with check_vma, its default) the types of arrays tell over which axes of the mesh they differ.
-Inside `jax.pmap`, `jax.vmap` with an axis_name, and `jax.shard_map` without check_vma, they do not: there an axis named
-"data" is one along which a batch is divided, and gradients are a device's own until they are summed.
+Inside `jax.pmap`, `jax.vmap` with an axis_name, and `jax.shard_map` without check_vma, they do not. There `batch_axes`
+names the axes along which a batch is divided, and gradients are a device's own until they are summed. Without it no
+axis is one of the batch, whatever its name: the lanes are independent.
 """
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resflow_jax.functional.broadcasting import trailing
+
 Array = jax.Array
 
-DATA_AXIS = "data"
+_named_axes = jax.make_user_context(default_value=())  # part of the key of jit's caches
+
+
+def batch_axes(*names: str) -> AbstractContextManager[None]:
+    """In this context, a batch is divided among the lanes of the axes of these names, the first one outermost.
+
+    Each example then draws its noise by its number in the whole batch, and statistics are those of the whole batch. To
+    be entered inside of the function that `jax.pmap`, `jax.vmap` or `jax.shard_map` without check_vma maps over a
+    batch; `jax.shard_map` with check_vma needs it not.
+
+      @partial(jax.pmap, axis_name="devices", in_axes=(None, 0))
+      def loss(flow, x):
+          with rf.batch_axes("devices"):
+              return jax.lax.pmean(-flow.log_prob(x, key=key).mean(), "devices")
+
+    Raises:
+      ValueError: if a name is not a string; where the context is used, if no axis of the name is bound there, or if it
+        is one of a `jax.shard_map` with check_vma over which the batch does not differ.
+    """
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"names: expected strings, the names of mapped axes, got {name!r}")
+    return _named_axes(names)
 
 
 def varying_axes(tree: Any) -> tuple[str, ...]:
@@ -23,21 +49,26 @@ def varying_axes(tree: Any) -> tuple[str, ...]:
     return tuple(sorted(frozenset().union(*varying)))
 
 
-def batch_axes(tree: Any) -> tuple[str, ...]:
-    """The axes along which a batch is divided: those over which it varies, or "data" where JAX does not track that."""
-    varying = varying_axes(tree)
-    if varying or not _is_bound(DATA_AXIS) or varying_axes(lax.axis_index(DATA_AXIS)):
+def axes_of_batch(tree: Any) -> tuple[str, ...]:
+    """The axes along which a batch is divided: those over which it varies, or those named by `batch_axes`."""
+    varying, named = varying_axes(tree), _named_axes.value
+    if not named:
         return varying
-    return (DATA_AXIS,)
+    if not any(map(_is_tracked, named)):
+        return named
+    if not set(named) <= set(varying):
+        raise ValueError(f"batch_axes: expected axes over which the batch differs, {varying}, got {named}")
+    return varying
 
 
-def _is_bound(axis: str) -> bool:
-    """Whether there is an axis of this name here."""
+def _is_tracked(axis: str) -> bool:
+    """Whether the types of arrays tell if they differ over an axis."""
     try:
-        lax.axis_size(axis)
-    except NameError:
-        return False
-    return True
+        return bool(varying_axes(lax.axis_index(axis)))
+    except NameError as error:
+        raise ValueError(
+            f"batch_axes: expected the name of an axis that pmap, vmap or shard_map binds here, got {axis!r}"
+        ) from error
 
 
 def vary_over(tree: Any, axes: tuple[str, ...]) -> Any:
@@ -58,14 +89,14 @@ def vary_alike(*trees: Any) -> tuple[Any, ...]:
 
 def mean_over_devices(tree: Any) -> Any:
     """The means over the devices that share a batch, of what is computed from equal shares of it."""
-    axes = batch_axes(tree)
+    axes = axes_of_batch(tree)
     return lax.pmean(tree, axes) if axes else tree
 
 
 def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """Mean and variance of x over axes, that of its batch among them: of the whole batch where x is a share of it."""
     mean = mean_over_devices(jnp.mean(x, axes))
-    return mean, mean_over_devices(jnp.mean(jnp.square(x - mean), axes))
+    return mean, mean_over_devices(jnp.mean(jnp.square(x - trailing(mean, x)), axes))
 
 
 def standardization(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
@@ -109,7 +140,7 @@ def example_keys(key: Array, x: Array) -> Array:
     what is drawn with it does not depend on how the batch is divided along one axis.
     """
     batch = x.shape[0]
-    first = 0
-    for axis in batch_axes(x):
+    first = jnp.int32(0)
+    for axis in axes_of_batch(x):
         first = first * lax.axis_size(axis) + lax.axis_index(axis)
-    return jax.vmap(lambda n: jax.random.fold_in(key, n))(first * batch + jnp.arange(batch))
+    return jax.vmap(lambda n: jax.random.fold_in(key, n))(first * batch + jnp.arange(batch, dtype=jnp.int32))

@@ -5,7 +5,6 @@ of w - v and of the value, both of which vanish behind v for M = 0. Vectors are 
 [B, ...], and every example is treated by itself. M is the transposed Jacobian.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 Array = jax.Array
 Product = Callable[[Array], Array]
@@ -37,7 +37,7 @@ class PowerSeries:
 
     def step(self, k: Array, v: Array, power: Array, product: Product) -> tuple[Array, Term]:
         power = -product(power)
-        return power, Term(power, -dot(v, power) / k)
+        return power, Term(power, -dot(v, power) / jnp.asarray(k, v.dtype))
 
 
 class _Krylov(NamedTuple):
@@ -82,7 +82,7 @@ class MinimalResidual:
 
     def start(self, v: Array) -> _Krylov:
         zero = jnp.zeros_like(v)
-        nodes, _ = _quadrature(v.dtype)
+        nodes = _quadrature(v.dtype)[0][None]
         ones = jnp.ones((v.shape[0], nodes.size), v.dtype)
         return _Krylov(v, zero, zero, ones, 0 * ones, 0 * ones, dot(v, v)[..., None] / (1 + nodes))
 
@@ -90,18 +90,19 @@ class MinimalResidual:
         r, p, mp = state.r, state.p, state.mp
         mr = product(r)
         ap = p + mp
-        b = jnp.maximum(0, _ratio(-dot(r + mr, ap), dot(ap, ap), 0))
+        ar, floor = r + mr, (8 * float(jnp.finfo(v.dtype).eps)) ** 2 * dot(v, v)
+        b = jnp.maximum(0, _ratio(-dot(ar, ap), dot(ap, ap), 0, floor))
         if self.steps is not None:
             b = jnp.where(k <= self.steps, b, 0)
         p, mp = r + _along(b, r) * p, mr + _along(b, r) * mp
         ap = p + mp
-        a = _ratio(dot(r, ap), dot(ap, ap), 1)
+        a = _ratio(dot(r, ap), dot(ap, ap), 1, floor)
         if self.steps is not None:
             a = jnp.where(k <= self.steps, a, 1)
         term = -_along(a, r) * mp  # w_k + r_k - (w_{k-1} + r_{k-1})
         r = r - _along(a, r) * p + term
 
-        nodes, weights = _quadrature(v.dtype)
+        nodes, weights = (part[None] for part in _quadrature(v.dtype))
         a, b = a[..., None], b[..., None]
         sigma, kappa = 1 + b * state.sigma, b * state.kappa  # P_n(-s) / R_n(-s); the cross term / R_n(-s)
         q = 1 / (1 + a * nodes * sigma)  # R_n(-s) / R_{n+1}(-s)
@@ -124,12 +125,12 @@ def _along(scalar: Array, like: Array) -> Array:
     return scalar.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _ratio(numerator: Array, denominator: Array, default: float) -> Array:
-    """numerator / denominator, or the default where the denominator vanishes; differentiable there too.
+def _ratio(numerator: Array, denominator: Array, default: float, floor: Array) -> Array:
+    """numerator / denominator, or the default where the denominator is at most `floor`; all derivatives are finite.
 
-    The derivative divides by the denominator squared, which must not underflow.
+    A residual that is nothing but rounding, as after D steps in D dimensions, has derivatives many times its own size.
     """
-    fine = denominator > math.sqrt(jnp.finfo(denominator.dtype).tiny)
+    fine = denominator > lax.stop_gradient(floor)
     return jnp.where(fine, numerator / jnp.where(fine, denominator, 1), default)
 
 

@@ -63,15 +63,15 @@ class Anderson(Solver):
     def propose(self, turn, memory, change, new, trusted):
         # Columns of norm one or zero: no Gram matrix over- or underflows, however small r has become.
         unit = example_norm(change.residual)[:, None]
-        image, residual = (jnp.where(unit > 0, v / unit, 0) for v in change)
+        image, residual = (jnp.where(unit > 0, v / jnp.where(unit > 0, unit, 1), 0) for v in change)
         slot, dtype = turn % memory.gram.shape[-1], memory.gram.dtype
         images, residuals = memory.images.at[:, slot].set(image), memory.residuals.at[:, slot].set(residual)
         row = _products(residuals, residual, dtype)
         gram = memory.gram.at[:, slot].set(row).at[:, :, slot].set(row)
 
         # Nearly dependent columns cost accuracy of r, not of x: the ridge is what rounding leaves of them.
-        ridge = 16 * jnp.finfo(dtype).eps * jnp.eye(gram.shape[-1], dtype=dtype)
-        factor = jnp.linalg.cholesky(gram + ridge, symmetrize_input=False), True
+        ridge = 16 * float(jnp.finfo(dtype).eps) * jnp.eye(gram.shape[-1], dtype=dtype)
+        factor = jnp.linalg.cholesky(gram + ridge[None], symmetrize_input=False), True
         slopes = _products(residuals, new.residual, dtype)
         weights = jax.scipy.linalg.cho_solve(factor, slopes[..., None])[..., 0].astype(new.image.dtype)
         weights = jnp.where(jnp.isfinite(weights), weights, 0)  # no factor: a plain step
@@ -112,7 +112,7 @@ class Broyden(Solver):
 
     def propose(self, turn, memory, change, new, trusted):
         slot = turn % self.memory
-        known = trusted[:, None] & (slot > 0)
+        known = trusted[None, :, None] & (slot > 0)
         memory = jax.tree.map(lambda kept: jnp.where(known, kept, 0), memory)
         # H <- H + (s - H t) s^T H / (s^T H t) makes H t = s, for s = dx and t = -dr.
         s = change.image - change.residual

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_open_interval, check_positive
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.manual_axes import moments
@@ -50,13 +51,15 @@ class MovingBatchNorm(Bijector):
         return self.log_scale[...] - 0.5 * jnp.log(self.variance[...] + self.epsilon)
 
     def __call__(self, x: Array) -> Array:
-        return (x - self.mean[...]) * jnp.exp(self._total_log_scale()) + self.bias[...]
+        scale = jnp.exp(self._total_log_scale())
+        return (x - trailing(self.mean[...], x)) * trailing(scale, x) + trailing(self.bias[...], x)
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         return self(x), scaling_log_det(self._total_log_scale(), x), []
 
     def inverse(self, y: Array, solver: Solver) -> Inverse:
-        x = (y - self.bias[...]) * jnp.exp(-self._total_log_scale()) + self.mean[...]
+        scale = jnp.exp(-self._total_log_scale())
+        x = (y - trailing(self.bias[...], y)) * trailing(scale, y) + trailing(self.mean[...], y)
         return x, []
 
     def initialize(self, x: Array) -> Array:
@@ -104,13 +107,13 @@ class MovingCentering(Bijector):
         self.mean[...] += (self.decay if share is None else share) * (mean - self.mean[...])
 
     def __call__(self, x: Array) -> Array:
-        return x + self.shift()
+        return x + trailing(self.shift(), x)
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         return self(x), jnp.zeros(x.shape[0], x.dtype), []
 
     def inverse(self, y: Array, solver: Solver) -> Inverse:
-        x = y - self.shift()
+        x = y - trailing(self.shift(), y)
         return x, []
 
     def initialize(self, x: Array) -> Array:
@@ -141,13 +144,13 @@ class Normalization(Bijector):
         self.deviation = Constant(jnp.asarray(deviation))
 
     def __call__(self, x: Array) -> Array:
-        return (x - self.mean[...]) / self.deviation[...]
+        return (x - trailing(self.mean[...], x)) / trailing(self.deviation[...], x)
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         return self(x), scaling_log_det(-jnp.log(self.deviation[...]), x), []
 
     def inverse(self, y: Array, solver: Solver) -> Inverse:
-        x = y * self.deviation[...] + self.mean[...]
+        x = y * trailing(self.deviation[...], y) + trailing(self.mean[...], y)
         return x, []
 
     def lipschitz_bounds(self) -> tuple[float, float]:

@@ -10,18 +10,19 @@ called inside jit, grad, vmap and scan.
 
 import math
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import check_batch, check_count
+from resflow_jax.functional.checks import as_float_batch, check_count, check_key, check_type
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
-from resflow_jax.functional.inverse import report_unconverged
+from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
@@ -29,7 +30,9 @@ from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.layers.bijector import Chain, Constant, join_blocks, split_estimator, split_key
 from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.elementwise import Logit
-from resflow_jax.layers.lipschitz import map_linears
+from resflow_jax.layers.lipschitz import TIGHT, NormSettings, deferred_norms, map_linears
+from resflow_jax.layers.module import List, Module
+from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
 from resflow_jax.models.values import ANYWHERE, UNIT_INTERVAL, behind_logit, checked
@@ -37,7 +40,7 @@ from resflow_jax.models.values import ANYWHERE, UNIT_INTERVAL, behind_logit, che
 Array = jax.Array
 
 
-class ResidualFlow(nnx.Module):
+class ResidualFlow(Module):
     """A residual flow; see the module's head for the map, `forward` for the estimators.
 
     The flow is a pytree (Flax NNX): its parameters are `nnx.Param`, its power-iteration vectors
@@ -54,6 +57,9 @@ class ResidualFlow(nnx.Module):
         """Makes a flow with random parameters, each linear layer's norm iterated to convergence."""
         if not isinstance(config, ImageFlowConfig | VectorFlowConfig):
             raise ValueError(f"config: expected ImageFlowConfig or VectorFlowConfig, got {type(config).__name__}")
+        check_type("rngs", rngs, nnx.Rngs)
+        if not hasattr(rngs, "params"):
+            raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
         create, static = _creator(config)
         state = create(rngs.params())
         self.config = config
@@ -61,7 +67,7 @@ class ResidualFlow(nnx.Module):
         self._emitted = static["emitted"]
         if has_mixed_norms(config):  # learned ones start at 2, where any start will do
             map_linears(self, lambda layer: layer.search_norm())
-        self.converge_norms()
+            self.converge_norms()
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -111,13 +117,14 @@ class ResidualFlow(nnx.Module):
             traced), for values that are not finite or, for images behind a logit, beyond what `inverse` can return.
             Traced values beyond that give NaN.
         """
-        with self._checked_input(x):
+        check_key("key", key, optional=True)
+        with self._checked_input(x) as x:
             z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array) -> Array:
         """Maps x [B, *event_shape] to z [B, D], without the log-det; padding is by the mean of its noise."""
-        with self._checked_input(x):
+        with self._checked_input(x) as x:
             return _transform(*nnx.split(self), x)
 
     def logits(self, x: Array) -> Array:
@@ -128,7 +135,7 @@ class ResidualFlow(nnx.Module):
         """
         if self.classifier is None:
             raise ValueError("classes: expected a flow whose config has classes, got none")
-        with self._checked_input(x, are_data=True):
+        with self._checked_input(x, are_data=True) as x:
             return _logits(*nnx.split(self), x)
 
     def inverse(
@@ -142,20 +149,25 @@ class ResidualFlow(nnx.Module):
           return_status: whether to return the status as well.
 
         Returns:
-          x, or (x, `InverseStatus`) with fields [blocks, B] in the order of the flow. Without the status, a
-          solve that did not converge warns or raises as the solver says. Differentiable in any mode, by
+          x, or (x, `InverseStatus`) with fields [blocks, B] in the order of the flow. Without the status, an eager
+          call warns or raises where a solve did not converge, as the solver says; inside a compiled program x is then
+          the best guess, or NaN with on_failure="raise" (see `functional.inverse`). Differentiable in any mode, by
           the implicit function theorem. Behind a logit x may leave [0, 1] by alpha / (1 - 2 alpha).
 
         Raises:
-          ValueError: for a wrong rank, size or dtype, and for concrete values that are not finite.
+          ValueError: for a wrong rank, size or dtype, for concrete values that are not finite, if solver is none.
+          InverseError: from an eager call, if a solve did not converge and solver.on_failure is "raise".
         """
-        check_batch("z", z, (self.dim,))
+        z = as_float_batch("z", z, (self.dim,))
+        check_solver(solver)
         with checked("z", z, self.dtype):
-            x, status = _inverse(*nnx.split(self), z, solver)
-        if return_status:
-            return x, status
-        report_unconverged(_of_examples(status), "ResidualFlow.inverse", solver.on_failure)
-        return x
+            return self._invert(z, solver, return_status, "ResidualFlow.inverse")
+
+    def _invert(self, z: Array, solver: Solver, return_status: bool, what: str) -> Array | tuple[Array, InverseStatus]:
+        """`inverse` of a z that has been checked."""
+        rule, limits = solver.split(self.dtype)
+        x, status = _inverse(*nnx.split(self), z, rule, limits)
+        return (x, status) if return_status else reported(x, status, what, solver.on_failure)
 
     def log_prob(
         self,
@@ -174,15 +186,22 @@ class ResidualFlow(nnx.Module):
         log_prob = standard_normal_log_prob(z) + log_det
         return (log_prob, diagnostics) if return_diagnostics else log_prob
 
-    def sample(self, key: Array, number: int, *, solver: Solver = Anderson()) -> Array:
+    def sample(
+        self, key: Array, number: int, *, solver: Solver = Anderson(), return_status: bool = False
+    ) -> Array | tuple[Array, InverseStatus]:
         """Draws x [number, *event_shape]: z from N(0, I), then `inverse`; images are clipped to [0, 1].
 
-        Clipping moves the part of the density that the logit's alpha leaves outside of [0, 1].
+        Clipping moves the part of the density that the logit's alpha leaves outside of [0, 1]. With return_status,
+        (x, status) as of `inverse`; without, what does not converge is reported as there.
         """
+        check_key("key", key)
         check_count("number", number, 1)
+        check_solver(solver)
         z = jax.random.normal(key, (number, self.dim), self.dtype)
-        x = self.inverse(z, solver=solver)
-        return jnp.clip(x, 0, 1) if isinstance(self.config, ImageFlowConfig) else x
+        x, status = self._invert(z, solver, True, "")
+        if isinstance(self.config, ImageFlowConfig):
+            x = jnp.clip(x, 0, 1)
+        return (x, status) if return_status else reported(x, status, "ResidualFlow.sample", solver.on_failure)
 
     def sample_and_log_prob(
         self,
@@ -208,6 +227,7 @@ class ResidualFlow(nnx.Module):
         Raises:
           ValueError: for a number below 1, a bad estimator, and for a flow that pads x: its log p needs noise.
         """
+        check_key("key", key)
         check_count("number", number, 1)
         z_key, estimator_key = jax.random.split(key)
         z = jax.random.normal(z_key, (number, self.dim), self.dtype)
@@ -234,22 +254,24 @@ class ResidualFlow(nnx.Module):
           estimator: of the log-dets, as in `forward`.
           solver: of the inverse.
           return_diagnostics: whether to return the estimates' `Diagnostics` as well.
-          return_status: whether to return the `InverseStatus` of the solves, [blocks, B], as last; without it, a solve
-            that did not converge warns or raises as the solver says. In a program on several devices ask for it, and
-            do what is to be done by it: an error on one of them would leave the others waiting.
+          return_status: whether to return the `InverseStatus` of the solves, [blocks, B], as last; without it, what
+            does not converge is reported as by `inverse`: inside a compiled program it can only be NaN, or nothing.
 
         Raises:
           ValueError: for a wrong rank, size or dtype, a bad estimator, and for a flow that pads x: its log p needs
             noise.
         """
-        check_batch("z", z, (self.dim,))
+        z = as_float_batch("z", z, (self.dim,))
+        check_key("key", key, optional=True)
+        check_solver(solver)
         if self.config.padding:
             raise ValueError(f"padding: expected a flow without padding, got {self.config.padding}")
         graphdef, state = nnx.split(self)
-        x, log_det, diagnostics, status = _sample(graphdef, state, z, key, self._checked(estimator), solver)
-        if not return_status:
-            report_unconverged(_of_examples(status), "ResidualFlow.inverse_and_log_prob", solver.on_failure)
+        rule, limits = solver.split(self.dtype)
+        x, log_det, diagnostics, status = _sample(graphdef, state, z, key, self._checked(estimator), rule, limits)
         log_prob = standard_normal_log_prob(z.astype(self.dtype)) + log_det
+        if not return_status:
+            x, log_prob = reported((x, log_prob), status, "ResidualFlow.inverse_and_log_prob", solver.on_failure)
         return x, log_prob, *[diagnostics] * return_diagnostics, *[status] * return_status
 
     @property
@@ -267,7 +289,7 @@ class ResidualFlow(nnx.Module):
           ValueError: for fewer examples, as `forward` for x, without a logit for images outside [0, 1] too, and where
             statistics overflow the dtype; the flow is then left as it was.
         """
-        with self._checked_input(x, are_data=True):
+        with self._checked_input(x, are_data=True) as x:
             if x.shape[0] < 2:
                 raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
             state, is_finite = _initialize(*nnx.split(self), x)
@@ -278,7 +300,12 @@ class ResidualFlow(nnx.Module):
         nnx.update(self, state)
 
     def update_norms(
-        self, *, tolerance: float = 1e-3, residual_tolerance: float | None = None, max_iterations: int = 20
+        self,
+        *,
+        tolerance: float | Array = 1e-3,
+        residual_tolerance: float | Array | None = None,
+        max_iterations: int | Array = 20,
+        restart: bool = False,
     ) -> PowerIterationStatus:
         """Advances the power iteration of every linear layer, in place, warm-started.
 
@@ -286,14 +313,21 @@ class ResidualFlow(nnx.Module):
         `nnx.jit`. Before evaluation call `converge_norms`, which goes much further.
 
         Args:
-          tolerance: on the relative change of sigma; see `functional.norms.power_iteration`.
+          tolerance: on the relative change of sigma; see `functional.norms.power_iteration`. New values of this and
+            of the next two compile nothing new, and may be traced.
           residual_tolerance: on the residual; by default the square root of `tolerance`.
           max_iterations: cap on the iterations of each layer.
+          restart: whether a second chain makes sure that no layer's vectors miss its norm. Without it, what they lack
+            grows out from call to call.
 
         Returns:
           The status of the slowest layer: most iterations, largest residual, whether all converged.
+
+        Raises:
+          ValueError: for a tolerance that is not positive or a cap below one, unless it is traced.
         """
-        state, status = _update_norms(*nnx.split(self), tolerance, residual_tolerance, max_iterations)
+        settings = NormSettings.of(tolerance, residual_tolerance, max_iterations)
+        state, status = _update_norms(*nnx.split(self), settings, restart)
         nnx.update(self, state)
         return status
 
@@ -301,11 +335,13 @@ class ResidualFlow(nnx.Module):
         """Runs the power iteration of every linear layer far, in place; see `update_norms`.
 
         To a residual of 1e-5 or for 1000 iterations, which tells singular values apart that differ by
-        0.2 %; sigma is low by less than that. A RuntimeWarning is raised if a layer's residual stays
-        above 1e-2 (from a host callback under jit).
+        0.2 %; sigma is low by less than that. A second chain of each layer makes sure that its vectors miss
+        nothing. An eager call waits for the result, and raises a RuntimeWarning if a layer's residual stays above
+        1e-2. Inside a compiled program there is no warning: look at the status that it returns.
         """
-        status = self.update_norms(tolerance=1e-6, residual_tolerance=1e-5, max_iterations=1000)
-        jax.debug.callback(_warn_norms, status)
+        status = self.update_norms(**TIGHT._asdict(), restart=True)
+        if not isinstance(status.residual, jax.core.Tracer):
+            _warn_norms(status)
         return status
 
     def tighten(self) -> None:
@@ -337,7 +373,7 @@ class ResidualFlow(nnx.Module):
 
         To be called at every training step of a flow that has any; the log-density never does it.
         """
-        with self._checked_input(x):
+        with self._checked_input(x) as x:
             state = _update_statistics(*nnx.split(self), x)
         nnx.update(self, state)
 
@@ -347,18 +383,18 @@ class ResidualFlow(nnx.Module):
         check_estimator(estimator)
         return _with_rows(estimator, self.blocks)
 
-    def _checked_input(self, x: Array, *, are_data: bool = False) -> AbstractContextManager[None]:
-        """Checks the shape of x, and its values around a computation: that they may be a flow's input, or are data."""
-        check_batch("x", x, self.event_shape)
-        if x.shape[0] == 0:
-            raise ValueError(f"x: expected at least one example, got shape {x.shape}")
+    @contextmanager
+    def _checked_input(self, x: Any, *, are_data: bool = False) -> Iterator[Array]:
+        """x as an array of JAX, its values checked around a computation: they may be a flow's input, or are data."""
+        batch = as_float_batch("x", x, self.event_shape)
         dtype, domain = self.dtype, ANYWHERE
         if isinstance(self.config, ImageFlowConfig):
             if self.config.logit_alpha is not None:
                 domain = behind_logit(self.config.logit_alpha, dtype)
             elif are_data:  # without a logit samples may be anywhere
                 domain = UNIT_INTERVAL
-        return checked("x", x, dtype, domain)
+        with checked("x", x if isinstance(x, np.ndarray) else batch, dtype, domain):
+            yield batch
 
 
 def standard_normal_log_prob(z: Array) -> Array:
@@ -374,8 +410,11 @@ def _creator(config):
     @jax.jit
     def create(key):
         rngs = nnx.Rngs(key)
-        scales, emitted = build_scales(config, rngs)
-        static["graphdef"], state = nnx.split((nnx.List(scales), build_classifier(config, rngs)))
+        with deferred_norms():
+            scales, emitted = build_scales(config, rngs)
+        scales = List(scales)
+        update_norms(scales, TIGHT, restart=False)  # their vectors are random: they lack nothing
+        static["graphdef"], state = nnx.split((scales, build_classifier(config, rngs)))
         static["emitted"] = tuple(emitted)
         return state
 
@@ -388,14 +427,8 @@ def _warn_norms(status: PowerIterationStatus) -> None:
             f"power iteration: a layer is far from converged after {status.iterations} iterations; largest residual "
             f"{status.residual:.1e}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-
-
-def _of_examples(status: InverseStatus) -> InverseStatus:
-    """The status of whole examples [B] from that of every block: converged in all; the worst of what failed."""
-    failed = jnp.where(status.converged, 0, status.residual)
-    return status._replace(converged=status.converged.all(axis=0), residual=failed.max(axis=0))
 
 
 def _join(parts: list[Array]) -> Array:
@@ -433,7 +466,7 @@ def _forward(graphdef, state, x, key, estimator):
 
 
 def _forward_scales(flow, scales, x, key, estimator):
-    keys, estimators = split_key(key, len(scales)), split_estimator(estimator, scales)
+    keys, estimators = split_key(key, scales), split_estimator(estimator, scales)
     log_dets, diagnostics = [], []
 
     def apply(n, scale, x):
@@ -494,16 +527,16 @@ def _update_statistics(graphdef, state, x):
     return nnx.state(flow, nnx.BatchStat)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "solver"))
-def _inverse(graphdef, state, z, solver):
+@partial(jax.jit, static_argnames=("graphdef", "rule"))
+def _inverse(graphdef, state, z, rule, limits):
     flow = nnx.merge(graphdef, state)
-    return _inverse_scales(flow, flow.scales, z.astype(flow.dtype), solver)
+    return _inverse_scales(flow, flow.scales, z.astype(flow.dtype), rule.with_limits(limits))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "solver"))
-def _sample(graphdef, state, z, key, estimator, solver):
+@partial(jax.jit, static_argnames=("graphdef", "rule"))
+def _sample(graphdef, state, z, key, estimator, rule, limits):
     """x, log_det, diagnostics and status, without a way through x where a logit has rounded it to 0 or 1."""
-    flow = nnx.merge(graphdef, state)
+    flow, solver = nnx.merge(graphdef, state), rule.with_limits(limits)
     z = z.astype(flow.dtype)
     logit, *rest = flow.scales[0].bijectors
     if not isinstance(logit, Logit):
@@ -528,13 +561,8 @@ def _inverse_scales(flow, scales, z, solver):
     return x, join_blocks(statuses)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "tolerance", "residual_tolerance", "max_iterations"))
-def _update_norms(graphdef, state, tolerance, residual_tolerance, max_iterations):
+@partial(jax.jit, static_argnames=("graphdef", "restart"))
+def _update_norms(graphdef, state, settings, restart):
     flow = nnx.merge(graphdef, state)
-    statuses = map_linears(flow, lambda layer: layer.update_norm(tolerance, residual_tolerance, max_iterations))
-    slowest = PowerIterationStatus(
-        jnp.max(jnp.stack([jnp.max(s.iterations) for s in statuses])),
-        jnp.max(jnp.stack([jnp.max(s.residual) for s in statuses])),
-        jnp.all(jnp.stack([jnp.all(s.converged) for s in statuses])),
-    )
-    return nnx.state(flow), slowest
+    status = update_norms(flow, settings, restart)
+    return nnx.state(flow), status

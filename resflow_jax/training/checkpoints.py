@@ -4,8 +4,10 @@ A directory `checkpoints/STEP/` appears under its name only once it is complete,
 cut off leaves the earlier ones whole.
 """
 
+import json
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,14 @@ from orbax.checkpoint import checkpoint_managers
 
 from resflow_jax.models.certificate import Certificate
 from resflow_jax.training.step import TrainState
+
+# How tensorstore, by which orbax writes arrays, names what files and their stores refuse: a ValueError whose message
+# starts with the status, or that tells the error of the operating system.
+_OF_FILES = re.compile(
+    r"(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|NOT_FOUND|ABORTED|DEADLINE_EXCEEDED|DATA_LOSS"
+    r"|FAILED_PRECONDITION|UNKNOWN): |.*os_error_code=",
+    re.DOTALL,
+)
 
 
 class Checkpoints:
@@ -38,8 +48,13 @@ class Checkpoints:
                 ),
             ]
         )
-        options = ocp.CheckpointManagerOptions(preservation_policy=policies, best_fn=lowest, best_mode="min")
-        self._manager = ocp.CheckpointManager(Path(directory).resolve(), options=options)
+        # Where a directory cannot be made in the background, orbax's threads wait 20 minutes for it, at exit too.
+        here = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies, best_fn=lowest, best_mode="min", async_options=here
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "certificate": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(Path(directory).resolve(), options=options, item_handlers=handlers)
 
     @property
     def latest_step(self) -> int | None:
@@ -58,9 +73,13 @@ class Checkpoints:
 
         The arrays lie on one device or are global, as of `Placement.on_mesh`. Where the state was validated, with the
         loss, in any unit, and the certificate of its averaged and tightened flow; without a loss it is never the best.
+        Steps must rise. Nothing is written, and nothing lost, if the newest checkpoint is of this step and holds the
+        same state, loss and certificate already.
 
         Raises:
           OSError: if this or the one before cannot be written, as on a full disk; those before stay whole.
+          ValueError: if there is a checkpoint of this step, with other contents, or of a later one; nothing is written.
+          Exception: any other is not of the file system, and comes as it is.
         """
         metrics = None if validation_loss is None else {"loss": validation_loss}
         state = jax.tree.map(jnp.copy, state)  # the next step is donated the original while this is written
@@ -68,7 +87,9 @@ class Checkpoints:
         if certificate is not None:
             items["certificate"] = ocp.args.JsonSave(certificate.as_dict())
         with self._written():
-            self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
+            is_saved = self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
+        if not is_saved:
+            self._check_kept(state, metrics, certificate)
 
     def restore(self, step: int, like: TrainState, shardings: TrainState | None = None) -> TrainState:
         """The state saved at `step`, by however many devices.
@@ -104,12 +125,53 @@ class Checkpoints:
         with self._written():
             self._manager.wait_until_finished()
 
+    def _check_kept(self, state: TrainState, metrics: dict[str, float] | None, certificate: Certificate | None) -> None:
+        """Raises ValueError unless what orbax did not save is what the checkpoint of its step holds."""
+        self.wait()  # it may be the one that is being written
+        step, latest = int(state.step), self.latest_step
+        if step != latest:
+            raise ValueError(f"state: expected a step behind {latest}, the newest checkpoint, got {step}: not saved")
+        same = {
+            "loss": metrics is None or _is_same_json(metrics, self._manager.metrics(step)),
+            "certificate": certificate is None or _is_same_json(certificate.as_dict(), self._certificate(step)),
+            "state": self._holds(state),
+        }
+        if not all(same.values()):
+            others = " and ".join(name for name, is_same in same.items() if not is_same)
+            raise ValueError(
+                f"state: expected a step behind {step}, or what the checkpoint of step {step} holds, got another "
+                f"{others}: not saved"
+            )
+
+    def _holds(self, state: TrainState) -> bool:
+        """Whether the checkpoint of a state's step holds the same numbers, bit for bit or both NaN."""
+
+        def kinds(tree):
+            return sorted((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
+
+        step, arrays = int(state.step), _arrays_only(state)
+        if kinds(self._manager.item_metadata(step).state) != kinds(arrays):
+            return False  # reading would convert
+        try:
+            kept = self.restore(step, state, jax.tree.map(lambda leaf: leaf.sharding, state))
+        except ValueError:  # the arrays have other names
+            return False
+        return bool(_are_same(_arrays_only(kept), arrays))
+
+    def _certificate(self, step: int) -> dict[str, Any] | None:
+        items = self._manager.item_metadata(step)
+        return self.certificate(step) if "certificate" in items else None
+
     @contextmanager
     def _written(self) -> Iterator[None]:
-        """One kind of error for the many that orbax lets through where a file cannot be written."""
+        """One kind of error for the many by which orbax says that a file cannot be written; others come as they are."""
         try:
             yield
         except Exception as error:
+            with suppress(OSError):
+                self._manager.reload()  # it has forgotten those that the failed one was to replace
+            if not isinstance(error, OSError) and not (isinstance(error, ValueError) and _OF_FILES.match(str(error))):
+                raise
             directory = self._manager.directory
             raise OSError(f"checkpoints: could not write to {directory}; those before are whole. {error}") from error
 
@@ -124,3 +186,16 @@ class Checkpoints:
 def _arrays_only(state: TrainState) -> TrainState:
     """The state with the estimator's arrays alone: its settings belong to the config, not to a checkpoint."""
     return state._replace(estimator=jax.tree.leaves(state.estimator))
+
+
+@jax.jit
+def _are_same(tree: Any, other: Any) -> jax.Array:
+    """Whether all arrays are equal, NaN to NaN; a scalar that every process has."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    same = [jnp.all((a == b) | ((a != a) & (b != b))) for a, b in pairs]
+    return jnp.all(jnp.stack(same))
+
+
+def _is_same_json(given: Any, kept: Any) -> bool:
+    """Whether values are those of a JSON file, in which tuples are lists, and NaN is NaN."""
+    return json.dumps(given, sort_keys=True) == json.dumps(kept, sort_keys=True)

@@ -18,12 +18,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.data.images import check_quantized, dequantize
-from resflow_jax.functional.checks import check_count
-from resflow_jax.functional.estimators import Estimator, Exact, Roulette
+from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type
+from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.models.flow import ResidualFlow, standard_normal_log_prob
 from resflow_jax.training.parallel import divided, on_all_devices
-from resflow_jax.training.step import Loss
+from resflow_jax.training.placement import mesh_of
+from resflow_jax.training.step import Loss, optax_promotion
 
 Array = jax.Array
 
@@ -107,7 +108,8 @@ def _mean_loss(score: Score, log_det_weight: optax.Schedule | None) -> Loss:
     def loss(
         flow: ResidualFlow, batch: Array, key: Array, estimator: Estimator, step: Array
     ) -> tuple[Array, Diagnostics]:
-        weight = None if log_det_weight is None else log_det_weight(step)
+        with optax_promotion():
+            weight = None if log_det_weight is None else log_det_weight(step)
         x, scores, diagnostics = score(flow, batch, key, estimator, weight)
         return tend(flow, x, jnp.mean(scores)), diagnostics
 
@@ -157,7 +159,8 @@ def evaluate_bits_per_dim(
       batch_size: images at once.
       mesh: devices along the axis "data" that share each batch, which is rounded up to a multiple of their number;
         None for one device. The result is the same if it is one. It may have the devices of several processes, which
-        then call this with the same arguments and get the same result.
+        then call this with the same arguments and get the same result. A flow whose arrays are divided among devices,
+        as of `Placement.averaged_flow`, is evaluated where they lie, on the mesh of these.
 
     Raises:
       ValueError: unless the images are integers in {0..levels-1}, N > 0, draws and batch_size positive.
@@ -182,8 +185,13 @@ def image_bits_per_dim(
     """Bits/dim of each of the quantised images [N, H, W, C] in each draw, [draws, N]. Arguments, cost and errors as in
     `evaluate_bits_per_dim`, which returns their mean.
     """
+    _check_flow(flow)
+    check_count("levels", levels, 1)
     estimator = Roulette(exact_terms=8) if estimator is None else estimator
+    images = as_host_array("images", images, "an array of integers [N, H, W, C]")
     check_quantized("images", images, levels)
+    if images.shape[1:] != flow.event_shape:
+        raise ValueError(f"images: expected images {flow.event_shape}, those of the flow, got {images.shape[1:]}")
     return _scores(_bits_per_dim_of(levels), flow, images, key, estimator, draws, batch_size, mesh)
 
 
@@ -204,10 +212,18 @@ def vector_log_prob(
     Raises:
       ValueError: unless x is [N, D] with N > 0, draws and batch_size positive.
     """
+    _check_flow(flow)
     estimator = Exact() if estimator is None else estimator
+    x = as_host_array("x", x, "a float array [N, D]")
     if x.ndim != 2 or len(x) == 0:
         raise ValueError(f"x: expected vectors [N, D] with N > 0, got shape {x.shape}")
     return -_scores(_negative_log_prob, flow, x, key, estimator, draws, batch_size, mesh)
+
+
+def _check_flow(flow: ResidualFlow) -> None:
+    """Anything with the methods of a flow."""
+    if isinstance(flow, type) or not hasattr(flow, "log_prob"):
+        raise ValueError(f"flow: expected a ResidualFlow, got {flow!r}")
 
 
 def _scores(
@@ -221,11 +237,19 @@ def _scores(
     mesh: Mesh | None,
 ) -> np.ndarray:
     """The score of each of the examples [N, ...] in each draw, [draws, N]."""
+    check_key("key", key)
+    check_estimator(estimator)
     check_count("draws", draws, 1)
     check_count("batch_size", batch_size, 1)
-    number = len(examples)
     if mesh is not None:
-        flow, key, estimator = on_all_devices((flow, key, estimator), mesh)
+        check_type("mesh", mesh, Mesh)
+    number = len(examples)
+    divided_among = mesh_of(flow)
+    mesh = mesh if divided_among is None else divided_among
+    if mesh is not None:
+        key, estimator = on_all_devices((key, estimator), mesh)
+    if mesh is not None and divided_among is None:
+        flow = on_all_devices(flow, mesh)
     devices = 1 if mesh is None else mesh.size
     batch_size = devices * -(-min(batch_size, number) // devices)
     batches = -(-number // batch_size)
@@ -235,18 +259,20 @@ def _scores(
     for draw, draw_key in enumerate(jax.random.split(key, draws)):
         keys = jax.random.split(draw_key, batches)
         parts = [
-            _batch_scores(flow, b if mesh is None else divided(b, mesh), k, estimator, score, mesh)
+            _batch_scores(
+                flow, b if mesh is None else divided(b, mesh), k, estimator, score, mesh, divided_among is None
+            )
             for b, k in zip(np.split(padded, batches), keys, strict=True)
         ]
         scores[draw] = np.concatenate(jax.device_get(parts))
     return scores[:, :number]
 
 
-@partial(jax.jit, static_argnames=("score", "mesh"))
+@partial(jax.jit, static_argnames=("score", "mesh", "is_whole"))
 def _batch_scores(
-    flow: ResidualFlow, batch: Array, key: Array, estimator: Estimator, score: Score, mesh: Mesh | None
+    flow: ResidualFlow, batch: Array, key: Array, estimator: Estimator, score: Score, mesh: Mesh | None, is_whole: bool
 ) -> Array:
-    """The scores of one draw of a batch, [B]."""
+    """The scores of one draw of a batch, [B]; where the flow is divided, the compiler divides its products."""
 
     def scores(flow, batch, key, estimator):
         return score(flow, batch, key, estimator)[1]
@@ -254,8 +280,9 @@ def _batch_scores(
     if mesh is None:
         return scores(flow, batch, key, estimator)
     whole, shares = PartitionSpec(), PartitionSpec("data")
-    spread = jax.shard_map(scores, mesh=mesh, in_specs=(whole, shares, whole, whole), out_specs=shares)
-    found = spread(flow, batch, key, estimator)
+    if is_whole:
+        scores = jax.shard_map(scores, mesh=mesh, in_specs=(whole, shares, whole, whole), out_specs=shares)
+    found = scores(flow, batch, key, estimator)
     return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, whole))  # for every process to read
 
 

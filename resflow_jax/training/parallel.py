@@ -23,12 +23,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.functional.manual_axes import DATA_AXIS
+from resflow_jax.functional.manual_axes import batch_axes
 from resflow_jax.training.step import Gradient, Trainer, TrainState
 
 Array = jax.Array
 Step = Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Any]]]
 
+DATA_AXIS = "data"
 MODEL_AXIS = "model"
 Way = Literal["jit", "shard_map", "pmap"]
 WAYS = get_args(Way)
@@ -143,12 +144,24 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
 def _by_axis_of_shares(trainer: Trainer, shares: int) -> Callable[[TrainState, Array, Array], Gradient]:
     """`Trainer.gradient` with an axis of shares, along which the compiler divides, as it divides the kernels."""
     axis = _batch_axis(trainer)
-    apply = jax.vmap(trainer.gradient, (None, axis, None), None, axis_name=DATA_AXIS, spmd_axis_name=DATA_AXIS)
+    apply = jax.vmap(
+        _divided(trainer.gradient), (None, axis, None), None, axis_name=DATA_AXIS, spmd_axis_name=DATA_AXIS
+    )
 
     def gradient(state, batch, key):
         return apply(state, batch.reshape(*batch.shape[:axis], shares, -1, *batch.shape[axis + 1 :]), key)
 
     return gradient
+
+
+def _divided(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, told that its batch is divided along "data", where the types of arrays do not tell."""
+
+    def apply(*args):
+        with batch_axes(DATA_AXIS):
+            return function(*args)
+
+    return apply
 
 
 def shard_map_train_step(trainer: Trainer, mesh: Mesh) -> Step:
@@ -180,7 +193,7 @@ def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = Non
       donated.
     """
     return jax.pmap(
-        trainer.step,
+        _divided(trainer.step),
         axis_name=DATA_AXIS,
         in_axes=(0, 0, None),
         out_axes=(0, None),

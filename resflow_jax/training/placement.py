@@ -4,16 +4,22 @@ A process holds what its devices hold. Between steps the state has the form that
 evaluation have their own:
 
     whole, or global arrays --place--> as the step takes it --on_mesh--> global arrays, as they are saved
-    global arrays --local--> whole in each process, tied to no device, to evaluate
+    global arrays --local--> whole in each process, tied to no device
+    global arrays --averaged_flow, current_flow--> a flow, to evaluate
+
+Evaluation brings a flow's own arrays alone, none of the optimiser's. Where kernels are divided for their products, they
+stay divided; else one device of each process has them whole.
 """
 
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.functional.checks import check_choice
+from resflow_jax.models.flow import ResidualFlow
 from resflow_jax.training.parallel import (
     WAYS,
     Parameters,
@@ -120,21 +126,79 @@ class Placement:
         """The state as global arrays, as they are saved."""
         return unreplicate(state, self.mesh) if self.way == "pmap" else state
 
+    def averaged_flow(self, state: TrainState) -> ResidualFlow:
+        """The flow with the averaged parameters of a state as of `on_mesh`, its norms iterated to convergence.
+
+        Its arrays are whole, on one device of each process; with parameters "model" they are global and lie as those of
+        the state. Then all processes together call its methods, and `tightened` in place of its `tighten`.
+        """
+        return self.trainer.averaged_flow(self._to_evaluate(state._replace(params=None, opt_state=None)))
+
+    def current_flow(self, state: TrainState) -> ResidualFlow:
+        """The same with the parameters of the last step."""
+        return self.trainer.current_flow(self._to_evaluate(state._replace(ema=None, opt_state=None)))
+
+    def _to_evaluate(self, tree: Any) -> Any:
+        return tree if self.parameters == "model" else self.local(tree)
+
     def local(self, tree: Any) -> Any:
         """Global arrays, whole, and as little tied to a device as fresh ones are; others as they are.
 
-        Through the host: else every program that runs on them would be compiled once more.
+        Through the host: else every program that runs on them would be compiled once more. No device but the one that
+        they end on has more than one of them whole at a time.
         """
-        return jax.tree.map(_first_copy, gathered(tree, self.mesh))
+        return jax.tree.map(lambda leaf: jax.device_put(_on_host(leaf)) if _is_global(leaf) else leaf, tree)
 
 
-def gathered(tree: Any, mesh: Mesh) -> Any:
-    """The same arrays, those that are divided among devices whole on every one."""
-    if all(not isinstance(leaf, Array) or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
-        return tree
-    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+def tightened(flow: ResidualFlow) -> ResidualFlow:
+    """The flow, tightened (see `ResidualFlow.tighten`), with its arrays where they lay.
+
+    If they are divided among devices, the host tightens a copy of them all, which the certificate needs; no device but
+    the CPU holds it, where JAX has one. All processes call this together.
+    """
+    if mesh_of(flow) is None:
+        flow.tighten()
+        return flow
+    whole = on_host(flow)
+    whole.tighten()
+
+    def back(leaf, old):
+        return from_host(np.asarray(leaf), old.sharding) if _is_global(old) else old
+
+    graphdef, state = nnx.split(flow)
+    return nnx.merge(graphdef, jax.tree.map(back, nnx.state(whole), state))
 
 
-def _first_copy(leaf: Array) -> Array:
-    is_global = isinstance(leaf.sharding, NamedSharding)
-    return jax.device_put(np.array(leaf.addressable_data(0))) if is_global else leaf
+def on_host(flow: ResidualFlow) -> ResidualFlow:
+    """A copy of a flow whose arrays are global, whole on this process's CPU, or default device where JAX has no CPU."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = None
+    graphdef, state = nnx.split(flow)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: jax.device_put(_on_host(leaf), device), state))
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh among whose devices arrays are divided; None if none of them is."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_global(leaf) and not leaf.is_fully_replicated]
+    return leaves[0].sharding.mesh if leaves else None
+
+
+def _is_global(leaf: Any) -> bool:
+    return isinstance(leaf, Array) and isinstance(leaf.sharding, NamedSharding)
+
+
+def _on_host(leaf: Array) -> np.ndarray:
+    """An array, whole, in every process: from its parts, or where others have some of them by one gather."""
+    if not _is_global(leaf):
+        return np.array(leaf)
+    if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+    if leaf.is_fully_replicated:
+        return np.array(leaf.addressable_data(0))
+    whole = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index] = shard.data
+    return whole

@@ -1,6 +1,8 @@
 """Checkpoints: the latest and the best survive, and restore bit for bit."""
 
 import dataclasses
+import resource
+import threading
 
 import chex
 import jax
@@ -13,6 +15,7 @@ import resflow_jax as rf
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.step import TrainState
 
+ROULETTE = rf.Roulette()
 TABLE = jnp.asarray([[0.5, 0.1], [0.2, 0.2]])
 
 
@@ -24,10 +27,11 @@ BLOCK = rf.BlockCertificate(
 CERTIFICATE = rf.Certificate((BLOCK,), lipschitz=2.2, inverse_lipschitz=np.inf)
 
 
-def state(step, estimator):
+def state(step, estimator=ROULETTE, w=None):
     params = {"w": jnp.full((3,), float(step))}
     average = optax.ema(0.9).init(params)
-    return TrainState(jnp.asarray(step), params, {}, optax.adam(1e-3).init(params), average, estimator, average)
+    optimizer = optax.adam(1e-3).init(params)
+    return TrainState(jnp.asarray(step), params if w is None else {"w": w}, {}, optimizer, average, estimator, average)
 
 
 @pytest.mark.parametrize(
@@ -70,3 +74,118 @@ def test_what_cannot_be_written_says_where(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=rf"checkpoints: could not write to {tmp_path}; those before.*No space left"):
             checkpoints.save(state(2, rf.Roulette()), 2.0)
         assert int(checkpoints.restore(1, state(0, rf.Roulette())).step) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of writes that orbax gives up
+def test_files_that_are_too_large(tmp_path):
+    """What the operating system refuses to those that write in the background is told by the next call; all is whole.
+
+    Both latest and best stay known, as they are on disk.
+    """
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1), 3.0)
+        checkpoints.wait()
+        large = state(2, w=jax.random.normal(jax.random.key(0), (20_000,)))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match=f"could not write to {tmp_path}; .*File too large"):
+                checkpoints.save(large, 2.0)
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (checkpoints.latest_step, checkpoints.best_step) == (1, 1)
+        chex.assert_trees_all_equal(checkpoints.restore(1, state(0)), state(1))
+        checkpoints.save(large, 2.0)
+        checkpoints.wait()
+        assert (checkpoints.latest_step, checkpoints.best_step) == (2, 2)
+
+
+def test_a_directory_that_has_become_a_file(tmp_path):
+    """Python's own errors are named alike."""
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        (tmp_path / "checkpoints").rmdir()
+        (tmp_path / "checkpoints").write_text("mine")
+        with pytest.raises(OSError, match=r"checkpoints: could not write to .*Not a directory"):
+            checkpoints.save(state(1))
+    assert (tmp_path / "checkpoints").read_text() == "mine"
+    assert not [thread for thread in threading.enumerate() if "Signal" in type(thread).__name__], "threads that wait"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError("division"),
+        ValueError("w: expected floats"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),  # of a device
+    ],
+    ids=repr,
+)
+def test_other_errors_come_as_they_are(tmp_path, monkeypatch, error):
+    """A bug and what a device refuses are no matter of files."""
+
+    def fail(*arguments, **options):
+        raise error
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", fail)
+        with pytest.raises(type(error)) as caught:
+            checkpoints.save(state(1))
+        assert caught.value is error
+
+
+def test_an_error_of_the_background_comes_as_it_is(tmp_path, monkeypatch):
+    """What tensorstore cannot parse is no matter of files either; those before stay known."""
+    monkeypatch.setattr(jnp, "copy", lambda leaf: leaf)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1), 3.0)
+        checkpoints.wait()
+        checkpoints.save(state(2, w=np.array([object()])), 2.0)
+        with pytest.raises(ValueError, match='Unsupported data type: "object"'):
+            checkpoints.wait()
+        assert (checkpoints.latest_step, checkpoints.best_step) == (1, 1)
+
+
+def test_a_step_that_is_saved_already(tmp_path):
+    """The same once more is no loss, written by another process or still being written; NaN is NaN."""
+    same = state(3, rf.Roulette(rf.Fitted(TABLE)), w=jnp.asarray([1.0, jnp.nan, jnp.inf]))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(same, 3.0, CERTIFICATE)
+        checkpoints.save(same, 3.0, CERTIFICATE)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(same, 3.0, CERTIFICATE)
+        checkpoints.save(same)
+        assert checkpoints.latest_step == checkpoints.best_step == 3
+
+
+def test_what_would_not_be_saved_is_an_error(tmp_path):
+    """Each kind of difference from what the checkpoint of the step holds, and steps that are not the newest."""
+    first, new = state(3, rf.Exact()), dataclasses.replace(CERTIFICATE, lipschitz=9.0)
+    renamed = first._replace(params={"v": first.params["w"]})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(first, 3.0)
+        checkpoints.wait()
+        for other, loss, certificate, name in [
+            (first, 2.0, None, "loss"),
+            (first, 3.0, new, "certificate"),
+            (first._replace(params={"w": jnp.zeros(3)}), 3.0, None, "state"),
+            (first._replace(params={"w": jnp.full(3, 3.0, jnp.float32)}), 3.0, None, "state"),
+            (first._replace(params={"w": jnp.full(4, 3.0)}), 3.0, None, "state"),
+            (renamed, 3.0, None, "state"),
+            (renamed, 2.0, new, "loss and certificate and state"),
+        ]:
+            with pytest.raises(ValueError, match=f"state: expected .* step 3 .*, got another {name}: not saved"):
+                checkpoints.save(other, loss, certificate)
+        with pytest.raises(ValueError, match="expected a step behind 3, the newest checkpoint, got 2: not saved"):
+            checkpoints.save(state(2, rf.Exact()), 1.0)
+        chex.assert_trees_all_equal(checkpoints.restore(3, first), first)
+        assert checkpoints.best_step == 3
+
+
+def test_a_step_that_orbax_skips_for_another_reason(tmp_path, monkeypatch):
+    """Nothing of that step is there: it says so."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1), 3.0)
+        monkeypatch.setattr("orbax.checkpoint.CheckpointManager.should_save", lambda self, step: False)
+        with pytest.raises(ValueError, match="expected a step behind 1, the newest checkpoint, got 2: not saved"):
+            checkpoints.save(state(2), 2.0)
