@@ -109,7 +109,8 @@ def test_guards():
     guarded = lambda x: jnp.sum(x**2) + reverse_only({"x": x, "n": jnp.arange(2)}).astype(x.dtype)  # noqa: E731
     for wrap in (lambda f: f, jax.jit, lambda f: jax.jit(jax.vmap(f, axis_size=2, in_axes=None))):
         np.testing.assert_array_equal(wrap(guarded)(x), np.full_like(wrap(guarded)(x), 5))
-        np.testing.assert_array_equal(wrap(jax.grad(guarded))(x), np.zeros_like(wrap(jax.grad(guarded))(x)) + 2 * x)
+        gradient = np.asarray(wrap(jax.grad(guarded))(x))
+        np.testing.assert_array_equal(gradient, np.broadcast_to(2 * x, gradient.shape))
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(guarded, (x,), (x,))
     with pytest.raises(TypeError, match="forward-mode"):
