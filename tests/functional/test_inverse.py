@@ -106,7 +106,7 @@ def random_contraction(rng, lipschitz, dim):
     u, v = (jnp.asarray(np.linalg.qr(rng.normal(size=(dim, dim)))[0]) for _ in range(2))
     f = [jnp.tanh, jnp.sin, jnp.abs, lambda x: x, jax.nn.relu][rng.integers(5)]
     b = jnp.asarray(rng.normal(size=dim))
-    return lambda _, x: lipschitz * f(x @ v + b) @ u
+    return lambda _, x: lipschitz * f(x @ v + b[None]) @ u
 
 
 @every_solver
@@ -140,9 +140,9 @@ def iterations_of_all(lipschitz):
     skew = skew / np.linalg.norm(skew, 2)
     y = jnp.asarray(rng.normal(size=(32, 8)))
     problems = [
-        lambda c, x: c * (jnp.tanh(x @ q + 0.1) * spectrum) @ q.T,
+        lambda c, x: c * (jnp.tanh(x @ q + 0.1) * spectrum[None]) @ q.T,
         lambda c, x: c * jnp.tanh(x @ skew),
-        lambda c, x: c * (jnp.tanh(x @ q + 0.1) * spectrum) @ u,
+        lambda c, x: c * (jnp.tanh(x @ q + 0.1) * spectrum[None]) @ u,
     ]
     return [[with_status(g, lipschitz, y, solver=s)[1].iterations for g in problems] for s in SOLVERS.values()]
 
