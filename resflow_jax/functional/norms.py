@@ -171,25 +171,28 @@ def power_iteration(
     v = lax.stop_gradient(v)
     v = mixed_start(v, domain, residual_tolerance) if iterations is None else unit(v, domain)
     u = jax.eval_shape(matvec, v)
+    w = jax.eval_shape(rmatvec, u)
     chains = PowerIteration(infinity, jnp.zeros(u.shape, u.dtype), v, status)
     if restart:
         second = chains._replace(v=mixed_start(jnp.zeros_like(v), domain, residual_tolerance))
         chains = jax.tree.map(lambda *leaves: jnp.stack(leaves), chains, second)
     start = jnp.asarray(True), chains
-    start = vary_over(start, varying_axes((start, jax.eval_shape(step, start))))
+    start = vary_over(start, varying_axes((v, u, w, domain, codomain)))
     return judged(lax.while_loop(unfinished, step, start)[1])
 
 
 def check_settings(
     tolerance: float | Array, residual_tolerance: float | Array | None, max_iterations: int | Array
 ) -> None:
-    """Those of `power_iteration`: positive, at least one, or traced scalars. Raises ValueError."""
+    """Raises ValueError unless a `power_iteration` takes these: positive, the last at least one, or traced scalars."""
     settings = {"tolerance": tolerance, "residual_tolerance": residual_tolerance, "max_iterations": max_iterations}
     for name, value in settings.items():
+        if isinstance(value, Array) and value.shape:
+            raise ValueError(f"{name}: expected a scalar, got shape {value.shape}")
         if isinstance(value, jax.core.Tracer):
-            if value.shape:
-                raise ValueError(f"{name}: expected a scalar, got shape {value.shape}")
-        elif name == "max_iterations":
+            continue
+        value = value.item() if isinstance(value, Array) else value
+        if name == "max_iterations":
             check_count(name, value, 1)
         elif name == "tolerance" or value is not None:
             check_positive(name, value)

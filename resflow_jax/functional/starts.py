@@ -25,7 +25,7 @@ Array = jax.Array
 
 HIDDEN = 0.01  # how much larger, relatively, than the estimate a norm may be that `excludes_larger` lets pass
 _OVERLAP = 1 / 16  # a random unit vector of n numbers has a part of less than this / sqrt(n) once in twenty times
-_LARGEST_SHARE = 0.05
+_LARGEST_SHARE = 0.05  # of what is mixed in, however large the residual may be: a warm start stays one
 
 
 def unit(v: Array, order: Order) -> Array:
@@ -34,9 +34,9 @@ def unit(v: Array, order: Order) -> Array:
 
 
 def pseudo_random_direction(shape: tuple[int, ...], dtype: np.dtype) -> Array:
-    """Numbers of [-2, -1) and [1, 2), always the same ones for a shape: a hash of the index.
+    """Numbers in [-2, -1] and [1, 2], always the same ones for a shape: a hash of the index.
 
-    They are scattered, so that no symmetry of a map is theirs, and none is near zero. It costs a few integer
+    They are scattered, so that they share no symmetry of a map, and none is near zero. The hash costs a few integer
     operations a number, and less to compile than a draw from a generator.
     """
     x = lax.iota(np.uint32, math.prod(shape)) + np.uint32(0x9E3779B9)
@@ -49,8 +49,8 @@ def pseudo_random_direction(shape: tuple[int, ...], dtype: np.dtype) -> Array:
 def mixed_start(v: Array, order: Order, residual_tolerance: Array) -> Array:
     """The unit vector along v with a part of the fixed direction, about half as long as the residual may be.
 
-    Of a v that has converged, one iteration makes the part too small to be seen in the status. In a call after
-    the other such parts add up along every singular direction with a value above that of v. From zero, the direction.
+    Where v has converged, one iteration makes the part so small that the status is hardly affected. From call to call
+    such parts add up along every singular direction whose value is above that of v. A zero v gives the direction.
     """
     direction = pseudo_random_direction(v.shape, v.dtype)
     length = dual_map(v, order)[1]

@@ -277,7 +277,7 @@ class ResidualFlow(Module):
     @property
     def dtype(self) -> np.dtype:
         """The float dtype of the parameters."""
-        return jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype
+        return next(node for _, node in nnx.iter_graph(self) if isinstance(node, nnx.Param)).dtype  # of the first
 
     def initialize(self, x: Array) -> None:
         """Sets every ActNorm and running statistic from a batch x, in place, so that outputs are normalised.

@@ -219,6 +219,8 @@ def test_traced_settings_compile_once():
         np.testing.assert_allclose(result.sigma, expected.sigma, rtol=1e-12)
     with pytest.raises(ValueError, match=r"^tolerance: expected a scalar, got shape \(2,\)"):
         jitted(tolerance=jnp.ones(2))
+    with pytest.raises(ValueError, match=r"^residual_tolerance: expected a positive number, got -1.0"):
+        power_iteration(lambda v: v, lambda u: u, jnp.ones(2), residual_tolerance=jnp.asarray(-1.0))
 
 
 @pytest.mark.parametrize("restart", [False, True])

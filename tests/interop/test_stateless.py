@@ -1,5 +1,7 @@
 """Flows as pure functions of a dict: against the flow itself, and through what dicts go through."""
 
+from typing import get_type_hints
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ import pytest
 
 import resflow_jax as rf
 import resflow_jax.interop
+from resflow_jax.functional.norms import PowerIterationStatus
+from resflow_jax.interop import stateless
 from tests.interop.flows import bent
 
 CONFIG = rf.VectorFlowConfig(
@@ -65,6 +69,13 @@ def test_every_public_method_is_there(model, variables):
     z = model.apply(variables, "__call__", sample)
     np.testing.assert_allclose(model.apply(variables, "inverse", z), sample, atol=1e-9)
     assert rf.certify(model.bind(variables)).bounds.shape == (2,)
+
+
+def test_methods_that_change_a_flow_are_known_as_such():
+    """Those that return nothing, or how a power iteration ended: `apply` is to return their variables."""
+    returned = {name: get_type_hints(getattr(rf.ResidualFlow, name))["return"] for name in stateless.METHODS}
+    changing = {name for name, kind in returned.items() if kind in (type(None), PowerIterationStatus)}
+    assert changing == stateless.CHANGING
 
 
 def test_methods_that_change_a_flow_return_new_variables(model, variables):
