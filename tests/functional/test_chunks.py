@@ -37,7 +37,7 @@ def test_map_and_pullback(platform, number):
     weights = {"a": jnp.asarray(rng.normal(size=4))}
 
     def function(weights, x, other):
-        return jnp.sin(weights["a"] * x) * other
+        return jnp.sin(weights["a"][None] * x) * other
 
     out = chunks.map_chunks(lambda chunk: function(weights, *chunk), (x, others))
     expected, pullback = jax.vjp(lambda weights, x: function(weights, x, others), weights, x)
