@@ -72,7 +72,7 @@ def _conv(params, x):
 def _columns(linear_map, kernel):
     size = math.prod(linear_map.input_shape)
     basis = jnp.eye(size).reshape(size, *linear_map.input_shape)
-    return jax.vmap(lambda v: linear_map.matvec(kernel, v).ravel(), out_axes=1)(basis)
+    return jax.vmap(lambda v: linear_map.matvec(kernel.astype(basis.dtype), v).ravel(), out_axes=1)(basis)
 
 
 def dense_matrix(linear_map, kernel):
