@@ -28,7 +28,8 @@ from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.layers.bijector import Chain, join_blocks, split_estimator, split_key
 from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.elementwise import Logit
-from resflow_jax.layers.lipschitz import map_linears
+from resflow_jax.layers.lipschitz import TIGHT, NormSettings, deferred_norms, map_linears
+from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
 
@@ -59,7 +60,7 @@ class ResidualFlow(nnx.Module):
         self._emitted = static["emitted"]
         if has_mixed_norms(config):  # learned ones start at 2, where any start will do
             map_linears(self, lambda layer: layer.search_norm())
-        self.converge_norms()
+            self.converge_norms()
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -266,7 +267,12 @@ class ResidualFlow(nnx.Module):
         nnx.update(self, _initialize(*nnx.split(self), x))
 
     def update_norms(
-        self, *, tolerance: float = 1e-3, residual_tolerance: float | None = None, max_iterations: int = 20
+        self,
+        *,
+        tolerance: float | Array = 1e-3,
+        residual_tolerance: float | Array | None = None,
+        max_iterations: int | Array = 20,
+        restart: bool = False,
     ) -> PowerIterationStatus:
         """Advances the power iteration of every linear layer, in place, warm-started.
 
@@ -274,14 +280,21 @@ class ResidualFlow(nnx.Module):
         `nnx.jit`. Before evaluation call `converge_norms`, which goes much further.
 
         Args:
-          tolerance: on the relative change of sigma; see `functional.norms.power_iteration`.
+          tolerance: on the relative change of sigma; see `functional.norms.power_iteration`. New values of this and
+            of the next two compile nothing new, and may be traced.
           residual_tolerance: on the residual; by default the square root of `tolerance`.
           max_iterations: cap on the iterations of each layer.
+          restart: whether a second chain makes sure that no layer's vectors miss its norm. Without it, what they lack
+            grows out from call to call.
 
         Returns:
           The status of the slowest layer: most iterations, largest residual, whether all converged.
+
+        Raises:
+          ValueError: for a tolerance that is not positive or a cap below one, unless it is traced.
         """
-        state, status = _update_norms(*nnx.split(self), tolerance, residual_tolerance, max_iterations)
+        settings = NormSettings.of(tolerance, residual_tolerance, max_iterations)
+        state, status = _update_norms(*nnx.split(self), settings, restart)
         nnx.update(self, state)
         return status
 
@@ -289,11 +302,13 @@ class ResidualFlow(nnx.Module):
         """Runs the power iteration of every linear layer far, in place; see `update_norms`.
 
         To a residual of 1e-5 or for 1000 iterations, which tells singular values apart that differ by
-        0.2 %; sigma is low by less than that. A RuntimeWarning is raised if a layer's residual stays
-        above 1e-2 (from a host callback under jit).
+        0.2 %; sigma is low by less than that. A second chain of each layer makes sure that its vectors miss
+        nothing. An eager call waits for the result, and raises a RuntimeWarning if a layer's residual stays above
+        1e-2. Inside a compiled program there is no warning: look at the status that it returns.
         """
-        status = self.update_norms(tolerance=1e-6, residual_tolerance=1e-5, max_iterations=1000)
-        jax.debug.callback(_warn_norms, status)
+        status = self.update_norms(**TIGHT._asdict(), restart=True)
+        if not isinstance(status.residual, jax.core.Tracer):
+            _warn_norms(status)
         return status
 
     def tighten(self) -> None:
@@ -364,8 +379,11 @@ def _creator(config):
     @jax.jit
     def create(key):
         rngs = nnx.Rngs(key)
-        scales, emitted = build_scales(config, rngs)
-        static["graphdef"], state = nnx.split((nnx.List(scales), build_classifier(config, rngs)))
+        with deferred_norms():
+            scales, emitted = build_scales(config, rngs)
+        scales = nnx.List(scales)
+        update_norms(scales, TIGHT, restart=False)  # their vectors are random: they lack nothing
+        static["graphdef"], state = nnx.split((scales, build_classifier(config, rngs)))
         static["emitted"] = tuple(emitted)
         return state
 
@@ -378,7 +396,7 @@ def _warn_norms(status: PowerIterationStatus) -> None:
             f"power iteration: a layer is far from converged after {status.iterations} iterations; largest residual "
             f"{status.residual:.1e}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
@@ -516,13 +534,8 @@ def _inverse_scales(flow, scales, z, solver):
     return x, join_blocks(statuses)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "tolerance", "residual_tolerance", "max_iterations"))
-def _update_norms(graphdef, state, tolerance, residual_tolerance, max_iterations):
+@partial(jax.jit, static_argnames=("graphdef", "restart"))
+def _update_norms(graphdef, state, settings, restart):
     flow = nnx.merge(graphdef, state)
-    statuses = map_linears(flow, lambda layer: layer.update_norm(tolerance, residual_tolerance, max_iterations))
-    slowest = PowerIterationStatus(
-        jnp.max(jnp.stack([jnp.max(s.iterations) for s in statuses])),
-        jnp.max(jnp.stack([jnp.max(s.residual) for s in statuses])),
-        jnp.all(jnp.stack([jnp.all(s.converged) for s in statuses])),
-    )
-    return nnx.state(flow), slowest
+    status = update_norms(flow, settings, restart)
+    return nnx.state(flow), status
