@@ -49,11 +49,13 @@ def test_copies(name, way):
 def test_pickled_in_another_process(tmp_path):
     """What one process writes another reads, of the same numbers."""
     path = tmp_path / "flow.pickle"
-    program = (
-        "import pickle, sys, jax; jax.config.update('jax_enable_x64', True); "
-        "flow = pickle.load(open(sys.argv[1], 'rb')); "
-        "print(flow.config, float(sum(abs(leaf).sum() for leaf in jax.tree.leaves(__import__('flax').nnx.state(flow)))))"
-    )
+    program = """
+import pickle, sys, jax
+from flax import nnx
+jax.config.update("jax_enable_x64", True)
+flow = pickle.load(open(sys.argv[1], "rb"))
+print(flow.config, float(sum(abs(leaf).sum() for leaf in jax.tree.leaves(nnx.state(flow)))))
+"""
     flow = flow_named("plain")
     path.write_bytes(pickle.dumps(flow))
     out = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True).stdout

@@ -43,6 +43,7 @@ KEYS = {
 COUNTS = {"float": 2.0, "negative": -1, "zero": 0, "string": "2", "array": np.array([2]), "bool": True, "nan": NAN}
 ESTIMATORS = {"a class": rf.Exact, "a string": "exact", "a law": rf.Poisson()}
 SOLVERS = {"a class": rf.Anderson, "a string": "anderson", "None": None, "an estimator": rf.Exact()}
+FLAGS = {"string": "no", "None": None}
 NUMBERS = {"string": "a", "array": np.ones(2), "nan": NAN}
 DENSE, KERNEL = rf.DenseMap(3, 2), np.ones((3, 2))
 
@@ -230,9 +231,7 @@ def cases():
                 "padding_shift": {**NUMBERS, "None": None},
                 "norms": {"a number": 2, "strings": ("a",), "unknown": "xyz"},
                 "matmul_dtype": {"a dtype": jnp.bfloat16, "unknown": "float16"},
-                **dict.fromkeys(
-                    ("actnorm", "first_actnorm", "batchnorm", "learn_norms"), {"string": "no", "None": None}
-                ),
+                **{name: FLAGS for name in ("actnorm", "first_actnorm", "batchnorm", "learn_norms")},
             },
         ),
         (
@@ -243,7 +242,7 @@ def cases():
                 "blocks": {"a number": 1, "none": (), "strings": ("a",)},
                 "kernels": {"even": (2,), "a number": 3, "none": ()},
                 "logit_alpha": {**NUMBERS, "zero": 0, "half": 0.5},
-                **dict.fromkeys(("squeeze_first", "factor_out", "fully_connected"), {"string": "no", "None": None}),
+                **{name: FLAGS for name in ("squeeze_first", "factor_out", "fully_connected")},
             },
         ),
         (
