@@ -1,4 +1,4 @@
-"""What users run: float32, XLA as it comes, two CPU devices; in a process of its own, started by `tests/test_float32.py`.
+"""What users run: float32, XLA as it comes, two CPU devices; in a process that `tests/test_float32.py` starts.
 
 Collected with the tests in float64 there is nothing here.
 """

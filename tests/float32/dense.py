@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def network(dim=4, hidden=6, batch=3, norm=0.5):
-    """(params, x) in float64: g has a Lipschitz constant of at most `norm`."""
+def network(dim=4, batch=3, norm=0.5):
+    """(params, x) in float64; J is nearly symmetric, with eigenvalues near -norm, so that high terms matter."""
     rng = np.random.default_rng(0)
-    w, v = rng.normal(size=(dim, hidden)), rng.normal(size=(hidden, dim))
-    w, v = w / np.linalg.norm(w, 2), norm * v / np.linalg.norm(v, 2)
-    return {"w": w, "b": 0.3 * rng.normal(size=hidden), "v": v}, 0.5 * rng.normal(size=(batch, dim))
+    w = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+    v = norm * np.resize([-1.0, -0.9, -0.8, 1.0], dim)[:, None] * w.T
+    return {"w": w, "b": 0.2 * rng.normal(size=dim), "v": v}, 0.3 * rng.normal(size=(batch, dim))
 
 
 def g(params, x):

@@ -15,7 +15,7 @@ SOLVERS = [rf.Anderson(), rf.FixedPoint(), rf.Broyden()]
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
 def test_value_and_derivative(solver):
-    """x to 1e-5, and d(c . x) = (I + J)^-T c . (dy - dg), eagerly and compiled."""
+    """x to 1e-5, and d(c . x) = (I + J)^-T c . (dy - dg), whose solve leaves up to 1 / (1 - L) times 1e-5."""
     params, y = dense.single((PARAMS, Y))
     weights = np.sin(np.arange(X.size)).reshape(X.shape)
 
@@ -30,8 +30,8 @@ def test_value_and_derivative(solver):
     for function in (total, jax.jit(total)):
         (_, x), (of_params, of_y) = jax.value_and_grad(function, (0, 1), has_aux=True)(params, y)
         np.testing.assert_allclose(x, X, atol=1e-5)
-        np.testing.assert_allclose(of_y, adjoint, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(of_params["v"], -hidden.T @ adjoint, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(of_y, adjoint, rtol=1e-4, atol=2e-4)
+        np.testing.assert_allclose(of_params["v"], -hidden.T @ adjoint, rtol=1e-4, atol=2e-4)
 
 
 def test_status():
