@@ -18,6 +18,7 @@ over draws) and histograms.png.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
 from experiments import pictures
@@ -140,9 +142,15 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def auroc(test: np.ndarray, other: np.ndarray) -> float:
-    """The probability that an example of the other data has a larger loss than a test example; ties count half."""
+    """The probability that an example of the other data has a larger loss than a test example; ties count half.
+
+    NaN where it is not known: of no examples, or where a loss is NaN. Losses may be infinite.
+    """
+    losses = np.concatenate([test, other])
+    if not (len(test) and len(other)) or np.isnan(losses).any():
+        return math.nan
     labels = np.repeat([0, 1], [len(test), len(other)])
-    return float(roc_auc_score(labels, np.concatenate([test, other])))
+    return float(roc_auc_score(labels, rankdata(losses)))
 
 
 def reconstruction(flow: ResidualFlow, examples: Array) -> tuple[float, int]:

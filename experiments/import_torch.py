@@ -33,6 +33,7 @@ from resflow_jax.functional.checks import check_count
 from resflow_jax.interop.torch_checkpoints import flow_of, parts_of
 from resflow_jax.interop.torch_config import data_levels, estimator_from_args
 from resflow_jax.interop.torch_files import read_torch_file
+from resflow_jax.layers.elementwise import ActNorm
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.step import Trainer, TrainState
 
@@ -111,7 +112,17 @@ def imported_state(settings: RunConfig, raw: ResidualFlow, averaged: ResidualFlo
     decay = settings.optimizer.ema_decay
     trainer = Trainer(nnx.graphdef(raw), _no_loss, settings.optimizer.build(settings.steps), decay)
     state = trainer.create_state(raw, settings.estimator)
+    averaged = _with_constants_of(raw, averaged)
     return state._replace(ema=optax.EmaState(jnp.asarray(2**20), nnx.state(averaged, nnx.Param)))
+
+
+def _with_constants_of(flow: ResidualFlow, other: ResidualFlow) -> ResidualFlow:
+    """The other flow with the centers and deviations of the first, as a state has one of each: the same map."""
+    other = nnx.clone(other)
+    for (_, theirs), (_, ours) in zip(nnx.iter_modules(other), nnx.iter_modules(flow), strict=True):
+        if isinstance(theirs, ActNorm):
+            theirs.set_constants(ours.center[...], ours.deviation[...])
+    return other
 
 
 def _no_loss(*_):

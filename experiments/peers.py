@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from itertools import chain, zip_longest
 
 import jax
+import jax.numpy as jnp
 import normflows as nf
 import numpy as np
 import torch
@@ -153,11 +154,13 @@ def _converted(bijector: Bijector, pixel: tuple[int, ...], papers: bool) -> nf.f
     match bijector:
         case Logit():
             return nf.transforms.Logit(bijector.alpha)
-        case ActNorm() if bijector.bias.ndim == 1:
-            # y = (x + bias) * exp(log_scale), as the inverse of x = y * exp(s) + t; without data-dependent start
-            affine = nf.flows.AffineConstFlow((bijector.bias.size, *pixel))
-            affine.s = _parameter(-bijector.log_scale[...].reshape(affine.s.shape))
-            affine.t = _parameter(-bijector.bias[...].reshape(affine.t.shape))
+        case ActNorm() if bijector.shift.ndim == 1:
+            # y = (x - center) / d * exp(w) + shift, as the inverse of x = y * exp(s) + t; without data-dependent start
+            affine = nf.flows.AffineConstFlow((bijector.shift.size, *pixel))
+            s = jnp.log(bijector.deviation[...]) - bijector.log_scale[...]
+            affine.s = _parameter(s.reshape(affine.s.shape))
+            t = bijector.center[...] - bijector.shift[...] * jnp.exp(s)
+            affine.t = _parameter(t.reshape(affine.t.shape))
             return affine
         case Squeeze():
             return nf.flows.Squeeze()  # its channels are in our order

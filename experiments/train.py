@@ -388,7 +388,8 @@ def error_by_cause(data_stderr: float, noise_stderr: float) -> str:
     noise = (
         f"{noise_stderr:.4f} from noise" if math.isfinite(noise_stderr) else "of a single draw, so noise is not told"
     )
-    return f"{data_stderr:.4f} from the choice of examples, {noise}"
+    data = f"{data_stderr:.4f} from" if math.isfinite(data_stderr) else "not known is that from"
+    return f"{data} the choice of examples, {noise}"
 
 
 def draw_samples(flow: ResidualFlow, seed: int, number: int) -> tuple[Array, InverseStatus]:

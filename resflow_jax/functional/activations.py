@@ -17,12 +17,14 @@ An `Activation` takes its learnable parameters (a dict, empty for most) first.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_choice, check_order
 
 Array = jax.Array
@@ -60,6 +62,12 @@ class Activation:
     def __call__(self, params: dict[str, Array], x: Array) -> Array:
         return self.function(self.constrain(params, x.shape[-1]), x)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """One of `ACTIVATIONS` is pickled and copied by its name, and stays the same object."""
+        if ACTIVATIONS.get(self.name) is self:
+            return get_activation, (self.name,)
+        return super().__reduce_ex__(protocol)
+
     def constrain(self, params: dict[str, Array], channels: int) -> dict[str, Array]:
         """What `function` takes: softplus(beta) and sigmoid(alpha), the same for every x; each once a channel.
 
@@ -96,26 +104,28 @@ def lipswish(x: Array, beta: Array | float = 0.5) -> Array:
 # array a variable and recomputes nothing, and what belongs to a fixed b is never computed.
 @jax.custom_jvp
 def _swish(x: Array, b: Array) -> Array:
-    return x * jax.nn.sigmoid(b * x)
+    return x * jax.nn.sigmoid(trailing(b, x) * x)
 
 
 @jax.custom_jvp
 def _swish_slope(x: Array, b: Array) -> Array:
+    b = trailing(b, x)
     s = jax.nn.sigmoid(b * x)
     return s + (b * x) * (s * (1 - s))
 
 
 def _swish_jvp(primals, tangents):
     x, b = primals
-    s = jax.nn.sigmoid(b * x)
+    s = jax.nn.sigmoid(trailing(b, x) * x)
     return _swish(x, b), _along(tangents, lambda: _swish_slope(x, b), lambda: x * x * (s * (1 - s)))
 
 
 def _swish_slope_jvp(primals, tangents):
     x, b = primals
-    s = jax.nn.sigmoid(b * x)
-    curvature = s * (1 - s) * (2 + (b * x) * (1 - 2 * s))
-    return _swish_slope(x, b), _along(tangents, lambda: b * curvature, lambda: x * curvature)
+    factor = trailing(b, x)
+    s = jax.nn.sigmoid(factor * x)
+    curvature = s * (1 - s) * (2 + (factor * x) * (1 - 2 * s))
+    return _swish_slope(x, b), _along(tangents, lambda: factor * curvature, lambda: x * curvature)
 
 
 def _along(tangents, *derivatives):
@@ -164,6 +174,7 @@ def _clipswish(x: Array, b: Array) -> Array:
 
 
 def _leaky_lipswish(x: Array, a: Array, b: Array) -> Array:
+    a = trailing(a, x)
     return a * x + (1 - a) * _lipswish(x, b)
 
 

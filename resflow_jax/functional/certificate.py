@@ -30,6 +30,7 @@ import numpy as np
 from jax import lax
 
 from resflow_jax.functional.checks import check_count, check_order
+from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap, tap_windows
 
 Array = jax.Array
@@ -107,7 +108,7 @@ def gram_iteration_bound(linear_map: LinearMap, kernel: Array, iterations: int =
     """
     check_count("iterations", iterations, 0)
     _check_kernel(linear_map, kernel)
-    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    kernel = kernel.astype(wide_dtype(kernel.dtype))
     # The bound does not depend on the factors that are split off, so they carry no gradient.
     scale = lax.stop_gradient(jnp.max(jnp.abs(kernel)))
     size, kernel = _canonical(linear_map, kernel / jnp.where(scale > 0, scale, 1))
@@ -115,13 +116,15 @@ def gram_iteration_bound(linear_map: LinearMap, kernel: Array, iterations: int =
     waves = _waves(frequencies, kernel.shape[:2])
     real, imaginary = (jnp.asarray(part, kernel.dtype) for part in (waves.real, waves.imag))
     taps = kernel.reshape(len(waves[0]), -1)
-    response = _product(real, taps) + (1j * _product(imaginary, taps) if waves.imag.any() else 0)
+    response = _product(real, taps)
+    if waves.imag.any():
+        response = lax.complex(response, _product(imaginary, taps))
     response = response.reshape(-1, *kernel.shape[2:])
     gram = _product(response, response.conj().mT)
     log_scale = jnp.zeros(gram.shape[0], kernel.dtype)
     for _ in range(iterations):
         norm = lax.stop_gradient(jnp.sqrt(_squared_norm(gram)))
-        gram = gram / norm[:, None, None]
+        gram = gram / norm[:, None, None].astype(gram.dtype)
         gram, log_scale = _product(gram, gram), 2 * (log_scale + jnp.log(norm))
     log_bounds = (log_scale + jnp.log(_squared_norm(gram)) / 2) / 2 ** (iterations + 1)
     return scale * jnp.exp(jnp.min(jnp.max(log_bounds[tori], axis=1)))
@@ -138,6 +141,8 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _check_kernel(linear_map: LinearMap, kernel: Array | np.ndarray) -> None:
+    if not isinstance(linear_map, LinearMap):
+        raise ValueError(f"linear_map: expected a DenseMap or a ConvMap, got {linear_map!r}")
     expected = f"kernel: expected a float array {linear_map.kernel_shape}"
     if not hasattr(kernel, "dtype") or not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise ValueError(f"{expected}, got {getattr(kernel, 'dtype', type(kernel).__name__)}")

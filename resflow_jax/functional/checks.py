@@ -1,5 +1,6 @@
 """Checks of arguments: each raises a ValueError that names the argument, what was expected and what came."""
 
+import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -18,25 +19,50 @@ def as_float_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None
     Raises:
       ValueError: for anything but a float array of this shape; it says how to make one.
     """
-    shape = "..." if event_shape is None else ", ".join(map(str, event_shape))
-    expected = f"{name}: expected a float array [B, {shape}]"
+    x = _float_array(name, x, f"a float array [B, {_sizes(event_shape)}]")
+    if x.ndim < 1 or (event_shape is not None and x.shape[1:] != tuple(event_shape)):
+        raise ValueError(f"{name}: expected a float array [B, {_sizes(event_shape)}], got shape {x.shape}")
+    if x.shape[0] < least:
+        raise ValueError(f"{name}: expected at least one example, got shape {x.shape}")
+    return _of_jax(x)
+
+
+def as_float_array(name: str, x: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
+    """x as an array of JAX, of the given shape if there is one. Conversions and errors as of `as_float_batch`."""
+    x = _float_array(name, x, "a float array" if shape is None else f"a float array [{_sizes(shape)}]")
+    if shape is not None and x.shape != tuple(shape):
+        raise ValueError(f"{name}: expected a float array [{_sizes(shape)}], got shape {x.shape}")
+    return _of_jax(x)
+
+
+def as_host_array(name: str, x: Any, expected: str) -> jax.Array | np.ndarray:
+    """x, an array of NumPy or JAX of any dtype; masked arrays as their data, NumPy's in the machine's byte order.
+
+    Raises:
+      ValueError: for anything else, with `expected` in its message, and for masked values.
+    """
     if not isinstance(x, jax.Array | type) and hasattr(x, "__jax_array__"):  # as a variable of Flax
         x = x.__jax_array__()
     if not isinstance(x, jax.Array | np.ndarray | np.generic):
         is_data = isinstance(x, Sequence) or hasattr(x, "__array__")
         remedy = f"; pass jnp.asarray({name})" if is_data and not isinstance(x, str | bytes | type) else ""
-        raise ValueError(f"{expected}, got {type(x).__name__}{remedy}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{expected}, got dtype {x.dtype}{_remedy(name, x)}")
-    if x.ndim < 1 or (event_shape is not None and x.shape[1:] != tuple(event_shape)):
-        raise ValueError(f"{expected}, got shape {x.shape}")
-    if x.shape[0] < least:
-        raise ValueError(f"{name}: expected at least one example, got shape {x.shape}")
+        raise ValueError(f"{name}: expected {expected}, got {type(x).__name__}{remedy}")
     if isinstance(x, np.ma.MaskedArray):
         if np.ma.is_masked(x):
-            raise ValueError(f"{expected} without masked values, got {np.ma.count_masked(x)} masked values")
+            raise ValueError(f"{name}: expected {expected} without masked values, got {np.ma.count_masked(x)} of them")
         x = x.data
-    return x if isinstance(x, jax.Array) else _from_numpy(x)
+    return x if isinstance(x, jax.Array) or x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def _float_array(name: str, x: Any, expected: str) -> jax.Array | np.ndarray:
+    x = as_host_array(name, x, expected)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected {expected}, got dtype {x.dtype}{_remedy(name, x)}")
+    return x
+
+
+def _sizes(shape: tuple[int, ...] | None) -> str:
+    return "..." if shape is None else ", ".join(map(str, shape))
 
 
 def _remedy(name: str, x: jax.Array | np.ndarray) -> str:
@@ -48,12 +74,44 @@ def _remedy(name: str, x: jax.Array | np.ndarray) -> str:
     return f"; pass {name}.astype(jnp.float32)"
 
 
-def _from_numpy(x: np.ndarray) -> jax.Array:
-    """A copy, since NumPy's array may change while a program still reads it."""
-    if x.dtype.kind == "f":  # of any byte order; JAX knows none that is longer than float64
+def _of_jax(x: jax.Array | np.ndarray) -> jax.Array:
+    """NumPy's array as a copy, since it may change while a program still reads it."""
+    if isinstance(x, jax.Array):
+        return x
+    if x.dtype.kind == "f":  # JAX knows none that is longer than float64
         with np.errstate(over="ignore"):  # infinite then
             x = x.astype(jax.dtypes.canonicalize_dtype(np.dtype(f"f{min(x.dtype.itemsize, 8)}")))
     return jnp.array(np.asarray(x))
+
+
+def check_key(name: str, key: Any, *, optional: bool = False) -> None:
+    """One PRNG key, as of jax.random.key or jax.random.PRNGKey, or None if that is allowed; it may be traced."""
+    if optional and key is None:
+        return
+    if isinstance(key, jax.Array | np.ndarray):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            if key.shape == ():
+                return
+            raise ValueError(f"{name}: expected one PRNG key, got keys of shape {key.shape}; jax.vmap takes many")
+        if key.dtype == jnp.uint32 and key.shape == jax.eval_shape(jax.random.PRNGKey, 0).shape:
+            return
+        got = f"an array {key.dtype} {key.shape}"
+    else:
+        got = repr(key) if isinstance(key, Integral) else type(key).__name__
+    raise ValueError(f"{name}: expected a PRNG key, as of jax.random.key(0), got {got}")
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    """An instance of this class."""
+    if not isinstance(value, kind):
+        got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise ValueError(f"{name}: expected {kind.__name__}, got {got}")
+
+
+def check_callable(name: str, value: Any) -> None:
+    """A function."""
+    if not callable(value):
+        raise ValueError(f"{name}: expected a function, got {type(value).__name__}")
 
 
 def check_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None) -> None:
@@ -70,13 +128,13 @@ def check_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None) -
 
 def check_count(name: str, value: Any, least: int) -> None:
     """An integer of at least `least`."""
-    if not isinstance(value, Integral) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
-    """One of the given strings."""
-    if value not in choices:
+    """One of the given strings, or None if it is among them."""
+    if not (value is None or isinstance(value, str)) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}")
 
 
@@ -84,6 +142,12 @@ def check_open_interval(name: str, value: Any, low: float, high: float) -> None:
     """A number strictly between `low` and `high`."""
     if not isinstance(value, Real) or not low < value < high:
         raise ValueError(f"{name}: expected a number in ({low}, {high}), got {value!r}")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """A number, neither infinite nor NaN."""
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -175,6 +175,16 @@ def _correlate_aval(x, y, *, sides, matmul_dtype):
     return x.update(shape=(*sides, x.shape[3], y.shape[3]), weak_type=False)
 
 
+_STATIC = "sides", "reflected", "matmul_dtype"
+
+
+def _at_once(compiled, cpu, default, *arguments, **params):
+    """A primitive outside of any program; under jax.disable_jit `compiled` would be the primitive itself."""
+    if not jax.config.jax_disable_jit:
+        return compiled(*arguments, **params)
+    return (cpu if jax.default_backend() == "cpu" else default)(*arguments, **params)
+
+
 def _batch(cpu, default, arguments, axes, **params):
     """vmap of the lowerings themselves, which is fast where each example has a kernel of its own."""
     cpu, default = (jax.vmap(partial(lowering, **params), axes) for lowering in (cpu, default))
@@ -194,7 +204,7 @@ for _primitive, _cpu, _default, _aval in (
     (_conv2d_p, conv2d_matmul, conv2d_lax, _conv2d_aval),
     (_correlate_p, correlate_matmul, correlate_lax, _correlate_aval),
 ):
-    _primitive.def_impl(jax.jit(_primitive.bind, static_argnames=("sides", "reflected", "matmul_dtype")))
+    _primitive.def_impl(partial(_at_once, jax.jit(_primitive.bind, static_argnames=_STATIC), _cpu, _default))
     _primitive.def_abstract_eval(_aval)
     mlir.register_lowering(_primitive, mlir.lower_fun(_default, multiple_results=False))
     mlir.register_lowering(_primitive, mlir.lower_fun(_cpu, multiple_results=False), platform="cpu")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_count, check_open_interval, check_positive
 from resflow_jax.functional.laws import Fitted
 
@@ -59,7 +60,7 @@ def fit_lengths(
     def improve(_, table):
         variance = 1 + jnp.sum(norms / table, axis=-1, keepdims=True)
         cost = fixed_cost + jnp.sum(table, axis=-1, keepdims=True)
-        return jnp.clip(jnp.sqrt(norms * cost / variance), floor, 1.0)
+        return jnp.clip(jnp.sqrt(norms * cost / variance), trailing(floor, norms), 1.0)
 
     return Fitted(jax.lax.fori_loop(0, 200, improve, jnp.ones_like(norms)), lipschitz)
 
@@ -68,7 +69,9 @@ def _non_increasing(n: Array) -> Array:
     """The non-increasing sequence nearest to n [..., K] in least squares: min_{i<=k} max_{j>=k} mean(n_i..n_j)."""
     size = n.shape[-1]
     sums = jnp.concatenate([jnp.zeros_like(n[..., :1]), jnp.cumsum(n, axis=-1)], axis=-1)
-    i, j = jnp.arange(size)[:, None], jnp.arange(size)
-    means = (sums[..., None, 1:] - sums[..., :-1, None]) / jnp.maximum(j - i + 1, 1)
-    from_k = jax.lax.cummax(jnp.where(j >= i, means, -jnp.inf), axis=n.ndim, reverse=True)
-    return jnp.maximum(jnp.min(jnp.where(j >= i, from_k, jnp.inf), axis=-2), 0)
+    i, j = jnp.arange(size)[:, None], jnp.arange(size)[None]
+    means = sums[..., None, 1:] - sums[..., :-1, None]
+    means = means / trailing(jnp.maximum(j - i + 1, 1).astype(n.dtype), means)
+    is_range = trailing(j >= i, means)
+    from_k = jax.lax.cummax(jnp.where(is_range, means, -jnp.inf), axis=n.ndim, reverse=True)
+    return jnp.maximum(jnp.min(jnp.where(is_range, from_k, jnp.inf), axis=-2), 0)

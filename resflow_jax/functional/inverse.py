@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resflow_jax.functional.checks import as_float_batch
+from resflow_jax.functional.checks import as_float_batch, check_callable
 from resflow_jax.functional.iteration import InverseStatus, Solver, example_max, iterate, wide_dtype
 from resflow_jax.functional.solvers import Anderson
 from resflow_jax.functional.tracing import Traced, run, trace
@@ -67,6 +67,7 @@ def residual_inverse(
       ValueError: if y is not a float array with a batch axis, if g changes its shape or dtype, if solver is none.
       InverseError: in an eager call, if an example did not converge and `solver.on_failure` is "raise".
     """
+    check_callable("g", g)
     y = as_float_batch("y", y, least=0)
     check_solver(solver)
     traced, closed_over = trace(g, params, y)

@@ -152,9 +152,8 @@ class Defensive:
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws lengths, int32 of `shape`, inside or outside jit."""
-        choice_key, length_key = jax.random.split(key)
-        long = _uniform(choice_key, shape) < self.share
-        return _draw_geometric(_uniform(length_key, shape), jnp.where(long, self.tail_ratio(), 1 - self.p))
+        choice, length = _uniform(key, (2, *shape))
+        return _draw_geometric(length, jnp.where(choice < self.share, self.tail_ratio(), 1 - self.p))
 
     def survival(self, k: Array | int) -> Array:
         """P(N >= k), a float of k's shape; one for k <= 1."""

@@ -31,10 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resflow_jax.functional.checks import as_float_batch, check_count, check_open_interval
+from resflow_jax.functional.checks import as_float_batch, check_callable, check_count, check_key, check_open_interval
 from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chunks, split_chunks
 from resflow_jax.functional.derivatives import forward_only, reverse_only
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated, check_estimator
+from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.laws import Fitted, check_variance
 from resflow_jax.functional.manual_axes import example_keys, sum_alike, vary_alike, vary_over, varying_axes
 from resflow_jax.functional.probes import draw_probes
@@ -110,6 +111,10 @@ def residual(
         the key is missing, if the estimator is unknown, or for more orthogonal probes than dimensions.
     """
     estimator = Roulette() if estimator is None else estimator
+    check_callable("g", g)
+    if prepare is not None:
+        check_callable("prepare", prepare)
+    check_key("key", key, optional=True)
     check_estimator(estimator)
     x = as_float_batch("x", x)
     if lipschitz is not None:
@@ -257,7 +262,7 @@ class _Sums(NamedTuple):
         return _Sums(
             self.w + neumann_weight * term.w,
             self.value + value_weight * term.value,
-            self.norms + jnp.where(jnp.arange(1, DIAGNOSED_TERMS + 1) == k, norm, 0),
+            self.norms + jnp.where(jnp.arange(1, DIAGNOSED_TERMS + 1, dtype=jnp.int32) == k, norm, 0),
         )
 
 
@@ -382,8 +387,9 @@ def _exact(g, chunk_size, args, x):
     jacobian = rows.swapaxes(0, 1)
     # det(I + J) > 0: I + tJ is invertible for every t in [0, 1], since |tJ| < 1.
     matrices = jnp.eye(size, dtype=x.dtype)[None] + jacobian
+    matrices = matrices.astype(wide_dtype(x.dtype))  # LAPACK has no 16-bit floats
     log_det = lax.platform_dependent(matrices, cpu=partial(lax.map, _log_abs_det), default=_log_abs_det)
-    return x + g_x, log_det
+    return x + g_x, log_det.astype(x.dtype)
 
 
 def _log_abs_det(matrices):

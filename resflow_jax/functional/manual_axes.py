@@ -6,12 +6,15 @@ names the axes along which a batch is divided, and gradients are a device's own 
 axis is one of the batch, whatever its name: the lanes are independent.
 """
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from resflow_jax.functional.broadcasting import trailing
 
 Array = jax.Array
 
@@ -93,7 +96,31 @@ def mean_over_devices(tree: Any) -> Any:
 def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """Mean and variance of x over axes, that of its batch among them: of the whole batch where x is a share of it."""
     mean = mean_over_devices(jnp.mean(x, axes))
-    return mean, mean_over_devices(jnp.mean(jnp.square(x - mean), axes))
+    return mean, mean_over_devices(jnp.mean(jnp.square(x - trailing(mean, x)), axes))
+
+
+def standardization(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Center and deviation of x over leading axes, of any unit, with which (x - center) / deviation is standardised.
+
+    Mean and standard deviation of the whole batch, where x is a share of it. Nothing overflows or underflows on the
+    way: either is infinite only where it, or a difference of two numbers in x, is beyond the dtype. A deviation that
+    is within the rounding of x is replaced by the mean of |x|, or by 1 where x is zero. Neither has a derivative.
+    """
+    x = lax.stop_gradient(x)
+    number = math.prod(x.shape[axis] for axis in axes)
+
+    def mean(values: Array) -> Array:
+        return mean_over_devices(jnp.sum(values / number, axes, keepdims=True))
+
+    center, size = mean(x), mean(jnp.abs(x))
+    center += mean(x - center)  # what a sum of very many numbers has lost
+    distance = x - center
+    unit = mean(jnp.abs(distance))
+    ratio = distance / jnp.where(unit > 0, unit, 1)
+    deviation = unit * jnp.sqrt(mean(jnp.square(ratio)))
+    is_constant = deviation <= 2 * float(jnp.finfo(x.dtype).eps) * size
+    deviation = jnp.where(is_constant, jnp.where(size > 0, size, 1), deviation)
+    return jnp.squeeze(center, axes), jnp.squeeze(deviation, axes)
 
 
 def sum_alike(cotangents: Any, primals: Any) -> Any:

@@ -34,8 +34,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_count, check_order, check_positive
 from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.functional.manual_axes import vary_over, varying_axes
+from resflow_jax.functional.starts import excludes_larger, mixed_start, unit
 from resflow_jax.functional.vector_norms import Order, conjugate, dual_map, is_order, positive, vector_norm
 
 Array = jax.Array
@@ -46,13 +49,13 @@ class PowerIterationStatus(NamedTuple):
     """How a power iteration ended. Scalars, or stacked under vmap.
 
     Attributes:
-      iterations: pairs of products (W v, W^T u) done.
+      iterations: pairs of products (W v, W^T u) done; both chains of a restart do so many.
       residual: distance from stationarity at the last iterate before the final v. For domain 2 it is
         |W^T u - sigma v| / sigma; for 2 -> 2 there is a singular value within residual * sigma of
-        sigma, and it is the largest one unless the start was orthogonal to its vector. For other
-        orders it is such that residual^2 is about twice the gap in Holder's inequality <W^T u, v> <=
-        ||W^T u||_{p*} ||v||_p, relative to sigma (for domains 1 and inf the gap itself).
-      converged: whether the tolerances on sigma and on the residual were both met.
+        sigma. For other orders it is such that residual^2 is about twice the gap in Holder's inequality
+        <W^T u, v> <= ||W^T u||_{p*} ||v||_p, relative to sigma (for domains 1 and inf the gap itself).
+      converged: whether the tolerances on sigma and on the residual were both met and, with `restart`,
+        the second chain excludes a 2 -> 2 norm more than 1 % above sigma (see `functional.starts`).
     """
 
     iterations: Array
@@ -76,10 +79,11 @@ def power_iteration(
     *,
     domain: Order = 2.0,
     codomain: Order = 2.0,
-    tolerance: float = 1e-3,
-    residual_tolerance: float | None = None,
-    max_iterations: int = 200,
+    tolerance: float | Array = 1e-3,
+    residual_tolerance: float | Array | None = None,
+    max_iterations: int | Array = 1000,
     iterations: int | None = None,
+    restart: bool = True,
 ) -> PowerIteration:
     """Estimates ||W||_{domain -> codomain}, by default the largest singular value, warm-started at v.
 
@@ -91,35 +95,47 @@ def power_iteration(
     long vectors of a convolution. For 2 -> 2 sigma errs by about residual^2 / (relative gap of the
     spectrum): a crowded spectrum, as of wide convolutions, asks for a tolerance of 1e-6 or less.
 
+    A map with a symmetry keeps some v in a subspace for ever, in which sigma is too small. Two measures are against
+    it, neither of them random: results depend on the arguments alone.
+
+    1. A fixed direction, the hash of each index, is mixed into v, with half of `residual_tolerance` as its length.
+       From call to call, as in training, what v lacks grows out of it.
+    2. With `restart` a second chain starts from that direction alone, beside the first in the same loop. The result is
+       that of the larger sigma; the loop goes on until the second chain excludes a norm more than 1 % above.
+
     Args:
       matvec: v -> W v, linear.
       rmatvec: u -> W^T u, its transpose.
-      v: start vector of matvec's input shape, not orthogonal to the leading one; need not be unit.
+      v: start vector of matvec's input shape; need not be unit. From zero it starts at the fixed direction.
       domain: order p of the norm of v, from one to infinity; an array strictly inside.
       codomain: order q of the norm of W v, likewise.
-      tolerance: bound on the relative change of sigma.
+      tolerance: bound on the relative change of sigma; may be traced, like the next two.
       residual_tolerance: bound on the residual; by default the square root of `tolerance`.
       max_iterations: cap on the iterations; reaching it shows as `converged` False.
-      iterations: if given, exactly this many iterations are run and the status only reports.
+      iterations: if given, exactly this many plain iterations from v are run, with nothing mixed in and without
+        restart. The status only reports, and knows nothing of what v lacks.
+      restart: whether the second chain runs. Products are with two vectors at a time then, and a crowded spectrum takes
+        some hundred iterations, even from a v that has converged.
 
     Returns:
-      `PowerIteration(sigma, u, v, status)`; where W is zero u is zero and v stays. Not differentiable
-      by itself: pass u and v to `spectral_norm`.
+      `PowerIteration(sigma, u, v, status)`; where W is zero u is zero and v stays the start. Not differentiable
+      by itself: pass u and v to `spectral_norm`. A sigma that is not finite ends the loop, `converged` False.
 
     Raises:
-      ValueError: if a tolerance is not positive, a count is below one or an order is below one.
+      ValueError: if a tolerance is not positive, a count is below one or an order is below one; values of traced
+        settings are not checked.
     """
     check_order("domain", domain)
     check_order("codomain", codomain)
-    check_positive("tolerance", tolerance)
-    if residual_tolerance is None:
-        residual_tolerance = tolerance**0.5
-    check_positive("residual_tolerance", residual_tolerance)
-    cap, name = (max_iterations, "max_iterations") if iterations is None else (iterations, "iterations")
-    check_count(name, cap, 1)
+    check_settings(tolerance, residual_tolerance, max_iterations)
+    if iterations is not None:
+        check_count("iterations", iterations, 1)
+    restart = restart and iterations is None
+    tolerance = jnp.asarray(tolerance, v.dtype)
+    residual_tolerance = jnp.sqrt(tolerance) if residual_tolerance is None else jnp.asarray(residual_tolerance, v.dtype)
+    cap = max_iterations if iterations is None else iterations
 
-    def step(state: tuple[Array, PowerIteration]) -> tuple[Array, PowerIteration]:
-        old = state[1]
+    def advance(old: PowerIteration) -> PowerIteration:
         u, sigma_half = dual_map(matvec(old.v), codomain)
         w = rmatvec(u)
         v_new, sigma = dual_map(w, conjugate(domain))
@@ -127,29 +143,68 @@ def power_iteration(
         residual = _residual(w, old.v, sigma_half, v_new, sigma, domain)
         change = jnp.abs(sigma - old.sigma) / positive(sigma)
         converged = (change <= tolerance) & (residual <= residual_tolerance)
-        status = PowerIterationStatus(old.status.iterations + 1, residual, converged)
-        return ~converged, PowerIteration(sigma, u, v_new, status)
+        return PowerIteration(sigma, u, v_new, PowerIterationStatus(old.status.iterations + 1, residual, converged))
+
+    def judged(chains: PowerIteration) -> PowerIteration:
+        """The result so far: of two chains that of the larger sigma, converged only where the second lets it be."""
+        if not restart:
+            return chains
+        first, second = (jax.tree.map(lambda leaf, n=n: leaf[n], chains) for n in (0, 1))
+        best = jax.tree.map(partial(jnp.where, second.sigma > first.sigma), second, first)
+        status = best.status
+        settled = excludes_larger(second.sigma, second.status.residual, status.iterations, v.size, best.sigma)
+        return best._replace(status=status._replace(converged=status.converged & settled))
+
+    def step(state: tuple[Array, PowerIteration]) -> tuple[Array, PowerIteration]:
+        chains = (jax.vmap(advance) if restart else advance)(state[1])
+        result = judged(chains)
+        return ~result.status.converged & jnp.isfinite(result.sigma), chains
 
     def unfinished(state: tuple[Array, PowerIteration]) -> Array:
-        running, result = state
-        below_cap = result.status.iterations < cap
+        running, chains = state
+        below_cap = chains.status.iterations.ravel()[0] < cap
         return below_cap & running if iterations is None else below_cap
 
-    v = lax.stop_gradient(v / positive(dual_map(v, domain)[1]))
-    u_like = jax.eval_shape(matvec, v)
+    # The first step cannot meet the test on the change of sigma: it starts from infinity.
     infinity = jnp.asarray(jnp.inf, v.dtype)
     status = PowerIterationStatus(jnp.asarray(0), infinity, jnp.asarray(False))
-    start = PowerIteration(infinity, jnp.zeros(u_like.shape, u_like.dtype), v, status)
-    # The first step cannot meet the test on the change of sigma: it starts from infinity.
-    return lax.while_loop(unfinished, step, (jnp.asarray(True), start))[1]
+    v = lax.stop_gradient(v)
+    v = mixed_start(v, domain, residual_tolerance) if iterations is None else unit(v, domain)
+    u = jax.eval_shape(matvec, v)
+    w = jax.eval_shape(rmatvec, u)
+    chains = PowerIteration(infinity, jnp.zeros(u.shape, u.dtype), v, status)
+    if restart:
+        second = chains._replace(v=mixed_start(jnp.zeros_like(v), domain, residual_tolerance))
+        chains = jax.tree.map(lambda *leaves: jnp.stack(leaves), chains, second)
+    start = jnp.asarray(True), chains
+    start = vary_over(start, varying_axes((v, u, w, domain, codomain)))
+    return judged(lax.while_loop(unfinished, step, start)[1])
+
+
+def check_settings(
+    tolerance: float | Array, residual_tolerance: float | Array | None, max_iterations: int | Array
+) -> None:
+    """Raises ValueError unless a `power_iteration` takes these: positive, the last at least one, or traced scalars."""
+    settings = {"tolerance": tolerance, "residual_tolerance": residual_tolerance, "max_iterations": max_iterations}
+    for name, value in settings.items():
+        if isinstance(value, Array) and value.shape:
+            raise ValueError(f"{name}: expected a scalar, got shape {value.shape}")
+        if isinstance(value, jax.core.Tracer):
+            continue
+        value = value.item() if isinstance(value, Array) else value
+        if name == "max_iterations":
+            check_count(name, value, 1)
+        elif name == "tolerance" or value is not None:
+            check_positive(name, value)
 
 
 def best_start(matvec: LinearFunction, rmatvec: LinearFunction, starts: Array, **settings) -> PowerIteration:
     """The `power_iteration` that ends highest among those from starts [n, *input shape]; same settings.
 
     Random starts miss the global maximum rarely for tiny maps and more often for larger ones, and 2 -> 1
-    and inf -> q more often than orders in between.
+    and inf -> q more often than orders in between. Without `restart`, unless it is asked for.
     """
+    settings = {"restart": False, **settings}
     results = jax.vmap(lambda v: power_iteration(matvec, rmatvec, v, **settings))(starts)
     best = jnp.argmax(results.sigma)
     return jax.tree.map(lambda leaf: leaf[best], results)
@@ -211,7 +266,7 @@ def order_loss(linear_map: LinearMap, kernel: Array, v: Array, domain: Order, co
 
 def soft_normalize(kernel: Array, sigma: Array, coefficient: float) -> Array:
     """kernel * min(1, coefficient / sigma): norm at most `coefficient` if sigma, as of `channel_norms`, is exact."""
-    return kernel / jnp.maximum(1.0, sigma / coefficient)
+    return kernel / trailing(jnp.maximum(1.0, sigma / coefficient), kernel)
 
 
 def _residual(w: Array, v: Array, sigma: Array, v_next: Array, sigma_next: Array, domain: Order) -> Array:

@@ -4,6 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from resflow_jax.functional.iteration import wide_dtype
 
 Array = jax.Array
 
@@ -26,10 +29,18 @@ def draw_probes(probe: str, probes: int, keys: Array, x: Array) -> Array:
 
     def draw(key):
         if probe == "rademacher":
-            return jax.random.rademacher(key, (probes, *event), x.dtype)
+            return _signs(key, probes * dim, x.dtype).reshape(probes, *event)
         if probe == "gaussian":
             return jax.random.normal(key, (probes, *event), x.dtype)
-        columns = jnp.linalg.qr(jax.random.normal(key, (dim, probes), x.dtype))[0]
-        return math.sqrt(dim) * columns.T.reshape(probes, *event)
+        # LAPACK has no 16-bit floats
+        columns = jnp.linalg.qr(jax.random.normal(key, (dim, probes), wide_dtype(x.dtype)))[0]
+        return (math.sqrt(dim) * columns.T.reshape(probes, *event)).astype(x.dtype)
 
     return jax.vmap(draw, out_axes=1)(keys).reshape(probes * x.shape[0], *event)
+
+
+def _signs(key: Array, number: int, dtype: np.dtype) -> Array:
+    """Independent signs +-1 [number], one for each random bit: 32 times less to draw than with a word for each."""
+    words = jax.random.bits(key, (-(-number // 32), 1), jnp.uint32)
+    bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+    return (2 * bits.reshape(-1)[:number].astype(jnp.int32) - 1).astype(dtype)

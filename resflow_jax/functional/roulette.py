@@ -31,7 +31,8 @@ def term_weight(law: Law, lengths: Array, exact_terms: int, k: Array | int) -> A
       A scalar whose expectation is one; zero beyond m + max_i N_i.
     """
     j = jnp.asarray(k) - exact_terms
-    return jnp.mean((lengths >= j) / law.survival(j))
+    survival = law.survival(j)
+    return jnp.mean((lengths >= j).astype(survival.dtype) / survival)
 
 
 def length_cap(law: Law, probability: float = 2.0**-24, limit: int = 4096) -> int:

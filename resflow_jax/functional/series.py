@@ -82,7 +82,7 @@ class MinimalResidual:
 
     def start(self, v: Array) -> _Krylov:
         zero = jnp.zeros_like(v)
-        nodes, _ = _quadrature(v.dtype)
+        nodes = _quadrature(v.dtype)[0][None]
         ones = jnp.ones((v.shape[0], nodes.size), v.dtype)
         return _Krylov(v, zero, zero, ones, 0 * ones, 0 * ones, dot(v, v)[..., None] / (1 + nodes))
 
@@ -102,7 +102,7 @@ class MinimalResidual:
         term = -_along(a, r) * mp  # w_k + r_k - (w_{k-1} + r_{k-1})
         r = r - _along(a, r) * p + term
 
-        nodes, weights = _quadrature(v.dtype)
+        nodes, weights = (part[None] for part in _quadrature(v.dtype))
         a, b = a[..., None], b[..., None]
         sigma, kappa = 1 + b * state.sigma, b * state.kappa  # P_n(-s) / R_n(-s); the cross term / R_n(-s)
         q = 1 / (1 + a * nodes * sigma)  # R_n(-s) / R_{n+1}(-s)

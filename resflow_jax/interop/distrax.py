@@ -35,14 +35,18 @@ def bijector(
       value, gradient = nnx.value_and_grad(loss)(flow, x, key)
 
     Randomness: one key for the bijector's life, so that all its log-dets are deterministic functions (common random
-    numbers). Each example of a batch has its own noise, but under `jax.vmap`, which `distrax.Transformed.sample` and
-    `sample_and_log_prob` use, all examples share theirs. Unbiased over keys: train with a new one each step.
+    numbers), each unbiased over keys: train with a new one each step. Example n of a batch has noise of its own, by its
+    number. Under `jax.vmap`, which `distrax.Transformed.sample_and_log_prob` uses, all examples share that of number 0.
+    So `log_prob` of a batch of samples differs by noise from what came with them, and `jax.vmap(log_prob)` gives it
+    again; with `Exact` all agree.
 
     Args:
       flow: one without padding, which is no bijection.
       key: PRNG key of the log-det's estimates; not needed by `Exact`.
       estimator: as in `ResidualFlow.forward`, `Roulette()` by default.
-      solver: of z -> x. Where it does not converge, it warns or raises, also under jit, as the solver says.
+      solver: of z -> x. Where it does not converge, an eager call warns or raises, as the solver's `on_failure` says.
+        Inside jit and vmap, and so in `distrax.Transformed.sample`, x is then the best guess ("warn") or NaN ("raise").
+        Derivatives of such a solve are NaN.
 
     Raises:
       ValueError: for a flow with padding, an unknown estimator, and a missing key; of its methods, for wrong shapes and

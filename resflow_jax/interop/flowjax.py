@@ -7,6 +7,10 @@ flowjax's `transform` makes samples and its `inverse` takes data, so `FlowBiject
 `ResidualFlow.forward`. flowjax maps one event at a time, without randomness of its own, and vmaps: with a fixed key an
 estimate's noise would be the same in every example and step, and training would fit it. `Exact()` is the default here;
 it takes D vjps of each g, and suits the low dimensions that flowjax is for.
+
+Its distributions vmap even in eager calls, and nothing can be said from inside of a vmap: where a solve does not
+converge, the event is then the best guess with a solver of on_failure="warn", and NaN with "raise". A method called
+eagerly by itself warns or raises. Derivatives of a solve that did not converge are NaN.
 """
 
 from collections.abc import Callable
@@ -42,15 +46,15 @@ class FlowBijection(AbstractBijection):
 
     The flow's parameters are trainable leaves. Power-iteration vectors, running statistics and constants are
     `paramax.NonTrainable`; as nothing in flowjax's loops would advance the vectors, every evaluation does, from where
-    they were when the bijection was made to the present parameters. A fit that goes far may need more than
-    `max_iterations` for that: `FlowBijection(bijection.to_flow())` starts the next fit from converged ones.
+    they were when the bijection was made to the present parameters. `FlowBijection(bijection.to_flow())` starts the
+    next fit from converged ones.
 
     Attributes:
       params: `nnx.Param` of the flow.
       rest: its other variables.
       key, estimator: of the log-det; see the module's head.
-      solver: of z -> x. Where it does not converge, it warns or raises as it says.
-      max_iterations: cap on the power iterations of an evaluation.
+      solver: of z -> x. For what does not converge see the module's head.
+      max_iterations: cap on the power iterations of an evaluation, which ends earlier where they converge.
       shape: of x.
     """
 
@@ -71,7 +75,7 @@ class FlowBijection(AbstractBijection):
         *,
         estimator: Estimator = _EXACT,
         solver: Solver = Anderson(),
-        max_iterations: int = 20,
+        max_iterations: int = 200,
     ):
         """Takes the flow as it is now.
 
@@ -88,8 +92,16 @@ class FlowBijection(AbstractBijection):
         self.max_iterations = max_iterations
         self.shape = flow.event_shape
 
+    def transform(self, x: Array, condition: Array | None = None) -> Array:
+        bijection, x = _unwrapped(self, x)
+        return bijection._sampling().generate(x.reshape(-1))
+
     def transform_and_log_det(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
         return self._sampling().generate_and_log_det(x.reshape(-1))
+
+    def inverse(self, y: Array, condition: Array | None = None) -> Array:
+        bijection, y = _unwrapped(self, y)
+        return bijection._sampling().encode(y).reshape(self.shape)
 
     def inverse_and_log_det(self, y: Array, condition: Array | None = None) -> tuple[Array, Array]:
         z, log_det = self._sampling().encode_and_log_det(y)
@@ -141,21 +153,44 @@ class ResidualBijection(AbstractBijection):
         self.solver = solver
         self.shape = shape
 
+    def transform(self, x: Array, condition: Array | None = None) -> Array:
+        bijection, x = _unwrapped(self, x)
+        return x + bijection.g(x)
+
     def transform_and_log_det(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
         g, params = self._batched()
         y, log_det = residual(g, params, x[None], key=self.key, estimator=self.estimator)
         return y[0], log_det[0]
 
+    def inverse(self, y: Array, condition: Array | None = None) -> Array:
+        bijection, y = _unwrapped(self, y)
+        return bijection._solve(y[None])[0]
+
     def inverse_and_log_det(self, y: Array, condition: Array | None = None) -> tuple[Array, Array]:
+        x = self._solve(y[None])
         g, params = self._batched()
-        x = residual_inverse(g, params, y[None], solver=self.solver)
         _, log_det = residual(g, params, x, key=self.key, estimator=self.estimator)
         return x[0], -log_det[0]
+
+    def _solve(self, y: Array) -> Array:
+        g, params = self._batched()
+        return residual_inverse(g, params, y, solver=self.solver)
 
     def _batched(self) -> tuple[Callable[[Any, Array], Array], Any]:
         """g as `residual` takes it: a function of its arrays and of x [B, *shape], and these arrays."""
         params, static = eqx.partition(self.g, eqx.is_array)
         return lambda params, x: jax.vmap(eqx.combine(params, static))(x), params
+
+
+def _unwrapped(bijection: Any, x: Any) -> tuple[Any, Array]:
+    """The unwrapped bijection and x as an array: what flowjax does by itself for methods with a log-det.
+
+    The methods without one spare it: `Exact` takes D vjps of each g.
+    """
+    x = jnp.asarray(x)
+    if x.shape != bijection.shape:
+        raise ValueError(f"x: expected shape {bijection.shape}, got {x.shape}")
+    return paramax.unwrap(bijection), x
 
 
 def contractive(module: Any, coefficient: float = 0.98) -> Any:

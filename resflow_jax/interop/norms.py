@@ -18,5 +18,5 @@ def advance_norms(graphdef: Any, params: nnx.State, rest: nnx.State, max_iterati
       max_iterations: cap on the iterations, two products with each kernel. It ends earlier where it converges.
     """
     flow = nnx.merge(graphdef, *jax.lax.stop_gradient((params, rest)), copy=True)
-    flow.update_norms(max_iterations=max_iterations)
+    flow.update_norms(tolerance=1e-4, max_iterations=max_iterations)
     return nnx.split(flow, nnx.Param, ...)[2]

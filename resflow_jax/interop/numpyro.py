@@ -7,7 +7,13 @@
 NUTS on x takes log p(x) and its gradient at every step: a log-det, for which `Exact()` or one fixed key makes the
 density deterministic, as Hamiltonian dynamics need. NUTS on z takes the standard normal density of z and the likelihood
 at x(z): a solve, but no log-det and no noise, and a geometry as simple as the likelihood lets it be.
+
+NumPyro compiles what it runs, and nothing can be said from inside of a compiled program: where a solve of z -> x does
+not converge, x is the best guess with a solver of on_failure="warn", and NaN with "raise", which shows in losses and
+in NUTS as a divergence. Derivatives of such a solve are NaN. An eager call warns or raises.
 """
+
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +32,7 @@ with needs_extra("numpyro"):
     from numpyro.distributions import Normal, TransformedDistribution, constraints
     from numpyro.distributions.transforms import Transform
     from numpyro.distributions.util import validate_sample
+    from numpyro.infer import ELBO, SVI
     from numpyro.primitives import mutable
 
 Array = jax.Array
@@ -36,7 +43,7 @@ class FlowTransform(Transform):
 
     Its codomain is the unit interval for images behind a logit, whose x is clipped to it (by at most alpha / (1 - 2
     alpha)), as by `ResidualFlow.sample`; else the reals. Differentiable in z, x and the flow's parameters. log-dets in
-    nats, with noise fixed by the key.
+    nats, with noise fixed by the key and by an example's number in its batch.
     """
 
     def __init__(
@@ -121,7 +128,7 @@ class FlowDistribution(TransformedDistribution):
     ):
         """Arguments and errors as of `FlowTransform`."""
         transform = FlowTransform(flow, key, estimator=estimator, solver=solver)
-        base = Normal(jnp.zeros(flow.dim, flow.dtype), 1).to_event(1)
+        base = Normal(jnp.zeros((), flow.dtype), jnp.ones((), flow.dtype)).expand((flow.dim,)).to_event(1)
         super().__init__(base, transform, validate_args=validate_args)
 
     @validate_sample
@@ -137,15 +144,15 @@ class FlowDistribution(TransformedDistribution):
         return self.transforms[0].flow
 
 
-def flow_module(name: str, flow: ResidualFlow, *, max_iterations: int = 20, warm_start: bool = True) -> ResidualFlow:
+def flow_module(name: str, flow: ResidualFlow, *, max_iterations: int = 200, warm_start: bool = False) -> ResidualFlow:
     """Inside a model or guide: the flow with parameters that inference optimises, like NumPyro's `nnx_module`.
 
-    The parameters are the param site NAME$params. All else, the power-iteration vectors first, is the mutable site
-    NAME$state: at every call it is advanced to the present parameters, which keeps the blocks contractions while SVI
-    trains them.
+    The parameters are the param site NAME$params. At every call the power-iteration vectors are advanced to the present
+    parameters, from where they are in `flow`, which keeps the blocks contractions while SVI trains them. Any ELBO and
+    any number of particles will do: the vectors depend on the parameters alone, and so are the same for all particles.
 
       guide = lambda: numpyro.sample("x", FlowDistribution(flow_module("flow", flow), estimator=rf.Exact()))
-      result = SVI(model, guide, optimizer, Trace_ELBO()).run(key, steps)
+      result = SVI(model, guide, optimizer, Trace_ELBO(num_particles=16)).run(key, steps)
       with numpyro.handlers.substitute(data=result.params):
           trained = flow_module("flow", flow)
       trained.converge_norms()
@@ -153,18 +160,49 @@ def flow_module(name: str, flow: ResidualFlow, *, max_iterations: int = 20, warm
     Args:
       name: of the sites.
       flow: gives structure and initial values; it is not changed.
-      max_iterations: cap on the power iterations of a call.
-      warm_start: whether there is a mutable site. Without, every call starts from the flow's own vectors, and may need
-        more iterations; NumPyro 0.22 runs no ELBO of more than one particle with mutable sites.
+      max_iterations: cap on the power iterations of a call, two products with each kernel. It ends earlier where they
+        converge.
+      warm_start: whether the vectors start from those of the call before, kept in the mutable site NAME$state. It saves
+        iterations where kernels are large and change little. NumPyro has mutable sites only in a `Trace_ELBO` or a
+        `TraceMeanField_ELBO` of one particle.
+
+    Raises:
+      ValueError: for a max_iterations below one, and for warm_start in an ELBO that loses mutable sites.
     """
     check_count("max_iterations", max_iterations, 1)
     graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
     params = numpyro.param(f"{name}$params", params)
     holder = {"rest": rest}
     if warm_start:
+        _check_keeps_state(_running_elbo())
         holder = mutable(f"{name}$state", holder)
     holder["rest"] = advance_norms(graphdef, params, holder["rest"], max_iterations)
     return nnx.merge(graphdef, params, holder["rest"], copy=True)
+
+
+def _running_elbo() -> ELBO | None:
+    """The ELBO that calls the model or guide, or whose SVI does: NumPyro hands them nothing that tells of it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        caller = caller.loss if isinstance(caller, SVI) else caller
+        if isinstance(caller, ELBO):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _check_keeps_state(elbo: ELBO | None) -> None:
+    """Raises ValueError for an ELBO after which the values of mutable sites are lost."""
+    if elbo is None:
+        return
+    has_state = type(elbo).loss_with_mutable_state is not ELBO.loss_with_mutable_state
+    if elbo.num_particles > 1 or not has_state:
+        raise ValueError(
+            "warm_start: expected False, which works with every ELBO, or a Trace_ELBO or TraceMeanField_ELBO of one "
+            f"particle, since NumPyro loses mutable sites elsewhere; got True in {type(elbo).__name__} with "
+            f"num_particles={elbo.num_particles}"
+        )
 
 
 def _exchange(shape: tuple[int, ...], event: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:

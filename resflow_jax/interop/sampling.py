@@ -7,12 +7,16 @@ inverse of `ResidualFlow.forward`, which maps x to z. `SamplingMap` is what thei
 
 Shapes: z [..., D], x [..., *event_shape], log-dets [...] in nats. All leading axes make one batch, whose example n gets
 noise of its own, by its number. Under `jax.vmap` every example is number 0: all share one probe, and estimates of
-their log-dets are each unbiased, but not independent.
+their log-dets are each unbiased, but not independent. So two estimates at the same point agree where its number in the
+batch is the same, and differ by noise elsewhere; with `Exact` they always agree.
+
+Solves of z -> x that do not converge are reported as the solver's `on_failure` says. Eager calls warn or raise. Inside
+`jax.jit` and `jax.vmap`, which some of these libraries use even in eager calls, nothing can be said: the result is then
+the best guess ("warn"), or NaN for the example ("raise"). Derivatives of such a solve are NaN in any case.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,11 +24,14 @@ import jax
 from flax import nnx
 
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
+from resflow_jax.functional.inverse import reported
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.models.config import ImageFlowConfig
 from resflow_jax.models.flow import ResidualFlow, standard_normal_log_prob
 
 Array = jax.Array
+
+_INVERSE = "the inverse of the flow"  # in messages
 
 
 @partial(
@@ -85,20 +92,32 @@ class SamplingMap:
         return nnx.merge(self.graphdef, self.state)
 
     def generate(self, z: Array) -> Array:
-        """x [..., *event_shape] of z [..., D]. A solve that does not converge warns or raises as the solver says."""
-        return _over_batch(partial(_generate, self), z, 1)[0]
+        """x [..., *event_shape] of z [..., D]. For a solve that does not converge see the module's head."""
+        z, batch = _as_batch(z, 1)
+        x, status = _generate(*self._with_limits(), z)
+        return _split_batch(reported(x, status, _INVERSE, self.solver.on_failure), batch)
 
     def generate_and_log_det(self, z: Array) -> tuple[Array, Array]:
         """x and log|det dx/dz| [...] of z [..., D]; what does not converge is reported as by `generate`."""
-        return _over_batch(partial(_generate_and_log_det, self), z, 1)
+        z, batch = _as_batch(z, 1)
+        result, status = _generate_and_log_det(*self._with_limits(), z)
+        return _split_batch(reported(result, status, _INVERSE, self.solver.on_failure), batch)
 
     def encode(self, x: Array) -> Array:
         """z [..., D] of x [..., *event_shape]."""
-        return _over_batch(partial(_encode, self), x, len(self.event_shape))[0]
+        x, batch = _as_batch(x, len(self.event_shape))
+        return _split_batch(_encode(*self._with_limits(), x), batch)
 
     def encode_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """z and log|det dz/dx| [...] of x [..., *event_shape]."""
-        return _over_batch(partial(_encode_and_log_det, self), x, len(self.event_shape))
+        x, batch = _as_batch(x, len(self.event_shape))
+        return _split_batch(_encode_and_log_det(*self._with_limits(), x), batch)
+
+    def _with_limits(self) -> tuple["SamplingMap", tuple[float | None, int]]:
+        """The map without its solver's tolerance and cap, which a program is compiled for, and these, its arguments."""
+        solver = self.solver
+        rule = replace(solver, tolerance=None, max_iterations=1)
+        return replace(self, solver=rule), (solver.tolerance, solver.max_iterations)
 
     def is_same(self, other: Any) -> bool:
         """Whether both are surely equal: the very same arrays and settings. Works on traced arrays."""
@@ -106,33 +125,37 @@ class SamplingMap:
         return structure == other_structure and all(a is b for a, b in zip(mine, theirs, strict=True))
 
 
-def _over_batch(function: Callable[[Array], tuple[Array, ...]], x: Array, event_ndims: int) -> tuple[Array, ...]:
-    """A function of [B, ...] to arrays [B, ...], for x with any number of axes in front of its event's."""
+def _as_batch(x: Array, event_ndims: int) -> tuple[Array, tuple[int, ...]]:
+    """x with all axes in front of its event's as one, [B, *event], and these axes."""
     if x.ndim < event_ndims:
         raise ValueError(f"expected an array with {event_ndims} axes of an event at least, got shape {x.shape}")
     batch, event = x.shape[: x.ndim - event_ndims], x.shape[x.ndim - event_ndims :]
-    outputs = function(x.reshape(math.prod(batch), *event))
-    return tuple(output.reshape(*batch, *output.shape[1:]) for output in outputs)
+    return x.reshape(math.prod(batch), *event), batch
+
+
+def _split_batch(outputs: Any, batch: tuple[int, ...]) -> Any:
+    """Arrays [B, ...] with the axes of `_as_batch` again."""
+    return jax.tree.map(lambda output: output.reshape(*batch, *output.shape[1:]), outputs)
 
 
 # Traced, for the flow to leave the values of x alone: its own samples may lie outside of [0, 1] by a little.
 @jax.jit
-def _generate(sampling, z):
-    return (sampling.flow.inverse(z, solver=sampling.solver),)
+def _generate(sampling, limits, z):
+    return sampling.flow.inverse(z, solver=sampling.solver.with_limits(limits), return_status=True)
 
 
 @jax.jit
-def _generate_and_log_det(sampling, z):
-    options = {"key": sampling.key, "estimator": sampling.estimator, "solver": sampling.solver}
-    x, log_prob = sampling.flow.inverse_and_log_prob(z, **options)
-    return x, standard_normal_log_prob(z.astype(x.dtype)) - log_prob
+def _generate_and_log_det(sampling, limits, z):
+    options = {"key": sampling.key, "estimator": sampling.estimator, "solver": sampling.solver.with_limits(limits)}
+    x, log_prob, status = sampling.flow.inverse_and_log_prob(z, **options, return_status=True)
+    return (x, standard_normal_log_prob(z.astype(x.dtype)) - log_prob), status
 
 
 @jax.jit
-def _encode(sampling, x):
-    return (sampling.flow(x),)
+def _encode(sampling, limits, x):
+    return sampling.flow(x)
 
 
 @jax.jit
-def _encode_and_log_det(sampling, x):
+def _encode_and_log_det(sampling, limits, x):
     return sampling.flow.forward(x, key=sampling.key, estimator=sampling.estimator)

@@ -6,8 +6,9 @@
     variables, status = model.apply(variables, "update_norms")            # those that change a flow return variables
 
 Variables are nested dicts of arrays with string keys, by collection: "params", which training differentiates; "norms",
-power-iteration vectors; "batch_stats", running statistics; "constants". A flow has the collections that it needs. They
-pass through `jax.tree` functions, jit, grad, vmap, optax, `flax.serialization` and orbax as any dict does.
+power-iteration vectors; "batch_stats", running statistics; "constants", which training leaves alone, of data among
+them what ActNorm took from a batch. A flow has the collections that it needs. They pass through `jax.tree` functions,
+jit, grad, vmap, optax, `flax.serialization` and orbax as any dict does.
 """
 
 from collections.abc import Iterator, Mapping

@@ -217,7 +217,8 @@ def _converge(flow: ResidualFlow) -> None:
     """Iterates every norm to the rounding of its dtype, or 20000 times."""
     if has_mixed_norms(flow.config) or flow.config.learn_norms:
         map_linears(flow, lambda layer: layer.search_norm())
-    status = flow.update_norms(tolerance=4 * float(jnp.finfo(flow.dtype).eps), max_iterations=20_000)
+    tolerance = 4 * float(jnp.finfo(flow.dtype).eps)
+    status = flow.update_norms(tolerance=tolerance, max_iterations=20_000, restart=True)
     if not status.residual <= 1e-2:
         warnings.warn(
             f"norms: a layer is far from converged after {status.iterations} iterations; largest residual "

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,42 @@ class Same:
         for axis, order in enumerate(self.orders):
             tensor = tensor if order is None else np.take(tensor, np.argsort(order), axis)
         return tensor.transpose(np.argsort(self.axes))
+
+
+@dataclass(frozen=True)
+class ActNormPart:
+    """The weight or the bias of y = (x + bias) exp(weight): the log_scale of an `ActNorm`, and minus its center.
+
+    A file is read with a deviation of 1 and a shift of 0. Where a flow has others, they are part of what is written.
+    """
+
+    layer: ActNorm
+    part: Literal["weight", "bias"]
+    row: int | None
+    order: Order
+
+    def put(self, canvas: Canvas, tensor: np.ndarray) -> None:
+        layer = self.layer
+        tensor = tensor if self.order is None else tensor[self.order]
+        if self.part == "weight":
+            new = (layer.log_scale, tensor), (layer.deviation, np.ones_like(tensor))
+        else:
+            new = (layer.center, -tensor), (layer.shift, np.zeros_like(tensor))
+        for variable, values in new:
+            ours = _row(canvas[variable], self.row)
+            ours[...] = values.reshape(ours.shape)
+
+    def take(self, canvas: Canvas) -> np.ndarray:
+        layer = self.layer
+        variables = layer.center, layer.deviation, layer.log_scale, layer.shift
+        parts = [_row(canvas[variable], self.row) for variable in variables]
+        center, deviation, log_scale, shift = (np.asarray(part, np.float64).ravel() for part in parts)
+        if self.part == "weight":
+            tensor = log_scale - np.log(deviation)
+        else:
+            tensor = np.where(shift == 0, -center, shift * np.exp(-log_scale) * deviation - center)
+        tensor = tensor.astype(parts[0].dtype)
+        return tensor if self.order is None else tensor[np.argsort(self.order)]
 
 
 @dataclass(frozen=True)
@@ -303,7 +339,7 @@ def _scale_entries(flow: ResidualFlow, scale: Chain, prefix: str, *, is_first: b
 
 
 def _actnorm(layer: ActNorm, row: int | None, name: str, image: tuple[int, int, int] | None) -> list[Entry]:
-    shape = layer.bias.shape[row is not None :]
+    shape = layer.shift.shape[row is not None :]
     if len(shape) == 3 or image:
         name, order = f"{name}.fc_module", channels_last(image or shape)
     else:
@@ -313,8 +349,8 @@ def _actnorm(layer: ActNorm, row: int | None, name: str, image: tuple[int, int, 
 
 def _scale_and_bias(layer: ActNorm, row: int | None, name: str, size: int, order: Order) -> list[Entry]:
     return [
-        _vector(f"{name}.weight", layer.log_scale, row, size, order),
-        _vector(f"{name}.bias", layer.bias, row, size, order),
+        Entry(f"{name}.weight", (size,), ActNormPart(layer, "weight", row, order), is_parameter=True),
+        Entry(f"{name}.bias", (size,), ActNormPart(layer, "bias", row, order), is_parameter=True),
         Entry(f"{name}.initialized", (), Expected(np.asarray(1))),
     ]
 

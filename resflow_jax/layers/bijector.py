@@ -20,6 +20,7 @@ from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.solvers import Solver
+from resflow_jax.layers.module import List, Module
 
 Array = jax.Array
 Forward = tuple[Array, Array, list[Diagnostics]]
@@ -28,17 +29,19 @@ Blocks = TypeVar("Blocks", Diagnostics, InverseStatus)
 
 
 class Constant(nnx.Variable):
-    """An array that is fixed when its layer is made: state that nothing changes."""
+    """An array that is fixed when its layer is made or initialised: state that no training changes."""
 
 
-class Bijector(nnx.Module):
+class Bijector(Module):
     """Interface of an invertible layer on [B, ...]; subclasses are final.
 
     Attributes:
       blocks: number of residual blocks inside.
+      takes_noise: whether `forward` draws random numbers with its key.
     """
 
     blocks: int = 0
+    takes_noise: bool = False
 
     def __call__(self, x: Array) -> Array:
         """y = f(x), without the log-det."""
@@ -91,8 +94,9 @@ class Chain(Bijector):
     """f = f_n o ... o f_1; the log-dets add up, the inverses run backwards."""
 
     def __init__(self, bijectors: Sequence[Bijector]):
-        self.bijectors = nnx.List(bijectors)
+        self.bijectors = List(bijectors)
         self.blocks = sum(bijector.blocks for bijector in bijectors)
+        self.takes_noise = any(bijector.takes_noise for bijector in bijectors)
 
     def _fold(self, apply: Callable[[Bijector, Array], Array], x: Array) -> Array:
         """Runs x through apply(bijector, x) of every bijector."""
@@ -105,7 +109,7 @@ class Chain(Bijector):
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         log_det, diagnostics = jnp.zeros(x.shape[0], x.dtype), []
-        keys, estimators = split_key(key, len(self.bijectors)), split_estimator(estimator, self.bijectors)
+        keys, estimators = split_key(key, self.bijectors), split_estimator(estimator, self.bijectors)
         for bijector, subkey, part in zip(self.bijectors, keys, estimators, strict=True):
             x, term, found = bijector.forward(x, subkey, part)
             log_det, diagnostics = log_det + term, diagnostics + found
@@ -125,9 +129,14 @@ class Chain(Bijector):
         return self._fold(lambda bijector, x: bijector.update_statistics(x), x)
 
 
-def split_key(key: Array | None, number: int) -> Sequence[Array | None]:
-    """One key a layer, or none for estimators that take none."""
-    return [None] * number if key is None else list(jax.random.split(key, number))
+def split_key(key: Array | None, bijectors: Sequence[Bijector]) -> list[Array | None]:
+    """A key for each layer that takes noise, the key itself for a single one; none for the others.
+
+    Few splits make a small program: XLA compiles a dozen kernels for each.
+    """
+    number = sum(bijector.takes_noise for bijector in bijectors)
+    keys = iter([key] * number if key is None or number <= 1 else jax.random.split(key, number))
+    return [next(keys) if bijector.takes_noise else None for bijector in bijectors]
 
 
 def join_blocks(parts: list[Blocks]) -> Blocks:

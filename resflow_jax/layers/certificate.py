@@ -21,6 +21,8 @@ from resflow_jax.layers.bijector import Bijector, Chain
 from resflow_jax.layers.contraction import Contraction
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 
+_ROUNDS = 10  # of `tighten_contraction`
+
 
 @dataclass(frozen=True)
 class LayerCertificate:
@@ -118,9 +120,16 @@ def tighten(bijector: Bijector) -> None:
 
 
 def tighten_contraction(contraction: Contraction) -> None:
-    """Unless it is within its promise: rescales each kernel to its limit, and the last as far as is left."""
+    """Unless it is within its promise: rescales each kernel to its limit, and the last as far as is left.
+
+    Raises:
+      RuntimeError: if the block is not within its promise after ten rounds, of which one or two are the rule: the dtype
+        of the kernels is too coarse, or the contraction's `bound` does not fall with the norms of its layers.
+    """
     block = certify_contraction(contraction)
-    while block.bound > block.promised:  # once, or twice where rounding was unkind
+    for _ in range(_ROUNDS):
+        if block.bound <= block.promised:
+            return
         factors = [layer.coefficient / max(layer.coefficient, layer.norm) for layer in block.layers]
         norms = [factor * layer.norm for factor, layer in zip(factors, block.layers, strict=True)]
         orders = [block.order, *(layer.codomain for layer in block.layers)]
@@ -130,6 +139,12 @@ def tighten_contraction(contraction: Contraction) -> None:
             if factor < 1:
                 linear.rescale(factor * (1 - rounding))
         block = certify_contraction(contraction)
+    if block.bound > block.promised:
+        norms = ", ".join(f"{layer.norm:.6f}" for layer in block.layers)
+        raise RuntimeError(
+            f"tighten: expected a bound of at most {block.promised} after {_ROUNDS} rounds, got {block.bound} "
+            f"(norms of its layers: {norms})"
+        )
 
 
 def _closed_bound(contraction: Contraction, norms: Sequence[float], orders: Sequence[float]) -> float:

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.activations import Activation
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.layers.lipschitz import LipschitzLinear, Order
+from resflow_jax.layers.module import Dict, List, Module
 from resflow_jax.layers.normalization import MovingCentering
 
 Array = jax.Array
@@ -26,7 +28,7 @@ Params = dict[str, Array]
 _CACHED = 2**16  # numbers: a quarter of a MB in float32, a few of which the one or two MB of a core's L2 cache hold
 
 
-class Contraction(nnx.Module):
+class Contraction(Module):
     """Interface of g on [B, ...], which keeps the shape; subclasses are final.
 
     Attributes:
@@ -82,7 +84,7 @@ class Layered(Contraction):
         """coefficient: bound on each layer's norm; norms: the orders, one more than layers, all 2 by default."""
         norms = [2.0] * (len(linear_maps) + 1) if norms is None else norms
         slopes = [activation.slopes if n or preactivation else (1.0,) for n in range(len(linear_maps))]
-        self.linears = nnx.List(
+        self.linears = List(
             LipschitzLinear(linear_map, coefficient, domain=p, codomain=q, slopes=s, rngs=rngs)
             for linear_map, p, q, s in zip(linear_maps, norms[:-1], norms[1:], slopes, strict=True)
         )
@@ -90,7 +92,7 @@ class Layered(Contraction):
         self.preactivation = preactivation
         self.activation_params = learnable(activation, len(linear_maps) - (not preactivation))
         self.pre_center = MovingCentering(linear_maps[-1].kernel_shape[-1:]) if centering and preactivation else None
-        self.centers = nnx.List(MovingCentering(m.kernel_shape[-1:]) for m in linear_maps if centering)
+        self.centers = List(MovingCentering(m.kernel_shape[-1:]) for m in linear_maps if centering)
         self.promised = coefficient ** len(self.linears) * min(1.0, activation.lipschitz) ** len(self.activation_params)
         fixed = not isinstance(norms[0], nnx.Param)
         self.is_closed = norms[0] is norms[-1] or (fixed and norms[0] >= norms[-1])
@@ -108,7 +110,7 @@ class Layered(Contraction):
     def apply(self, weights: tuple[Array | None, list[tuple[Array, Array]], list[Params]], x: Array) -> Array:
         shift, linears, activations = weights
         if shift is not None:
-            x = x + shift
+            x = x + trailing(shift, x)
         if self.preactivation:
             x, activations = self.activation.function(activations[0], x), activations[1:]
         x = self.linears[0].apply(linears[0], x)
@@ -135,15 +137,14 @@ class Layered(Contraction):
         return math.prod(norms) * math.prod(self.activation.lipschitz_in(p) for p in places)
 
 
-def learnable(activation: Activation, number: int) -> nnx.List:
+def learnable(activation: Activation, number: int) -> List:
     """The learnable parameters of so many activations, at their initial values."""
-    return nnx.List(
-        nnx.Dict({name: nnx.Param(jnp.asarray(value, float)) for name, value in activation.initial})
-        for _ in range(number)
+    return List(
+        Dict({name: nnx.Param(jnp.asarray(value, float)) for name, value in activation.initial}) for _ in range(number)
     )
 
 
-def constrained(activation: Activation, params: nnx.List, channels: Sequence[int]) -> list[Params]:
+def constrained(activation: Activation, params: List, channels: Sequence[int]) -> list[Params]:
     """What `activation.function` takes for inputs of so many channels each, of what `learnable` made."""
-    raw = [{name: param[...] for name, param in names.items()} for names in params]
+    raw = [{name: by_name[name][...] for name, _ in activation.initial} for by_name in params]
     return [activation.constrain(*pair) for pair in zip(raw, channels, strict=True)]

@@ -21,6 +21,7 @@ from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.layers.contraction import Contraction, constrained, learnable
 from resflow_jax.layers.lipschitz import LipschitzLinear
+from resflow_jax.layers.module import List
 
 Array = jax.Array
 
@@ -45,7 +46,7 @@ class DenseNet(Contraction):
         coefficient: bound on each linear layer's norm and on each dense layer's Lipschitz constant.
         """
         maps = [*([first] if first else []), *dense, last]
-        self.linears = nnx.List(LipschitzLinear(linear_map, coefficient, rngs=rngs) for linear_map in maps)
+        self.linears = List(LipschitzLinear(linear_map, coefficient, rngs=rngs) for linear_map in maps)
         self.activation = activation
         self.activation_params = learnable(activation, len(dense))
         self.concatenation = nnx.Param(jnp.ones((len(dense), 2)))

@@ -4,16 +4,18 @@ All inverses are exact; the cost of each is one pass over its input.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.manual_axes import moments
+from resflow_jax.functional.manual_axes import standardization
 from resflow_jax.functional.solvers import Solver
-from resflow_jax.layers.bijector import Bijector, Forward, Inverse, scaling_bounds, scaling_log_det
+from resflow_jax.layers.bijector import Bijector, Constant, Forward, Inverse, scaling_bounds, scaling_log_det
 
 Array = jax.Array
 
@@ -21,17 +23,32 @@ Array = jax.Array
 class Logit(Bijector):
     """y = logit(s), s = alpha + (1 - 2 alpha) x, for x in [0, 1] (Dinh et al. 2017, section 4.1).
 
-    log_det = sum log(1 - 2 alpha) - log s - log(1 - s). alpha > 0 keeps y finite at the ends.
+    log_det = sum log(1 - 2 alpha) - log s - log(1 - s). alpha > 0 keeps y finite at the ends of [0, 1].
+
+    s is in [0, 1] where x is in [-delta, 1 + delta], delta = alpha / (1 - 2 alpha): the inverse may return all of
+    these, the two ends included, for rounding takes s to 0 or 1 and x a little beyond. Such an x counts as the nearest
+    one inside that its dtype can tell from the end, so that y and log_det are finite, with derivatives of zero. What is
+    farther outside gives NaN.
     """
 
     def __init__(self, alpha: float):
         check_open_interval("logit_alpha", alpha, 0, 0.5)
+        dtype = jnp.result_type(float)
+        if alpha < float(jnp.finfo(dtype).tiny):
+            raise ValueError(
+                f"logit_alpha: expected a number that {dtype} holds, at least {jnp.finfo(dtype).tiny}, got {alpha!r}"
+            )
         self.alpha = alpha
 
     def _parts(self, x: Array) -> tuple[Array, Array]:
         """log s and log(1 - s), each accurate at its own end of the interval."""
-        scale = 1 - 2 * self.alpha
-        return jnp.log(self.alpha + scale * x), jnp.log(self.alpha + scale * (1 - x))
+        alpha, scale = self.alpha, 1 - 2 * self.alpha
+        eps, tiny = (float(number) for number in (jnp.finfo(x.dtype).eps, jnp.finfo(x.dtype).tiny))
+        # Two roundings of x near 0 - delta move s by eps * alpha, near 1 + delta by eps: an s below half of that is 0.
+        s = _positive(alpha + scale * x, max(eps * alpha / 2, tiny), _SLACK * eps * alpha)
+        # The maximum is never the bound. Without it XLA would make (1 + alpha) - x of alpha + (1 - x), and lose alpha.
+        rest = alpha + scale * jnp.maximum(1 - x, -2 * (1 + alpha / scale))
+        return jnp.log(s), jnp.log(_positive(rest, max(min(eps, alpha) / 2, tiny), _SLACK * eps))
 
     def __call__(self, x: Array) -> Array:
         log_s, log_rest = self._parts(x)
@@ -56,38 +73,79 @@ class Logit(Bijector):
         return slope / (self.alpha * (1 - self.alpha)), 1 / (4 * slope)
 
 
-class ActNorm(Bijector):
-    """y = (x + bias) * exp(log_scale) with one bias and scale a channel or a feature.
+_SLACK = 8  # units of rounding by which x may be beyond the end of a logit's domain
 
-    log_det = (elements of x / elements of log_scale) * sum(log_scale): Glow, Kingma & Dhariwal
-    (2018, arXiv 1807.03039), table 1. `initialize` sets both so that y has mean zero and unit
-    variance over a batch (the whole one, where x is a device's share of it); until then the layer is the identity.
+
+def logit_domain(alpha: float, dtype: Any) -> tuple[float, float]:
+    """The ends of what the inverse of `Logit(alpha)` returns in a dtype, rounding included: forward is finite there.
+
+    -delta and 1 + delta, delta = alpha / (1 - 2 alpha), each moved outwards by half of what the forward allows.
+    """
+    scale, rounding = 1 - 2 * alpha, _SLACK / 2 * float(jnp.finfo(dtype).eps)
+    return -alpha / scale * (1 + rounding), 1 + (alpha + rounding) / scale
+
+
+def _positive(s: Array, least: float, slack: float) -> Array:
+    """s, but `least` where it is less; what is below -slack stays as it is, for a logarithm to make NaN of it."""
+    return jnp.where((-slack <= s) & (s < least), least, s)
+
+
+class ActNorm(Bijector):
+    """y = (x - center) / deviation * exp(log_scale) + shift, with one of each a channel or a feature.
+
+    log_det = (elements of x / elements of log_scale) * sum(log_scale - log deviation): Glow, Kingma & Dhariwal
+    (2018, arXiv 1807.03039), table 1, but for what is trained. `initialize` takes center and deviation from a batch
+    (the whole one, where x is a device's share of it), so that y has mean zero and unit variance over it; until then
+    the layer is the identity. Training changes `log_scale` and `shift` alone, which start from zero and have no unit:
+    in whatever unit x is, training is the same.
+
+    A channel that is constant has a deviation within the rounding of its values, which tells nothing: the size of
+    its values is taken instead, or 1 where they are zero.
     """
 
     def __init__(self, shape: tuple[int, ...]):
-        """shape: (C,) for one parameter a channel of [B, ..., C], an event shape for one a feature."""
-        self.bias = nnx.Param(jnp.zeros(shape))
+        """shape: (C,) for one of each a channel of [B, ..., C], an event shape for one a feature."""
+        self.center = Constant(jnp.zeros(shape))
+        self.deviation = Constant(jnp.ones(shape))
         self.log_scale = nnx.Param(jnp.zeros(shape))
+        self.shift = nnx.Param(jnp.zeros(shape))
+
+    def _total_log_scale(self) -> Array:
+        return self.log_scale[...] - jnp.log(self.deviation[...])
+
+    def _broadcast(self, ndim: int, sign: int) -> tuple[Array, ...]:
+        """Center, deviation, exp(sign * log_scale) and shift with so many axes."""
+        parts = self.center[...], self.deviation[...], jnp.exp(sign * self.log_scale[...]), self.shift[...]
+        return tuple(jax.lax.broadcast_to_rank(part, ndim) for part in parts)
 
     def __call__(self, x: Array) -> Array:
-        return (x + self.bias[...]) * jnp.exp(self.log_scale[...])
+        center, deviation, scale, shift = self._broadcast(x.ndim, 1)
+        return (x - center) / deviation * scale + shift
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
-        return self(x), scaling_log_det(self.log_scale[...], x), []
+        return self(x), scaling_log_det(self._total_log_scale(), x), []
 
     def inverse(self, y: Array, solver: Solver) -> Inverse:
-        x = y * jnp.exp(-self.log_scale[...]) - self.bias[...]
+        center, deviation, scale, shift = self._broadcast(y.ndim, -1)
+        x = (y - shift) * scale * deviation + center
         return x, []
 
     def initialize(self, x: Array) -> Array:
-        axes = tuple(range(x.ndim - self.bias.ndim))
-        mean, variance = moments(x, axes)
-        self.bias[...] = -mean
-        self.log_scale[...] = -0.5 * jnp.log(jnp.maximum(variance, 1e-6))  # a constant channel is left finite
+        self.center[...], self.deviation[...] = standardization(x, tuple(range(x.ndim - self.shift.ndim)))
+        self.log_scale[...] = jnp.zeros_like(self.log_scale[...])
+        self.shift[...] = jnp.zeros_like(self.shift[...])
         return self(x)
 
+    def set_constants(self, center: Array, deviation: Array) -> None:
+        """Replaces both, in place, and the parameters by those of the same map."""
+        # y is the same: (x - c) a + s = (x - c') a + s + (c' - c) a.
+        self.shift[...] += (center - self.center[...]) * (jnp.exp(self.log_scale[...]) / self.deviation[...])
+        self.log_scale[...] += jnp.log(deviation) - jnp.log(self.deviation[...])
+        self.center[...], self.deviation[...] = center, deviation
+
     def lipschitz_bounds(self) -> tuple[float, float]:
-        return scaling_bounds(self.log_scale[...])
+        deviation = np.asarray(self.deviation[...], np.float64)
+        return scaling_bounds(np.asarray(self.log_scale[...], np.float64) - np.log(deviation))
 
 
 class Squeeze(Bijector):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_open_interval, check_positive
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.manual_axes import moments
@@ -30,6 +31,9 @@ class MovingBatchNorm(Bijector):
     Applying the layer never changes mean and variance (`nnx.BatchStat`): `initialize` sets them to a
     batch's, `update_statistics` moves them towards a batch's by the share `decay`. No gradient flows
     into them. Until then the layer is the identity, up to epsilon.
+
+    epsilon is in squared units of x, of which the layer so knows one: it suits values around 1, as there are behind an
+    ActNorm. Where the dtype does not hold the variance of x, it is infinite, and `ResidualFlow.initialize` refuses x.
     """
 
     def __init__(self, shape: tuple[int, ...], decay: float = 0.1, epsilon: float = 1e-4):
@@ -47,13 +51,15 @@ class MovingBatchNorm(Bijector):
         return self.log_scale[...] - 0.5 * jnp.log(self.variance[...] + self.epsilon)
 
     def __call__(self, x: Array) -> Array:
-        return (x - self.mean[...]) * jnp.exp(self._total_log_scale()) + self.bias[...]
+        scale = jnp.exp(self._total_log_scale())
+        return (x - trailing(self.mean[...], x)) * trailing(scale, x) + trailing(self.bias[...], x)
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         return self(x), scaling_log_det(self._total_log_scale(), x), []
 
     def inverse(self, y: Array, solver: Solver) -> Inverse:
-        x = (y - self.bias[...]) * jnp.exp(-self._total_log_scale()) + self.mean[...]
+        scale = jnp.exp(-self._total_log_scale())
+        x = (y - trailing(self.bias[...], y)) * trailing(scale, y) + trailing(self.mean[...], y)
         return x, []
 
     def initialize(self, x: Array) -> Array:
@@ -101,13 +107,13 @@ class MovingCentering(Bijector):
         self.mean[...] += (self.decay if share is None else share) * (mean - self.mean[...])
 
     def __call__(self, x: Array) -> Array:
-        return x + self.shift()
+        return x + trailing(self.shift(), x)
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         return self(x), jnp.zeros(x.shape[0], x.dtype), []
 
     def inverse(self, y: Array, solver: Solver) -> Inverse:
-        x = y - self.shift()
+        x = y - trailing(self.shift(), y)
         return x, []
 
     def initialize(self, x: Array) -> Array:
@@ -138,13 +144,13 @@ class Normalization(Bijector):
         self.deviation = Constant(jnp.asarray(deviation))
 
     def __call__(self, x: Array) -> Array:
-        return (x - self.mean[...]) / self.deviation[...]
+        return (x - trailing(self.mean[...], x)) / trailing(self.deviation[...], x)
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
         return self(x), scaling_log_det(-jnp.log(self.deviation[...]), x), []
 
     def inverse(self, y: Array, solver: Solver) -> Inverse:
-        x = y * self.deviation[...] + self.mean[...]
+        x = y * trailing(self.deviation[...], y) + trailing(self.mean[...], y)
         return x, []
 
     def lipschitz_bounds(self) -> tuple[float, float]:

@@ -38,6 +38,8 @@ class ChannelPadding(Bijector):
     in its place; `initialize` and `update_statistics` one fixed draw.
     """
 
+    takes_noise = True
+
     def __init__(self, channels: int, noise: str = "uniform", scale: float = 1.0, shift: float = 0.0):
         """channels: how many are added; noise: of n, "uniform" on [0, 1] or standard "gaussian"."""
         check_count("channels", channels, 1)

@@ -29,6 +29,7 @@ class ResidualBlock(Bijector):
     """
 
     blocks = 1
+    takes_noise = True
 
     def __init__(self, contraction: Contraction):
         self.contraction = contraction
@@ -81,6 +82,7 @@ class ResidualStack(Bijector):
         self.depth = depth
         self.steps = nnx.vmap(make_step)(rngs.split(depth))
         self.blocks = depth * self.steps.blocks
+        self.takes_noise = self.steps.takes_noise
 
     def unstacked(self) -> list[Chain]:
         """The chains one by one, as copies."""
@@ -105,7 +107,7 @@ class ResidualStack(Bijector):
         return self._scan(lambda step, x, _: (step(x), None), x)[0]
 
     def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
-        keys = None if key is None else jax.random.split(key, self.depth)
+        keys = None if key is None or not self.takes_noise else jax.random.split(key, self.depth)
         estimators = jax.tree.map(lambda rows: rows.reshape(self.depth, -1, *rows.shape[1:]), estimator)
 
         def body(step, x, inputs):

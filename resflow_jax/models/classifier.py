@@ -13,23 +13,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.convolution import conv2d
 from resflow_jax.layers.elementwise import ActNorm
+from resflow_jax.layers.module import List, Module
 
 Array = jax.Array
 
 
-class Classifier(nnx.Module):
+class Classifier(Module):
     """Logits [B, classes] of the features [B, H, W, C] of every scale; the cost is one convolution a scale."""
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], channels: int, classes: int, *, rngs: nnx.Rngs):
         """shapes: (H, W, C) of the features of every scale; channels: of each convolution's output."""
-        self.heads = nnx.List(Head(shape[-1], channels, rngs=rngs) for shape in shapes)
+        self.heads = List(Head(shape[-1], channels, rngs=rngs) for shape in shapes)
         self.kernel, self.bias = _affine((channels * len(shapes), classes), rngs)
 
     def __call__(self, features: Sequence[Array]) -> Array:
         parts = [head(x) for head, x in zip(self.heads, features, strict=True)]
-        return jnp.concatenate(parts, axis=-1) @ self.kernel[...] + self.bias[...]
+        logits = jnp.concatenate(parts, axis=-1) @ self.kernel[...]
+        return logits + trailing(self.bias[...], logits)
 
     def initialize(self, features: Sequence[Array]) -> None:
         """Sets every ActNorm from a batch, in place."""
@@ -37,7 +40,7 @@ class Classifier(nnx.Module):
             head.norm.initialize(head.convolution(x))
 
 
-class Head(nnx.Module):
+class Head(Module):
     """[B, H, W, C] -> [B, channels]."""
 
     def __init__(self, channels_in: int, channels: int, *, rngs: nnx.Rngs):
@@ -45,7 +48,8 @@ class Head(nnx.Module):
         self.norm = ActNorm((channels,))
 
     def convolution(self, x: Array) -> Array:
-        return conv2d(x, self.kernel[...]) + self.bias[...]
+        y = conv2d(x, self.kernel[...])
+        return y + trailing(self.bias[...], y)
 
     def __call__(self, x: Array) -> Array:
         return jnp.mean(jax.nn.relu(self.norm(self.convolution(x))), axis=(1, 2))

@@ -1,11 +1,10 @@
 """Frozen configurations of the flows. They hold sizes and names only, and check themselves."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from resflow_jax.functional.activations import ACTIVATIONS
-from resflow_jax.functional.checks import check_choice, check_count, check_open_interval, check_positive
+from resflow_jax.functional.checks import check_choice, check_count, check_finite, check_open_interval, check_positive
 from resflow_jax.functional.convolution import MATMUL_DTYPES
 from resflow_jax.functional.orders import parse_norms
 from resflow_jax.layers.padding import NOISES
@@ -58,7 +57,7 @@ class ImageFlowConfig:
       learn_norms: learn these orders, from 2; those of dense blocks too.
       order_ties: which learned orders of a block are one: "closed" for the last and the first, "all", or "none", with
         which g, as with norms that rise, need not be a contraction in any one norm.
-      logit_alpha: alpha of the logit transform; None leaves it out.
+      logit_alpha: alpha of the logit transform, at least the smallest normal number of the dtype; None leaves it out.
       data_mean: without the logit, mean of every channel, to be subtracted; with `squeeze_first` it may have one of
         every channel behind the squeeze, and is subtracted there.
       data_deviation: with `data_mean`, deviation of every channel, to be divided by.
@@ -254,8 +253,7 @@ def _check_common(config: "ImageFlowConfig | VectorFlowConfig", layers: int, cha
     check_count("padding", config.padding, 0)
     check_choice("padding_noise", config.padding_noise, NOISES)
     check_positive("padding_scale", config.padding_scale)
-    if not math.isfinite(config.padding_shift):
-        raise ValueError(f"padding_shift: expected a finite number, got {config.padding_shift}")
+    check_finite("padding_shift", config.padding_shift)
     check_choice("centering", config.centering, CENTERINGS)
     if config.centering == "layers" and config.dense_depth:
         raise ValueError("centering: expected None or 'blocks' beside dense_depth, got 'layers'")
@@ -272,5 +270,8 @@ def _check_common(config: "ImageFlowConfig | VectorFlowConfig", layers: int, cha
             _make_tuples(config, name)
             if len(values) != channels:
                 raise ValueError(f"{name}: expected {channels} numbers, one a channel, got {values}")
+    for value in config.data_mean or ():
+        check_finite("data_mean", value)
     for value in config.data_deviation or ():
         check_positive("data_deviation", value)
+        check_finite("data_deviation", value)

@@ -10,32 +10,37 @@ called inside jit, grad, vmap and scan.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import check_batch, check_count
+from resflow_jax.functional.checks import as_float_batch, check_count, check_key, check_type
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.functional.solvers import Anderson, Solver
-from resflow_jax.layers.bijector import Chain, join_blocks, split_estimator, split_key
+from resflow_jax.layers.bijector import Chain, Constant, join_blocks, split_estimator, split_key
 from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.elementwise import Logit
-from resflow_jax.layers.lipschitz import map_linears
+from resflow_jax.layers.lipschitz import TIGHT, NormSettings, deferred_norms, map_linears
+from resflow_jax.layers.module import List, Module
+from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
+from resflow_jax.models.values import ANYWHERE, UNIT_INTERVAL, behind_logit, checked
 
 Array = jax.Array
 
 
-class ResidualFlow(nnx.Module):
+class ResidualFlow(Module):
     """A residual flow; see the module's head for the map, `forward` for the estimators.
 
     The flow is a pytree (Flax NNX): its parameters are `nnx.Param`, its power-iteration vectors
@@ -52,6 +57,9 @@ class ResidualFlow(nnx.Module):
         """Makes a flow with random parameters, each linear layer's norm iterated to convergence."""
         if not isinstance(config, ImageFlowConfig | VectorFlowConfig):
             raise ValueError(f"config: expected ImageFlowConfig or VectorFlowConfig, got {type(config).__name__}")
+        check_type("rngs", rngs, nnx.Rngs)
+        if not hasattr(rngs, "params"):
+            raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
         create, static = _creator(config)
         state = create(rngs.params())
         self.config = config
@@ -59,7 +67,7 @@ class ResidualFlow(nnx.Module):
         self._emitted = static["emitted"]
         if has_mixed_norms(config):  # learned ones start at 2, where any start will do
             map_linears(self, lambda layer: layer.search_norm())
-        self.converge_norms()
+            self.converge_norms()
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -92,7 +100,7 @@ class ResidualFlow(nnx.Module):
         """Maps x to z with the log-det of the map.
 
         Args:
-          x: floats [B, *event_shape]; for images in [0, 1].
+          x: floats [B, *event_shape]; for images in [0, 1], which `inverse` may leave by a little.
           key: PRNG key of the estimate; not needed by `Exact`, but by a flow that pads x with noise.
           estimator: how each block's log-det is found: `Exact()`, `Truncated(...)`, or
             `Roulette(...)`, the default, which is unbiased. The law of its lengths may be a
@@ -106,16 +114,18 @@ class ResidualFlow(nnx.Module):
 
         Raises:
           ValueError: for a wrong rank, size or dtype, a missing key, and, where x is concrete (not
-            traced), for values that are not finite or, for images, outside [0, 1].
+            traced), for values that are not finite or, for images behind a logit, beyond what `inverse` can return.
+            Traced values beyond that give NaN.
         """
-        self._check_input(x)
-        z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
+        check_key("key", key, optional=True)
+        with self._checked_input(x) as x:
+            z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array) -> Array:
         """Maps x [B, *event_shape] to z [B, D], without the log-det; padding is by the mean of its noise."""
-        self._check_input(x)
-        return _transform(*nnx.split(self), x)
+        with self._checked_input(x) as x:
+            return _transform(*nnx.split(self), x)
 
     def logits(self, x: Array) -> Array:
         """Logits [B, classes] of the classifier on the flow's features (see `models.classifier`), for images x.
@@ -125,8 +135,8 @@ class ResidualFlow(nnx.Module):
         """
         if self.classifier is None:
             raise ValueError("classes: expected a flow whose config has classes, got none")
-        self._check_input(x)
-        return _logits(*nnx.split(self), x)
+        with self._checked_input(x, are_data=True) as x:
+            return _logits(*nnx.split(self), x)
 
     def inverse(
         self, z: Array, *, solver: Solver = Anderson(), return_status: bool = False
@@ -148,11 +158,10 @@ class ResidualFlow(nnx.Module):
           ValueError: for a wrong rank, size or dtype, for concrete values that are not finite, if solver is none.
           InverseError: from an eager call, if a solve did not converge and solver.on_failure is "raise".
         """
-        check_batch("z", z, (self.dim,))
+        z = as_float_batch("z", z, (self.dim,))
         check_solver(solver)
-        if not isinstance(z, jax.core.Tracer):
-            check_values("z", z, unit_interval=False)
-        return self._invert(z, solver, return_status, "ResidualFlow.inverse")
+        with checked("z", z, self.dtype):
+            return self._invert(z, solver, return_status, "ResidualFlow.inverse")
 
     def _invert(self, z: Array, solver: Solver, return_status: bool, what: str) -> Array | tuple[Array, InverseStatus]:
         """`inverse` of a z that has been checked."""
@@ -185,6 +194,7 @@ class ResidualFlow(nnx.Module):
         Clipping moves the part of the density that the logit's alpha leaves outside of [0, 1]. With return_status,
         (x, status) as of `inverse`; without, what does not converge is reported as there.
         """
+        check_key("key", key)
         check_count("number", number, 1)
         check_solver(solver)
         z = jax.random.normal(key, (number, self.dim), self.dtype)
@@ -217,6 +227,7 @@ class ResidualFlow(nnx.Module):
         Raises:
           ValueError: for a number below 1, a bad estimator, and for a flow that pads x: its log p needs noise.
         """
+        check_key("key", key)
         check_count("number", number, 1)
         z_key, estimator_key = jax.random.split(key)
         z = jax.random.normal(z_key, (number, self.dim), self.dtype)
@@ -250,7 +261,8 @@ class ResidualFlow(nnx.Module):
           ValueError: for a wrong rank, size or dtype, a bad estimator, and for a flow that pads x: its log p needs
             noise.
         """
-        check_batch("z", z, (self.dim,))
+        z = as_float_batch("z", z, (self.dim,))
+        check_key("key", key, optional=True)
         check_solver(solver)
         if self.config.padding:
             raise ValueError(f"padding: expected a flow without padding, got {self.config.padding}")
@@ -265,20 +277,35 @@ class ResidualFlow(nnx.Module):
     @property
     def dtype(self) -> np.dtype:
         """The float dtype of the parameters."""
-        return jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype
+        return next(node for _, node in nnx.iter_graph(self) if isinstance(node, nnx.Param)).dtype  # of the first
 
     def initialize(self, x: Array) -> None:
         """Sets every ActNorm and running statistic from a batch x, in place, so that outputs are normalised.
 
-        At least two examples, better hundreds: each statistic is taken over the batch.
+        At least two examples, better hundreds: each statistic is taken over the batch. With an ActNorm in front, as by
+        default, x may be in any unit, from 1e-20 to 1e20 and more in float32: training is the same.
+
+        Raises:
+          ValueError: for fewer examples, as `forward` for x, without a logit for images outside [0, 1] too, and where
+            statistics overflow the dtype; the flow is then left as it was.
         """
-        self._check_input(x)
-        if x.shape[0] < 2:
-            raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
-        nnx.update(self, _initialize(*nnx.split(self), x))
+        with self._checked_input(x, are_data=True) as x:
+            if x.shape[0] < 2:
+                raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
+            state, is_finite = _initialize(*nnx.split(self), x)
+        if not isinstance(is_finite, jax.core.Tracer) and not is_finite:
+            raise ValueError(
+                f"x: expected values whose statistics are finite in {self.dtype}, got a batch where they overflow"
+            )
+        nnx.update(self, state)
 
     def update_norms(
-        self, *, tolerance: float = 1e-3, residual_tolerance: float | None = None, max_iterations: int = 20
+        self,
+        *,
+        tolerance: float | Array = 1e-3,
+        residual_tolerance: float | Array | None = None,
+        max_iterations: int | Array = 20,
+        restart: bool = False,
     ) -> PowerIterationStatus:
         """Advances the power iteration of every linear layer, in place, warm-started.
 
@@ -286,14 +313,21 @@ class ResidualFlow(nnx.Module):
         `nnx.jit`. Before evaluation call `converge_norms`, which goes much further.
 
         Args:
-          tolerance: on the relative change of sigma; see `functional.norms.power_iteration`.
+          tolerance: on the relative change of sigma; see `functional.norms.power_iteration`. New values of this and
+            of the next two compile nothing new, and may be traced.
           residual_tolerance: on the residual; by default the square root of `tolerance`.
           max_iterations: cap on the iterations of each layer.
+          restart: whether a second chain makes sure that no layer's vectors miss its norm. Without it, what they lack
+            grows out from call to call.
 
         Returns:
           The status of the slowest layer: most iterations, largest residual, whether all converged.
+
+        Raises:
+          ValueError: for a tolerance that is not positive or a cap below one, unless it is traced.
         """
-        state, status = _update_norms(*nnx.split(self), tolerance, residual_tolerance, max_iterations)
+        settings = NormSettings.of(tolerance, residual_tolerance, max_iterations)
+        state, status = _update_norms(*nnx.split(self), settings, restart)
         nnx.update(self, state)
         return status
 
@@ -301,11 +335,13 @@ class ResidualFlow(nnx.Module):
         """Runs the power iteration of every linear layer far, in place; see `update_norms`.
 
         To a residual of 1e-5 or for 1000 iterations, which tells singular values apart that differ by
-        0.2 %; sigma is low by less than that. A RuntimeWarning is raised if a layer's residual stays
-        above 1e-2 (from a host callback under jit).
+        0.2 %; sigma is low by less than that. A second chain of each layer makes sure that its vectors miss
+        nothing. An eager call waits for the result, and raises a RuntimeWarning if a layer's residual stays above
+        1e-2. Inside a compiled program there is no warning: look at the status that it returns.
         """
-        status = self.update_norms(tolerance=1e-6, residual_tolerance=1e-5, max_iterations=1000)
-        jax.debug.callback(_warn_norms, status)
+        status = self.update_norms(**TIGHT._asdict(), restart=True)
+        if not isinstance(status.residual, jax.core.Tracer):
+            _warn_norms(status)
         return status
 
     def tighten(self) -> None:
@@ -337,8 +373,9 @@ class ResidualFlow(nnx.Module):
 
         To be called at every training step of a flow that has any; the log-density never does it.
         """
-        self._check_input(x)
-        nnx.update(self, _update_statistics(*nnx.split(self), x))
+        with self._checked_input(x) as x:
+            state = _update_statistics(*nnx.split(self), x)
+        nnx.update(self, state)
 
     def _checked(self, estimator: Estimator | None) -> Estimator:
         """The estimator, or the default, with one row a residual block where it has arrays."""
@@ -346,21 +383,18 @@ class ResidualFlow(nnx.Module):
         check_estimator(estimator)
         return _with_rows(estimator, self.blocks)
 
-    def _check_input(self, x: Array) -> None:
-        check_batch("x", x, self.event_shape)
-        if x.shape[0] == 0:
-            raise ValueError(f"x: expected at least one example, got shape {x.shape}")
-        if not isinstance(x, jax.core.Tracer):
-            check_values("x", x, unit_interval=isinstance(self.config, ImageFlowConfig))
-
-
-def check_values(name: str, x: Array | np.ndarray, *, unit_interval: bool) -> None:
-    """Raises ValueError on the host unless all values are finite and, if asked, within [0, 1]."""
-    x = np.asarray(x)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{name}: expected finite values, got {np.count_nonzero(~np.isfinite(x))} that are not")
-    if unit_interval and x.size and not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"{name}: expected values in [0, 1], got [{x.min()}, {x.max()}]")
+    @contextmanager
+    def _checked_input(self, x: Any, *, are_data: bool = False) -> Iterator[Array]:
+        """x as an array of JAX, its values checked around a computation: they may be a flow's input, or are data."""
+        batch = as_float_batch("x", x, self.event_shape)
+        dtype, domain = self.dtype, ANYWHERE
+        if isinstance(self.config, ImageFlowConfig):
+            if self.config.logit_alpha is not None:
+                domain = behind_logit(self.config.logit_alpha, dtype)
+            elif are_data:  # without a logit samples may be anywhere
+                domain = UNIT_INTERVAL
+        with checked("x", x if isinstance(x, np.ndarray) else batch, dtype, domain):
+            yield batch
 
 
 def standard_normal_log_prob(z: Array) -> Array:
@@ -376,8 +410,11 @@ def _creator(config):
     @jax.jit
     def create(key):
         rngs = nnx.Rngs(key)
-        scales, emitted = build_scales(config, rngs)
-        static["graphdef"], state = nnx.split((nnx.List(scales), build_classifier(config, rngs)))
+        with deferred_norms():
+            scales, emitted = build_scales(config, rngs)
+        scales = List(scales)
+        update_norms(scales, TIGHT, restart=False)  # their vectors are random: they lack nothing
+        static["graphdef"], state = nnx.split((scales, build_classifier(config, rngs)))
         static["emitted"] = tuple(emitted)
         return state
 
@@ -390,7 +427,7 @@ def _warn_norms(status: PowerIterationStatus) -> None:
             f"power iteration: a layer is far from converged after {status.iterations} iterations; largest residual "
             f"{status.residual:.1e}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
@@ -429,7 +466,7 @@ def _forward(graphdef, state, x, key, estimator):
 
 
 def _forward_scales(flow, scales, x, key, estimator):
-    keys, estimators = split_key(key, len(scales)), split_estimator(estimator, scales)
+    keys, estimators = split_key(key, scales), split_estimator(estimator, scales)
     log_dets, diagnostics = [], []
 
     def apply(n, scale, x):
@@ -478,7 +515,9 @@ def _initialize(graphdef, state, x):
         _through_scales(flow, flow.scales, x, lambda _, scale, x: scale.initialize(x))
     else:
         flow.classifier.initialize(_features(flow, x, lambda scale, x: scale.initialize(x)))
-    return nnx.state(flow)
+    statistics = jax.tree.leaves(nnx.state(flow, (nnx.BatchStat, Constant)))
+    is_finite = jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in statistics], bool))
+    return nnx.state(flow), is_finite
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -522,13 +561,8 @@ def _inverse_scales(flow, scales, z, solver):
     return x, join_blocks(statuses)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "tolerance", "residual_tolerance", "max_iterations"))
-def _update_norms(graphdef, state, tolerance, residual_tolerance, max_iterations):
+@partial(jax.jit, static_argnames=("graphdef", "restart"))
+def _update_norms(graphdef, state, settings, restart):
     flow = nnx.merge(graphdef, state)
-    statuses = map_linears(flow, lambda layer: layer.update_norm(tolerance, residual_tolerance, max_iterations))
-    slowest = PowerIterationStatus(
-        jnp.max(jnp.stack([jnp.max(s.iterations) for s in statuses])),
-        jnp.max(jnp.stack([jnp.max(s.residual) for s in statuses])),
-        jnp.all(jnp.stack([jnp.all(s.converged) for s in statuses])),
-    )
-    return nnx.state(flow), slowest
+    status = update_norms(flow, settings, restart)
+    return nnx.state(flow), status

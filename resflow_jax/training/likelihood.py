@@ -18,13 +18,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.data.images import check_quantized, dequantize
-from resflow_jax.functional.checks import check_count
-from resflow_jax.functional.estimators import Estimator, Exact, Roulette
+from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type
+from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.models.flow import ResidualFlow, standard_normal_log_prob
 from resflow_jax.training.parallel import divided, on_all_devices
 from resflow_jax.training.placement import mesh_of
-from resflow_jax.training.step import Loss
+from resflow_jax.training.step import Loss, optax_promotion
 
 Array = jax.Array
 
@@ -37,7 +37,8 @@ class Estimate(NamedTuple):
     Attributes:
       mean: the estimate.
       stderr: its standard error.
-      data_stderr: the part from having these images and no others.
+      data_stderr: the part from having these images and no others; infinite for a single image, which tells nothing
+        of others, and 0 where it is less than the noise lets see.
       noise_stderr: the part from dequantisation and from the estimate of the log-det, for these images;
         NaN where a single draw cannot tell, and stderr then leaves out what a batch has in common.
     """
@@ -53,18 +54,26 @@ class Estimate(NamedTuple):
 
         The noise is judged by the variance over draws of the mean over images, since the roulette's length is
         shared by a batch and its error does not average out over images; what is left of the variance over images
-        is the data's.
+        is the data's. What is not known is infinite or NaN, as of a single image or draw, and where a score is NaN.
+
+        Raises:
+          ValueError: for scores that are not [draws, N] with at least one of each.
         """
+        scores = np.asarray(scores, np.float64)
+        if scores.ndim != 2 or scores.size == 0:
+            raise ValueError(f"scores: expected [draws, N] with at least one of each, got shape {scores.shape}")
         draws, number = scores.shape
-        data = scores.mean(axis=0).var(ddof=1) if number > 1 else math.inf
+        mean, data, noise = float(scores.mean()), math.inf, math.nan
+        if number > 1:
+            data = scores.mean(axis=0).var(ddof=1)
+            if draws > 1:  # what draws have in common does not add to the variance over images
+                rest = scores - scores.mean(axis=0)
+                data = np.maximum(0, data - rest.var(axis=1, ddof=1).sum() / (draws - 1) / draws)  # NaN stays NaN
+            data = float(data) / number
         if draws == 1:
-            stderr = math.sqrt(data / number)
-            return cls(float(scores.mean()), stderr, stderr, math.nan)
-        # What draws have in common does not add to the variance over images.
-        rest = scores - scores.mean(axis=0)
-        data = max(0.0, data - rest.var(axis=1, ddof=1).sum() / (draws - 1) / draws) / number
-        noise = scores.mean(axis=1).var(ddof=1) / draws
-        return cls(float(scores.mean()), math.sqrt(data + noise), math.sqrt(data), math.sqrt(noise))
+            return cls(mean, math.sqrt(data), math.sqrt(data), noise)
+        noise = float(scores.mean(axis=1).var(ddof=1)) / draws
+        return cls(mean, math.sqrt(data + noise), math.sqrt(data), math.sqrt(noise))
 
 
 def bits_per_dim(log_prob: Array, dim: int, levels: int) -> Array:
@@ -99,7 +108,8 @@ def _mean_loss(score: Score, log_det_weight: optax.Schedule | None) -> Loss:
     def loss(
         flow: ResidualFlow, batch: Array, key: Array, estimator: Estimator, step: Array
     ) -> tuple[Array, Diagnostics]:
-        weight = None if log_det_weight is None else log_det_weight(step)
+        with optax_promotion():
+            weight = None if log_det_weight is None else log_det_weight(step)
         x, scores, diagnostics = score(flow, batch, key, estimator, weight)
         return tend(flow, x, jnp.mean(scores)), diagnostics
 
@@ -175,8 +185,13 @@ def image_bits_per_dim(
     """Bits/dim of each of the quantised images [N, H, W, C] in each draw, [draws, N]. Arguments, cost and errors as in
     `evaluate_bits_per_dim`, which returns their mean.
     """
+    _check_flow(flow)
+    check_count("levels", levels, 1)
     estimator = Roulette(exact_terms=8) if estimator is None else estimator
+    images = as_host_array("images", images, "an array of integers [N, H, W, C]")
     check_quantized("images", images, levels)
+    if images.shape[1:] != flow.event_shape:
+        raise ValueError(f"images: expected images {flow.event_shape}, those of the flow, got {images.shape[1:]}")
     return _scores(_bits_per_dim_of(levels), flow, images, key, estimator, draws, batch_size, mesh)
 
 
@@ -197,10 +212,18 @@ def vector_log_prob(
     Raises:
       ValueError: unless x is [N, D] with N > 0, draws and batch_size positive.
     """
+    _check_flow(flow)
     estimator = Exact() if estimator is None else estimator
+    x = as_host_array("x", x, "a float array [N, D]")
     if x.ndim != 2 or len(x) == 0:
         raise ValueError(f"x: expected vectors [N, D] with N > 0, got shape {x.shape}")
     return -_scores(_negative_log_prob, flow, x, key, estimator, draws, batch_size, mesh)
+
+
+def _check_flow(flow: ResidualFlow) -> None:
+    """Anything with the methods of a flow."""
+    if isinstance(flow, type) or not hasattr(flow, "log_prob"):
+        raise ValueError(f"flow: expected a ResidualFlow, got {flow!r}")
 
 
 def _scores(
@@ -214,8 +237,12 @@ def _scores(
     mesh: Mesh | None,
 ) -> np.ndarray:
     """The score of each of the examples [N, ...] in each draw, [draws, N]."""
+    check_key("key", key)
+    check_estimator(estimator)
     check_count("draws", draws, 1)
     check_count("batch_size", batch_size, 1)
+    if mesh is not None:
+        check_type("mesh", mesh, Mesh)
     number = len(examples)
     divided_among = mesh_of(flow)
     mesh = mesh if divided_among is None else divided_among

@@ -7,6 +7,7 @@ the same function on many devices.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,9 @@ Array = jax.Array
 
 # From flow, batch, key, estimator and steps done to a scalar and `Diagnostics`.
 Loss = Callable[[ResidualFlow, Any, Array, Estimator, Array], tuple[Array, Diagnostics]]
+
+# Optax raises numbers to the power of a count: jax_numpy_dtype_promotion="strict" would forbid it.
+optax_promotion = partial(jax.numpy_dtype_promotion, "standard")
 
 _DECAY = 0.99
 _TERM_NORMS = optax.ema(_DECAY)
@@ -124,10 +128,11 @@ class Trainer(NamedTuple):
 
     def update(self, state: TrainState, found: Gradient) -> TrainState:
         """The second part: the optimiser and the averages, element by element but for the gradient's norm."""
-        updates, opt_state = self.optimizer.update(found.gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        _, ema = optax.ema(self.ema_decay).update(params, state.ema)
-        _, term_norms = _TERM_NORMS.update(found.diagnostics.term_norms, state.term_norms)
+        with optax_promotion():
+            updates, opt_state = self.optimizer.update(found.gradient, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            _, ema = optax.ema(self.ema_decay).update(params, state.ema)
+            _, term_norms = _TERM_NORMS.update(found.diagnostics.term_norms, state.term_norms)
         steps = state.step + self.accumulate
         return TrainState(steps, params, found.rest, opt_state, ema, state.estimator, term_norms)
 
@@ -181,7 +186,8 @@ class Trainer(NamedTuple):
 
     def averaged_flow(self, state: TrainState) -> ResidualFlow:
         """The flow with the averaged parameters, its norms iterated to convergence."""
-        params = optax.tree.bias_correction(state.ema.ema, self.ema_decay, state.ema.count)
+        with optax_promotion():
+            params = optax.tree.bias_correction(state.ema.ema, self.ema_decay, state.ema.count)
         return self.current_flow(state._replace(params=params))
 
 
@@ -197,7 +203,8 @@ def fit_estimator(state: TrainState, batch_size: int) -> TrainState:
     estimator, (count, norms) = state.estimator, state.term_norms
     if not isinstance(estimator, Roulette) or estimator.exact_terms >= DIAGNOSED_TERMS:
         raise ValueError(f"estimator: expected Roulette, less than {DIAGNOSED_TERMS} exact_terms, got {estimator}")
-    seen = optax.tree.bias_correction(norms, _DECAY, jnp.maximum(count, 1))
+    with optax_promotion():
+        seen = optax.tree.bias_correction(norms, _DECAY, jnp.maximum(count, 1))
     law = fit_lengths(seen[:, estimator.exact_terms :], batch_size=batch_size)
     start = Defensive().survival(jnp.arange(1, law.table.shape[-1] + 1))
     return state._replace(estimator=replace(estimator, length=Fitted(jnp.where(count > 0, law.table, start))))

@@ -130,11 +130,18 @@ def test_where_other_data_are_looked_for(saved, tmp_path, monkeypatch):
         ([3.0, 4.0], [1.0, 2.0], 0.0),
         ([2.0, 2.0], [2.0, 2.0, 2.0], 0.5),
         ([0.0, 1.0, 2.0], [1.0, 2.0, 3.0], 7 / 9),  # 3 + 2.5 + 1.5 of 9 pairs
+        ([0.0, 1.0], [np.inf, 0.5], 3 / 4),
     ],
 )
 def test_auroc_of_known_scores(test, other, expected):
     """More bits/dim mean another set; ties count half."""
     assert evaluate.auroc(np.array(test), np.array(other)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("test", "other"), [([], [1.0]), ([1.0], []), ([1.0, np.nan], [2.0])])
+def test_auroc_that_is_not_known(test, other):
+    """Of no examples, and of a loss that is no number: NaN, and no certainty."""
+    assert np.isnan(evaluate.auroc(np.array(test), np.array(other)))
 
 
 def test_permuted_images(saved):

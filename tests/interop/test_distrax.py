@@ -1,6 +1,8 @@
 """A flow as a bijector of distrax and TFP: against the flow itself, dense Jacobians, and in use."""
 
+import warnings
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
+from tests.compilations import compilations
 from tests.interop.flows import SOLVER, bent, make_flow, make_image_flow, train
 
 distrax = pytest.importorskip("distrax", reason="needs the extra distrax")
@@ -143,7 +146,63 @@ def test_errors_name_the_argument(flow, bijector):
         bijector.forward(jnp.zeros((4, 3)))
     with pytest.raises(ValueError, match="event_ndims_in"):
         bijector.forward(jnp.zeros(()))
-    stopped = bijectors.bijector(flow, estimator=rf.Exact(), solver=rf.FixedPoint(max_iterations=1))
-    with pytest.warns(RuntimeWarning, match="did not converge"):
-        jax.block_until_ready(stopped.forward(Z))
-        jax.effects_barrier()
+
+
+def test_noise_of_samples(flow, base):
+    """distrax vmaps when it samples: one draw for all, which log_prob has under vmap; each is unbiased."""
+    x = flow.inverse(Z, solver=SOLVER)
+    expected = flow.log_prob(x, estimator=rf.Exact())
+
+    @jax.jit
+    def estimates(key):
+        distribution = distrax.Transformed(base, bijectors.bijector(flow, key, solver=SOLVER))
+        samples, at_once = distribution.sample_and_log_prob(seed=jax.random.key(0), sample_shape=(3,))
+        return samples, at_once, jax.vmap(distribution.log_prob)(samples), distribution.log_prob(samples)
+
+    samples, at_once, mapped, of_batch = jax.jit(lambda keys: jax.lax.map(estimates, keys))(
+        jax.random.split(jax.random.key(1), 1000)
+    )
+    np.testing.assert_allclose(at_once, mapped, atol=1e-10)
+    np.testing.assert_allclose(at_once[:, 0], of_batch[:, 0], atol=1e-10)  # number 0 of the batch
+    assert np.abs(at_once[:, 1:] - of_batch[:, 1:]).max() > 0.01
+    expected = flow.log_prob(samples[0], estimator=rf.Exact())
+    for estimate in (at_once, of_batch):
+        assert np.std(estimate, axis=0).min() > 0.01
+        scores = (estimate.mean(axis=0) - expected) / (estimate.std(axis=0) / np.sqrt(len(estimate)))
+        assert np.abs(scores).max() < 4.5
+
+
+def test_what_does_not_converge(flow, base):
+    """Said by eager calls; inside of jit and vmap the best guess, or NaN where the solver is to raise."""
+
+    def stopped(on_failure):
+        solver = rf.FixedPoint(max_iterations=1, on_failure=on_failure)
+        return bijectors.bijector(flow, estimator=rf.Exact(), solver=solver)
+
+    guess = flow.inverse(Z, solver=rf.FixedPoint(max_iterations=1), return_status=True)[0]
+    for method in ("forward", "forward_and_log_det"):
+        with pytest.warns(RuntimeWarning, match="the inverse of the flow: 3 of 3 examples did not converge"):
+            eager = getattr(stopped("warn"), method)(Z)
+        with pytest.raises(rf.InverseError, match="the inverse of the flow: 3 of 3 examples did not converge"):
+            getattr(stopped("raise"), method)(Z)
+        for transform in (jax.jit, jax.vmap):
+            with warnings.catch_warnings(action="error"):
+                silent, failed = (transform(getattr(stopped(say), method))(Z) for say in ("warn", "raise"))
+            jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), silent, eager)
+            assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(failed))
+    np.testing.assert_allclose(eager[0], guess, atol=1e-12)
+    gradient = jax.jit(jax.grad(lambda z: stopped("warn").forward(z).sum()))(Z)
+    assert np.isnan(gradient).all()
+
+
+def test_another_tolerance_compiles_nothing(flow):
+    """Tolerance and cap are arguments of the compiled programs, and are obeyed."""
+
+    def error(**options):
+        bijector = bijectors.bijector(flow, estimator=rf.Exact(), solver=rf.FixedPoint(**options))
+        return np.abs(bijector.inverse(bijector.forward(Z)) - Z).max()
+
+    assert error(tolerance=1e-2) > 1e-4
+    with compilations() as found:
+        assert error(tolerance=1e-13, max_iterations=999) < 1e-11
+    assert not found

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 import resflow_jax as rf
+from tests.compilations import compilations
 from tests.interop.flows import SOLVER, bent, make_flow, make_image_flow
 
 flowjax = pytest.importorskip("flowjax", reason="needs the extra flowjax")
 
 import equinox as eqx  # noqa: E402
 import paramax  # noqa: E402
-from flowjax.bijections import Invert  # noqa: E402
+from flowjax.bijections import Chain, Invert  # noqa: E402
 from flowjax.distributions import StandardNormal, Transformed  # noqa: E402
 from flowjax.train import fit_to_data  # noqa: E402
 
@@ -39,6 +40,15 @@ def check_bijection(explicit, solved, x):
     np.testing.assert_allclose([log_det, solved_log_det], [expected, -expected], atol=1e-8)
 
 
+def check_without_log_det(bijection, x):
+    """The methods without a log-det give the same, and refuse other shapes by name."""
+    np.testing.assert_allclose(bijection.transform(x), bijection.transform_and_log_det(x)[0], atol=1e-12)
+    np.testing.assert_allclose(bijection.inverse(x), bijection.inverse_and_log_det(x)[0], atol=1e-12)
+    for method in (bijection.transform, bijection.inverse):
+        with pytest.raises(ValueError, match=r"x: expected shape .*, got \(7,\)"):
+            method(jnp.zeros(7))
+
+
 @pytest.mark.parametrize("make", [make_flow, make_image_flow])
 def test_a_flow_is_a_bijection_from_z_to_x(make):
     flow = make()
@@ -46,7 +56,10 @@ def test_a_flow_is_a_bijection_from_z_to_x(make):
     assert bijection.shape == flow.event_shape and bijection.cond_shape is None
     x = jnp.linspace(0.1, 0.9, flow.dim).reshape(flow.event_shape)
     check_bijection(bijection.inverse_and_log_det, bijection.transform_and_log_det, x)
-    np.testing.assert_allclose(bijection.inverse(x).ravel(), flow(x[None])[0], atol=1e-8)
+    np.testing.assert_allclose(bijection.inverse(x).ravel(), flow(x[None])[0], atol=1e-6)
+    flow.update_norms(tolerance=1e-4, max_iterations=200)  # as every evaluation does
+    np.testing.assert_allclose(bijection.inverse(x).ravel(), flow(x[None])[0], atol=1e-10)
+    check_without_log_det(bijection, x)
 
 
 def test_flowjax_trains_a_flow():
@@ -70,6 +83,7 @@ def test_a_block_around_a_network_of_equinox():
         assert np.linalg.norm(layer.weight, 2) <= 0.9 + 1e-12
     bijection = interop.ResidualBijection(large, (2,), solver=SOLVER)
     check_bijection(bijection.transform_and_log_det, bijection.inverse_and_log_det, X)
+    check_without_log_det(bijection, X)
     data = bent(160)
     start = Transformed(StandardNormal((2,)), Invert(interop.ResidualBijection(g, (2,))))
     _, before, after = fit(start, data)
@@ -85,3 +99,33 @@ def test_estimates_need_a_key():
     key = jax.random.key(0)
     estimate = interop.FlowBijection(flow, key, estimator=rf.Roulette()).inverse_and_log_det(X)[1]
     np.testing.assert_allclose(estimate, flow.forward(X[None], key=key)[1][0], atol=1e-6)
+
+
+def test_eager_sampling_compiles_once():
+    """flowjax maps its methods anew at every call; equal blocks share what is compiled."""
+
+    def sample(coefficient, number):
+        networks = [eqx.nn.MLP(2, 2, 4, 1, activation=jnp.tanh, key=jax.random.key(number + n)) for n in range(2)]
+        contractions = [interop.contractive(network, coefficient) for network in networks]
+        blocks = [Invert(interop.ResidualBijection(g, (2,), solver=SOLVER)) for g in contractions]
+        distribution = Transformed(StandardNormal((2,)), Chain(blocks))
+        x, log_prob = distribution.sample_and_log_prob(jax.random.key(number), (5,))
+        np.testing.assert_allclose(distribution.log_prob(x), log_prob, atol=1e-8)
+        return distribution.sample(jax.random.key(number), (5,)), x
+
+    np.testing.assert_allclose(*sample(0.9, 0), atol=1e-12)
+    with compilations() as found:
+        np.testing.assert_allclose(*sample(0.9, 10), atol=1e-12)
+    assert not found
+
+
+def test_what_does_not_converge():
+    """A method called by itself says so; under flowjax's vmap it is the best guess, or NaN where it is to raise."""
+    flow = make_flow()
+    for on_failure, expected in (("warn", False), ("raise", True)):
+        solver = rf.FixedPoint(max_iterations=1, on_failure=on_failure)
+        bijection = interop.FlowBijection(flow, solver=solver)
+        with pytest.raises(rf.InverseError) if expected else pytest.warns(RuntimeWarning, match="did not converge"):
+            bijection.transform(X)
+        samples = Transformed(StandardNormal((2,)), bijection).sample(jax.random.key(0), (4,))
+        assert np.isnan(samples).all() == np.isnan(samples).any() == expected

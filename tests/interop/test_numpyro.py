@@ -1,9 +1,13 @@
 """A flow in NumPyro: transform, prior of a model sampled by NUTS, and guide of SVI, against grids in the plane."""
 
+from functools import partial
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import resflow_jax as rf
 from tests.interop.flows import SOLVER, make_flow, make_image_flow
@@ -12,7 +16,7 @@ numpyro = pytest.importorskip("numpyro", reason="needs the extra numpyro")
 
 from numpyro import distributions as dist  # noqa: E402
 from numpyro.diagnostics import effective_sample_size  # noqa: E402
-from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO  # noqa: E402
+from numpyro.infer import MCMC, NUTS, SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO  # noqa: E402
 from numpyro.infer.reparam import TransformReparam  # noqa: E402
 
 from resflow_jax.interop import numpyro as interop  # noqa: E402
@@ -22,6 +26,7 @@ SPACING = 0.1
 GRID = jnp.stack(jnp.meshgrid(*[jnp.arange(-8, 8, SPACING)] * 2), axis=-1).reshape(-1, 2)
 NOISE = 0.6
 DATA = jnp.array([0.8, 0.4])
+STANDARD = dist.Normal(0.0, 1.0).expand((2,)).to_event(1)
 
 
 def log_likelihood(x):
@@ -29,28 +34,29 @@ def log_likelihood(x):
     return dist.Normal(x[..., 0] + x[..., 1] ** 2, 0.5).log_prob(1.0)
 
 
+def bent_model():
+    x = numpyro.sample("x", STANDARD)
+    numpyro.factor("likelihood", log_likelihood(x))
+
+
 @pytest.fixture(scope="module")
 def result():
     """(initial flow, result of SVI): the flow as the guide of a model."""
     flow = make_flow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(16,)), seed=2)
 
-    def model():
-        x = numpyro.sample("x", dist.Normal(jnp.zeros(2), 1).to_event(1))
-        numpyro.factor("likelihood", log_likelihood(x))
-
     def guide():
         trained = interop.flow_module("flow", flow)
         numpyro.sample("x", interop.FlowDistribution(trained, estimator=rf.Exact(), solver=SOLVER))
 
-    svi = SVI(model, guide, numpyro.optim.Adam(0.02), Trace_ELBO())
+    svi = SVI(bent_model, guide, numpyro.optim.Adam(0.02), Trace_ELBO())
     return flow, svi.run(jax.random.key(0), 600, progress_bar=False)
 
 
 @pytest.fixture(scope="module")
 def flow(result):
     """The trained flow, as `flow_module` finds it."""
-    initial, (params, state, _) = result
-    with numpyro.handlers.substitute(data={**params, **state.mutable_state}):
+    initial, (params, _, _) = result
+    with numpyro.handlers.substitute(data=params):
         return interop.flow_module("flow", initial)
 
 
@@ -62,7 +68,7 @@ def prior(flow):
 @pytest.fixture(scope="module")
 def posterior(flow):
     """Mean and mean square of the posterior given DATA, by a grid."""
-    log_density = flow.log_prob(GRID, estimator=rf.Exact()) - 0.5 * jnp.sum((DATA - GRID) ** 2, axis=1) / NOISE**2
+    log_density = flow.log_prob(GRID, estimator=rf.Exact()) - 0.5 * jnp.sum((DATA[None] - GRID) ** 2, axis=1) / NOISE**2
     weights = jax.nn.softmax(log_density)
     return jnp.concatenate([weights @ GRID, weights @ GRID**2])
 
@@ -126,15 +132,77 @@ def test_nuts_finds_the_posterior_of_a_model_whose_prior_is_a_flow(prior, poster
 
 def test_svi_with_a_flow_as_guide_approaches_the_evidence(result, flow):
     """The ELBO rises to less than a nat below the log evidence of the grid; the flow's norms follow its parameters."""
-    log_prior = dist.Normal(jnp.zeros(2), 1).to_event(1).log_prob(GRID)
-    evidence = jax.nn.logsumexp(log_prior + log_likelihood(GRID)) + 2 * np.log(SPACING)
+    evidence = jax.nn.logsumexp(STANDARD.log_prob(GRID) + log_likelihood(GRID)) + 2 * np.log(SPACING)
     elbo = -np.asarray(result[1].losses)
     error = elbo[-200:].std() / np.sqrt(200)
     assert elbo[-200:].mean() > elbo[:20].mean() + 1
     assert evidence - 1 < elbo[-200:].mean() < evidence + 4.5 * error
     assert flow.update_norms().iterations <= 3
-    with numpyro.handlers.trace() as sites:
-        interop.flow_module("flow", flow, warm_start=False)
-    assert list(sites) == ["flow$params"]  # as ELBOs of several particles want it
     with pytest.raises(ValueError, match="max_iterations: expected an integer of at least 1, got 0"):
         interop.flow_module("flow", flow, max_iterations=0)
+
+
+def guide_of(flow, **options):
+    def guide():
+        trained = interop.flow_module("flow", flow, **options)
+        numpyro.sample("x", interop.FlowDistribution(trained, jax.random.key(3), solver=SOLVER))
+
+    return guide
+
+
+def test_gradient_of_several_particles_is_the_mean_of_one_each():
+    """With an estimated log-det; parameters three times those that the flow's own vectors were made for."""
+    flow = make_flow()
+    params = {"flow$params": jax.tree.map(lambda leaf: 3 * leaf, nnx.state(flow, nnx.Param))}
+
+    def value_and_gradient(elbo):
+        return jax.jit(jax.value_and_grad(lambda params, key: elbo.loss(key, params, bent_model, guide_of(flow))))
+
+    key, one = jax.random.key(5), value_and_gradient(Trace_ELBO())
+    for particles, vectorize in ((2, False), (16, True)):
+        several = value_and_gradient(Trace_ELBO(num_particles=particles, vectorize_particles=vectorize))(params, key)
+        singles = [one(params, key) for key in jax.random.split(key, particles)]
+        expected = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *singles)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8), several, expected)
+        assert all(np.abs(leaf).max() > 1e-5 for leaf in jax.tree.leaves(several))
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(num_particles=16), RenyiELBO(num_particles=2)])
+def test_blocks_stay_contractions_in_svi_of_several_particles(loss):
+    """By `run` and by a loop of updates, which agree; the vectors that the flow had at the start would not do."""
+    flow = make_flow()
+    svi = SVI(bent_model, guide_of(flow), numpyro.optim.Adam(0.1), loss)
+    params, _, losses = svi.run(jax.random.key(0), 60, progress_bar=False)
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
+    state, update = svi.init(jax.random.key(0)), jax.jit(svi.update)
+    for expected in losses[:5]:
+        state, found = update(state)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    with numpyro.handlers.substitute(data=params):
+        trained = interop.flow_module("flow", flow)
+    certified = rf.certify(trained).blocks[0]
+    assert certified.bound < 1.001 * certified.promised
+    nnx.update(flow, nnx.state(trained, nnx.Param))
+    assert rf.certify(flow).blocks[0].bound > 1.1 * certified.promised
+
+
+def test_warm_start_goes_on_from_the_last_vectors():
+    """They are the mutable site, in ELBOs that keep it; others are refused by name."""
+    flow = make_flow()
+    guide = guide_of(flow, warm_start=True, max_iterations=1)
+    svi = SVI(bent_model, guide, numpyro.optim.Adam(0.01), Trace_ELBO())
+    states, update = [svi.init(jax.random.key(0))], jax.jit(svi.update)
+    for _ in range(3):
+        states.append(update(states[-1])[0])
+    assert list(states[-1].mutable_state) == ["flow$state"]
+    vectors = [jax.tree.leaves(state.mutable_state) for state in states]
+    for old, new in pairwise(vectors):
+        assert any(np.abs(a - b).max() > 0 for a, b in zip(old, new, strict=True))
+    for loss, got in (
+        (Trace_ELBO(num_particles=16), "True in Trace_ELBO with num_particles=16"),
+        (TraceGraph_ELBO(), "True in TraceGraph_ELBO with num_particles=1"),
+    ):
+        with pytest.raises(ValueError, match=f"warm_start: expected False, .*; got {got}"):
+            SVI(bent_model, guide, numpyro.optim.Adam(0.01), loss).init(jax.random.key(0))
+        with pytest.raises(ValueError, match=f"warm_start: expected False, .*; got {got}"):
+            loss.loss(jax.random.key(0), svi.get_params(states[0]), bent_model, guide)

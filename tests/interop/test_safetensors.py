@@ -38,7 +38,7 @@ def test_round_trip(flow, path):
     x = jnp.asarray([[0.3, -0.2], [1.0, 2.0]])
     np.testing.assert_array_equal(again(x), flow(x))
     assert [file.name for file in path.parent.iterdir()] == ["flow.safetensors"]
-    assert all(name.startswith(("params.", "norms.")) for name in load_file(path))
+    assert all(name.startswith(("params.", "norms.", "constants.")) for name in load_file(path))
 
 
 def test_every_config_comes_back():

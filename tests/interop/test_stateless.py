@@ -1,5 +1,7 @@
 """Flows as pure functions of a dict: against the flow itself, and through what dicts go through."""
 
+from typing import get_type_hints
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ import pytest
 
 import resflow_jax as rf
 import resflow_jax.interop
+from resflow_jax.functional.norms import PowerIterationStatus
+from resflow_jax.interop import stateless
 from tests.interop.flows import bent
 
 CONFIG = rf.VectorFlowConfig(
@@ -57,7 +61,7 @@ def test_variables_are_plain_dicts_by_collection(model, variables, expected):
         assert isinstance(leaf, jax.Array)
         assert all(isinstance(entry, jax.tree_util.DictKey) and isinstance(entry.key, str) for entry in path)
     np.testing.assert_array_equal(log_prob(model, variables), expected)
-    assert differing(variables, model.init(jax.random.key(0))) == ["batch_stats", "params"]
+    assert differing(variables, model.init(jax.random.key(0))) == ["batch_stats", "constants"]
 
 
 def test_every_public_method_is_there(model, variables):
@@ -65,6 +69,13 @@ def test_every_public_method_is_there(model, variables):
     z = model.apply(variables, "__call__", sample)
     np.testing.assert_allclose(model.apply(variables, "inverse", z), sample, atol=1e-9)
     assert rf.certify(model.bind(variables)).bounds.shape == (2,)
+
+
+def test_methods_that_change_a_flow_are_known_as_such():
+    """Those that return nothing, or how a power iteration ended: `apply` is to return their variables."""
+    returned = {name: get_type_hints(getattr(rf.ResidualFlow, name))["return"] for name in stateless.METHODS}
+    changing = {name for name, kind in returned.items() if kind in (type(None), PowerIterationStatus)}
+    assert changing == stateless.CHANGING
 
 
 def test_methods_that_change_a_flow_return_new_variables(model, variables):
@@ -75,7 +86,7 @@ def test_methods_that_change_a_flow_return_new_variables(model, variables):
     assert differing(scaled, after) == ["norms"] and status.iterations > 1
     assert differing(variables, model.apply(variables, "update_statistics", 2 * X)) == ["batch_stats"]
     # the first ActNorm undoes the scaling: batch norm behind it finds what it found before
-    assert differing(variables, model.apply(variables, "initialize", 2 * X)) == ["params"]
+    assert differing(variables, model.apply(variables, "initialize", 2 * X)) == ["constants"]
     assert differing(variables, copy) == []
 
 

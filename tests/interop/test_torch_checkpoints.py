@@ -21,6 +21,7 @@ import resflow_jax as rf
 from resflow_jax.interop.torch_config import args_from_config, config_from_args, estimator_from_args
 from resflow_jax.interop.torch_files import Stub, read_torch_file
 from resflow_jax.interop.torch_writer import write_torch_file
+from resflow_jax.layers.elementwise import ActNorm
 from resflow_jax.models.build import feature_shapes
 
 DATA = Path(__file__).parents[1] / "data"
@@ -131,6 +132,36 @@ def test_a_written_file_holds_what_the_scripts_read(tmp_path):
         np.testing.assert_allclose(tensors[f"{name}scale"], sigma, rtol=1e-12)
     assert (ours["ema"].module, ours["ema"].name) == ("resflows.utils", "ExponentialMovingAverage")
     assert {k: v for k, v in vars(ours["args"]).items() if vars(theirs["args"])[k] != v} == {}
+
+
+@pytest.mark.parametrize("name", ["hybrid", "toy"])
+def test_a_file_has_the_map_of_every_actnorm(name, tmp_path):
+    """Its center, deviation and shift are part of the weight and bias that are written: the same z, log-det, logits.
+
+    A file has the centers of its own averages.
+    """
+    flow = rf.load_torch_checkpoint(DATA / f"torch_{name}.pth", "raw", norms="stored")
+    with np.load(DATA / f"torch_{name}.npz") as arrays:
+        x = channels_last(arrays["x"])
+    flow.initialize(x)
+    rng = np.random.default_rng(0)
+    for _, layer in nnx.iter_modules(flow):
+        if isinstance(layer, ActNorm):
+            layer.log_scale[...] += rng.normal(size=layer.shift.shape)
+            layer.shift[...] += rng.normal(size=layer.shift.shape)
+    average = nnx.clone(flow)
+    nnx.update(average, jax.tree.map(lambda leaf: 0.9 * leaf, nnx.state(average, nnx.Param)))
+    path = tmp_path / "model.pth"
+    rf.save_torch_checkpoint(flow, path, average=average)
+    expected = {"raw": flow} if name == "toy" else {"raw": flow, "ema": average}
+    for weights, wanted in expected.items():
+        found = rf.load_torch_checkpoint(path, weights, norms="stored")
+        np.testing.assert_allclose(found(x), wanted(x), rtol=1e-9, atol=1e-9)
+        if name == "toy":
+            log_dets = [f.forward(x, estimator=rf.Exact())[1] for f in (found, wanted)]
+            np.testing.assert_allclose(*log_dets, rtol=1e-9)
+        else:
+            np.testing.assert_allclose(found.logits(x), wanted.logits(x), rtol=1e-9, atol=1e-9)
 
 
 def test_float32():

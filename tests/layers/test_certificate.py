@@ -12,6 +12,7 @@ from flax import nnx
 
 from resflow_jax.functional.certificate import induced_norm_bound
 from resflow_jax.layers.certificate import certify_contraction, tighten_contraction
+from resflow_jax.layers.lipschitz import LipschitzLinear
 from tests.functional.contractions import dense_matrix
 from tests.layers.blocks import CONTRACTIONS, INF, apply, make, spoil
 
@@ -154,3 +155,14 @@ def test_a_layer_of_zeros_is_tightened_too():
     assert certify_contraction(contraction).bound > 0.5
     tighten_contraction(contraction)
     assert 0.4 < certify_contraction(contraction).bound <= 0.5
+
+
+def test_tighten_ends(monkeypatch):
+    """Where no rescaling brings a block within its promise, an error says so, with the bound and the norms."""
+    contraction, _ = make("elementwise")
+    for linear in contraction.linears:
+        spoil(linear)
+    monkeypatch.setattr(LipschitzLinear, "rescale", lambda self, factor: None)
+    bound = certify_contraction(contraction).bound
+    with pytest.raises(RuntimeError, match=rf"^tighten: expected a bound of at most 0\.8.* 10 rounds, got {bound}"):
+        tighten_contraction(contraction)

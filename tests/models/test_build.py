@@ -151,7 +151,7 @@ def test_fully_connected_sizes():
     scales = built(rf.ImageFlowConfig(**TWO_SCALES | {"kernels": (3, 1, 3)}, fully_connected=True, fc_blocks=1))
     maps = [[linear.linear_map for linear in g.linears] for g in contractions(scales)]
     assert maps == [[DenseMap(16, 4), DenseMap(4, 4), DenseMap(4, 16)]] * 3 + [[DenseMap(16, 128), DenseMap(128, 16)]]
-    assert [norm.bias.shape for norm in (scales[0][2], scales[0][3][1], scales[0][4][1])] == [(16,), (16,), (1, 16)]
+    assert [norm.shift.shape for norm in (scales[0][2], scales[0][3][1], scales[0][4][1])] == [(16,), (16,), (1, 16)]
 
 
 def test_norms_of_convolutional_and_of_dense_blocks():

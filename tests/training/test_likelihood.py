@@ -13,6 +13,7 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.data.images import dequantize
 from resflow_jax.training.likelihood import (
+    Estimate,
     bits_per_dim,
     dequantized_bits_per_dim,
     evaluate_bits_per_dim,
@@ -68,6 +69,32 @@ def test_an_error_in_common_is_noise_and_not_data():
     unit = 4 * np.log(2)
     np.testing.assert_allclose((data**2).mean(), (np.arange(10) / unit).var(ddof=1) / 10, rtol=0.05)
     np.testing.assert_allclose((noise**2).mean(), (10 / unit) ** 2 / 4, rtol=0.4)
+
+
+@pytest.mark.parametrize("scores", [[[2.0], [2.1], [1.9]], [[2.0]]], ids=["three draws", "one draw"])
+def test_one_image_tells_nothing_of_others(scores):
+    """The data's part of the error is infinite, and so is the whole; that of the draws is theirs, or not known."""
+    estimate = Estimate.from_scores(np.asarray(scores))
+    assert estimate.data_stderr == estimate.stderr == np.inf
+    np.testing.assert_allclose(estimate.mean, 2.0)
+    expected = np.std(scores, ddof=1) / 3**0.5 if len(scores) == 3 else np.nan
+    np.testing.assert_allclose(estimate.noise_stderr, expected)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_errors_of_scores_that_are_not_finite(draws, bad):
+    """Neither the mean nor any error is a number, in particular not 0."""
+    scores = np.random.default_rng(0).normal(size=(draws, 4))
+    scores[0, 2] = bad
+    assert not np.isfinite(Estimate.from_scores(scores)).any()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (3,), (1, 2, 3)])
+def test_scores_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"scores: expected \[draws, N\] with at least one of each, got shape"):
+        Estimate.from_scores(np.zeros(shape))
 
 
 @pytest.mark.parametrize("exact_terms", [0, 5])

@@ -1,0 +1,57 @@
+"""The modules of Flax NNX that layers are made of, safe under `nnx.tabulate`.
+
+`nnx.tabulate` replaces every public method of the classes of a module by one that records its calls, and puts them back
+at its end. If an error ends it, it does not, and every later call of a method of these classes fails. Here only
+`__call__` and `apply` are recorded, which take and return arrays, and only for the copy that is tabulated.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from flax import nnx
+from flax.nnx import summary
+
+_RECORDED = ("__call__", "apply")
+
+
+class _ModuleType(type(nnx.Module)):
+    """The type of classes that stay as they are for all objects but those that are tabulated."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if getattr(getattr(value, "__code__", None), "co_filename", None) == summary.__file__:
+            original = _original(value.__wrapped__)
+            value = _recorded(value, original) if name in _RECORDED else original
+        else:
+            value = _original(value)
+        super().__setattr__(name, value)
+
+
+def _recorded(recording: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """The method that records for the tabulated copy, and is the original for all other objects."""
+
+    @wraps(original)
+    def method(self, *args, **kwargs):
+        # An earlier summary that failed may have left its method behind: the present one calls it.
+        is_present = getattr(type(self), original.__name__) is method
+        function = recording if is_present and hasattr(self, "_nnx_tabulate_id") else original
+        return function(self, *args, **kwargs)
+
+    method.original = original
+    return method
+
+
+def _original(value: Any) -> Any:
+    return getattr(value, "original", value)
+
+
+class Module(nnx.Module, metaclass=_ModuleType):
+    """`nnx.Module`; see the head of this file."""
+
+
+class List(nnx.List, metaclass=_ModuleType):
+    """`nnx.List`; see the head of this file."""
+
+
+class Dict(nnx.Dict, metaclass=_ModuleType):
+    """`nnx.Dict`; see the head of this file."""

@@ -1,0 +1,245 @@
+"""Norms of layers used alone, and of all layers of a model at once: right from the start, and after any change."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import resflow_jax as rf
+from resflow_jax.functional.linear_maps import ConvMap, DenseMap
+from resflow_jax.layers.lipschitz import LipschitzLinear, NormSettings, NormState, advance, learned_order, map_linears
+from resflow_jax.layers.norm_updates import update_norms
+from resflow_jax.models import flow as flows
+from tests.functional.brute_force import brute_force_norm
+from tests.functional.contractions import dense_matrix, dense_norm
+from tests.layers.blocks import INF
+
+DENSE, CONV = DenseMap(12, 12), ConvMap((4, 3), 3, 4)
+ORDERS = [(INF, 1.0), (3.0, 1.5), (INF, 2.0)]
+
+
+def applied_norm(layer):
+    return np.linalg.norm(dense_matrix(layer.linear_map, layer.weights()[0]), 2)
+
+
+@pytest.mark.parametrize("linear_map", [DENSE, CONV, ConvMap((4, 3), 3, 4, 1)])
+def test_a_new_layer_knows_its_norm(linear_map):
+    """By itself, without any update; what it applies has at most the coefficient."""
+    layer = LipschitzLinear(linear_map, 0.3, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(layer.norm(), dense_norm(linear_map, layer.kernel[...]), rtol=1e-6)
+    np.testing.assert_allclose(applied_norm(layer), 0.3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("orders", ORDERS)
+def test_a_new_layer_knows_its_norm_in_other_orders(orders):
+    """The global maximum, of several starts."""
+    layer = LipschitzLinear(DenseMap(3, 4), 0.3, domain=orders[0], codomain=orders[1], rngs=nnx.Rngs(0))
+    exact = brute_force_norm(dense_matrix(layer.linear_map, layer.kernel[...]), *orders)
+    np.testing.assert_allclose(layer.norm(), exact, rtol=1e-5)
+
+
+def test_new_layers_of_a_stack():
+    """Under `nnx.vmap`, with fixed orders and with learned ones."""
+
+    @nnx.vmap
+    def make(rngs):
+        return nnx.List(
+            [
+                LipschitzLinear(DENSE, 0.3, rngs=rngs),
+                LipschitzLinear(DENSE, 0.3, domain=learned_order(), codomain=learned_order(), rngs=rngs),
+            ]
+        )
+
+    stack = make(nnx.Rngs(0).split(3))
+    for layer, norms in zip(stack, map_linears(stack, lambda layer: layer.norm()), strict=True):
+        np.testing.assert_allclose(norms, np.linalg.norm(layer.kernel[...], 2, axis=(1, 2)), rtol=1e-5)
+
+
+def changes(kernel):
+    """New kernels, some of which the vectors of the old one miss."""
+    u, singular_values, v = np.linalg.svd(kernel)
+    low, high = singular_values.copy(), singular_values.copy()
+    low[0], high[-1] = 0.1 * low[-1], 20 * high[0]
+    return {
+        "scaled": 5 * kernel,
+        "another": np.random.default_rng(0).normal(size=kernel.shape),
+        "the old direction is the smallest": u * low @ v,
+        "an orthogonal direction is the largest": u * high @ v,
+        "all but equal": u * np.linspace(0.99, 1, len(u)) @ v,
+        "a permutation": 3 * np.eye(len(u))[::-1],
+    }
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_update_norm_finds_the_norm_of_any_kernel(dtype):
+    """With its defaults, within 1 % (here better than 0.1 %), and the status says that it has."""
+    layer = LipschitzLinear(DENSE, 0.9, rngs=nnx.Rngs(0))
+    nnx.update(layer, jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.state(layer)))
+    vectors = nnx.state(layer, NormState)
+    for name, kernel in changes(np.asarray(layer.kernel[...], np.float64)).items():
+        nnx.update(layer, vectors)
+        layer.kernel[...] = jnp.asarray(kernel, dtype)
+        status = layer.update_norm()
+        assert status.converged, name
+        np.testing.assert_allclose(layer.norm(), np.linalg.norm(kernel, 2), rtol=1e-3, err_msg=name)
+        assert applied_norm(layer) <= 0.9 * 1.001
+        assert layer.u.dtype == layer.v.dtype == dtype
+
+
+def test_update_norm_of_a_convolution():
+    """The same for a kernel that leaves the old vectors in a subspace: the channels change their parts."""
+    layer = LipschitzLinear(CONV, 0.9, rngs=nnx.Rngs(0))
+    layer.kernel[...] = layer.kernel[...].at[:, :, 1:].set(0)
+    layer.update_norm()
+    layer.v[...] = layer.v[...].at[..., 1:].set(0)  # exactly within the first channel
+    kernel = np.zeros(CONV.kernel_shape)
+    kernel[:, :, 0, 0], kernel[:, :, 1, 1] = 0.1, 1.0
+    layer.kernel[...] = jnp.asarray(kernel)
+    assert layer.update_norm().converged
+    np.testing.assert_allclose(layer.norm(), dense_norm(CONV, kernel), rtol=1e-5)
+
+
+def test_equal_layers_compile_once():
+    """Eager layers of one map and orders share a program, whatever their kernels and settings."""
+    linear_map = DenseMap(5, 9)  # of no other test
+    LipschitzLinear(linear_map, 0.9, rngs=nnx.Rngs(0)).update_norm()
+    before = advance._cache_size()
+    layer = LipschitzLinear(DenseMap(5, 9), 0.5, rngs=nnx.Rngs(1))
+    for tolerance in (1e-2, 1e-4):
+        layer.update_norm(tolerance, 10 * tolerance, int(1 / tolerance))
+    layer.update_norm(1e-3, None, np.int64(5))
+    assert advance._cache_size() == before
+
+
+class Model(nnx.Module):
+    """Layers alone and stacked, alike and not, of orders with and without closed form."""
+
+    def __init__(self, rngs):
+        make = nnx.vmap(lambda rngs: LipschitzLinear(DENSE, 0.9, rngs=rngs))
+        self.stack = make(rngs.split(3))
+        self.linears = nnx.List(
+            LipschitzLinear(linear_map, 0.9, domain=p, codomain=q, rngs=rngs)
+            for linear_map, p, q in [
+                (DENSE, 2.0, 2.0),
+                (CONV, 2.0, 2.0),
+                (DENSE, 2.0, INF),
+                (DENSE, INF, INF),
+                (DenseMap(3, 4), 3.0, 1.5),
+                (DENSE, 2.0, 2.0),
+                (DENSE, learned_order(), learned_order()),
+            ]
+        )
+        self.other = make(rngs.split(2))
+
+
+def test_all_layers_of_a_model():
+    """Each layer gets what it gets alone; the status is that of the slowest; closed forms keep their vectors."""
+    model, alone = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
+    for which in (model, alone):
+        rng = np.random.default_rng(0)
+        for layer in (which.stack, *which.linears, which.other):
+            layer.kernel[...] = jnp.asarray(rng.normal(size=layer.kernel.shape))
+    status = update_norms(model, NormSettings(1e-12, 1e-7, 5000), restart=True)
+    statuses = map_linears(alone, lambda layer: layer.update_norm(1e-12, 1e-7, 5000))
+    assert status.converged and status.iterations == max(s.iterations.max() for s in statuses)
+    assert 0 < status.residual <= 1e-7
+    pairs = zip(*((which.stack, *which.linears, which.other) for which in (model, alone)), strict=True)
+    for layer, other in pairs:
+        np.testing.assert_allclose(layer.v[...], other.v[...], atol=1e-5)
+        np.testing.assert_allclose(layer.u[...], other.u[...], atol=1e-5)
+        (norms,) = map_linears(nnx.List([layer]), lambda layer: layer.norm())
+        if layer.codomain == 2.0 == layer.domain:
+            kernels = layer.kernel[...].reshape(-1, *layer.linear_map.kernel_shape)
+            exact = [dense_norm(layer.linear_map, kernel) for kernel in kernels]
+            np.testing.assert_allclose(np.ravel(norms), exact, rtol=1e-9)
+    model.stack.kernel[...] += 0.1
+    capped = update_norms(model, NormSettings(1e-12, 1e-7, 2), restart=False)
+    assert capped.iterations == 2 and not capped.converged
+
+
+def test_a_model_of_closed_forms():
+    """Nothing to iterate: it has converged."""
+    model = nnx.List([LipschitzLinear(DENSE, 0.9, domain=1.0, rngs=nnx.Rngs(0))])
+    status = update_norms(model, NormSettings(1e-3, 1e-2, 20), restart=False)
+    assert status.converged and status.iterations == 0 and status.residual == 0
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return rf.ResidualFlow(rf.VectorFlowConfig(dim=3, blocks=3, hidden=(6,)), rngs=nnx.Rngs(0))
+
+
+def test_new_tolerances_compile_nothing(flow):
+    """Eager calls with other numbers, of other types, are one program; `restart` is another one."""
+    flow.update_norms()
+    before = flows._update_norms._cache_size()
+    for tolerance in (1e-2, np.float32(1e-4), np.float64(1e-5)):
+        flow.update_norms(tolerance=tolerance)
+        flow.update_norms(tolerance=tolerance, residual_tolerance=2 * tolerance, max_iterations=np.int64(7))
+    assert flows._update_norms._cache_size() == before
+    traced = nnx.jit(lambda flow, t, n: flow.update_norms(tolerance=t, max_iterations=n))
+    for tolerance, cap in ((1e-2, 5), (1e-9, 3)):
+        assert traced(flow, tolerance, cap).iterations <= cap
+    flow.converge_norms()
+    assert flows._update_norms._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("bad", [{"tolerance": 0.0}, {"residual_tolerance": -1.0}, {"max_iterations": 0}], ids=str)
+def test_bad_settings(flow, bad):
+    """The error names the argument, of a flow and of a layer."""
+    layer = LipschitzLinear(DENSE, 0.9, rngs=nnx.Rngs(0))
+    for update in (flow.update_norms, layer.update_norm):
+        with pytest.raises(ValueError, match=f"^{next(iter(bad))}: expected"):
+            update(**bad)
+
+
+def test_converge_norms_warns_where_it_is_eager(flow):
+    """Of a kernel that is not finite; a compiled program holds no callback and only returns the status."""
+    graphdef, state = nnx.split(flow)
+
+    def converge(state):
+        flow = nnx.merge(graphdef, state, copy=True)
+        status = flow.converge_norms()
+        return nnx.state(flow), status
+
+    assert "callback" not in str(jax.make_jaxpr(converge)(state))
+    spoilt = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.ndim > 1 else leaf, state))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert flow.converge_norms().converged
+        status = jax.jit(converge)(nnx.state(spoilt))[1]
+        assert not status.converged and not status.residual <= 1e-2
+    with pytest.warns(RuntimeWarning, match="power iteration: a layer is far from converged"):
+        assert not spoilt.converge_norms().converged
+
+
+def linears(flow):
+    return [layer for _, layer in nnx.iter_modules(flow) if isinstance(layer, LipschitzLinear)]
+
+
+def test_a_flow_in_training_follows_a_direction_that_its_vectors_lack():
+    """A singular value grows from nothing, beside vectors that are orthogonal to it: `update_norms` finds it."""
+    flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=8, blocks=1, hidden=(8,), actnorm=False), rngs=nnx.Rngs(0))
+    for linear in linears(flow):
+        linear.kernel[...] = jnp.eye(8).at[0, 0].set(2.0)
+        linear.v[...] = linear.u[...] = jnp.eye(8)[0]
+    graphdef, state = nnx.split(flow)
+
+    @jax.jit
+    def train(state, steps):
+        def step(state, scale):
+            flow = nnx.merge(graphdef, state, copy=True)
+            linear = linears(flow)[0]
+            linear.kernel[...] = linear.kernel[...].at[3, 3].set(scale)
+            flow.update_norms()
+            return nnx.state(flow), linears(flow)[0].norm()
+
+        return jax.lax.scan(step, state, steps)
+
+    scales = jnp.concatenate([jnp.linspace(1.0, 3.0, 100), jnp.full(20, 3.0)])
+    _, norms = train(state, scales)
+    error = 1 - norms / jnp.maximum(2.0, scales)
+    assert error[80:].max() < 0.01 and error.max() < 0.1

@@ -1,0 +1,193 @@
+"""Every public call of the library, in flows so small that each runs in no time: what has to work in every mode of JAX.
+
+A call takes nothing and returns arrays; those that change a flow work on a copy.
+"""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import resflow_jax as rf
+from resflow_jax.functional.estimators import Exact, Roulette, Truncated
+from resflow_jax.training.likelihood import dequantized_bits_per_dim, negative_log_likelihood, vector_log_prob
+
+KEY = jax.random.key(3)
+X = np.random.default_rng(0).normal(size=(4, 3))
+IMAGES = np.random.default_rng(1).integers(0, 4, (4, 2, 2, 1)).astype(np.uint8)
+PIXELS = (IMAGES + 0.5) / 4
+
+VECTORS = {
+    "plain": {},
+    "all layers": {
+        "batchnorm": True,
+        "centering": "layers",
+        "invertible_linear": True,
+        "activation": "leakylipswish",
+        "data_mean": (0.1, 0.2, 0.3),
+        "data_deviation": (1.0, 2.0, 3.0),
+        "padding": 1,
+        "padding_noise": "gaussian",
+    },
+    "mixed norms": {"norms": "f1f", "activation": "maxmin", "preactivation": "none", "centering": "blocks"},
+    "learned norms": {"learn_norms": True, "activation": "fullsort", "preactivation": "none"},
+    "bfloat16": {"matmul_dtype": "bfloat16"},
+    "DenseNet": {"dense_depth": 2, "dense_growth": 4, "activation": "clipswish"},
+}
+ESTIMATORS = {
+    "Exact": Exact(),
+    "Truncated": Truncated(3, probes=2),
+    "Truncated, autodiff": Truncated(3, gradient="autodiff"),
+    "Roulette": Roulette(),
+    "Roulette of the papers": Roulette(rf.Geometric(0.1), exact_terms=2, krylov=0, probe="gaussian"),
+    "Roulette, autodiff": Roulette(rf.Geometric(0.5), gradient="autodiff", krylov=2),
+    "Roulette, orthogonal": Roulette(rf.Defensive(), samples=2, probe="orthogonal", probes=2),
+    "Roulette, Poisson": Roulette(rf.Poisson(2.0), exact_terms=1),
+    "Roulette, fitted": Roulette(rf.Fitted(np.array([1.0, 0.5, 0.25]))),
+}
+SOLVERS = {"Anderson": rf.Anderson(), "FixedPoint": rf.FixedPoint(), "Broyden": rf.Broyden()}
+
+
+@cache
+def vectors(name="plain"):
+    """(graphdef, state) of a flow on vectors."""
+    config = rf.VectorFlowConfig(**{"dim": 3, "blocks": 2, "hidden": (4,), "coefficient": 0.5, **VECTORS[name]})
+    return nnx.split(rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
+
+
+@cache
+def images():
+    """(graphdef, state) of a flow on images, with all that those of vectors have not."""
+    sizes = {"blocks": (1, 1), "hidden_channels": 2, "fc_blocks": 1, "fc_hidden": 2, "classifier_channels": 2}
+    options = {"factor_out": True, "classes": 2, "feature_actnorm": True, "coefficient": 0.5}
+    config = rf.ImageFlowConfig((2, 2, 1), **sizes, **options)
+    return nnx.split(rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
+
+
+def of_flow(split, method, *args, **kwargs):
+    """A call of a method of a copy of a flow, and the variables of the flow behind it."""
+
+    def call():
+        flow = nnx.merge(*split, copy=True)
+        return getattr(flow, method)(*args, **kwargs), nnx.state(flow)
+
+    return call
+
+
+def gradient(split, method, *args, **kwargs):
+    """The gradient of the sum of a method's first output in the parameters of a flow."""
+    graphdef, params, rest = nnx.split(nnx.merge(*split, copy=True), nnx.Param, ...)
+
+    def total(params):
+        out = getattr(nnx.merge(graphdef, params, rest, copy=True), method)(*args, **kwargs)
+        return jnp.sum(jax.tree.leaves(out)[0])
+
+    return lambda: jax.grad(total)(params)
+
+
+def training(split, loss, batch, accumulate):
+    """Two steps of training, and what follows them."""
+
+    def call():
+        flow = nnx.merge(*split, copy=True)
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1e-3, 5)))
+        trainer = rf.training.Trainer(nnx.graphdef(flow), loss, optimizer, 0.9, accumulate)
+        state = trainer.create_state(flow, Roulette())
+        state, metrics = trainer.step(state, batch if accumulate == 1 else np.stack([batch] * accumulate), KEY)
+        state = rf.training.fit_estimator(state, len(X))
+        return metrics, nnx.state(trainer.averaged_flow(state))
+
+    return call
+
+
+def of_functions():
+    """Calls of functions that take no flow."""
+    kernel = jnp.asarray(np.random.default_rng(2).normal(size=(3, 3)) / 5)
+    dense, conv = rf.DenseMap(3, 3), rf.ConvMap((2, 2), 1, 2)
+    taps = jnp.asarray(np.random.default_rng(2).normal(size=(3, 3, 1, 2)))
+
+    def g(kernel, x):
+        return jnp.tanh(x @ kernel)
+
+    def total(estimator, kernel, x):
+        y, log_det = rf.residual(g, kernel, x, key=KEY, estimator=estimator, chunk_size=2)
+        return jnp.sum(y) + jnp.sum(log_det)
+
+    def inverted(solver, kernel, y):
+        return jnp.sum(rf.residual_inverse(g, kernel, y, solver=solver))
+
+    found = {}
+    for name, estimator in ESTIMATORS.items():
+        found[f"residual, {name}"] = lambda e=estimator: jax.grad(total, (1, 2))(e, kernel, jnp.asarray(X))
+    for name, solver in SOLVERS.items():
+        found[f"residual_inverse, {name}"] = lambda s=solver: jax.grad(inverted, (1, 2))(s, kernel, jnp.asarray(X))
+    for name, activation in rf.ACTIVATIONS.items():
+        params = {parameter: jnp.asarray(value) for parameter, value in activation.initial}
+        second = jax.hessian(lambda x, a=activation, p=params: jnp.sum(jnp.square(a(p, x))))
+        found[f"activation {name}"] = lambda f=second: f(jnp.asarray([[0.3, -0.7]]))
+    for domain, codomain in ((2.0, 2.0), (1.0, 2.0), (2.0, np.inf), (1.5, 3.0), (np.inf, 1.0)):
+        orders = {"domain": domain, "codomain": codomain}
+        matvec, rmatvec = (lambda v: dense.matvec(kernel, v)), (lambda u: dense.rmatvec(kernel, u))
+        found[f"best_start {domain} {codomain}"] = lambda o=orders, m=matvec, r=rmatvec: rf.best_start(
+            m, r, jnp.asarray(X), **o
+        )
+        found[f"induced_norm_bound {domain} {codomain}"] = lambda o=orders: rf.induced_norm_bound(conv, taps, **o)
+    found["power_iteration"] = lambda: rf.power_iteration(
+        lambda v: conv.matvec(taps, v), lambda u: conv.rmatvec(taps, u), jnp.ones((2, 2, 1))
+    )
+    found["gram_iteration_bound"] = lambda: jax.grad(lambda taps: rf.gram_iteration_bound(conv, taps))(taps)
+    found["fit_lengths"] = lambda: rf.fit_lengths(jnp.asarray([[0.5, 0.2, 0.3]]), batch_size=8).table
+    return found
+
+
+def of_flows():
+    """Calls of the methods of flows."""
+    found = {}
+    plain, pixels = vectors(), images()
+    z = np.random.default_rng(4).normal(size=(4, 3))
+    for name, estimator in ESTIMATORS.items():
+        options = {"key": KEY, "estimator": estimator, "return_diagnostics": True}
+        found[f"log_prob, {name}"] = gradient(plain, "log_prob", X, **options)
+    for name, solver in SOLVERS.items():
+        found[f"inverse, {name}"] = of_flow(plain, "inverse", z, solver=solver, return_status=True)
+    for name in [name for name in VECTORS if name != "bfloat16"]:
+        flow, padding = vectors(name), VECTORS[name].get("padding", 0)
+        found[f"new flow, {name}"] = lambda f=vectors.__wrapped__, n=name: nnx.state(nnx.merge(*f(n)))
+        found[f"log_prob, {name}"] = gradient(flow, "log_prob", X, key=KEY)
+        found[f"inverse, {name}"] = gradient(flow, "inverse", np.pad(z, ((0, 0), (0, padding))))
+        found[f"__call__, {name}"] = of_flow(flow, "__call__", X)
+        for method in ("initialize", "update_statistics"):
+            found[f"{method}, {name}"] = of_flow(flow, method, X)
+        for method in ("update_norms", "converge_norms", "order_loss", "norm_orders"):
+            found[f"{method}, {name}"] = of_flow(flow, method)
+        found[f"train, {name}"] = training(flow, negative_log_likelihood(optax.linear_schedule(0.0, 1.0, 9)), X, 1)
+        found[f"certify, {name}"] = lambda f=flow: rf.certify(nnx.merge(*f)).bounds
+        found[f"tighten, {name}"] = of_flow(flow, "tighten")
+    rounded = vectors("bfloat16")
+    found["log_prob, bfloat16"] = gradient(rounded, "log_prob", X, key=KEY)
+    found["inverse, bfloat16"] = of_flow(rounded, "inverse", z, return_status=True)
+    found["order_loss, gradient"] = gradient(vectors("learned norms"), "order_loss")
+    found["sample"] = of_flow(plain, "sample", KEY, 2)
+    found["sample_and_log_prob"] = gradient(plain, "sample_and_log_prob", KEY, 2)
+    found["inverse_and_log_prob"] = of_flow(plain, "inverse_and_log_prob", z, key=KEY, return_status=True)
+    found["vector_log_prob"] = lambda: vector_log_prob(nnx.merge(*plain), X, KEY, batch_size=3)
+
+    found["images, log_prob"] = gradient(pixels, "log_prob", PIXELS, key=KEY)
+    found["images, inverse"] = gradient(pixels, "inverse", z[:, [0, 1, 2, 0]])
+    found["images, sample"] = of_flow(pixels, "sample", KEY, 2)
+    found["images, initialize"] = of_flow(pixels, "initialize", PIXELS)
+    found["images, logits"] = gradient(pixels, "logits", PIXELS)
+    found["images, certify"] = lambda: rf.certify(nnx.merge(*pixels)).bounds
+    found["images, train"] = training(pixels, dequantized_bits_per_dim(4), IMAGES, 2)
+    found["evaluate_bits_per_dim"] = lambda: rf.evaluate_bits_per_dim(
+        nnx.merge(*pixels), IMAGES, KEY, levels=4, draws=2, batch_size=3
+    )
+    stateless = rf.interop.stateless.stateless(nnx.merge(*plain).config)
+    found["stateless"] = lambda: stateless.apply(stateless.init(KEY, X), "log_prob", X, key=KEY)
+    return found
+
+
+CALLS = {**of_functions(), **of_flows()}
