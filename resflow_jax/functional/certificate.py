@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resflow_jax.functional.checks import check_count, check_order
+from resflow_jax.functional.checks import as_host_array, check_count, check_order
 from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap, tap_windows
 
@@ -107,7 +107,7 @@ def gram_iteration_bound(linear_map: LinearMap, kernel: Array, iterations: int =
       ValueError: for a kernel of another shape or not float, or a negative number of iterations.
     """
     check_count("iterations", iterations, 0)
-    _check_kernel(linear_map, kernel)
+    kernel = _checked_kernel(linear_map, kernel)
     kernel = kernel.astype(wide_dtype(kernel.dtype))
     # The bound does not depend on the factors that are split off, so they carry no gradient.
     scale = lax.stop_gradient(jnp.max(jnp.abs(kernel)))
@@ -140,23 +140,25 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _check_kernel(linear_map: LinearMap, kernel: Array | np.ndarray) -> None:
+def _checked_kernel(linear_map: LinearMap, kernel: Array | np.ndarray) -> Array | np.ndarray:
     if not isinstance(linear_map, LinearMap):
         raise ValueError(f"linear_map: expected a DenseMap or a ConvMap, got {linear_map!r}")
-    expected = f"kernel: expected a float array {linear_map.kernel_shape}"
-    if not hasattr(kernel, "dtype") or not jnp.issubdtype(kernel.dtype, jnp.floating):
-        raise ValueError(f"{expected}, got {getattr(kernel, 'dtype', type(kernel).__name__)}")
+    expected = f"a float array {linear_map.kernel_shape}"
+    kernel = as_host_array("kernel", kernel, expected)
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(f"kernel: expected {expected}, got {kernel.dtype}")
     if kernel.shape != linear_map.kernel_shape:
-        raise ValueError(f"{expected}, got {kernel.shape}")
+        raise ValueError(f"kernel: expected {expected}, got {kernel.shape}")
     if isinstance(linear_map, ConvMap) and linear_map.kernel_size % 2 == 0:
         raise ValueError(f"kernel: expected odd sides, got {kernel.shape}")
+    return kernel
 
 
 def _scaled(linear_map: LinearMap, kernel: Array | np.ndarray) -> tuple[np.ndarray, int]:
     """(K, e), the kernel being 2^e K in float64 with entries of at most one: no product overflows, none matters
     that underflows.
     """
-    _check_kernel(linear_map, kernel)
+    kernel = _checked_kernel(linear_map, kernel)
     kernel = np.asarray(kernel).astype(np.float64)
     largest = np.max(np.abs(kernel))
     if not np.isfinite(largest):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import check_count, check_open_interval, check_positive
+from resflow_jax.functional.checks import as_float_array, check_count, check_open_interval, check_positive
 from resflow_jax.functional.laws import Fitted
 
 Array = jax.Array
@@ -47,10 +47,11 @@ def fit_lengths(
     Raises:
       ValueError: for a wrong rank, share or cost.
     """
-    if not isinstance(term_norms, jax.Array | np.ndarray) or not jnp.issubdtype(term_norms.dtype, jnp.floating):
-        raise ValueError(f"term_norms: expected a float array [K] or [blocks, K], got {term_norms!r}")
+    term_norms = as_float_array("term_norms", term_norms)
     if term_norms.ndim not in (1, 2) or not term_norms.size:
         raise ValueError(f"term_norms: expected a float array [K] or [blocks, K], got shape {term_norms.shape}")
+    if not isinstance(term_norms, jax.core.Tracer) and not np.isfinite(np.asarray(term_norms)).all():
+        raise ValueError(f"term_norms: expected finite numbers, got {term_norms}")
     check_count("batch_size", batch_size, 1)
     check_positive("fixed_cost", fixed_cost)
     check_open_interval("share", share, 0, 1)

@@ -130,9 +130,12 @@ class InverseStatus(NamedTuple):
           lipschitz: a constant L of g in the 2-norm; broadcasts against residual_norm.
         """
         # A 16-bit L could be rounded down, and with it the bound.
-        lipschitz = jnp.asarray(lipschitz, wide_dtype(self.residual_norm.dtype))
+        norm = self.residual_norm.astype(wide_dtype(self.residual_norm.dtype))
+        lipschitz = jnp.asarray(lipschitz, norm.dtype)
+        shape = jnp.broadcast_shapes(norm.shape, lipschitz.shape)
+        norm, lipschitz = jnp.broadcast_to(norm, shape), jnp.broadcast_to(lipschitz, shape)
         contracts = lipschitz < 1
-        return jnp.where(contracts, self.residual_norm / jnp.where(contracts, 1 - lipschitz, 1), jnp.inf)
+        return jnp.where(contracts, norm / jnp.where(contracts, 1 - lipschitz, 1), jnp.inf)
 
 
 # A program that returns a status can be written to a file.

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from resflow_jax.functional.convolution import conv2d
+from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.convolution import MATMUL_DTYPES, conv2d
 from resflow_jax.functional.vector_norms import Order, conjugate, vector_norm
 
 Array = jax.Array
@@ -36,6 +37,11 @@ class DenseMap:
     features_in: int
     features_out: int
     matmul_dtype: str | None = None
+
+    def __post_init__(self):
+        check_count("features_in", self.features_in, 1)
+        check_count("features_out", self.features_out, 1)
+        check_choice("matmul_dtype", self.matmul_dtype, MATMUL_DTYPES)
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -95,6 +101,16 @@ class ConvMap:
     channels_out: int
     kernel_size: int = 3
     matmul_dtype: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.size, tuple) or len(self.size) != 2:
+            raise ValueError(f"size: expected (H, W), got {self.size!r}")
+        for side in self.size:
+            check_count("size", side, 1)
+        check_count("channels_in", self.channels_in, 1)
+        check_count("channels_out", self.channels_out, 1)
+        check_count("kernel_size", self.kernel_size, 1)
+        check_choice("matmul_dtype", self.matmul_dtype, MATMUL_DTYPES)
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:

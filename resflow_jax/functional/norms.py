@@ -35,7 +35,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import check_count, check_order, check_positive
+from resflow_jax.functional.checks import (
+    as_float_array,
+    as_float_batch,
+    check_callable,
+    check_count,
+    check_order,
+    check_positive,
+)
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.manual_axes import vary_over, varying_axes
 from resflow_jax.functional.starts import excludes_larger, mixed_start, unit
@@ -125,6 +132,10 @@ def power_iteration(
       ValueError: if a tolerance is not positive, a count is below one or an order is below one; values of traced
         settings are not checked.
     """
+    check_callable("matvec", matvec)
+    check_callable("rmatvec", rmatvec)
+    v = as_float_array("v", v)
+    rmatvec = _with_shape(rmatvec, v.shape)
     check_order("domain", domain)
     check_order("codomain", codomain)
     check_settings(tolerance, residual_tolerance, max_iterations)
@@ -198,6 +209,18 @@ def check_settings(
             check_positive(name, value)
 
 
+def _with_shape(rmatvec: LinearFunction, shape: tuple[int, ...]) -> LinearFunction:
+    """The same function; it raises a ValueError if what it returns has another shape."""
+
+    def checked(u):
+        w = rmatvec(u)
+        if w.shape != shape:
+            raise ValueError(f"rmatvec: expected an output {shape} like v, got {w.shape}")
+        return w
+
+    return checked
+
+
 def best_start(matvec: LinearFunction, rmatvec: LinearFunction, starts: Array, **settings) -> PowerIteration:
     """The `power_iteration` that ends highest among those from starts [n, *input shape]; same settings.
 
@@ -205,6 +228,9 @@ def best_start(matvec: LinearFunction, rmatvec: LinearFunction, starts: Array, *
     and inf -> q more often than orders in between. Without `restart`, unless it is asked for.
     """
     settings = {"restart": False, **settings}
+    check_callable("matvec", matvec)
+    check_callable("rmatvec", rmatvec)
+    starts = as_float_batch("starts", starts)
     results = jax.vmap(lambda v: power_iteration(matvec, rmatvec, v, **settings))(starts)
     best = jnp.argmax(results.sigma)
     return jax.tree.map(lambda leaf: leaf[best], results)

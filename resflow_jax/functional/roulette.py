@@ -30,7 +30,7 @@ def term_weight(law: Law, lengths: Array, exact_terms: int, k: Array | int) -> A
     Returns:
       A scalar whose expectation is one; zero beyond m + max_i N_i.
     """
-    j = jnp.asarray(k) - exact_terms
+    j = jnp.asarray(k - exact_terms, lengths.dtype)
     survival = law.survival(j)
     return jnp.mean((lengths >= j).astype(survival.dtype) / survival)
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from resflow_jax.functional.checks import check_key
 from resflow_jax.layers.bijector import Constant
 from resflow_jax.layers.lipschitz import NormState
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
@@ -48,6 +49,7 @@ class Stateless:
           x: batch [B, *event_shape] from which ActNorm and moving batch norm take their statistics; without it they are
             the identity.
         """
+        check_key("key", key)
         flow = ResidualFlow(self.config, rngs=nnx.Rngs(key))
         if x is not None:
             flow.initialize(x)
@@ -78,6 +80,8 @@ class Stateless:
         Raises:
           ValueError: as `apply`.
         """
+        if not isinstance(variables, Mapping):
+            raise ValueError(f"variables: expected nested dicts of arrays, got {type(variables).__name__}")
         structure = _structure(self.config)
         flat, collections = dict(flattened(variables)), {path[0] for path in structure.leaves}
         for what, names in (

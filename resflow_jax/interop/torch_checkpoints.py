@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import check_choice
+from resflow_jax.functional.checks import check_choice, check_type
 from resflow_jax.functional.norms import with_copies
 from resflow_jax.interop.torch_config import args_from_config, config_from_args, is_toy
 from resflow_jax.interop.torch_files import read_torch_file
@@ -62,6 +62,8 @@ def load_torch_checkpoint(
     """
     check_choice("weights", weights, (None, "ema", "raw"))
     check_choice("norms", norms, ("converged", "stored"))
+    if not isinstance(path, str | Path):
+        raise ValueError(f"path: expected a path of a file, got {path!r}")
     path = Path(path)
     content = read_torch_file(path)
     try:
@@ -85,6 +87,7 @@ def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: Resi
     Raises:
       ValueError: that names the part of the config which the scripts have no option for.
     """
+    check_type("flow", flow, ResidualFlow)
     args = args_from_config(flow.config)
     content: dict[str, Any] = {"args": args, "state_dict": OrderedDict(_tensors(flow))}
     if not is_toy(args):

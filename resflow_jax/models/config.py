@@ -1,10 +1,17 @@
 """Frozen configurations of the flows. They hold sizes and names only, and check themselves."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from resflow_jax.functional.activations import ACTIVATIONS
-from resflow_jax.functional.checks import check_choice, check_count, check_finite, check_open_interval, check_positive
+from resflow_jax.functional.checks import (
+    check_choice,
+    check_count,
+    check_finite,
+    check_open_interval,
+    check_positive,
+    check_type,
+)
 from resflow_jax.functional.convolution import MATMUL_DTYPES
 from resflow_jax.functional.orders import parse_norms
 from resflow_jax.layers.padding import NOISES
@@ -114,6 +121,7 @@ class ImageFlowConfig:
 
     def __post_init__(self):
         _make_tuples(self, "shape", "blocks", "kernels")
+        _check_flags(self)
         if len(self.shape) != 3:
             raise ValueError(f"shape: expected (H, W, C), got {self.shape}")
         for side in self.shape:
@@ -174,7 +182,8 @@ class VectorFlowConfig:
         behind every linear layer, and before the first activation.
       invertible_linear: an invertible linear layer before every block.
       activation: name of the activation, one of `functional.activations.ACTIVATIONS`.
-      preactivation: which blocks start with an activation: "all_but_first", "all" or "none".
+      preactivation: which blocks start with an activation: "none", "all" or "all_but_first"; the last makes the first
+        block a kind of its own, which takes XLA half as long again to compile.
       coefficient: bound on the norm of every linear layer, in (0, 1).
       norms, learn_norms, order_ties: as in `ImageFlowConfig`.
       data_mean: mean of every element, to be subtracted.
@@ -196,7 +205,7 @@ class VectorFlowConfig:
     centering: str | None = None
     invertible_linear: bool = False
     activation: str = "lipswish"
-    preactivation: str = "all_but_first"
+    preactivation: str = "none"
     coefficient: float = 0.98
     norms: str | tuple[float, ...] | None = None
     learn_norms: bool = False
@@ -211,6 +220,7 @@ class VectorFlowConfig:
 
     def __post_init__(self):
         _make_tuples(self, "hidden")
+        _check_flags(self)
         check_count("dim", self.dim, 1)
         check_count("blocks", self.blocks, 1)
         for width in self.hidden:
@@ -230,6 +240,13 @@ def _make_tuples(config: object, *names: str) -> None:
         if not isinstance(value, Iterable):
             raise ValueError(f"{name}: expected a tuple of numbers, got {value!r}")
         object.__setattr__(config, name, tuple(value))
+
+
+def _check_flags(config: "ImageFlowConfig | VectorFlowConfig") -> None:
+    """What is on or off."""
+    for field in fields(config):
+        if isinstance(field.default, bool):
+            check_type(field.name, getattr(config, field.name), bool)
 
 
 def _check_norms(config: "ImageFlowConfig | VectorFlowConfig", name: str, layers: int) -> None:
@@ -253,6 +270,7 @@ def _check_common(config: "ImageFlowConfig | VectorFlowConfig", layers: int, cha
     check_count("padding", config.padding, 0)
     check_choice("padding_noise", config.padding_noise, NOISES)
     check_positive("padding_scale", config.padding_scale)
+    check_finite("padding_scale", config.padding_scale)
     check_finite("padding_shift", config.padding_shift)
     check_choice("centering", config.centering, CENTERINGS)
     if config.centering == "layers" and config.dense_depth:

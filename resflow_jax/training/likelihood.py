@@ -96,6 +96,7 @@ def dequantized_bits_per_dim(levels: int, log_det_weight: optax.Schedule | None 
       log_det_weight: from steps done to the weight of the log-det in the gradient, to let it rise slowly from 0 to
         1; the value is that of weight 1 all along. None for weight 1.
     """
+    check_count("levels", levels, 1)
     return _mean_loss(_bits_per_dim_of(levels), log_det_weight)
 
 
@@ -215,8 +216,12 @@ def vector_log_prob(
     _check_flow(flow)
     estimator = Exact() if estimator is None else estimator
     x = as_host_array("x", x, "a float array [N, D]")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: expected a float array [N, D], got dtype {x.dtype}")
     if x.ndim != 2 or len(x) == 0:
         raise ValueError(f"x: expected vectors [N, D] with N > 0, got shape {x.shape}")
+    if isinstance(x, np.ndarray) and not np.isfinite(x).all():
+        raise ValueError(f"x: expected finite values, got {np.count_nonzero(~np.isfinite(x))} that are not")
     return -_scores(_negative_log_prob, flow, x, key, estimator, draws, batch_size, mesh)
 
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from resflow_jax.functional.estimators import Estimator, Roulette
+from resflow_jax.functional.checks import check_callable, check_count, check_open_interval, check_type
+from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
 from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.laws import Defensive, Fitted
 from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
@@ -90,7 +91,19 @@ class Trainer(NamedTuple):
     accumulate: int = 1
 
     def create_state(self, flow: ResidualFlow, estimator: Estimator) -> TrainState:
-        """The state before the first step."""
+        """The state before the first step.
+
+        Raises:
+          ValueError: for a flow or an estimator that is none, a decay outside of [0, 1) or a count below one.
+        """
+        check_estimator(estimator)
+        check_callable("loss", self.loss)
+        check_type("optimizer", self.optimizer, optax.GradientTransformation)
+        if self.ema_decay != 0:
+            check_open_interval("ema_decay", self.ema_decay, 0, 1)
+        check_count("accumulate", self.accumulate, 1)
+        if isinstance(flow, type) or not hasattr(flow, "blocks"):
+            raise ValueError(f"flow: expected a ResidualFlow, got {flow!r}")
         _, params, rest = nnx.split(flow, nnx.Param, ...)
         ema = optax.ema(self.ema_decay).init(params)
         term_norms = _TERM_NORMS.init(jnp.zeros((flow.blocks, DIAGNOSED_TERMS)))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.convolution import conv2d
 from resflow_jax.functional.linear_maps import ConvMap
 
@@ -31,7 +32,7 @@ def dense_net(scale, *, batch=3, dim=4, dtype=jnp.float64, seed=0):
 def _dense(params, x):
     w, b = params["map"]["w"], params["map"]["b"]
     s, scale = params["out"]
-    return scale * ((jnp.tanh(x @ w + b) * s) @ w.T)
+    return scale * ((jnp.tanh(x @ w + b[None]) * s[None]) @ w.T)
 
 
 def nonsymmetric_net(scale, *, batch=3, dim=8, dtype=jnp.float64, seed=0):
@@ -46,7 +47,7 @@ def nonsymmetric_net(scale, *, batch=3, dim=8, dtype=jnp.float64, seed=0):
 def _nonsymmetric(params, x):
     w, b = params["map"]["w"], params["map"]["b"]
     u, s, scale = params["out"]
-    return scale * ((jnp.tanh(x @ w + b) * s) @ u)
+    return scale * ((jnp.tanh(x @ w + b[None]) * s[None]) @ u)
 
 
 def conv_net(scale, *, batch=2, dtype=jnp.float64, seed=0):
@@ -62,7 +63,8 @@ def conv_net(scale, *, batch=2, dtype=jnp.float64, seed=0):
 def _conv(params, x):
     kernel, b = params["map"]["kernel"], params["map"]["b"]
     s, scale = params["out"]
-    hidden = jnp.tanh(conv2d(x, kernel) + b) * s
+    hidden = conv2d(x, kernel)
+    hidden = jnp.tanh(hidden + trailing(b, hidden)) * trailing(s, hidden)
     return scale * conv2d(hidden, kernel[::-1, ::-1].swapaxes(2, 3))
 
 
@@ -70,7 +72,7 @@ def _conv(params, x):
 def _columns(linear_map, kernel):
     size = math.prod(linear_map.input_shape)
     basis = jnp.eye(size).reshape(size, *linear_map.input_shape)
-    return jax.vmap(lambda v: linear_map.matvec(kernel, v).ravel(), out_axes=1)(basis)
+    return jax.vmap(lambda v: linear_map.matvec(kernel.astype(basis.dtype), v).ravel(), out_axes=1)(basis)
 
 
 def dense_matrix(linear_map, kernel):
@@ -96,7 +98,7 @@ def jacobians(g, params, x):
 def dense_log_det(g, params, x):
     """log|det(I + J)| of every example, [B], from the dense Jacobian."""
     j = jacobians(g, params, x)
-    return jnp.linalg.slogdet(jnp.eye(j.shape[-1]) + j)[1]
+    return jnp.linalg.slogdet(jnp.eye(j.shape[-1])[None] + j)[1]
 
 
 def dense_series(g, params, x, terms):

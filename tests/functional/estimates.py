@@ -47,7 +47,7 @@ def net_named(name):
 
 
 def loss_of(g, params, x, log_det, y):
-    return jnp.vdot(WEIGHTS[: len(x)], log_det) + jnp.sum(jnp.sin(3 * y))
+    return jnp.vdot(WEIGHTS[: len(x)].astype(log_det.dtype), log_det) + jnp.sum(jnp.sin(3 * y))
 
 
 def flat_value_and_gradient(g, params, x, value):

@@ -38,7 +38,7 @@ def slopes(name):
 def test_lipschitz_constant_is_the_largest_singular_value(name):
     """max |J|_2 = the stated constant <= 1 over a line through R^4 that swaps all channels, attained to 1e-3."""
     activation = get_activation(name)
-    x = jnp.asarray([1.0, -0.7, 0.5, -0.3]) * jnp.linspace(-60.0, 60.0, 24_001)[:, None] + jnp.arange(4.0)
+    x = jnp.asarray([[1.0, -0.7, 0.5, -0.3]]) * jnp.linspace(-60.0, 60.0, 24_001)[:, None] + jnp.arange(4.0)[None]
     jacobians = jax.jit(jax.vmap(jax.jacfwd(named(name))))(x)
     assert jacobians.shape == (len(x), 4 * activation.expansion, 4)
     # |J|_2^2 is the largest eigenvalue of J^T J

@@ -306,7 +306,7 @@ def test_gram_iteration_of_a_stack():
     """vmap gives every kernel what it gets alone, whatever the scales; the zero kernel has a finite gradient."""
     conv = MAPS[2]
     kernel = jnp.asarray(random_kernel(conv))
-    stack = kernel * jnp.asarray([1.0, 1e-150, 1e150, 0.0])[:, None, None, None, None]
+    stack = kernel[None] * jnp.asarray([1.0, 1e-150, 1e150, 0.0])[:, None, None, None, None]
     values, gradients = jax.jit(jax.vmap(jax.value_and_grad(partial(gram_iteration_bound, conv))))(stack)
     np.testing.assert_allclose(values, values[0] * np.array([1, 1e-150, 1e150, 0]), rtol=1e-12)
     np.testing.assert_allclose(

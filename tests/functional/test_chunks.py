@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from resflow_jax.functional import chunks
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.estimators import Roulette
 from resflow_jax.functional.laws import Geometric
 from resflow_jax.functional.logdet import residual
@@ -37,7 +38,7 @@ def test_map_and_pullback(platform, number):
     weights = {"a": jnp.asarray(rng.normal(size=4))}
 
     def function(weights, x, other):
-        return jnp.sin(weights["a"] * x) * other
+        return jnp.sin(trailing(weights["a"], x) * x) * other
 
     out = chunks.map_chunks(lambda chunk: function(weights, *chunk), (x, others))
     expected, pullback = jax.vjp(lambda weights, x: function(weights, x, others), weights, x)

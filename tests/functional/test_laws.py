@@ -191,7 +191,7 @@ def test_the_second_moment():
     """The formula for it is the sum over all lengths of P(N = n) * estimate^2 with the weights of the package."""
     for law in (Geometric(0.3), Defensive(0.5, 0.1, 0.7)):
         n, k = np.arange(200), np.arange(1, 31)
-        weight = jnp.vectorize(lambda n, k, law=law: term_weight(law, n[None], 0, k))(n[:, None], k)
+        weight = jnp.vectorize(lambda n, k, law=law: term_weight(law, n[None], 0, k))(n[:, None], k[None])
         probability = np.append(law.survival(n), 0)
         probability = probability[:-1] - probability[1:]
         moment = probability @ np.asarray(weight @ 0.6**k) ** 2

@@ -16,7 +16,7 @@ LAWS = [Geometric(0.3), Geometric(0.8), Poisson(1.0), Poisson(4.0), Defensive(0.
 @pytest.mark.parametrize("law", [Geometric(0.5), Poisson(2.0), Defensive(0.5, 0.2, 0.8), FITTED], ids=str)
 def test_term_weight_has_expectation_one(law, samples):
     """E[weight of term k] = 1 for k = 1..8 and m = 0, 2, 5 exact terms, which weigh one without randomness."""
-    exact_terms, k = np.array([0, 2, 5])[:, None], np.arange(1, 9)
+    exact_terms, k = np.array([0, 2, 5])[:, None], np.arange(1, 9)[None]
 
     @jax.jit
     @jax.vmap
@@ -38,8 +38,8 @@ def test_term_weight_has_expectation_one(law, samples):
 @pytest.mark.parametrize("law", LAWS, ids=str)
 def test_term_weight_summed_over_the_law(law):
     """sum_n P(N = n) * weight(n, k) = 1 for every k, to rounding: no sampling."""
-    n, exact_terms, k = np.arange(150), np.array([0, 3])[:, None, None], np.arange(1, 21)[:, None]
-    probability = np.asarray(law.survival(n) - law.survival(n + 1))
+    n, exact_terms, k = np.arange(150)[None, None], np.array([0, 3])[:, None, None], np.arange(1, 21)[None, :, None]
+    probability = np.asarray(law.survival(n[0, 0]) - law.survival(n[0, 0] + 1))
     weight = jnp.vectorize(lambda n, m, k: term_weight(law, n[None], m, k))
     np.testing.assert_allclose(jax.jit(weight)(n, exact_terms, k) @ probability, 1.0, rtol=1e-8)
 

@@ -65,7 +65,7 @@ LOCKED = locked()
 def test_a_restart_leaves_an_invariant_subspace(name, dtype):
     """Plain iterations stay more than 5 % below the largest singular value; the restart finds it."""
     matrix, v = (jnp.asarray(array, dtype) for array in LOCKED[name])
-    true = np.linalg.norm(matrix.astype(np.float64), 2)
+    true = float(np.linalg.norm(matrix.astype(np.float64), 2))
     assert iterate(matrix, v, iterations=7).sigma < 0.95 * true
     for tolerance in (1e-3, 1e-6):
         result = iterate(matrix, v, tolerance=tolerance)

@@ -112,7 +112,7 @@ def test_closures_over_integers_and_keys(transform):
 
         def total(scale):
             def body(total, n):
-                return total + (n + 1) * log_det(scale, n, keys[n]), None
+                return total + (n + 1).astype(float) * log_det(scale, n, keys[n]), None
 
             return jax.lax.scan(body, jnp.zeros(()), jnp.arange(2))[0]
 

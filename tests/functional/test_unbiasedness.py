@@ -90,7 +90,7 @@ def expectation(monkeypatch, name, estimator, longest):
 
     Every term up to `longest` thus has the weight one in expectation: what is left out is the rest of the series.
     """
-    lengths = np.arange(longest + 1)
+    lengths = np.arange(longest + 1, dtype=np.int32)
     survival = np.append(estimator.length.survival(lengths), 0)
     draws = enumerate_draws(monkeypatch, net_named(name), estimator, lengths)
     return np.tensordot(survival[:-1] - survival[1:], np.asarray(draws).mean(axis=1), 1)
@@ -263,7 +263,7 @@ wrong_sign = _terms(lambda k, term, *_: Term(-term.w, -term.value))
 MUTATIONS = {
     "sign": (PowerSeries, "step", wrong_sign),
     "no sign": (PowerSeries, "step", _positive_product),
-    "no 1/k": (PowerSeries, "step", _terms(lambda k, term, *_: Term(term.w, k * term.value))),
+    "no 1/k": (PowerSeries, "step", _terms(lambda k, term, *_: Term(term.w, k.astype(term.value.dtype) * term.value))),
     "survival(k + 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k + 1)),
     "survival(k - 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k - 1)),
     "unweighted gradient": (logdet, "_draw_plan", _no_roulette_in_gradient),
