@@ -162,7 +162,7 @@ def reconstruction(flow: ResidualFlow, examples: Array) -> tuple[float, int]:
 
     parts = examples.reshape(devices_for(len(examples)), -1, *examples.shape[1:])
     reconstructed, converged = over_parts(round_trip, flow)(parts)
-    return float(jnp.max(jnp.abs(examples - reconstructed))), int(jnp.sum(~converged))
+    return float(np.abs(np.asarray(examples) - np.asarray(reconstructed)).max()), int(jnp.sum(~converged))
 
 
 def summary(task: Task, scores: np.ndarray, estimator: Estimator) -> dict[str, float]:

@@ -134,7 +134,7 @@ class ImageTask(Task):
             {"test images x": images, "reconstructions $f^{-1}(f(x))$": reconstructions},
             COLUMNS,
         )
-        error = f"{jnp.max(jnp.abs(images - reconstructions)):.1e}, max |x - f^-1(f(x))|"
+        error = f"{np.abs(np.asarray(images) - np.asarray(reconstructions)).max():.1e}, max |x - f^-1(f(x))|"
         return Drawing(shown, {"reconstruction error": error + unconverged(status)})
 
     def _samples(self, flow: ResidualFlow) -> Array:

@@ -36,6 +36,8 @@ from resflow_jax.training.likelihood import tend
 
 Array = jax.Array
 
+# The report, whose calls are eager, ends where a solve fails. Within the compiled step nothing can be raised: there the
+# status tells, and a derivative whose solve failed is NaN.
 SOLVER = Anderson(on_failure="raise")
 
 
@@ -122,7 +124,10 @@ def train(config: VariationalConfig, metrics: MetricsFile) -> tuple[ResidualFlow
     try:
         return train_flow(config, flow, loss, latents_at, metrics, unit="nats (KL - log Z)", as_line=as_line)
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error} The loss is nan too if a solve of the inverse did not converge.") from error
+        raise FloatingPointError(
+            f"{error} The loss is nan too if a solve of the inverse did not converge, and the gradient if one of its "
+            "derivative did not."
+        ) from error
 
 
 def report(

@@ -106,7 +106,7 @@ class VectorTask(Task):
         pictures.save_scatter(path, *self._shown(flow), f"{self.name}: data and samples")
         test = self.inputs(self.splits.test[:SAMPLES])
         reconstructed, status = flow.inverse(flow(test), return_status=True)
-        error = f"{jnp.max(jnp.abs(test - reconstructed)):.1e}, max |x - f^-1(f(x))|"
+        error = f"{np.abs(np.asarray(test) - np.asarray(reconstructed)).max():.1e}, max |x - f^-1(f(x))|"
         return Drawing({"samples": path}, {"reconstruction error": error + unconverged(status)})
 
     def _shown(self, flow: ResidualFlow) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,11 @@
-"""Marks on arrays for which one direction of differentiation would be wrong or impossible: it raises, with the remedy.
+"""Guards against derivatives that would be wrong or impossible: they raise, with the remedy.
 
-    reverse_only(x)   x; its tangent can be transposed (grad, vjp), and not be computed forward (jvp, jacfwd)
-    forward_only(x)   x; its tangent can be computed forward, and not be transposed
+    token = reverse_only(tree)     0; what takes the token beside the tree has no forward-mode derivative (jvp, jacfwd)
+    x = forward_only(x)            x; it has no reverse-mode derivative (grad, vjp)
 
-Both are the identity, at no cost in the compiled program. An estimate with a gradient rule of its own marks what goes
-into the rule as `reverse_only`, and what the rule computes as `forward_only`: then grad works, jvp of grad works, and
-jvp and grad of grad raise.
+Neither costs anything in the compiled program. An estimate with a gradient rule of its own takes a token of its inputs,
+and marks what the rule computes as `forward_only`: then grad works, jvp of grad works, and jvp and grad of grad raise.
+The inputs themselves are not touched, so that a program need not keep copies of them.
 """
 
 from typing import Any
@@ -15,12 +15,15 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+Array = jax.Array
+
 _REMEDY = 'use estimator=Exact(), or gradient="autodiff", which have derivatives of any order in any mode'
 
 
-def reverse_only(tree: Any) -> Any:
-    """The same tree; forward-mode derivatives of its floats raise a TypeError."""
-    return jax.tree.map(lambda leaf: _reverse_only_p.bind(leaf) if _is_float(leaf) else leaf, tree)
+def reverse_only(tree: Any) -> Array:
+    """The token 0 of a tree of arrays: forward-mode derivatives with respect to any float of it raise a TypeError."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
+    return _token_p.bind(*floats)
 
 
 def forward_only(tree: Any) -> Any:
@@ -32,16 +35,7 @@ def _is_float(leaf: Any) -> bool:
     return jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact)
 
 
-def _identity(name: str) -> Primitive:
-    primitive = Primitive(name)
-    primitive.def_impl(lambda x: x)
-    primitive.def_abstract_eval(lambda x: x)
-    mlir.register_lowering(primitive, lambda context, x: [x])
-    batching.primitive_batchers[primitive] = lambda args, axes: (primitive.bind(*args), axes[0])
-    return primitive
-
-
-def _refuse_forward(*_):
+def _refuse_forward(*_, **__):
     raise TypeError(
         "gradient: forward-mode derivatives (jvp, jacfwd) expected another estimator than one with "
         f'gradient="neumann"; {_REMEDY}. Forward over reverse, as jax.jvp of jax.grad, works with every estimator'
@@ -55,17 +49,38 @@ def _refuse_reverse(*_):
     )
 
 
-_reverse_only_p = _identity("reverse_only")
-_reverse_only_tangent_p = _identity("reverse_only_tangent")
-_forward_only_p = _identity("forward_only")
+def _zero(*_):
+    return jnp.zeros((), jnp.float32)
 
-# The tangent of what is marked is an operation that can be transposed alone.
-ad.primitive_jvps[_reverse_only_p] = lambda primals, tangents: (
-    primals[0],
-    tangents[0] if isinstance(tangents[0], ad.Zero) else _reverse_only_tangent_p.bind(tangents[0]),
-)
-_reverse_only_tangent_p.def_impl(_refuse_forward)
-mlir.register_lowering(_reverse_only_tangent_p, _refuse_forward)
-batching.primitive_batchers[_reverse_only_tangent_p] = _refuse_forward  # of jacfwd: what is transposed never is batched
-ad.deflinear2(_reverse_only_tangent_p, lambda cotangent, x: [cotangent])
+
+_TOKEN = jax.core.ShapedArray((), jnp.float32)
+
+_token_p = Primitive("reverse_only")
+_token_p.def_impl(_zero)
+_token_p.def_abstract_eval(lambda *_: _TOKEN)
+mlir.register_lowering(_token_p, mlir.lower_fun(_zero, multiple_results=False))
+batching.primitive_batchers[_token_p] = lambda args, axes: (_token_p.bind(*args), None)
+
+# The tangent of a token can be transposed, to nothing, and not be computed.
+_tangent_p = Primitive("reverse_only_tangent")
+_tangent_p.def_impl(_refuse_forward)
+_tangent_p.def_abstract_eval(lambda *_: _TOKEN)
+mlir.register_lowering(_tangent_p, _refuse_forward)
+batching.primitive_batchers[_tangent_p] = _refuse_forward  # of jacfwd: what will be transposed is never batched
+ad.primitive_transposes[_tangent_p] = lambda cotangent, *tangents: [None] * len(tangents)
+
+
+def _jvp(primals, tangents):
+    tangents = [tangent for tangent in tangents if not isinstance(tangent, ad.Zero)]
+    # The token of the innermost derivative alone counts: jvp of grad may see what grad has guarded.
+    return _zero(), _tangent_p.bind(*tangents) if tangents else ad.Zero(_TOKEN)
+
+
+ad.primitive_jvps[_token_p] = _jvp
+
+_forward_only_p = Primitive("forward_only")
+_forward_only_p.def_impl(lambda x: x)
+_forward_only_p.def_abstract_eval(lambda x: x)
+mlir.register_lowering(_forward_only_p, lambda context, x: [x])
+batching.primitive_batchers[_forward_only_p] = lambda args, axes: (_forward_only_p.bind(*args), axes[0])
 ad.deflinear2(_forward_only_p, _refuse_reverse)

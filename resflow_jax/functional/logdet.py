@@ -37,7 +37,7 @@ from resflow_jax.functional.derivatives import forward_only, reverse_only
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated, check_estimator
 from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.laws import Fitted, check_variance
-from resflow_jax.functional.manual_axes import example_keys, sum_alike, vary_alike, vary_over, varying_axes
+from resflow_jax.functional.manual_axes import shared_and_example_keys, sum_alike, vary_alike, vary_over, varying_axes
 from resflow_jax.functional.probes import draw_probes
 from resflow_jax.functional.roulette import length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
@@ -173,7 +173,7 @@ def _estimate(g: Traced, prepare: Traced, estimator: Estimator, args: Any, chunk
         # A rule of gradients adds up what reaches a result over all lanes of a vmap that it does not depend on: y must
         # be mapped wherever log_det is.
         chunks = _mapped_with(chunks, (key, estimator))
-        return _neumann(g, prepare, estimator, reverse_only(args), reverse_only(chunks), key)
+        return _neumann(g, prepare, estimator, args, chunks, key, reverse_only((args, chunks)))
     params, prepared_over, closed_over = args
     x = chunks[0]
 
@@ -278,15 +278,15 @@ def _diagnostics(length: Array | int, norms: Array, log_det: Array) -> Diagnosti
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _neumann(g, prepare, estimator, args, x, key):
-    return _neumann_forward(g, prepare, estimator, args, x, key)[0]
+def _neumann(g, prepare, estimator, args, x, key, token):
+    return _neumann_forward(g, prepare, estimator, args, x, key, token)[0]
 
 
-def _neumann_forward(g, prepare, estimator, args, x, key):
-    """x [chunks, b, ...]; y and log_det likewise."""
+def _neumann_forward(g, prepare, estimator, args, x, key, token):
+    """x [chunks, b, ...]; y and log_det likewise; a token as of `reverse_only`."""
     params, prepared_over, closed_over = args
     weights = prepare(prepared_over, params)
-    length_key, probe_key = jax.random.split(key)
+    length_key, keys = shared_and_example_keys(key, join_chunks(x))
     plan = _draw_plan(estimator, length_key)
 
     def of_chunk(inputs):
@@ -303,7 +303,7 @@ def _neumann_forward(g, prepare, estimator, args, x, key):
         _, _, sums = lax.while_loop(lambda carry: carry[0] <= plan.length, add_term, start)
         return *_result(x, g_x, sums), v + sums.w, sums.norms
 
-    keys = split_chunks(example_keys(probe_key, join_chunks(x)), x.shape[1])
+    keys = keys.reshape(x.shape[:2])
     y, log_det, w, norms = map_chunks(of_chunk, (x, keys))
     log_det, w = forward_only((log_det, w))
     diagnostics = _diagnostics(plan.length, jnp.mean(norms, axis=0), log_det)
@@ -330,7 +330,7 @@ def _neumann_backward(g, prepare, kept, cotangents):
     weights_bar, closed_over_bar = _combine(differentiable_bar, static_bar)
     prepared_over_bar, params_bar = pullback(weights_bar)
     args_bar = sum_alike((params_bar, prepared_over_bar, closed_over_bar), args)
-    return jax.tree.map(jnp.zeros_like, estimator), args_bar, x_bar + y_bar, None
+    return jax.tree.map(jnp.zeros_like, estimator), args_bar, x_bar + y_bar, None, None
 
 
 def _partition(tree):
@@ -350,9 +350,9 @@ _neumann.defvjp(_neumann_forward, _neumann_backward)
 
 def _autodiff(g, estimator, x, key):
     """The same estimate of the value, left to JAX's own differentiation."""
-    length_key, probe_key = jax.random.split(key)
+    length_key, keys = shared_and_example_keys(key, x)
     plan = _draw_plan(estimator, length_key)
-    v = draw_probes(estimator.probe, estimator.probes, example_keys(probe_key, x), x)
+    v = draw_probes(estimator.probe, estimator.probes, keys, x)
     g_x, pullback = jax.vjp(g, _repeat(x, estimator.probes))
 
     @jax.checkpoint

@@ -139,8 +139,25 @@ def example_keys(key: Array, x: Array) -> Array:
     A key goes by the example's number in the whole batch, of which x may be a device's share (see the module's head):
     what is drawn with it does not depend on how the batch is divided along one axis.
     """
-    batch = x.shape[0]
+    return _fold_in(key, _numbers(x))
+
+
+def shared_and_example_keys(key: Array, x: Array) -> tuple[Array, Array]:
+    """A PRNG key for what all examples share, and one for each as by `example_keys`, [B], independent of each other."""
+    numbers = 1 + _numbers(x)
+    if axes_of_batch(x):
+        return jax.random.fold_in(key, 0), _fold_in(key, numbers)
+    keys = _fold_in(key, jnp.concatenate([jnp.zeros(1, jnp.int32), numbers]))  # one program of random numbers, not two
+    return keys[0], keys[1:]
+
+
+def _numbers(x: Array) -> Array:
+    """The number of each example in the whole batch, [B]."""
     first = jnp.int32(0)
     for axis in axes_of_batch(x):
         first = first * lax.axis_size(axis) + lax.axis_index(axis)
-    return jax.vmap(lambda n: jax.random.fold_in(key, n))(first * batch + jnp.arange(batch, dtype=jnp.int32))
+    return first * x.shape[0] + jnp.arange(x.shape[0], dtype=jnp.int32)
+
+
+def _fold_in(key: Array, numbers: Array) -> Array:
+    return jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers)

@@ -105,7 +105,7 @@ def power_iteration(
     A map with a symmetry keeps some v in a subspace for ever, in which sigma is too small. Two measures are against
     it, neither of them random: results depend on the arguments alone.
 
-    1. A fixed direction, the hash of each index, is mixed into v, with half of `residual_tolerance` as its length.
+    1. A fixed direction, the hash of each index, is mixed into v; its length is a twentieth of `residual_tolerance`.
        From call to call, as in training, what v lacks grows out of it.
     2. With `restart` a second chain starts from that direction alone, beside the first in the same loop. The result is
        that of the larger sigma; the loop goes on until the second chain excludes a norm more than 1 % above.

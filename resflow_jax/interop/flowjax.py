@@ -84,7 +84,7 @@ class FlowBijection(AbstractBijection):
         """
         SamplingMap.of(flow, key, estimator, solver)
         check_count("max_iterations", max_iterations, 1)
-        self.graphdef, self.params, rest = nnx.split(flow, nnx.Param, ...)
+        self.graphdef, self.params, rest = nnx.split(nnx.clone(flow), nnx.Param, ...)
         self.rest = paramax.NonTrainable(rest)
         self.key = key
         self.estimator = paramax.NonTrainable(estimator)

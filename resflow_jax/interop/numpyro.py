@@ -170,7 +170,7 @@ def flow_module(name: str, flow: ResidualFlow, *, max_iterations: int = 200, war
       ValueError: for a max_iterations below one, and for warm_start in an ELBO that loses mutable sites.
     """
     check_count("max_iterations", max_iterations, 1)
-    graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
+    graphdef, params, rest = nnx.split(nnx.clone(flow), nnx.Param, ...)
     params = numpyro.param(f"{name}$params", params)
     holder = {"rest": rest}
     if warm_start:

@@ -82,14 +82,14 @@ class SamplingMap:
             raise ValueError(
                 f"key: {type(estimator).__name__} expected a PRNG key, got None; estimator=Exact() needs none"
             )
-        graphdef, state = nnx.split(flow)
+        graphdef, state = nnx.split(nnx.clone(flow))  # a mere split has the flow's own variables, not their values
         unit_interval = isinstance(flow.config, ImageFlowConfig) and flow.config.logit_alpha is not None
         return cls(state, key, estimator, graphdef, solver, flow.dim, flow.event_shape, unit_interval)
 
     @property
     def flow(self) -> ResidualFlow:
         """The flow, made anew of its state."""
-        return nnx.merge(self.graphdef, self.state)
+        return nnx.merge(self.graphdef, self.state, copy=True)
 
     def generate(self, z: Array) -> Array:
         """x [..., *event_shape] of z [..., D]. For a solve that does not converge see the module's head."""

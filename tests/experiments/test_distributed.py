@@ -140,6 +140,14 @@ def test_killed_and_resumed_on_another_number_of_devices(on_one_device, tmp_path
     check_same_run(workdir, on_one_device)
 
 
+def test_kernels_that_stay_divided(on_one_device, tmp_path):
+    """Trained, validated and evaluated where no device has them whole: the run of one device, pictures drawn alike."""
+    mesh = MeshConfig(model=4, parameters="model")
+    result = density.run(dataclasses.replace(CONFIG, workdir=tmp_path / "run", mesh=mesh))
+    np.testing.assert_allclose(result, on_one_device[0], rtol=1e-8)
+    check_same_run(tmp_path / "run", on_one_device)
+
+
 def test_stopped_by_a_signal_to_one_process(on_one_device, tmp_path):
     """A run that was cut on eight devices, gone on with by pmap in two processes; SIGTERM to the second ends both.
 

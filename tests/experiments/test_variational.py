@@ -62,7 +62,9 @@ def test_grid_of_a_known_density(monkeypatch):
     monkeypatch.setattr(
         variational,
         "log_density",
-        lambda name, x: 3 + jax.scipy.stats.norm.logpdf(x, jnp.asarray([1.0, -2.0]), jnp.asarray([0.5, 1.0])).sum(-1),
+        lambda name, x: (
+            3 + jax.scipy.stats.norm.logpdf(x, jnp.asarray([[1.0, -2.0]]), jnp.asarray([[0.5, 1.0]])).sum(-1)
+        ),
     )
     density, log_normalizer = target_on_grid("any", 200)
     assert abs(log_normalizer - 3) < 1e-6

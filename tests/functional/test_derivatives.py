@@ -103,15 +103,20 @@ def test_second_derivatives_after_the_residual_has_vanished(dim, dtype):
     np.testing.assert_allclose(reverse, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_marks():
-    """Both marks are the identity under jit and vmap; each lets one direction pass and refuses the other."""
+def test_guards():
+    """A token is 0 and lets reverse mode pass; a mark is the identity and lets forward mode pass."""
     x = jnp.arange(3.0)
-    for mark in (reverse_only, forward_only):
-        np.testing.assert_array_equal(jax.jit(jax.vmap(mark))(x), x)
-        assert mark({"n": jnp.arange(2)})["n"].dtype == jnp.arange(2).dtype
-    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(reverse_only(x) ** 2))(x), 2 * x)
-    np.testing.assert_array_equal(jax.jvp(lambda x: forward_only(x) ** 2, (x,), (x,))[1], 2 * x * x)
+    guarded = lambda x: jnp.sum(x**2) + reverse_only({"x": x, "n": jnp.arange(2)}).astype(x.dtype)  # noqa: E731
+    for wrap in (lambda f: f, jax.jit, lambda f: jax.jit(jax.vmap(f, axis_size=2, in_axes=None))):
+        np.testing.assert_array_equal(wrap(guarded)(x), np.full_like(wrap(guarded)(x), 5))
+        gradient = np.asarray(wrap(jax.grad(guarded))(x))
+        np.testing.assert_array_equal(gradient, np.broadcast_to(2 * x, gradient.shape))
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(reverse_only, (x,), (x,))
+        jax.jvp(guarded, (x,), (x,))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jit(jax.jacfwd(guarded))(x)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(forward_only))(x), x)
+    assert forward_only({"n": jnp.arange(2)})["n"].dtype == jnp.arange(2).dtype
+    np.testing.assert_array_equal(jax.jvp(lambda x: forward_only(x) ** 2, (x,), (x,))[1], 2 * x * x)
     with pytest.raises(ValueError, match="reverse-mode"):
         jax.grad(lambda x: jnp.sum(forward_only(x)))(x)

@@ -100,9 +100,9 @@ def test_a_slowly_moving_map(restart):
     start = np.r_[np.linalg.svd(first)[2][0], np.zeros(20)]
     _, (sigma, status) = jax.jit(partial(jax.lax.scan, call))(start, matrices)
     error = 1 - sigma / np.linalg.norm(matrices, 2, axis=(1, 2))
-    assert (error > -1e-12).all()
+    assert (error > -1e-12).all() and error[-20:].max() < 1e-6, "what is mixed in leaves sigma almost as it was"
     assert error[80:].max() < 0.01 and status.converged[80:].all() and status.iterations.min() >= 2
-    assert error.max() < (0.01 if restart else 0.08), "overtaken by 0.5 % a call from call 40 on"
+    assert error.max() < (0.01 if restart else 0.1), "overtaken by 0.5 % a call from call 40 on"
 
 
 @pytest.mark.parametrize("size", [30, 400])
@@ -150,12 +150,12 @@ def test_the_bound_on_what_is_hidden():
 @pytest.mark.parametrize("order", [1, 1.5, 2.0, math.inf])
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_what_is_mixed_in(order, dtype):
-    """A unit vector, at most `residual_tolerance` from v in every order, never zero anywhere, the same again."""
+    """A unit vector, within a tenth of `residual_tolerance` of v in every order, nowhere zero, the same again."""
     direction = pseudo_random_direction((7, 5, 3), dtype)
     assert direction.dtype == dtype and (abs(direction) >= 1).all() and (abs(direction) <= 2).all()
     assert 30 < (direction > 0).sum() < 75 and len(np.unique(direction)) == direction.size
     v = jnp.zeros((7, 5, 3), dtype).at[2, 1, 1].set(-3.0)
-    mixed = mixed_start(v, order, jnp.asarray(1e-2, dtype))
+    mixed = mixed_start(v, order, jnp.asarray(1e-1, dtype))
     np.testing.assert_allclose(np.linalg.norm(mixed.ravel(), order), 1, rtol=1e-6)
     assert 1e-3 < np.linalg.norm((mixed - v / 3).ravel(), order) <= 1e-2 * (1 + 1e-6)
     assert (mixed != 0).all()

@@ -38,6 +38,12 @@ def make_saturated_flow():
     return flow
 
 
+def change(flow):
+    """Another map, in place: parameters and vectors."""
+    nnx.update(flow, jax.tree.map(lambda leaf: 1.5 * leaf, nnx.state(flow, nnx.Param)))
+    flow.update_norms()
+
+
 def bent(number, seed=0):
     """Points [number, 2] along a parabola."""
     first, second = jax.random.normal(jax.random.key(seed), (2, number))

@@ -12,7 +12,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from tests.compilations import compilations
-from tests.interop.flows import SOLVER, bent, make_flow, make_image_flow, train
+from tests.interop.flows import SOLVER, bent, change, make_flow, make_image_flow, train
 
 distrax = pytest.importorskip("distrax", reason="needs the extra distrax")
 
@@ -129,6 +129,16 @@ def test_is_the_same_only_with_the_same_arrays_and_settings(flow, bijector):
     assert not bijector.same_as(distrax.Tanh())
     assert bijector.name == "FlowBijector"
     np.testing.assert_array_equal(bijector.flow(Z), flow(Z))
+
+
+def test_takes_the_flow_as_it_is(flow):
+    """No later change of the flow reaches the bijector, nor one of the flow that it gives back."""
+    changing = nnx.clone(flow)
+    bijector = bijectors.bijector(changing, estimator=rf.Exact())
+    change(changing)
+    change(bijector.flow)
+    np.testing.assert_array_equal(bijector.inverse(Z), flow(Z))
+    assert np.abs(changing(Z) - flow(Z)).max() > 0.01
 
 
 def test_errors_name_the_argument(flow, bijector):

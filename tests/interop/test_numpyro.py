@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from tests.interop.flows import SOLVER, make_flow, make_image_flow
+from tests.interop.flows import SOLVER, change, make_flow, make_image_flow
 
 numpyro = pytest.importorskip("numpyro", reason="needs the extra numpyro")
 
@@ -86,6 +86,13 @@ def test_transform_is_a_bijection_with_the_flows_log_det(flow):
         transform.forward_shape((5, 3))
     assert jax.tree.unflatten(*reversed(jax.tree.flatten(transform))) == transform
     assert transform != interop.FlowTransform(flow, jax.random.key(1))
+
+
+def test_takes_the_flow_as_it_is(flow):
+    changing = nnx.clone(flow)
+    transform = interop.FlowTransform(changing, estimator=rf.Exact())
+    change(changing)
+    np.testing.assert_array_equal(transform.inv(Z), flow(Z))
 
 
 def test_distribution_is_the_flows(flow, prior):

@@ -242,4 +242,4 @@ def test_a_flow_in_training_follows_a_direction_that_its_vectors_lack():
     scales = jnp.concatenate([jnp.linspace(1.0, 3.0, 100), jnp.full(20, 3.0)])
     _, norms = train(state, scales)
     error = 1 - norms / jnp.maximum(2.0, scales)
-    assert error[80:].max() < 0.01 and error.max() < 0.1
+    assert error[80:].max() < 1e-6 and error.max() < 0.15

@@ -156,7 +156,12 @@ def test_initialisation_by_shares(way):
         apply = jax.jit(jax.shard_map(initialized, mesh=make_mesh(), in_specs=(whole, shares), out_specs=whole))
         found = apply(state, x)
     elif way == "pmap":
-        found = jax.pmap(initialized, "data", in_axes=(None, 0), out_axes=None)(state, x.reshape(8, 2, 4, 4, 1))
+
+        def of_device(state, x):
+            with rf.batch_axes("data"):
+                return initialized(state, x)
+
+        found = jax.pmap(of_device, "data", in_axes=(None, 0), out_axes=None)(state, x.reshape(8, 2, 4, 4, 1))
     else:
         shares = NamedSharding(make_mesh(), PartitionSpec("data"))
         found = jax.jit(initialized)(state, jax.device_put(x, shares))
