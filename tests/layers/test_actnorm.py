@@ -11,6 +11,7 @@ import resflow_jax as rf
 from resflow_jax.functional.manual_axes import standardization
 from resflow_jax.layers.bijector import Constant
 from resflow_jax.layers.elementwise import ActNorm
+from resflow_jax.training.step import optax_promotion
 
 SCALES = (1e-30, 1e-20, 1e-6, 1.0, 1e6, 1e20, 1e37)
 
@@ -130,7 +131,8 @@ def losses(dtype, scale, steps=30):
             return -nnx.merge(graphdef, params, rest).log_prob(x, key=key).mean()
 
         value, gradient = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradient, state, params)
+        with optax_promotion():
+            updates, state = optimizer.update(gradient, state, params)
         flow = nnx.merge(graphdef, optax.apply_updates(params, updates), rest, copy=True)
         flow.update_norms()
         return (*nnx.split(flow, nnx.Param, ...)[1:], state), value

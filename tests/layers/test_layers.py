@@ -221,7 +221,7 @@ def test_stack_equals_its_blocks_one_by_one():
 def test_actnorm_initialisation_normalises(shape):
     """After initialisation every channel (or feature) of the batch has mean zero and unit variance."""
     layer = ActNorm(shape)
-    x = 3 + 2 * jax.random.normal(jax.random.key(0), (500, *IMAGE)) * jnp.asarray([1.0, 5.0])
+    x = 3 + 2 * jax.random.normal(jax.random.key(0), (500, *IMAGE)) * jnp.asarray([[[[1.0, 5.0]]]])
     y = layer.initialize(x)
     axes = tuple(range(4 - len(shape)))
     np.testing.assert_allclose(jnp.mean(y, axes), 0, atol=1e-10)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.layers.lipschitz import LipschitzLinear, learned_order, map_linears
 from tests.functional.brute_force import brute_force_norm
@@ -58,7 +59,7 @@ def test_rows_and_columns_are_limited_by_their_own_norms(orders, linear_map):
     by_input = orders[0] == 1
     scales = jnp.asarray([1.0, 0.02]) if by_input else jnp.asarray([1.0, 0.02, 2.0, 0.01])
     channels = jnp.resize(scales, linear_map.kernel_shape[-2 if by_input else -1])
-    layer.kernel[...] *= channels[:, None] if by_input else channels
+    layer.kernel[...] *= trailing(channels[:, None] if by_input else channels, layer.kernel[...])
 
     def norms(kernel):
         """Of the dense matrix: the largest of every channel."""

@@ -8,6 +8,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.activations import get_activation
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.linear_maps import DenseMap
 from resflow_jax.layers.bijector import Chain
 from resflow_jax.layers.contraction import Layered
@@ -18,7 +19,8 @@ IMAGE = (4, 4, 2)
 
 
 def batch(shape, seed=0):
-    return 3 + 2 * jax.random.normal(jax.random.key(seed), (50, *shape)) * jnp.asarray([1.0, 5.0])
+    noise = jax.random.normal(jax.random.key(seed), (50, *shape))
+    return 3 + 2 * noise * trailing(jnp.asarray([1.0, 5.0]), noise)
 
 
 @pytest.mark.parametrize("shape", [(2,), IMAGE])

@@ -57,7 +57,7 @@ def test_data_mean_of_squeezed_channels(padding_first):
     chain = entrance(**PADDED, **data, padding_first=padding_first)
     x = jax.random.uniform(jax.random.key(0), (100, 2, 2, 1))
     y, log_det, _ = chain.forward(x, jax.random.key(1), rf.Exact())
-    np.testing.assert_allclose(y[..., :4], (x.reshape(100, 1, 1, 4) - mean) / deviation, rtol=1e-12)
+    np.testing.assert_allclose(y[..., :4], (np.asarray(x).reshape(100, 1, 1, 4) - mean) / deviation, rtol=1e-12)
     e = np.asarray(y[..., 4:])
     assert e.shape == (100, 1, 1, 4) and 0.25 <= e.min() < 0.26 and 0.74 < e.max() <= 0.75
     np.testing.assert_allclose(log_det, 4 * np.log(0.5) - np.log(deviation).sum(), rtol=1e-12)

@@ -147,10 +147,13 @@ def plain_logits(classifier, features):
     for head, h in zip(classifier.heads, features, strict=True):
         numbers = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(h, head.kernel[...], (1, 1), "SAME", dimension_numbers=numbers)
-        y = (y + head.bias[...] - head.norm.center[...]) / head.norm.deviation[...]
-        outputs.append(y * jnp.exp(head.norm.log_scale[...]) + head.norm.shift[...])
+        variables = (head.bias, head.norm.center, head.norm.deviation, head.norm.log_scale, head.norm.shift)
+        bias, center, deviation, log_scale, shift = (np.asarray(variable[...]) for variable in variables)
+        y = (np.asarray(y) + bias - center) / deviation
+        outputs.append(y * np.exp(log_scale) + shift)
         parts.append(np.maximum(outputs[-1], 0).mean(axis=(1, 2)))
-    return np.concatenate(parts, axis=1) @ classifier.kernel[...] + classifier.bias[...], outputs
+    kernel, bias = np.asarray(classifier.kernel[...]), np.asarray(classifier.bias[...])
+    return np.concatenate(parts, axis=1) @ kernel + bias, outputs
 
 
 def test_logits(flow_and_x):
@@ -193,7 +196,8 @@ def test_classifier_is_differentiable():
     np.testing.assert_allclose(value, -jnp.mean(jax.nn.log_softmax(flow.logits(x))[:, 0]), rtol=1e-12)
     flat, unravel = ravel_pytree(params)
     for part in ("classifier", "scales"):  # along a direction in the parameters of each
-        mask, _ = ravel_pytree(jax.tree_util.tree_map_with_path(lambda path, p, k=part: 0 * p + is_of(path, k), params))
+        mask = jax.tree_util.tree_map_with_path(lambda path, p, k=part: jnp.full_like(p, is_of(path, k)), params)
+        mask, _ = ravel_pytree(mask)
         step = 1e-6 * mask * np.random.default_rng(0).normal(size=flat.shape)
         change = loss_and_gradient(unravel(flat + step))[0] - loss_and_gradient(unravel(flat - step))[0]
         assert abs(change) > 1e-8
@@ -208,7 +212,7 @@ def test_diagnostics_by_block(flow_and_x):
     """One entry a residual block, in order: each block's own law is the one that its estimate used."""
     flow, x = flow_and_x
     lengths = np.arange(1, flow.blocks + 1) % 4
-    table = jnp.where(jnp.arange(1, 7) <= lengths[:, None], 1.0, 1e-30)  # exactly so many terms
+    table = jnp.where(np.arange(1, 7) <= lengths[:, None], 1.0, 1e-30)  # exactly so many terms
     estimator = rf.Roulette(rf.Fitted(table))
     z, log_det, diagnostics = flow.forward(x, key=jax.random.key(0), estimator=estimator, return_diagnostics=True)
     np.testing.assert_array_equal(diagnostics.length, lengths)

@@ -17,7 +17,7 @@ from resflow_jax.training.step import Trainer
 CONFIG = rf.VectorFlowConfig(
     dim=2, blocks=2, hidden=(3,), preactivation="all", learn_norms=True, batchnorm=True, centering="layers"
 )
-X = jax.random.normal(jax.random.key(0), (16, 2)) * jnp.asarray([1.0, 3.0]) + 2
+X = jax.random.normal(jax.random.key(0), (16, 2)) * jnp.asarray([[1.0, 3.0]]) + 2
 
 
 def plain_loss(flow, x):
