@@ -118,5 +118,5 @@ def test_vectors():
         flow.update_norms()
         return loss
 
-    losses = [float(train_step(flow, optimizer, jax.random.key(n))) for n in range(40)]
-    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
+    losses = [float(train_step(flow, optimizer, jax.random.key(n))) for n in range(160)]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
