@@ -137,14 +137,15 @@ def example_keys(key: Array, x: Array) -> Array:
     """A PRNG key for each example of x [B, ...], [B].
 
     A key goes by the example's number in the whole batch, of which x may be a device's share (see the module's head):
-    what is drawn with it does not depend on how the batch is divided along one axis.
+    what is drawn with it does not depend on how the batch is divided along one axis. The keys are of JAX's kind
+    "threefry2x32", whatever that of `key`: a draw mapped over keys of another, as "rbg", depends on all of them.
     """
-    return _fold_in(key, _numbers(x))
+    return _fold_in(_as_threefry(key), _numbers(x))
 
 
 def shared_and_example_keys(key: Array, x: Array) -> tuple[Array, Array]:
     """A PRNG key for what all examples share, and one for each as by `example_keys`, [B], independent of each other."""
-    numbers = 1 + _numbers(x)
+    key, numbers = _as_threefry(key), 1 + _numbers(x)
     if axes_of_batch(x):
         return jax.random.fold_in(key, 0), _fold_in(key, numbers)
     keys = _fold_in(key, jnp.concatenate([jnp.zeros(1, jnp.int32), numbers]))  # one program of random numbers, not two
@@ -161,3 +162,14 @@ def _numbers(x: Array) -> Array:
 
 def _fold_in(key: Array, numbers: Array) -> Array:
     return jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers)
+
+
+def _as_threefry(key: Array) -> Array:
+    """A key of JAX's default kind made of one of any kind, by hashes of its words alone; one of that kind as it is."""
+    words = jax.random.key_data(key)
+    if words.shape[-1] == 2:
+        return key
+    first = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+    for word in words[2:]:
+        first = jax.random.fold_in(first, word)
+    return first

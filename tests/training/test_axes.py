@@ -158,3 +158,21 @@ def test_an_axis_that_arrays_tell_of():
         np.testing.assert_allclose(spread(names), expected, rtol=1e-10)
     with pytest.raises(ValueError, match=r"batch_axes: expected axes over which the batch differs, .*data.*got.*model"):
         spread(("model",))
+
+
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
+def test_keys_of_other_kinds(kind):
+    """Draws mapped over such keys would depend on all keys of a device; here they go by the example all the same."""
+    graphdef, _, (state, _) = members()
+    key, whole, divided = jax.random.key(5, impl=kind), PartitionSpec(), PartitionSpec("data")
+    one = jax.jit(partial(log_prob, graphdef))
+    apply = jax.shard_map(
+        partial(log_prob, graphdef),
+        mesh=make_mesh(2, 1, jax.devices()[:2]),
+        in_specs=(whole, divided, whole),
+        out_specs=divided,
+    )
+    np.testing.assert_allclose(jax.jit(apply)(state, X, key), one(state, X, key), rtol=1e-10)
+    keys = jax.random.split(key)
+    values = [one(state, X, key) for key in keys]
+    assert not np.allclose(*values, rtol=1e-6)
