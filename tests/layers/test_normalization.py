@@ -45,7 +45,7 @@ def test_update_moves_statistics_by_decay():
     variance = 0.7 * np.var(first, axes) + 0.3 * np.var(second, axes)
     np.testing.assert_allclose(layer.mean[...], mean, rtol=1e-12)
     np.testing.assert_allclose(layer.variance[...], variance, rtol=1e-12)
-    np.testing.assert_allclose(y, (second - mean) / np.sqrt(variance + 1e-4), rtol=1e-10)
+    np.testing.assert_allclose(y, (np.asarray(second) - mean) / np.sqrt(variance + 1e-4), rtol=1e-10)
     np.testing.assert_allclose(layer(second), y, rtol=1e-12)
 
 
@@ -61,7 +61,7 @@ def test_centering_moves_its_mean(shape):
     y = layer.update_statistics(second)
     mean = 0.7 * np.mean(first, axes) + 0.3 * np.mean(second, axes)
     np.testing.assert_allclose(layer.mean[...], mean, rtol=1e-12)
-    np.testing.assert_allclose(y, second - mean + bias, rtol=1e-10)
+    np.testing.assert_allclose(y, np.asarray(second) - mean + bias, rtol=1e-10)
     z, log_det, diagnostics = layer.forward(second, None, rf.Exact())
     np.testing.assert_array_equal(z, y)
     np.testing.assert_array_equal(log_det, np.zeros(50))
