@@ -209,7 +209,7 @@ def spherical(start: Array, end: Array, t: Array) -> Array:
     is_line = jnp.sin(angle) < 1e-4
     sine = jnp.where(is_line, 1, jnp.sin(angle))
     weights = [jnp.where(is_line, s, jnp.sin(s * angle) / sine)[:, None] for s in (1 - t, t)]
-    return weights[0] * start + weights[1] * end
+    return weights[0] * start[None] + weights[1] * end[None]
 
 
 def to_bytes(images: np.ndarray, levels: int) -> np.ndarray:

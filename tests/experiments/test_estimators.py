@@ -21,9 +21,9 @@ def known_target(ratio):
 
     def gradient(key, estimator):
         length_key, noise_key = jax.random.split(key)
-        length, k = estimator.length.sample(length_key), jnp.arange(200)
-        weights = jnp.where(k == 0, 1.0, (length >= k) / estimator.length.survival(k))
-        values = jnp.stack([jnp.sum(weights * ratio**k), jax.random.normal(noise_key)])
+        length, k = estimator.length.sample(length_key), np.arange(200, dtype=np.int32)
+        weights = jnp.where(k == 0, 1.0, (length >= k).astype(float) / estimator.length.survival(k))
+        values = jnp.stack([jnp.sum(weights * ratio ** k.astype(float)), jax.random.normal(noise_key)])
         norms = jnp.zeros(16)
         return values, Diagnostics(length.astype(float), norms, jnp.zeros(()), jnp.zeros(()))
 

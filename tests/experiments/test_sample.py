@@ -116,7 +116,7 @@ def test_great_circles():
     unit = sample.spherical(jnp.array([2.0, 0]), jnp.array([0, 2.0]), t)
     angle = t * np.pi / 2
     np.testing.assert_allclose(unit, 2 * np.stack([np.cos(angle), np.sin(angle)], axis=1), atol=1e-12)
-    np.testing.assert_allclose(sample.spherical(start, 3 * start, t), start * (1 + 2 * t)[:, None], rtol=1e-7)
+    np.testing.assert_allclose(sample.spherical(start, 3 * start, t), start[None] * (1 + 2 * t)[:, None], rtol=1e-7)
     np.testing.assert_array_equal(sample.spherical(0 * start, 0 * start, t), np.zeros((5, 10)))
 
 

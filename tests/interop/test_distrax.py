@@ -18,6 +18,8 @@ distrax = pytest.importorskip("distrax", reason="needs the extra distrax")
 
 from resflow_jax.interop import distrax as bijectors  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("promotion")
+
 Z = jax.random.normal(jax.random.key(0), (3, 2))
 
 

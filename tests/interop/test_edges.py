@@ -10,6 +10,8 @@ import resflow_jax as rf
 from resflow_jax.functional.solvers import Anderson
 from resflow_jax.interop.sampling import SamplingMap
 
+pytestmark = pytest.mark.usefixtures("promotion")
+
 CONFIG = rf.ImageFlowConfig((2, 2, 1), blocks=(1,), hidden_channels=2, kernels=(1, 1), fc_blocks=0)
 
 

@@ -19,6 +19,8 @@ from flowjax.train import fit_to_data  # noqa: E402
 
 from resflow_jax.interop import flowjax as interop  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("promotion")
+
 X = jnp.array([0.7, -0.4])
 
 

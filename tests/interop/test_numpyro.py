@@ -21,6 +21,8 @@ from numpyro.infer.reparam import TransformReparam  # noqa: E402
 
 from resflow_jax.interop import numpyro as interop  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("promotion")
+
 Z = jax.random.normal(jax.random.key(0), (3, 2))
 SPACING = 0.1
 GRID = jnp.stack(jnp.meshgrid(*[jnp.arange(-8, 8, SPACING)] * 2), axis=-1).reshape(-1, 2)

@@ -14,6 +14,7 @@ import resflow_jax as rf
 import resflow_jax.interop
 from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.interop import stateless
+from resflow_jax.training.step import optax_promotion
 from tests.interop.flows import bent
 
 CONFIG = rf.VectorFlowConfig(
@@ -99,7 +100,9 @@ def test_trains_by_optax_under_jit(model, variables, expected):
         def loss(params):
             return -log_prob(model, {**variables, "params": params}).mean()
 
-        updates, state = optimizer.update(jax.grad(loss)(variables["params"]), state)
+        gradient = jax.grad(loss)(variables["params"])
+        with optax_promotion():
+            updates, state = optimizer.update(gradient, state)
         params = optax.apply_updates(variables["params"], updates)
         return model.apply({**variables, "params": params}, "update_norms")[0], state
 
