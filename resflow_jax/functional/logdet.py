@@ -13,7 +13,7 @@ appendix C ("Neumann gradient series") for the gradient; Behrmann et al. (2019, 
 The Neumann gradient differentiates first and estimates after: with w an unbiased estimate of
 (I + J)^-T v, w_b^T (dJ_b/dtheta) v_b is an unbiased gradient of example b's log-det. The backward
 pass is thus one vjp of x -> (g(x), J v) with cotangents (y_bar, ld_bar_b * w_b), one weight an
-example. Only x, w and the keys of v are kept: memory grows neither with the series nor with
+example. Only x, w and what v is made of (a bit or a key) are kept: memory grows neither with the series nor with
 g's width. The loop that builds w adds up the value too, which is a true unbiased log-det.
 
 Shapes: x [B, ...], any event shape; y like x; log_det [B], in nats. g must treat the
@@ -38,7 +38,7 @@ from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Trunca
 from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.laws import Fitted, check_variance
 from resflow_jax.functional.manual_axes import shared_and_example_keys, sum_alike, vary_alike, vary_over, varying_axes
-from resflow_jax.functional.probes import draw_probes
+from resflow_jax.functional.probes import draw_seeds, make_probes
 from resflow_jax.functional.roulette import length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
 from resflow_jax.functional.tracing import Traced, run, trace
@@ -291,7 +291,8 @@ def _neumann_forward(g, prepare, estimator, args, x, key, token):
 
     def of_chunk(inputs):
         x, keys = inputs
-        v = draw_probes(estimator.probe, estimator.probes, keys, x)
+        seeds = draw_seeds(estimator.probe, estimator.probes, keys, x)
+        v = make_probes(estimator.probe, estimator.probes, seeds, x)
         g_x, pullback = jax.vjp(lambda x: g(closed_over, weights, x), _repeat(x, estimator.probes))
 
         def add_term(carry):
@@ -301,31 +302,31 @@ def _neumann_forward(g, prepare, estimator, args, x, key, token):
 
         start = jnp.int32(1), *vary_alike(plan.series.start(v), _Sums.zero(v))
         _, _, sums = lax.while_loop(lambda carry: carry[0] <= plan.length, add_term, start)
-        return *_result(x, g_x, sums), v + sums.w, sums.norms
+        return *_result(x, g_x, sums), v + sums.w, sums.norms, seeds
 
     keys = keys.reshape(x.shape[:2])
-    y, log_det, w, norms = map_chunks(of_chunk, (x, keys))
+    y, log_det, w, norms, seeds = map_chunks(of_chunk, (x, keys))
     log_det, w = forward_only((log_det, w))
     diagnostics = _diagnostics(plan.length, jnp.mean(norms, axis=0), log_det)
-    return (y, log_det, diagnostics), (estimator, args, x, keys, w)
+    return (y, log_det, diagnostics), (estimator, args, x, seeds, w)
 
 
 def _neumann_backward(g, prepare, kept, cotangents):
-    estimator, args, x, keys, w = kept
+    estimator, args, x, seeds, w = kept
     params, prepared_over, closed_over = args
     y_bar, log_det_bar, _ = cotangents
     weights, pullback = jax.vjp(prepare, prepared_over, params)
     differentiable, static = _partition((weights, closed_over))
 
-    def value_and_product(differentiable, x, keys):
+    def value_and_product(differentiable, x, seeds):
         weights, closed_over = _combine(differentiable, static)
-        v = draw_probes(estimator.probe, estimator.probes, keys, x)
+        v = make_probes(estimator.probe, estimator.probes, seeds, x)
         value, product = jax.jvp(lambda x: g(closed_over, weights, x), (_repeat(x, estimator.probes),), (v,))
         return value[: x.shape[0]], product
 
     per_example = log_det_bar.reshape(*log_det_bar.shape, *[1] * (x.ndim - 2)) / estimator.probes
     w_bar = jax.vmap(lambda scale, w: _repeat(scale, estimator.probes) * w)(per_example, w)
-    differentiable_bar, x_bar = pullback_chunks(value_and_product, differentiable, x, keys, (y_bar, w_bar))
+    differentiable_bar, x_bar = pullback_chunks(value_and_product, differentiable, x, seeds, (y_bar, w_bar))
     static_bar = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), static)
     weights_bar, closed_over_bar = _combine(differentiable_bar, static_bar)
     prepared_over_bar, params_bar = pullback(weights_bar)
@@ -352,7 +353,7 @@ def _autodiff(g, estimator, x, key):
     """The same estimate of the value, left to JAX's own differentiation."""
     length_key, keys = shared_and_example_keys(key, x)
     plan = _draw_plan(estimator, length_key)
-    v = draw_probes(estimator.probe, estimator.probes, keys, x)
+    v = make_probes(estimator.probe, estimator.probes, draw_seeds(estimator.probe, estimator.probes, keys, x), x)
     g_x, pullback = jax.vjp(g, _repeat(x, estimator.probes))
 
     @jax.checkpoint

@@ -13,11 +13,22 @@ Array = jax.Array
 PROBES = ("rademacher", "gaussian", "orthogonal")
 
 
-def draw_probes(probe: str, probes: int, keys: Array, x: Array) -> Array:
+def draw_seeds(probe: str, probes: int, keys: Array, x: Array) -> Array:
+    """What the probes of each example of x [B, ...] are made of, [B, ...], drawn with its key of keys [B].
+
+    Random bits for signs, so that who needs the same probes again need not draw them again; the keys for other probes.
+    """
+    if probe != "rademacher":
+        return keys
+    words = -(-probes * math.prod(x.shape[1:]) // 32)
+    return jax.vmap(lambda key: jax.random.bits(key, (words,), jnp.uint32))(keys)
+
+
+def make_probes(probe: str, probes: int, seeds: Array, x: Array) -> Array:
     """[probes * B, ...]: so many probes for each example of x [B, ...], of x's dtype, one batch after the other.
 
-    Each example's are drawn with its own key, keys [B]. Orthogonal probes are columns of a random rotation
-    times sqrt(D): their mean of v v^T over D probes is exactly the identity.
+    From the seeds [B, ...] of `draw_seeds`. Orthogonal probes are columns of a random rotation times sqrt(D): their
+    mean of v v^T over D probes is exactly the identity.
 
     Raises:
       ValueError: if more orthogonal probes are asked for than there are dimensions D.
@@ -27,20 +38,19 @@ def draw_probes(probe: str, probes: int, keys: Array, x: Array) -> Array:
     if probe == "orthogonal" and probes > dim:
         raise ValueError(f"probes: expected at most {dim} orthogonal probes in {dim} dimensions, got {probes}")
 
-    def draw(key):
+    def make(seed):
         if probe == "rademacher":
-            return _signs(key, probes * dim, x.dtype).reshape(probes, *event)
+            return _signs(seed, probes * dim, x.dtype).reshape(probes, *event)
         if probe == "gaussian":
-            return jax.random.normal(key, (probes, *event), x.dtype)
+            return jax.random.normal(seed, (probes, *event), x.dtype)
         # LAPACK has no 16-bit floats
-        columns = jnp.linalg.qr(jax.random.normal(key, (dim, probes), wide_dtype(x.dtype)))[0]
+        columns = jnp.linalg.qr(jax.random.normal(seed, (dim, probes), wide_dtype(x.dtype)))[0]
         return (math.sqrt(dim) * columns.T.reshape(probes, *event)).astype(x.dtype)
 
-    return jax.vmap(draw, out_axes=1)(keys).reshape(probes * x.shape[0], *event)
+    return jax.vmap(make, out_axes=1)(seeds).reshape(probes * x.shape[0], *event)
 
 
-def _signs(key: Array, number: int, dtype: np.dtype) -> Array:
-    """Independent signs +-1 [number], one for each random bit: 32 times less to draw than with a word for each."""
-    words = jax.random.bits(key, (-(-number // 32), 1), jnp.uint32)
-    bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+def _signs(words: Array, number: int, dtype: np.dtype) -> Array:
+    """Signs +-1 [number], one for each random bit: 32 times less to draw than with a word for each."""
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
     return (2 * bits.reshape(-1)[:number].astype(jnp.int32) - 1).astype(dtype)

@@ -7,6 +7,7 @@ of w - v and of the value, both of which vanish behind v for M = 0. Vectors are 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -134,6 +135,7 @@ def _ratio(numerator: Array, denominator: Array, default: float, floor: Array) -
     return jnp.where(fine, numerator / jnp.where(fine, denominator, 1), default)
 
 
+@lru_cache(maxsize=4)
 def _quadrature(dtype) -> tuple[np.ndarray, np.ndarray]:
     """Nodes s and weights on (0, inf): Gauss-Legendre in x = s / (s + c).
 

@@ -27,6 +27,7 @@ from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.functional.solvers import Anderson, Solver
+from resflow_jax.functional.tracing import run
 from resflow_jax.layers.bijector import Chain, Constant, join_blocks, split_estimator, split_key
 from resflow_jax.layers.certificate import tighten
 from resflow_jax.layers.elementwise import Logit
@@ -119,7 +120,8 @@ class ResidualFlow(Module):
         """
         check_key("key", key, optional=True)
         with self._checked_input(x) as x:
-            z, log_det, diagnostics = _forward(*nnx.split(self), x, key, self._checked(estimator))
+            graphdef, state = nnx.split(self)
+            z, log_det, diagnostics = run(_forward, (graphdef,), state, x, key, self._checked(estimator))
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array) -> Array:
@@ -459,7 +461,6 @@ def _with_rows(estimator: Estimator, blocks: int) -> Estimator:
     return jax.tree.map(rows, estimator)
 
 
-@partial(jax.jit, static_argnames="graphdef")
 def _forward(graphdef, state, x, key, estimator):
     flow = nnx.merge(graphdef, state)
     return _forward_scales(flow, flow.scales, x.astype(flow.dtype), key, estimator)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from resflow_jax.functional.manual_axes import example_keys
-from resflow_jax.functional.probes import PROBES, draw_probes
+from resflow_jax.functional.probes import PROBES, draw_seeds, make_probes
 from tests.functional.contractions import z_scores
 
 X = jnp.zeros((3, 2, 2))
@@ -14,7 +14,9 @@ X = jnp.zeros((3, 2, 2))
 
 def draws(probe, probes, keys, x=X, seed=0):
     """v of many keys: [keys, probes, B, D]."""
-    run = jax.jit(jax.vmap(lambda key: draw_probes(probe, probes, example_keys(key, x), x)))
+    run = jax.jit(
+        jax.vmap(lambda key: make_probes(probe, probes, draw_seeds(probe, probes, example_keys(key, x), x), x))
+    )
     v = np.asarray(run(jax.random.split(jax.random.key(seed), keys)))
     assert v.shape == (keys, probes * len(x), *x.shape[1:])
     return v.reshape(keys, probes, len(x), -1)
@@ -62,7 +64,8 @@ def test_all_dimensions_give_the_exact_trace():
 def test_dtype_and_shape(probe):
     """v has the dtype and event shape of x, also for x of shape [B]."""
     for shape in [(3, 2, 2), (3,)]:
-        v = draw_probes(probe, 1, jax.random.split(jax.random.key(0), 3), jnp.zeros(shape, jnp.float32))
+        x = jnp.zeros(shape, jnp.float32)
+        v = make_probes(probe, 1, draw_seeds(probe, 1, jax.random.split(jax.random.key(0), 3), x), x)
         assert (v.shape, v.dtype) == (shape, jnp.float32)
     if probe == "orthogonal":
         np.testing.assert_allclose(np.abs(v), 1, rtol=1e-6)
@@ -71,4 +74,4 @@ def test_dtype_and_shape(probe):
 def test_too_many_orthogonal_probes():
     """No more than dimensions."""
     with pytest.raises(ValueError, match=r"^probes: expected at most 4 orthogonal probes in 4 dimensions, got 5$"):
-        draw_probes("orthogonal", 5, jax.random.split(jax.random.key(0), 3), X)
+        make_probes("orthogonal", 5, jax.random.split(jax.random.key(0), 3), X)

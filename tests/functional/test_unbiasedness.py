@@ -42,11 +42,11 @@ def enumerate_draws(monkeypatch, net, estimator, lengths=(0,)):
     hadamard = jnp.asarray(scipy.linalg.hadamard(x[0].size), float)
 
     def one(length, first):
-        def draw_probes(probe, probes, key, x):
+        def make_probes(probe, probes, seeds, x):
             rows = (first + jnp.arange(probes * len(x))) % len(hadamard)
             return hadamard[rows].reshape(-1, *x.shape[1:])
 
-        monkeypatch.setattr(logdet, "draw_probes", draw_probes)
+        monkeypatch.setattr(logdet, "make_probes", make_probes)
         for law in (Geometric, Poisson, Defensive, Fitted):
             monkeypatch.setattr(law, "sample", lambda self, key, shape: jnp.broadcast_to(length, shape))
         return estimate(net, estimator, jax.random.key(0))
