@@ -70,6 +70,8 @@ class DenseMap:
     def __call__(self, kernel: Array, x: Array) -> Array:
         if x.ndim != 2:
             raise ValueError(f"x: expected rank 2 [B, {self.features_in}], got shape {x.shape}")
+        if self.matmul_dtype is None:
+            return x @ kernel
         return conv2d(x[:, None, None], kernel[None, None], matmul_dtype=self.matmul_dtype)[:, 0, 0]
 
     def matvec(self, kernel: Array, v: Array) -> Array:
