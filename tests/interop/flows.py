@@ -28,16 +28,6 @@ def make_image_flow():
     return make_flow(config)
 
 
-def make_saturated_flow():
-    """A flow on images of 2x2 black and white pixels, whose samples saturate the sigmoid."""
-    config = rf.ImageFlowConfig(
-        (2, 2, 1), blocks=(1,), hidden_channels=2, kernels=(1, 1), fc_blocks=0, logit_alpha=1e-12
-    )
-    flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
-    flow.initialize(jax.random.bernoulli(jax.random.key(0), 0.5, (64, 2, 2, 1)).astype(flow.dtype))
-    return flow
-
-
 def change(flow):
     """Another map, in place: parameters and vectors."""
     nnx.update(flow, jax.tree.map(lambda leaf: 1.5 * leaf, nnx.state(flow, nnx.Param)))
