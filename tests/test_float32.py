@@ -17,7 +17,7 @@ def test_float32_with_the_usual_optimisations():
         env=kept | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=240,
     )
     assert finished.returncode == 0, f"{finished.stdout[-10000:]}\n{finished.stderr[-2000:]}"
     assert "passed" in finished.stdout and "skipped" not in finished.stdout

@@ -37,14 +37,14 @@ def _is_float(leaf: Any) -> bool:
 
 def _refuse_forward(*_, **__):
     raise TypeError(
-        "gradient: forward-mode derivatives (jvp, jacfwd) expected another estimator than one with "
+        "estimator: forward-mode derivatives (jvp, jacfwd) expected another one than with "
         f'gradient="neumann"; {_REMEDY}. Forward over reverse, as jax.jvp of jax.grad, works with every estimator'
     )
 
 
 def _refuse_reverse(*_):
     raise ValueError(
-        "gradient: reverse-mode derivatives of second order (grad of grad) expected another estimator than one with "
+        "estimator: reverse-mode derivatives of second order (grad of grad) expected another one than with "
         f'gradient="neumann"; {_REMEDY}. Forward over reverse, as jax.jvp of jax.grad, works with every estimator'
     )
 

@@ -68,8 +68,9 @@ class Truncated:
 class Roulette:
     """The unbiased Russian-roulette estimate, by default of a minimal-residual iteration.
 
-    Unbiased in value and gradient over the key, for every setting; the value of minimal-residual steps
-    holds a quadrature, right to 1e-12 for Lipschitz constants up to 0.999. One length for the whole batch.
+    Unbiased in value and gradient over the key, up to lengths of a probability below 2^-64, which are never drawn
+    (2^-24 with gradient="autodiff"). The value of minimal-residual steps holds a quadrature, right to 1e-12 for
+    Lipschitz constants up to 0.999. One length for the whole batch.
     Cost: exact_terms + max_i N_i vjps of g a probe (2.15 on average by default for a block of
     Lipschitz bound 0.94) and, for the gradient, one vjp of (g, J v).
 

@@ -56,11 +56,11 @@ class Geometric:
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws lengths, int32 of `shape`, inside or outside jit."""
-        return _draw_geometric(_uniform(key, shape), 1 - self.p)
+        return _draw_geometric(_uniform(key, shape), math.log1p(-self.p))
 
     def survival(self, k: Array | int) -> Array:
         """P(N >= k), a float of k's shape; one for k <= 1."""
-        return _geometric_survival(1 - self.p, k)
+        return _geometric_survival(math.log1p(-self.p), k)
 
     def tail_ratio(self) -> float:
         """lim P(N >= k + 1) / P(N >= k)."""
@@ -153,12 +153,12 @@ class Defensive:
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws lengths, int32 of `shape`, inside or outside jit."""
         choice, length = _uniform(key, (2, *shape))
-        return _draw_geometric(length, jnp.where(choice < self.share, self.tail_ratio(), 1 - self.p))
+        return _draw_geometric(length, jnp.where(choice < self.share, math.log(self.tail_ratio()), math.log1p(-self.p)))
 
     def survival(self, k: Array | int) -> Array:
         """P(N >= k), a float of k's shape; one for k <= 1."""
-        long = _geometric_survival(self.tail_ratio(), k)
-        return (1 - self.share) * _geometric_survival(1 - self.p, k) + self.share * long
+        long = _geometric_survival(math.log(self.tail_ratio()), k)
+        return (1 - self.share) * _geometric_survival(math.log1p(-self.p), k) + self.share * long
 
     def tail_ratio(self) -> float:
         """lim P(N >= k + 1) / P(N >= k)."""
@@ -238,15 +238,17 @@ def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
     return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
 
 
-def _draw_geometric(u: Array, ratio: Array | float) -> Array:
-    """The N with P(N >= k) = ratio^(k - 1) at uniform numbers u: N >= k where u < ratio^(k - 1)."""
-    ratio = jnp.asarray(ratio, u.dtype)
-    return jnp.maximum(jnp.ceil(jnp.log(u) / jnp.log(ratio)), 1).astype(jnp.int32)
+def _draw_geometric(u: Array, log_ratio: Array | float) -> Array:
+    """The N with P(N >= k) = ratio^(k - 1) at uniform numbers u: N >= k where u < ratio^(k - 1).
+
+    From the logarithm, since a ratio near one is rounded to it in float32. Lengths end at 2^30.
+    """
+    return jnp.clip(jnp.ceil(jnp.log(u) / jnp.asarray(log_ratio, u.dtype)), 1, 2.0**30).astype(jnp.int32)
 
 
-def _geometric_survival(ratio: float, k: Array | int) -> Array:
+def _geometric_survival(log_ratio: float, k: Array | int) -> Array:
     exponent = jnp.maximum(jnp.asarray(k) - 1, 0).astype(jnp.result_type(float))
-    return jnp.exp(exponent * math.log(ratio))
+    return jnp.exp(exponent * log_ratio)
 
 
 def check_variance(law: Law, lipschitz: float) -> None:

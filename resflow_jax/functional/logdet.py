@@ -101,6 +101,8 @@ def residual(
 
     Inside `jax.shard_map` (with check_vma, its default) x is a device's share of the batch: with the same key on
     every device, all take series of the same length, and each example gets its own probe, as if the batch were whole.
+    Inside `jax.pmap`, `jax.vmap` and an unchecked shard_map this holds under `batch_axes`; without it every lane is a
+    batch of its own, and lanes with the same key draw the same noise.
 
     Returns:
       (y, log_det) or (y, log_det, diagnostics): y like x; log_det [B] in nats. Differentiable in
@@ -125,13 +127,18 @@ def residual(
         if key is None:
             raise ValueError(f"key: {type(estimator).__name__} expected a PRNG key, got None")
         estimator = _within(estimator, lipschitz)
+    x = vary_over(x, varying_axes((x, params, key, estimator)))
     is_series = not isinstance(estimator, Exact) and estimator.gradient == "neumann"
     chunks = split_chunks(x, chunk_size if is_series else None)
     probes = 1 if isinstance(estimator, Exact) else estimator.probes
     if is_series:
         params = vary_over(params, varying_axes(x))
     prepare, prepared_over = trace(_identity if prepare is None else prepare, params)
-    g, closed_over = _trace_g(g, prepare.out, x, _repeat(chunks[0], probes))
+    traced, closed_over = _trace_g(g, prepare.out, x, chunks[0], probes)
+    if missing := set(varying_axes(traced.out)) - set(varying_axes(x)):  # what g closes over differs over more axes
+        chunks = vary_over(chunks, tuple(sorted(missing)))
+        traced, closed_over = _trace_g(g, prepare.out, x, chunks[0], probes)
+    g = traced
     args = params, prepared_over, closed_over
     y, log_det, diagnostics = run(_estimate, (g, prepare), estimator, args, chunks, key)
     y, log_det = join_chunks(y), join_chunks(log_det)
@@ -142,8 +149,9 @@ def _identity(params: Any) -> Any:
     return params
 
 
-def _trace_g(g: Residual, weights: Any, x: Array, part: Array) -> tuple[Traced, list[Any]]:
-    """g traced on the examples that it will take at once: `part`, a chunk of x, once for every probe."""
+def _trace_g(g: Residual, weights: Any, x: Array, chunk: Array, probes: int) -> tuple[Traced, list[Any]]:
+    """g traced on the examples that it will take at once: a chunk of x, once for every probe."""
+    part = _repeat(chunk, probes)
 
     def trace_on(like):
         traced, closed_over = trace(g, weights, like)
@@ -155,9 +163,11 @@ def _trace_g(g: Residual, weights: Any, x: Array, part: Array) -> tuple[Traced, 
         return traced, closed_over
 
     try:
+        if chunk.shape != x.shape:
+            trace_on(chunk)  # the part may have as many rows as x by chance
         return trace_on(part)
     except (TypeError, ValueError) as error:
-        if part.shape == x.shape:
+        if chunk.shape == part.shape == x.shape:
             raise
         trace_on(x)  # where g fails on the whole batch too, chunks and probes are not the reason
         raise ValueError(
@@ -171,7 +181,7 @@ def _estimate(g: Traced, prepare: Traced, estimator: Estimator, args: Any, chunk
     """y, log_det, diagnostics; chunks, y and log_det are [chunks, b, ...]."""
     if not isinstance(estimator, Exact) and estimator.gradient == "neumann":
         # A rule of gradients adds up what reaches a result over all lanes of a vmap that it does not depend on: y must
-        # be mapped wherever log_det is.
+        # be mapped wherever log_det is, here, and log_det wherever y is, in `_neumann_forward`.
         chunks = _mapped_with(chunks, (key, estimator))
         return _neumann(g, prepare, estimator, args, chunks, key, reverse_only((args, chunks)))
     params, prepared_over, closed_over = args
@@ -304,9 +314,9 @@ def _neumann_forward(g, prepare, estimator, args, x, key, token):
         _, _, sums = lax.while_loop(lambda carry: carry[0] <= plan.length, add_term, start)
         return *_result(x, g_x, sums), v + sums.w, sums.norms, seeds
 
-    keys = keys.reshape(x.shape[:2])
+    keys = keys.reshape(*x.shape[:2], *keys.shape[1:])  # old-style keys are arrays of words
     y, log_det, w, norms, seeds = map_chunks(of_chunk, (x, keys))
-    log_det, w = forward_only((log_det, w))
+    log_det, w = forward_only((_mapped_with(log_det, y), w))
     diagnostics = _diagnostics(plan.length, jnp.mean(norms, axis=0), log_det)
     return (y, log_det, diagnostics), (estimator, args, x, seeds, w)
 

@@ -3,7 +3,8 @@
 Inside `jax.shard_map` (with check_vma, its default) the types of arrays tell over which axes of the mesh they differ.
 Inside `jax.pmap`, `jax.vmap` with an axis_name, and `jax.shard_map` without check_vma, they do not. There `batch_axes`
 names the axes along which a batch is divided, and gradients are a device's own until they are summed. Without it no
-axis is one of the batch, whatever its name: the lanes are independent.
+axis is one of the batch, whatever its name: the lanes are independent. Where axes are named, these are all: a batch
+that differs over others of a checked shard_map, as an ensemble does, is not divided along them.
 """
 
 import math
@@ -44,8 +45,9 @@ def batch_axes(*names: str) -> AbstractContextManager[None]:
 
 
 def varying_axes(tree: Any) -> tuple[str, ...]:
-    """The mesh axes over whose devices any array differs, inside a `jax.shard_map` that tracks them; none elsewhere."""
-    varying = (jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree))
+    """The mesh axes over which any array, or type of one, differs, inside a `jax.shard_map` that tracks them."""
+    types = (leaf if isinstance(leaf, jax.core.ShapedArray) else jax.typeof(leaf) for leaf in jax.tree.leaves(tree))
+    varying = (type_.manual_axis_type.varying for type_ in types)
     return tuple(sorted(frozenset().union(*varying)))
 
 
@@ -54,11 +56,10 @@ def axes_of_batch(tree: Any) -> tuple[str, ...]:
     varying, named = varying_axes(tree), _named_axes.value
     if not named:
         return varying
-    if not any(map(_is_tracked, named)):
-        return named
-    if not set(named) <= set(varying):
-        raise ValueError(f"batch_axes: expected axes over which the batch differs, {varying}, got {named}")
-    return varying
+    for axis in named:
+        if _is_tracked(axis) and axis not in varying:
+            raise ValueError(f"batch_axes: expected axes over which the batch differs, of {varying}, got {axis!r}")
+    return named
 
 
 def _is_tracked(axis: str) -> bool:

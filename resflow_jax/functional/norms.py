@@ -308,7 +308,7 @@ def _residual(w: Array, v: Array, sigma: Array, v_next: Array, sigma_next: Array
     """
     scale = positive(sigma)
     if is_order(domain, 2):
-        return jnp.sqrt(jnp.sum(jnp.square(w - sigma * v))) / scale
+        return jnp.sqrt(jnp.sum(jnp.square((w - sigma * v) / scale)))
     polyhedral = is_order(domain, 1) or is_order(domain, math.inf)
     dual = jnp.zeros_like(v) if polyhedral else dual_map(v, domain)[0]
     squared = jnp.vdot(w / scale - dual, v_next - v) * (sigma_next / scale)

@@ -4,7 +4,8 @@ A function that a user passes may close over arrays of any kind: floats that are
 concrete or traced. `trace` runs it once on abstract values and returns it without its closure: a `Traced`, which takes
 the arrays that it closed over as its first argument. Two `Traced` are equal if they compute the same, whatever function
 objects they came from; so `run` compiles a library function once for all eager calls with equal programs, also where
-the caller makes a new lambda each time, and sees every change of what the lambda closes over.
+the caller makes a new lambda each time, and sees every change of what the lambda closes over (but for what the rule of
+a `jax.custom_vjp` or `jax.custom_jvp` reads when it runs).
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from types import FunctionType
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import core  # no public interface tells which trace is running
 from jax._src.linear_util import WrappedFun
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
@@ -93,7 +95,8 @@ def _is_same_jaxpr(a: Jaxpr, b: Jaxpr) -> bool:
 
     def is_same_atom(p: Any, q: Any) -> bool:
         if isinstance(p, Literal) or isinstance(q, Literal):
-            return type(p) is type(q) and p.aval == q.aval and _is_same(p.val, q.val)
+            same_kind = type(p) is type(q) and p.aval == q.aval
+            return same_kind and (p.val is q.val or np.asarray(p.val).tobytes() == np.asarray(q.val).tobytes())
         return numbers[0][p] == numbers[1][q]
 
     def are_same_atoms(one: list[Any], other: list[Any]) -> bool:
@@ -129,6 +132,8 @@ def _is_same(a: Any, b: Any) -> bool:
         return all(_is_same(getattr(a, name), getattr(b, name)) for name in ("f", "transforms", "params"))
     if isinstance(a, FunctionType):
         return _is_same_wrapper(a, b)
+    if isinstance(a, float):
+        return a.hex() == b.hex()  # zeros have signs, and NaN is NaN
     try:
         return bool(a == b)
     except Exception:  # of an array, or of a type without equality
@@ -141,7 +146,9 @@ _STATE = frozenset({"cells", "sentinel", "self", "out_store", "store"})
 
 def _is_same_wrapper(a: FunctionType, b: FunctionType) -> bool:
     """Whether two functions that JAX has made around others do the same; other functions must be the very same."""
-    if a.__code__ is not b.__code__ or not a.__module__.startswith("jax."):
+    if a.__code__ is not b.__code__ or not (a.__module__ or "").startswith("jax."):
+        return False
+    if not (_is_same(a.__defaults__, b.__defaults__) and _is_same(a.__kwdefaults__, b.__kwdefaults__)):
         return False
     cells = zip(a.__code__.co_freevars, a.__closure__ or (), b.__closure__ or (), strict=True)
     return all(name in _STATE or _is_same(p.cell_contents, q.cell_contents) for name, p, q in cells)

@@ -62,8 +62,10 @@ def dual_map(x: Array, order: Order) -> tuple[Array, Array]:
     function has its maximum, while a zero can be a stationary point.
     """
     if is_order(order, 2):
-        norm = jnp.sqrt(jnp.sum(jnp.square(x)))
-        return x / positive(norm), norm
+        largest = positive(jnp.max(jnp.abs(x)))
+        ratio = x / largest  # whose square neither overflows nor vanishes
+        norm = jnp.sqrt(jnp.sum(jnp.square(ratio)))
+        return ratio / positive(norm), largest * norm
     norm = vector_norm(x, order)
     if is_order(order, 1):
         return jnp.where(norm > 0, jnp.where(x < 0, -1, 1), 0).astype(x.dtype), norm

@@ -324,7 +324,7 @@ def test_gram_iteration_in_float32():
         value, gradient = _value_and_grad_32(conv, jnp.asarray(kernel, jnp.float32))
         assert value.dtype == gradient.dtype == jnp.float32 and jnp.all(jnp.isfinite(gradient))
         limit = torus_bounds(conv, kernel / np.abs(kernel).max())[0] * np.abs(kernel).max()
-        assert (1 - 1e-5) * limit <= value <= (1 + 1e-5) * 48 ** (1 / 2**9) * limit
+        assert (1 - 1e-5) * limit <= float(value) <= (1 + 1e-5) * 48 ** (1 / 2**9) * limit
 
 
 @partial(jax.jit, static_argnums=0)

@@ -74,7 +74,7 @@ def test_what_cannot_work_raises(name, wrap):
         y, log_det = residual(net, params, x, key=key, estimator=NEUMANN[name])
         return jnp.sum(log_det) + jnp.sum(y)
 
-    remedy = r'^gradient: .*Exact\(\).*gradient="autodiff"'
+    remedy = r'^estimator: .*Exact\(\).*gradient="autodiff"'
     with pytest.raises(TypeError, match=remedy):
         wrap(lambda p: jax.jvp(loss, (p,), (direction,))[1])(params)
     with pytest.raises(TypeError, match=remedy):

@@ -293,3 +293,12 @@ def test_survival_has_the_precision_of_the_moment():
         with jax.enable_x64(enabled):
             survival = jax.jit(lambda k: Poisson(2.0).survival(k))(jnp.arange(3))
             assert survival.dtype == jnp.result_type(float)
+
+
+@pytest.mark.parametrize("law", [Geometric(1e-4), Defensive(0.5, 0.9, 1 - 1e-6)], ids=str)
+def test_ratios_near_one_in_float32(law):
+    """A ratio that float32 rounds to one has its long lengths no less: their mean is the law's, |z| < 4."""
+    with jax.enable_x64(False):
+        samples = np.asarray(law.sample(jax.random.key(0), (20_000,)), float)
+    mean = 1e4 if isinstance(law, Geometric) else 0.1 * 2 + 0.9 * 1e6
+    assert abs(z_scores(samples, mean)) < 4

@@ -453,3 +453,10 @@ def test_bad_arguments(name, g, x, options):
     """`residual` names the argument that is missing or wrong."""
     with pytest.raises(ValueError, match=f"^{name}: .*expected"):
         residual(g, None, x((2, 3)), **options)
+
+
+def test_old_style_keys():
+    """Keys that are arrays of words draw what typed keys of these words draw."""
+    g, params, x = dense_net(0.6)
+    old, typed = (residual(g, params, x, key=make(3), chunk_size=2)[1] for make in (jax.random.PRNGKey, jax.random.key))
+    np.testing.assert_array_equal(old, typed)

@@ -11,7 +11,7 @@ from resflow_jax.functional.estimators import Exact, Roulette
 from resflow_jax.functional.inverse import residual_inverse
 from resflow_jax.functional.laws import Geometric
 from resflow_jax.functional.logdet import residual
-from resflow_jax.functional.manual_axes import example_keys, vary_over, varying_axes
+from resflow_jax.functional.manual_axes import axes_of_batch, batch_axes, example_keys, vary_over, varying_axes
 from resflow_jax.functional.solvers import Anderson
 from tests.functional.contractions import conv_net
 
@@ -129,3 +129,58 @@ def test_exact_of_matrices_of_192_rows():
 
     found = spread(log_det, (WHOLE, SHARES))(weights, x)
     np.testing.assert_allclose(found, jax.jit(log_det)(weights, x), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [Roulette(exact_terms=2), Roulette(Geometric(0.5), gradient="autodiff"), Exact()],
+    ids=["roulette", "autodiff", "exact"],
+)
+def test_parameters_that_differ(estimator):
+    """Each device has parameters of its own, all have the same x: as the whole batch with parameters an example."""
+    rng = np.random.default_rng(0)
+    x, params = jnp.asarray(rng.normal(size=(3, 2))), jnp.asarray(0.3 * rng.normal(size=(2, 2, 2)))
+    key = jax.random.key(5)
+
+    def loss(g, params, x):
+        y, log_det = residual(g, params, x, key=key, estimator=estimator)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(log_det)
+
+    def of_all(params, x):
+        rows = jnp.repeat(params, 3, axis=0)
+        return loss(lambda p, x: jnp.tanh(jnp.einsum("bi,bij->bj", x, p)), rows, jnp.tile(x, (2, 1)))
+
+    def own(params, x):
+        return jax.lax.psum(loss(lambda p, x: jnp.tanh(x @ p), params[0], x), "data")
+
+    expected = jax.jit(jax.value_and_grad(of_all, (0, 1)))(params, x)
+    total = lambda params, x: spread(own, (SHARES, WHOLE), WHOLE)(params, x)  # noqa: E731
+    found = jax.value_and_grad(total, (0, 1))(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-11), found, expected)
+
+
+def test_inverse_of_parameters_that_differ():
+    """The same y, solved with each device's parameters."""
+    rng = np.random.default_rng(0)
+    y, params = jnp.asarray(rng.normal(size=(3, 2))), jnp.asarray(0.3 * rng.normal(size=(2, 2, 2)))
+    solve = lambda p, y: residual_inverse(lambda p, x: jnp.tanh(x @ p), p, y)  # noqa: E731
+    found = spread(lambda p, y: solve(p[0], y)[None], (SHARES, WHOLE))(params, y)
+    np.testing.assert_allclose(found, jnp.stack([solve(p, y) for p in params]), rtol=1e-11)
+
+
+def test_named_axes_alone_divide_a_batch():
+    """On a mesh of data and members, axes of which all differ, the batch is divided along those that are named."""
+    mesh = jax.make_mesh((2, 2), ("data", "member"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    x, key = jnp.zeros((4, 2)), jax.random.key(1)
+
+    def keys(x, key):
+        with batch_axes("data"):
+            assert axes_of_batch(x) == ("data",)
+            return jax.random.key_data(example_keys(key, x))
+
+    specs = PartitionSpec(("data", "member")), WHOLE
+    found = jax.jit(jax.shard_map(keys, mesh=mesh, in_specs=specs, out_specs=specs[0]))(x, key)
+    expected = jax.random.key_data(example_keys(key, x[:2]))
+    np.testing.assert_array_equal(found, expected[np.array([0, 0, 1, 1])])
+    with pytest.raises(ValueError, match=r"^batch_axes: expected axes over which the batch differs"):
+        spread(lambda x: keys(x, key), (WHOLE,), WHOLE)(x)

@@ -232,3 +232,12 @@ def test_bad_options(options):
     dense = MAPS[0]
     with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected"):
         iterate(dense, random_kernel(dense), start(dense), **options)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e19, 1e30])
+def test_maps_of_any_size(scale):
+    """Squares of float32 numbers over- and underflow here; norms do not."""
+    matrix = jnp.asarray(scale * np.diag([1.0, 3.0, 2.0]), jnp.float32)
+    result = power_iteration(lambda v: matrix @ v, lambda u: u @ matrix, jnp.ones(3, jnp.float32), tolerance=1e-6)
+    assert result.status.converged
+    np.testing.assert_allclose(result.sigma, 3 * scale, rtol=1e-5)

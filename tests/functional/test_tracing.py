@@ -134,3 +134,25 @@ def test_arrays_of_the_batch_are_refused(options):
     with pytest.raises(ValueError, match=r"^chunk_size, probes: expected a g that takes"):
         residual(g, None, x, key=jax.random.key(0), **options)
     residual(g, None, x, key=jax.random.key(0), chunk_size=4)
+
+
+def test_as_many_rows_as_the_batch_by_chance():
+    """Two chunks of two examples, each taken for two probes, have four rows: no less refused."""
+    condition = jnp.ones((4, 3))
+    with pytest.raises(ValueError, match=r"^chunk_size, probes: expected a g that takes"):
+        residual(
+            lambda p, x: 0.3 * jnp.tanh(x + condition),
+            None,
+            jnp.ones((4, 3)),
+            key=jax.random.key(0),
+            chunk_size=2,
+            estimator=Roulette(probes=2),
+        )
+
+
+def test_numbers_in_programs():
+    """Zeros of different signs make different programs; NaN makes the same one."""
+    traces = [tracing.trace(lambda p, x, c=c: x + c * jnp.ones_like(x), 1.0, X)[0] for c in (0.0, -0.0, 0.0)]
+    assert traces[0] != traces[1] and traces[0] == traces[2]
+    with_nan = [tracing.trace(lambda p, x: jnp.where(x > 0, x, jnp.nan), 1.0, X)[0] for _ in range(2)]
+    assert with_nan[0] == with_nan[1]

@@ -127,3 +127,21 @@ def test_mapped_table():
     found = jax.jit(jax.grad(lambda p: jnp.sum(jax.vmap(loss, (None, 0))(p, tables))))(args["params"])
     one = jax.jit(jax.grad(loss))
     check(found, sum(one(args["params"], table) for table in tables))
+
+
+@pytest.mark.parametrize("name", ["roulette", "exact"])
+@pytest.mark.parametrize("mapped", ["shift", "x"])
+def test_a_map_whose_jacobian_is_the_same_in_every_lane(name, mapped):
+    """g is linear in x: y is mapped, log_det is one."""
+    rng = np.random.default_rng(0)
+    params, shift, x = (jnp.asarray(0.4 * rng.normal(size=shape)) for shape in ((DIM, DIM), (DIM,), (BATCH, DIM)))
+    lanes = jnp.stack([shift, 2 * shift, -shift]) if mapped == "shift" else jnp.stack([x, 2 * x, -x])
+
+    def loss(params, lane):
+        b, inputs = (lane, x) if mapped == "shift" else (shift, lane)
+        g = lambda p, x: x @ p + b[None]  # noqa: E731
+        y, log_det = residual(g, params, inputs, key=jax.random.key(1), estimator=ESTIMATORS[name])
+        return jnp.sum(jnp.sin(y)) * jnp.sum(log_det)
+
+    found = jax.jit(jax.grad(lambda p: jnp.sum(jax.vmap(loss, (None, 0))(p, lanes))))(params)
+    check(found, sum(jax.grad(loss)(params, lane) for lane in lanes))

@@ -210,7 +210,7 @@ WIDTHS = {
         "activation: expected widths that 2 divides for clipswish, got 3",
     ),
     "odd channels before an activation": (
-        rf.VectorFlowConfig(dim=3, blocks=2, hidden=(4,), activation="maxmin"),
+        rf.VectorFlowConfig(dim=3, blocks=2, hidden=(4,), activation="maxmin", preactivation="all_but_first"),
         "preactivation: expected 'none' for maxmin on 3 channels, .* got 'all_but_first'",
     ),
 }
@@ -227,7 +227,7 @@ def test_flows_that_cannot_be_made_say_why(case):
 @pytest.mark.parametrize("activation", ["maxmin", "clipswish"])
 def test_even_widths_are_taken(activation):
     """An odd number of data channels is no obstacle where no activation of pairs sees it."""
-    config = rf.VectorFlowConfig(dim=3, blocks=1, hidden=(4,), activation=activation)
+    config = rf.VectorFlowConfig(dim=3, blocks=1, hidden=(4,), activation=activation, preactivation="all_but_first")
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
     linears = flow.scales[0].bijectors[1].bijectors[0].contraction.linears
     assert [linear.linear_map.features_out for linear in linears] == [4 if activation == "maxmin" else 2, 3]
