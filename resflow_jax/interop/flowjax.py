@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.checks import check_count, check_open_interval
-from resflow_jax.functional.estimators import Estimator, Exact
-from resflow_jax.functional.inverse import residual_inverse
+from resflow_jax.functional.checks import check_callable, check_count, check_key, check_open_interval
+from resflow_jax.functional.estimators import Estimator, Exact, check_estimator
+from resflow_jax.functional.inverse import check_solver, residual_inverse
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.interop.extras import needs_extra
@@ -147,6 +147,11 @@ class ResidualBijection(AbstractBijection):
         estimator: Estimator = _EXACT,
         solver: Solver = Anderson(),
     ):
+        """Raises ValueError for a g that is no function, an unknown estimator or solver, and a missing key."""
+        check_callable("g", g)
+        check_estimator(estimator)
+        check_solver(solver)
+        check_key("key", key, optional=isinstance(estimator, Exact))
         self.g = g
         self.key = key
         self.estimator = paramax.NonTrainable(estimator)

@@ -23,8 +23,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from resflow_jax.functional.checks import check_key
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
-from resflow_jax.functional.inverse import reported
+from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.models.config import ImageFlowConfig
 from resflow_jax.models.flow import ResidualFlow, standard_normal_log_prob
@@ -78,6 +79,8 @@ class SamplingMap:
             )
         estimator = Roulette() if estimator is None else estimator
         check_estimator(estimator)
+        check_solver(solver)
+        check_key("key", key, optional=True)
         if key is None and not isinstance(estimator, Exact):
             raise ValueError(
                 f"key: {type(estimator).__name__} expected a PRNG key, got None; estimator=Exact() needs none"
@@ -93,24 +96,24 @@ class SamplingMap:
 
     def generate(self, z: Array) -> Array:
         """x [..., *event_shape] of z [..., D]. For a solve that does not converge see the module's head."""
-        z, batch = _as_batch(z, 1)
+        z, batch = _as_batch("z", z, 1)
         x, status = _generate(*self._with_limits(), z)
         return _split_batch(reported(x, status, _INVERSE, self.solver.on_failure), batch)
 
     def generate_and_log_det(self, z: Array) -> tuple[Array, Array]:
         """x and log|det dx/dz| [...] of z [..., D]; what does not converge is reported as by `generate`."""
-        z, batch = _as_batch(z, 1)
+        z, batch = _as_batch("z", z, 1)
         result, status = _generate_and_log_det(*self._with_limits(), z)
         return _split_batch(reported(result, status, _INVERSE, self.solver.on_failure), batch)
 
     def encode(self, x: Array) -> Array:
         """z [..., D] of x [..., *event_shape]."""
-        x, batch = _as_batch(x, len(self.event_shape))
+        x, batch = _as_batch("x", x, len(self.event_shape))
         return _split_batch(_encode(*self._with_limits(), x), batch)
 
     def encode_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """z and log|det dz/dx| [...] of x [..., *event_shape]."""
-        x, batch = _as_batch(x, len(self.event_shape))
+        x, batch = _as_batch("x", x, len(self.event_shape))
         return _split_batch(_encode_and_log_det(*self._with_limits(), x), batch)
 
     def _with_limits(self) -> tuple["SamplingMap", tuple[float | None, int]]:
@@ -125,10 +128,10 @@ class SamplingMap:
         return structure == other_structure and all(a is b for a, b in zip(mine, theirs, strict=True))
 
 
-def _as_batch(x: Array, event_ndims: int) -> tuple[Array, tuple[int, ...]]:
+def _as_batch(name: str, x: Array, event_ndims: int) -> tuple[Array, tuple[int, ...]]:
     """x with all axes in front of its event's as one, [B, *event], and these axes."""
     if x.ndim < event_ndims:
-        raise ValueError(f"expected an array with {event_ndims} axes of an event at least, got shape {x.shape}")
+        raise ValueError(f"{name}: expected at least {event_ndims} axes, those of an event, got shape {x.shape}")
     batch, event = x.shape[: x.ndim - event_ndims], x.shape[x.ndim - event_ndims :]
     return x.reshape(math.prod(batch), *event), batch
 

@@ -168,7 +168,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            with suppress(OSError):
+            with suppress(Exception):
                 self._manager.reload()  # it has forgotten those that the failed one was to replace
             if not isinstance(error, OSError) and not (isinstance(error, ValueError) and _OF_FILES.match(str(error))):
                 raise

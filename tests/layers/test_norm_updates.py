@@ -222,7 +222,10 @@ def linears(flow):
 
 def test_a_flow_in_training_follows_a_direction_that_its_vectors_lack():
     """A singular value grows from nothing, beside vectors that are orthogonal to it: `update_norms` finds it."""
-    flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=8, blocks=1, hidden=(8,), actnorm=False, preactivation="all_but_first"), rngs=nnx.Rngs(0))
+    flow = rf.ResidualFlow(
+        rf.VectorFlowConfig(dim=8, blocks=1, hidden=(8,), actnorm=False, preactivation="all_but_first"),
+        rngs=nnx.Rngs(0),
+    )
     for linear in linears(flow):
         linear.kernel[...] = jnp.eye(8).at[0, 0].set(2.0)
         linear.v[...] = linear.u[...] = jnp.eye(8)[0]
