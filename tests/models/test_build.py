@@ -171,7 +171,7 @@ TIES = {"closed": [0, 1, 2, 0], "all": [0, 0, 0, 0], "none": [0, 1, 2, 3]}
 @pytest.mark.parametrize("ties", TIES)
 def test_order_ties(ties):
     """Which of the orders around the layers of a block are one parameter; each block, also of a stack, has its own."""
-    config = rf.VectorFlowConfig(3, 3, (4, 4), learn_norms=True, order_ties=ties)
+    config = rf.VectorFlowConfig(3, 3, (4, 4), preactivation="all_but_first", learn_norms=True, order_ties=ties)
     for n, contraction in enumerate(contractions(built(config))):
         linears = contraction.linears
         for before, behind in itertools.pairwise(linears):
