@@ -153,35 +153,34 @@ def of_flows():
         found[f"log_prob, {name}"] = gradient(plain, "log_prob", X, **options)
     for name, solver in SOLVERS.items():
         found[f"inverse, {name}"] = of_flow(plain, "inverse", z, solver=solver, return_status=True)
-    for name in [name for name in VECTORS if name != "bfloat16"]:
-        flow, padding = vectors(name), VECTORS[name].get("padding", 0)
-        found[f"new flow, {name}"] = lambda f=vectors.__wrapped__, n=name: nnx.state(nnx.merge(*f(n)))
+    for name, options in VECTORS.items():
+        flow, wide = vectors(name), np.pad(z, ((0, 0), (0, options.get("padding", 0))))
+        found[f"new flow, {name}"] = lambda name=name: vectors.__wrapped__(name)[1]
         found[f"log_prob, {name}"] = gradient(flow, "log_prob", X, key=KEY)
-        found[f"inverse, {name}"] = gradient(flow, "inverse", np.pad(z, ((0, 0), (0, padding))))
-        found[f"__call__, {name}"] = of_flow(flow, "__call__", X)
-        for method in ("initialize", "update_statistics"):
-            found[f"{method}, {name}"] = of_flow(flow, method, X)
-        for method in ("update_norms", "converge_norms", "order_loss", "norm_orders"):
-            found[f"{method}, {name}"] = of_flow(flow, method)
-        found[f"train, {name}"] = training(flow, negative_log_likelihood(optax.linear_schedule(0.0, 1.0, 9)), X, 1)
-        found[f"certify, {name}"] = lambda f=flow: rf.certify(nnx.merge(*f)).bounds
+        found[f"inverse, {name}"] = of_flow(flow, "inverse", wide, return_status=True)
+        found[f"initialize, {name}"] = of_flow(flow, "initialize", X)
+        found[f"update_norms, {name}"] = of_flow(flow, "update_norms")
+        found[f"order_loss, {name}"] = gradient(flow, "order_loss")
         found[f"tighten, {name}"] = of_flow(flow, "tighten")
-    rounded = vectors("bfloat16")
-    found["log_prob, bfloat16"] = gradient(rounded, "log_prob", X, key=KEY)
-    found["inverse, bfloat16"] = of_flow(rounded, "inverse", z, return_status=True)
-    found["order_loss, gradient"] = gradient(vectors("learned norms"), "order_loss")
+    for method in ("converge_norms", "norm_orders"):
+        found[method] = of_flow(plain, method)
+    found["__call__"] = of_flow(plain, "__call__", X)
+    found["certify"] = lambda: rf.certify(nnx.merge(*plain)).bounds
+    found["update_statistics"] = of_flow(vectors("all layers"), "update_statistics", X)
+    found["inverse, gradient"] = gradient(plain, "inverse", z)
+    loss = negative_log_likelihood(optax.linear_schedule(0.0, 1.0, 9))
+    found["train"] = training(plain, loss, X, 2)
+    found["train, learned norms"] = training(vectors("learned norms"), loss, X, 1)
     found["sample"] = of_flow(plain, "sample", KEY, 2)
     found["sample_and_log_prob"] = gradient(plain, "sample_and_log_prob", KEY, 2)
     found["inverse_and_log_prob"] = of_flow(plain, "inverse_and_log_prob", z, key=KEY, return_status=True)
     found["vector_log_prob"] = lambda: vector_log_prob(nnx.merge(*plain), X, KEY, batch_size=3)
 
     found["images, log_prob"] = gradient(pixels, "log_prob", PIXELS, key=KEY)
-    found["images, inverse"] = gradient(pixels, "inverse", z[:, [0, 1, 2, 0]])
     found["images, sample"] = of_flow(pixels, "sample", KEY, 2)
     found["images, initialize"] = of_flow(pixels, "initialize", PIXELS)
     found["images, logits"] = gradient(pixels, "logits", PIXELS)
-    found["images, certify"] = lambda: rf.certify(nnx.merge(*pixels)).bounds
-    found["images, train"] = training(pixels, dequantized_bits_per_dim(4), IMAGES, 2)
+    found["images, train"] = training(pixels, dequantized_bits_per_dim(4), IMAGES, 1)
     found["evaluate_bits_per_dim"] = lambda: rf.evaluate_bits_per_dim(
         nnx.merge(*pixels), IMAGES, KEY, levels=4, draws=2, batch_size=3
     )
