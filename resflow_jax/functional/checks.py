@@ -1,7 +1,7 @@
 """Checks of arguments: each raises a ValueError that names the argument, what was expected and what came."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -161,11 +161,3 @@ def check_order(name: str, value: Any) -> None:
     is_scalar = getattr(value, "shape", None) == () and jnp.issubdtype(value.dtype, jnp.floating)
     if not (value >= 1 if isinstance(value, Real) else is_scalar):
         raise ValueError(f"{name}: expected an order of at least 1 (or inf), got {value!r}")
-
-
-def check_residual(name: str, g: Callable[[Any, Any], Any], params: Any, x: Any) -> None:
-    """A float array x [B, ...] and a g(params, x) that keeps its shape and dtype; g is only traced."""
-    check_batch(name, x)
-    out = jax.eval_shape(g, params, x)
-    if (out.shape, out.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"g: expected an output {x.dtype} {x.shape} like {name}, got {out.dtype} {out.shape}")

@@ -29,7 +29,7 @@ from resflow_jax.functional.checks import as_float_batch, check_callable
 from resflow_jax.functional.iteration import InverseStatus, Solver, example_max, iterate, wide_dtype
 from resflow_jax.functional.manual_axes import vary_over, varying_axes
 from resflow_jax.functional.solvers import Anderson
-from resflow_jax.functional.tracing import Traced, run, trace
+from resflow_jax.functional.tracing import Traced, run, trace_residual
 
 Array = jax.Array
 
@@ -72,13 +72,10 @@ def residual_inverse(
     y = as_float_batch("y", y, least=0)
     check_solver(solver)
     y = vary_over(y, varying_axes((y, params)))
-    traced, closed_over = trace(g, params, y)
+    traced, closed_over = trace_residual(g, params, "y", y)
     if missing := set(varying_axes(traced.out)) - set(varying_axes(y)):  # what g closes over differs over more axes
         y = vary_over(y, tuple(sorted(missing)))
-        traced, closed_over = trace(g, params, y)
-    if getattr(traced.out, "shape", None) != y.shape or traced.out.dtype != y.dtype:
-        got = f"{traced.out.dtype} {traced.out.shape}" if hasattr(traced.out, "shape") else type(traced.out).__name__
-        raise ValueError(f"g: expected an output {y.dtype} {y.shape} like y, got {got}")
+        traced, closed_over = trace_residual(g, params, "y", y)
     rule, limits = solver.split(y.dtype)
     x, status = run(_solve, (traced, rule), limits, closed_over, params, y)
     return (x, status) if return_status else reported(x, status, "residual_inverse", solver.on_failure)

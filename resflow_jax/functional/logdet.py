@@ -41,7 +41,7 @@ from resflow_jax.functional.manual_axes import shared_and_example_keys, sum_alik
 from resflow_jax.functional.probes import draw_seeds, make_probes
 from resflow_jax.functional.roulette import length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
-from resflow_jax.functional.tracing import Traced, run, trace
+from resflow_jax.functional.tracing import Traced, run, trace, trace_residual
 
 Array = jax.Array
 Residual = Callable[[Any, Array], Array]
@@ -152,24 +152,14 @@ def _identity(params: Any) -> Any:
 def _trace_g(g: Residual, weights: Any, x: Array, chunk: Array, probes: int) -> tuple[Traced, list[Any]]:
     """g traced on the examples that it will take at once: a chunk of x, once for every probe."""
     part = _repeat(chunk, probes)
-
-    def trace_on(like):
-        traced, closed_over = trace(g, weights, like)
-        if getattr(traced.out, "shape", None) != like.shape or traced.out.dtype != like.dtype:
-            got = (
-                f"{traced.out.dtype} {traced.out.shape}" if hasattr(traced.out, "shape") else type(traced.out).__name__
-            )
-            raise ValueError(f"g: expected an output {like.dtype} {like.shape} like x, got {got}")
-        return traced, closed_over
-
     try:
         if chunk.shape != x.shape:
-            trace_on(chunk)  # the part may have as many rows as x by chance
-        return trace_on(part)
+            trace_residual(g, weights, "x", chunk)  # the part may have as many rows as x by chance
+        return trace_residual(g, weights, "x", part)
     except (TypeError, ValueError) as error:
         if chunk.shape == part.shape == x.shape:
             raise
-        trace_on(x)  # where g fails on the whole batch too, chunks and probes are not the reason
+        trace_residual(g, weights, "x", x)  # where g fails on the whole batch too, chunks and probes are not the reason
         raise ValueError(
             f"chunk_size, probes: expected a g that takes {part.shape[0]} examples at once in place of {x.shape[0]} "
             "(a chunk of the batch, repeated for every probe); it fails, probably since it closes over an array with "

@@ -54,6 +54,16 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[Traced, list[Any]]:
     return Traced(jaxpr.jaxpr, jax.tree.structure(shapes).unflatten(jaxpr.out_avals)), list(jaxpr.consts)
 
 
+def trace_residual(g: Callable[[Any, Any], Any], params: Any, name: str, like: jax.Array) -> tuple[Traced, list[Any]]:
+    """`trace` of g(params, x) at an x like the argument of a name; ValueError unless g keeps its shape and dtype."""
+    traced, closed_over = trace(g, params, like)
+    out = traced.out
+    if getattr(out, "shape", None) != like.shape or out.dtype != like.dtype:
+        got = f"{out.dtype} {out.shape}" if hasattr(out, "shape") else type(out).__name__
+        raise ValueError(f"g: expected an output {like.dtype} {like.shape} like {name}, got {got}")
+    return traced, closed_over
+
+
 def run(function: Callable[..., Any], static: tuple[Any, ...], *args: Any) -> Any:
     """function(*static, *args), compiled where the call is eager; the last 128 programs are kept.
 
