@@ -91,6 +91,7 @@ def power_iteration(
     max_iterations: int | Array = 1000,
     iterations: int | None = None,
     restart: bool = True,
+    scale: Array | None = None,
 ) -> PowerIteration:
     """Estimates ||W||_{domain -> codomain}, by default the largest singular value, warm-started at v.
 
@@ -123,6 +124,8 @@ def power_iteration(
         restart. The status only reports, and knows nothing of what v lacks.
       restart: whether the second chain runs. Products are with two vectors at a time then, and a crowded spectrum takes
         some hundred iterations, even from a v that has converged.
+      scale: for 2 -> 2, a scalar about as large as the norm of W or as its largest element, to a factor of 1e6. It
+        keeps squares within the float type; the result hardly depends on it. By default one more product finds it.
 
     Returns:
       `PowerIteration(sigma, u, v, status)`; where W is zero u is zero and v stays the start. Not differentiable
@@ -145,11 +148,19 @@ def power_iteration(
     tolerance = jnp.asarray(tolerance, v.dtype)
     residual_tolerance = jnp.sqrt(tolerance) if residual_tolerance is None else jnp.asarray(residual_tolerance, v.dtype)
     cap = max_iterations if iterations is None else iterations
+    v = lax.stop_gradient(v)
+    v = mixed_start(v, domain, residual_tolerance) if iterations is None else unit(v, domain)
+    is_spectral = is_order(domain, 2) and is_order(codomain, 2)
+    if is_spectral and scale is None:
+        scale = jnp.max(jnp.abs(matvec(v)))
+    # The map is scaled once, instead of each of its products: their squares then fit any float type.
+    scale = positive(lax.stop_gradient(scale)) if is_spectral else 1
+    dual = _unit_and_norm if is_spectral else dual_map
 
     def advance(old: PowerIteration) -> PowerIteration:
-        u, sigma_half = dual_map(matvec(old.v), codomain)
-        w = rmatvec(u)
-        v_new, sigma = dual_map(w, conjugate(domain))
+        u, sigma_half = dual(matvec(old.v) / scale, codomain)
+        w = rmatvec(u) / scale
+        v_new, sigma = dual(w, conjugate(domain))
         v_new = jnp.where(sigma > 0, v_new, old.v)  # a zero map must not spoil the next warm start
         residual = _residual(w, old.v, sigma_half, v_new, sigma, domain)
         change = jnp.abs(sigma - old.sigma) / positive(sigma)
@@ -179,8 +190,6 @@ def power_iteration(
     # The first step cannot meet the test on the change of sigma: it starts from infinity.
     infinity = jnp.asarray(jnp.inf, v.dtype)
     status = PowerIterationStatus(jnp.asarray(0), infinity, jnp.asarray(False))
-    v = lax.stop_gradient(v)
-    v = mixed_start(v, domain, residual_tolerance) if iterations is None else unit(v, domain)
     u = jax.eval_shape(matvec, v)
     w = jax.eval_shape(rmatvec, u)
     chains = PowerIteration(infinity, jnp.zeros(u.shape, u.dtype), v, status)
@@ -189,7 +198,8 @@ def power_iteration(
         chains = jax.tree.map(lambda *leaves: jnp.stack(leaves), chains, second)
     start = jnp.asarray(True), chains
     start = vary_over(start, varying_axes((v, u, w, domain, codomain)))
-    return judged(lax.while_loop(unfinished, step, start)[1])
+    result = judged(lax.while_loop(unfinished, step, start)[1])
+    return result._replace(sigma=result.sigma * scale)
 
 
 def check_settings(
@@ -207,6 +217,12 @@ def check_settings(
             check_count(name, value, 1)
         elif name == "tolerance" or value is not None:
             check_positive(name, value)
+
+
+def _unit_and_norm(x: Array, _: Order) -> tuple[Array, Array]:
+    """`dual_map` of order 2, for an x whose square neither overflows nor vanishes."""
+    norm = jnp.sqrt(jnp.sum(jnp.square(x)))
+    return x / positive(norm), norm
 
 
 def _with_shape(rmatvec: LinearFunction, shape: tuple[int, ...]) -> LinearFunction:

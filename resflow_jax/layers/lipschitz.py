@@ -218,7 +218,8 @@ def advance(
     """The `power_iteration` of one kernel from v, with the orders that `split_orders` gave."""
     matvec, rmatvec = partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel)
     orders = dict(zip(("domain", "codomain"), _join_orders(fixed, learned), strict=True))
-    return power_iteration(matvec, rmatvec, v, **orders, **settings._asdict(), restart=restart)
+    scale = jnp.max(jnp.abs(kernel))
+    return power_iteration(matvec, rmatvec, v, **orders, **settings._asdict(), restart=restart, scale=scale)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
