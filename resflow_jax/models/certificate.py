@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.layers.certificate import BlockCertificate, certified_bounds
-from resflow_jax.models.flow import ResidualFlow
+from resflow_jax.layers.certificate import BlockCertificate
+from resflow_jax.models.flow import Flow
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Certificate:
         return {"is_certified": self.is_certified, **dataclasses.asdict(self)}
 
 
-def certify(flow: ResidualFlow) -> Certificate:
+def certify(flow: Flow) -> Certificate:
     """Upper bounds on the Lipschitz constants of a flow as it stands, in float64 on the host.
 
     Dense layers and 1x1 convolutions by their singular values, other convolutions by the circular
@@ -77,15 +77,10 @@ def certify(flow: ResidualFlow) -> Certificate:
     of mixed norms is bounded in these and in the 2-norm, and the smaller bound counts. The bounds hold
     for the kernels as they are applied, in exact arithmetic.
 
-    Not traceable. Raises ValueError if `flow` is not a `ResidualFlow`.
+    Not traceable. Raises ValueError if `flow` is not a `Flow`.
     """
-    if not isinstance(flow, ResidualFlow):
-        raise ValueError(f"flow: expected a ResidualFlow, got {type(flow).__name__}")
+    if not isinstance(flow, Flow):
+        raise ValueError(f"flow: expected a Flow, got {type(flow).__name__}")
     blocks: list[BlockCertificate] = []
-    lipschitz = inverse = 1.0
-    for n, scale in enumerate(flow.scales):
-        forward, backward = certified_bounds(scale, blocks)
-        if n > 0 and flow.factors_out:  # what has left before stays as it is
-            forward, backward = max(1.0, forward), max(1.0, backward)
-        lipschitz, inverse = lipschitz * forward, inverse * backward
+    lipschitz, inverse = flow.bijector.certified_bounds(blocks)
     return Certificate(tuple(blocks), lipschitz, inverse)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 import resflow_jax as rf
-from resflow_jax.models.flow import standard_normal_log_prob
+from resflow_jax.models.bases import standard_normal_log_prob
 from tests.functional.brute_force import enumerated_norm
 
 SMALL = {"hidden_channels": 4, "fc_hidden": 4, "fc_layers": 2, "kernels": (3, 3), "logit_alpha": 0.05}
@@ -168,7 +168,7 @@ def test_logits(flow_and_x):
             flow.logits(x)
         return
     z = flow(x)
-    if flow.factors_out:
+    if isinstance(flow.bijector, rf.MultiScale):
         first, second = z[:, :16].reshape(3, 2, 2, 4), z[:, 16:24].reshape(3, 1, 1, 8)
         features = [first, second, second]
     else:
