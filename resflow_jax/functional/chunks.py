@@ -54,8 +54,9 @@ def pullback_chunks(
 ) -> tuple[Any, Any]:
     """Cotangents of args and x, where function(args, chunk of x, chunk of others) has the `cotangents`.
 
-    x and others are pytrees of arrays with the chunks along their leading axis. Cotangents of args are summed over all chunks: a single sum where the chunks are taken at once. function must close over
-    nothing that is differentiated.
+    x and others are pytrees of arrays with the chunks along their leading axis. The cotangents of args are summed over
+    all chunks: a single sum where the chunks are taken at once. function must close over nothing that is
+    differentiated.
     """
     function, closed_over = trace(function, args, *_first((x, others)))
 

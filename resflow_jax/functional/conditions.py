@@ -4,7 +4,6 @@ Where no condition is given it is None, a tree without arrays, and g takes (para
 """
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import jax

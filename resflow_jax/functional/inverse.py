@@ -50,8 +50,8 @@ def residual_inverse(
 ) -> Array | tuple[Array, InverseStatus]:
     """Solves x + g(params, x) = y, or x + g(params, x, condition) = y, for x, each example to its own tolerance.
 
-    Differentiable in params, y, the condition and whatever g closes over, in any mode and order. An eager call compiles once for
-    equal g, shapes and kind of solver, whatever its tolerance and cap.
+    Differentiable in params, y, the floats of the condition and whatever g closes over, in any mode and order. An eager
+    call compiles once for equal g, shapes and kind of solver, whatever its tolerance and cap.
 
     Args:
       g: pure function (params, x) -> array of x's shape and dtype, a contraction in x, each

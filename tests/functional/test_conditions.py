@@ -263,7 +263,7 @@ BAD = {
     "another batch": (
         THREE,
         np.ones((3, 1)),
-        r"condition: expected 2 rows, one for each example of \w, got .*\(3, 1\)",
+        r"condition: expected 2 rows, one for each example of .* \(3, 1\)",
     ),
     "in a tree": (THREE, {"a": [np.ones(2), np.ones(5)]}, r"condition\['a'\]\[1\]: expected 2 rows.* \(5,\)"),
     "no batch axis": (THREE, np.float64(1), r"condition: expected 2 rows.*got shape \(\)"),
