@@ -339,8 +339,8 @@ def test_bad_kernels(bound):
         bound(DenseMap(7, 4), np.zeros((4, 7)))
     with pytest.raises(ValueError, match=r"^kernel: expected a float array \(7, 4\), got int64"):
         bound(DenseMap(7, 4), np.zeros((7, 4), np.int64))
-    with pytest.raises(ValueError, match=r"^kernel: expected odd sides"):
-        bound(ConvMap((4, 4), 1, 1, 2), np.zeros((2, 2, 1, 1)))
+    with pytest.raises(ValueError, match=r"^kernel: expected a float array \(3, 3, 1, 1\), got \(2, 2, 1, 1\)"):
+        bound(ConvMap((4, 4), 1, 1), np.zeros((2, 2, 1, 1)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
