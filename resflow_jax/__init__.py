@@ -14,6 +14,7 @@ from resflow_jax.functional.manual_axes import batch_axes
 from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, best_start, power_iteration
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
+from resflow_jax.layers.affine import LipschitzConv, LipschitzDense
 from resflow_jax.layers.certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.lipschitz import NormState
 from resflow_jax.models.certificate import Certificate, certify
@@ -44,6 +45,8 @@ __all__ = [
     "InverseError",
     "InverseStatus",
     "LayerCertificate",
+    "LipschitzConv",
+    "LipschitzDense",
     "NormState",
     "Poisson",
     "PowerIteration",
