@@ -15,6 +15,7 @@ from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, b
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
 from resflow_jax.layers.actnorm import ActNorm
+from resflow_jax.layers.affine import LipschitzConv, LipschitzDense
 from resflow_jax.layers.bijector import Bijector, Constant
 from resflow_jax.layers.certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.composition import Chain, Invert, MultiScale
@@ -67,6 +68,8 @@ __all__ = [
     "Invert",
     "InvertibleLinear",
     "LayerCertificate",
+    "LipschitzConv",
+    "LipschitzDense",
     "Logit",
     "MovingBatchNorm",
     "MovingCentering",

@@ -136,7 +136,7 @@ def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:
     *size, channels = shape
 
     def conv(channels_in: int, channels_out: int, kernel: int) -> ConvMap:
-        return ConvMap(tuple(size), channels_in, channels_out, kernel, config.matmul_dtype)
+        return ConvMap(tuple(size), channels_in, channels_out, kernel, matmul_dtype=config.matmul_dtype)
 
     if config.dense_depth:
         return densenet(config, conv, channels, None, config.dense_growth, 3)
