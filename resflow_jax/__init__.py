@@ -3,6 +3,7 @@
 from resflow_jax import interop, training
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
 from resflow_jax.functional.certificate import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
+from resflow_jax.functional.contraction_check import ContractionCheck, check_contraction
 from resflow_jax.functional.estimators import CustomEstimator, Estimator, Exact, Roulette, Truncated
 from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.inverse import InverseError, residual_inverse
@@ -36,6 +37,7 @@ __all__ = [
     "BlockCertificate",
     "Broyden",
     "Certificate",
+    "ContractionCheck",
     "ConvMap",
     "CustomEstimator",
     "Defensive",
@@ -64,6 +66,7 @@ __all__ = [
     "batch_axes",
     "best_start",
     "certify",
+    "check_contraction",
     "evaluate_bits_per_dim",
     "fit_lengths",
     "gram_iteration_bound",
