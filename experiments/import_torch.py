@@ -33,7 +33,7 @@ from resflow_jax.functional.checks import check_count
 from resflow_jax.interop.torch_checkpoints import flow_of, parts_of
 from resflow_jax.interop.torch_config import data_levels, estimator_from_args
 from resflow_jax.interop.torch_files import read_torch_file
-from resflow_jax.layers.elementwise import ActNorm
+from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.step import Trainer, TrainState
 

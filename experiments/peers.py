@@ -33,11 +33,14 @@ from torch import nn
 
 from resflow_jax import ImageFlowConfig, ResidualFlow
 from resflow_jax.functional.linear_maps import ConvMap
-from resflow_jax.layers.bijector import Bijector, Chain
+from resflow_jax.layers.actnorm import ActNorm
+from resflow_jax.layers.bijector import Bijector
+from resflow_jax.layers.composition import Chain, MultiScale
 from resflow_jax.layers.contraction import Contraction, Layered
-from resflow_jax.layers.elementwise import ActNorm, Flatten, Logit, Squeeze
 from resflow_jax.layers.lipschitz import LipschitzLinear
+from resflow_jax.layers.logit import Logit
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
+from resflow_jax.layers.shapes import Flatten, Squeeze
 
 
 class Peer:
@@ -120,11 +123,9 @@ def normflows_from(flow: ResidualFlow, *, papers: bool = False) -> Peer:
       ValueError: for vectors, for factored-out channels, and for layers and activations other than those of
         `experiments.configs.digits`.
     """
-    if not isinstance(flow.config, ImageFlowConfig) or flow.factors_out:
+    if not isinstance(flow.config, ImageFlowConfig) or isinstance(flow.bijector, MultiScale):
         raise ValueError(f"flow: expected one of images without factor_out, got {flow.config}")
-    layers = [layer for scale in flow.scales for layer in _unrolled(scale)]
-    if not flow.config.fc_blocks:
-        layers.append(Flatten(flow._emitted[-1]))
+    layers = list(_unrolled(flow.bijector))
     flat = [isinstance(layer, Flatten) for layer in layers].index(True)
     flows = [_converted(layer, (1, 1) if n < flat else (), papers) for n, layer in enumerate(layers)]
     base = nf.distributions.DiagGaussian(flow.dim, trainable=False)

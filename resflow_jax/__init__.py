@@ -21,22 +21,42 @@ from resflow_jax.functional.norms import (
 )
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
+from resflow_jax.layers.actnorm import ActNorm
+from resflow_jax.layers.affine import LipschitzConv, LipschitzDense
+from resflow_jax.layers.bijector import Bijector, Constant
 from resflow_jax.layers.certificate import BlockCertificate, LayerCertificate
+from resflow_jax.layers.composition import Chain, Invert, MultiScale
+from resflow_jax.layers.contraction import Contraction
+from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import NormState
+from resflow_jax.layers.logit import Logit
+from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
+from resflow_jax.layers.padding import ChannelPadding
+from resflow_jax.layers.residual import ResidualBlock, ResidualStack
+from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
+from resflow_jax.models.bases import Base, StandardNormal
 from resflow_jax.models.certificate import Certificate, certify
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
-from resflow_jax.models.flow import ResidualFlow
+from resflow_jax.models.flow import Flow
+from resflow_jax.models.residual_flow import ResidualFlow
 from resflow_jax.training.likelihood import Estimate, evaluate_bits_per_dim
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ACTIVATIONS",
+    "ActNorm",
     "Activation",
     "Anderson",
+    "Base",
+    "Bijector",
     "BlockCertificate",
     "Broyden",
     "Certificate",
+    "Chain",
+    "ChannelPadding",
+    "Constant",
+    "Contraction",
     "ContractionCheck",
     "ConvMap",
     "CustomEstimator",
@@ -48,19 +68,35 @@ __all__ = [
     "Exact",
     "Fitted",
     "FixedPoint",
+    "Flatten",
+    "Flow",
     "Geometric",
     "ImageFlowConfig",
     "InverseError",
     "InverseStatus",
+    "Invert",
+    "InvertibleLinear",
     "LayerCertificate",
     "LengthLaw",
+    "LipschitzConv",
+    "LipschitzDense",
+    "Logit",
+    "MovingBatchNorm",
+    "MovingCentering",
+    "MultiScale",
     "NormState",
+    "Normalization",
     "Poisson",
     "PowerIteration",
     "PowerIterationStatus",
+    "Reshape",
+    "ResidualBlock",
     "ResidualFlow",
+    "ResidualStack",
     "Roulette",
     "Solver",
+    "Squeeze",
+    "StandardNormal",
     "Truncated",
     "VectorFlowConfig",
     "batch_axes",

@@ -12,7 +12,7 @@ from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.interop.extras import needs_extra
 from resflow_jax.interop.sampling import SamplingMap
-from resflow_jax.models.flow import ResidualFlow
+from resflow_jax.models.residual_flow import ResidualFlow
 
 with needs_extra("distrax"):
     import distrax

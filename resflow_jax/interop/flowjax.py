@@ -29,7 +29,7 @@ from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.interop.extras import needs_extra
 from resflow_jax.interop.norms import advance_norms
 from resflow_jax.interop.sampling import SamplingMap
-from resflow_jax.models.flow import ResidualFlow
+from resflow_jax.models.residual_flow import ResidualFlow
 
 with needs_extra("flowjax"):
     import equinox as eqx

@@ -20,7 +20,7 @@ from resflow_jax.interop.plain_json import as_json
 from resflow_jax.interop.stateless import Stateless, flattened, nested, split_variables
 from resflow_jax.interop.whole_files import whole_file
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
-from resflow_jax.models.flow import ResidualFlow
+from resflow_jax.models.residual_flow import ResidualFlow
 
 with needs_extra("safetensors"):
     from safetensors import SafetensorError, safe_open

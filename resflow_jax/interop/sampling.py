@@ -27,8 +27,9 @@ from resflow_jax.functional.checks import check_key
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.solvers import Solver
+from resflow_jax.models.bases import standard_normal_log_prob
 from resflow_jax.models.config import ImageFlowConfig
-from resflow_jax.models.flow import ResidualFlow, standard_normal_log_prob
+from resflow_jax.models.residual_flow import ResidualFlow
 
 Array = jax.Array
 
@@ -73,10 +74,8 @@ class SamplingMap:
         """
         if not isinstance(flow, ResidualFlow):
             raise ValueError(f"flow: expected a ResidualFlow, got {type(flow).__name__}")
-        if flow.config.padding:
-            raise ValueError(
-                f"flow: expected one without padding, which makes it no bijection, got padding={flow.config.padding}"
-            )
+        if flow.pads:
+            raise ValueError("flow: expected one without padding, which makes it no bijection, got one that pads x")
         estimator = Roulette() if estimator is None else estimator
         check_estimator(estimator)
         check_solver(solver)

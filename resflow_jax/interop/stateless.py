@@ -24,7 +24,7 @@ from resflow_jax.functional.checks import check_key
 from resflow_jax.layers.bijector import Constant
 from resflow_jax.layers.lipschitz import NormState
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
-from resflow_jax.models.flow import ResidualFlow
+from resflow_jax.models.residual_flow import ResidualFlow
 
 Array = jax.Array
 Variables = dict[str, Any]

@@ -27,7 +27,7 @@ from resflow_jax.interop.torch_storages import brief
 from resflow_jax.interop.torch_writer import write_torch_file
 from resflow_jax.layers.lipschitz import LipschitzLinear, map_linears
 from resflow_jax.models.config import VectorFlowConfig, has_mixed_norms
-from resflow_jax.models.flow import ResidualFlow
+from resflow_jax.models.residual_flow import ResidualFlow
 
 Array = np.ndarray
 

@@ -18,17 +18,19 @@ import scipy.linalg
 from flax import nnx
 
 from resflow_jax.functional.norms import needs_power_iteration
-from resflow_jax.layers.bijector import Bijector, Chain
+from resflow_jax.layers.actnorm import ActNorm
+from resflow_jax.layers.bijector import Bijector
+from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.contraction import Layered
-from resflow_jax.layers.elementwise import ActNorm, Flatten, Squeeze, Unflatten
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import LipschitzLinear
 from resflow_jax.layers.normalization import MovingCentering, Normalization
 from resflow_jax.layers.padding import ChannelPadding
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
+from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
 from resflow_jax.models.classifier import Classifier
 from resflow_jax.models.config import ImageFlowConfig
-from resflow_jax.models.flow import ResidualFlow
+from resflow_jax.models.residual_flow import ResidualFlow
 
 _BOOKKEEPING = ("last_n_samples", "last_firmom", "last_secmom")
 
@@ -329,7 +331,7 @@ def _scale_entries(flow: ResidualFlow, scale: Chain, prefix: str, *, is_first: b
         elif isinstance(bijector, Flatten):
             image = bijector.shape
             continue
-        elif isinstance(bijector, Unflatten):
+        elif isinstance(bijector, Reshape):
             image = None
             continue
         elif isinstance(bijector, ChannelPadding):

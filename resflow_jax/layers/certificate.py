@@ -17,9 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.certificate import induced_norm_bound
-from resflow_jax.layers.bijector import Bijector, Chain
 from resflow_jax.layers.contraction import Contraction
-from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 
 _ROUNDS = 10  # of `tighten_contraction`
 
@@ -51,7 +49,8 @@ class BlockCertificate:
       order: of the norm in which g has this constant.
       lipschitz: bound on Lip(f) in the 2-norm.
       inverse_lipschitz: bound on Lip(f^-1) in the 2-norm; infinite if the block is not certified.
-      layers: the linear layers, from the input to the output.
+      layers: the linear layers, from the input to the output; none of a contraction on the user's word.
+      is_proved: whether the bound is computed from the kernels; otherwise it is the user's word.
     """
 
     bound: float
@@ -60,11 +59,15 @@ class BlockCertificate:
     lipschitz: float
     inverse_lipschitz: float
     layers: tuple[LayerCertificate, ...]
+    is_proved: bool = True
 
 
 def certify_contraction(contraction: Contraction) -> BlockCertificate:
     """The bounds of one contraction g, in its own norms and in the 2-norm, whichever are smaller."""
     linears = list(contraction.linears)
+    if not linears or contraction.bound([1.0] * len(linears), [2.0] * (len(linears) + 1)) is None:
+        bound = contraction.lipschitz
+        return BlockCertificate(bound, bound, 2.0, 1 + bound, 1 / (1 - bound), (), is_proved=False)
     own = (linears[0].orders()[0], *(linear.orders()[1] for linear in linears))
     kernels = [np.asarray(linear.weights()[0], np.float64) for linear in linears]
     limits = [float(linear.limit()) for linear in linears]
@@ -80,43 +83,13 @@ def certify_contraction(contraction: Contraction) -> BlockCertificate:
         to_two_norm = dim ** abs(0.5 - 1 / orders[0])
         inverse = to_two_norm / (1 - bound) if bound < 1 else math.inf
         candidates.append(
-            BlockCertificate(bound, contraction.promised, orders[0], to_two_norm * (1 + bound), inverse, layers)
+            BlockCertificate(bound, contraction.lipschitz, orders[0], to_two_norm * (1 + bound), inverse, layers)
         )
     return replace(
         min(candidates, key=lambda block: block.bound),
         lipschitz=min(block.lipschitz for block in candidates),
         inverse_lipschitz=min(block.inverse_lipschitz for block in candidates),
     )
-
-
-def certified_bounds(bijector: Bijector, blocks: list[BlockCertificate]) -> tuple[float, float]:
-    """Bounds on Lip(f) and Lip(f^-1) in the 2-norm; appends the certificates of all residual blocks inside."""
-    if isinstance(bijector, ResidualBlock):
-        try:
-            block = certify_contraction(bijector.contraction)
-        except ValueError as error:
-            raise ValueError(f"block {len(blocks)}: {error}") from error
-        blocks.append(block)
-        return block.lipschitz, block.inverse_lipschitz
-    if isinstance(bijector, Chain | ResidualStack):
-        parts = bijector.bijectors if isinstance(bijector, Chain) else bijector.unstacked()
-        bounds = [certified_bounds(part, blocks) for part in parts]
-        return math.prod(forward for forward, _ in bounds), math.prod(inverse for _, inverse in bounds)
-    return bijector.lipschitz_bounds()
-
-
-def tighten(bijector: Bijector) -> None:
-    """Rescales the kernels of all residual blocks inside, in place, so that each is certified within its promise."""
-    if isinstance(bijector, ResidualBlock):
-        tighten_contraction(bijector.contraction)
-    elif isinstance(bijector, Chain):
-        for part in bijector.bijectors:
-            tighten(part)
-    elif isinstance(bijector, ResidualStack):
-        parts = bijector.unstacked()
-        for part in parts:
-            tighten(part)
-        bijector.restack(parts)
 
 
 def tighten_contraction(contraction: Contraction) -> None:

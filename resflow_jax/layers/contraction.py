@@ -7,6 +7,7 @@
 and each activation acts in the norm of its place.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,10 @@ from flax import nnx
 
 from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.broadcasting import trailing
+from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.layers.conditioning import Conditioning, Gate
+from resflow_jax.layers.conditions import ANY, ConditionShape
 from resflow_jax.layers.lipschitz import LipschitzLinear, Order
 from resflow_jax.layers.module import Dict, List, Module
 from resflow_jax.layers.normalization import MovingCentering
@@ -29,38 +33,113 @@ _CACHED = 2**16  # numbers: a quarter of a MB in float32, a few of which the one
 
 
 class Contraction(Module):
-    """Interface of g on [B, ...], which keeps the shape; subclasses are final.
+    """Interface of g on [B, ...], which keeps the shape, treats each example by itself, and contracts x for every c.
+
+    To write one, set `lipschitz`, and `event_shape` where it is known, and define `__call__(x)`, or `__call__(x,
+    condition)` with `condition_shape`. Its constant is then on the user's word. It is proved if the contraction also
+    defines `linears` and `bound`.
+
+    For speed define `weights` and `apply` in place of `__call__`: the weights, as normalised kernels, are then computed
+    once for all evaluations of a log-det or of a solve.
+
+    Example:
+      class Half(rf.Contraction):
+          lipschitz = 0.5
+
+          def __call__(self, x, condition=None):
+              return 0.5 * jnp.sin(x)
 
     Attributes:
-      linears: its Lipschitz layers, from the input to the output.
-      promised: what their coefficients promise for the norm of g from the first order to the last, in (0, 1).
-      is_closed: whether that is a promise for Lip(g): unless the last order is above the first.
+      lipschitz: bound on Lip(g), in (0, 1), for every condition.
+      is_contraction: whether it is one in a single norm. It is not where the orders of the norms of the first and of
+        the last layer differ, and the last is above the first: the bound then is that from one norm to the other.
+      event_shape: of one x; None where several fit.
+      condition_shape: of one condition; None for no condition, `...` for whatever is given.
+      linears: the Lipschitz layers inside, from the input to the output, which `bound` and `tighten` go by.
     """
 
-    linears: Sequence[LipschitzLinear]
-    promised: float
-    is_closed: bool = True
+    lipschitz: float
+    is_contraction: bool = True
+    event_shape: tuple[int, ...] | None = None
+    condition_shape: ConditionShape = None
+    linears: Sequence[LipschitzLinear] = ()
 
     @property
-    def chunk_size(self) -> int:
-        """How many examples to take at a time on a CPU, for its cache to hold a layer's output."""
-        widest = max(math.prod(linear.linear_map.example_shape) for linear in self.linears)
-        return max(1, _CACHED // widest)
+    def chunk_size(self) -> int | None:
+        """How many examples to take at a time on a CPU, for its cache to hold a layer's output; None for all."""
+        sizes = [math.prod(linear.linear_map.example_shape) for linear in self.linears]
+        return max(1, _CACHED // max(sizes)) if sizes else None
+
+    def condition_features(self, condition: Array | None) -> Any:
+        """What `apply` takes for a condition [B, ...], computed once, however often g is evaluated: arrays [B, ...]."""
+        return condition
 
     def weights(self) -> Any:
-        """Normalised kernels, biases and all other parameters in the form that `apply` takes, the same for every x."""
-        raise NotImplementedError
+        """All parameters, in the form that `apply` takes; the same for every x."""
+        return nnx.state(self)
 
-    def apply(self, weights: Any, x: Array) -> Array:
-        """g(x) with given weights; depends on no parameter of the module itself."""
-        raise NotImplementedError
+    def apply(self, weights: Any, x: Array, features: Any = None) -> Array:
+        """g(x) with given weights and features of the condition; depends on no parameter of the module itself."""
+        module = nnx.merge(nnx.graphdef(self), weights)
+        return module(x) if features is None else module(x, features)
 
-    def move_statistics(self, x: Array, share: float | None = None) -> None:
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        """g(x), or g(x; c)."""
+        features = self.condition_features(condition)
+        return self.apply(self.weights(), x) if features is None else self.apply(self.weights(), x, features)
+
+    def move_statistics(self, x: Array, condition: Array | None = None, share: float | None = None) -> None:
         """Moves running statistics inside towards those of a batch, in place, by their own share or the given one."""
 
-    def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float:
-        """Bound on Lip(g) from bounds on the layers' norms, layer i between orders i and i + 1; on the host."""
-        raise NotImplementedError
+    def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float | None:
+        """Bound on Lip(g) from bounds on the norms of `linears`, layer i between orders i and i + 1; on the host.
+
+        None where g is not made of such layers alone: `lipschitz` is then the user's word.
+        """
+        return None
+
+
+class TrustedContraction(Contraction):
+    """Any module of Flax NNX as g, a contraction on the user's word; see `ResidualBlock`."""
+
+    def __init__(
+        self,
+        module: nnx.Module,
+        lipschitz: float,
+        event_shape: tuple[int, ...] | None = None,
+        condition_shape: ConditionShape = None,
+    ):
+        if not isinstance(module, nnx.Module) or not callable(module):
+            raise ValueError(
+                f"contraction: expected a Contraction or a callable nnx.Module, got {type(module).__name__}"
+            )
+        if lipschitz is None:
+            raise ValueError(
+                f"lipschitz: expected a bound on the Lipschitz constant of {type(module).__name__}, which is no "
+                "Contraction and cannot be certified, got None"
+            )
+        check_open_interval("lipschitz", lipschitz, 0, 1)
+        if condition_shape is None and _takes_condition(module):
+            condition_shape = getattr(module, "condition_shape", None) or ANY
+        self.module = module
+        self.lipschitz = lipschitz
+        self.event_shape = event_shape
+        self.condition_shape = condition_shape
+
+    def weights(self) -> nnx.State:
+        return nnx.state(self.module)
+
+    def apply(self, weights: nnx.State, x: Array, features: Array | None = None) -> Array:
+        module = nnx.merge(nnx.graphdef(self.module), weights)
+        return module(x) if features is None else module(x, features)
+
+
+def _takes_condition(module: nnx.Module) -> bool:
+    """Whether a module is called as module(x, condition): by the name, or a second argument without a default."""
+    parameters = list(inspect.signature(module.__call__).parameters.values())
+    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in by_position if p.default is p.empty]
+    return len(needed) > 1 or any(p.name == "condition" for p in parameters)
 
 
 class Layered(Contraction):
@@ -79,9 +158,13 @@ class Layered(Contraction):
         preactivation: bool,
         norms: Sequence[Order] | None = None,
         centering: bool = False,
+        condition_shape: tuple[int, ...] | None = None,
         rngs: nnx.Rngs,
     ):
-        """coefficient: bound on each layer's norm; norms: the orders, one more than layers, all 2 by default."""
+        """coefficient: bound on each layer's norm; norms: the orders, one more than layers, all 2 by default.
+
+        With a condition each layer is h(x; c) = gate(c) * W x + b + shift(c); see `layers.conditioning`.
+        """
         norms = [2.0] * (len(linear_maps) + 1) if norms is None else norms
         slopes = [activation.slopes if n or preactivation else (1.0,) for n in range(len(linear_maps))]
         self.linears = List(
@@ -93,9 +176,18 @@ class Layered(Contraction):
         self.activation_params = learnable(activation, len(linear_maps) - (not preactivation))
         self.pre_center = MovingCentering(linear_maps[-1].kernel_shape[-1:]) if centering and preactivation else None
         self.centers = List(MovingCentering(m.kernel_shape[-1:]) for m in linear_maps if centering)
-        self.promised = coefficient ** len(self.linears) * min(1.0, activation.lipschitz) ** len(self.activation_params)
+        self.lipschitz = coefficient ** len(self.linears) * min(1.0, activation.lipschitz) ** len(
+            self.activation_params
+        )
         fixed = not isinstance(norms[0], nnx.Param)
-        self.is_closed = norms[0] is norms[-1] or (fixed and norms[0] >= norms[-1])
+        self.is_contraction = norms[0] is norms[-1] or (fixed and norms[0] >= norms[-1])
+        self.event_shape = linear_maps[-1].example_shape
+        self.condition_shape = condition_shape
+        channels = [linear_map.kernel_shape[-1] for linear_map in linear_maps]
+        self.conditioning = Conditioning(condition_shape, channels, rngs=rngs) if condition_shape is not None else None
+
+    def condition_features(self, condition: Array | None) -> list[Gate] | None:
+        return None if self.conditioning is None else self.conditioning(condition)
 
     def weights(self) -> tuple[Array | None, list[tuple[Array, Array]], list[Params]]:
         behind = self.linears[not self.preactivation :]
@@ -107,26 +199,28 @@ class Layered(Contraction):
             linears = [(kernel, bias + shift) for (kernel, bias), shift in zip(linears, shifts, strict=True)]
         return self.pre_center and self.pre_center.shift(), linears, activations
 
-    def apply(self, weights: tuple[Array | None, list[tuple[Array, Array]], list[Params]], x: Array) -> Array:
+    def apply(self, weights: Any, x: Array, features: list[Gate] | None = None) -> Array:
         shift, linears, activations = weights
+        gates = [None] * len(linears) if features is None else features
         if shift is not None:
             x = x + trailing(shift, x)
         if self.preactivation:
             x, activations = self.activation.function(activations[0], x), activations[1:]
-        x = self.linears[0].apply(linears[0], x)
-        for layer, linear, params in zip(self.linears[1:], linears[1:], activations, strict=True):
-            x = layer.apply(linear, self.activation.function(params, x))
+        x = self.linears[0].apply(linears[0], x, gates[0])
+        for layer, linear, params, gate in zip(self.linears[1:], linears[1:], activations, gates[1:], strict=True):
+            x = layer.apply(linear, self.activation.function(params, x), gate)
         return x
 
-    def move_statistics(self, x: Array, share: float | None = None) -> None:
+    def move_statistics(self, x: Array, condition: Array | None = None, share: float | None = None) -> None:
         if not self.centers:
             return
         activations = iter(self.weights()[2])
+        gates = self.condition_features(condition) or [None] * len(self.linears)
         if self.preactivation:
             self.pre_center.move(x, share)
             x = self.activation.function(next(activations), self.pre_center(x))
-        for layer, center in zip(self.linears, self.centers, strict=True):
-            x = layer(x)
+        for layer, center, gate in zip(self.linears, self.centers, gates, strict=True):
+            x = layer.apply(layer.weights(), x, gate)
             center.move(x, share)
             x = center(x)
             if layer is not self.linears[-1]:

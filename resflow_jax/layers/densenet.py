@@ -19,6 +19,7 @@ from flax import nnx
 
 from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.layers.conditioning import Conditioning, Gate
 from resflow_jax.layers.contraction import Contraction, constrained, learnable
 from resflow_jax.layers.lipschitz import LipschitzLinear
 from resflow_jax.layers.module import List
@@ -39,6 +40,7 @@ class DenseNet(Contraction):
         activation: Activation,
         coefficient: float,
         *,
+        condition_shape: tuple[int, ...] | None = None,
         rngs: nnx.Rngs,
     ):
         """Maps of the layer before the dense ones (if any), of the dense layers, and of the last one.
@@ -51,7 +53,14 @@ class DenseNet(Contraction):
         self.activation_params = learnable(activation, len(dense))
         self.concatenation = nnx.Param(jnp.ones((len(dense), 2)))
         self.coefficient = coefficient
-        self.promised = coefficient ** len(maps)
+        self.lipschitz = coefficient ** len(maps)
+        self.event_shape = last.example_shape
+        self.condition_shape = condition_shape
+        channels = [linear_map.kernel_shape[-1] for linear_map in maps]
+        self.conditioning = Conditioning(condition_shape, channels, rngs=rngs) if condition_shape is not None else None
+
+    def condition_features(self, condition: Array | None) -> list[Gate] | None:
+        return None if self.conditioning is None else self.conditioning(condition)
 
     def weights(self) -> Any:
         linears = [linear.weights() for linear in self.linears]
@@ -59,16 +68,18 @@ class DenseNet(Contraction):
         channels = [linear.linear_map.kernel_shape[-1] for linear in self.linears[-1 - len(etas) : -1]]
         return linears, constrained(self.activation, self.activation_params, channels), etas
 
-    def apply(self, weights: Any, x: Array) -> Array:
+    def apply(self, weights: Any, x: Array, features: list[Gate] | None = None) -> Array:
         linears, activations, etas = weights
+        gates = [None] * len(linears) if features is None else features
         before = len(linears) - len(activations) - 1
-        for layer, linear in zip(self.linears[:before], linears, strict=False):
-            x = layer.apply(linear, x)
-        inside = zip(self.linears[before:-1], linears[before:-1], activations, etas, strict=True)
-        for layer, linear, params, eta in inside:
-            new = self.activation.function(params, layer.apply(linear, x))
+        for layer, linear, gate in zip(self.linears[:before], linears, gates, strict=False):
+            x = layer.apply(linear, x, gate)
+        inside = slice(before, -1)
+        parts = self.linears[inside], linears[inside], activations, etas, gates[inside]
+        for layer, linear, params, eta, gate in zip(*parts, strict=True):
+            new = self.activation.function(params, layer.apply(linear, x, gate))
             x = jnp.concatenate([eta[0] * x, eta[1] * new], axis=-1)
-        return self.linears[-1].apply(linears[-1], x)
+        return self.linears[-1].apply(linears[-1], x, gates[-1])
 
     def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float:
         """As in the interface; all orders are 2. Each dense layer counts with its own weights."""

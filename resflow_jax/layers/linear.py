@@ -16,9 +16,7 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import check_count
-from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.solvers import Solver
-from resflow_jax.layers.bijector import Bijector, Constant, Forward, Inverse, scaling_log_det
+from resflow_jax.layers.bijector import Bijector, Constant, Shape, ends_in, scaling_log_det
 
 Array = jax.Array
 
@@ -28,6 +26,7 @@ class InvertibleLinear(Bijector):
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         check_count("dim", dim, 1)
+        self.dim = dim
         rotation = jax.random.orthogonal(rngs.params(), dim)
         factors, _, rows = jax.lax.linalg.lu(rotation)  # rotation[rows] = L U
         diagonal = jnp.diagonal(factors)
@@ -52,20 +51,19 @@ class InvertibleLinear(Bijector):
         product = jnp.matmul(lower, upper, precision="highest")
         return jnp.zeros_like(product).at[self.rows[...]].set(product, unique_indices=True)
 
-    def __call__(self, x: Array) -> Array:
-        return jnp.matmul(x, self.weight(), precision="highest")
+    def output_shape(self, shape: Shape) -> Shape:
+        return ends_in(shape, (self.dim,))
 
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
-        return self(x), scaling_log_det(self.log_scale[...], x), []
+    def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
+        return jnp.matmul(x, self.weight(), precision="highest"), scaling_log_det(self.log_scale[...], x)
 
-    def inverse(self, y: Array, solver: Solver) -> Inverse:
+    def invert(self, y: Array, condition: Array | None = None) -> Array:
         lower, upper = self._factors()
         x = y.reshape(-1, y.shape[-1])
         x = jax.lax.linalg.triangular_solve(upper, x)
         x = jax.lax.linalg.triangular_solve(lower, x, lower=True, unit_diagonal=True)
         # That was x[:, rows]: y = x W = x[:, rows] W[rows], and W[rows] = L U.
-        x = jnp.zeros_like(x).at[:, self.rows[...]].set(x, unique_indices=True).reshape(y.shape)
-        return x, []
+        return jnp.zeros_like(x).at[:, self.rows[...]].set(x, unique_indices=True).reshape(y.shape)
 
     def lipschitz_bounds(self) -> tuple[float, float]:
         with np.errstate(over="ignore", invalid="ignore"):

@@ -37,6 +37,7 @@ from resflow_jax.functional.norms import (
 )
 from resflow_jax.functional.orders import learnable_order
 from resflow_jax.functional.vector_norms import is_order, vector_norm
+from resflow_jax.layers.conditioning import Gate
 from resflow_jax.layers.module import Module
 
 Array = jax.Array
@@ -74,6 +75,11 @@ class NormState(nnx.Variable):
 
 
 _deferred = ContextVar("_deferred", default=False)
+
+
+def norms_are_deferred() -> bool:
+    """Whether layers are being made inside of `deferred_norms`."""
+    return _deferred.get()
 
 
 @contextmanager
@@ -158,10 +164,14 @@ class LipschitzLinear(Module):
         norms = channel_norms(self.linear_map, self.kernel[...], self.u[...], self.v[...], *self.traced_orders())
         return soft_normalize(self.kernel[...], norms, self.limit()), self.bias[...]
 
-    def apply(self, weights: tuple[Array, Array], x: Array) -> Array:
-        """The affine map with given weights; depends on no parameter of the layer itself."""
+    def apply(self, weights: tuple[Array, Array], x: Array, gate: Gate | None = None) -> Array:
+        """The affine map with given weights; depends on no parameter of the layer itself.
+
+        gate: what a condition does to the product, before the bias is added.
+        """
         kernel, bias = weights
         y = self.linear_map(kernel, x)
+        y = y if gate is None else gate(y)
         return y + trailing(bias, y)
 
     def __call__(self, x: Array) -> Array:

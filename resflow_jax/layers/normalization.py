@@ -17,10 +17,16 @@ from flax import nnx
 
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_open_interval, check_positive
-from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.manual_axes import moments
-from resflow_jax.functional.solvers import Solver
-from resflow_jax.layers.bijector import Bijector, Constant, Forward, Inverse, scaling_bounds, scaling_log_det
+from resflow_jax.layers.bijector import (
+    Bijector,
+    Constant,
+    Shape,
+    ends_in,
+    no_log_det,
+    scaling_bounds,
+    scaling_log_det,
+)
 
 Array = jax.Array
 
@@ -40,6 +46,7 @@ class MovingBatchNorm(Bijector):
         """shape: (C,) for one of each a channel of [B, ..., C], an event shape for one a feature."""
         check_open_interval("decay", decay, 0, 1)
         check_positive("epsilon", epsilon)
+        self.shape = tuple(shape)
         self.decay = decay
         self.epsilon = epsilon
         self.bias = nnx.Param(jnp.zeros(shape))
@@ -50,22 +57,22 @@ class MovingBatchNorm(Bijector):
     def _total_log_scale(self) -> Array:
         return self.log_scale[...] - 0.5 * jnp.log(self.variance[...] + self.epsilon)
 
-    def __call__(self, x: Array) -> Array:
-        scale = jnp.exp(self._total_log_scale())
-        return (x - trailing(self.mean[...], x)) * trailing(scale, x) + trailing(self.bias[...], x)
+    def output_shape(self, shape: Shape) -> Shape:
+        return ends_in(shape, self.shape)
 
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
-        return self(x), scaling_log_det(self._total_log_scale(), x), []
+    def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
+        log_scale = self._total_log_scale()
+        y = (x - trailing(self.mean[...], x)) * trailing(jnp.exp(log_scale), x) + trailing(self.bias[...], x)
+        return y, scaling_log_det(log_scale, x)
 
-    def inverse(self, y: Array, solver: Solver) -> Inverse:
+    def invert(self, y: Array, condition: Array | None = None) -> Array:
         scale = jnp.exp(-self._total_log_scale())
-        x = (y - trailing(self.bias[...], y)) * trailing(scale, y) + trailing(self.mean[...], y)
-        return x, []
+        return (y - trailing(self.bias[...], y)) * trailing(scale, y) + trailing(self.mean[...], y)
 
-    def initialize(self, x: Array) -> Array:
+    def initialize(self, x: Array, condition: Array | None = None) -> Array:
         return self._move(x, 1.0)
 
-    def update_statistics(self, x: Array) -> Array:
+    def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
         return self._move(x, self.decay)
 
     def _move(self, x: Array, share: float) -> Array:
@@ -93,6 +100,7 @@ class MovingCentering(Bijector):
     def __init__(self, shape: tuple[int, ...], decay: float = 0.1):
         """shape: (C,) for one of each a channel of [B, ..., C], an event shape for one a feature."""
         check_open_interval("decay", decay, 0, 1)
+        self.shape = tuple(shape)
         self.decay = decay
         self.bias = nnx.Param(jnp.zeros(shape))
         self.mean = nnx.BatchStat(jnp.zeros(shape))
@@ -106,21 +114,20 @@ class MovingCentering(Bijector):
         mean, _ = moments(jax.lax.stop_gradient(x), tuple(range(x.ndim - self.mean.ndim)))
         self.mean[...] += (self.decay if share is None else share) * (mean - self.mean[...])
 
-    def __call__(self, x: Array) -> Array:
-        return x + trailing(self.shift(), x)
+    def output_shape(self, shape: Shape) -> Shape:
+        return ends_in(shape, self.shape)
 
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
-        return self(x), jnp.zeros(x.shape[0], x.dtype), []
+    def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
+        return x + trailing(self.shift(), x), no_log_det(x)
 
-    def inverse(self, y: Array, solver: Solver) -> Inverse:
-        x = y - trailing(self.shift(), y)
-        return x, []
+    def invert(self, y: Array, condition: Array | None = None) -> Array:
+        return y - trailing(self.shift(), y)
 
-    def initialize(self, x: Array) -> Array:
+    def initialize(self, x: Array, condition: Array | None = None) -> Array:
         self.move(x, 1.0)
         return self(x)
 
-    def update_statistics(self, x: Array) -> Array:
+    def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
         self.move(x)
         return self(x)
 
@@ -143,15 +150,15 @@ class Normalization(Bijector):
         self.mean = Constant(jnp.asarray(mean))
         self.deviation = Constant(jnp.asarray(deviation))
 
-    def __call__(self, x: Array) -> Array:
-        return (x - trailing(self.mean[...], x)) / trailing(self.deviation[...], x)
+    def output_shape(self, shape: Shape) -> Shape:
+        return ends_in(shape, self.mean.shape)
 
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
-        return self(x), scaling_log_det(-jnp.log(self.deviation[...]), x), []
+    def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
+        y = (x - trailing(self.mean[...], x)) / trailing(self.deviation[...], x)
+        return y, scaling_log_det(-jnp.log(self.deviation[...]), x)
 
-    def inverse(self, y: Array, solver: Solver) -> Inverse:
-        x = y * trailing(self.deviation[...], y) + trailing(self.mean[...], y)
-        return x, []
+    def invert(self, y: Array, condition: Array | None = None) -> Array:
+        return y * trailing(self.deviation[...], y) + trailing(self.mean[...], y)
 
     def lipschitz_bounds(self) -> tuple[float, float]:
         return scaling_bounds(-np.log(np.asarray(self.deviation[...], np.float64)))

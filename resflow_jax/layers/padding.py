@@ -23,8 +23,7 @@ import jax.numpy as jnp
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.manual_axes import example_keys
-from resflow_jax.functional.solvers import Solver
-from resflow_jax.layers.bijector import Bijector, Forward, Inverse
+from resflow_jax.layers.bijector import Bijector, Forward, Shape
 
 Array = jax.Array
 
@@ -39,6 +38,7 @@ class ChannelPadding(Bijector):
     """
 
     takes_noise = True
+    pads = True
 
     def __init__(self, channels: int, noise: str = "uniform", scale: float = 1.0, shift: float = 0.0):
         """channels: how many are added; noise: of n, "uniform" on [0, 1] or standard "gaussian"."""
@@ -56,11 +56,17 @@ class ChannelPadding(Bijector):
         shape = *x.shape[1:-1], self.channels
         return jax.vmap(lambda key: draw(key, shape, x.dtype))(example_keys(key, x))
 
-    def __call__(self, x: Array) -> Array:
+    def output_shape(self, shape: Shape) -> Shape:
+        return *shape[:-1], shape[-1] + self.channels
+
+    def input_shape(self, shape: Shape) -> Shape:
+        return *shape[:-1], shape[-1] - self.channels
+
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
         mean = 0.5 if self.noise == "uniform" else 0.0
         return self._append(x, jnp.full((*x.shape[:-1], self.channels), mean, x.dtype))
 
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
+    def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
         if key is None:
             raise ValueError("key: expected a PRNG key to draw the padding's noise, got None")
         noise = self._draw(key, x)
@@ -69,14 +75,13 @@ class ChannelPadding(Bijector):
             log_det += 0.5 * jnp.sum(noise**2 + math.log(2 * math.pi), axis=tuple(range(1, x.ndim)))
         return self._append(x, noise), log_det, []
 
-    def inverse(self, y: Array, solver: Solver) -> Inverse:
-        x = y[..., : -self.channels]
-        return x, []
+    def invert(self, y: Array, condition: Array | None = None) -> Array:
+        return y[..., : -self.channels]
 
-    def initialize(self, x: Array) -> Array:
+    def initialize(self, x: Array, condition: Array | None = None) -> Array:
         return self._append(x, self._draw(jax.random.key(0), x))
 
-    def update_statistics(self, x: Array) -> Array:
+    def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
         return self.initialize(x)
 
     def lipschitz_bounds(self) -> tuple[float, float]:

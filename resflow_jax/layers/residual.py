@@ -1,97 +1,194 @@
-"""The residual block y = x + g(x), and a stack of equal blocks run as one scan.
+"""The residual block y = x + g(x), and a stack of equal layers run as one scan.
 
-g is a `Contraction`; log-det and inverse are those of `functional.logdet` and
-`functional.inverse`.
+Log-det and inverse are those of `functional.logdet` and `functional.inverse`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.checks import check_count, check_type
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import residual_inverse
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.solvers import Solver
-from resflow_jax.layers.bijector import Bijector, Chain, Forward, Inverse, join_blocks
-from resflow_jax.layers.contraction import Contraction
+from resflow_jax.functional.values import Domain
+from resflow_jax.layers.bijector import (
+    Bijector,
+    Forward,
+    Inverse,
+    InverseAndLogDet,
+    Shape,
+    join_blocks,
+)
+from resflow_jax.layers.certificate import certify_contraction, tighten_contraction
+from resflow_jax.layers.conditions import ConditionShape
+from resflow_jax.layers.contraction import Contraction, TrustedContraction
+from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, norms_are_deferred
+from resflow_jax.layers.norm_updates import update_norms
 
 Array = jax.Array
 
 
 class ResidualBlock(Bijector):
-    """y = x + g(x) with a contraction g.
+    """y = x + g(x), or x + g(x; c), with a contraction g in x.
 
     Cost in evaluations of g: one for the map; that of the estimator for the log-det; that of the
     solver for the inverse, about log(tolerance) / log(Lip(g)) for the fixed-point iteration.
+
+    Args:
+      contraction: g. A `Contraction`, as `LipschitzMLP`, which bounds its Lipschitz constant itself; or any module of
+        Flax NNX that is called as module(x) or module(x, condition), keeps the shape of x [B, ...] and treats each
+        example by itself, with `lipschitz`.
+      lipschitz: L < 1 with |g(a; c) - g(b; c)| <= L |a - b| for every condition, on the user's word:
+        `check_contraction` can refute it on data, nothing here proves it.
+      event_shape: of one x, where g is a module and the shape is known.
+      condition_shape: of one condition, where g is a module that takes one.
+
+    Example:
+      block = rf.ResidualBlock(rf.LipschitzMLP(6, (64, 64), rngs=rngs))
+      block = rf.ResidualBlock(my_module, lipschitz=0.9)
     """
 
     blocks = 1
     takes_noise = True
 
-    def __init__(self, contraction: Contraction):
+    def __init__(
+        self,
+        contraction: nnx.Module,
+        *,
+        lipschitz: float | None = None,
+        event_shape: Shape | None = None,
+        condition_shape: ConditionShape = None,
+    ):
+        if isinstance(contraction, Contraction):
+            given = {"lipschitz": lipschitz, "event_shape": event_shape, "condition_shape": condition_shape}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(f"{name}: expected None beside a Contraction, which knows its own, got {value!r}")
+        else:
+            contraction = TrustedContraction(contraction, lipschitz, event_shape, condition_shape)
         self.contraction = contraction
+        self.event_shape = contraction.event_shape
+        self.condition_shape = contraction.condition_shape
 
-    def g(self, x: Array) -> Array:
+    def g(self, x: Array, condition: Array | None = None) -> Array:
         """The contraction g(x)."""
-        return self.contraction.apply(self.contraction.weights(), x)
+        return self.contraction(x, condition)
 
-    def __call__(self, x: Array) -> Array:
-        return x + self.g(x)
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        return x + self.contraction(x, condition)
 
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
+    def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
         graphdef, state = nnx.split(self.contraction)
         y, log_det, diagnostics = residual(
             self.contraction.apply,
             state,
             x,
+            condition=self.contraction.condition_features(condition),
             key=key,
             estimator=jax.tree.map(lambda rows: rows[0], estimator),
-            lipschitz=self.contraction.promised if self.contraction.is_closed else None,
+            lipschitz=self.contraction.lipschitz if self.contraction.is_contraction else None,
             prepare=lambda state: nnx.merge(graphdef, state).weights(),
             chunk_size=self.contraction.chunk_size,
             return_diagnostics=True,
         )
         return y, log_det, [jax.tree.map(lambda leaf: leaf[None], diagnostics)]
 
-    def inverse(self, y: Array, solver: Solver) -> Inverse:
+    def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
         g, weights = self.contraction.apply, self.contraction.weights()
-        x, status = residual_inverse(g, weights, y, solver=solver, return_status=True)
+        features = self.contraction.condition_features(condition)
+        x, status = residual_inverse(g, weights, y, condition=features, solver=solver, return_status=True)
         return x, [jax.tree.map(lambda leaf: leaf[None], status)]
 
-    def initialize(self, x: Array) -> Array:
-        self.contraction.move_statistics(x, share=1.0)
-        return self(x)
+    def solve_and_estimate(
+        self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
+    ) -> InverseAndLogDet:
+        x, statuses = self.solve(y, solver, condition)
+        _, log_det, diagnostics = self.estimate(x, key, estimator, condition)
+        return x, log_det, diagnostics, statuses
 
-    def update_statistics(self, x: Array) -> Array:
-        self.contraction.move_statistics(x)
-        return self(x)
+    def initialize(self, x: Array, condition: Array | None = None) -> Array:
+        self.contraction.move_statistics(x, condition, share=1.0)
+        return self(x, condition)
+
+    def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
+        self.contraction.move_statistics(x, condition)
+        return self(x, condition)
+
+    def certified_bounds(self, blocks: list) -> tuple[float, float]:
+        try:
+            block = certify_contraction(self.contraction)
+        except ValueError as error:
+            raise ValueError(f"block {len(blocks)}: {error}") from error
+        blocks.append(block)
+        return block.lipschitz, block.inverse_lipschitz
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return self.certified_bounds([])
+
+    def tighten(self) -> None:
+        tighten_contraction(self.contraction)
 
 
 class ResidualStack(Bijector):
-    """Equal chains (a residual block and the layers behind it), one after the other, as one scan.
+    """Equal layers, as a residual block and what follows it, one after the other, as one scan.
 
-    Their parameters are stacked on a leading axis, so program size and compile time do not grow
-    with the depth.
+    Their parameters are stacked on a leading axis, so program size and compile time do not grow with the depth.
+
+    Args:
+      make_step: makes one layer, a bijector that keeps the shape of its events, from `nnx.Rngs`.
+      depth: number of layers.
+      rngs: gives every layer parameters of its own.
+
+    Example:
+      def step(rngs):
+          return rf.Chain([rf.ResidualBlock(rf.LipschitzMLP(6, (64, 64), rngs=rngs)), rf.ActNorm((6,))])
+
+      stack = rf.ResidualStack(step, 16, rngs=nnx.Rngs(0))
     """
 
-    def __init__(self, make_step: Callable[[nnx.Rngs], Chain], depth: int, *, rngs: nnx.Rngs):
+    def __init__(self, make_step: Callable[[nnx.Rngs], Bijector], depth: int, *, rngs: nnx.Rngs):
         check_count("depth", depth, 1)
+        check_type("rngs", rngs, nnx.Rngs)
         self.depth = depth
-        self.steps = nnx.vmap(make_step)(rngs.split(depth))
+        with deferred_norms():
+            self.steps = nnx.vmap(make_step)(rngs.split(depth))
+        check_type("make_step", self.steps, Bijector)
+        if not norms_are_deferred():
+            update_norms(self.steps, TIGHT, restart=False)  # their vectors are random: they lack nothing
         self.blocks = depth * self.steps.blocks
         self.takes_noise = self.steps.takes_noise
+        self.pads = self.steps.pads
+        self.condition_shape = self.steps.condition_shape
+        self.event_shape = self.steps.event_shape
+        if self.event_shape is not None:
+            self.output_shape(self.event_shape)
 
-    def unstacked(self) -> list[Chain]:
-        """The chains one by one, as copies."""
+    def output_shape(self, shape: Shape) -> Shape:
+        found = self.steps.output_shape(shape)
+        if found != tuple(shape):
+            raise ValueError(f"expected layers that keep the shape of events {tuple(shape)}, got {found}")
+        return found
+
+    def domain(self, dtype: Any) -> Domain:
+        return self.steps.domain(dtype)
+
+    @property
+    def support(self):
+        return self.steps.support
+
+    def unstacked(self) -> list[Bijector]:
+        """The layers one by one, as copies."""
         graphdef, stacked = nnx.split(self.steps)
         return [nnx.merge(graphdef, jax.tree.map(lambda leaf, n=n: leaf[n], stacked)) for n in range(self.depth)]
 
-    def restack(self, chains: list[Chain]) -> None:
-        """Takes over the state of the chains, as from `unstacked`, in place."""
-        nnx.update(self.steps, jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, chains)))
+    def restack(self, layers: list[Bijector]) -> None:
+        """Takes over the state of the layers, as from `unstacked`, in place."""
+        nnx.update(self.steps, jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, layers)))
 
     def _scan(self, body, carry, xs=None, *, reverse: bool = False):
         """Scans body(step, carry, x) -> (carry, out) over the steps."""
@@ -103,35 +200,47 @@ class ResidualStack(Bijector):
 
         return jax.lax.scan(apply, carry, (stacked, xs), reverse=reverse)
 
-    def __call__(self, x: Array) -> Array:
-        return self._scan(lambda step, x, _: (step(x), None), x)[0]
-
-    def forward(self, x: Array, key: Array | None, estimator: Estimator) -> Forward:
+    def _inputs(self, key: Array | None, estimator: Estimator) -> tuple[Array | None, Estimator]:
+        """Key and estimator of every layer, on a leading axis."""
         keys = None if key is None or not self.takes_noise else jax.random.split(key, self.depth)
-        estimators = jax.tree.map(lambda rows: rows.reshape(self.depth, -1, *rows.shape[1:]), estimator)
+        return keys, jax.tree.map(lambda rows: rows.reshape(self.depth, -1, *rows.shape[1:]), estimator)
 
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        return self._scan(lambda step, x, _: (step(x, condition), None), x)[0]
+
+    def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
         def body(step, x, inputs):
-            x, log_det, diagnostics = step.forward(x, *inputs)
-            return x, (log_det, join_blocks(diagnostics))
+            x, log_det, diagnostics = step.estimate(x, *inputs, condition)
+            return x, (log_det, _joined(diagnostics))
 
-        x, (log_dets, diagnostics) = self._scan(body, x, (keys, estimators))
-        return x, jnp.sum(log_dets, axis=0), [_merge_leading(diagnostics)]
+        x, (log_dets, diagnostics) = self._scan(body, x, self._inputs(key, estimator))
+        return x, jnp.sum(log_dets, axis=0), _merged(diagnostics)
 
-    def inverse(self, y: Array, solver: Solver) -> Inverse:
+    def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
         def body(step, y, _):
-            x, status = step.inverse(y, solver)
-            return x, join_blocks(status)
+            x, statuses = step.solve(y, solver, condition)
+            return x, _joined(statuses)
 
-        x, status = self._scan(body, y, reverse=True)
-        return x, [_merge_leading(status)]
+        x, statuses = self._scan(body, y, reverse=True)
+        return x, _merged(statuses)
 
-    def initialize(self, x: Array) -> Array:
-        return self._changing(lambda step, x: step.initialize(x), x)
+    def solve_and_estimate(
+        self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
+    ) -> InverseAndLogDet:
+        def body(step, y, inputs):
+            x, log_det, diagnostics, statuses = step.solve_and_estimate(y, *inputs, solver, condition)
+            return x, (log_det, _joined(diagnostics), _joined(statuses))
 
-    def update_statistics(self, x: Array) -> Array:
-        return self._changing(lambda step, x: step.update_statistics(x), x)
+        x, (log_dets, diagnostics, statuses) = self._scan(body, y, self._inputs(key, estimator), reverse=True)
+        return x, jnp.sum(log_dets, axis=0), _merged(diagnostics), _merged(statuses)
 
-    def _changing(self, apply: Callable[[Chain, Array], Array], x: Array) -> Array:
+    def initialize(self, x: Array, condition: Array | None = None) -> Array:
+        return self._changing(lambda step, x: step.initialize(x, condition), x)
+
+    def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
+        return self._changing(lambda step, x: step.update_statistics(x, condition), x)
+
+    def _changing(self, apply: Callable[[Bijector, Array], Array], x: Array) -> Array:
         """Runs x through apply(step, x) of every step, and keeps what that changes in the steps."""
 
         def body(step, x, _):
@@ -142,7 +251,28 @@ class ResidualStack(Bijector):
         nnx.update(self.steps, stacked)
         return x
 
+    def certified_bounds(self, blocks: list) -> tuple[float, float]:
+        lipschitz = inverse = 1.0
+        for layer in self.unstacked():
+            forward, backward = layer.certified_bounds(blocks)
+            lipschitz, inverse = lipschitz * forward, inverse * backward
+        return lipschitz, inverse
 
-def _merge_leading(tree):
-    """Leaves [steps, blocks of a step, ...] as [blocks, ...]."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return self.certified_bounds([])
+
+    def tighten(self) -> None:
+        layers = self.unstacked()
+        for layer in layers:
+            layer.tighten()
+        self.restack(layers)
+
+
+def _joined(parts: list) -> Any:
+    """What a scan stacks: the parts of one layer as one, or nothing of a layer without residual blocks."""
+    return join_blocks(parts) if parts else None
+
+
+def _merged(stacked: Any) -> list:
+    """Leaves [layers, blocks of a layer, ...] as [blocks, ...], in a list; an empty list of nothing."""
+    return [] if stacked is None else [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stacked)]

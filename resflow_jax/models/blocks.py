@@ -7,10 +7,11 @@ from flax import nnx
 
 from resflow_jax.functional.activations import Activation, get_activation
 from resflow_jax.functional.linear_maps import LinearMap
-from resflow_jax.layers.bijector import Bijector, Chain
+from resflow_jax.layers.actnorm import ActNorm
+from resflow_jax.layers.bijector import Bijector
+from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.contraction import Contraction, Layered
 from resflow_jax.layers.densenet import DenseNet
-from resflow_jax.layers.elementwise import ActNorm
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import learned_order
 from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering

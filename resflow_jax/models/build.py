@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from flax import nnx
 
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
-from resflow_jax.layers.bijector import Bijector, Chain
-from resflow_jax.layers.elementwise import ActNorm, Flatten, Logit, Squeeze, Unflatten
+from resflow_jax.layers.actnorm import ActNorm
+from resflow_jax.layers.bijector import Bijector
+from resflow_jax.layers.composition import Chain, MultiScale
+from resflow_jax.layers.logit import Logit
 from resflow_jax.layers.normalization import Normalization
 from resflow_jax.layers.padding import ChannelPadding
+from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
 from resflow_jax.models.blocks import Around, Config, MakeContraction, MakeLinear, densenet, layered, residual_blocks
 from resflow_jax.models.classifier import Classifier
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
@@ -17,9 +20,15 @@ from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 Shape = tuple[int, ...]
 
 
-def build_scales(config: Config, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:
-    """The chain of every scale, and the shape of the part of z that each emits."""
-    return _image_scales(config, rngs) if isinstance(config, ImageFlowConfig) else _vector_scales(config, rngs)
+def build_bijector(config: Config, rngs: nnx.Rngs) -> Bijector:
+    """The bijector from x to z [B, D]."""
+    if isinstance(config, VectorFlowConfig):
+        return _vector_chain(config, rngs)
+    scales = _image_scales(config, rngs)
+    if config.factor_out and len(scales) > 1:
+        return MultiScale(scales, config.shape)
+    event = Chain(scales).output_shape(config.shape)
+    return Chain([*scales, Flatten(event)] if len(event) > 1 else scales)
 
 
 def build_classifier(config: Config, rngs: nnx.Rngs) -> Classifier | None:
@@ -47,7 +56,8 @@ def _entrance(config: ImageFlowConfig) -> Shape:
     return _squeezed(shape) if config.squeeze_first else shape
 
 
-def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:
+def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> list[Chain]:
+    """The chain of every scale."""
     layers, chains, features = _image_data_layers(config), [], feature_shapes(config)
     shapes = [_entrance(config), *features[:-1]]
     for scale, (depth, shape) in enumerate(zip(config.blocks, shapes, strict=True)):
@@ -63,7 +73,8 @@ def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain],
         around = Around(config, actnorms, event[-1], config.invertible_linear)
         layers += residual_blocks(config, contraction, around, depth, first=scale == 0, rngs=rngs)
         if scale < len(config.blocks) - 1:
-            layers += [Unflatten(shape)] * config.fully_connected
+            if config.fully_connected:
+                layers.append(Reshape(event, shape))
             layers.append(Squeeze(shape))
         elif config.fc_blocks:
             layers += [] if config.fully_connected else [Flatten(shape)]
@@ -74,10 +85,10 @@ def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain],
             layers += residual_blocks(config, dense, around, config.fc_blocks, first=False, rngs=rngs)
         chains.append(Chain(layers))
         layers = []
-    return chains, [*(features[:-1] if config.factor_out else []), event]
+    return chains
 
 
-def _vector_scales(config: VectorFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain], list[Shape]]:
+def _vector_chain(config: VectorFlowConfig, rngs: nnx.Rngs) -> Chain:
     dim = config.dim + config.padding
     actnorms = [(dim,)] if config.actnorm else []
     layers = _normalization(config, 0) + _padding(config)
@@ -91,7 +102,7 @@ def _vector_scales(config: VectorFlowConfig, rngs: nnx.Rngs) -> tuple[list[Chain
         contraction = layered(config, _dense_maps(config), dim, config.hidden, kernels, config.norms, centering)
     around = Around(config, actnorms, dim, config.invertible_linear)
     layers += residual_blocks(config, contraction, around, config.blocks, first=True, rngs=rngs)
-    return [Chain(layers)], [(dim,)]
+    return Chain(layers)
 
 
 def _image_data_layers(config: ImageFlowConfig) -> list[Bijector]:
@@ -125,7 +136,7 @@ def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:
     *size, channels = shape
 
     def conv(channels_in: int, channels_out: int, kernel: int) -> ConvMap:
-        return ConvMap(tuple(size), channels_in, channels_out, kernel, config.matmul_dtype)
+        return ConvMap(tuple(size), channels_in, channels_out, kernel, matmul_dtype=config.matmul_dtype)
 
     if config.dense_depth:
         return densenet(config, conv, channels, None, config.dense_growth, 3)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.layers.certificate import BlockCertificate, certified_bounds
-from resflow_jax.models.flow import ResidualFlow
+from resflow_jax.layers.certificate import BlockCertificate
+from resflow_jax.models.flow import Flow
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,18 @@ class Certificate:
 
     @property
     def bounds(self) -> np.ndarray:
-        """Upper bound on Lip(g) of every block, [blocks]."""
+        """Upper bound on Lip(g) of every block, [blocks]; the user's word for those in `unproved`."""
         return np.array([block.bound for block in self.blocks])
 
     @property
     def is_certified(self) -> bool:
-        """Whether every block is certified to be invertible."""
-        return bool((self.bounds < 1).all())
+        """Whether every block is proved to be invertible."""
+        return bool((self.bounds < 1).all()) and not self.unproved
+
+    @property
+    def unproved(self) -> tuple[int, ...]:
+        """The numbers of the blocks whose bound is the user's word (see `ResidualBlock`)."""
+        return tuple(n for n, block in enumerate(self.blocks) if not block.is_proved)
 
     @property
     def norms(self) -> np.ndarray:
@@ -43,6 +48,11 @@ class Certificate:
 
     def require(self) -> None:
         """Raises ValueError, naming the worst block, unless the flow is certified."""
+        if self.unproved:
+            raise ValueError(
+                f"flow: expected every block proved to be invertible, got blocks {', '.join(map(str, self.unproved))} "
+                "on the user's word (ResidualBlock(module, lipschitz=...)), which nothing can prove"
+            )
         if not self.is_certified:
             worst = int(np.argmax(self.bounds))
             norms = ", ".join(f"{layer.norm:.6f}" for layer in self.blocks[worst].layers)
@@ -69,7 +79,7 @@ class Certificate:
         return {"is_certified": self.is_certified, **dataclasses.asdict(self)}
 
 
-def certify(flow: ResidualFlow) -> Certificate:
+def certify(flow: Flow) -> Certificate:
     """Upper bounds on the Lipschitz constants of a flow as it stands, in float64 on the host.
 
     Dense layers and 1x1 convolutions by their singular values, other convolutions by the circular
@@ -77,15 +87,10 @@ def certify(flow: ResidualFlow) -> Certificate:
     of mixed norms is bounded in these and in the 2-norm, and the smaller bound counts. The bounds hold
     for the kernels as they are applied, in exact arithmetic.
 
-    Not traceable. Raises ValueError if `flow` is not a `ResidualFlow`.
+    Not traceable. Raises ValueError if `flow` is not a `Flow`.
     """
-    if not isinstance(flow, ResidualFlow):
-        raise ValueError(f"flow: expected a ResidualFlow, got {type(flow).__name__}")
+    if not isinstance(flow, Flow):
+        raise ValueError(f"flow: expected a Flow, got {type(flow).__name__}")
     blocks: list[BlockCertificate] = []
-    lipschitz = inverse = 1.0
-    for n, scale in enumerate(flow.scales):
-        forward, backward = certified_bounds(scale, blocks)
-        if n > 0 and flow.factors_out:  # what has left before stays as it is
-            forward, backward = max(1.0, forward), max(1.0, backward)
-        lipschitz, inverse = lipschitz * forward, inverse * backward
+    lipschitz, inverse = flow.bijector.certified_bounds(blocks)
     return Certificate(tuple(blocks), lipschitz, inverse)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.convolution import conv2d
-from resflow_jax.layers.elementwise import ActNorm
+from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.module import List, Module
 
 Array = jax.Array

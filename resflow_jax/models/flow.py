@@ -1,18 +1,16 @@
-"""`ResidualFlow`: a normalizing flow of residual blocks, for images and for vectors.
+"""`Flow`: a normalizing flow, made of a bijector and a base distribution.
 
-    z = f(x),   log p(x) = log N(z; 0, I) + log|det df/dx|
+    z = f(x; c),   log p(x | c) = log p_base(z | c) + log|det df/dx|
 
-The scales run in order; with factor-out, half of the channels leave for z behind each of them.
-z is ordered scale by scale, the part factored out first in front, each part flattened in
-H, W, C order. Every public method but `tighten` is compiled once per configuration and shape, and may be
-called inside jit, grad, vmap and scan.
+Every public method but `tighten` is compiled once per structure and shape, and may be called inside jit, grad, vmap and
+scan.
 """
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,79 +19,114 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import as_float_batch, check_count, check_key, check_type
-from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
+from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.tracing import run
-from resflow_jax.layers.bijector import Chain, Constant, join_blocks, split_estimator, split_key
-from resflow_jax.layers.certificate import tighten
-from resflow_jax.layers.elementwise import Logit
-from resflow_jax.layers.lipschitz import TIGHT, NormSettings, deferred_norms, map_linears
-from resflow_jax.layers.module import List, Module
+from resflow_jax.functional.values import Domain, checked
+from resflow_jax.layers.bijector import Bijector, Constant, checked_estimator, join_diagnostics, join_statuses
+from resflow_jax.layers.conditions import ConditionShape, as_condition, common_condition_shape
+from resflow_jax.layers.lipschitz import TIGHT, LipschitzLinear, NormSettings, map_linears
+from resflow_jax.layers.module import Module
 from resflow_jax.layers.norm_updates import update_norms
-from resflow_jax.models.build import build_classifier, build_scales, feature_shapes
-from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
-from resflow_jax.models.values import ANYWHERE, UNIT_INTERVAL, behind_logit, checked
+from resflow_jax.models.bases import StandardNormal, as_base
 
 Array = jax.Array
+Shape = tuple[int, ...]
 
 
-class ResidualFlow(Module):
-    """A residual flow; see the module's head for the map, `forward` for the estimators.
+class Flow(Module):
+    """The density of x = f^-1(z), z from a base distribution; see the module's head.
 
-    The flow is a pytree (Flax NNX): its parameters are `nnx.Param`, its power-iteration vectors
-    `NormState`, its running statistics `nnx.BatchStat`. Nothing random is stored. Parameters have
-    JAX's default float dtype.
+    The flow is a pytree (Flax NNX): its parameters are `nnx.Param`, its power-iteration vectors `NormState`, its
+    running statistics `nnx.BatchStat`, what a batch has set `Constant`. Nothing random is stored.
+
+    Attributes:
+      bijector: f.
+      base: the distribution of z.
+      event_shape: of one x.
+      condition_shape: of one condition; None for p(x), `...` for whatever is given.
 
     Example:
-      flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2), rngs=nnx.Rngs(0))
+      bijector = rf.Chain([rf.ActNorm((6,)), rf.ResidualBlock(rf.LipschitzMLP(6, (64, 64), rngs=rngs))])
+      flow = rf.Flow(bijector, base=rf.StandardNormal((6,)))
       flow.initialize(x)                                  # ActNorm from a batch of data
       log_p = flow.log_prob(x, estimator=rf.Exact())      # [B]
     """
 
-    def __init__(self, config: ImageFlowConfig | VectorFlowConfig, *, rngs: nnx.Rngs):
-        """Makes a flow with random parameters, each linear layer's norm iterated to convergence."""
-        if not isinstance(config, ImageFlowConfig | VectorFlowConfig):
-            raise ValueError(f"config: expected ImageFlowConfig or VectorFlowConfig, got {type(config).__name__}")
-        check_type("rngs", rngs, nnx.Rngs)
-        if not hasattr(rngs, "params"):
-            raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
-        create, static = _creator(config)
-        state = create(rngs.params())
-        self.config = config
-        self.scales, self.classifier = nnx.merge(static["graphdef"], state)
-        self._emitted = static["emitted"]
-        if has_mixed_norms(config):  # learned ones start at 2, where any start will do
-            map_linears(self, lambda layer: layer.search_norm())
-            self.converge_norms()
+    def __init__(self, bijector: Bijector, base: Any = None, *, event_shape: Shape | None = None):
+        """Composes a flow.
+
+        Args:
+          bijector: f, from x to z.
+          base: of z: a `Base`, as `StandardNormal`, or any object with log_prob(z) [B] and sample(key, n) [n, ...]. By
+            default `StandardNormal` of what f puts out.
+          event_shape: of one x; only needed where neither f nor the base tells.
+
+        Raises:
+          ValueError: where the shapes do not fit, or the conditions; the message names both sides.
+        """
+        check_type("bijector", bijector, Bijector)
+        if event_shape is None:
+            event_shape = bijector.event_shape
+        if event_shape is None and getattr(base, "event_shape", None) is not None:
+            event_shape = bijector.input_shape(tuple(base.event_shape))
+        if event_shape is None:
+            raise ValueError(
+                "event_shape: expected the shape of one x, which neither bijector nor base tells, got None"
+            )
+        event_shape = tuple(event_shape)
+        try:
+            latent_shape = bijector.output_shape(event_shape)
+        except ValueError as error:
+            raise ValueError(f"bijector: {error}") from error
+        self.bijector = bijector
+        self.base = StandardNormal(latent_shape) if base is None else as_base(base, latent_shape)
+        if tuple(self.base.event_shape) != latent_shape:
+            raise ValueError(
+                f"base: expected a distribution of events {latent_shape}, which the bijector makes of {event_shape}, "
+                f"got one of {tuple(self.base.event_shape)}"
+            )
+        self.event_shape = event_shape
+        parts = ("bijector", bijector.condition_shape), ("base", self.base.condition_shape)
+        self.condition_shape: ConditionShape = common_condition_shape(parts)
 
     @property
-    def event_shape(self) -> tuple[int, ...]:
-        """Shape of one x: (H, W, C) or (D,)."""
-        return self.config.shape if isinstance(self.config, ImageFlowConfig) else (self.config.dim,)
+    def latent_shape(self) -> Shape:
+        """Shape of one z."""
+        return tuple(self.base.event_shape)
 
     @property
     def dim(self) -> int:
         """D, the number of elements of one z; more than those of one x if the flow pads x."""
-        return sum(math.prod(shape) for shape in self._emitted)
-
-    @property
-    def factors_out(self) -> bool:
-        """Whether part of the channels leaves for z behind each scale."""
-        return len(self._emitted) > 1
+        return math.prod(self.latent_shape)
 
     @property
     def blocks(self) -> int:
         """Number of residual blocks."""
-        return sum(scale.blocks for scale in self.scales)
+        return self.bijector.blocks
+
+    @property
+    def pads(self) -> bool:
+        """Whether the flow appends noise to x, and so is no bijection (see `layers.padding`)."""
+        return self.bijector.pads
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The float dtype of the parameters, that of the first; JAX's default where there are none."""
+        for _, node in nnx.iter_graph(self):
+            if isinstance(node, nnx.Param) and jnp.issubdtype(node.dtype, jnp.floating):
+                return node.dtype
+        return jnp.result_type(float)
 
     def forward(
         self,
         x: Array,
         *,
+        condition: Array | None = None,
         key: Array | None = None,
         estimator: Estimator | None = None,
         return_diagnostics: bool = False,
@@ -101,7 +134,8 @@ class ResidualFlow(Module):
         """Maps x to z with the log-det of the map.
 
         Args:
-          x: floats [B, *event_shape]; for images in [0, 1], which `inverse` may leave by a little.
+          x: floats [B, *event_shape]; for images behind a logit in [0, 1], which `inverse` may leave by a little.
+          condition: floats [*condition_shape], one for all examples, or [B, *condition_shape], one each.
           key: PRNG key of the estimate; not needed by `Exact`, but by a flow that pads x with noise.
           estimator: how each block's log-det is found: `Exact()`, `Truncated(...)`, or
             `Roulette(...)`, the default, which is unbiased. The law of its lengths may be a
@@ -109,44 +143,36 @@ class ResidualFlow(Module):
           return_diagnostics: whether to return the estimates' `Diagnostics` as well.
 
         Returns:
-          (z, log_det) or (z, log_det, diagnostics): z [B, D]; log_det [B] = log|det dz/dx| in nats, less the
-          log-density of the noise where x is padded (see `layers.padding`);
+          (z, log_det) or (z, log_det, diagnostics): z [B, *latent_shape]; log_det [B] = log|det dz/dx| in nats, less
+          the log-density of the noise where x is padded (see `layers.padding`);
           diagnostics with a leading axis of residual blocks, in the order of the flow.
 
         Raises:
-          ValueError: for a wrong rank, size or dtype, a missing key, and, where x is concrete (not
-            traced), for values that are not finite or, for images behind a logit, beyond what `inverse` can return.
-            Traced values beyond that give NaN.
+          ValueError: for a wrong rank, size or dtype, a condition that is missing or not expected, a missing key, and,
+            where x is concrete (not traced), for values that are not finite or, behind a logit, beyond what `inverse`
+            can return. Traced values beyond that give NaN.
         """
         check_key("key", key, optional=True)
+        estimator = checked_estimator(estimator, self.blocks)
         with self._checked_input(x) as x:
+            condition = self._condition(condition, x.shape[:1])
             graphdef, state = nnx.split(self)
-            z, log_det, diagnostics = run(_forward, (graphdef,), state, x, key, self._checked(estimator))
+            z, log_det, diagnostics = run(_forward, (graphdef,), state, x, key, estimator, condition)
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
-    def __call__(self, x: Array) -> Array:
-        """Maps x [B, *event_shape] to z [B, D], without the log-det; padding is by the mean of its noise."""
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        """Maps x [B, *event_shape] to z [B, *latent_shape], without the log-det. Padding is by its noise's mean."""
         with self._checked_input(x) as x:
-            return _transform(*nnx.split(self), x)
-
-    def logits(self, x: Array) -> Array:
-        """Logits [B, classes] of the classifier on the flow's features (see `models.classifier`), for images x.
-
-        Padding is by the mean of its noise. Costs one evaluation of every g. Raises ValueError for a flow whose config
-        has no `classes`, and as `forward` for x.
-        """
-        if self.classifier is None:
-            raise ValueError("classes: expected a flow whose config has classes, got none")
-        with self._checked_input(x, are_data=True) as x:
-            return _logits(*nnx.split(self), x)
+            return _transform(*nnx.split(self), x, self._condition(condition, x.shape[:1]))
 
     def inverse(
-        self, z: Array, *, solver: Solver = Anderson(), return_status: bool = False
+        self, z: Array, *, condition: Array | None = None, solver: Solver = Anderson(), return_status: bool = False
     ) -> Array | tuple[Array, InverseStatus]:
-        """Maps z [B, D] to x [B, *event_shape], block by block.
+        """Maps z [B, *latent_shape] to x [B, *event_shape], block by block.
 
         Args:
-          z: floats [B, D].
+          z: floats [B, *latent_shape].
+          condition: as of `forward`.
           solver: the iteration of every block, with its tolerance and cap: `Anderson`, `FixedPoint`, `Broyden`.
           return_status: whether to return the status as well.
 
@@ -160,68 +186,109 @@ class ResidualFlow(Module):
           ValueError: for a wrong rank, size or dtype, for concrete values that are not finite, if solver is none.
           InverseError: from an eager call, if a solve did not converge and solver.on_failure is "raise".
         """
-        z = as_float_batch("z", z, (self.dim,))
+        z = as_float_batch("z", z, self.latent_shape)
         check_solver(solver)
+        condition = self._condition(condition, z.shape[:1])
         with checked("z", z, self.dtype):
-            return self._invert(z, solver, return_status, "ResidualFlow.inverse")
+            return self._invert(z, condition, solver, return_status, f"{type(self).__name__}.inverse")
 
-    def _invert(self, z: Array, solver: Solver, return_status: bool, what: str) -> Array | tuple[Array, InverseStatus]:
+    def _invert(
+        self, z: Array, condition: Array | None, solver: Solver, return_status: bool, what: str
+    ) -> Array | tuple[Array, InverseStatus]:
         """`inverse` of a z that has been checked."""
         rule, limits = solver.split(self.dtype)
-        x, status = _inverse(*nnx.split(self), z, rule, limits)
+        x, status = _inverse(*nnx.split(self), z, rule, limits, condition)
         return (x, status) if return_status else reported(x, status, what, solver.on_failure)
 
     def log_prob(
         self,
         x: Array,
         *,
+        condition: Array | None = None,
         key: Array | None = None,
         estimator: Estimator | None = None,
         return_diagnostics: bool = False,
     ) -> Array | tuple[Array, Diagnostics]:
-        """log p(x) [B] in nats, of the continuous density of x. Arguments and errors as in `forward`.
+        """log p(x | c) [B] in nats, of the continuous density of x. Arguments and errors as in `forward`.
 
         Unbiased with `Roulette` (also its gradients), exact with `Exact`, biased with `Truncated`. Of a flow that
         pads x with noise it is a lower bound in expectation (see `layers.padding`).
         """
-        z, log_det, diagnostics = self.forward(x, key=key, estimator=estimator, return_diagnostics=True)
-        log_prob = standard_normal_log_prob(z) + log_det
+        check_key("key", key, optional=True)
+        estimator = checked_estimator(estimator, self.blocks)
+        with self._checked_input(x) as x:
+            condition = self._condition(condition, x.shape[:1])
+            graphdef, state = nnx.split(self)
+            log_prob, diagnostics = run(_log_prob, (graphdef,), state, x, key, estimator, condition)
         return (log_prob, diagnostics) if return_diagnostics else log_prob
 
-    def sample(
-        self, key: Array, number: int, *, solver: Solver = Anderson(), return_status: bool = False
-    ) -> Array | tuple[Array, InverseStatus]:
-        """Draws x [number, *event_shape]: z from N(0, I), then `inverse`; images are clipped to [0, 1].
+    def base_log_prob(self, z: Array, condition: Array | None = None) -> Array:
+        """log p_base(z | c) [B] in nats of z [B, *latent_shape]."""
+        z = as_float_batch("z", z, self.latent_shape)
+        return self.base.log_prob(z, self._base_condition(self._condition(condition, z.shape[:1])))
 
-        Clipping moves the part of the density that the logit's alpha leaves outside of [0, 1]. With return_status,
-        (x, status) as of `inverse`; without, what does not converge is reported as there.
+    def sample(
+        self,
+        key: Array,
+        shape: int | Shape,
+        *,
+        condition: Array | None = None,
+        temperature: float | Array = 1.0,
+        solver: Solver = Anderson(),
+        return_status: bool = False,
+    ) -> Array | tuple[Array, InverseStatus]:
+        """Draws x [*shape, *event_shape]: z from the base, then `inverse`.
+
+        Values with a bounded support, as images behind a logit, are clipped to it: that moves the part of the density
+        that the logit's alpha leaves outside of [0, 1].
+
+        Args:
+          key: PRNG key of z.
+          shape: a number n of samples, or leading axes.
+          condition: floats [*condition_shape], one for all samples, or [*shape, *condition_shape], one each.
+          temperature: factor on the deviation of the base; see `Base.sample`.
+          solver: of the inverse.
+          return_status: whether to return (x, status) as of `inverse`; without, what does not converge is reported as
+            there.
         """
         check_key("key", key)
-        check_count("number", number, 1)
         check_solver(solver)
-        z = jax.random.normal(key, (number, self.dim), self.dtype)
-        x, status = self._invert(z, solver, True, "")
-        if isinstance(self.config, ImageFlowConfig):
-            x = jnp.clip(x, 0, 1)
-        return (x, status) if return_status else reported(x, status, "ResidualFlow.sample", solver.on_failure)
+        shape, number = _sample_shape(shape)
+        condition = self._condition(condition, shape, number)
+        z = self._draw(key, number, condition, temperature)
+        x, status = self._invert(z, condition, solver, True, "")
+        support = self.support
+        x = x if support is None else jnp.clip(x, *(jnp.asarray(end, x.dtype) for end in support))
+        x = x.reshape(*shape, *self.event_shape)
+        if return_status:
+            return x, status
+        flat = x.reshape(number, *self.event_shape)
+        flat = reported(flat, status, f"{type(self).__name__}.sample", solver.on_failure)
+        return flat.reshape(x.shape)
+
+    def _draw(self, key: Array, number: int, condition: Array | None, temperature: float | Array) -> Array:
+        """z [number, *latent_shape] from the base."""
+        return self.base.sample(key, number, self._base_condition(condition), temperature).astype(self.dtype)
 
     def sample_and_log_prob(
         self,
         key: Array,
-        number: int,
+        shape: int | Shape,
         *,
+        condition: Array | None = None,
         estimator: Estimator | None = None,
         solver: Solver = Anderson(),
         return_diagnostics: bool = False,
     ) -> tuple[Array, Array] | tuple[Array, Array, Diagnostics]:
-        """Draws x [number, *event_shape] with log p(x) [number] in nats, differentiable in the parameters.
+        """Draws x [*shape, *event_shape] with log p(x | c) [*shape] in nats, differentiable in the parameters.
 
         With E[log p(x) - log q(x)] as the loss, the flow learns an unnormalised density q from its own
-        samples alone. The derivative is that of the path z -> x: z is fixed. Images are not clipped.
+        samples alone. The derivative is that of the path z -> x: z is fixed. Samples are not clipped.
 
         Args:
           key: PRNG key of z and of the estimate.
-          number: of samples.
+          shape: a number n of samples, or leading axes.
+          condition: as of `sample`.
           estimator: of the log-dets, as in `forward`.
           solver: of the inverse.
           return_diagnostics: whether to return the estimates' `Diagnostics` as well, as third.
@@ -230,28 +297,32 @@ class ResidualFlow(Module):
           ValueError: for a number below 1, a bad estimator, and for a flow that pads x: its log p needs noise.
         """
         check_key("key", key)
-        check_count("number", number, 1)
+        shape, number = _sample_shape(shape)
+        condition = self._condition(condition, shape, number)
         z_key, estimator_key = jax.random.split(key)
-        z = jax.random.normal(z_key, (number, self.dim), self.dtype)
-        options = {"solver": solver, "return_diagnostics": return_diagnostics}
-        return self.inverse_and_log_prob(z, key=estimator_key, estimator=estimator, **options)
+        z = self._draw(z_key, number, condition, 1.0)
+        options = {"solver": solver, "return_diagnostics": return_diagnostics, "condition": condition}
+        x, log_prob, *rest = self.inverse_and_log_prob(z, key=estimator_key, estimator=estimator, **options)
+        return x.reshape(*shape, *self.event_shape), log_prob.reshape(shape), *rest
 
     def inverse_and_log_prob(
         self,
         z: Array,
         *,
+        condition: Array | None = None,
         key: Array | None = None,
         estimator: Estimator | None = None,
         solver: Solver = Anderson(),
         return_diagnostics: bool = False,
         return_status: bool = False,
     ) -> tuple[Array, ...]:
-        """Maps z [B, D] to x [B, *event_shape] with log p(x) [B] in nats, differentiable in z and the parameters.
+        """Maps z [B, *latent_shape] to x [B, *event_shape] with log p(x | c) [B] in nats, differentiable in all of it.
 
-        As `sample_and_log_prob`, which draws z from N(0, I); each example's noise goes by its number in z.
+        As `sample_and_log_prob`, which draws z from the base; each example's noise goes by its number in z.
 
         Args:
-          z: floats [B, D].
+          z: floats [B, *latent_shape].
+          condition: as of `forward`.
           key: PRNG key of the estimate; not needed by `Exact`.
           estimator: of the log-dets, as in `forward`.
           solver: of the inverse.
@@ -260,41 +331,42 @@ class ResidualFlow(Module):
             does not converge is reported as by `inverse`: inside a compiled program it can only be NaN, or nothing.
 
         Raises:
-          ValueError: for a wrong rank, size or dtype, a bad estimator, and for a flow that pads x: its log p needs
-            noise.
+          ValueError: for a wrong rank, size or dtype, concrete values that are not finite, a bad estimator, and for a
+            flow that pads x: its log p needs noise.
         """
-        z = as_float_batch("z", z, (self.dim,))
+        z = as_float_batch("z", z, self.latent_shape)
         check_key("key", key, optional=True)
         check_solver(solver)
-        if self.config.padding:
-            raise ValueError(f"padding: expected a flow without padding, got {self.config.padding}")
-        graphdef, state = nnx.split(self)
+        if self.pads:
+            raise ValueError(
+                "flow: expected one without padding, which has no log p(x) of its own, got one that pads x"
+            )
+        condition = self._condition(condition, z.shape[:1])
+        estimator = checked_estimator(estimator, self.blocks)
         rule, limits = solver.split(self.dtype)
-        x, log_det, diagnostics, status = _sample(graphdef, state, z, key, self._checked(estimator), rule, limits)
-        log_prob = standard_normal_log_prob(z.astype(self.dtype)) + log_det
+        with checked("z", z, self.dtype):
+            inputs = z, key, estimator, rule, limits, condition
+            x, log_prob, diagnostics, status = _inverse_and_log_prob(*nnx.split(self), *inputs)
         if not return_status:
-            x, log_prob = reported((x, log_prob), status, "ResidualFlow.inverse_and_log_prob", solver.on_failure)
-        return x, log_prob, *[diagnostics] * return_diagnostics, *[status] * return_status
+            what = f"{type(self).__name__}.inverse_and_log_prob"
+            x, log_prob = reported((x, log_prob), status, what, solver.on_failure)
+        result = (x, log_prob, diagnostics) if return_diagnostics else (x, log_prob)
+        return (*result, status) if return_status else result
 
-    @property
-    def dtype(self) -> np.dtype:
-        """The float dtype of the parameters."""
-        return next(node for _, node in nnx.iter_graph(self) if isinstance(node, nnx.Param)).dtype  # of the first
-
-    def initialize(self, x: Array) -> None:
+    def initialize(self, x: Array, condition: Array | None = None) -> None:
         """Sets every ActNorm and running statistic from a batch x, in place, so that outputs are normalised.
 
         At least two examples, better hundreds: each statistic is taken over the batch. With an ActNorm in front, as by
         default, x may be in any unit, from 1e-20 to 1e20 and more in float32: training is the same.
 
         Raises:
-          ValueError: for fewer examples, as `forward` for x, without a logit for images outside [0, 1] too, and where
+          ValueError: for fewer examples, as `forward` for x and condition, for values outside of the support, and where
             statistics overflow the dtype; the flow is then left as it was.
         """
         with self._checked_input(x, are_data=True) as x:
             if x.shape[0] < 2:
                 raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
-            state, is_finite = _initialize(*nnx.split(self), x)
+            state, is_finite = _initialize(*nnx.split(self), x, self._condition(condition, x.shape[:1]))
         if not isinstance(is_finite, jax.core.Tracer) and not is_finite:
             raise ValueError(
                 f"x: expected values whose statistics are finite in {self.dtype}, got a batch where they overflow"
@@ -351,10 +423,10 @@ class ResidualFlow(Module):
 
         Power iteration knows norms from below: after training some kernels exceed their coefficient by
         parts of a percent. Each block that `certify` does not find within its promise has its kernels
-        replaced by what is applied, each divided by its excess. On the host, at the cost of `certify`.
+        replaced by what is applied, each divided by its excess. On the host, at the cost of `certify`. Contractions on
+        the user's word stay as they are.
         """
-        for scale in self.scales:
-            tighten(scale)
+        self.bijector.tighten()
 
     def order_loss(self) -> Array:
         """Mean norm of the linear layers, differentiable in the learnable orders of these norms alone; a scalar.
@@ -365,62 +437,64 @@ class ResidualFlow(Module):
         losses = map_linears(self, lambda layer: layer.order_loss())
         return jnp.mean(jnp.concatenate([jnp.atleast_1d(loss) for loss in losses]))
 
+    @property
+    def learns_orders(self) -> bool:
+        """Whether orders of norms are learned (see `order_loss`)."""
+        layers = (node for _, node in nnx.iter_modules(self) if isinstance(node, LipschitzLinear))
+        return any(isinstance(order, nnx.Param) for layer in layers for order in (layer.domain, layer.codomain))
+
     def norm_orders(self) -> np.ndarray:
         """The orders of the norms before and behind every linear layer, given or learned, [layers, 2]; on the host."""
         orders = map_linears(self, lambda layer: jnp.stack([jnp.asarray(p, float) for p in layer.traced_orders()]))
         return np.concatenate([np.reshape(pair, (-1, 2)) for pair in orders])
 
-    def update_statistics(self, x: Array) -> None:
+    def update_statistics(self, x: Array, condition: Array | None = None) -> None:
         """Moves all running statistics (`MovingBatchNorm`, `MovingCentering`) towards those of a batch x, in place.
 
         To be called at every training step of a flow that has any; the log-density never does it.
         """
         with self._checked_input(x) as x:
-            state = _update_statistics(*nnx.split(self), x)
+            state = _update_statistics(*nnx.split(self), x, self._condition(condition, x.shape[:1]))
         nnx.update(self, state)
 
-    def _checked(self, estimator: Estimator | None) -> Estimator:
-        """The estimator, or the default, with one row a residual block where it has arrays."""
-        estimator = Roulette() if estimator is None else estimator
-        check_estimator(estimator)
-        return _with_rows(estimator, self.blocks)
+    @property
+    def support(self) -> tuple[Any, Any] | None:
+        """Lower and upper ends of what samples are clipped to, or None."""
+        return self.bijector.support
+
+    def _domain(self, are_data: bool) -> Domain:
+        """Where the values of x may be, as a flow's input, or as data."""
+        return self.bijector.domain(self.dtype)
+
+    def _run_initialize(self, x: Array, condition: Array | None) -> None:
+        """`initialize`, traced: in place."""
+        self.bijector.initialize(x, condition)
+
+    def _condition(self, condition: Any, batch: Shape, number: int | None = None) -> Array | None:
+        """A caller's condition as [B, *condition_shape]; of leading axes `batch` as [number, *condition_shape]."""
+        condition = as_condition(condition, self.condition_shape, batch)
+        if condition is None:
+            return None
+        condition = condition if number is None else condition.reshape(number, *condition.shape[len(batch) :])
+        return condition.astype(self.dtype)
+
+    def _base_condition(self, condition: Array | None) -> Array | None:
+        return None if self.base.condition_shape is None else condition
 
     @contextmanager
     def _checked_input(self, x: Any, *, are_data: bool = False) -> Iterator[Array]:
         """x as an array of JAX, its values checked around a computation: they may be a flow's input, or are data."""
         batch = as_float_batch("x", x, self.event_shape)
-        dtype, domain = self.dtype, ANYWHERE
-        if isinstance(self.config, ImageFlowConfig):
-            if self.config.logit_alpha is not None:
-                domain = behind_logit(self.config.logit_alpha, dtype)
-            elif are_data:  # without a logit samples may be anywhere
-                domain = UNIT_INTERVAL
-        with checked("x", x if isinstance(x, np.ndarray) else batch, dtype, domain):
+        with checked("x", x if isinstance(x, np.ndarray) else batch, self.dtype, self._domain(are_data)):
             yield batch
 
 
-def standard_normal_log_prob(z: Array) -> Array:
-    """log N(z; 0, I), [B] in nats, for z [B, D]."""
-    return -0.5 * jnp.sum(z**2, axis=-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
-
-
-@lru_cache(maxsize=16)
-def _creator(config):
-    """One compiled program that makes all parameters; what is not an array leaves it by the side."""
-    static = {}
-
-    @jax.jit
-    def create(key):
-        rngs = nnx.Rngs(key)
-        with deferred_norms():
-            scales, emitted = build_scales(config, rngs)
-        scales = List(scales)
-        update_norms(scales, TIGHT, restart=False)  # their vectors are random: they lack nothing
-        static["graphdef"], state = nnx.split((scales, build_classifier(config, rngs)))
-        static["emitted"] = tuple(emitted)
-        return state
-
-    return create, static
+def _sample_shape(shape: int | Shape) -> tuple[Shape, int]:
+    """Leading axes of samples, and their number."""
+    shape = (shape,) if not isinstance(shape, tuple | list) else tuple(shape)
+    for size in shape:
+        check_count("shape", size, 1)
+    return shape, math.prod(shape)
 
 
 def _warn_norms(status: PowerIterationStatus) -> None:
@@ -433,133 +507,61 @@ def _warn_norms(status: PowerIterationStatus) -> None:
         )
 
 
-def _join(parts: list[Array]) -> Array:
-    return jnp.concatenate([part.reshape(part.shape[0], math.prod(part.shape[1:])) for part in parts], axis=-1)
-
-
-def _through_scales(flow: ResidualFlow, scales: Sequence[Chain], x: Array, apply) -> Array:
-    """Runs x through the scales by apply(index, scale, x); the parts of z, joined."""
-    parts = []
-    for n, scale in enumerate(scales):
-        x = apply(n, scale, x)
-        if n < len(flow._emitted) - 1:
-            x, emitted = jnp.split(x, 2, axis=-1)
-            parts.append(emitted)
-    return _join([*parts, x])
-
-
-def _with_rows(estimator: Estimator, blocks: int) -> Estimator:
-    """An estimator whose arrays, if it has any, have one row a residual block."""
-
-    def rows(table):
-        if table.ndim == 1:
-            return jnp.broadcast_to(table, (blocks, table.size))
-        if table.shape[0] != blocks:
-            raise ValueError(f"estimator: expected a table with {blocks} rows, one a block, got shape {table.shape}")
-        return table
-
-    return jax.tree.map(rows, estimator)
-
-
-def _forward(graphdef, state, x, key, estimator):
-    flow = nnx.merge(graphdef, state)
-    return _forward_scales(flow, flow.scales, x.astype(flow.dtype), key, estimator)
-
-
-def _forward_scales(flow, scales, x, key, estimator):
-    keys, estimators = split_key(key, scales), split_estimator(estimator, scales)
-    log_dets, diagnostics = [], []
-
-    def apply(n, scale, x):
-        x, log_det, found = scale.forward(x, keys[n], estimators[n])
-        log_dets.append(log_det)
-        diagnostics.extend(found)
-        return x
-
-    z = _through_scales(flow, scales, x, apply)
-    return z, sum(log_dets), join_blocks(diagnostics)
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def _transform(graphdef, state, x):
-    flow = nnx.merge(graphdef, state)
-    return _through_scales(flow, flow.scales, x.astype(flow.dtype), lambda _, scale, x: scale(x))
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def _logits(graphdef, state, x):
-    flow = nnx.merge(graphdef, state)
-    return flow.classifier(_features(flow, x.astype(flow.dtype), lambda scale, x: scale(x)))
-
-
-def _features(flow, x, apply):
-    """The features [B, H, W, C] of every scale by apply(scale, x); see `models.classifier`."""
-    outputs = []
-
-    def keep(_, scale, x):
-        outputs.append(apply(scale, x))
-        return outputs[-1]
-
-    _through_scales(flow, flow.scales, x, keep)
-    if flow.factors_out:
-        emitted = [jnp.split(output, 2, axis=-1)[1] for output in outputs[:-1]]
-        return [*emitted, emitted[-1]]
-    shapes = feature_shapes(flow.config)
-    return [output.reshape(-1, *shape) for output, shape in zip(outputs, shapes, strict=True)]
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def _initialize(graphdef, state, x):
+def _forward(graphdef, state, x, key, estimator, condition):
     flow = nnx.merge(graphdef, state)
     x = x.astype(flow.dtype)
-    if flow.classifier is None:
-        _through_scales(flow, flow.scales, x, lambda _, scale, x: scale.initialize(x))
-    else:
-        flow.classifier.initialize(_features(flow, x, lambda scale, x: scale.initialize(x)))
+    z, log_det, diagnostics = flow.bijector.estimate(x, key, estimator, _of_bijector(flow, condition))
+    return z, log_det, join_diagnostics(diagnostics, x)
+
+
+def _log_prob(graphdef, state, x, key, estimator, condition):
+    flow = nnx.merge(graphdef, state)
+    z, log_det, diagnostics = _forward(graphdef, state, x, key, estimator, condition)
+    return flow.base.log_prob(z, flow._base_condition(condition)) + log_det, diagnostics
+
+
+def _of_bijector(flow: Flow, condition: Array | None) -> Array | None:
+    return None if flow.bijector.condition_shape is None else condition
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _transform(graphdef, state, x, condition):
+    flow = nnx.merge(graphdef, state)
+    return flow.bijector(x.astype(flow.dtype), _of_bijector(flow, condition))
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _initialize(graphdef, state, x, condition):
+    flow = nnx.merge(graphdef, state)
+    flow._run_initialize(x.astype(flow.dtype), _of_bijector(flow, condition))
     statistics = jax.tree.leaves(nnx.state(flow, (nnx.BatchStat, Constant)))
     is_finite = jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in statistics], bool))
     return nnx.state(flow), is_finite
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _update_statistics(graphdef, state, x):
+def _update_statistics(graphdef, state, x, condition):
     flow = nnx.merge(graphdef, state)
-    _through_scales(flow, flow.scales, x.astype(flow.dtype), lambda _, scale, x: scale.update_statistics(x))
+    flow.bijector.update_statistics(x.astype(flow.dtype), _of_bijector(flow, condition))
     return nnx.state(flow, nnx.BatchStat)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "rule"))
-def _inverse(graphdef, state, z, rule, limits):
+def _inverse(graphdef, state, z, rule, limits, condition):
     flow = nnx.merge(graphdef, state)
-    return _inverse_scales(flow, flow.scales, z.astype(flow.dtype), rule.with_limits(limits))
+    z = z.astype(flow.dtype)
+    x, statuses = flow.bijector.solve(z, rule.with_limits(limits), _of_bijector(flow, condition))
+    return x, join_statuses(statuses, z)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "rule"))
-def _sample(graphdef, state, z, key, estimator, rule, limits):
-    """x, log_det, diagnostics and status, without a way through x where a logit has rounded it to 0 or 1."""
+def _inverse_and_log_prob(graphdef, state, z, key, estimator, rule, limits, condition):
     flow, solver = nnx.merge(graphdef, state), rule.with_limits(limits)
     z = z.astype(flow.dtype)
-    logit, *rest = flow.scales[0].bijectors
-    if not isinstance(logit, Logit):
-        x, status = _inverse_scales(flow, flow.scales, z, solver)
-        return x, *_forward_scales(flow, flow.scales, x, key, estimator)[1:], status
-    scales = [Chain(rest), *flow.scales[1:]]
-    y, status = _inverse_scales(flow, scales, z, solver)
-    _, log_det, diagnostics = _forward_scales(flow, scales, y, key, estimator)
-    return logit.inverse(y, solver)[0], log_det + logit.log_det_at(y), diagnostics, status
-
-
-def _inverse_scales(flow, scales, z, solver):
-    sizes = [math.prod(shape) for shape in flow._emitted]
-    pieces = jnp.split(z, np.cumsum(sizes)[:-1], axis=-1)
-    parts = [piece.reshape(z.shape[0], *shape) for piece, shape in zip(pieces, flow._emitted, strict=True)]
-    x, statuses = parts.pop(), []
-    for scale in reversed(scales):
-        x, found = scale.inverse(x, solver)
-        statuses = found + statuses
-        if parts:
-            x = jnp.concatenate([x, parts.pop()], axis=-1)
-    return x, join_blocks(statuses)
+    inputs = z, key, estimator, solver, _of_bijector(flow, condition)
+    x, log_det, diagnostics, statuses = flow.bijector.solve_and_estimate(*inputs)
+    log_prob = flow.base.log_prob(z, flow._base_condition(condition)) + log_det
+    return x, log_prob, join_diagnostics(diagnostics, z), join_statuses(statuses, z)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "restart"))

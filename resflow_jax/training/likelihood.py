@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.data.images import check_quantized, dequantize
 from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
 from resflow_jax.functional.logdet import Diagnostics
-from resflow_jax.models.flow import ResidualFlow, standard_normal_log_prob
+from resflow_jax.models.residual_flow import ResidualFlow
 from resflow_jax.training.parallel import divided, on_all_devices
 from resflow_jax.training.placement import mesh_of
 from resflow_jax.training.step import Loss, optax_promotion
@@ -123,9 +124,9 @@ def tend(flow: ResidualFlow, x: Array, loss: Array) -> Array:
     Where the flow has running statistics, they move towards those of the batch x, in place. Where it has
     learnable orders of norms, their gradient is that of 0.01 * `order_loss`, of which the value stays out.
     """
-    if flow.config.batchnorm or flow.config.centering:
+    if jax.tree.leaves(nnx.state(flow, nnx.BatchStat)):
         flow.update_statistics(jax.lax.stop_gradient(x))
-    if flow.config.learn_norms:
+    if flow.learns_orders:
         order_loss = _ORDER_LOSS_WEIGHT * flow.order_loss()
         loss = loss + order_loss - jax.lax.stop_gradient(order_loss)
     return loss
@@ -318,4 +319,4 @@ def _log_prob(
         return flow.log_prob(x, key=key, estimator=estimator, return_diagnostics=True)
     z, log_det, diagnostics = flow.forward(x, key=key, estimator=estimator, return_diagnostics=True)
     without = (1 - weight) * log_det
-    return standard_normal_log_prob(z) + log_det - without + jax.lax.stop_gradient(without), diagnostics
+    return flow.base_log_prob(z) + log_det - without + jax.lax.stop_gradient(without), diagnostics

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.functional.checks import check_choice
-from resflow_jax.models.flow import ResidualFlow
+from resflow_jax.models.residual_flow import ResidualFlow
 from resflow_jax.training.parallel import (
     WAYS,
     Parameters,

@@ -21,7 +21,7 @@ from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.laws import Defensive, Fitted
 from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.manual_axes import axes_of_batch, vary_over, varying_axes
-from resflow_jax.models.flow import ResidualFlow
+from resflow_jax.models.residual_flow import ResidualFlow
 
 Array = jax.Array
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from resflow_jax import Exact, ImageFlowConfig, ResidualFlow, VectorFlowConfig
-from resflow_jax.models.flow import standard_normal_log_prob
+from resflow_jax.models.bases import standard_normal_log_prob
 
 pytest.importorskip("torch", reason="needs the extra bench: torch and normflows")
 pytest.importorskip("normflows", reason="needs the extra bench: torch and normflows")

@@ -21,7 +21,7 @@ import resflow_jax as rf
 from resflow_jax.interop.torch_config import args_from_config, config_from_args, estimator_from_args
 from resflow_jax.interop.torch_files import Stub, read_torch_file
 from resflow_jax.interop.torch_writer import write_torch_file
-from resflow_jax.layers.elementwise import ActNorm
+from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.models.build import feature_shapes
 
 DATA = Path(__file__).parents[1] / "data"
@@ -48,7 +48,7 @@ def ordered_as_ours(flow, z):
     if isinstance(flow.config, rf.VectorFlowConfig):
         return z
     shapes = feature_shapes(flow.config)
-    shapes = shapes if flow.factors_out else shapes[-1:]
+    shapes = shapes if isinstance(flow.bijector, rf.MultiScale) else shapes[-1:]
     sizes = [math.prod(shape) for shape in shapes]
     parts = np.split(z, np.cumsum(sizes)[:-1], axis=1)
     return np.concatenate(

@@ -47,7 +47,7 @@ def test_no_pair_and_no_jacobian_exceeds_the_bound(name):
     block = certify_contraction(contraction)
     rng = np.random.default_rng(0)
     p, linears = block.order, contraction.linears
-    assert block.promised == contraction.promised
+    assert block.promised == contraction.lipschitz
     for scale in (1e-3, 1.0, 30.0):
         a, b = x, x + scale * rng.normal(size=x.shape)
         change = np.linalg.norm(flat(apply(contraction, a)) - flat(apply(contraction, b)), p, axis=1)
@@ -129,7 +129,7 @@ def test_tighten_changes_kernels_only_and_only_those_that_exceed():
     spoil(contraction.linears[1])
     contraction.linears[2].kernel[...] *= 1e-2
     contraction.linears[0].kernel[...] *= 1e-2
-    contraction.promised = 1e-6  # so that there is something to do
+    contraction.lipschitz = 1e-6  # so that there is something to do
     before = jax.tree.map(jnp.copy, nnx.state(contraction))
     tighten_contraction(contraction)
     changed = [
@@ -151,7 +151,7 @@ def test_a_layer_of_zeros_is_tightened_too():
     contraction.linears[0].kernel[...] *= 0
     contraction.linears[-1].kernel[...] *= 1e3
     contraction.concatenation[...] = jnp.asarray([[9.0, -9.0], [9.0, -9.0]])
-    contraction.promised = 0.5
+    contraction.lipschitz = 0.5
     assert certify_contraction(contraction).bound > 0.5
     tighten_contraction(contraction)
     assert 0.4 < certify_contraction(contraction).bound <= 0.5

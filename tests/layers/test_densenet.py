@@ -50,6 +50,6 @@ def test_lipschitz_constant_of_a_concatenation(slope):
 def test_dense_layers_keep_their_promise():
     """With every norm at the coefficient the block's bound is below c^(number of layers), strictly."""
     contraction, _ = make("DenseNet")
-    assert contraction.bound([0.9] * 3, (2.0,) * 4) < contraction.promised == 0.9**3
+    assert contraction.bound([0.9] * 3, (2.0,) * 4) < contraction.lipschitz == 0.9**3
     assert isinstance(contraction.linears[0].linear_map, DenseMap)
     assert isinstance(make("convolutional DenseNet")[0].linears[0].linear_map, ConvMap)

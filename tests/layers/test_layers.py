@@ -10,15 +10,17 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.functional.activations import get_activation
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
-from resflow_jax.layers.bijector import Bijector, Chain
-from resflow_jax.layers.certificate import certified_bounds
+from resflow_jax.layers.actnorm import ActNorm
+from resflow_jax.layers.bijector import Bijector
+from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.contraction import Layered
 from resflow_jax.layers.densenet import DenseNet
-from resflow_jax.layers.elementwise import ActNorm, Flatten, Logit, Squeeze, Unflatten
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormState, map_linears
+from resflow_jax.layers.logit import Logit
 from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
+from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
 
 IMAGE = (4, 4, 2)
 
@@ -58,7 +60,7 @@ CLOSED_FORM = {
     "actnorm per feature": (lambda rngs: ActNorm(IMAGE), IMAGE),
     "squeeze": (lambda rngs: Squeeze(IMAGE), IMAGE),
     "flatten": (lambda rngs: Flatten(IMAGE), IMAGE),
-    "unflatten": (lambda rngs: Unflatten(IMAGE), (32,)),
+    "unflatten": (lambda rngs: Reshape((32,), IMAGE), (32,)),
     "linear on vectors": (lambda rngs: InvertibleLinear(5, rngs=rngs), (5,)),
     "linear on channels": (lambda rngs: InvertibleLinear(2, rngs=rngs), IMAGE),
     "batch norm per channel": (lambda rngs: MovingBatchNorm((2,)), IMAGE),
@@ -122,11 +124,10 @@ def test_inverse_and_log_det(name):
     """
     layer, x = moved_layer(name)
     before = jax.tree.map(jnp.copy, nnx.state(layer))
-    y, log_det, _ = nnx.jit(lambda layer, x: layer.forward(x, None, rf.Exact()))(layer, x)
+    y, log_det = nnx.jit(lambda layer, x: layer.forward(x, estimator=rf.Exact()))(layer, x)
     np.testing.assert_allclose(layer(x), y, rtol=1e-12, atol=1e-12)
-    back, statuses = nnx.jit(lambda layer, y: layer.inverse(y, rf.FixedPoint()))(layer, y)
-    assert sum(len(status.converged) for status in statuses) == layer.blocks
-    assert all(status.converged.shape[1:] == (3,) and status.converged.all() for status in statuses)
+    back, status = nnx.jit(lambda layer, y: layer.inverse(y, solver=rf.FixedPoint(), return_status=True))(layer, y)
+    assert status.converged.shape == (layer.blocks, 3) and status.converged.all()
     np.testing.assert_allclose(back, x, rtol=0, atol=1e-10)
     expected = np.linalg.slogdet(dense_jacobians(layer, x))[1]
     np.testing.assert_allclose(log_det, expected, rtol=1e-10, atol=1e-10)
@@ -138,7 +139,7 @@ def test_lipschitz_bounds(name):
     """No Jacobian of f or f^-1 exceeds its bound; an affine layer attains both. Blocks are certified one by one."""
     layer, x = moved_layer(name)
     blocks = []
-    forward, inverse = certified_bounds(layer, blocks)
+    forward, inverse = layer.certified_bounds(blocks)
     assert len(blocks) == layer.blocks
     for singular_values in np.linalg.svd(dense_jacobians(layer, x), compute_uv=False):
         norms = singular_values[0], 1 / singular_values[-1]
@@ -161,8 +162,8 @@ def test_chain_multiplies_lipschitz_bounds():
     layers = [Logit(0.05), Normalization([0.0], [0.5]), Normalization([0.0], [0.1])]
     chain = Chain(layers)
     products = np.prod([m.lipschitz_bounds() for m in layers], axis=0)
-    np.testing.assert_allclose(certified_bounds(chain, []), products)
-    np.testing.assert_allclose(certified_bounds(Chain([chain, Chain([])]), []), products)
+    np.testing.assert_allclose(chain.lipschitz_bounds(), products)
+    np.testing.assert_allclose(Chain([chain, Chain([])]).lipschitz_bounds(), products)
 
 
 def test_scales_beyond_float64_have_infinite_bounds():
@@ -172,10 +173,13 @@ def test_scales_beyond_float64_have_infinite_bounds():
     assert layer.lipschitz_bounds() == (1, np.inf)
 
 
-def test_layers_without_lipschitz_bounds_say_so():
-    """The error names the class."""
-    with pytest.raises(NotImplementedError, match="Bijector has no Lipschitz bounds"):
-        Bijector().lipschitz_bounds()
+def test_what_a_layer_does_not_say():
+    """Bounds that are unknown are infinite; a map that is not defined is named with its class."""
+    assert Bijector().lipschitz_bounds() == (np.inf, np.inf)
+    with pytest.raises(NotImplementedError, match=r"Bijector: expected a method transform\(x, condition\)"):
+        Bijector()(jnp.ones((1, 2)))
+    with pytest.raises(NotImplementedError, match=r"Bijector: expected a method invert\(y, condition\)"):
+        Bijector().inverse(jnp.ones((1, 2)))
 
 
 @pytest.mark.parametrize("name", CLOSED_FORM)
@@ -194,8 +198,8 @@ def test_creation_under_jit_and_vmap_in_float32(name):
     outputs = []
     for n in range(3):
         layer = nnx.merge(static["graphdef"], jax.tree.map(lambda leaf, n=n: in_float32(leaf[n]), stacked))
-        y, log_det, _ = layer.forward(x, None, rf.Exact())
-        back, _ = layer.inverse(y, rf.FixedPoint())
+        y, log_det = layer.forward(x, estimator=rf.Exact())
+        back = layer.inverse(y)
         assert y.dtype == log_det.dtype == back.dtype == layer.initialize(x).dtype == jnp.float32
         np.testing.assert_allclose(back, x, atol=1e-5)
         outputs.append(y)
@@ -248,23 +252,23 @@ def test_squeeze_orders_channels():
 
 def test_unflatten_is_the_inverse_of_flatten():
     """Both ways, pixel by pixel, to the last bit; what one puts out the other takes."""
-    flatten, unflatten = Flatten(IMAGE), Unflatten(IMAGE)
+    flatten, unflatten = Flatten(IMAGE), Reshape((32,), IMAGE)
     x = jnp.arange(64.0).reshape(2, *IMAGE)
     y = flatten(x)
     assert y.shape == (2, 32)
     np.testing.assert_array_equal(unflatten(y), x)
-    np.testing.assert_array_equal(unflatten.forward(y, None, rf.Exact())[0], flatten.inverse(y, rf.FixedPoint())[0])
-    np.testing.assert_array_equal(unflatten.inverse(x, rf.FixedPoint())[0], y)
+    np.testing.assert_array_equal(unflatten.forward(y)[0], flatten.inverse(y))
+    np.testing.assert_array_equal(unflatten.inverse(x), y)
 
 
 def test_logit_is_finite_at_the_ends_in_float32():
     """x = 0 and x = 1 give finite values, log-dets and inverses back to the ends."""
     layer = Logit(1e-6)
     x = jnp.asarray([[0.0, 1.0, 0.5]], jnp.float32)
-    y, log_det, _ = layer.forward(x, None, rf.Exact())
+    y, log_det = layer.forward(x, estimator=rf.Exact())
     assert jnp.isfinite(y).all() and jnp.isfinite(log_det).all()
     np.testing.assert_allclose(y[0, 0], -y[0, 1], rtol=1e-6)
-    np.testing.assert_allclose(layer.inverse(y, rf.FixedPoint())[0], x, atol=1e-6)
+    np.testing.assert_allclose(layer.inverse(y), x, atol=1e-6)
 
 
 def test_norm_state_is_explicit():

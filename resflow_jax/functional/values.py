@@ -16,34 +16,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resflow_jax.layers.elementwise import logit_domain
-
 Array = jax.Array
 
 
 class Domain(NamedTuple):
-    """Where values may be, by default anywhere.
+    """Where the values of an example may be, by default anywhere.
 
     Attributes:
-      low, high: the ends.
+      low, high: the ends; numbers, or arrays that broadcast against an example from its last axis on.
       text: how the error calls them.
       remark: what the error adds.
     """
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: float | np.ndarray = -math.inf
+    high: float | np.ndarray = math.inf
     text: str = ""
     remark: str = ""
 
 
 ANYWHERE = Domain()
 UNIT_INTERVAL = Domain(0, 1, "[0, 1]")
-
-
-def behind_logit(alpha: float, dtype: Any) -> Domain:
-    """What the inverse of a logit returns: [0, 1] and a little on both sides."""
-    beyond = f", beyond it by more than alpha / (1 - 2 alpha) = {alpha / (1 - 2 * alpha):.3g} of the logit"
-    return Domain(*logit_domain(alpha, dtype), UNIT_INTERVAL.text, beyond)
 
 
 @contextmanager
@@ -74,25 +66,30 @@ def _begin(name: str, x: Any, dtype: Any, domain: Domain) -> Callable[[], None]:
         return _nothing
     if len(x.devices()) == 1 and next(iter(x.devices())).platform == "cpu":
         return partial(_check_on_host, name, x, dtype, domain)
-    return partial(_check_numbers, name, _numbers(x, dtype), dtype, domain)
+    return partial(_check_numbers, name, _numbers(x, dtype, _axes(domain)), dtype, domain)
 
 
 def _nothing() -> None: ...
 
 
-@partial(jax.jit, static_argnames="dtype")
-def _numbers(x: Array, dtype: Any) -> tuple[Array, Array, Array]:
+def _axes(domain: Domain) -> int | None:
+    """The batch alone where the domain differs by element, else all axes."""
+    return 0 if np.ndim(domain.low) or np.ndim(domain.high) else None
+
+
+@partial(jax.jit, static_argnames=("dtype", "axes"))
+def _numbers(x: Array, dtype: Any, axes: int | None) -> tuple[Array, Array, Array]:
     """How many values are not finite, and the least and the largest of the others."""
     x = x.astype(dtype)
     is_finite = jnp.isfinite(x)
     low, high = jnp.where(is_finite, x, math.inf), jnp.where(is_finite, x, -math.inf)
-    return jnp.sum(~is_finite), low.min(initial=math.inf), high.max(initial=-math.inf)
+    return jnp.sum(~is_finite), low.min(axes, initial=math.inf), high.max(axes, initial=-math.inf)
 
 
 def _check_on_host(name: str, x: Any, dtype: Any, domain: Domain) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         x = np.asarray(x).astype(dtype, copy=False)
-        low, high = x.min(initial=math.inf), x.max(initial=-math.inf)  # NaN if any is
+        low, high = x.min(_axes(domain), initial=math.inf), x.max(_axes(domain), initial=-math.inf)  # NaN if any is
     others = 0 if x.size == 0 or np.isfinite([low, high]).all() else np.count_nonzero(~np.isfinite(x))
     _judge(name, others, low, high, dtype, domain)
 
@@ -104,5 +101,5 @@ def _check_numbers(name: str, numbers: tuple[Array, Array, Array], dtype: Any, d
 def _judge(name: str, others: Any, low: Any, high: Any, dtype: Any, domain: Domain) -> None:
     if others:
         raise ValueError(f"{name}: expected finite values, got {others} that are not in {np.dtype(dtype)}")
-    if low < domain.low or high > domain.high:
+    if np.any(low < domain.low) or np.any(high > domain.high):
         raise ValueError(f"{name}: expected values in {domain.text}, got [{low}, {high}]{domain.remark}")

@@ -8,8 +8,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import resflow_jax as rf
-from resflow_jax.models import values
-from resflow_jax.models.values import ANYWHERE, UNIT_INTERVAL, behind_logit, checked
+from resflow_jax.functional import values
+from resflow_jax.functional.values import ANYWHERE, UNIT_INTERVAL, checked
+from resflow_jax.layers.logit import Logit
 from resflow_jax.training.parallel import make_mesh
 
 X = np.linspace(0, 1, 16).reshape(16, 1)
@@ -36,7 +37,7 @@ BAD = [
     (-0.25, UNIT_INTERVAL, r"x: expected values in \[0, 1\], got \[-0\.25, 0\.9"),
     (
         1.2,
-        behind_logit(0.05, np.float32),
+        Logit(0.05).domain(np.float32),
         r"x: expected values in \[0, 1\], got .*1\.2.*, beyond it by more than alpha / \(1 - 2 alpha\) = 0\.0556 of",
     ),
 ]
@@ -76,7 +77,7 @@ def test_good_values(place):
     for x, domain in (
         (X, UNIT_INTERVAL),
         (X[:0], UNIT_INTERVAL),
-        (with_value(1.05), behind_logit(0.05, np.float32)),
+        (with_value(1.05), Logit(0.05).domain(np.float32)),
         (with_value(-3e38), ANYWHERE),
     ):
         with checked("x", place(x), np.dtype("float32"), domain):

@@ -1,0 +1,358 @@
+"""Bijectors made of bijectors: `Chain`, `Invert`, `MultiScale`."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resflow_jax.functional.checks import check_type
+from resflow_jax.functional.estimators import Estimator
+from resflow_jax.functional.inverse import check_solver, reported
+from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.solvers import Anderson, Solver
+from resflow_jax.functional.values import Domain
+from resflow_jax.layers.bijector import (
+    Bijector,
+    Forward,
+    Inverse,
+    InverseAndLogDet,
+    Shape,
+    fold,
+    join_blocks,
+    no_log_det,
+    own_condition,
+    split_estimator,
+    split_key,
+)
+from resflow_jax.layers.conditions import common_condition_shape
+from resflow_jax.layers.module import List
+
+Array = jax.Array
+
+
+class _Composition(Bijector):
+    """What chains and multi-scale maps share: the attributes of their parts together."""
+
+    def _take(self, name: str, parts: Sequence[Bijector]) -> None:
+        for n, part in enumerate(parts):
+            check_type(f"{name}[{n}]", part, Bijector)
+        self.blocks = sum(part.blocks for part in parts)
+        self.takes_noise = any(part.takes_noise for part in parts)
+        self.pads = any(part.pads for part in parts)
+        named = ((f"{name}[{n}] ({type(part).__name__})", part.condition_shape) for n, part in enumerate(parts))
+        self.condition_shape = common_condition_shape(named)
+
+
+class Chain(_Composition):
+    """f = f_n o ... o f_1; the log-dets add up, the inverses run backwards. An empty chain is the identity.
+
+    Raises:
+      ValueError: for parts that are no bijectors, where a layer does not take the events that the one before it puts
+        out, and where two layers take conditions of different shapes; the message names both.
+
+    Example:
+      chain = rf.Chain([rf.ActNorm((6,)), rf.ResidualBlock(g), rf.Invert(rf.ResidualBlock(g2))])
+    """
+
+    def __init__(self, bijectors: Sequence[Bijector]):
+        bijectors = list(bijectors)
+        self._take("bijectors", bijectors)
+        self.bijectors = List(bijectors)
+        self.event_shape = _entrance(bijectors)
+        if self.event_shape is not None:
+            self.output_shape(self.event_shape)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        before = ""
+        for n, bijector in enumerate(self.bijectors):
+            try:
+                shape = bijector.output_shape(shape)
+            except ValueError as error:
+                raise ValueError(f"bijectors[{n}] ({type(bijector).__name__}): {error}{before}") from error
+            before = f", which bijectors[{n}] ({type(bijector).__name__}) puts out"
+        return tuple(shape)
+
+    def input_shape(self, shape: Shape) -> Shape:
+        for bijector in reversed(self.bijectors):
+            shape = bijector.input_shape(shape)
+        return tuple(shape)
+
+    def domain(self, dtype) -> Domain:
+        return self.bijectors[0].domain(dtype) if self.bijectors else super().domain(dtype)
+
+    @property
+    def support(self):
+        return self.bijectors[0].support if self.bijectors else None
+
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        return fold(self.bijectors, lambda bijector, x, c: bijector(x, c), x, condition)
+
+    def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
+        log_det, diagnostics = no_log_det(x), []
+        keys, estimators = split_key(key, self.bijectors), split_estimator(estimator, self.bijectors)
+        for bijector, subkey, part in zip(self.bijectors, keys, estimators, strict=True):
+            x, term, found = bijector.estimate(x, subkey, part, own_condition(bijector, condition))
+            log_det, diagnostics = log_det + term, diagnostics + found
+        return x, log_det, diagnostics
+
+    def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
+        statuses = []
+        for bijector in reversed(self.bijectors):
+            y, found = bijector.solve(y, solver, own_condition(bijector, condition))
+            statuses = found + statuses
+        return y, statuses
+
+    def solve_and_estimate(
+        self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
+    ) -> InverseAndLogDet:
+        log_det, diagnostics, statuses = no_log_det(y), [], []
+        keys, estimators = split_key(key, self.bijectors), split_estimator(estimator, self.bijectors)
+        for bijector, subkey, part in zip(*map(reversed, (self.bijectors, keys, estimators)), strict=True):
+            inputs = y, subkey, part, solver, own_condition(bijector, condition)
+            y, term, of_estimate, of_solve = bijector.solve_and_estimate(*inputs)
+            log_det, diagnostics, statuses = log_det + term, of_estimate + diagnostics, of_solve + statuses
+        return y, log_det, diagnostics, statuses
+
+    def initialize(self, x: Array, condition: Array | None = None) -> Array:
+        return fold(self.bijectors, lambda bijector, x, c: bijector.initialize(x, c), x, condition)
+
+    def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
+        return fold(self.bijectors, lambda bijector, x, c: bijector.update_statistics(x, c), x, condition)
+
+    def certified_bounds(self, blocks: list) -> tuple[float, float]:
+        bounds = [bijector.certified_bounds(blocks) for bijector in self.bijectors]
+        return math.prod(forward for forward, _ in bounds), math.prod(inverse for _, inverse in bounds)
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return self.certified_bounds([])
+
+    def tighten(self) -> None:
+        for bijector in self.bijectors:
+            bijector.tighten()
+
+
+class Invert(Bijector):
+    """f = g^-1 of a bijector g: y with g(y) = x, and log|det dy/dx| = -log|det dg/dy| at y.
+
+    Of a residual block, x -> y is then a solve and y -> x is explicit. An example whose solve does not converge becomes
+    NaN, unless the solver's `on_failure` is "warn": y is then the best guess.
+
+    What g takes from a batch when it is initialised, and its running statistics, stay as they are.
+
+    Args:
+      bijector: g.
+      solver: of the residual blocks inside of g when f is applied; `Anderson(on_failure="raise")` by default.
+
+    Cost of f: a solve of every residual block of g, and its log-det; of f^-1: one evaluation.
+    """
+
+    def __init__(self, bijector: Bijector, solver: Solver | None = None):
+        check_type("bijector", bijector, Bijector)
+        self.bijector = bijector
+        self.solver = Anderson(on_failure="raise") if solver is None else solver
+        check_solver(self.solver)
+        self.blocks, self.takes_noise = bijector.blocks, bijector.takes_noise
+        if bijector.pads:
+            raise ValueError("bijector: expected one without padding, whose inverse would drop it, got one that pads")
+        self.condition_shape = bijector.condition_shape
+        self.event_shape = None if bijector.event_shape is None else bijector.output_shape(bijector.event_shape)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return self.bijector.input_shape(super().output_shape(shape))
+
+    def input_shape(self, shape: Shape) -> Shape:
+        return self.bijector.output_shape(shape)
+
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        y, statuses = self.bijector.solve(x, self.solver, condition)
+        return self._reported(y, statuses)
+
+    def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
+        y, log_det, diagnostics, statuses = self.bijector.solve_and_estimate(x, key, estimator, self.solver, condition)
+        y, log_det = self._reported((y, log_det), statuses)
+        return y, -log_det, diagnostics
+
+    def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
+        return self.bijector(y, condition), [_explicit(self.blocks, y)]
+
+    def solve_and_estimate(
+        self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
+    ) -> InverseAndLogDet:
+        x, log_det, diagnostics = self.bijector.estimate(y, key, estimator, condition)
+        return x, -log_det, diagnostics, [_explicit(self.blocks, y)]
+
+    def _reported(self, y, statuses):
+        return reported(y, join_blocks(statuses), "Invert", self.solver.on_failure) if statuses else y
+
+    def certified_bounds(self, blocks: list) -> tuple[float, float]:
+        return self.bijector.certified_bounds(blocks)[::-1]
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return self.bijector.lipschitz_bounds()[::-1]
+
+    def tighten(self) -> None:
+        self.bijector.tighten()
+
+
+def _explicit(blocks: int, y: Array) -> InverseStatus:
+    """The status of blocks of which no solve was needed, [blocks, B]."""
+    zeros = jnp.zeros((blocks, y.shape[0]), y.dtype)
+    return InverseStatus(zeros.astype(jnp.int32), zeros, zeros, zeros == 0)
+
+
+class MultiScale(_Composition):
+    """Scales one after the other; after each but the last, half of the channels leave for y.
+
+        x_1 = x,   [x_(s+1), part_s] = scales[s](x_s),   part_S = scales[S](x_S),   y = [part_1, ..., part_S]
+
+    x: [B, *event_shape]; y: [B, D], the part that left first in front, each part flattened in row-major order. The
+    first half of the last axis goes on, the second leaves; a scale commonly ends in `Squeeze`. Dinh et al. (2017, arXiv
+    1605.08803), section 3.6.
+
+    Args:
+      scales: the bijector of every scale.
+      shape: of one x.
+
+    Raises:
+      ValueError: for no scale, events that do not chain, and an odd number of channels to be halved.
+    """
+
+    def __init__(self, scales: Sequence[Bijector], shape: Shape):
+        scales = list(scales)
+        if not scales:
+            raise ValueError("scales: expected at least one bijector, got none")
+        self._take("scales", scales)
+        self.scales = List(scales)
+        self.shape = self.event_shape = tuple(shape)
+        self.parts = tuple(self._part_shapes())
+
+    def _part_shapes(self) -> list[Shape]:
+        """The shape of the part of y that each scale gives."""
+        shape, parts = self.shape, []
+        for n, scale in enumerate(self.scales):
+            try:
+                shape = scale.output_shape(shape)
+            except ValueError as error:
+                raise ValueError(f"scales[{n}] ({type(scale).__name__}): {error}") from error
+            if n < len(self.scales) - 1:
+                if shape[-1] % 2:
+                    raise ValueError(f"scales[{n}]: expected an even number of channels to halve, got events {shape}")
+                shape = (*shape[:-1], shape[-1] // 2)
+            parts.append(shape)
+        return parts
+
+    def output_shape(self, shape: Shape) -> Shape:
+        super().output_shape(shape)
+        return (sum(map(math.prod, self.parts)),)
+
+    def input_shape(self, shape: Shape) -> Shape:
+        return self.shape
+
+    def domain(self, dtype) -> Domain:
+        return self.scales[0].domain(dtype)
+
+    @property
+    def support(self):
+        return self.scales[0].support
+
+    def _run(self, x: Array, apply: Callable[[int, Array], Array]) -> Array:
+        """Runs x through the scales by apply(index, x); the parts of y, joined."""
+        parts = []
+        for n in range(len(self.scales)):
+            x = apply(n, x)
+            if n < len(self.scales) - 1:
+                x, part = jnp.split(x, 2, axis=-1)
+                parts.append(part)
+        return jnp.concatenate([part.reshape(part.shape[0], -1) for part in (*parts, x)], axis=-1)
+
+    def _run_back(self, y: Array, apply: Callable[[int, Array], Array]) -> Array:
+        """Runs y back through the scales by apply(index, y of the scale)."""
+        ends = np.cumsum([math.prod(shape) for shape in self.parts])[:-1]
+        pieces = jnp.split(y, ends, axis=-1)
+        parts = [piece.reshape(y.shape[0], *shape) for piece, shape in zip(pieces, self.parts, strict=True)]
+        x = parts.pop()
+        for n in reversed(range(len(self.scales))):
+            x = apply(n, x)
+            if n > 0:
+                x = jnp.concatenate([x, parts.pop()], axis=-1)
+        return x
+
+    def _own_conditions(self, condition: Array | None) -> list[Array | None]:
+        return [own_condition(scale, condition) for scale in self.scales]
+
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        conditions = self._own_conditions(condition)
+        return self._run(x, lambda n, x: self.scales[n](x, conditions[n]))
+
+    def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
+        keys, estimators = split_key(key, self.scales), split_estimator(estimator, self.scales)
+        conditions, found = self._own_conditions(condition), []
+
+        def apply(n: int, x: Array) -> Array:
+            found.append(self.scales[n].estimate(x, keys[n], estimators[n], conditions[n]))
+            return found[-1][0]
+
+        y = self._run(x, apply)
+        return y, sum(log_det for _, log_det, _ in found), [d for _, _, diagnostics in found for d in diagnostics]
+
+    def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
+        conditions, found = self._own_conditions(condition), []
+
+        def apply(n: int, y: Array) -> Array:
+            found.append(self.scales[n].solve(y, solver, conditions[n]))
+            return found[-1][0]
+
+        x = self._run_back(y, apply)
+        return x, [status for _, statuses in reversed(found) for status in statuses]
+
+    def solve_and_estimate(
+        self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
+    ) -> InverseAndLogDet:
+        keys, estimators = split_key(key, self.scales), split_estimator(estimator, self.scales)
+        conditions, found = self._own_conditions(condition), []
+
+        def apply(n: int, y: Array) -> Array:
+            found.append(self.scales[n].solve_and_estimate(y, keys[n], estimators[n], solver, conditions[n]))
+            return found[-1][0]
+
+        x = self._run_back(y, apply)
+        found = found[::-1]
+        diagnostics = [d for part in found for d in part[2]]
+        return x, sum(part[1] for part in found), diagnostics, [status for part in found for status in part[3]]
+
+    def initialize(self, x: Array, condition: Array | None = None) -> Array:
+        conditions = self._own_conditions(condition)
+        return self._run(x, lambda n, x: self.scales[n].initialize(x, conditions[n]))
+
+    def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
+        conditions = self._own_conditions(condition)
+        return self._run(x, lambda n, x: self.scales[n].update_statistics(x, conditions[n]))
+
+    def certified_bounds(self, blocks: list) -> tuple[float, float]:
+        lipschitz = inverse = 1.0
+        for n, scale in enumerate(self.scales):
+            forward, backward = scale.certified_bounds(blocks)
+            if n > 0:  # what has left before stays as it is
+                forward, backward = max(1.0, forward), max(1.0, backward)
+            lipschitz, inverse = lipschitz * forward, inverse * backward
+        return lipschitz, inverse
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return self.certified_bounds([])
+
+    def tighten(self) -> None:
+        for scale in self.scales:
+            scale.tighten()
+
+
+def _entrance(bijectors: Sequence[Bijector]) -> Shape | None:
+    """The shape of events that a chain takes, by the first layer that knows its own; None if none does."""
+    for n, bijector in enumerate(bijectors):
+        if bijector.event_shape is not None:
+            shape = bijector.event_shape
+            for before in reversed(bijectors[:n]):
+                shape = before.input_shape(shape)
+            return tuple(shape)
+    return None

@@ -1,0 +1,57 @@
+"""How a condition c enters a contraction: gates and shifts of its linear layers.
+
+    h(x; c) = gate(c) * (W x) + b + shift(c),   gate = tanh(2 + a(c)),   |gate| <= 1
+
+An ordinary network, of any Lipschitz constant, gives a(c) and shift(c). A factor of modulus at most 1 shrinks every
+difference h(a; c) - h(b; c), and a shift cancels in it: the layer's norm in x is that of W at most, for every c and in
+every p-norm. At the start the gates are near 1.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from resflow_jax.functional.checks import check_count
+from resflow_jax.layers.module import Module
+
+Array = jax.Array
+
+_WIDTH = 64
+_START = 2.0  # of a gate's argument: tanh(2) = 0.96
+
+
+class Gate(NamedTuple):
+    """What a condition does to one linear layer: factor and shift of every channel, [B, channels]."""
+
+    factor: Array
+    shift: Array
+
+    def __call__(self, x: Array) -> Array:
+        """factor * x + shift for x [B, ..., channels]."""
+        shape = (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
+        return self.factor.reshape(shape) * x + self.shift.reshape(shape)
+
+
+class Conditioning(Module):
+    """The gates of several linear layers from a condition [B, *condition_shape], by one hidden layer of 64 units."""
+
+    def __init__(self, condition_shape: tuple[int, ...], channels: Sequence[int], *, rngs: nnx.Rngs):
+        """channels: of the output of every linear layer."""
+        for size in condition_shape:
+            check_count("condition_shape", size, 1)
+        dtype = jnp.result_type(float)
+        self.channels = tuple(channels)
+        self.hidden = nnx.Linear(math.prod(condition_shape), _WIDTH, param_dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(_WIDTH, 2 * sum(channels), param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, condition: Array) -> list[Gate]:
+        features = self.out(nnx.swish(self.hidden(condition.reshape(condition.shape[0], -1))))
+        sizes = [2 * size for size in self.channels]
+        parts = jnp.split(features, np.cumsum(sizes)[:-1].tolist(), axis=-1)
+        halves = (jnp.split(part, 2, axis=-1) for part in parts)
+        return [Gate(jnp.tanh(_START + a), shift) for a, shift in halves]

@@ -1,0 +1,74 @@
+"""Conditions c of p(x | c): which layers take one, of what shape, and how a caller may give it.
+
+A layer's `condition_shape` is None where it takes no condition, the shape of one example's condition where that is
+known, and ANY where it takes whatever it is given, as a module of the user's does.
+"""
+
+from collections.abc import Iterable
+from types import EllipsisType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from resflow_jax.functional.checks import as_float_array
+
+ANY = ...
+ConditionShape = tuple[int, ...] | EllipsisType | None
+
+
+def common_condition_shape(shapes: Iterable[tuple[str, ConditionShape]]) -> ConditionShape:
+    """The condition of a composition, from the names and the condition shapes of its parts.
+
+    Raises:
+      ValueError: where two parts take conditions of different shapes; it names both.
+    """
+    found: ConditionShape = None
+    whose = ""
+    for name, shape in shapes:
+        if shape is None:
+            continue
+        if found is None or found is ANY:
+            found, whose = shape, name
+        elif shape is not ANY and shape != found:
+            raise ValueError(
+                f"condition: expected one shape for all layers, got {found} in {whose} and {shape} in {name}"
+            )
+    return found
+
+
+def as_condition(condition: Any, shape: ConditionShape, batch: tuple[int, ...]) -> jax.Array | None:
+    """A caller's condition as an array [*batch, *shape], or None where none is taken.
+
+    Args:
+      condition: floats [*shape], one for all examples, or [*batch, *shape], one each.
+      shape: what the layers take.
+      batch: leading axes of the examples.
+
+    Raises:
+      ValueError: for a condition that is missing, not expected, or of another shape or dtype.
+    """
+    if shape is None:
+        if condition is not None:
+            raise ValueError(f"condition: expected None, since no part takes a condition, got {_described(condition)}")
+        return None
+    text = "..." if shape is ANY else ", ".join(map(str, shape))
+    batch_text = ", ".join(map(str, batch))
+    expected = f"floats [{batch_text}, {text}], one for each example"
+    if shape is not ANY:
+        expected += f", or [{text}], one for all"
+    if condition is None:
+        raise ValueError(f"condition: expected {expected}, got None")
+    dtype = getattr(condition, "dtype", None)
+    if dtype is not None and (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)):
+        raise ValueError(f"condition: expected {expected}, got dtype {dtype}; for classes use jax.nn.one_hot")
+    condition = as_float_array("condition", condition)
+    if shape is not ANY and condition.shape == tuple(shape):
+        return jnp.broadcast_to(condition, (*batch, *shape))
+    if condition.shape[: len(batch)] != batch or (shape is not ANY and condition.shape != (*batch, *shape)):
+        raise ValueError(f"condition: expected {expected}, got shape {condition.shape}")
+    return condition
+
+
+def _described(condition: Any) -> str:
+    return f"shape {condition.shape}" if hasattr(condition, "shape") else repr(condition)

@@ -1,0 +1,84 @@
+"""Bijectors that change the shape or the order of an event's elements: squeeze, flatten, reshape. Volumes are kept."""
+
+import math
+
+import jax
+
+from resflow_jax.layers.bijector import Bijector, Shape, no_log_det
+
+Array = jax.Array
+
+
+class _Rearrangement(Bijector):
+    """A layer that moves elements; subclasses say where to."""
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return 1.0, 1.0
+
+
+class Squeeze(_Rearrangement):
+    """[B, H, W, C] -> [B, H/2, W/2, 4C]: 2x2 space to depth, output channel = c * 4 + dy * 2 + dx.
+
+    Args:
+      shape: (H, W, C) of one x, H and W even.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]):
+        if len(shape) != 3:
+            raise ValueError(f"shape: expected (H, W, C), got {shape}")
+        height, width, _ = shape
+        if height % 2 or width % 2:
+            raise ValueError(f"shape: expected even height and width to squeeze 2x2, got {shape}")
+        self.shape = self.event_shape = tuple(shape)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        height, width, channels = super().output_shape(shape)
+        return height // 2, width // 2, 4 * channels
+
+    def input_shape(self, shape: Shape) -> Shape:
+        return self.shape
+
+    def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
+        height, width, channels = self.shape
+        y = x.reshape(x.shape[0], height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 5, 2, 4)
+        return y.reshape(x.shape[0], height // 2, width // 2, 4 * channels), no_log_det(x)
+
+    def invert(self, y: Array, condition: Array | None = None) -> Array:
+        height, width, channels = self.shape
+        x = y.reshape(y.shape[0], height // 2, width // 2, channels, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+        return x.reshape(y.shape[0], height, width, channels)
+
+
+class Reshape(_Rearrangement):
+    """[B, *shape] -> [B, *new_shape], in row-major order.
+
+    Args:
+      shape: of one x.
+      new_shape: of one y, with as many elements.
+    """
+
+    def __init__(self, shape: Shape, new_shape: Shape):
+        self.shape = self.event_shape = tuple(shape)
+        self.new_shape = tuple(new_shape)
+        if math.prod(self.shape) != math.prod(self.new_shape):
+            raise ValueError(f"new_shape: expected as many elements as {self.shape} has, got {self.new_shape}")
+
+    def output_shape(self, shape: Shape) -> Shape:
+        super().output_shape(shape)
+        return self.new_shape
+
+    def input_shape(self, shape: Shape) -> Shape:
+        return self.shape
+
+    def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
+        return x.reshape(x.shape[0], *self.new_shape), no_log_det(x)
+
+    def invert(self, y: Array, condition: Array | None = None) -> Array:
+        return y.reshape(y.shape[0], *self.shape)
+
+
+class Flatten(Reshape):
+    """[B, *shape] -> [B, D], in row-major order: H, W, C for images."""
+
+    def __init__(self, shape: Shape):
+        super().__init__(shape, (math.prod(shape),))

@@ -1,0 +1,67 @@
+"""Base distributions of z: what a flow's bijector maps data to."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from resflow_jax.layers.conditions import ConditionShape
+from resflow_jax.layers.module import Module
+
+Array = jax.Array
+Shape = tuple[int, ...]
+
+
+class Base(Module):
+    """Interface of a base distribution of events z.
+
+    Attributes:
+      event_shape: of one z.
+      condition_shape: of one condition; None for no condition.
+    """
+
+    event_shape: Shape
+    condition_shape: ConditionShape = None
+
+    def log_prob(self, z: Array, condition: Array | None = None) -> Array:
+        """log p(z | c) [B] in nats of z [B, *event_shape]."""
+        raise NotImplementedError
+
+    def sample(
+        self, key: Array, number: int, condition: Array | None = None, temperature: float | Array = 1.0
+    ) -> Array:
+        """Draws z [number, *event_shape]; `temperature` multiplies the deviation from the mean."""
+        raise NotImplementedError
+
+
+class StandardNormal(Base):
+    """N(0, I) on events of a given shape; it has no parameters.
+
+    Args:
+      event_shape: of one z.
+    """
+
+    def __init__(self, event_shape: Shape):
+        self.event_shape = tuple(event_shape)
+
+    def log_prob(self, z: Array, condition: Array | None = None) -> Array:
+        return standard_normal_log_prob(z)
+
+    def sample(
+        self, key: Array, number: int, condition: Array | None = None, temperature: float | Array = 1.0
+    ) -> Array:
+        return temperature * jax.random.normal(key, (number, *self.event_shape), jnp.result_type(float))
+
+
+def as_base(base: Any, event_shape: Shape) -> Base:
+    """A `Base` as it is."""
+    if isinstance(base, Base):
+        return base
+    raise ValueError(f"base: expected a Base, got {type(base).__name__}")
+
+
+def standard_normal_log_prob(z: Array) -> Array:
+    """log N(z; 0, I), [B] in nats, for z [B, ...]."""
+    axes = tuple(range(1, z.ndim))
+    return -0.5 * jnp.sum(z**2, axis=axes) - 0.5 * math.prod(z.shape[1:]) * math.log(2 * math.pi)
