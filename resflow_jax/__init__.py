@@ -26,7 +26,7 @@ from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, N
 from resflow_jax.layers.padding import ChannelPadding
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
-from resflow_jax.models.bases import Base, StandardNormal
+from resflow_jax.models.bases import Base, DiagonalNormal, MixtureOfNormals, StandardNormal
 from resflow_jax.models.certificate import Certificate, certify
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import Flow
@@ -53,6 +53,7 @@ __all__ = [
     "Defensive",
     "DenseMap",
     "Diagnostics",
+    "DiagonalNormal",
     "Estimate",
     "Estimator",
     "Exact",
@@ -68,6 +69,7 @@ __all__ = [
     "InvertibleLinear",
     "LayerCertificate",
     "Logit",
+    "MixtureOfNormals",
     "MovingBatchNorm",
     "MovingCentering",
     "MultiScale",
