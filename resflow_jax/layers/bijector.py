@@ -125,6 +125,15 @@ class Bijector(Module):
         """Lower and upper ends of what samples of x are clipped to, or None."""
         return None
 
+    def codomain(self, dtype: Any) -> Domain:
+        """Where the values of y are: the domain of the inverse."""
+        return ANYWHERE
+
+    @property
+    def image(self) -> tuple[Any, Any] | None:
+        """Lower and upper ends of the values of y, or None: the support of the inverse."""
+        return None
+
     # What a layer with residual blocks inside defines
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
