@@ -11,11 +11,11 @@ import resflow_jax as rf
 from resflow_jax.functional.activations import get_activation
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.layers.actnorm import ActNorm
-from resflow_jax.layers.affine import Affine
 from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.contraction import Layered
 from resflow_jax.layers.densenet import DenseNetOfMaps
+from resflow_jax.layers.diagonal_affine import Affine
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormState, map_linears
 from resflow_jax.layers.logit import Logit
