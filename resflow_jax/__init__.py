@@ -22,12 +22,12 @@ from resflow_jax.functional.norms import (
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
 from resflow_jax.layers.actnorm import ActNorm
-from resflow_jax.layers.affine import Affine
 from resflow_jax.layers.bijector import Bijector, Constant
 from resflow_jax.layers.bounded import Bounded
 from resflow_jax.layers.certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.composition import Chain, Invert, MultiScale
 from resflow_jax.layers.contraction import Contraction
+from resflow_jax.layers.diagonal_affine import Affine
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import NormState
 from resflow_jax.layers.lipschitz_layers import LipschitzConv, LipschitzDense
