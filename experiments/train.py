@@ -26,7 +26,7 @@ from experiments.page import write_report
 from experiments.run import certificate_rows, claim_workdir, print_table, use_compilation_cache, write_atomically
 from experiments.signals import stop_on_signal
 from resflow_jax import Certificate, Estimate, Estimator, InverseStatus, ResidualFlow, certify
-from resflow_jax.interop.plain_json import as_json
+from resflow_jax.io.config_json import as_json
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.parallel import make_mesh
 from resflow_jax.training.placement import Placement, mesh_of, on_host, tightened
