@@ -1,7 +1,6 @@
 """The flow of an `experiments.density` run, finished or still running, from its work directory alone.
 
-The config is read back from config.json, as `experiments.run.as_json` writes it: each dataclass with its name as
-"type", tuples as lists, paths and infinite numbers as strings.
+The config is read back from config.json, in the format of `resflow_jax.io.config_json`.
 """
 
 import dataclasses
@@ -40,28 +39,26 @@ Weights = Literal["best", "latest"]
 
 # What a config.json may hold. `Fitted` is no setting: its table lies in the checkpoints.
 _TYPES = {
-    **FLOW_CONFIGS,
-    **{
-        cls.__name__: cls
-        for cls in (
-            DensityConfig,
-            VectorsConfig,
-            ToyConfig,
-            DataConfig,
-            VectorDataConfig,
-            OptimizerConfig,
-            EvaluationConfig,
-            ToyEvaluationConfig,
-            MeshConfig,
-            DistributedConfig,
-            Exact,
-            Truncated,
-            Roulette,
-            Geometric,
-            Poisson,
-            Defensive,
-        )
-    },
+    cls.__name__: cls
+    for cls in (
+        DensityConfig,
+        VectorsConfig,
+        ToyConfig,
+        DataConfig,
+        VectorDataConfig,
+        OptimizerConfig,
+        EvaluationConfig,
+        ToyEvaluationConfig,
+        MeshConfig,
+        DistributedConfig,
+        Exact,
+        Truncated,
+        Roulette,
+        Geometric,
+        Poisson,
+        Defensive,
+        *FLOW_CONFIGS.values(),
+    )
 }
 
 
