@@ -30,6 +30,16 @@ from resflow_jax.models.bases import Base, StandardNormal
 from resflow_jax.models.certificate import Certificate, certify
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import Flow
+from resflow_jax.models.groups import (
+    BetweenBlocks,
+    DenseNetBlocks,
+    DenseTail,
+    ImageTransform,
+    Norms,
+    Padding,
+    Scales,
+    VectorTransform,
+)
 from resflow_jax.models.residual_flow import ResidualFlow
 from resflow_jax.training.likelihood import Estimate, evaluate_bits_per_dim
 
@@ -41,6 +51,7 @@ __all__ = [
     "Activation",
     "Anderson",
     "Base",
+    "BetweenBlocks",
     "Bijector",
     "BlockCertificate",
     "Broyden",
@@ -52,6 +63,8 @@ __all__ = [
     "ConvMap",
     "Defensive",
     "DenseMap",
+    "DenseNetBlocks",
+    "DenseTail",
     "Diagnostics",
     "Estimate",
     "Estimator",
@@ -62,6 +75,7 @@ __all__ = [
     "Flow",
     "Geometric",
     "ImageFlowConfig",
+    "ImageTransform",
     "InverseError",
     "InverseStatus",
     "Invert",
@@ -73,6 +87,8 @@ __all__ = [
     "MultiScale",
     "NormState",
     "Normalization",
+    "Norms",
+    "Padding",
     "Poisson",
     "PowerIteration",
     "PowerIterationStatus",
@@ -81,11 +97,13 @@ __all__ = [
     "ResidualFlow",
     "ResidualStack",
     "Roulette",
+    "Scales",
     "Solver",
     "Squeeze",
     "StandardNormal",
     "Truncated",
     "VectorFlowConfig",
+    "VectorTransform",
     "batch_axes",
     "best_start",
     "certify",

@@ -17,7 +17,18 @@ from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConf
 from experiments.saved import saved_config, saved_flow
 from experiments.train import set_up, tightened_flow
 from experiments.trained import trained_flow, trained_runs
-from resflow_jax import Defensive, Exact, Geometric, ImageFlowConfig, Poisson, Roulette, Truncated, certify
+from resflow_jax import (
+    Defensive,
+    Exact,
+    Geometric,
+    ImageFlowConfig,
+    ImageTransform,
+    Norms,
+    Poisson,
+    Roulette,
+    Truncated,
+    certify,
+)
 from resflow_jax.io.config_json import as_json
 from resflow_jax.training.checkpoints import Checkpoints
 from tests.experiments import tiny
@@ -26,7 +37,10 @@ UNUSUAL = replace(
     tiny.DIGITS,
     data=DataConfig("elsewhere", path=Path("images"), dir="there"),
     model=ImageFlowConfig(
-        (8, 8, 3), blocks=(1, 2), norms="f12f", logit_alpha=None, data_mean=(0.5, 0, 0.25), data_deviation=(1, 1, 0.5)
+        (8, 8, 3),
+        blocks=(1, 2),
+        data=ImageTransform(logit_alpha=None, mean=(0.5, 0, 0.25), deviation=(1, 1, 0.5)),
+        norms=Norms("f12f"),
     ),
     estimator=Truncated(7, probe="gaussian", probes=2),
     optimizer=OptimizerConfig(clip=math.inf),

@@ -43,7 +43,13 @@ def test_round_trip(flow, path):
 
 def test_every_config_comes_back():
     """Tuples, infinite orders and what is not given; as JSON of the standard."""
-    config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), norms="12f1", fc_norms=(2, 2.5, 3, 2), logit_alpha=None)
+    config = rf.ImageFlowConfig(
+        (4, 4, 1),
+        blocks=(1,),
+        data=rf.ImageTransform(logit_alpha=None),
+        norms=rf.Norms("12f1"),
+        tail=rf.DenseTail(norms=(2, 2.5, 3, 2)),
+    )
     text = config_to_json(config)
     assert config_from_json(text) == config
     json.loads(text, parse_constant=pytest.fail)

@@ -15,7 +15,12 @@ from resflow_jax.training.likelihood import tend
 from resflow_jax.training.step import Trainer
 
 CONFIG = rf.VectorFlowConfig(
-    dim=2, blocks=2, hidden=(3,), preactivation="all", learn_norms=True, batchnorm=True, centering="layers"
+    dim=2,
+    blocks=2,
+    hidden=(3,),
+    preactivation="all",
+    between=rf.BetweenBlocks(batchnorm=True, centering="layers"),
+    norms=rf.Norms(learned=True),
 )
 X = jax.random.normal(jax.random.key(0), (16, 2)) * jnp.asarray([[1.0, 3.0]]) + 2
 
