@@ -32,7 +32,7 @@ from resflow_jax import (
     Truncated,
 )
 from resflow_jax.functional.checks import check_choice
-from resflow_jax.io.config_json import FLOW_CONFIGS, from_document
+from resflow_jax.io.config_json import FLOW_TYPES, from_document
 from resflow_jax.training.checkpoints import Checkpoints
 
 Weights = Literal["best", "latest"]
@@ -57,7 +57,7 @@ _TYPES = {
         Geometric,
         Poisson,
         Defensive,
-        *FLOW_CONFIGS.values(),
+        *FLOW_TYPES.values(),
     )
 }
 

@@ -14,20 +14,43 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from resflow_jax.functional.checks import check_choice
-from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
+from resflow_jax.interop.torch_flow import TorchImageConfig
+from resflow_jax.io.config_upgrade import STEPS, upgrade
+from resflow_jax.models import groups
+from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = len(STEPS)
 _VERSION = "format_version"
 
-FLOW_CONFIGS = {cls.__name__: cls for cls in (ImageFlowConfig, VectorFlowConfig)}
+# What the config of a flow is, and what may occur in it.
+FLOW_CONFIGS = {cls.__name__: cls for cls in (ImageFlowConfig, VectorFlowConfig, TorchImageConfig)}
+FLOW_TYPES = FLOW_CONFIGS | {
+    cls.__name__: cls
+    for cls in (
+        groups.BetweenBlocks,
+        groups.DenseNetBlocks,
+        groups.DenseTail,
+        groups.ImageTransform,
+        groups.Norms,
+        groups.Padding,
+        groups.Scales,
+        groups.VectorTransform,
+    )
+}
 
 
-def config_to_json(config: Any) -> str:
-    """The config of a flow as JSON, with the version of the format."""
+def config_to_json(config: FlowConfig) -> str:
+    """The config of a flow as JSON, with the version of the format.
+
+    Raises:
+      ValueError: for what is no config of a flow.
+    """
+    if type(config) not in FLOW_CONFIGS.values():
+        raise ValueError(f"config: expected one of {', '.join(FLOW_CONFIGS)}; got {type(config).__name__}")
     return json.dumps(as_document(config))
 
 
-def config_from_json(text: str) -> Any:
+def config_from_json(text: str) -> FlowConfig:
     """The config of a flow that `config_to_json` wrote, in this version or in an earlier one.
 
     Raises:
@@ -41,7 +64,7 @@ def config_from_json(text: str) -> Any:
         raise ValueError(f"{expected}, got {text!r}") from error
     if not isinstance(document, dict) or document.get("type") not in FLOW_CONFIGS:
         raise ValueError(f"{expected}, got {text!r}")
-    return from_document(document, Any, FLOW_CONFIGS)
+    return from_document(document, FlowConfig, FLOW_TYPES)
 
 
 def as_json(config: Any) -> Any:
@@ -88,7 +111,22 @@ def upgraded(document: Any) -> Any:
         raise ValueError(
             f"{_VERSION}: expected at most {FORMAT_VERSION}, got {version!r}; a later resflow_jax wrote this"
         )
-    return {name: value for name, value in document.items() if name != _VERSION}
+    return upgrade({name: value for name, value in document.items() if name != _VERSION}, version)
+
+
+def completed(document: Any, config: Any) -> Any:
+    """Plain JSON values of a config, with the defaults of fields that they lack where `config` is of the same types."""
+    if not isinstance(document, dict) or document.get("type") != type(config).__name__:
+        return document
+    found = dict(document)
+    for field in dataclasses.fields(config):
+        if field.name in found:
+            found[field.name] = completed(found[field.name], getattr(config, field.name))
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = as_json(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = as_json(field.default_factory())
+    return found
 
 
 def _read(value: Any, hint: Any, types: Mapping[str, type], name: str) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from resflow_jax import DenseTail, Exact, ImageFlowConfig, ResidualFlow, VectorFlowConfig
+from resflow_jax import BetweenBlocks, DenseTail, Exact, ImageFlowConfig, ResidualFlow, VectorFlowConfig
 from resflow_jax.models.bases import standard_normal_log_prob
 
 pytest.importorskip("torch", reason="needs the extra bench: torch and normflows")
@@ -91,7 +91,10 @@ def test_log_densities_within_their_noise(example):
     [
         (VectorFlowConfig(3, blocks=1, hidden=(4,)), "flow: expected one of images without factor_out, got Vector"),
         (replace(CONVOLUTIONS, activation="elu"), "flow: expected chains of layers with lipswish between.*got elu"),
-        (replace(CONVOLUTIONS, actnorm=False, batchnorm=True), "flow: expected only Logit, .* got MovingBatchNorm"),
+        (
+            replace(CONVOLUTIONS, between=BetweenBlocks(actnorm=False, batchnorm=True)),
+            "flow: expected only Logit, .* got MovingBatchNorm",
+        ),
     ],
 )
 def test_other_flows_are_refused(config, message):

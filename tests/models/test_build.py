@@ -171,7 +171,7 @@ def test_fully_connected_sizes():
 
 
 def test_norms_of_convolutional_and_of_dense_blocks():
-    """`norms` are those of convolutions, or of dense layers in their place; `tail.norms` those of the blocks after them."""
+    """`norms` are those of convolutions, or of dense layers in their place; `tail.norms` those of the tail."""
     for fully_connected in (False, True):
         config = TorchImageConfig(
             **TWO_SCALES,
