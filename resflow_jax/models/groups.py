@@ -29,7 +29,8 @@ class Padding:
     Attributes:
       channels: how many; 0 for none.
       noise: "uniform" on [0, 1] or "gaussian".
-      scale, shift: the noise is e = shift + scale * that.
+      scale: factor of that.
+      shift: added to it: e = shift + scale * noise.
     """
 
     channels: int = 0
@@ -50,7 +51,7 @@ class VectorTransform:
     """What a flow does to vectors before its first block.
 
     Attributes:
-      mean: of every element, to be subtracted; None for none.
+      mean: mean of every element, to be subtracted; None for none.
       deviation: with `mean`, deviation of every element, to be divided by.
       padding: elements of noise appended to the result.
     """
@@ -86,7 +87,8 @@ class ImageTransform(VectorTransform):
     """What a flow does to images before its first block: a logit, or normalisation by mean and deviation.
 
     Attributes:
-      mean, deviation: without the logit, of every channel, as in `VectorTransform`.
+      mean: without the logit, mean of every channel, to be subtracted; None for none.
+      deviation: with `mean`, deviation of every channel, to be divided by.
       padding: channels of noise appended after that.
       logit_alpha: alpha of the logit transform, at least the smallest normal number of the dtype; None leaves it out.
     """

@@ -158,9 +158,8 @@ def test_a_step_moves_running_statistics(flow, steps):
 def test_each_kind_of_running_statistics_is_moved(running):
     """By the batch, whichever of them a flow has."""
     seen = []
-    flow = SimpleNamespace(
-        config=rf.VectorFlowConfig(2, 1, (3,), between=rf.BetweenBlocks(**running)), update_statistics=seen.append
-    )
+    config = rf.VectorFlowConfig(2, 1, (3,), between=rf.BetweenBlocks(**running))
+    flow = SimpleNamespace(config=config, update_statistics=seen.append)
     value = jnp.asarray(3.0)
     assert tend(flow, X, value) is value
     np.testing.assert_array_equal(seen, [X])
