@@ -3,15 +3,22 @@
 from resflow_jax import interop, training
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
 from resflow_jax.functional.certificate import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
-from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated
+from resflow_jax.functional.contraction_check import ContractionCheck, check_contraction
+from resflow_jax.functional.estimators import CustomEstimator, Estimator, Exact, Roulette, Truncated
 from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.inverse import InverseError, residual_inverse
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
+from resflow_jax.functional.laws import Defensive, Fitted, Geometric, LengthLaw, Poisson
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.logdet import Diagnostics, residual
 from resflow_jax.functional.manual_axes import batch_axes
-from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, best_start, power_iteration
+from resflow_jax.functional.norms import (
+    PowerIteration,
+    PowerIterationStatus,
+    best_start,
+    power_iteration,
+    spectral_norm,
+)
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
 from resflow_jax.layers.actnorm import ActNorm
@@ -60,7 +67,9 @@ __all__ = [
     "ChannelPadding",
     "Constant",
     "Contraction",
+    "ContractionCheck",
     "ConvMap",
+    "CustomEstimator",
     "Defensive",
     "DenseMap",
     "DenseNetBlocks",
@@ -81,6 +90,7 @@ __all__ = [
     "Invert",
     "InvertibleLinear",
     "LayerCertificate",
+    "LengthLaw",
     "Logit",
     "MovingBatchNorm",
     "MovingCentering",
@@ -107,6 +117,7 @@ __all__ = [
     "batch_axes",
     "best_start",
     "certify",
+    "check_contraction",
     "evaluate_bits_per_dim",
     "fit_lengths",
     "gram_iteration_bound",
@@ -117,6 +128,7 @@ __all__ = [
     "residual",
     "residual_inverse",
     "save_torch_checkpoint",
+    "spectral_norm",
     "spectral_norm_bound",
     "training",
 ]
