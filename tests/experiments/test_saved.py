@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from flax import nnx
 
 from experiments import density, saved
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
+from experiments.run import claim_workdir
 from experiments.saved import saved_config, saved_flow
 from experiments.train import set_up, tightened_flow
 from experiments.trained import trained_flow, trained_runs
 from resflow_jax import (
     Defensive,
+    DenseTail,
     Exact,
     Geometric,
     ImageFlowConfig,
@@ -29,9 +32,11 @@ from resflow_jax import (
     Truncated,
     certify,
 )
-from resflow_jax.io.config_json import as_json
+from resflow_jax.io.config_json import FORMAT_VERSION, as_json
 from resflow_jax.training.checkpoints import Checkpoints
 from tests.experiments import tiny
+
+OLD = Path(__file__).parents[1] / "data" / "before_compositions"
 
 UNUSUAL = replace(
     tiny.DIGITS,
@@ -70,12 +75,36 @@ def write(directory, config):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_comes_back(name, tmp_path):
-    """What as_json writes is read as an equal config of the same types, but for where the run lies now."""
-    write(tmp_path, as_json(CONFIGS[name]))
+    """What a run writes is read as an equal config of the same types, but for where the run lies now."""
+    claim_workdir(tmp_path, CONFIGS[name])
+    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == FORMAT_VERSION
     config = saved_config(tmp_path)
     assert config == replace(CONFIGS[name], workdir=tmp_path)
     assert repr(config) == repr(replace(CONFIGS[name], workdir=tmp_path))
     assert hash(config.model) == hash(CONFIGS[name].model)
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    """Its flat config counts as what it is today, and what was not yet a setting as its default."""
+    with zipfile.ZipFile(OLD / "run.zip") as archive:
+        archive.extractall(tmp_path)
+    config = saved_config(tmp_path)
+    for changed, message in (
+        (
+            replace(config, model=replace(config.model, tail=DenseTail(2, hidden=4))),
+            "model.tail.blocks: 1 there, 2 now",
+        ),
+        (replace(config, model=replace(config.model, condition_dim=3)), "model.condition_dim: None there, 3 now"),
+    ):
+        with pytest.raises(ValueError, match=rf"another config.*\n  {message}$"):
+            claim_workdir(tmp_path, changed)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "fc_blocks" in written["model"]
+    del written["save_every"]
+    write(tmp_path, written)
+    claim_workdir(tmp_path, config)
+    assert saved_config(tmp_path) == config
+    assert "fc_blocks" not in (tmp_path / "config.json").read_text()
 
 
 def edited(*path, **fields):
@@ -109,7 +138,7 @@ def edited(*path, **fields):
         (edited("estimator", "length", type="Zipf"), "config.estimator.length.type: .*; got 'Zipf'"),
         (
             edited(estimator=as_json(Poisson())),
-            "config.estimator: expected Exact or Truncated or Roulette, got Poisson",
+            "config.estimator: expected Exact or Truncated or Roulette or CustomEstimator, got Poisson",
         ),
         (edited("model", blocks=["one"]), r"config.model.blocks\[0\]: expected int, got 'one'"),
         (edited(steps="many"), "config.steps: expected int, got 'many'"),
