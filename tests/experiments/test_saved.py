@@ -89,6 +89,11 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
     with zipfile.ZipFile(OLD / "run.zip") as archive:
         archive.extractall(tmp_path)
     config = saved_config(tmp_path)
+    assert config.model == ImageFlowConfig(
+        (8, 8, 1), blocks=(1, 1), hidden_channels=4, kernels=(3, 3), tail=DenseTail(1, hidden=4)
+    )
+    assert (config.workdir, config.steps, config.batch_size, config.evaluation.examples) == (tmp_path, 2, 8, 20)
+    assert config.estimator == Roulette() and config.data == DataConfig("digits")
     for changed, message in (
         (
             replace(config, model=replace(config.model, tail=DenseTail(2, hidden=4))),

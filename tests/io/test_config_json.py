@@ -1,11 +1,10 @@
 """Configs as JSON: what is written comes back, also what earlier versions wrote; the rest is refused by name.
 
-tests/data/before_compositions has files and a run of the version before groups of settings, with flat configs.
+tests/data/before_compositions has files of the version before groups of settings, with flat configs.
 """
 
 import json
 import math
-import zipfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -237,20 +236,6 @@ def test_files_of_the_version_before():
         with safetensors.safe_open(OLD / f"{name}.safetensors", framework="numpy") as file:
             found = config_from_json(file.metadata()["config"])
         assert found == config and type(found) is type(config)
-
-
-def test_the_run_of_the_version_before(tmp_path):
-    """Its config is read as that of a run of today."""
-    from experiments.saved import saved_config
-
-    with zipfile.ZipFile(OLD / "run.zip") as archive:
-        archive.extract("config.json", tmp_path)
-    config = saved_config(tmp_path)
-    assert config.model == rf.ImageFlowConfig(
-        (8, 8, 1), blocks=(1, 1), hidden_channels=4, kernels=(3, 3), tail=rf.DenseTail(1, hidden=4)
-    )
-    assert (config.workdir, config.steps, config.batch_size, config.evaluation.examples) == (tmp_path, 2, 8, 20)
-    assert config.estimator == rf.Roulette() and config.data.name == "digits"
 
 
 def edited(*path, **changes):
