@@ -22,18 +22,23 @@ from resflow_jax.functional.norms import (
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
 from resflow_jax.layers.actnorm import ActNorm
+from resflow_jax.layers.affine import Affine
 from resflow_jax.layers.bijector import Bijector, Constant
+from resflow_jax.layers.bounded import Bounded
 from resflow_jax.layers.certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.composition import Chain, Invert, MultiScale
 from resflow_jax.layers.contraction import Contraction
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import NormState
+from resflow_jax.layers.lipschitz_layers import LipschitzConv, LipschitzDense
 from resflow_jax.layers.logit import Logit
+from resflow_jax.layers.networks import DenseNet, LipschitzCNN, LipschitzMLP
 from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
 from resflow_jax.layers.padding import ChannelPadding
+from resflow_jax.layers.positive import Exp, Softplus
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
-from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
-from resflow_jax.models.bases import Base, StandardNormal
+from resflow_jax.layers.shapes import Flatten, Permutation, Reshape, Squeeze
+from resflow_jax.models.bases import Base, DiagonalNormal, MixtureOfNormals, StandardNormal
 from resflow_jax.models.certificate import Certificate, certify
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import Flow
@@ -56,11 +61,13 @@ __all__ = [
     "ACTIVATIONS",
     "ActNorm",
     "Activation",
+    "Affine",
     "Anderson",
     "Base",
     "BetweenBlocks",
     "Bijector",
     "BlockCertificate",
+    "Bounded",
     "Broyden",
     "Certificate",
     "Chain",
@@ -72,12 +79,15 @@ __all__ = [
     "CustomEstimator",
     "Defensive",
     "DenseMap",
+    "DenseNet",
     "DenseNetBlocks",
     "DenseTail",
     "Diagnostics",
+    "DiagonalNormal",
     "Estimate",
     "Estimator",
     "Exact",
+    "Exp",
     "Fitted",
     "FixedPoint",
     "Flatten",
@@ -91,7 +101,12 @@ __all__ = [
     "InvertibleLinear",
     "LayerCertificate",
     "LengthLaw",
+    "LipschitzCNN",
+    "LipschitzConv",
+    "LipschitzDense",
+    "LipschitzMLP",
     "Logit",
+    "MixtureOfNormals",
     "MovingBatchNorm",
     "MovingCentering",
     "MultiScale",
@@ -99,6 +114,7 @@ __all__ = [
     "Normalization",
     "Norms",
     "Padding",
+    "Permutation",
     "Poisson",
     "PowerIteration",
     "PowerIterationStatus",
@@ -108,6 +124,7 @@ __all__ = [
     "ResidualStack",
     "Roulette",
     "Scales",
+    "Softplus",
     "Solver",
     "Squeeze",
     "StandardNormal",

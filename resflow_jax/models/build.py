@@ -162,7 +162,7 @@ def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:
     *size, channels = shape
 
     def conv(channels_in: int, channels_out: int, kernel: int) -> ConvMap:
-        return ConvMap(tuple(size), channels_in, channels_out, kernel, config.matmul_dtype)
+        return ConvMap(tuple(size), channels_in, channels_out, kernel, matmul_dtype=config.matmul_dtype)
 
     if config.densenet.depth:
         return densenet(config, conv, channels, None, config.densenet.growth, 3)

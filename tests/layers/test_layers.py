@@ -14,7 +14,7 @@ from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.contraction import Layered
-from resflow_jax.layers.densenet import DenseNet
+from resflow_jax.layers.densenet import DenseNetOfMaps
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormState, map_linears
 from resflow_jax.layers.logit import Logit
@@ -35,7 +35,7 @@ def residual_block(rngs, *, activation="lipswish", preactivation=True, dense=Fal
 
 def dense_net_block(rngs):
     maps = DenseMap(6, 4), [DenseMap(4, 2), DenseMap(8, 2)], DenseMap(12, 6)
-    return ResidualBlock(DenseNet(*maps, get_activation("clipswish"), 0.9, rngs=rngs))
+    return ResidualBlock(DenseNetOfMaps(*maps, get_activation("clipswish"), 0.9, rngs=rngs))
 
 
 def stack(rngs):

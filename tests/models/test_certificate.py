@@ -204,9 +204,11 @@ def test_error_bounds(name):
     x, status = flow.inverse(y, solver=solver, return_status=True)
     bounds = certificate.error_bounds(status)
     assert bounds.shape == (2, 4)
-    (stack,) = flow.scales[0].bijectors
+    (stack,) = flow.bijector.bijectors
     for n, block in reversed(list(enumerate(stack.unstacked()))):
-        exact, found = (block.inverse(y, s)[0] for s in (rf.FixedPoint(tolerance=1e-13), solver))
+        exact, found = (
+            block.inverse(y, solver=s, return_status=True)[0] for s in (rf.FixedPoint(tolerance=1e-13), solver)
+        )
         errors = np.linalg.norm(found - exact, axis=1)
         assert (errors <= bounds[n]).all() and errors.max() > 1e-4
         y = found
@@ -228,5 +230,5 @@ def test_error_bounds_without_a_certificate():
 
 def test_only_flows_are_certified():
     """The error names the argument and the type."""
-    with pytest.raises(ValueError, match="flow: expected a ResidualFlow, got dict"):
+    with pytest.raises(ValueError, match="flow: expected a Flow, got dict"):
         rf.certify({})

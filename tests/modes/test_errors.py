@@ -218,7 +218,11 @@ def cases():
         (
             rf.ConvMap,
             {"size": (2, 2), "channels_in": 1, "channels_out": 1},
-            {"size": {"a number": 2, "one side": (2,), "zero": (0, 2)}, "channels_in": COUNTS, "kernel_size": COUNTS},
+            {
+                "size": {"a number": 2, "no side": (), "four sides": (2, 2, 2, 2), "zero": (0, 2)},
+                "channels_in": COUNTS,
+                "kernel_size": COUNTS,
+            },
         ),
         (
             rf.VectorFlowConfig,
