@@ -42,6 +42,16 @@ from resflow_jax.models.bases import Base, DiagonalNormal, MixtureOfNormals, Sta
 from resflow_jax.models.certificate import Certificate, certify
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import Flow
+from resflow_jax.models.groups import (
+    BetweenBlocks,
+    DenseNetBlocks,
+    DenseTail,
+    ImageTransform,
+    Norms,
+    Padding,
+    Scales,
+    VectorTransform,
+)
 from resflow_jax.models.residual_flow import ResidualFlow
 from resflow_jax.training.likelihood import Estimate, evaluate_bits_per_dim
 
@@ -54,6 +64,7 @@ __all__ = [
     "Affine",
     "Anderson",
     "Base",
+    "BetweenBlocks",
     "Bijector",
     "BlockCertificate",
     "Bounded",
@@ -69,6 +80,8 @@ __all__ = [
     "Defensive",
     "DenseMap",
     "DenseNet",
+    "DenseNetBlocks",
+    "DenseTail",
     "Diagnostics",
     "DiagonalNormal",
     "Estimate",
@@ -81,6 +94,7 @@ __all__ = [
     "Flow",
     "Geometric",
     "ImageFlowConfig",
+    "ImageTransform",
     "InverseError",
     "InverseStatus",
     "Invert",
@@ -98,6 +112,8 @@ __all__ = [
     "MultiScale",
     "NormState",
     "Normalization",
+    "Norms",
+    "Padding",
     "Permutation",
     "Poisson",
     "PowerIteration",
@@ -107,12 +123,14 @@ __all__ = [
     "ResidualFlow",
     "ResidualStack",
     "Roulette",
+    "Scales",
     "Softplus",
     "Solver",
     "Squeeze",
     "StandardNormal",
     "Truncated",
     "VectorFlowConfig",
+    "VectorTransform",
     "batch_axes",
     "best_start",
     "certify",
