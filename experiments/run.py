@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from resflow_jax.interop.plain_json import as_json
-from resflow_jax.interop.whole_files import whole_file
+from resflow_jax.io.whole_files import whole_file
 from resflow_jax.models.certificate import Certificate
 
 

@@ -14,6 +14,7 @@ from resflow_jax.functional.manual_axes import batch_axes
 from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, best_start, power_iteration
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
+from resflow_jax.io.files import load, save
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector, Constant
 from resflow_jax.layers.certificate import BlockCertificate, LayerCertificate
@@ -94,10 +95,12 @@ __all__ = [
     "gram_iteration_bound",
     "induced_norm_bound",
     "interop",
+    "load",
     "load_torch_checkpoint",
     "power_iteration",
     "residual",
     "residual_inverse",
+    "save",
     "save_torch_checkpoint",
     "spectral_norm_bound",
     "training",
