@@ -3,11 +3,11 @@
 from resflow_jax import interop, training
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
 from resflow_jax.functional.certificate import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
-from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated
+from resflow_jax.functional.estimators import CustomEstimator, Estimator, Exact, Roulette, Truncated
 from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.inverse import InverseError, residual_inverse
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
+from resflow_jax.functional.laws import Defensive, Fitted, Geometric, LengthLaw, Poisson
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.logdet import Diagnostics, residual
 from resflow_jax.functional.manual_axes import batch_axes
@@ -51,6 +51,7 @@ __all__ = [
     "Constant",
     "Contraction",
     "ConvMap",
+    "CustomEstimator",
     "Defensive",
     "DenseMap",
     "Diagnostics",
@@ -68,6 +69,7 @@ __all__ = [
     "Invert",
     "InvertibleLinear",
     "LayerCertificate",
+    "LengthLaw",
     "Logit",
     "MovingBatchNorm",
     "MovingCentering",

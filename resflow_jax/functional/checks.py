@@ -54,6 +54,14 @@ def as_host_array(name: str, x: Any, expected: str) -> jax.Array | np.ndarray:
     return x if isinstance(x, jax.Array) or x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
+def as_array(name: str, x: Any, expected: str) -> jax.Array:
+    """x as an array of JAX of any dtype that JAX knows. Conversions as of `as_float_batch`; ValueError for others."""
+    x = as_host_array(name, x, expected)
+    if not isinstance(x, jax.Array) and not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
+        raise ValueError(f"{name}: expected {expected} of numbers, got dtype {x.dtype}")
+    return _of_jax(x)
+
+
 def _float_array(name: str, x: Any, expected: str) -> jax.Array | np.ndarray:
     x = as_host_array(name, x, expected)
     if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -13,20 +13,20 @@ from resflow_jax.functional.tracing import trace
 Array = jax.Array
 
 
-def split_chunks(x: Array, chunk_size: int | None) -> Array:
+def split_chunks(batched: Any, chunk_size: int | None) -> Any:
     """[B, ...] -> [chunks, B / chunks, ...]: the fewest equal chunks of at most so many examples; one for None.
 
-    Where those have less than a quarter of that, as for a prime B, the smallest larger ones. One for a B that is left
-    open, as `jax.export.symbolic_shape` does.
+    Of every array of a pytree. Where those have less than a quarter of that, as for a prime B, the smallest larger
+    ones. One for a B that is left open, as `jax.export.symbolic_shape` does.
     """
-    batch = x.shape[0]
+    batch = jax.tree.leaves(batched)[0].shape[0]
     if chunk_size is None or not isinstance(batch, int):
-        return x[None]
+        return jax.tree.map(lambda leaf: leaf[None], batched)
     sizes = [n for n in range(1, batch + 1) if batch % n == 0]
     size = max(n for n in sizes if n <= chunk_size)
     if 4 * size < min(chunk_size, batch):
         size = min(n for n in sizes if n > chunk_size)
-    return x.reshape(-1, size, *x.shape[1:])
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batched)
 
 
 def join_chunks(x: Array) -> Array:
@@ -50,12 +50,13 @@ def map_chunks(function: Callable[[Any], Any], chunks: Any) -> Any:
 
 
 def pullback_chunks(
-    function: Callable[[Any, Array, Any], Any], args: Any, x: Array, others: Any, cotangents: Any
-) -> tuple[Any, Array]:
+    function: Callable[[Any, Any, Any], Any], args: Any, x: Any, others: Any, cotangents: Any
+) -> tuple[Any, Any]:
     """Cotangents of args and x, where function(args, chunk of x, chunk of others) has the `cotangents`.
 
-    Those of args are summed over all chunks: a single sum where the chunks are taken at once. function must
-    close over nothing that is differentiated.
+    x and others are pytrees of arrays with the chunks along their leading axis. The cotangents of args are summed over
+    all chunks: a single sum where the chunks are taken at once. function must close over nothing that is
+    differentiated.
     """
     function, closed_over = trace(function, args, *_first((x, others)))
 
@@ -74,9 +75,9 @@ def pullback_chunks(
         return jax.vjp(lambda args, x: whole(closed_over, args, x, others), args, x)[1](cotangents)
 
     chunks = x, others, cotangents
-    if len(x) == 1:
+    if len(jax.tree.leaves(x)[0]) == 1:
         args_bar, x_bar = pullback(closed_over, args, *_first(chunks))
-        return args_bar, x_bar[None]
+        return args_bar, jax.tree.map(lambda leaf: leaf[None], x_bar)
     return by_platform(
         closed_over, args, *chunks, cpu=one_by_one, default=at_once, out=jax.tree.map(jax.typeof, (args, x))
     )

@@ -25,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resflow_jax.functional.checks import as_float_batch, check_callable
+from resflow_jax.functional.checks import as_float_batch
+from resflow_jax.functional.conditions import arguments, as_condition, check_map
+from resflow_jax.functional.events import Events, is_tree
 from resflow_jax.functional.iteration import InverseStatus, Solver, example_max, iterate, wide_dtype
 from resflow_jax.functional.manual_axes import vary_over, varying_axes
 from resflow_jax.functional.solvers import Anderson
@@ -39,23 +41,26 @@ class InverseError(RuntimeError):
 
 
 def residual_inverse(
-    g: Callable[[Any, Array], Array],
+    g: Callable[..., Array],
     params: Any,
-    y: Array,
+    y: Any,
     *,
+    condition: Any = None,
     solver: Solver = Anderson(),
     return_status: bool = False,
-) -> Array | tuple[Array, InverseStatus]:
-    """Solves x + g(params, x) = y for x, each example to its own tolerance.
+) -> Any | tuple[Any, InverseStatus]:
+    """Solves x + g(params, x) = y, or x + g(params, x, condition) = y, for x, each example to its own tolerance.
 
-    Differentiable in params, y and whatever g closes over, in any mode and order. An eager call compiles once for
-    equal g, shapes and kind of solver, whatever its tolerance and cap.
+    Differentiable in params, y, the floats of the condition and whatever g closes over, in any mode and order. An eager
+    call compiles once for equal g, shapes and kind of solver, whatever its tolerance and cap.
 
     Args:
       g: pure function (params, x) -> array of x's shape and dtype, a contraction in x, each
         example of the batch by itself. It may close over arrays of any dtype, traced ones too.
       params: any pytree.
-      y: floats [B, ...].
+      y: floats [B, ...], or a pytree of such of one batch size and dtype; g then takes and returns trees like y.
+      condition: what else g depends on, example by example: None, or any pytree of arrays [B, ...] of any dtype. g is
+        then called as g(params, x, condition), and has to contract in x alone.
       solver: `FixedPoint`, `Anderson` or `Broyden`, with its tolerance and iteration cap.
       return_status: whether to return the status as well.
 
@@ -65,19 +70,26 @@ def residual_inverse(
       unconverged.
 
     Raises:
-      ValueError: if y is not a float array with a batch axis, if g changes its shape or dtype, if solver is none.
+      ValueError: if y is not a float array with a batch axis, if g changes its shape or dtype, if solver is none, if
+        an array of the condition has not the batch axis of y, or if g does not take a condition.
       InverseError: in an eager call, if an example did not converge and `solver.on_failure` is "raise".
     """
-    check_callable("g", g)
+    check_map(g, condition)
+    events = None
+    if is_tree(y):
+        events, y = Events.of("y", y, least=0)
+        g = events.wrap(g)
     y = as_float_batch("y", y, least=0)
+    condition = as_condition(condition, "y", y)
     check_solver(solver)
-    y = vary_over(y, varying_axes((y, params)))
-    traced, closed_over = trace_residual(g, params, "y", y)
+    y = vary_over(y, varying_axes((y, params, condition)))
+    traced, closed_over = trace_residual(g, params, "y", *arguments(y, condition))
     if missing := set(varying_axes(traced.out)) - set(varying_axes(y)):  # what g closes over differs over more axes
         y = vary_over(y, tuple(sorted(missing)))
-        traced, closed_over = trace_residual(g, params, "y", y)
+        traced, closed_over = trace_residual(g, params, "y", *arguments(y, condition))
     rule, limits = solver.split(y.dtype)
-    x, status = run(_solve, (traced, rule), limits, closed_over, params, y)
+    x, status = run(_solve, (traced, rule), limits, closed_over, params, condition, y)
+    x = x if events is None else events.unpack(x)
     return (x, status) if return_status else reported(x, status, "residual_inverse", solver.on_failure)
 
 
@@ -88,14 +100,14 @@ def check_solver(solver: Any) -> None:
 
 
 def _solve(
-    g: Traced, rule: Solver, limits: Any, closed_over: Any, params: Any, y: Array
+    g: Traced, rule: Solver, limits: Any, closed_over: Any, params: Any, condition: Any, y: Array
 ) -> tuple[Array, InverseStatus]:
     solver = rule.with_limits(limits)
 
     def solve(equation, start):
         # Not x - equation(x): its rounding would be added to that of y - g(x).
         scale = jnp.maximum(1, example_max(y))
-        x, status = iterate(lambda x: y - g(closed_over, params, x), start, solver, scale)
+        x, status = iterate(lambda x: y - g(closed_over, params, x, condition), start, solver, scale)
         wide = wide_dtype(y.dtype)  # custom_root wants float aux, and counts may pass 256
         return x, jax.tree.map(lambda leaf: leaf.astype(wide), status)
 
@@ -109,7 +121,7 @@ def _solve(
         return lax.custom_linear_solve(operator, b, solve_linear, solve_linear)
 
     def equation(x):
-        return x + g(closed_over, params, x) - y
+        return x + g(closed_over, params, x, condition) - y
 
     x, aux = lax.custom_root(equation, y, solve, tangent_solve, has_aux=True)
     iterations, residual, residual_norm, converged = lax.stop_gradient(aux)

@@ -54,9 +54,15 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[Traced, list[Any]]:
     return Traced(jaxpr.jaxpr, jax.tree.structure(shapes).unflatten(jaxpr.out_avals)), list(jaxpr.consts)
 
 
-def trace_residual(g: Callable[[Any, Any], Any], params: Any, name: str, like: jax.Array) -> tuple[Traced, list[Any]]:
-    """`trace` of g(params, x) at an x like the argument of a name; ValueError unless g keeps its shape and dtype."""
-    traced, closed_over = trace(g, params, like)
+def trace_residual(
+    g: Callable[..., Any], params: Any, name: str, like: jax.Array, *condition: Any
+) -> tuple[Traced, list[Any]]:
+    """`trace` of g(params, x, *condition) at an x like the argument of that name.
+
+    Raises:
+      ValueError: unless g keeps the shape and dtype of x.
+    """
+    traced, closed_over = trace(g, params, like, *condition)
     out = traced.out
     if getattr(out, "shape", None) != like.shape or out.dtype != like.dtype:
         got = f"{out.dtype} {out.shape}" if hasattr(out, "shape") else type(out).__name__

@@ -145,8 +145,10 @@ def _structure_of(like: Flow, metadata: dict[str, str]) -> Structure:
     said = metadata.get("config") if type(like) is ResidualFlow else metadata.get("structure")
     if said is None:
         kind = "config" if type(like) is ResidualFlow else "structure"
-        raise ValueError(f"like: expected a flow like that of the file, got {type(like).__name__}, of which the "
-                         f"metadata have no {kind}")
+        raise ValueError(
+            f"like: expected a flow like that of the file, got {type(like).__name__}, of which the "
+            f"metadata have no {kind}"
+        )
     if type(like) is ResidualFlow:
         of_file = json.loads(config_to_json(config_from_json(said)))
         unlike = difference(of_file, json.loads(config_to_json(like.config)))

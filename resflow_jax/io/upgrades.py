@@ -39,7 +39,9 @@ def old_names(new: Iterable[Names], old: Iterable[Names]) -> dict[Names, Names |
     tries = [_old_names(new, old, place) for place in _PLACES]
     found = min(tries, key=lambda names: len(_unmatched(names, old)))
     if missing := _unmatched(found, old):
-        raise ValueError(f"arrays: expected those of this flow, got others: {', '.join(map('.'.join, sorted(missing)))}")
+        raise ValueError(
+            f"arrays: expected those of this flow, got others: {', '.join(map('.'.join, sorted(missing)))}"
+        )
     return found
 
 

@@ -27,7 +27,9 @@ def conditional_flow(rngs, coefficient=0.8):
                 rf.ActNorm((3,)),
                 rf.ResidualBlock(contraction(rngs, condition_shape=(2,), coefficient=coefficient)),
                 rf.Invert(rf.ResidualBlock(contraction(rngs)), rf.FixedPoint(tolerance=1e-13)),
-                rf.ResidualStack(lambda rngs: rf.Chain([rf.InvertibleLinear(3, rngs=rngs), rf.ActNorm((3,))]), 2, rngs=rngs),
+                rf.ResidualStack(
+                    lambda rngs: rf.Chain([rf.InvertibleLinear(3, rngs=rngs), rf.ActNorm((3,))]), 2, rngs=rngs
+                ),
                 rf.Normalization([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]),
             ]
         )
@@ -39,7 +41,9 @@ def perturbed(flow, seed=0):
     params = nnx.state(flow, nnx.Param)
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [leaf + 0.2 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    leaves = [
+        leaf + 0.2 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)
+    ]
     nnx.update(flow, jax.tree.unflatten(treedef, leaves))
     flow.converge_norms()
     return flow

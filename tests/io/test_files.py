@@ -154,7 +154,9 @@ def test_a_flow_of_another_config(path, flow):
     other = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,), coefficient=0.7), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="like: .*coefficient: expected 0.8, got 0.7$"):
         rf.load(path, like=other)
-    with pytest.raises(ValueError, match="like: expected a flow like that of the file, got Flow, of which .* structure"):
+    with pytest.raises(
+        ValueError, match="like: expected a flow like that of the file, got Flow, of which .* structure"
+    ):
         rf.load(path, like=rf.Flow(rf.ActNorm((3,))))
 
 
@@ -250,14 +252,26 @@ def test_bad_files(change, message, path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda layers: layers[0].update(type="Sabotage"), r"bijectors\[0\]: expected a class of resflow_jax, got 'Sabot"),
-        (lambda layers: layers[0].update(type=["os"]), r"bijectors\[0\]: expected a class of resflow_jax, got \['os'\]"),
+        (
+            lambda layers: layers[0].update(type="Sabotage"),
+            r"bijectors\[0\]: expected a class of resflow_jax, got 'Sabot",
+        ),
+        (
+            lambda layers: layers[0].update(type=["os"]),
+            r"bijectors\[0\]: expected a class of resflow_jax, got \['os'\]",
+        ),
         (lambda layers: layers[0].update(type="os.system"), r"expected a class of resflow_jax, got 'os.system'"),
         (lambda layers: layers[0]["arguments"].update(size=3), r"\[0\]: expected arguments of ActNorm, got size"),
         (lambda layers: layers[0]["arguments"].clear(), r"\[0\]: expected arguments that ActNorm takes, got others: "),
         (lambda layers: layers[0]["arguments"].update(shape="abc"), r"\[0\]: expected arguments that ActNorm takes"),
-        (lambda layers: layers[0].pop("arguments"), r"\[0\]: expected the type and the arguments of a layer, got the ke"),
-        (lambda layers: layers[3]["arguments"].pop("depth"), r"\[3\]: expected the arguments step and depth, got none for"),
+        (
+            lambda layers: layers[0].pop("arguments"),
+            r"\[0\]: expected the type and the arguments of a layer, got the ke",
+        ),
+        (
+            lambda layers: layers[3]["arguments"].pop("depth"),
+            r"\[3\]: expected the arguments step and depth, got none for",
+        ),
         (lambda layers: layers[3]["arguments"]["step"].update(type="Other"), r"\[3\].step: expected a class of"),
         (lambda layers: layers.pop(), r"arrays unknown: constants/bijector/bijectors/4/deviation"),
         (lambda layers: layers.__setitem__(0, 3), r"bijectors\[0\]: expected Bijector, got int"),

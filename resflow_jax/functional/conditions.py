@@ -1,0 +1,63 @@
+"""The condition of a map g(params, x, condition): any pytree of arrays, each with one row for each example of x.
+
+Where no condition is given it is None, a tree without arrays, and g takes (params, x).
+"""
+
+import inspect
+from typing import Any
+
+import jax
+from jax.tree_util import keystr
+
+from resflow_jax.functional.checks import as_array, check_callable
+
+Array = jax.Array
+
+
+def as_condition(condition: Any, name: str, x: Array) -> Any:
+    """The condition with its leaves as arrays of JAX [B, ...], of any dtype, for x [B, ...] of that name.
+
+    Raises:
+      ValueError: for a leaf that is no array, or one without the batch axis of x.
+    """
+
+    def of_leaf(path, leaf):
+        leaf_name = f"condition{keystr(path)}"
+        leaf = as_array(leaf_name, leaf, "an array [B, ...]")
+        if leaf.ndim < 1 or leaf.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"{leaf_name}: expected {x.shape[0]} rows, one for each example of {name}, got shape {leaf.shape}"
+            )
+        return leaf
+
+    if hasattr(condition, "__jax_array__"):  # as a variable of Flax, which is a tree too
+        return of_leaf((), condition)
+    return jax.tree_util.tree_map_with_path(of_leaf, condition)
+
+
+def check_map(g: Any, condition: Any) -> None:
+    """Raises ValueError unless g takes (params, x), or (params, x, condition) where there is a condition."""
+    check_callable("g", g)
+    try:
+        signature = inspect.signature(g)
+    except (TypeError, ValueError):  # of a builtin, or of an object that does not tell
+        return
+    if condition is None and not _takes(signature, 2):
+        if _takes(signature, 3):
+            raise ValueError(f"condition: expected one, since g takes {signature}, got None")
+        raise ValueError(f"g: expected a function of (params, x), got one of {signature}")
+    if condition is not None and not _takes(signature, 3):
+        raise ValueError(f"g: expected a function of (params, x, condition), got one of {signature}")
+
+
+def _takes(signature: inspect.Signature, number: int) -> bool:
+    try:
+        signature.bind(*[None] * number)
+    except TypeError:
+        return False
+    return True
+
+
+def arguments(x: Array, condition: Any) -> tuple[Any, ...]:
+    """What g takes after its parameters."""
+    return (x,) if condition is None else (x, condition)
