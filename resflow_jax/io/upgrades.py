@@ -94,7 +94,8 @@ def upgraded(leaves: Mapping[Names, Any], arrays: Mapping[Names, np.ndarray]) ->
     for path, leaf in leaves.items():
         name = names[path[1:]]
         if name is None:
-            found[path] = np.full(leaf.shape, CONSTANTS[path[-1]], leaf.dtype)
+            scale = old[names[(*path[1:-1], "log_scale")]]
+            found[path] = np.full(leaf.shape, CONSTANTS[path[-1]], scale.dtype)
         elif name[-1] == path[-1]:
             found[path] = old[name]
         else:

@@ -21,6 +21,10 @@ def contraction(rngs, dim=3, condition_shape=None, coefficient=0.8):
 
 def conditional_flow(rngs, coefficient=0.8):
     """ActNorm, a conditional block, the inverse of another, and a stack, on R^3."""
+
+    def step(rngs):
+        return rf.Chain([rf.InvertibleLinear(3, rngs=rngs), rf.ActNorm((3,))])
+
     return rf.Flow(
         rf.Chain(
             [
