@@ -116,7 +116,7 @@ def saved_flow(run_dir: Path, weights: Weights = "best", data: Path | None = Non
                 f"weights: expected a validated checkpoint, the only one in {run_dir} is of step "
                 f"{checkpoints.latest_step}, before the first validation; 'latest' are its weights"
             )
-        state = checkpoints.restore(step, state)
+        state = checkpoints.restore(step, state, ema_decay=trainer.ema_decay)
     return SavedFlow(config, task, tightened_flow(trainer, state), step)
 
 
@@ -150,6 +150,7 @@ def saved_config(run_dir: Path) -> RunConfig:
 def _read(value: Any, hint: Any, name: str) -> Any:
     """A value of the type that a field's hint allows, from its JSON."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = tuple(kind for kind in kinds if not _is_protocol(kind)) or kinds  # a config has none of the user's own
     if isinstance(value, dict):
         value = _dataclass(value, name)
     elif isinstance(value, list):
@@ -183,9 +184,15 @@ def _is_of(value: Any, kind: Any) -> bool:
         return True
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if _is_protocol(kind):
+        return all(callable(getattr(value, name, None)) for name in vars(kind) if not name.startswith("_"))
     if isinstance(value, bool) and kind is not bool:
         return False
     return isinstance(value, int | float if kind is float else get_origin(kind) or kind)
+
+
+def _is_protocol(kind: Any) -> bool:
+    return getattr(kind, "_is_protocol", False)
 
 
 def _named(kind: Any) -> str:
