@@ -11,7 +11,13 @@ from resflow_jax.functional.laws import Defensive, Fitted, Geometric, LengthLaw,
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.logdet import Diagnostics, residual
 from resflow_jax.functional.manual_axes import batch_axes
-from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, best_start, power_iteration
+from resflow_jax.functional.norms import (
+    PowerIteration,
+    PowerIterationStatus,
+    best_start,
+    power_iteration,
+    spectral_norm,
+)
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
 from resflow_jax.io.files import load, save
@@ -104,6 +110,7 @@ __all__ = [
     "residual_inverse",
     "save",
     "save_torch_checkpoint",
+    "spectral_norm",
     "spectral_norm_bound",
     "training",
 ]

@@ -146,9 +146,8 @@ def test_a_traced_law():
 
     results = [run(Node(exponent)) for exponent in (2.0, 0.5)]
     assert len(traces) == 1 and np.abs(results[0] - results[1]).max() > 1e-4
-    np.testing.assert_allclose(
-        results[1], residual(g, params, x, key=key, estimator=Roulette(Node(0.5)))[1], rtol=1e-12
-    )
+    eager = residual(g, params, x, key=key, estimator=Roulette(Node(0.5), samples=4))[1]
+    np.testing.assert_allclose(results[1], eager, rtol=1e-12)
 
     with pytest.raises(ValueError, match=r"length: gradient='autodiff' expected .* BoundedNode of traced arrays"):
         jax.jit(lambda law: residual(g, params, x, key=key, estimator=Roulette(law, gradient="autodiff")))(

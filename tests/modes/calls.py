@@ -132,11 +132,12 @@ def of_functions():
         orders = {"domain": domain, "codomain": codomain}
         matvec, rmatvec = (lambda v: dense.matvec(kernel, v)), (lambda u: dense.rmatvec(kernel, u))
         found[f"best_start {domain} {codomain}"] = lambda o=orders, m=matvec, r=rmatvec: rf.best_start(
-            m, r, jnp.asarray(X), **o
+            m, jnp.asarray(X), rmatvec=r, **o
         )
         found[f"induced_norm_bound {domain} {codomain}"] = lambda o=orders: rf.induced_norm_bound(conv, taps, **o)
-    found["power_iteration"] = lambda: rf.power_iteration(
-        lambda v: conv.matvec(taps, v), lambda u: conv.rmatvec(taps, u), jnp.ones((2, 2, 1))
+    found["power_iteration"] = lambda: rf.power_iteration(lambda v: conv.matvec(taps, v), jnp.ones((2, 2, 1)))
+    found["power_iteration, rmatvec"] = lambda: rf.power_iteration(
+        lambda v: conv.matvec(taps, v), jnp.ones((2, 2, 1)), rmatvec=lambda u: conv.rmatvec(taps, u)
     )
     found["gram_iteration_bound"] = lambda: jax.grad(lambda taps: rf.gram_iteration_bound(conv, taps))(taps)
     found["fit_lengths"] = lambda: rf.fit_lengths(jnp.asarray([[0.5, 0.2, 0.3]]), batch_size=8).table

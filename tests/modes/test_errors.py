@@ -139,11 +139,11 @@ def cases():
     yield from every("codomain", orders, lambda q: rf.induced_norm_bound(DENSE, KERNEL, 2.0, q))
     yield from every("p", orders, rf.ACTIVATIONS["relu"].lipschitz_in)
     vectors_ = {"None": None, "a list": [1.0, 2.0], "integers": np.ones(3, int), "complex": np.ones(3, complex)}
-    yield from every("v", vectors_, lambda v: rf.power_iteration(twice, twice, v))
+    yield from every("v", vectors_, lambda v: rf.power_iteration(twice, v))
     starts = {**vectors_, "no start": np.ones((0, 3))}
-    yield from every("starts", starts, lambda starts: rf.best_start(twice, twice, starts))
-    yield from every("matvec", {"None": None}, lambda f: rf.power_iteration(f, twice, np.ones(3)))
-    yield from every("rmatvec", {"shape": lambda u: u[:2]}, lambda f: rf.power_iteration(twice, f, np.ones(3)))
+    yield from every("starts", starts, lambda starts: rf.best_start(twice, starts))
+    yield from every("matvec", {"None": None}, lambda f: rf.power_iteration(f, np.ones(3)))
+    yield from every("rmatvec", {"shape": lambda u: u[:2]}, lambda f: rf.power_iteration(twice, np.ones(3), rmatvec=f))
     norms = {
         "None": None,
         "a list": [0.5, 0.2],
