@@ -181,5 +181,5 @@ def test_a_composed_conditional_flow():
 
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(variables["params"])))
     assert rf.certify(model.bind(variables)).is_certified
-    with pytest.raises(ValueError, match="method: expected one of .*; got 'logits'"):
+    with pytest.raises(ValueError, match=r"method: expected one of .*; got 'logits'"):
         model.apply(variables, "logits", x)
