@@ -83,13 +83,14 @@ def support_constraint(support: tuple[Any, Any] | None, ndims: int) -> constrain
       support: numbers, infinite ones included, or arrays of the last axes; None for all reals.
       ndims: of one event.
     """
-    low, high = (-np.inf, np.inf) if support is None else (np.asarray(end, float) for end in support)
-    is_bounded = np.isfinite(low), np.isfinite(high)
-    if not np.any(is_bounded):
+    ends = (-np.inf, np.inf) if support is None else (np.asarray(end, float) for end in support)
+    low, high = np.broadcast_arrays(*ends)
+    is_bounded = np.isfinite([low, high])
+    if not is_bounded.any():
         element = constraints.real
-    elif np.ndim(low) == np.ndim(high) == 0 and (low, high) == (0, 1):
+    elif low.ndim == 0 and (low, high) == (0, 1):
         element = constraints.unit_interval
-    elif np.all(is_bounded):
+    elif is_bounded.all():
         element = constraints.interval(low, high)
     else:
         element = Columns(low, high)
