@@ -21,6 +21,7 @@ from resflow_jax.functional.norms import (
 )
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
+from resflow_jax.io.files import load, save
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector, Constant
 from resflow_jax.layers.bounded import Bounded
@@ -140,10 +141,12 @@ __all__ = [
     "gram_iteration_bound",
     "induced_norm_bound",
     "interop",
+    "load",
     "load_torch_checkpoint",
     "power_iteration",
     "residual",
     "residual_inverse",
+    "save",
     "save_torch_checkpoint",
     "spectral_norm",
     "spectral_norm_bound",

@@ -40,7 +40,9 @@ def test_example(name):
         pytest.importorskip("numpyro")
     shown = []
     code = IMPORTS + LOOP + SECTIONS[name]
-    exec(compile(code, f"example {name}", "exec"), {"print": lambda *values: shown.extend(values), "__name__": "example"})
+    exec(
+        compile(code, f"example {name}", "exec"), {"print": lambda *values: shown.extend(values), "__name__": "example"}
+    )
     for value in shown:
         if isinstance(value, float | jax.Array):
             assert jax.numpy.isfinite(value).all(), value

@@ -7,9 +7,11 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -33,7 +35,9 @@ from resflow_jax import (
     certify,
 )
 from resflow_jax.io.config_json import FORMAT_VERSION, as_json
+from resflow_jax.training import make_mesh
 from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.parallel import state_shardings
 from tests.experiments import tiny
 
 OLD = Path(__file__).parents[1] / "data" / "before_compositions"
@@ -237,3 +241,48 @@ def test_studies_take_a_given_run_as_it_was_made(run_dir, tmp_path):
     assert config == replace(tiny.DIGITS, workdir=run_dir) and config.model != density.CONFIGS["digits"].model
     kernels, expected = (nnx.state(flow, nnx.Param) for flow in (trained_flow(config), saved_flow(run_dir).flow))
     jax.tree.map(np.testing.assert_array_equal, kernels, expected)
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """A run of before flows were compositions; its configs and arrays have other names."""
+    shutil.unpack_archive(OLD / "run.zip", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_of_before_compositions(old_run):
+    """Its flow gives the densities that it gave then."""
+    with np.load(OLD / "expected.npz") as file:
+        expected = {key.removeprefix("run."): value for key, value in file.items() if key.startswith("run")}
+    found = saved_flow(old_run)
+    assert found.step == expected["step"]
+    log_prob = found.flow.log_prob(expected["x"], estimator=Exact())
+    np.testing.assert_allclose(log_prob, expected["log_prob"], rtol=1e-9)
+
+
+def test_a_state_of_before_compositions(old_run):
+    """Whole or divided among devices it is the same; averages and moments are renamed; the decay is needed."""
+    trainer, start = set_up(density.task_of(saved_config(old_run)))
+    with Checkpoints(old_run / "checkpoints") as checkpoints:
+        with pytest.raises(ValueError, match="ema_decay: expected that of the run, for a checkpoint of before"):
+            checkpoints.restore(2, start)
+        state = checkpoints.restore(2, start, ema_decay=trainer.ema_decay)
+        lies = state_shardings(start, make_mesh(data=4, model=2), "full")
+        divided = checkpoints.restore(2, start, lies, ema_decay=trainer.ema_decay)
+        chex.assert_trees_all_equal(divided, state)
+        assert jax.tree.leaves(divided.params)[-1].sharding.mesh.size == 8
+        old = checkpoints._manager.restore(2, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+
+    def of_first_actnorm(tree):
+        return tree["bijector"]["bijectors"][0]["bijectors"][1]
+
+    def of_first_old(tree):
+        return {name: variable["value"] for name, variable in tree["scales"]["0"]["bijectors"]["1"].items()}
+
+    moments, old_moments = state.opt_state[1][0], old["opt_state"][1][0]
+    for new, before in ((moments.mu, old_moments["mu"]), (moments.nu, old_moments["nu"])):
+        np.testing.assert_array_equal(of_first_actnorm(new)["shift"][...], of_first_old(before)["bias"])
+        np.testing.assert_array_equal(of_first_actnorm(new)["log_scale"][...], of_first_old(before)["log_scale"])
+    assert int(state.step) == int(old["step"]) == 2
+    layer = of_first_old(old["params"])
+    np.testing.assert_allclose(of_first_actnorm(state.params)["shift"][...], layer["bias"] * np.exp(layer["log_scale"]))
