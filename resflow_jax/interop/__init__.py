@@ -6,8 +6,9 @@
     rf.interop.stateless   as pure functions of parameters in a plain dict; needs no extra
 
 Files of a flow are written by `rf.save` and read by `rf.load`. Checkpoints of the authors' PyTorch implementation are
-read by `rf.load_torch_checkpoint` and written by `rf.save_torch_checkpoint`. In the first three of these libraries the
-direction is that of sampling: forward maps z to x, where `Flow.forward` maps x to z.
+read by `rf.load_torch_checkpoint` and written by `rf.save_torch_checkpoint`; what only their flows have, as a
+classifier, is in `interop.torch_flow`. In the first three of these libraries the direction is that of sampling: forward
+maps z to x, where `Flow.forward` maps x to z.
 """
 
 from importlib import import_module
