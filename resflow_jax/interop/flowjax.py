@@ -166,7 +166,7 @@ class ResidualBijection(AbstractBijection):
         check_callable("g", g)
         check_estimator(estimator)
         check_solver(solver)
-        check_key("key", key, optional=isinstance(estimator, Exact))
+        check_key("key", key, optional=not needs_key(estimator))
         self.g = g
         self.key = key
         self.estimator = paramax.NonTrainable(estimator)

@@ -92,7 +92,7 @@ class SamplingMap:
         check_estimator(estimator)
         check_solver(solver)
         check_key("key", key, optional=True)
-        if key is None and not isinstance(estimator, Exact):
+        if key is None and needs_key(estimator):
             raise ValueError(
                 f"key: {type(estimator).__name__} expected a PRNG key, got None; estimator=Exact() needs none"
             )
