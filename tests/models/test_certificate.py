@@ -213,5 +213,5 @@ def test_error_bounds_without_a_certificate():
 
 def test_only_flows_are_certified():
     """The error names the argument and the type."""
-    with pytest.raises(ValueError, match="flow: expected a ResidualFlow, got dict"):
+    with pytest.raises(ValueError, match="flow: expected a Flow, got dict"):
         rf.certify({})
