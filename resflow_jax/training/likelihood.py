@@ -83,8 +83,8 @@ def bits_per_dim(log_prob: Array, dim: int, levels: int) -> Array:
     return -log_prob / (dim * math.log(2)) + math.log2(levels)
 
 
-# From flow, batch, key, estimator and the log-det's weight (None for 1) to floats x, scores [B], diagnostics. A batch is
-# x alone, or a pair (x, condition).
+# From flow, batch, key, estimator and the log-det's weight (None for 1) to floats x, scores [B], diagnostics.
+# A batch is x alone, or a pair (x, condition).
 Score = Callable[..., tuple[Array, Array, Diagnostics]]
 
 
@@ -92,8 +92,8 @@ def dequantized_bits_per_dim(levels: int, log_det_weight: optax.Schedule | None 
     """The loss of a density model: mean bits/dim of integer images [B, H, W, C], dequantised with the key.
 
     A batch is these images or, for a conditional flow, a pair (images, condition) with one condition for each,
-    [B, *condition_shape]. Unbiased, in value and gradient, if the estimator is. With the estimates' diagnostics. Beside the
-    value, `tend` does to the flow what training owes it.
+    [B, *condition_shape]. Unbiased, in value and gradient, if the estimator is. With the estimates' diagnostics. Beside
+    the value, `tend` does to the flow what training owes it.
 
     Args:
       levels: number of values that a pixel can have.
