@@ -3,6 +3,7 @@
 from resflow_jax import interop, training
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
 from resflow_jax.functional.certificate import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
+from resflow_jax.functional.contraction_check import ContractionCheck, check_contraction
 from resflow_jax.functional.estimators import CustomEstimator, Estimator, Exact, Roulette, Truncated
 from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.inverse import InverseError, residual_inverse
@@ -23,20 +24,35 @@ from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_to
 from resflow_jax.io.files import load, save
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector, Constant
+from resflow_jax.layers.bounded import Bounded
 from resflow_jax.layers.certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.composition import Chain, Invert, MultiScale
 from resflow_jax.layers.contraction import Contraction
+from resflow_jax.layers.diagonal_affine import Affine
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import NormState
+from resflow_jax.layers.lipschitz_layers import LipschitzConv, LipschitzDense
 from resflow_jax.layers.logit import Logit
+from resflow_jax.layers.networks import DenseNet, LipschitzCNN, LipschitzMLP
 from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
 from resflow_jax.layers.padding import ChannelPadding
+from resflow_jax.layers.positive import Exp, Softplus
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
-from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
-from resflow_jax.models.bases import Base, StandardNormal
+from resflow_jax.layers.shapes import Flatten, Permutation, Reshape, Squeeze
+from resflow_jax.models.bases import Base, DiagonalNormal, MixtureOfNormals, StandardNormal
 from resflow_jax.models.certificate import Certificate, certify
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import Flow
+from resflow_jax.models.groups import (
+    BetweenBlocks,
+    DenseNetBlocks,
+    DenseTail,
+    ImageTransform,
+    Norms,
+    Padding,
+    Scales,
+    VectorTransform,
+)
 from resflow_jax.models.residual_flow import ResidualFlow
 from resflow_jax.training.likelihood import Estimate, evaluate_bits_per_dim
 
@@ -46,42 +62,60 @@ __all__ = [
     "ACTIVATIONS",
     "ActNorm",
     "Activation",
+    "Affine",
     "Anderson",
     "Base",
+    "BetweenBlocks",
     "Bijector",
     "BlockCertificate",
+    "Bounded",
     "Broyden",
     "Certificate",
     "Chain",
     "ChannelPadding",
     "Constant",
     "Contraction",
+    "ContractionCheck",
     "ConvMap",
     "CustomEstimator",
     "Defensive",
     "DenseMap",
+    "DenseNet",
+    "DenseNetBlocks",
+    "DenseTail",
     "Diagnostics",
+    "DiagonalNormal",
     "Estimate",
     "Estimator",
     "Exact",
+    "Exp",
     "Fitted",
     "FixedPoint",
     "Flatten",
     "Flow",
     "Geometric",
     "ImageFlowConfig",
+    "ImageTransform",
     "InverseError",
     "InverseStatus",
     "Invert",
     "InvertibleLinear",
     "LayerCertificate",
     "LengthLaw",
+    "LipschitzCNN",
+    "LipschitzConv",
+    "LipschitzDense",
+    "LipschitzMLP",
     "Logit",
+    "MixtureOfNormals",
     "MovingBatchNorm",
     "MovingCentering",
     "MultiScale",
     "NormState",
     "Normalization",
+    "Norms",
+    "Padding",
+    "Permutation",
     "Poisson",
     "PowerIteration",
     "PowerIterationStatus",
@@ -90,14 +124,18 @@ __all__ = [
     "ResidualFlow",
     "ResidualStack",
     "Roulette",
+    "Scales",
+    "Softplus",
     "Solver",
     "Squeeze",
     "StandardNormal",
     "Truncated",
     "VectorFlowConfig",
+    "VectorTransform",
     "batch_axes",
     "best_start",
     "certify",
+    "check_contraction",
     "evaluate_bits_per_dim",
     "fit_lengths",
     "gram_iteration_bound",

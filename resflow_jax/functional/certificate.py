@@ -4,21 +4,24 @@
 and JAX's own; they are upper bounds of the exact norm of the map with exactly these weights, rounding of
 their own computation included. `gram_iteration_bound` is the differentiable bound, in the kernel's dtype.
 
-All maps are one case, A: [H, W, I] -> [H, W, O], (A x)[i, j] = sum_{d, e} K[d, e]^T x[i + d - p, j + e - p'],
-zero outside; a dense map has one pixel and one tap. Three facts reduce the work:
+All maps are one case, A: [*size, I] -> [*size, O] on a grid of one, two or three axes. In two,
+(A x)[i, j] = sum_{d, e} K[d, e]^T x[i + d - p, j + e - p'], zero outside; a dense map has one pixel and one tap. Four
+facts reduce the work:
 
 1. Taps further than n - 1 from the centre meet only zeros on an axis of n pixels: they are cut off. Along an
    axis that keeps one tap the operator is block diagonal with equal blocks: one pixel stands for all.
 2. The transpose of A has the kernel flipped and with I and O swapped: I <= O without loss of generality.
-3. A = P C E, with E putting the image into a torus of N >= n + p pixels an axis (zeros elsewhere), C the
-   circular convolution on it, P restricting to the image: pixel i in [0, n) reads pixels -p ... n + p - 1,
+3. A = P C E, with E putting the grid into a torus of N >= n + p pixels an axis (zeros elsewhere), C the
+   circular convolution on it, P restricting to the grid: pixel i in [0, n) reads pixels -p ... n + p - 1,
    and those outside [0, n) are, modulo N, in [n, N), where there are zeros. As |P|, |E| <= 1, |A| <= |C|.
    Whatever wraps around meets zeros, so it may as well be multiplied by -1: the antiperiodic C bounds |A| too,
    on each axis on its own. C is block diagonal in frequency, with s = 0 or, antiperiodic, s = 1/2 an axis:
        |C| = max_w |K^(w)|_2,   K^(w) = sum_t exp(i w.t) K[t],   w = 2 pi (j + s) / N, j = 0 ... N - 1.
    A peak of |K^(w)| counts in full if a frequency hits it, so the least |C| over both s and N = n + p ... n + 2 p
-   is taken, on each axis. For the taps (1, 1, 1), N = n + 1 and s = 1/2 give the exact 1 + 2 cos(pi / (n + 1)),
-   s = 0 gives 3. (Circular padding itself, N = n and s = 0, Sedghi et al. 2019, arXiv 1805.10408, is no bound.)
+   is taken, on each axis; on three axes N = n + p alone, where there would be many tori of many frequencies.
+   For the taps (1, 1, 1), N = n + 1 and s = 1/2 give the exact 1 + 2 cos(pi / (n + 1)), s = 0 gives 3.
+4. With periodic padding A is C itself, N = n and s = 0, whatever the kernel's sides: that norm is exact (Sedghi et
+   al. 2019, arXiv 1805.10408). For zero padding it is no bound.
 """
 
 import itertools
@@ -30,8 +33,9 @@ import numpy as np
 from jax import lax
 
 from resflow_jax.functional.checks import as_host_array, check_count, check_order
+from resflow_jax.functional.convolution import reflected_kernel
 from resflow_jax.functional.iteration import wide_dtype
-from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap, tap_windows
+from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap, folded_kernel, tap_windows
 
 Array = jax.Array
 
@@ -45,9 +49,11 @@ _EPSILON = float(np.finfo(np.float64).eps)
 def spectral_norm_bound(linear_map: LinearMap, kernel: Array | np.ndarray) -> float:
     """An upper bound of the largest singular value: |x -> linear_map(kernel, x)|_2 <= result.
 
-    With c the smaller channel side: exact (to about 1e-7) for dense and 1x1 maps, and where H W c <= 1024,
-    from the Gram matrix of that side; otherwise the torus bound of the head of this file, in tests at most 5 per
-    cent above from 8x8 pixels on for 3x3 kernels and from 14x14 for 5x5. Cost O((H W c)^3), or O(H W c^3 + I O c).
+    With n pixels and c the smaller channel side: exact (to about 1e-7) for dense and 1x1 maps, with periodic padding,
+    and where n c <= 1024, from the Gram matrix of that side; otherwise the torus bound of the head of this file, in
+    tests at most 5 per cent above from 8x8 pixels on for 3x3 kernels and from 14x14 for 5x5, 0.1 per cent from 40
+    pixels on in one dimension, and 10 per cent from 7x7x6 on for 3x3x3 kernels. Cost O((n c)^3) where n c <= 1024,
+    else O(n c^3 + I O c).
 
     Raises:
       ValueError: for a kernel of another shape, not float, or not finite.
@@ -72,7 +78,7 @@ def induced_norm_bound(linear_map: LinearMap, kernel: Array | np.ndarray, domain
     3. For p > q and any r in [q, p]: |x|_r <= n^(1/r - 1/p) |x|_p on n elements, so
        |A|_{p->q} <= n_in^(1/r - 1/p) |A|_{r->r} n_out^(1/q - 1/r).
        The least over r = q, r = p and, if between, r = 2 is taken. n counts all pixels, also for a 1x1 kernel: the
-       norm over an image is then (H W)^(1/q - 1/p) times that of a pixel.
+       norm over n pixels is then n^(1/q - 1/p) times that of a pixel.
 
     Raises:
       ValueError: for an order below 1 or NaN, or a kernel that `spectral_norm_bound` refuses.
@@ -100,8 +106,9 @@ def gram_iteration_bound(linear_map: LinearMap, kernel: Array, iterations: int =
 
     the Schatten norm of order 2^(t+2), non-increasing in t; c is the smaller channel side. Each G_t is kept
     at norm one and the logarithm of its scale apart, so that nothing overflows. The limit is the exact norm
-    for dense and 1x1 maps, for others the bound of the head of this file from the smallest torus alone. Cost
-    O(H W c^2 (O + c t)), and 4 (H + p) (W + p') c (O + c) numbers of memory. Works under jit, grad and vmap.
+    for dense and 1x1 maps and for periodic padding, for others the bound of the head of this file from the smallest
+    torus alone. Cost O(n c^2 (O + c t)) for n pixels, and for images 4 (H + p) (W + p') c (O + c) numbers of memory.
+    Works under jit, grad and vmap.
 
     Raises:
       ValueError: for a kernel of another shape or not float, or a negative number of iterations.
@@ -111,15 +118,16 @@ def gram_iteration_bound(linear_map: LinearMap, kernel: Array, iterations: int =
     kernel = kernel.astype(wide_dtype(kernel.dtype))
     # The bound does not depend on the factors that are split off, so they carry no gradient.
     scale = lax.stop_gradient(jnp.max(jnp.abs(kernel)))
-    size, kernel = _canonical(linear_map, kernel / jnp.where(scale > 0, scale, 1))
-    frequencies, tori = _tori(_torus_sizes(size, kernel.shape[:2])[0], kernel.shape[:2])
-    waves = _waves(frequencies, kernel.shape[:2])
+    size, kernel, periodic = _canonical(linear_map, kernel / jnp.where(scale > 0, scale, 1))
+    sides = kernel.shape[:-2]
+    frequencies, tori = _tori(_torus_sizes(size, sides, periodic)[0], _kinds(sides, periodic))
+    waves = _waves(frequencies, sides)
     real, imaginary = (jnp.asarray(part, kernel.dtype) for part in (waves.real, waves.imag))
     taps = kernel.reshape(len(waves[0]), -1)
     response = _product(real, taps)
     if waves.imag.any():
         response = lax.complex(response, _product(imaginary, taps))
-    response = response.reshape(-1, *kernel.shape[2:])
+    response = response.reshape(-1, *kernel.shape[-2:])
     gram = _product(response, response.conj().mT)
     log_scale = jnp.zeros(gram.shape[0], kernel.dtype)
     for _ in range(iterations):
@@ -149,8 +157,6 @@ def _checked_kernel(linear_map: LinearMap, kernel: Array | np.ndarray) -> Array 
         raise ValueError(f"kernel: expected {expected}, got {kernel.dtype}")
     if kernel.shape != linear_map.kernel_shape:
         raise ValueError(f"kernel: expected {expected}, got {kernel.shape}")
-    if isinstance(linear_map, ConvMap) and linear_map.kernel_size % 2 == 0:
-        raise ValueError(f"kernel: expected odd sides, got {kernel.shape}")
     return kernel
 
 
@@ -173,63 +179,74 @@ def _unscaled(bound: float, exponent: int) -> float:
         return float(np.ldexp(bound, exponent))
 
 
+def _size(linear_map: LinearMap) -> tuple[int, ...]:
+    """That of the grid; a dense map has one pixel."""
+    return linear_map.size if isinstance(linear_map, ConvMap) else (1, 1)
+
+
+def _is_periodic(linear_map: LinearMap) -> bool:
+    return isinstance(linear_map, ConvMap) and linear_map.padding == "periodic"
+
+
 def _reaching_taps(linear_map: LinearMap, kernel: Array | np.ndarray) -> Array | np.ndarray:
-    """The taps [kh, kw, I, O] that reach the image: fact 1. A dense map has one."""
+    """The taps [*sides, I, O] that reach the grid: fact 1. A dense map has one; with periodic padding all do."""
     if isinstance(linear_map, DenseMap):
         return kernel[None, None]
-    rows, columns = (max(linear_map.kernel_size // 2 - (n - 1), 0) for n in linear_map.size)  # cut off on each side
-    return kernel[rows : kernel.shape[0] - rows, columns : kernel.shape[1] - columns]
+    if _is_periodic(linear_map):
+        return kernel
+    cuts = [max(k // 2 - (n - 1), 0) for n, k in zip(linear_map.size, linear_map.sides, strict=True)]
+    return kernel[tuple(slice(cut, k - cut) for cut, k in zip(cuts, linear_map.sides, strict=True))]
 
 
-def _transposed(kernel: Array | np.ndarray) -> Array | np.ndarray:
-    """The kernel of the transpose: fact 2."""
-    return kernel[::-1, ::-1].swapaxes(2, 3)
-
-
-def _canonical(linear_map: LinearMap, kernel: Array | np.ndarray) -> tuple[tuple[int, int], Array | np.ndarray]:
-    """Size (H, W) and kernel [kh, kw, c, c'], c <= c', of a convolution of the same norm: facts 1 and 2."""
+def _canonical(linear_map: LinearMap, kernel: Array | np.ndarray) -> tuple[tuple[int, ...], Array | np.ndarray, bool]:
+    """Size, kernel [*sides, c, c'] with c <= c', and whether it is periodic, of a convolution of the same norm: facts 1
+    and 2.
+    """
     kernel = _reaching_taps(linear_map, kernel)
-    height, width = (1 if k == 1 else n for n, k in zip(_size(linear_map), kernel.shape, strict=False))
-    return (height, width), kernel if kernel.shape[2] <= kernel.shape[3] else _transposed(kernel)
-
-
-def _size(linear_map: LinearMap) -> tuple[int, int]:
-    """(H, W); a dense map has one pixel."""
-    return linear_map.size if isinstance(linear_map, ConvMap) else (1, 1)
+    size = tuple(1 if k == 1 else n for n, k in zip(_size(linear_map), kernel.shape, strict=False))
+    kernel = kernel if kernel.shape[-2] <= kernel.shape[-1] else reflected_kernel(kernel)
+    return size, kernel, _is_periodic(linear_map)
 
 
 def _spectral_bound(linear_map: LinearMap, kernel: np.ndarray) -> float:
     """`spectral_norm_bound` of a kernel from `_scaled`."""
-    size, kernel = _canonical(linear_map, kernel)
-    side = math.prod(size) * kernel.shape[2]
-    exact = side <= _EXACT_SIDE or kernel.shape[:2] == (1, 1)
-    largest = _exact_gram_norm(size, kernel) if exact else min(_torus_gram_norms(size, kernel))
+    size, kernel, periodic = _canonical(linear_map, kernel)
+    has_one_tap = math.prod(kernel.shape[:-2]) == 1
+    if has_one_tap or (math.prod(size) * kernel.shape[-2] <= _EXACT_SIDE and not periodic):
+        largest = _exact_gram_norm(size, kernel)
+    else:
+        largest = min(_torus_gram_norms(size, kernel, periodic))
     return math.sqrt(largest) * (1 + 4 * _EPSILON)
 
 
 def _largest_eigenvalues(gram: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Upper bounds of the largest eigenvalues of exact Gram matrices that were computed as `gram` [..., m, m].
 
-    1. An entry of A^* A is a sum of n <= taps (c' + 4) products of entries of K (and waves), computed to within
+    1. An entry of A^* A is a sum of n <= taps (c' + 2^axes) products of entries of K (and waves), computed to within
        gamma_n |A|^* |A| (Higham 2002, section 3.5). |A| has the taps |K[t]|, so that
        | |A|^* |A| |_2 <= (sum_t |K[t]|_F)^2 <= taps |K|_F^2. 8 epsilon = 16 u in place of u leave room for the
-       rounding of the waves, at most 32 (kh + kw) u.
+       rounding of the waves, at most 32 u times the sum of the kernel's sides.
     2. Reduction to tridiagonal form by reflections is backward stable, |E|_F <= O(m^2) u |G|_F (Higham 2002, lemma
        19.3), and so is the iteration on it; by Weyl's inequality an eigenvalue moves by at most |E|_2.
     """
-    taps = math.prod(kernel.shape[:2])
-    assembly = taps * (kernel.shape[3] + 4) * taps * np.sum(kernel**2)
+    sides = kernel.shape[:-2]
+    taps = math.prod(sides)
+    assembly = taps * (kernel.shape[-1] + 2 ** len(sides)) * taps * np.sum(kernel**2)
     reduction = gram.shape[-1] ** 2 * np.linalg.norm(gram, axis=(-2, -1))
     return np.linalg.eigvalsh(gram)[..., -1] + 8 * _EPSILON * (assembly + reduction)
 
 
-def _exact_gram_norm(size: tuple[int, int], kernel: np.ndarray) -> float:
+def _exact_gram_norm(size: tuple[int, ...], kernel: np.ndarray) -> float:
     """|A^T A|_2 of the zero-padded convolution itself.
 
-    With S_d the shift by d - p that drops what leaves the image, A^T A is the sum over pairs of taps of
-    (S_d S_d'^T) (x) (S_e S_e'^T) (x) K[d, e] K[d', e']^T: one axis after the other.
+    With S_d the shift by d - p that drops what leaves the grid, A^T A in two dimensions is the sum over pairs of taps
+    of (S_d S_d'^T) (x) (S_e S_e'^T) (x) K[d, e] K[d', e']^T: one axis after the other.
     """
-    products = np.einsum("deio,fgjo->dfegij", kernel, kernel, optimize=True)
+    *sides, channels, _ = kernel.shape
+    taps = kernel.reshape(-1, *kernel.shape[-2:])
+    products = np.einsum("tio,sjo->tsij", taps, taps, optimize=True).reshape(*sides, *sides, channels, channels)
+    axes = len(sides)
+    products = products.transpose(*(axis + side for axis in range(axes) for side in (0, axes)), -2, -1)
     for n in size:
         products = _with_pixels(products, n)
     return float(_largest_eigenvalues(products, kernel))
@@ -248,58 +265,72 @@ def _with_pixels(products: np.ndarray, n: int) -> np.ndarray:
     return np.moveaxis(total, (0, 1), (-4, -2)).reshape(*rest, n * a, n * b)
 
 
-def _torus_gram_norms(size: tuple[int, int], kernel: np.ndarray) -> list[float]:
+def _torus_gram_norms(size: tuple[int, ...], kernel: np.ndarray, periodic: bool) -> list[float]:
     """For each torus of `_torus_sizes` the least |C^* C|_2 of its kinds, from K^ K^*(w) = sum_l exp(i w.l) lags[l]."""
     lags = _autocorrelation(kernel)
-    channels = kernel.shape[2]
+    sides, channels = kernel.shape[:-2], kernel.shape[-2]
     matrix = lags.reshape(-1, channels**2)
     norms = []
-    for torus in _torus_sizes(size, kernel.shape[:2]):
-        frequencies, tori = _tori(torus, kernel.shape[:2])
-        waves = _waves(frequencies, lags.shape[:2])
+    for torus in _torus_sizes(size, sides, periodic):
+        frequencies, tori = _tori(torus, _kinds(sides, periodic))
+        numbers = len(frequencies) * max(matrix.shape)
         largest = []
-        for batch in np.array_split(waves, min(len(waves), math.ceil(len(waves) * channels**2 / _BATCH_NUMBERS))):
-            gram = batch.real @ matrix + 1j * (batch.imag @ matrix)
+        for batch in np.array_split(frequencies, min(len(frequencies), math.ceil(numbers / _BATCH_NUMBERS))):
+            waves = _waves(batch, lags.shape[:-2])
+            gram = waves.real @ matrix + 1j * (waves.imag @ matrix)
             largest.append(_largest_eigenvalues(gram.reshape(-1, channels, channels), kernel))
         norms.append(float(np.concatenate(largest)[tori].max(axis=1).min()))
     return norms
 
 
-def _torus_sizes(size: tuple[int, int], sides: tuple[int, int]) -> list[tuple[int, int]]:
-    """The tori (N, M) of fact 3, smallest first. An axis with one tap has one frequency."""
+def _torus_sizes(size: tuple[int, ...], sides: tuple[int, ...], periodic: bool) -> list[tuple[int, ...]]:
+    """The tori of facts 3 and 4, smallest first. An axis with one tap has one frequency."""
+    if periodic:
+        return [size]
     axes = [range(n + k // 2, n + 2 * (k // 2) + 1) if k > 1 else [1] for n, k in zip(size, sides, strict=True)]
-    return list(itertools.product(*axes))
+    tori = list(itertools.product(*axes))
+    return tori if len(size) < 3 else tori[:1]
+
+
+def _kinds(sides: tuple[int, ...], periodic: bool) -> list[int]:
+    """Of how many kinds the torus may be along each axis: periodic, or also antiperiodic, unless it has one tap."""
+    return [1 if periodic or k == 1 else 2 for k in sides]
 
 
 def _autocorrelation(kernel: np.ndarray) -> np.ndarray:
     """lags[kh - 1 + l, kw - 1 + m] = sum_{d, e} K[d + l, e + m] K[d, e]^T: [2 kh - 1, 2 kw - 1, c, c]."""
-    kh, kw, channels, _ = kernel.shape
-    lags = np.zeros((2 * kh - 1, 2 * kw - 1, channels, channels))
-    for d, e in np.ndindex(kh, kw):
-        products = np.einsum("io,fgjo->fgij", kernel[d, e], kernel, optimize=True)
-        lags[d : d + kh, e : e + kw] += products[::-1, ::-1]
+    *sides, channels, _ = kernel.shape
+    taps = kernel.reshape(-1, *kernel.shape[-2:])
+    lags = np.zeros((*(2 * k - 1 for k in sides), channels, channels))
+    for offset in np.ndindex(*sides):
+        products = np.einsum("io,tjo->tij", kernel[offset], taps, optimize=True)[::-1]
+        window = tuple(slice(d, d + k) for d, k in zip(offset, sides, strict=True))
+        lags[window] += products.reshape(*sides, channels, channels)
     return lags
 
 
-def _tori(torus: tuple[int, int], sides: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(frequencies, tori): w / 2 pi, [F, 2], and which of them make up each kind of torus, [4, N M].
+def _tori(torus: tuple[int, ...], kinds: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(frequencies, tori): w / 2 pi, [F, axes], and which of them make up each kind of torus, [kinds, pixels].
 
     The periodic and the antiperiodic grid of an axis are the even and the odd members of the grid of 2 N frequencies.
-    A real kernel has |K^(-w)| = |K^(w)|, so F counts half of them. An axis with one tap is of one kind.
+    A real kernel has |K^(-w)| = |K^(w)|, so F counts half of them.
     """
-    kinds = [1 if k == 1 else 2 for k in sides]
-    rows, columns = (kind * n for kind, n in zip(kinds, torus, strict=True))
-    half = columns // 2 + 1
-    frequencies = np.indices((rows, half)).reshape(2, -1).T / (rows, columns)
-    i, j = np.indices((rows, columns))
-    index = np.where(j < half, i * half + j, -i % rows * half + columns - j)
-    tori = [index[a :: kinds[0], b :: kinds[1]].ravel() for a in range(kinds[0]) for b in range(kinds[1])]
+    grid = [kind * n for kind, n in zip(kinds, torus, strict=True)]
+    half = (*grid[:-1], grid[-1] // 2 + 1)
+    frequencies = np.indices(half).reshape(len(grid), -1).T / grid
+    all_of_them = np.indices(grid)
+    opposite = -all_of_them % np.reshape(grid, (-1, *(1 for _ in grid)))
+    index = np.ravel_multi_index(tuple(np.where(all_of_them[-1] < half[-1], all_of_them, opposite)), half)
+    starts = np.ndindex(*kinds)
+    tori = [
+        index[tuple(slice(s, None, kind) for s, kind in zip(start, kinds, strict=True))].ravel() for start in starts
+    ]
     return frequencies, np.stack(tori)
 
 
-def _waves(frequencies: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+def _waves(frequencies: np.ndarray, sides: tuple[int, ...]) -> np.ndarray:
     """exp(i w.t) [F, taps] for offsets t from the centre of an array with these sides."""
-    offsets = np.indices(sides).reshape(2, -1) - np.array(sides)[:, None] // 2
+    offsets = np.indices(sides).reshape(len(sides), -1) - np.array(sides)[:, None] // 2
     return np.exp(2j * np.pi * (frequencies @ offsets))
 
 
@@ -308,21 +339,29 @@ def _interpolated_bound(linear_map: LinearMap, kernel: np.ndarray, a: float, b: 
     t = max(2 * a - 1, 1 - 2 * b)
     if t == 0:
         return _spectral_bound(linear_map, kernel)
-    size, taps = _size(linear_map), _reaching_taps(linear_map, kernel)
+    parts = _parts(linear_map, kernel)
     if t == 2 * a - 1:
-        edge = _largest_column(size, taps, 0.5 + (b - 0.5) / t)
+        edge = _largest_column(parts, 0.5 + (b - 0.5) / t)
     else:  # |A|_{p->inf} = |A^T|_{1->p*}
-        edge = _largest_column(size, _transposed(taps), 0.5 - (a - 0.5) / t)
+        edge = _largest_column([part.swapaxes(-2, -1) for part in parts], 0.5 - (a - 0.5) / t)
     return edge if t == 1 else _spectral_bound(linear_map, kernel) ** (1 - t) * edge**t
 
 
-def _largest_column(size: tuple[int, int], kernel: np.ndarray, b: float) -> float:
-    """The largest norm of order 1 / b of a column of A, rounded up: of K[window, i, :] over windows and inputs i."""
-    entries = np.abs(kernel)
-    windows = itertools.product(*(tap_windows(k, n) for n, k in zip(size, kernel.shape, strict=False)))
-    columns = [entries[window] for window in windows]
+def _parts(linear_map: LinearMap, kernel: np.ndarray) -> list[np.ndarray]:
+    """Absolute values, rounded up, of what the kernel is at the pixels around one of them, for every such one."""
+    if _is_periodic(linear_map):
+        size, taps = linear_map.size, math.prod(linear_map.sides)
+        rounding = taps * _EPSILON * folded_kernel(np.abs(kernel), size)
+        return [np.abs(folded_kernel(kernel, size)) + rounding]
+    taps = np.abs(_reaching_taps(linear_map, kernel))
+    windows = (tap_windows(k, n) for n, k in zip(_size(linear_map), taps.shape, strict=False))
+    return [taps[window] for window in itertools.product(*windows)]
+
+
+def _largest_column(parts: list[np.ndarray], b: float) -> float:
+    """The largest norm of order 1 / b of the columns part[..., i, :] over parts and inputs i, rounded up."""
     if b <= 0:
-        return float(max(column.max() for column in columns))
-    largest = entries.max() or 1.0
-    powers = max(np.sum((column / largest) ** (1 / b), axis=(0, 1, 3)).max() for column in columns)
-    return float(largest * powers**b * (1 + 8 * _EPSILON * entries.size))
+        return float(max(part.max() for part in parts))
+    largest = max(part.max() for part in parts) or 1.0
+    powers = max(np.sum((part / largest) ** (1 / b), axis=(*range(part.ndim - 2), -1)).max() for part in parts)
+    return float(largest * powers**b * (1 + 8 * _EPSILON * max(part.size for part in parts)))

@@ -279,6 +279,15 @@ class Fitted:
             raise ValueError(f"table: expected probabilities [K] of one residual block, got shape {self.table.shape}")
         return Fitted(self.table, lipschitz) if self.lipschitz is None else self
 
+    def with_rows(self, blocks: int) -> "Fitted":
+        """With one row a residual block; ValueError for a table of another number of rows."""
+        table = jnp.asarray(self.table)
+        if table.ndim == 1:
+            table = jnp.broadcast_to(table[None], (blocks, table.size))
+        if table.shape[0] != blocks:
+            raise ValueError(f"estimator: expected a table with {blocks} rows, one a block, got shape {table.shape}")
+        return Fitted(table, self.lipschitz)
+
     def upper_bound(self) -> "Fitted":
         """The law of a table of ones, of the same size."""
         return Fitted(np.ones(self.table.shape[-1]), self.lipschitz)

@@ -13,7 +13,7 @@ jit, grad, vmap, optax, `flax.serialization` and orbax as any dict does.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,9 +22,9 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_key, check_type
 from resflow_jax.io.variables import Structure, Variables, flattened, split_variables
-from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
+from resflow_jax.models.config import FlowConfig
 from resflow_jax.models.flow import Flow
-from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.residual_flow import flow_from_config
 
 Array = jax.Array
 MakeFlow = Callable[[nnx.Rngs], Flow]
@@ -36,7 +36,7 @@ CHANGING = frozenset({"converge_norms", "initialize", "tighten", "update_norms",
 class Stateless:
     """The flow of a config, or of a function that makes it, as pure functions; see the module's head."""
 
-    source: ImageFlowConfig | VectorFlowConfig | MakeFlow
+    source: FlowConfig | MakeFlow
 
     def init(self, key: Array, x: Array | None = None, condition: Array | None = None) -> Variables:
         """Variables of a new flow: as it is made, random, its norms iterated to convergence.
@@ -93,7 +93,7 @@ class Stateless:
         return structure.filled(dict(flattened(variables)), what="variables")
 
 
-def stateless(source: ImageFlowConfig | VectorFlowConfig | MakeFlow) -> Stateless:
+def stateless(source: FlowConfig | MakeFlow) -> Stateless:
     """The pure functions `init`, `apply` and `bind` of a flow.
 
     Args:
@@ -103,9 +103,7 @@ def stateless(source: ImageFlowConfig | VectorFlowConfig | MakeFlow) -> Stateles
     Raises:
       ValueError: for a source that is neither.
     """
-    if not isinstance(source, ImageFlowConfig | VectorFlowConfig) and (
-        isinstance(source, Flow) or not callable(source)
-    ):
+    if not isinstance(source, FlowConfig) and (isinstance(source, Flow) or not callable(source)):
         raise ValueError(
             f"source: expected the config of a flow, or a function make_flow(rngs), got {type(source).__name__}"
         )
@@ -119,16 +117,16 @@ def methods_of(kind: type[Flow]) -> tuple[str, ...]:
     return tuple(n for n in names if (n == "__call__" or not n.startswith("_")) and callable(getattr(kind, n)))
 
 
-def _make(source: ImageFlowConfig | VectorFlowConfig | MakeFlow, key: Array) -> Flow:
+def _make(source: FlowConfig | MakeFlow, key: Array) -> Flow:
     rngs = nnx.Rngs(key)
-    if isinstance(source, ImageFlowConfig | VectorFlowConfig):
-        return ResidualFlow(source, rngs=rngs)
+    if is_dataclass(source):
+        return flow_from_config(source, rngs=rngs)
     flow = source(rngs)
     check_type("make_flow", flow, Flow)
     return flow
 
 
 @lru_cache(maxsize=16)
-def _structure(source: ImageFlowConfig | VectorFlowConfig | MakeFlow) -> Structure:
+def _structure(source: FlowConfig | MakeFlow) -> Structure:
     """What the flow is made of, without making it."""
     return Structure.made_by(lambda: _make(source, jax.random.key(0)))

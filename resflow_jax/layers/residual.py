@@ -88,7 +88,7 @@ class ResidualBlock(Bijector):
             self.contraction.apply,
             state,
             x,
-            **_given(self.contraction.condition_features(condition)),
+            condition=self.contraction.condition_features(condition),
             key=key,
             estimator=jax.tree.map(lambda rows: rows[0], estimator),
             lipschitz=self.contraction.lipschitz if self.contraction.is_contraction else None,
@@ -101,7 +101,7 @@ class ResidualBlock(Bijector):
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
         g, weights = self.contraction.apply, self.contraction.weights()
         features = self.contraction.condition_features(condition)
-        x, status = residual_inverse(g, weights, y, **_given(features), solver=solver, return_status=True)
+        x, status = residual_inverse(g, weights, y, condition=features, solver=solver, return_status=True)
         return x, [jax.tree.map(lambda leaf: leaf[None], status)]
 
     def solve_and_estimate(
@@ -266,10 +266,6 @@ class ResidualStack(Bijector):
         for layer in layers:
             layer.tighten()
         self.restack(layers)
-
-
-def _given(features):
-    return {} if features is None else {"condition": features}
 
 
 def _joined(parts: list) -> Any:

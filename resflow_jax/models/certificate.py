@@ -28,13 +28,18 @@ class Certificate:
 
     @property
     def bounds(self) -> np.ndarray:
-        """Upper bound on Lip(g) of every block, [blocks]."""
+        """Upper bound on Lip(g) of every block, [blocks]; the user's word for those in `unproved`."""
         return np.array([block.bound for block in self.blocks])
 
     @property
     def is_certified(self) -> bool:
-        """Whether every block is certified to be invertible."""
-        return bool((self.bounds < 1).all())
+        """Whether every block is proved to be invertible."""
+        return bool((self.bounds < 1).all()) and not self.unproved
+
+    @property
+    def unproved(self) -> tuple[int, ...]:
+        """The numbers of the blocks whose bound is the user's word (see `ResidualBlock`)."""
+        return tuple(n for n, block in enumerate(self.blocks) if not block.is_proved)
 
     @property
     def norms(self) -> np.ndarray:
@@ -43,6 +48,11 @@ class Certificate:
 
     def require(self) -> None:
         """Raises ValueError, naming the worst block, unless the flow is certified."""
+        if self.unproved:
+            raise ValueError(
+                f"flow: expected every block proved to be invertible, got blocks {', '.join(map(str, self.unproved))} "
+                "on the user's word (ResidualBlock(module, lipschitz=...)), which nothing can prove"
+            )
         if not self.is_certified:
             worst = int(np.argmax(self.bounds))
             norms = ", ".join(f"{layer.norm:.6f}" for layer in self.blocks[worst].layers)

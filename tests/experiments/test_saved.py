@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,24 @@ from flax import nnx
 
 from experiments import density, saved
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
+from experiments.run import claim_workdir
 from experiments.saved import saved_config, saved_flow
 from experiments.train import set_up, tightened_flow
 from experiments.trained import trained_flow, trained_runs
-from resflow_jax import Defensive, Exact, Geometric, ImageFlowConfig, Poisson, Roulette, Truncated, certify
-from resflow_jax.interop.plain_json import as_json
+from resflow_jax import (
+    Defensive,
+    DenseTail,
+    Exact,
+    Geometric,
+    ImageFlowConfig,
+    ImageTransform,
+    Norms,
+    Poisson,
+    Roulette,
+    Truncated,
+    certify,
+)
+from resflow_jax.io.config_json import FORMAT_VERSION, as_json
 from resflow_jax.training import make_mesh
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.parallel import state_shardings
@@ -32,7 +46,10 @@ UNUSUAL = replace(
     tiny.DIGITS,
     data=DataConfig("elsewhere", path=Path("images"), dir="there"),
     model=ImageFlowConfig(
-        (8, 8, 3), blocks=(1, 2), norms="f12f", logit_alpha=None, data_mean=(0.5, 0, 0.25), data_deviation=(1, 1, 0.5)
+        (8, 8, 3),
+        blocks=(1, 2),
+        data=ImageTransform(logit_alpha=None, mean=(0.5, 0, 0.25), deviation=(1, 1, 0.5)),
+        norms=Norms("f12f"),
     ),
     estimator=Truncated(7, probe="gaussian", probes=2),
     optimizer=OptimizerConfig(clip=math.inf),
@@ -62,12 +79,41 @@ def write(directory, config):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_comes_back(name, tmp_path):
-    """What as_json writes is read as an equal config of the same types, but for where the run lies now."""
-    write(tmp_path, as_json(CONFIGS[name]))
+    """What a run writes is read as an equal config of the same types, but for where the run lies now."""
+    claim_workdir(tmp_path, CONFIGS[name])
+    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == FORMAT_VERSION
     config = saved_config(tmp_path)
     assert config == replace(CONFIGS[name], workdir=tmp_path)
     assert repr(config) == repr(replace(CONFIGS[name], workdir=tmp_path))
     assert hash(config.model) == hash(CONFIGS[name].model)
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    """Its flat config counts as what it is today, and what was not yet a setting as its default."""
+    with zipfile.ZipFile(OLD / "run.zip") as archive:
+        archive.extractall(tmp_path)
+    config = saved_config(tmp_path)
+    assert config.model == ImageFlowConfig(
+        (8, 8, 1), blocks=(1, 1), hidden_channels=4, kernels=(3, 3), tail=DenseTail(1, hidden=4)
+    )
+    assert (config.workdir, config.steps, config.batch_size, config.evaluation.examples) == (tmp_path, 2, 8, 20)
+    assert config.estimator == Roulette() and config.data == DataConfig("digits")
+    for changed, message in (
+        (
+            replace(config, model=replace(config.model, tail=DenseTail(2, hidden=4))),
+            "model.tail.blocks: 1 there, 2 now",
+        ),
+        (replace(config, model=replace(config.model, condition_dim=3)), "model.condition_dim: None there, 3 now"),
+    ):
+        with pytest.raises(ValueError, match=rf"another config.*\n  {message}$"):
+            claim_workdir(tmp_path, changed)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "fc_blocks" in written["model"]
+    del written["save_every"]
+    write(tmp_path, written)
+    claim_workdir(tmp_path, config)
+    assert saved_config(tmp_path) == config
+    assert "fc_blocks" not in (tmp_path / "config.json").read_text()
 
 
 def edited(*path, **fields):
@@ -92,16 +138,16 @@ def edited(*path, **fields):
         (edited(type="BiasConfig"), "config.type: expected one of DensityConfig, .*; got 'BiasConfig'"),
         (
             edited(type="DataConfig"),
-            r"expected the fields of DataConfig, got others \(missing: .*unknown: annealing, batch_size, ",
+            r"expected the fields of DataConfig, got others \(missing: name; unknown: annealing, batch_size, ",
         ),
         (as_json(DataConfig("digits")), "config: expected RunConfig, got DataConfig"),
         (edited("model", type=None), "config.model.type: expected one of .*; got None"),
         (edited("model", depth=3), r"config.model: .* ImageFlowConfig, got others \(unknown: depth\)"),
-        (edited("model", blocks=None, shape=None), r"config.model: .*got others \(missing: blocks, shape\)"),
+        (edited("model", shape=None), r"config.model: .*ImageFlowConfig, got others \(missing: shape\)"),
         (edited("estimator", "length", type="Zipf"), "config.estimator.length.type: .*; got 'Zipf'"),
         (
             edited(estimator=as_json(Poisson())),
-            "config.estimator: expected Exact or Truncated or Roulette, got Poisson",
+            "config.estimator: expected Exact or Truncated or Roulette or CustomEstimator, got Poisson",
         ),
         (edited("model", blocks=["one"]), r"config.model.blocks\[0\]: expected int, got 'one'"),
         (edited(steps="many"), "config.steps: expected int, got 'many'"),

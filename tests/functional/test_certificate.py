@@ -12,10 +12,35 @@ import pytest
 from resflow_jax.functional import certificate
 from resflow_jax.functional.certificate import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
+from tests.functional.grids import convolution_matrix
 
 CHANNELS = [(1, 1), (2, 3), (3, 2)]
 SIZES = [(3, 3), (4, 7), (16, 3), (8, 8), (5, 9), (1, 6), (2, 9), (2, 2), (1, 1)]
-MAPS = [DenseMap(7, 4), DenseMap(3, 6), ConvMap((5, 4), 2, 3), ConvMap((2, 6), 3, 2, 5), ConvMap((2, 3), 3, 2, 1)]
+MAPS = [
+    DenseMap(7, 4),
+    DenseMap(3, 6),
+    ConvMap((5, 4), 2, 3),
+    ConvMap((2, 6), 3, 2, 5),
+    ConvMap((2, 3), 3, 2, 1),
+    ConvMap((6,), 2, 3, 5),
+    ConvMap((3, 2, 4), 2, 1),
+    ConvMap((5, 4), 2, 3, padding="periodic"),
+    ConvMap((2, 3), 3, 2, (5, 3), padding="periodic"),
+]
+PERIODIC = [
+    ((7,), (2, 3), 3),
+    ((8,), (3, 2), 5),
+    ((4,), (1, 2), 7),
+    ((2,), (2, 2), 5),
+    ((3, 4), (2, 3), 3),
+    ((6, 5), (3, 2), (5, 1)),
+    ((1, 4), (1, 1), 3),
+    ((2, 3), (2, 1), 5),
+    ((3, 3), (2, 3), 1),
+    ((2, 3, 4), (2, 2), 3),
+    ((4, 1, 3), (1, 2), (3, 3, 5)),
+    ((2, 2, 2), (2, 1), 1),
+]
 
 
 def random_kernel(linear_map, seed=0):
@@ -54,20 +79,11 @@ def kernels(k, channels_in, channels_out):
     }
 
 
-def convolution_matrix(kernel, size, wrap=(0, 0)):
-    """The [H W O, H W I] matrix of the convolution that multiplies what it reads beyond an end by `wrap`."""
-    k, _, channels_in, channels_out = kernel.shape
-    matrix = np.zeros((*size, channels_out, *size, channels_in))
-    for i, j, d, e in itertools.product(*map(range, (*size, k, k))):
-        (turn_i, y), (turn_j, x) = divmod(i + d - k // 2, size[0]), divmod(j + e - k // 2, size[1])
-        phase = wrap[0] ** abs(turn_i) * wrap[1] ** abs(turn_j)
-        matrix[i, j, :, y, x, :] += phase * kernel[d, e].T
-    return matrix.reshape(math.prod(size) * channels_out, -1)
-
-
 def matrix_of(linear_map, kernel):
     """The matrix of the map on whole inputs, [elements out, elements in]."""
-    return kernel.T if isinstance(linear_map, DenseMap) else convolution_matrix(kernel, linear_map.size)
+    if isinstance(linear_map, DenseMap):
+        return kernel.T
+    return convolution_matrix(kernel, linear_map.size, linear_map.padding)
 
 
 def norm(matrix):
@@ -103,6 +119,54 @@ def test_spectral_norm_of_small_convolutions(size, k):
             assert true <= min(torus_bounds(linear_map, kernel)), (name, channels)
 
 
+@pytest.mark.parametrize(("size", "channels", "k"), PERIODIC, ids=str)
+def test_spectral_norm_of_periodic_convolutions(size, channels, k):
+    """The norm of the dense matrix: not below it, and equal to ten digits, also for kernels larger than the grid."""
+    conv = ConvMap(size, *channels, k, padding="periodic")
+    for kernel in (
+        random_kernel(conv),
+        np.ones(conv.kernel_shape),
+        random_kernel(conv) - random_kernel(conv, 1).mean(),
+    ):
+        true, bound = norm(convolution_matrix(kernel, size, "periodic")), spectral_norm_bound(conv, kernel)
+        assert true * (1 - 1e-14) <= bound <= (1 + 1e-10) * true
+    kernel = np.zeros(conv.kernel_shape)
+    kernel[(*(side // 2 for side in conv.sides), 0, 0)] = 3.0
+    np.testing.assert_allclose(spectral_norm_bound(conv, kernel), 3, rtol=1e-10)
+
+
+def test_taps_that_cancel_on_a_periodic_grid():
+    """On two pixels the taps (1, 0, -1) fall on one: the map is zero, and its bounds no more than rounding."""
+    conv, kernel = ConvMap((2,), 1, 1, padding="periodic"), np.array([1.0, 0.0, -1.0]).reshape(3, 1, 1)
+    for p, q in ((2, 2), (1, 1), (1, 3), (math.inf, math.inf), (3, 1.5)):
+        assert 0 <= induced_norm_bound(conv, kernel, p, q) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("size", "k"), [((4,), 3), ((7,), 5), ((2,), 5), ((3, 2, 4), 3), ((1, 3, 2), 3), ((4, 3, 3), (3, 1, 3))], ids=str
+)
+def test_spectral_norm_in_one_and_three_dimensions(size, k):
+    """Exact to 1e-7; no torus is ever below."""
+    for channels in CHANNELS:
+        conv = ConvMap(size, *channels, k)
+        for kernel in (random_kernel(conv), np.ones(conv.kernel_shape)):
+            true, bound = norm(convolution_matrix(kernel, size)), spectral_norm_bound(conv, kernel)
+            assert true * (1 - 1e-14) <= bound <= (1 + 1e-7) * true
+            assert np.all(true <= torus_bounds(conv, kernel))
+
+
+@pytest.mark.parametrize(("size", "k", "excess"), [((30,), 3, 1e-3), ((40,), 5, 1e-3), ((7, 7, 6), 3, 0.1)], ids=str)
+def test_torus_is_close_in_one_and_three_dimensions(size, k, excess, monkeypatch):
+    """Beyond the exact sizes: one dimension within a thousandth, three within a tenth from 6 x 7 x 7 pixels."""
+    conv = ConvMap(size, 1, 2, k)
+    for kernel in (random_kernel(conv), np.ones(conv.kernel_shape)):
+        true = spectral_norm_bound(conv, kernel)
+        with monkeypatch.context() as patch:
+            patch.setattr(certificate, "_EXACT_SIDE", 0)
+            bound = spectral_norm_bound(conv, kernel)
+        assert (1 - 1e-7) * true <= bound <= (1 + excess) * true
+
+
 @pytest.mark.parametrize(
     ("size", "k", "excess"), [((8, 8), 3, 0.05), ((9, 16), 3, 0.03), ((16, 16), 3, 0.015), ((14, 14), 5, 0.05)], ids=str
 )
@@ -131,14 +195,17 @@ def test_beyond_the_exact_size():
 
 
 @pytest.mark.parametrize("k", [3, 5])
-@pytest.mark.parametrize("size", [(3, 5), (4, 3)], ids=str)
+@pytest.mark.parametrize("size", [(3, 5), (4, 3), (6,), (2, 2, 1)], ids=str)
 def test_torus_bound_is_the_norm_on_a_torus(size, k):
     """The least norm of the convolutions on every torus, each axis periodic or antiperiodic, by dense matrices."""
     conv = ConvMap(size, 1, 2, k)
     kernel = random_kernel(conv)
     bounds = iter(torus_bounds(conv, kernel))
-    for torus in itertools.product(*(range(n + k // 2, n + k) for n in size)):
-        norms = [norm(convolution_matrix(kernel, torus, wrap)) for wrap in itertools.product((1, -1), repeat=2)]
+    kernel = certificate._reaching_taps(conv, kernel)
+    sides = [range(n + p, n + 2 * p + 1) for n, p in zip(size, (side // 2 for side in kernel.shape), strict=False)]
+    for torus in itertools.islice(itertools.product(*sides), 1 if len(size) == 3 else None):
+        torus = tuple(1 if side == 1 else n for n, side in zip(torus, kernel.shape, strict=False))
+        norms = [norm(convolution_matrix(kernel, torus, wrap)) for wrap in itertools.product((1, -1), repeat=len(size))]
         np.testing.assert_allclose(next(bounds), min(norms), rtol=1e-9)
         assert max(norms) > (1 + 1e-3) * min(norms)
     assert next(bounds, None) is None
@@ -156,7 +223,7 @@ def test_batches_of_frequencies(monkeypatch):
     conv = ConvMap((6, 7), 3, 4)
     kernel = random_kernel(conv)
     whole = torus_bounds(conv, kernel)
-    for numbers in (1, 100, 1000):
+    for numbers in (1, 100, 1000, 10**5):
         monkeypatch.setattr(certificate, "_BATCH_NUMBERS", numbers)
         np.testing.assert_allclose(torus_bounds(conv, kernel), whole, rtol=1e-12)
 
@@ -220,6 +287,11 @@ SMALL_MAPS = [
     ConvMap((3, 2), 2, 1),
     ConvMap((2, 2), 2, 3, 1),
     ConvMap((1, 5), 2, 2, 5),
+    ConvMap((5,), 1, 2),
+    ConvMap((2, 2, 2), 1, 1),
+    ConvMap((5,), 2, 1, padding="periodic"),
+    ConvMap((2, 3), 1, 2, 5, padding="periodic"),
+    ConvMap((2, 1, 3), 1, 1, padding="periodic"),
 ]
 ORDERS = [1, 1.2, 1.5, 2, 3, 7, math.inf]
 
@@ -278,7 +350,10 @@ def test_gram_iteration(linear_map):
     counts = (0, 1, 2, 3, 5, 7, 30)
     bounds = gram_bounds(linear_map, jnp.asarray(kernel), counts)
     limit = torus_bounds(linear_map, kernel)[0]
-    assert limit >= norm(matrix_of(linear_map, kernel))
+    true = norm(matrix_of(linear_map, kernel))
+    assert limit >= true
+    if isinstance(linear_map, DenseMap) or linear_map.padding == "periodic":
+        np.testing.assert_allclose(limit, true, rtol=1e-10)
     assert np.all(np.diff(bounds) <= 1e-14 * limit)
     channels = min(linear_map.kernel_shape[-2:])
     guaranteed = np.array([channels ** (1 / 2 ** (n + 2)) for n in counts])
@@ -286,7 +361,7 @@ def test_gram_iteration(linear_map):
     np.testing.assert_allclose(bounds[-1], limit, rtol=1e-8)
 
 
-@pytest.mark.parametrize("linear_map", MAPS[1:4], ids=str)
+@pytest.mark.parametrize("linear_map", [*MAPS[1:4], MAPS[7]], ids=str)
 def test_gradient_of_gram_iteration(linear_map):
     """At convergence the gradient is that of the norm, u v^T for a matrix; before, that of the bound itself."""
     kernel, direction = jnp.asarray(random_kernel(linear_map)), random_kernel(linear_map, 1)
@@ -339,8 +414,8 @@ def test_bad_kernels(bound):
         bound(DenseMap(7, 4), np.zeros((4, 7)))
     with pytest.raises(ValueError, match=r"^kernel: expected a float array \(7, 4\), got int64"):
         bound(DenseMap(7, 4), np.zeros((7, 4), np.int64))
-    with pytest.raises(ValueError, match=r"^kernel: expected odd sides"):
-        bound(ConvMap((4, 4), 1, 1, 2), np.zeros((2, 2, 1, 1)))
+    with pytest.raises(ValueError, match=r"^kernel: expected a float array \(3, 3, 1, 1\), got \(2, 2, 1, 1\)"):
+        bound(ConvMap((4, 4), 1, 1), np.zeros((2, 2, 1, 1)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -1,4 +1,4 @@
-"""conv2d: one bilinear map, whichever of its lowerings computes it; the linear maps built on it."""
+"""Convolutions: bilinear maps, whichever of the lowerings computes them, against sums over pixels and taps."""
 
 from functools import partial
 
@@ -7,8 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resflow_jax.functional.convolution import conv2d, conv2d_lax, conv2d_matmul, correlate_lax, correlate_matmul
-from resflow_jax.functional.linear_maps import ConvMap, DenseMap
+from resflow_jax.functional.convolution import (
+    conv2d,
+    convolve,
+    convolve_lax,
+    convolve_matmul,
+    correlate_lax,
+    correlate_matmul,
+    reflected_kernel,
+)
+from tests.functional.grids import reads
 
 # input channels, output channels, kernel sides, height, width
 CASES = [
@@ -49,8 +57,8 @@ def test_lowerings_agree_to_second_order(case):
 
         return value_slope_and_gradients(x, kernel)
 
-    expected = derivatives(conv2d_lax)
-    for conv in (conv2d_matmul, conv2d):
+    expected = derivatives(convolve_lax)
+    for conv in (convolve_matmul, conv2d):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), derivatives(conv), expected)
 
 
@@ -64,8 +72,100 @@ def test_formula(sides):
         row, column = i + di - kh // 2, j + dj - kw // 2
         if 0 <= row < height and 0 <= column < width:
             expected[:, i, j] += np.asarray(x)[:, row, column] @ np.asarray(kernel)[di, dj]
-    for conv in (conv2d, conv2d_lax, conv2d_matmul):
+    for conv in (conv2d, convolve_lax, convolve_matmul):
         np.testing.assert_allclose(conv(x, kernel), expected, rtol=1e-12, atol=1e-12)
+
+
+# size, sides of the kernel: of one tap, within the grid, larger than it, and larger than three of it
+GRIDS = [
+    ((5,), (1,)),
+    ((5,), (3,)),
+    ((4,), (5,)),
+    ((2,), (7,)),
+    ((3, 4), (3, 3)),
+    ((2, 3), (5, 5)),
+    ((1, 3), (3, 1)),
+    ((2, 3, 4), (3, 3, 3)),
+    ((1, 2, 3), (5, 3, 1)),
+]
+
+
+@pytest.mark.parametrize("channels", [(1, 2), (3, 2)], ids=str)
+@pytest.mark.parametrize("padding", ["zero", "periodic"])
+@pytest.mark.parametrize(("size", "sides"), GRIDS, ids=str)
+def test_every_derivative_is_a_sum_over_pixels_and_taps(size, sides, padding, channels):
+    """Value, both gradients, and their slopes along another point, for more channels out than in and for fewer.
+
+    Both lowerings of both primitives are such sums too, as is the transposed convolution.
+    """
+    taken = reads(size, sides, padding)
+    channels_in, channels_out = channels
+    rng = np.random.default_rng(0)
+    shapes = (2, *size, channels_in), (*sides, channels_in, channels_out), (2, *size, channels_out)
+    x, kernel, y = (rng.normal(size=shape) for shape in shapes)
+    dx, dkernel = np.cos(x), np.sin(3 * kernel)
+
+    @jax.jit
+    def results(x, kernel, y, dx, dkernel):
+        def gradients(x, kernel):
+            return jax.vjp(partial(convolve, padding=padding), x, kernel)[1](y)
+
+        first, slopes = jax.jvp(gradients, (x, kernel), (dx, dkernel))
+        second = jax.vjp(gradients, x, kernel)[1]((dx, dkernel))
+        values = [f(x, kernel, padding=padding) for f in (convolve, convolve_matmul, convolve_lax)]
+        back = [f(y, kernel, padding=padding, reflected=True) for f in (convolve_matmul, convolve_lax)]
+        kernels = [f(x, y, padding=padding, sides=sides) for f in (correlate_matmul, correlate_lax)]
+        back += [first[0], convolve(y, reflected_kernel(kernel), padding=padding)]
+        return values, back, [*kernels, first[1]], slopes, second
+
+    def forward(x, kernel):
+        taps, pixels = kernel.reshape(len(taken), channels_in, channels_out), x.reshape(2, -1, channels_in)
+        return np.einsum("tij,bjc,tco->bio", taken, pixels, taps).reshape(y.shape)
+
+    def backward(y, kernel):
+        taps, pixels = kernel.reshape(len(taken), channels_in, channels_out), y.reshape(2, -1, channels_out)
+        return np.einsum("tij,bio,tco->bjc", taken, pixels, taps).reshape(x.shape)
+
+    def correlated(x, y):
+        x, y = x.reshape(2, -1, channels_in), y.reshape(2, -1, channels_out)
+        return np.einsum("tij,bjc,bio->tco", taken, x, y).reshape(kernel.shape)
+
+    values, back, kernels, slopes, second = results(x, kernel, y, dx, dkernel)
+    close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+    for value in values:
+        close(value, forward(x, kernel))
+    for value in back:
+        close(value, backward(y, kernel))
+    for value in kernels:
+        close(value, correlated(x, y))
+    # the gradients (backward(y, kernel), correlated(x, y)) are linear in kernel and in x
+    for found in (slopes, second):
+        close(found[0], backward(y, dkernel))
+        close(found[1], correlated(dx, y))
+
+
+@pytest.mark.parametrize("size", [(4,), (2, 2, 3)], ids=str)
+def test_vmap_on_any_grid(size):
+    """vmap over x, over kernels and over both equals a loop, with periodic padding, gradients included."""
+    rng = np.random.default_rng(0)
+    sides = (3,) * len(size)
+    xs, kernels = jnp.asarray(rng.normal(size=(3, 2, *size, 2))), jnp.asarray(rng.normal(size=(3, *sides, 2, 3)))
+
+    def value_and_gradient(x, kernel):
+        return jax.value_and_grad(lambda x, k: jnp.sum(jnp.sin(convolve(x, k, padding="periodic"))), (0, 1))(x, kernel)
+
+    @jax.jit
+    def all_of_them(xs, kernels):
+        axes = {(0, 0): (xs, kernels), (0, None): (xs, kernels[0]), (None, 0): (xs[0], kernels)}
+        mapped = [jax.vmap(value_and_gradient, pair)(*arguments) for pair, arguments in axes.items()]
+        return mapped, jax.lax.map(lambda xs: jax.lax.map(lambda k: value_and_gradient(xs, k), kernels), xs)
+
+    mapped, one = all_of_them(xs, kernels)
+    for n in range(3):
+        for found, pair in zip(mapped, ((n, n), (n, 0), (0, n)), strict=True):
+            expected = jax.tree.map(lambda leaf, pair=pair: leaf[pair], one)
+            nth = jax.tree.map(lambda leaf, n=n: leaf[n], found)
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), nth, expected)
 
 
 @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)])
@@ -84,33 +184,6 @@ def test_vmap(in_axes):
         expected = one(xs[n] if in_axes[0] == 0 else x, kernels[n] if in_axes[1] == 0 else kernel)
         nth = jax.tree.map(lambda leaf, n=n: leaf[n], result)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), nth, expected)
-
-
-@pytest.mark.parametrize(
-    "linear_map",
-    [DenseMap(5, 3), ConvMap((4, 5), 2, 4), ConvMap((4, 5), 4, 2), ConvMap((4, 5), 3, 2, 1), ConvMap((3, 6), 2, 3, 5)],
-    ids=str,
-)
-def test_transpose_is_the_adjoint(linear_map):
-    """<W v, u> = <v, W^T u>; rmatvec is JAX's own transpose; the batched call is matvec of every example."""
-    rng = np.random.default_rng(0)
-    shapes = linear_map.kernel_shape, linear_map.input_shape, linear_map.output_shape
-    kernel, v, u = (jnp.asarray(rng.normal(size=shape)) for shape in shapes)
-
-    @jax.jit
-    def products(kernel, v, u):
-        (transposed,) = jax.linear_transpose(lambda v: linear_map.matvec(kernel, v), v)(u)
-        return linear_map.matvec(kernel, v), linear_map.rmatvec(kernel, u), transposed
-
-    w_v, wt_u, transposed = products(kernel, v, u)
-    assert w_v.shape == linear_map.output_shape and wt_u.shape == linear_map.input_shape
-    np.testing.assert_allclose(jnp.vdot(w_v, u), jnp.vdot(v, wt_u), rtol=1e-12)
-    np.testing.assert_allclose(wt_u, transposed, rtol=1e-12, atol=1e-12)
-    batch = jnp.stack([v, 2 * v])
-    if isinstance(linear_map, ConvMap) and linear_map.kernel_size == 1:  # the same matrix at every pixel
-        batch = jnp.broadcast_to(batch[:, None, None], (2, *linear_map.size, linear_map.channels_in))
-    expected = jnp.broadcast_to(w_v, (*batch.shape[1:-1], w_v.shape[-1]))
-    np.testing.assert_allclose(linear_map(kernel, batch)[1], 2 * expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("channels", [(2, 3), (3, 2)])
@@ -133,8 +206,32 @@ def test_lowering_per_platform(channels):
         assert "stablehlo.dot_general" not in exported
 
 
+@pytest.mark.parametrize(("size", "padding"), [((5,), "zero"), ((3, 4), "periodic"), ((2, 3, 2), "periodic")], ids=str)
+def test_lowering_of_any_grid_per_platform(size, padding):
+    """The same rule in one and three dimensions and with periodic padding."""
+    x, kernel = jnp.ones((2, *size, 2)), jnp.ones((*(3 for _ in size), 2, 3))
+
+    @jax.jit
+    def loss_and_gradient(x, kernel):
+        return jax.value_and_grad(lambda x, k: jnp.sum(convolve(x, k, padding=padding) ** 2), (0, 1))(x, kernel)
+
+    on_cpu = loss_and_gradient.trace(x, kernel).lower(lowering_platforms=("cpu",)).as_text()
+    assert "stablehlo.convolution" not in on_cpu and "stablehlo.dot_general" in on_cpu
+    for platform in ("cuda", "tpu"):
+        exported = jax.export.export(loss_and_gradient, platforms=[platform])(x, kernel).mlir_module()
+        assert exported.count("stablehlo.convolution") >= 3 and "stablehlo.dot_general" not in exported
+
+
+def test_without_jit():
+    """Eager calls under jax.disable_jit, and with a watch for leaked tracers."""
+    x, kernel = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 1))), jnp.ones((5, 1, 1))
+    with jax.disable_jit(), jax.checking_leaks():
+        found = convolve(x, kernel, padding="periodic")
+    np.testing.assert_allclose(found[0, :, 0], [np.sum(x[0, (np.arange(5) + i - 2) % 3, 0]) for i in range(3)])
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("lowering", [conv2d_matmul, conv2d_lax])
+@pytest.mark.parametrize("lowering", [convolve_matmul, convolve_lax])
 def test_bfloat16_products(case, lowering):
     """Every product, those of the derivatives included, has factors rounded to 8 bits and sums that are not."""
     x, kernel, cotangent = (array.astype(jnp.float32) for array in random_case(*case))
@@ -161,7 +258,7 @@ def test_both_lowerings_of_the_primitives(sides, channels):
         tolerance = {"rtol": 1e-6, "atol": 1e-6} if options else {"rtol": 1e-12, "atol": 1e-12}
         found, expected = (f(x, y, sides=sides, **options) for f in (correlate_matmul, correlate_lax))
         np.testing.assert_allclose(found, expected, **tolerance)
-        found, expected = (f(y, kernel, reflected=True, **options) for f in (conv2d_matmul, conv2d_lax))
+        found, expected = (f(y, kernel, reflected=True, **options) for f in (convolve_matmul, convolve_lax))
         np.testing.assert_allclose(found, expected, **tolerance)
 
 
@@ -185,6 +282,37 @@ def test_bad_shapes(x_shape, kernel_shape, message):
     """Errors name the argument, what was expected and what came."""
     with pytest.raises(ValueError, match=message):
         conv2d(jnp.zeros(x_shape), jnp.zeros(kernel_shape))
+
+
+def test_periodic_bfloat16_products():
+    """With periodic padding too the factors are rounded to 8 bits, and the sums are not."""
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 4, 2), (3, 2, 3)))
+    expected = convolve(*(a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, kernel)), padding="periodic")
+    for function in (convolve, convolve_lax, convolve_matmul):
+        found = function(x, kernel, padding="periodic", matmul_dtype="bfloat16")
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "kernel_shape", "message"),
+    [
+        ((4, 2), (3, 2, 2), r"x: expected rank 3, 4 or 5 .*\(4, 2\)"),
+        ((1, 2, 2, 2, 2, 1), (3, 3, 3, 3, 1, 1), r"x: expected rank 3, 4 or 5"),
+        ((1, 4, 2), (3, 3, 2, 2), r"kernel: expected \[k, I, O\].*\(3, 3, 2, 2\)"),
+        ((1, 2, 2, 2, 2), (3, 3, 2, 2, 2), r"kernel: .*odd kd, kh, kw.*\(3, 3, 2, 2, 2\)"),
+        ((1, 4, 2), (3, 5, 2), r"kernel: expected 2 input channels.*got 5"),
+    ],
+)
+def test_bad_shapes_of_any_grid(x_shape, kernel_shape, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        convolve(jnp.zeros(x_shape), jnp.zeros(kernel_shape))
+
+
+def test_bad_padding():
+    with pytest.raises(ValueError, match=r"^padding: expected one of zero, periodic; got 'SAME'"):
+        convolve(jnp.zeros((1, 4, 2)), jnp.zeros((3, 2, 2)), padding="SAME")
 
 
 def test_bad_matmul_dtype():

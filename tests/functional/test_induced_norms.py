@@ -170,7 +170,18 @@ def test_closed_forms_dense():
         np.testing.assert_allclose(to_infinity[order], np.linalg.norm(kernel, conjugate(order), axis=0), rtol=1e-12)
 
 
-@pytest.mark.parametrize("conv", [*CONVS, ConvMap((3, 2), 2, 3, 1)], ids=str)
+OTHER_CONVS = [
+    ConvMap((3, 2), 2, 3, 1),
+    ConvMap((4,), 2, 3, padding="periodic"),
+    ConvMap((2,), 2, 3, 5, padding="periodic"),
+    ConvMap((2, 3), 2, 1, (5, 3), padding="periodic"),
+    ConvMap((3, 1, 2), 2, 3, padding="periodic"),
+    ConvMap((2,), 2, 3, 5),
+    ConvMap((3, 1, 2), 2, 3),
+]
+
+
+@pytest.mark.parametrize("conv", [*CONVS, *OTHER_CONVS], ids=str)
 def test_closed_forms_convolution(conv):
     """Columns and rows of the dense matrix, the largest of each channel, also on images smaller than the kernel."""
     kernel = jnp.asarray(normal(*conv.kernel_shape))
@@ -330,7 +341,7 @@ def test_orders_that_need_power_iteration():
 def test_bad_orders(bad):
     """The error names the argument."""
     kernel, v = jnp.ones((3, 3)), jnp.ones(3)
-    iteration = partial(power_iteration, partial(DENSE.matvec, kernel), partial(DENSE.rmatvec, kernel), v)
+    iteration = partial(power_iteration, partial(DENSE.matvec, kernel), v)
     for name in ("domain", "codomain"):
         for function in (iteration, partial(induced_norm, DENSE, kernel, v, v)):
             with pytest.raises(ValueError, match=f"^{name}: expected an order of at least 1"):

@@ -317,5 +317,5 @@ def test_spectral_norm():
     assert not np.any(gradient[1]) and not np.any(gradient[2])
     with pytest.raises(ValueError, match=r"^u: expected the shape \(4,\) of matvec\(v\), got \(3,\)"):
         rf.spectral_norm(lambda v: matrix @ v, v, v)
-    with pytest.raises(ValueError, match="^v: expected a float array"):
+    with pytest.raises(ValueError, match=r"^v: expected a float array"):
         rf.spectral_norm(lambda v: matrix @ v, u, [1.0, 2.0, 3.0])

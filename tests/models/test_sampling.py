@@ -14,7 +14,13 @@ SOLVER = rf.FixedPoint(tolerance=1e-13)
 CONFIGS = {
     "vectors": rf.VectorFlowConfig(dim=2, blocks=2, hidden=(3,), preactivation="none", coefficient=0.8),
     "images": rf.ImageFlowConfig(
-        (4, 4, 1), blocks=(1,), hidden_channels=2, kernels=(3, 3), fc_blocks=0, logit_alpha=1e-3, coefficient=0.8
+        (4, 4, 1),
+        blocks=(1,),
+        hidden_channels=2,
+        kernels=(3, 3),
+        coefficient=0.8,
+        data=rf.ImageTransform(logit_alpha=1e-3),
+        tail=rf.DenseTail(0),
     ),
 }
 
@@ -49,7 +55,7 @@ def test_log_prob_is_that_of_the_samples(flow):
     assert x.shape == (4, *flow.event_shape) and diagnostics.mean.shape == (flow.blocks,)
     np.testing.assert_allclose(log_prob, flow.log_prob(x, estimator=rf.Exact()), rtol=1e-8)
     assert not np.allclose(x[0], x[1])
-    with pytest.raises(ValueError, match="number: expected an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="shape: expected an integer of at least 1, got 0"):
         flow.sample_and_log_prob(jax.random.key(0), 0)
     with pytest.raises(ValueError, match="estimator: expected Exact, Truncated or Roulette"):
         flow.sample_and_log_prob(jax.random.key(0), 1, estimator="exact")

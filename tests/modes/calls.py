@@ -13,6 +13,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
+from resflow_jax.interop.torch_flow import TorchFlow, TorchImageConfig
 from resflow_jax.training.likelihood import dequantized_bits_per_dim, negative_log_likelihood, vector_log_prob
 
 KEY = jax.random.key(3)
@@ -23,19 +24,19 @@ PIXELS = (IMAGES + 0.5) / 4
 VECTORS = {
     "plain": {},
     "all layers": {
-        "batchnorm": True,
-        "centering": "layers",
-        "invertible_linear": True,
+        "between": rf.BetweenBlocks(batchnorm=True, centering="layers", invertible_linear=True),
         "activation": "leakylipswish",
-        "data_mean": (0.1, 0.2, 0.3),
-        "data_deviation": (1.0, 2.0, 3.0),
-        "padding": 1,
-        "padding_noise": "gaussian",
+        "data": rf.VectorTransform((0.1, 0.2, 0.3), (1.0, 2.0, 3.0), rf.Padding(1, "gaussian")),
     },
-    "mixed norms": {"norms": "f1f", "activation": "maxmin", "preactivation": "none", "centering": "blocks"},
-    "learned norms": {"learn_norms": True, "activation": "fullsort", "preactivation": "none"},
+    "mixed norms": {
+        "norms": rf.Norms("f1f"),
+        "activation": "maxmin",
+        "preactivation": "none",
+        "between": rf.BetweenBlocks(centering="blocks"),
+    },
+    "learned norms": {"norms": rf.Norms(learned=True), "activation": "fullsort", "preactivation": "none"},
     "bfloat16": {"matmul_dtype": "bfloat16"},
-    "DenseNet": {"dense_depth": 2, "dense_growth": 4, "activation": "clipswish"},
+    "DenseNet": {"densenet": rf.DenseNetBlocks(2, 4), "activation": "clipswish"},
 }
 ESTIMATORS = {
     "Exact": Exact(),
@@ -61,10 +62,18 @@ def vectors(name="plain"):
 @cache
 def images():
     """(graphdef, state) of a flow on images, with all that those of vectors have not."""
-    sizes = {"blocks": (1, 1), "hidden_channels": 2, "fc_blocks": 1, "fc_hidden": 2, "classifier_channels": 2}
-    options = {"factor_out": True, "classes": 2, "feature_actnorm": True, "coefficient": 0.5}
-    config = rf.ImageFlowConfig((2, 2, 1), **sizes, **options)
-    return nnx.split(rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
+    config = TorchImageConfig(
+        (2, 2, 1),
+        blocks=(1, 1),
+        hidden_channels=2,
+        coefficient=0.5,
+        between=rf.BetweenBlocks(feature_actnorm=True),
+        tail=rf.DenseTail(1, hidden=2),
+        scales=rf.Scales(factor_out=True),
+        classes=2,
+        classifier_channels=2,
+    )
+    return nnx.split(TorchFlow(config, rngs=nnx.Rngs(0)))
 
 
 def of_flow(split, method, *args, **kwargs):
@@ -103,6 +112,28 @@ def training(split, loss, batch, accumulate):
     return call
 
 
+class PowerLaw:
+    """A law of lengths as a user writes it: P(N >= k) = 1 / k^2."""
+
+    def sample(self, key, shape):
+        return jnp.floor(jax.random.uniform(key, shape, minval=1e-6) ** -0.5).astype(jnp.int32)
+
+    def survival(self, k):
+        return k.astype(float) ** -2.0
+
+    def tail_ratio(self):
+        return 1.0
+
+
+class FirstTerm:
+    """An estimator as a user writes it: tr(J)."""
+
+    def estimate(self, g, x, key):
+        v = jax.random.rademacher(key, x.shape, x.dtype)
+        g_x, product = jax.jvp(g, (x,), (v,))
+        return x + g_x, jnp.sum(v * product, axis=1)
+
+
 def of_functions():
     """Calls of functions that take no flow."""
     kernel = jnp.asarray(np.random.default_rng(2).normal(size=(3, 3)) / 5)
@@ -124,6 +155,28 @@ def of_functions():
         found[f"residual, {name}"] = lambda e=estimator: jax.grad(total, (1, 2))(e, kernel, jnp.asarray(X))
     for name, solver in SOLVERS.items():
         found[f"residual_inverse, {name}"] = lambda s=solver: jax.grad(inverted, (1, 2))(s, kernel, jnp.asarray(X))
+    condition = {"shift": jnp.asarray(X), "scale": jnp.linspace(0.5, 1.0, len(X))}
+    pair = jnp.asarray(X[:, :2]), jnp.asarray(X[:, 2])
+
+    def conditional(kernel, x, condition):
+        return condition["scale"][:, None] * jnp.tanh(x @ kernel + condition["shift"])
+
+    def of_pair(kernel, x):
+        out = jnp.tanh(jnp.concatenate([x[0], x[1][:, None]], axis=1) @ kernel)
+        return out[:, :2], out[:, 2]
+
+    def with_condition(kernel, x, condition):
+        y, log_det = rf.residual(conditional, kernel, x, condition=condition, key=KEY, chunk_size=2)
+        return jnp.sum(rf.residual_inverse(conditional, kernel, 2 * y, condition=condition)) + jnp.sum(log_det)
+
+    def with_pair(kernel, x):
+        y, log_det = rf.residual(of_pair, kernel, x, key=KEY, estimator=Roulette(PowerLaw()))
+        return jnp.sum(rf.residual_inverse(of_pair, kernel, y)[0]) + jnp.sum(log_det)
+
+    found["residual, condition"] = lambda: jax.grad(with_condition, (0, 1, 2))(kernel, jnp.asarray(X), condition)
+    found["residual, pair and own law"] = lambda: jax.grad(with_pair, (0, 1))(kernel, pair)
+    found["residual, own estimator"] = lambda: jax.grad(total, (1, 2))(FirstTerm(), kernel, jnp.asarray(X))
+    found["check_contraction"] = lambda: rf.check_contraction(g, kernel, jnp.asarray(X), KEY)
     for name, activation in rf.ACTIVATIONS.items():
         params = {parameter: jnp.asarray(value) for parameter, value in activation.initial}
         second = jax.hessian(lambda x, a=activation, p=params: jnp.sum(jnp.square(a(p, x))))
@@ -155,7 +208,7 @@ def of_flows():
     for name, solver in SOLVERS.items():
         found[f"inverse, {name}"] = of_flow(plain, "inverse", z, solver=solver, return_status=True)
     for name, options in VECTORS.items():
-        flow, wide = vectors(name), np.pad(z, ((0, 0), (0, options.get("padding", 0))))
+        flow, wide = vectors(name), np.pad(z, ((0, 0), (0, options.get("data", rf.VectorTransform()).padding.channels)))
         found[f"new flow, {name}"] = lambda name=name: vectors.__wrapped__(name)[1]
         found[f"log_prob, {name}"] = gradient(flow, "log_prob", X, key=KEY)
         found[f"inverse, {name}"] = of_flow(flow, "inverse", wide, return_status=True)

@@ -1,0 +1,291 @@
+"""Compositions of public layers, with a condition and without: map, log-det, inverse against dense Jacobians."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import resflow_jax as rf
+from resflow_jax.functional.activations import get_activation
+from resflow_jax.functional.linear_maps import ConvMap, DenseMap
+from resflow_jax.layers.contraction import Layered
+from tests.functional.contractions import z_scores
+
+SOLVER = rf.FixedPoint(tolerance=1e-13)
+IMAGE = (4, 4, 1)
+
+
+def mlp(rngs, dim=4, condition_shape=None):
+    maps = [DenseMap(dim, 5), DenseMap(5, dim)]
+    options = {"preactivation": False, "condition_shape": condition_shape}
+    return Layered(maps, get_activation("lipswish"), 0.8, **options, rngs=rngs)
+
+
+def cnn(rngs, size, channels, condition_shape=None):
+    maps = [ConvMap(size, channels, 3), ConvMap(size, 3, channels)]
+    options = {"preactivation": True, "condition_shape": condition_shape}
+    return Layered(maps, get_activation("elu"), 0.8, **options, rngs=rngs)
+
+
+class Rotation(nnx.Module):
+    """A contraction of the user's, of norm 0.5 whatever the condition."""
+
+    def __init__(self, rngs):
+        self.angle = nnx.Param(jax.random.normal(rngs.params(), ()))
+
+    def __call__(self, x, condition):
+        turned = jnp.roll(x, 1, axis=-1)
+        angle = self.angle[...] + condition.sum(-1, keepdims=True)
+        return 0.5 * jnp.sin(jnp.cos(angle) * x + jnp.sin(angle) * turned) / np.sqrt(2)
+
+
+class Shift(rf.Bijector):
+    """The layer of the docstring of `Bijector`."""
+
+    def __init__(self, dim):
+        self.event_shape = (dim,)
+        self.shift = nnx.Param(jnp.zeros(dim))
+
+    def transform(self, x, condition=None):
+        return x + self.shift[...][None], jnp.zeros(x.shape[0], x.dtype)
+
+    def invert(self, y, condition=None):
+        return y - self.shift[...][None]
+
+
+def multi_scale(rngs, condition_shape=None):
+    first = rf.Chain([rf.Logit(0.05), rf.ResidualBlock(cnn(rngs, (4, 4), 1)), rf.Squeeze(IMAGE)])
+    second = [rf.ActNorm((2,)), rf.ResidualBlock(cnn(rngs, (2, 2), 2, condition_shape)), rf.Squeeze((2, 2, 2))]
+    return rf.MultiScale([first, rf.Chain(second), rf.ResidualBlock(cnn(rngs, (1, 1), 4))], IMAGE)
+
+
+def inverted(rngs, condition_shape=None):
+    inside = rf.Chain([rf.InvertibleLinear(4, rngs=rngs), rf.ResidualBlock(mlp(rngs, 4, condition_shape)), Shift(4)])
+    return rf.Chain([rf.ResidualBlock(mlp(rngs)), rf.Invert(inside, SOLVER)])
+
+
+def stack(rngs, condition_shape=None):
+    def step(rngs):
+        return rf.Chain(
+            [rf.ResidualBlock(mlp(rngs, 4, condition_shape)), rf.Invert(rf.ResidualBlock(mlp(rngs)), SOLVER)]
+        )
+
+    return rf.ResidualStack(step, 2, rngs=rngs)
+
+
+# name: (bijector from rngs, shape of one event, of one condition)
+BIJECTORS = {
+    "chain": (lambda rngs: rf.Chain([rf.ActNorm((4,)), rf.ResidualBlock(mlp(rngs)), Shift(4)]), (4,), None),
+    "inverse of a chain": (inverted, (4,), None),
+    "multi-scale": (multi_scale, IMAGE, None),
+    "stack": (stack, (4,), None),
+    "block, conditional": (lambda rngs: rf.ResidualBlock(mlp(rngs, 4, (2,))), (4,), (2,)),
+    "convolutional block, conditional": (lambda rngs: rf.ResidualBlock(cnn(rngs, (2, 2), 1, (3,))), (2, 2, 1), (3,)),
+    "inverse of a chain, conditional": (lambda rngs: inverted(rngs, (2,)), (4,), (2,)),
+    "multi-scale, conditional": (lambda rngs: multi_scale(rngs, (2, 1)), IMAGE, (2, 1)),
+    "stack, conditional": (lambda rngs: stack(rngs, (3,)), (4,), (3,)),
+    "module of the user's": (lambda rngs: rf.ResidualBlock(Rotation(rngs), lipschitz=0.8), (4,), (2,)),
+}
+
+
+@pytest.fixture(scope="module", params=BIJECTORS)
+def case(request):
+    """A bijector away from its start, x [3, ...] and c [3, ...] or None."""
+    make, shape, condition_shape = BIJECTORS[request.param]
+    bijector = make(nnx.Rngs(0))
+    x = jax.random.uniform(jax.random.key(1), (3, *shape))
+    condition = None if condition_shape is None else jax.random.normal(jax.random.key(2), (3, *condition_shape))
+    params = nnx.state(bijector, nnx.Param)
+    keys = iter(jax.random.split(jax.random.key(3), 100))
+    nnx.update(bijector, jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(keys), p.shape), params))
+    rf.Flow(bijector, event_shape=shape).converge_norms()
+    return bijector, x, condition
+
+
+def jacobians(bijector, x, condition):
+    """The Jacobians of f at the examples, one by one, [B, D, D]."""
+    graphdef, state = nnx.split(bijector)
+
+    def of_one(x, c):
+        c = None if c is None else c[None]
+        return nnx.merge(graphdef, state)(x[None], c)[0].ravel()
+
+    return jax.jit(jax.vmap(jax.jacobian(of_one)))(x, condition).reshape(len(x), x[0].size, x[0].size)
+
+
+def test_log_det_and_inverse(case):
+    """log_det is that of the dense Jacobian; the inverse undoes f; shapes are those that were announced."""
+    bijector, x, condition = case
+    y, log_det = bijector.forward(x, condition=condition, estimator=rf.Exact())
+    np.testing.assert_allclose(bijector(x, condition), y, rtol=1e-10, atol=1e-12)
+    assert y.shape[1:] == bijector.output_shape(x.shape[1:]) and bijector.input_shape(y.shape[1:]) == x.shape[1:]
+    np.testing.assert_allclose(log_det, np.linalg.slogdet(jacobians(bijector, x, condition))[1], rtol=1e-9, atol=1e-9)
+    back, status = bijector.inverse(y, condition=condition, solver=SOLVER, return_status=True)
+    np.testing.assert_allclose(back, x, atol=1e-9)
+    assert status.converged.shape == (bijector.blocks, 3) and status.converged.all()
+
+
+def test_log_det_on_the_way_back(case):
+    """`solve_and_estimate` gives x and the log-det of f there, with the noise of `estimate`; so does `Invert`."""
+    bijector, x, condition = case
+    estimator, key = rf.Truncated(2), jax.random.key(5)
+    y, log_det, diagnostics = bijector.forward(
+        x, condition=condition, key=key, estimator=estimator, return_diagnostics=True
+    )
+    graphdef, state = nnx.split(bijector)
+
+    @jax.jit
+    def back(state, y, c):
+        return nnx.merge(graphdef, state).solve_and_estimate(y, key, estimator, SOLVER, c)[:3]
+
+    found, again, parts = back(state, y, condition)
+    np.testing.assert_allclose(found, x, atol=1e-9)
+    np.testing.assert_allclose(again, log_det, atol=1e-7)
+    np.testing.assert_allclose(np.concatenate([part.mean for part in parts]), diagnostics.mean, atol=1e-7)
+    inverse = rf.Invert(bijector, SOLVER)
+    back, log_det_back = inverse.forward(y, condition=condition, key=key, estimator=estimator)
+    np.testing.assert_allclose(back, x, atol=1e-9)
+    np.testing.assert_allclose(log_det_back, -log_det, atol=1e-7)
+    np.testing.assert_allclose(inverse.inverse(back, condition=condition), y, atol=1e-8)
+
+
+def test_certified_bounds(case):
+    """No singular value of a Jacobian is beyond the bounds, which hold for every condition."""
+    bijector, x, condition = case
+    blocks = []
+    lipschitz, inverse = bijector.certified_bounds(blocks)
+    assert len(blocks) == bijector.blocks and all(block.bound < 1 for block in blocks)
+    values = np.linalg.svd(jacobians(bijector, x, condition), compute_uv=False)
+    assert values.max() <= lipschitz * (1 + 1e-9) and (1 / values).max() <= inverse * (1 + 1e-9)
+    bounds = rf.Invert(bijector).lipschitz_bounds()
+    assert bounds == (inverse, lipschitz)
+
+
+def test_gradients(case):
+    """Of log-det and y under `Exact`, in parameters, x and c, against finite differences in a random direction."""
+    bijector, x, condition = case
+    graphdef, params, rest = nnx.split(bijector, nnx.Param, ...)
+
+    @jax.jit
+    def value(params, x, condition):
+        bijector = nnx.merge(graphdef, params, rest)
+        y, log_det = bijector.forward(x, condition=condition, estimator=rf.Exact())
+        return jnp.sum(jnp.cos(y)) + jnp.sum(jnp.arange(1.0, 4.0) * log_det)
+
+    inputs = params, x, condition
+    keys = iter(jax.random.split(jax.random.key(7), 100))
+    direction = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), inputs)
+    gradient = jax.jit(jax.grad(value, argnums=(0, 1) if condition is None else (0, 1, 2)))(*inputs)
+    for n, (part, along) in enumerate(zip(gradient, direction, strict=False)):
+        moved = [
+            value(*(jax.tree.map(lambda p, d, s=s: p + s * d, a, b) if m == n else a for m, (a, b) in pairs))
+            for s in (1e-5, -1e-5)
+            for pairs in [list(enumerate(zip(inputs, direction, strict=True)))]
+        ]
+        product = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(part), jax.tree.leaves(along), strict=True))
+        np.testing.assert_allclose(product, (moved[0] - moved[1]) / 2e-5, rtol=1e-4, atol=1e-6)
+
+
+def test_conditions_matter_and_are_checked(case):
+    """Another condition gives another map; one for all is broadcast; what is missing or unexpected raises."""
+    bijector, x, condition = case
+    if condition is None:
+        with pytest.raises(
+            ValueError, match=r"condition: expected None, since no part takes a condition, got shape \(3, 2\)"
+        ):
+            bijector.forward(x, condition=jnp.ones((3, 2)), estimator=rf.Exact())
+        return
+    with pytest.raises(ValueError, match=r"condition: expected floats \[3, .*one for each example.*, got None"):
+        bijector.forward(x, estimator=rf.Exact())
+    assert np.abs(bijector(x, condition) - bijector(x, condition + 0.5)).min(axis=0).max() > 1e-4
+    if bijector.condition_shape is not ...:
+        shape = condition.shape[1:]
+        one = bijector.forward(x, condition=condition[0], estimator=rf.Exact())[0]
+        np.testing.assert_allclose(one, bijector(x, jnp.broadcast_to(condition[0], (3, *shape))), rtol=1e-12)
+        with pytest.raises(ValueError, match=r"condition: expected floats .*, got shape \(2, 7\)"):
+            bijector.forward(x, condition=jnp.ones((2, 7)), estimator=rf.Exact())
+    with pytest.raises(ValueError, match=r"condition: expected .*, got dtype int64; for classes use jax.nn.one_hot"):
+        bijector.forward(x, condition=jnp.ones(3, int), estimator=rf.Exact())
+
+
+def test_conditional_roulette_is_unbiased():
+    """Over many keys the mean of log-det and of its gradient in c is that of the exact ones."""
+    bijector = rf.ResidualBlock(mlp(nnx.Rngs(0), 3, (2,)))
+    x, c = jax.random.normal(jax.random.key(1), (2, 3)), jax.random.normal(jax.random.key(2), (2, 2))
+    graphdef, state = nnx.split(bijector)
+
+    def value(c, key, estimator):
+        log_det = nnx.merge(graphdef, state).forward(x, condition=c, key=key, estimator=estimator)[1]
+        return jnp.sum(jnp.asarray([1.0, 2.0]) * log_det)
+
+    both = jax.value_and_grad(value)
+    exact = both(c, None, rf.Exact())
+    draws = jax.jit(jax.vmap(lambda key: both(c, key, rf.Roulette())))(jax.random.split(jax.random.key(3), 4000))
+    for found, expected in zip(draws, exact, strict=True):
+        assert np.abs(z_scores(found, expected)).max() < 5
+
+
+def test_what_does_not_chain():
+    """The error names both layers and both shapes."""
+    rngs = nnx.Rngs(0)
+    with pytest.raises(
+        ValueError,
+        match=r"bijectors\[1\] \(ResidualBlock\): expected events of shape \(3,\), got \(4,\), "
+        r"which bijectors\[0\] \(ResidualBlock\) puts out",
+    ):
+        rf.Chain([rf.ResidualBlock(mlp(rngs)), rf.ResidualBlock(mlp(rngs, 3))])
+    with pytest.raises(
+        ValueError, match=r"bijectors\[0\] \(ActNorm\): expected events whose shape ends in \(5,\), got \(4,\)"
+    ):
+        rf.Chain([rf.ActNorm((5,)), rf.ResidualBlock(mlp(rngs))])
+    with pytest.raises(
+        ValueError,
+        match=r"condition: expected one shape for all layers, got \(2,\) in bijectors\[0\] "
+        r"\(ResidualBlock\) and \(3,\) in bijectors\[1\]",
+    ):
+        rf.Chain([rf.ResidualBlock(mlp(rngs, 4, (2,))), rf.ResidualBlock(mlp(rngs, 4, (3,)))])
+    with pytest.raises(ValueError, match=r"bijectors\[0\]: expected Bijector, got Layered"):
+        rf.Chain([mlp(rngs)])
+    with pytest.raises(
+        ValueError, match=r"scales\[0\]: expected an even number of channels to halve, got events \(4, 4, 1\)"
+    ):
+        rf.MultiScale([rf.Logit(0.1), rf.Chain([])], IMAGE)
+    with pytest.raises(ValueError, match="scales: expected at least one bijector, got none"):
+        rf.MultiScale([], IMAGE)
+    with pytest.raises(ValueError, match="bijector: expected one without padding"):
+        rf.Invert(rf.ChannelPadding(1))
+    with pytest.raises(ValueError, match=r"solver: expected Anderson\(\)"):
+        rf.Invert(rf.Chain([]), solver="newton")
+
+
+def test_what_is_no_contraction():
+    """A module needs a word on its constant; a contraction takes none."""
+    rngs = nnx.Rngs(0)
+    with pytest.raises(ValueError, match=r"lipschitz: expected a bound .* of Rotation.*got None"):
+        rf.ResidualBlock(Rotation(rngs))
+    with pytest.raises(ValueError, match=r"lipschitz: expected a number in \(0, 1\), got 1.5"):
+        rf.ResidualBlock(Rotation(rngs), lipschitz=1.5)
+    with pytest.raises(ValueError, match=r"lipschitz: expected None beside a Contraction"):
+        rf.ResidualBlock(mlp(rngs), lipschitz=0.5)
+    with pytest.raises(ValueError, match=r"contraction: expected a Contraction or a callable nnx.Module, got ufunc"):
+        rf.ResidualBlock(np.sin, lipschitz=0.5)
+    with pytest.raises(ValueError, match="expected layers that keep the shape"):
+        rf.ResidualStack(lambda rngs: rf.Flatten((2, 2)), 2, rngs=rngs)
+
+
+def test_a_solve_that_fails_is_nan():
+    """An inverted block on a wrong word gives NaN, not a wrong value; `on_failure="warn"` gives the best guess."""
+
+    class Expanding(nnx.Module):
+        def __call__(self, x):
+            return -3 * x
+
+    block = rf.ResidualBlock(Expanding(), lipschitz=0.9, event_shape=(2,))
+    x = jnp.ones((2, 2))
+    solver = rf.FixedPoint(max_iterations=5, on_failure="raise")
+    assert jnp.isnan(jax.jit(rf.Invert(block, solver).__call__)(x)).all()
+    with pytest.raises(rf.InverseError):
+        rf.Invert(block, solver)(x)
+    solver = rf.FixedPoint(max_iterations=5, on_failure="warn")
+    assert jnp.isfinite(jax.jit(rf.Invert(block, solver).__call__)(x)).all()
