@@ -216,7 +216,7 @@ def _make_layered(contraction, maps, condition_dim, activation, coefficient, pre
         norms = tuple(map(float, norms))
     options = {"preactivation": preactivation, "norms": norms, "condition_shape": _condition_shape(condition_dim)}
     Layered.__init__(contraction, maps, _activation(activation), coefficient, **options, rngs=rngs)
-    contraction.coefficient, contraction.norms, contraction.condition_dim = coefficient, norms, condition_dim
+    contraction.coefficient, contraction.condition_dim = coefficient, condition_dim
 
 
 def _condition_shape(condition_dim: int | None) -> tuple[int, ...] | None:
