@@ -28,7 +28,7 @@ from flax import nnx
 
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_key, check_type
-from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
+from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator, needs_key
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.conditions import as_condition
