@@ -32,7 +32,7 @@ from resflow_jax.io.variables import Structure, flattened, split_variables
 from resflow_jax.io.whole_files import whole_file
 from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.models.flow import Flow
-from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
 
 FORMAT = "resflow_jax"
 FORMAT_VERSION = 1
@@ -100,7 +100,7 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
 
 def _description(flow: Flow) -> dict[str, str]:
     """What a flow is made of, as metadata."""
-    if type(flow) is ResidualFlow:
+    if isinstance(flow, ResidualFlow):
         return {"config": config_to_json(flow.config)}
     return {"structure": json.dumps(describe(flow), allow_nan=False)}
 
@@ -123,7 +123,7 @@ def _structure(metadata: dict[str, str]) -> Structure:
     """What the metadata say."""
     if "config" in metadata:
         config = config_from_json(metadata["config"])
-        return Structure.made_by(lambda: ResidualFlow(config, rngs=nnx.Rngs(0)))
+        return Structure.made_by(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
     description = _parsed(metadata)
     if description is None:
         raise ValueError(f"expected the config or the structure of a flow in the metadata, got {sorted(metadata)}")
@@ -142,14 +142,14 @@ def _structure(metadata: dict[str, str]) -> Structure:
 
 def _structure_of(like: Flow, metadata: dict[str, str]) -> Structure:
     """That of the flow `like`, if it is what the metadata say."""
-    said = metadata.get("config") if type(like) is ResidualFlow else metadata.get("structure")
+    said = metadata.get("config") if isinstance(like, ResidualFlow) else metadata.get("structure")
     if said is None:
-        kind = "config" if type(like) is ResidualFlow else "structure"
+        kind = "config" if isinstance(like, ResidualFlow) else "structure"
         raise ValueError(
             f"like: expected a flow like that of the file, got {type(like).__name__}, of which the "
             f"metadata have no {kind}"
         )
-    if type(like) is ResidualFlow:
+    if isinstance(like, ResidualFlow):
         of_file = json.loads(config_to_json(config_from_json(said)))
         unlike = difference(of_file, json.loads(config_to_json(like.config)))
     else:

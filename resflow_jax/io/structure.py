@@ -25,7 +25,7 @@ from flax import nnx
 
 from resflow_jax.functional.activations import ACTIVATIONS, Activation, get_activation
 from resflow_jax.layers.contraction import Layered, TrustedContraction
-from resflow_jax.layers.densenet import DenseNet
+from resflow_jax.layers.densenet import DenseNetOfMaps
 from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.layers.module import Module
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
@@ -44,7 +44,7 @@ def classes() -> dict[str, type]:
 
     public = [getattr(resflow_jax, name) for name in resflow_jax.__all__]
     found = [cls for cls in public if isinstance(cls, type) and _is_described(cls)]
-    return {cls.__name__: cls for cls in (*found, Layered, DenseNet)}
+    return {cls.__name__: cls for cls in (*found, Layered, DenseNetOfMaps)}
 
 
 def _is_described(cls: type) -> bool:

@@ -150,12 +150,12 @@ class DenseNet(DenseNetOfMaps):
         if first is not None:
             check_count("first", first, 1)
         check_type("rngs", rngs, nnx.Rngs)
-        self.depth, self.growth, self.first, self.kernel, self.padding = depth, growth, first, kernel, padding
         linear = _dense if len(self.shape) == 1 else _convolution(self.shape[:-1], padding)
         found = _activation(activation)
         maps = densenet_maps(linear, self.shape[-1], first, depth, growth, kernel, found)
-        self.condition_dim = condition_dim
         super().__init__(*maps, found, coefficient, condition_shape=_condition_shape(condition_dim), rngs=rngs)
+        self.depth, self.growth, self.first, self.kernel, self.padding = depth, growth, first, kernel, padding
+        self.condition_dim = condition_dim
 
 
 def chain_of_maps(
@@ -216,7 +216,7 @@ def _make_layered(contraction, maps, condition_dim, activation, coefficient, pre
         norms = tuple(map(float, norms))
     options = {"preactivation": preactivation, "norms": norms, "condition_shape": _condition_shape(condition_dim)}
     Layered.__init__(contraction, maps, _activation(activation), coefficient, **options, rngs=rngs)
-    contraction.coefficient, contraction.norms, contraction.condition_dim = coefficient, norms, condition_dim
+    contraction.coefficient, contraction.condition_dim = coefficient, condition_dim
 
 
 def _condition_shape(condition_dim: int | None) -> tuple[int, ...] | None:

@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 
 import resflow_jax as rf
 from resflow_jax.io import files
-from resflow_jax.io.config_json import config_from_json, config_to_json
 from resflow_jax.io.structure import build, describe
 from tests.interop.flows import make_flow
 from tests.io.flows import CONDITION, conditional_flow, perturbed
@@ -223,14 +222,6 @@ def test_keys_of_random_numbers(tmp_path):
     assert found.count[...] == expected.count[...]
 
 
-def test_every_config_comes_back():
-    """Tuples, infinite orders and what is not given; as JSON of the standard."""
-    config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), norms="12f1", fc_norms=(2, 2.5, 3, 2), logit_alpha=None)
-    text = config_to_json(config)
-    assert config_from_json(text) == config
-    json.loads(text, parse_constant=pytest.fail)
-
-
 def test_nothing_is_lost_where_writing_fails(flow, path, monkeypatch):
     before = path.read_bytes()
 
@@ -258,7 +249,7 @@ def test_nothing_is_lost_where_writing_fails(flow, path, monkeypatch):
         (lambda arrays, metadata: metadata.update(config='{"type": "Other"}'), "config: expected JSON of a config of"),
         (
             lambda arrays, metadata: metadata.update(config='{"type": "VectorFlowConfig", "dim": 2, "depth": 3}'),
-            "config: expected the fields of VectorFlowConfig, got also depth",
+            r"config: expected the fields of VectorFlowConfig, got others \(unknown: depth\)",
         ),
         (lambda arrays, metadata: arrays.pop(next(iter(arrays))), "arrays: .* arrays missing: "),
         (lambda arrays, metadata: arrays.update({"params.other": np.zeros(2)}), "arrays unknown: params/other"),
