@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.functional.laws import Defensive, Fitted, LengthLaw, check_law, check_values
+from resflow_jax.functional.laws import Defensive, Fitted, Law, check_law, check_values
 from resflow_jax.functional.opaque import Opaque, as_tree, original
 from resflow_jax.functional.probes import PROBES
 
@@ -92,7 +92,7 @@ class Roulette:
       probes: probes an example, averaged; each costs the whole series.
     """
 
-    length: LengthLaw = Defensive()
+    length: Law = Defensive()
     exact_terms: int = 0
     samples: int = 1
     probe: Probe = "rademacher"

@@ -316,6 +316,10 @@ def _geometric_survival(log_ratio: float, k: Array | int) -> Array:
     return jnp.exp(exponent * log_ratio)
 
 
+# The laws by name beside the protocol: command lines have an option for each of their settings.
+Law = Geometric | Poisson | Defensive | Fitted | LengthLaw
+
+
 def law_within(law: LengthLaw, lipschitz: float | None) -> LengthLaw:
     """The law for a g of that Lipschitz constant, with a warning where it is not safe for it."""
     if callable(getattr(law, "within", None)):

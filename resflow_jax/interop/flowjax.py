@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.checks import check_callable, check_count, check_key, check_open_interval, check_type
-from resflow_jax.functional.estimators import Estimator, Exact, check_estimator
+from resflow_jax.functional.estimators import Estimator, Exact, check_estimator, needs_key
 from resflow_jax.functional.inverse import check_solver, residual_inverse
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.solvers import Anderson, Solver
@@ -166,7 +166,7 @@ class ResidualBijection(AbstractBijection):
         check_callable("g", g)
         check_estimator(estimator)
         check_solver(solver)
-        check_key("key", key, optional=isinstance(estimator, Exact))
+        check_key("key", key, optional=not needs_key(estimator))
         self.g = g
         self.key = key
         self.estimator = paramax.NonTrainable(estimator)

@@ -28,7 +28,7 @@ from flax import nnx
 
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_key, check_type
-from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
+from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator, needs_key
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.conditions import as_condition
@@ -92,7 +92,7 @@ class SamplingMap:
         check_estimator(estimator)
         check_solver(solver)
         check_key("key", key, optional=True)
-        if key is None and not isinstance(estimator, Exact):
+        if key is None and needs_key(estimator):
             raise ValueError(
                 f"key: {type(estimator).__name__} expected a PRNG key, got None; estimator=Exact() needs none"
             )

@@ -188,9 +188,9 @@ class Layered(Contraction):
         self.conditioning = Conditioning(condition_shape, channels, rngs=rngs) if condition_shape is not None else None
 
     @property
-    def norms(self) -> list[Order]:
+    def norms(self) -> tuple[Order, ...]:
         """The orders of the norms between the layers, one more than layers."""
-        return [self.linears[0].domain, *(linear.codomain for linear in self.linears)]
+        return self.linears[0].domain, *(linear.codomain for linear in self.linears)
 
     def condition_features(self, condition: Array | None) -> list[Gate] | None:
         return None if self.conditioning is None else self.conditioning(condition)

@@ -150,12 +150,12 @@ class DenseNet(DenseNetOfMaps):
         if first is not None:
             check_count("first", first, 1)
         check_type("rngs", rngs, nnx.Rngs)
-        self.depth, self.growth, self.first, self.kernel, self.padding = depth, growth, first, kernel, padding
         linear = _dense if len(self.shape) == 1 else _convolution(self.shape[:-1], padding)
         found = _activation(activation)
         maps = densenet_maps(linear, self.shape[-1], first, depth, growth, kernel, found)
-        self.condition_dim = condition_dim
         super().__init__(*maps, found, coefficient, condition_shape=_condition_shape(condition_dim), rngs=rngs)
+        self.depth, self.growth, self.first, self.kernel, self.padding = depth, growth, first, kernel, padding
+        self.condition_dim = condition_dim
 
 
 def chain_of_maps(
