@@ -28,7 +28,7 @@ from resflow_jax.functional.checks import check_type
 from resflow_jax.io.config_json import config_from_json, config_to_json
 from resflow_jax.io.structure import UnknownClass, build, describe, difference
 from resflow_jax.io.upgrades import is_old, upgraded
-from resflow_jax.io.variables import Structure, flattened, split_variables
+from resflow_jax.io.variables import OtherArrays, Structure, flattened, split_variables
 from resflow_jax.io.whole_files import whole_file
 from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.models.flow import Flow
@@ -37,6 +37,7 @@ from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
 FORMAT = "resflow_jax"
 FORMAT_VERSION = 1
 
+_SHARED = "; of layers that share arrays with each other no file tells"
 _REMEDY = "; rf.load(path, like=flow) takes the structure from a flow of yours, and only the arrays from the file"
 
 
@@ -69,8 +70,8 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
     Args:
       path: of the file.
       like: a flow of the same structure, which is not changed; for flows with classes that are not of this package,
-        as the module of `ResidualBlock(module, lipschitz=)`. The structure is then that of `like`, and the arrays are
-        those of the file. By default the structure is what the file says.
+        as the module of `ResidualBlock(module, lipschitz=)`, or with a layer that is used twice. The structure is then
+        that of `like`, and the arrays are those of the file. By default the structure is what the file says.
 
     Raises:
       FileNotFoundError: where there is no such file.
@@ -94,15 +95,23 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
         return _filled(structure, arrays)
     except UnknownClass as error:
         raise ValueError(f"{path}: {error}{_REMEDY}") from error
+    except OtherArrays as error:
+        remedy = _SHARED + _REMEDY if like is None and "structure" in metadata else ""
+        raise ValueError(f"{path}: {error}{remedy}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _description(flow: Flow) -> dict[str, str]:
     """What a flow is made of, as metadata."""
-    if isinstance(flow, ResidualFlow):
+    if _is_of_config(flow):
         return {"config": config_to_json(flow.config)}
     return {"structure": json.dumps(describe(flow), allow_nan=False)}
+
+
+def _is_of_config(flow: Flow) -> bool:
+    """Whether the config tells all about a flow; it does not about a subclass of the user's."""
+    return isinstance(flow, ResidualFlow) and type(flow).__module__.startswith(f"{FORMAT}.")
 
 
 def _check_format(metadata: dict[str, str]) -> None:
@@ -142,14 +151,14 @@ def _structure(metadata: dict[str, str]) -> Structure:
 
 def _structure_of(like: Flow, metadata: dict[str, str]) -> Structure:
     """That of the flow `like`, if it is what the metadata say."""
-    said = metadata.get("config") if isinstance(like, ResidualFlow) else metadata.get("structure")
+    kind = "config" if _is_of_config(like) else "structure"
+    said = metadata.get(kind)
     if said is None:
-        kind = "config" if isinstance(like, ResidualFlow) else "structure"
         raise ValueError(
             f"like: expected a flow like that of the file, got {type(like).__name__}, of which the "
             f"metadata have no {kind}"
         )
-    if isinstance(like, ResidualFlow):
+    if kind == "config":
         of_file = json.loads(config_to_json(config_from_json(said)))
         unlike = difference(of_file, json.loads(config_to_json(like.config)))
     else:

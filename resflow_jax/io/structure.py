@@ -24,8 +24,7 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.activations import ACTIVATIONS, Activation, get_activation
-from resflow_jax.layers.contraction import Layered, TrustedContraction
-from resflow_jax.layers.densenet import DenseNetOfMaps
+from resflow_jax.layers.contraction import TrustedContraction
 from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.layers.module import Module
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
@@ -44,7 +43,7 @@ def classes() -> dict[str, type]:
 
     public = [getattr(resflow_jax, name) for name in resflow_jax.__all__]
     found = [cls for cls in public if isinstance(cls, type) and _is_described(cls)]
-    return {cls.__name__: cls for cls in (*found, Layered, DenseNetOfMaps)}
+    return {cls.__name__: cls for cls in found}
 
 
 def _is_described(cls: type) -> bool:
@@ -69,9 +68,10 @@ def describe(value: Any) -> Any:
     if isinstance(value, Activation) and ACTIVATIONS.get(value.name) is value:
         return {"activation": value.name}
     cls = type(value)
-    if classes().get(cls.__name__) is not cls:
+    arguments = dict(_arguments(value)) if classes().get(cls.__name__) is cls else {"": _MISSING}
+    if any(given is _MISSING for given in arguments.values()):  # nothing tells how to make it
         return {"unknown": f"{cls.__module__}.{cls.__qualname__}"}
-    return {"type": cls.__name__, "arguments": {name: describe(given) for name, given in _arguments(value)}}
+    return {"type": cls.__name__, "arguments": {name: describe(given) for name, given in arguments.items()}}
 
 
 def _arguments(value: Any) -> Iterator[tuple[str, Any]]:
@@ -87,14 +87,15 @@ def _arguments(value: Any) -> Iterator[tuple[str, Any]]:
         yield "depth", value.depth
     else:
         for name in _parameters(type(value)):
-            yield name, getattr(value, name)
+            yield name, getattr(value, name, _MISSING)
 
 
 @cache
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:
     """The parameters of a class's constructor beside `rngs`."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    return {parameter.name: parameter for parameter in parameters if parameter.name != "rngs"}
+    is_any = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # of a class without a constructor
+    return {p.name: p for p in parameters if p.name != "rngs" and p.kind not in is_any}
 
 
 def build(description: Any, rngs: nnx.Rngs, name: str = "structure") -> Any:

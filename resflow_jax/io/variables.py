@@ -24,6 +24,10 @@ COLLECTIONS = {"params": nnx.Param, "norms": NormState, "batch_stats": nnx.Batch
 _NAMES = {kind: name for name, kind in COLLECTIONS.items()}
 
 
+class OtherArrays(ValueError):
+    """Arrays that are missing or unknown."""
+
+
 class Structure(NamedTuple):
     """What a flow is made of beside its numbers.
 
@@ -65,12 +69,13 @@ class Structure(NamedTuple):
         """The flow with these arrays, in their dtype where JAX has it on.
 
         Raises:
-          ValueError: for arrays that are missing or unknown, of another shape, and for integers in place of floats.
+          OtherArrays: for arrays that are missing or unknown.
+          ValueError: for those of another shape, and for integers in place of floats.
         """
         for problem, names in (("missing", self.leaves.keys() - arrays), ("unknown", arrays.keys() - self.leaves)):
             if names:
                 listed = ", ".join(sorted(map("/".join, names)))
-                raise ValueError(f"{what}: expected {expected}; arrays {problem}: {listed}")
+                raise OtherArrays(f"{what}: expected {expected}; arrays {problem}: {listed}")
         for path, leaf in self.leaves.items():
             name, shape, dtype = "/".join(path), jnp.shape(arrays[path]), jnp.result_type(arrays[path])
             if shape != leaf.shape:

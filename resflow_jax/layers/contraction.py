@@ -165,9 +165,7 @@ class Layered(Contraction):
 
         With a condition each layer is h(x; c) = gate(c) * W x + b + shift(c); see `layers.conditioning`.
         """
-        self.linear_maps = tuple(linear_maps)
         self.coefficient = coefficient
-        self.centering = centering
         norms = [2.0] * (len(linear_maps) + 1) if norms is None else norms
         slopes = [activation.slopes if n or preactivation else (1.0,) for n in range(len(linear_maps))]
         self.linears = List(

@@ -47,7 +47,6 @@ class DenseNetOfMaps(Contraction):
 
         coefficient: bound on each linear layer's norm and on each dense layer's Lipschitz constant.
         """
-        self.first, self.dense, self.last = first, tuple(dense), last
         maps = [*([first] if first else []), *dense, last]
         self.linears = List(LipschitzLinear(linear_map, coefficient, rngs=rngs) for linear_map in maps)
         self.activation = activation

@@ -7,12 +7,9 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.functional.activations import get_activation
-from resflow_jax.functional.linear_maps import DenseMap
 from resflow_jax.interop.sampling import SamplingMap
-from resflow_jax.layers.contraction import Layered
 from tests.interop.flows import SOLVER
-from tests.io.flows import perturbed
+from tests.io.flows import contraction, perturbed
 
 pytestmark = pytest.mark.usefixtures("promotion")
 
@@ -45,12 +42,10 @@ def make(base=None, seed=0):
     """ActNorm, a conditional block, the inverse of another."""
     rngs = nnx.Rngs(seed)
 
-    def block(condition_shape):
-        maps, activation = [DenseMap(2, 4), DenseMap(4, 2)], get_activation("tanh")
-        options = {"preactivation": False, "condition_shape": condition_shape}
-        return rf.ResidualBlock(Layered(maps, activation, 0.8, **options, rngs=rngs))
+    def block(condition_dim):
+        return rf.ResidualBlock(contraction(rngs, 2, condition_dim))
 
-    chain = rf.Chain([rf.ActNorm((2,)), block((3,)), rf.Invert(block(None), SOLVER)])
+    chain = rf.Chain([rf.ActNorm((2,)), block(3), rf.Invert(block(None), SOLVER)])
     return perturbed(rf.Flow(chain, base), seed)
 
 

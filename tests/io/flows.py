@@ -5,18 +5,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.functional.activations import get_activation
-from resflow_jax.functional.linear_maps import DenseMap
-from resflow_jax.layers.contraction import Layered
 
 CONDITION = jnp.asarray([0.3, -0.7])
 
 
-def contraction(rngs, dim=3, condition_shape=None, coefficient=0.8):
+def contraction(rngs, dim=3, condition_dim=None, coefficient=0.8):
     """A chain of two layers."""
-    maps = [DenseMap(dim, 4), DenseMap(4, dim)]
-    options = {"preactivation": False, "condition_shape": condition_shape}
-    return Layered(maps, get_activation("tanh"), coefficient, **options, rngs=rngs)
+    options = {"condition_dim": condition_dim, "coefficient": coefficient, "activation": "tanh"}
+    return rf.LipschitzMLP(dim, (4,), **options, rngs=rngs)
 
 
 def conditional_flow(rngs, coefficient=0.8):
@@ -29,7 +25,7 @@ def conditional_flow(rngs, coefficient=0.8):
         rf.Chain(
             [
                 rf.ActNorm((3,)),
-                rf.ResidualBlock(contraction(rngs, condition_shape=(2,), coefficient=coefficient)),
+                rf.ResidualBlock(contraction(rngs, condition_dim=2, coefficient=coefficient)),
                 rf.Invert(rf.ResidualBlock(contraction(rngs)), rf.FixedPoint(tolerance=1e-13)),
                 rf.ResidualStack(
                     lambda rngs: rf.Chain([rf.InvertibleLinear(3, rngs=rngs), rf.ActNorm((3,))]), 2, rngs=rngs

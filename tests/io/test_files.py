@@ -144,6 +144,41 @@ def test_classes_of_the_user_need_a_flow_like_it(layer, tmp_path):
     chex.assert_trees_all_equal(nnx.state(again), nnx.state(flow))
 
 
+def test_a_layer_that_is_used_twice(tmp_path):
+    """The file has its arrays once, and does not tell of both uses; the error names the remedy."""
+    path = tmp_path / "flow.safetensors"
+
+    def make():
+        norm = rf.ActNorm((3,))
+        return rf.Flow(rf.Chain([norm, rf.Permutation([2, 0, 1]), norm]), BASE)
+
+    flow = perturbed(make())
+    rf.save(path, flow)
+    with pytest.raises(ValueError, match=r"arrays missing: .*bijectors/2/shift; of layers that share .* like=flow"):
+        rf.load(path)
+    again = rf.load(path, like=make())
+    np.testing.assert_array_equal(again(X), flow(X))
+    assert again.bijector.bijectors[0] is again.bijector.bijectors[2]
+
+
+def test_a_class_of_flows_of_the_user(tmp_path):
+    """A subclass of a flow of a config has its own name in the file."""
+
+    class Mine(rf.ResidualFlow):
+        pass
+
+    path = tmp_path / "flow.safetensors"
+    flow = Mine(rf.VectorFlowConfig(2, 1, (3,)), rngs=nnx.Rngs(0))
+    rf.save(path, flow)
+    with pytest.raises(
+        ValueError, match=r"structure: expected a class of resflow_jax, got .*Mine; rf.load"
+    ):
+        rf.load(path)
+    again = rf.load(path, like=Mine(flow.config, rngs=nnx.Rngs(1)))
+    assert type(again) is Mine and again.config == flow.config
+    chex.assert_trees_all_equal(nnx.state(again), nnx.state(flow))
+
+
 def test_a_flow_unlike_that_of_the_file(composed_path):
     """The error names what differs."""
     with pytest.raises(ValueError, match=r"contraction.coefficient: expected 0.8, got 0.7$"):

@@ -26,8 +26,8 @@ X, CONDITIONS = RNG.normal(size=(2, 2, 16, 3)), RNG.normal(size=(2, 2, 16, 2))  
 
 
 def make(rngs):
-    """A conditional block with running statistics behind it."""
-    block = rf.ResidualBlock(contraction(rngs, condition_shape=(2,)))
+    """A conditional block, and running statistics after it."""
+    block = rf.ResidualBlock(contraction(rngs, condition_dim=2))
     return rf.Flow(rf.Chain([rf.ActNorm((3,)), block, rf.MovingBatchNorm((3,))]))
 
 
