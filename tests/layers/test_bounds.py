@@ -275,7 +275,7 @@ def test_errors(make, message):
 
 
 def test_a_density_over_a_table_integrates_to_one():
-    """Columns (0, inf) and [-1, 2] with a residual block behind: the sum over a fine grid of x, which ends beyond."""
+    """Columns (0, inf) and [-1, 2] and then a residual block: the sum over a fine grid of x, which ends beyond."""
     g = rf.LipschitzMLP(2, (8,), coefficient=0.9, rngs=nnx.Rngs(0))
     for linear in g.linears:
         linear.kernel[...] *= 3
