@@ -26,9 +26,9 @@ class Bounded(Elementwise):
         high alone     y = -log(high - x), or likewise, for x < high
         neither        y = x
 
-    Put it first in a chain; what it makes of a batch, an `ActNorm` behind it brings to mean zero and variance one. The
-    logarithm knows no unit, and suits values of many sizes; the softplus keeps large values as they are. Of an end that
-    is attained in the data, as counts of zero, take a little more, or a finite interval.
+    Put it first in a chain; an `ActNorm` after it brings its output to mean zero and variance one. The logarithm knows
+    no unit, and suits values of many sizes; the softplus keeps large values as they are. Where the data attain an end,
+    as counts attain zero, give one a little beyond it, or make the interval finite.
 
     The inverse always returns values that the layer takes again, also where rounding would reach or pass an end: the
     nearest number inside of a one-sided interval. What is outside raises a ValueError that names the column, from a

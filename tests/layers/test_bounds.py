@@ -138,6 +138,7 @@ EDGES = {
     "exp": lambda: rf.Invert(rf.Exp()),
     "softplus": lambda: rf.Invert(rf.Softplus()),
     "logit far from zero": lambda: rf.Logit(1e-6, [1000.0, -1001.0, -1.0, 1e6], [1001.0, -1000.0, 0.0, 1e6 + 1]),
+    "logit of rounded ends": lambda: rf.Logit(0.01, [1000.0, -1001.7, 1e4, 77.7], [1001.3, -1000.0, 1e4 + 3, 77.8]),
     "logit near zero": lambda: rf.Logit(1e-6, [0.0, -1e-3, -1e30, 0.1], [1e-30, 0.0, 1e30, 0.3]),
     "logit of large alpha": lambda: rf.Logit(0.4, [0.0, -1e-3, -10.0, 100.0], [1e-3, 0.0, 10.0, 100.3]),
     "table": lambda: rf.Bounded([0.0, -INF, 1000.0, -INF], [INF, 0.0, INF, 0.1]),
@@ -175,7 +176,8 @@ def test_own_samples_are_inside_and_finite(name, compiled):
             # x is told from its neighbours by a rounding: that times dy/dx is what y may have lost.
             slopes = np.asarray(wrap(jax.grad(lambda x: layer(x).sum()))(x), float)
             lost = 8 * np.spacing(np.abs(np.asarray(x))).astype(float) * slopes + 1e-5
-            middle = np.abs(np.asarray(y)) < 10
+            middle = (np.abs(np.asarray(y)) < 5) & (slopes > 0)  # farther out x may count as a number inside
+            assert middle.sum(axis=0).min() > 5
             assert (np.abs(np.asarray(again, float) - np.asarray(y, float)) <= lost)[middle].all()
     finally:
         jax.config.update("jax_disable_most_optimizations", optimizes)
@@ -273,7 +275,7 @@ def test_errors(make, message):
 
 
 def test_a_density_over_a_table_integrates_to_one():
-    """Columns (0, inf) and [-1, 2] with a residual block behind: the sum over a fine grid of x, which ends beyond."""
+    """Columns (0, inf) and [-1, 2] and then a residual block: the sum over a fine grid of x, which ends beyond."""
     g = rf.LipschitzMLP(2, (8,), coefficient=0.9, rngs=nnx.Rngs(0))
     for linear in g.linears:
         linear.kernel[...] *= 3
