@@ -170,9 +170,7 @@ def test_a_class_of_flows_of_the_user(tmp_path):
     path = tmp_path / "flow.safetensors"
     flow = Mine(rf.VectorFlowConfig(2, 1, (3,)), rngs=nnx.Rngs(0))
     rf.save(path, flow)
-    with pytest.raises(
-        ValueError, match=r"structure: expected a class of resflow_jax, got .*Mine; rf.load"
-    ):
+    with pytest.raises(ValueError, match=r"structure: expected a class of resflow_jax, got .*Mine; rf.load"):
         rf.load(path)
     again = rf.load(path, like=Mine(flow.config, rngs=nnx.Rngs(1)))
     assert type(again) is Mine and again.config == flow.config
