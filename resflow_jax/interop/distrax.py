@@ -4,7 +4,8 @@
 
 is the distribution of x that the flow models, for a base of events z like the flow's own: a standard normal of D
 elements, unless the flow was given another. So the bijector's forward is the flow's inverse, z -> x, and its inverse
-the flow, x -> z; `distrax.Inverse(bijector)` is the other way round.
+the flow, x -> z; `distrax.Inverse(bijector)` is the other way round. `base(distribution)` makes a distribution of
+distrax the base of a flow of this library: `rf.Flow(layers, base=rf.interop.distrax.base(distribution))`.
 """
 
 import jax

@@ -2,6 +2,7 @@
 
     prior                numpyro.sample("x", FlowDistribution(flow, key))
     the same, NUTS on z  numpyro.handlers.reparam(model, config={"x": TransformReparam()})
+    base of a flow       rf.Flow(bijector, base=base(distribution))
     guide of SVI         numpyro.sample("x", FlowDistribution(flow_module("flow", flow), key))
 
 NUTS on x takes log p(x) and its gradient at every step: a log-det, for which `Exact()` or one fixed key makes the

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.interop.bases import distrax_base, numpyro_base
+from resflow_jax.interop.distrax import base as distrax_base
+from resflow_jax.interop.numpyro import base as numpyro_base
 
 distrax = pytest.importorskip("distrax", reason="needs the extra distrax")
 dist = pytest.importorskip("numpyro.distributions", reason="needs the extra numpyro")
