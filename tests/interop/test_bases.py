@@ -7,8 +7,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.interop.distrax import base as distrax_base
-from resflow_jax.interop.numpyro import base as numpyro_base
+from resflow_jax.interop.bases import distrax_base, numpyro_base
 
 distrax = pytest.importorskip("distrax", reason="needs the extra distrax")
 dist = pytest.importorskip("numpyro.distributions", reason="needs the extra numpyro")
@@ -111,3 +110,8 @@ def test_a_base(name):
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_public_names():
+    """Each library's submodule has it as `base`."""
+    assert rf.interop.distrax.base is distrax_base and rf.interop.numpyro.base is numpyro_base
