@@ -91,7 +91,7 @@ def cases():
     yield from of_flow("inverse_and_log_prob", "solver", SOLVERS, X, key=KEY, solver=None)
     yield from of_flow("inverse_and_log_prob", "estimator", ESTIMATORS, X, key=KEY, estimator=None)
     for method in ("sample", "sample_and_log_prob"):
-        yield from of_flow(method, "number", {**COUNTS, "None": None}, KEY, ...)
+        yield from of_flow(method, "shape", {**COUNTS, "None": None, "a zero": (2, 0)}, KEY, ...)
         yield from of_flow(method, "key", {**KEYS, "None": None}, ..., 2)
         yield from of_flow(method, "solver", SOLVERS, KEY, 2, solver=None)
     for name in ("tolerance", "residual_tolerance"):
