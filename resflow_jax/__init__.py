@@ -27,7 +27,7 @@ from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, N
 from resflow_jax.layers.padding import ChannelPadding
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
-from resflow_jax.models.bases import Base, StandardNormal
+from resflow_jax.models.bases import Base, DiagonalNormal, MixtureOfNormals, StandardNormal
 from resflow_jax.models.certificate import Certificate, certify
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import Flow
@@ -54,6 +54,7 @@ __all__ = [
     "Defensive",
     "DenseMap",
     "Diagnostics",
+    "DiagonalNormal",
     "Estimate",
     "Estimator",
     "Exact",
@@ -71,6 +72,7 @@ __all__ = [
     "LipschitzConv",
     "LipschitzDense",
     "Logit",
+    "MixtureOfNormals",
     "MovingBatchNorm",
     "MovingCentering",
     "MultiScale",

@@ -140,6 +140,15 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
+def as_shape(name: str, value: Any) -> tuple[int, ...]:
+    """A tuple, or list, of integers of at least one, as a tuple of Python's integers."""
+    if not isinstance(value, tuple | list):
+        raise ValueError(f"{name}: expected a tuple of sizes, as (3,), got {value!r}")
+    for size in value:
+        check_count(name, size, 1)
+    return tuple(map(int, value))
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
     """One of the given strings, or None if it is among them."""
     if not (value is None or isinstance(value, str)) or value not in choices:

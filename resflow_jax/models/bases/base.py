@@ -1,11 +1,11 @@
-"""Base distributions of z: what a flow's bijector maps data to."""
+"""The interface of a base distribution, and the one without parameters."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from resflow_jax.functional.checks import as_shape
 from resflow_jax.layers.conditions import ConditionShape
 from resflow_jax.layers.module import Module
 
@@ -18,21 +18,24 @@ class Base(Module):
 
     Attributes:
       event_shape: of one z.
-      condition_shape: of one condition; None for no condition.
+      condition_shape: of one condition; None for no condition, `...` for whatever is given.
     """
 
     event_shape: Shape
     condition_shape: ConditionShape = None
 
     def log_prob(self, z: Array, condition: Array | None = None) -> Array:
-        """log p(z | c) [B] in nats of z [B, *event_shape]."""
-        raise NotImplementedError
+        """log p(z | c) [B] in nats of z [B, *event_shape], with a condition [B, *condition_shape]."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a method log_prob(z, condition)")
 
     def sample(
         self, key: Array, number: int, condition: Array | None = None, temperature: float | Array = 1.0
     ) -> Array:
-        """Draws z [number, *event_shape]; `temperature` multiplies the deviation from the mean."""
-        raise NotImplementedError
+        """Draws z [number, *event_shape], with a condition [number, *condition_shape].
+
+        `temperature` multiplies the deviation from the mean; of a mixture, that from the mean of a component.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected a method sample(key, number, condition, ...)")
 
 
 class StandardNormal(Base):
@@ -43,7 +46,7 @@ class StandardNormal(Base):
     """
 
     def __init__(self, event_shape: Shape):
-        self.event_shape = tuple(event_shape)
+        self.event_shape = as_shape("event_shape", event_shape)
 
     def log_prob(self, z: Array, condition: Array | None = None) -> Array:
         return standard_normal_log_prob(z)
@@ -52,13 +55,6 @@ class StandardNormal(Base):
         self, key: Array, number: int, condition: Array | None = None, temperature: float | Array = 1.0
     ) -> Array:
         return temperature * jax.random.normal(key, (number, *self.event_shape), jnp.result_type(float))
-
-
-def as_base(base: Any, event_shape: Shape) -> Base:
-    """A `Base` as it is."""
-    if isinstance(base, Base):
-        return base
-    raise ValueError(f"base: expected a Base, got {type(base).__name__}")
 
 
 def standard_normal_log_prob(z: Array) -> Array:

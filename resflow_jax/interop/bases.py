@@ -1,0 +1,67 @@
+"""Distributions of distrax and of NumPyro as base distributions of a flow: `rf.interop.distrax.base(distribution)`.
+
+One event of the distribution is one z. Its arrays become `Constant`: no training of the flow changes them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from resflow_jax.functional.checks import check_type
+from resflow_jax.models.bases import ObjectBase
+
+Array = jax.Array
+
+
+class _Distrax(NamedTuple):
+    distribution: Any
+
+    def log_prob(self, z: Array) -> Array:
+        return self.distribution.log_prob(z)
+
+    def sample(self, key: Array, number: int) -> Array:
+        return self.distribution.sample(seed=key, sample_shape=(number,))
+
+
+class _Numpyro(NamedTuple):
+    distribution: Any
+
+    def log_prob(self, z: Array) -> Array:
+        return self.distribution.log_prob(z)
+
+    def sample(self, key: Array, number: int) -> Array:
+        return self.distribution.sample(key, (number,))
+
+
+def distrax_base(distribution: Any) -> ObjectBase:
+    """A `distrax.Distribution` of real vectors or arrays as a base.
+
+    Raises:
+      ValueError: for anything else, and for a batch of distributions.
+    """
+    import distrax
+
+    check_type("distribution", distribution, distrax.Distribution)
+    return _base(_Distrax, distribution, "distrax.Independent(distribution, reinterpreted_batch_ndims={})")
+
+
+def numpyro_base(distribution: Any) -> ObjectBase:
+    """A `numpyro.distributions.Distribution` of real vectors or arrays as a base.
+
+    Raises:
+      ValueError: for anything else, and for a batch of distributions.
+    """
+    from numpyro.distributions import Distribution
+
+    check_type("distribution", distribution, Distribution)
+    return _base(_Numpyro, distribution, "distribution.to_event({})")
+
+
+def _base(adapter: type, distribution: Any, remedy: str) -> ObjectBase:
+    batch_shape = tuple(distribution.batch_shape)
+    if batch_shape:
+        raise ValueError(
+            f"distribution: expected one distribution, of batch shape (), got batch shape {batch_shape} with events "
+            f"{tuple(distribution.event_shape)}; {remedy.format(len(batch_shape))} makes one event of it"
+        )
+    return ObjectBase(adapter(distribution), tuple(distribution.event_shape))

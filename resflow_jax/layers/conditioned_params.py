@@ -1,0 +1,55 @@
+"""Parameters that a condition c moves: of bases and of affine layers, which may depend on c in any way."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from resflow_jax.functional.checks import check_count
+from resflow_jax.layers.module import Module
+
+Array = jax.Array
+
+_WIDTH = 64
+BOUND = 4.0  # exp(4) = 55
+
+
+class ConditionedParams(Module):
+    """What an ordinary network of a condition [B, condition_dim] adds to parameters; zero at the start.
+
+    One hidden layer of 64 units. The last layer has no bias: the parameters themselves are that.
+    """
+
+    def __init__(self, condition_dim: int, shapes: Sequence[tuple[int, ...]], *, rngs: nnx.Rngs):
+        """shapes: of one example's parameters."""
+        dtype = jnp.result_type(float)
+        self.shapes = tuple(map(tuple, shapes))
+        self.hidden = nnx.Linear(condition_dim, _WIDTH, param_dtype=dtype, rngs=rngs)
+        self.out = nnx.Param(jnp.zeros((_WIDTH, sum(map(math.prod, shapes)))))
+
+    @classmethod
+    def make(
+        cls, condition_dim: int | None, shapes: Sequence[tuple[int, ...]], *, rngs: nnx.Rngs | None
+    ) -> "ConditionedParams | None":
+        """None without a condition; it checks its arguments."""
+        if condition_dim is None:
+            return None
+        check_count("condition_dim", condition_dim, 1)
+        if not isinstance(rngs, nnx.Rngs):
+            raise ValueError(f"rngs: expected nnx.Rngs beside condition_dim, got {type(rngs).__name__}")
+        return cls(condition_dim, shapes, rngs=rngs)
+
+    def __call__(self, condition: Array) -> list[Array]:
+        """Arrays [B, *shape], one for each of the shapes."""
+        features = nnx.swish(self.hidden(condition)) @ self.out[...]
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes])[:-1].tolist()
+        parts = jnp.split(features, ends, axis=-1)
+        return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def bounded(a: Array) -> Array:
+    """4 tanh(a / 4): what a network may add to the log of a scale."""
+    return BOUND * jnp.tanh(a / BOUND)

@@ -1,0 +1,124 @@
+"""A mixture of normal distributions with learnable weights, means and deviations.
+
+    p(z | c) = sum_k w_k(c) N(z; mean_k(c), diag(std_k(c)^2))
+
+Izmailov et al. (2020, arXiv 1912.13025) take one component for each class.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from resflow_jax.functional.checks import as_shape, check_count, check_type
+from resflow_jax.layers.conditioned_params import ConditionedParams, bounded
+from resflow_jax.models.bases.base import Base, Shape
+
+Array = jax.Array
+
+_LARGEST_EXPONENT = 60.0  # exp of it is finite in every float dtype but float16
+
+
+class MixtureOfNormals(Base):
+    """A mixture of K normals on events of a given shape, at the start around random means with deviations of one.
+
+    Three kinds:
+      - without a condition, all parameters are numbers;
+      - with `condition_dim` an ordinary network of c, which starts at zero, is added to means and logits, and, bounded
+        to [-4, 4], to the logs of the deviations (see `layers.conditioned_params`);
+      - class-conditional: the condition [B, K] holds non-negative weights of the components, of which only the ratios
+        count: w_k = c_k / sum_j c_j. A one-hot condition chooses one component, so that components are classes, and
+        log p(z | c) = log N_k(z); a row of the classes' frequencies gives the marginal density p(z). Negative weights,
+        and only zeros, give NaN. It is differentiable in c, also where c_k is zero.
+
+    Cost: K normals for the log-density, one for a sample.
+
+    Args:
+      components: K.
+      event_shape: of one z.
+      class_conditional: whether the condition is [K] weights.
+      condition_dim: number of elements of a condition that moves all parameters; None for none.
+      rngs: of the means at the start, N(0, 1) each, and of the network.
+
+    Raises:
+      ValueError: for sizes below one, for both kinds of condition, for no rngs.
+
+    Example:
+      base = rf.MixtureOfNormals(10, (64,), class_conditional=True, rngs=rngs)
+      flow = rf.Flow(bijector, base)
+      log_p = flow.log_prob(x, condition=jax.nn.one_hot(labels, 10), key=key)    # log p(x | class)
+    """
+
+    def __init__(
+        self,
+        components: int,
+        event_shape: Shape,
+        *,
+        class_conditional: bool = False,
+        condition_dim: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_count("components", components, 1)
+        check_type("rngs", rngs, nnx.Rngs)
+        if class_conditional and condition_dim is not None:
+            raise ValueError(
+                f"condition_dim: expected None beside class_conditional, whose condition is the weights of the "
+                f"components, got {condition_dim!r}"
+            )
+        self.components = components
+        self.event_shape = as_shape("event_shape", event_shape)
+        self.class_conditional = class_conditional
+        self.condition_dim = condition_dim
+        shape = (components, *self.event_shape)
+        self.means = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.result_type(float)))
+        self.log_stds = nnx.Param(jnp.zeros(shape))
+        self.logits = None if class_conditional else nnx.Param(jnp.zeros(components))
+        self.network = ConditionedParams.make(condition_dim, (shape, shape, (components,)), rngs=rngs)
+        size = components if class_conditional else condition_dim
+        self.condition_shape = None if size is None else (size,)
+
+    def _parameters(self, condition: Array | None) -> tuple[Array, Array, Array]:
+        """Means and logs of deviations [1 or B, K, *event_shape]; weights, or log-weights, [1 or B, K]."""
+        means, log_stds = self.means[...][None], self.log_stds[...][None]
+        if self.class_conditional:
+            weights = jnp.where(condition >= 0, condition, jnp.nan)
+            return means, log_stds, weights / jnp.sum(weights, axis=-1, keepdims=True)
+        logits = self.logits[...][None]
+        if self.network is not None:
+            a, b, c = self.network(condition)
+            means, log_stds, logits = means + a, log_stds + bounded(b), logits + c
+        return means, log_stds, jax.nn.log_softmax(logits, axis=-1)
+
+    def log_prob(self, z: Array, condition: Array | None = None) -> Array:
+        means, log_stds, weights = self._parameters(condition)
+        axes = tuple(range(2, means.ndim))
+        squares = ((z[:, None] - means) * jnp.exp(-log_stds)) ** 2
+        log_normals = -jnp.sum(0.5 * squares + log_stds + 0.5 * jnp.log(2 * jnp.pi).astype(z.dtype), axis=axes)
+        if self.class_conditional:
+            return _log_weighted_sum(weights, log_normals)
+        return jax.nn.logsumexp(weights + log_normals, axis=-1)
+
+    def sample(
+        self, key: Array, number: int, condition: Array | None = None, temperature: float | Array = 1.0
+    ) -> Array:
+        means, log_stds, weights = self._parameters(condition)
+        component_key, noise_key = jax.random.split(key)
+        log_weights = jnp.log(weights) if self.class_conditional else weights
+        chosen = jax.random.categorical(component_key, log_weights, shape=(number,))
+        index = chosen.reshape(-1, *[1] * (means.ndim - 1))
+
+        def of_chosen(values: Array) -> Array:
+            values = jnp.broadcast_to(values, (number, *values.shape[1:]))
+            return jnp.take_along_axis(values, index, axis=1)[:, 0]
+
+        noise = jax.random.normal(noise_key, (number, *self.event_shape), means.dtype)
+        return of_chosen(means) + temperature * jnp.exp(of_chosen(log_stds)) * noise
+
+
+def _log_weighted_sum(weights: Array, logs: Array) -> Array:
+    """log sum_k weights_k exp(logs_k) over the last axis, with finite derivatives also where a weight is zero."""
+    is_positive = weights > 0
+    terms = jnp.where(is_positive, jnp.log(jnp.where(is_positive, weights, 1)) + logs, -jnp.inf)
+    largest = jax.lax.stop_gradient(jnp.max(terms, axis=-1, keepdims=True))
+    # A weight of zero adds nothing, but has a derivative: exp(logs - largest), cut where it would overflow.
+    of_zero = weights * jnp.exp(jnp.minimum(logs - largest, _LARGEST_EXPONENT))
+    return jnp.log(jnp.sum(jnp.where(is_positive, jnp.exp(terms - largest), of_zero), axis=-1)) + largest[..., 0]

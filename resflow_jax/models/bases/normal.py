@@ -1,0 +1,62 @@
+"""A normal distribution with a learnable mean and deviation of every element, which may depend on a condition.
+
+    z = mean(c) + exp(log_std(c)) * e,   e ~ N(0, I)
+    log p(z | c) = sum log N((z - mean) exp(-log_std); 0, 1) - log_std
+
+The cost is one pass over z, and with a condition one evaluation of a small network.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from resflow_jax.functional.checks import as_shape
+from resflow_jax.layers.conditioned_params import ConditionedParams, bounded
+from resflow_jax.models.bases.base import Base, Shape, standard_normal_log_prob
+
+Array = jax.Array
+
+
+class DiagonalNormal(Base):
+    """N(mean, diag(std^2)) on events of a given shape; it starts as N(0, I).
+
+    With a condition c an ordinary network of c, which starts at zero, moves both: mean(c) = mean + a(c) and log_std(c) =
+    log_std + 4 tanh(b(c) / 4), so that c changes a deviation by a factor of 55 at most, and its parameter by any (see
+    `layers.conditioned_params`).
+
+    Args:
+      event_shape: of one z.
+      condition_dim: number of elements of c [condition_dim]; None for no condition.
+      rngs: of the network; only needed with a condition.
+
+    Raises:
+      ValueError: for sizes below one, and a condition without rngs.
+    """
+
+    def __init__(self, event_shape: Shape, *, condition_dim: int | None = None, rngs: nnx.Rngs | None = None):
+        self.event_shape = as_shape("event_shape", event_shape)
+        self.condition_dim = condition_dim
+        self.mean = nnx.Param(jnp.zeros(self.event_shape))
+        self.log_std = nnx.Param(jnp.zeros(self.event_shape))
+        self.network = ConditionedParams.make(condition_dim, (self.event_shape, self.event_shape), rngs=rngs)
+        self.condition_shape = None if condition_dim is None else (condition_dim,)
+
+    def _moments(self, condition: Array | None) -> tuple[Array, Array]:
+        """Mean and log of the deviation, [1 or B, *event_shape]."""
+        mean, log_std = self.mean[...][None], self.log_std[...][None]
+        if self.network is None:
+            return mean, log_std
+        a, b = self.network(condition)
+        return mean + a, log_std + bounded(b)
+
+    def log_prob(self, z: Array, condition: Array | None = None) -> Array:
+        mean, log_std = self._moments(condition)
+        log_stds = jnp.sum(log_std, axis=tuple(range(1, log_std.ndim)))
+        return standard_normal_log_prob((z - mean) * jnp.exp(-log_std)) - log_stds
+
+    def sample(
+        self, key: Array, number: int, condition: Array | None = None, temperature: float | Array = 1.0
+    ) -> Array:
+        mean, log_std = self._moments(condition)
+        noise = jax.random.normal(key, (number, *self.event_shape), mean.dtype)
+        return mean + temperature * jnp.exp(log_std) * noise
