@@ -23,7 +23,7 @@ import tyro
 from experiments import density
 from experiments.run import cores_for, use_all_cores, use_xla_flags, write_atomically
 from resflow_jax.functional.checks import check_choice
-from resflow_jax.interop.plain_json import as_json
+from resflow_jax.io.config_json import as_json
 from resflow_jax.training.parallel import WAYS, Way
 
 VARIANTS = {

@@ -42,6 +42,7 @@ from experiments.run import MetricsFile, claim_workdir, use_compilation_cache
 from experiments.train import place_on_devices, set_up
 from resflow_jax import (
     Certificate,
+    DenseTail,
     Estimate,
     Estimator,
     Exact,
@@ -79,7 +80,7 @@ class BiasConfig:
       parallel: how a step is divided among devices, as in `experiments.density`.
     """
 
-    model: ImageFlowConfig = replace(digits.CONFIG.model, blocks=(2,), kernels=(3, 3), fc_blocks=0)
+    model: ImageFlowConfig = replace(digits.CONFIG.model, blocks=(2,), kernels=(3, 3), tail=DenseTail(0))
     workdir: Path = Path("runs/bias")
     steps: int = 2000
     batch_size: int = digits.CONFIG.batch_size

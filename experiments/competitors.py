@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.parts import number_of_parts, over_devices, over_parts
 from experiments.run import data_mesh, use_all_cores, use_compilation_cache, use_xla_flags
-from resflow_jax import Anderson, ImageFlowConfig, Poisson, ResidualFlow, Roulette
+from resflow_jax import Anderson, DenseTail, ImageFlowConfig, ImageTransform, Poisson, ResidualFlow, Roulette
 from resflow_jax.layers.lipschitz import LipschitzLinear
 from resflow_jax.training.likelihood import dequantized_bits_per_dim
 from resflow_jax.training.parallel import Way, make_mesh
@@ -51,10 +51,17 @@ class Case:
 
 CASES = {
     "28x28": Case(ImageFlowConfig((28, 28, 1), blocks=(4, 4, 4), hidden_channels=128), 32),
-    "32x32": Case(ImageFlowConfig((32, 32, 3), blocks=(2, 2, 2), hidden_channels=512, logit_alpha=0.05), 16),
-    "digits": Case(ImageFlowConfig((8, 8, 1), blocks=(4, 4), hidden_channels=64, fc_hidden=64), 64),
-    "cifar10": Case(ImageFlowConfig((32, 32, 3), blocks=(16, 16, 16), hidden_channels=512, logit_alpha=0.05), 64),
-    "cifar10_2": Case(ImageFlowConfig((32, 32, 3), blocks=(2, 2, 2), hidden_channels=512, logit_alpha=0.05), 64),
+    "32x32": Case(
+        ImageFlowConfig((32, 32, 3), blocks=(2, 2, 2), hidden_channels=512, data=ImageTransform(logit_alpha=0.05)), 16
+    ),
+    "digits": Case(ImageFlowConfig((8, 8, 1), blocks=(4, 4), hidden_channels=64, tail=DenseTail(hidden=64)), 64),
+    "cifar10": Case(
+        ImageFlowConfig((32, 32, 3), blocks=(16, 16, 16), hidden_channels=512, data=ImageTransform(logit_alpha=0.05)),
+        64,
+    ),
+    "cifar10_2": Case(
+        ImageFlowConfig((32, 32, 3), blocks=(2, 2, 2), hidden_channels=512, data=ImageTransform(logit_alpha=0.05)), 64
+    ),
 }
 COMPETITORS = ("resflow_jax", "resflow_jax bfloat16", "normflows")
 

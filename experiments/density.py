@@ -128,11 +128,14 @@ def tiny(config: RunConfig) -> RunConfig:
         config.model,
         blocks=(1,) * len(config.model.blocks),
         hidden_channels=8,
-        dense_growth=4,
-        fc_blocks=min(1, config.model.fc_blocks),
-        fc_hidden=8,
-        fc_dense_first=8,
-        fc_dense_growth=4,
+        tail=replace(
+            config.model.tail,
+            blocks=min(1, config.model.tail.blocks),
+            hidden=8,
+            densenet_first=8,
+            densenet_growth=4,
+        ),
+        densenet=replace(config.model.densenet, growth=4),
     )
     height, _, channels = model.shape
     embedded = replace(config.data, name="photographs", size=height, channels=channels)

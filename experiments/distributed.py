@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from experiments.configs.base import DistributedConfig
 from experiments.run import config_differences
-from resflow_jax.interop.plain_json import as_json
+from resflow_jax.io.config_json import as_json
 
 # Settings of one process alone.
 _OWN = ("distributed.process_id", "data.dir", "data.threads", "data.workers")

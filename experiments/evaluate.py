@@ -45,7 +45,7 @@ from experiments.saved import SavedFlow, Weights, saved_flow
 from experiments.train import Task, error_by_cause
 from resflow_jax import Estimator, Exact, ResidualFlow, certify
 from resflow_jax.functional.checks import check_count
-from resflow_jax.interop.plain_json import as_json
+from resflow_jax.io.config_json import as_json
 
 Array = jax.Array
 

@@ -39,7 +39,7 @@ from experiments.sample import check_drawing, convergence, decoder, drawn_sample
 from experiments.saved import Weights, saved_flow
 from resflow_jax.data.images import Images, ImageSplits, to_unit_interval
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.interop.plain_json import as_json
+from resflow_jax.io.config_json import as_json
 
 Split = Literal["train", "test"]
 Features = Literal["inception", "pixels"]

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
-from resflow_jax.interop.plain_json import as_json
 from resflow_jax.interop.whole_files import whole_file
+from resflow_jax.io.config_json import as_document, as_json, completed, upgraded
 from resflow_jax.models.certificate import Certificate
 
 
@@ -164,13 +164,13 @@ def claim_workdir(workdir: Path, config: Any) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(error.errno, f"workdir: could not make {workdir}: {error.strerror}") from error
-    path, new = workdir / "config.json", as_json(config)
+    path = workdir / "config.json"
     if path.exists():
         try:
-            old = json.loads(path.read_text())
+            old = completed(upgraded(json.loads(path.read_text())), config)
         except ValueError as error:
             raise ValueError(f"workdir: expected the config of a run in {path}, could not read it: {error}") from error
-        differences = [d for d in config_differences(old, new) if d.split(":")[0] not in MAY_CHANGE]
+        differences = [d for d in config_differences(old, as_json(config)) if d.split(":")[0] not in MAY_CHANGE]
         if differences and _has_results(workdir):
             raise ValueError(
                 f"workdir: {workdir} holds a run of another config; name another --workdir, or use its settings:\n  "
@@ -178,7 +178,7 @@ def claim_workdir(workdir: Path, config: Any) -> None:
             )
     elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
         raise FileExistsError(f"workdir: expected a new directory or that of a run, got {workdir} without config.json")
-    write_atomically(path, json.dumps(new, indent=2) + "\n")
+    write_atomically(path, json.dumps(as_document(config), indent=2) + "\n")
 
 
 def _has_results(workdir: Path) -> bool:

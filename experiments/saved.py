@@ -1,14 +1,12 @@
 """The flow of an `experiments.density` run, finished or still running, from its work directory alone.
 
-The config is read back from config.json, as `experiments.run.as_json` writes it: each dataclass with its name as
-"type", tuples as lists, paths and infinite numbers as strings.
+The config is read back from config.json, in the format of `resflow_jax.io.config_json`.
 """
 
 import dataclasses
 import json
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args
 
 from experiments import density
 from experiments.configs.base import (
@@ -28,14 +26,13 @@ from resflow_jax import (
     Defensive,
     Exact,
     Geometric,
-    ImageFlowConfig,
     Poisson,
     ResidualFlow,
     Roulette,
     Truncated,
-    VectorFlowConfig,
 )
 from resflow_jax.functional.checks import check_choice
+from resflow_jax.io.config_json import FLOW_TYPES, from_document
 from resflow_jax.training.checkpoints import Checkpoints
 
 Weights = Literal["best", "latest"]
@@ -54,14 +51,13 @@ _TYPES = {
         ToyEvaluationConfig,
         MeshConfig,
         DistributedConfig,
-        ImageFlowConfig,
-        VectorFlowConfig,
         Exact,
         Truncated,
         Roulette,
         Geometric,
         Poisson,
         Defensive,
+        *FLOW_TYPES.values(),
     )
 }
 
@@ -141,52 +137,7 @@ def saved_config(run_dir: Path) -> RunConfig:
     if not path.is_file():
         raise FileNotFoundError(f"run_dir: expected the work directory of a run, got {run_dir} without config.json")
     try:
-        config = _read(json.loads(path.read_text()), RunConfig, "config")
+        config = from_document(json.loads(path.read_text()), RunConfig, _TYPES)
     except ValueError as error:
         raise ValueError(f"{path}: expected the config of a run of experiments.density; {error}") from error
     return dataclasses.replace(config, workdir=Path(run_dir))
-
-
-def _read(value: Any, hint: Any, name: str) -> Any:
-    """A value of the type that a field's hint allows, from its JSON."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if isinstance(value, dict):
-        value = _dataclass(value, name)
-    elif isinstance(value, list):
-        item = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), Any)
-        value = tuple(_read(v, item, f"{name}[{n}]") for n, v in enumerate(value))
-    elif isinstance(value, str) and Path in kinds:
-        value = Path(value)
-    elif value in ("inf", "-inf", "nan") and float in kinds:
-        value = float(value)
-    if not any(_is_of(value, kind) for kind in kinds):
-        raise ValueError(f"{name}: expected {' or '.join(map(_named, kinds))}, got {value!r}")
-    return value
-
-
-def _dataclass(fields: dict[str, Any], name: str) -> Any:
-    """The dataclass that `as_json` wrote as a dict."""
-    check_choice(f"{name}.type", fields.get("type"), tuple(_TYPES))
-    cls = _TYPES[fields["type"]]
-    hints = get_type_hints(cls)
-    expected = {field.name for field in dataclasses.fields(cls)}
-    found = fields.keys() - {"type"}
-    if expected != found:
-        wrong = {"missing": expected - found, "unknown": found - expected}
-        listed = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names)
-        raise ValueError(f"{name}: expected the fields of {cls.__name__}, got others ({listed})")
-    return cls(**{field: _read(fields[field], hints[field], f"{name}.{field}") for field in expected})
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    if kind is Any:
-        return True
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if isinstance(value, bool) and kind is not bool:
-        return False
-    return isinstance(value, int | float if kind is float else get_origin(kind) or kind)
-
-
-def _named(kind: Any) -> str:
-    return getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else str(kind)

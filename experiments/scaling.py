@@ -17,11 +17,11 @@ import tyro
 from experiments import pictures
 from experiments.competitors import Case, Ours
 from experiments.run import use_all_cores, use_compilation_cache, use_xla_flags, write_atomically
-from resflow_jax import ImageFlowConfig
+from resflow_jax import DenseTail, ImageFlowConfig
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.parallel import WAYS, Way
 
-BASE = Case(ImageFlowConfig((16, 16, 1), blocks=(4,), hidden_channels=64, fc_blocks=0, preactivation="all"), 32)
+BASE = Case(ImageFlowConfig((16, 16, 1), blocks=(4,), hidden_channels=64, preactivation="all", tail=DenseTail(0)), 32)
 
 
 def varied(name: str, value: int) -> Case:

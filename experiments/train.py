@@ -26,7 +26,8 @@ from experiments.page import write_report
 from experiments.run import certificate_rows, claim_workdir, print_table, use_compilation_cache, write_atomically
 from experiments.signals import stop_on_signal
 from resflow_jax import Certificate, Estimate, Estimator, InverseStatus, ResidualFlow, certify
-from resflow_jax.interop.plain_json import as_json
+from resflow_jax.io.config_json import as_json
+from resflow_jax.models.residual_flow import flow_from_config
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.parallel import make_mesh
 from resflow_jax.training.placement import Placement, mesh_of, on_host, tightened
@@ -220,7 +221,7 @@ def place_on_devices(trainer: Trainer, config: RunConfig) -> Placement:
 def set_up(task: Task) -> tuple[Trainer, TrainState]:
     """The flow, initialised on training examples, with its optimiser."""
     config = task.config
-    flow = ResidualFlow(config.model, rngs=nnx.Rngs(config.seed))
+    flow = flow_from_config(config.model, rngs=nnx.Rngs(config.seed))
     flow.initialize(task.initial())
     optimizer = config.optimizer.build(config.steps)
     trainer = Trainer(nnx.split(flow)[0], task.loss, optimizer, config.optimizer.ema_decay, config.optimizer.accumulate)
@@ -284,7 +285,7 @@ def train(
                 found = judged(placement, at.state)
                 loss = validate(task, found.flow, steps)
                 line |= {f"validation_{task.metric}": task.sign * loss, "lipschitz": found.certificate.bounds.tolist()}
-                if config.model.learn_norms:
+                if config.model.norms.learned:
                     line["orders"] = found.flow.norm_orders().tolist()
                 metrics.write(step=steps, split="train", **line)
                 checkpoints.save(at.state, loss, found.certificate)

@@ -73,7 +73,7 @@ class VectorTask(Task):
     def mean(self, scores: np.ndarray, estimator: Estimator) -> Estimate:
         """Without noise where the estimator and the flow have none, which a single draw could not tell."""
         found = super().mean(scores, estimator)
-        is_exact = isinstance(estimator, Exact) and not self.config.model.padding
+        is_exact = isinstance(estimator, Exact) and not self.config.model.data.padding.channels
         return found._replace(noise_stderr=0.0) if is_exact else found
 
     def inputs(self, examples: np.ndarray) -> Array:

@@ -33,7 +33,7 @@ from experiments.competitors import CASES, Case, evaluation_flops, make_flow, ma
 from experiments.run import number_of_cores, use_all_cores, use_compilation_cache, use_xla_flags, write_atomically
 from resflow_jax import ResidualFlow, Roulette
 from resflow_jax.functional.checks import check_count
-from resflow_jax.interop.plain_json import as_json
+from resflow_jax.io.config_json import as_json
 from resflow_jax.training.parallel import WAYS, make_mesh
 from resflow_jax.training.placement import Placement
 

@@ -3,15 +3,22 @@
 from resflow_jax import interop, training
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
 from resflow_jax.functional.certificate import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
-from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated
+from resflow_jax.functional.contraction_check import ContractionCheck, check_contraction
+from resflow_jax.functional.estimators import CustomEstimator, Estimator, Exact, Roulette, Truncated
 from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.inverse import InverseError, residual_inverse
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
+from resflow_jax.functional.laws import Defensive, Fitted, Geometric, LengthLaw, Poisson
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.logdet import Diagnostics, residual
 from resflow_jax.functional.manual_axes import batch_axes
-from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, best_start, power_iteration
+from resflow_jax.functional.norms import (
+    PowerIteration,
+    PowerIterationStatus,
+    best_start,
+    power_iteration,
+    spectral_norm,
+)
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
 from resflow_jax.layers.actnorm import ActNorm
@@ -31,6 +38,16 @@ from resflow_jax.models.bases import Base, DiagonalNormal, MixtureOfNormals, Sta
 from resflow_jax.models.certificate import Certificate, certify
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import Flow
+from resflow_jax.models.groups import (
+    BetweenBlocks,
+    DenseNetBlocks,
+    DenseTail,
+    ImageTransform,
+    Norms,
+    Padding,
+    Scales,
+    VectorTransform,
+)
 from resflow_jax.models.residual_flow import ResidualFlow
 from resflow_jax.training.likelihood import Estimate, evaluate_bits_per_dim
 
@@ -42,6 +59,7 @@ __all__ = [
     "Activation",
     "Anderson",
     "Base",
+    "BetweenBlocks",
     "Bijector",
     "BlockCertificate",
     "Broyden",
@@ -50,9 +68,13 @@ __all__ = [
     "ChannelPadding",
     "Constant",
     "Contraction",
+    "ContractionCheck",
     "ConvMap",
+    "CustomEstimator",
     "Defensive",
     "DenseMap",
+    "DenseNetBlocks",
+    "DenseTail",
     "Diagnostics",
     "DiagonalNormal",
     "Estimate",
@@ -64,6 +86,7 @@ __all__ = [
     "Flow",
     "Geometric",
     "ImageFlowConfig",
+    "ImageTransform",
     "InverseError",
     "InverseStatus",
     "Invert",
@@ -71,6 +94,7 @@ __all__ = [
     "LayerCertificate",
     "LipschitzConv",
     "LipschitzDense",
+    "LengthLaw",
     "Logit",
     "MixtureOfNormals",
     "MovingBatchNorm",
@@ -78,6 +102,8 @@ __all__ = [
     "MultiScale",
     "NormState",
     "Normalization",
+    "Norms",
+    "Padding",
     "Poisson",
     "PowerIteration",
     "PowerIterationStatus",
@@ -86,14 +112,17 @@ __all__ = [
     "ResidualFlow",
     "ResidualStack",
     "Roulette",
+    "Scales",
     "Solver",
     "Squeeze",
     "StandardNormal",
     "Truncated",
     "VectorFlowConfig",
+    "VectorTransform",
     "batch_axes",
     "best_start",
     "certify",
+    "check_contraction",
     "evaluate_bits_per_dim",
     "fit_lengths",
     "gram_iteration_bound",
@@ -104,6 +133,7 @@ __all__ = [
     "residual",
     "residual_inverse",
     "save_torch_checkpoint",
+    "spectral_norm",
     "spectral_norm_bound",
     "training",
 ]

@@ -10,18 +10,17 @@ from dataclasses import replace
 
 from experiments.configs.base import DataConfig
 from experiments.configs.published import ESTIMATOR, OPTIMIZER, published
-from resflow_jax import ImageFlowConfig
+from resflow_jax import DenseTail, ImageFlowConfig, ImageTransform, Scales
 
 CONFIG = published(
     DataConfig("celeb_a_hq/256", bits=5, flip=True),
     ImageFlowConfig(
         (256, 256, 3),
         blocks=(16,) * 6,
-        squeeze_first=True,
-        factor_out=True,
-        fc_blocks=0,
         activation="elu",
-        logit_alpha=0.05,
+        data=ImageTransform(logit_alpha=0.05),
+        tail=DenseTail(0),
+        scales=Scales(squeeze_first=True, factor_out=True),
     ),
     batch_size=8,
     estimator=replace(ESTIMATOR, exact_terms=8),

@@ -7,9 +7,11 @@ No bits/dim are published for it. This run has not been made with this library.
 
 from experiments.configs.base import DataConfig
 from experiments.configs.published import published
-from resflow_jax import ImageFlowConfig
+from resflow_jax import ImageFlowConfig, ImageTransform, Scales
 
 CONFIG = published(
     DataConfig("celeb_a_hq/64", bits=5, flip=True),
-    ImageFlowConfig((64, 64, 3), squeeze_first=True, factor_out=True, logit_alpha=0.05),
+    ImageFlowConfig(
+        (64, 64, 3), data=ImageTransform(logit_alpha=0.05), scales=Scales(squeeze_first=True, factor_out=True)
+    ),
 )

@@ -7,6 +7,8 @@ Published: 3.280 bits/dim. This run has not been made with this library.
 
 from experiments.configs.base import DataConfig
 from experiments.configs.published import published
-from resflow_jax import ImageFlowConfig
+from resflow_jax import ImageFlowConfig, ImageTransform
 
-CONFIG = published(DataConfig("cifar10", flip=True), ImageFlowConfig((32, 32, 3), logit_alpha=0.05))
+CONFIG = published(
+    DataConfig("cifar10", flip=True), ImageFlowConfig((32, 32, 3), data=ImageTransform(logit_alpha=0.05))
+)

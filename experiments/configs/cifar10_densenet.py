@@ -9,11 +9,16 @@ They report 3.25 bits/dim. This run has not been made with this library.
 from pathlib import Path
 
 from experiments.configs.base import DataConfig, DensityConfig, EvaluationConfig, OptimizerConfig
-from resflow_jax import ImageFlowConfig
+from resflow_jax import DenseNetBlocks, ImageFlowConfig, ImageTransform
 
 CONFIG = DensityConfig(
     data=DataConfig("cifar10"),
-    model=ImageFlowConfig(shape=(32, 32, 3), activation="clipswish", dense_depth=3, dense_growth=172, logit_alpha=0.05),
+    model=ImageFlowConfig(
+        shape=(32, 32, 3),
+        activation="clipswish",
+        data=ImageTransform(logit_alpha=0.05),
+        densenet=DenseNetBlocks(depth=3, growth=172),
+    ),
     workdir=Path("runs/cifar10_densenet"),
     steps=300000,
     batch_size=64,

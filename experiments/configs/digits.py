@@ -9,10 +9,10 @@ below 1e-5, every block certified with a Lipschitz constant of at most 0.9411.
 from pathlib import Path
 
 from experiments.configs.base import DataConfig, DensityConfig
-from resflow_jax import ImageFlowConfig
+from resflow_jax import DenseTail, ImageFlowConfig
 
 CONFIG = DensityConfig(
     data=DataConfig("digits"),
-    model=ImageFlowConfig(shape=(8, 8, 1), blocks=(4, 4), hidden_channels=64, fc_hidden=64),
+    model=ImageFlowConfig(shape=(8, 8, 1), blocks=(4, 4), hidden_channels=64, tail=DenseTail(hidden=64)),
     workdir=Path("runs/digits"),
 )

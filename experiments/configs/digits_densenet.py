@@ -10,16 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.configs import digits
+from resflow_jax import DenseNetBlocks
 
 CONFIG = replace(
     digits.CONFIG,
     model=replace(
         digits.CONFIG.model,
         activation="clipswish",
-        dense_depth=3,
-        dense_growth=20,
-        fc_dense_first=52,
-        fc_dense_growth=24,
+        tail=replace(digits.CONFIG.model.tail, densenet_first=52, densenet_growth=24),
+        densenet=DenseNetBlocks(depth=3, growth=20),
     ),
     workdir=Path("runs/digits_densenet"),
 )

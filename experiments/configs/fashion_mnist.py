@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.configs.base import DataConfig, DensityConfig, EvaluationConfig, OptimizerConfig
-from resflow_jax import ImageFlowConfig
+from resflow_jax import DenseTail, ImageFlowConfig
 
 CONFIG = DensityConfig(
     data=DataConfig("fashion_mnist"),
-    model=ImageFlowConfig(shape=(28, 28, 1), blocks=(4, 4, 4), hidden_channels=64, fc_hidden=64),
+    model=ImageFlowConfig(shape=(28, 28, 1), blocks=(4, 4, 4), hidden_channels=64, tail=DenseTail(hidden=64)),
     workdir=Path("runs/fashion_mnist"),
     steps=5000,
     optimizer=OptimizerConfig(learning_rate=8e-3, ema_decay=0.998),

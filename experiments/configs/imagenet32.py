@@ -7,8 +7,9 @@ Published: 4.010 bits/dim, of the validation split. This run has not been made w
 
 from experiments.configs.base import DataConfig
 from experiments.configs.published import published
-from resflow_jax import ImageFlowConfig
+from resflow_jax import ImageFlowConfig, ImageTransform
 
 CONFIG = published(
-    DataConfig("downsampled_imagenet/32x32"), ImageFlowConfig((32, 32, 3), blocks=(32, 32, 32), logit_alpha=0.05)
+    DataConfig("downsampled_imagenet/32x32"),
+    ImageFlowConfig((32, 32, 3), blocks=(32, 32, 32), data=ImageTransform(logit_alpha=0.05)),
 )

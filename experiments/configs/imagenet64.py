@@ -7,9 +7,14 @@ Published: 3.757 bits/dim, of the validation split. This run has not been made w
 
 from experiments.configs.base import DataConfig
 from experiments.configs.published import published
-from resflow_jax import ImageFlowConfig
+from resflow_jax import ImageFlowConfig, ImageTransform, Scales
 
 CONFIG = published(
     DataConfig("downsampled_imagenet/64x64"),
-    ImageFlowConfig((64, 64, 3), blocks=(32, 32, 32), squeeze_first=True, factor_out=True, logit_alpha=0.05),
+    ImageFlowConfig(
+        (64, 64, 3),
+        blocks=(32, 32, 32),
+        data=ImageTransform(logit_alpha=0.05),
+        scales=Scales(squeeze_first=True, factor_out=True),
+    ),
 )

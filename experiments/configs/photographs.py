@@ -9,11 +9,13 @@ training, 4.0), colours and rough textures of the photographs in the samples.
 from pathlib import Path
 
 from experiments.configs.base import DataConfig, DensityConfig
-from resflow_jax import ImageFlowConfig
+from resflow_jax import DenseTail, ImageFlowConfig, ImageTransform
 
 CONFIG = DensityConfig(
     data=DataConfig("photographs"),
-    model=ImageFlowConfig((16, 16, 3), blocks=(4, 4), hidden_channels=64, fc_hidden=64, logit_alpha=0.05),
+    model=ImageFlowConfig(
+        (16, 16, 3), blocks=(4, 4), hidden_channels=64, data=ImageTransform(logit_alpha=0.05), tail=DenseTail(hidden=64)
+    ),
     workdir=Path("runs/photographs"),
     steps=600,
 )

@@ -7,6 +7,8 @@ No bits/dim are published for it. This run has not been made with this library.
 
 from experiments.configs.base import DataConfig
 from experiments.configs.published import published
-from resflow_jax import ImageFlowConfig
+from resflow_jax import ImageFlowConfig, ImageTransform
 
-CONFIG = published(DataConfig("svhn_cropped", crop=4), ImageFlowConfig((32, 32, 3), logit_alpha=0.05))
+CONFIG = published(
+    DataConfig("svhn_cropped", crop=4), ImageFlowConfig((32, 32, 3), data=ImageTransform(logit_alpha=0.05))
+)

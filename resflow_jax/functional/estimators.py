@@ -1,13 +1,16 @@
-"""The estimators of log|det(I + J)|: small frozen values, passed where they are used."""
+"""The estimators of log|det(I + J)|: small frozen values, passed where they are used; and what a user's own one is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import jax
+from jax.tree_util import GetAttrKey
 
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.functional.laws import Defensive, Fitted, Law
+from resflow_jax.functional.laws import Defensive, LengthLaw, check_law, check_values
+from resflow_jax.functional.opaque import Opaque, as_tree, original
 from resflow_jax.functional.probes import PROBES
 
 Probe = Literal["rademacher", "gaussian", "orthogonal"]
@@ -59,11 +62,6 @@ class Truncated:
         _check_common(self)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("length",),
-    meta_fields=("exact_terms", "krylov", "samples", "probe", "probes", "gradient"),
-)
 @dataclass(frozen=True)
 class Roulette:
     """The unbiased Russian-roulette estimate, by default of a minimal-residual iteration.
@@ -77,8 +75,8 @@ class Roulette:
     The papers' setting is Roulette(Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian").
 
     Attributes:
-      length: law of the random number N of further terms: `Defensive`, `Geometric`, `Poisson`, or
-        `Fitted`.
+      length: law of the random number N of further terms: `Defensive`, `Geometric`, `Poisson`,
+        `Fitted`, or any object as of `LengthLaw`.
       exact_terms: terms that are always taken, m >= 0.
       samples: number of lengths averaged; the series is as long as the longest.
       probe: law of the probes v: "rademacher" (entries +-1, least variance), "gaussian", or
@@ -93,7 +91,7 @@ class Roulette:
       probes: probes an example, averaged; each costs the whole series.
     """
 
-    length: Law = Defensive()
+    length: LengthLaw = Defensive()
     exact_terms: int = 0
     samples: int = 1
     probe: Probe = "rademacher"
@@ -102,8 +100,7 @@ class Roulette:
     probes: int = field(default=1, kw_only=True)
 
     def __post_init__(self):
-        if not isinstance(self.length, Law):
-            raise ValueError(f"length: expected Defensive, Geometric, Poisson or Fitted, got {self.length!r}")
+        check_law("length", self.length)
         check_count("exact_terms", self.exact_terms, 0)
         if self.krylov is not None:
             check_count("krylov", self.krylov, 0)
@@ -111,15 +108,84 @@ class Roulette:
         _check_common(self)
 
 
-Estimator = Exact | Truncated | Roulette
+_ROULETTE_SETTINGS = ("exact_terms", "krylov", "samples", "probe", "probes", "gradient")
+
+
+def _flatten_roulette(roulette: Roulette) -> tuple[Any, Any]:
+    """The law is a child where its class is a pytree; otherwise it belongs to the structure."""
+    settings = tuple(getattr(roulette, name) for name in _ROULETTE_SETTINGS)
+    law = as_tree(roulette.length)
+    return ((), (law, settings)) if isinstance(law, Opaque) else ((law,), (None, settings))
+
+
+def _flatten_roulette_with_keys(roulette: Roulette) -> tuple[Any, Any]:
+    children, structure = _flatten_roulette(roulette)
+    return tuple((GetAttrKey("length"), child) for child in children), structure
+
+
+def _unflatten_roulette(structure: Any, children: Any) -> Roulette:
+    law, settings = structure
+    made = object.__new__(Roulette)  # unchecked: JAX puts anything in the place of leaves
+    for name, value in zip(_ROULETTE_SETTINGS, settings, strict=True):
+        object.__setattr__(made, name, value)
+    object.__setattr__(made, "length", children[0] if law is None else original(law))
+    return made
+
+
+jax.tree_util.register_pytree_with_keys(
+    Roulette, _flatten_roulette_with_keys, _unflatten_roulette, flatten_func=_flatten_roulette
+)
+
+
+class CustomEstimator(Protocol):
+    """An estimator of the user's own: any object with this method; no base class is needed.
+
+    What `estimate` computes is differentiated by JAX itself, in any mode and order. The object is traced or a constant
+    of the compiled program as a `LengthLaw` is. It may have an attribute `needs_key`, True unless it is there: without
+    a key `residual` then raises. `chunk_size` does not apply.
+    """
+
+    def estimate(self, g: Callable[[jax.Array], jax.Array], x: jax.Array, key: jax.Array | None) -> Any:
+        """(y, log_det): y = x + g(x) like x, and an estimate of log|det dy/dx| of each example, [B], in x's dtype.
+
+        Args:
+          g: the residual map with its parameters and its condition. It takes arrays of x's shape and dtype alone;
+            `jax.vmap` of it, of its vjp or of its jvp takes several.
+          x: floats [B, ...]; rows [B, D] of an event that is a tree.
+          key: as `residual` was given.
+        """
+
+
+Estimator = Exact | Truncated | Roulette | CustomEstimator
+
+
+def is_custom(estimator: Any) -> bool:
+    """Whether an estimator is none of this module."""
+    return not isinstance(estimator, Exact | Truncated | Roulette)
+
+
+def is_series(estimator: Any) -> bool:
+    """Whether an estimator adds up a series with random probes."""
+    return isinstance(estimator, Truncated | Roulette)
+
+
+def needs_key(estimator: Estimator) -> bool:
+    """Whether an estimate takes a PRNG key."""
+    estimator = original(estimator)
+    return not isinstance(estimator, Exact) and (not is_custom(estimator) or getattr(estimator, "needs_key", True))
 
 
 def check_estimator(estimator: Estimator) -> None:
-    """Raises ValueError for anything else, and for a table of lengths that is none."""
-    if not isinstance(estimator, Estimator):
-        raise ValueError(f"estimator: expected Exact, Truncated or Roulette, got {estimator!r}")
-    if isinstance(estimator, Roulette) and isinstance(estimator.length, Fitted):
-        estimator.length.check()
+    """Raises ValueError for what is no estimator, and for a law of lengths that says that its values are wrong."""
+    estimator = original(estimator)
+    if is_custom(estimator):
+        if isinstance(estimator, type) or not callable(getattr(estimator, "estimate", None)):
+            raise ValueError(
+                "estimator: expected Exact, Truncated or Roulette, or an object with the method estimate(g, x, key), "
+                f"got {estimator!r}"
+            )
+    elif isinstance(estimator, Roulette):
+        check_values(estimator.length)
 
 
 def _check_common(estimator: Truncated | Roulette) -> None:

@@ -27,6 +27,7 @@ from jax import lax
 
 from resflow_jax.functional.checks import as_float_batch
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
+from resflow_jax.functional.events import Events, is_tree
 from resflow_jax.functional.iteration import InverseStatus, Solver, example_max, iterate, wide_dtype
 from resflow_jax.functional.manual_axes import vary_over, varying_axes
 from resflow_jax.functional.solvers import Anderson
@@ -42,12 +43,12 @@ class InverseError(RuntimeError):
 def residual_inverse(
     g: Callable[..., Array],
     params: Any,
-    y: Array,
+    y: Any,
     *,
     condition: Any = None,
     solver: Solver = Anderson(),
     return_status: bool = False,
-) -> Array | tuple[Array, InverseStatus]:
+) -> Any | tuple[Any, InverseStatus]:
     """Solves x + g(params, x) = y, or x + g(params, x, condition) = y, for x, each example to its own tolerance.
 
     Differentiable in params, y, the floats of the condition and whatever g closes over, in any mode and order. An eager
@@ -57,7 +58,7 @@ def residual_inverse(
       g: pure function (params, x) -> array of x's shape and dtype, a contraction in x, each
         example of the batch by itself. It may close over arrays of any dtype, traced ones too.
       params: any pytree.
-      y: floats [B, ...].
+      y: floats [B, ...], or a pytree of such of one batch size and dtype; g then takes and returns trees like y.
       condition: what else g depends on, example by example: None, or any pytree of arrays [B, ...] of any dtype. g is
         then called as g(params, x, condition), and has to contract in x alone.
       solver: `FixedPoint`, `Anderson` or `Broyden`, with its tolerance and iteration cap.
@@ -74,6 +75,10 @@ def residual_inverse(
       InverseError: in an eager call, if an example did not converge and `solver.on_failure` is "raise".
     """
     check_map(g, condition)
+    events = None
+    if is_tree(y):
+        events, y = Events.of("y", y, least=0)
+        g = events.wrap(g)
     y = as_float_batch("y", y, least=0)
     condition = as_condition(condition, "y", y)
     check_solver(solver)
@@ -84,6 +89,7 @@ def residual_inverse(
         traced, closed_over = trace_residual(g, params, "y", *arguments(y, condition))
     rule, limits = solver.split(y.dtype)
     x, status = run(_solve, (traced, rule), limits, closed_over, params, condition, y)
+    x = x if events is None else events.unpack(x)
     return (x, status) if return_status else reported(x, status, "residual_inverse", solver.on_failure)
 
 

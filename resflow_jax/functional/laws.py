@@ -1,5 +1,7 @@
 """Laws of the random length N of a Russian-roulette series: sample, P(N >= k), and whether they are safe.
 
+`LengthLaw` says what a law is; those of this module are some, and a user's own object with these methods is another.
+
 Lengths are drawn from 64 random bits, in every float dtype: those of a probability below 2^-64 never come up.
 
 An estimate whose terms decay like L^k, L the Lipschitz constant of g, has finite variance for
@@ -15,6 +17,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,52 @@ Array = jax.Array
 _static = partial(jax.tree_util.register_dataclass, data_fields=())
 # For g of unknown Lipschitz constant: that of a single layer of the default coefficient.
 _LIPSCHITZ = 0.98
+
+
+class LengthLaw(Protocol):
+    """What `Roulette(length=...)` takes: any object with these three methods; no base class is needed.
+
+    An object whose class is a pytree, as of `jax.tree_util.register_dataclass` or a NamedTuple, is traced: its leaves
+    may be arrays that change from call to call. Any other object is a constant of the compiled program, and must not
+    change. Objects of the same value are one constant if they can be hashed.
+
+    Three more methods are optional.
+
+      within(lipschitz) -> law: the law for a g of that Lipschitz constant, or of an unknown one for None.
+      upper_bound() -> law: one with P(N >= k) at least as large, of no traced arrays; gradient="autodiff" asks it how
+        long a series can be, where the arrays of the law itself are traced.
+      check(): raises ValueError if the values of the law are wrong. It is called before a law is used.
+    """
+
+    def sample(self, key: Array, shape: tuple[int, ...]) -> Array:
+        """Draws lengths N >= 0, integers of `shape`, with a PRNG key; in jit and vmap too."""
+
+    def survival(self, k: Array) -> Array:
+        """P(N >= k) > 0, floats of the shape of the integers k >= 1. The estimate is biased if these are not right."""
+
+    def tail_ratio(self) -> float:
+        """lim P(N >= k + 1) / P(N >= k), for the warning of infinite variance: 1 for a tail of powers of k."""
+
+
+def check_law(name: str, law: Any) -> None:
+    """Raises ValueError unless the law has the methods of `LengthLaw`; the message says which are missing."""
+    missing = [method for method in _METHODS if not callable(getattr(law, method, None))]
+    if isinstance(law, type):
+        raise ValueError(f"{name}: expected a law of lengths, got the class {law.__name__}; make one of it")
+    if missing:
+        raise ValueError(
+            f"{name}: expected Defensive, Geometric, Poisson or Fitted, or an object with the methods "
+            f"{', '.join(_METHODS)}; got {law!r} without {', '.join(missing)}"
+        )
+
+
+_METHODS = ("sample", "survival", "tail_ratio")
+
+
+def check_values(law: LengthLaw) -> None:
+    """Asks a law that can check itself to do so."""
+    if callable(check := getattr(law, "check", None)):
+        check()
 
 
 @partial(_static, meta_fields=("p",))
@@ -221,11 +270,18 @@ class Fitted:
             raise ValueError(f"{expected}, got {table}")
 
     def within(self, lipschitz: float | None) -> "Fitted":
-        """The law to use for a g of that Lipschitz constant: with its own, if it has one."""
+        """The law to use for a g of that Lipschitz constant: with its own, if it has one.
+
+        Raises:
+          ValueError: for a table of several residual blocks, which is no law of one.
+        """
+        if self.table.ndim != 1:
+            raise ValueError(f"table: expected probabilities [K] of one residual block, got shape {self.table.shape}")
         return Fitted(self.table, lipschitz) if self.lipschitz is None else self
 
-
-Law = Geometric | Poisson | Defensive | Fitted
+    def upper_bound(self) -> "Fitted":
+        """The law of a table of ones, of the same size."""
+        return Fitted(np.ones(self.table.shape[-1]), self.lipschitz)
 
 
 def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
@@ -251,12 +307,22 @@ def _geometric_survival(log_ratio: float, k: Array | int) -> Array:
     return jnp.exp(exponent * log_ratio)
 
 
-def check_variance(law: Law, lipschitz: float) -> None:
+def law_within(law: LengthLaw, lipschitz: float | None) -> LengthLaw:
+    """The law for a g of that Lipschitz constant, with a warning where it is not safe for it."""
+    if callable(getattr(law, "within", None)):
+        law = law.within(lipschitz)
+    if lipschitz is not None:
+        check_variance(law, lipschitz)
+    return law
+
+
+def check_variance(law: LengthLaw, lipschitz: float) -> None:
     """A RuntimeWarning if the variance may be infinite for some g with Lip(g) <= lipschitz."""
-    if not law.tail_ratio() > lipschitz**2:
+    ratio = law.tail_ratio()
+    if not isinstance(ratio, jax.core.Tracer) and not ratio > lipschitz**2:
         warnings.warn(
             f"length: {law} gives the estimate infinite variance for some g of Lipschitz constant up to "
-            f"{lipschitz:.4g}: its tail falls like {law.tail_ratio():.4g}^k, and {lipschitz**2:.4g}^k or slower is "
+            f"{lipschitz:.4g}: its tail falls like {float(ratio):.4g}^k, and {lipschitz**2:.4g}^k or slower is "
             "safe; Defensive() is",
             RuntimeWarning,
             stacklevel=2,

@@ -16,8 +16,8 @@ pass is thus one vjp of x -> (g(x), J v) with cotangents (y_bar, ld_bar_b * w_b)
 example. Only x, w and what v is made of (a bit or a key) are kept: memory grows neither with the series nor with
 g's width. The loop that builds w adds up the value too, which is a true unbiased log-det.
 
-Shapes: x [B, ...], any event shape; y like x; log_det [B], in nats. g must treat the
-examples of a batch independently and have Lipschitz constant below one in x.
+Shapes: x [B, ...], any event shape; y like x; log_det [B], in nats. A tree of such arrays becomes one array [B, D] at
+the door. g must treat the examples of a batch independently and have Lipschitz constant below one in x.
 """
 
 import math
@@ -35,12 +35,22 @@ from resflow_jax.functional.checks import as_float_batch, check_callable, check_
 from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chunks, split_chunks
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.derivatives import forward_only, reverse_only
-from resflow_jax.functional.estimators import Estimator, Exact, Roulette, Truncated, check_estimator
+from resflow_jax.functional.estimators import (
+    Estimator,
+    Exact,
+    Roulette,
+    Truncated,
+    check_estimator,
+    is_series,
+    needs_key,
+)
+from resflow_jax.functional.events import Events, is_tree
 from resflow_jax.functional.iteration import wide_dtype
-from resflow_jax.functional.laws import Fitted, check_variance
+from resflow_jax.functional.laws import law_within
 from resflow_jax.functional.manual_axes import shared_and_example_keys, sum_alike, vary_alike, vary_over, varying_axes
+from resflow_jax.functional.opaque import as_tree, original
 from resflow_jax.functional.probes import draw_seeds, make_probes
-from resflow_jax.functional.roulette import length_cap, term_weight
+from resflow_jax.functional.roulette import draw_lengths, length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
 from resflow_jax.functional.tracing import Traced, run, trace, trace_residual
 
@@ -73,7 +83,7 @@ class Diagnostics(NamedTuple):
 def residual(
     g: Residual,
     params: Any,
-    x: Array,
+    x: Any,
     *,
     condition: Any = None,
     key: Array | None = None,
@@ -82,26 +92,26 @@ def residual(
     prepare: Callable[[Any], Any] | None = None,
     chunk_size: int | None = None,
     return_diagnostics: bool = False,
-) -> tuple[Array, Array] | tuple[Array, Array, Diagnostics]:
+) -> tuple[Any, Array] | tuple[Any, Array, Diagnostics]:
     """Computes y = x + g(params, x), or x + g(params, x, condition), and log|det dy/dx| with the given estimator.
 
     Args:
       g: pure function (params, x) -> array of x's shape and dtype, a contraction in x, each
         example of the batch by itself. It may close over traced arrays; gradients reach them.
       params: any pytree.
-      x: floats [B, ...].
+      x: floats [B, ...], or a pytree of such of one batch size and dtype; g then returns a tree like x.
       condition: what else g depends on, example by example: None, or any pytree of arrays [B, ...] of any dtype. g is
         then called as g(params, x, condition), and has to contract in x alone. It is divided into chunks and repeated
         for several probes together with x.
       key: PRNG key of the estimate; not needed by `Exact`.
-      estimator: `Exact()`, `Truncated(...)` or `Roulette(...)` (the default).
+      estimator: `Exact()`, `Truncated(...)`, `Roulette(...)` (the default), or an object as of `CustomEstimator`.
       lipschitz: a bound on Lip(g), if one is known: a law of lengths adapts to it, and a
         RuntimeWarning says so if the law does not guarantee finite variance under it.
       prepare: pure function of params whose result g takes in their place. It is computed once a call, however
         often g is evaluated, and again in the backward pass: nothing that it makes is kept.
       chunk_size: on a CPU the examples are taken in equal chunks of at most so many, one after the other, so
         that what g computes inside stays in the processor's cache; elsewhere all at once. None for one chunk.
-        The result is the same. Not for `Exact` and gradient="autodiff".
+        The result is the same. For gradient="neumann" alone.
       return_diagnostics: whether to return `Diagnostics` as well.
 
     Inside `jax.shard_map` (with check_vma, its default) x is a device's share of the batch: with the same key on
@@ -124,22 +134,29 @@ def residual(
         check_callable("prepare", prepare)
     check_key("key", key, optional=True)
     check_estimator(estimator)
+    if is_tree(x):
+        events, rows = Events.of("x", x)
+        options = {"key": key, "estimator": estimator, "lipschitz": lipschitz, "prepare": prepare}
+        options |= {"chunk_size": chunk_size, "return_diagnostics": return_diagnostics}
+        y, *rest = residual(events.wrap(g), params, rows, condition=condition, **options)
+        return events.unpack(y), *rest
     x = as_float_batch("x", x)
     condition = as_condition(condition, "x", x)
     if lipschitz is not None:
         check_open_interval("lipschitz", lipschitz, 0, 1)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size, 1)
-    if not isinstance(estimator, Exact):
-        if key is None:
-            raise ValueError(f"key: {type(estimator).__name__} expected a PRNG key, got None")
-        estimator = _within(estimator, lipschitz)
+    if needs_key(estimator) and key is None:
+        raise ValueError(f"key: {type(original(estimator)).__name__} expected a PRNG key, got None")
+    estimator = as_tree(estimator)
+    if isinstance(estimator, Roulette):
+        estimator = replace(estimator, length=law_within(estimator.length, lipschitz))
     batch = arguments(x, condition)
     batch = vary_over(batch, varying_axes((batch, params, key, estimator)))
-    is_series = not isinstance(estimator, Exact) and estimator.gradient == "neumann"
-    chunks = split_chunks(batch, chunk_size if is_series else None)
-    probes = 1 if isinstance(estimator, Exact) else estimator.probes
-    if is_series:
+    has_rule = is_series(estimator) and estimator.gradient == "neumann"
+    chunks = split_chunks(batch, chunk_size if has_rule else None)
+    probes = estimator.probes if is_series(estimator) else 1
+    if has_rule:
         params = vary_over(params, varying_axes(batch))
     prepare, prepared_over = trace(_identity if prepare is None else prepare, params)
     traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes)
@@ -148,7 +165,8 @@ def residual(
         traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes)
     g = traced
     args = params, prepared_over, closed_over
-    y, log_det, diagnostics = run(_estimate, (g, prepare), estimator, args, chunks, key)
+    longest = _longest(estimator) if is_series(estimator) and not has_rule else None
+    y, log_det, diagnostics = run(_estimate, (g, prepare, longest), estimator, args, chunks, key)
     y, log_det = join_chunks(y), join_chunks(log_det)
     return (y, log_det, diagnostics) if return_diagnostics else (y, log_det)
 
@@ -181,10 +199,19 @@ def _trace_g(
 
 
 def _estimate(
-    g: Traced, prepare: Traced, estimator: Estimator, args: Any, chunks: tuple[Any, ...], key: Array | None
+    g: Traced,
+    prepare: Traced,
+    longest: int | None,
+    estimator: Estimator,
+    args: Any,
+    chunks: tuple[Any, ...],
+    key: Array | None,
 ) -> Any:
-    """y, log_det, diagnostics; chunks of x, or of x and the condition, y and log_det are [chunks, b, ...]."""
-    if not isinstance(estimator, Exact) and estimator.gradient == "neumann":
+    """y, log_det, diagnostics; chunks of x, or of x and the condition, y and log_det are [chunks, b, ...].
+
+    longest: the length of the longest series, where JAX differentiates it.
+    """
+    if is_series(estimator) and longest is None:
         # A rule of gradients adds up what reaches a result over all lanes of a vmap that it does not depend on: y must
         # be mapped wherever log_det is, here, and log_det wherever y is, in `_neumann_forward`.
         chunks = _mapped_with(chunks[0], (key, estimator)), *chunks[1:]
@@ -200,32 +227,35 @@ def _estimate(
         # The Jacobian is not worth keeping: a chain of blocks would hold them all.
         y, log_det = jax.checkpoint(partial(_exact, g_of, estimator.chunk_size))((args, condition), x)
         diagnostics = _diagnostics(math.prod(x.shape[1:]), jnp.zeros(DIAGNOSED_TERMS, x.dtype), log_det)
-    else:
+    elif is_series(estimator):
         weights, repeated = prepare(prepared_over, params), _repeat(condition, estimator.probes)
-        y, log_det, diagnostics = _autodiff(lambda x: g(closed_over, weights, x, *repeated), estimator, x, key)
+        of_x = lambda x: g(closed_over, weights, x, *repeated)  # noqa: E731
+        y, log_det, diagnostics = _autodiff(of_x, longest, estimator, x, key)
+    else:
+        weights = prepare(prepared_over, params)
+        y, log_det = _custom(lambda x: g(closed_over, weights, x, *condition), original(estimator), x, key)
+        diagnostics = _diagnostics(0, jnp.zeros(DIAGNOSED_TERMS, x.dtype), log_det)
     return y[None], log_det[None], diagnostics
 
 
 def _mapped_with(x: Array, tree: Any) -> Array:
     """x, mapped by every `jax.vmap` that maps an array of the tree; costs nothing where x is mapped already."""
     for leaf in jax.tree.leaves(tree):
+        if not jnp.size(leaf):
+            continue
+        leaf = leaf if isinstance(leaf, Array) else jnp.asarray(leaf)
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        number = (jax.random.key_data(leaf) if is_key else jnp.asarray(leaf)).reshape(-1)[0]
+        number = (jax.random.key_data(leaf) if is_key else leaf).reshape(-1)[0]
         always = (number == number) | True
         x = lax.select_n(always, lax.stop_gradient(x), x)  # which XLA removes
     return x
 
 
-def _within(estimator: Truncated | Roulette, lipschitz: float | None) -> Truncated | Roulette:
-    """The estimator for a g of known Lipschitz constant."""
+def _longest(estimator: Truncated | Roulette) -> int:
+    """The number of terms of the longest series."""
     if isinstance(estimator, Truncated):
-        return estimator
-    law = estimator.length.within(lipschitz)
-    if isinstance(law, Fitted) and law.table.ndim != 1:
-        raise ValueError(f"table: expected probabilities [K] of one residual block, got shape {law.table.shape}")
-    if lipschitz is not None:
-        check_variance(law, lipschitz)
-    return replace(estimator, length=law)
+        return estimator.terms
+    return estimator.exact_terms + length_cap(estimator.length)
 
 
 class _Plan(NamedTuple):
@@ -249,7 +279,7 @@ def _draw_plan(estimator: Truncated | Roulette, key: Array) -> _Plan:
         below = lambda k: jnp.where(k < estimator.terms, 1.0, 0.0)  # noqa: E731
         return _Plan(PowerSeries(), estimator.terms, lambda k: jnp.ones(()), below)
     series = PowerSeries() if estimator.krylov == 0 else MinimalResidual(estimator.krylov)
-    lengths = estimator.length.sample(key, (estimator.samples,))
+    lengths = draw_lengths(estimator.length, key, estimator.samples)
     weight = partial(term_weight, estimator.length, lengths, estimator.exact_terms)
     return _Plan(series, estimator.exact_terms + jnp.max(lengths), weight, weight)
 
@@ -353,12 +383,17 @@ def _neumann_backward(g, prepare, kept, cotangents):
     x_bar, *condition_bar = _combine(floats_bar, _float0(others))
     prepared_over_bar, params_bar = pullback(weights_bar)
     args_bar = sum_alike((params_bar, prepared_over_bar, closed_over_bar), args)
-    return jax.tree.map(jnp.zeros_like, estimator), args_bar, (x_bar + y_bar, *condition_bar), None, None
+    return _zero_cotangents(estimator), args_bar, (x_bar + y_bar, *condition_bar), None, None
 
 
 def _float0(tree):
     """The cotangents of arrays that are not of floats."""
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)
+
+
+def _zero_cotangents(tree):
+    differentiable, static = _partition(jax.tree.map(jnp.asarray, tree))
+    return _combine(jax.tree.map(jnp.zeros_like, differentiable), _float0(static))
 
 
 def _partition(tree):
@@ -376,7 +411,7 @@ def _combine(first, second):
 _neumann.defvjp(_neumann_forward, _neumann_backward)
 
 
-def _autodiff(g, estimator, x, key):
+def _autodiff(g, longest, estimator, x, key):
     """The same estimate of the value, left to JAX's own differentiation."""
     length_key, keys = shared_and_example_keys(key, x)
     plan = _draw_plan(estimator, length_key)
@@ -392,14 +427,31 @@ def _autodiff(g, estimator, x, key):
     def step(carry, k):  # reverse mode needs a static length: later steps are skipped
         return lax.cond(k <= plan.length, add_term, lambda carry, k: carry, carry, k), None
 
-    if isinstance(estimator, Truncated):
-        longest = estimator.terms
-    else:
-        longest = estimator.exact_terms + length_cap(estimator.length)
     start = vary_alike(plan.series.start(v), _Sums.zero(v))
     (_, sums), _ = lax.scan(step, start, jnp.arange(1, longest + 1, dtype=jnp.int32))
     y, log_det = _result(x, g_x, sums)
     return y, log_det, _diagnostics(plan.length, sums.norms, log_det)
+
+
+def _custom(g, estimator, x, key):
+    """What an estimator of the user's own returns, checked."""
+
+    def checked_g(at):
+        if at.shape != x.shape or at.dtype != x.dtype:
+            raise ValueError(
+                f"estimator: expected {type(estimator).__name__}.estimate to call g with {x.dtype} {x.shape}, got "
+                f"{at.dtype} {at.shape}; jax.vmap of g takes several"
+            )
+        return g(at)
+
+    out = estimator.estimate(checked_g, x, key)
+    found = [(getattr(leaf, "shape", ()), getattr(leaf, "dtype", type(leaf))) for leaf in jax.tree.leaves(out)]
+    if not isinstance(out, tuple) or found != [(x.shape, x.dtype), (x.shape[:1], x.dtype)]:
+        raise ValueError(
+            f"estimator: expected {type(estimator).__name__}.estimate to return y {x.dtype} {x.shape} and log_det "
+            f"{x.dtype} {x.shape[:1]}, got {jax.tree.map(jnp.shape, out)}"
+        )
+    return out
 
 
 def _exact(g, chunk_size, args, x):

@@ -13,7 +13,7 @@ global one if W is positive and p >= q. In general a p -> q norm is NP-hard: sev
 starts raise the odds but prove nothing, and a bound from above has to come from
 elsewhere. p = 1 and q = inf have closed forms.
 
-W is any linear map given as a callable and its transpose, so for a convolution
+W is any linear map given as a callable, so for a convolution
 it is the zero-padded convolution on its real spatial size, never the reshaped
 kernel (Gouk et al. 2018, arXiv 1804.04368; Behrmann et al. 2019, arXiv 1811.00995,
 appendix D).
@@ -81,9 +81,9 @@ class PowerIteration(NamedTuple):
 
 def power_iteration(
     matvec: LinearFunction,
-    rmatvec: LinearFunction,
     v: Array,
     *,
+    rmatvec: LinearFunction | None = None,
     domain: Order = 2.0,
     codomain: Order = 2.0,
     tolerance: float | Array = 1e-3,
@@ -112,9 +112,9 @@ def power_iteration(
        that of the larger sigma; the loop goes on until the second chain excludes a norm more than 1 % above.
 
     Args:
-      matvec: v -> W v, linear.
-      rmatvec: u -> W^T u, its transpose.
+      matvec: v -> W v, linear, between arrays of any shapes.
       v: start vector of matvec's input shape; need not be unit. From zero it starts at the fixed direction.
+      rmatvec: u -> W^T u, its transpose; by default JAX transposes matvec.
       domain: order p of the norm of v, from one to infinity; an array strictly inside.
       codomain: order q of the norm of W v, likewise.
       tolerance: bound on the relative change of sigma; may be traced, like the next two.
@@ -133,12 +133,10 @@ def power_iteration(
 
     Raises:
       ValueError: if a tolerance is not positive, a count is below one or an order is below one; values of traced
-        settings are not checked.
+        settings are not checked. If JAX cannot transpose matvec, as where it is not linear.
     """
-    check_callable("matvec", matvec)
-    check_callable("rmatvec", rmatvec)
     v = as_float_array("v", v)
-    rmatvec = _with_shape(rmatvec, v.shape)
+    rmatvec = _transposed(matvec, rmatvec, v)
     check_order("domain", domain)
     check_order("codomain", codomain)
     check_settings(tolerance, residual_tolerance, max_iterations)
@@ -225,36 +223,77 @@ def _unit_and_norm(x: Array, _: Order) -> tuple[Array, Array]:
     return x / positive(norm), norm
 
 
-def _with_shape(rmatvec: LinearFunction, shape: tuple[int, ...]) -> LinearFunction:
-    """The same function; it raises a ValueError if what it returns has another shape."""
+def _transposed(matvec: LinearFunction, rmatvec: LinearFunction | None, v: Array) -> LinearFunction:
+    """The transpose of matvec for None, else rmatvec, with a ValueError if what it returns has not the shape of v."""
+    check_callable("matvec", matvec)
+    if rmatvec is None:
+        return partial(_transpose, matvec, v.shape, v.dtype)
+    check_callable("rmatvec", rmatvec)
 
     def checked(u):
         w = rmatvec(u)
-        if w.shape != shape:
-            raise ValueError(f"rmatvec: expected an output {shape} like v, got {w.shape}")
+        if w.shape != v.shape:
+            raise ValueError(f"rmatvec: expected an output {v.shape} like v, got {w.shape}")
         return w
 
     return checked
 
 
-def best_start(matvec: LinearFunction, rmatvec: LinearFunction, starts: Array, **settings) -> PowerIteration:
+def _transpose(matvec: LinearFunction, shape: tuple[int, ...], dtype: jnp.dtype, u: Array) -> Array:
+    """W^T u, where W takes arrays of that shape."""
+    # An input that differs over the axes over which u does: otherwise its cotangent would be summed over them.
+    v = vary_over(jnp.zeros(shape, dtype), varying_axes(u))
+    try:
+        return jax.linear_transpose(matvec, v)(u)[0]
+    except Exception as error:  # JAX raises errors of many kinds
+        raise ValueError(
+            f"matvec: expected a linear function that JAX can transpose; else give its transpose as rmatvec. "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def best_start(
+    matvec: LinearFunction, starts: Array, *, rmatvec: LinearFunction | None = None, **settings
+) -> PowerIteration:
     """The `power_iteration` that ends highest among those from starts [n, *input shape]; same settings.
 
     Random starts miss the global maximum rarely for tiny maps and more often for larger ones, and 2 -> 1
     and inf -> q more often than orders in between. Without `restart`, unless it is asked for.
     """
-    settings = {"restart": False, **settings}
+    settings = {"restart": False, "rmatvec": rmatvec, **settings}
     check_callable("matvec", matvec)
-    check_callable("rmatvec", rmatvec)
     starts = as_float_batch("starts", starts)
-    results = jax.vmap(lambda v: power_iteration(matvec, rmatvec, v, **settings))(starts)
+    results = jax.vmap(lambda v: power_iteration(matvec, v, **settings))(starts)
     best = jnp.argmax(results.sigma)
     return jax.tree.map(lambda leaf: leaf[best], results)
 
 
 def spectral_norm(matvec: LinearFunction, u: Array, v: Array) -> Array:
-    """sigma = u^T W v with u and v held fixed: differentiable in whatever matvec closes over."""
-    return jnp.vdot(lax.stop_gradient(u), matvec(lax.stop_gradient(v)))
+    """sigma = u^T W v with u and v held fixed: differentiable in whatever matvec closes over.
+
+    With the vectors of a `power_iteration` that has converged it is the induced norm of W, and so is its derivative,
+    by the envelope theorem: the rank-one matrix u v^T for a dense W.
+
+      found = rf.power_iteration(lambda v: w @ v, jnp.ones(3))
+      gradient = jax.grad(lambda w: rf.spectral_norm(lambda v: w @ v, found.u, found.v))(w)
+
+    Args:
+      matvec: v -> W v, linear.
+      u: of W's output shape, of unit norm (for orders other than 2, unit in the norm dual to the codomain's).
+      v: of W's input shape, of unit norm.
+
+    Returns:
+      A scalar. It never exceeds the norm of W.
+
+    Raises:
+      ValueError: if u or v is no float array, or if u has not the shape of matvec(v).
+    """
+    check_callable("matvec", matvec)
+    u, v = as_float_array("u", u), as_float_array("v", v)
+    w = matvec(lax.stop_gradient(v))
+    if w.shape != u.shape:
+        raise ValueError(f"u: expected the shape {w.shape} of matvec(v), got {u.shape}")
+    return jnp.vdot(lax.stop_gradient(u), w)
 
 
 def needs_power_iteration(domain: Order, codomain: Order) -> bool:

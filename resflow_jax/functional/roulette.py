@@ -13,12 +13,23 @@ m + max_i N_i terms.
 import jax
 import jax.numpy as jnp
 
-from resflow_jax.functional.laws import Fitted, Law
+from resflow_jax.functional.laws import LengthLaw
 
 Array = jax.Array
 
 
-def term_weight(law: Law, lengths: Array, exact_terms: int, k: Array | int) -> Array:
+def draw_lengths(law: LengthLaw, key: Array, samples: int) -> Array:
+    """Independent lengths of the law, int32 [samples]; ValueError if it draws something else."""
+    lengths = jnp.asarray(law.sample(key, (samples,)))
+    if lengths.shape != (samples,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"length: expected sample(key, {(samples,)}) to return integers {(samples,)}, got {lengths.dtype} "
+            f"{lengths.shape} of {law}"
+        )
+    return lengths.astype(jnp.int32)
+
+
+def term_weight(law: LengthLaw, lengths: Array, exact_terms: int, k: Array | int) -> Array:
     """Weight of term k >= 1: one up to `exact_terms`, then mean_i 1[N_i >= k - m] / P(N >= k - m).
 
     Args:
@@ -31,25 +42,40 @@ def term_weight(law: Law, lengths: Array, exact_terms: int, k: Array | int) -> A
       A scalar whose expectation is one; zero beyond m + max_i N_i.
     """
     j = jnp.asarray(k - exact_terms, lengths.dtype)
-    survival = law.survival(j)
-    return jnp.mean((lengths >= j).astype(survival.dtype) / survival)
+    survival = _floats(law, jnp.maximum(j, 1))
+    drawn = jnp.mean((lengths >= j).astype(survival.dtype) / survival)
+    return jnp.where(j <= 0, 1, drawn)
 
 
-def length_cap(law: Law, probability: float = 2.0**-24, limit: int = 4096) -> int:
-    """The smallest n with P(N > n) <= probability, found on the host.
-
-    Of a `Fitted` law, whose table may be traced, a bound: that of a table of ones.
+def length_cap(law: LengthLaw, probability: float = 2.0**-24, limit: int = 4096) -> int:
+    """The smallest n with P(N > n) <= probability, found on the host; of a law with `upper_bound()`, that of the bound.
 
     Raises:
-      ValueError: if that n exceeds `limit`.
+      ValueError: if that n exceeds `limit`, or if P(N >= k) is traced.
     """
+    bound = law.upper_bound() if callable(getattr(law, "upper_bound", None)) else law
     with jax.ensure_compile_time_eval():
-        if isinstance(law, Fitted):
-            law = Fitted(jnp.ones(law.table.shape[-1]), law.lipschitz)
-        n = int(jnp.sum(law.survival(jnp.arange(1, limit + 2)) > probability))
+        survival = _floats(bound, jnp.arange(1, limit + 2))
+        if isinstance(survival, jax.core.Tracer):
+            raise ValueError(
+                f"length: gradient='autodiff' expected a law whose survival is known when a program is traced, got "
+                f"{type(law).__name__} of traced arrays; give it a method upper_bound(), or use gradient='neumann'"
+            )
+        n = int(jnp.sum(survival > probability))
     if n > limit:
         raise ValueError(
             f"law: expected lengths below {limit} but for a probability of {probability:.1e}, got {law}; "
             "a Geometric law, or gradient='neumann', has no such limit"
         )
     return n
+
+
+def _floats(law: LengthLaw, k: Array) -> Array:
+    """P(N >= k), floats of the shape of k; ValueError if the law says something else."""
+    survival = jnp.asarray(law.survival(k))
+    if survival.shape != k.shape or not jnp.issubdtype(survival.dtype, jnp.floating):
+        raise ValueError(
+            f"length: expected survival(k) to return floats {k.shape} for integers {k.shape}, got {survival.dtype} "
+            f"{survival.shape} of {law}"
+        )
+    return survival

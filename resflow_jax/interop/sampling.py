@@ -85,7 +85,7 @@ class SamplingMap:
                 f"key: {type(estimator).__name__} expected a PRNG key, got None; estimator=Exact() needs none"
             )
         graphdef, state = nnx.split(nnx.clone(flow))  # a mere split has the flow's own variables, not their values
-        unit_interval = isinstance(flow.config, ImageFlowConfig) and flow.config.logit_alpha is not None
+        unit_interval = isinstance(flow.config, ImageFlowConfig) and flow.config.data.logit_alpha is not None
         return cls(state, key, estimator, graphdef, solver, flow.dim, flow.event_shape, unit_interval)
 
     @property

@@ -24,7 +24,7 @@ from resflow_jax.functional.checks import check_key
 from resflow_jax.layers.bijector import Constant
 from resflow_jax.layers.lipschitz import NormState
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
-from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
 
 Array = jax.Array
 Variables = dict[str, Any]
@@ -50,7 +50,7 @@ class Stateless:
             the identity.
         """
         check_key("key", key)
-        flow = ResidualFlow(self.config, rngs=nnx.Rngs(key))
+        flow = flow_from_config(self.config, rngs=nnx.Rngs(key))
         if x is not None:
             flow.initialize(x)
         return split_variables(flow)
@@ -150,7 +150,7 @@ def _structure(config: ImageFlowConfig | VectorFlowConfig) -> _Structure:
     graphdefs = []
 
     def create(key):
-        graphdef, state = nnx.split(ResidualFlow(config, rngs=nnx.Rngs(key)))
+        graphdef, state = nnx.split(flow_from_config(config, rngs=nnx.Rngs(key)))
         graphdefs.append(graphdef)
         return state
 

@@ -27,7 +27,7 @@ from resflow_jax.interop.torch_storages import brief
 from resflow_jax.interop.torch_writer import write_torch_file
 from resflow_jax.layers.lipschitz import LipschitzLinear, map_linears
 from resflow_jax.models.config import VectorFlowConfig, has_mixed_norms
-from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
 
 Array = np.ndarray
 
@@ -44,6 +44,8 @@ def load_torch_checkpoint(
     z is ordered as by any flow here: each part flattened in H, W, C order, where the original has C, H, W. Images are
     [B, H, W, C]; what the original's script does to them before the model (padding, the first squeeze) is part of the
     flow. Nothing of the file is executed, and torch is not needed.
+
+    Where the model has what only the original has, as a classifier, the flow is a `TorchFlow`, which has `logits`.
 
     Args:
       path: a file written by `train_img.py` or `train_toy.py`, in torch's present format or the one before 1.6.
@@ -139,10 +141,10 @@ def flow_of(content: Any, weights: str | None, norms: str) -> ResidualFlow:
     tensors, args = parts_of(content)
     averages = _averages(content, weights)
     config = config_from_args(args, tensors)
-    blocks = config.blocks if isinstance(config, VectorFlowConfig) else sum(config.blocks) + config.fc_blocks
+    blocks = config.blocks if isinstance(config, VectorFlowConfig) else sum(config.blocks) + config.tail.blocks
     if blocks > len(tensors):
         raise ValueError(f"nblocks: expected no more blocks than the {len(tensors)} tensors of the file, got {blocks}")
-    flow = nnx.eval_shape(lambda: ResidualFlow(config, rngs=nnx.Rngs(0)))
+    flow = nnx.eval_shape(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
     found = entries(flow, dropout=bool(getattr(args, "dropout", 0)))
     _check_names("state_dict", {e.name for e in found}, tensors.keys())
     if averages is not None:
@@ -212,13 +214,13 @@ def _scale_vectors(flow: ResidualFlow, scale) -> None:
     def apply(layer: LipschitzLinear) -> None:
         layer.u[...] = scale(layer.u[...], with_copies(jnp.ones(()), layer.linear_map.copies, *layer.traced_orders()))
 
-    if has_mixed_norms(flow.config) or flow.config.learn_norms:
+    if has_mixed_norms(flow.config) or flow.config.norms.learned:
         map_linears(flow, apply)
 
 
 def _converge(flow: ResidualFlow) -> None:
     """Iterates every norm to the rounding of its dtype, or 20000 times."""
-    if has_mixed_norms(flow.config) or flow.config.learn_norms:
+    if has_mixed_norms(flow.config) or flow.config.norms.learned:
         map_linears(flow, lambda layer: layer.search_norm())
     tolerance = 4 * float(jnp.finfo(flow.dtype).eps)
     status = flow.update_norms(tolerance=tolerance, max_iterations=20_000, restart=True)

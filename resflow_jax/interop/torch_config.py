@@ -17,14 +17,15 @@ import numpy as np
 
 from resflow_jax.functional.estimators import Estimator, Roulette, Truncated
 from resflow_jax.functional.laws import Geometric, Poisson
+from resflow_jax.interop.torch_flow import TorchImageConfig
 from resflow_jax.interop.torch_storages import brief
-from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
+from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig
+from resflow_jax.models.groups import BetweenBlocks, DenseTail, ImageTransform, Norms, Padding, Scales
 
-Config = ImageFlowConfig | VectorFlowConfig
 Tensors = Mapping[str, np.ndarray]
 
 _LARGEST = 4096  # side of images
-FC_BLOCKS = 4  # the image script builds so many behind the last scale
+FC_BLOCKS = 4  # the image script builds so many after the last scale
 NORMALIZATION = "transforms.0.chain.0"  # the place of the data's constants, where there are any
 
 _IMAGE_DEFAULTS = {
@@ -86,71 +87,88 @@ def is_toy(args: argparse.Namespace) -> bool:
     return hasattr(args, "dims") or hasattr(args, "arch")
 
 
-def config_from_args(args: argparse.Namespace, tensors: Tensors) -> Config:
-    """The config of the flow whose tensors a file holds.
+def config_from_args(args: argparse.Namespace, tensors: Tensors) -> FlowConfig:
+    """The config of the flow whose tensors a file holds; a `TorchImageConfig` where no plain one can say it.
 
     Raises:
       ValueError: that names the option which is unknown, unsupported, or in conflict with the tensors.
     """
-    return _vector_config(args) if is_toy(args) else _image_config(args, tensors)
+    return _vector_config(args) if is_toy(args) else _image_config(args, tensors).simplest()
 
 
-def args_from_config(config: Config) -> argparse.Namespace:
+def args_from_config(config: FlowConfig) -> argparse.Namespace:
     """The options with which the scripts build the flow of a config.
 
     Raises:
       ValueError: that names the first part of the config for which they have no option.
     """
     image = isinstance(config, ImageFlowConfig)
+    config = _with_torch_options(config) if image else config
     options = _image_options(config) if image else _toy_options(config)
     args = argparse.Namespace(**(_IMAGE_DEFAULTS if image else _TOY_DEFAULTS) | options)
-    classifier = {"logit_layer.weight": np.zeros((getattr(config, "classes", 0), 0))}
-    constants = {"mean": config.data_mean or (), "std": config.data_deviation or ()}
+    classifier = {"logit_layer.weight": np.zeros((config.classes if image else 0, 0))}
+    constants = {"mean": config.data.mean or (), "std": config.data.deviation or ()}
     size = config.shape[-1] if image else 0
     tensors = {f"{NORMALIZATION}.{part}": np.asarray(values[:size]) for part, values in constants.items()}
-    built = config_from_args(args, classifier | tensors)
-    unused = _unused_fields(config)
-    for field in dataclasses.fields(config):
-        wanted, got = getattr(config, field.name), getattr(built, field.name)
-        if field.name in ("norms", "fc_norms") and wanted is not None and set(wanted) == {2.0}:
+    built = _image_config(args, classifier | tensors) if image else _vector_config(args)
+    unused, others = _unused_fields(config), _flat(built)
+    for name, wanted in _flat(config).items():
+        if name in ("norms.orders", "tail.norms") and wanted is not None and set(wanted) == {2.0}:
             wanted = None
-        if wanted != got and field.name not in unused:
-            raise ValueError(f"{field.name}: expected {got!r}, which the original has an option for, got {wanted!r}")
+        if wanted != others[name] and name not in unused:
+            expected = f"expected {others[name]!r}, which the original has an option for"
+            raise ValueError(f"{name}: {expected}, got {wanted!r}")
     return args
 
 
-def _image_options(config: ImageFlowConfig) -> dict[str, Any]:
-    kernels = config.kernels
-    if not config.fully_connected and config.fc_blocks and config.fc_layers == 1 and kernels == 2 * kernels[:1]:
+def _with_torch_options(config: ImageFlowConfig) -> TorchImageConfig:
+    """The same flow as a `TorchImageConfig`."""
+    if isinstance(config, TorchImageConfig):
+        return config
+    return TorchImageConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings of a config by their names, those of groups as "tail.blocks"."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        found |= _flat(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return found
+
+
+def _image_options(config: TorchImageConfig) -> dict[str, Any]:
+    kernels, tail, padding, between = config.kernels, config.tail, config.data.padding, config.between
+    if not config.fully_connected and tail.blocks and tail.layers == 1 and kernels == 2 * kernels[:1]:
         kernels = kernels[:1]
     channels = config.shape[-1]
-    levels = round(1 / config.padding_scale) if config.padding_noise == "uniform" else 256
+    levels = round(1 / padding.scale) if padding.noise == "uniform" else 256
     several = len(config.blocks) > 1
-    first = config.preactivation == "all_but_first" if several and not config.fully_connected else config.first_actnorm
+    first = config.preactivation == "all_but_first" if several and not config.fully_connected else between.first_actnorm
     return {
-        "data": "mnist" if channels == 1 else "celeba_5bit" if config.padding and levels == 32 else "cifar10",
+        "data": "mnist" if channels == 1 else "celeba_5bit" if padding.channels and levels == 32 else "cifar10",
         "imagesize": config.shape[0],
         "coeff": config.coefficient,
-        "vnorms": _norms_as_text(config.norms, len(kernels)),
-        "learn_p": config.learn_norms,
-        "factor_out": config.factor_out,
+        "vnorms": _norms_as_text(config.norms.orders, len(kernels)),
+        "learn_p": config.norms.learned,
+        "factor_out": config.scales.factor_out,
         "act": _activation_option(config.activation),
         "idim": config.hidden_channels,
         "nblocks": "-".join(map(str, config.blocks)),
-        "squeeze_first": config.squeeze_first,
-        "actnorm": config.actnorm,
-        "fc_actnorm": config.feature_actnorm,
-        "batchnorm": config.centering == "layers",
+        "squeeze_first": config.scales.squeeze_first,
+        "actnorm": between.actnorm,
+        "fc_actnorm": between.feature_actnorm,
+        "batchnorm": between.centering == "layers",
         "fc": config.fully_connected,
         "kernels": "-".join(map(str, kernels)),
-        "logit_transform": config.logit_alpha is not None,
-        "quadratic": config.invertible_linear,
-        "fc_end": config.fc_blocks > 0,
-        "fc_idim": config.fc_hidden,
+        "logit_transform": config.data.logit_alpha is not None,
+        "quadratic": between.invertible_linear,
+        "fc_end": tail.blocks > 0,
+        "fc_idim": tail.hidden,
         "preact": config.preactivation != "none",
-        "padding": config.padding,
-        "padding_dist": config.padding_noise,
-        "first_resblock": first if config.preactivation != "none" else config.first_actnorm,
+        "padding": padding.channels,
+        "padding_dist": padding.noise,
+        "first_resblock": first if config.preactivation != "none" else between.first_actnorm,
         "cdim": config.classifier_channels,
         "task": "hybrid" if config.classes else "density",
     }
@@ -160,14 +178,14 @@ def _toy_options(config: VectorFlowConfig) -> dict[str, Any]:
     layers = len(config.hidden) + 1
     return {
         "coeff": config.coefficient,
-        "vnorms": _norms_as_text(config.norms, layers + (config.order_ties == "none")),
-        "learn_p": config.learn_norms,
-        "mixed": config.order_ties != "all",
+        "vnorms": _norms_as_text(config.norms.orders, layers + (config.norms.ties == "none")),
+        "learn_p": config.norms.learned,
+        "mixed": config.norms.ties != "all",
         "dims": "-".join(map(str, config.hidden)),
         "act": _activation_option(config.activation),
         "nblocks": config.blocks,
-        "actnorm": config.actnorm,
-        "batchnorm": config.centering == "blocks",
+        "actnorm": config.between.actnorm,
+        "batchnorm": config.between.centering == "blocks",
     }
 
 
@@ -187,18 +205,18 @@ def _norms_as_text(norms: tuple[float, ...] | None, layers: int) -> str:
     return "".join("f" if order == math.inf else str(int(order)) for order in orders)
 
 
-def _unused_fields(config: Config) -> set[str]:
+def _unused_fields(config: FlowConfig) -> set[str]:
     """Parts of a config that make no difference to the flow, beside others of it."""
-    unused = {"matmul_dtype", "dense_growth", "fc_dense_first", "fc_dense_growth"}  # how to multiply; of DenseNets
-    unused |= set() if config.learn_norms else {"order_ties"}
-    if not config.padding:
-        unused |= {"padding_noise", "padding_scale", "padding_shift", "padding_first"}
+    unused = {"matmul_dtype", "densenet.growth", "tail.densenet_first", "tail.densenet_growth"}
+    unused |= set() if config.norms.learned else {"norms.ties"}
+    if not config.data.padding.channels:
+        unused |= {"data.padding.noise", "data.padding.scale", "data.padding.shift", "padding_first"}
+    if not (config.between.actnorm or config.between.feature_actnorm):
+        unused |= {"between.first_actnorm"}
     if isinstance(config, VectorFlowConfig):
-        return unused if config.actnorm else unused | {"first_actnorm"}
-    if not config.fc_blocks:
-        unused |= {"fc_hidden", "fc_layers", "fc_norms"}
-    if not (config.actnorm or config.feature_actnorm):
-        unused |= {"first_actnorm"}
+        return unused
+    if not config.tail.blocks:
+        unused |= {"tail.hidden", "tail.layers", "tail.norms"}
     if not config.classes:
         unused |= {"classifier_channels"}
     if config.fully_connected:
@@ -221,7 +239,7 @@ def data_levels(args: argparse.Namespace) -> int:
     return {"celeba_5bit": 32, "celebahq": 2 ** options["nbits"]}.get(options["data"], 256)
 
 
-def _image_config(args: argparse.Namespace, tensors: Tensors) -> ImageFlowConfig:
+def _image_config(args: argparse.Namespace, tensors: Tensors) -> TorchImageConfig:
     options = _options(args, _IMAGE_DEFAULTS)
     if options["block"] != "resblock":
         raise ValueError(f"block: expected 'resblock', got {options['block']!r}: coupling blocks are not supported")
@@ -254,34 +272,38 @@ def _image_config(args: argparse.Namespace, tensors: Tensors) -> ImageFlowConfig
     normalizes = classifies and options["data"] == "cifar10"
     logit = options["logit_transform"] and not normalizes
     padding = options["padding"]
-    return ImageFlowConfig(
+    law = _padding_law(options["padding_dist"], data_levels(args)) if padding else {}
+    return TorchImageConfig(
         shape=(size, size, channels),
         blocks=blocks,
         hidden_channels=options["idim"],
         kernels=kernels,
-        fully_connected=options["fc"],
-        squeeze_first=options["squeeze_first"],
-        factor_out=options["factor_out"],
-        fc_blocks=FC_BLOCKS if options["fc_end"] else 0,
-        fc_hidden=options["fc_idim"],
-        fc_layers=layers,
-        fc_norms=fc_norms,
-        actnorm=options["actnorm"],
-        feature_actnorm=options["fc_actnorm"],
-        first_actnorm=options["first_resblock"],
-        centering="layers" if options["batchnorm"] and not options["fc"] else None,
-        invertible_linear=options["quadratic"],
         activation=_activation(options["act"]),
         preactivation=preactivation if options["preact"] else "none",
         coefficient=options["coeff"],
-        norms=conv_norms,
-        learn_norms=options["learn_p"],
-        order_ties="all" if options["learn_p"] and layers == 1 else "closed",
-        logit_alpha=(1e-6 if options["data"] == "mnist" else 0.05) if logit else None,
-        **_data_constants(tensors, 4 * channels if options["squeeze_first"] else channels, normalizes),
-        padding=padding,
+        data=ImageTransform(
+            **_data_constants(tensors, 4 * channels if options["squeeze_first"] else channels, normalizes),
+            padding=Padding(channels=padding, **law),
+            logit_alpha=(1e-6 if options["data"] == "mnist" else 0.05) if logit else None,
+        ),
+        between=BetweenBlocks(
+            actnorm=options["actnorm"],
+            feature_actnorm=options["fc_actnorm"],
+            first_actnorm=options["first_resblock"],
+            centering="layers" if options["batchnorm"] and not options["fc"] else None,
+            invertible_linear=options["quadratic"],
+        ),
+        norms=Norms(
+            orders=conv_norms,
+            learned=options["learn_p"],
+            ties="all" if options["learn_p"] and layers == 1 else "closed",
+        ),
+        tail=DenseTail(
+            blocks=FC_BLOCKS if options["fc_end"] else 0, hidden=options["fc_idim"], layers=layers, norms=fc_norms
+        ),
+        scales=Scales(squeeze_first=options["squeeze_first"], factor_out=options["factor_out"]),
+        fully_connected=options["fc"],
         padding_first=padding > 0,
-        **(_padding_law(options["padding_dist"], data_levels(args)) if padding else {}),
         classes=_shape(tensors, "logit_layer.weight")[0] if classifies else 0,
         classifier_channels=options["cdim"],
     )
@@ -309,15 +331,15 @@ def _vector_config(args: argparse.Namespace) -> VectorFlowConfig:
         dim=2,
         blocks=options["nblocks"],
         hidden=hidden,
-        actnorm=options["actnorm"],
-        first_actnorm=options["actnorm"],
-        centering="blocks" if options["batchnorm"] else None,
         activation=_activation(options["act"]),
         preactivation="all",
         coefficient=options["coeff"],
-        norms=norms,
-        learn_norms=options["learn_p"],
-        order_ties=ties,
+        between=BetweenBlocks(
+            actnorm=options["actnorm"],
+            first_actnorm=options["actnorm"],
+            centering="blocks" if options["batchnorm"] else None,
+        ),
+        norms=Norms(orders=norms, learned=options["learn_p"], ties=ties),
     )
 
 
@@ -383,7 +405,7 @@ def _check_closed_forms(vnorms: str, norms: tuple[float, ...] | None, kernels: t
 
 
 def _data_constants(tensors: Tensors, channels: int, normalizes: bool) -> dict[str, Any]:
-    """Mean and deviation of the data's channels. Behind a squeeze the script normalises the first few alone."""
+    """Mean and deviation of the data's channels. After a squeeze the script normalises the first few alone."""
     if not normalizes:
         return {}
     mean, deviation = (tensors.get(f"{NORMALIZATION}.{name}", np.zeros(0)) for name in ("mean", "std"))
@@ -392,8 +414,8 @@ def _data_constants(tensors: Tensors, channels: int, normalizes: bool) -> dict[s
         raise ValueError(f"{NORMALIZATION}.mean: expected one number a channel, as in std, got shape {mean.shape}")
     others = channels - mean.size
     return {
-        "data_mean": (*map(float, mean), *[0.0] * others),
-        "data_deviation": (*map(float, deviation), *[1.0] * others),
+        "mean": (*map(float, mean), *[0.0] * others),
+        "deviation": (*map(float, deviation), *[1.0] * others),
     }
 
 
@@ -402,7 +424,7 @@ def _padding_law(noise: str, levels: int) -> dict[str, Any]:
     if noise not in ("uniform", "gaussian"):
         raise ValueError(f"padding_dist: expected uniform or gaussian, got {noise!r}")
     scale, shift = (1 / levels, 0.0) if noise == "uniform" else (0.125, 0.5)
-    return {"padding_noise": noise, "padding_scale": scale, "padding_shift": shift}
+    return {"noise": noise, "scale": scale, "shift": shift}
 
 
 def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:

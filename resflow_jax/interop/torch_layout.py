@@ -18,6 +18,8 @@ import scipy.linalg
 from flax import nnx
 
 from resflow_jax.functional.norms import needs_power_iteration
+from resflow_jax.interop.torch_classifier import Classifier
+from resflow_jax.interop.torch_flow import TorchFlow
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.composition import Chain
@@ -28,7 +30,6 @@ from resflow_jax.layers.normalization import MovingCentering, Normalization
 from resflow_jax.layers.padding import ChannelPadding
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
-from resflow_jax.models.classifier import Classifier
 from resflow_jax.models.config import ImageFlowConfig
 from resflow_jax.models.residual_flow import ResidualFlow
 
@@ -269,7 +270,7 @@ def entries(flow: ResidualFlow, *, dropout: bool = False) -> list[Entry]:
     for n, scale in enumerate(flow.scales):
         prefix = f"transforms.{n}.chain" if is_image else "chain"
         found += _scale_entries(flow, scale, prefix, is_first=n == 0, dropout=dropout)
-    if is_image and flow.classifier is not None:
+    if isinstance(flow, TorchFlow) and flow.classifier is not None:
         found += _classifier(flow.classifier)
     return _with_aliases(found)
 
@@ -311,7 +312,7 @@ def _slots(bijectors: Any, row: int | None = None) -> Iterator[tuple[Bijector, i
 def _scale_entries(flow: ResidualFlow, scale: Chain, prefix: str, *, is_first: bool, dropout: bool) -> list[Entry]:
     """Those of one scale; layers that have a place in the model's chain are counted."""
     config, found, place = flow.config, [], 0
-    squeezes = int(is_first and isinstance(config, ImageFlowConfig) and config.squeeze_first)
+    squeezes = int(is_first and isinstance(config, ImageFlowConfig) and config.scales.squeeze_first)
     image: tuple[int, int, int] | None = None  # (H, W, C) of what is flattened
     for bijector, row in _slots([scale]):
         name = f"{prefix}.{place}"
@@ -388,8 +389,8 @@ def _normalization(layer: Normalization, config: ImageFlowConfig, name: str) -> 
     """Constants of the data, which the script applies to the first channels alone behind a squeeze."""
     found = []
     for part, variable, values, other in (
-        ("mean", layer.mean, config.data_mean, 0.0),
-        ("std", layer.deviation, config.data_deviation, 1.0),
+        ("mean", layer.mean, config.data.mean, 0.0),
+        ("std", layer.deviation, config.data.deviation, 1.0),
     ):
         values = (*values, *[other] * (variable.shape[0] - len(values)))
         size = config.shape[-1]

@@ -229,7 +229,7 @@ def advance(
     matvec, rmatvec = partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel)
     orders = dict(zip(("domain", "codomain"), _join_orders(fixed, learned), strict=True))
     scale = jnp.max(jnp.abs(kernel))
-    return power_iteration(matvec, rmatvec, v, **orders, **settings._asdict(), restart=restart, scale=scale)
+    return power_iteration(matvec, v, rmatvec=rmatvec, **orders, **settings._asdict(), restart=restart, scale=scale)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
@@ -237,7 +237,7 @@ def _search(linear_map, fixed, learned, starts, kernel, v) -> PowerIteration:
     matvec, rmatvec = partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel)
     orders = dict(zip(("domain", "codomain"), _join_orders(fixed, learned), strict=True))
     others = jax.random.normal(jax.random.key(0), (starts - 1, *v.shape), kernel.dtype)
-    return best_start(matvec, rmatvec, jnp.concatenate([v[None], others]), **orders, max_iterations=200)
+    return best_start(matvec, jnp.concatenate([v[None], others]), rmatvec=rmatvec, **orders, max_iterations=200)
 
 
 def split_orders(orders: tuple[float | Array, ...]) -> tuple[tuple[float | None, ...], tuple[Array | None, ...]]:

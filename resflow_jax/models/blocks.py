@@ -1,4 +1,4 @@
-"""From a configuration to residual blocks: which layers g has, and what stands before and behind every block."""
+"""From a configuration to residual blocks: which layers g has, and what stands before and after every block."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,8 @@ from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import learned_order
 from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
-from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
+from resflow_jax.models.config import FlowConfig
 
-Config = ImageFlowConfig | VectorFlowConfig
 MakeLinear = Callable[[int, int, int], LinearMap]  # from features in, features out, and kernel size
 MakeContraction = Callable[[bool, nnx.Rngs], Contraction]  # with pre-activation or without
 
@@ -34,7 +33,7 @@ class Around:
       invertible_linear: whether an invertible linear layer stands before a block.
     """
 
-    config: Config
+    config: FlowConfig
     actnorms: Sequence[tuple[int, ...]]
     channels: int
     invertible_linear: bool
@@ -44,15 +43,15 @@ class Around:
 
     def behind(self) -> list[Bijector]:
         layers: list[Bijector] = [ActNorm(shape) for shape in self.actnorms]
-        if self.config.batchnorm:
+        if self.config.between.batchnorm:
             layers.append(MovingBatchNorm((self.channels,)))
-        if self.config.centering == "blocks":
+        if self.config.between.centering == "blocks":
             layers.append(MovingCentering((self.channels,)))
         return layers
 
 
 def residual_blocks(
-    config: Config, contraction: MakeContraction, around: Around, depth: int, *, first: bool, rngs: nnx.Rngs
+    config: FlowConfig, contraction: MakeContraction, around: Around, depth: int, *, first: bool, rngs: nnx.Rngs
 ) -> list[Bijector]:
     """`depth` residual blocks, each with the layers around it, stacked as far as they are alike."""
 
@@ -62,14 +61,14 @@ def residual_blocks(
 
         return make
 
-    if config.dense_depth or not first or config.preactivation != "all_but_first":
+    if config.densenet.depth or not first or config.preactivation != "all_but_first":
         return [ResidualStack(step(config.preactivation != "none"), depth, rngs=rngs)]
     head = step(False)(rngs)
     return [head] if depth == 1 else [head, ResidualStack(step(True), depth - 1, rngs=rngs)]
 
 
 def layered(
-    config: Config,
+    config: FlowConfig,
     linear: MakeLinear,
     features: int,
     hidden: Sequence[int],
@@ -92,30 +91,38 @@ def layered(
         inputs[0] = inputs[0] if preactivation else features
         maps = [linear(*sizes) for sizes in zip(inputs, outputs, kernels, strict=True)]
         orders = norms
-        if config.learn_norms:
-            learned = [learned_order() for _ in range(1 if config.order_ties == "all" else len(maps))]
+        if config.norms.learned:
+            learned = [learned_order() for _ in range(1 if config.norms.ties == "all" else len(maps))]
             learned *= len(maps) // len(learned)
-            orders = [*learned, learned_order() if config.order_ties == "none" else learned[0]]
+            orders = [*learned, learned_order() if config.norms.ties == "none" else learned[0]]
         options = {"preactivation": preactivation, "norms": orders, "centering": centering}
-        return Layered(maps, activation, config.coefficient, **options, rngs=rngs)
+        condition_shape = condition_shape_of(config)
+        return Layered(maps, activation, config.coefficient, **options, condition_shape=condition_shape, rngs=rngs)
 
     return make
 
 
 def densenet(
-    config: Config, linear: MakeLinear, features: int, first: int | None, growth: int, kernel: int
+    config: FlowConfig, linear: MakeLinear, features: int, first: int | None, growth: int, kernel: int
 ) -> MakeContraction:
-    """DenseNets of `config.dense_depth` dense layers, behind one of width `first` if that is given."""
+    """DenseNets of `config.densenet.depth` dense layers, after one of width `first` if that is given."""
     activation = get_activation(config.activation)
     _check_widths(activation, [growth])
 
     def make(preactivation: bool, rngs: nnx.Rngs) -> DenseNet:
         head = linear(features, first, 1) if first else None
-        widths = [(first or features) + n * growth for n in range(config.dense_depth + 1)]
+        widths = [(first or features) + n * growth for n in range(config.densenet.depth + 1)]
         dense = [linear(width, growth // activation.expansion, kernel) for width in widths[:-1]]
-        return DenseNet(head, dense, linear(widths[-1], features, 1), activation, config.coefficient, rngs=rngs)
+        maps = head, dense, linear(widths[-1], features, 1)
+        condition_shape = condition_shape_of(config)
+        return DenseNet(*maps, activation, config.coefficient, condition_shape=condition_shape, rngs=rngs)
 
     return make
+
+
+def condition_shape_of(config: FlowConfig) -> tuple[int] | None:
+    """The shape of one condition."""
+    return None if config.condition_dim is None else (config.condition_dim,)
 
 
 def _check_widths(activation: Activation, widths: Sequence[int]) -> None:

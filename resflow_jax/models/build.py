@@ -1,7 +1,7 @@
-"""From a configuration to the scales of a flow: chains of layers, with the shape after each."""
+"""From a configuration to the bijector of a flow: chains of layers, with the shape after each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flax import nnx
 
@@ -13,123 +13,149 @@ from resflow_jax.layers.logit import Logit
 from resflow_jax.layers.normalization import Normalization
 from resflow_jax.layers.padding import ChannelPadding
 from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
-from resflow_jax.models.blocks import Around, Config, MakeContraction, MakeLinear, densenet, layered, residual_blocks
-from resflow_jax.models.classifier import Classifier
-from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
+from resflow_jax.models.blocks import Around, MakeContraction, MakeLinear, densenet, layered, residual_blocks
+from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig
+from resflow_jax.models.groups import Padding
 
 Shape = tuple[int, ...]
+# The blocks of one scale on images (H, W, C): the layers, and the shape of the event that they put out.
+MakeBlocks = Callable[[ImageFlowConfig, int, Shape, nnx.Rngs], tuple[list[Bijector], Shape]]
 
 
-def build_bijector(config: Config, rngs: nnx.Rngs) -> Bijector:
+def build_bijector(config: FlowConfig, rngs: nnx.Rngs) -> Bijector:
     """The bijector from x to z [B, D]."""
     if isinstance(config, VectorFlowConfig):
         return _vector_chain(config, rngs)
-    scales = _image_scales(config, rngs)
-    if config.factor_out and len(scales) > 1:
+    return image_bijector(config, data_layers(config), convolutional_blocks, rngs)
+
+
+def image_bijector(config: ImageFlowConfig, first: list[Bijector], blocks: MakeBlocks, rngs: nnx.Rngs) -> Bijector:
+    """The scales of a flow of images, joined to one bijector; `first` are the layers before all blocks."""
+    scales = []
+    for scale, shape in enumerate(_entrances(config)):
+        made, event = blocks(config, scale, shape, rngs)
+        layers = [*(first if scale == 0 else []), *made]
+        if scale < len(config.blocks) - 1:
+            layers += [] if event == shape else [Reshape(event, shape)]
+            layers.append(Squeeze(shape))
+        elif config.tail.blocks:
+            layers += [Flatten(shape)] if event == shape else []
+            layers += _tail(config, math.prod(shape), rngs)
+        scales.append(Chain(layers))
+    if config.scales.factor_out and len(scales) > 1:
         return MultiScale(scales, config.shape)
     event = Chain(scales).output_shape(config.shape)
     return Chain([*scales, Flatten(event)] if len(event) > 1 else scales)
 
 
-def build_classifier(config: Config, rngs: nnx.Rngs) -> Classifier | None:
-    """The classifier on the features of every scale, or none."""
-    if isinstance(config, VectorFlowConfig) or not config.classes:
-        return None
-    return Classifier(feature_shapes(config), config.classifier_channels, config.classes, rngs=rngs)
-
-
 def feature_shapes(config: ImageFlowConfig) -> list[Shape]:
-    """(H, W, C) of the features of every scale; see `models.classifier`."""
+    """(H, W, C) of the output of every scale, squeezed; where half of the channels leaves for z, of the other half."""
     shape = _entrance(config)
     shapes = []
     for _ in config.blocks[1:]:
         shape = _squeezed(shape)
-        if config.factor_out:
+        if config.scales.factor_out:
             shape = (*shape[:2], shape[2] // 2)
         shapes.append(shape)
     return [*shapes, shape]
 
 
-def _entrance(config: ImageFlowConfig) -> Shape:
-    """(H, W, C) of what the first scale takes."""
-    shape = (*config.shape[:2], config.shape[2] + config.padding)
-    return _squeezed(shape) if config.squeeze_first else shape
+def data_layers(config: ImageFlowConfig) -> list[Bijector]:
+    """What is done to images before the first block, the first squeeze included."""
+    noise = padding_layers(config.data.padding)
+    return [*logit(config), *normalization(config), *noise, *first_squeeze(config)]
 
 
-def _image_scales(config: ImageFlowConfig, rngs: nnx.Rngs) -> list[Chain]:
-    """The chain of every scale."""
-    layers, chains, features = _image_data_layers(config), [], feature_shapes(config)
-    shapes = [_entrance(config), *features[:-1]]
-    for scale, (depth, shape) in enumerate(zip(config.blocks, shapes, strict=True)):
-        event = (math.prod(shape),) if config.fully_connected else shape
-        actnorms = [event[-1:]] * config.actnorm + [event] * config.feature_actnorm
-        if config.fully_connected:
-            layers.append(Flatten(shape))
-            contraction = _fully_connected(config, event[0], len(config.kernels), config.hidden_channels, config.norms)
-        else:
-            contraction = _convolutional(config, shape)
-        if scale == 0 and config.first_actnorm:
-            layers += map(ActNorm, actnorms)
-        around = Around(config, actnorms, event[-1], config.invertible_linear)
-        layers += residual_blocks(config, contraction, around, depth, first=scale == 0, rngs=rngs)
-        if scale < len(config.blocks) - 1:
-            if config.fully_connected:
-                layers.append(Reshape(event, shape))
-            layers.append(Squeeze(shape))
-        elif config.fc_blocks:
-            layers += [] if config.fully_connected else [Flatten(shape)]
-            event = (math.prod(shape),)
-            actnorms = [event] if config.actnorm or config.feature_actnorm else []
-            around = Around(config, actnorms, event[0], False)
-            dense = _fully_connected(config, event[0], config.fc_layers, config.fc_hidden, config.fc_norms)
-            layers += residual_blocks(config, dense, around, config.fc_blocks, first=False, rngs=rngs)
-        chains.append(Chain(layers))
-        layers = []
-    return chains
+def logit(config: ImageFlowConfig) -> list[Bijector]:
+    """The logit of images, if any."""
+    return [] if config.data.logit_alpha is None else [Logit(config.data.logit_alpha)]
+
+
+def normalization(config: FlowConfig, others: int = 0) -> list[Bijector]:
+    """That of the data, which leaves so many channels after its own as they are."""
+    data = config.data
+    return [] if data.mean is None else [Normalization((*data.mean, *[0] * others), (*data.deviation, *[1] * others))]
+
+
+def padding_layers(padding: Padding) -> list[Bijector]:
+    """The layer that appends noise, if any."""
+    if not padding.channels:
+        return []
+    return [ChannelPadding(padding.channels, padding.noise, padding.scale, padding.shift)]
+
+
+def first_squeeze(config: ImageFlowConfig) -> list[Bijector]:
+    """The squeeze before the first scale, of padded images, if any."""
+    if not config.scales.squeeze_first:
+        return []
+    return [Squeeze((*config.shape[:2], config.shape[2] + config.data.padding.channels))]
+
+
+def convolutional_blocks(
+    config: ImageFlowConfig, scale: int, shape: Shape, rngs: nnx.Rngs
+) -> tuple[list[Bijector], Shape]:
+    """Those of one scale: convolutions, with an ActNorm per channel, per feature, or both."""
+    between = config.between
+    actnorms = [shape[-1:]] * between.actnorm + [shape] * between.feature_actnorm
+    around = Around(config, actnorms, shape[-1], between.invertible_linear)
+    return blocks_of_scale(config, scale, _convolutional(config, shape), around, rngs), shape
+
+
+def blocks_of_scale(
+    config: ImageFlowConfig, scale: int, contraction: MakeContraction, around: Around, rngs: nnx.Rngs
+) -> list[Bijector]:
+    """The residual blocks of one scale, and in the first scale what stands before them."""
+    is_first = scale == 0
+    before = [ActNorm(shape) for shape in around.actnorms] if is_first and config.between.first_actnorm else []
+    depth = config.blocks[scale]
+    return [*before, *residual_blocks(config, contraction, around, depth, first=is_first, rngs=rngs)]
+
+
+def fully_connected(
+    config: ImageFlowConfig, dim: int, depth: int, width: int, norms: Sequence[float] | None
+) -> MakeContraction:
+    """Blocks of `depth` dense layers, or DenseNets; without centering inside."""
+    if config.densenet.depth:
+        return densenet(config, _dense_maps(config), dim, config.tail.densenet_first, config.tail.densenet_growth, 1)
+    return layered(config, _dense_maps(config), dim, [width] * (depth - 1), [1] * depth, norms, False)
 
 
 def _vector_chain(config: VectorFlowConfig, rngs: nnx.Rngs) -> Chain:
-    dim = config.dim + config.padding
-    actnorms = [(dim,)] if config.actnorm else []
-    layers = _normalization(config, 0) + _padding(config)
-    if config.first_actnorm:
+    dim = config.dim + config.data.padding.channels
+    actnorms = [(dim,)] if config.between.actnorm else []
+    layers = normalization(config) + padding_layers(config.data.padding)
+    if config.between.first_actnorm:
         layers += map(ActNorm, actnorms)
-    if config.dense_depth:
-        contraction = densenet(config, _dense_maps(config), dim, None, config.dense_growth, 1)
+    if config.densenet.depth:
+        contraction = densenet(config, _dense_maps(config), dim, None, config.densenet.growth, 1)
     else:
         kernels = [1] * (len(config.hidden) + 1)
-        centering = config.centering == "layers"
-        contraction = layered(config, _dense_maps(config), dim, config.hidden, kernels, config.norms, centering)
-    around = Around(config, actnorms, dim, config.invertible_linear)
+        centering = config.between.centering == "layers"
+        contraction = layered(config, _dense_maps(config), dim, config.hidden, kernels, config.norms.orders, centering)
+    around = Around(config, actnorms, dim, config.between.invertible_linear)
     layers += residual_blocks(config, contraction, around, config.blocks, first=True, rngs=rngs)
     return Chain(layers)
 
 
-def _image_data_layers(config: ImageFlowConfig) -> list[Bijector]:
-    """What is done to images at the entrance of the flow, the first squeeze included."""
-    logit = [] if config.logit_alpha is None else [Logit(config.logit_alpha)]
-    padding = _padding(config)
-    squeeze: list[Bijector] = []
-    if config.squeeze_first:
-        squeeze.append(Squeeze((*config.shape[:2], config.shape[2] + config.padding)))
-    if config.squeezed_data:
-        return [*padding, *squeeze, *_normalization(config, 4 * config.padding)]
-    normalization = _normalization(config, 0)
-    data = [*normalization, *padding, *logit] if config.padding_first else [*logit, *normalization, *padding]
-    return [*data, *squeeze]
+def _tail(config: ImageFlowConfig, dim: int, rngs: nnx.Rngs) -> list[Bijector]:
+    """The dense blocks on flattened images, with an ActNorm per feature."""
+    actnorms = [(dim,)] if config.between.actnorm or config.between.feature_actnorm else []
+    tail = config.tail
+    contraction = fully_connected(config, dim, tail.layers, tail.hidden, tail.norms)
+    return residual_blocks(
+        config, contraction, Around(config, actnorms, dim, False), tail.blocks, first=False, rngs=rngs
+    )
 
 
-def _normalization(config: Config, others: int) -> list[Bijector]:
-    """That of the data, which leaves so many channels behind its own as they are."""
-    if config.data_mean is None:
-        return []
-    return [Normalization((*config.data_mean, *[0] * others), (*config.data_deviation, *[1] * others))]
+def _entrances(config: ImageFlowConfig) -> list[Shape]:
+    """(H, W, C) of what every scale's blocks take."""
+    return [_entrance(config), *feature_shapes(config)[:-1]]
 
 
-def _padding(config: Config) -> list[Bijector]:
-    if not config.padding:
-        return []
-    return [ChannelPadding(config.padding, config.padding_noise, config.padding_scale, config.padding_shift)]
+def _entrance(config: ImageFlowConfig) -> Shape:
+    """(H, W, C) of what the blocks of the first scale take."""
+    shape = (*config.shape[:2], config.shape[2] + config.data.padding.channels)
+    return _squeezed(shape) if config.scales.squeeze_first else shape
 
 
 def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:
@@ -138,22 +164,14 @@ def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:
     def conv(channels_in: int, channels_out: int, kernel: int) -> ConvMap:
         return ConvMap(tuple(size), channels_in, channels_out, kernel, matmul_dtype=config.matmul_dtype)
 
-    if config.dense_depth:
-        return densenet(config, conv, channels, None, config.dense_growth, 3)
+    if config.densenet.depth:
+        return densenet(config, conv, channels, None, config.densenet.growth, 3)
     hidden = [config.hidden_channels] * (len(config.kernels) - 1)
-    return layered(config, conv, channels, hidden, config.kernels, config.norms, config.centering == "layers")
+    centering = config.between.centering == "layers"
+    return layered(config, conv, channels, hidden, config.kernels, config.norms.orders, centering)
 
 
-def _fully_connected(
-    config: ImageFlowConfig, dim: int, depth: int, width: int, norms: Sequence[float] | None
-) -> MakeContraction:
-    """Blocks of `depth` dense layers, or DenseNets; without centering inside."""
-    if config.dense_depth:
-        return densenet(config, _dense_maps(config), dim, config.fc_dense_first, config.fc_dense_growth, 1)
-    return layered(config, _dense_maps(config), dim, [width] * (depth - 1), [1] * depth, norms, False)
-
-
-def _dense_maps(config: Config) -> MakeLinear:
+def _dense_maps(config: FlowConfig) -> MakeLinear:
     return lambda features_in, features_out, kernel: DenseMap(features_in, features_out, config.matmul_dtype)
 
 

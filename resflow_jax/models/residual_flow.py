@@ -1,10 +1,9 @@
 """`ResidualFlow`: the flows of the papers, for images and for vectors, made from a config."""
 
-from functools import lru_cache, partial
+from functools import lru_cache, singledispatch
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.checks import check_type
@@ -13,8 +12,8 @@ from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.composition import MultiScale
 from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, map_linears
 from resflow_jax.layers.norm_updates import update_norms
-from resflow_jax.models.build import build_bijector, build_classifier, feature_shapes
-from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig, has_mixed_norms
+from resflow_jax.models.build import build_bijector
+from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig, has_mixed_norms
 from resflow_jax.models.flow import Flow
 
 Array = jax.Array
@@ -33,20 +32,26 @@ class ResidualFlow(Flow):
       log_p = flow.log_prob(x, estimator=rf.Exact())      # [B]
     """
 
-    def __init__(self, config: ImageFlowConfig | VectorFlowConfig, *, rngs: nnx.Rngs):
-        """Makes a flow with random parameters, each linear layer's norm iterated to convergence."""
-        if not isinstance(config, ImageFlowConfig | VectorFlowConfig):
-            raise ValueError(f"config: expected ImageFlowConfig or VectorFlowConfig, got {type(config).__name__}")
+    config_types = (ImageFlowConfig, VectorFlowConfig)  # exactly; a subclass of a config has its own class of flows
+
+    def __init__(self, config: FlowConfig, *, rngs: nnx.Rngs):
+        """Makes a flow with random parameters, each linear layer's norm iterated to convergence.
+
+        Raises:
+          ValueError: for another config, and for rngs without a stream for parameters.
+        """
+        if type(config) not in self.config_types:
+            expected = " or ".join(cls.__name__ for cls in self.config_types)
+            raise ValueError(f"config: expected {expected}, got {type(config).__name__}")
         check_type("rngs", rngs, nnx.Rngs)
         if not hasattr(rngs, "params"):
             raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
-        create, static = _creator(config)
+        create, static = _creator(config, type(self)._build)
         state = create(rngs.params())
-        bijector, classifier = nnx.merge(static["graphdef"], state)
+        bijector = nnx.merge(static["graphdef"], state)
         is_image = isinstance(config, ImageFlowConfig)
         super().__init__(bijector, event_shape=config.shape if is_image else (config.dim,))
         self.config = config
-        self.classifier = classifier
         if has_mixed_norms(config):  # learned ones start at 2, where any start will do
             map_linears(self, lambda layer: layer.search_norm())
             self.converge_norms()
@@ -60,69 +65,43 @@ class ResidualFlow(Flow):
             return list(self.bijector.scales)
         return list(self.bijector.bijectors[: len(self.config.blocks)])
 
-    def logits(self, x: Array) -> Array:
-        """Logits [B, classes] of the classifier on the flow's features (see `models.classifier`), for images x.
-
-        Padding is by the mean of its noise. Costs one evaluation of every g. Raises ValueError for a flow whose config
-        has no `classes`, and as `forward` for x.
-        """
-        if self.classifier is None:
-            raise ValueError("classes: expected a flow whose config has classes, got none")
-        with self._checked_input(x, are_data=True) as x:
-            return _logits(*nnx.split(self), x)
-
     @property
     def support(self) -> tuple[Any, Any] | None:
         return (0.0, 1.0) if isinstance(self.config, ImageFlowConfig) else None
 
     def _domain(self, are_data: bool) -> Domain:
         is_image = isinstance(self.config, ImageFlowConfig)
-        if is_image and self.config.logit_alpha is None and are_data:  # without a logit samples may be anywhere
+        if is_image and self.config.data.logit_alpha is None and are_data:  # without a logit samples may be anywhere
             return UNIT_INTERVAL
         return super()._domain(are_data)
 
-    def _run_initialize(self, x: Array, condition: Array | None) -> None:
-        if self.classifier is None:
-            super()._run_initialize(x, condition)
-        else:
-            self.classifier.initialize(_features(self, x, lambda scale, x: scale.initialize(x)))
+    @staticmethod
+    def _build(config: FlowConfig, rngs: nnx.Rngs) -> Bijector:
+        """The bijector of a config."""
+        return build_bijector(config, rngs)
+
+
+@singledispatch
+def flow_from_config(config: FlowConfig, *, rngs: nnx.Rngs) -> ResidualFlow:
+    """The flow of any config that a flow has as `flow.config`: a `ResidualFlow`, or of the subclass that goes with it.
+
+    Raises:
+      ValueError: as `ResidualFlow`.
+    """
+    return ResidualFlow(config, rngs=rngs)
 
 
 @lru_cache(maxsize=16)
-def _creator(config):
+def _creator(config, build):
     """One compiled program that makes all parameters; what is not an array leaves it by the side."""
     static = {}
 
     @jax.jit
     def create(key):
-        rngs = nnx.Rngs(key)
         with deferred_norms():
-            bijector = build_bijector(config, rngs)
+            bijector = build(config, nnx.Rngs(key))
         update_norms(bijector, TIGHT, restart=False)  # their vectors are random: they lack nothing
-        static["graphdef"], state = nnx.split((bijector, build_classifier(config, rngs)))
+        static["graphdef"], state = nnx.split(bijector)
         return state
 
     return create, static
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def _logits(graphdef, state, x):
-    flow = nnx.merge(graphdef, state)
-    return flow.classifier(_features(flow, x.astype(flow.dtype), lambda scale, x: scale(x)))
-
-
-def _features(flow, x, apply):
-    """The features [B, H, W, C] of every scale by apply(scale, x); see `models.classifier`."""
-    *scales, last = flow.scales
-    outputs, emitted = [], []
-    for scale in scales:
-        outputs.append(apply(scale, x))
-        x = outputs[-1]
-        if isinstance(flow.bijector, MultiScale):
-            x, part = jnp.split(x, 2, axis=-1)
-            emitted.append(part)
-    outputs.append(apply(last, x))
-    if isinstance(flow.bijector, MultiScale):
-        return [*emitted, emitted[-1]]
-    shapes = feature_shapes(flow.config)
-    return [output.reshape(-1, *shape) for output, shape in zip(outputs, shapes, strict=True)]

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from experiments import benchmark, competitors, run, scaling
-from resflow_jax import ImageFlowConfig
+from resflow_jax import DenseTail, ImageFlowConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:length. Poisson:RuntimeWarning")  # the papers' law
-TINY = competitors.Case(ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)), 4)
+TINY = competitors.Case(
+    ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=DenseTail(0)), 4
+)
 
 
 @pytest.fixture

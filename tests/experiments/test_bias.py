@@ -15,10 +15,10 @@ from experiments.configs.base import OptimizerConfig
 from experiments.images import ImageTask, load
 from experiments.run import claim_workdir
 from experiments.train import set_up
-from resflow_jax import Exact, ImageFlowConfig, Truncated, certify
+from resflow_jax import DenseTail, Exact, ImageFlowConfig, Truncated, certify
 
 TINY = BiasConfig(
-    model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)),
+    model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=DenseTail(0)),
     steps=5,
     batch_size=16,
     truncated=Truncated(terms=1),

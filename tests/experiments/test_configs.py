@@ -58,7 +58,7 @@ def test_published_settings():
         config = density.CONFIGS[name]
         assert config.estimator == rf.Roulette(rf.Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian")
         assert (config.batch_size, config.optimizer.learning_rate, config.optimizer.accumulate) == (64, 1e-3, 1)
-        assert config.model.logit_alpha == (1e-6 if name == "mnist" else 0.05)
+        assert config.model.data.logit_alpha == (1e-6 if name == "mnist" else 0.05)
     config = density.CONFIGS["celebahq256"]
     assert (config.batch_size, config.optimizer.accumulate, config.estimator.exact_terms) == (8, 5, 8)
     assert config.model.blocks == (16,) * 6 and config.model.activation == "elu" and config.data.bits == 5

@@ -22,14 +22,14 @@ from experiments.images import load
 from experiments.metrics import Metrics
 from experiments.run import MetricsFile, claim_workdir, write_atomically
 from experiments.sample import SampleConfig
-from resflow_jax import Estimate, Exact, ImageFlowConfig, Roulette, VectorFlowConfig, certify
+from resflow_jax import DenseTail, Estimate, Exact, ImageFlowConfig, Norms, Roulette, VectorFlowConfig, certify
 from resflow_jax.data.batches import Batches
 from resflow_jax.training.checkpoints import Checkpoints
 from tests.experiments.tiny import run_and_cut
 
 TINY = dataclasses.replace(
     density.CONFIGS["digits"],
-    model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)),
+    model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=DenseTail(0)),
     steps=6,
     batch_size=16,
     log_every=2,
@@ -493,7 +493,7 @@ def test_own_vectors(tmp_path):
     config = dataclasses.replace(
         density.CONFIGS["vectors"],
         data=VectorDataConfig(tmp_path / "rows.csv"),
-        model=VectorFlowConfig(3, blocks=2, hidden=(4,), learn_norms=True),
+        model=VectorFlowConfig(3, blocks=2, hidden=(4,), norms=Norms(learned=True)),
         workdir=tmp_path / "run",
         steps=4,
         annealing=2,

@@ -18,7 +18,7 @@ from experiments import density, train
 from experiments.configs.base import DistributedConfig, EvaluationConfig, MeshConfig, OptimizerConfig
 from experiments.metrics import Followed
 from experiments.run import MetricsFile
-from resflow_jax import ImageFlowConfig, Roulette
+from resflow_jax import DenseTail, ImageFlowConfig, Roulette
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.parallel import make_mesh
 from tests.experiments.tiny import run_and_cut
@@ -26,7 +26,9 @@ from tests.experiments.worker import without_pictures
 
 CONFIG = dataclasses.replace(
     density.CONFIGS["digits"],
-    model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=64, fc_blocks=0, fc_hidden=64, kernels=(3, 3)),
+    model=ImageFlowConfig(
+        (8, 8, 1), blocks=(1,), hidden_channels=64, kernels=(3, 3), tail=DenseTail(blocks=0, hidden=64)
+    ),
     steps=12,
     batch_size=24,
     log_every=1,

@@ -16,7 +16,7 @@ from experiments.run import data_mesh
 from experiments.saved import saved_flow
 from resflow_jax import Anderson, Exact, ResidualFlow, Roulette, evaluate_bits_per_dim
 from resflow_jax.data.images import ImageSplits, to_unit_interval
-from resflow_jax.interop.plain_json import as_json
+from resflow_jax.io.config_json import as_json
 from resflow_jax.training.likelihood import image_bits_per_dim
 from tests.experiments import tiny
 from tests.training.test_likelihood import KnownDensity

@@ -16,8 +16,8 @@ from experiments.configs.base import DataConfig, EvaluationConfig
 from experiments.import_torch import ImportConfig
 from experiments.run import write_atomically
 from experiments.saved import saved_config, saved_flow
-from resflow_jax.interop.plain_json import as_json
 from resflow_jax.interop.torch_files import read_torch_file
+from resflow_jax.io.config_json import as_json
 from tests.experiments import tiny
 
 DATA = Path(__file__).parents[1] / "data"

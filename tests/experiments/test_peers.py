@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from resflow_jax import Exact, ImageFlowConfig, ResidualFlow, VectorFlowConfig
+from resflow_jax import BetweenBlocks, DenseTail, Exact, ImageFlowConfig, ResidualFlow, VectorFlowConfig
 from resflow_jax.models.bases import standard_normal_log_prob
 
 pytest.importorskip("torch", reason="needs the extra bench: torch and normflows")
@@ -18,9 +18,9 @@ import torch
 
 from experiments.peers import normflows_from
 
-SMALL = {"kernels": (3, 1), "hidden_channels": 4, "fc_hidden": 4, "fc_layers": 2}
-SCALES = ImageFlowConfig((4, 4, 1), blocks=(2, 1), fc_blocks=1, **SMALL)
-CONVOLUTIONS = ImageFlowConfig((2, 4, 2), blocks=(1,), fc_blocks=0, **SMALL)
+SMALL = {"kernels": (3, 1), "hidden_channels": 4}
+SCALES = ImageFlowConfig((4, 4, 1), **SMALL, blocks=(2, 1), tail=DenseTail(1, hidden=4, layers=2))
+CONVOLUTIONS = ImageFlowConfig((2, 4, 2), **SMALL, blocks=(1,), tail=DenseTail(0))
 
 
 def make(config):
@@ -91,7 +91,10 @@ def test_log_densities_within_their_noise(example):
     [
         (VectorFlowConfig(3, blocks=1, hidden=(4,)), "flow: expected one of images without factor_out, got Vector"),
         (replace(CONVOLUTIONS, activation="elu"), "flow: expected chains of layers with lipswish between.*got elu"),
-        (replace(CONVOLUTIONS, actnorm=False, batchnorm=True), "flow: expected only Logit, .* got MovingBatchNorm"),
+        (
+            replace(CONVOLUTIONS, between=BetweenBlocks(actnorm=False, batchnorm=True)),
+            "flow: expected only Logit, .* got MovingBatchNorm",
+        ),
     ],
 )
 def test_other_flows_are_refused(config, message):

@@ -17,8 +17,19 @@ from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConf
 from experiments.saved import saved_config, saved_flow
 from experiments.train import set_up, tightened_flow
 from experiments.trained import trained_flow, trained_runs
-from resflow_jax import Defensive, Exact, Geometric, ImageFlowConfig, Poisson, Roulette, Truncated, certify
-from resflow_jax.interop.plain_json import as_json
+from resflow_jax import (
+    Defensive,
+    Exact,
+    Geometric,
+    ImageFlowConfig,
+    ImageTransform,
+    Norms,
+    Poisson,
+    Roulette,
+    Truncated,
+    certify,
+)
+from resflow_jax.io.config_json import as_json
 from resflow_jax.training.checkpoints import Checkpoints
 from tests.experiments import tiny
 
@@ -26,7 +37,10 @@ UNUSUAL = replace(
     tiny.DIGITS,
     data=DataConfig("elsewhere", path=Path("images"), dir="there"),
     model=ImageFlowConfig(
-        (8, 8, 3), blocks=(1, 2), norms="f12f", logit_alpha=None, data_mean=(0.5, 0, 0.25), data_deviation=(1, 1, 0.5)
+        (8, 8, 3),
+        blocks=(1, 2),
+        data=ImageTransform(logit_alpha=None, mean=(0.5, 0, 0.25), deviation=(1, 1, 0.5)),
+        norms=Norms("f12f"),
     ),
     estimator=Truncated(7, probe="gaussian", probes=2),
     optimizer=OptimizerConfig(clip=math.inf),
@@ -86,12 +100,12 @@ def edited(*path, **fields):
         (edited(type="BiasConfig"), "config.type: expected one of DensityConfig, .*; got 'BiasConfig'"),
         (
             edited(type="DataConfig"),
-            r"expected the fields of DataConfig, got others \(missing: .*unknown: annealing, batch_size, ",
+            r"expected the fields of DataConfig, got others \(missing: name; unknown: annealing, batch_size, ",
         ),
         (as_json(DataConfig("digits")), "config: expected RunConfig, got DataConfig"),
         (edited("model", type=None), "config.model.type: expected one of .*; got None"),
         (edited("model", depth=3), r"config.model: .* ImageFlowConfig, got others \(unknown: depth\)"),
-        (edited("model", blocks=None, shape=None), r"config.model: .*got others \(missing: blocks, shape\)"),
+        (edited("model", shape=None), r"config.model: .*ImageFlowConfig, got others \(missing: shape\)"),
         (edited("estimator", "length", type="Zipf"), "config.estimator.length.type: .*; got 'Zipf'"),
         (
             edited(estimator=as_json(Poisson())),

@@ -25,7 +25,7 @@ from resflow_jax.training.step import Trainer
 pytestmark = pytest.mark.skipif(
     jax.device_count() != 8, reason="needs the eight CPU devices of conftest.py, not another platform"
 )
-TINY = Case(rf.ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=32, kernels=(3, 3), fc_blocks=0), 2)
+TINY = Case(rf.ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=32, kernels=(3, 3), tail=rf.DenseTail(0)), 2)
 
 
 def compiled(function, *args):

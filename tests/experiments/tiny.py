@@ -11,13 +11,13 @@ from experiments import density
 from experiments.configs.base import DensityConfig, EvaluationConfig
 from experiments.run import claim_workdir
 from experiments.train import set_up, tightened_flow
-from resflow_jax import ImageFlowConfig, Roulette, certify
+from resflow_jax import DenseTail, ImageFlowConfig, Roulette, certify
 from resflow_jax.data.batches import Batches
 from resflow_jax.training.checkpoints import Checkpoints
 
 DIGITS = replace(
     density.CONFIGS["digits"],
-    model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3)),
+    model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=DenseTail(0)),
     steps=2,
     batch_size=8,
     evaluation=EvaluationConfig(estimator=Roulette(), draws=1, examples=20, every=2),

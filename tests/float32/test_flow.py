@@ -17,7 +17,13 @@ from resflow_jax.training.step import Trainer
 
 IMAGES = np.random.default_rng(0).integers(0, 4, (8, 4, 4, 1)).astype(np.uint8)
 CONFIG = rf.ImageFlowConfig(
-    (4, 4, 1), blocks=(1,), hidden_channels=8, kernels=(3, 3), fc_blocks=0, preactivation="all", first_actnorm=False
+    (4, 4, 1),
+    blocks=(1,),
+    hidden_channels=8,
+    kernels=(3, 3),
+    preactivation="all",
+    between=rf.BetweenBlocks(first_actnorm=False),
+    tail=rf.DenseTail(0),
 )
 
 

@@ -29,14 +29,14 @@ CONVS = [ConvMap((3, 4), 2, 2), ConvMap((2, 4), 2, 1), ConvMap((1, 2), 1, 2, 5),
 @partial(jax.jit, static_argnums=(0, 3, 4), static_argnames=("tolerance", "max_iterations", "iterations"))
 def iterate(linear_map, kernel, v, domain, codomain, **options):
     matvec, rmatvec = partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel)
-    return power_iteration(matvec, rmatvec, v, domain=domain, codomain=codomain, **options)
+    return power_iteration(matvec, v, rmatvec=rmatvec, domain=domain, codomain=codomain, **options)
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4), static_argnames=("tolerance", "max_iterations"))
 def search(linear_map, kernels, starts, domain, codomain, **options):
     def one(kernel):
         matvec, rmatvec = partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel)
-        return best_start(matvec, rmatvec, starts, domain=domain, codomain=codomain, **options)
+        return best_start(matvec, starts, rmatvec=rmatvec, domain=domain, codomain=codomain, **options)
 
     return jax.vmap(one)(kernels)
 
@@ -45,7 +45,9 @@ def search(linear_map, kernels, starts, domain, codomain, **options):
 def search_traced(kernel, starts, domain, codomain):
     """`search` on `DENSE` with orders that are arrays: one program for all of them."""
     matvec, rmatvec = partial(DENSE.matvec, kernel), partial(DENSE.rmatvec, kernel)
-    return best_start(matvec, rmatvec, starts, domain=domain, codomain=codomain, tolerance=1e-14, max_iterations=3000)
+    return best_start(
+        matvec, starts, rmatvec=rmatvec, domain=domain, codomain=codomain, tolerance=1e-14, max_iterations=3000
+    )
 
 
 induced_gradients = jax.jit(jax.grad(partial(induced_norm, DENSE), argnums=(0, 1, 2, 3, 4)))
@@ -104,7 +106,7 @@ def test_general_formulas_are_those_of_two_at_two():
     @jax.jit
     def run(v, p, q):
         matvec, rmatvec = partial(DENSE.matvec, kernel), partial(DENSE.rmatvec, kernel)
-        return power_iteration(matvec, rmatvec, v, domain=p, codomain=q, iterations=1)
+        return power_iteration(matvec, v, rmatvec=rmatvec, domain=p, codomain=q, iterations=1)
 
     v = start
     for _ in range(12):
@@ -339,7 +341,7 @@ def test_orders_that_need_power_iteration():
 def test_bad_orders(bad):
     """The error names the argument."""
     kernel, v = jnp.ones((3, 3)), jnp.ones(3)
-    iteration = partial(power_iteration, partial(DENSE.matvec, kernel), partial(DENSE.rmatvec, kernel), v)
+    iteration = partial(power_iteration, partial(DENSE.matvec, kernel), v)
     for name in ("domain", "codomain"):
         for function in (iteration, partial(induced_norm, DENSE, kernel, v, v)):
             with pytest.raises(ValueError, match=f"^{name}: expected an order of at least 1"):

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
+import resflow_jax as rf
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
-from resflow_jax.functional.norms import power_iteration, soft_normalize, spectral_norm
+from resflow_jax.functional.norms import best_start, power_iteration, soft_normalize, spectral_norm
 from tests.functional.contractions import dense_norm
 
 SETTINGS = ("tolerance", "residual_tolerance", "max_iterations")
@@ -25,7 +27,9 @@ def start(linear_map, seed=1):
 
 @partial(jax.jit, static_argnums=0, static_argnames=[*SETTINGS, "iterations", "restart"])
 def iterate(linear_map, kernel, v, **options):
-    return power_iteration(partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel), v, **options)
+    return power_iteration(
+        partial(linear_map.matvec, kernel), v, rmatvec=partial(linear_map.rmatvec, kernel), **options
+    )
 
 
 @pytest.mark.parametrize("linear_map", MAPS, ids=str)
@@ -238,6 +242,80 @@ def test_bad_options(options):
 def test_maps_of_any_size(scale):
     """Squares of float32 numbers over- and underflow here; norms do not."""
     matrix = jnp.asarray(scale * np.diag([1.0, 3.0, 2.0]), jnp.float32)
-    result = power_iteration(lambda v: matrix @ v, lambda u: u @ matrix, jnp.ones(3, jnp.float32), tolerance=1e-6)
+    result = power_iteration(lambda v: matrix @ v, jnp.ones(3, jnp.float32), tolerance=1e-6)
     assert result.status.converged
     np.testing.assert_allclose(result.sigma, 3 * scale, rtol=1e-5)
+
+
+# The transpose, and the derivative
+
+
+@pytest.mark.parametrize("linear_map", MAPS, ids=str)
+def test_jax_transposes_the_map(linear_map):
+    """Without rmatvec: the same numbers, of one start and of several, also of a map in lanes."""
+    kernel = random_kernel(linear_map)
+    matvec, v = partial(linear_map.matvec, kernel), start(linear_map)
+    expected = iterate(linear_map, kernel, v, tolerance=1e-10)
+    found = jax.jit(lambda v: power_iteration(matvec, v, tolerance=1e-10))(v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), found, expected)
+    best = best_start(matvec, jnp.stack([v, -v, jnp.ones_like(v)]), tolerance=1e-12)
+    np.testing.assert_allclose(best.sigma, dense_norm(linear_map, kernel), rtol=1e-9)
+
+
+def test_a_transpose_in_lanes_and_in_float32():
+    """vmap over what matvec closes over; JAX's own convolution; float32 under strict promotion."""
+    matrices = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)))
+    found = jax.jit(jax.vmap(lambda w: power_iteration(lambda v: w @ v, jnp.ones(5), tolerance=1e-12)))(matrices)
+    np.testing.assert_allclose(found.sigma, np.linalg.norm(matrices, 2, axis=(1, 2)), rtol=1e-8)
+    taps = jnp.asarray([1.0, -2.0, 1.0], jnp.float32)
+    found = power_iteration(lambda v: jnp.convolve(v, taps), jnp.ones(6, jnp.float32), tolerance=1e-6)
+    dense = np.stack([np.convolve(e, taps) for e in np.eye(6)])
+    assert found.sigma.dtype == jnp.float32
+    np.testing.assert_allclose(found.sigma, np.linalg.norm(dense, 2), rtol=1e-5)
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs the eight CPU devices of conftest.py")
+@pytest.mark.parametrize("is_varying", [True, False])
+def test_a_transpose_in_shard_map(is_varying):
+    """A map of its own on each device, from a start that all share, and a map that all share."""
+    matrices = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5)))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    spec = PartitionSpec("data") if is_varying else PartitionSpec()
+
+    def sigma(matrices):
+        return power_iteration(lambda v: matrices[0] @ v, jnp.ones(5), tolerance=1e-12).sigma[None]
+
+    found = jax.jit(jax.shard_map(sigma, mesh=mesh, in_specs=spec, out_specs=spec))(matrices)
+    expected = np.linalg.norm(matrices, 2, axis=(1, 2))
+    np.testing.assert_allclose(found, expected if is_varying else expected[:1], rtol=1e-8)
+
+
+def test_maps_that_cannot_be_transposed():
+    """It says to give rmatvec, with which it works."""
+    for bad in (jnp.tanh, lambda v: v * v, lambda v: v / jnp.sum(v)):
+        with pytest.raises(ValueError, match=r"^matvec: expected a linear function that JAX can transpose; .*rmatvec"):
+            power_iteration(bad, jnp.ones(3))
+
+    @jax.custom_vjp
+    def twice(v):
+        return 2 * v
+
+    twice.defvjp(lambda v: (2 * v, None), lambda _, u: (2 * u,))
+    np.testing.assert_allclose(power_iteration(twice, jnp.ones(3), rmatvec=twice).sigma, 2, rtol=1e-9)
+
+
+def test_spectral_norm():
+    """At the singular vectors it is the norm, its gradient is u v^T, and u and v have none."""
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
+    left, values, right = np.linalg.svd(matrix)
+    u, v = jnp.asarray(left[:, 0]), jnp.asarray(right[0])
+    sigma, gradient = jax.value_and_grad(lambda *args: rf.spectral_norm(lambda v: args[0] @ v, *args[1:]), (0, 1, 2))(
+        matrix, u, v
+    )
+    np.testing.assert_allclose(sigma, values[0], rtol=1e-12)
+    np.testing.assert_allclose(gradient[0], u[:, None] * v[None], rtol=1e-12)
+    assert not np.any(gradient[1]) and not np.any(gradient[2])
+    with pytest.raises(ValueError, match=r"^u: expected the shape \(4,\) of matvec\(v\), got \(3,\)"):
+        rf.spectral_norm(lambda v: matrix @ v, v, v)
+    with pytest.raises(ValueError, match=r"^v: expected a float array"):
+        rf.spectral_norm(lambda v: matrix @ v, u, [1.0, 2.0, 3.0])

@@ -17,7 +17,7 @@ from resflow_jax.functional.starts import HIDDEN, excludes_larger, mixed_start, 
 @partial(jax.jit, static_argnames=("iterations", "restart", "domain", "codomain"))
 def iterate(matrix, v, **options):
     """x -> matrix x; the settings are traced."""
-    return power_iteration(lambda v: matrix @ v, lambda u: matrix.T @ u, v, **options)
+    return power_iteration(lambda v: matrix @ v, v, rmatvec=lambda u: matrix.T @ u, **options)
 
 
 def circulant(row):
@@ -212,7 +212,9 @@ def test_traced_settings_compile_once():
     for result, *settings in results:
         fixed = dict(zip(("tolerance", "residual_tolerance", "max_iterations"), settings, strict=True))
         expected = jax.jit(
-            lambda fixed=fixed: power_iteration(lambda v: matrix @ v, lambda u: matrix.T @ u, jnp.asarray(v), **fixed)
+            lambda fixed=fixed: power_iteration(
+                lambda v: matrix @ v, jnp.asarray(v), rmatvec=lambda u: matrix.T @ u, **fixed
+            )
         )()
         assert result.status.iterations == expected.status.iterations
         assert result.status.converged == expected.status.converged
@@ -220,7 +222,7 @@ def test_traced_settings_compile_once():
     with pytest.raises(ValueError, match=r"^tolerance: expected a scalar, got shape \(2,\)"):
         jitted(tolerance=jnp.ones(2))
     with pytest.raises(ValueError, match=r"^residual_tolerance: expected a positive number, got -1.0"):
-        power_iteration(lambda v: v, lambda u: u, jnp.ones(2), residual_tolerance=jnp.asarray(-1.0))
+        power_iteration(lambda v: v, jnp.ones(2), residual_tolerance=jnp.asarray(-1.0))
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -253,7 +255,7 @@ def test_in_the_strict_modes_of_jax(mode):
     try:
         for scale in (1.0, 0.0):
             scaled = jnp.asarray(np.float32(scale) * kernel)
-            result = power_iteration(partial(dense.matvec, scaled), partial(dense.rmatvec, scaled), jnp.ones(5, "f4"))
+            result = power_iteration(partial(dense.matvec, scaled), jnp.ones(5, "f4"))
             assert result.status.converged and result.sigma.dtype == jnp.float32
     finally:
         jax.config.update(name, before)

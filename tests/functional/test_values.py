@@ -44,12 +44,22 @@ BAD = [
 
 
 CONFIGS = {
-    "logit": rf.ImageFlowConfig((2, 2, 1), blocks=(1,), hidden_channels=2, kernels=(1, 1), fc_blocks=0),
+    "logit": rf.ImageFlowConfig((2, 2, 1), blocks=(1,), hidden_channels=2, kernels=(1, 1), tail=rf.DenseTail(0)),
     "wide logit": rf.ImageFlowConfig(
-        (2, 2, 1), blocks=(1,), hidden_channels=2, kernels=(1, 1), fc_blocks=0, logit_alpha=0.05
+        (2, 2, 1),
+        blocks=(1,),
+        hidden_channels=2,
+        kernels=(1, 1),
+        data=rf.ImageTransform(logit_alpha=0.05),
+        tail=rf.DenseTail(0),
     ),
     "no logit": rf.ImageFlowConfig(
-        (2, 2, 1), blocks=(1,), hidden_channels=2, kernels=(1, 1), fc_blocks=0, logit_alpha=None
+        (2, 2, 1),
+        blocks=(1,),
+        hidden_channels=2,
+        kernels=(1, 1),
+        data=rf.ImageTransform(logit_alpha=None),
+        tail=rf.DenseTail(0),
     ),
 }
 

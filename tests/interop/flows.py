@@ -23,7 +23,13 @@ def make_flow(config=None, seed=0):
 def make_image_flow():
     """A flow on images of 2x2 pixels, behind a logit that leaves much room beside [0, 1]."""
     config = rf.ImageFlowConfig(
-        (2, 2, 1), blocks=(1,), hidden_channels=2, kernels=(1, 1), fc_blocks=0, logit_alpha=0.05, coefficient=0.8
+        (2, 2, 1),
+        blocks=(1,),
+        hidden_channels=2,
+        kernels=(1, 1),
+        coefficient=0.8,
+        data=rf.ImageTransform(logit_alpha=0.05),
+        tail=rf.DenseTail(0),
     )
     return make_flow(config)
 

@@ -145,7 +145,7 @@ def test_takes_the_flow_as_it_is(flow):
 
 def test_errors_name_the_argument(flow, bijector):
     padded = nnx.merge(*nnx.split(flow))
-    padded.config = replace(flow.config, padding=1)
+    padded.config = replace(flow.config, data=rf.VectorTransform(padding=rf.Padding(1)))
     with pytest.raises(ValueError, match=r"flow: expected one without padding.*got padding=1"):
         bijectors.bijector(padded)
     with pytest.raises(ValueError, match="flow: expected a ResidualFlow, got str"):

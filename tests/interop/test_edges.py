@@ -12,7 +12,7 @@ from resflow_jax.interop.sampling import SamplingMap
 
 pytestmark = pytest.mark.usefixtures("promotion")
 
-CONFIG = rf.ImageFlowConfig((2, 2, 1), blocks=(1,), hidden_channels=2, kernels=(1, 1), fc_blocks=0)
+CONFIG = rf.ImageFlowConfig((2, 2, 1), blocks=(1,), hidden_channels=2, kernels=(1, 1), tail=rf.DenseTail(0))
 
 
 @pytest.fixture(autouse=True)

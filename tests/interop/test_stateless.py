@@ -21,11 +21,9 @@ CONFIG = rf.VectorFlowConfig(
     dim=2,
     blocks=2,
     hidden=(4,),
-    batchnorm=True,
-    invertible_linear=True,
     preactivation="all",
-    data_mean=(0, 0),
-    data_deviation=(1, 2),
+    data=rf.VectorTransform(mean=(0, 0), deviation=(1, 2)),
+    between=rf.BetweenBlocks(batchnorm=True, invertible_linear=True),
 )
 X = bent(8)
 

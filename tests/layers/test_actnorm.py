@@ -92,7 +92,10 @@ def test_values_that_no_statistics_hold_are_refused():
     with jax.enable_x64(False):
         for config, x in (
             (rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), [[3e38, 0], [3e38, 1], [-3e38, 2]]),
-            (rf.VectorFlowConfig(2, blocks=1, hidden=(4,), actnorm=False, batchnorm=True), [[1e25, 0], [-1e25, 1]]),
+            (
+                rf.VectorFlowConfig(2, blocks=1, hidden=(4,), between=rf.BetweenBlocks(actnorm=False, batchnorm=True)),
+                [[1e25, 0], [-1e25, 1]],
+            ),
         ):
             flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
             before = jax.tree.leaves(nnx.state(flow))

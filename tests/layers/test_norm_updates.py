@@ -223,7 +223,9 @@ def linears(flow):
 def test_a_flow_in_training_follows_a_direction_that_its_vectors_lack():
     """A singular value grows from nothing, beside vectors that are orthogonal to it: `update_norms` finds it."""
     flow = rf.ResidualFlow(
-        rf.VectorFlowConfig(dim=8, blocks=1, hidden=(8,), actnorm=False, preactivation="all_but_first"),
+        rf.VectorFlowConfig(
+            dim=8, blocks=1, hidden=(8,), preactivation="all_but_first", between=rf.BetweenBlocks(actnorm=False)
+        ),
         rngs=nnx.Rngs(0),
     )
     for linear in linears(flow):

@@ -13,30 +13,33 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.linear_maps import DenseMap
+from resflow_jax.interop.torch_flow import TorchImageConfig
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.logit import Logit
 from resflow_jax.layers.normalization import Normalization
 from resflow_jax.layers.padding import ChannelPadding
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 from resflow_jax.layers.shapes import Squeeze
-from resflow_jax.models.build import build_bijector
+from resflow_jax.models.residual_flow import flow_from_config
 
 
 def entrance(**settings):
     """What a flow of images does to x before anything learned, as one chain."""
-    config = rf.ImageFlowConfig((2, 2, 1), blocks=(1,), kernels=(1,), actnorm=False, fc_blocks=0, **settings)
-    scale = build_bijector(config, nnx.Rngs(0)).bijectors[0]
+    around = {"between": rf.BetweenBlocks(actnorm=False), "tail": rf.DenseTail(0)}
+    config = TorchImageConfig((2, 2, 1), blocks=(1,), kernels=(1,), **around, **settings)
+    scale = flow_from_config(config, rngs=nnx.Rngs(0)).bijector.bijectors[0]
     of_data = (ChannelPadding, Logit, Normalization, Squeeze)
     return Chain(itertools.takewhile(lambda layer: isinstance(layer, of_data), scale.bijectors))
 
 
-PADDED = {"padding": 1, "padding_scale": 0.5, "padding_shift": 0.25}
+PADDING = rf.Padding(1, scale=0.5, shift=0.25)
 
 
 @pytest.mark.parametrize("padding_first", [False, True])
 def test_noise_before_or_behind_the_logit(padding_first):
     """[logit(x), e] or logit([x, e]) for e in [0.25, 0.75]: the log-det is that of all logits, and 4 log 0.5."""
-    chain = entrance(**PADDED, padding_first=padding_first, logit_alpha=0.05)
+    data = rf.ImageTransform(padding=PADDING, logit_alpha=0.05)
+    chain = entrance(data=data, padding_first=padding_first)
     x = jax.random.uniform(jax.random.key(0), (100, 2, 2, 1))
     y, log_det = chain.forward(x, key=jax.random.key(1), estimator=rf.Exact())
     passed = y if padding_first else y[..., :1]
@@ -54,8 +57,8 @@ def test_noise_before_or_behind_the_logit(padding_first):
 def test_data_mean_of_squeezed_channels(padding_first):
     """One of every channel behind the squeeze, whose order is that of `Squeeze`; the noise is left as it is."""
     mean, deviation = np.asarray([0.1, 0.2, 0.3, 0.4]), np.asarray([0.5, 2.0, 0.25, 4.0])
-    data = {"data_mean": mean, "data_deviation": deviation, "logit_alpha": None, "squeeze_first": True}
-    chain = entrance(**PADDED, **data, padding_first=padding_first)
+    data, scales = rf.ImageTransform(mean, deviation, PADDING, logit_alpha=None), rf.Scales(squeeze_first=True)
+    chain = entrance(data=data, scales=scales, padding_first=padding_first)
     x = jax.random.uniform(jax.random.key(0), (100, 2, 2, 1))
     y, log_det = chain.forward(x, key=jax.random.key(1), estimator=rf.Exact())
     np.testing.assert_allclose(y[..., :4], (np.asarray(x).reshape(100, 1, 1, 4) - mean) / deviation, rtol=1e-12)
@@ -63,7 +66,7 @@ def test_data_mean_of_squeezed_channels(padding_first):
     assert e.shape == (100, 1, 1, 4) and 0.25 <= e.min() < 0.26 and 0.74 < e.max() <= 0.75
     np.testing.assert_allclose(log_det, 4 * np.log(0.5) - np.log(deviation).sum(), rtol=1e-12)
     # One number is the mean of the image's channel, before the squeeze.
-    chain = entrance(**data | {"data_mean": (0.1,), "data_deviation": (0.5,)})
+    chain = entrance(data=rf.ImageTransform((0.1,), (0.5,), logit_alpha=None), scales=scales)
     np.testing.assert_allclose(chain(x), (x.reshape(100, 1, 1, 4) - 0.1) / 0.5, rtol=1e-12)
 
 
@@ -76,41 +79,48 @@ def built(config):
             for p in chain.bijectors
         ]
 
-    return [parts(scale) for scale in nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0))).scales]
+    return [parts(scale) for scale in nnx.eval_shape(lambda: flow_from_config(config, rngs=nnx.Rngs(0))).scales]
 
 
 def names(layers):
     return [names(layer) if isinstance(layer, list) else type(layer).__name__ for layer in layers]
 
 
-TWO_SCALES = {"shape": (4, 4, 1), "blocks": (2, 1), "kernels": (3, 3), "hidden_channels": 4, "fc_layers": 2}
+TWO_SCALES = {"shape": (4, 4, 1), "blocks": (2, 1), "kernels": (3, 3), "hidden_channels": 4}
 BLOCK = ["ResidualBlock"]
 FULL_BLOCK = ["InvertibleLinear", "ResidualBlock", "ActNorm", "MovingBatchNorm", "MovingCentering"]
+TAIL = rf.DenseTail(1, layers=2)
 LAYERS = {
     "centred blocks": (
-        {"centering": "blocks"},
+        {"between": rf.BetweenBlocks(actnorm=False, centering="blocks")},
         [
             ["Logit", [*BLOCK, "MovingCentering"], [*BLOCK, "MovingCentering"], "Squeeze"],
             [[*BLOCK, "MovingCentering"], "Flatten", [*BLOCK, "MovingCentering"]],
         ],
     ),
-    "centred layers": ({"centering": "layers"}, [["Logit", BLOCK, BLOCK, "Squeeze"], [BLOCK, "Flatten", BLOCK]]),
+    "centred layers": (
+        {"between": rf.BetweenBlocks(actnorm=False, centering="layers")},
+        [["Logit", BLOCK, BLOCK, "Squeeze"], [BLOCK, "Flatten", BLOCK]],
+    ),
     "fully connected": (
-        {"fully_connected": True, "invertible_linear": True},
+        {"fully_connected": True, "between": rf.BetweenBlocks(actnorm=False, invertible_linear=True)},
         [
             ["Logit", "Flatten", *[["InvertibleLinear", *BLOCK]] * 2, "Reshape", "Squeeze"],
             ["Flatten", ["InvertibleLinear", *BLOCK], BLOCK],
         ],
     ),
     "fully connected alone": (
-        {"fully_connected": True, "fc_blocks": 0, "actnorm": True, "preactivation": "all"},
+        {"fully_connected": True, "tail": rf.DenseTail(0), "between": rf.BetweenBlocks(), "preactivation": "all"},
         [
             ["Logit", "Flatten", "ActNorm", [*BLOCK, "ActNorm"], "Reshape", "Squeeze"],
             ["Flatten", [*BLOCK, "ActNorm"]],
         ],
     ),
     "all at once": (
-        {"actnorm": True, "batchnorm": True, "centering": "blocks", "invertible_linear": True, "fc_blocks": 0},
+        {
+            "between": rf.BetweenBlocks(batchnorm=True, centering="blocks", invertible_linear=True),
+            "tail": rf.DenseTail(0),
+        },
         [
             ["Logit", "ActNorm", *[FULL_BLOCK] * 2, "Squeeze"],
             [FULL_BLOCK],
@@ -123,7 +133,9 @@ LAYERS = {
 def test_layers_in_order(case):
     """What stands where in the scales, and around every block."""
     settings, expected = LAYERS[case]
-    scales = built(rf.ImageFlowConfig(**TWO_SCALES | {"actnorm": False, "fc_blocks": 1} | settings))
+    scales = built(
+        TorchImageConfig(**TWO_SCALES | {"between": rf.BetweenBlocks(actnorm=False), "tail": TAIL} | settings)
+    )
     assert names(scales) == expected
 
 
@@ -138,29 +150,36 @@ def contractions(layers):
 
 def test_centering_of_layers_leaves_dense_blocks_alone():
     """Inside convolutions one behind every linear layer, and before the activation of all but the first block."""
-    *convolutional, dense = contractions(built(rf.ImageFlowConfig(**TWO_SCALES, fc_blocks=1, centering="layers")))
+    *convolutional, dense = contractions(
+        built(rf.ImageFlowConfig(**TWO_SCALES, between=rf.BetweenBlocks(centering="layers"), tail=TAIL))
+    )
     assert [len(contraction.centers) for contraction in convolutional] == [2, 2, 2]
     assert [contraction.pre_center is None for contraction in convolutional] == [True, False, False]
     assert not dense.centers and dense.pre_center is None
-    (blocks,) = contractions(built(rf.VectorFlowConfig(3, 2, (4,), preactivation="all", centering="layers")))
+    (blocks,) = contractions(
+        built(rf.VectorFlowConfig(3, 2, (4,), preactivation="all", between=rf.BetweenBlocks(centering="layers")))
+    )
     assert [center.mean.shape for center in (blocks.pre_center, *blocks.centers)] == [(2, 3), (2, 4), (2, 3)]
 
 
 def test_fully_connected_sizes():
     """As many layers as `kernels`, of width `hidden_channels`, on all features; ActNorms are per feature there."""
-    scales = built(rf.ImageFlowConfig(**TWO_SCALES | {"kernels": (3, 1, 3)}, fully_connected=True, fc_blocks=1))
+    scales = built(TorchImageConfig(**TWO_SCALES | {"kernels": (3, 1, 3)}, fully_connected=True, tail=TAIL))
     maps = [[linear.linear_map for linear in g.linears] for g in contractions(scales)]
     assert maps == [[DenseMap(16, 4), DenseMap(4, 4), DenseMap(4, 16)]] * 3 + [[DenseMap(16, 128), DenseMap(128, 16)]]
     assert [norm.shift.shape for norm in (scales[0][2], scales[0][3][1], scales[0][4][1])] == [(16,), (16,), (1, 16)]
 
 
 def test_norms_of_convolutional_and_of_dense_blocks():
-    """`norms` are those of convolutions, of dense layers in their place too, `fc_norms` of the dense blocks behind."""
+    """`norms` are those of convolutions, or of dense layers in their place; `tail.norms` those of the tail."""
     for fully_connected in (False, True):
-        config = rf.ImageFlowConfig(
-            **TWO_SCALES, norms="f1f", fc_norms=(2, 1.5, 2), fc_blocks=1, fully_connected=fully_connected
+        config = TorchImageConfig(
+            **TWO_SCALES,
+            fully_connected=fully_connected,
+            norms=rf.Norms("f1f"),
+            tail=rf.DenseTail(1, layers=2, norms=(2, 1.5, 2)),
         )
-        assert config.fc_norms == (2.0, 1.5, 2.0)
+        assert config.tail.norms == (2.0, 1.5, 2.0)
         orders = [[(linear.domain, linear.codomain) for linear in g.linears] for g in contractions(built(config))]
         assert orders == [[(np.inf, 1.0), (1.0, np.inf)]] * 3 + [[(2.0, 1.5), (1.5, 2.0)]]
 
@@ -171,7 +190,7 @@ TIES = {"closed": [0, 1, 2, 0], "all": [0, 0, 0, 0], "none": [0, 1, 2, 3]}
 @pytest.mark.parametrize("ties", TIES)
 def test_order_ties(ties):
     """Which of the orders around the layers of a block are one parameter; each block, also of a stack, has its own."""
-    config = rf.VectorFlowConfig(3, 3, (4, 4), preactivation="all_but_first", learn_norms=True, order_ties=ties)
+    config = rf.VectorFlowConfig(3, 3, (4, 4), preactivation="all_but_first", norms=rf.Norms(learned=True, ties=ties))
     for n, contraction in enumerate(contractions(built(config))):
         linears = contraction.linears
         for before, behind in itertools.pairwise(linears):

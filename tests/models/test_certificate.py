@@ -20,20 +20,26 @@ CONFIGS = {
         blocks=(2, 1),
         hidden_channels=4,
         kernels=(3, 3),
-        factor_out=True,
-        fc_blocks=1,
-        fc_layers=2,
-        fc_hidden=4,
-        batchnorm=True,
-        invertible_linear=True,
-        logit_alpha=0.05,
         preactivation="all",
+        data=rf.ImageTransform(logit_alpha=0.05),
+        between=rf.BetweenBlocks(batchnorm=True, invertible_linear=True),
+        tail=rf.DenseTail(blocks=1, layers=2, hidden=4),
+        scales=rf.Scales(factor_out=True),
     ),
     "DenseNets, padded": rf.VectorFlowConfig(
-        dim=2, blocks=2, dense_depth=2, dense_growth=4, activation="clipswish", padding=1, preactivation="all"
+        dim=2,
+        blocks=2,
+        activation="clipswish",
+        preactivation="all",
+        data=rf.VectorTransform(padding=rf.Padding(channels=1)),
+        densenet=rf.DenseNetBlocks(depth=2, growth=4),
     ),
-    "222f": rf.VectorFlowConfig(dim=3, blocks=2, hidden=(4, 4), norms="222f", actnorm=False),
-    "learned orders": rf.VectorFlowConfig(dim=3, blocks=3, hidden=(4,), learn_norms=True, preactivation="none"),
+    "222f": rf.VectorFlowConfig(
+        dim=3, blocks=2, hidden=(4, 4), between=rf.BetweenBlocks(actnorm=False), norms=rf.Norms("222f")
+    ),
+    "learned orders": rf.VectorFlowConfig(
+        dim=3, blocks=3, hidden=(4,), preactivation="none", norms=rf.Norms(learned=True)
+    ),
 }
 
 
@@ -170,8 +176,17 @@ def test_learned_orders_are_in_the_certificate():
 
 
 ERRORS = {
-    "2-norm": rf.VectorFlowConfig(dim=3, blocks=2, hidden=(4,), preactivation="all", actnorm=False),
-    "orders 121": rf.VectorFlowConfig(dim=3, blocks=2, hidden=(4,), preactivation="all", actnorm=False, norms="121"),
+    "2-norm": rf.VectorFlowConfig(
+        dim=3, blocks=2, hidden=(4,), preactivation="all", between=rf.BetweenBlocks(actnorm=False)
+    ),
+    "orders 121": rf.VectorFlowConfig(
+        dim=3,
+        blocks=2,
+        hidden=(4,),
+        preactivation="all",
+        between=rf.BetweenBlocks(actnorm=False),
+        norms=rf.Norms("121"),
+    ),
 }
 
 

@@ -11,7 +11,7 @@ import resflow_jax as rf
 
 CONFIGS = {
     "vectors": rf.VectorFlowConfig(dim=2, blocks=2, hidden=(8,)),
-    "images": rf.ImageFlowConfig(shape=(4, 4, 1), blocks=(1, 1), hidden_channels=4, fc_blocks=0),
+    "images": rf.ImageFlowConfig(shape=(4, 4, 1), blocks=(1, 1), hidden_channels=4, tail=rf.DenseTail(0)),
 }
 KEY = jax.random.key(1)
 

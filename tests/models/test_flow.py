@@ -1,5 +1,7 @@
 """Whole flows, for images and vectors: exact log-dets, round trips, sampling, norms, transforms, logits, errors."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,65 +10,60 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 import resflow_jax as rf
+from resflow_jax.interop.torch_flow import TorchFlow, TorchImageConfig
 from resflow_jax.models.bases import standard_normal_log_prob
+from resflow_jax.models.residual_flow import flow_from_config
 from tests.functional.brute_force import enumerated_norm
 
-SMALL = {"hidden_channels": 4, "fc_hidden": 4, "fc_layers": 2, "kernels": (3, 3), "logit_alpha": 0.05}
+SMALL = {"hidden_channels": 4, "kernels": (3, 3), "data": rf.ImageTransform(logit_alpha=0.05)}
+TAIL = rf.DenseTail(1, hidden=4, layers=2)
 CLASSES = {"classes": 3, "classifier_channels": 2}
 CONFIGS = {
-    "images": rf.ImageFlowConfig((4, 4, 1), blocks=(2, 1), fc_blocks=1, **SMALL),
-    "images, factored out": rf.ImageFlowConfig(
+    "images": rf.ImageFlowConfig((4, 4, 1), **SMALL, blocks=(2, 1), tail=TAIL),
+    "images, factored out": TorchImageConfig(
         (4, 4, 2),
-        blocks=(1, 1, 1),
-        factor_out=True,
-        fc_blocks=0,
-        feature_actnorm=True,
-        centering="layers",
         **CLASSES,
         **SMALL,
+        blocks=(1, 1, 1),
+        between=rf.BetweenBlocks(feature_actnorm=True, centering="layers"),
+        tail=rf.DenseTail(0),
+        scales=rf.Scales(factor_out=True),
     ),
     "images, squeezed first": rf.ImageFlowConfig(
         (4, 4, 1),
+        **SMALL,
         blocks=(1, 2),
-        squeeze_first=True,
-        fc_blocks=1,
-        fc_norms="2f2",
         preactivation="all",
         activation="elu",
-        **SMALL,
+        tail=replace(TAIL, norms="2f2"),
+        scales=rf.Scales(squeeze_first=True),
     ),
-    "images, one dense layer a block": rf.ImageFlowConfig(
+    "images, one dense layer a block": TorchImageConfig(
         (2, 2, 1),
+        **CLASSES,
         blocks=(1, 1),
         kernels=(3,),
         fully_connected=True,
-        fc_blocks=1,
-        fc_layers=1,
-        logit_alpha=None,
-        **CLASSES,
+        data=rf.ImageTransform(logit_alpha=None),
+        tail=rf.DenseTail(blocks=1, layers=1),
     ),
     "images, DenseNets": rf.ImageFlowConfig(
         (4, 4, 1),
         blocks=(1, 2),
-        dense_depth=1,
-        dense_growth=2,
-        fc_blocks=1,
-        fc_dense_first=3,
-        fc_dense_growth=2,
         activation="clipswish",
-        batchnorm=True,
-        centering="blocks",
-        invertible_linear=True,
-        logit_alpha=None,
-        data_mean=(0.4,),
-        data_deviation=(0.3,),
+        data=rf.ImageTransform(logit_alpha=None, mean=(0.4,), deviation=(0.3,)),
+        between=rf.BetweenBlocks(batchnorm=True, centering="blocks", invertible_linear=True),
+        tail=rf.DenseTail(blocks=1, densenet_first=3, densenet_growth=2),
+        densenet=rf.DenseNetBlocks(depth=1, growth=2),
     ),
-    "vectors": rf.VectorFlowConfig(dim=3, blocks=3, hidden=(5,), preactivation="none", actnorm=False),
+    "vectors": rf.VectorFlowConfig(
+        dim=3, blocks=3, hidden=(5,), preactivation="none", between=rf.BetweenBlocks(actnorm=False)
+    ),
 }
 
 
 def make(name):
-    flow = rf.ResidualFlow(CONFIGS[name], rngs=nnx.Rngs(1))
+    flow = flow_from_config(CONFIGS[name], rngs=nnx.Rngs(1))
     x = jax.random.uniform(jax.random.key(2), (3, *flow.event_shape))
     flow.initialize(x)
     return flow, x
@@ -163,9 +160,8 @@ def test_logits(flow_and_x):
     sees all that its scale puts out.
     """
     flow, x = flow_and_x
-    if not getattr(flow.config, "classes", 0):
-        with pytest.raises(ValueError, match="classes: expected a flow whose config has classes, got none"):
-            flow.logits(x)
+    if not isinstance(flow, TorchFlow):
+        assert not hasattr(flow, "logits")
         return
     z = flow(x)
     if isinstance(flow.bijector, rf.MultiScale):
@@ -181,6 +177,13 @@ def test_logits(flow_and_x):
         np.testing.assert_allclose(jnp.std(output, (0, 1, 2)), 1, rtol=1e-10)
     with pytest.raises(ValueError, match=r"x: expected values in \[0, 1\]"):
         flow.logits(x + 1)
+
+
+def test_logits_without_classes():
+    """Only a flow with a classifier has them."""
+    flow = TorchFlow(TorchImageConfig((2, 2, 1), blocks=(1,), kernels=(1,), tail=rf.DenseTail(0)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="classes: expected a flow whose config has classes, got none"):
+        flow.logits(jnp.zeros((1, 2, 2, 1)))
 
 
 def test_classifier_is_differentiable():
@@ -258,7 +261,9 @@ def test_norms_are_right_without_any_update(flow_and_x):
     """A fresh flow is normalised: no layer's norm, measured anew, exceeds the coefficient."""
     flow, _ = flow_and_x
     assert rf.certify(flow).norms.max() <= flow.config.coefficient * (1 + 1e-4)
-    if getattr(flow.config, "fc_norms", None):  # from order inf to 2, which needs several starts
+    if (
+        isinstance(flow.config, rf.ImageFlowConfig) and flow.config.tail.norms
+    ):  # from order inf to 2, which needs several starts
         (dense,) = flow.scales[-1].bijectors[-1].unstacked()
         first, last = dense.bijectors[0].contraction.linears
         np.testing.assert_allclose(enumerated_norm(last.weights()[0].T, 2, domain=np.inf), 0.98, rtol=1e-6)
@@ -363,7 +368,14 @@ def test_float32():
 
 @pytest.fixture(scope="module")
 def padded_flow():
-    config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), padding=1, padding_noise="gaussian", fc_blocks=0, **SMALL)
+    config = rf.ImageFlowConfig(
+        (4, 4, 1),
+        hidden_channels=4,
+        kernels=(3, 3),
+        blocks=(1,),
+        data=rf.ImageTransform(padding=rf.Padding(channels=1, noise="gaussian"), logit_alpha=0.05),
+        tail=rf.DenseTail(0),
+    )
     return rf.ResidualFlow(config, rngs=nnx.Rngs(0))
 
 
@@ -385,7 +397,13 @@ def test_padding(padded_flow):
 
 def test_data_mean_and_deviation():
     """With blocks of zeros and no ActNorm a flow is its entrance: (x - mean) / deviation."""
-    config = rf.VectorFlowConfig(2, 1, (3,), actnorm=False, data_mean=[1.0, -2.0], data_deviation=[0.5, 4.0])
+    config = rf.VectorFlowConfig(
+        2,
+        1,
+        (3,),
+        data=rf.VectorTransform(mean=[1.0, -2.0], deviation=[0.5, 4.0]),
+        between=rf.BetweenBlocks(actnorm=False),
+    )
     flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
     nnx.update(flow, jax.tree.map(jnp.zeros_like, nnx.state(flow, nnx.Param)))
     z, log_det = flow.forward(jnp.asarray([[2.0, 2.0]]), estimator=rf.Exact())
@@ -395,12 +413,14 @@ def test_data_mean_and_deviation():
 
 def test_latent_order():
     """z holds the part factored out first in front, each part flattened in H, W, C order."""
-    config = rf.ImageFlowConfig((4, 4, 1), blocks=(1, 1), factor_out=True, fc_blocks=0, **SMALL)
+    config = rf.ImageFlowConfig(
+        (4, 4, 1), **SMALL, blocks=(1, 1), tail=rf.DenseTail(0), scales=rf.Scales(factor_out=True)
+    )
     flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
     # Blocks and ActNorms switched off: z is the squeezed logit of x, cut in two along the channels.
     nnx.update(flow, jax.tree.map(jnp.zeros_like, nnx.state(flow, nnx.Param)))
     x = jax.random.uniform(jax.random.key(0), (2, 4, 4, 1))
-    alpha = config.logit_alpha
+    alpha = config.data.logit_alpha
     y = jax.scipy.special.logit(alpha + (1 - 2 * alpha) * x)
     squeezed = y.reshape(2, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(2, 2, 2, 4)
     expected = np.concatenate([squeezed[..., 2:].reshape(2, -1), squeezed[..., :2].reshape(2, -1)], axis=1)

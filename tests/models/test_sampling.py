@@ -14,7 +14,13 @@ SOLVER = rf.FixedPoint(tolerance=1e-13)
 CONFIGS = {
     "vectors": rf.VectorFlowConfig(dim=2, blocks=2, hidden=(3,), preactivation="none", coefficient=0.8),
     "images": rf.ImageFlowConfig(
-        (4, 4, 1), blocks=(1,), hidden_channels=2, kernels=(3, 3), fc_blocks=0, logit_alpha=1e-3, coefficient=0.8
+        (4, 4, 1),
+        blocks=(1,),
+        hidden_channels=2,
+        kernels=(3, 3),
+        coefficient=0.8,
+        data=rf.ImageTransform(logit_alpha=1e-3),
+        tail=rf.DenseTail(0),
     ),
 }
 

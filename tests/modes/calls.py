@@ -13,6 +13,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
+from resflow_jax.interop.torch_flow import TorchFlow, TorchImageConfig
 from resflow_jax.training.likelihood import dequantized_bits_per_dim, negative_log_likelihood, vector_log_prob
 
 KEY = jax.random.key(3)
@@ -23,19 +24,19 @@ PIXELS = (IMAGES + 0.5) / 4
 VECTORS = {
     "plain": {},
     "all layers": {
-        "batchnorm": True,
-        "centering": "layers",
-        "invertible_linear": True,
+        "between": rf.BetweenBlocks(batchnorm=True, centering="layers", invertible_linear=True),
         "activation": "leakylipswish",
-        "data_mean": (0.1, 0.2, 0.3),
-        "data_deviation": (1.0, 2.0, 3.0),
-        "padding": 1,
-        "padding_noise": "gaussian",
+        "data": rf.VectorTransform((0.1, 0.2, 0.3), (1.0, 2.0, 3.0), rf.Padding(1, "gaussian")),
     },
-    "mixed norms": {"norms": "f1f", "activation": "maxmin", "preactivation": "none", "centering": "blocks"},
-    "learned norms": {"learn_norms": True, "activation": "fullsort", "preactivation": "none"},
+    "mixed norms": {
+        "norms": rf.Norms("f1f"),
+        "activation": "maxmin",
+        "preactivation": "none",
+        "between": rf.BetweenBlocks(centering="blocks"),
+    },
+    "learned norms": {"norms": rf.Norms(learned=True), "activation": "fullsort", "preactivation": "none"},
     "bfloat16": {"matmul_dtype": "bfloat16"},
-    "DenseNet": {"dense_depth": 2, "dense_growth": 4, "activation": "clipswish"},
+    "DenseNet": {"densenet": rf.DenseNetBlocks(2, 4), "activation": "clipswish"},
 }
 ESTIMATORS = {
     "Exact": Exact(),
@@ -61,10 +62,18 @@ def vectors(name="plain"):
 @cache
 def images():
     """(graphdef, state) of a flow on images, with all that those of vectors have not."""
-    sizes = {"blocks": (1, 1), "hidden_channels": 2, "fc_blocks": 1, "fc_hidden": 2, "classifier_channels": 2}
-    options = {"factor_out": True, "classes": 2, "feature_actnorm": True, "coefficient": 0.5}
-    config = rf.ImageFlowConfig((2, 2, 1), **sizes, **options)
-    return nnx.split(rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
+    config = TorchImageConfig(
+        (2, 2, 1),
+        blocks=(1, 1),
+        hidden_channels=2,
+        coefficient=0.5,
+        between=rf.BetweenBlocks(feature_actnorm=True),
+        tail=rf.DenseTail(1, hidden=2),
+        scales=rf.Scales(factor_out=True),
+        classes=2,
+        classifier_channels=2,
+    )
+    return nnx.split(TorchFlow(config, rngs=nnx.Rngs(0)))
 
 
 def of_flow(split, method, *args, **kwargs):
@@ -132,11 +141,12 @@ def of_functions():
         orders = {"domain": domain, "codomain": codomain}
         matvec, rmatvec = (lambda v: dense.matvec(kernel, v)), (lambda u: dense.rmatvec(kernel, u))
         found[f"best_start {domain} {codomain}"] = lambda o=orders, m=matvec, r=rmatvec: rf.best_start(
-            m, r, jnp.asarray(X), **o
+            m, jnp.asarray(X), rmatvec=r, **o
         )
         found[f"induced_norm_bound {domain} {codomain}"] = lambda o=orders: rf.induced_norm_bound(conv, taps, **o)
-    found["power_iteration"] = lambda: rf.power_iteration(
-        lambda v: conv.matvec(taps, v), lambda u: conv.rmatvec(taps, u), jnp.ones((2, 2, 1))
+    found["power_iteration"] = lambda: rf.power_iteration(lambda v: conv.matvec(taps, v), jnp.ones((2, 2, 1)))
+    found["power_iteration, rmatvec"] = lambda: rf.power_iteration(
+        lambda v: conv.matvec(taps, v), jnp.ones((2, 2, 1)), rmatvec=lambda u: conv.rmatvec(taps, u)
     )
     found["gram_iteration_bound"] = lambda: jax.grad(lambda taps: rf.gram_iteration_bound(conv, taps))(taps)
     found["fit_lengths"] = lambda: rf.fit_lengths(jnp.asarray([[0.5, 0.2, 0.3]]), batch_size=8).table
@@ -154,7 +164,7 @@ def of_flows():
     for name, solver in SOLVERS.items():
         found[f"inverse, {name}"] = of_flow(plain, "inverse", z, solver=solver, return_status=True)
     for name, options in VECTORS.items():
-        flow, wide = vectors(name), np.pad(z, ((0, 0), (0, options.get("padding", 0))))
+        flow, wide = vectors(name), np.pad(z, ((0, 0), (0, options.get("data", rf.VectorTransform()).padding.channels)))
         found[f"new flow, {name}"] = lambda name=name: vectors.__wrapped__(name)[1]
         found[f"log_prob, {name}"] = gradient(flow, "log_prob", X, key=KEY)
         found[f"inverse, {name}"] = of_flow(flow, "inverse", wide, return_status=True)

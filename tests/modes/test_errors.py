@@ -12,6 +12,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.checks import as_float_array, as_float_batch
+from resflow_jax.interop.torch_flow import TorchImageConfig
 from resflow_jax.training.likelihood import dequantized_bits_per_dim, negative_log_likelihood, vector_log_prob
 from tests.modes.calls import IMAGES, KEY, X, images, vectors
 
@@ -44,6 +45,7 @@ COUNTS = {"float": 2.0, "negative": -1, "zero": 0, "string": "2", "array": np.ar
 ESTIMATORS = {"a class": rf.Exact, "a string": "exact", "a law": rf.Poisson()}
 SOLVERS = {"a class": rf.Anderson, "a string": "anderson", "None": None, "an estimator": rf.Exact()}
 FLAGS = {"string": "no", "None": None}
+GROUPS = {"None": None, "a dict": {}, "a string": "222f", "a number": 2, "another": rf.Padding(), "a class": rf.Norms}
 NUMBERS = {"string": "a", "array": np.ones(2), "nan": NAN}
 DENSE, KERNEL = rf.DenseMap(3, 2), np.ones((3, 2))
 
@@ -139,11 +141,11 @@ def cases():
     yield from every("codomain", orders, lambda q: rf.induced_norm_bound(DENSE, KERNEL, 2.0, q))
     yield from every("p", orders, rf.ACTIVATIONS["relu"].lipschitz_in)
     vectors_ = {"None": None, "a list": [1.0, 2.0], "integers": np.ones(3, int), "complex": np.ones(3, complex)}
-    yield from every("v", vectors_, lambda v: rf.power_iteration(twice, twice, v))
+    yield from every("v", vectors_, lambda v: rf.power_iteration(twice, v))
     starts = {**vectors_, "no start": np.ones((0, 3))}
-    yield from every("starts", starts, lambda starts: rf.best_start(twice, twice, starts))
-    yield from every("matvec", {"None": None}, lambda f: rf.power_iteration(f, twice, np.ones(3)))
-    yield from every("rmatvec", {"shape": lambda u: u[:2]}, lambda f: rf.power_iteration(twice, f, np.ones(3)))
+    yield from every("starts", starts, lambda starts: rf.best_start(twice, starts))
+    yield from every("matvec", {"None": None}, lambda f: rf.power_iteration(f, np.ones(3)))
+    yield from every("rmatvec", {"shape": lambda u: u[:2]}, lambda f: rf.power_iteration(twice, np.ones(3), rmatvec=f))
     norms = {
         "None": None,
         "a list": [0.5, 0.2],
@@ -231,13 +233,56 @@ def cases():
                 "hidden": {"a number": 4, "strings": ("a",), "zero": (0,), "None": None},
                 "activation": {"None": None, "list": ["relu"], "object": rf.ACTIVATIONS["relu"], "array": np.ones(2)},
                 "coefficient": {**NUMBERS, "zero": 0, "one": 1},
-                "padding_scale": {**NUMBERS, "zero": 0, "infinite": np.inf},
-                "padding_shift": {**NUMBERS, "None": None},
-                "norms": {"a number": 2, "strings": ("a",), "unknown": "xyz"},
+                "condition_dim": {"zero": 0, "negative": -1, "float": 2.0, "string": "a", "bool": True},
+                **{name: GROUPS for name in ("data", "between", "norms", "densenet")},
                 "matmul_dtype": {"a dtype": jnp.bfloat16, "unknown": "float16"},
-                **{name: FLAGS for name in ("actnorm", "first_actnorm", "batchnorm", "learn_norms")},
             },
         ),
+        (
+            rf.Padding,
+            {},
+            {
+                "padding.channels": {"negative": -1, "float": 1.0, "None": None},
+                "padding.noise": {"None": None, "unknown": "x"},
+                "padding.scale": {**NUMBERS, "zero": 0, "infinite": np.inf},
+                "padding.shift": {**NUMBERS, "None": None},
+            },
+        ),
+        (
+            rf.BetweenBlocks,
+            {},
+            {
+                **{f"between.{name}": FLAGS for name in ("actnorm", "feature_actnorm", "first_actnorm", "batchnorm")},
+                "between.invertible_linear": FLAGS,
+                "between.centering": {"unknown": "all", "a number": 1},
+            },
+        ),
+        (
+            rf.Norms,
+            {},
+            {
+                "norms.orders": {"a number": 2, "strings": ("a",), "unknown": "xyz", "one": "2"},
+                "norms.learned": FLAGS,
+                "norms.ties": {"None": None, "unknown": "open"},
+            },
+        ),
+        (
+            rf.DenseTail,
+            {},
+            {
+                "tail.blocks": {"negative": -1, "float": 1.0, "None": None},
+                **{f"tail.{name}": COUNTS for name in ("hidden", "layers", "densenet_first", "densenet_growth")},
+                "tail.norms": {"a number": 2, "strings": ("a",), "unknown": "xyz", "two": "22"},
+            },
+        ),
+        (rf.DenseNetBlocks, {}, {"densenet.depth": {"negative": -1, "float": 1.0}, "densenet.growth": COUNTS}),
+        (rf.Scales, {}, {f"scales.{name}": FLAGS for name in ("squeeze_first", "factor_out")}),
+        (
+            rf.ImageTransform,
+            {},
+            {"data.logit_alpha": {**NUMBERS, "zero": 0, "half": 0.5}, "data.padding": {"a number": 2, "None": None}},
+        ),
+        (TorchImageConfig, {"shape": (4, 4, 1)}, {"fully_connected": FLAGS, "padding_first": FLAGS}),
         (
             rf.ImageFlowConfig,
             {"shape": (4, 4, 1)},
@@ -245,8 +290,7 @@ def cases():
                 "shape": {"a number": 4, "two": (4, 4), "zero": (4, 4, 0), "None": None},
                 "blocks": {"a number": 1, "none": (), "strings": ("a",)},
                 "kernels": {"even": (2,), "a number": 3, "none": ()},
-                "logit_alpha": {**NUMBERS, "zero": 0, "half": 0.5},
-                **{name: FLAGS for name in ("squeeze_first", "factor_out", "fully_connected")},
+                **{name: GROUPS for name in ("data", "between", "norms", "tail", "densenet", "scales")},
             },
         ),
         (
@@ -271,7 +315,8 @@ def cases():
         (rf.Broyden, {}, {"memory": COUNTS, "on_failure": {"None": None, "unknown": "x"}}),
     ):
         for argument, values in choices.items():
-            make = lambda value, c=cls, r=required, a=argument: c(**{**r, a: value})  # noqa: E731
+            field = argument.rpartition(".")[2]
+            make = lambda value, c=cls, r=required, a=field: c(**{**r, a: value})  # noqa: E731
             make.__name__ = f"{cls.__name__} {argument}"
             yield from every(argument, values, make)
 

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.skipif(
     jax.device_count() != 8, reason="needs the eight CPU devices of conftest.py, not another platform"
 )
 
-CONFIG = rf.VectorFlowConfig(dim=5, blocks=1, hidden=(6,), preactivation="all", batchnorm=True)
+CONFIG = rf.VectorFlowConfig(
+    dim=5, blocks=1, hidden=(6,), preactivation="all", between=rf.BetweenBlocks(batchnorm=True)
+)
 X = jax.random.normal(jax.random.key(0), (4, 5)) * 3 + 1
 KEY = jax.random.key(5)
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     jax.device_count() != 8, reason="needs the eight CPU devices of conftest.py, not another platform"
 )
 
-WIDE = dataclasses.replace(CONFIG, kernels=(1, 1, 1), batchnorm=False)
+WIDE = dataclasses.replace(CONFIG, kernels=(1, 1, 1), between=rf.BetweenBlocks())
 IMAGES = np.random.default_rng(0).integers(0, 4, (20, 4, 4, 1))
 ARGUMENTS = {"levels": 4, "estimator": rf.Roulette(), "batch_size": 16, "draws": 2}
 LAYOUTS = {

@@ -102,7 +102,13 @@ def test_standard_error_covers_the_shared_length(exact_terms):
     """Means of repeated evaluations scatter by the stated noise, also where one long series moves a whole batch."""
     same = np.full((50, 2, 2, 1), 3, np.uint8)  # equal images: only noise and estimator vary
     config = rf.ImageFlowConfig(
-        (2, 2, 1), blocks=(2,), hidden_channels=4, fc_blocks=0, kernels=(1, 1), activation="identity", logit_alpha=0.05
+        (2, 2, 1),
+        blocks=(2,),
+        hidden_channels=4,
+        kernels=(1, 1),
+        activation="identity",
+        data=rf.ImageTransform(logit_alpha=0.05),
+        tail=rf.DenseTail(0),
     )
     flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
     kernels = nnx.state(flow, nnx.Param)
@@ -119,7 +125,13 @@ def test_standard_error_covers_the_shared_length(exact_terms):
 
 def test_exact_and_roulette_agree():
     """The exact mode leaves only dequantisation; both means agree within their stated noise."""
-    config = rf.ImageFlowConfig((4, 4, 1), blocks=(2,), hidden_channels=8, fc_blocks=1, fc_hidden=8, logit_alpha=0.05)
+    config = rf.ImageFlowConfig(
+        (4, 4, 1),
+        blocks=(2,),
+        hidden_channels=8,
+        data=rf.ImageTransform(logit_alpha=0.05),
+        tail=rf.DenseTail(blocks=1, hidden=8),
+    )
     flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
     kernels = nnx.state(flow, nnx.Param)
     nnx.update(flow, jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 2 else leaf, kernels))
@@ -153,7 +165,7 @@ def test_bad_images_are_named():
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs the eight CPU devices of conftest.py, not another platform")
 def test_two_devices_give_the_evaluation_of_one():
     """The same noise by example, also where the last batch is ragged; an odd batch is rounded up."""
-    config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, fc_blocks=0, kernels=(3, 3))
+    config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=rf.DenseTail(0))
     flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
     images = np.random.default_rng(0).integers(0, 16, (10, 4, 4, 1))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
@@ -169,7 +181,7 @@ def test_annealing_weighs_the_log_det_in_the_gradient_alone(of_images):
     """The value is that of weight 1 at every step; the gradient that of log N(z) + weight * log-det."""
     if of_images:
         flow = rf.ResidualFlow(
-            rf.ImageFlowConfig((2, 2, 1), blocks=(1,), hidden_channels=3, fc_blocks=0), rngs=nnx.Rngs(0)
+            rf.ImageFlowConfig((2, 2, 1), blocks=(1,), hidden_channels=3, tail=rf.DenseTail(0)), rngs=nnx.Rngs(0)
         )
         batch, make = np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1), partial(dequantized_bits_per_dim, 16)
         scale = -1 / (4 * np.log(2))

@@ -31,7 +31,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 CONFIG = rf.ImageFlowConfig(
-    (4, 4, 1), blocks=(1,), hidden_channels=64, kernels=(3, 3), fc_blocks=0, preactivation="all", batchnorm=True
+    (4, 4, 1),
+    blocks=(1,),
+    hidden_channels=64,
+    kernels=(3, 3),
+    preactivation="all",
+    between=rf.BetweenBlocks(batchnorm=True),
+    tail=rf.DenseTail(0),
 )
 IMAGES = np.random.default_rng(0).integers(0, 3, (3, 2, 16, 4, 4, 1)).astype(np.uint8)  # [update, batch, example, ...]
 KEY = jax.random.key(7)

@@ -14,7 +14,13 @@ from resflow_jax.training.likelihood import dequantized_bits_per_dim
 from resflow_jax.training.step import Trainer, fit_estimator
 
 TINY = rf.ImageFlowConfig(
-    (4, 4, 1), blocks=(2,), hidden_channels=4, kernels=(3, 3), fc_blocks=0, preactivation="all", first_actnorm=False
+    (4, 4, 1),
+    blocks=(2,),
+    hidden_channels=4,
+    kernels=(3, 3),
+    preactivation="all",
+    between=rf.BetweenBlocks(first_actnorm=False),
+    tail=rf.DenseTail(0),
 )
 IMAGES = np.random.default_rng(0).integers(0, 3, (8, 4, 4, 1)).astype(np.uint8)
 KEY = jax.random.key(7)
@@ -103,7 +109,9 @@ def test_lengths_are_fitted_to_what_was_seen(run):
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_the_step_lowers_for_accelerators(platform):
     """The whole step is exported for the platform, with convolution instructions and no host callback."""
-    trainer, state = make(rf.ImageFlowConfig((8, 8, 1), blocks=(1, 2), hidden_channels=4, fc_blocks=1, fc_hidden=4))
+    trainer, state = make(
+        rf.ImageFlowConfig((8, 8, 1), blocks=(1, 2), hidden_channels=4, tail=rf.DenseTail(blocks=1, hidden=4))
+    )
     exported = jax.export.export(jax.jit(trainer.step), platforms=[platform])(
         state, IMAGES.repeat(2, 1).repeat(2, 2), KEY
     )
@@ -114,10 +122,13 @@ def test_the_step_lowers_for_accelerators(platform):
 
 def test_memory_of_a_block_is_what_it_keeps():
     """28 more blocks of 64 hidden channels add four copies of their input, w and parameters; no hidden activation."""
-    of_one_kind = {"preactivation": "all", "first_actnorm": False}  # one program a scale, not two
+    of_one_kind = {
+        "preactivation": "all",
+        "between": rf.BetweenBlocks(first_actnorm=False),
+    }  # one program a scale, not two
 
     def peak(blocks):
-        config = rf.ImageFlowConfig((16, 16, 1), blocks, hidden_channels=64, fc_blocks=0, **of_one_kind)
+        config = rf.ImageFlowConfig((16, 16, 1), blocks, **of_one_kind, hidden_channels=64, tail=rf.DenseTail(0))
         flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
         trainer = Trainer(nnx.split(flow)[0], dequantized_bits_per_dim(256), optax.adam(1e-3), 0.99)
         state = jax.eval_shape(lambda flow: trainer.create_state(flow, rf.Roulette()), flow)

@@ -15,7 +15,12 @@ from resflow_jax.training.likelihood import tend
 from resflow_jax.training.step import Trainer
 
 CONFIG = rf.VectorFlowConfig(
-    dim=2, blocks=2, hidden=(3,), preactivation="all", learn_norms=True, batchnorm=True, centering="layers"
+    dim=2,
+    blocks=2,
+    hidden=(3,),
+    preactivation="all",
+    between=rf.BetweenBlocks(batchnorm=True, centering="layers"),
+    norms=rf.Norms(learned=True),
 )
 X = jax.random.normal(jax.random.key(0), (16, 2)) * jnp.asarray([[1.0, 3.0]]) + 2
 
@@ -153,7 +158,8 @@ def test_a_step_moves_running_statistics(flow, steps):
 def test_each_kind_of_running_statistics_is_moved(running):
     """By the batch, whichever of them a flow has."""
     seen = []
-    flow = SimpleNamespace(config=rf.VectorFlowConfig(2, 1, (3,), **running), update_statistics=seen.append)
+    config = rf.VectorFlowConfig(2, 1, (3,), between=rf.BetweenBlocks(**running))
+    flow = SimpleNamespace(config=config, update_statistics=seen.append)
     value = jnp.asarray(3.0)
     assert tend(flow, X, value) is value
     np.testing.assert_array_equal(seen, [X])

@@ -2,8 +2,8 @@
 
     logits = W [h_1, ..., h_S] + b,   h_s = mean over pixels of relu(ActNorm(conv 3x3 (features of scale s)))
 
-The features of a scale are its output; where half of the channels leaves for z behind it, they are that half, and the
-last scale, behind which nothing leaves, is given those of the scale before once more, as in the authors' code.
+The features of a scale are its output; where half of the channels leaves for z after it, they are that half, and the
+last scale, after which nothing leaves, is given those of the scale before once more, as in the authors' code.
 """
 
 import math

@@ -1,0 +1,174 @@
+"""Configs as JSON, and back: frozen dataclasses of numbers, strings, paths, tuples and other such dataclasses.
+
+Each dataclass is an object with its class as "type"; tuples are lists, paths and infinite numbers strings. A document
+has "format_version" beside its outermost "type". A field that is missing has its default, so that what was written
+before a field was added can be read; a field that is unknown is an error.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from resflow_jax.functional.checks import check_choice
+from resflow_jax.interop.torch_flow import TorchImageConfig
+from resflow_jax.io.config_upgrade import STEPS, upgrade
+from resflow_jax.models import groups
+from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig
+
+FORMAT_VERSION = len(STEPS)
+_VERSION = "format_version"
+
+# What the config of a flow is, and what may occur in it.
+FLOW_CONFIGS = {cls.__name__: cls for cls in (ImageFlowConfig, VectorFlowConfig, TorchImageConfig)}
+FLOW_TYPES = FLOW_CONFIGS | {
+    cls.__name__: cls
+    for cls in (
+        groups.BetweenBlocks,
+        groups.DenseNetBlocks,
+        groups.DenseTail,
+        groups.ImageTransform,
+        groups.Norms,
+        groups.Padding,
+        groups.Scales,
+        groups.VectorTransform,
+    )
+}
+
+
+def config_to_json(config: FlowConfig) -> str:
+    """The config of a flow as JSON, with the version of the format.
+
+    Raises:
+      ValueError: for what is no config of a flow.
+    """
+    if type(config) not in FLOW_CONFIGS.values():
+        raise ValueError(f"config: expected one of {', '.join(FLOW_CONFIGS)}; got {type(config).__name__}")
+    return json.dumps(as_document(config))
+
+
+def config_from_json(text: str) -> FlowConfig:
+    """The config of a flow that `config_to_json` wrote, in this version or in an earlier one.
+
+    Raises:
+      ValueError: for what is no JSON of such a config, a format of a later version, an unknown field, a missing one
+        that has no default, and a value of another type; the message names the field.
+    """
+    expected = f"config: expected JSON of a config of type {' or '.join(FLOW_CONFIGS)}"
+    try:
+        document = json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{expected}, got {text!r}") from error
+    if not isinstance(document, dict) or document.get("type") not in FLOW_CONFIGS:
+        raise ValueError(f"{expected}, got {text!r}")
+    return from_document(document, FlowConfig, FLOW_TYPES)
+
+
+def as_json(config: Any) -> Any:
+    """A config dataclass, or a dict, as plain JSON values; each dataclass carries its class as "type"."""
+    if dataclasses.is_dataclass(config):
+        fields = {f.name: as_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"type": type(config).__name__, **fields}
+    if isinstance(config, dict):
+        return {name: as_json(value) for name, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [as_json(item) for item in config]
+    if isinstance(config, float) and not math.isfinite(config):
+        return str(config)  # JSON has no infinity
+    return str(config) if isinstance(config, Path) else config
+
+
+def as_document(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain JSON values, with the version of the format."""
+    fields = as_json(config)
+    return {"type": fields.pop("type"), _VERSION: FORMAT_VERSION, **fields}
+
+
+def from_document(document: Any, hint: Any, types: Mapping[str, type], name: str = "config") -> Any:
+    """The value of the type `hint` that `as_document` wrote, in this version or in an earlier one.
+
+    Args:
+      document: plain JSON values.
+      hint: a type, a union of types, or Any.
+      types: the dataclasses that may occur, by their names.
+      name: of the whole, for errors.
+
+    Raises:
+      ValueError: as `config_from_json`.
+    """
+    return _read(upgraded(document), hint, types, name)
+
+
+def upgraded(document: Any) -> Any:
+    """A document as this version writes it, without its version."""
+    if not isinstance(document, dict):
+        return document
+    version = document.get(_VERSION, 0)
+    if version not in range(FORMAT_VERSION + 1):
+        raise ValueError(
+            f"{_VERSION}: expected at most {FORMAT_VERSION}, got {version!r}; a later resflow_jax wrote this"
+        )
+    return upgrade({name: value for name, value in document.items() if name != _VERSION}, version)
+
+
+def completed(document: Any, config: Any) -> Any:
+    """Plain JSON values of a config, with the defaults of fields that they lack where `config` is of the same types."""
+    if not isinstance(document, dict) or document.get("type") != type(config).__name__:
+        return document
+    found = dict(document)
+    for field in dataclasses.fields(config):
+        if field.name in found:
+            found[field.name] = completed(found[field.name], getattr(config, field.name))
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = as_json(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = as_json(field.default_factory())
+    return found
+
+
+def _read(value: Any, hint: Any, types: Mapping[str, type], name: str) -> Any:
+    """A value of the type that a field's hint allows, from its JSON."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(value, dict):
+        value = _dataclass(value, types, name)
+    elif isinstance(value, list):
+        item = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), Any)
+        value = tuple(_read(v, item, types, f"{name}[{n}]") for n, v in enumerate(value))
+    elif isinstance(value, str) and Path in kinds:
+        value = Path(value)
+    elif value in ("inf", "-inf", "nan") and float in kinds:
+        value = float(value)
+    if not any(_is_of(value, kind) for kind in kinds):
+        raise ValueError(f"{name}: expected {' or '.join(map(_named, kinds))}, got {value!r}")
+    return value
+
+
+def _dataclass(values: dict[str, Any], types: Mapping[str, type], name: str) -> Any:
+    """The dataclass that `as_json` wrote as a dict."""
+    check_choice(f"{name}.type", values.get("type"), tuple(types))
+    cls = types[values["type"]]
+    hints, fields = get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+    needed = {n for n, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING}
+    found = values.keys() - {"type"}
+    wrong = {"missing": needed - found, "unknown": found - fields.keys()}
+    listed = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names)
+    if listed:
+        raise ValueError(f"{name}: expected the fields of {cls.__name__}, got others ({listed})")
+    return cls(**{n: _read(values[n], hints[n], types, f"{name}.{n}") for n in fields if n in values})
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if kind is Any:
+        return True
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    return isinstance(value, int | float if kind is float else get_origin(kind) or kind)
+
+
+def _named(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else str(kind)

@@ -1,0 +1,237 @@
+"""Groups of settings that the configs of flows have in common. Each is a small frozen dataclass that checks itself.
+
+A group is never None: what is left out has zero blocks, depth or channels. Errors name a setting by its place in the
+config of a flow, as "tail.blocks".
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from resflow_jax.functional.checks import (
+    check_choice,
+    check_count,
+    check_finite,
+    check_open_interval,
+    check_positive,
+    check_type,
+)
+from resflow_jax.functional.orders import parse_norms
+from resflow_jax.layers.padding import NOISES
+
+CENTERINGS = (None, "blocks", "layers")
+ORDER_TIES = ("closed", "all", "none")
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Channels of noise e appended to the data (elements, for vectors); the flow is then no bijection.
+
+    Attributes:
+      channels: how many; 0 for none.
+      noise: "uniform" on [0, 1] or "gaussian".
+      scale: factor of that.
+      shift: added to it: e = shift + scale * noise.
+    """
+
+    channels: int = 0
+    noise: str = "uniform"
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def __post_init__(self):
+        check_count("padding.channels", self.channels, 0)
+        check_choice("padding.noise", self.noise, NOISES)
+        check_positive("padding.scale", self.scale)
+        check_finite("padding.scale", self.scale)
+        check_finite("padding.shift", self.shift)
+
+
+@dataclass(frozen=True)
+class VectorTransform:
+    """What a flow does to vectors before its first block.
+
+    Attributes:
+      mean: mean of every element, to be subtracted; None for none.
+      deviation: with `mean`, deviation of every element, to be divided by.
+      padding: elements of noise appended to the result.
+    """
+
+    mean: tuple[float, ...] | None = None
+    deviation: tuple[float, ...] | None = None
+    padding: Padding = Padding()
+
+    def __post_init__(self):
+        check_type("data.padding", self.padding, Padding)
+        for name in ("mean", "deviation"):
+            values = getattr(self, name)
+            if (values is None) != (self.mean is None):
+                raise ValueError(f"data.{name}: expected both or none of data.mean and data.deviation, got {values}")
+            if values is not None:
+                make_tuples(self, name, prefix="data.")
+        for value in self.mean or ():
+            check_finite("data.mean", value)
+        for value in self.deviation or ():
+            check_positive("data.deviation", value)
+            check_finite("data.deviation", value)
+
+    def check_channels(self, channels: int) -> None:
+        """Raises unless mean and deviation have one number for each of so many channels."""
+        for name in ("mean", "deviation"):
+            values = getattr(self, name)
+            if values is not None and len(values) != channels:
+                raise ValueError(f"data.{name}: expected {channels} numbers, one a channel, got {values}")
+
+
+@dataclass(frozen=True)
+class ImageTransform(VectorTransform):
+    """What a flow does to images before its first block: a logit, or normalisation by mean and deviation.
+
+    Attributes:
+      mean: without the logit, mean of every channel, to be subtracted; None for none.
+      deviation: with `mean`, deviation of every channel, to be divided by.
+      padding: channels of noise appended after that.
+      logit_alpha: alpha of the logit transform, at least the smallest normal number of the dtype; None leaves it out.
+    """
+
+    logit_alpha: float | None = 1e-6
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.logit_alpha is not None:
+            check_open_interval("data.logit_alpha", self.logit_alpha, 0, 0.5)
+            if self.mean is not None:
+                raise ValueError(f"data.mean: expected None beside data.logit_alpha, got {self.mean}")
+
+
+@dataclass(frozen=True)
+class BetweenBlocks:
+    """The layers between residual blocks.
+
+    Attributes:
+      actnorm: an ActNorm after every block: per channel of images, per feature after dense blocks and of vectors.
+      feature_actnorm: of images: an ActNorm per feature after every block, on top of `actnorm`.
+      first_actnorm: with `actnorm` or `feature_actnorm`, one also before the first block.
+      batchnorm: a `MovingBatchNorm` per channel (per feature after dense blocks) after every block.
+      centering: a `MovingCentering` per channel: "blocks" for one after every block (per feature after dense blocks),
+        "layers" for one inside the blocks after every linear layer, and before the first activation; dense blocks of
+        images have none inside.
+      invertible_linear: an invertible linear layer over the channels before every block; the tail of images has none.
+    """
+
+    actnorm: bool = True
+    feature_actnorm: bool = False
+    first_actnorm: bool = True
+    batchnorm: bool = False
+    centering: str | None = None
+    invertible_linear: bool = False
+
+    def __post_init__(self):
+        check_flags(self, "between.")
+        check_choice("between.centering", self.centering, CENTERINGS)
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Orders of the norms between the linear layers of a block (Chen et al. 2019, section 3.3).
+
+    Attributes:
+      orders: one more than layers: a string like "f12f" (f for infinity) or a tuple of numbers; None for 2 throughout.
+        Of images they are those of the convolutional blocks, see `DenseTail.norms`. Where the last order is above the
+        first, as in "222f", the coefficients promise no contraction in any norm, the roulette knows no bound to adapt
+        to, and only `tighten` and the certificate make the block sure.
+      learned: learn these orders, from 2; those of dense blocks too.
+      ties: which learned orders of a block are one: "closed" for the last and the first, "all", or "none", with which
+        g, as with norms that rise, need not be a contraction in any one norm.
+    """
+
+    orders: str | tuple[float, ...] | None = None
+    learned: bool = False
+    ties: str = "closed"
+
+    def __post_init__(self):
+        check_flags(self, "norms.")
+        check_choice("norms.ties", self.ties, ORDER_TIES)
+        if self.orders is not None:
+            if self.learned:
+                raise ValueError(f"norms.orders: expected None beside norms.learned, got {self.orders!r}")
+            object.__setattr__(self, "orders", parse_norms(self.orders, None, "norms.orders"))
+
+
+@dataclass(frozen=True)
+class DenseTail:
+    """Residual blocks of dense layers on the flattened image, after the last scale.
+
+    Attributes:
+      blocks: how many; 0 for none.
+      hidden: width of the blocks.
+      layers: linear layers in a block.
+      norms: orders of the norms in a block, as `Norms.orders`.
+      densenet_first: with DenseNets, width of the layer before the dense layers.
+      densenet_growth: with DenseNets, features that each dense layer adds.
+    """
+
+    blocks: int = 4
+    hidden: int = 128
+    layers: int = 3
+    norms: str | tuple[float, ...] | None = None
+    densenet_first: int = 64
+    densenet_growth: int = 32
+
+    def __post_init__(self):
+        check_count("tail.blocks", self.blocks, 0)
+        for name in ("hidden", "layers", "densenet_first", "densenet_growth"):
+            check_count(f"tail.{name}", getattr(self, name), 1)
+        if self.norms is not None:
+            object.__setattr__(self, "norms", parse_norms(self.norms, self.layers, "tail.norms"))
+
+
+@dataclass(frozen=True)
+class DenseNetBlocks:
+    """Invertible DenseNets as residual blocks (Perugachi-Diaz et al. 2021, arXiv 2102.02694).
+
+    A block is dense layers, each concatenated to its input, and a linear layer back to the shape of x. On images the
+    dense layers are 3x3 convolutions and the last one is 1x1.
+
+    Attributes:
+      depth: dense layers in a block, in place of the chain of layers; 0 for that chain.
+      growth: channels (features, of vectors) that each dense layer adds.
+    """
+
+    depth: int = 0
+    growth: int = 64
+
+    def __post_init__(self):
+        check_count("densenet.depth", self.depth, 0)
+        check_count("densenet.growth", self.growth, 1)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """How a flow of images passes from scale to scale.
+
+    Attributes:
+      squeeze_first: squeeze before the first scale.
+      factor_out: after each squeeze half of the channels passes straight to z.
+    """
+
+    squeeze_first: bool = False
+    factor_out: bool = False
+
+    def __post_init__(self):
+        check_flags(self, "scales.")
+
+
+def make_tuples(config: object, *names: str, prefix: str = "") -> None:
+    """Turns iterables into tuples, in place: a config is hashable also if it was given lists, as from JSON."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, Iterable):
+            raise ValueError(f"{prefix}{name}: expected a tuple of numbers, got {value!r}")
+        object.__setattr__(config, name, tuple(value))
+
+
+def check_flags(config: object, prefix: str = "") -> None:
+    """Raises unless all that is on or off by default is a bool."""
+    for field in fields(config):
+        if isinstance(field.default, bool):
+            check_type(f"{prefix}{field.name}", getattr(config, field.name), bool)
