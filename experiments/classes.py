@@ -116,7 +116,7 @@ def batches(config: DigitsConfig, seed: int) -> Iterator[tuple[np.ndarray, np.nd
 
 
 def train(config: DigitsConfig, seed: int, *, conditional: bool) -> Iterator[tuple[int, float, float, Flow | None]]:
-    """Trains a flow. Yields steps done, mean loss in bits/dim since the last, seconds in all, and, at the end, the flow.
+    """Trains a flow; yields steps done, mean bits/dim since the last yield, seconds in all, and, at the end, the flow.
 
     Raises:
       FloatingPointError: if the loss stops being finite.

@@ -107,8 +107,8 @@ class ConditionalConfig:
         )
     )
     digits: DigitsConfig = DigitsConfig()
-    observations: int = 5
-    samples: int = 1000
+    observations: int = 4
+    samples: int = 1500
     pairs: int = 2000
     log_every: int = 50
 
@@ -298,9 +298,11 @@ def learn_digits(config: ConditionalConfig, metrics: MetricsFile) -> dict[str, c
     """Trains the two flows on digits, measures them, draws, prints."""
     scores, settings = {}, config.digits
     for flow_name, conditional in (("p(x)", False), ("p(x | class)", True)):
-        for step, loss, seconds, flow in classes.train(settings, config.seed, conditional=conditional):
-            first_step = seconds if step == 1 else first_step
+        first_step = None
+        for step, loss, seconds, trained in classes.train(settings, config.seed, conditional=conditional):
+            first_step = first_step or seconds
             metrics.write(task="digits", flow=flow_name, step=step, split="train", bits_per_dim=loss, seconds=seconds)
+            flow = trained
         flow.tighten()
         found = classes.evaluate(settings, flow, config.seed + 1, seconds, first_step)
         scores[flow_name] = found

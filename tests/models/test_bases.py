@@ -198,10 +198,7 @@ def test_in_a_flow(name):
     [
         (lambda: rf.StandardNormal(3), r"event_shape: expected a tuple of sizes, as \(3,\), got 3"),
         (lambda: rf.DiagonalNormal((0,)), "event_shape: expected an integer of at least 1, got 0"),
-        (
-            lambda: rf.DiagonalNormal((2,), condition_dim=2),
-            "rngs: expected nnx.Rngs beside condition_dim, got NoneType",
-        ),
+        (lambda: rf.DiagonalNormal((2,), condition_dim=2), "rngs: expected nnx.Rngs beside condition_dim, got NoneType"),
         (
             lambda: rf.DiagonalNormal((2,), condition_dim=0, rngs=nnx.Rngs(0)),
             "condition_dim: expected an integer of at least 1, got 0",
