@@ -1,9 +1,9 @@
 """Classifier two-sample test (Lopez-Paz & Oquab 2017, arXiv 1610.06545): can a classifier tell two samples apart?
 
 The score is the accuracy of a small neural network on points that it has not seen, by cross-validation: 0.5 where the
-samples are alike, 1 where they are disjoint. As Lueckmann et al. (2021, arXiv 2101.04653) compare posteriors, but with a
-network of two hidden layers of 64 units for every D, and fewer epochs, so that scores are lower than theirs. Both
-samples are standardised by the first.
+samples are alike, 1 where they are disjoint. Lueckmann et al. (2021, arXiv 2101.04653) compare posteriors so. Here the
+network has two hidden layers of 64 units for every D, and is trained on fewer points for fewer epochs: it sees less,
+and scores are lower than theirs. Both samples are standardised by the first.
 """
 
 import warnings

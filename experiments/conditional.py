@@ -16,7 +16,7 @@ again starts anew. `--help` lists every setting.
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,8 @@ from resflow_jax import Exact, Roulette, VectorFlowConfig, certify
 from resflow_jax.functional.checks import check_count
 
 TRUTH = "exact posterior"
+
+_MODEL = VectorFlowConfig(2, hidden=(32, 32), activation="elu", coefficient=0.97, condition_dim=2)
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,13 @@ class ConditionalConfig:
     seed: int = 0
     batch_size: int = 256
     simulations: int | None = None
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-3, warmup=200)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-2, warmup=200)
     two_moons: TaskConfig = field(
-        default_factory=lambda: TaskConfig(
-            TwoMoons(), VectorFlowConfig(2, blocks=12, hidden=(64, 64), condition_dim=2), 2500, Exact()
-        )
+        default_factory=lambda: TaskConfig(TwoMoons(), replace(_MODEL, blocks=16), 2500, Exact())
     )
     gaussian_linear: TaskConfig = field(
         default_factory=lambda: TaskConfig(
-            GaussianLinear(), VectorFlowConfig(10, blocks=4, hidden=(64, 64), condition_dim=10), 1000, Roulette()
+            GaussianLinear(), replace(_MODEL, dim=10, condition_dim=10, blocks=4), 1000, Roulette()
         )
     )
     digits: DigitsConfig = DigitsConfig()

@@ -257,9 +257,9 @@ def save_posteriors(
     shape = len(samples), len(observed)
     figure, axes = plt.subplots(*shape, figsize=(2.2 * shape[1] + 0.4, 2.2 * shape[0] + 0.4), layout="constrained")
     reference = next(iter(samples.values()))
-    for row, (name, posteriors) in zip(axes, samples.items(), strict=True):
+    for n, (row, (name, posteriors)) in enumerate(zip(axes, samples.items(), strict=True)):
         for axis, theta, truth, x in zip(row, posteriors, reference, observed, strict=True):
-            axis.plot(theta[:, 0], theta[:, 1], ".", ms=1.5, alpha=0.5, color="C0" if row is axes[0] else "C1")
+            axis.plot(theta[:, 0], theta[:, 1], ".", ms=1.5, alpha=0.5, color=f"C{n}")
             if circle is not None:
                 axis.add_patch(plt.Circle(*circle(x), fill=False, color="black", lw=1))
             middle = (truth[:, :2].max(axis=0) + truth[:, :2].min(axis=0)) / 2
@@ -267,7 +267,7 @@ def save_posteriors(
             axis.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
             axis.set_aspect("equal")
             axis.tick_params(labelsize=6)
-            if row is axes[0]:
+            if n == 0:
                 axis.set_title("x = " + ", ".join(f"{value:.2f}" for value in x[:2]), fontsize=8)
         row[0].set_ylabel(name)
     figure.suptitle(f"{title}: posterior samples at {len(observed)} observations")

@@ -68,7 +68,7 @@ class TwoMoons:
         return np.concatenate(kept)
 
     def posterior_log_prob(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """log p(theta | x) [N] in nats for pairs theta [N, 2], x [N, 2]; its normaliser by a fixed sample of p."""
+        """log p(theta | x) [N] in nats for theta [N, 2], x [N, 2] or [1, 2]; its normaliser by a fixed sample of p."""
         u, v = _rotated(theta)
         q1, q2 = x[:, 0] + np.abs(u) - self.shift, x[:, 1] - v
         radius = np.hypot(q1, q2)
@@ -154,7 +154,7 @@ class GaussianLinear:
         return rng.normal(self.posterior_mean(x), math.sqrt(self.posterior_variance), (number, self.dim))
 
     def posterior_log_prob(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """log p(theta | x) [N] in nats for pairs theta [N, D], x [N, D]."""
+        """log p(theta | x) [N] in nats for theta [N, D], x [N, D] or [1, D]."""
         squares = np.sum((theta - self.posterior_mean(x)) ** 2, axis=1) / self.posterior_variance
         return -0.5 * (squares + self.dim * math.log(2 * math.pi * self.posterior_variance))
 
