@@ -47,10 +47,10 @@ def test_density_of_two_moons(x):
     middles = -1 + (np.arange(cells) + 0.5) * 2 / cells
     theta = np.stack(np.meshgrid(middles, middles, indexing="ij"), axis=-1).reshape(-1, 2)
     density = np.exp(simulator.posterior_log_prob(theta, x[None]))
-    mass = density.reshape(10, cells // 10, 10, cells // 10).sum(axis=(1, 3)) * (2 / cells) ** 2
+    mass = density.reshape(20, cells // 20, 20, cells // 20).sum(axis=(1, 3)) * (2 / cells) ** 2
     np.testing.assert_allclose(mass.sum(), 1, atol=0.03)
     samples = simulator.posterior(rng, 20000, x)
-    counts = np.histogram2d(*samples.T, bins=10, range=[[-1, 1]] * 2)[0] / len(samples)
+    counts = np.histogram2d(*samples.T, bins=20, range=[[-1, 1]] * 2)[0] / len(samples)
     np.testing.assert_allclose(counts, mass, atol=0.015)
     assert (mass > 0.02).sum() >= 3
 
