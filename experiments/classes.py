@@ -17,9 +17,8 @@ import numpy as np
 from flax import nnx
 from scipy.special import logsumexp
 
-from experiments.configs import digits
 from experiments.configs.base import OptimizerConfig
-from resflow_jax import DenseTail, Estimate, Flow, ImageFlowConfig, MixtureOfNormals, ResidualFlow, Roulette
+from resflow_jax import DenseTail, Estimate, Flow, ImageFlowConfig, MixtureOfNormals, ResidualFlow, Roulette, Scales
 from resflow_jax.data.embedded import load_digit_labels, load_digits
 from resflow_jax.data.images import dequantize
 from resflow_jax.functional.checks import check_count
@@ -48,8 +47,13 @@ class DigitsConfig:
       samples: of every class in the picture.
     """
 
-    model: ImageFlowConfig = replace(
-        digits.CONFIG.model, blocks=(2, 2), hidden_channels=32, tail=DenseTail(2, hidden=64)
+    model: ImageFlowConfig = ImageFlowConfig(
+        (8, 8, 1),
+        blocks=(6,),
+        hidden_channels=32,
+        preactivation="all",
+        tail=DenseTail(2, hidden=64),
+        scales=Scales(squeeze_first=True),
     )
     steps: int = 600
     batch_size: int = 64

@@ -37,7 +37,7 @@ from experiments.amortised import (
 from experiments.c2st import c2st
 from experiments.classes import DigitsConfig
 from experiments.configs.base import OptimizerConfig
-from experiments.run import MetricsFile, claim_workdir, print_table, use_compilation_cache
+from experiments.run import MetricsFile, claim_workdir, print_table, use_compilation_cache, use_xla_flags
 from experiments.simulators import GaussianLinear, TwoMoons
 from resflow_jax import Exact, Roulette, VectorFlowConfig, certify
 from resflow_jax.functional.checks import check_count
@@ -155,6 +155,7 @@ class Fit(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
+    use_xla_flags()
     run(tyro.cli(ConditionalConfig, args=arguments, prog="python -m experiments.conditional", description=__doc__))
 
 

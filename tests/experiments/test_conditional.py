@@ -150,7 +150,7 @@ def test_classes_of_the_digits():
 
 
 def test_bits_per_dim_of_every_class():
-    """A column a class, with common noise: equal where the flow ignores the class; else the class makes a difference."""
+    """A column a class, with common noise: all are equal where the flow ignores the class."""
     images = load_digits().test[:3]
     flow = make_flow(IMAGES, 0, conditional=True)
     bits = class_bits_per_dim(flow, images, jax.random.key(0), 2)
