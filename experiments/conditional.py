@@ -16,9 +16,10 @@ again starts anew. `--help` lists every setting.
 
 import math
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -37,19 +38,20 @@ from experiments.amortised import (
 from experiments.c2st import c2st
 from experiments.classes import DigitsConfig
 from experiments.configs.base import OptimizerConfig
+from experiments.plane import ESTIMATORS
 from experiments.run import MetricsFile, claim_workdir, print_table, use_compilation_cache, use_xla_flags
-from experiments.simulators import GaussianLinear, TwoMoons
-from resflow_jax import Exact, Roulette, VectorFlowConfig, certify
-from resflow_jax.functional.checks import check_count
+from experiments.simulators import GaussianLinear, Simulator, TwoMoons
+from resflow_jax import Certificate, VectorFlowConfig, certify
+from resflow_jax.functional.checks import check_choice, check_count
 
 TRUTH = "exact posterior"
 
 _MODEL = VectorFlowConfig(2, hidden=(32, 32), activation="elu", coefficient=0.97, condition_dim=2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """One simulator and the flow that learns its posterior.
+    """How the posterior of one simulator is learned.
 
     Attributes:
       simulator: which.
@@ -59,20 +61,40 @@ class TaskConfig:
       flowjax: the peer.
     """
 
-    simulator: TwoMoons | GaussianLinear
+    simulator: Simulator
     model: VectorFlowConfig
-    steps: int
-    estimator: Exact | Roulette
+    steps: int = 3000
+    estimator: Literal["exact", "roulette"]
     flowjax: FlowjaxConfig = FlowjaxConfig()
 
     def __post_init__(self):
         check_count("steps", self.steps, 0)
+        check_choice("estimator", self.estimator, tuple(ESTIMATORS))
         for name, expected in (("dim", self.simulator.dim), ("condition_dim", self.simulator.x_dim)):
             if getattr(self.model, name) != expected:
                 raise ValueError(
                     f"model.{name}: expected {expected}, that of {type(self.simulator).__name__}, got "
                     f"{getattr(self.model, name)}"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoMoonsConfig(TaskConfig):
+    """Two moons; see `TaskConfig`."""
+
+    simulator: TwoMoons = TwoMoons()
+    model: VectorFlowConfig = replace(_MODEL, blocks=16)
+    estimator: Literal["exact", "roulette"] = "exact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianLinearConfig(TaskConfig):
+    """The Gaussian linear model; see `TaskConfig`."""
+
+    simulator: GaussianLinear = GaussianLinear()
+    model: VectorFlowConfig = replace(_MODEL, dim=10, condition_dim=10, blocks=4)
+    estimator: Literal["exact", "roulette"] = "roulette"
+    flowjax: FlowjaxConfig = FlowjaxConfig(learning_rate=5e-3)
 
 
 @dataclass(frozen=True)
@@ -98,14 +120,8 @@ class ConditionalConfig:
     batch_size: int = 256
     simulations: int | None = None
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-2, warmup=200)
-    two_moons: TaskConfig = field(
-        default_factory=lambda: TaskConfig(TwoMoons(), replace(_MODEL, blocks=16), 2500, Exact())
-    )
-    gaussian_linear: TaskConfig = field(
-        default_factory=lambda: TaskConfig(
-            GaussianLinear(), replace(_MODEL, dim=10, condition_dim=10, blocks=4), 1000, Roulette()
-        )
-    )
+    two_moons: TwoMoonsConfig = TwoMoonsConfig()
+    gaussian_linear: GaussianLinearConfig = GaussianLinearConfig()
     digits: DigitsConfig = DigitsConfig()
     observations: int = 4
     samples: int = 1500
@@ -184,7 +200,7 @@ def infer(config: ConditionalConfig, name: str, title: str, metrics: MetricsFile
     task = Standardised.of(settings.simulator, rng, config.simulations)
     first = task.pairs(rng, 2000)
     learners: list[Learner] = [
-        ResidualLearner(settings.model, config.optimizer, settings.estimator, first, config.seed)
+        ResidualLearner(settings.model, config.optimizer, ESTIMATORS[settings.estimator], first, config.seed)
     ]
     rates = [config.optimizer.learning_rate, settings.flowjax.learning_rate]
     if has_flowjax():
@@ -234,7 +250,7 @@ def infer(config: ConditionalConfig, name: str, title: str, metrics: MetricsFile
         )
     for flow, fit in fits.items():
         metrics.write(task=name, flow=flow, step=fit.steps, split="test", **fit._asdict())
-    pictures.save_posteriors(config.workdir / f"{name}.png", samples, observed, title, ellipse(settings.simulator))
+    pictures.save_posteriors(config.workdir / f"{name}.png", samples, observed, title, circle_of(settings.simulator))
     print_fits(title, fits, config, certify(learners[0].flow))
     return fits
 
@@ -245,7 +261,7 @@ def draw(learner: Learner, task: Standardised, x: np.ndarray, number: int, seed:
     return task.theta(learner.sample(jax.random.key(seed), number, x))
 
 
-def normal_kl(simulator: TwoMoons | GaussianLinear, samples: list[np.ndarray], observed: np.ndarray) -> float | None:
+def normal_kl(simulator: Simulator, samples: list[np.ndarray], observed: np.ndarray) -> float | None:
     """Mean over observations of KL(N(m, S) || posterior) in nats, m and S the moments of samples [N, D].
 
     KL = 1/2 (tr S / s - D + |m - mean|^2 / s + D log s - log|S|) for the posterior N(mean, s I). With N exact samples
@@ -263,7 +279,7 @@ def normal_kl(simulator: TwoMoons | GaussianLinear, samples: list[np.ndarray], o
     return float(np.mean(divergences))
 
 
-def ellipse(simulator: TwoMoons | GaussianLinear):
+def circle_of(simulator: Simulator) -> Callable[[np.ndarray], tuple[np.ndarray, float]] | None:
     """From x to the centre and the radius of the circle that holds 95 % of two elements of theta; None if unknown."""
     if not isinstance(simulator, GaussianLinear):
         return None
@@ -275,7 +291,7 @@ def _stderr(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def print_fits(title: str, fits: dict[str, Fit], config: ConditionalConfig, certificate) -> None:
+def print_fits(title: str, fits: dict[str, Fit], config: ConditionalConfig, certificate: Certificate) -> None:
     """A table, a column a flow."""
     rows = {
         title: list(fits),

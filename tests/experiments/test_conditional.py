@@ -11,26 +11,25 @@ from flax import nnx
 from experiments import classes, conditional
 from experiments.amortised import FlowjaxConfig, Learner, Standardised, take_turns
 from experiments.classes import DigitsConfig, class_bits_per_dim, make_flow
-from experiments.conditional import ConditionalConfig, TaskConfig, normal_kl
+from experiments.conditional import ConditionalConfig, GaussianLinearConfig, TwoMoonsConfig, normal_kl
 from experiments.configs.base import OptimizerConfig
 from experiments.simulators import GaussianLinear, TwoMoons
-from resflow_jax import DenseTail, Exact, ImageFlowConfig, VectorFlowConfig
+from resflow_jax import DenseTail, ImageFlowConfig, VectorFlowConfig
 from resflow_jax.data.embedded import load_digit_labels, load_digits
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-2, warmup=4, ema_decay=0.8)
-IMAGES = ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=DenseTail(0))
+IMAGES = ImageFlowConfig((8, 8, 1), blocks=(1,), kernels=(3,), preactivation="all", tail=DenseTail(0))
 TINY = ConditionalConfig(
     batch_size=64,
     optimizer=OPTIMIZER,
-    two_moons=TaskConfig(
-        TwoMoons(500),
-        VectorFlowConfig(2, blocks=2, hidden=(8,), condition_dim=2),
+    two_moons=TwoMoonsConfig(
+        simulator=TwoMoons(500),
+        model=VectorFlowConfig(2, blocks=2, hidden=(8,), condition_dim=2),
         steps=41,
-        estimator=Exact(),
         flowjax=FlowjaxConfig(layers=1, width=8, depth=1, knots=3),
     ),
-    gaussian_linear=TaskConfig(
-        GaussianLinear(2), VectorFlowConfig(2, blocks=1, hidden=(8,), condition_dim=2), steps=0, estimator=Exact()
+    gaussian_linear=GaussianLinearConfig(
+        simulator=GaussianLinear(2), model=VectorFlowConfig(2, blocks=1, hidden=(8,), condition_dim=2), steps=0
     ),
     digits=DigitsConfig(model=IMAGES, steps=2, batch_size=16, optimizer=OPTIMIZER, draws=1, images=4, samples=2),
     observations=2,
