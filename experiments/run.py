@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
-from resflow_jax.interop.whole_files import whole_file
 from resflow_jax.io.config_json import as_document, as_json, completed, upgraded
+from resflow_jax.io.whole_files import whole_file
 from resflow_jax.models.certificate import Certificate
 
 

@@ -112,7 +112,7 @@ def saved_flow(run_dir: Path, weights: Weights = "best", data: Path | None = Non
                 f"weights: expected a validated checkpoint, the only one in {run_dir} is of step "
                 f"{checkpoints.latest_step}, before the first validation; 'latest' are its weights"
             )
-        state = checkpoints.restore(step, state)
+        state = checkpoints.restore(step, state, ema_decay=trainer.ema_decay)
     return SavedFlow(config, task, tightened_flow(trainer, state), step)
 
 

@@ -184,7 +184,7 @@ def run(config: RunConfig, task: Task) -> Estimate:
         state = start if placement.way == "pmap" else placement.place(start)  # that of the first step is donated
         del start  # one device had it whole
         if checkpoints.latest_step is not None:
-            state = checkpoints.restore(checkpoints.latest_step, shapes, lies)
+            state = checkpoints.restore(checkpoints.latest_step, shapes, lies, ema_decay=trainer.ema_decay)
             say(f"resuming {config.workdir} at step {int(state.step)}")
         with (Metrics if is_first() else Followed)(config.workdir, keep_until=int(state.step)) as metrics:
             step, step_time = train(task, placement, state, checkpoints, metrics)
@@ -194,7 +194,7 @@ def run(config: RunConfig, task: Task) -> Estimate:
                 sys.exit(0)
             if step == config.steps and f"validation_{task.metric}" not in metrics.lines[-1]:
                 raise ValueError(f"steps: expected more than {step}, where the run was stopped unvalidated, got {step}")
-            best = checkpoints.restore(checkpoints.best_step, shapes, lies)
+            best = checkpoints.restore(checkpoints.best_step, shapes, lies, ema_decay=trainer.ema_decay)
             result = report(task, judged(placement, best), int(best.step), metrics, step_time, began)
     wait_for_all("report")
     return result

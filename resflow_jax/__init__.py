@@ -21,19 +21,24 @@ from resflow_jax.functional.norms import (
 )
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
+from resflow_jax.io.files import load, save
 from resflow_jax.layers.actnorm import ActNorm
-from resflow_jax.layers.affine import LipschitzConv, LipschitzDense
 from resflow_jax.layers.bijector import Bijector, Constant
+from resflow_jax.layers.bounded import Bounded
 from resflow_jax.layers.certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.composition import Chain, Invert, MultiScale
 from resflow_jax.layers.contraction import Contraction
+from resflow_jax.layers.diagonal_affine import Affine
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import NormState
+from resflow_jax.layers.lipschitz_layers import LipschitzConv, LipschitzDense
 from resflow_jax.layers.logit import Logit
+from resflow_jax.layers.networks import DenseNet, LipschitzCNN, LipschitzMLP
 from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
 from resflow_jax.layers.padding import ChannelPadding
+from resflow_jax.layers.positive import Exp, Softplus
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
-from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
+from resflow_jax.layers.shapes import Flatten, Permutation, Reshape, Squeeze
 from resflow_jax.models.bases import Base, DiagonalNormal, MixtureOfNormals, StandardNormal
 from resflow_jax.models.certificate import Certificate, certify
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
@@ -57,11 +62,13 @@ __all__ = [
     "ACTIVATIONS",
     "ActNorm",
     "Activation",
+    "Affine",
     "Anderson",
     "Base",
     "BetweenBlocks",
     "Bijector",
     "BlockCertificate",
+    "Bounded",
     "Broyden",
     "Certificate",
     "Chain",
@@ -73,6 +80,7 @@ __all__ = [
     "CustomEstimator",
     "Defensive",
     "DenseMap",
+    "DenseNet",
     "DenseNetBlocks",
     "DenseTail",
     "Diagnostics",
@@ -80,6 +88,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Exact",
+    "Exp",
     "Fitted",
     "FixedPoint",
     "Flatten",
@@ -93,8 +102,10 @@ __all__ = [
     "InvertibleLinear",
     "LayerCertificate",
     "LengthLaw",
+    "LipschitzCNN",
     "LipschitzConv",
     "LipschitzDense",
+    "LipschitzMLP",
     "Logit",
     "MixtureOfNormals",
     "MovingBatchNorm",
@@ -104,6 +115,7 @@ __all__ = [
     "Normalization",
     "Norms",
     "Padding",
+    "Permutation",
     "Poisson",
     "PowerIteration",
     "PowerIterationStatus",
@@ -113,6 +125,7 @@ __all__ = [
     "ResidualStack",
     "Roulette",
     "Scales",
+    "Softplus",
     "Solver",
     "Squeeze",
     "StandardNormal",
@@ -128,10 +141,12 @@ __all__ = [
     "gram_iteration_bound",
     "induced_norm_bound",
     "interop",
+    "load",
     "load_torch_checkpoint",
     "power_iteration",
     "residual",
     "residual_inverse",
+    "save",
     "save_torch_checkpoint",
     "spectral_norm",
     "spectral_norm_bound",

@@ -1,15 +1,16 @@
 """The estimators of log|det(I + J)|: small frozen values, passed where they are used; and what a user's own one is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.functional.laws import Defensive, LengthLaw, check_law, check_values
+from resflow_jax.functional.laws import Defensive, Fitted, Law, check_law, check_values
 from resflow_jax.functional.opaque import Opaque, as_tree, original
 from resflow_jax.functional.probes import PROBES
 
@@ -91,7 +92,7 @@ class Roulette:
       probes: probes an example, averaged; each costs the whole series.
     """
 
-    length: LengthLaw = Defensive()
+    length: Law = Defensive()
     exact_terms: int = 0
     samples: int = 1
     probe: Probe = "rademacher"
@@ -186,6 +187,23 @@ def check_estimator(estimator: Estimator) -> None:
             )
     elif isinstance(estimator, Roulette):
         check_values(estimator.length)
+
+
+def with_rows(estimator: Estimator, blocks: int) -> Estimator:
+    """The estimator of a chain of residual blocks, as a pytree whose arrays have one row a block.
+
+    Raises:
+      ValueError: if the table of a `Fitted` law has rows already, and not so many.
+    """
+    estimator = as_tree(estimator)
+    if isinstance(estimator, Roulette) and isinstance(estimator.length, Fitted):
+        return replace(estimator, length=estimator.length.with_rows(blocks))
+
+    def rows(leaf):
+        leaf = jnp.asarray(leaf)
+        return jnp.broadcast_to(leaf[None], (blocks, *leaf.shape))
+
+    return jax.tree.map(rows, estimator)
 
 
 def _check_common(estimator: Truncated | Roulette) -> None:

@@ -279,6 +279,15 @@ class Fitted:
             raise ValueError(f"table: expected probabilities [K] of one residual block, got shape {self.table.shape}")
         return Fitted(self.table, lipschitz) if self.lipschitz is None else self
 
+    def with_rows(self, blocks: int) -> "Fitted":
+        """With one row a residual block; ValueError for a table of another number of rows."""
+        table = jnp.asarray(self.table)
+        if table.ndim == 1:
+            table = jnp.broadcast_to(table[None], (blocks, table.size))
+        if table.shape[0] != blocks:
+            raise ValueError(f"estimator: expected a table with {blocks} rows, one a block, got shape {table.shape}")
+        return Fitted(table, self.lipschitz)
+
     def upper_bound(self) -> "Fitted":
         """The law of a table of ones, of the same size."""
         return Fitted(np.ones(self.table.shape[-1]), self.lipschitz)
@@ -305,6 +314,10 @@ def _draw_geometric(u: Array, log_ratio: Array | float) -> Array:
 def _geometric_survival(log_ratio: float, k: Array | int) -> Array:
     exponent = jnp.maximum(jnp.asarray(k) - 1, 0).astype(jnp.result_type(float))
     return jnp.exp(exponent * log_ratio)
+
+
+# The laws by name beside the protocol: command lines have an option for each of their settings.
+Law = Geometric | Poisson | Defensive | Fitted | LengthLaw
 
 
 def law_within(law: LengthLaw, lipschitz: float | None) -> LengthLaw:

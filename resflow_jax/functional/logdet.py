@@ -241,8 +241,6 @@ def _estimate(
 def _mapped_with(x: Array, tree: Any) -> Array:
     """x, mapped by every `jax.vmap` that maps an array of the tree; costs nothing where x is mapped already."""
     for leaf in jax.tree.leaves(tree):
-        if not jnp.size(leaf):
-            continue
         leaf = leaf if isinstance(leaf, Array) else jnp.asarray(leaf)
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         number = (jax.random.key_data(leaf) if is_key else leaf).reshape(-1)[0]

@@ -24,13 +24,13 @@ class Domain(NamedTuple):
 
     Attributes:
       low, high: the ends; numbers, or arrays that broadcast against an example from its last axis on.
-      text: how the error calls them.
+      text: how the error calls them; an array of such texts where the ends are arrays.
       remark: what the error adds.
     """
 
     low: float | np.ndarray = -math.inf
     high: float | np.ndarray = math.inf
-    text: str = ""
+    text: str | np.ndarray = ""
     remark: str = ""
 
 
@@ -101,5 +101,10 @@ def _check_numbers(name: str, numbers: tuple[Array, Array, Array], dtype: Any, d
 def _judge(name: str, others: Any, low: Any, high: Any, dtype: Any, domain: Domain) -> None:
     if others:
         raise ValueError(f"{name}: expected finite values, got {others} that are not in {np.dtype(dtype)}")
-    if np.any(low < domain.low) or np.any(high > domain.high):
-        raise ValueError(f"{name}: expected values in {domain.text}, got [{low}, {high}]{domain.remark}")
+    is_outside = np.asarray((low < domain.low) | (high > domain.high))
+    if is_outside.any():
+        place, first = "", np.unravel_index(is_outside.argmax(), is_outside.shape)
+        if is_outside.ndim:
+            place = f" in column {first[0]}" if len(first) == 1 else f" at {tuple(map(int, first))}"
+        text, low, high = (np.broadcast_to(part, is_outside.shape)[first] for part in (domain.text, low, high))
+        raise ValueError(f"{name}: expected values in {text}{place}, got [{low}, {high}]{domain.remark}")

@@ -4,17 +4,17 @@
     rf.interop.numpyro     as a transform, a distribution and a variational family of NumPyro
     rf.interop.flowjax     as a bijection of flowjax; residual blocks around networks of Equinox
     rf.interop.stateless   as pure functions of parameters in a plain dict; needs no extra
-    rf.interop.safetensors as a file of arrays with the config as metadata
 
-Checkpoints of the authors' PyTorch implementation are read by `rf.load_torch_checkpoint` and written by
-`rf.save_torch_checkpoint`. In the first three of these libraries the direction is that of sampling: forward maps z to
-x, where `ResidualFlow.forward` maps x to z.
+Files of a flow are written by `rf.save` and read by `rf.load`. Checkpoints of the authors' PyTorch implementation are
+read by `rf.load_torch_checkpoint` and written by `rf.save_torch_checkpoint`; what only their flows have, as a
+classifier, is in `interop.torch_flow`. In the first three of these libraries the direction is that of sampling: forward
+maps z to x, where `Flow.forward` maps x to z.
 """
 
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["distrax", "flowjax", "numpyro", "safetensors", "stateless"]
+__all__ = ["distrax", "flowjax", "numpyro", "stateless"]
 
 
 def __getattr__(name: str) -> ModuleType:

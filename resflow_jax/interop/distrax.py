@@ -2,8 +2,9 @@
 
     distrax.Transformed(base, rf.interop.distrax.bijector(flow, key))
 
-is the distribution of x that the flow models, for a standard normal base of D elements. So the bijector's forward is
-the flow's inverse, z -> x, and its inverse the flow, x -> z; `distrax.Inverse(bijector)` is the other way round.
+is the distribution of x that the flow models, for a base of events z like the flow's own: a standard normal of D
+elements, unless the flow was given another. So the bijector's forward is the flow's inverse, z -> x, and its inverse
+the flow, x -> z; `distrax.Inverse(bijector)` is the other way round.
 """
 
 import jax
@@ -12,7 +13,7 @@ from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.interop.extras import needs_extra
 from resflow_jax.interop.sampling import SamplingMap
-from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.flow import Flow
 
 with needs_extra("distrax"):
     import distrax
@@ -21,9 +22,14 @@ Array = jax.Array
 
 
 def bijector(
-    flow: ResidualFlow, key: Array | None = None, *, estimator: Estimator | None = None, solver: Solver = Anderson()
+    flow: Flow,
+    key: Array | None = None,
+    *,
+    condition: Array | None = None,
+    estimator: Estimator | None = None,
+    solver: Solver = Anderson(),
 ) -> "FlowBijector":
-    """The flow as it is now, as a `distrax.Bijector` from z [..., D] to x [..., *event_shape].
+    """The flow as it is now, as a `distrax.Bijector` from z [..., *latent_shape] to x [..., *event_shape].
 
     Any number of batch axes. Differentiable in z, x and the flow's parameters, under jit, grad and vmap: to train, make
     the bijector inside of the loss, from the flow that is differentiated.
@@ -43,23 +49,25 @@ def bijector(
     Args:
       flow: one without padding, which is no bijection.
       key: PRNG key of the log-det's estimates; not needed by `Exact`.
-      estimator: as in `ResidualFlow.forward`, `Roulette()` by default.
+      condition: of a conditional flow; floats [*condition_shape], one for all, or with leading axes that broadcast with
+        those of z and x: the bijector is that of p(x | condition), and a batch of conditions gives samples their shape.
+      estimator: as in `Flow.forward`, `Roulette()` by default.
       solver: of z -> x. Where it does not converge, an eager call warns or raises, as the solver's `on_failure` says.
         Inside jit and vmap, and so in `distrax.Transformed.sample`, x is then the best guess ("warn") or NaN ("raise").
         Derivatives of such a solve are NaN.
 
     Raises:
-      ValueError: for a flow with padding, an unknown estimator, and a missing key; of its methods, for wrong shapes and
-        dtypes. Values are not checked: images beyond [0, 1] give NaN.
+      ValueError: for a flow with padding, an unknown estimator, a missing key, and a condition that is missing or not
+        expected; of its methods, for wrong shapes and dtypes. Values are not checked: images beyond [0, 1] give NaN.
     """
-    return FlowBijector(SamplingMap.of(flow, key, estimator, solver))
+    return FlowBijector(SamplingMap.of(flow, key, estimator, solver, condition))
 
 
 class FlowBijector(distrax.Bijector):
     """The bijector of `bijector`, a pytree. Behind a logit x may leave [0, 1] by alpha / (1 - 2 alpha)."""
 
     def __init__(self, sampling: SamplingMap):
-        super().__init__(event_ndims_in=1, event_ndims_out=len(sampling.event_shape))
+        super().__init__(event_ndims_in=len(sampling.latent_shape), event_ndims_out=len(sampling.event_shape))
         self._sampling = sampling
 
     def forward(self, x: Array) -> Array:
@@ -82,6 +90,6 @@ class FlowBijector(distrax.Bijector):
         return isinstance(other, FlowBijector) and self._sampling.is_same(other._sampling)
 
     @property
-    def flow(self) -> ResidualFlow:
+    def flow(self) -> Flow:
         """The flow, made anew of the state that the bijector holds."""
         return self._sampling.flow

@@ -2,9 +2,10 @@
 
     Transformed(StandardNormal(flow.event_shape), FlowBijection(flow))     a flow made by this library
     Invert(ResidualBijection(contractive(g), shape))                       a block around a network of Equinox
+    Invert(ResidualBijection(g, shape, cond_shape=(2,)))                   the same with g(x, condition)
 
 flowjax's `transform` makes samples and its `inverse` takes data, so `FlowBijection.transform` is the inverse of
-`ResidualFlow.forward`. flowjax maps one event at a time, without randomness of its own, and vmaps: with a fixed key an
+`Flow.forward`. flowjax maps one event at a time, without randomness of its own, and vmaps: with a fixed key an
 estimate's noise would be the same in every example and step, and training would fit it. `Exact()` is the default here;
 it takes D vjps of each g, and suits the low dimensions that flowjax is for.
 
@@ -15,21 +16,21 @@ eagerly by itself warns or raises. Derivatives of a solve that did not converge 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.checks import check_callable, check_count, check_key, check_open_interval
-from resflow_jax.functional.estimators import Estimator, Exact, check_estimator
+from resflow_jax.functional.checks import check_callable, check_count, check_key, check_open_interval, check_type
+from resflow_jax.functional.estimators import Estimator, Exact, check_estimator, needs_key
 from resflow_jax.functional.inverse import check_solver, residual_inverse
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.interop.extras import needs_extra
 from resflow_jax.interop.norms import advance_norms
 from resflow_jax.interop.sampling import SamplingMap
-from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.flow import Flow
 
 with needs_extra("flowjax"):
     import equinox as eqx
@@ -42,7 +43,7 @@ _EXACT = Exact()
 
 
 class FlowBijection(AbstractBijection):
-    """z -> x of a whole flow. z has the shape of x: the flow's z [D], in its order, reshaped.
+    """z -> x of a whole flow. z has the shape of x: the flow's z, in its order, reshaped.
 
     The flow's parameters are trainable leaves. Power-iteration vectors, running statistics and constants are
     `paramax.NonTrainable`; as nothing in flowjax's loops would advance the vectors, every evaluation does, from where
@@ -56,6 +57,7 @@ class FlowBijection(AbstractBijection):
       solver: of z -> x. For what does not converge see the module's head.
       max_iterations: cap on the power iterations of an evaluation, which ends earlier where they converge.
       shape: of x.
+      cond_shape: of one condition, that of the flow; None for none.
     """
 
     params: nnx.State
@@ -66,11 +68,11 @@ class FlowBijection(AbstractBijection):
     solver: Solver = eqx.field(static=True)
     max_iterations: int = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
-    cond_shape: ClassVar[None] = None
+    cond_shape: tuple[int, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
-        flow: ResidualFlow,
+        flow: Flow,
         key: Array | None = None,
         *,
         estimator: Estimator = _EXACT,
@@ -80,9 +82,14 @@ class FlowBijection(AbstractBijection):
         """Takes the flow as it is now.
 
         Raises:
-          ValueError: for a flow with padding, which is no bijection, an unknown estimator, and a missing key.
+          ValueError: for a flow with padding, which is no bijection, a conditional flow that does not know the shape of
+            its condition, an unknown estimator, and a missing key.
         """
-        SamplingMap.of(flow, key, estimator, solver)
+        check_type("flow", flow, Flow)
+        if flow.condition_shape is ...:
+            raise ValueError("flow: expected one that knows the shape of its condition, got condition_shape=...")
+        example = None if flow.condition_shape is None else jnp.zeros(flow.condition_shape)
+        SamplingMap.of(flow, key, estimator, solver, example)
         check_count("max_iterations", max_iterations, 1)
         self.graphdef, self.params, rest = nnx.split(nnx.clone(flow), nnx.Param, ...)
         self.rest = paramax.NonTrainable(rest)
@@ -91,28 +98,33 @@ class FlowBijection(AbstractBijection):
         self.solver = solver
         self.max_iterations = max_iterations
         self.shape = flow.event_shape
+        self.cond_shape = flow.condition_shape
 
     def transform(self, x: Array, condition: Array | None = None) -> Array:
-        bijection, x = _unwrapped(self, x)
-        return bijection._sampling().generate(x.reshape(-1))
+        bijection, x, condition = _unwrapped(self, x, condition)
+        sampling = bijection._sampling(condition)
+        return sampling.generate(x.reshape(sampling.latent_shape))
 
     def transform_and_log_det(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        return self._sampling().generate_and_log_det(x.reshape(-1))
+        sampling = self._sampling(condition)
+        return sampling.generate_and_log_det(x.reshape(sampling.latent_shape))
 
     def inverse(self, y: Array, condition: Array | None = None) -> Array:
-        bijection, y = _unwrapped(self, y)
-        return bijection._sampling().encode(y).reshape(self.shape)
+        bijection, y, condition = _unwrapped(self, y, condition)
+        return bijection._sampling(condition).encode(y).reshape(self.shape)
 
     def inverse_and_log_det(self, y: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        z, log_det = self._sampling().encode_and_log_det(y)
+        z, log_det = self._sampling(condition).encode_and_log_det(y)
         return z.reshape(self.shape), log_det
 
-    def _sampling(self) -> SamplingMap:
+    def _sampling(self, condition: Array | None) -> SamplingMap:
         """Of the unwrapped bijection."""
         rest = advance_norms(self.graphdef, self.params, self.rest, self.max_iterations)
-        return SamplingMap.of(nnx.merge(self.graphdef, self.params, rest), self.key, self.estimator, self.solver)
+        flow = nnx.merge(self.graphdef, self.params, rest)
+        condition = None if self.cond_shape is None else condition  # flowjax hands one to parts that take none
+        return SamplingMap.of(flow, self.key, self.estimator, self.solver, condition)
 
-    def to_flow(self) -> ResidualFlow:
+    def to_flow(self) -> Flow:
         """The flow with the present parameters, its norms iterated to convergence."""
         flow = nnx.merge(self.graphdef, self.params, self.rest.tree, copy=True)
         flow.converge_norms()
@@ -120,30 +132,33 @@ class FlowBijection(AbstractBijection):
 
 
 class ResidualBijection(AbstractBijection):
-    """x -> x + g(x) for any contraction g of one event; the inverse is solved.
+    """x -> x + g(x), or x + g(x, condition), for any contraction g of one event; the inverse is solved.
 
     `flowjax.bijections.Invert` of it takes data without a solve, as training by maximum likelihood wants it.
 
     Attributes:
       g: any pytree that is a function of x [*shape] to the same shape, of Lipschitz constant below one, as of
-        `contractive`. That is the caller's duty: where it fails, log-dets are wrong and solves do not converge.
+        `contractive`; with `cond_shape`, of x and a condition, and a contraction in x for every condition. That is the
+        caller's duty: where it fails, log-dets are wrong and solves do not converge.
       key, estimator, solver: as in `FlowBijection`.
       shape: of x.
+      cond_shape: of one condition; None for no condition.
     """
 
-    g: Callable[[Array], Array]
+    g: Callable[..., Array]
     key: Array | None
     estimator: paramax.NonTrainable
     solver: Solver = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
-    cond_shape: ClassVar[None] = None
+    cond_shape: tuple[int, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
-        g: Callable[[Array], Array],
+        g: Callable[..., Array],
         shape: tuple[int, ...],
         key: Array | None = None,
         *,
+        cond_shape: tuple[int, ...] | None = None,
         estimator: Estimator = _EXACT,
         solver: Solver = Anderson(),
     ):
@@ -151,51 +166,66 @@ class ResidualBijection(AbstractBijection):
         check_callable("g", g)
         check_estimator(estimator)
         check_solver(solver)
-        check_key("key", key, optional=isinstance(estimator, Exact))
+        check_key("key", key, optional=not needs_key(estimator))
         self.g = g
         self.key = key
         self.estimator = paramax.NonTrainable(estimator)
         self.solver = solver
         self.shape = shape
+        self.cond_shape = cond_shape
 
     def transform(self, x: Array, condition: Array | None = None) -> Array:
-        bijection, x = _unwrapped(self, x)
-        return x + bijection.g(x)
+        bijection, x, condition = _unwrapped(self, x, condition)
+        return x + (bijection.g(x) if condition is None else bijection.g(x, condition))
 
     def transform_and_log_det(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        g, params = self._batched()
-        y, log_det = residual(g, params, x[None], key=self.key, estimator=self.estimator)
+        y, log_det = self._residual(x[None], condition)
         return y[0], log_det[0]
 
     def inverse(self, y: Array, condition: Array | None = None) -> Array:
-        bijection, y = _unwrapped(self, y)
-        return bijection._solve(y[None])[0]
+        bijection, y, condition = _unwrapped(self, y, condition)
+        return bijection._solve(y[None], condition)[0]
 
     def inverse_and_log_det(self, y: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        x = self._solve(y[None])
-        g, params = self._batched()
-        _, log_det = residual(g, params, x, key=self.key, estimator=self.estimator)
+        x = self._solve(y[None], condition)
+        _, log_det = self._residual(x, condition)
         return x[0], -log_det[0]
 
-    def _solve(self, y: Array) -> Array:
+    def _residual(self, x: Array, condition: Array | None) -> tuple[Array, Array]:
         g, params = self._batched()
-        return residual_inverse(g, params, y, solver=self.solver)
+        options = {"key": self.key, "estimator": self.estimator, **self._given(condition)}
+        return residual(g, params, x, **options)
 
-    def _batched(self) -> tuple[Callable[[Any, Array], Array], Any]:
+    def _solve(self, y: Array, condition: Array | None) -> Array:
+        g, params = self._batched()
+        return residual_inverse(g, params, y, solver=self.solver, **self._given(condition))
+
+    def _given(self, condition: Array | None) -> dict[str, Array]:
+        """The condition of a batch of one; flowjax hands one to parts that take none."""
+        return {} if self.cond_shape is None else {"condition": jnp.asarray(condition)[None]}
+
+    def _batched(self) -> tuple[Callable[..., Array], Any]:
         """g as `residual` takes it: a function of its arrays and of x [B, *shape], and these arrays."""
         params, static = eqx.partition(self.g, eqx.is_array)
-        return lambda params, x: jax.vmap(eqx.combine(params, static))(x), params
+        return lambda params, *inputs: jax.vmap(eqx.combine(params, static))(*inputs), params
 
 
-def _unwrapped(bijection: Any, x: Any) -> tuple[Any, Array]:
-    """The unwrapped bijection and x as an array: what flowjax does by itself for methods with a log-det.
+def _unwrapped(bijection: Any, x: Any, condition: Any) -> tuple[Any, Array, Array | None]:
+    """The unwrapped bijection, x and condition as arrays: what flowjax does by itself for methods with a log-det.
 
     The methods without one spare it: `Exact` takes D vjps of each g.
     """
     x = jnp.asarray(x)
     if x.shape != bijection.shape:
         raise ValueError(f"x: expected shape {bijection.shape}, got {x.shape}")
-    return paramax.unwrap(bijection), x
+    if bijection.cond_shape is None:
+        return paramax.unwrap(bijection), x, None
+    if condition is None:
+        raise ValueError(f"condition: expected shape {bijection.cond_shape}, got None")
+    condition = jnp.asarray(condition)
+    if condition.shape != bijection.cond_shape:
+        raise ValueError(f"condition: expected shape {bijection.cond_shape}, got {condition.shape}")
+    return paramax.unwrap(bijection), x, condition
 
 
 def contractive(module: Any, coefficient: float = 0.98) -> Any:

@@ -7,7 +7,7 @@ from flax import nnx
 
 
 def advance_norms(graphdef: Any, params: nnx.State, rest: nnx.State, max_iterations: int) -> nnx.State:
-    """`rest` with power-iteration vectors advanced to the present parameters, as by `ResidualFlow.update_norms`.
+    """`rest` with power-iteration vectors advanced to the present parameters, as by `Flow.update_norms`.
 
     A pure function, without a derivative: sigma = u^T W v has the right one with u and v held fixed.
 

@@ -5,8 +5,11 @@
     guide of SVI         numpyro.sample("x", FlowDistribution(flow_module("flow", flow), key))
 
 NUTS on x takes log p(x) and its gradient at every step: a log-det, for which `Exact()` or one fixed key makes the
-density deterministic, as Hamiltonian dynamics need. NUTS on z takes the standard normal density of z and the likelihood
-at x(z): a solve, but no log-det and no noise, and a geometry as simple as the likelihood lets it be.
+density deterministic, as Hamiltonian dynamics need. NUTS on z takes the base's density of z and the likelihood at x(z):
+a solve, but no log-det and no noise, and a geometry as simple as the likelihood lets it be.
+
+A conditional flow is taken with its condition: FlowDistribution(flow, key, condition=c) is p(x | c), with the leading
+axes of c, if it has any, as its batch shape.
 
 NumPyro compiles what it runs, and nothing can be said from inside of a compiled program: where a solve of z -> x does
 not converge, x is the best guess with a solver of on_failure="warn", and NaN with "raise", which shows in losses and
@@ -24,12 +27,13 @@ from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.interop.extras import needs_extra
 from resflow_jax.interop.norms import advance_norms
+from resflow_jax.interop.numpyro_parts import base_distribution, support_constraint
 from resflow_jax.interop.sampling import SamplingMap
-from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.flow import Flow
 
 with needs_extra("numpyro"):
     import numpyro
-    from numpyro.distributions import Normal, TransformedDistribution, constraints
+    from numpyro.distributions import TransformedDistribution, constraints
     from numpyro.distributions.transforms import Transform
     from numpyro.distributions.util import validate_sample
     from numpyro.infer import ELBO, SVI
@@ -39,61 +43,71 @@ Array = jax.Array
 
 
 class FlowTransform(Transform):
-    """x = f^-1(z) [..., *event_shape] of z [..., D], and back; a pytree.
+    """x = f^-1(z) [..., *event_shape] of z [..., *latent_shape], and back; a pytree.
 
-    Its codomain is the unit interval for images behind a logit, whose x is clipped to it (by at most alpha / (1 - 2
-    alpha)), as by `ResidualFlow.sample`; else the reals. Differentiable in z, x and the flow's parameters. log-dets in
-    nats, with noise fixed by the key and by an example's number in its batch.
+    Its codomain is the support of the flow's bijector: the unit interval for images behind a logit, the bounds of each
+    column for a table; x is clipped to it, as by `Flow.sample`. Else it is the reals. Differentiable in z, x and the
+    flow's parameters. log-dets in nats, with noise fixed by the key and by an example's number in its batch.
     """
 
     def __init__(
         self,
-        flow: ResidualFlow,
+        flow: Flow,
         key: Array | None = None,
         *,
+        condition: Array | None = None,
         estimator: Estimator | None = None,
         solver: Solver = Anderson(),
     ):
         """flow: one without padding; key, estimator: of its log-det; solver: of its inverse. See `bijector` of distrax.
 
+        condition: of a conditional flow; floats [*condition_shape], one for all, or with leading axes that broadcast
+        with those of z and x.
+
         Raises:
-          ValueError: for a flow with padding, an unknown estimator, and a missing key.
+          ValueError: for a flow with padding, an unknown estimator, a missing key, and a condition that is missing or
+            not expected.
         """
-        self._sampling = SamplingMap.of(flow, key, estimator, solver)
+        self._sampling = SamplingMap.of(flow, key, estimator, solver, condition)
 
     @property
     def domain(self) -> constraints.Constraint:
-        return constraints.real_vector
+        return constraints.independent(constraints.real, len(self._sampling.latent_shape))
 
     @property
     def codomain(self) -> constraints.Constraint:
-        sampling = self._sampling
-        element = constraints.unit_interval if sampling.unit_interval else constraints.real
-        return constraints.independent(element, len(sampling.event_shape))
+        return support_constraint(self._sampling.support, len(self._sampling.event_shape))
 
     def __call__(self, x: Array) -> Array:
-        return self._clip(self._sampling.generate(jnp.asarray(x)))
+        return self._sampling.clip(self._sampling.generate(jnp.asarray(x)))
 
     def call_with_intermediates(self, x: Array) -> tuple[Array, Array]:
         """The image and its log-det, which `log_abs_det_jacobian` takes as `intermediates`."""
         y, log_det = self._sampling.generate_and_log_det(jnp.asarray(x))
-        return self._clip(y), log_det
+        return self._sampling.clip(y), log_det
 
     def _inverse(self, y: Array) -> Array:
         return self._sampling.encode(jnp.asarray(y))
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
-        """z [..., D] of y [..., *event_shape] with log|det dz/dy| [...], at the price of one pass."""
+        """z [..., *latent_shape] of y [..., *event_shape] with log|det dz/dy| [...], at the price of one pass."""
         return self._sampling.encode_and_log_det(jnp.asarray(y))
 
     def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Array | None = None) -> Array:
         return -self.inverse_and_log_det(y)[1] if intermediates is None else intermediates
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return _exchange(shape, (self._sampling.dim,), self._sampling.event_shape)
+        return self._exchange(shape, self._sampling.latent_shape, self._sampling.event_shape)
 
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return _exchange(shape, self._sampling.event_shape, (self._sampling.dim,))
+        return self._exchange(shape, self._sampling.event_shape, self._sampling.latent_shape)
+
+    def _exchange(self, shape: tuple[int, ...], event: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+        """[..., *event] -> [..., *other], with the leading axes of the condition."""
+        batch = shape[: len(shape) - len(event)]
+        if shape != (*batch, *event):
+            raise ValueError(f"shape: expected one that ends in {event}, got {shape}")
+        return *jnp.broadcast_shapes(batch, self._sampling.condition_batch), *other
 
     def tree_flatten(self):
         return (self._sampling,), (("_sampling",), {})
@@ -102,16 +116,13 @@ class FlowTransform(Transform):
         return isinstance(other, FlowTransform) and self._sampling.is_same(other._sampling)
 
     @property
-    def flow(self) -> ResidualFlow:
+    def flow(self) -> Flow:
         """The flow, made anew of the state that the transform holds."""
         return self._sampling.flow
 
-    def _clip(self, x: Array) -> Array:
-        return jnp.clip(x, 0, 1) if self._sampling.unit_interval else x
-
 
 class FlowDistribution(TransformedDistribution):
-    """The distribution of x [*event_shape] that a flow models: `FlowTransform` of z ~ N(0, I).
+    """The distribution of x [*event_shape] that a flow models: `FlowTransform` of z from the flow's base.
 
     A `TransformedDistribution`, so that `TransformReparam` takes it apart, with a `log_prob` of one pass: the flow's
     own, in nats. `sample` is differentiable in the parameters, and log_prob of its own samples needs no pass more.
@@ -119,16 +130,18 @@ class FlowDistribution(TransformedDistribution):
 
     def __init__(
         self,
-        flow: ResidualFlow,
+        flow: Flow,
         key: Array | None = None,
         *,
+        condition: Array | None = None,
         estimator: Estimator | None = None,
         solver: Solver = Anderson(),
         validate_args: bool | None = None,
     ):
         """Arguments and errors as of `FlowTransform`."""
-        transform = FlowTransform(flow, key, estimator=estimator, solver=solver)
-        base = Normal(jnp.zeros((), flow.dtype), jnp.ones((), flow.dtype)).expand((flow.dim,)).to_event(1)
+        transform = FlowTransform(flow, key, condition=condition, estimator=estimator, solver=solver)
+        sampling = transform._sampling
+        base = base_distribution(flow.base, flow.dtype, sampling.condition, sampling.condition_batch)
         super().__init__(base, transform, validate_args=validate_args)
 
     @validate_sample
@@ -139,12 +152,12 @@ class FlowDistribution(TransformedDistribution):
         return self.base_dist.log_prob(z) + log_det
 
     @property
-    def flow(self) -> ResidualFlow:
+    def flow(self) -> Flow:
         """The flow, made anew of the state that the distribution holds."""
         return self.transforms[0].flow
 
 
-def flow_module(name: str, flow: ResidualFlow, *, max_iterations: int = 200, warm_start: bool = False) -> ResidualFlow:
+def flow_module(name: str, flow: Flow, *, max_iterations: int = 200, warm_start: bool = False) -> Flow:
     """Inside a model or guide: the flow with parameters that inference optimises, like NumPyro's `nnx_module`.
 
     The parameters are the param site NAME$params. At every call the power-iteration vectors are advanced to the present
@@ -203,11 +216,3 @@ def _check_keeps_state(elbo: ELBO | None) -> None:
             f"particle, since NumPyro loses mutable sites elsewhere; got True in {type(elbo).__name__} with "
             f"num_particles={elbo.num_particles}"
         )
-
-
-def _exchange(shape: tuple[int, ...], event: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    """[..., *event] -> [..., *other]."""
-    batch = shape[: len(shape) - len(event)]
-    if shape != (*batch, *event):
-        raise ValueError(f"shape: expected one that ends in {event}, got {shape}")
-    return *batch, *other

@@ -1,8 +1,9 @@
 """Flows as pure functions of variables in a plain dict, as Flax Linen has them: `init` and `apply`.
 
-    model = rf.interop.stateless.stateless(config)
+    model = rf.interop.stateless.stateless(config)                        # of a `ResidualFlow`
+    model = rf.interop.stateless.stateless(make_flow)                     # of any flow: make_flow(rngs) -> rf.Flow
     variables = model.init(key, x)                                        # {"params": {...}, "norms": {...}}
-    log_p = model.apply(variables, "log_prob", x, key=key)                # any method of `ResidualFlow`
+    log_p = model.apply(variables, "log_prob", x, key=key)                # any method of the flow
     variables, status = model.apply(variables, "update_norms")            # those that change a flow return variables
 
 Variables are nested dicts of arrays with string keys, by collection: "params", which training differentiates; "norms",
@@ -11,70 +12,68 @@ them what ActNorm took from a batch. A flow has the collections that it needs. T
 jit, grad, vmap, optax, `flax.serialization` and orbax as any dict does.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.checks import check_key
-from resflow_jax.layers.bijector import Constant
-from resflow_jax.layers.lipschitz import NormState
-from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
-from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
+from resflow_jax.functional.checks import check_key, check_type
+from resflow_jax.io.variables import Structure, Variables, flattened, split_variables
+from resflow_jax.models.config import FlowConfig
+from resflow_jax.models.flow import Flow
+from resflow_jax.models.residual_flow import flow_from_config
 
 Array = jax.Array
-Variables = dict[str, Any]
-Path = tuple[str, ...]
+MakeFlow = Callable[[nnx.Rngs], Flow]
 
-COLLECTIONS = {"params": nnx.Param, "norms": NormState, "batch_stats": nnx.BatchStat, "constants": Constant}
-METHODS = tuple(n for n, f in vars(ResidualFlow).items() if callable(f) and (n == "__call__" or not n.startswith("_")))
 CHANGING = frozenset({"converge_norms", "initialize", "tighten", "update_norms", "update_statistics"})
 
 
 @dataclass(frozen=True)
 class Stateless:
-    """The flow of a config as pure functions; see the module's head."""
+    """The flow of a config, or of a function that makes it, as pure functions; see the module's head."""
 
-    config: ImageFlowConfig | VectorFlowConfig
+    source: FlowConfig | MakeFlow
 
-    def init(self, key: Array, x: Array | None = None) -> Variables:
-        """Variables of a new flow: random, its norms iterated to convergence.
+    def init(self, key: Array, x: Array | None = None, condition: Array | None = None) -> Variables:
+        """Variables of a new flow: as it is made, random, its norms iterated to convergence.
 
         Args:
           key: PRNG key of the parameters.
           x: batch [B, *event_shape] from which ActNorm and moving batch norm take their statistics; without it they are
             the identity.
+          condition: with x, as of `Flow.initialize`.
         """
         check_key("key", key)
-        flow = flow_from_config(self.config, rngs=nnx.Rngs(key))
+        flow = _make(self.source, key)
         if x is not None:
-            flow.initialize(x)
+            flow.initialize(x, condition)
         return split_variables(flow)
 
     def apply(self, variables: Variables, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Runs a method of `ResidualFlow` with these variables, which stay as they are.
+        """Runs a method of the flow with these variables, which stay as they are.
 
         Returns:
           What the method returns. Of a method that changes the flow, the new variables: alone from "initialize",
-          "update_statistics" and "tighten" (which runs on the host), as (variables, status) from "update_norms" and
-          "converge_norms".
+          "update_statistics" and "tighten" (which runs on the host), and from any method that returns None; as
+          (variables, status) from "update_norms" and "converge_norms".
 
         Raises:
           ValueError: for an unknown method, and for variables that are not those of this flow: the message names them.
         """
-        if method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
+        methods = methods_of(_structure(self.source).kind)
+        if method not in methods:
+            raise ValueError(f"method: expected one of {', '.join(methods)}; got {method!r}")
         flow = self.bind(variables)
         result = getattr(flow, method)(*args, **kwargs)
-        if method not in CHANGING:
-            return result
-        return split_variables(flow) if result is None else (split_variables(flow), result)
+        if result is None:
+            return split_variables(flow)
+        return (split_variables(flow), result) if method in CHANGING else result
 
-    def bind(self, variables: Variables) -> ResidualFlow:
+    def bind(self, variables: Variables) -> Flow:
         """A flow with these variables, for what takes a flow, as `certify`; its changes do not reach them.
 
         Raises:
@@ -82,84 +81,52 @@ class Stateless:
         """
         if not isinstance(variables, Mapping):
             raise ValueError(f"variables: expected nested dicts of arrays, got {type(variables).__name__}")
-        structure = _structure(self.config)
-        flat, collections = dict(flattened(variables)), {path[0] for path in structure.leaves}
-        for what, names in (
-            ("collections missing", collections - set(variables)),
-            ("collections unknown", set(variables) - collections),
-            ("arrays missing", map("/".join, structure.leaves.keys() - flat.keys())),
-            ("arrays unknown", map("/".join, flat.keys() - structure.leaves.keys())),
+        structure = _structure(self.source)
+        collections = {path[0] for path in structure.leaves}
+        for problem, names in (
+            ("missing", collections - set(variables)),
+            ("unknown", set(variables) - collections),
         ):
-            if found := sorted(names):
-                raise ValueError(f"variables: expected those of this config; {what}: {', '.join(found)}")
-        for path, leaf in structure.leaves.items():
-            if jnp.shape(flat[path]) != leaf.shape:
-                raise ValueError(
-                    f"variables: expected {'/'.join(path)} of shape {leaf.shape}, got {jnp.shape(flat[path])}"
-                )
-            kind, got = jnp.issubdtype(leaf.dtype, jnp.floating), jnp.result_type(flat[path])
-            if kind != jnp.issubdtype(got, jnp.floating):
-                raise ValueError(f"variables: expected {'/'.join(path)} of a dtype like {leaf.dtype}, got {got}")
-        leaves = [jnp.asarray(flat[path]) for path in structure.leaves]
-        return nnx.merge(structure.graphdef, jax.tree.unflatten(structure.treedef, leaves), copy=True)
+            if names:
+                listed = ", ".join(sorted(names))
+                raise ValueError(f"variables: expected those of this flow; collections {problem}: {listed}")
+        return structure.filled(dict(flattened(variables)), what="variables")
 
 
-def stateless(config: ImageFlowConfig | VectorFlowConfig) -> Stateless:
-    """The pure functions `init`, `apply` and `bind` of the flow of a config."""
-    return Stateless(config)
+def stateless(source: FlowConfig | MakeFlow) -> Stateless:
+    """The pure functions `init`, `apply` and `bind` of a flow.
+
+    Args:
+      source: the config of a `ResidualFlow`; or make_flow(rngs) -> flow, a function of `nnx.Rngs` to any `Flow`, which
+        must make the same structure at every call. It is traced once for the structure, and called by `init`.
+
+    Raises:
+      ValueError: for a source that is neither.
+    """
+    if not isinstance(source, FlowConfig) and (isinstance(source, Flow) or not callable(source)):
+        raise ValueError(
+            f"source: expected the config of a flow, or a function make_flow(rngs), got {type(source).__name__}"
+        )
+    return Stateless(source)
 
 
-def split_variables(flow: ResidualFlow) -> Variables:
-    """The variables of a flow as they are now: nested plain dicts of arrays, by collection."""
-    _, state = nnx.split(flow)
-    return nested(dict(zip(_paths(state), jax.tree.leaves(state), strict=True)))
+def methods_of(kind: type[Flow]) -> tuple[str, ...]:
+    """The public methods of a class of flows, and `__call__`."""
+    bases = [base for base in kind.__mro__ if issubclass(base, Flow)]
+    names = dict.fromkeys(name for base in reversed(bases) for name in vars(base))
+    return tuple(n for n in names if (n == "__call__" or not n.startswith("_")) and callable(getattr(kind, n)))
 
 
-def nested(flat: Mapping[Path, Any]) -> Variables:
-    """Nested dicts of arrays by path; a ValueError if the path of one leads through another."""
-    variables: Variables = {}
-    for path, array in flat.items():
-        *parents, name = path
-        node = variables
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ValueError(
-                    f"{'/'.join(path)}: expected an array or a collection of this name's beginning, got both"
-                )
-        node[name] = array
-    return variables
-
-
-def flattened(variables: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """(path, array) of nested dicts."""
-    for name, node in variables.items():
-        path = (*prefix, name)
-        yield from flattened(node, path) if isinstance(node, Mapping) else [(path, node)]
-
-
-class _Structure(NamedTuple):
-    graphdef: Any
-    treedef: Any  # of the state
-    leaves: dict[Path, jax.ShapeDtypeStruct]  # in its order
+def _make(source: FlowConfig | MakeFlow, key: Array) -> Flow:
+    rngs = nnx.Rngs(key)
+    if is_dataclass(source):
+        return flow_from_config(source, rngs=rngs)
+    flow = source(rngs)
+    check_type("make_flow", flow, Flow)
+    return flow
 
 
 @lru_cache(maxsize=16)
-def _structure(config: ImageFlowConfig | VectorFlowConfig) -> _Structure:
-    """What the flow of a config is made of, without making it."""
-    graphdefs = []
-
-    def create(key):
-        graphdef, state = nnx.split(flow_from_config(config, rngs=nnx.Rngs(key)))
-        graphdefs.append(graphdef)
-        return state
-
-    state = jax.eval_shape(create, jax.random.key(0))
-    leaves, treedef = jax.tree.flatten(state)
-    return _Structure(graphdefs[0], treedef, dict(zip(_paths(state), leaves, strict=True)))
-
-
-def _paths(state: nnx.State) -> list[Path]:
-    """Collection and names of every array, in the order of `jax.tree.leaves`."""
-    names = {kind: name for name, kind in COLLECTIONS.items()}
-    return [(names[type(variable)], *map(str, path)) for path, variable in nnx.to_flat_state(state)]
+def _structure(source: FlowConfig | MakeFlow) -> Structure:
+    """What the flow is made of, without making it."""
+    return Structure.made_by(lambda: _make(source, jax.random.key(0)))

@@ -19,7 +19,7 @@ import numpy as np
 
 from resflow_jax.interop.torch_objects import Stub, look_up
 from resflow_jax.interop.torch_storages import DTYPES, STORAGES
-from resflow_jax.interop.whole_files import whole_file
+from resflow_jax.io.whole_files import whole_file
 
 __all__ = ["Stub", "write_torch_file"]
 

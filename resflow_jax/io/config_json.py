@@ -62,7 +62,7 @@ def config_from_json(text: str) -> FlowConfig:
         document = json.loads(text)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{expected}, got {text!r}") from error
-    if not isinstance(document, dict) or document.get("type") not in FLOW_CONFIGS:
+    if not isinstance(document, dict) or document.get("type") not in tuple(FLOW_CONFIGS):
         raise ValueError(f"{expected}, got {text!r}")
     return from_document(document, FlowConfig, FLOW_TYPES)
 
@@ -167,6 +167,8 @@ def _is_of(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if isinstance(value, bool) and kind is not bool:
         return False
+    if getattr(kind, "_is_protocol", False):
+        return all(hasattr(value, name) for name in vars(kind) if not name.startswith("_"))
     return isinstance(value, int | float if kind is float else get_origin(kind) or kind)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import as_float_batch, check_key
-from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
+from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator, with_rows
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
@@ -125,6 +125,15 @@ class Bijector(Module):
         """Lower and upper ends of what samples of x are clipped to, or None."""
         return None
 
+    def codomain(self, dtype: Any) -> Domain:
+        """Where the values of y are: the domain of the inverse."""
+        return ANYWHERE
+
+    @property
+    def image(self) -> tuple[Any, Any] | None:
+        """Lower and upper ends of the values of y, or None: the support of the inverse."""
+        return None
+
     # What a layer with residual blocks inside defines
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
@@ -213,15 +222,7 @@ def checked_estimator(estimator: Estimator | None, blocks: int) -> Estimator:
     """The estimator, or the default, with one row a residual block where it has arrays."""
     estimator = Roulette() if estimator is None else estimator
     check_estimator(estimator)
-
-    def rows(table):
-        if table.ndim == 1:
-            return jnp.broadcast_to(table, (blocks, table.size))
-        if table.shape[0] != blocks:
-            raise ValueError(f"estimator: expected a table with {blocks} rows, one a block, got shape {table.shape}")
-        return table
-
-    return jax.tree.map(rows, estimator)
+    return with_rows(estimator, blocks)
 
 
 def scaling_log_det(log_scale: Array, x: Array) -> Array:

@@ -86,6 +86,13 @@ class Chain(_Composition):
     def support(self):
         return self.bijectors[0].support if self.bijectors else None
 
+    def codomain(self, dtype) -> Domain:
+        return self.bijectors[-1].codomain(dtype) if self.bijectors else super().codomain(dtype)
+
+    @property
+    def image(self):
+        return self.bijectors[-1].image if self.bijectors else None
+
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         return fold(self.bijectors, lambda bijector, x, c: bijector(x, c), x, condition)
 
@@ -164,6 +171,20 @@ class Invert(Bijector):
 
     def input_shape(self, shape: Shape) -> Shape:
         return self.bijector.output_shape(shape)
+
+    def domain(self, dtype) -> Domain:
+        return self.bijector.codomain(dtype)
+
+    @property
+    def support(self):
+        return self.bijector.image
+
+    def codomain(self, dtype) -> Domain:
+        return self.bijector.domain(dtype)
+
+    @property
+    def image(self):
+        return self.bijector.support
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         y, statuses = self.bijector.solve(x, self.solver, condition)

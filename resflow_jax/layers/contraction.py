@@ -165,6 +165,7 @@ class Layered(Contraction):
 
         With a condition each layer is h(x; c) = gate(c) * W x + b + shift(c); see `layers.conditioning`.
         """
+        self.coefficient = coefficient
         norms = [2.0] * (len(linear_maps) + 1) if norms is None else norms
         slopes = [activation.slopes if n or preactivation else (1.0,) for n in range(len(linear_maps))]
         self.linears = List(
@@ -185,6 +186,11 @@ class Layered(Contraction):
         self.condition_shape = condition_shape
         channels = [linear_map.kernel_shape[-1] for linear_map in linear_maps]
         self.conditioning = Conditioning(condition_shape, channels, rngs=rngs) if condition_shape is not None else None
+
+    @property
+    def norms(self) -> tuple[Order, ...]:
+        """The orders of the norms between the layers, one more than layers."""
+        return self.linears[0].domain, *(linear.codomain for linear in self.linears)
 
     def condition_features(self, condition: Array | None) -> list[Gate] | None:
         return None if self.conditioning is None else self.conditioning(condition)

@@ -29,7 +29,7 @@ Array = jax.Array
 _OFFSET = 0.1
 
 
-class DenseNet(Contraction):
+class DenseNetOfMaps(Contraction):
     """g of dense layers with learnable concatenation, closed by a linear layer back to the shape of x."""
 
     def __init__(

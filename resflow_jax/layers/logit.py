@@ -1,30 +1,38 @@
-"""The logit of values in [0, 1], as of images."""
+"""The logit of values in an interval: [0, 1], as of images, or one of the user's for each column of a table."""
 
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.values import UNIT_INTERVAL, Domain
-from resflow_jax.layers.bijector import Bijector
+from resflow_jax.layers.bijector import Shape, ends_in
+from resflow_jax.layers.bounds import Bounds, as_bounds, as_text
+from resflow_jax.layers.elementwise import Elementwise
 
 Array = jax.Array
 
 
-class Logit(Bijector):
-    """y = logit(s), s = alpha + (1 - 2 alpha) x, for x in [0, 1] (Dinh et al. 2017, section 4.1).
+class Logit(Elementwise):
+    """y = logit(s), s = alpha + (1 - 2 alpha) u, u = (x - low) / (high - low) (Dinh et al. 2017, section 4.1).
 
-    log_det = sum log(1 - 2 alpha) - log s - log(1 - s). alpha > 0 keeps y finite at the ends of [0, 1].
+    log_det = sum log(1 - 2 alpha) - log s - log(1 - s) - log(high - low). alpha > 0 keeps y finite at the ends of the
+    interval.
 
-    s is in [0, 1] where x is in [-delta, 1 + delta], delta = alpha / (1 - 2 alpha): the inverse may return all of
+    s is in [0, 1] where u is in [-delta, 1 + delta], delta = alpha / (1 - 2 alpha): the inverse may return all of
     these, the two ends included, for rounding takes s to 0 or 1 and x a little beyond. Such an x counts as the nearest
     one inside that its dtype can tell from the end, so that y and log_det are finite, with derivatives of zero. What is
     farther outside gives NaN.
+
+    Args:
+      alpha: in (0, 1/2).
+      low, high: ends of the interval, finite; numbers, or arrays of the last axes of x, as (C,) for one a column.
     """
 
-    def __init__(self, alpha: float):
+    def __init__(self, alpha: float, low: Any = 0.0, high: Any = 1.0):
         check_open_interval("logit_alpha", alpha, 0, 0.5)
         dtype = jnp.result_type(float)
         if alpha < float(jnp.finfo(dtype).tiny):
@@ -32,62 +40,105 @@ class Logit(Bijector):
                 f"logit_alpha: expected a number that {dtype} holds, at least {jnp.finfo(dtype).tiny}, got {alpha!r}"
             )
         self.alpha = alpha
-
-    def _parts(self, x: Array) -> tuple[Array, Array]:
-        """log s and log(1 - s), each accurate at its own end of the interval."""
-        alpha, scale = self.alpha, 1 - 2 * self.alpha
-        eps, tiny = (float(number) for number in (jnp.finfo(x.dtype).eps, jnp.finfo(x.dtype).tiny))
-        # Two roundings of x near 0 - delta move s by eps * alpha, near 1 + delta by eps: an s below half of that is 0.
-        s = _positive(alpha + scale * x, max(eps * alpha / 2, tiny), _SLACK * eps * alpha)
-        # The maximum is never the bound. Without it XLA would make (1 + alpha) - x of alpha + (1 - x), and lose alpha.
-        rest = alpha + scale * jnp.maximum(1 - x, -2 * (1 + alpha / scale))
-        return jnp.log(s), jnp.log(_positive(rest, max(min(eps, alpha) / 2, tiny), _SLACK * eps))
-
-    def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        log_s, log_rest = self._parts(x)
-        log_det = jnp.sum(math.log1p(-2 * self.alpha) - log_s - log_rest, axis=_event_axes(x))
-        return log_s - log_rest, log_det
-
-    def invert(self, y: Array, condition: Array | None = None) -> Array:
-        return (jax.nn.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)
-
-    def invert_and_log_det(self, y: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        # From y it is exact also where x is too close to an end of [0, 1] to tell.
-        log_det = math.log1p(-2 * self.alpha) + jax.nn.softplus(y) + jax.nn.softplus(-y)
-        return self.invert(y), jnp.sum(log_det, axis=_event_axes(y))
-
-    def domain(self, dtype: Any) -> Domain:
-        beyond = (
-            f", beyond it by more than alpha / (1 - 2 alpha) = {self.alpha / (1 - 2 * self.alpha):.3g} of the logit"
-        )
-        return Domain(*logit_domain(self.alpha, dtype), UNIT_INTERVAL.text, beyond)
+        self.low, self.high = as_bounds(low, high)
+        for name, ends in (("low", self.low), ("high", self.high)):
+            if not np.isfinite(ends).all():
+                raise ValueError(f"{name}: expected finite numbers, got {ends}; rf.Bounded takes infinite ones")
 
     @property
-    def support(self) -> tuple[float, float]:
-        return 0.0, 1.0
+    def _is_unit(self) -> bool:
+        return (self.low, self.high) == (0.0, 1.0)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return ends_in(shape, np.shape(self.low))
+
+    def _log_scale(self, bounds: Bounds) -> Any:
+        """log of (1 - 2 alpha) / (high - low)."""
+        log_scale = math.log1p(-2 * self.alpha)
+        return log_scale if self._is_unit else bounds.constant(log_scale - np.log(bounds.width))
+
+    def _parts(self, x: Array, bounds: Bounds) -> tuple[Array, Array]:
+        """log s and log(1 - s), each accurate at its own end of the interval."""
+        alpha, scale = self.alpha, 1 - 2 * self.alpha
+        least_low, least_high = (bounds.constant(value) for value in _least(alpha, bounds))
+        slack_low, slack_high = (bounds.constant(_SLACK * value) for value in _rounding(alpha, bounds))
+        if self._is_unit:
+            from_low, from_high = x, 1 - x
+        else:
+            low, high, width = (bounds.constant(value) for value in (bounds.low, bounds.high, bounds.width))
+            from_low, from_high = (x - low) / width, (high - x) / width
+        s = _positive(alpha + scale * from_low, least_low, slack_low)
+        # The maximum is never the bound. Without it XLA would make (1 + alpha) - x of alpha + (1 - x), and lose alpha.
+        rest = alpha + scale * jnp.maximum(from_high, -2 * (1 + alpha / scale))
+        return jnp.log(s), jnp.log(_positive(rest, least_high, slack_high))
+
+    def values(self, x: Array) -> tuple[Array, Array]:
+        bounds = Bounds.of(self.low, self.high, x)
+        log_s, log_rest = self._parts(x, bounds)
+        return log_s - log_rest, self._log_scale(bounds) - log_s - log_rest
+
+    def inverse_values(self, y: Array) -> tuple[Array, Array]:
+        # From y the slope is exact also where x is too close to an end of the interval to tell.
+        bounds = Bounds.of(self.low, self.high, y)
+        log_slopes = self._log_scale(bounds) + jax.nn.softplus(y) + jax.nn.softplus(-y)
+        if self._is_unit:
+            return self._share(y), log_slopes
+        low, high, width = (bounds.constant(value) for value in (bounds.low, bounds.high, bounds.width))
+        # Each half from its own end: an end at zero is as accurate as that of [0, 1].
+        return jnp.where(y < 0, low + width * self._share(y), high - width * self._share(-y)), log_slopes
+
+    def _share(self, y: Array) -> Array:
+        """u, the place of x in the interval."""
+        return (jax.nn.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)
+
+    def domain(self, dtype: Any) -> Domain:
+        delta = self.alpha / (1 - 2 * self.alpha)
+        beyond = f", beyond it by more than alpha / (1 - 2 alpha) = {delta:.3g} of the logit"
+        if self._is_unit:
+            return Domain(*logit_domain(self.alpha, dtype), UNIT_INTERVAL.text, beyond)
+        beyond = beyond.replace(" of the logit", " of its length, of the logit")
+        return Domain(*logit_domain(self.alpha, dtype, self.low, self.high), as_text(self.low, self.high), beyond)
+
+    @property
+    def support(self) -> tuple[Any, Any]:
+        return self.low, self.high
 
     def lipschitz_bounds(self) -> tuple[float, float]:
         # The slope (1 - 2 alpha) / (s (1 - s)) is largest at the ends of [0, 1], smallest at s = 1/2.
         slope = 1 - 2 * self.alpha
-        return slope / (self.alpha * (1 - self.alpha)), 1 / (4 * slope)
+        forward, inverse = slope / (self.alpha * (1 - self.alpha)), 1 / (4 * slope)
+        if self._is_unit:
+            return forward, inverse
+        width = np.asarray(self.high, float) - np.asarray(self.low, float)
+        return float(forward / width.min()), float(inverse * width.max())
 
 
 _SLACK = 8  # units of rounding by which x may be beyond the end of a logit's domain
 
 
-def logit_domain(alpha: float, dtype: Any) -> tuple[float, float]:
-    """The ends of what the inverse of `Logit(alpha)` returns in a dtype, rounding included: forward is finite there.
+def logit_domain(alpha: float, dtype: Any, low: Any = 0.0, high: Any = 1.0) -> tuple[Any, Any]:
+    """The ends of what the inverse of `Logit(alpha, low, high)` returns in a dtype, with rounding: f is finite there.
 
-    -delta and 1 + delta, delta = alpha / (1 - 2 alpha), each moved outwards by half of what the forward allows.
+    low - delta and high + delta, delta = alpha / (1 - 2 alpha) times the length of the interval, each moved outwards by
+    half of what the forward allows.
     """
-    scale, rounding = 1 - 2 * alpha, _SLACK / 2 * float(jnp.finfo(dtype).eps)
-    return -alpha / scale * (1 + rounding), 1 + (alpha + rounding) / scale
+    bounds = Bounds.of(low, high, dtype)
+    beyond = (bounds.width * (alpha + _SLACK / 2 * value) / (1 - 2 * alpha) for value in _rounding(alpha, bounds))
+    return tuple(end + sign * part for end, sign, part in zip((bounds.low, bounds.high), (-1, 1), beyond, strict=True))
 
 
-def _positive(s: Array, least: float, slack: float) -> Array:
+def _rounding(alpha: float, bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
+    """What a rounding of x near either end moves s by: of [0, 1] by eps * alpha near 0 - delta, eps near 1 + delta."""
+    eps = float(jnp.finfo(bounds.dtype).eps)
+    return tuple(eps * np.maximum(alpha, np.abs(end) / bounds.width) for end in (bounds.low, bounds.high))
+
+
+def _least(alpha: float, bounds: Bounds) -> list[np.ndarray]:
+    """An s, or a 1 - s, below half of a rounding is 0: it counts as this number."""
+    tiny = float(jnp.finfo(bounds.dtype).tiny)
+    return [np.maximum(np.minimum(rounding, alpha) / 2, tiny) for rounding in _rounding(alpha, bounds)]
+
+
+def _positive(s: Array, least: float | Array, slack: float | Array) -> Array:
     """s, but `least` where it is less; what is below -slack stays as it is, for a logarithm to make NaN of it."""
     return jnp.where((-slack <= s) & (s < least), least, s)
-
-
-def _event_axes(x: Array) -> tuple[int, ...]:
-    return tuple(range(1, x.ndim))

@@ -1,9 +1,17 @@
-"""Bijectors that change the shape or the order of an event's elements: squeeze, flatten, reshape. Volumes are kept."""
+"""Bijectors that change the shape or the order of an event's elements; volumes are kept.
+
+Squeeze, reshape, flatten, permutation.
+"""
 
 import math
+from collections.abc import Sequence
+from numbers import Integral
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from resflow_jax.functional.checks import as_shape
 from resflow_jax.layers.bijector import Bijector, Shape, no_log_det
 
 Array = jax.Array
@@ -24,8 +32,9 @@ class Squeeze(_Rearrangement):
     """
 
     def __init__(self, shape: tuple[int, int, int]):
-        if len(shape) != 3:
+        if not isinstance(shape, tuple | list) or len(shape) != 3:
             raise ValueError(f"shape: expected (H, W, C), got {shape}")
+        shape = as_shape("shape", shape)
         height, width, _ = shape
         if height % 2 or width % 2:
             raise ValueError(f"shape: expected even height and width to squeeze 2x2, got {shape}")
@@ -58,8 +67,8 @@ class Reshape(_Rearrangement):
     """
 
     def __init__(self, shape: Shape, new_shape: Shape):
-        self.shape = self.event_shape = tuple(shape)
-        self.new_shape = tuple(new_shape)
+        self.shape = self.event_shape = as_shape("shape", shape)
+        self.new_shape = as_shape("new_shape", new_shape)
         if math.prod(self.shape) != math.prod(self.new_shape):
             raise ValueError(f"new_shape: expected as many elements as {self.shape} has, got {self.new_shape}")
 
@@ -81,4 +90,41 @@ class Flatten(Reshape):
     """[B, *shape] -> [B, D], in row-major order: H, W, C for images."""
 
     def __init__(self, shape: Shape):
+        shape = as_shape("shape", shape)
         super().__init__(shape, (math.prod(shape),))
+
+
+class Permutation(_Rearrangement):
+    """y[..., i] = x[..., order[i]] along one axis of every event.
+
+    Args:
+      order: every index of the axis once, as `np.random.default_rng(0).permutation(6)`.
+      axis: of the event: from the last, -1, or from the first, 0.
+    """
+
+    def __init__(self, order: Sequence[int], axis: int = -1):
+        found = np.asarray(order)
+        if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
+            raise ValueError(f"order: expected the indices 0 to n - 1 in some order, got {order!r}")
+        if sorted(found.tolist()) != list(range(found.size)):
+            raise ValueError(f"order: expected every index from 0 to {found.size - 1} once, got {found.tolist()}")
+        if not isinstance(axis, Integral) or isinstance(axis, bool):
+            raise ValueError(f"axis: expected an axis of the event, as -1, got {axis!r}")
+        self.order = tuple(found.tolist())
+        self.axis = int(axis)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        shape = super().output_shape(shape)
+        if not -len(shape) <= self.axis < len(shape) or shape[self.axis] != len(self.order):
+            expected = f"events with {len(self.order)} elements along axis {self.axis}"
+            raise ValueError(f"expected {expected}, got events of shape {shape}")
+        return shape
+
+    def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
+        return self._taken(x, np.asarray(self.order)), no_log_det(x)
+
+    def invert(self, y: Array, condition: Array | None = None) -> Array:
+        return self._taken(y, np.argsort(self.order))
+
+    def _taken(self, x: Array, order: np.ndarray) -> Array:
+        return jnp.take(x, order, axis=self.axis if self.axis < 0 else self.axis + 1)

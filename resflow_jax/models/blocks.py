@@ -5,20 +5,19 @@ from dataclasses import dataclass
 
 from flax import nnx
 
-from resflow_jax.functional.activations import Activation, get_activation
-from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.functional.activations import get_activation
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.contraction import Contraction, Layered
-from resflow_jax.layers.densenet import DenseNet
+from resflow_jax.layers.densenet import DenseNetOfMaps
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import learned_order
+from resflow_jax.layers.networks import MakeLinear, chain_of_maps, check_widths, densenet_maps
 from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 from resflow_jax.models.config import FlowConfig
 
-MakeLinear = Callable[[int, int, int], LinearMap]  # from features in, features out, and kernel size
 MakeContraction = Callable[[bool, nnx.Rngs], Contraction]  # with pre-activation or without
 
 
@@ -78,7 +77,7 @@ def layered(
 ) -> MakeContraction:
     """Chains of layers; `hidden` are the widths behind the activations, some of which multiply the channels."""
     activation = get_activation(config.activation)
-    _check_widths(activation, hidden)
+    check_widths(activation, hidden)
 
     def make(preactivation: bool, rngs: nnx.Rngs) -> Layered:
         if preactivation and features % activation.group:
@@ -86,10 +85,7 @@ def layered(
                 f"preactivation: expected 'none' for {activation.name} on {features} channels, which are no multiple "
                 f"of {activation.group}, got {config.preactivation!r}"
             )
-        outputs = [*(width // activation.expansion for width in hidden), features]
-        inputs = [activation.expansion * width for width in (features, *outputs[:-1])]
-        inputs[0] = inputs[0] if preactivation else features
-        maps = [linear(*sizes) for sizes in zip(inputs, outputs, kernels, strict=True)]
+        maps = chain_of_maps(linear, features, hidden, kernels, activation, preactivation)
         orders = norms
         if config.norms.learned:
             learned = [learned_order() for _ in range(1 if config.norms.ties == "all" else len(maps))]
@@ -107,15 +103,12 @@ def densenet(
 ) -> MakeContraction:
     """DenseNets of `config.densenet.depth` dense layers, after one of width `first` if that is given."""
     activation = get_activation(config.activation)
-    _check_widths(activation, [growth])
+    check_widths(activation, [growth])
 
-    def make(preactivation: bool, rngs: nnx.Rngs) -> DenseNet:
-        head = linear(features, first, 1) if first else None
-        widths = [(first or features) + n * growth for n in range(config.densenet.depth + 1)]
-        dense = [linear(width, growth // activation.expansion, kernel) for width in widths[:-1]]
-        maps = head, dense, linear(widths[-1], features, 1)
+    def make(preactivation: bool, rngs: nnx.Rngs) -> DenseNetOfMaps:
+        maps = densenet_maps(linear, features, first, config.densenet.depth, growth, kernel, activation)
         condition_shape = condition_shape_of(config)
-        return DenseNet(*maps, activation, config.coefficient, condition_shape=condition_shape, rngs=rngs)
+        return DenseNetOfMaps(*maps, activation, config.coefficient, condition_shape=condition_shape, rngs=rngs)
 
     return make
 
@@ -123,11 +116,3 @@ def densenet(
 def condition_shape_of(config: FlowConfig) -> tuple[int] | None:
     """The shape of one condition."""
     return None if config.condition_dim is None else (config.condition_dim,)
-
-
-def _check_widths(activation: Activation, widths: Sequence[int]) -> None:
-    """Numbers of channels that the activation can put out."""
-    multiple = activation.group * activation.expansion
-    for width in widths:
-        if width % multiple:
-            raise ValueError(f"activation: expected widths that {multiple} divides for {activation.name}, got {width}")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_float_batch, check_count, check_key, check_type
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import check_solver, reported
@@ -258,7 +259,7 @@ class Flow(Module):
         z = self._draw(key, number, condition, temperature)
         x, status = self._invert(z, condition, solver, True, "")
         support = self.support
-        x = x if support is None else jnp.clip(x, *(jnp.asarray(end, x.dtype) for end in support))
+        x = x if support is None else jnp.clip(x, *(trailing(jnp.asarray(end, x.dtype), x) for end in support))
         x = x.reshape(*shape, *self.event_shape)
         if return_status:
             return x, status

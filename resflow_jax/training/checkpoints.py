@@ -18,6 +18,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from resflow_jax.models.certificate import Certificate
+from resflow_jax.training.old_checkpoints import is_old_state, upgraded_state
+from resflow_jax.training.parallel import from_host
 from resflow_jax.training.step import TrainState
 
 # How tensorstore, by which orbax writes arrays, names what files and their stores refuse: a ValueError whose message
@@ -91,7 +93,14 @@ class Checkpoints:
         if not is_saved:
             self._check_kept(state, metrics, certificate)
 
-    def restore(self, step: int, like: TrainState, shardings: TrainState | None = None) -> TrainState:
+    def restore(
+        self,
+        step: int,
+        like: TrainState,
+        shardings: TrainState | None = None,
+        *,
+        ema_decay: float | None = None,
+    ) -> TrainState:
         """The state saved at `step`, by however many devices.
 
         Args:
@@ -99,8 +108,16 @@ class Checkpoints:
           like: gives structure and shapes.
           shardings: where the arrays are to lie, as of `training.placement`: every process reads what its devices
             hold. None for whole arrays, which every process reads, and which are tied to no device.
+          ema_decay: of the `Trainer`; only needed for checkpoints of before flows were compositions, whose arrays have
+            other names (see `training.old_checkpoints`).
+
+        Raises:
+          ValueError: for a checkpoint of another flow, and without `ema_decay` where it is needed.
         """
         arrays = _arrays_only(like)
+        metadata = self._manager.item_metadata(step)
+        if metadata is not None and is_old_state(metadata.state):
+            return self._restore_old(step, metadata.state, like, shardings, ema_decay)
         if shardings is None:
             # Through the host, so that the arrays are as little tied to a device as fresh ones are:
             # else every compiled function would be compiled once more for them.
@@ -114,6 +131,16 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         state = self._manager.restore(step, args=items).state
         state = jax.device_put(state) if shardings is None else state
+        return state._replace(estimator=jax.tree.unflatten(jax.tree.structure(like.estimator), state.estimator))
+
+    def _restore_old(
+        self, step: int, metadata: Any, like: TrainState, shardings: TrainState | None, ema_decay: float | None
+    ) -> TrainState:
+        """`restore` of a checkpoint of before compositions, which every process reads whole."""
+        target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), metadata)
+        old = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
+        state = upgraded_state(old, _arrays_only(like), ema_decay)
+        state = jax.device_put(state) if shardings is None else jax.tree.map(from_host, state, _arrays_only(shardings))
         return state._replace(estimator=jax.tree.unflatten(jax.tree.structure(like.estimator), state.estimator))
 
     def certificate(self, step: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ on the model spends on one of the D values of an image.
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from resflow_jax.data.images import check_quantized, dequantize
 from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
 from resflow_jax.functional.logdet import Diagnostics
-from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.layers.conditions import as_condition
+from resflow_jax.models.flow import Flow
 from resflow_jax.training.parallel import divided, on_all_devices
 from resflow_jax.training.placement import mesh_of
 from resflow_jax.training.step import Loss, optax_promotion
@@ -83,14 +84,16 @@ def bits_per_dim(log_prob: Array, dim: int, levels: int) -> Array:
 
 
 # From flow, batch, key, estimator and the log-det's weight (None for 1) to floats x, scores [B], diagnostics.
+# A batch is x alone, or a pair (x, condition).
 Score = Callable[..., tuple[Array, Array, Diagnostics]]
 
 
 def dequantized_bits_per_dim(levels: int, log_det_weight: optax.Schedule | None = None) -> Loss:
     """The loss of a density model: mean bits/dim of integer images [B, H, W, C], dequantised with the key.
 
-    Unbiased, in value and gradient, if the estimator is. With the estimates' diagnostics. Beside the
-    value, `tend` does to the flow what training owes it.
+    A batch is these images or, for a conditional flow, a pair (images, condition) with one condition for each,
+    [B, *condition_shape]. Unbiased, in value and gradient, if the estimator is. With the estimates' diagnostics. Beside
+    the value, `tend` does to the flow what training owes it.
 
     Args:
       levels: number of values that a pixel can have.
@@ -102,30 +105,44 @@ def dequantized_bits_per_dim(levels: int, log_det_weight: optax.Schedule | None 
 
 
 def negative_log_likelihood(log_det_weight: optax.Schedule | None = None) -> Loss:
-    """The loss of a density model of vectors: mean -log p(x) in nats of x [B, D]. As `dequantized_bits_per_dim`."""
+    """The loss of a density model: mean -log p(x) in nats of floats x [B, *event_shape]. As `dequantized_bits_per_dim`.
+
+    A batch is x or, for a conditional flow, a pair (x, condition) with one condition for each example,
+    [B, *condition_shape]: the loss is then the mean -log p(x | c).
+
+      trainer = Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.adam(1e-3), 0.99)
+      state, metrics = trainer.compiled_step()(state, (x, condition), key)
+    """
     return _mean_loss(_negative_log_prob, log_det_weight)
 
 
 def _mean_loss(score: Score, log_det_weight: optax.Schedule | None) -> Loss:
-    def loss(
-        flow: ResidualFlow, batch: Array, key: Array, estimator: Estimator, step: Array
-    ) -> tuple[Array, Diagnostics]:
+    def loss(flow: Flow, batch: Any, key: Array, estimator: Estimator, step: Array) -> tuple[Array, Diagnostics]:
         with optax_promotion():
             weight = None if log_det_weight is None else log_det_weight(step)
         x, scores, diagnostics = score(flow, batch, key, estimator, weight)
-        return tend(flow, x, jnp.mean(scores)), diagnostics
+        return tend(flow, x, jnp.mean(scores), _pair(batch)[1]), diagnostics
 
     return loss
 
 
-def tend(flow: ResidualFlow, x: Array, loss: Array) -> Array:
+def _pair(batch: Any) -> tuple[Any, Any]:
+    """x and the condition of a batch; None where it is x alone."""
+    if not isinstance(batch, tuple | list):
+        return batch, None
+    if len(batch) != 2:
+        raise ValueError(f"batch: expected x, or a pair (x, condition), got {len(batch)} parts")
+    return tuple(batch)
+
+
+def tend(flow: Flow, x: Array, loss: Array, condition: Array | None = None) -> Array:
     """What a flow needs at every training step beside its loss: the loss, with the gradient of learnable orders.
 
     Where the flow has running statistics, they move towards those of the batch x, in place. Where it has
     learnable orders of norms, their gradient is that of 0.01 * `order_loss`, of which the value stays out.
     """
     if jax.tree.leaves(nnx.state(flow, nnx.BatchStat)):
-        flow.update_statistics(jax.lax.stop_gradient(x))
+        flow.update_statistics(jax.lax.stop_gradient(x), condition)
     if flow.learns_orders:
         order_loss = _ORDER_LOSS_WEIGHT * flow.order_loss()
         loss = loss + order_loss - jax.lax.stop_gradient(order_loss)
@@ -133,7 +150,7 @@ def tend(flow: ResidualFlow, x: Array, loss: Array) -> Array:
 
 
 def evaluate_bits_per_dim(
-    flow: ResidualFlow,
+    flow: Flow,
     images: np.ndarray,
     key: Array,
     *,
@@ -142,6 +159,7 @@ def evaluate_bits_per_dim(
     draws: int = 4,
     batch_size: int = 100,
     mesh: Mesh | None = None,
+    condition: np.ndarray | None = None,
 ) -> Estimate:
     """Mean bits/dim of quantised images [N, H, W, C], each counted once, with its standard errors.
 
@@ -163,18 +181,18 @@ def evaluate_bits_per_dim(
         None for one device. The result is the same if it is one. It may have the devices of several processes, which
         then call this with the same arguments and get the same result. A flow whose arrays are divided among devices,
         as of `Placement.averaged_flow`, is evaluated where they lie, on the mesh of these.
+      condition: of a conditional flow: floats [*condition_shape], one for all images, or [N, *condition_shape].
 
     Raises:
       ValueError: unless the images are integers in {0..levels-1}, N > 0, draws and batch_size positive.
     """
-    scores = image_bits_per_dim(
-        flow, images, key, levels=levels, estimator=estimator, draws=draws, batch_size=batch_size, mesh=mesh
-    )
+    options = {"levels": levels, "estimator": estimator, "draws": draws, "batch_size": batch_size}
+    scores = image_bits_per_dim(flow, images, key, **options, mesh=mesh, condition=condition)
     return Estimate.from_scores(scores)
 
 
 def image_bits_per_dim(
-    flow: ResidualFlow,
+    flow: Flow,
     images: np.ndarray,
     key: Array,
     *,
@@ -183,6 +201,7 @@ def image_bits_per_dim(
     draws: int = 4,
     batch_size: int = 100,
     mesh: Mesh | None = None,
+    condition: np.ndarray | None = None,
 ) -> np.ndarray:
     """Bits/dim of each of the quantised images [N, H, W, C] in each draw, [draws, N]. Arguments, cost and errors as in
     `evaluate_bits_per_dim`, which returns their mean.
@@ -194,11 +213,12 @@ def image_bits_per_dim(
     check_quantized("images", images, levels)
     if images.shape[1:] != flow.event_shape:
         raise ValueError(f"images: expected images {flow.event_shape}, those of the flow, got {images.shape[1:]}")
-    return _scores(_bits_per_dim_of(levels), flow, images, key, estimator, draws, batch_size, mesh)
+    examples = _with_condition(flow, images, condition)
+    return _scores(_bits_per_dim_of(levels), flow, examples, key, estimator, draws, batch_size, mesh)
 
 
 def vector_log_prob(
-    flow: ResidualFlow,
+    flow: Flow,
     x: np.ndarray,
     key: Array,
     *,
@@ -206,50 +226,61 @@ def vector_log_prob(
     draws: int = 1,
     batch_size: int = 1000,
     mesh: Mesh | None = None,
+    condition: np.ndarray | None = None,
 ) -> np.ndarray:
     """log p(x) in nats of each of the vectors x [N, D] in each draw of the estimate, [draws, N].
 
-    Arguments and cost as in `evaluate_bits_per_dim`, the estimator `Exact()` by default.
+    Of a flow of other events x is [N, *event_shape]. Arguments and cost as in `evaluate_bits_per_dim`, the estimator
+    `Exact()` by default.
 
     Raises:
-      ValueError: unless x is [N, D] with N > 0, draws and batch_size positive.
+      ValueError: unless x is [N, *event_shape] with N > 0, draws and batch_size positive.
     """
     _check_flow(flow)
     estimator = Exact() if estimator is None else estimator
     x = as_host_array("x", x, "a float array [N, D]")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x: expected a float array [N, D], got dtype {x.dtype}")
-    if x.ndim != 2 or len(x) == 0:
-        raise ValueError(f"x: expected vectors [N, D] with N > 0, got shape {x.shape}")
+    if x.ndim != 1 + len(flow.event_shape) or len(x) == 0:
+        expected = "vectors [N, D]" if len(flow.event_shape) == 1 else f"events [N, {str(flow.event_shape)[1:-1]}]"
+        raise ValueError(f"x: expected {expected} with N > 0, got shape {x.shape}")
     if isinstance(x, np.ndarray) and not np.isfinite(x).all():
         raise ValueError(f"x: expected finite values, got {np.count_nonzero(~np.isfinite(x))} that are not")
-    return -_scores(_negative_log_prob, flow, x, key, estimator, draws, batch_size, mesh)
+    examples = _with_condition(flow, x, condition)
+    return -_scores(_negative_log_prob, flow, examples, key, estimator, draws, batch_size, mesh)
 
 
-def _check_flow(flow: ResidualFlow) -> None:
+def _check_flow(flow: Flow) -> None:
     """Anything with the methods of a flow."""
     if isinstance(flow, type) or not hasattr(flow, "log_prob"):
-        raise ValueError(f"flow: expected a ResidualFlow, got {flow!r}")
+        raise ValueError(f"flow: expected a Flow, got {flow!r}")
+
+
+def _with_condition(flow: Flow, x: Any, condition: Any) -> Any:
+    """The examples alone, or with the condition of each."""
+    shape = getattr(flow, "condition_shape", None)
+    condition = as_condition(condition, shape, x.shape[:1])
+    return x if condition is None else (x, np.asarray(condition))
 
 
 def _scores(
     score: Score,
-    flow: ResidualFlow,
-    examples: np.ndarray,
+    flow: Flow,
+    examples: Any,
     key: Array,
     estimator: Estimator,
     draws: int,
     batch_size: int,
     mesh: Mesh | None,
 ) -> np.ndarray:
-    """The score of each of the examples [N, ...] in each draw, [draws, N]."""
+    """The score of each of the examples [N, ...] in each draw, [draws, N]; of x, or of a pair (x, condition)."""
     check_key("key", key)
     check_estimator(estimator)
     check_count("draws", draws, 1)
     check_count("batch_size", batch_size, 1)
     if mesh is not None:
         check_type("mesh", mesh, Mesh)
-    number = len(examples)
+    number = len(jax.tree.leaves(examples)[0])
     divided_among = mesh_of(flow)
     mesh = mesh if divided_among is None else divided_among
     if mesh is not None:
@@ -259,24 +290,23 @@ def _scores(
     devices = 1 if mesh is None else mesh.size
     batch_size = devices * -(-min(batch_size, number) // devices)
     batches = -(-number // batch_size)
-    padded = np.resize(examples, (batches * batch_size, *examples.shape[1:]))
+    padded = jax.tree.map(lambda leaf: np.resize(leaf, (batches * batch_size, *leaf.shape[1:])), examples)
 
     scores = np.zeros((draws, batches * batch_size))
     for draw, draw_key in enumerate(jax.random.split(key, draws)):
         keys = jax.random.split(draw_key, batches)
-        parts = [
-            _batch_scores(
-                flow, b if mesh is None else divided(b, mesh), k, estimator, score, mesh, divided_among is None
-            )
-            for b, k in zip(np.split(padded, batches), keys, strict=True)
-        ]
+        parts = []
+        for n, subkey in enumerate(keys):
+            batch = jax.tree.map(lambda leaf, n=n: leaf[n * batch_size : (n + 1) * batch_size], padded)
+            batch = batch if mesh is None else divided(batch, mesh)
+            parts.append(_batch_scores(flow, batch, subkey, estimator, score, mesh, divided_among is None))
         scores[draw] = np.concatenate(jax.device_get(parts))
     return scores[:, :number]
 
 
 @partial(jax.jit, static_argnames=("score", "mesh", "is_whole"))
 def _batch_scores(
-    flow: ResidualFlow, batch: Array, key: Array, estimator: Estimator, score: Score, mesh: Mesh | None, is_whole: bool
+    flow: Flow, batch: Any, key: Array, estimator: Estimator, score: Score, mesh: Mesh | None, is_whole: bool
 ) -> Array:
     """The scores of one draw of a batch, [B]; where the flow is divided, the compiler divides its products."""
 
@@ -296,27 +326,31 @@ def _batch_scores(
 def _bits_per_dim_of(levels: int) -> Score:
     """Of images [B, H, W, C] with so many levels: the dequantised images, their bits/dim [B], diagnostics."""
 
-    def score(flow, images, key, estimator, weight=None):
+    def score(flow, batch, key, estimator, weight=None):
+        images, condition = _pair(batch)
         noise_key, flow_key = jax.random.split(key)
         x = dequantize(images, noise_key, levels)
-        log_prob, diagnostics = _log_prob(flow, x, flow_key, estimator, weight)
+        log_prob, diagnostics = _log_prob(flow, x, condition, flow_key, estimator, weight)
         return x, bits_per_dim(log_prob, math.prod(flow.event_shape), levels), diagnostics
 
     return score
 
 
-def _negative_log_prob(flow, x, key, estimator, weight=None):
-    """Of vectors x [B, D]: these, -log p [B] in nats, diagnostics."""
-    log_prob, diagnostics = _log_prob(flow, x, key, estimator, weight)
+def _negative_log_prob(flow, batch, key, estimator, weight=None):
+    """Of floats x [B, ...]: these, -log p [B] in nats, diagnostics."""
+    x, condition = _pair(batch)
+    log_prob, diagnostics = _log_prob(flow, x, condition, key, estimator, weight)
     return x, -log_prob, diagnostics
 
 
 def _log_prob(
-    flow: ResidualFlow, x: Array, key: Array, estimator: Estimator, weight: Array | None
+    flow: Flow, x: Array, condition: Array | None, key: Array, estimator: Estimator, weight: Array | None
 ) -> tuple[Array, Diagnostics]:
     """log p(x) [B] and diagnostics; the log-det has this weight in the gradient alone."""
+    options = {"key": key, "estimator": estimator, "return_diagnostics": True}
+    options |= {} if condition is None else {"condition": condition}
     if weight is None:
-        return flow.log_prob(x, key=key, estimator=estimator, return_diagnostics=True)
-    z, log_det, diagnostics = flow.forward(x, key=key, estimator=estimator, return_diagnostics=True)
+        return flow.log_prob(x, **options)
+    z, log_det, diagnostics = flow.forward(x, **options)
     without = (1 - weight) * log_det
-    return flow.base_log_prob(z) + log_det - without + jax.lax.stop_gradient(without), diagnostics
+    return flow.base_log_prob(z, condition) + log_det - without + jax.lax.stop_gradient(without), diagnostics

@@ -27,7 +27,7 @@ from resflow_jax.functional.manual_axes import batch_axes
 from resflow_jax.training.step import Gradient, Trainer, TrainState
 
 Array = jax.Array
-Step = Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Any]]]
+Step = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Any]]]
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"
@@ -110,7 +110,8 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
 
     Returns:
       (state, batch, key) -> (state, metrics) as `Trainer.step`, of global arrays: batch [B, ...], or with accumulation
-      [batches, B, ...]. Arrays that are tied to no device are moved to where they should lie. The state is donated.
+      [batches, B, ...]; a tree of arrays is one batch, as a pair (x, condition). Arrays that are tied to no device are
+      moved to where they should lie. The state is donated.
     """
     check_choice("parameters", parameters, PARAMETERS)
     whole, batches = NamedSharding(mesh, PartitionSpec()), batch_sharding(trainer, mesh)
@@ -131,7 +132,8 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
         return state._replace(params=params, rest=rest)
 
     def step(state, batch, key):
-        check_divisible(batch.shape[len(batches.spec) - 1], mesh)
+        for leaf in jax.tree.leaves(batch):
+            check_divisible(leaf.shape[len(batches.spec) - 1], mesh)
         state, batch = divided(state), jax.lax.with_sharding_constraint(batch, batches)
         found = gradient(with_flow_gathered(state), batch, key)
         state = divided(trainer.update(state, found))
@@ -141,7 +143,7 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
     return jax.jit(step, donate_argnums=0)
 
 
-def _by_axis_of_shares(trainer: Trainer, shares: int) -> Callable[[TrainState, Array, Array], Gradient]:
+def _by_axis_of_shares(trainer: Trainer, shares: int) -> Callable[[TrainState, Any, Array], Gradient]:
     """`Trainer.gradient` with an axis of shares, along which the compiler divides, as it divides the kernels."""
     axis = _batch_axis(trainer)
     apply = jax.vmap(
@@ -149,7 +151,10 @@ def _by_axis_of_shares(trainer: Trainer, shares: int) -> Callable[[TrainState, A
     )
 
     def gradient(state, batch, key):
-        return apply(state, batch.reshape(*batch.shape[:axis], shares, -1, *batch.shape[axis + 1 :]), key)
+        def in_shares(leaf):
+            return leaf.reshape(*leaf.shape[:axis], shares, -1, *leaf.shape[axis + 1 :])
+
+        return apply(state, jax.tree.map(in_shares, batch), key)
 
     return gradient
 
@@ -269,9 +274,10 @@ def on_all_devices(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
-def divided(examples: np.ndarray, mesh: Mesh) -> Array:
-    """A global array [B, ...] of examples that every process has, divided along "data"."""
-    return from_host(examples, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
+def divided(examples: Any, mesh: Mesh) -> Any:
+    """Global arrays [B, ...] of examples that every process has, divided along "data"."""
+    shares = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return jax.tree.map(lambda leaf: from_host(leaf, shares), examples)
 
 
 def from_host(leaf: np.ndarray, sharding: NamedSharding) -> Array:

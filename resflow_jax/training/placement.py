@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.functional.checks import check_choice
-from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.flow import Flow
 from resflow_jax.training.parallel import (
     WAYS,
     Parameters,
@@ -105,8 +105,14 @@ class Placement:
         """Where the global arrays of a state lie."""
         return state_shardings(state, self.mesh, self.parameters)
 
-    def place_batch(self, rows: np.ndarray) -> Array | np.ndarray:
-        """The batch of a step of which this process has read its part; with accumulation [batches, ...] of them."""
+    def place_batch(self, rows: Any) -> Any:
+        """The batch of a step of which this process has read its part; with accumulation [batches, ...] of them.
+
+        An array, or a tree of arrays with the same leading axes, as a pair (x, condition).
+        """
+        return jax.tree.map(self._place_rows, rows)
+
+    def _place_rows(self, rows: np.ndarray) -> Array | np.ndarray:
         axis = len(self._batches.spec) - 1
         if self.way == "pmap":
             local = sum(device.process_index == jax.process_index() for device in self._devices)
@@ -126,7 +132,7 @@ class Placement:
         """The state as global arrays, as they are saved."""
         return unreplicate(state, self.mesh) if self.way == "pmap" else state
 
-    def averaged_flow(self, state: TrainState) -> ResidualFlow:
+    def averaged_flow(self, state: TrainState) -> Flow:
         """The flow with the averaged parameters of a state as of `on_mesh`, its norms iterated to convergence.
 
         Its arrays are whole, on one device of each process; with parameters "model" they are global and lie as those of
@@ -134,7 +140,7 @@ class Placement:
         """
         return self.trainer.averaged_flow(self._to_evaluate(state._replace(params=None, opt_state=None)))
 
-    def current_flow(self, state: TrainState) -> ResidualFlow:
+    def current_flow(self, state: TrainState) -> Flow:
         """The same with the parameters of the last step."""
         return self.trainer.current_flow(self._to_evaluate(state._replace(ema=None, opt_state=None)))
 
@@ -150,8 +156,8 @@ class Placement:
         return jax.tree.map(lambda leaf: jax.device_put(_on_host(leaf)) if _is_global(leaf) else leaf, tree)
 
 
-def tightened(flow: ResidualFlow) -> ResidualFlow:
-    """The flow, tightened (see `ResidualFlow.tighten`), with its arrays where they lay.
+def tightened(flow: Flow) -> Flow:
+    """The flow, tightened (see `Flow.tighten`), with its arrays where they lay.
 
     If they are divided among devices, the host tightens a copy of them all, which the certificate needs; no device but
     the CPU holds it, where JAX has one. All processes call this together.
@@ -169,7 +175,7 @@ def tightened(flow: ResidualFlow) -> ResidualFlow:
     return nnx.merge(graphdef, jax.tree.map(back, nnx.state(whole), state))
 
 
-def on_host(flow: ResidualFlow) -> ResidualFlow:
+def on_host(flow: Flow) -> Flow:
     """A copy of a flow whose arrays are global, whole on this process's CPU, or default device where JAX has no CPU."""
     try:
         device = jax.local_devices(backend="cpu")[0]

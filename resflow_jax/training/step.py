@@ -21,12 +21,12 @@ from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.laws import Defensive, Fitted
 from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.manual_axes import axes_of_batch, vary_over, varying_axes
-from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.flow import Flow
 
 Array = jax.Array
 
 # From flow, batch, key, estimator and steps done to a scalar and `Diagnostics`.
-Loss = Callable[[ResidualFlow, Any, Array, Estimator, Array], tuple[Array, Diagnostics]]
+Loss = Callable[[Flow, Any, Array, Estimator, Array], tuple[Array, Diagnostics]]
 
 # Optax raises numbers to the power of a count: jax_numpy_dtype_promotion="strict" would forbid it.
 optax_promotion = partial(jax.numpy_dtype_promotion, "standard")
@@ -90,7 +90,7 @@ class Trainer(NamedTuple):
     ema_decay: float
     accumulate: int = 1
 
-    def create_state(self, flow: ResidualFlow, estimator: Estimator) -> TrainState:
+    def create_state(self, flow: Flow, estimator: Estimator) -> TrainState:
         """The state before the first step.
 
         Raises:
@@ -103,7 +103,7 @@ class Trainer(NamedTuple):
             check_open_interval("ema_decay", self.ema_decay, 0, 1)
         check_count("accumulate", self.accumulate, 1)
         if isinstance(flow, type) or not hasattr(flow, "blocks"):
-            raise ValueError(f"flow: expected a ResidualFlow, got {flow!r}")
+            raise ValueError(f"flow: expected a Flow, got {flow!r}")
         _, params, rest = nnx.split(flow, nnx.Param, ...)
         ema = optax.ema(self.ema_decay).init(params)
         term_norms = _TERM_NORMS.init(jnp.zeros((flow.blocks, DIAGNOSED_TERMS)))
@@ -117,7 +117,8 @@ class Trainer(NamedTuple):
 
         Args:
           state: from `create_state` or an earlier step.
-          batch: what the loss takes; with `accumulate` above 1, so many on a leading axis.
+          batch: what the loss takes: an array, or a tree of arrays, as a pair (x, condition); with `accumulate` above
+            1, so many on a leading axis.
           key: the run's PRNG key, the same on all devices; each step folds its own number into it.
 
         Returns:
@@ -191,13 +192,13 @@ class Trainer(NamedTuple):
         found, rest = of_batch(rest, last, steps[-1])
         return Gradient(*jax.tree.map(lambda a, b: (a + b) / self.accumulate, total, found), rest)
 
-    def current_flow(self, state: TrainState) -> ResidualFlow:
+    def current_flow(self, state: TrainState) -> Flow:
         """The flow with the parameters of the last step, its norms iterated to convergence."""
         flow = nnx.merge(self.graphdef, state.params, state.rest, copy=True)  # the state keeps its own vectors
         flow.converge_norms()
         return flow
 
-    def averaged_flow(self, state: TrainState) -> ResidualFlow:
+    def averaged_flow(self, state: TrainState) -> Flow:
         """The flow with the averaged parameters, its norms iterated to convergence."""
         with optax_promotion():
             params = optax.tree.bias_correction(state.ema.ema, self.ema_decay, state.ema.count)

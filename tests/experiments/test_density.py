@@ -22,7 +22,22 @@ from experiments.images import load
 from experiments.metrics import Metrics
 from experiments.run import MetricsFile, claim_workdir, write_atomically
 from experiments.sample import SampleConfig
-from resflow_jax import DenseTail, Estimate, Exact, ImageFlowConfig, Norms, Roulette, VectorFlowConfig, certify
+from resflow_jax import (
+    BetweenBlocks,
+    Defensive,
+    DenseTail,
+    Estimate,
+    Exact,
+    ImageFlowConfig,
+    ImageTransform,
+    Norms,
+    Padding,
+    Roulette,
+    Scales,
+    VectorFlowConfig,
+    VectorTransform,
+    certify,
+)
 from resflow_jax.data.batches import Batches
 from resflow_jax.training.checkpoints import Checkpoints
 from tests.experiments.tiny import run_and_cut
@@ -267,7 +282,26 @@ def test_command_line_overrides(monkeypatch):
     density.main(["fashion_mnist", "--data.dir", "there"])
     density.main(["--tiny", "svhn", "--data.crop", "2"])
     density.main(["--tiny"])
-    digits, fashion, svhn, tiny = configs
+    for arguments in (
+        "digits --model.tail.blocks 0 --model.norms.orders f12f --model.data.padding.channels 2 "
+        "--model.condition-dim 3 --model.between.no-actnorm --estimator.length.p 0.25",
+        "celebahq256 --model.tail.blocks 2 --model.scales.no-squeeze-first --model.data.padding.scale 2",
+        "vectors --model.dim 2 --model.norms.learned --model.data.mean 1 2 --model.data.deviation 3 4",
+    ):
+        density.main(arguments.split())
+    digits, fashion, svhn, tiny, grouped, celebahq, vectors = configs
+    assert grouped.model == dataclasses.replace(
+        density.CONFIGS["digits"].model,
+        condition_dim=3,
+        data=ImageTransform(padding=Padding(2)),
+        between=BetweenBlocks(actnorm=False),
+        norms=Norms("f12f"),
+        tail=DenseTail(0, hidden=64),
+    )
+    assert grouped.estimator == Roulette(Defensive(p=0.25))
+    assert celebahq.model.tail == DenseTail(2) and celebahq.model.scales == Scales(factor_out=True)
+    assert celebahq.model.data == ImageTransform(padding=Padding(scale=2.0), logit_alpha=0.05)
+    assert vectors.model.norms == Norms(learned=True) and vectors.model.data == VectorTransform((1.0, 2.0), (3.0, 4.0))
     assert svhn == dataclasses.replace(density.tiny(density.CONFIGS["svhn"]), data=svhn.data)
     assert (svhn.data.name, svhn.data.crop) == ("photographs", 2)
     assert tiny == density.tiny(density.CONFIGS["digits"])

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,10 +15,12 @@ import resflow_jax as rf
 from experiments import density, import_torch, resume
 from experiments.configs.base import DataConfig, EvaluationConfig
 from experiments.import_torch import ImportConfig
-from experiments.run import write_atomically
+from experiments.run import claim_workdir, write_atomically
 from experiments.saved import saved_config, saved_flow
 from resflow_jax.interop.torch_files import read_torch_file
+from resflow_jax.interop.torch_flow import TorchImageConfig
 from resflow_jax.io.config_json import as_json
+from resflow_jax.models.residual_flow import flow_from_config
 from tests.experiments import tiny
 
 DATA = Path(__file__).parents[1] / "data"
@@ -78,6 +81,19 @@ def test_the_settings_are_those_of_the_file(tmp_path):
             assert isinstance(config.estimator.length, rf.Poisson) and config.estimator.probe == "gaussian"
             with_name = import_torch.run_config(args, flow, ImportConfig(path, tmp_path))
             assert with_name.data == density.CONFIGS["mnist"].data
+
+
+def test_a_file_with_a_classifier_keeps_it(tmp_path):
+    """The run's config says so, and its flow has the classifier."""
+    path = DATA / "torch_hybrid.pth"
+    flow = rf.load_torch_checkpoint(path, "raw", norms="stored")
+    config = import_torch.run_config(read_torch_file(path)["args"], flow, ImportConfig(path, tmp_path / "run"))
+    assert type(config.model) is TorchImageConfig and config.model.classes > 0
+    claim_workdir(tmp_path / "run", config)
+    assert saved_config(tmp_path / "run") == config
+    made = nnx.eval_shape(lambda: flow_from_config(config.model, rngs=nnx.Rngs(0)))
+    shapes = [jax.tree.map(jnp.shape, nnx.state(found)) for found in (made, flow)]
+    assert jax.tree.leaves(shapes[0]) == jax.tree.leaves(shapes[1]) and type(made) is type(flow)
 
 
 def test_bad_input(run_dir, tmp_path):

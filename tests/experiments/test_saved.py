@@ -3,22 +3,27 @@
 import json
 import math
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 from experiments import density, saved
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
+from experiments.run import claim_workdir
 from experiments.saved import saved_config, saved_flow
 from experiments.train import set_up, tightened_flow
 from experiments.trained import trained_flow, trained_runs
 from resflow_jax import (
     Defensive,
+    DenseTail,
     Exact,
     Geometric,
     ImageFlowConfig,
@@ -29,9 +34,13 @@ from resflow_jax import (
     Truncated,
     certify,
 )
-from resflow_jax.io.config_json import as_json
+from resflow_jax.io.config_json import FORMAT_VERSION, as_json
+from resflow_jax.training import make_mesh
 from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.parallel import state_shardings
 from tests.experiments import tiny
+
+OLD = Path(__file__).parents[1] / "data" / "before_compositions"
 
 UNUSUAL = replace(
     tiny.DIGITS,
@@ -70,12 +79,41 @@ def write(directory, config):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_comes_back(name, tmp_path):
-    """What as_json writes is read as an equal config of the same types, but for where the run lies now."""
-    write(tmp_path, as_json(CONFIGS[name]))
+    """What a run writes is read as an equal config of the same types, but for where the run lies now."""
+    claim_workdir(tmp_path, CONFIGS[name])
+    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == FORMAT_VERSION
     config = saved_config(tmp_path)
     assert config == replace(CONFIGS[name], workdir=tmp_path)
     assert repr(config) == repr(replace(CONFIGS[name], workdir=tmp_path))
     assert hash(config.model) == hash(CONFIGS[name].model)
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    """Its flat config counts as what it is today, and what was not yet a setting as its default."""
+    with zipfile.ZipFile(OLD / "run.zip") as archive:
+        archive.extractall(tmp_path)
+    config = saved_config(tmp_path)
+    assert config.model == ImageFlowConfig(
+        (8, 8, 1), blocks=(1, 1), hidden_channels=4, kernels=(3, 3), tail=DenseTail(1, hidden=4)
+    )
+    assert (config.workdir, config.steps, config.batch_size, config.evaluation.examples) == (tmp_path, 2, 8, 20)
+    assert config.estimator == Roulette() and config.data == DataConfig("digits")
+    for changed, message in (
+        (
+            replace(config, model=replace(config.model, tail=DenseTail(2, hidden=4))),
+            "model.tail.blocks: 1 there, 2 now",
+        ),
+        (replace(config, model=replace(config.model, condition_dim=3)), "model.condition_dim: None there, 3 now"),
+    ):
+        with pytest.raises(ValueError, match=rf"another config.*\n  {message}$"):
+            claim_workdir(tmp_path, changed)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "fc_blocks" in written["model"]
+    del written["save_every"]
+    write(tmp_path, written)
+    claim_workdir(tmp_path, config)
+    assert saved_config(tmp_path) == config
+    assert "fc_blocks" not in (tmp_path / "config.json").read_text()
 
 
 def edited(*path, **fields):
@@ -109,7 +147,7 @@ def edited(*path, **fields):
         (edited("estimator", "length", type="Zipf"), "config.estimator.length.type: .*; got 'Zipf'"),
         (
             edited(estimator=as_json(Poisson())),
-            "config.estimator: expected Exact or Truncated or Roulette, got Poisson",
+            "config.estimator: expected Exact or Truncated or Roulette or CustomEstimator, got Poisson",
         ),
         (edited("model", blocks=["one"]), r"config.model.blocks\[0\]: expected int, got 'one'"),
         (edited(steps="many"), "config.steps: expected int, got 'many'"),
@@ -203,3 +241,48 @@ def test_studies_take_a_given_run_as_it_was_made(run_dir, tmp_path):
     assert config == replace(tiny.DIGITS, workdir=run_dir) and config.model != density.CONFIGS["digits"].model
     kernels, expected = (nnx.state(flow, nnx.Param) for flow in (trained_flow(config), saved_flow(run_dir).flow))
     jax.tree.map(np.testing.assert_array_equal, kernels, expected)
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """A run of before flows were compositions; its configs and arrays have other names."""
+    shutil.unpack_archive(OLD / "run.zip", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_of_before_compositions(old_run):
+    """Its flow gives the densities that it gave then."""
+    with np.load(OLD / "expected.npz") as file:
+        expected = {key.removeprefix("run."): value for key, value in file.items() if key.startswith("run")}
+    found = saved_flow(old_run)
+    assert found.step == expected["step"]
+    log_prob = found.flow.log_prob(expected["x"], estimator=Exact())
+    np.testing.assert_allclose(log_prob, expected["log_prob"], rtol=1e-9)
+
+
+def test_a_state_of_before_compositions(old_run):
+    """Whole or divided among devices it is the same; averages and moments are renamed; the decay is needed."""
+    trainer, start = set_up(density.task_of(saved_config(old_run)))
+    with Checkpoints(old_run / "checkpoints") as checkpoints:
+        with pytest.raises(ValueError, match="ema_decay: expected that of the run, for a checkpoint of before"):
+            checkpoints.restore(2, start)
+        state = checkpoints.restore(2, start, ema_decay=trainer.ema_decay)
+        lies = state_shardings(start, make_mesh(data=4, model=2), "full")
+        divided = checkpoints.restore(2, start, lies, ema_decay=trainer.ema_decay)
+        chex.assert_trees_all_equal(divided, state)
+        assert jax.tree.leaves(divided.params)[-1].sharding.mesh.size == 8
+        old = checkpoints._manager.restore(2, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+
+    def of_first_actnorm(tree):
+        return tree["bijector"]["bijectors"][0]["bijectors"][1]
+
+    def of_first_old(tree):
+        return {name: variable["value"] for name, variable in tree["scales"]["0"]["bijectors"]["1"].items()}
+
+    moments, old_moments = state.opt_state[1][0], old["opt_state"][1][0]
+    for new, before in ((moments.mu, old_moments["mu"]), (moments.nu, old_moments["nu"])):
+        np.testing.assert_array_equal(of_first_actnorm(new)["shift"][...], of_first_old(before)["bias"])
+        np.testing.assert_array_equal(of_first_actnorm(new)["log_scale"][...], of_first_old(before)["log_scale"])
+    assert int(state.step) == int(old["step"]) == 2
+    layer = of_first_old(old["params"])
+    np.testing.assert_allclose(of_first_actnorm(state.params)["shift"][...], layer["bias"] * np.exp(layer["log_scale"]))

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
+import resflow_jax as rf
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated, check_estimator, needs_key
 from resflow_jax.functional.laws import Geometric
 from resflow_jax.functional.logdet import residual
@@ -311,6 +313,25 @@ def test_estimators_of_flows():
     assert not needs_key(wrapped) and not needs_key(Exact()) and needs_key(Roulette()) and needs_key(Weighted(1.0))
     found = jax.jit(lambda estimator: residual(g, params, x, estimator=estimator))(wrapped)
     np.testing.assert_allclose(found[1], residual(g, params, x, estimator=TwoTerms())[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [Roulette(Plain()), Roulette(Node(2.0, 1)), TwoTerms(), Weighted(jnp.asarray(1.0))],
+    ids=["plain law", "traced law", "constant", "traced"],
+)
+def test_in_a_flow(estimator):
+    """A flow of a single block, and of several, takes them: log_prob, its gradient, and the map itself."""
+    config = rf.VectorFlowConfig(dim=3, blocks=2, hidden=(4,), coefficient=0.5)
+    flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+    x, key = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3))), jax.random.key(0)
+    key = key if needs_key(estimator) else None
+    graphdef, state = nnx.split(flow)
+    run = lambda state, x: nnx.merge(graphdef, state).log_prob(x, key=key, estimator=estimator)  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(lambda *args: jnp.sum(run(*args)), 1))(state, x)
+    exact = jnp.sum(flow.log_prob(x, estimator=Exact()))
+    assert abs(value - exact) < 2 and np.any(gradient != 0)
+    np.testing.assert_allclose(jnp.sum(flow.log_prob(x, key=key, estimator=estimator)), value, rtol=1e-10)
 
 
 class Returns:

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import resflow_jax as rf
 from resflow_jax.functional import values
-from resflow_jax.functional.values import ANYWHERE, UNIT_INTERVAL, checked
+from resflow_jax.functional.values import ANYWHERE, UNIT_INTERVAL, Domain, checked
 from resflow_jax.layers.logit import Logit
 from resflow_jax.training.parallel import make_mesh
 
@@ -29,12 +29,14 @@ PLACES = [
     pytest.param(jnp.asarray, id="one device"),
     pytest.param(spread, id="eight devices", marks=needs_devices),
 ]
+COLUMN = Domain(np.asarray([0.0]), np.asarray([2.0]), np.asarray(["[0, 2]"]))
 BAD = [
     (np.nan, ANYWHERE, "x: expected finite values, got 1 that are not in float32"),
     (-np.inf, UNIT_INTERVAL, "x: expected finite values, got 1 that are not in float32"),
     (1e39, ANYWHERE, "x: expected finite values, got 1 that are not in float32"),  # of float64
     (1.5, UNIT_INTERVAL, r"x: expected values in \[0, 1\], got \[0\.0, 1\.5\]$"),
     (-0.25, UNIT_INTERVAL, r"x: expected values in \[0, 1\], got \[-0\.25, 0\.9"),
+    (-0.25, COLUMN, r"x: expected values in \[0, 2\] in column 0, got \[-0\.25, 0\.9[0-9]*\]$"),
     (
         1.2,
         Logit(0.05).domain(np.float32),

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 import resflow_jax as rf
 import resflow_jax.interop
@@ -16,6 +17,7 @@ from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.interop import stateless
 from resflow_jax.training.step import optax_promotion
 from tests.interop.flows import bent
+from tests.io.flows import CONDITION, conditional_flow
 
 CONFIG = rf.VectorFlowConfig(
     dim=2,
@@ -72,7 +74,9 @@ def test_every_public_method_is_there(model, variables):
 
 def test_methods_that_change_a_flow_are_known_as_such():
     """Those that return nothing, or how a power iteration ended: `apply` is to return their variables."""
-    returned = {name: get_type_hints(getattr(rf.ResidualFlow, name))["return"] for name in stateless.METHODS}
+    methods = stateless.methods_of(rf.ResidualFlow)
+    assert set(methods) == set(stateless.methods_of(rf.Flow)) and "__call__" in methods
+    returned = {name: get_type_hints(getattr(rf.ResidualFlow, name))["return"] for name in methods}
     changing = {name for name, kind in returned.items() if kind in (type(None), PowerIterationStatus)}
     assert changing == stateless.CHANGING
 
@@ -140,10 +144,40 @@ def test_errors_name_what_is_wrong(model, variables):
         model.bind({**variables, "state": {}})
     with pytest.raises(ValueError, match=r"arrays unknown: constants/scale$"):
         model.bind({**variables, "constants": {**variables["constants"], "scale": jnp.ones(1)}})
-    with pytest.raises(ValueError, match="arrays missing: constants/scales/0/bijectors/0/deviation, "):
+    with pytest.raises(ValueError, match="arrays missing: constants/bijector/bijectors/0/deviation, "):
         model.bind({**variables, "constants": {}})
     scalars = jax.tree.map(lambda leaf: leaf.ravel()[:1], variables["constants"])
     with pytest.raises(
-        ValueError, match=r"expected constants/scales/0/bijectors/0/deviation of shape \(2,\), got \(1,\)"
+        ValueError, match=r"expected constants/bijector/bijectors/0/deviation of shape \(2,\), got \(1,\)"
     ):
         model.bind({**variables, "constants": scalars})
+    for source in (3, model.bind(variables)):
+        with pytest.raises(
+            ValueError, match=r"source: expected the config of a flow, or a function make_flow\(rngs\), got"
+        ):
+            stateless.stateless(source)
+    with pytest.raises(ValueError, match=r"make_flow: expected Flow, got Rngs"):
+        stateless.stateless(lambda rngs: rngs).init(jax.random.key(0))
+
+
+def test_a_composed_conditional_flow():
+    """Of a function that makes it: init, methods and training in one compiled step; conditions are passed on."""
+    model, x = stateless.stateless(conditional_flow), jax.random.normal(jax.random.key(1), (8, 3))
+    variables = model.init(jax.random.key(0), x, CONDITION)
+    flow = conditional_flow(nnx.Rngs(jax.random.key(0)))
+    flow.initialize(x, CONDITION)
+    options = {"condition": CONDITION, "estimator": rf.Exact()}
+    np.testing.assert_allclose(
+        model.apply(variables, "log_prob", x, **options), flow.log_prob(x, **options), atol=1e-12
+    )
+
+    @jax.jit
+    def gradient(params):
+        return jax.grad(lambda params: model.apply({**variables, "params": params}, "log_prob", x, **options).mean())(
+            params
+        )
+
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(variables["params"])))
+    assert rf.certify(model.bind(variables)).is_certified
+    with pytest.raises(ValueError, match=r"method: expected one of .*; got 'logits'"):
+        model.apply(variables, "logits", x)

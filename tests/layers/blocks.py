@@ -12,7 +12,7 @@ from resflow_jax.functional.activations import get_activation
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.vector_norms import dual_map
 from resflow_jax.layers.contraction import Layered
-from resflow_jax.layers.densenet import DenseNet
+from resflow_jax.layers.densenet import DenseNetOfMaps
 from resflow_jax.layers.lipschitz import learned_order
 from resflow_jax.layers.normalization import MovingCentering
 from tests.functional.contractions import dense_matrix
@@ -29,7 +29,7 @@ def layered(maps=DENSE, activation="lipswish", preactivation=False, norms=None, 
 
 
 def dense_net(first, dense, last, activation="clipswish"):
-    return lambda rngs: DenseNet(first, dense, last, get_activation(activation), 0.9, rngs=rngs)
+    return lambda rngs: DenseNetOfMaps(first, dense, last, get_activation(activation), 0.9, rngs=rngs)
 
 
 def learned(rngs):
@@ -77,7 +77,7 @@ def make(name, scale=4.0):
         for param in params.values():
             param[...] += rng.normal()
     scramble_centers(contraction, rng)
-    if isinstance(contraction, DenseNet):
+    if isinstance(contraction, DenseNetOfMaps):
         contraction.concatenation[...] += 2 * rng.normal(size=contraction.concatenation.shape)
     return contraction, jnp.asarray(rng.normal(size=(40, *shape)))
 

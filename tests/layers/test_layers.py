@@ -14,13 +14,14 @@ from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.contraction import Layered
-from resflow_jax.layers.densenet import DenseNet
+from resflow_jax.layers.densenet import DenseNetOfMaps
+from resflow_jax.layers.diagonal_affine import Affine
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormState, map_linears
 from resflow_jax.layers.logit import Logit
 from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
-from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
+from resflow_jax.layers.shapes import Flatten, Permutation, Reshape, Squeeze
 
 IMAGE = (4, 4, 2)
 
@@ -35,7 +36,7 @@ def residual_block(rngs, *, activation="lipswish", preactivation=True, dense=Fal
 
 def dense_net_block(rngs):
     maps = DenseMap(6, 4), [DenseMap(4, 2), DenseMap(8, 2)], DenseMap(12, 6)
-    return ResidualBlock(DenseNet(*maps, get_activation("clipswish"), 0.9, rngs=rngs))
+    return ResidualBlock(DenseNetOfMaps(*maps, get_activation("clipswish"), 0.9, rngs=rngs))
 
 
 def stack(rngs):
@@ -61,6 +62,9 @@ CLOSED_FORM = {
     "squeeze": (lambda rngs: Squeeze(IMAGE), IMAGE),
     "flatten": (lambda rngs: Flatten(IMAGE), IMAGE),
     "unflatten": (lambda rngs: Reshape((32,), IMAGE), (32,)),
+    "permutation of channels": (lambda rngs: Permutation([1, 0]), IMAGE),
+    "permutation of rows": (lambda rngs: Permutation([2, 0, 3, 1], axis=0), IMAGE),
+    "affine": (lambda rngs: Affine((3,)), (3,)),
     "linear on vectors": (lambda rngs: InvertibleLinear(5, rngs=rngs), (5,)),
     "linear on channels": (lambda rngs: InvertibleLinear(2, rngs=rngs), IMAGE),
     "batch norm per channel": (lambda rngs: MovingBatchNorm((2,)), IMAGE),

@@ -49,7 +49,8 @@ def components(base, c):
     if base.network is not None:
         h = np.asarray(c) @ np.asarray(base.network.hidden.kernel[...]) + np.asarray(base.network.hidden.bias[...])
         out = (h / (1 + np.exp(-h))) @ np.asarray(base.network.out[...])
-        added = [a.reshape(p.shape) for a, p in zip(np.split(out, np.cumsum([p.size for p in parts])[:-1]), parts)]
+        pieces = np.split(out, np.cumsum([part.size for part in parts])[:-1])
+        added = [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
         added[1] = 4 * np.tanh(added[1] / 4)
         parts = [p + a for p, a in zip(parts, added, strict=True)]
     mean, std = (part.reshape(-1, *SHAPE) for part in (parts[0], np.exp(parts[1])))
@@ -198,7 +199,10 @@ def test_in_a_flow(name):
     [
         (lambda: rf.StandardNormal(3), r"event_shape: expected a tuple of sizes, as \(3,\), got 3"),
         (lambda: rf.DiagonalNormal((0,)), "event_shape: expected an integer of at least 1, got 0"),
-        (lambda: rf.DiagonalNormal((2,), condition_dim=2), "rngs: expected nnx.Rngs beside condition_dim, got NoneType"),
+        (
+            lambda: rf.DiagonalNormal((2,), condition_dim=2),
+            "rngs: expected nnx.Rngs beside condition_dim, got NoneType",
+        ),
         (
             lambda: rf.DiagonalNormal((2,), condition_dim=0, rngs=nnx.Rngs(0)),
             "condition_dim: expected an integer of at least 1, got 0",

@@ -112,16 +112,19 @@ def test_a_split_flow():
     base = ObjectBase(Tree(jnp.asarray([1.0, -2.0]), 0.5), (2,))
     graphdef, state = nnx.split(base)
     moved = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf + 1, state))
-    np.testing.assert_allclose(
-        moved.log_prob(Z), Tree(jnp.asarray([2.0, -1.0]), 0.5).log_prob(Z), rtol=1e-12
-    )
+    np.testing.assert_allclose(moved.log_prob(Z), Tree(jnp.asarray([2.0, -1.0]), 0.5).log_prob(Z), rtol=1e-12)
     same, other = (nnx.split(ObjectBase(Tree(jnp.zeros(2), scale), (2,)))[0] for scale in (0.5, 0.6))
     assert graphdef == same and hash(graphdef) == hash(same) and graphdef != other
 
 
 def test_float32():
     """An object that computes in another dtype gives log-densities in that of z."""
-    assert ObjectBase(Tree(jnp.zeros(2), 0.5), (2,)).log_prob(Z.astype(jnp.float32)).dtype == jnp.float32
+
+    class Wide(Plain):
+        def log_prob(self, z):
+            return super().log_prob(z.astype(jnp.float64))
+
+    assert ObjectBase(Wide(), (2,)).log_prob(Z.astype(jnp.float32)).dtype == jnp.float32
 
 
 class NoSample:

@@ -112,6 +112,28 @@ def training(split, loss, batch, accumulate):
     return call
 
 
+class PowerLaw:
+    """A law of lengths as a user writes it: P(N >= k) = 1 / k^2."""
+
+    def sample(self, key, shape):
+        return jnp.floor(jax.random.uniform(key, shape, minval=1e-6) ** -0.5).astype(jnp.int32)
+
+    def survival(self, k):
+        return k.astype(float) ** -2.0
+
+    def tail_ratio(self):
+        return 1.0
+
+
+class FirstTerm:
+    """An estimator as a user writes it: tr(J)."""
+
+    def estimate(self, g, x, key):
+        v = jax.random.rademacher(key, x.shape, x.dtype)
+        g_x, product = jax.jvp(g, (x,), (v,))
+        return x + g_x, jnp.sum(v * product, axis=1)
+
+
 def of_functions():
     """Calls of functions that take no flow."""
     kernel = jnp.asarray(np.random.default_rng(2).normal(size=(3, 3)) / 5)
@@ -133,6 +155,28 @@ def of_functions():
         found[f"residual, {name}"] = lambda e=estimator: jax.grad(total, (1, 2))(e, kernel, jnp.asarray(X))
     for name, solver in SOLVERS.items():
         found[f"residual_inverse, {name}"] = lambda s=solver: jax.grad(inverted, (1, 2))(s, kernel, jnp.asarray(X))
+    condition = {"shift": jnp.asarray(X), "scale": jnp.linspace(0.5, 1.0, len(X))}
+    pair = jnp.asarray(X[:, :2]), jnp.asarray(X[:, 2])
+
+    def conditional(kernel, x, condition):
+        return condition["scale"][:, None] * jnp.tanh(x @ kernel + condition["shift"])
+
+    def of_pair(kernel, x):
+        out = jnp.tanh(jnp.concatenate([x[0], x[1][:, None]], axis=1) @ kernel)
+        return out[:, :2], out[:, 2]
+
+    def with_condition(kernel, x, condition):
+        y, log_det = rf.residual(conditional, kernel, x, condition=condition, key=KEY, chunk_size=2)
+        return jnp.sum(rf.residual_inverse(conditional, kernel, 2 * y, condition=condition)) + jnp.sum(log_det)
+
+    def with_pair(kernel, x):
+        y, log_det = rf.residual(of_pair, kernel, x, key=KEY, estimator=Roulette(PowerLaw()))
+        return jnp.sum(rf.residual_inverse(of_pair, kernel, y)[0]) + jnp.sum(log_det)
+
+    found["residual, condition"] = lambda: jax.grad(with_condition, (0, 1, 2))(kernel, jnp.asarray(X), condition)
+    found["residual, pair and own law"] = lambda: jax.grad(with_pair, (0, 1))(kernel, pair)
+    found["residual, own estimator"] = lambda: jax.grad(total, (1, 2))(FirstTerm(), kernel, jnp.asarray(X))
+    found["check_contraction"] = lambda: rf.check_contraction(g, kernel, jnp.asarray(X), KEY)
     for name, activation in rf.ACTIVATIONS.items():
         params = {parameter: jnp.asarray(value) for parameter, value in activation.initial}
         second = jax.hessian(lambda x, a=activation, p=params: jnp.sum(jnp.square(a(p, x))))

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:length. .*infinite variance")
 TRACED = [
     *(f"residual, {name}" for name in ESTIMATORS),
     *(f"residual_inverse, {name}" for name in SOLVERS),
+    *("residual, condition", "residual, pair and own law", "residual, own estimator"),
     *(f"{method}, plain" for method in ("log_prob", "inverse", "new flow", "initialize", "update_norms", "order_loss")),
     *("sample", "sample_and_log_prob", "inverse, gradient", "__call__", "train", "log_prob, all layers"),
     *(name for name in CALLS if name.startswith(("activation", "best_start", "power_iteration", "gram_iteration"))),
@@ -26,6 +27,9 @@ WITHOUT_JIT = [
     "residual, Exact",
     "residual, Roulette",
     "residual, Roulette, autodiff",
+    "residual, condition",
+    "residual, pair and own law",
+    "residual, own estimator",
     "residual_inverse, Anderson",
     "residual_inverse, Broyden",
     "log_prob, Exact",

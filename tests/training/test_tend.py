@@ -1,7 +1,5 @@
 """What training owes a flow beside its loss: learned orders of norms, and running statistics."""
 
-from types import SimpleNamespace
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -155,14 +153,17 @@ def test_a_step_moves_running_statistics(flow, steps):
 
 
 @pytest.mark.parametrize("running", [{"batchnorm": True}, {"centering": "blocks"}, {"centering": "layers"}])
-def test_each_kind_of_running_statistics_is_moved(running):
-    """By the batch, whichever of them a flow has."""
+def test_each_kind_of_running_statistics_is_moved(running, monkeypatch):
+    """By the batch and its condition, whichever of them a flow has."""
     seen = []
     config = rf.VectorFlowConfig(2, 1, (3,), between=rf.BetweenBlocks(**running))
-    flow = SimpleNamespace(config=config, update_statistics=seen.append)
-    value = jnp.asarray(3.0)
-    assert tend(flow, X, value) is value
-    np.testing.assert_array_equal(seen, [X])
+    flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
+    monkeypatch.setattr(rf.Flow, "update_statistics", lambda flow, x, condition: seen.append((x, condition)))
+    value, condition = jnp.asarray(3.0), jnp.ones((len(X), 1))
+    assert tend(flow, X, value, condition) is value
+    ((x, given),) = seen
+    np.testing.assert_array_equal(x, X)
+    assert given is condition
 
 
 def test_flows_with_neither_are_left_alone():

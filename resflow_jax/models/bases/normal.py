@@ -20,9 +20,9 @@ Array = jax.Array
 class DiagonalNormal(Base):
     """N(mean, diag(std^2)) on events of a given shape; it starts as N(0, I).
 
-    With a condition c an ordinary network of c, which starts at zero, moves both: mean(c) = mean + a(c) and log_std(c) =
-    log_std + 4 tanh(b(c) / 4), so that c changes a deviation by a factor of 55 at most, and its parameter by any (see
-    `layers.conditioned_params`).
+    With a condition c an ordinary network of c, which starts at zero, moves both (see `layers.conditioned_params`):
+    mean(c) = mean + a(c) and log_std(c) = log_std + 4 tanh(b(c) / 4). So c changes a deviation by a factor of 55 at
+    most, and its parameter by any.
 
     Args:
       event_shape: of one z.

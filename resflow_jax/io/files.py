@@ -1,0 +1,216 @@
+"""`save` and `load`: a flow as one file of safetensors, which any language reads.
+
+The arrays are named by collection and path ("params.bijector.bijectors.0.shift"; see `io.variables`). The metadata are
+strings:
+
+    format           "resflow_jax"
+    format_version   an integer, raised when files change so that earlier versions of this package cannot read them
+    version          of this package
+    config           of a `ResidualFlow`: its config as JSON
+    structure        of another `Flow`: what it is composed of, as JSON; see `io.structure`
+
+Nothing in a file is executed, and no name in it is imported. Files without a format version are of before compositions,
+and are read too (see `io.upgrades`).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from resflow_jax.functional.checks import check_type
+from resflow_jax.io.config_json import config_from_json, config_to_json
+from resflow_jax.io.structure import UnknownClass, build, describe, difference
+from resflow_jax.io.upgrades import is_old, upgraded
+from resflow_jax.io.variables import OtherArrays, Structure, flattened, split_variables
+from resflow_jax.io.whole_files import whole_file
+from resflow_jax.layers.lipschitz import deferred_norms
+from resflow_jax.models.flow import Flow
+from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
+
+FORMAT = "resflow_jax"
+FORMAT_VERSION = 1
+
+_SHARED = "; of layers that share arrays with each other no file tells"
+_REMEDY = "; rf.load(path, like=flow) takes the structure from a flow of yours, and only the arrays from the file"
+
+
+def save(path: str | Path, flow: Flow) -> None:
+    """Writes a flow to a file: all arrays, in their dtype, and what the flow is made of.
+
+    A file of this name is replaced when all is written. The loaded flow gives the same outputs, bit for bit.
+
+    Args:
+      path: of the file, by custom with the suffix ".safetensors".
+      flow: a `ResidualFlow`, or any `Flow` of layers. A module of your own inside is written as its arrays and the
+        name of its class; to load it again `load` needs `like`.
+
+    Raises:
+      ValueError: for what is no `Flow`, and for arrays of a dtype that files of safetensors do not have.
+      OSError: where the file cannot be written; an earlier one is then left as it was.
+    """
+    check_type("flow", flow, Flow)
+    arrays = {".".join(name): _as_saved(".".join(name), array) for name, array in flattened(split_variables(flow))}
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "version": _version(), **_description(flow)}
+    with whole_file(path) as temporary:
+        save_file(arrays, temporary, metadata=metadata)
+
+
+def load(path: str | Path, *, like: Flow | None = None) -> Flow:
+    """The flow that `save` wrote, in the dtype of the file where JAX has it on.
+
+    Nothing is computed: no power iteration, no random parameters.
+
+    Args:
+      path: of the file.
+      like: a flow of the same structure, which is not changed; for flows with classes that are not of this package,
+        as the module of `ResidualBlock(module, lipschitz=)`, or with a layer that is used twice. The structure is then
+        that of `like`, and the arrays are those of the file. By default the structure is what the file says.
+
+    Raises:
+      FileNotFoundError: where there is no such file.
+      ValueError: for a damaged file, one that is not of this package or of a newer format, a class that is not of this
+        package without `like`, arrays that are not those of the structure, and a `like` that differs from what the file
+        says. The message names the file and what is wrong.
+    """
+    if like is not None:
+        check_type("like", like, Flow)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: expected a file of safetensors, got {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a file of safetensors, could not read it: {error}") from error
+    try:
+        _check_format(metadata)
+        structure = _structure(metadata) if like is None else _structure_of(like, metadata)
+        return _filled(structure, arrays)
+    except UnknownClass as error:
+        raise ValueError(f"{path}: {error}{_REMEDY}") from error
+    except OtherArrays as error:
+        remedy = _SHARED + _REMEDY if like is None and "structure" in metadata else ""
+        raise ValueError(f"{path}: {error}{remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _description(flow: Flow) -> dict[str, str]:
+    """What a flow is made of, as metadata."""
+    if _is_of_config(flow):
+        return {"config": config_to_json(flow.config)}
+    return {"structure": json.dumps(describe(flow), allow_nan=False)}
+
+
+def _is_of_config(flow: Flow) -> bool:
+    """Whether the config tells all about a flow; it does not about a subclass of the user's."""
+    return isinstance(flow, ResidualFlow) and type(flow).__module__.startswith(f"{FORMAT}.")
+
+
+def _check_format(metadata: dict[str, str]) -> None:
+    """Raises ValueError unless this version of the package can read a file of these metadata."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"format: expected {FORMAT!r} in the metadata, got {metadata.get('format')!r}")
+    text = metadata.get("format_version", "0")
+    if not text.isdecimal():
+        raise ValueError(f"format_version: expected an integer, got {text!r}")
+    if int(text) > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version: expected at most {FORMAT_VERSION}, which version {_version()} of resflow_jax reads, got "
+            f"{text}, written by version {metadata.get('version')}"
+        )
+
+
+def _structure(metadata: dict[str, str]) -> Structure:
+    """What the metadata say."""
+    if "config" in metadata:
+        config = config_from_json(metadata["config"])
+        return Structure.made_by(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
+    description = _parsed(metadata)
+    if description is None:
+        raise ValueError(f"expected the config or the structure of a flow in the metadata, got {sorted(metadata)}")
+
+    def make() -> Flow:
+        with deferred_norms():
+            flow = build(description, nnx.Rngs(0))
+        check_type("structure", flow, Flow)
+        return flow
+
+    try:
+        return Structure.made_by(make)
+    except RecursionError as error:
+        raise ValueError("structure: expected layers nested as deep as Python can call, got more") from error
+
+
+def _structure_of(like: Flow, metadata: dict[str, str]) -> Structure:
+    """That of the flow `like`, if it is what the metadata say."""
+    kind = "config" if _is_of_config(like) else "structure"
+    said = metadata.get(kind)
+    if said is None:
+        raise ValueError(
+            f"like: expected a flow like that of the file, got {type(like).__name__}, of which the "
+            f"metadata have no {kind}"
+        )
+    if kind == "config":
+        of_file = json.loads(config_to_json(config_from_json(said)))
+        unlike = difference(of_file, json.loads(config_to_json(like.config)))
+    else:
+        unlike = difference(_parsed(metadata), describe(like))
+    if unlike is not None:
+        raise ValueError(f"like: expected a flow like that of the file, got another: {unlike}")
+    return Structure.of(like)
+
+
+def _parsed(metadata: dict[str, str]) -> Any:
+    """The structure in the metadata, or None."""
+    try:
+        return json.loads(metadata["structure"]) if "structure" in metadata else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"structure: expected JSON, got {metadata['structure'][:80]!r}...: {error}") from error
+
+
+def _filled(structure: Structure, arrays: dict[str, np.ndarray]) -> Flow:
+    """The flow with the arrays of a file, by their names."""
+    by_path = {tuple(name.split(".")): array for name, array in arrays.items()}
+    if is_old(path[1:] for path in by_path):
+        by_path = upgraded(structure.leaves, by_path)
+    loaded = {}
+    for path, leaf in structure.leaves.items():
+        if path in by_path:
+            loaded[path] = _as_loaded(by_path.pop(path), leaf)
+    return structure.filled({**loaded, **by_path})
+
+
+def _as_saved(name: str, array: jax.Array) -> np.ndarray:
+    """An array in a form that safetensors has: in C order; a PRNG key as its data."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if array.dtype.name not in _DTYPES:
+        raise ValueError(f"flow: expected arrays of a dtype among {', '.join(_DTYPES)}; got {array.dtype} of {name}")
+    return np.array(array, order="C")
+
+
+def _as_loaded(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> Any:
+    """What `_as_saved` took."""
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return array
+    return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
+
+
+_DTYPES = (
+    *("float16", "float32", "float64", "bfloat16", "bool"),
+    *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+)
+
+
+def _version() -> str:
+    import resflow_jax
+
+    return resflow_jax.__version__

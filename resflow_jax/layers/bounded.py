@@ -1,0 +1,148 @@
+"""Data with bounds of the user's, each column with its own, to the reals: for tables and physical quantities."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resflow_jax.functional.checks import check_choice
+from resflow_jax.functional.values import Domain
+from resflow_jax.layers.bijector import Shape, ends_in
+from resflow_jax.layers.bounds import Bounds, as_bounds, as_text
+from resflow_jax.layers.elementwise import Elementwise, largest, smallest
+from resflow_jax.layers.logit import Logit, logit_domain
+from resflow_jax.layers.positive import safe_exp, safe_log, safe_softplus, softplus_inverse
+
+Array = jax.Array
+
+
+class Bounded(Elementwise):
+    """Takes values between `low` and `high` to the reals; either end may be infinite, and each column has its own.
+
+        both finite    y = Logit(alpha, low, high): x in [low, high], both ends included
+        low alone      y = log(x - low), or with one_sided="softplus" the inverse of the softplus, for x > low
+        high alone     y = -log(high - x), or likewise, for x < high
+        neither        y = x
+
+    Put it first in a chain; an `ActNorm` after it brings its output to mean zero and variance one. The logarithm knows
+    no unit, and suits values of many sizes; the softplus keeps large values as they are. Where the data attain an end,
+    as counts attain zero, give one a little beyond it, or make the interval finite.
+
+    The inverse always returns values that the layer takes again, also where rounding would reach or pass an end: the
+    nearest number inside of a one-sided interval. What is outside raises a ValueError that names the column, from a
+    flow; where it is traced it gives NaN.
+
+    Args:
+      low, high: ends; numbers, infinite ones included, or arrays of the last axes of x, as (C,) for one a column.
+      alpha: of the logit.
+      one_sided: "log" or "softplus".
+
+    Example:
+      low, high = [0, -np.inf, 0], [np.inf, np.inf, 100]     # a price, a difference, a percentage
+      flow = rf.Flow(rf.Chain([rf.Bounded(low, high), rf.ActNorm((3,)), rf.ResidualBlock(g)]))
+    """
+
+    def __init__(self, low: Any, high: Any, *, alpha: float = 1e-6, one_sided: str = "log"):
+        check_choice("one_sided", one_sided, ("log", "softplus"))
+        self.low, self.high = as_bounds(low, high)
+        self.alpha = alpha
+        self.one_sided = one_sided
+        is_closed = self._kinds()[0]
+        self.logit = Logit(alpha, np.where(is_closed, self.low, 0.0), np.where(is_closed, self.high, 1.0))
+
+    def _kinds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where both ends are finite, low alone, high alone."""
+        has_low, has_high = np.isfinite(self.low), np.isfinite(self.high)
+        return has_low & has_high, has_low & ~has_high, ~has_low & has_high
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return ends_in(shape, np.shape(self.low))
+
+    def _one_sided(self, bounds: Bounds) -> tuple[Array, float | Array, float | Array]:
+        """Where one end alone is finite, that end, and 1 for a lower one or -1 for an upper one."""
+        _, lower, upper = self._kinds()
+        end = np.where(lower, bounds.low, np.where(upper, bounds.high, 0.0))
+        return _mask(lower | upper, bounds), bounds.constant(end), bounds.constant(np.where(upper, -1.0, 1.0))
+
+    def values(self, x: Array) -> tuple[Array, Array]:
+        bounds = Bounds.of(self.low, self.high, x)
+        is_closed, lower, upper = self._kinds()
+        y, log_slopes = x, jnp.zeros_like(x)
+        if is_closed.any():
+            mask = _mask(is_closed, bounds)
+            found = self.logit.values(jnp.where(mask, x, 0.5))
+            y, log_slopes = jnp.where(mask, found[0], y), jnp.where(mask, found[1], log_slopes)
+        if (lower | upper).any():
+            mask, end, sign = self._one_sided(bounds)
+            distance = jnp.where(mask, sign * (x - end), 1)
+            if self.one_sided == "log":
+                u = safe_log(distance)
+                slopes = -u
+            else:
+                u, log_slope = softplus_inverse(distance)
+                slopes = -log_slope
+            y, log_slopes = jnp.where(mask, sign * u, y), jnp.where(mask, slopes, log_slopes)
+        return y, log_slopes
+
+    def inverse_values(self, y: Array) -> tuple[Array, Array]:
+        bounds = Bounds.of(self.low, self.high, y)
+        is_closed, lower, upper = self._kinds()
+        x, log_slopes = y, jnp.zeros_like(y)
+        if is_closed.any():
+            mask = _mask(is_closed, bounds)
+            found = self.logit.inverse_values(jnp.where(mask, y, 0))
+            x, log_slopes = jnp.where(mask, found[0], x), jnp.where(mask, found[1], log_slopes)
+        if (lower | upper).any():
+            mask, end, sign = self._one_sided(bounds)
+            u = jnp.where(mask, sign * y, 0)
+            if self.one_sided == "log":
+                distance, slopes = safe_exp(u), -u
+            else:
+                distance, slopes = safe_softplus(u), jax.nn.softplus(-u)
+            ends = (bounds.constant(value) for value in self._one_sided_domain(bounds))
+            x = jnp.where(mask, jnp.clip(end + sign * distance, *ends), x)
+            log_slopes = jnp.where(mask, slopes, log_slopes)
+        return x, log_slopes
+
+    def _one_sided_domain(self, bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the largest number of a dtype inside of every one-sided interval; infinite for the others."""
+        _, lower, upper = self._kinds()
+        most, step = largest(bounds.dtype), bounds.dtype.type(smallest(bounds.dtype))
+        with np.errstate(over="ignore"):
+            low, high = (np.where(np.isfinite(end), end, 0).astype(bounds.dtype) for end in (bounds.low, bounds.high))
+            above = np.maximum(np.nextafter(low, np.inf, dtype=low.dtype), low + step).astype(float)
+            below = np.minimum(np.nextafter(high, -np.inf, dtype=high.dtype), high - step).astype(float)
+        return (
+            np.where(lower, above, np.where(upper, -most, -np.inf)),
+            np.where(upper, below, np.where(lower, most, np.inf)),
+        )
+
+    def domain(self, dtype: Any) -> Domain:
+        bounds = Bounds.of(self.low, self.high, dtype)
+        is_closed = self._kinds()[0]
+        closed = logit_domain(self.alpha, dtype, self.logit.low, self.logit.high)
+        ends = zip(closed, self._one_sided_domain(bounds), strict=True)
+        return Domain(*(np.where(is_closed, *pair) for pair in ends), as_text(self.low, self.high))
+
+    @property
+    def support(self) -> tuple[Any, Any]:
+        return self.low, self.high
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        is_closed, lower, upper = self._kinds()
+        bounds = []
+        if is_closed.any():
+            ends = (np.asarray(end)[is_closed] for end in (self.low, self.high))
+            bounds.append(Logit(self.alpha, *ends).lipschitz_bounds())
+        if (lower | upper).any():
+            bounds.append((math.inf, math.inf if self.one_sided == "log" else 1.0))
+        if not (is_closed | lower | upper).all():
+            bounds.append((1.0, 1.0))
+        return tuple(map(max, zip(*bounds, strict=True)))
+
+
+def _mask(mask: np.ndarray, bounds: Bounds) -> Array:
+    """A mask of columns that broadcasts against the array of the bounds."""
+    return jax.lax.broadcast_to_rank(jnp.asarray(mask), bounds.like.ndim)

@@ -1,0 +1,240 @@
+"""Ready contractions: networks of Lipschitz layers from plain arguments, for vectors and for grids.
+
+Each is a contraction in x for every condition c, and free in c (see `layers.conditioning`):
+
+    block = rf.ResidualBlock(rf.LipschitzMLP(6, (64, 64), condition_dim=3, rngs=rngs))
+
+A width is that of what an activation puts out: `clipswish` doubles channels, so the linear layer before it has half.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import nnx
+
+from resflow_jax.functional.activations import Activation, get_activation
+from resflow_jax.functional.checks import as_shape, check_count, check_open_interval, check_order, check_type
+from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap
+from resflow_jax.layers.contraction import Layered
+from resflow_jax.layers.densenet import DenseNetOfMaps
+
+MakeLinear = Callable[[int, int, Any], LinearMap]  # from features in, features out, and kernel size
+
+
+class LipschitzMLP(Layered):
+    """g on vectors [B, dim]: dense layers of norm at most `coefficient` with activations between them.
+
+    Lip(g) <= coefficient^(number of layers) for every condition. Cost: one pass through the layers.
+
+    Args:
+      dim: D.
+      hidden: widths of what the activations put out; () for a single linear layer.
+      condition_dim: number of elements of a condition [condition_dim]; None for none.
+      activation: an `Activation`, or its name in `ACTIVATIONS`.
+      coefficient: bound on the norm of each layer, in (0, 1).
+      preactivation: whether an activation stands before the first layer too.
+      norms: orders of the norms from x to g(x), one more than layers; 2 throughout by default. See `Contraction`.
+      rngs: of the parameters.
+
+    Raises:
+      ValueError: for sizes below one, widths that the activation cannot put out, and a wrong number of orders.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        condition_dim: int | None = None,
+        activation: str | Activation = "lipswish",
+        coefficient: float = 0.98,
+        preactivation: bool = False,
+        norms: Sequence[float] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_count("dim", dim, 1)
+        self.dim = dim
+        self.hidden = as_shape("hidden", hidden)
+        kernels = (1,) * (len(self.hidden) + 1)
+        maps = chain_of_maps(_dense, dim, self.hidden, kernels, _activation(activation), preactivation)
+        _make_layered(self, maps, condition_dim, activation, coefficient, preactivation, norms, rngs)
+
+
+class LipschitzCNN(Layered):
+    """g on grids [B, *size, C] of one to three axes: convolutions of norm at most `coefficient`, and activations.
+
+    Lip(g) <= coefficient^(number of layers) for every condition. Cost: one pass through the layers.
+
+    Args:
+      shape: (*size, C) of one x, channels last.
+      hidden: channels of what the activations put out, one fewer than kernels.
+      kernels: sizes of the kernels, odd.
+      padding: "zero" or "periodic": what is beyond the ends of the grid.
+      condition_dim: number of elements of a condition [condition_dim], which gives every channel a gate and a shift;
+        None for none.
+      activation, coefficient, preactivation, norms, rngs: as of `LipschitzMLP`.
+
+    Raises:
+      ValueError: for a shape of another rank, sizes below one, even kernels, a number of widths that does not fit,
+        widths that the activation cannot put out, and a wrong number of orders.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        hidden: Sequence[int] = (64, 64),
+        kernels: Sequence[int] = (3, 1, 3),
+        *,
+        padding: str = "zero",
+        condition_dim: int | None = None,
+        activation: str | Activation = "lipswish",
+        coefficient: float = 0.98,
+        preactivation: bool = False,
+        norms: Sequence[float] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.shape = as_shape("shape", shape)
+        if len(self.shape) < 2:
+            raise ValueError(f"shape: expected (*size, C), the channels last, got {self.shape}")
+        self.hidden, self.kernels, self.padding = as_shape("hidden", hidden), as_shape("kernels", kernels), padding
+        if len(self.kernels) != len(self.hidden) + 1:
+            expected = f"{len(self.hidden) + 1} sizes, one more than hidden {self.hidden}"
+            raise ValueError(f"kernels: expected {expected}, got {self.kernels}")
+        for size in self.kernels:
+            if size % 2 == 0:
+                raise ValueError(f"kernels: expected odd sizes, got {self.kernels}")
+        conv = _convolution(self.shape[:-1], padding)
+        maps = chain_of_maps(conv, self.shape[-1], self.hidden, self.kernels, _activation(activation), preactivation)
+        _make_layered(self, maps, condition_dim, activation, coefficient, preactivation, norms, rngs)
+
+
+class DenseNet(DenseNetOfMaps):
+    """g of layers that are concatenated to their input (Perugachi-Diaz et al. 2021); see `layers.densenet`.
+
+    Lip(g) <= coefficient^(depth + 1), and one factor more with `first`, for every condition. Cost: one pass through the
+    layers.
+
+    Args:
+      shape: of one x: (D,) or D for vectors, (*size, C) for grids of one to three axes, channels last.
+      depth: number of dense layers.
+      growth: features, or channels, that each dense layer adds.
+      first: width of a layer before the dense ones; None for none.
+      kernel: size of the kernels of the dense layers on a grid, odd; the others have one tap.
+      padding: "zero" or "periodic": what is beyond the ends of a grid.
+      condition_dim, activation, coefficient, rngs: as of `LipschitzMLP`.
+
+    Raises:
+      ValueError: for sizes below one, an even kernel, and a growth that the activation cannot put out.
+    """
+
+    def __init__(
+        self,
+        shape: int | tuple[int, ...],
+        depth: int = 3,
+        growth: int = 16,
+        *,
+        first: int | None = None,
+        kernel: int = 3,
+        padding: str = "zero",
+        condition_dim: int | None = None,
+        activation: str | Activation = "clipswish",
+        coefficient: float = 0.98,
+        rngs: nnx.Rngs,
+    ):
+        self.shape = as_shape("shape", shape if isinstance(shape, tuple | list) else (shape,))
+        check_count("depth", depth, 1)
+        check_count("growth", growth, 1)
+        check_count("kernel", kernel, 1)
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel: expected an odd size, got {kernel}")
+        if first is not None:
+            check_count("first", first, 1)
+        check_type("rngs", rngs, nnx.Rngs)
+        linear = _dense if len(self.shape) == 1 else _convolution(self.shape[:-1], padding)
+        found = _activation(activation)
+        maps = densenet_maps(linear, self.shape[-1], first, depth, growth, kernel, found)
+        super().__init__(*maps, found, coefficient, condition_shape=_condition_shape(condition_dim), rngs=rngs)
+        self.depth, self.growth, self.first, self.kernel, self.padding = depth, growth, first, kernel, padding
+        self.condition_dim = condition_dim
+
+
+def chain_of_maps(
+    linear: MakeLinear,
+    features: int,
+    hidden: Sequence[int],
+    kernels: Sequence[Any],
+    activation: Activation,
+    preactivation: bool,
+) -> list[LinearMap]:
+    """The maps of a `Layered` whose activations put out the widths `hidden`."""
+    check_widths(activation, hidden)
+    if preactivation and features % activation.group:
+        raise ValueError(
+            f"preactivation: expected none for {activation.name} on {features} channels, which are no multiple of "
+            f"{activation.group}"
+        )
+    outputs = [*(width // activation.expansion for width in hidden), features]
+    inputs = [features * (activation.expansion if preactivation else 1), *hidden]
+    return [linear(*sizes) for sizes in zip(inputs, outputs, kernels, strict=True)]
+
+
+def densenet_maps(
+    linear: MakeLinear,
+    features: int,
+    first: int | None,
+    depth: int,
+    growth: int,
+    kernel: Any,
+    activation: Activation,
+) -> tuple[LinearMap | None, list[LinearMap], LinearMap]:
+    """The maps of a `DenseNetOfMaps`."""
+    check_widths(activation, [growth])
+    head = linear(features, first, 1) if first else None
+    widths = [(first or features) + n * growth for n in range(depth + 1)]
+    dense = [linear(width, growth // activation.expansion, kernel) for width in widths[:-1]]
+    return head, dense, linear(widths[-1], features, 1)
+
+
+def check_widths(activation: Activation, widths: Sequence[int]) -> None:
+    """Numbers of channels that the activation can put out."""
+    multiple = activation.group * activation.expansion
+    for width in widths:
+        if width % multiple:
+            raise ValueError(f"activation: expected widths that {multiple} divides for {activation.name}, got {width}")
+
+
+def _make_layered(contraction, maps, condition_dim, activation, coefficient, preactivation, norms, rngs) -> None:
+    """`Layered.__init__` of checked arguments, each of which the contraction keeps."""
+    check_type("rngs", rngs, nnx.Rngs)
+    check_open_interval("coefficient", coefficient, 0, 1)
+    if norms is not None:
+        norms = tuple(norms)
+        if len(norms) != len(maps) + 1:
+            raise ValueError(f"norms: expected {len(maps) + 1} orders, one more than layers, got {norms}")
+        for order in norms:
+            check_order("norms", order)
+        norms = tuple(map(float, norms))
+    options = {"preactivation": preactivation, "norms": norms, "condition_shape": _condition_shape(condition_dim)}
+    Layered.__init__(contraction, maps, _activation(activation), coefficient, **options, rngs=rngs)
+    contraction.coefficient, contraction.condition_dim = coefficient, condition_dim
+
+
+def _condition_shape(condition_dim: int | None) -> tuple[int, ...] | None:
+    if condition_dim is None:
+        return None
+    check_count("condition_dim", condition_dim, 1)
+    return (condition_dim,)
+
+
+def _activation(activation: str | Activation) -> Activation:
+    return activation if isinstance(activation, Activation) else get_activation(activation)
+
+
+def _dense(features_in: int, features_out: int, _: Any) -> DenseMap:
+    return DenseMap(features_in, features_out)
+
+
+def _convolution(size: tuple[int, ...], padding: str) -> MakeLinear:
+    # Zero padding is every map's default.
+    options = {} if padding == "zero" else {"padding": padding}
+    return lambda channels_in, channels_out, kernel: ConvMap(size, channels_in, channels_out, kernel, **options)

@@ -1,0 +1,84 @@
+"""Training states of before compositions, under the names and with the values that they have now.
+
+See `io.upgrades` for both. Parameters, averages and moments of the optimiser carry the names of the flow's arrays and
+are renamed alike. The moments of an ActNorm's bias are taken for those of its shift: their units differ, and Adam
+divides one moment by the root of the other.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from resflow_jax.io.upgrades import CONSTANTS, is_old, old_names, shift_of
+
+Names = tuple[str, ...]
+
+_PARTS = ("scales", "bijector", "base", "classifier")  # the attributes of a flow that have arrays, then and now
+_FLOW = (("params",), ("rest",))  # where a state has the arrays of the flow itself
+_AVERAGE = ("ema", "ema")
+
+
+def is_old_state(metadata: Any) -> bool:
+    """Whether a state, of which this is a tree of the same names, is of before compositions."""
+    return is_old(name for prefix, name in map(_split, _named(metadata)) if prefix in _FLOW)
+
+
+def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
+    """An old state in the structure and the dtypes of `like`, of NumPy's arrays.
+
+    Args:
+      old: nested containers of arrays, by their old names.
+      like: a present state.
+      ema_decay: of the state's average, by which its bias is corrected.
+
+    Raises:
+      ValueError: without the decay, and for arrays that are not those of the flow; the message names them.
+    """
+    if ema_decay is None:
+        raise ValueError("ema_decay: expected that of the run, for a checkpoint of before compositions, got None")
+    arrays, leaves = _named(old), _named(like)
+    names = old_names(_of_flow(leaves), _of_flow(arrays))
+    found = [_value(path, leaf, names, arrays, ema_decay) for path, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def _value(
+    path: Names, leaf: Any, names: Mapping[Names, Names | None], arrays: Mapping[Names, np.ndarray], ema_decay: float
+) -> np.ndarray:
+    prefix, name = _split(path)
+    before = names[name] if name else name
+    if before is None:
+        return np.full(leaf.shape, CONSTANTS[name[-1]], leaf.dtype)
+    if (*prefix, *before) not in arrays:
+        raise ValueError(f"state: expected {'.'.join((*prefix, *before))} in the checkpoint, got no such array")
+    value = np.asarray(arrays[(*prefix, *before)])
+    is_shift = name[-1:] == ("shift",) and before[-1] == "bias"
+    if is_shift and (prefix in _FLOW or prefix == _AVERAGE):
+        log_scale = np.asarray(arrays[(*prefix, *before[:-1], "log_scale")])
+        share = 1 - ema_decay ** int(arrays[("ema", "count")]) if prefix == _AVERAGE else 1
+        value = share * shift_of(value / share, log_scale / share) if share else value
+    if value.shape != leaf.shape:
+        raise ValueError(f"state: expected {'.'.join(path)} of shape {leaf.shape}, got {value.shape}")
+    return value.astype(leaf.dtype)
+
+
+def _named(tree: Any) -> dict[Names, Any]:
+    """The leaves of a tree by their names, as checkpoints have them, without the "value" of a variable of Flax."""
+    found = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        names = tuple(str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", "")))) for entry in path)
+        found[names[:-1] if names[-1:] == ("value",) else names] = leaf
+    return found
+
+
+def _split(path: Names) -> tuple[Names, Names]:
+    """Where in a state an array of a flow is, and its name in the flow; an empty name for what is none."""
+    start = next((n for n, name in enumerate(path) if name in _PARTS), len(path))
+    return path[:start], path[start:]
+
+
+def _of_flow(paths: Mapping[Names, Any]) -> list[Names]:
+    """The names of the arrays of the flow itself."""
+    return [name for prefix, name in map(_split, paths) if prefix in _FLOW]
