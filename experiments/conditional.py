@@ -14,12 +14,12 @@ the flows at every observation), digits.png (samples, a row a class), metrics.js
 again starts anew. `--help` lists every setting.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import numpy as np
@@ -35,16 +35,14 @@ from experiments.amortised import (
     has_flowjax,
     take_turns,
 )
-from experiments.c2st import c2st
 from experiments.classes import DigitsConfig
 from experiments.configs.base import OptimizerConfig
 from experiments.plane import ESTIMATORS
+from experiments.posteriors import Fit, circle_of, compare, print_fits
 from experiments.run import MetricsFile, claim_workdir, print_table, use_compilation_cache, use_xla_flags
 from experiments.simulators import GaussianLinear, Simulator, TwoMoons
-from resflow_jax import Certificate, VectorFlowConfig, certify
+from resflow_jax import VectorFlowConfig, certify
 from resflow_jax.functional.checks import check_choice, check_count
-
-TRUTH = "exact posterior"
 
 _MODEL = VectorFlowConfig(2, hidden=(32, 32), activation="elu", coefficient=0.97, condition_dim=2)
 
@@ -142,33 +140,6 @@ class ConditionalConfig:
             check_count("simulations", self.simulations, 2)
 
 
-class Fit(NamedTuple):
-    """How well a flow does a task.
-
-    Attributes:
-      nll: mean of -log q(theta | x) over new pairs, in nats of theta.
-      nll_stderr: its standard error.
-      excess: mean of log p(theta | x) - log q(theta | x) over the same pairs: the mean over x of KL(p || q).
-      excess_stderr: its standard error.
-      c2st: at each observation.
-      normal_kl: for a normal posterior, mean over observations of KL(q || p) with a normal distribution fitted to
-        samples of q; None for others.
-      steps: of training.
-      seconds: of training, without the first step.
-      first_step: seconds of the first step, with its compilation.
-    """
-
-    nll: float
-    nll_stderr: float
-    excess: float
-    excess_stderr: float
-    c2st: list[float]
-    normal_kl: float | None
-    steps: int
-    seconds: float
-    first_step: float
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
@@ -198,117 +169,39 @@ def infer(config: ConditionalConfig, name: str, title: str, metrics: MetricsFile
     settings: TaskConfig = getattr(config, name)
     rng = np.random.default_rng((config.seed, 0))
     task = Standardised.of(settings.simulator, rng, config.simulations)
+    learners = train(config, settings, task, rng, partial(metrics.write, task=name, split="train"))
+    comparison = compare(
+        learners, task, rng, observations=config.observations, samples=config.samples, pairs=config.pairs
+    )
+    for flow, fit in comparison.fits.items():
+        metrics.write(task=name, flow=flow, step=fit.steps, split="test", **fit._asdict())
+    circle = circle_of(settings.simulator)
+    pictures.save_posteriors(config.workdir / f"{name}.png", comparison.samples, comparison.observed, title, circle)
+    print_fits(title, comparison.fits, certify(learners[0].flow))
+    return comparison.fits
+
+
+def train(
+    config: ConditionalConfig,
+    settings: TaskConfig,
+    task: Standardised,
+    rng: np.random.Generator,
+    write: Callable[..., None],
+) -> list[Learner]:
+    """The flows of a task, trained for the same time, ours in front; `write` takes the lines of metrics.jsonl."""
     first = task.pairs(rng, 2000)
     learners: list[Learner] = [
         ResidualLearner(settings.model, config.optimizer, ESTIMATORS[settings.estimator], first, config.seed)
     ]
-    rates = [config.optimizer.learning_rate, settings.flowjax.learning_rate]
+    rates = [config.optimizer.learning_rate]
     if has_flowjax():
         learners.append(FlowjaxLearner(settings.flowjax, config.optimizer, first, config.seed))
-    for turn in take_turns(
-        learners,
-        task,
-        rates[: len(learners)],
-        config.optimizer,
-        steps=settings.steps,
-        batch_size=config.batch_size,
-        every=config.log_every,
-        seed=config.seed,
-    ):
-        for learner, loss in turn.losses.items():
-            metrics.write(
-                task=name,
-                flow=learner,
-                step=turn.steps[learner],
-                split="train",
-                nll=loss - task.log_det,
-                seconds=turn.seconds[learner],
-            )
-
-    theta = settings.simulator.prior(rng, config.pairs)
-    x = settings.simulator.simulate(rng, theta)
-    observed = settings.simulator.simulate(rng, settings.simulator.prior(rng, config.observations))
-    samples = {TRUTH: [settings.simulator.posterior(rng, config.samples, one) for one in observed]}
-    reference = [settings.simulator.posterior(rng, config.samples, one) for one in observed]
-    truth = settings.simulator.posterior_log_prob(theta, x)
-    scores = [c2st(*pair, seed=config.seed) for pair in zip(reference, samples[TRUTH], strict=True)]
-    fits = {TRUTH: Fit(-truth.mean(), _stderr(truth), 0.0, 0.0, scores, None, 0, 0.0, 0.0)}
-    for learner in learners:
-        found = [draw(learner, task, one, config.samples, config.seed + n) for n, one in enumerate(observed)]
-        samples[learner.name] = found
-        log_prob = learner.log_prob(*task.standardise(theta, x)).astype(np.float64) + task.log_det
-        fits[learner.name] = Fit(
-            nll=-float(log_prob.mean()),
-            nll_stderr=_stderr(log_prob),
-            excess=float(np.mean(truth - log_prob)),
-            excess_stderr=_stderr(truth - log_prob),
-            c2st=[c2st(*pair, seed=config.seed) for pair in zip(reference, found, strict=True)],
-            normal_kl=normal_kl(settings.simulator, found, observed),
-            steps=learner.steps,
-            seconds=learner.seconds,
-            first_step=learner.first_step,
-        )
-    for flow, fit in fits.items():
-        metrics.write(task=name, flow=flow, step=fit.steps, split="test", **fit._asdict())
-    pictures.save_posteriors(config.workdir / f"{name}.png", samples, observed, title, circle_of(settings.simulator))
-    print_fits(title, fits, config, certify(learners[0].flow))
-    return fits
-
-
-def draw(learner: Learner, task: Standardised, x: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """theta [number, D] from q(theta | x), in its own units."""
-    _, x = task.standardise(task.moments[0][0], x)
-    return task.theta(learner.sample(jax.random.key(seed), number, x))
-
-
-def normal_kl(simulator: Simulator, samples: list[np.ndarray], observed: np.ndarray) -> float | None:
-    """Mean over observations of KL(N(m, S) || posterior) in nats, m and S the moments of samples [N, D].
-
-    KL = 1/2 (tr S / s - D + |m - mean|^2 / s + D log s - log|S|) for the posterior N(mean, s I). With N exact samples
-    it is about D (D + 3) / 4N. None for a posterior that is not normal.
-    """
-    if not isinstance(simulator, GaussianLinear):
-        return None
-    s, dim = simulator.posterior_variance, simulator.dim
-    divergences = []
-    for theta, x in zip(samples, observed, strict=True):
-        covariance = np.cov(theta, rowvar=False)
-        away = np.sum((theta.mean(axis=0) - simulator.posterior_mean(x)) ** 2)
-        log_det = np.linalg.slogdet(covariance)[1]
-        divergences.append(0.5 * ((np.trace(covariance) + away) / s - dim + dim * math.log(s) - log_det))
-    return float(np.mean(divergences))
-
-
-def circle_of(simulator: Simulator) -> Callable[[np.ndarray], tuple[np.ndarray, float]] | None:
-    """From x to the centre and the radius of the circle that holds 95 % of two elements of theta; None if unknown."""
-    if not isinstance(simulator, GaussianLinear):
-        return None
-    radius = math.sqrt(-2 * math.log(0.05) * simulator.posterior_variance)
-    return lambda x: (simulator.posterior_mean(x)[:2], radius)
-
-
-def _stderr(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def print_fits(title: str, fits: dict[str, Fit], config: ConditionalConfig, certificate: Certificate) -> None:
-    """A table, a column a flow."""
-    rows = {
-        title: list(fits),
-        "-log q(theta | x)": [f"{fit.nll:.3f} +- {fit.nll_stderr:.3f} nats" for fit in fits.values()],
-        "above the posterior": [f"{fit.excess:.3f} +- {fit.excess_stderr:.3f} nats" for fit in fits.values()],
-        f"C2ST, {config.observations} x": [
-            f"{np.mean(fit.c2st):.3f} +- {_stderr(np.array(fit.c2st)):.3f}" for fit in fits.values()
-        ],
-        "KL of a normal fit": ["" if fit.normal_kl is None else f"{fit.normal_kl:.3f} nats" for fit in fits.values()],
-        "steps": [str(fit.steps or "") for fit in fits.values()],
-        "training": [f"{fit.seconds:.0f} s" if fit.steps else "" for fit in fits.values()],
-        "and the first step": [f"{fit.first_step:.0f} s" if fit.steps else "" for fit in fits.values()],
-    }
-    for name, cells in rows.items():
-        if any(cells):
-            print(f"{name:<24}" + "".join(f"{cell:<26}" for cell in cells).rstrip())
-    print(f"{'certified':<24}Lip(g) <= {certificate.bounds.max():.4f} for every x\n")
+        rates.append(settings.flowjax.learning_rate)
+    options = {"steps": settings.steps, "batch_size": config.batch_size, "every": config.log_every, "seed": config.seed}
+    for turn in take_turns(learners, task, rates, config.optimizer, **options):
+        for name, loss in turn.losses.items():
+            write(flow=name, step=turn.steps[name], nll=loss - task.log_det, seconds=turn.seconds[name])
+    return learners
 
 
 def learn_digits(config: ConditionalConfig, metrics: MetricsFile) -> dict[str, classes.Scores]:

@@ -11,8 +11,9 @@ from flax import nnx
 from experiments import classes, conditional
 from experiments.amortised import FlowjaxConfig, Learner, Standardised, take_turns
 from experiments.classes import DigitsConfig, class_bits_per_dim, make_flow
-from experiments.conditional import ConditionalConfig, GaussianLinearConfig, TwoMoonsConfig, normal_kl
+from experiments.conditional import ConditionalConfig, GaussianLinearConfig, TwoMoonsConfig
 from experiments.configs.base import OptimizerConfig
+from experiments.posteriors import normal_kl
 from experiments.simulators import GaussianLinear, TwoMoons
 from resflow_jax import DenseTail, ImageFlowConfig, VectorFlowConfig
 from resflow_jax.data.embedded import load_digit_labels, load_digits
