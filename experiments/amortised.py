@@ -197,8 +197,7 @@ class FlowjaxConfig:
       depth: number of these.
       knots: of a spline.
       interval: outside of [-interval, interval] a spline is the identity.
-      learning_rate: peak. Of 0.001, 0.002, 0.005 and 0.01 the default is best for two moons, 0.005 for the Gaussian
-        linear model.
+      learning_rate: peak. Of 0.001, 0.002, 0.005, 0.01 and 0.02 the default is best for two moons.
     """
 
     layers: int = 6

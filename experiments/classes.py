@@ -69,6 +69,8 @@ class DigitsConfig:
             raise ValueError(
                 f"digits.model.condition_dim: expected None, for the classes are added, got {self.model.condition_dim}"
             )
+        if self.optimizer.accumulate != 1:
+            raise ValueError(f"digits.optimizer.accumulate: expected 1, got {self.optimizer.accumulate}")
         check_count("digits.steps", self.steps, 0)
         check_count("digits.batch_size", self.batch_size, 2)
         check_count("digits.draws", self.draws, 1)

@@ -56,6 +56,7 @@ class TaskConfig:
       model: the flow; its `condition_dim` is the number of elements of x.
       steps: optimiser steps of the residual flow; 0 leaves the task out.
       estimator: of the log-det in the loss.
+      optimizer: Adam, with the learning rate of the residual flow, and the warm-up, schedule and clipping of both.
       flowjax: the peer.
     """
 
@@ -63,11 +64,15 @@ class TaskConfig:
     model: VectorFlowConfig
     steps: int = 3000
     estimator: Literal["exact", "roulette"]
+    optimizer: OptimizerConfig
     flowjax: FlowjaxConfig = FlowjaxConfig()
 
     def __post_init__(self):
         check_count("steps", self.steps, 0)
         check_choice("estimator", self.estimator, tuple(ESTIMATORS))
+        check_choice("optimizer.name", self.optimizer.name, ("adam",))
+        if self.optimizer.accumulate != 1:
+            raise ValueError(f"optimizer.accumulate: expected 1, got {self.optimizer.accumulate}")
         for name, expected in (("dim", self.simulator.dim), ("condition_dim", self.simulator.x_dim)):
             if getattr(self.model, name) != expected:
                 raise ValueError(
@@ -83,6 +88,7 @@ class TwoMoonsConfig(TaskConfig):
     simulator: TwoMoons = TwoMoons()
     model: VectorFlowConfig = replace(_MODEL, blocks=16)
     estimator: Literal["exact", "roulette"] = "exact"
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-2, warmup=200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,7 @@ class GaussianLinearConfig(TaskConfig):
     simulator: GaussianLinear = GaussianLinear()
     model: VectorFlowConfig = replace(_MODEL, dim=10, condition_dim=10, blocks=4)
     estimator: Literal["exact", "roulette"] = "roulette"
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-2, warmup=200)
     flowjax: FlowjaxConfig = FlowjaxConfig(learning_rate=5e-3)
 
 
@@ -104,7 +111,6 @@ class ConditionalConfig:
       seed: of parameters, simulations and noise.
       batch_size: simulated pairs a step.
       simulations: pairs in all, for a fixed budget; None for new ones at every step.
-      optimizer: learning rate of the residual flows; warm-up, clipping and decay of all.
       two_moons, gaussian_linear: the tasks.
       digits: the flows on digits.
       observations: values of x at which posteriors are compared.
@@ -117,7 +123,6 @@ class ConditionalConfig:
     seed: int = 0
     batch_size: int = 256
     simulations: int | None = None
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-2, warmup=200)
     two_moons: TwoMoonsConfig = TwoMoonsConfig()
     gaussian_linear: GaussianLinearConfig = GaussianLinearConfig()
     digits: DigitsConfig = DigitsConfig()
@@ -189,16 +194,16 @@ def train(
     write: Callable[..., None],
 ) -> list[Learner]:
     """The flows of a task, trained for the same time, ours in front; `write` takes the lines of metrics.jsonl."""
-    first = task.pairs(rng, 2000)
+    first, optimizer = task.pairs(rng, 2000), settings.optimizer
     learners: list[Learner] = [
-        ResidualLearner(settings.model, config.optimizer, ESTIMATORS[settings.estimator], first, config.seed)
+        ResidualLearner(settings.model, optimizer, ESTIMATORS[settings.estimator], first, config.seed)
     ]
-    rates = [config.optimizer.learning_rate]
+    rates = [optimizer.learning_rate]
     if has_flowjax():
-        learners.append(FlowjaxLearner(settings.flowjax, config.optimizer, first, config.seed))
+        learners.append(FlowjaxLearner(settings.flowjax, optimizer, first, config.seed))
         rates.append(settings.flowjax.learning_rate)
     options = {"steps": settings.steps, "batch_size": config.batch_size, "every": config.log_every, "seed": config.seed}
-    for turn in take_turns(learners, task, rates, config.optimizer, **options):
+    for turn in take_turns(learners, task, rates, optimizer, **options):
         for name, loss in turn.losses.items():
             write(flow=name, step=turn.steps[name], nll=loss - task.log_det, seconds=turn.seconds[name])
     return learners

@@ -22,11 +22,11 @@ OPTIMIZER = OptimizerConfig(learning_rate=3e-2, warmup=4, ema_decay=0.8)
 IMAGES = ImageFlowConfig((8, 8, 1), blocks=(1,), kernels=(3,), preactivation="all", tail=DenseTail(0))
 TINY = ConditionalConfig(
     batch_size=64,
-    optimizer=OPTIMIZER,
     two_moons=TwoMoonsConfig(
         simulator=TwoMoons(500),
         model=VectorFlowConfig(2, blocks=2, hidden=(8,), condition_dim=2),
         steps=41,
+        optimizer=OPTIMIZER,
         flowjax=FlowjaxConfig(layers=1, width=8, depth=1, knots=3),
     ),
     gaussian_linear=GaussianLinearConfig(
@@ -178,6 +178,10 @@ def test_bits_per_dim_of_every_class():
         (
             lambda: replace(TINY.gaussian_linear, model=VectorFlowConfig(3, condition_dim=2)),
             "model.dim: expected 2, that of GaussianLinear, got 3",
+        ),
+        (
+            lambda: replace(TINY.two_moons, optimizer=OptimizerConfig(name="sgd")),
+            "optimizer.name: expected one of adam; got 'sgd'",
         ),
         (
             lambda: DigitsConfig(model=replace(IMAGES, condition_dim=10)),
