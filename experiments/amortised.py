@@ -13,7 +13,7 @@ with its compilation, which is reported by itself. Both have Adam with the same 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -213,7 +213,7 @@ def has_flowjax() -> bool:
     return find_spec("flowjax") is not None
 
 
-def promoting(function):
+def promoting(function: Callable) -> Callable:
     """The function where ranks and dtypes are promoted, as flowjax and optax do by themselves."""
 
     def wrapped(*args):
@@ -320,7 +320,8 @@ def take_turns(
         number = min(every, steps - done)
         losses[0] = train(0, done, number)
         for n in range(1, len(learners)):
-            losses[n] = _catch_up(learners[n], learners[0].seconds, partial(train, n, done)) or losses[n]
+            last = _catch_up(learners[n], learners[0].seconds, partial(train, n, done))
+            losses[n] = losses[n] if last is None else last
         done += number
         yield Turn(
             *(
@@ -332,15 +333,15 @@ def take_turns(
         learner.finish()
 
 
-def _catch_up(learner: Learner, seconds: float, train) -> float | None:
-    """Trains until the learner's clock shows so many seconds, to half a step; returns the last loss."""
+def _catch_up(learner: Learner, seconds: float, train: Callable[[int], float]) -> float | None:
+    """Trains until the learner's clock shows so many seconds, to half a step; returns the last loss, if any."""
     loss = None
     while True:
         left = seconds - learner.seconds
-        per_step = learner.seconds / (learner.steps - 1) if learner.steps > 1 else math.inf
-        if left < (0 if math.isinf(per_step) else per_step / 2):
+        per_step = max(learner.seconds, 1e-9) / (learner.steps - 1) if learner.steps > 1 else 0.0
+        if left < per_step / 2:
             return loss
-        loss = train(max(1, min(100, int(left / per_step))))
+        loss = train(max(1, min(100, int(left / per_step))) if per_step else 1)
 
 
 def _batches(task: Standardised, batch_size: int, seed: int) -> Iterator[Pairs]:
