@@ -13,7 +13,7 @@ from experiments.amortised import FlowjaxConfig, Learner, Standardised, take_tur
 from experiments.classes import DigitsConfig, class_bits_per_dim, make_flow
 from experiments.conditional import ConditionalConfig, GaussianLinearConfig, TwoMoonsConfig
 from experiments.configs.base import OptimizerConfig
-from experiments.posteriors import normal_kl
+from experiments.posteriors import TRUTH, compare, normal_kl
 from experiments.simulators import GaussianLinear, TwoMoons
 from resflow_jax import DenseTail, ImageFlowConfig, VectorFlowConfig
 from resflow_jax.data.embedded import load_digit_labels, load_digits
@@ -122,6 +122,44 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     turns = take_turns([Failing("bad", [0], 1)], task, [1], OPTIMIZER, steps=5, batch_size=2, every=2, seed=0)
     with pytest.raises(FloatingPointError, match=r"training of the bad diverged by step 1: loss nan"):
         next(turns)
+
+
+class Oracle(Learner):
+    """Knows the posterior, or one that is too wide by a factor, in standardised units."""
+
+    def __init__(self, task, name, factor=1.0):
+        self.task, self.name, self.factor = task, name, factor
+
+    def _x(self, x):
+        mean, deviation = self.task.moments[1]
+        return mean + deviation * np.asarray(x, np.float64)
+
+    def log_prob(self, theta, x):
+        x, theta = self._x(x), self.task.theta(theta)
+        mean = self.task.simulator.posterior_mean(x)
+        log_prob = self.task.simulator.posterior_log_prob(mean + (theta - mean) / self.factor, x)
+        return log_prob - theta.shape[1] * np.log(self.factor) - self.task.log_det
+
+    def sample(self, key, number, x):
+        x = self._x(x)
+        theta = self.task.simulator.posterior(np.random.default_rng(1), number, x)
+        mean = self.task.simulator.posterior_mean(x)
+        return (mean + self.factor * (theta - mean) - self.task.moments[0][0]) / self.task.moments[0][1]
+
+
+def test_comparison_of_known_posteriors():
+    """The posterior itself is no worse than the truth; one twice as wide is, by KL(p || q) in closed form."""
+    rng = np.random.default_rng(0)
+    task = Standardised.of(GaussianLinear(2, 0.3, 0.2), rng, 100)  # few, so that the moments are far from the true ones
+    oracles = [Oracle(task, "right"), Oracle(task, "wide", 2.0)]
+    fits, samples, observed = compare(oracles, task, rng, observations=2, samples=300, pairs=4000)
+    right, wide = fits["right"], fits["wide"]
+    assert abs(right.excess) < 1e-5 and abs(right.nll - fits[TRUTH].nll) < 1e-5
+    expected = 0.5 * (2 / 4 - 2 + 2 * np.log(4))
+    assert abs(wide.excess - expected) < 5 * wide.excess_stderr < 0.1
+    assert all(abs(score - 0.5) < 0.08 for score in right.c2st + fits[TRUTH].c2st) and min(wide.c2st) > 0.6
+    assert right.normal_kl < 0.05 < wide.normal_kl
+    assert all(np.shape(found) == (2, 300, 2) for found in samples.values()) and observed.shape == (2, 2)
 
 
 def test_divergence_of_a_normal_fit():
