@@ -1,7 +1,7 @@
 """The pictures of an experiment: grids of images, curves, two-dimensional densities."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,4 +240,35 @@ def save_scaling(path: Path, result: dict[str, dict[str, Any]]) -> None:
             ax.set_yticks(measured, [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in measured])
             ax.minorticks_off()
             ax.legend()
+    _save(figure, path)
+
+
+def save_posteriors(
+    path: Path,
+    samples: dict[str, list[np.ndarray]],
+    observed: np.ndarray,
+    title: str,
+    circle: Callable[[np.ndarray], tuple[np.ndarray, float]] | None = None,
+) -> None:
+    """Draws the first two elements of samples [N, D], a row for each name, a column for each x of `observed`.
+
+    The axes of a column are common, and go by the first row. circle(x): centre and radius of one to be drawn over.
+    """
+    shape = len(samples), len(observed)
+    figure, axes = plt.subplots(*shape, figsize=(2.2 * shape[1] + 0.4, 2.2 * shape[0] + 0.4), layout="constrained")
+    reference = next(iter(samples.values()))
+    for n, (row, (name, posteriors)) in enumerate(zip(axes, samples.items(), strict=True)):
+        for axis, theta, truth, x in zip(row, posteriors, reference, observed, strict=True):
+            axis.plot(theta[:, 0], theta[:, 1], ".", ms=1.5, alpha=0.5, color=f"C{n}")
+            if circle is not None:
+                axis.add_patch(plt.Circle(*circle(x), fill=False, color="black", lw=1))
+            middle = (truth[:, :2].max(axis=0) + truth[:, :2].min(axis=0)) / 2
+            half = 0.65 * np.ptp(truth[:, :2], axis=0).max()
+            axis.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
+            axis.set_aspect("equal")
+            axis.tick_params(labelsize=6)
+            if n == 0:
+                axis.set_title("x = " + ", ".join(f"{value:.2f}" for value in x[:2]), fontsize=8)
+        row[0].set_ylabel(name)
+    figure.suptitle(f"{title}: posterior samples at {len(observed)} observations")
     _save(figure, path)

@@ -18,10 +18,18 @@ def load_digits() -> ImageSplits:
     """
     from sklearn.datasets import load_digits as load
 
-    images = load().images.astype(np.uint8)[..., None]
-    images = images[np.random.default_rng(0).permutation(len(images))]
-    train, validation, test = np.split(images, [1347, 1497])
-    return ImageSplits(train, validation, test, levels=17)
+    return ImageSplits(*_split_digits(load().images.astype(np.uint8)[..., None]), levels=17)
+
+
+def load_digit_labels() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The classes {0..9} of the images of `load_digits`: integers [N] for training, validation, test."""
+    from sklearn.datasets import load_digits as load
+
+    return tuple(_split_digits(load().target))
+
+
+def _split_digits(values: np.ndarray) -> list[np.ndarray]:
+    return np.split(values[np.random.default_rng(0).permutation(len(values))], [1347, 1497])
 
 
 def load_photographs(size: int = 16, channels: int = 3, *, bits: int = 8) -> ImageSplits:
