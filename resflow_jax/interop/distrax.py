@@ -12,6 +12,7 @@ import jax
 
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.solvers import Anderson, Solver
+from resflow_jax.interop.bases import distrax_base
 from resflow_jax.interop.extras import needs_extra
 from resflow_jax.interop.sampling import SamplingMap
 from resflow_jax.models.flow import Flow
@@ -20,6 +21,8 @@ with needs_extra("distrax"):
     import distrax
 
 Array = jax.Array
+
+base = distrax_base  # a distribution as the base of a flow
 
 
 def bijector(

@@ -26,6 +26,7 @@ from flax import nnx
 from resflow_jax.functional.checks import check_count
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.solvers import Anderson, Solver
+from resflow_jax.interop.bases import numpyro_base
 from resflow_jax.interop.extras import needs_extra
 from resflow_jax.interop.norms import advance_norms
 from resflow_jax.interop.numpyro_parts import base_distribution, support_constraint
@@ -41,6 +42,8 @@ with needs_extra("numpyro"):
     from numpyro.primitives import mutable
 
 Array = jax.Array
+
+base = numpyro_base  # a distribution as the base of a flow
 
 
 class FlowTransform(Transform):

@@ -41,7 +41,8 @@ def as_condition(condition: Any, shape: ConditionShape, batch: tuple[int, ...]) 
     """A caller's condition as an array [*batch, *shape], or None where none is taken.
 
     Args:
-      condition: floats [*shape], one for all examples, or [*batch, *shape], one each.
+      condition: floats [*shape], one for all examples, or [*batch, *shape], one each; an axis of one in the place of
+        an axis of the batch is broadcast.
       shape: what the layers take.
       batch: leading axes of the examples.
 
@@ -63,11 +64,18 @@ def as_condition(condition: Any, shape: ConditionShape, batch: tuple[int, ...]) 
     if dtype is not None and (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)):
         raise ValueError(f"condition: expected {expected}, got dtype {dtype}; for classes use jax.nn.one_hot")
     condition = as_float_array("condition", condition)
-    if shape is not ANY and condition.shape == tuple(shape):
-        return jnp.broadcast_to(condition, (*batch, *shape))
-    if condition.shape[: len(batch)] != batch or (shape is not ANY and condition.shape != (*batch, *shape)):
-        raise ValueError(f"condition: expected {expected}, got shape {condition.shape}")
-    return condition
+    if shape is ANY:
+        own = condition.shape[len(batch) :]
+        remedy = "; where one is for all, tell its shape, as by ResidualBlock(module, condition_shape=...)"
+    else:
+        own, remedy = tuple(shape), ""
+        if condition.shape == own:
+            return jnp.broadcast_to(condition, (*batch, *own))
+    leading = condition.shape[: condition.ndim - len(own)]
+    fits = len(leading) == len(batch) and all(a in (1, b) for a, b in zip(leading, batch, strict=True))
+    if not fits or condition.shape[len(leading) :] != own:
+        raise ValueError(f"condition: expected {expected}, got shape {condition.shape}{remedy}")
+    return jnp.broadcast_to(condition, (*batch, *own))
 
 
 def _described(condition: Any) -> str:

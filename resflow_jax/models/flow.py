@@ -77,7 +77,8 @@ class Flow(Module):
             event_shape = bijector.input_shape(tuple(base.event_shape))
         if event_shape is None:
             raise ValueError(
-                "event_shape: expected the shape of one x, which neither bijector nor base tells, got None"
+                "event_shape: expected the shape of one x, which neither bijector nor base tells, got None; pass "
+                "event_shape=..., or a base with a shape, as StandardNormal((3,))"
             )
         event_shape = tuple(event_shape)
         try:
