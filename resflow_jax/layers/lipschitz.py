@@ -259,7 +259,7 @@ def learned_order() -> nnx.Param:
 def map_linears(module: nnx.Module, function: Callable[[LipschitzLinear], Result]) -> list[Result]:
     """[function(layer)] for every `LipschitzLinear` inside a module; changes in place are kept.
 
-    The layers of a stack come as one, vmapped: their results have a leading axis.
+    The layers of a stack come as one, vmapped: their results have a leading axis, of stacks of stacks several.
     """
     results = []
     for _, layer in nnx.iter_modules(module):
@@ -270,8 +270,9 @@ def map_linears(module: nnx.Module, function: Callable[[LipschitzLinear], Result
                 layer = nnx.merge(graphdef, state)
                 return function(layer), nnx.state(layer)
 
-            stacked = layer.kernel.ndim > len(layer.linear_map.kernel_shape)
-            result, state = (jax.vmap(apply) if stacked else apply)(state)
+            for _ in range(layer.kernel.ndim - len(layer.linear_map.kernel_shape)):
+                apply = jax.vmap(apply)
+            result, state = apply(state)
             nnx.update(layer, state)
             results.append(result)
     return results
