@@ -50,7 +50,7 @@ class BlockCertificate:
       lipschitz: bound on Lip(f) in the 2-norm.
       inverse_lipschitz: bound on Lip(f^-1) in the 2-norm; infinite if the block is not certified.
       layers: the linear layers, from the input to the output; none of a contraction on the user's word.
-      is_proved: whether the bound is computed from the kernels; otherwise it is the user's word.
+      is_proved: whether the bound is computed from the kernels, by `Contraction.bound`; else it is the user's word.
     """
 
     bound: float

@@ -37,8 +37,9 @@ class Contraction(Module):
     """Interface of g on [B, ...], which keeps the shape, treats each example by itself, and contracts x for every c.
 
     To write one, set `lipschitz`, and `event_shape` where it is known, and define `__call__(x)`, or `__call__(x,
-    condition)` with `condition_shape`. Its constant is then on the user's word. It is proved if the contraction also
-    defines `linears` and `bound`.
+    condition)` with `condition_shape`. Its constant is then on the user's word. If the contraction also defines
+    `linears` and `bound`, it is proved, given that the formula of `bound` is right. A class that defines `apply` does
+    not inherit a `bound`.
 
     For speed define `weights` and `apply` in place of `__call__`: the weights, as normalised kernels, are then computed
     once for all evaluations of a log-det or of a solve.
@@ -90,6 +91,8 @@ class Contraction(Module):
                 f"{cls.__name__}: expected a method apply(weights, x, features) beside __call__, since log-dets go by "
                 "the one that is inherited; got none"
             )
+        if "apply" in vars(cls) and "bound" not in vars(cls):
+            cls.bound = Contraction.bound  # an inherited one is that of another map
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         """g(x), or g(x; c)."""
@@ -149,10 +152,12 @@ def _called(module: nnx.Module, x: Array, condition: Any) -> Array:
       ValueError: if that changes the state of the module, as with batch statistics and streams of random numbers: what
         it returns is then no function of one example, and the change would be lost.
     """
-    before = _leaves(module)
+    params, state = _leaves(module)
     y = module(x) if condition is None else module(x, condition)
-    after = _leaves(module)
-    if changed := [path for path, leaf in before.items() if after.get(path) is not leaf]:
+    params_after, state_after = _leaves(module)
+    changed = [path for path, leaf in state.items() if state_after.get(path) is not leaf]
+    # A transformation of Flax inside, as nnx.jit, writes all variables back, parameters too, changed or not.
+    if changed and all(params_after.get(path) is leaf for path, leaf in params.items()):
         raise ValueError(
             f"g: expected that calling {type(module).__name__} leaves its state as it is, got other values of "
             f"{', '.join(changed)}; layers with batch statistics or dropout do so after module.eval()"
@@ -160,9 +165,10 @@ def _called(module: nnx.Module, x: Array, condition: Any) -> Array:
     return y
 
 
-def _leaves(module: nnx.Module) -> dict[str, Any]:
-    """The arrays of a module by their place."""
-    return {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(module))}
+def _leaves(module: nnx.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of a module by their place: parameters, and all others."""
+    states = nnx.state(module, nnx.Param, ...)
+    return tuple({keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(part)} for part in states)
 
 
 def _takes_condition(module: nnx.Module) -> bool:

@@ -44,6 +44,18 @@ def test_a_call_that_the_log_det_would_not_see_is_refused():
                 return 0.5 * super().__call__(x, condition)
 
 
+class Twice(rf.LipschitzMLP):
+    def apply(self, weights, x, features=None):
+        return 2 * super().apply(weights, x, features)
+
+
+def test_a_map_of_another_kind_does_not_inherit_a_proof():
+    g = Twice(2, (4,), coefficient=0.6, rngs=nnx.Rngs(0))
+    certificate = rf.certify(rf.Flow(rf.ResidualBlock(g)))
+    assert certificate.unproved == (0,)
+    assert not certificate.is_certified
+
+
 class Narrow(nnx.Module):
     def __call__(self, x):
         return 0.1 * x[:, :1]
@@ -94,6 +106,29 @@ def test_a_module_that_changes_its_state_is_refused(name):
             use(X)
     module.eval()
     np.testing.assert_array_equal(block.forward(X, estimator=rf.Exact())[0], block(X))
+
+
+class Transformed(nnx.Module):
+    """Flax writes all variables back after a transformation."""
+
+    def __init__(self, transform):
+        rngs = nnx.Rngs(0)
+        self.layer, self.dropout = rf.LipschitzDense(2, 2, 0.8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.transform = transform
+
+    def __call__(self, x):
+        return self.transform(lambda module, x: module.dropout(jnp.tanh(module.layer(x))))(self, x)
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.remat])
+def test_a_module_may_use_transformations_of_flax(transform):
+    module = Transformed(transform)
+    module.eval()
+    block = rf.ResidualBlock(module, lipschitz=0.8)
+    y, log_det = block.forward(X, estimator=rf.Exact())
+    np.testing.assert_allclose(y, X + jnp.tanh(module.layer(X)), rtol=1e-9)
+    jacobians = jax.vmap(jax.jacobian(lambda x: x + jnp.tanh(module.layer(x))))(X)
+    np.testing.assert_allclose(log_det, jnp.linalg.slogdet(jacobians)[1], rtol=1e-9)
 
 
 def test_shapes_of_a_module_are_checked():
