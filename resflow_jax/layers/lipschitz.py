@@ -37,7 +37,7 @@ from resflow_jax.functional.norms import (
 )
 from resflow_jax.functional.orders import learnable_order
 from resflow_jax.functional.vector_norms import is_order, vector_norm
-from resflow_jax.layers.conditioning import Gate
+from resflow_jax.layers.conditioning import Gate, gated
 from resflow_jax.layers.module import Module
 
 Array = jax.Array
@@ -171,7 +171,7 @@ class LipschitzLinear(Module):
         """
         kernel, bias = weights
         y = self.linear_map(kernel, x)
-        y = y if gate is None else gate(y)
+        y = y if gate is None else gated(gate, y)
         return y + trailing(bias, y)
 
     def __call__(self, x: Array) -> Array:
