@@ -4,6 +4,9 @@
     Invert(ResidualBijection(contractive(g), shape))                       a block around a network of Equinox
     Invert(ResidualBijection(g, shape, cond_shape=(2,)))                   the same with g(x, condition)
 
+The base of a flow is no part of its bijection: for a flow with another one than `StandardNormal`, take the distribution
+of flowjax that is the same.
+
 flowjax's `transform` makes samples and its `inverse` takes data, so `FlowBijection.transform` is the inverse of
 `Flow.forward`. flowjax maps one event at a time, without randomness of its own, and vmaps: with a fixed key an
 estimate's noise would be the same in every example and step, and training would fit it. `Exact()` is the default here;

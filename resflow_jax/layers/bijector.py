@@ -1,7 +1,7 @@
 """`Bijector`: the interface of an invertible layer.
 
 A bijector maps x [B, ...] to y = f(x), or f(x; c) with a condition c, and knows log|det dy/dx| [B] in nats. Its public
-methods check their arguments and are the same for every layer:
+methods are the same for every layer; `forward` and `inverse` check their arguments, the call does not:
 
     y = bijector(x)                                    y = bijector(x, c)
     y, log_det = bijector.forward(x)                   y, log_det = block.forward(x, key=key, estimator=rf.Roulette())
@@ -106,7 +106,7 @@ class Bijector(Module):
         return self(x, condition)
 
     def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
-        """Moves running statistics towards those of a batch, in place, and returns y = f(x)."""
+        """Moves running statistics, `nnx.BatchStat`, towards those of a batch, in place, and returns y = f(x)."""
         return self(x, condition)
 
     def lipschitz_bounds(self) -> tuple[float, float]:

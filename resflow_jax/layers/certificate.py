@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.certificate import induced_norm_bound
-from resflow_jax.layers.contraction import Contraction
+from resflow_jax.layers.contraction import Contraction, Layered
 
 _ROUNDS = 10  # of `tighten_contraction`
 
@@ -50,7 +50,7 @@ class BlockCertificate:
       lipschitz: bound on Lip(f) in the 2-norm.
       inverse_lipschitz: bound on Lip(f^-1) in the 2-norm; infinite if the block is not certified.
       layers: the linear layers, from the input to the output; none of a contraction on the user's word.
-      is_proved: whether the bound is computed from the kernels; otherwise it is the user's word.
+      is_proved: whether the bound is computed from the kernels, by `Contraction.bound`; else it is the user's word.
     """
 
     bound: float
@@ -73,7 +73,7 @@ def certify_contraction(contraction: Contraction) -> BlockCertificate:
     limits = [float(linear.limit()) for linear in linears]
     dim = _dim(contraction)
     candidates = []
-    for orders in {own, (2.0,) * len(own)}:
+    for orders in {own, (2.0,) * len(own)} if _holds_for_events(contraction, own) else {(2.0,) * len(own)}:
         layers = tuple(
             LayerCertificate(induced_norm_bound(linear.linear_map, kernel, p, q), limit, p, q)
             for linear, kernel, limit, (p, q) in zip(linears, kernels, limits, pairwise(orders), strict=True)
@@ -125,7 +125,15 @@ def _closed_bound(contraction: Contraction, norms: Sequence[float], orders: Sequ
     return contraction.bound(norms, orders) * _dim(contraction) ** max(0.0, 1 / orders[0] - 1 / orders[-1])
 
 
-def _dim(contraction: Contraction) -> int:
-    """Number of elements of g(x)."""
-    linear_map = contraction.linears[-1].linear_map
-    return linear_map.copies * math.prod(linear_map.output_shape)
+def _holds_for_events(contraction: Contraction, orders: Sequence[float]) -> bool:
+    """Whether the norms of the layers are norms of maps of whole events.
+
+    A user's contraction may apply a dense layer to each row of an event: from the order p to q that has the norm of the
+    layer if p <= q.
+    """
+    return isinstance(contraction, Layered) or all(p <= q for p, q in pairwise(orders))
+
+
+def _dim(contraction: Contraction) -> float:
+    """Number of elements of g(x); infinite where it is not known."""
+    return math.inf if contraction.event_shape is None else math.prod(contraction.event_shape)

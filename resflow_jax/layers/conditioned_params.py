@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import check_count
-from resflow_jax.layers.module import Module
+from resflow_jax.layers.module import Linear, Module
 
 Array = jax.Array
 
@@ -27,7 +27,7 @@ class ConditionedParams(Module):
         """shapes: of one example's parameters."""
         dtype = jnp.result_type(float)
         self.shapes = tuple(map(tuple, shapes))
-        self.hidden = nnx.Linear(condition_dim, _WIDTH, param_dtype=dtype, rngs=rngs)
+        self.hidden = Linear(condition_dim, _WIDTH, param_dtype=dtype, rngs=rngs)
         self.out = nnx.Param(jnp.zeros((_WIDTH, sum(map(math.prod, shapes)))))
 
     @classmethod

@@ -9,7 +9,6 @@ every p-norm. At the start the gates are near 1.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import check_count
-from resflow_jax.layers.module import Module
+from resflow_jax.layers.module import Linear, Module
 
 Array = jax.Array
 
@@ -25,16 +24,16 @@ _WIDTH = 64
 _START = 2.0  # of a gate's argument: tanh(2) = 0.96
 
 
-class Gate(NamedTuple):
-    """What a condition does to one linear layer: factor and shift of every channel, [B, channels]."""
+# What a condition does to one linear layer: factor and shift of every channel, [B, channels]. A plain tuple, since
+# `nnx.tabulate` takes no named one.
+Gate = tuple[Array, Array]
 
-    factor: Array
-    shift: Array
 
-    def __call__(self, x: Array) -> Array:
-        """factor * x + shift for x [B, ..., channels]."""
-        shape = (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
-        return self.factor.reshape(shape) * x + self.shift.reshape(shape)
+def gated(gate: Gate, x: Array) -> Array:
+    """factor * x + shift for x [B, ..., channels]."""
+    shape = (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
+    factor, shift = gate
+    return factor.reshape(shape) * x + shift.reshape(shape)
 
 
 class Conditioning(Module):
@@ -46,12 +45,12 @@ class Conditioning(Module):
             check_count("condition_shape", size, 1)
         dtype = jnp.result_type(float)
         self.channels = tuple(channels)
-        self.hidden = nnx.Linear(math.prod(condition_shape), _WIDTH, param_dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(_WIDTH, 2 * sum(channels), param_dtype=dtype, rngs=rngs)
+        self.hidden = Linear(math.prod(condition_shape), _WIDTH, param_dtype=dtype, rngs=rngs)
+        self.out = Linear(_WIDTH, 2 * sum(channels), param_dtype=dtype, rngs=rngs)
 
     def __call__(self, condition: Array) -> list[Gate]:
         features = self.out(nnx.swish(self.hidden(condition.reshape(condition.shape[0], -1))))
         sizes = [2 * size for size in self.channels]
         parts = jnp.split(features, np.cumsum(sizes)[:-1].tolist(), axis=-1)
         halves = (jnp.split(part, 2, axis=-1) for part in parts)
-        return [Gate(jnp.tanh(_START + a), shift) for a, shift in halves]
+        return [(jnp.tanh(_START + a), shift) for a, shift in halves]

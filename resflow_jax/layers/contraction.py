@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import keystr
 
 from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import check_open_interval
+from resflow_jax.functional.checks import as_shape, check_open_interval
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.layers.conditioning import Conditioning, Gate
 from resflow_jax.layers.conditions import ANY, ConditionShape
@@ -36,8 +37,9 @@ class Contraction(Module):
     """Interface of g on [B, ...], which keeps the shape, treats each example by itself, and contracts x for every c.
 
     To write one, set `lipschitz`, and `event_shape` where it is known, and define `__call__(x)`, or `__call__(x,
-    condition)` with `condition_shape`. Its constant is then on the user's word. It is proved if the contraction also
-    defines `linears` and `bound`.
+    condition)` with `condition_shape`. Its constant is then on the user's word. If the contraction also defines
+    `linears` and `bound`, it is proved, given that the formula of `bound` is right. A class that defines `apply` does
+    not inherit a `bound`.
 
     For speed define `weights` and `apply` in place of `__call__`: the weights, as normalised kernels, are then computed
     once for all evaluations of a log-det or of a solve.
@@ -80,8 +82,17 @@ class Contraction(Module):
 
     def apply(self, weights: Any, x: Array, features: Any = None) -> Array:
         """g(x) with given weights and features of the condition; depends on no parameter of the module itself."""
-        module = nnx.merge(nnx.graphdef(self), weights)
-        return module(x) if features is None else module(x, features)
+        return _called(nnx.merge(nnx.graphdef(self), weights), x, features)
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls) and "apply" not in vars(cls) and cls.apply is not Contraction.apply:
+            raise TypeError(
+                f"{cls.__name__}: expected a method apply(weights, x, features) beside __call__, since log-dets go by "
+                "the one that is inherited; got none"
+            )
+        if "apply" in vars(cls) and "bound" not in vars(cls):
+            cls.bound = Contraction.bound  # an inherited one is that of another map
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         """g(x), or g(x; c)."""
@@ -123,15 +134,41 @@ class TrustedContraction(Contraction):
             condition_shape = getattr(module, "condition_shape", None) or ANY
         self.module = module
         self.lipschitz = lipschitz
-        self.event_shape = event_shape
-        self.condition_shape = condition_shape
+        self.event_shape = None if event_shape is None else as_shape("event_shape", event_shape)
+        is_known = condition_shape is not None and condition_shape is not ANY
+        self.condition_shape = as_shape("condition_shape", condition_shape) if is_known else condition_shape
 
     def weights(self) -> nnx.State:
         return nnx.state(self.module)
 
     def apply(self, weights: nnx.State, x: Array, features: Array | None = None) -> Array:
-        module = nnx.merge(nnx.graphdef(self.module), weights)
-        return module(x) if features is None else module(x, features)
+        return _called(nnx.merge(nnx.graphdef(self.module), weights), x, features)
+
+
+def _called(module: nnx.Module, x: Array, condition: Any) -> Array:
+    """module(x), or module(x, condition).
+
+    Raises:
+      ValueError: if that changes the state of the module, as with batch statistics and streams of random numbers: what
+        it returns is then no function of one example, and the change would be lost.
+    """
+    params, state = _leaves(module)
+    y = module(x) if condition is None else module(x, condition)
+    params_after, state_after = _leaves(module)
+    changed = [path for path, leaf in state.items() if state_after.get(path) is not leaf]
+    # A transformation of Flax inside, as nnx.jit, writes all variables back, parameters too, changed or not.
+    if changed and all(params_after.get(path) is leaf for path, leaf in params.items()):
+        raise ValueError(
+            f"g: expected that calling {type(module).__name__} leaves its state as it is, got other values of "
+            f"{', '.join(changed)}; layers with batch statistics or dropout do so after module.eval()"
+        )
+    return y
+
+
+def _leaves(module: nnx.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of a module by their place: parameters, and all others."""
+    states = nnx.state(module, nnx.Param, ...)
+    return tuple({keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(part)} for part in states)
 
 
 def _takes_condition(module: nnx.Module) -> bool:

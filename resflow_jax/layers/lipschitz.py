@@ -37,7 +37,7 @@ from resflow_jax.functional.norms import (
 )
 from resflow_jax.functional.orders import learnable_order
 from resflow_jax.functional.vector_norms import is_order, vector_norm
-from resflow_jax.layers.conditioning import Gate
+from resflow_jax.layers.conditioning import Gate, gated
 from resflow_jax.layers.module import Module
 
 Array = jax.Array
@@ -171,7 +171,7 @@ class LipschitzLinear(Module):
         """
         kernel, bias = weights
         y = self.linear_map(kernel, x)
-        y = y if gate is None else gate(y)
+        y = y if gate is None else gated(gate, y)
         return y + trailing(bias, y)
 
     def __call__(self, x: Array) -> Array:
@@ -259,7 +259,7 @@ def learned_order() -> nnx.Param:
 def map_linears(module: nnx.Module, function: Callable[[LipschitzLinear], Result]) -> list[Result]:
     """[function(layer)] for every `LipschitzLinear` inside a module; changes in place are kept.
 
-    The layers of a stack come as one, vmapped: their results have a leading axis.
+    The layers of a stack come as one, vmapped: their results have a leading axis, of stacks of stacks several.
     """
     results = []
     for _, layer in nnx.iter_modules(module):
@@ -270,8 +270,9 @@ def map_linears(module: nnx.Module, function: Callable[[LipschitzLinear], Result
                 layer = nnx.merge(graphdef, state)
                 return function(layer), nnx.state(layer)
 
-            stacked = layer.kernel.ndim > len(layer.linear_map.kernel_shape)
-            result, state = (jax.vmap(apply) if stacked else apply)(state)
+            for _ in range(layer.kernel.ndim - len(layer.linear_map.kernel_shape)):
+                apply = jax.vmap(apply)
+            result, state = apply(state)
             nnx.update(layer, state)
             results.append(result)
     return results

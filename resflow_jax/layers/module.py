@@ -55,3 +55,10 @@ class List(nnx.List, metaclass=_ModuleType):
 
 class Dict(nnx.Dict, metaclass=_ModuleType):
     """`nnx.Dict`; see the head of this file."""
+
+
+class Linear(nnx.Linear, metaclass=_ModuleType):
+    """`nnx.Linear`; see the head of this file."""
+
+    def __call__(self, inputs: Any) -> Any:
+        return super().__call__(inputs)

@@ -4,6 +4,7 @@ A loop costs XLA up to half a second to compile. Layers of one map and one pair 
 in the model; it goes on until the slowest of them has converged.
 """
 
+import math
 from collections import defaultdict
 
 import jax
@@ -33,12 +34,11 @@ def update_norms(module: nnx.Module, settings: NormSettings, restart: bool) -> P
 
 
 def _update_alike(linear_map, fixed, layers: list[LipschitzLinear], settings, restart: bool) -> PowerIterationStatus:
-    """The layers may be stacks; their statuses, of every row of them."""
+    """The layers may be stacks, of stacks too; their statuses, of every row of them."""
     inputs = [(split_orders(layer.traced_orders())[1], layer.kernel[...], layer.v[...]) for layer in layers]
-    stacked = [layer.v.ndim > len(linear_map.input_shape) for layer in layers]
+    axes = [layer.v.ndim - len(linear_map.input_shape) for layer in layers]
     rows = [
-        parts if is_stack else jax.tree.map(lambda part: part[None], parts)
-        for parts, is_stack in zip(inputs, stacked, strict=True)
+        jax.tree.map(lambda part, n=n: _with_one_axis(part, n), parts) for parts, n in zip(inputs, axes, strict=True)
     ]
     inputs = jax.tree.map(lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *rows)
 
@@ -48,8 +48,15 @@ def _update_alike(linear_map, fixed, layers: list[LipschitzLinear], settings, re
 
     result = jax.vmap(of_one)(inputs)
     start = 0
-    for layer, is_stack in zip(layers, stacked, strict=True):
-        row = slice(start, start + len(layer.v)) if is_stack else start
-        layer.u[...], layer.v[...] = result.u[row], result.v[row]
-        start = row.stop if is_stack else row + 1
+    for layer, n in zip(layers, axes, strict=True):
+        row = slice(start, start + math.prod(layer.v.shape[:n])) if n else start
+        layer.u[...], layer.v[...] = result.u[row].reshape(layer.u.shape), result.v[row].reshape(layer.v.shape)
+        start = row.stop if n else row + 1
     return result.status
+
+
+def _with_one_axis(part: jax.Array, axes: int) -> jax.Array:
+    """An array that has so many leading axes of stacks with one in their place: the rows."""
+    if axes == 1:
+        return part
+    return part.reshape(-1, *part.shape[axes:]) if axes else part[None]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.checks import check_count, check_type
+from resflow_jax.functional.checks import check_count, check_open_interval, check_type
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import residual_inverse
 from resflow_jax.functional.logdet import residual
@@ -69,6 +69,8 @@ class ResidualBlock(Bijector):
             for name, value in given.items():
                 if value is not None:
                     raise ValueError(f"{name}: expected None beside a Contraction, which knows its own, got {value!r}")
+            own = getattr(contraction, "lipschitz", None)
+            check_open_interval(f"{type(contraction).__name__}.lipschitz", own, 0, 1)
         else:
             contraction = TrustedContraction(contraction, lipschitz, event_shape, condition_shape)
         self.contraction = contraction
@@ -76,11 +78,15 @@ class ResidualBlock(Bijector):
         self.condition_shape = contraction.condition_shape
 
     def g(self, x: Array, condition: Array | None = None) -> Array:
-        """The contraction g(x)."""
-        return self.contraction(x, condition)
+        """The contraction g(x), or g(x; c). Raises ValueError where it changes the shape or the dtype of x."""
+        g_x = self.contraction(x) if condition is None else self.contraction(x, condition)
+        if getattr(g_x, "shape", None) != x.shape or g_x.dtype != x.dtype:
+            got = f"{g_x.dtype} {g_x.shape}" if hasattr(g_x, "shape") else type(g_x).__name__
+            raise ValueError(f"g: expected an output {x.dtype} {x.shape} like x, got {got}")
+        return g_x
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
-        return x + self.contraction(x, condition)
+        return x + self.g(x, condition)
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
         graphdef, state = nnx.split(self.contraction)
@@ -140,7 +146,8 @@ class ResidualStack(Bijector):
     Their parameters are stacked on a leading axis, so program size and compile time do not grow with the depth.
 
     Args:
-      make_step: makes one layer, a bijector that keeps the shape of its events, from `nnx.Rngs`.
+      make_step: makes one layer, a bijector that keeps the shape of its events, from `nnx.Rngs`. It is traced, and has
+        to make all modules of the layer itself. A layer may be a stack.
       depth: number of layers.
       rngs: gives every layer parameters of its own.
 

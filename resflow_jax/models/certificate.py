@@ -70,7 +70,7 @@ class Certificate:
         Args:
           status: of `flow.inverse(z, return_status=True)`.
         """
-        factors = np.array([[block.inverse_lipschitz] for block in self.blocks])
+        factors = np.array([block.inverse_lipschitz for block in self.blocks])[:, None]
         bounds = np.full(status.residual_norm.shape, math.inf)
         return np.multiply(factors, np.asarray(status.residual_norm, np.float64), out=bounds, where=factors < math.inf)
 

@@ -434,10 +434,10 @@ class Flow(Module):
         """Mean norm of the linear layers, differentiable in the learnable orders of these norms alone; a scalar.
 
         Where it is small, kernels are shrunk least (Chen et al. 2019, section 3.3). To be added to the
-        training loss with a small weight, as `training.likelihood.tend` does.
+        training loss with a small weight, as `training.likelihood.tend` does. Zero where there are no such layers.
         """
         losses = map_linears(self, lambda layer: layer.order_loss())
-        return jnp.mean(jnp.concatenate([jnp.atleast_1d(loss) for loss in losses]))
+        return jnp.mean(jnp.concatenate([loss.ravel() for loss in losses])) if losses else jnp.zeros((), self.dtype)
 
     @property
     def learns_orders(self) -> bool:
@@ -448,7 +448,7 @@ class Flow(Module):
     def norm_orders(self) -> np.ndarray:
         """The orders of the norms before and behind every linear layer, given or learned, [layers, 2]; on the host."""
         orders = map_linears(self, lambda layer: jnp.stack([jnp.asarray(p, float) for p in layer.traced_orders()]))
-        return np.concatenate([np.reshape(pair, (-1, 2)) for pair in orders])
+        return np.concatenate([np.reshape(pair, (-1, 2)) for pair in [np.zeros((0, 2)), *orders]])
 
     def update_statistics(self, x: Array, condition: Array | None = None) -> None:
         """Moves all running statistics (`MovingBatchNorm`, `MovingCentering`) towards those of a batch x, in place.

@@ -168,6 +168,16 @@ def test_classes():
     np.testing.assert_allclose(samples, np.broadcast_to(means[1], samples.shape), atol=1e-4)
 
 
+def test_weights_that_are_none_give_nan():
+    """Of the density and of samples; those beside them are as ever."""
+    base = make("mixture of classes")
+    weights = jnp.asarray([[0.0, 0.0, 0.0], [-1.0, 2.0, 0.0], [0.0, 1.0, 0.0]])
+    z = base.sample(jax.random.key(0), 3, weights, temperature=0.0)
+    assert jnp.isnan(z[:2]).all()
+    np.testing.assert_array_equal(z[2], base.means[1])
+    np.testing.assert_array_equal(jnp.isnan(base.log_prob(jnp.zeros((3, *SHAPE)), weights)), [True, True, False])
+
+
 def test_classes_far_from_the_components():
     """A component of weight zero that fits infinitely better changes neither value nor finiteness of derivatives."""
     base = rf.MixtureOfNormals(2, (1,), class_conditional=True, rngs=nnx.Rngs(0))

@@ -106,6 +106,20 @@ def test_tabulate(name):
     assert_unchanged(flow, name, expected)
 
 
+def test_tabulate_with_a_condition():
+    """Networks of a condition are layers of Flax, and stay as they were."""
+    before, of_flax = methods(), nnx.Linear.__call__
+    rngs = nnx.Rngs(0)
+    layers = [rf.ResidualBlock(rf.LipschitzMLP(2, (2,), condition_dim=1, rngs=rngs))]
+    layers.append(rf.Affine((2,), condition_dim=1, rngs=rngs))
+    flow = rf.Flow(rf.Chain(layers))
+    table = nnx.tabulate(flow, jnp.ones((3, 2)), jnp.ones((3, 1)), console_kwargs={"width": 400})
+    assert "Conditioning" in table
+    assert "ConditionedParams" in table
+    assert {key: methods()[key] for key in before} == before
+    assert nnx.Linear.__call__ is of_flax
+
+
 @pytest.mark.parametrize("method", ["log_prob", "inverse"])
 def test_tabulate_another_method(method):
     """Of any method that takes and returns arrays."""

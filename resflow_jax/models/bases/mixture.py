@@ -111,7 +111,10 @@ class MixtureOfNormals(Base):
             return jnp.take_along_axis(values, index, axis=1)[:, 0]
 
         noise = jax.random.normal(noise_key, (number, *self.event_shape), means.dtype)
-        return of_chosen(means) + temperature * jnp.exp(of_chosen(log_stds)) * noise
+        # No weights, as of negative ones, choose no component: adding them makes the sample NaN too.
+        unknown = jnp.where(jnp.isnan(jnp.sum(weights, axis=-1)), jnp.nan, 0).astype(means.dtype)
+        unknown = jnp.broadcast_to(unknown, (number,)).reshape(-1, *[1] * (means.ndim - 2))
+        return of_chosen(means) + temperature * jnp.exp(of_chosen(log_stds)) * noise + unknown
 
 
 def _log_weighted_sum(weights: Array, logs: Array) -> Array:
