@@ -108,7 +108,7 @@ class TorchFlow(ResidualFlow):
         """
         if self.classifier is None:
             raise ValueError("classes: expected a flow whose config has classes, got none")
-        with self._checked_input(x, are_data=True) as x:
+        with self._checked_input(x, are_data=True) as (x, _):
             return _logits(*nnx.split(self), x)
 
     def _run_initialize(self, x: Array, condition: Array | None) -> None:

@@ -9,7 +9,7 @@ scan.
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -156,16 +156,15 @@ class Flow(Module):
         """
         check_key("key", key, optional=True)
         estimator = checked_estimator(estimator, self.blocks)
-        with self._checked_input(x) as x:
-            condition = self._condition(condition, x.shape[:1])
+        with self._checked_input(x, condition) as (x, condition):
             graphdef, state = nnx.split(self)
             z, log_det, diagnostics = run(_forward, (graphdef,), state, x, key, estimator, condition)
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         """Maps x [B, *event_shape] to z [B, *latent_shape], without the log-det. Padding is by its noise's mean."""
-        with self._checked_input(x) as x:
-            return _transform(*nnx.split(self), x, self._condition(condition, x.shape[:1]))
+        with self._checked_input(x, condition) as (x, condition):
+            return _transform(*nnx.split(self), x, condition)
 
     def inverse(
         self, z: Array, *, condition: Array | None = None, solver: Solver = Anderson(), return_status: bool = False
@@ -190,9 +189,9 @@ class Flow(Module):
         """
         z = as_float_batch("z", z, self.latent_shape)
         check_solver(solver)
-        condition = self._condition(condition, z.shape[:1])
-        with checked("z", z, self.dtype):
-            return self._invert(z, condition, solver, return_status, f"{type(self).__name__}.inverse")
+        own = self._condition(condition, z.shape[:1])
+        with checked("z", z, self.dtype), self._finite(condition):
+            return self._invert(z, own, solver, return_status, f"{type(self).__name__}.inverse")
 
     def _invert(
         self, z: Array, condition: Array | None, solver: Solver, return_status: bool, what: str
@@ -218,8 +217,7 @@ class Flow(Module):
         """
         check_key("key", key, optional=True)
         estimator = checked_estimator(estimator, self.blocks)
-        with self._checked_input(x) as x:
-            condition = self._condition(condition, x.shape[:1])
+        with self._checked_input(x, condition) as (x, condition):
             graphdef, state = nnx.split(self)
             log_prob, diagnostics = run(_log_prob, (graphdef,), state, x, key, estimator, condition)
         return (log_prob, diagnostics) if return_diagnostics else log_prob
@@ -256,9 +254,9 @@ class Flow(Module):
         check_key("key", key)
         check_solver(solver)
         shape, number = _sample_shape(shape)
-        condition = self._condition(condition, shape, number)
-        z = self._draw(key, number, condition, temperature)
-        x, status = self._invert(z, condition, solver, True, "")
+        own = self._condition(condition, shape, number)
+        with self._finite(condition):
+            x, status = self._invert(self._draw(key, number, own, temperature), own, solver, True, "")
         support = self.support
         x = x if support is None else jnp.clip(x, *(trailing(jnp.asarray(end, x.dtype), x) for end in support))
         x = x.reshape(*shape, *self.event_shape)
@@ -365,10 +363,10 @@ class Flow(Module):
           ValueError: for fewer examples, as `forward` for x and condition, for values outside of the support, and where
             statistics overflow the dtype; the flow is then left as it was.
         """
-        with self._checked_input(x, are_data=True) as x:
+        with self._checked_input(x, condition, are_data=True) as (x, condition):
             if x.shape[0] < 2:
                 raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
-            state, is_finite = _initialize(*nnx.split(self), x, self._condition(condition, x.shape[:1]))
+            state, is_finite = _initialize(*nnx.split(self), x, condition)
         if not isinstance(is_finite, jax.core.Tracer) and not is_finite:
             raise ValueError(
                 f"x: expected values whose statistics are finite in {self.dtype}, got a batch where they overflow"
@@ -455,8 +453,8 @@ class Flow(Module):
 
         To be called at every training step of a flow that has any; the log-density never does it.
         """
-        with self._checked_input(x) as x:
-            state = _update_statistics(*nnx.split(self), x, self._condition(condition, x.shape[:1]))
+        with self._checked_input(x, condition) as (x, condition):
+            state = _update_statistics(*nnx.split(self), x, condition)
         nnx.update(self, state)
 
     @property
@@ -484,11 +482,22 @@ class Flow(Module):
         return None if self.base.condition_shape is None else condition
 
     @contextmanager
-    def _checked_input(self, x: Any, *, are_data: bool = False) -> Iterator[Array]:
-        """x as an array of JAX, its values checked around a computation: they may be a flow's input, or are data."""
+    def _checked_input(
+        self, x: Any, condition: Any = None, *, are_data: bool = False
+    ) -> Iterator[tuple[Array, Array | None]]:
+        """x and its condition as arrays of JAX, their values checked around a computation.
+
+        are_data: whether x must be what the flow models, or may be whatever it takes.
+        """
         batch = as_float_batch("x", x, self.event_shape)
-        with checked("x", x if isinstance(x, np.ndarray) else batch, self.dtype, self._domain(are_data)):
-            yield batch
+        own = self._condition(condition, batch.shape[:1])
+        given = x if isinstance(x, np.ndarray) else batch
+        with checked("x", given, self.dtype, self._domain(are_data)), self._finite(condition):
+            yield batch, own
+
+    def _finite(self, condition: Any) -> AbstractContextManager:
+        """Checks around a computation that a caller's condition, if there is one, has finite values."""
+        return nullcontext() if condition is None else checked("condition", condition, self.dtype)
 
 
 def _sample_shape(shape: int | Shape) -> tuple[Shape, int]:

@@ -176,6 +176,22 @@ def test_shapes_that_do_not_fit():
         flow.inverse(jnp.ones((2, 4)))
     with pytest.raises(ValueError, match="bijector: expected Bijector, got Layered"):
         rf.Flow(contraction(nnx.Rngs(0)))
+    conditional, bad = make_flow((2,)), jnp.asarray([1.0, jnp.nan])
+    x = jnp.ones((4, DIM))
+    for call in (
+        lambda: conditional.log_prob(x, condition=bad, estimator=EXACT),
+        lambda: conditional(x, np.asarray(bad)),
+        lambda: conditional.inverse(x, condition=bad),
+        lambda: conditional.sample(jax.random.key(0), 4, condition=bad),
+    ):
+        with pytest.raises(ValueError, match="condition: expected finite values, got 1"):
+            call()
+    several = conditional.sample(jax.random.key(0), (3, 2), condition=jnp.ones((3, 1, 2)), solver=SOLVER)
+    np.testing.assert_array_equal(
+        several, conditional.sample(jax.random.key(0), (3, 2), condition=jnp.ones(2), solver=SOLVER)
+    )
+    with pytest.raises(ValueError, match=r"condition: expected floats \[3, 2, 2\].*, got shape \(2, 1, 2\)"):
+        conditional.sample(jax.random.key(0), (3, 2), condition=jnp.ones((2, 1, 2)))
     with pytest.raises(ValueError, match="condition: expected None, since no part takes a condition"):
         flow.sample(jax.random.key(0), 2, condition=jnp.ones(2))
     with pytest.raises(
