@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resflow_jax.functional.checks import check_type
+from resflow_jax.functional.checks import as_shape, check_type
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
@@ -246,7 +246,7 @@ class MultiScale(_Composition):
             raise ValueError("scales: expected at least one bijector, got none")
         self._take("scales", scales)
         self.scales = List(scales)
-        self.shape = self.event_shape = tuple(shape)
+        self.shape = self.event_shape = as_shape("shape", shape)
         self.parts = tuple(self._part_shapes())
 
     def _part_shapes(self) -> list[Shape]:

@@ -51,7 +51,7 @@ class Certificate:
         if self.unproved:
             raise ValueError(
                 f"flow: expected every block proved to be invertible, got blocks {', '.join(map(str, self.unproved))} "
-                "on the user's word (ResidualBlock(module, lipschitz=...)), which nothing can prove"
+                "on the user's word: their contractions are modules or subclasses of Contraction without a `bound`"
             )
         if not self.is_certified:
             worst = int(np.argmax(self.bounds))

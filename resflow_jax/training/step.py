@@ -91,7 +91,7 @@ class Trainer(NamedTuple):
     accumulate: int = 1
 
     def create_state(self, flow: Flow, estimator: Estimator) -> TrainState:
-        """The state before the first step.
+        """The state before the first step, with copies of the flow's arrays: compiled steps take those of a state over.
 
         Raises:
           ValueError: for a flow or an estimator that is none, a decay outside of [0, 1) or a count below one.
@@ -104,7 +104,8 @@ class Trainer(NamedTuple):
         check_count("accumulate", self.accumulate, 1)
         if isinstance(flow, type) or not hasattr(flow, "blocks"):
             raise ValueError(f"flow: expected a Flow, got {flow!r}")
-        _, params, rest = nnx.split(flow, nnx.Param, ...)
+        _, *parts = nnx.split(flow, nnx.Param, ...)
+        params, rest = jax.tree.map(jnp.copy, parts)
         ema = optax.ema(self.ema_decay).init(params)
         term_norms = _TERM_NORMS.init(jnp.zeros((flow.blocks, DIAGNOSED_TERMS)))
         return TrainState(jnp.asarray(0), params, rest, self.optimizer.init(params), ema, estimator, term_norms)

@@ -38,7 +38,7 @@ CONFIG = dataclasses.replace(
 SETTINGS = {  # of CONFIG, where it differs from that of digits
     "model.blocks": 1,
     "model.hidden-channels": 64,
-    "model.fc-blocks": 0,
+    "model.tail.blocks": 0,
     "model.kernels": "3 3",
     "steps": 12,
     "batch-size": 24,

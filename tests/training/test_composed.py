@@ -167,3 +167,13 @@ def test_what_does_not_fit(run):
     with pytest.raises(ValueError, match=r"x: expected events \[N, 2, 2\] with N > 0, got shape \(3, 4\)"):
         vector_log_prob(squares, np.zeros((3, 4)), KEY)
     np.testing.assert_allclose(vector_log_prob(squares, np.zeros((3, 2, 2)), KEY), -2 * np.log(2 * np.pi))
+
+
+def test_the_flow_outlives_its_training():
+    """Compiled steps take over the arrays of a state: the flow that it was made of keeps its own."""
+    flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(3,)), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (8, 2))
+    before = flow(x)
+    trainer = trainer_of(flow, accumulate=1)
+    trainer.compiled_step()(trainer.create_state(flow, rf.Roulette()), x, jax.random.key(1))
+    np.testing.assert_array_equal(flow(x), before)

@@ -156,7 +156,7 @@ def test_a_step_moves_running_statistics(flow, steps):
 def test_each_kind_of_running_statistics_is_moved(running, monkeypatch):
     """By the batch and its condition, whichever of them a flow has."""
     seen = []
-    config = rf.VectorFlowConfig(2, 1, (3,), between=rf.BetweenBlocks(**running))
+    config = rf.VectorFlowConfig(2, 1, (3,), condition_dim=1, between=rf.BetweenBlocks(**running))
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
     monkeypatch.setattr(rf.Flow, "update_statistics", lambda flow, x, condition: seen.append((x, condition)))
     value, condition = jnp.asarray(3.0), jnp.ones((len(X), 1))
