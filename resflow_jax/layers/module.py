@@ -24,6 +24,10 @@ class _ModuleType(type(nnx.Module)):
             value = _recorded(value, original) if name in _RECORDED else original
         else:
             value = _original(value)
+        if value is next((vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)), None):
+            if name in vars(cls):
+                super().__delattr__(name)  # what a class inherits does not become its own
+            return
         super().__setattr__(name, value)
 
 

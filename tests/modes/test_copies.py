@@ -137,6 +137,16 @@ class Twice(nnx.Module):
         return 2 * self.flow(x)
 
 
+def test_tabulate_leaves_inherited_methods_inherited():
+    """The classes have no names of their own that they did not have before, also after one that failed."""
+    flow = flow_named("plain")
+    with pytest.raises(ValueError, match="x: expected"):
+        nnx.tabulate(flow, X[:, :1])
+    assert not {"log_prob", "update_statistics", "set_attributes"} & set(vars(rf.ResidualFlow))
+    nnx.tabulate(flow, X)
+    assert not {"log_prob", "update_statistics", "set_attributes", "__call__"} & set(vars(rf.ResidualFlow))
+
+
 def test_tabulate_a_module_around_a_flow():
     assert "LipschitzLinear" in nnx.tabulate(Twice(flow_named("plain")), X, console_kwargs={"width": 400})
 
