@@ -259,12 +259,10 @@ class Flow(Module):
             x, status = self._invert(self._draw(key, number, own, temperature), own, solver, True, "")
         support = self.support
         x = x if support is None else jnp.clip(x, *(trailing(jnp.asarray(end, x.dtype), x) for end in support))
+        if not return_status:
+            x = reported(x, status, f"{type(self).__name__}.sample", solver.on_failure)
         x = x.reshape(*shape, *self.event_shape)
-        if return_status:
-            return x, status
-        flat = x.reshape(number, *self.event_shape)
-        flat = reported(flat, status, f"{type(self).__name__}.sample", solver.on_failure)
-        return flat.reshape(x.shape)
+        return (x, status) if return_status else x
 
     def _draw(self, key: Array, number: int, condition: Array | None, temperature: float | Array) -> Array:
         """z [number, *latent_shape] from the base."""
@@ -341,11 +339,11 @@ class Flow(Module):
             raise ValueError(
                 "flow: expected one without padding, which has no log p(x) of its own, got one that pads x"
             )
-        condition = self._condition(condition, z.shape[:1])
+        own = self._condition(condition, z.shape[:1])
         estimator = checked_estimator(estimator, self.blocks)
         rule, limits = solver.split(self.dtype)
-        with checked("z", z, self.dtype):
-            inputs = z, key, estimator, rule, limits, condition
+        with checked("z", z, self.dtype), self._finite(condition):
+            inputs = z, key, estimator, rule, limits, own
             x, log_prob, diagnostics, status = _inverse_and_log_prob(*nnx.split(self), *inputs)
         if not return_status:
             what = f"{type(self).__name__}.inverse_and_log_prob"

@@ -183,6 +183,7 @@ def test_shapes_that_do_not_fit():
         lambda: conditional(x, np.asarray(bad)),
         lambda: conditional.inverse(x, condition=bad),
         lambda: conditional.sample(jax.random.key(0), 4, condition=bad),
+        lambda: conditional.inverse_and_log_prob(x, condition=bad, estimator=EXACT),
     ):
         with pytest.raises(ValueError, match="condition: expected finite values, got 1"):
             call()
