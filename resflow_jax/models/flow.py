@@ -8,7 +8,7 @@ scan.
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -154,11 +154,7 @@ class Flow(Module):
             where x is concrete (not traced), for values that are not finite or, behind a logit, beyond what `inverse`
             can return. Traced values beyond that give NaN.
         """
-        check_key("key", key, optional=True)
-        estimator = checked_estimator(estimator, self.blocks)
-        with self._checked_input(x, condition) as (x, condition):
-            graphdef, state = nnx.split(self)
-            z, log_det, diagnostics = run(_forward, (graphdef,), state, x, key, estimator, condition)
+        z, log_det, diagnostics = self._estimated(_forward, x, condition, key, estimator)
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
@@ -215,12 +211,16 @@ class Flow(Module):
         Unbiased with `Roulette` (also its gradients), exact with `Exact`, biased with `Truncated`. Of a flow that
         pads x with noise it is a lower bound in expectation (see `layers.padding`).
         """
+        log_prob, diagnostics = self._estimated(_log_prob, x, condition, key, estimator)
+        return (log_prob, diagnostics) if return_diagnostics else log_prob
+
+    def _estimated(self, function: Callable[..., Any], x: Any, condition: Any, key: Any, estimator: Any) -> Any:
+        """function(graphdef, state, x, key, estimator, condition) of what a caller gave, checked, as one program."""
         check_key("key", key, optional=True)
         estimator = checked_estimator(estimator, self.blocks)
         with self._checked_input(x, condition) as (x, condition):
             graphdef, state = nnx.split(self)
-            log_prob, diagnostics = run(_log_prob, (graphdef,), state, x, key, estimator, condition)
-        return (log_prob, diagnostics) if return_diagnostics else log_prob
+            return run(function, (graphdef,), state, x, key, estimator, condition)
 
     def base_log_prob(self, z: Array, condition: Array | None = None) -> Array:
         """log p_base(z | c) [B] in nats of z [B, *latent_shape]."""
