@@ -13,7 +13,7 @@ from resflow_jax.layers.module import Linear, Module
 
 Array = jax.Array
 
-_WIDTH = 64
+WIDTH = 64  # of the hidden layer of a network of a condition
 BOUND = 4.0  # exp(4) = 55
 
 
@@ -27,8 +27,8 @@ class ConditionedParams(Module):
         """shapes: of one example's parameters."""
         dtype = jnp.result_type(float)
         self.shapes = tuple(map(tuple, shapes))
-        self.hidden = Linear(condition_dim, _WIDTH, param_dtype=dtype, rngs=rngs)
-        self.out = nnx.Param(jnp.zeros((_WIDTH, sum(map(math.prod, shapes)))))
+        self.hidden = Linear(condition_dim, WIDTH, param_dtype=dtype, rngs=rngs)
+        self.out = nnx.Param(jnp.zeros((WIDTH, sum(map(math.prod, shapes)))))
 
     @classmethod
     def make(
@@ -44,10 +44,14 @@ class ConditionedParams(Module):
 
     def __call__(self, condition: Array) -> list[Array]:
         """Arrays [B, *shape], one for each of the shapes."""
-        features = nnx.swish(self.hidden(condition)) @ self.out[...]
-        ends = np.cumsum([math.prod(shape) for shape in self.shapes])[:-1].tolist()
-        parts = jnp.split(features, ends, axis=-1)
-        return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return split_features(nnx.swish(self.hidden(condition)) @ self.out[...], self.shapes)
+
+
+def split_features(features: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    """What a network puts out, [B, n], as arrays [B, *shape], one after the other."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
+    parts = jnp.split(features, ends, axis=-1)
+    return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def bounded(a: Array) -> Array:

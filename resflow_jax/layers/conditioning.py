@@ -12,15 +12,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import check_count
+from resflow_jax.layers.conditioned_params import WIDTH, split_features
 from resflow_jax.layers.module import Linear, Module
 
 Array = jax.Array
 
-_WIDTH = 64
 _START = 2.0  # of a gate's argument: tanh(2) = 0.96
 
 
@@ -45,12 +44,10 @@ class Conditioning(Module):
             check_count("condition_shape", size, 1)
         dtype = jnp.result_type(float)
         self.channels = tuple(channels)
-        self.hidden = Linear(math.prod(condition_shape), _WIDTH, param_dtype=dtype, rngs=rngs)
-        self.out = Linear(_WIDTH, 2 * sum(channels), param_dtype=dtype, rngs=rngs)
+        self.hidden = Linear(math.prod(condition_shape), WIDTH, param_dtype=dtype, rngs=rngs)
+        self.out = Linear(WIDTH, 2 * sum(channels), param_dtype=dtype, rngs=rngs)
 
     def __call__(self, condition: Array) -> list[Gate]:
         features = self.out(nnx.swish(self.hidden(condition.reshape(condition.shape[0], -1))))
-        sizes = [2 * size for size in self.channels]
-        parts = jnp.split(features, np.cumsum(sizes)[:-1].tolist(), axis=-1)
-        halves = (jnp.split(part, 2, axis=-1) for part in parts)
-        return [(jnp.tanh(_START + a), shift) for a, shift in halves]
+        parts = split_features(features, [(size,) for size in self.channels for _ in range(2)])
+        return [(jnp.tanh(_START + a), shift) for a, shift in zip(parts[::2], parts[1::2], strict=True)]
