@@ -28,6 +28,7 @@ from flax import nnx
 from experiments.configs.base import OptimizerConfig
 from experiments.simulators import Simulator
 from resflow_jax import Anderson, Estimator, Exact, ResidualFlow, VectorFlowConfig
+from resflow_jax.training.likelihood import negative_log_likelihood
 from resflow_jax.training.step import Trainer
 
 Array = jax.Array
@@ -159,13 +160,7 @@ class ResidualLearner(Learner):
         self.flow = ResidualFlow(model, rngs=nnx.Rngs(seed))
         self.flow.initialize(*map(jnp.asarray, pairs))
 
-        def loss(flow, batch, key, estimator, step):
-            theta, x = batch
-            log_prob, diagnostics = flow.log_prob(
-                theta, condition=x, key=key, estimator=estimator, return_diagnostics=True
-            )
-            return -jnp.mean(log_prob), diagnostics
-
+        loss = negative_log_likelihood()
         self.trainer = Trainer(nnx.split(self.flow)[0], loss, _optimizer(optimizer), optimizer.ema_decay)
         self.state = self.trainer.create_state(self.flow, estimator)
         self.update = self.trainer.compiled_step()

@@ -22,7 +22,7 @@ from resflow_jax import DenseTail, Estimate, Flow, ImageFlowConfig, MixtureOfNor
 from resflow_jax.data.embedded import load_digit_labels, load_digits
 from resflow_jax.data.images import dequantize
 from resflow_jax.functional.checks import check_count
-from resflow_jax.training.likelihood import bits_per_dim
+from resflow_jax.training.likelihood import dequantized_bits_per_dim, image_bits_per_dim
 from resflow_jax.training.step import Trainer
 
 Array = jax.Array
@@ -128,28 +128,16 @@ def train(config: DigitsConfig, seed: int, *, conditional: bool) -> Iterator[tup
       FloatingPointError: if the loss stops being finite.
     """
     flow, stream = make_flow(config.model, seed, conditional=conditional), batches(config, seed)
-
-    def score(flow, batch, key, estimator, step):
-        images, classes = batch
-        noise_key, flow_key = jax.random.split(key)
-        condition = classes if conditional else None
-        log_prob, diagnostics = flow.log_prob(
-            dequantize(images, noise_key, LEVELS),
-            condition=condition,
-            key=flow_key,
-            estimator=estimator,
-            return_diagnostics=True,
-        )
-        return jnp.mean(bits_per_dim(log_prob, math.prod(flow.event_shape), LEVELS)), diagnostics
-
     images, classes = (np.concatenate(parts) for parts in zip(*(next(stream) for _ in range(8)), strict=True))
     first = dequantize(jnp.asarray(images), jax.random.key(seed), LEVELS)
     flow.initialize(first, jnp.asarray(classes) if conditional else None)
-    trainer = Trainer(nnx.split(flow)[0], score, config.optimizer.build(config.steps), config.optimizer.ema_decay)
+    objective = dequantized_bits_per_dim(LEVELS)
+    trainer = Trainer(nnx.split(flow)[0], objective, config.optimizer.build(config.steps), config.optimizer.ema_decay)
     state, step, key = trainer.create_state(flow, Roulette()), trainer.compiled_step(), jax.random.key(seed)
     losses, began = [], time.perf_counter()
     for done in range(1, config.steps + 1):
-        state, metrics = step(state, next(stream), key)
+        pair = next(stream)
+        state, metrics = step(state, pair if conditional else pair[0], key)
         losses.append(metrics["loss"])
         if done == 1 or done % 50 == 0 or done == config.steps:
             loss = float(np.mean(jax.device_get(losses)))
@@ -166,22 +154,11 @@ def class_bits_per_dim(flow: Flow, images: np.ndarray, key: Array, draws: int) -
     Every class sees the same dequantised images, and the same noise of the estimate.
     """
     conditions = [None] if flow.condition_shape is None else list(np.eye(CLASSES, dtype=np.float32))
-    number = len(images)
-    padded = np.resize(images, (-(-number // _BATCH) * _BATCH, *images.shape[1:])) if number > _BATCH else images
-    parts = np.split(padded, range(_BATCH, len(padded), _BATCH))
-    scores = []
-    for draw_key in jax.random.split(key, draws):
-        rows = []
-        for batch, batch_key in zip(parts, jax.random.split(draw_key, len(parts)), strict=True):
-            noise_key, flow_key = jax.random.split(batch_key)
-            x = dequantize(jnp.asarray(batch), noise_key, LEVELS)
-            columns = [
-                flow.log_prob(x, condition=condition, key=flow_key, estimator=Roulette(exact_terms=8))
-                for condition in conditions
-            ]
-            rows.append(np.stack(columns, axis=1))
-        scores.append(np.concatenate(rows)[:number])
-    return bits_per_dim(np.stack(scores).astype(np.float64), math.prod(flow.event_shape), LEVELS)
+    columns = [
+        image_bits_per_dim(flow, images, key, levels=LEVELS, draws=draws, batch_size=_BATCH, condition=condition)
+        for condition in conditions
+    ]
+    return np.stack(columns, axis=-1)
 
 
 def evaluate(config: DigitsConfig, flow: Flow, seed: int, seconds: float, first_step: float) -> Scores:
