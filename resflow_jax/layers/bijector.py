@@ -291,12 +291,10 @@ def join_statuses(parts: list[InverseStatus], y: Array) -> InverseStatus:
     return join_blocks(parts) if parts else InverseStatus(jnp.zeros(shape, jnp.int32), nothing, nothing, nothing == 0)
 
 
-def fold(
-    bijectors: Sequence[Bijector],
-    apply: Callable[[Bijector, Array, Array | None], Array],
-    x: Array,
-    condition: Array | None,
-) -> Array:
+Apply = Callable[[Bijector, Array, Array | None], Array]  # of a layer to x and its condition
+
+
+def fold(bijectors: Sequence[Bijector], apply: Apply, x: Array, condition: Array | None) -> Array:
     """Runs x through apply(bijector, x, condition) of every bijector."""
     for bijector in bijectors:
         x = apply(bijector, x, own_condition(bijector, condition))

@@ -1,7 +1,7 @@
 """Bijectors made of bijectors: `Chain`, `Invert`, `MultiScale`."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.values import Domain
 from resflow_jax.layers.bijector import (
+    Apply,
     Bijector,
     Forward,
     Inverse,
@@ -278,78 +279,68 @@ class MultiScale(_Composition):
     def support(self):
         return self.scales[0].support
 
-    def _run(self, x: Array, apply: Callable[[int, Array], Array]) -> Array:
-        """Runs x through the scales by apply(index, x); the parts of y, joined."""
-        parts = []
-        for n in range(len(self.scales)):
-            x = apply(n, x)
-            if n < len(self.scales) - 1:
-                x, part = jnp.split(x, 2, axis=-1)
-                parts.append(part)
-        return jnp.concatenate([part.reshape(part.shape[0], -1) for part in (*parts, x)], axis=-1)
+    def _leaving(self, n: int, x: Array) -> tuple[Array, Array]:
+        """What goes on from scale n, and the part of y that leaves; after the last scale all of it leaves."""
+        return jnp.split(x, 2, axis=-1) if n < len(self.scales) - 1 else (x, x)
 
-    def _run_back(self, y: Array, apply: Callable[[int, Array], Array]) -> Array:
-        """Runs y back through the scales by apply(index, y of the scale)."""
+    def _entering(self, n: int, parts: Sequence[Array], x: Array | None) -> Array:
+        """What scale n put out, of its part of y and of what went on from it."""
+        return parts[n] if x is None else jnp.concatenate([x, parts[n]], axis=-1)
+
+    def _joined(self, parts: Sequence[Array]) -> Array:
+        """y of its parts."""
+        return jnp.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=-1)
+
+    def _parted(self, y: Array) -> list[Array]:
+        """The parts of y, each in its shape."""
         ends = np.cumsum([math.prod(shape) for shape in self.parts])[:-1]
         pieces = jnp.split(y, ends, axis=-1)
-        parts = [piece.reshape(y.shape[0], *shape) for piece, shape in zip(pieces, self.parts, strict=True)]
-        x = parts.pop()
-        for n in reversed(range(len(self.scales))):
-            x = apply(n, x)
-            if n > 0:
-                x = jnp.concatenate([x, parts.pop()], axis=-1)
-        return x
+        return [piece.reshape(y.shape[0], *shape) for piece, shape in zip(pieces, self.parts, strict=True)]
 
-    def _own_conditions(self, condition: Array | None) -> list[Array | None]:
-        return [own_condition(scale, condition) for scale in self.scales]
+    def _fold(self, apply: Apply, x: Array, condition: Array | None) -> Array:
+        """Runs x through apply(scale, x, condition) of every scale; the parts of y, joined."""
+        parts = []
+        for n, scale in enumerate(self.scales):
+            x, part = self._leaving(n, apply(scale, x, own_condition(scale, condition)))
+            parts.append(part)
+        return self._joined(parts)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
-        conditions = self._own_conditions(condition)
-        return self._run(x, lambda n, x: self.scales[n](x, conditions[n]))
+        return self._fold(lambda scale, x, c: scale(x, c), x, condition)
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
         keys, estimators = split_key(key, self.scales), split_estimator(estimator, self.scales)
-        conditions, found = self._own_conditions(condition), []
-
-        def apply(n: int, x: Array) -> Array:
-            found.append(self.scales[n].estimate(x, keys[n], estimators[n], conditions[n]))
-            return found[-1][0]
-
-        y = self._run(x, apply)
-        return y, sum(log_det for _, log_det, _ in found), [d for _, _, diagnostics in found for d in diagnostics]
+        parts, log_det, diagnostics = [], no_log_det(x), []
+        for n, scale in enumerate(self.scales):
+            x, term, found = scale.estimate(x, keys[n], estimators[n], own_condition(scale, condition))
+            log_det, diagnostics = log_det + term, diagnostics + found
+            x, part = self._leaving(n, x)
+            parts.append(part)
+        return self._joined(parts), log_det, diagnostics
 
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
-        conditions, found = self._own_conditions(condition), []
-
-        def apply(n: int, y: Array) -> Array:
-            found.append(self.scales[n].solve(y, solver, conditions[n]))
-            return found[-1][0]
-
-        x = self._run_back(y, apply)
-        return x, [status for _, statuses in reversed(found) for status in statuses]
+        parts, x, statuses = self._parted(y), None, []
+        for n, scale in reversed(list(enumerate(self.scales))):
+            x, found = scale.solve(self._entering(n, parts, x), solver, own_condition(scale, condition))
+            statuses = found + statuses
+        return x, statuses
 
     def solve_and_estimate(
         self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
     ) -> InverseAndLogDet:
         keys, estimators = split_key(key, self.scales), split_estimator(estimator, self.scales)
-        conditions, found = self._own_conditions(condition), []
-
-        def apply(n: int, y: Array) -> Array:
-            found.append(self.scales[n].solve_and_estimate(y, keys[n], estimators[n], solver, conditions[n]))
-            return found[-1][0]
-
-        x = self._run_back(y, apply)
-        found = found[::-1]
-        diagnostics = [d for part in found for d in part[2]]
-        return x, sum(part[1] for part in found), diagnostics, [status for part in found for status in part[3]]
+        parts, x, log_det, diagnostics, statuses = self._parted(y), None, no_log_det(y), [], []
+        for n, scale in reversed(list(enumerate(self.scales))):
+            inputs = self._entering(n, parts, x), keys[n], estimators[n], solver, own_condition(scale, condition)
+            x, term, of_estimate, of_solve = scale.solve_and_estimate(*inputs)
+            log_det, diagnostics, statuses = log_det + term, of_estimate + diagnostics, of_solve + statuses
+        return x, log_det, diagnostics, statuses
 
     def initialize(self, x: Array, condition: Array | None = None) -> Array:
-        conditions = self._own_conditions(condition)
-        return self._run(x, lambda n, x: self.scales[n].initialize(x, conditions[n]))
+        return self._fold(lambda scale, x, c: scale.initialize(x, c), x, condition)
 
     def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
-        conditions = self._own_conditions(condition)
-        return self._run(x, lambda n, x: self.scales[n].update_statistics(x, conditions[n]))
+        return self._fold(lambda scale, x, c: scale.update_statistics(x, c), x, condition)
 
     def certified_bounds(self, blocks: list) -> tuple[float, float]:
         lipschitz = inverse = 1.0
