@@ -13,8 +13,8 @@ Under the work directory (runs/conditional) it writes two_moons.png and gaussian
 the flows at every observation), digits.png (samples, a row a class), metrics.jsonl and config.json; the same command
 again starts anew. `--help` lists every setting.
 
-About 3 minutes on 2 CPU cores that others used too, half of it compilation:
-  two moons         above the posterior 0.071 +- 0.007 nats (flowjax 0.052), C2ST 0.507 (0.504; equal samples 0.503)
+About 2 minutes on 2 CPU cores, half of it compilation:
+  two moons         above the posterior 0.071 +- 0.007 nats (flowjax 0.051), C2ST 0.507 (0.495; equal samples 0.503)
   Gaussian linear   above the posterior 0.006 +- 0.002 nats (flowjax 0.050), C2ST 0.506 (0.522; equal samples 0.506)
   digits            1.912 test bits/dim given the class, 2.049 without; Bayes' rule is right for 98.0 % of the images
 """
