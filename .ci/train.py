@@ -29,4 +29,6 @@ assert rf.certify(flow).is_certified
 rf.save("flow.safetensors", flow)
 same = rf.load("flow.safetensors")
 assert (same.sample(jax.random.key(1), 4) == flow.sample(jax.random.key(1), 4)).all()
-print(f"jax {jax.__version__}, resflow_jax {rf.__version__} from {rf.__file__}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+print(
+    f"jax {jax.__version__}, resflow_jax {rf.__version__} from {rf.__file__}: loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+)
