@@ -35,8 +35,8 @@ from resflow_jax.training.step import Trainer
 Array = jax.Array
 
 # The papers' setting, which is that of the peer.
-TRAINING = Roulette(Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian")
-EVALUATION = Roulette(Poisson(2.0), exact_terms=20, krylov=0, probe="gaussian")
+TRAINING = Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")
+EVALUATION = Roulette(Poisson(2.0), exact_terms=20, minres_steps=0, probe="gaussian")
 LEARNING_RATE, CLIP = 1e-3, 1.0
 PART = 8192  # numbers of z that are inverted at a time on a core, as in `experiments.inverse`
 

@@ -61,9 +61,9 @@ FITTED = "default with fitted lengths"
 REFERENCE = "no roulette: 40 terms (noise of the probes)"
 TERMS = 24
 ESTIMATORS: dict[str, Roulette] = {
-    PAPERS: Roulette(Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian"),
-    "power series, Geometric(0.5) + 2": Roulette(Geometric(0.5), exact_terms=2, krylov=0),
-    "2 Krylov steps, then power series": Roulette(Geometric(0.5), exact_terms=2, krylov=2),
+    PAPERS: Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian"),
+    "power series, Geometric(0.5) + 2": Roulette(Geometric(0.5), exact_terms=2, minres_steps=0),
+    "2 minimal-residual steps, then power series": Roulette(Geometric(0.5), exact_terms=2, minres_steps=2),
     "minimal residual, Geometric(0.5) + 2": Roulette(Geometric(0.5), exact_terms=2),
     DEFAULT: Roulette(),
     FITTED: Roulette(),
@@ -277,7 +277,7 @@ def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measureme
         if name == DEFAULT:
             norms = found
         if estimator.probes == 1 and name not in (REFERENCE, FITTED):
-            series = estimator.krylov, estimator.probe
+            series = estimator.minres_steps, estimator.probe
             if series not in moments:
                 moments[series] = length_moments(target, estimator, jax.random.key(config.seed + 1), config.probes)
             measured = measured._replace(summed=summed_variance(target, estimator, *moments[series]))

@@ -65,7 +65,7 @@ from resflow_jax.training.parallel import WAYS, Way
 Array = jax.Array
 
 # That of normflows' evaluation: 20 terms of the power series, then a geometric number of them.
-LONG_SERIES = Roulette(Geometric(0.5), exact_terms=20, krylov=0, probe="gaussian")
+LONG_SERIES = Roulette(Geometric(0.5), exact_terms=20, minres_steps=0, probe="gaussian")
 SOLVERS: dict[str, Solver] = {"fixed point": FixedPoint(), "Anderson": Anderson(), "Broyden": Broyden()}
 PLAIN, BEST = "fixed point", "Anderson"
 AS_PEER = f"{BEST}, error of normflows"

@@ -276,7 +276,7 @@ def _draw_plan(estimator: Truncated | Roulette, key: Array) -> _Plan:
         # tr(J^k) has the derivative k * tr(J^(k-1) dJ): n terms of the value have powers below n.
         below = lambda k: jnp.where(k < estimator.terms, 1.0, 0.0)  # noqa: E731
         return _Plan(PowerSeries(), estimator.terms, lambda k: jnp.ones(()), below)
-    series = PowerSeries() if estimator.krylov == 0 else MinimalResidual(estimator.krylov)
+    series = PowerSeries() if estimator.minres_steps == 0 else MinimalResidual(estimator.minres_steps)
     lengths = draw_lengths(estimator.length, key, estimator.samples)
     weight = partial(term_weight, estimator.length, lengths, estimator.exact_terms)
     return _Plan(series, estimator.exact_terms + jnp.max(lengths), weight, weight)

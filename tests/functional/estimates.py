@@ -31,7 +31,7 @@ NETS = {
     "conv near one": partial(conv_net, 0.98),
     "nonsymmetric": partial(nonsymmetric_net, 0.75),
 }
-PAPERS = Roulette(Poisson(2.0), exact_terms=2, krylov=0)
+PAPERS = Roulette(Poisson(2.0), exact_terms=2, minres_steps=0)
 SAFE = Defensive(0.4, 0.1, 0.75)
 FITTED = Fitted(jnp.array([1.0, 0.6, 0.6, 0.2]), 0.75)
 SLOW = Geometric(0.2)  # finite variance (and fourth moment) for the spectral radius 0.8 of "saturated"
