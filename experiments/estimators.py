@@ -261,7 +261,7 @@ def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsCo
         gradient, diagnostics = jax.grad(loss, has_aux=True)(params)
         return ravel_pytree(gradient)[0], diagnostics
 
-    lipschitz = max(block.promised for block in certificate.blocks)
+    lipschitz = max(block.target_bound for block in certificate.blocks)
     return Target(f"{run_config.data.name} flow, batch {batch_size}", gradient, config.keys, lipschitz, batch_size)
 
 

@@ -159,7 +159,7 @@ class Bijector(Module):
         return self.lipschitz_bounds()
 
     def tighten(self) -> None:
-        """Rescales kernels, in place, until every residual block inside is certified within its promise."""
+        """Rescales kernels, in place, until every residual block inside is certified within its target bound."""
 
     # What a layer is used by
 

@@ -417,10 +417,10 @@ class Flow(Module):
         return status
 
     def tighten(self) -> None:
-        """Rescales kernels, in place, until every block is certified within what its coefficients promise.
+        """Rescales kernels, in place, until every block is certified within the bound that its coefficients set.
 
-        Power iteration knows norms from below: after training some kernels exceed their coefficient by
-        parts of a percent. Each block that `certify` does not find within its promise has its kernels
+        Power iteration underestimates norms: after training some kernels exceed their coefficient by
+        parts of a percent. Each block that `certify` finds above its `target_bound` has its kernels
         replaced by what is applied, each divided by its excess. On the host, at the cost of `certify`. Contractions on
         the user's word stay as they are.
         """

@@ -52,7 +52,7 @@ def test_norms(flow):
     tightened = nnx.clone(flow)
     tightened.tighten()
     certificate = rf.certify(tightened)
-    assert certificate.is_certified and all(block.bound <= block.promised for block in certificate.blocks)
+    assert certificate.is_certified and all(block.bound <= block.target_bound for block in certificate.blocks)
 
 
 def test_samples_have_a_density(flow):
