@@ -256,8 +256,8 @@ def split_key(key: Array | None, bijectors: Sequence[Bijector]) -> list[Array | 
 
     Few splits make a small program: XLA compiles a dozen kernels for each.
     """
-    number = sum(bijector.takes_noise for bijector in bijectors)
-    keys = iter([key] * number if key is None or number <= 1 else jax.random.split(key, number))
+    count = sum(bijector.takes_noise for bijector in bijectors)
+    keys = iter([key] * count if key is None or count <= 1 else jax.random.split(key, count))
     return [next(keys) if bijector.takes_noise else None for bijector in bijectors]
 
 
