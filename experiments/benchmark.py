@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.competitors import CASES, COMPETITORS
-from experiments.run import number_of_cores, write_atomically
+from experiments.runs.devices import number_of_cores
+from experiments.runs.workdir import write_atomically
+from experiments.studies.competitors import CASES, COMPETITORS
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.parallel import WAYS, Way
 
@@ -39,7 +40,7 @@ class BenchmarkConfig:
     """What is measured.
 
     Attributes:
-      cases: names in `experiments.competitors.CASES`.
+      cases: names in `experiments.studies.competitors.CASES`.
       competitors: of "resflow_jax", "resflow_jax bfloat16" and "normflows"; the last is what others are compared with.
       rounds: of alternating measurements; every table entry is a median over them.
       steps: training steps a round.
@@ -73,7 +74,7 @@ class Worker:
 
     def __init__(self, case: str, competitor: str, cache: Path | None = None, way: Way = "jit"):
         environment = os.environ if cache is None else {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-        command = [sys.executable, "-W", "ignore", "-m", "experiments.competitors", case, competitor, way]
+        command = [sys.executable, "-W", "ignore", "-m", "experiments.studies.competitors", case, competitor, way]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 

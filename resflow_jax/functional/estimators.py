@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.functional.laws import Defensive, Fitted, Law, check_law, check_values
+from resflow_jax.functional.length_laws import Defensive, Fitted, Law, check_law, check_values
 from resflow_jax.functional.opaque import Opaque, as_tree, original
 from resflow_jax.functional.probes import PROBES
 

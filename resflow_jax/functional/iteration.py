@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
+from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
-from resflow_jax.functional.manual_axes import vary_over, varying_axes
 
 Array = jax.Array
 

@@ -31,10 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from resflow_jax.functional.batch_axes import shared_and_example_keys, sum_alike, vary_alike, vary_over, varying_axes
 from resflow_jax.functional.checks import as_float_batch, check_callable, check_count, check_key, check_open_interval
 from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chunks, split_chunks
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
-from resflow_jax.functional.derivatives import forward_only, reverse_only
 from resflow_jax.functional.estimators import (
     Estimator,
     Exact,
@@ -46,13 +46,13 @@ from resflow_jax.functional.estimators import (
 )
 from resflow_jax.functional.events import Events, is_tree
 from resflow_jax.functional.iteration import wide_dtype
-from resflow_jax.functional.laws import law_within
-from resflow_jax.functional.manual_axes import shared_and_example_keys, sum_alike, vary_alike, vary_over, varying_axes
+from resflow_jax.functional.length_laws import law_within
 from resflow_jax.functional.opaque import as_tree, original
+from resflow_jax.functional.primitives.derivatives import forward_only, reverse_only
+from resflow_jax.functional.primitives.tracing import Traced, run, trace, trace_residual
 from resflow_jax.functional.probes import draw_seeds, make_probes
 from resflow_jax.functional.roulette import draw_lengths, length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
-from resflow_jax.functional.tracing import Traced, run, trace, trace_residual
 
 Array = jax.Array
 Residual = Callable[..., Array]

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import (
     as_float_array,
@@ -44,7 +45,6 @@ from resflow_jax.functional.checks import (
     check_positive,
 )
 from resflow_jax.functional.linear_maps import LinearMap
-from resflow_jax.functional.manual_axes import vary_over, varying_axes
 from resflow_jax.functional.starts import excludes_larger, mixed_start, unit
 from resflow_jax.functional.vector_norms import Order, conjugate, dual_map, is_order, positive, vector_norm
 

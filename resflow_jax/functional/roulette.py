@@ -13,7 +13,7 @@ m + max_i N_i terms.
 import jax
 import jax.numpy as jnp
 
-from resflow_jax.functional.laws import LengthLaw
+from resflow_jax.functional.length_laws import LengthLaw
 
 Array = jax.Array
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from resflow_jax.functional.batch_axes import moments
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_open_interval, check_positive
-from resflow_jax.functional.manual_axes import moments
 from resflow_jax.layers.bijector import (
     Bijector,
     Constant,

@@ -25,8 +25,8 @@ from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
+from resflow_jax.functional.primitives.tracing import run
 from resflow_jax.functional.solvers import Anderson, Solver
-from resflow_jax.functional.tracing import run
 from resflow_jax.functional.values import Domain, checked
 from resflow_jax.layers.bijector import Bijector, Constant, checked_estimator, join_diagnostics, join_statuses
 from resflow_jax.layers.conditions import ConditionShape, as_condition, common_condition_shape
@@ -430,7 +430,7 @@ class Flow(Module):
         """Mean norm of the linear layers, differentiable in the learnable orders of these norms alone; a scalar.
 
         Where it is small, kernels are shrunk least (Chen et al. 2019, section 3.3). To be added to the
-        training loss with a small weight, as `training.likelihood.tend` does. Zero where there are no such layers.
+        training loss with a small weight, as `training.losses.tend` does. Zero where there are no such layers.
         """
         losses = map_linears(self, lambda layer: layer.order_loss())
         return jnp.mean(jnp.concatenate([loss.ravel() for loss in losses])) if losses else jnp.zeros((), self.dtype)

@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from resflow_jax.functional.batch_axes import batch_axes
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.functional.manual_axes import batch_axes
 from resflow_jax.training.step import Gradient, Trainer, TrainState
 
 Array = jax.Array

@@ -8,7 +8,7 @@ import pytest
 from resflow_jax.functional import chunks
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.estimators import Roulette
-from resflow_jax.functional.laws import Geometric
+from resflow_jax.functional.length_laws import Geometric
 from resflow_jax.functional.logdet import residual
 from tests.functional.contractions import conv_net, dense_net
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from resflow_jax.functional import chunks
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
 from resflow_jax.functional.inverse import residual_inverse
-from resflow_jax.functional.laws import Geometric, Poisson
+from resflow_jax.functional.length_laws import Geometric, Poisson
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint
 from tests.functional.conditional import BATCH, DIM, dense_log_det, dense_series, g, jacobians, net, with_label

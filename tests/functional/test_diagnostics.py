@@ -7,7 +7,7 @@ import pytest
 
 from resflow_jax.functional import logdet
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
-from resflow_jax.functional.laws import Defensive, Geometric
+from resflow_jax.functional.length_laws import Defensive, Geometric
 from resflow_jax.functional.logdet import residual
 from tests.functional.contractions import (
     z_scores,

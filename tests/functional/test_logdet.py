@@ -7,7 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
-from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
+from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, Poisson
 from resflow_jax.functional.logdet import residual
 from tests.functional.contractions import (
     check_two_orders,

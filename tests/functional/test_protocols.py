@@ -13,7 +13,7 @@ from jax import lax
 
 import resflow_jax as rf
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated, check_estimator, needs_key
-from resflow_jax.functional.laws import Geometric
+from resflow_jax.functional.length_laws import Geometric
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.opaque import Opaque, as_tree
 from resflow_jax.functional.series import PowerSeries

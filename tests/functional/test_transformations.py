@@ -10,7 +10,7 @@ import pytest
 
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
 from resflow_jax.functional.inverse import residual_inverse
-from resflow_jax.functional.laws import Fitted, Geometric, Poisson
+from resflow_jax.functional.length_laws import Fitted, Geometric, Poisson
 from resflow_jax.functional.logdet import residual
 
 LANES, BATCH, DIM = 3, 2, 3

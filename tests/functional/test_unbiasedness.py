@@ -11,7 +11,7 @@ import pytest
 import scipy.linalg
 
 from resflow_jax.functional import logdet, series
-from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
+from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, Poisson
 from resflow_jax.functional.logdet import Roulette, Truncated
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
 from tests.functional.contractions import (

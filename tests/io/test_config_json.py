@@ -1,17 +1,16 @@
 """Configs as JSON: what is written comes back, also what earlier versions wrote; the rest is refused by name.
 
-tests/data/before_compositions has files of the version before groups of settings, with flat configs.
+tests/fixtures/before_compositions has files of the version before groups of settings, with flat configs.
 """
 
 import json
 import math
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
 import resflow_jax as rf
-from resflow_jax.interop.torch_flow import TorchImageConfig
+from resflow_jax.interop.torch.flow import TorchImageConfig
 from resflow_jax.io.config_json import (
     FLOW_TYPES,
     FORMAT_VERSION,
@@ -23,8 +22,9 @@ from resflow_jax.io.config_json import (
     from_document,
     upgraded,
 )
+from tests.paths import FIXTURES
 
-OLD = Path(__file__).parents[1] / "data" / "before_compositions"
+OLD = FIXTURES / "before_compositions"
 IMAGES = rf.ImageFlowConfig(
     (8, 8, 2),
     blocks=(1, 2),
@@ -197,7 +197,7 @@ def test_settings_that_a_flat_config_lacks_have_their_defaults():
 
 
 def test_files_of_the_version_before():
-    """The three flows of tests/data/before_compositions, which hold between them most settings."""
+    """The three flows of tests/fixtures/before_compositions, which hold between them most settings."""
     safetensors = pytest.importorskip("safetensors", reason="needs the extra safetensors")
     expected = {
         "image": TorchImageConfig(

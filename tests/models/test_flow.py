@@ -10,7 +10,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 import resflow_jax as rf
-from resflow_jax.interop.torch_flow import TorchFlow, TorchImageConfig
+from resflow_jax.interop.torch.flow import TorchFlow, TorchImageConfig
 from resflow_jax.models.bases import standard_normal_log_prob
 from resflow_jax.models.residual_flow import flow_from_config
 from tests.functional.brute_force import enumerated_norm

@@ -13,8 +13,9 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
-from resflow_jax.interop.torch_flow import TorchFlow, TorchImageConfig
-from resflow_jax.training.likelihood import dequantized_bits_per_dim, negative_log_likelihood, vector_log_prob
+from resflow_jax.interop.torch.flow import TorchFlow, TorchImageConfig
+from resflow_jax.training.evaluation import vector_log_prob
+from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
 
 KEY = jax.random.key(3)
 X = np.random.default_rng(0).normal(size=(4, 3))

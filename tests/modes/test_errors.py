@@ -12,8 +12,9 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.checks import as_float_array, as_float_batch
-from resflow_jax.interop.torch_flow import TorchImageConfig
-from resflow_jax.training.likelihood import dequantized_bits_per_dim, negative_log_likelihood, vector_log_prob
+from resflow_jax.interop.torch.flow import TorchImageConfig
+from resflow_jax.training.evaluation import vector_log_prob
+from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
 from tests.modes.calls import IMAGES, KEY, X, images, vectors
 
 NAN = float("nan")

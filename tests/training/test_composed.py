@@ -11,12 +11,8 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.training import Placement, Trainer, make_mesh
 from resflow_jax.training.checkpoints import Checkpoints
-from resflow_jax.training.likelihood import (
-    evaluate_bits_per_dim,
-    image_bits_per_dim,
-    negative_log_likelihood,
-    vector_log_prob,
-)
+from resflow_jax.training.evaluation import evaluate_bits_per_dim, image_bits_per_dim, vector_log_prob
+from resflow_jax.training.losses import negative_log_likelihood
 from resflow_jax.training.placement import tightened
 from tests.io.flows import conditional_flow, contraction
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import resflow_jax as rf
 from resflow_jax.training.checkpoints import Checkpoints
-from resflow_jax.training.likelihood import dequantized_bits_per_dim, negative_log_likelihood
+from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
 from resflow_jax.training.parallel import (
     jit_train_step,
     make_mesh,

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.training.likelihood import tend
+from resflow_jax.training.losses import tend
 from resflow_jax.training.step import Trainer
 
 CONFIG = rf.VectorFlowConfig(
