@@ -51,7 +51,7 @@ from resflow_jax import (
 from resflow_jax.data.batches import Batches
 from resflow_jax.data.images import dequantize
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.training.parallel import WAYS, Way
+from resflow_jax.training.parallel import STRATEGIES, Strategy
 
 Array = jax.Array
 Gradient = Callable[[Array, Estimator], tuple[Array, Diagnostics]]
@@ -99,10 +99,10 @@ class EstimatorsConfig:
     digits: Path | None = None
     fashion_mnist: Path | None = None
     seed: int = 0
-    parallel: Way = "jit"
+    parallel: Strategy = "jit"
 
     def __post_init__(self):
-        check_choice("parallel", self.parallel, WAYS)
+        check_choice("parallel", self.parallel, STRATEGIES)
         for target in self.targets:
             check_choice("targets", target, TARGETS)
         check_count("keys", self.keys, 20)

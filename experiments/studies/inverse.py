@@ -55,7 +55,7 @@ from resflow_jax import (
 )
 from resflow_jax.data.images import to_unit_interval
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
-from resflow_jax.training.parallel import WAYS, Way
+from resflow_jax.training.parallel import STRATEGIES, Strategy
 
 Array = jax.Array
 
@@ -100,10 +100,10 @@ class InverseConfig:
     digits: Path | None = None
     fashion_mnist: Path | None = None
     seed: int = 0
-    parallel: Way = "jit"
+    parallel: Strategy = "jit"
 
     def __post_init__(self):
-        check_choice("parallel", self.parallel, WAYS)
+        check_choice("parallel", self.parallel, STRATEGIES)
         for target in self.targets:
             check_choice("targets", target, NAMES)
         check_count("samples", self.samples, 1)
