@@ -22,10 +22,10 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import as_float_batch, check_key
+from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator, with_rows
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.values import ANYWHERE, Domain
 from resflow_jax.layers.conditions import ConditionShape, as_condition

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from resflow_jax.functional.estimators import Roulette
 from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, Poisson
-from resflow_jax.functional.logdet import Roulette, residual
+from resflow_jax.functional.logdet import residual
 from tests.functional.contractions import (
     conv_net,
     dense_log_det,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resflow_jax.functional import logdet
+from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
 from resflow_jax.functional.length_laws import Defensive, Geometric
 from resflow_jax.functional.logdet import residual
@@ -49,7 +49,7 @@ def test_diagnostics_of_one_estimate(estimator):
     np.testing.assert_allclose(log_det, plain[1], rtol=1e-13)
     np.testing.assert_allclose(diagnostics.mean, np.mean(log_det), rtol=1e-13)
     np.testing.assert_allclose(diagnostics.second_moment, np.mean(np.square(log_det)), rtol=1e-13)
-    assert diagnostics.term_norms.shape == (logdet.DIAGNOSED_TERMS,)
+    assert diagnostics.term_norms.shape == (DIAGNOSED_TERMS,)
     assert diagnostics.length.shape == ()
     if not isinstance(estimator, Roulette):
         assert diagnostics.length == (4 if isinstance(estimator, Exact) else 5)
@@ -71,7 +71,7 @@ def power_norms(name, terms=8):
 
 def test_term_norms_of_a_truncated_series():
     """With D orthogonal probes they are |J^k|_F^2 / D, and zero behind the last term."""
-    diagnosed = logdet.DIAGNOSED_TERMS
+    diagnosed = DIAGNOSED_TERMS
     for terms in (5, diagnosed + 2):
         norms = diagnose("nonsymmetric", Truncated(terms, "orthogonal", probes=8), keys=2).term_norms
         expected = np.where(np.arange(diagnosed) < terms, power_norms("nonsymmetric", diagnosed), 0)

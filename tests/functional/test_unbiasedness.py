@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from resflow_jax.functional import logdet, series
+from resflow_jax.functional import direct_estimates, neumann, series, term_sums
+from resflow_jax.functional.estimators import Roulette, Truncated
 from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, Poisson
-from resflow_jax.functional.logdet import Roulette, Truncated
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
 from tests.functional.contractions import (
     dense_series,
@@ -46,7 +46,8 @@ def enumerate_draws(monkeypatch, net, estimator, lengths=(0,)):
             rows = (first + jnp.arange(probes * len(x))) % len(hadamard)
             return hadamard[rows].reshape(-1, *x.shape[1:])
 
-        monkeypatch.setattr(logdet, "make_probes", make_probes)
+        for module in (direct_estimates, neumann):
+            monkeypatch.setattr(module, "make_probes", make_probes)
         for law in (Geometric, Poisson, Defensive, Fitted):
             monkeypatch.setattr(law, "sample", lambda self, key, shape: jnp.broadcast_to(length, shape))
         return estimate(net, estimator, jax.random.key(0))
@@ -258,7 +259,11 @@ def _positive_product(original):
 
 
 def _no_roulette_in_gradient(original):
-    return lambda estimator, key: original(estimator, key)._replace(neumann_weight=lambda k: jnp.ones(()))
+    def draw_plan(estimator, key):
+        plan = original(estimator, key)
+        return plan._replace(weights=lambda k: plan.weights(k)._replace(w=jnp.ones(())))
+
+    return draw_plan
 
 
 first_for_all = _cotangents(lambda estimator, log_det_bar: jnp.full_like(log_det_bar, log_det_bar.ravel()[0]))
@@ -270,20 +275,20 @@ MUTATIONS = {
     "no 1/k": (PowerSeries, "step", _terms(lambda k, term, *_: Term(term.w, k.astype(term.value.dtype) * term.value))),
     "survival(k + 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k + 1)),
     "survival(k - 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k - 1)),
-    "unweighted gradient": (logdet, "_draw_plan", _no_roulette_in_gradient),
-    "first cotangent for all": (logdet._neumann, "bwd", first_for_all),
+    "unweighted gradient": (neumann, "draw_plan", _no_roulette_in_gradient),
+    "first cotangent for all": (neumann._neumann, "bwd", first_for_all),
 }
 MINIMAL_RESIDUAL_MUTATIONS = {
     "sign": (MinimalResidual, "step", wrong_sign),
     "sign of w": (MinimalResidual, "step", _terms(lambda k, term, *_: Term(-term.w, term.value))),
     "sign of the value": (MinimalResidual, "step", _terms(lambda k, term, *_: Term(term.w, -term.value))),
     "no lookahead": (MinimalResidual, "step", _terms(_without_lookahead)),
-    "N > k": (logdet, "term_weight", lambda original: lambda law, lengths, *args: original(law, lengths - 1, *args)),
+    "N > k": (term_sums, "term_weight", lambda original: lambda law, lengths, *args: original(law, lengths - 1, *args)),
     "survival(k + 1)": (Defensive, "survival", lambda original: lambda self, k: original(self, k + 1)),
     "survival(k - 1)": (Defensive, "survival", lambda original: lambda self, k: original(self, k - 1)),
-    "unweighted gradient": (logdet, "_draw_plan", _no_roulette_in_gradient),
-    "first cotangent for all": (logdet._neumann, "bwd", first_for_all),
-    "sum over probes in the gradient": (logdet._neumann, "bwd", no_mean),
+    "unweighted gradient": (neumann, "draw_plan", _no_roulette_in_gradient),
+    "first cotangent for all": (neumann._neumann, "bwd", first_for_all),
+    "sum over probes in the gradient": (neumann._neumann, "bwd", no_mean),
 }
 
 
