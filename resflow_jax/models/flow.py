@@ -30,7 +30,7 @@ from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.values import Domain, checked
 from resflow_jax.layers.bijector import Bijector, Constant, checked_estimator, join_diagnostics, join_statuses
 from resflow_jax.layers.conditions import ConditionShape, as_condition, common_condition_shape
-from resflow_jax.layers.lipschitz import TIGHT, LipschitzLinear, NormSettings, map_linears
+from resflow_jax.layers.lipschitz import TIGHT, NormSettings, linears_inside, map_linears
 from resflow_jax.layers.module import Module
 from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models.bases import StandardNormal, as_base
@@ -438,8 +438,8 @@ class Flow(Module):
     @property
     def learns_orders(self) -> bool:
         """Whether orders of norms are learned (see `order_loss`)."""
-        layers = (node for _, node in nnx.iter_modules(self) if isinstance(node, LipschitzLinear))
-        return any(isinstance(order, nnx.Param) for layer in layers for order in (layer.domain, layer.codomain))
+        orders = (order for layer in linears_inside(self) for order in (layer.domain, layer.codomain))
+        return any(isinstance(order, nnx.Param) for order in orders)
 
     def norm_orders(self) -> np.ndarray:
         """The orders of the norms before and behind every linear layer, given or learned, [layers, 2]; on the host."""
