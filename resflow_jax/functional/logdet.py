@@ -52,6 +52,7 @@ from resflow_jax.functional.opaque import as_tree, original
 from resflow_jax.functional.probes import draw_seeds, make_probes
 from resflow_jax.functional.roulette import draw_lengths, length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
+from resflow_jax.functional.texts import fields_text, number, span, values_of
 from resflow_jax.functional.tracing import Traced, run, trace, trace_residual
 
 Array = jax.Array
@@ -78,6 +79,23 @@ class Diagnostics(NamedTuple):
     term_norms: Array
     mean: Array
     second_moment: Array
+
+    def __repr__(self) -> str:
+        length, _, mean, second_moment = (values_of(field) for field in self)
+        is_known = length is not None and mean is not None and second_moment is not None
+        if not is_known or not length.shape == mean.shape == second_moment.shape or not mean.size:
+            return fields_text(self)
+        if mean.size > 1:
+            return (
+                f"Diagnostics of {' x '.join(map(str, mean.shape))} blocks: products with the Jacobian a probe "
+                f"{number(length.sum())} ({span(length)} a block), mean log-det {number(mean.sum())} nats "
+                f"({span(mean)} a block)"
+            )
+        deviation = math.sqrt(max(0.0, second_moment.item() - mean.item() ** 2))
+        return (
+            f"Diagnostics: products with the Jacobian a probe {number(length.item())}, log-det {number(mean.item())} "
+            f"nats in the mean, deviation {number(deviation)} over the batch"
+        )
 
 
 def residual(

@@ -26,12 +26,14 @@ from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.functional.solvers import Anderson, Solver
+from resflow_jax.functional.texts import count, setting
 from resflow_jax.functional.tracing import run
 from resflow_jax.functional.values import Domain, checked
 from resflow_jax.layers.bijector import Bijector, Constant, checked_estimator, join_diagnostics, join_statuses
 from resflow_jax.layers.conditions import ConditionShape, as_condition, common_condition_shape
 from resflow_jax.layers.lipschitz import TIGHT, LipschitzLinear, NormSettings, map_linears
 from resflow_jax.layers.module import Module
+from resflow_jax.layers.module_texts import Part, Parts
 from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models.bases import StandardNormal, as_base
 
@@ -95,6 +97,20 @@ class Flow(Module):
         self.event_shape = event_shape
         parts = ("bijector", bijector.condition_shape), ("base", self.base.condition_shape)
         self.condition_shape: ConditionShape = common_condition_shape(parts)
+
+    def _repr_text(self, text: Callable[[Any], str]) -> str:
+        return f"{type(self).__name__}({self.event_shape} to {self.latent_shape}, blocks={self.blocks})"
+
+    def _repr_parts(self, shape: Shape | None) -> Parts:
+        others = {name: value for name, value in vars(self).items() if isinstance(value, nnx.Module)}
+        inside = others.pop("bijector")._repr_parts(self.event_shape)
+        parts = inside.parts if inside else [Part(self.bijector, self.event_shape)]
+        shapes = {"base": self.latent_shape}
+        parts = parts + [Part(value, shapes.get(name), f"{name}: ") for name, value in others.items()]
+        facts = [f"x {self.event_shape}, z {self.latent_shape}", count(self.blocks, "residual block"), f"{self.dtype}"]
+        if self.condition_shape is not None:
+            facts.insert(1, f"condition {setting(self.condition_shape)}")
+        return Parts(type(self).__name__, parts, tuple(facts))
 
     @property
     def latent_shape(self) -> Shape:
