@@ -85,6 +85,14 @@ class Chain(_Composition):
             shape = attempt(bijector.output_shape, shape)
         return Parts(type(self).__name__, parts)
 
+    def part_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        parts = (tuple(shape),)
+        for bijector in self.bijectors:
+            after = bijector.output_shape(shape)
+            parts = parts if after == tuple(shape) else bijector.part_shapes(shape)
+            shape = after
+        return parts
+
     def input_shape(self, shape: Shape) -> Shape:
         for bijector in reversed(self.bijectors):
             shape = bijector.input_shape(shape)
@@ -289,6 +297,11 @@ class MultiScale(_Composition):
 
     def _repr_parts(self, shape: Shape | None) -> Parts:
         return Parts(type(self).__name__, [*map(Part, self.scales, [self.shape, *self.parts])])
+
+    def part_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        self.output_shape(shape)
+        entrance = self.shape if len(self.scales) == 1 else self.parts[-2]
+        return *self.parts[:-1], *self.scales[-1].part_shapes(entrance)
 
     def input_shape(self, shape: Shape) -> Shape:
         return self.shape
