@@ -26,7 +26,7 @@ from resflow_jax.functional.checks import (
     check_type,
 )
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.texts import constructor, count, is_number, number
+from resflow_jax.functional.texts import constructor, count, fields_text, is_number, number, span, values_of
 from resflow_jax.layers.conditions import as_condition
 from resflow_jax.models.flow import Flow
 
@@ -229,6 +229,15 @@ class Anomaly(NamedTuple):
     score: Array
     p_value: Array
     quantile: Array
+
+    def __repr__(self) -> str:
+        log_prob, score, p_value, _ = fields = [values_of(value) for value in self]
+        if any(value is None or not value.size or value.shape != fields[0].shape for value in fields):
+            return fields_text(self)
+        return (
+            f"Anomaly of {count(p_value.size, 'example')}: {np.count_nonzero(p_value <= 0.05)} with p <= 0.05 "
+            f"(p {span(p_value)}), log p {span(log_prob)} nats, score {span(score)} nats"
+        )
 
 
 def anomaly_score(

@@ -89,6 +89,8 @@ def test_out_of_distribution(flow, typicality, scale, side):
     np.testing.assert_allclose(found.quantile, side, atol=0.01)
     likelier = found.log_prob > typicality.log_probs[-1]
     assert likelier.all() == (side == 1.0)
+    assert repr(found).startswith("Anomaly of 200 examples: 200 with p <= 0.05 (p 0.0005")
+    assert repr(jax.eval_shape(lambda: found)).startswith("Anomaly(log_prob=float64[200], ")
 
 
 def test_the_likelihood_alone_would_miss_constant_images():

@@ -253,12 +253,7 @@ def _anomaly(flow):
     """All that is said of examples beside those that a flow knows."""
     typicality = rf.Typicality.fit(flow, X, X[:3], key=KEY, batch_size=2)
     found = rf.anomaly_score(flow, X, typicality, key=KEY)
-    return (
-        typicality,
-        found,
-        typicality.group_p_value(found.log_prob, KEY, resamples=5),
-        repr((typicality, found)) and (),
-    )
+    return typicality, found, typicality.group_p_value(found.log_prob, KEY, resamples=5)
 
 
 CALLS = {**of_functions(), **of_flows()}
