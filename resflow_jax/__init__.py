@@ -54,6 +54,7 @@ from resflow_jax.models.groups import (
     VectorTransform,
 )
 from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.typicality import Anomaly, Typicality, anomaly_score
 from resflow_jax.training.evaluation import Estimate, evaluate_bits_per_dim
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "Activation",
     "Affine",
     "Anderson",
+    "Anomaly",
     "Base",
     "BetweenBlocks",
     "Bijector",
@@ -130,8 +132,10 @@ __all__ = [
     "Squeeze",
     "StandardNormal",
     "Truncated",
+    "Typicality",
     "VectorFlowConfig",
     "VectorTransform",
+    "anomaly_score",
     "batch_axes",
     "best_start",
     "certify",

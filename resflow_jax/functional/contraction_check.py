@@ -22,6 +22,7 @@ from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.events import Events, is_tree
 from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.primitives.tracing import trace_residual
+from resflow_jax.functional.texts import fields_text, is_number, number
 
 Array = jax.Array
 
@@ -47,6 +48,16 @@ class ContractionCheck(NamedTuple):
     jacobian_norm: float
     difference_quotient: float
     mixing: float
+
+    def __repr__(self) -> str:
+        if not all(is_number(field) for field in self):
+            return fields_text(self)
+        lower, is_refuted, jacobian, quotient, mixing = self
+        verdict = "refuted, g is no contraction" if is_refuted else "not refuted, which proves nothing"
+        return (
+            f"ContractionCheck: {verdict}; Lip(g) >= {number(lower)} (norm of a Jacobian {number(jacobian)}, "
+            f"difference quotient {number(quotient)}), mixing of examples {mixing:.1e}"
+        )
 
 
 def check_contraction(

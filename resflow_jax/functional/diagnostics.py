@@ -1,10 +1,13 @@
 """What an estimate of a log-det tells about itself."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from resflow_jax.functional.texts import fields_text, number, span, values_of
 
 Array = jax.Array
 
@@ -37,3 +40,20 @@ class Diagnostics(NamedTuple):
             term_norms = jnp.zeros(DIAGNOSED_TERMS, log_det.dtype)
         values = jnp.asarray(length, log_det.dtype), term_norms, jnp.mean(log_det), jnp.mean(jnp.square(log_det))
         return cls(*map(lax.stop_gradient, values))
+
+    def __repr__(self) -> str:
+        length, _, mean, second_moment = (values_of(field) for field in self)
+        is_known = length is not None and mean is not None and second_moment is not None
+        if not is_known or not length.shape == mean.shape == second_moment.shape or not mean.size:
+            return fields_text(self)
+        if mean.size > 1:
+            return (
+                f"Diagnostics of {' x '.join(map(str, mean.shape))} blocks: products with the Jacobian a probe "
+                f"{number(length.sum())} ({span(length)} a block), mean log-det {number(mean.sum())} nats "
+                f"({span(mean)} a block)"
+            )
+        deviation = math.sqrt(max(0.0, second_moment.item() - mean.item() ** 2))
+        return (
+            f"Diagnostics: products with the Jacobian a probe {number(length.item())}, log-det {number(mean.item())} "
+            f"nats in the mean, deviation {number(deviation)} over the batch"
+        )

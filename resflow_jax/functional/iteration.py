@@ -29,6 +29,7 @@ from jax import export, lax
 from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
+from resflow_jax.functional.texts import count, fields_text, span, values_of
 
 Array = jax.Array
 
@@ -121,6 +122,22 @@ class InverseStatus(NamedTuple):
     residual: Array
     residual_norm: Array
     converged: Array
+
+    def __repr__(self) -> str:
+        fields = [values_of(field) for field in self]
+        if any(field is None or field.shape != fields[0].shape for field in fields):
+            return fields_text(self)
+        iterations, residual, _, converged = map(np.atleast_1d, fields)
+        *blocks, examples = residual.shape
+        of = " x ".join([*(count(number, "block") for number in blocks), count(examples, "example")])
+        if not residual.size:
+            return f"InverseStatus of {of}: no solve"
+        rest = np.flatnonzero(~converged.astype(bool).reshape(-1, examples).all(axis=0))
+        which = f" (not {', '.join(map(str, rest[:5]))}{', ...' if rest.size > 5 else ''})" if rest.size else ""
+        return (
+            f"InverseStatus of {of}: {examples - rest.size} of {examples} converged{which}, "
+            f"largest residual {residual.max():.1e}, iterations {span(iterations)}"
+        )
 
     def error_bound(self, lipschitz: Array | float) -> Array:
         """A bound on |x - x*|_2 of each example: residual_norm / (1 - L), infinite where L >= 1.
