@@ -54,6 +54,9 @@ from resflow_jax.models.groups import (
     VectorTransform,
 )
 from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.training.course import FitDivergedError, FitProgress, FitResult
+from resflow_jax.training.fit import fit
+from resflow_jax.training.history import History
 from resflow_jax.training.likelihood import Estimate, evaluate_bits_per_dim
 
 __version__ = "0.1.0"
@@ -89,11 +92,15 @@ __all__ = [
     "Estimator",
     "Exact",
     "Exp",
+    "FitDivergedError",
+    "FitProgress",
+    "FitResult",
     "Fitted",
     "FixedPoint",
     "Flatten",
     "Flow",
     "Geometric",
+    "History",
     "ImageFlowConfig",
     "ImageTransform",
     "InverseError",
@@ -137,6 +144,7 @@ __all__ = [
     "certify",
     "check_contraction",
     "evaluate_bits_per_dim",
+    "fit",
     "fit_lengths",
     "gram_iteration_bound",
     "induced_norm_bound",
