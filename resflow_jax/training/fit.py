@@ -103,7 +103,7 @@ def fit(
       mesh: devices of this process that share each batch (`training.make_mesh`); None for one device. The result is
         the same, to rounding.
       progress: whether to draw a progress bar, on stderr or in the notebook.
-      callback: called with a `FitProgress` at every pause; training stops where it returns True.
+      callback: called with a `FitProgress` at every pause; training stops where it returns True, and nothing else.
 
     Returns:
       (flow, history).
@@ -119,7 +119,7 @@ def fit(
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(8,)), rngs=nnx.Rngs(0))
       >>> fitted, history = rf.fit(flow, x, steps=20, progress=False)
       >>> history.ended, len(history.step), bool(history.validation.min() < 1)
-      ('steps', 10, True)
+      ('steps', 20, True)
       >>> fitted.log_prob(x[:3], key=jax.random.key(1)).shape
       (3,)
     """
@@ -166,7 +166,8 @@ def fit(
                 at.bar.set_postfix_str(str(seen))
                 if at.stopped:
                     return course.result("interrupted")
-                if callback is not None and callback(seen):
+                answer = None if callback is None else callback(seen)
+                if isinstance(answer, bool | np.bool_) and answer:
                     return course.result("callback")
                 if is_patience_spent(course.losses, patience):
                     return course.result("patience")

@@ -30,7 +30,7 @@ def copied(tree):
 
 
 def test_equals_a_loop_of_ones_own():
-    """To rounding: the gradient of the mean of all examples, Adam, the norms, the averaged weights, converged and tightened."""
+    """To rounding: the mean gradient of all examples, Adam, the norms; the averaged weights, converged and tightened."""
     before = copied(nnx.state(FLOW))
     optimizer = optax.adam(0.02)
     fitted, history = rf.fit(FLOW, TABLE, validation=None, steps=5, optimizer=optimizer, ema=0.8, key=3, **EXACT)
@@ -75,6 +75,7 @@ def run():
     def callback(progress):
         seen.append(progress)
         states.append(copied(nnx.state(progress.flow)))
+        return seen  # is true, but not True
 
     options = {"optimizer": optax.adam(0.1), "steps": 60, "batch_size": 16, "patience": 4, "validate_every": 2}
     found = rf.fit(FLOW, train, validation=validation, callback=callback, key=jax.random.key(1), **options, **EXACT)
