@@ -1,6 +1,6 @@
 """Residual flows for JAX: invertible residual networks with unbiased log-densities."""
 
-from resflow_jax import interop, training
+from resflow_jax import interop, plot, training
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
 from resflow_jax.functional.certificate import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
 from resflow_jax.functional.contraction_check import ContractionCheck, check_contraction
@@ -151,6 +151,7 @@ __all__ = [
     "interop",
     "load",
     "load_torch_checkpoint",
+    "plot",
     "power_iteration",
     "residual",
     "residual_inverse",

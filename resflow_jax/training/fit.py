@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import jax
@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 
 from resflow_jax.data.images import dequantize
 from resflow_jax.functional.checks import (
+    as_key,
     check_callable,
     check_count,
     check_finite,
-    check_key,
     check_open_interval,
     check_positive,
     check_type,
@@ -126,7 +126,7 @@ def fit(
     check_type("flow", flow, Flow)
     if levels is not None:
         check_count("levels", levels, 1)
-    split_key, init_key, train_key, validation_key = jax.random.split(_as_key(key), 4)
+    split_key, init_key, train_key, validation_key = jax.random.split(as_key("key", key), 4)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(split_key)))
     examples = Examples.of(flow, x, condition, levels)
     training, held_out = divided_examples(flow, examples, validation, levels, rng)
@@ -175,14 +175,6 @@ def fit(
             kept = f"the weights of step {course.best_step}" if course.best_step else "the weights before training"
             raise FitDivergedError(f"{error} error.result has {kept}.", course.result("diverged")) from error
     return course.result("steps")
-
-
-def _as_key(key: Any) -> Array:
-    """A PRNG key, also of an integer seed."""
-    if isinstance(key, Integral) and not isinstance(key, bool):
-        return jax.random.key(key)
-    check_key("key", key)
-    return key
 
 
 def _batch_size(batch_size: int | None, number: int, mesh: Mesh | None) -> int:

@@ -30,7 +30,7 @@ def copied(tree):
 
 
 def test_equals_a_loop_of_ones_own():
-    """To rounding: the mean gradient of all examples, Adam, the norms; the averaged weights, converged and tightened."""
+    """To rounding: the mean gradient of all examples, Adam, norms; the averaged weights, converged and tightened."""
     before = copied(nnx.state(FLOW))
     optimizer = optax.adam(0.02)
     fitted, history = rf.fit(FLOW, TABLE, validation=None, steps=5, optimizer=optimizer, ema=0.8, key=3, **EXACT)
