@@ -29,7 +29,7 @@ from resflow_jax.training.course import Course, FitDivergedError, FitProgress, F
 from resflow_jax.training.examples import Examples, batches_on_device, divided_examples
 from resflow_jax.training.interrupts import deferred_signals
 from resflow_jax.training.likelihood import dequantized_bits_per_dim, negative_log_likelihood
-from resflow_jax.training.loop import is_patience_spent, run_steps
+from resflow_jax.training.loop import has_stopped_improving, run_steps
 from resflow_jax.training.parallel import DATA_AXIS, check_divisible
 from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Trainer
@@ -169,7 +169,7 @@ def fit(
                 answer = None if callback is None else callback(seen)
                 if isinstance(answer, bool | np.bool_) and answer:
                     return course.result("callback")
-                if is_patience_spent(course.losses, patience):
+                if has_stopped_improving(course.losses, patience):
                     return course.result("patience")
         except FloatingPointError as error:
             kept = f"the weights of step {course.best_step}" if course.best_step else "the weights before training"

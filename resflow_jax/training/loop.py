@@ -108,6 +108,6 @@ def _seconds_between_draws() -> int:
     return 1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 20
 
 
-def is_patience_spent(losses: Sequence[float], patience: int | None) -> bool:
+def has_stopped_improving(losses: Sequence[float], patience: int | None) -> bool:
     """Whether the last `patience` of the validation losses have not improved on those before; never for None."""
     return patience is not None and len(losses) > patience and min(losses[:-patience]) <= min(losses[-patience:])
