@@ -27,11 +27,12 @@ import tyro
 from flax import nnx
 
 from experiments import pictures
-from experiments.plane import PlaneConfig, density_on_grid, grid_midpoints, train_flow
+from experiments.plane import PlaneConfig, train_flow
 from experiments.run import MetricsFile, certificate_rows, claim_workdir, print_table, use_compilation_cache
 from resflow_jax import Anderson, Diagnostics, Estimator, Exact, ResidualFlow, certify
 from resflow_jax.data.potentials import POTENTIAL_BOX, POTENTIALS, log_density
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.plot import density_on_grid, grid_midpoints
 from resflow_jax.training.likelihood import tend
 
 Array = jax.Array

@@ -12,7 +12,6 @@ import numpy as np
 from experiments import pictures
 from experiments.configs.base import RunConfig, VectorDataConfig, VectorsConfig
 from experiments.configs.toy import ToyConfig
-from experiments.plane import density_on_grid
 from experiments.run import data_mesh
 from experiments.train import Drawing, Task, draw_samples, unconverged
 from resflow_jax import Estimate, Estimator, Exact, ResidualFlow
@@ -20,6 +19,7 @@ from resflow_jax.data.batches import Batches
 from resflow_jax.data.embedded import load_cell_nuclei
 from resflow_jax.data.toy import TOY_DENSITIES, sample_toy
 from resflow_jax.data.vectors import VectorSplits, load_vectors
+from resflow_jax.plot import box_around, density_on_grid
 from resflow_jax.training.likelihood import negative_log_likelihood, vector_log_prob
 
 Array = jax.Array
@@ -187,17 +187,9 @@ class ToyTask(VectorTask):
 
 def grid_of(flow: ResidualFlow, cells: int, *points: np.ndarray) -> Grid:
     """The density of a flow in the plane in a box around point sets [N, 2]."""
-    low, high = grid_box(*points)
+    low, high = box_around(*points)
     density = density_on_grid(flow, low, high, cells, 4000)
     return Grid(density, low, high, float(density.mean(dtype=np.float64) * np.prod(high - low)))
-
-
-def grid_box(*points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper corner of a box around point sets [N, 2], with a margin of 15 % on every side."""
-    low = np.min([p.min(0) for p in points], axis=0)
-    high = np.max([p.max(0) for p in points], axis=0)
-    margin = 0.15 * (high - low)
-    return low - margin, high + margin
 
 
 def _rng(config: ToyConfig, purpose: str, step: int = 0) -> np.random.Generator:

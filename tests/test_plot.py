@@ -87,6 +87,13 @@ def test_density_around_samples(ax):
     assert np.exp(own[0]) < image.get_array().max() / 50
 
 
+def test_the_box_holds_all_points_with_a_margin():
+    """15 % on every side."""
+    low, high = rf.plot.box_around(np.array([[0.0, -1.0], [2.0, 1.0]]), np.array([[1.0, 3.0]]))
+    np.testing.assert_allclose(low, [-0.3, -1.6])
+    np.testing.assert_allclose(high, [2.3, 3.6])
+
+
 def test_curves(ax):
     """Both losses against the step, the best marked, the first twentieth out of the way; in bits/dim too."""
     rf.plot.curves(HISTORY, ax, alpha=0.5)

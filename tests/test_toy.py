@@ -117,12 +117,6 @@ def test_bad_settings_are_named(setting, message):
         ToyEvaluationConfig(cells=0)
 
 
-def test_the_box_holds_all_points_with_a_margin():
-    low, high = vectors.grid_box(np.array([[0.0, -1.0], [2.0, 1.0]]), np.array([[1.0, 3.0]]))
-    np.testing.assert_allclose(low, [-0.3, -1.6])
-    np.testing.assert_allclose(high, [2.3, 3.6])
-
-
 @pytest.fixture
 def tiny(tmp_path):
     """Sizes are shared by all runs of this file, so that most programs are compiled once."""
