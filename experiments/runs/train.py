@@ -28,6 +28,7 @@ from resflow_jax import Certificate, Estimate, ResidualFlow, certify
 from resflow_jax.io.config_json import as_json
 from resflow_jax.models.residual_flow import flow_from_config
 from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.loop import has_stopped_improving
 from resflow_jax.training.parallel import make_mesh
 from resflow_jax.training.placement import Placement, mesh_of, on_host, tightened
 from resflow_jax.training.step import Trainer, TrainState, fit_estimator
@@ -218,9 +219,8 @@ def sketch(task: Task, flow: ResidualFlow, step: int, metrics: Metrics) -> None:
 
 def is_patience_spent(task: Task, lines: list[dict[str, Any]]) -> bool:
     """Whether the last validations, as many as the config has patience for, have not improved on those before."""
-    patience = task.config.evaluation.patience
     found = [task.sign * line[name] for line in lines if (name := f"validation_{task.metric}") in line]
-    return patience is not None and len(found) > patience and min(found[:-patience]) <= min(found[-patience:])
+    return has_stopped_improving(found, task.config.evaluation.patience)
 
 
 def tightened_flow(trainer: Trainer, state: TrainState) -> ResidualFlow:

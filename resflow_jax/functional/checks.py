@@ -109,6 +109,14 @@ def check_key(name: str, key: Any, *, optional: bool = False) -> None:
     raise ValueError(f"{name}: expected a PRNG key, as of jax.random.key(0), got {got}")
 
 
+def as_key(name: str, key: Any) -> jax.Array:
+    """One PRNG key as of `check_key`, or that of an integer seed."""
+    if isinstance(key, Integral) and not isinstance(key, bool):
+        return jax.random.key(key)
+    check_key(name, key)
+    return key
+
+
 def check_type(name: str, value: Any, kind: type) -> None:
     """An instance of this class."""
     if not isinstance(value, kind):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from resflow_jax.training.evaluation import BitsPerDim
 
 import resflow_jax as rf
 from resflow_jax.functional.texts import constructor, described, setting, span, upper
+from resflow_jax.training.evaluation import BitsPerDim
 
 STATUS = rf.InverseStatus(
     jnp.asarray([[12, 31, 20], [14, 15, 16]]),

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from resflow_jax.interop.torch.flow import TorchFlow, TorchImageConfig
 
 import resflow_jax as rf
+from resflow_jax.interop.torch.flow import TorchFlow, TorchImageConfig
 from tests.models.test_composed_flow import make_flow
 
 KEY = jax.random.key(3)
