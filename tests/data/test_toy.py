@@ -13,7 +13,7 @@ import resflow_jax as rf
 from experiments import density, toy
 from experiments.configs import CONFIGS
 from experiments.configs.toy import ToyEvaluationConfig
-from experiments.runs import train
+from experiments.runs import launch, train
 from experiments.runs.launch import run_config
 from experiments.runs.tasks.toy import ToyTask, grid_box
 from resflow_jax.data.toy import TOY_DENSITIES, sample_toy
@@ -214,7 +214,7 @@ def test_other_points_and_points_in_disorder(tiny):
 
 def test_the_command_line_reaches_the_config(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(density, "run", seen.append)
+    monkeypatch.setattr(launch, "run_config", seen.append)
     toy.main(["--data", "moons", "--estimator", "roulette", "--model.blocks", "3", "--evaluation.cells", "10"])
     toy.main([])
     density.main(["rings", "--steps", "7"])

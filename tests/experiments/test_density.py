@@ -20,7 +20,7 @@ from experiments.configs import CONFIGS
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig, VectorDataConfig
 from experiments.configs.tiny import tiny as tiny_config
 from experiments.evaluate import EvaluateConfig
-from experiments.runs import pictures, train
+from experiments.runs import launch, pictures, train
 from experiments.runs.launch import run_config, task_of
 from experiments.runs.metrics import Metrics
 from experiments.runs.metrics_file import MetricsFile
@@ -281,7 +281,7 @@ def test_divergence_is_reported(tmp_path):
 def test_command_line_overrides(monkeypatch):
     """`digits` is the default; flags reach nested fields."""
     configs = []
-    monkeypatch.setattr(density, "run", configs.append)
+    monkeypatch.setattr(launch, "run_config", configs.append)
     density.main(
         ["--steps", "5", "--batch-size", "8", "--seed", "2", "--workdir", "elsewhere", "--model.blocks", "1", "2"]
     )

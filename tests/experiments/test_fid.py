@@ -14,6 +14,7 @@ import pytest
 
 from experiments import fid
 from experiments.fid import FidConfig
+from experiments.runs import sampling
 from resflow_jax.data.images import ImageSplits
 from tests.experiments import tiny
 

@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from experiments import density, import_torch, resume
+from experiments import import_torch, resume
 from experiments.configs import CONFIGS
 from experiments.configs.base import DataConfig, EvaluationConfig
 from experiments.import_torch import ImportConfig
+from experiments.runs import launch
 from experiments.runs.saved import saved_config, saved_flow
 from experiments.runs.workdir import claim_workdir, write_atomically
 from resflow_jax.interop.torch.files import read_torch_file
@@ -54,7 +55,7 @@ def test_the_flow_of_the_run_is_that_of_the_file(run_dir, capsys):
 def test_it_goes_on(run_dir, monkeypatch):
     """Two steps from the imported weights, by `experiments.resume`, validated and judged at the end."""
     monkeypatch.setattr(resume, "use_xla_flags", lambda: None)
-    monkeypatch.setattr(density, "use_all_cores", lambda number: None)
+    monkeypatch.setattr(launch, "use_all_cores", lambda number: None)
     judged = EvaluationConfig(estimator=rf.Roulette(), draws=1, examples=20, every=2)
     config = replace(saved_config(run_dir), evaluation=judged, batch_size=8)
     write_atomically(run_dir / "config.json", json.dumps(as_json(config)))

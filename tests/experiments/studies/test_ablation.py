@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from experiments import density
 from experiments.studies import ablation
 from experiments.studies.ablation import AblationConfig
 from resflow_jax import Estimate, Truncated
@@ -19,7 +18,7 @@ def test_runs_and_table(tmp_path, monkeypatch, capsys):
         configs.append(config)
         return Estimate(len(config.model.activation) + config.seed / 10, 0.01, 0.01, 0.0)
 
-    monkeypatch.setattr(density, "run", run)
+    monkeypatch.setattr(ablation, "run_config", run)
     for name in ("use_xla_flags", "use_all_cores"):
         monkeypatch.setattr(ablation, name, lambda *_: None)
     ablation.main(["--data", "mnist", "--seeds", "0", "3", "--workdir", str(tmp_path), "--data-dir", "there"])

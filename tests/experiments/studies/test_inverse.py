@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import density
 from experiments.configs import CONFIGS
 from experiments.runs import train
-from experiments.studies import inverse
+from experiments.studies import inverse, trained
 from experiments.studies.inverse import InverseConfig
 from resflow_jax import Anderson, FixedPoint, InverseStatus
 from tests.experiments import tiny
@@ -21,7 +20,7 @@ from tests.experiments import tiny
 def small(monkeypatch):
     """A tiny digits flow, not trained, few points, and programs that stay out of the home directory."""
     monkeypatch.setitem(CONFIGS, "digits", tiny.DIGITS)
-    monkeypatch.setattr(density, "run", tiny.save_run)
+    monkeypatch.setattr(trained, "run_config", tiny.save_run)
     monkeypatch.setattr(inverse, "SOLVERS", {name: inverse.SOLVERS[name] for name in (inverse.PLAIN, inverse.BEST)})
     monkeypatch.setattr(inverse, "TOLERANCES", (1e-6,))  # one program
     monkeypatch.setattr(inverse, "PLOTTED_ITERATIONS", (2,))
