@@ -10,7 +10,7 @@ strings:
     structure        of another `Flow`: what it is composed of, as JSON; see `io.structure`
 
 Nothing in a file is executed, and no name in it is imported. Files without a format version are of before compositions,
-and are read too (see `io.upgrades`).
+and are read too (see `io.upgrades`); those of version 1 have other names for some settings and arrays (`io.renames`).
 """
 
 import json
@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 
 from resflow_jax.functional.checks import check_type
 from resflow_jax.io.config_json import config_from_json, config_to_json
+from resflow_jax.io.renames import renamed_arguments, renamed_arrays
 from resflow_jax.io.structure import UnknownClass, build, describe, difference
 from resflow_jax.io.upgrades import is_old, upgraded
 from resflow_jax.io.variables import OtherArrays, Structure, flattened, split_variables
@@ -35,7 +36,7 @@ from resflow_jax.models.flow import Flow
 from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
 
 FORMAT = "resflow_jax"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _SHARED = "; of layers that share arrays with each other no file tells"
 _REMEDY = "; rf.load(path, like=flow) takes the structure from a flow of yours, and only the arrays from the file"
@@ -171,7 +172,7 @@ def _structure_of(like: Flow, metadata: dict[str, str]) -> Structure:
 def _parsed(metadata: dict[str, str]) -> Any:
     """The structure in the metadata, or None."""
     try:
-        return json.loads(metadata["structure"]) if "structure" in metadata else None
+        return renamed_arguments(json.loads(metadata["structure"])) if "structure" in metadata else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"structure: expected JSON, got {metadata['structure'][:80]!r}...: {error}") from error
 
@@ -181,6 +182,7 @@ def _filled(structure: Structure, arrays: dict[str, np.ndarray]) -> Flow:
     by_path = {tuple(name.split(".")): array for name, array in arrays.items()}
     if is_old(path[1:] for path in by_path):
         by_path = upgraded(structure.leaves, by_path)
+    by_path = renamed_arrays(structure.leaves, by_path)
     loaded = {}
     for path, leaf in structure.leaves.items():
         if path in by_path:

@@ -4,7 +4,7 @@
     scales.0.LAYER                       bijector.LAYER             of vectors
     scales.N.LAYER                       bijector.bijectors.N.LAYER of images
     scales.N.LAYER                       bijector.scales.N.LAYER    of images with factor-out
-    ACTNORM.bias, ACTNORM.log_scale      ACTNORM.shift, .log_scale, with .center 0 and .deviation 1
+    ACTNORM.bias, ACTNORM.log_scale      ACTNORM.shift, .log_scale, with .center 0 and .std 1
 
 The oldest ActNorm is y = (x + bias) exp(log_scale); the present one is y = x exp(log_scale) + shift with these
 constants, so that shift = bias exp(log_scale).
@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from resflow_jax.io.renames import former_path
+
 Names = tuple[str, ...]
 
-CONSTANTS = {"center": 0, "deviation": 1}  # of an ActNorm that had none
+CONSTANTS = {"center": 0, "std": 1}  # of an ActNorm that had none
 
 _PLACES = (("bijector", "scales", "{n}"), ("bijector", "bijectors", "{n}"), ("bijector",))
 
@@ -53,7 +55,9 @@ def _old_names(new: set[Names], old: set[Names], place: Names) -> dict[Names, Na
         sibling = (*module, "bias")
         if before not in old and last == "shift" and sibling in old:
             found[name] = sibling
-        elif before not in old and last in CONSTANTS and sibling in old:
+        elif (former := former_path(before, old)) in old:
+            found[name] = former
+        elif last in CONSTANTS and sibling in old:
             found[name] = None
         else:
             found[name] = before
@@ -96,8 +100,8 @@ def upgraded(leaves: Mapping[Names, Any], arrays: Mapping[Names, np.ndarray]) ->
         if name is None:
             scale = old[names[(*path[1:-1], "log_scale")]]
             found[path] = np.full(leaf.shape, CONSTANTS[path[-1]], scale.dtype)
-        elif name[-1] == path[-1]:
-            found[path] = old[name]
-        else:
+        elif name[-1] == "bias" and path[-1] == "shift":
             found[path] = shift_of(old[name], old[(*name[:-1], "log_scale")])
+        else:
+            found[path] = old[name]
     return found

@@ -136,7 +136,7 @@ class Checkpoints:
     def _restore_old(
         self, step: int, metadata: Any, like: TrainState, shardings: TrainState | None, ema_decay: float | None
     ) -> TrainState:
-        """`restore` of a checkpoint of before compositions, which every process reads whole."""
+        """`restore` of a checkpoint of an earlier version, which every process reads whole."""
         target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), metadata)
         old = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
         state = upgraded_state(old, _arrays_only(like), ema_decay)

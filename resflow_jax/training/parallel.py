@@ -128,8 +128,8 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
         """At the ends of loops that use it again and again; where kernels are divided for their products, they stay."""
         if parameters == "model":
             return state
-        params, rest = jax.lax.with_sharding_constraint((state.params, state.rest), whole)
-        return state._replace(params=params, rest=rest)
+        params, non_params = jax.lax.with_sharding_constraint((state.params, state.non_params), whole)
+        return state._replace(params=params, non_params=non_params)
 
     def step(state, batch, key):
         for leaf in jax.tree.leaves(batch):

@@ -40,7 +40,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: steps done.
       params: `nnx.Param` of the flow.
-      rest: its other variables: power-iteration vectors, running statistics, constants.
+      non_params: its other variables: power-iteration vectors, running statistics, constants.
       opt_state: of the optimiser.
       ema: `optax.ema` state of the parameters.
       estimator: of the log-det; its arrays, if any, are the fitted laws of the lengths.
@@ -49,7 +49,7 @@ class TrainState(NamedTuple):
 
     step: Array
     params: nnx.State
-    rest: nnx.State
+    non_params: nnx.State
     opt_state: Any
     ema: optax.EmaState
     estimator: Estimator
@@ -62,7 +62,7 @@ class Gradient(NamedTuple):
     loss: Array
     diagnostics: Diagnostics
     gradient: nnx.State
-    rest: nnx.State
+    non_params: nnx.State
 
     def metrics(self) -> dict[str, Any]:
         """What a step reports."""
@@ -104,10 +104,10 @@ class Trainer(NamedTuple):
         if isinstance(flow, type) or not hasattr(flow, "blocks"):
             raise ValueError(f"flow: expected a Flow, got {flow!r}")
         _, *parts = nnx.split(flow, nnx.Param, ...)
-        params, rest = jax.tree.map(jnp.copy, parts)
+        params, non_params = jax.tree.map(jnp.copy, parts)
         ema = optax.ema(self.ema_decay).init(params)
         term_norms = _TERM_NORMS.init(jnp.zeros((flow.blocks, DIAGNOSED_TERMS)))
-        return TrainState(jnp.asarray(0), params, rest, self.optimizer.init(params), ema, estimator, term_norms)
+        return TrainState(jnp.asarray(0), params, non_params, self.optimizer.init(params), ema, estimator, term_norms)
 
     def step(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
         """One update, from one batch or, with `accumulate`, from so many, each of which counts as a step.
@@ -131,14 +131,14 @@ class Trainer(NamedTuple):
 
     def gradient(self, state: TrainState, batch: Any, key: Array) -> Gradient:
         """The first part of a step: means over the batches of an update, and over devices."""
-        loss, diagnostics, gradient, rest = self._own_gradient(state, batch, key)
+        loss, diagnostics, gradient, non_params = self._own_gradient(state, batch, key)
         if axes := axes_of_batch(batch):
             # One sum over devices for everything, a leaf at a time: each can start as soon as its gradient is known.
             loss, diagnostics, gradient, statistics = jax.lax.pmean(
-                (loss, diagnostics, gradient, nnx.filter_state(rest, nnx.BatchStat)), axes
+                (loss, diagnostics, gradient, nnx.filter_state(non_params, nnx.BatchStat)), axes
             )
-            rest = nnx.merge_state(state.rest, statistics)
-        return Gradient(loss, diagnostics, gradient, rest)
+            non_params = nnx.merge_state(state.non_params, statistics)
+        return Gradient(loss, diagnostics, gradient, non_params)
 
     def update(self, state: TrainState, found: Gradient) -> TrainState:
         """The second part: the optimiser and the averages, element by element but for the gradient's norm."""
@@ -148,13 +148,13 @@ class Trainer(NamedTuple):
             _, ema = optax.ema(self.ema_decay).update(params, state.ema)
             _, term_norms = _TERM_NORMS.update(found.diagnostics.term_norms, state.term_norms)
         steps = state.step + self.accumulate
-        return TrainState(steps, params, found.rest, opt_state, ema, state.estimator, term_norms)
+        return TrainState(steps, params, found.non_params, opt_state, ema, state.estimator, term_norms)
 
     def advance_norms(self, state: TrainState) -> TrainState:
         """The last part: the power iterations of the new parameters."""
-        flow = nnx.merge(self.graphdef, state.params, state.rest, copy=True)
+        flow = nnx.merge(self.graphdef, state.params, state.non_params, copy=True)
         flow.update_norms()
-        return state._replace(rest=nnx.split(flow, nnx.Param, ...)[2])
+        return state._replace(non_params=nnx.split(flow, nnx.Param, ...)[2])
 
     def compiled_step(self) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
         """`step` compiled for one device; the state passed in is donated."""
@@ -163,11 +163,11 @@ class Trainer(NamedTuple):
     def _own_gradient(self, state: TrainState, batch: Any, key: Array) -> Gradient:
         """Means over the batches of an update, on a device's share of them."""
         # Typed as this device's own, parameters get this device's gradient.
-        params, rest = vary_over((state.params, state.rest), varying_axes(batch))
+        params, non_params = vary_over((state.params, state.non_params), varying_axes(batch))
 
-        def of_batch(rest, batch, step):
+        def of_batch(non_params, batch, step):
             def objective(params):
-                flow = nnx.merge(self.graphdef, params, rest, copy=True)
+                flow = nnx.merge(self.graphdef, params, non_params, copy=True)
                 loss, diagnostics = self.loss(flow, batch, jax.random.fold_in(key, step), state.estimator, step)
                 return loss, (diagnostics, nnx.split(flow, nnx.Param, ...)[2])
 
@@ -175,26 +175,29 @@ class Trainer(NamedTuple):
             return (loss, diagnostics, gradient), after
 
         if self.accumulate == 1:
-            found, rest = of_batch(rest, batch, state.step)
-            return Gradient(*found, rest)
+            found, non_params = of_batch(non_params, batch, state.step)
+            return Gradient(*found, non_params)
 
         def add(carry, inputs):
-            total, rest = carry
-            found, rest = of_batch(rest, *inputs)
-            return (jax.tree.map(jnp.add, total, found), rest), None
+            total, non_params = carry
+            found, non_params = of_batch(non_params, *inputs)
+            return (jax.tree.map(jnp.add, total, found), non_params), None
 
         # The last batch is not part of the loop, so that sums over devices may begin within its backward pass.
         steps = state.step + jnp.arange(self.accumulate)
         batches, last = jax.tree.map(lambda leaf: leaf[:-1], batch), jax.tree.map(lambda leaf: leaf[-1], batch)
-        types = jax.eval_shape(of_batch, rest, last, steps[-1])[0]
+        types = jax.eval_shape(of_batch, non_params, last, steps[-1])[0]
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), types)
-        (total, rest), _ = jax.lax.scan(add, (vary_over(zeros, varying_axes(batch)), rest), (batches, steps[:-1]))
-        found, rest = of_batch(rest, last, steps[-1])
-        return Gradient(*jax.tree.map(lambda a, b: (a + b) / self.accumulate, total, found), rest)
+        (total, non_params), _ = jax.lax.scan(
+            add, (vary_over(zeros, varying_axes(batch)), non_params), (batches, steps[:-1])
+        )
+        found, non_params = of_batch(non_params, last, steps[-1])
+        return Gradient(*jax.tree.map(lambda a, b: (a + b) / self.accumulate, total, found), non_params)
 
     def current_flow(self, state: TrainState) -> Flow:
         """The flow with the parameters of the last step, its norms iterated to convergence."""
-        flow = nnx.merge(self.graphdef, state.params, state.rest, copy=True)  # the state keeps its own vectors
+        # A copy: the state keeps its own vectors.
+        flow = nnx.merge(self.graphdef, state.params, state.non_params, copy=True)
         flow.converge_norms()
         return flow
 

@@ -69,10 +69,10 @@ def steps(flow):
 
 def test_gradient_of_learned_orders(flow):
     """Zero from the likelihood; with `tend` that of 0.01 order_loss. Value and other gradients are untouched."""
-    graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
+    graphdef, params, non_params = nnx.split(flow, nnx.Param, ...)
 
     def of(function):
-        return lambda params: function(nnx.merge(graphdef, params, rest, copy=True))
+        return lambda params: function(nnx.merge(graphdef, params, non_params, copy=True))
 
     @jax.jit
     def gradients(params):
@@ -130,7 +130,7 @@ def test_a_step_moves_running_statistics(flow, steps):
     chex.assert_trees_all_equal(nnx.state(expected), nnx.state(flow))
     expected.update_statistics(X)
     old, new = (nnx.state(f, nnx.BatchStat) for f in (flow, expected))
-    found = nnx.filter_state(states[1].rest, nnx.BatchStat)
+    found = nnx.filter_state(states[1].non_params, nnx.BatchStat)
     chex.assert_trees_all_close(found, new, rtol=1e-10)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         assert not np.allclose(a, b)

@@ -43,7 +43,7 @@ Shape = tuple[int, ...]
 class TorchImageConfig(ImageFlowConfig):
     """An `ImageFlowConfig` with the options that only files of the PyTorch implementation need.
 
-    With `scales.squeeze_first`, `data.mean` and `data.deviation` may have a number for each of the 4C channels after
+    With `scales.squeeze_first`, `data.mean` and `data.std` may have a number for each of the 4C channels after
     the squeeze, and are then applied there.
 
     Attributes:
