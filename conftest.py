@@ -6,7 +6,14 @@ The names that the examples use without an import are those of the usual imports
     from flax import nnx
 """
 
+from importlib.util import find_spec
+
 import pytest
+
+# Bridges to libraries that are not installed cannot be imported.
+collect_ignore_glob = [
+    f"resflow_jax/interop/{library}*.py" for library in ("distrax", "flowjax", "numpyro") if find_spec(library) is None
+]
 
 
 @pytest.fixture(autouse=True)
