@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from resflow_jax.training.evaluation import vector_log_prob
 from sklearn.datasets import load_iris
 
 import resflow_jax as rf
 from resflow_jax.data.embedded import load_digits
 from resflow_jax.training import make_mesh
+from resflow_jax.training.evaluation import vector_log_prob
 from resflow_jax.training.examples import Examples, divided_examples, row_numbers
 from tests.compilations import compilations
 from tests.io.flows import conditional_flow
