@@ -169,7 +169,7 @@ def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfi
         accumulate=given.get("update_freq", OPTIMIZER.accumulate),
     )
     if not isinstance(estimator, Truncated):
-        estimator = replace(estimator, krylov=0, probe="gaussian")
+        estimator = replace(estimator, minres_steps=0, probe="gaussian")
     return published(
         data,
         flow.config,

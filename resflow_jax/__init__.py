@@ -4,12 +4,13 @@ from resflow_jax import interop, training
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
 from resflow_jax.functional.batch_axes import batch_axes
 from resflow_jax.functional.contraction_check import ContractionCheck, check_contraction
+from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.estimators import CustomEstimator, Estimator, Exact, Roulette, Truncated
 from resflow_jax.functional.inverse import InverseError, residual_inverse
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, LengthLaw, Poisson, fit_lengths
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
-from resflow_jax.functional.logdet import Diagnostics, residual
+from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.norm_bounds import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
 from resflow_jax.functional.norms import (
     PowerIteration,

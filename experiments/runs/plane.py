@@ -16,7 +16,7 @@ from experiments.runs.metrics_file import MetricsFile
 from resflow_jax import Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.evaluation import vector_log_prob
-from resflow_jax.training.parallel import WAYS, Way, make_mesh
+from resflow_jax.training.parallel import STRATEGIES, Strategy, make_mesh
 from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Loss, Trainer
 
@@ -51,10 +51,10 @@ class PlaneConfig:
         dim=2, blocks=16, hidden=(32, 32), activation="elu", preactivation="none", coefficient=0.97
     )
     log_every: int = 50
-    parallel: Way = "jit"
+    parallel: Strategy = "jit"
 
     def __post_init__(self):
-        check_choice("parallel", self.parallel, WAYS)
+        check_choice("parallel", self.parallel, STRATEGIES)
         check_count("steps", self.steps, 1)
         check_count("batch_size", self.batch_size, 2)
         check_count("seed", self.seed, 0)

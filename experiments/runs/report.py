@@ -37,8 +37,8 @@ def write_report(
         for group in (pictures, along_training)
     )
     blocks = _table(
-        ("block", "Lip(g) at most", "promised"),
-        ((f"{n}", f"{b.bound:.4f}", f"{b.promised:.4f}") for n, b in enumerate(certificate.blocks, start=1)),
+        ("block", "Lip(g) at most", "target"),
+        ((f"{n}", f"{b.bound:.4f}", f"{b.target_bound:.4f}") for n, b in enumerate(certificate.blocks, start=1)),
     )
     closing = "\n".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
     write_atomically(

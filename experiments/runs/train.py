@@ -80,7 +80,7 @@ def run(config: RunConfig, task: Task) -> Estimate:
     by_first(lambda: claim_workdir(config.workdir, config))
     shapes, lies = jax.eval_shape(lambda state: state, start), placement.shardings(start)
     with Checkpoints(directory) as checkpoints:
-        state = start if placement.way == "pmap" else placement.place(start)  # that of the first step is donated
+        state = start if placement.strategy == "pmap" else placement.place(start)  # that of the first step is donated
         del start  # one device had it whole
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(checkpoints.latest_step, shapes, lies, ema_decay=trainer.ema_decay)

@@ -27,7 +27,7 @@ from experiments.runs.launch import run_config
 from experiments.runs.workdir import write_atomically
 from resflow_jax.functional.checks import check_choice
 from resflow_jax.io.config_json import as_json
-from resflow_jax.training.parallel import WAYS, Way
+from resflow_jax.training.parallel import STRATEGIES, Strategy
 
 VARIANTS = {
     "i-ResNet, ELU": "_truncated_elu",
@@ -54,10 +54,10 @@ class AblationConfig:
     workdir: Path = Path("runs/ablation")
     data_dir: str | None = None
     steps: int | None = None
-    parallel: Way = "jit"
+    parallel: Strategy = "jit"
 
     def __post_init__(self):
-        check_choice("parallel", self.parallel, WAYS)
+        check_choice("parallel", self.parallel, STRATEGIES)
         if len(set(self.seeds)) < max(2, len(self.seeds)):
             raise ValueError(f"seeds: expected two or more different numbers, got {self.seeds}")
 

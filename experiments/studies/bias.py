@@ -57,7 +57,7 @@ from resflow_jax import (
 from resflow_jax.data.images import ImageSplits
 from resflow_jax.functional.checks import check_count
 from resflow_jax.training.evaluation import evaluate_bits_per_dim
-from resflow_jax.training.parallel import Way
+from resflow_jax.training.parallel import Strategy
 
 Array = jax.Array
 
@@ -94,7 +94,7 @@ class BiasConfig:
     draws: int = 8
     images: int = 300
     log_every: int = 10
-    parallel: Way = "jit"
+    parallel: Strategy = "jit"
 
     def __post_init__(self):
         self.training(self.roulette)  # checks what is common to all training

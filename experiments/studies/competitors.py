@@ -28,15 +28,15 @@ from experiments.runs.parts import number_of_parts, over_devices, over_parts
 from resflow_jax import Anderson, DenseTail, ImageFlowConfig, ImageTransform, Poisson, ResidualFlow, Roulette
 from resflow_jax.layers.lipschitz import LipschitzLinear
 from resflow_jax.training.losses import dequantized_bits_per_dim
-from resflow_jax.training.parallel import Way, make_mesh
+from resflow_jax.training.parallel import Strategy, make_mesh
 from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Trainer
 
 Array = jax.Array
 
 # The papers' setting, which is that of the peer.
-TRAINING = Roulette(Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian")
-EVALUATION = Roulette(Poisson(2.0), exact_terms=20, krylov=0, probe="gaussian")
+TRAINING = Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")
+EVALUATION = Roulette(Poisson(2.0), exact_terms=20, minres_steps=0, probe="gaussian")
 LEARNING_RATE, CLIP = 1e-3, 1.0
 PART = 8192  # numbers of z that are inverted at a time on a core, as in `experiments.studies.inverse`
 
@@ -127,8 +127,8 @@ def compile_step(case: Case) -> dict[str, float]:
 class Ours:
     """resflow_jax, each core a device with its share of the batch; training steps in one of the `parallel` ways."""
 
-    def __init__(self, case: Case, way: Way = "jit"):
-        self.case, self.way = case, way
+    def __init__(self, case: Case, strategy: Strategy = "jit"):
+        self.case, self.strategy = case, strategy
         self.images = photograph_crops(case.config.shape, case.batch_size)
         self.mesh = data_mesh(case.batch_size)
         self._log_prob, self._inverse = lru_cache(self._log_prob), lru_cache(self._inverse)
@@ -141,7 +141,7 @@ class Ours:
     @cached_property
     def placement(self) -> Placement:
         trainer = make_trainer(nnx.split(self.flow)[0])
-        return Placement(trainer, make_mesh(devices=list(self.mesh.devices.flat)), self.way)
+        return Placement(trainer, make_mesh(devices=list(self.mesh.devices.flat)), self.strategy)
 
     @cached_property
     def step(self):

@@ -51,7 +51,7 @@ from resflow_jax import (
 from resflow_jax.data.batches import Batches
 from resflow_jax.data.images import dequantize
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.training.parallel import WAYS, Way
+from resflow_jax.training.parallel import STRATEGIES, Strategy
 
 Array = jax.Array
 Gradient = Callable[[Array, Estimator], tuple[Array, Diagnostics]]
@@ -62,9 +62,9 @@ FITTED = "default with fitted lengths"
 REFERENCE = "no roulette: 40 terms (noise of the probes)"
 TERMS = 24
 ESTIMATORS: dict[str, Roulette] = {
-    PAPERS: Roulette(Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian"),
-    "power series, Geometric(0.5) + 2": Roulette(Geometric(0.5), exact_terms=2, krylov=0),
-    "2 Krylov steps, then power series": Roulette(Geometric(0.5), exact_terms=2, krylov=2),
+    PAPERS: Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian"),
+    "power series, Geometric(0.5) + 2": Roulette(Geometric(0.5), exact_terms=2, minres_steps=0),
+    "2 minimal-residual steps, then power series": Roulette(Geometric(0.5), exact_terms=2, minres_steps=2),
     "minimal residual, Geometric(0.5) + 2": Roulette(Geometric(0.5), exact_terms=2),
     DEFAULT: Roulette(),
     FITTED: Roulette(),
@@ -99,10 +99,10 @@ class EstimatorsConfig:
     digits: Path | None = None
     fashion_mnist: Path | None = None
     seed: int = 0
-    parallel: Way = "jit"
+    parallel: Strategy = "jit"
 
     def __post_init__(self):
-        check_choice("parallel", self.parallel, WAYS)
+        check_choice("parallel", self.parallel, STRATEGIES)
         for target in self.targets:
             check_choice("targets", target, TARGETS)
         check_count("keys", self.keys, 20)
@@ -264,7 +264,7 @@ def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsCo
         gradient, diagnostics = jax.grad(loss, has_aux=True)(params)
         return ravel_pytree(gradient)[0], diagnostics
 
-    lipschitz = max(block.promised for block in certificate.blocks)
+    lipschitz = max(block.target_bound for block in certificate.blocks)
     return Target(f"{run_config.data.name} flow, batch {batch_size}", gradient, config.keys, lipschitz, batch_size)
 
 
@@ -280,7 +280,7 @@ def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measureme
         if name == DEFAULT:
             norms = found
         if estimator.probes == 1 and name not in (REFERENCE, FITTED):
-            series = estimator.krylov, estimator.probe
+            series = estimator.minres_steps, estimator.probe
             if series not in moments:
                 moments[series] = length_moments(target, estimator, jax.random.key(config.seed + 1), config.probes)
             measured = measured._replace(summed=summed_variance(target, estimator, *moments[series]))

@@ -55,12 +55,12 @@ from resflow_jax import (
 )
 from resflow_jax.data.images import to_unit_interval
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
-from resflow_jax.training.parallel import WAYS, Way
+from resflow_jax.training.parallel import STRATEGIES, Strategy
 
 Array = jax.Array
 
 # That of normflows' evaluation: 20 terms of the power series, then a geometric number of them.
-LONG_SERIES = Roulette(Geometric(0.5), exact_terms=20, krylov=0, probe="gaussian")
+LONG_SERIES = Roulette(Geometric(0.5), exact_terms=20, minres_steps=0, probe="gaussian")
 SOLVERS: dict[str, Solver] = {"fixed point": FixedPoint(), "Anderson": Anderson(), "Broyden": Broyden()}
 PLAIN, BEST = "fixed point", "Anderson"
 AS_PEER = f"{BEST}, error of normflows"
@@ -100,10 +100,10 @@ class InverseConfig:
     digits: Path | None = None
     fashion_mnist: Path | None = None
     seed: int = 0
-    parallel: Way = "jit"
+    parallel: Strategy = "jit"
 
     def __post_init__(self):
-        check_choice("parallel", self.parallel, WAYS)
+        check_choice("parallel", self.parallel, STRATEGIES)
         for target in self.targets:
             check_choice("targets", target, NAMES)
         check_count("samples", self.samples, 1)

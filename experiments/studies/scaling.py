@@ -20,7 +20,7 @@ from experiments.runs.workdir import write_atomically
 from experiments.studies.competitors import Case, Ours
 from resflow_jax import DenseTail, ImageFlowConfig
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.training.parallel import WAYS, Way
+from resflow_jax.training.parallel import STRATEGIES, Strategy
 
 BASE = Case(ImageFlowConfig((16, 16, 1), blocks=(4,), hidden_channels=64, preactivation="all", tail=DenseTail(0)), 32)
 
@@ -58,10 +58,10 @@ class ScalingConfig:
     series: tuple[str, ...] = tuple(SERIES)
     length: int = 4
     workdir: Path = Path("runs/scaling")
-    parallel: Way = "jit"
+    parallel: Strategy = "jit"
 
     def __post_init__(self):
-        check_choice("parallel", self.parallel, WAYS)
+        check_choice("parallel", self.parallel, STRATEGIES)
         check_count("steps", self.steps, 1)
         for name in self.series:
             check_choice("series", name, tuple(SERIES))
@@ -97,9 +97,9 @@ def run(config: ScalingConfig) -> dict[str, dict[str, list[float]]]:
     return result
 
 
-def measure(case: Case, steps: int, way: Way = "jit") -> tuple[float, float]:
+def measure(case: Case, steps: int, strategy: Strategy = "jit") -> tuple[float, float]:
     """Median seconds of a training step, and bytes of its temporary memory on each device."""
-    ours = Ours(case, way)
+    ours = Ours(case, strategy)
     ours.train()
     seconds = float(np.median([ours.train()["seconds"] for _ in range(steps)]))
     return seconds, float(ours.step.memory_analysis().temp_size_in_bytes)

@@ -11,14 +11,14 @@ from experiments.runs.saved import saved_config, saved_flow
 from experiments.runs.tasks.images import load
 from resflow_jax import ResidualFlow
 from resflow_jax.training.checkpoints import Checkpoints
-from resflow_jax.training.parallel import Way
+from resflow_jax.training.parallel import Strategy
 
 NAMES = ("digits", "fashion_mnist")
 _CONFIGS = {"digits": "digits", "fashion_mnist": "fashion_mnist_small"}  # of experiments.density
 
 
 def trained_runs(
-    names: Sequence[str], given: dict[str, Path | None], workdir: Path, parallel: Way = "jit"
+    names: Sequence[str], given: dict[str, Path | None], workdir: Path, parallel: Strategy = "jit"
 ) -> Iterator[DensityConfig]:
     """The finished runs of the density configs of these names, or those in given directories, as they were made.
 

@@ -35,7 +35,7 @@ from experiments.studies.competitors import CASES, Case, evaluation_flops, make_
 from resflow_jax import ResidualFlow, Roulette
 from resflow_jax.functional.checks import check_count
 from resflow_jax.io.config_json import as_json
-from resflow_jax.training.parallel import WAYS, make_mesh
+from resflow_jax.training.parallel import STRATEGIES, make_mesh
 from resflow_jax.training.placement import Placement
 
 EVALUATIONS = 11  # of g in a training step, forward and backward, as `experiments.benchmark` counts them
@@ -119,7 +119,7 @@ def run(config: WeakScalingConfig, case: Case = CASES["digits"]) -> dict[str, An
     """Measures and prints; returns what weak_scaling.json holds."""
     config.workdir.mkdir(parents=True, exist_ok=True)
     most = max(config.devices)
-    layouts = [(number, 1, way, "replicated") for number in config.devices for way in WAYS]
+    layouts = [(number, 1, strategy, "replicated") for number in config.devices for strategy in STRATEGIES]
     layouts += [(most, 1, "jit", "full")] + [(most // 2, 2, "jit", "model")] * (most % 2 == 0)
     rows = [measure(case, config, *layout) for layout in layouts]
     print_rows(rows)
@@ -130,13 +130,15 @@ def run(config: WeakScalingConfig, case: Case = CASES["digits"]) -> dict[str, An
     return result
 
 
-def measure(case: Case, config: WeakScalingConfig, data: int, model: int, way: str, parameters: str) -> dict[str, Any]:
+def measure(
+    case: Case, config: WeakScalingConfig, data: int, model: int, strategy: str, parameters: str
+) -> dict[str, Any]:
     """The collectives of a step on so many devices, and its time where each device has a core."""
     case = replace(case, batch_size=data * config.per_device)
     images = photograph_crops(case.config.shape, case.batch_size)
     flow = make_flow(case, images)
     trainer = make_trainer(nnx.split(flow)[0])
-    placement = Placement(trainer, make_mesh(data, model, jax.devices()[: data * model]), way, parameters)
+    placement = Placement(trainer, make_mesh(data, model, jax.devices()[: data * model]), strategy, parameters)
     state = placement.place(trainer.create_state(flow, Roulette()))
     batch, key = placement.place_batch(images), jax.random.key(0)
     lowered = placement.step.lower(state, batch, key)
@@ -153,7 +155,7 @@ def measure(case: Case, config: WeakScalingConfig, data: int, model: int, way: s
     scalars = metrics["loss"], metrics["diagnostics"]
     return {
         "devices": data * model,
-        "way": way,
+        "strategy": strategy,
         "parameters": parameters,
         "number": sum(one.times for one in found),
         "bytes": sum(one.nbytes * one.times for one in found),
@@ -189,11 +191,12 @@ def _cifar10() -> tuple[int, float]:
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table of what was compiled."""
     heads = f"{'collectives':>12}{'bytes':>12}{'of gradients':>14}{'ms':>8}  kinds"
-    print(f"{'devices':>8} {'way':<10}{'parameters':<12}{heads}")
+    print(f"{'devices':>8} {'strategy':<10}{'parameters':<12}{heads}")
     for row in rows:
         time_ = "" if row["seconds"] is None else f"{1e3 * row['seconds']:.1f}"
         print(
-            f"{row['devices']:>8} {row['way']:<10}{row['parameters']:<12}{row['number']:>12.0f}{row['bytes']:>12.0f}"
+            f"{row['devices']:>8} {row['strategy']:<10}{row['parameters']:<12}"
+            f"{row['number']:>12.0f}{row['bytes']:>12.0f}"
             f"{row['gradient_bytes']:>14}{time_:>8}  {', '.join(row['kinds'])}"
         )
 

@@ -129,10 +129,10 @@ def _swish_slope_jvp(primals, tangents):
 
 
 def _along(tangents, *derivatives):
-    """The sum of derivative() * tangent over the variables that move; at least one does."""
+    """The sum of derivative() * tangent over the variables whose tangent is not zero; there is at least one."""
     pairs = zip(tangents, derivatives, strict=True)
-    moving = ((tangent, derivative()) for tangent, derivative in pairs if not isinstance(tangent, SymbolicZero))
-    return sum(slope * _repeat_rows(tangent, slope.shape) for tangent, slope in moving)
+    nonzero = ((tangent, derivative()) for tangent, derivative in pairs if not isinstance(tangent, SymbolicZero))
+    return sum(slope * _repeat_rows(tangent, slope.shape) for tangent, slope in nonzero)
 
 
 def _repeat_rows(x: Array, shape: tuple[int, ...]) -> Array:

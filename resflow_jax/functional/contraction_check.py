@@ -196,14 +196,14 @@ def _lower_bounds(
     g_x = of_x(x)
 
     def of_round(inputs):
-        number, key = inputs
+        turn, key = inputs
         order_key, place_key, start_key = jax.random.split(key, 3)
         other = x[jax.random.permutation(order_key, x.shape[0])]
         distance = norms(x - other)
         # Points that are nearly one have a quotient of nothing but rounding.
         far = distance > 1e3 * float(jnp.finfo(x.dtype).eps) * (norms(x) + norms(other))
         quotients = jnp.where(far, norms(g_x - of_x(other)) / jnp.where(far, distance, 1), 0)
-        place = jax.random.uniform(place_key, (x.shape[0],), wide) * (number > 0).astype(wide)
+        place = jax.random.uniform(place_key, (x.shape[0],), wide) * (turn > 0).astype(wide)
         point = x + along(place, x) * (other - x)
         return jnp.max(jacobian_norms(point, start_key)), jnp.max(quotients)
 

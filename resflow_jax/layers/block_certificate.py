@@ -1,4 +1,4 @@
-"""Certified Lipschitz bounds of residual blocks, and the rescaling that brings a block within its promise.
+"""Certified Lipschitz bounds of residual blocks, and the rescaling that brings a block within its target.
 
     |g(a) - g(b)|_p <= L |a - b|_p,   L < 1:   f(x) = x + g(x) is invertible, with
     Lip(f) <= 1 + L,   Lip(f^-1) <= 1 / (1 - L)
@@ -45,7 +45,7 @@ class BlockCertificate:
 
     Attributes:
       bound: L, upper bound on Lip(g) in the norm of order `order`; the block is invertible if L < 1.
-      promised: what the coefficients promise for it.
+      target_bound: the bound that the coefficients of its layers set, which `tighten` enforces.
       order: of the norm in which g has this constant.
       lipschitz: bound on Lip(f) in the 2-norm.
       inverse_lipschitz: bound on Lip(f^-1) in the 2-norm; infinite if the block is not certified.
@@ -54,7 +54,7 @@ class BlockCertificate:
     """
 
     bound: float
-    promised: float
+    target_bound: float
     order: float
     lipschitz: float
     inverse_lipschitz: float
@@ -93,29 +93,29 @@ def certify_contraction(contraction: Contraction) -> BlockCertificate:
 
 
 def tighten_contraction(contraction: Contraction) -> None:
-    """Unless it is within its promise: rescales each kernel to its limit, and the last as far as is left.
+    """Scales each kernel to its limit, then the last by any remaining excess; nothing where the bound is met already.
 
     Raises:
-      RuntimeError: if the block is not within its promise after ten rounds, of which one or two are the rule: the dtype
+      RuntimeError: if the block is above its target bound after ten rounds, of which one or two are the rule: the dtype
         of the kernels is too coarse, or the contraction's `bound` does not fall with the norms of its layers.
     """
     block = certify_contraction(contraction)
     for _ in range(_ROUNDS):
-        if block.bound <= block.promised:
+        if block.bound <= block.target_bound:
             return
         factors = [layer.coefficient / max(layer.coefficient, layer.norm) for layer in block.layers]
         norms = [factor * layer.norm for factor, layer in zip(factors, block.layers, strict=True)]
         orders = [block.order, *(layer.codomain for layer in block.layers)]
-        factors[-1] *= min(1.0, block.promised / _closed_bound(contraction, norms, orders))
+        factors[-1] *= min(1.0, block.target_bound / _closed_bound(contraction, norms, orders))
         rounding = 64 * float(jnp.finfo(contraction.linears[0].kernel[...].dtype).eps)
         for linear, factor in zip(contraction.linears, factors, strict=True):
             if factor < 1:
                 linear.rescale(factor * (1 - rounding))
         block = certify_contraction(contraction)
-    if block.bound > block.promised:
+    if block.bound > block.target_bound:
         norms = ", ".join(f"{layer.norm:.6f}" for layer in block.layers)
         raise RuntimeError(
-            f"tighten: expected a bound of at most {block.promised} after {_ROUNDS} rounds, got {block.bound} "
+            f"tighten: expected a bound of at most {block.target_bound} after {_ROUNDS} rounds, got {block.bound} "
             f"(norms of its layers: {norms})"
         )
 

@@ -118,7 +118,7 @@ class ResidualBlock(Bijector):
         return x, log_det, diagnostics, statuses
 
     def initialize(self, x: Array, condition: Array | None = None) -> Array:
-        self.contraction.move_statistics(x, condition, share=1.0)
+        self.contraction.move_statistics(x, condition, rate=1.0)
         return self(x, condition)
 
     def update_statistics(self, x: Array, condition: Array | None = None) -> Array:

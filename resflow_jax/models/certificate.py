@@ -58,7 +58,7 @@ class Certificate:
             norms = ", ".join(f"{layer.norm:.6f}" for layer in self.blocks[worst].layers)
             raise ValueError(
                 f"flow: expected every block certified with a Lipschitz bound below 1, got {self.bounds[worst]:.6f} "
-                f"for block {worst} (norms of its layers: {norms}); `flow.tighten()` brings them within their promise"
+                f"for block {worst} (norms of its layers: {norms}); `flow.tighten()` brings them to their target bounds"
             )
 
     def error_bounds(self, status: InverseStatus) -> np.ndarray:

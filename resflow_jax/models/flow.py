@@ -20,17 +20,17 @@ from flax import nnx
 
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_float_batch, check_count, check_key, check_type
+from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.functional.norms import PowerIterationStatus
 from resflow_jax.functional.primitives.tracing import run
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.values import Domain, checked
 from resflow_jax.layers.bijector import Bijector, Constant, checked_estimator, join_diagnostics, join_statuses
 from resflow_jax.layers.conditions import ConditionShape, as_condition, common_condition_shape
-from resflow_jax.layers.lipschitz import TIGHT, LipschitzLinear, NormSettings, map_linears
+from resflow_jax.layers.lipschitz import TIGHT, NormSettings, linears_inside, map_linears
 from resflow_jax.layers.module import Module
 from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models.bases import StandardNormal, as_base
@@ -253,10 +253,10 @@ class Flow(Module):
         """
         check_key("key", key)
         check_solver(solver)
-        shape, number = _sample_shape(shape)
-        own = self._condition(condition, shape, number)
+        shape, num_samples = _sample_shape(shape)
+        own = self._condition(condition, shape, num_samples)
         with self._finite(condition):
-            x, status = self._invert(self._draw(key, number, own, temperature), own, solver, True, "")
+            x, status = self._invert(self._draw(key, num_samples, own, temperature), own, solver, True, "")
         support = self.support
         x = x if support is None else jnp.clip(x, *(trailing(jnp.asarray(end, x.dtype), x) for end in support))
         if not return_status:
@@ -264,9 +264,9 @@ class Flow(Module):
         x = x.reshape(*shape, *self.event_shape)
         return (x, status) if return_status else x
 
-    def _draw(self, key: Array, number: int, condition: Array | None, temperature: float | Array) -> Array:
-        """z [number, *latent_shape] from the base."""
-        return self.base.sample(key, number, self._base_condition(condition), temperature).astype(self.dtype)
+    def _draw(self, key: Array, num_samples: int, condition: Array | None, temperature: float | Array) -> Array:
+        """z [num_samples, *latent_shape] from the base."""
+        return self.base.sample(key, num_samples, self._base_condition(condition), temperature).astype(self.dtype)
 
     def sample_and_log_prob(
         self,
@@ -295,10 +295,10 @@ class Flow(Module):
           ValueError: for a number below 1, a bad estimator, and for a flow that pads x: its log p needs noise.
         """
         check_key("key", key)
-        shape, number = _sample_shape(shape)
-        condition = self._condition(condition, shape, number)
+        shape, num_samples = _sample_shape(shape)
+        condition = self._condition(condition, shape, num_samples)
         z_key, estimator_key = jax.random.split(key)
-        z = self._draw(z_key, number, condition, 1.0)
+        z = self._draw(z_key, num_samples, condition, 1.0)
         options = {"solver": solver, "return_diagnostics": return_diagnostics, "condition": condition}
         x, log_prob, *rest = self.inverse_and_log_prob(z, key=estimator_key, estimator=estimator, **options)
         return x.reshape(*shape, *self.event_shape), log_prob.reshape(shape), *rest
@@ -417,10 +417,10 @@ class Flow(Module):
         return status
 
     def tighten(self) -> None:
-        """Rescales kernels, in place, until every block is certified within what its coefficients promise.
+        """Rescales kernels, in place, until every block is certified within the bound that its coefficients set.
 
-        Power iteration knows norms from below: after training some kernels exceed their coefficient by
-        parts of a percent. Each block that `certify` does not find within its promise has its kernels
+        Power iteration underestimates norms: after training some kernels exceed their coefficient by
+        parts of a percent. Each block that `certify` finds above its `target_bound` has its kernels
         replaced by what is applied, each divided by its excess. On the host, at the cost of `certify`. Contractions on
         the user's word stay as they are.
         """
@@ -438,8 +438,8 @@ class Flow(Module):
     @property
     def learns_orders(self) -> bool:
         """Whether orders of norms are learned (see `order_loss`)."""
-        layers = (node for _, node in nnx.iter_modules(self) if isinstance(node, LipschitzLinear))
-        return any(isinstance(order, nnx.Param) for layer in layers for order in (layer.domain, layer.codomain))
+        orders = (order for layer in linears_inside(self) for order in (layer.domain, layer.codomain))
+        return any(isinstance(order, nnx.Param) for order in orders)
 
     def norm_orders(self) -> np.ndarray:
         """The orders of the norms before and behind every linear layer, given or learned, [layers, 2]; on the host."""
@@ -468,12 +468,12 @@ class Flow(Module):
         """`initialize`, traced: in place."""
         self.bijector.initialize(x, condition)
 
-    def _condition(self, condition: Any, batch: Shape, number: int | None = None) -> Array | None:
-        """A caller's condition as [B, *condition_shape]; of leading axes `batch` as [number, *condition_shape]."""
+    def _condition(self, condition: Any, batch: Shape, num_samples: int | None = None) -> Array | None:
+        """A caller's condition as [B, *condition_shape]; of leading axes `batch` as [num_samples, *condition_shape]."""
         condition = as_condition(condition, self.condition_shape, batch)
         if condition is None:
             return None
-        condition = condition if number is None else condition.reshape(number, *condition.shape[len(batch) :])
+        condition = condition if num_samples is None else condition.reshape(num_samples, *condition.shape[len(batch) :])
         return condition.astype(self.dtype)
 
     def _base_condition(self, condition: Array | None) -> Array | None:

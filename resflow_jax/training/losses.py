@@ -8,8 +8,8 @@ import optax
 from flax import nnx
 
 from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.scores import Score, as_pair, bits_per_dim_of, negative_log_prob
 from resflow_jax.training.step import Loss, optax_promotion

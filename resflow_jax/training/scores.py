@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from resflow_jax.data.images import dequantize
+from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.logdet import Diagnostics
 from resflow_jax.models.flow import Flow
 
 Array = jax.Array

@@ -17,9 +17,9 @@ from flax import nnx
 
 from resflow_jax.functional.batch_axes import axes_of_batch, vary_over, varying_axes
 from resflow_jax.functional.checks import check_callable, check_count, check_open_interval, check_type
+from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
 from resflow_jax.functional.length_laws import Defensive, Fitted, fit_lengths
-from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.models.flow import Flow
 
 Array = jax.Array

@@ -23,8 +23,8 @@ def tiny(monkeypatch):
     monkeypatch.setitem(competitors.CASES, "digits", TINY)
 
     class InProcess:
-        def __init__(self, case, competitor, cache=None, way="jit"):
-            self.ours = competitors.Ours(competitors.CASES[case], way)
+        def __init__(self, case, competitor, cache=None, strategy="jit"):
+            self.ours = competitors.Ours(competitors.CASES[case], strategy)
 
         def __call__(self, measure, *arguments):
             return {**getattr(self.ours, measure)(*arguments), "peak_bytes": 1.0}
@@ -110,7 +110,7 @@ def test_exponents(monkeypatch, tmp_path):
     """Of measurements that follow a law, the law; with its picture."""
     laws = {"depth": (1, 0), "width": (2, 1), "batch": (1, 0), "side": (2, 2)}
 
-    def measure(case, steps, way):
+    def measure(case, steps, strategy):
         config = case.config
         sizes = {
             "depth": config.blocks[0],

@@ -56,7 +56,7 @@ def test_published_settings():
     """What the authors' commands say: terms, batches, optimiser, logit."""
     for name in ("mnist", "cifar10", "svhn", "imagenet32", "imagenet64", "celebahq64"):
         config = CONFIGS[name]
-        assert config.estimator == rf.Roulette(rf.Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian")
+        assert config.estimator == rf.Roulette(rf.Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")
         assert (config.batch_size, config.optimizer.learning_rate, config.optimizer.accumulate) == (64, 1e-3, 1)
         assert config.model.data.logit_alpha == (1e-6 if name == "mnist" else 0.05)
     config = CONFIGS["celebahq256"]

@@ -92,7 +92,7 @@ def test_files_and_metrics(finished):
     assert 'src="http' not in page and "&quot;hidden_channels&quot;: 4" in page
     certificate = json.loads((workdir / "certificate.json").read_text())
     (block,) = certificate["blocks"]
-    assert certificate["is_certified"] is True and block["bound"] <= block["promised"] < 1
+    assert certificate["is_certified"] is True and block["bound"] <= block["target_bound"] < 1
     assert {"3", "6"} >= {p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()} >= {"6"}
     assert sorted(path.name for path in (workdir / "training").iterdir()) == [
         f"{step:07}_{kind}.png" for step in (3, 6) for kind in ("reconstructions", "samples")
@@ -174,7 +174,7 @@ def test_checkpoints_hold_the_certificate_of_the_tightened_flow(finished):
         stored = checkpoints.certificate(6)
     certificate = certify(flow)
     assert [block["bound"] for block in stored["blocks"]] == pytest.approx(certificate.bounds, rel=1e-6)
-    assert all(block["bound"] <= block["promised"] for block in stored["blocks"])
+    assert all(block["bound"] <= block["target_bound"] for block in stored["blocks"])
 
 
 @pytest.mark.parametrize("fit_lengths", [False, True])

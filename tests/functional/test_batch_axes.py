@@ -53,7 +53,7 @@ def test_axes():
     [
         (Roulette(exact_terms=2), None),
         (Roulette(exact_terms=2, probes=2), 1),
-        (Roulette(Geometric(0.5), exact_terms=2, krylov=0, gradient="autodiff"), None),
+        (Roulette(Geometric(0.5), exact_terms=2, minres_steps=0, gradient="autodiff"), None),
         (Exact(), None),
     ],
     ids=str,

@@ -20,7 +20,7 @@ ESTIMATORS = {
     "exact": Exact(),
     "truncated": Truncated(3, **WHOLE),
     "roulette": Roulette(exact_terms=60, **WHOLE),
-    "autodiff": Roulette(Geometric(0.9), exact_terms=60, krylov=0, gradient="autodiff", **WHOLE),
+    "autodiff": Roulette(Geometric(0.9), exact_terms=60, minres_steps=0, gradient="autodiff", **WHOLE),
 }
 
 

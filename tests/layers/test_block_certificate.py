@@ -47,7 +47,7 @@ def test_no_pair_and_no_jacobian_exceeds_the_bound(name):
     block = certify_contraction(contraction)
     rng = np.random.default_rng(0)
     p, linears = block.order, contraction.linears
-    assert block.promised == contraction.lipschitz
+    assert block.target_bound == contraction.lipschitz
     for scale in (1e-3, 1.0, 30.0):
         a, b = x, x + scale * rng.normal(size=x.shape)
         change = np.linalg.norm(flat(apply(contraction, a)) - flat(apply(contraction, b)), p, axis=1)
@@ -112,11 +112,11 @@ def test_tighten_restores_the_promise(name, dtype):
     for linear in contraction.linears:
         spoil(linear)
     before = certify_contraction(contraction)
-    assert before.bound > before.promised
+    assert before.bound > before.target_bound
     tighten_contraction(contraction)
     block = certify_contraction(contraction)
-    assert block.bound <= block.promised == before.promised
-    assert block.bound > 0.5 * block.promised, "no more is given away than the layers' slack"
+    assert block.bound <= block.target_bound == before.target_bound
+    assert block.bound > 0.5 * block.target_bound, "no more is given away than the layers' slack"
     assert all(linear.kernel.dtype == dtype for linear in contraction.linears)
     state = jax.tree.map(jnp.copy, nnx.state(contraction))
     tighten_contraction(contraction)

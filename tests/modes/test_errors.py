@@ -304,7 +304,7 @@ def cases():
                 "probe": {"None": None, "unknown": "x"},
                 "probes": COUNTS,
                 "gradient": {"None": None, "unknown": "x"},
-                "krylov": {"negative": -1, "string": "a"},
+                "minres_steps": {"negative": -1, "string": "a"},
             },
         ),
         (rf.Truncated, {}, {"terms": COUNTS}),

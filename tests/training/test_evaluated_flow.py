@@ -28,7 +28,7 @@ IMAGES = np.random.default_rng(0).integers(0, 4, (20, 4, 4, 1))
 ARGUMENTS = {"levels": 4, "estimator": rf.Roulette(), "batch_size": 16, "draws": 2}
 LAYOUTS = {
     "jit": {},
-    "pmap": {"way": "pmap"},
+    "pmap": {"strategy": "pmap"},
     "full": {"parameters": "full", "sizes": (4, 2)},
     "model": {"parameters": "model", "sizes": (2, 4)},
 }

@@ -110,7 +110,7 @@ def test_standard_error_covers_the_shared_length(exact_terms):
     kernels = nnx.state(flow, nnx.Param)
     nnx.update(flow, jax.tree.map(lambda leaf: 5 * leaf if leaf.ndim > 2 else leaf, kernels))
     flow.converge_norms()
-    estimator = rf.Roulette(rf.Poisson(2.0), exact_terms=exact_terms, krylov=0)
+    estimator = rf.Roulette(rf.Poisson(2.0), exact_terms=exact_terms, minres_steps=0)
     arguments = {"levels": 8, "estimator": estimator, "batch_size": 50, "draws": 10}
     with pytest.warns(RuntimeWarning, match="infinite variance"):
         runs = [evaluate_bits_per_dim(flow, same, jax.random.key(n), **arguments) for n in range(40)]

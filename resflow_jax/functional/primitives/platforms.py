@@ -49,13 +49,15 @@ mlir.register_lowering(_by_platform_p, mlir.lower_fun(lambda *leaves, cpu, **_: 
 
 
 def _jvp(primals, tangents, **params):
-    moving = [not isinstance(tangent, ad.Zero) for tangent in tangents]
+    has_tangent = [not isinstance(tangent, ad.Zero) for tangent in tangents]
 
-    def function(*moved):
-        values = iter(moved)
-        return _at_once(*(next(values) if m else x for m, x in zip(moving, primals, strict=True)), **params)
+    def function(*differentiated):
+        values = iter(differentiated)
+        return _at_once(*(next(values) if has else x for has, x in zip(has_tangent, primals, strict=True)), **params)
 
-    return jax.jvp(function, *([x for m, x in zip(moving, xs, strict=True) if m] for xs in (primals, tangents)))
+    return jax.jvp(
+        function, *([x for has, x in zip(has_tangent, xs, strict=True) if has] for xs in (primals, tangents))
+    )
 
 
 def _batch(leaves, axes, **params):

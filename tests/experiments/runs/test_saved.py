@@ -62,7 +62,7 @@ CONFIGS = {
     **CONFIGS,
     "unusual": UNUSUAL,
     **{
-        type(law).__name__: replace(tiny.DIGITS, estimator=Roulette(law, exact_terms=2, krylov=0))
+        type(law).__name__: replace(tiny.DIGITS, estimator=Roulette(law, exact_terms=2, minres_steps=0))
         for law in (Geometric(0.4), Poisson(1.5), Defensive(lipschitz=0.9))
     },
 }

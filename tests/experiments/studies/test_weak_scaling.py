@@ -61,7 +61,7 @@ def test_what_is_sent_in_a_step(tmp_path, capsys):
     result = weak_scaling.run(config, TINY)
     assert json.loads((tmp_path / "weak_scaling.json").read_text()) == result
     *replicated, full, model = result["measured"]
-    assert [row["way"] for row in replicated] == ["jit", "shard_map", "pmap"]
+    assert [row["strategy"] for row in replicated] == ["jit", "shard_map", "pmap"]
     for row in replicated:
         assert row["kinds"] == ["all-reduce"] and row["number"] == 1
         assert row["gradient_bytes"] <= row["bytes"] <= row["gradient_bytes"] + row["scalar_bytes"]
@@ -73,12 +73,12 @@ def test_what_is_sent_in_a_step(tmp_path, capsys):
     assert "pmap" in printed and "TPU v5p" in printed
 
 
-@pytest.mark.parametrize("way", ["jit", "pmap"])
-def test_accumulated_gradients_are_sent_once(way):
+@pytest.mark.parametrize("strategy", ["jit", "pmap"])
+def test_accumulated_gradients_are_sent_once(strategy):
     """Three batches an update, one all-reduce of the mean gradient."""
     flow = rf.ResidualFlow(rf.VectorFlowConfig(4, blocks=1, hidden=(16,)), rngs=nnx.Rngs(0))
     trainer = Trainer(nnx.split(flow)[0], negative_log_likelihood(), optax.sgd(0.1), 0.9, accumulate=3)
-    placement = Placement(trainer, make_mesh(), way)
+    placement = Placement(trainer, make_mesh(), strategy)
     start = trainer.create_state(flow, rf.Roulette())
     args = placement.place(start), placement.place_batch(np.zeros((3, 16, 4))), jax.random.key(0)
     found = collectives(placement.step.lower(*args).compile().as_text())

@@ -11,7 +11,11 @@ from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.primitives.derivatives import forward_only, reverse_only
 from tests.functional.contractions import z_scores
 
-NEUMANN = {"default": Roulette(), "papers": Roulette(Poisson(2.0), exact_terms=2, krylov=0), "truncated": Truncated(3)}
+NEUMANN = {
+    "default": Roulette(),
+    "papers": Roulette(Poisson(2.0), exact_terms=2, minres_steps=0),
+    "truncated": Truncated(3),
+}
 DIM = 2
 
 
