@@ -17,7 +17,7 @@ from experiments.configs.base import RunConfig
 from experiments.runs import pictures
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.loop import falls_due, training_loop
-from experiments.runs.metrics import Followed, Metrics
+from experiments.runs.metrics import Metrics, NullMetrics
 from experiments.runs.processes import by_first, from_first, is_first, wait_for_all
 from experiments.runs.report import write_report
 from experiments.runs.signals import stop_on_signal
@@ -28,8 +28,9 @@ from resflow_jax import Certificate, Estimate, ResidualFlow, certify
 from resflow_jax.io.config_json import as_json
 from resflow_jax.models.residual_flow import flow_from_config
 from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.forms import mesh_of
 from resflow_jax.training.parallel import make_mesh
-from resflow_jax.training.placement import Placement, mesh_of, on_host, tightened
+from resflow_jax.training.placement import Placement, on_host, tightened
 from resflow_jax.training.step import Trainer, TrainState, fit_estimator
 
 Array = jax.Array
@@ -85,7 +86,7 @@ def run(config: RunConfig, task: Task) -> Estimate:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(checkpoints.latest_step, shapes, lies, ema_decay=trainer.ema_decay)
             say(f"resuming {config.workdir} at step {int(state.step)}")
-        with (Metrics if is_first() else Followed)(config.workdir, keep_until=int(state.step)) as metrics:
+        with (Metrics if is_first() else NullMetrics)(config.workdir, keep_until=int(state.step)) as metrics:
             step, step_time = train(task, placement, state, checkpoints, metrics)
             checkpoints.wait()
             if step < config.steps and not is_patience_spent(task, metrics.lines):
@@ -129,7 +130,7 @@ def set_up(task: Task) -> tuple[Trainer, TrainState]:
 
 
 def train(
-    task: Task, placement: Placement, state: TrainState, checkpoints: Checkpoints, metrics: Metrics | Followed
+    task: Task, placement: Placement, state: TrainState, checkpoints: Checkpoints, metrics: Metrics | NullMetrics
 ) -> tuple[int, StepTime | None]:
     """Runs the remaining steps; validates, saves and draws along the way.
 
@@ -152,9 +153,9 @@ def train(
     def at_pause(step: int, state: TrainState) -> TrainState:
         if not config.fit_lengths or not validates_at(step):
             return state
-        estimator, term_norms = placement.local((state.estimator, state.term_norms))  # all that is fitted to
+        estimator, term_norms = placement.to_host((state.estimator, state.term_norms))  # all that is fitted to
         fitted = fit_estimator(state._replace(estimator=estimator, term_norms=term_norms), config.batch_size)
-        return state._replace(estimator=placement.on_mesh(placement.place(fitted.estimator)))
+        return state._replace(estimator=placement.to_checkpoint(placement.place(fitted.estimator)))
 
     with stop_on_signal() as stops_at:
         for at in training_loop(
@@ -231,7 +232,7 @@ def tightened_flow(trainer: Trainer, state: TrainState) -> ResidualFlow:
 
 
 def judged(placement: Placement, state: TrainState) -> Judged:
-    """The flow that a run is judged by, of a state as of `Placement.on_mesh`; by all processes together.
+    """The flow that a run is judged by, of a state in the checkpoint form; by all processes together.
 
     Where its arrays are divided among devices they stay so; the host has a copy, of which the certificate is. Only if
     the devices are those of several processes the first draws from the copy, on its CPU.
@@ -244,7 +245,7 @@ def judged(placement: Placement, state: TrainState) -> Judged:
 
 
 def report(
-    task: Task, chosen: Judged, step: int, metrics: Metrics | Followed, step_time: StepTime | None, began: float
+    task: Task, chosen: Judged, step: int, metrics: Metrics | NullMetrics, step_time: StepTime | None, began: float
 ) -> Estimate:
     """Evaluates the chosen flow on the test split, draws the pictures, prints the closing table.
 

@@ -130,7 +130,7 @@ def test_a_step_moves_running_statistics(flow, steps):
     chex.assert_trees_all_equal(nnx.state(expected), nnx.state(flow))
     expected.update_statistics(X)
     old, new = (nnx.state(f, nnx.BatchStat) for f in (flow, expected))
-    found = nnx.filter_state(states[1].rest, nnx.BatchStat)
+    found = nnx.filter_state(states[1].non_params, nnx.BatchStat)
     chex.assert_trees_all_close(found, new, rtol=1e-10)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         assert not np.allclose(a, b)
