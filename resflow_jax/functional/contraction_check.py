@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import as_float_batch, check_count, check_key
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.events import Events, is_tree
@@ -143,7 +144,7 @@ def _check_examples(g: Callable[..., Array], params: Any, x: Array, condition: A
     for parity in (0, 1):
         kept = np.arange(batch) % 2 == parity
         source = np.where(kept, np.arange(batch), np.roll(np.arange(batch), 1))
-        mixed = x[source] + jnp.where(kept.reshape(-1, *[1] * (x.ndim - 1)), 0, noise)
+        mixed = x[source] + jnp.where(per_example(kept, x), 0, noise)
         others = jax.tree.map(lambda leaf, source=source: leaf[source], condition)
         replaced.append(difference(evaluate(mixed, others)[kept], whole[kept], alone))
     moved = difference(evaluate(x[order], rows(condition)), whole[np.asarray(order)], f"{alone} or its place")
@@ -176,7 +177,7 @@ def _lower_bounds(
         return jnp.sqrt(jnp.sum(jnp.square(v.astype(wide)), axis=tuple(range(1, v.ndim))))
 
     def along(scalar, v):
-        return scalar.reshape(-1, *[1] * (v.ndim - 1)).astype(v.dtype)
+        return per_example(scalar, v).astype(v.dtype)
 
     def unit(v):
         norm = norms(v)

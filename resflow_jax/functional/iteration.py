@@ -27,6 +27,7 @@ import numpy as np
 from jax import export, lax
 
 from resflow_jax.functional.batch_axes import vary_over, varying_axes
+from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 
 Array = jax.Array
@@ -282,11 +283,7 @@ def _accept(state: _State, point: _Point, verdict: _Verdict, guard: _Guard, memo
 
 def _select(condition: Array, true: Any, false: Any) -> Any:
     """One tree or the other, example by example."""
-
-    def select(a, b):
-        return jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(select, true, false)
+    return jax.tree.map(lambda a, b: jnp.where(per_example(condition, a), a, b), true, false)
 
 
 def wide_dtype(dtype: np.dtype) -> np.dtype:

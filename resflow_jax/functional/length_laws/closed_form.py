@@ -21,7 +21,8 @@ _static = partial(jax.tree_util.register_dataclass, data_fields=())
 class Geometric:
     """P(N >= k) = (1 - p)^(k - 1) for k >= 1, mean 1 / p: at least one term is always drawn.
 
-    The estimate's variance is finite if its terms decay faster than (1 - p)^(k/2).
+    The estimate's variance is finite if its terms decay faster than (1 - p)^(k/2): for every g with Lip(g) <= L if
+    p < 1 - L^2. `Defensive` guarantees it at a far smaller mean.
 
     Raises:
       ValueError: unless 0 < p < 1.
@@ -31,15 +32,6 @@ class Geometric:
 
     def __post_init__(self):
         check_open_interval("p", self.p, 0, 1)
-
-    @classmethod
-    def for_lipschitz(cls, lipschitz: float) -> "Geometric":
-        """The law 1 - p = L, of mean 1 / (1 - L): variance is finite for every g with Lip(g) <= L.
-
-        `Defensive` has the same guarantee at a far smaller mean.
-        """
-        check_open_interval("lipschitz", lipschitz, 0, 1)
-        return cls(1 - lipschitz)
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws lengths, int32 of `shape`, inside or outside jit."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import as_shape, check_count, check_type
 from resflow_jax.layers.conditioned_params import ConditionedParams, bounded
 from resflow_jax.models.bases.base import Base, Shape
@@ -104,7 +105,7 @@ class MixtureOfNormals(Base):
         component_key, noise_key = jax.random.split(key)
         log_weights = jnp.log(weights) if self.class_conditional else weights
         chosen = jax.random.categorical(component_key, log_weights, shape=(num_samples,))
-        index = chosen.reshape(-1, *[1] * (means.ndim - 1))
+        index = per_example(chosen, means)
 
         def of_chosen(values: Array) -> Array:
             values = jnp.broadcast_to(values, (num_samples, *values.shape[1:]))
@@ -113,7 +114,7 @@ class MixtureOfNormals(Base):
         noise = jax.random.normal(noise_key, (num_samples, *self.event_shape), means.dtype)
         # No weights, as of negative ones, choose no component: adding them makes the sample NaN too.
         unknown = jnp.where(jnp.isnan(jnp.sum(weights, axis=-1)), jnp.nan, 0).astype(means.dtype)
-        unknown = jnp.broadcast_to(unknown, (num_samples,)).reshape(-1, *[1] * (means.ndim - 2))
+        unknown = per_example(jnp.broadcast_to(unknown, (num_samples,)), noise)
         return of_chosen(means) + temperature * jnp.exp(of_chosen(log_stds)) * noise + unknown
 
 

@@ -129,18 +129,8 @@ def test_within():
         assert law.within(0.9) == law.within(None) == law
 
 
-def test_for_lipschitz():
-    """Geometric.for_lipschitz(L) has the tail L^k and the mean 1 / (1 - L)."""
-    law = Geometric.for_lipschitz(0.9)
-    np.testing.assert_allclose([law.tail_ratio(), 1 / law.p], [0.9, 10], rtol=1e-12)
-    for bad in (0.0, 1.0, float("nan")):
-        with pytest.raises(ValueError, match=r"^lipschitz: expected"):
-            Geometric.for_lipschitz(bad)
-
-
 SAFE = [
     Geometric(0.1),
-    Geometric.for_lipschitz(0.9),
     Defensive().within(0.9),
     Defensive(),
     Defensive(lipschitz=0.82),
@@ -202,7 +192,7 @@ def test_the_second_moment():
     ("law", "lipschitz"),
     [
         (Geometric(0.18), 0.9),
-        (Geometric.for_lipschitz(0.9), 0.9),
+        (Geometric(0.1), 0.9),
         (Defensive(lipschitz=0.9), 0.9),
         (Defensive(), 0.98),
         (Defensive(lipschitz=0.82), 0.9),
