@@ -54,20 +54,13 @@ def training_loop(
     at_pause: Callable[[int, TrainState], TrainState] = lambda step, state: state,
     stops_at: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[Progress]:
-    """Runs the steps from state.step to `steps`; yields at every pause and at the end.
+    """Steps from state.step to `steps`; yields at every pause and at the end, which is where `stops_at` first says so.
 
-    Args:
-      placement: runs the step.
-      state: the state to start from, in the host or the checkpoint form (see `training.forms`).
-      key: PRNG key of the run, the same in all steps.
-      batches_from: batches_from(n) iterates over what this process reads of the batches of step number n, counted from
-        0, and of all later steps. Batches that make one update together are taken at once.
-      steps: number of steps done at the end.
-      pauses_at: whether to pause after a number of steps.
-      unit: unit of the loss, for the progress bar.
-      at_pause: (steps done, state) -> state. It may change the state between steps, and is called before each yield;
-        both states have the checkpoint form.
-      stops_at: whether the loop ends after a number of steps; called once an update.
+    The state has the host or the checkpoint form. batches_from(n) iterates over what this process reads
+    of the batches of step n and the following, the first step being number 0. Where several batches make an update
+    their steps are taken at once. What changes the state between steps is `at_pause`, called with the number of steps
+    done and the state before each yield; it returns that state or another, in the checkpoint form too. `stops_at`
+    is called once an update.
 
     Raises:
       FloatingPointError: at a pause, if a metric is not finite; no later state is yielded.
