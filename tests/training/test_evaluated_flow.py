@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from experiments.runs.train import judged
+from experiments.runs.judging import judged
 from resflow_jax.training.forms import mesh_of
 from resflow_jax.training.losses import dequantized_bits_per_dim
 from resflow_jax.training.parallel import make_mesh

@@ -15,7 +15,7 @@ import pytest
 
 from experiments.configs import CONFIGS
 from experiments.configs.base import DistributedConfig, EvaluationConfig, MeshConfig, OptimizerConfig
-from experiments.runs import train
+from experiments.runs import setup, train
 from experiments.runs.launch import cores_for_run, run_config
 from experiments.runs.metrics import NullMetrics
 from experiments.runs.metrics_file import MetricsFile
@@ -68,7 +68,7 @@ def on_one_device(tmp_path_factory):
     """The run that all others are compared with: its result and the lines of metrics.jsonl."""
     config = dataclasses.replace(CONFIG, workdir=tmp_path_factory.mktemp("one"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
+        patch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
         return run_config(config), read_metrics(config.workdir)
 
 
