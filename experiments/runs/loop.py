@@ -32,10 +32,10 @@ def training_loop(
 ) -> Iterator[Pause]:
     """Steps from state.step to `steps`; yields at every pause and at the end, which is where `stops_at` first says so.
 
-    The state is a whole one, or lies as of `Placement.on_mesh`. batches_from(n) iterates over what this process reads
+    The state has the host or the checkpoint form. batches_from(n) iterates over what this process reads
     of the batches of step n and the following, the first step being number 0. Where several batches make an update
     their steps are taken at once. What changes the state between steps is `at_pause`, called with the number of steps
-    done and the state before each yield; it returns that state or another, as of `Placement.on_mesh` too. `stops_at`
+    done and the state before each yield; it returns that state or another, in the checkpoint form too. `stops_at`
     is called once an update.
 
     Raises:
@@ -50,7 +50,7 @@ def training_loop(
             yield placement.place_batch(next(rows) if together == 1 else np.stack(list(islice(rows, together))))
 
     def next_state(step: int, placed: TrainState) -> TrainState:
-        before = placement.on_mesh(placed)
+        before = placement.to_checkpoint(placed)
         after = at_pause(step, before)
         return placed if after is before else placement.place(after)
 
@@ -68,4 +68,4 @@ def training_loop(
         show_progress=is_first(),
     ):
         at.bar.set_postfix_str(f"{at.metrics['loss']:.3f} {unit}")
-        yield at._replace(state=placement.on_mesh(at.state))
+        yield at._replace(state=placement.to_checkpoint(at.state))

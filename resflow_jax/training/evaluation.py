@@ -15,8 +15,7 @@ from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_
 from resflow_jax.functional.texts import fields_text, is_number
 from resflow_jax.layers.conditions import as_condition
 from resflow_jax.models.flow import Flow
-from resflow_jax.training.parallel import divided, on_all_devices
-from resflow_jax.training.placement import mesh_of
+from resflow_jax.training.forms import divided_examples, mesh_of, on_all_devices
 from resflow_jax.training.scores import Score, bits_per_dim_of, negative_log_prob
 
 Array = jax.Array
@@ -237,7 +236,7 @@ def _scores(
         parts = []
         for n, subkey in enumerate(keys):
             batch = jax.tree.map(lambda leaf, n=n: leaf[n * batch_size : (n + 1) * batch_size], padded)
-            batch = batch if mesh is None else divided(batch, mesh)
+            batch = batch if mesh is None else divided_examples(batch, mesh)
             parts.append(_batch_scores(flow, batch, subkey, estimator, score, mesh, divided_among is None))
         scores[draw] = np.concatenate(jax.device_get(parts))
     return scores[:, :number]
