@@ -30,19 +30,13 @@ import tyro
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
-from experiments import pictures
-from experiments.parts import over_parts
-from experiments.run import (
-    certificate_rows,
-    devices_for,
-    print_table,
-    use_all_cores,
-    use_compilation_cache,
-    use_xla_flags,
-    write_atomically,
-)
-from experiments.saved import SavedFlow, Weights, saved_flow
-from experiments.train import Task, error_by_cause
+from experiments.runs import pictures
+from experiments.runs.devices import devices_for, use_all_cores, use_compilation_cache, use_xla_flags
+from experiments.runs.parts import over_parts
+from experiments.runs.saved import SavedFlow, Weights, saved_flow
+from experiments.runs.tables import certificate_rows, error_by_cause, print_table
+from experiments.runs.tasks.task import Task
+from experiments.runs.workdir import write_atomically
 from resflow_jax import Estimator, Exact, ResidualFlow, certify
 from resflow_jax.functional.checks import check_count
 from resflow_jax.io.config_json import as_json

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resflow_jax.functional.batch_axes import example_keys
 from resflow_jax.functional.checks import check_count
-from resflow_jax.functional.manual_axes import example_keys
 
 Array = jax.Array
 

@@ -129,10 +129,10 @@ def _swish_slope_jvp(primals, tangents):
 
 
 def _along(tangents, *derivatives):
-    """The sum of derivative() * tangent over the variables that move; at least one does."""
+    """The sum of derivative() * tangent over the variables whose tangent is not zero; there is at least one."""
     pairs = zip(tangents, derivatives, strict=True)
-    moving = ((tangent, derivative()) for tangent, derivative in pairs if not isinstance(tangent, SymbolicZero))
-    return sum(slope * _repeat_rows(tangent, slope.shape) for tangent, slope in moving)
+    nonzero = ((tangent, derivative()) for tangent, derivative in pairs if not isinstance(tangent, SymbolicZero))
+    return sum(slope * _repeat_rows(tangent, slope.shape) for tangent, slope in nonzero)
 
 
 def _repeat_rows(x: Array, shape: tuple[int, ...]) -> Array:
@@ -156,11 +156,6 @@ def clipswish(x: Array, beta: Array | float = 0.5) -> Array:
     return _clipswish(x, jax.nn.softplus(beta))
 
 
-def leaky_lipswish(x: Array, alpha: Array | float = -3.0, beta: Array | float = 0.5) -> Array:
-    """a x + (1 - a) lipswish(x), a = sigmoid(alpha): slopes between those of lipswish and one."""
-    return _leaky_lipswish(x, jax.nn.sigmoid(alpha), jax.nn.softplus(beta))
-
-
 # The same of constrained parameters a in (0, 1) and b > 0.
 _CONSTRAINTS = {"alpha": jax.nn.sigmoid, "beta": jax.nn.softplus}
 
@@ -174,6 +169,7 @@ def _clipswish(x: Array, b: Array) -> Array:
 
 
 def _leaky_lipswish(x: Array, a: Array, b: Array) -> Array:
+    """Slopes between those of lipswish and one."""
     a = trailing(a, x)
     return a * x + (1 - a) * _lipswish(x, b)
 

@@ -1,4 +1,4 @@
-"""Axes of length one before those of an array, for sums and products with a batch.
+"""Axes of length one before or after those of an array, for sums and products with a batch.
 
 NumPy's rule adds leading axes by itself, but `jax_numpy_rank_promotion="raise"` forbids that. The compiled program is
 the same.
@@ -16,3 +16,8 @@ Array = jax.Array
 def trailing(a: Any, x: Array) -> Any:
     """a [*last axes of x] as [1, ..., 1, *last axes of x]: one number for each channel or feature. Scalars stay."""
     return lax.broadcast_to_rank(a, x.ndim) if jnp.ndim(a) else a
+
+
+def per_example(a: Any, x: Any) -> Any:
+    """a [B] as [B, 1, ..., 1] with the rank of x [B, ...]: one number for each example."""
+    return a.reshape(-1, *[1] * (x.ndim - 1))

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resflow_jax.functional.platforms import by_platform
-from resflow_jax.functional.tracing import trace
+from resflow_jax.functional.primitives.platforms import by_platform
+from resflow_jax.functional.primitives.tracing import trace
 
 Array = jax.Array
 

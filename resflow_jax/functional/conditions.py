@@ -50,9 +50,9 @@ def check_map(g: Any, condition: Any) -> None:
         raise ValueError(f"g: expected a function of (params, x, condition), got one of {signature}")
 
 
-def _takes(signature: inspect.Signature, number: int) -> bool:
+def _takes(signature: inspect.Signature, count: int) -> bool:
     try:
-        signature.bind(*[None] * number)
+        signature.bind(*[None] * count)
     except TypeError:
         return False
     return True

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import as_float_batch, check_count, check_key
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.events import Events, is_tree
 from resflow_jax.functional.iteration import wide_dtype
-from resflow_jax.functional.tracing import trace_residual
+from resflow_jax.functional.primitives.tracing import trace_residual
 
 Array = jax.Array
 
@@ -143,7 +144,7 @@ def _check_examples(g: Callable[..., Array], params: Any, x: Array, condition: A
     for parity in (0, 1):
         kept = np.arange(batch) % 2 == parity
         source = np.where(kept, np.arange(batch), np.roll(np.arange(batch), 1))
-        mixed = x[source] + jnp.where(kept.reshape(-1, *[1] * (x.ndim - 1)), 0, noise)
+        mixed = x[source] + jnp.where(per_example(kept, x), 0, noise)
         others = jax.tree.map(lambda leaf, source=source: leaf[source], condition)
         replaced.append(difference(evaluate(mixed, others)[kept], whole[kept], alone))
     moved = difference(evaluate(x[order], rows(condition)), whole[np.asarray(order)], f"{alone} or its place")
@@ -176,7 +177,7 @@ def _lower_bounds(
         return jnp.sqrt(jnp.sum(jnp.square(v.astype(wide)), axis=tuple(range(1, v.ndim))))
 
     def along(scalar, v):
-        return scalar.reshape(-1, *[1] * (v.ndim - 1)).astype(v.dtype)
+        return per_example(scalar, v).astype(v.dtype)
 
     def unit(v):
         norm = norms(v)
@@ -196,14 +197,14 @@ def _lower_bounds(
     g_x = of_x(x)
 
     def of_round(inputs):
-        number, key = inputs
+        turn, key = inputs
         order_key, place_key, start_key = jax.random.split(key, 3)
         other = x[jax.random.permutation(order_key, x.shape[0])]
         distance = norms(x - other)
         # Points that are nearly one have a quotient of nothing but rounding.
         far = distance > 1e3 * float(jnp.finfo(x.dtype).eps) * (norms(x) + norms(other))
         quotients = jnp.where(far, norms(g_x - of_x(other)) / jnp.where(far, distance, 1), 0)
-        place = jax.random.uniform(place_key, (x.shape[0],), wide) * (number > 0).astype(wide)
+        place = jax.random.uniform(place_key, (x.shape[0],), wide) * (turn > 0).astype(wide)
         point = x + along(place, x) * (other - x)
         return jnp.max(jacobian_norms(point, start_key)), jnp.max(quotients)
 

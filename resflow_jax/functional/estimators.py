@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.functional.laws import Defensive, Fitted, Law, check_law, check_values
+from resflow_jax.functional.length_laws import Defensive, Fitted, Law, check_law, check_values
 from resflow_jax.functional.opaque import Opaque, as_tree, original
 from resflow_jax.functional.probes import PROBES
 
@@ -73,7 +73,7 @@ class Roulette:
     Cost: exact_terms + max_i N_i vjps of g a probe (2.15 on average by default for a block of
     Lipschitz bound 0.94) and, for the gradient, one vjp of (g, J v).
 
-    The papers' setting is Roulette(Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian").
+    The papers' setting is Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian").
 
     Attributes:
       length: law of the random number N of further terms: `Defensive`, `Geometric`, `Poisson`,
@@ -86,7 +86,7 @@ class Roulette:
         the estimate itself: memory grows with the longest possible series, any order and mode; it
         leaves out lengths of probability below 2^-24, which for `Defensive` are those above some
         hundreds: prefer `Geometric`).
-      krylov: number of minimal-residual steps (`functional.series.MinimalResidual`, a two-term
+      minres_steps: number of minimal-residual steps (`functional.series.MinimalResidual`, a two-term
         recurrence) before the power series goes on from their residual; None for all steps, 0 for
         the power series of the papers.
       probes: probes an example, averaged; each costs the whole series.
@@ -97,19 +97,19 @@ class Roulette:
     samples: int = 1
     probe: Probe = "rademacher"
     gradient: Gradient = "neumann"
-    krylov: int | None = field(default=None, kw_only=True)
+    minres_steps: int | None = field(default=None, kw_only=True)
     probes: int = field(default=1, kw_only=True)
 
     def __post_init__(self):
         check_law("length", self.length)
         check_count("exact_terms", self.exact_terms, 0)
-        if self.krylov is not None:
-            check_count("krylov", self.krylov, 0)
+        if self.minres_steps is not None:
+            check_count("minres_steps", self.minres_steps, 0)
         check_count("samples", self.samples, 1)
         _check_common(self)
 
 
-_ROULETTE_SETTINGS = ("exact_terms", "krylov", "samples", "probe", "probes", "gradient")
+_ROULETTE_SETTINGS = ("exact_terms", "minres_steps", "samples", "probe", "probes", "gradient")
 
 
 def _flatten_roulette(roulette: Roulette) -> tuple[Any, Any]:

@@ -25,13 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from resflow_jax.functional.batch_axes import vary_over, varying_axes
+from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import as_float_batch
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.events import Events, is_tree
 from resflow_jax.functional.iteration import InverseStatus, Solver, example_max, iterate, wide_dtype
-from resflow_jax.functional.manual_axes import vary_over, varying_axes
+from resflow_jax.functional.primitives.tracing import Traced, run, trace_residual
 from resflow_jax.functional.solvers import Anderson
-from resflow_jax.functional.tracing import Traced, run, trace_residual
 
 Array = jax.Array
 
@@ -170,4 +171,4 @@ def _of_all_blocks(converged: Any) -> Any:
 
 
 def _nan_where_unconverged(x: Array, converged: Array) -> Array:
-    return jnp.where(converged.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
+    return jnp.where(per_example(converged, x), x, jnp.nan)

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
+from resflow_jax.functional.batch_axes import vary_over, varying_axes
+from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
-from resflow_jax.functional.manual_axes import vary_over, varying_axes
 
 Array = jax.Array
 
@@ -144,7 +145,7 @@ export.register_namedtuple_serialization(InverseStatus, serialized_name="resflow
 
 class _Guard(NamedTuple):
     failures: Array  # proposals in a row that did not improve on the base, int32 [B]
-    rest: Array  # plain steps still to take
+    plain_steps: Array  # plain steps still to take
     penalty: Array  # plain steps after the next lapse
 
 
@@ -157,6 +158,25 @@ class _State(NamedTuple):
     lost: Array  # whether T of the best point is not finite, [B]
 
 
+class _Point(NamedTuple):
+    """T at the point of one turn, and what it is judged by, [B]."""
+
+    value: Evaluation
+    largest: Array  # max |r|
+    norm: Array  # |r|_2
+    size: Array  # what tolerances are relative to
+    is_plain: Array  # whether the point is T(base), or the start
+    is_finite: Array
+
+
+class _Verdict(NamedTuple):
+    """What a point is worth, [B]."""
+
+    is_small: Array  # the residual is within the tolerance
+    is_stalled: Array  # rounding allows no smaller one
+    is_better: Array  # it becomes the base
+
+
 def iterate(step: Callable[[Array], Array], start: Array, solver: Solver, scale: Array) -> tuple[Array, InverseStatus]:
     """Solves x = step(x) from `start` [B, ...]; the tolerance is relative to `scale` [B] at least.
 
@@ -166,66 +186,104 @@ def iterate(step: Callable[[Array], Array], start: Array, solver: Solver, scale:
     """
     x = start.reshape(start.shape[0], math.prod(start.shape[1:]))
     tolerance = jnp.asarray(solver.tolerance_for(x.dtype), x.dtype)
-    rounding = 64 * float(jnp.finfo(x.dtype).eps)
 
     def advance(carry):
-        turn, (x, base, guard, memory, status, lost) = carry
-        image = step(x.reshape(start.shape)).reshape(x.shape)
-        new = Evaluation(image, image - x)
-        largest, norm = example_max(new.residual), example_norm(new.residual)
-        plain = jnp.all(x == base.image, axis=1) | (turn == 0)
-
-        size = jnp.maximum(scale, example_max(image))
-        small = jnp.isfinite(norm) & (largest <= tolerance * size)
-        stalled = plain & jnp.isfinite(norm) & (largest <= rounding * size) & (largest >= status.residual)
-        better = plain | small | (norm <= DECREASE * status.residual_norm)
-        guard, trusted = _judge(guard, better, solver.patience)
-
-        finite = jnp.isfinite(norm) & jnp.isfinite(status.residual_norm)
-        change = jax.tree.map(lambda a, b: jnp.where(finite[:, None], a - b, 0), new, base)
-        memory, proposal = solver.propose(turn, memory, change, new, trusted)
-        proposal = _select(example_norm(proposal - image) <= REACH * norm, proposal, image)
-
-        active = ~(status.converged | lost)
-        lost = lost | (active & plain & ~jnp.isfinite(norm))
-        base, residual, residual_norm = _select(
-            active & better, (new, largest, norm), (base, status.residual, status.residual_norm)
-        )
-        x = _select(active, _select(guard.rest > 0, base.image, proposal), x)
-        converged = status.converged | (active & (small | stalled))
-        status = InverseStatus(status.iterations + active.astype(jnp.int32), residual, residual_norm, converged)
-        return turn + 1, _State(x, base, guard, memory, status, lost)
+        turn, state = carry
+        image = step(state.x.reshape(start.shape)).reshape(x.shape)
+        point = _evaluated(turn, state, image, scale)
+        verdict = _judge(point, state.status, tolerance)
+        guard, trusted = _guarded(state.guard, verdict.is_better, solver.patience)
+        memory, proposal = _propose(solver, turn, state, point, trusted)
+        return turn + 1, _accept(state, point, verdict, guard, memory, proposal)
 
     def unfinished(carry):
         turn, state = carry
         return (turn < solver.max_iterations) & ~jnp.all(state.status.converged | state.lost)
 
-    none, infinite = jnp.zeros(x.shape[0], jnp.int32), jnp.full(x.shape[0], jnp.inf, x.dtype)
-    status = InverseStatus(none, infinite, infinite, none > 0)
-    state = _State(x, Evaluation(x, x), _Guard(none, none, none + 1), solver.initialize(x), status, none > 0)
-    state = vary_over(state, varying_axes((x, scale)))
+    state = vary_over(_initial(x, solver), varying_axes((x, scale)))
     _, state = lax.while_loop(unfinished, advance, (jnp.int32(0), state))
     x, base, status = state.x, state.base, state.status
     x = _select(example_norm(x - base.image) <= status.residual_norm, x, base.image)
     return x.reshape(start.shape), status
 
 
-def _judge(guard: _Guard, better: Array, patience: int) -> tuple[_Guard, Array]:
+def _initial(x: Array, solver: Solver) -> _State:
+    none, infinite = jnp.zeros(x.shape[0], jnp.int32), jnp.full(x.shape[0], jnp.inf, x.dtype)
+    status = InverseStatus(none, infinite, infinite, none > 0)
+    return _State(x, Evaluation(x, x), _Guard(none, none, none + 1), solver.initialize(x), status, none > 0)
+
+
+def _evaluated(turn: Array, state: _State, image: Array, scale: Array) -> _Point:
+    """The point of this turn, of T(x) [B, D] at the state's x."""
+    value = Evaluation(image, image - state.x)
+    norm = example_norm(value.residual)
+    return _Point(
+        value=value,
+        largest=example_max(value.residual),
+        norm=norm,
+        size=jnp.maximum(scale, example_max(image)),
+        is_plain=jnp.all(state.x == state.base.image, axis=1) | (turn == 0),
+        is_finite=jnp.isfinite(norm),
+    )
+
+
+def _judge(point: _Point, status: InverseStatus, tolerance: Array) -> _Verdict:
+    """The verdict on a point; the status is that of the base."""
+    rounding = 64 * float(jnp.finfo(point.norm.dtype).eps)
+    is_small = point.is_finite & (point.largest <= tolerance * point.size)
+    is_at_rounding = point.is_finite & (point.largest <= rounding * point.size)
+    return _Verdict(
+        is_small=is_small,
+        is_stalled=point.is_plain & is_at_rounding & (point.largest >= status.residual),
+        is_better=point.is_plain | is_small | (point.norm <= DECREASE * status.residual_norm),
+    )
+
+
+def _guarded(guard: _Guard, is_better: Array, patience: int) -> tuple[_Guard, Array]:
     """The guard after a proposal, and whether the rule may go on from there, [B]."""
-    failures = jnp.where(better, 0, guard.failures + 1)
+    failures = jnp.where(is_better, 0, guard.failures + 1)
     trusted = failures <= patience
-    on = _Guard(failures, jnp.maximum(guard.rest - 1, 0), guard.penalty)
+    on = _Guard(failures, jnp.maximum(guard.plain_steps - 1, 0), guard.penalty)
     lapse = _Guard(jnp.zeros_like(failures), guard.penalty, 2 * guard.penalty)
     return _select(trusted, on, lapse), trusted
 
 
+def _propose(solver: Solver, turn: Array, state: _State, point: _Point, trusted: Array) -> tuple[Any, Array]:
+    """The rule's memory and proposal, which is T(x) where the rule steps further than `REACH` allows."""
+    finite = point.is_finite & jnp.isfinite(state.status.residual_norm)
+    change = jax.tree.map(lambda a, b: jnp.where(finite[:, None], a - b, 0), point.value, state.base)
+    memory, proposal = solver.propose(turn, state.memory, change, point.value, trusted)
+    image = point.value.image
+    return memory, _select(example_norm(proposal - image) <= REACH * point.norm, proposal, image)
+
+
+def _accept(state: _State, point: _Point, verdict: _Verdict, guard: _Guard, memory: Any, proposal: Array) -> _State:
+    """The state after a turn: examples that have stopped keep their x, base and status."""
+    status = state.status
+    active = ~(status.converged | state.lost)
+    base, residual, residual_norm = _select(
+        active & verdict.is_better,
+        (point.value, point.largest, point.norm),
+        (state.base, status.residual, status.residual_norm),
+    )
+    return _State(
+        x=_select(active, _select(guard.plain_steps > 0, base.image, proposal), state.x),
+        base=base,
+        guard=guard,
+        memory=memory,
+        status=InverseStatus(
+            iterations=status.iterations + active.astype(jnp.int32),
+            residual=residual,
+            residual_norm=residual_norm,
+            converged=status.converged | (active & (verdict.is_small | verdict.is_stalled)),
+        ),
+        lost=state.lost | (active & point.is_plain & ~point.is_finite),
+    )
+
+
 def _select(condition: Array, true: Any, false: Any) -> Any:
     """One tree or the other, example by example."""
-
-    def select(a, b):
-        return jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(select, true, false)
+    return jax.tree.map(lambda a, b: jnp.where(per_example(condition, a), a, b), true, false)
 
 
 def wide_dtype(dtype: np.dtype) -> np.dtype:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.functional.convolution import MATMUL_DTYPES, PADDINGS, conv2d, convolve, reflected_kernel
+from resflow_jax.functional.primitives.convolution import MATMUL_DTYPES, PADDINGS, conv2d, convolve, reflected_kernel
 from resflow_jax.functional.vector_norms import Order, conjugate, vector_norm
 
 Array = jax.Array

@@ -50,7 +50,7 @@ def make_probes(probe: str, probes: int, seeds: Array, x: Array) -> Array:
     return jax.vmap(make, out_axes=1)(seeds).reshape(probes * x.shape[0], *event)
 
 
-def _signs(words: Array, number: int, dtype: np.dtype) -> Array:
-    """Signs +-1 [number], one for each random bit: 32 times less to draw than with a word for each."""
+def _signs(words: Array, count: int, dtype: np.dtype) -> Array:
+    """Signs +-1 [count], one for each random bit: 32 times less to draw than with a word for each."""
     bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
-    return (2 * bits.reshape(-1)[:number].astype(jnp.int32) - 1).astype(dtype)
+    return (2 * bits.reshape(-1)[:count].astype(jnp.int32) - 1).astype(dtype)

@@ -13,17 +13,17 @@ m + max_i N_i terms.
 import jax
 import jax.numpy as jnp
 
-from resflow_jax.functional.laws import LengthLaw
+from resflow_jax.functional.length_laws import LengthLaw
 
 Array = jax.Array
 
 
-def draw_lengths(law: LengthLaw, key: Array, samples: int) -> Array:
-    """Independent lengths of the law, int32 [samples]; ValueError if it draws something else."""
-    lengths = jnp.asarray(law.sample(key, (samples,)))
-    if lengths.shape != (samples,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+def draw_lengths(law: LengthLaw, key: Array, num_lengths: int) -> Array:
+    """Independent lengths of the law, int32 [num_lengths]; ValueError if it draws something else."""
+    lengths = jnp.asarray(law.sample(key, (num_lengths,)))
+    if lengths.shape != (num_lengths,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
-            f"length: expected sample(key, {(samples,)}) to return integers {(samples,)}, got {lengths.dtype} "
+            f"length: expected sample(key, {(num_lengths,)}) to return integers {(num_lengths,)}, got {lengths.dtype} "
             f"{lengths.shape} of {law}"
         )
     return lengths.astype(jnp.int32)

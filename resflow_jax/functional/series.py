@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from resflow_jax.functional.broadcasting import per_example
+
 Array = jax.Array
 Product = Callable[[Array], Array]
 
@@ -95,13 +97,13 @@ class MinimalResidual:
         b = jnp.maximum(0, _ratio(-dot(ar, ap), dot(ap, ap), 0, floor))
         if self.steps is not None:
             b = jnp.where(k <= self.steps, b, 0)
-        p, mp = r + _along(b, r) * p, mr + _along(b, r) * mp
+        p, mp = r + per_example(b, r) * p, mr + per_example(b, r) * mp
         ap = p + mp
         a = _ratio(dot(r, ap), dot(ap, ap), 1, floor)
         if self.steps is not None:
             a = jnp.where(k <= self.steps, a, 1)
-        term = -_along(a, r) * mp  # w_k + r_k - (w_{k-1} + r_{k-1})
-        r = r - _along(a, r) * p + term
+        term = -per_example(a, r) * mp  # w_k + r_k - (w_{k-1} + r_{k-1})
+        r = r - per_example(a, r) * p + term
 
         nodes, weights = (part[None] for part in _quadrature(v.dtype))
         a, b = a[..., None], b[..., None]
@@ -119,11 +121,6 @@ class MinimalResidual:
 def dot(a: Array, b: Array) -> Array:
     """Inner product over the event, [B]."""
     return jnp.sum(a * b, axis=tuple(range(1, a.ndim)))
-
-
-def _along(scalar: Array, like: Array) -> Array:
-    """[B] -> [B, 1, ...], to multiply an event with."""
-    return scalar.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _ratio(numerator: Array, denominator: Array, default: float, floor: Array) -> Array:

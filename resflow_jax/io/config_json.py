@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from resflow_jax.functional.checks import check_choice
-from resflow_jax.interop.torch_flow import TorchImageConfig
+from resflow_jax.interop.torch.flow import TorchImageConfig
 from resflow_jax.io.config_upgrade import STEPS, upgrade
 from resflow_jax.models import groups
 from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig

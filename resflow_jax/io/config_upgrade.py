@@ -2,6 +2,8 @@
 
 Version 0 is without a version: all settings of a flow stood side by side in its config, as "fc_blocks" for what is now
 "tail.blocks". Those which only files of the PyTorch implementation need were part of `ImageFlowConfig`.
+
+Version 1 has other names for some settings: see `_RENAMED`.
 """
 
 from collections.abc import Callable
@@ -87,4 +89,14 @@ def _needs_torch(config: Fields, torch: Fields) -> bool:
     return bool(torch.get("fully_connected") or torch.get("classes") or pads_first or squeezed)
 
 
-STEPS = (_grouped,)
+# By the type of an object: the names of its settings in version 1, and those of version 2.
+_RENAMED = {"Roulette": {"krylov": "minres_steps"}}
+
+
+def _renamed(config: Fields) -> Fields:
+    """From version 1 to 2."""
+    names = _RENAMED.get(config["type"], {}) if isinstance(config["type"], str) else {}
+    return {names.get(name, name): value for name, value in config.items()}
+
+
+STEPS = (_grouped, _renamed)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.manual_axes import standardization
+from resflow_jax.functional.batch_axes import standardization
 from resflow_jax.layers.bijector import Bijector, Constant, Shape, ends_in, scaling_bounds, scaling_log_det
 
 Array = jax.Array

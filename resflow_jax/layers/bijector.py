@@ -22,10 +22,10 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import as_float_batch, check_key
+from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator, with_rows
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.values import ANYWHERE, Domain
 from resflow_jax.layers.conditions import ConditionShape, as_condition
@@ -159,7 +159,7 @@ class Bijector(Module):
         return self.lipschitz_bounds()
 
     def tighten(self) -> None:
-        """Rescales kernels, in place, until every residual block inside is certified within its promise."""
+        """Rescales kernels, in place, until every residual block inside is certified within its target bound."""
 
     # What a layer is used by
 
@@ -256,8 +256,8 @@ def split_key(key: Array | None, bijectors: Sequence[Bijector]) -> list[Array | 
 
     Few splits make a small program: XLA compiles a dozen kernels for each.
     """
-    number = sum(bijector.takes_noise for bijector in bijectors)
-    keys = iter([key] * number if key is None or number <= 1 else jax.random.split(key, number))
+    count = sum(bijector.takes_noise for bijector in bijectors)
+    keys = iter([key] * count if key is None or count <= 1 else jax.random.split(key, count))
     return [next(keys) if bijector.takes_noise else None for bijector in bijectors]
 
 

@@ -99,8 +99,8 @@ class Contraction(Module):
         features = self.condition_features(condition)
         return self.apply(self.weights(), x) if features is None else self.apply(self.weights(), x, features)
 
-    def move_statistics(self, x: Array, condition: Array | None = None, share: float | None = None) -> None:
-        """Moves running statistics inside towards those of a batch, in place, by their own share or the given one."""
+    def move_statistics(self, x: Array, condition: Array | None = None, rate: float | None = None) -> None:
+        """Moves running statistics inside towards those of a batch, in place, at their own rate or the given one."""
 
     def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float | None:
         """Bound on Lip(g) from bounds on the norms of `linears`, layer i between orders i and i + 1; on the host.
@@ -254,17 +254,17 @@ class Layered(Contraction):
             x = layer.apply(linear, self.activation.function(params, x), gate)
         return x
 
-    def move_statistics(self, x: Array, condition: Array | None = None, share: float | None = None) -> None:
+    def move_statistics(self, x: Array, condition: Array | None = None, rate: float | None = None) -> None:
         if not self.centers:
             return
         activations = iter(self.weights()[2])
         gates = self.condition_features(condition) or [None] * len(self.linears)
         if self.preactivation:
-            self.pre_center.move(x, share)
+            self.pre_center.move(x, rate)
             x = self.activation.function(next(activations), self.pre_center(x))
         for layer, center, gate in zip(self.linears, self.centers, gates, strict=True):
             x = layer.apply(layer.weights(), x, gate)
-            center.move(x, share)
+            center.move(x, rate)
             x = center(x)
             if layer is not self.linears[-1]:
                 x = self.activation.function(next(activations), x)
@@ -274,14 +274,14 @@ class Layered(Contraction):
         return math.prod(norms) * math.prod(self.activation.lipschitz_in(p) for p in places)
 
 
-def learnable(activation: Activation, number: int) -> List:
-    """The learnable parameters of so many activations, at their initial values."""
+def learnable(activation: Activation, count: int) -> List:
+    """The learnable parameters of `count` activations, at their initial values."""
     return List(
-        Dict({name: nnx.Param(jnp.asarray(value, float)) for name, value in activation.initial}) for _ in range(number)
+        Dict({name: nnx.Param(jnp.asarray(value, float)) for name, value in activation.initial}) for _ in range(count)
     )
 
 
 def constrained(activation: Activation, params: List, channels: Sequence[int]) -> list[Params]:
-    """What `activation.function` takes for inputs of so many channels each, of what `learnable` made."""
+    """What `learnable` made, broadcast to each input's number of channels: what `activation.function` takes."""
     raw = [{name: by_name[name][...] for name, _ in activation.initial} for by_name in params]
     return [activation.constrain(*pair) for pair in zip(raw, channels, strict=True)]

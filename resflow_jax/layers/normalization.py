@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from resflow_jax.functional.batch_axes import moments
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_open_interval, check_positive
-from resflow_jax.functional.manual_axes import moments
 from resflow_jax.layers.bijector import (
     Bijector,
     Constant,
@@ -35,7 +35,7 @@ class MovingBatchNorm(Bijector):
     """y = (x - mean) / sqrt(variance + epsilon) * exp(log_scale) + bias; batch normalisation without a train mode.
 
     Applying the layer never changes mean and variance (`nnx.BatchStat`): `initialize` sets them to a
-    batch's, `update_statistics` moves them towards a batch's by the share `decay`. No gradient flows
+    batch's, `update_statistics` moves them towards a batch's at the rate `decay`. No gradient flows
     into them. Until then the layer is the identity, up to epsilon.
 
     epsilon is in squared units of x, of which the layer so knows one: it suits values around 1, as there are behind an
@@ -75,12 +75,12 @@ class MovingBatchNorm(Bijector):
     def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
         return self._move(x, self.decay)
 
-    def _move(self, x: Array, share: float) -> Array:
-        """Moves by a share towards the statistics of the whole batch, of which x may be a device's part."""
+    def _move(self, x: Array, rate: float) -> Array:
+        """Moves at a rate towards the statistics of the whole batch, of which x may be a device's part."""
         batch, axes = jax.lax.stop_gradient(x), tuple(range(x.ndim - self.mean.ndim))
         mean, variance = moments(batch, axes)
-        self.mean[...] += share * (mean - self.mean[...])
-        self.variance[...] += share * (variance - self.variance[...])
+        self.mean[...] += rate * (mean - self.mean[...])
+        self.variance[...] += rate * (variance - self.variance[...])
         return self(x)
 
     def lipschitz_bounds(self) -> tuple[float, float]:
@@ -94,7 +94,7 @@ class MovingCentering(Bijector):
     The moving batch norm of the authors' code.
 
     Applying the layer never changes the mean (`nnx.BatchStat`), into which no gradient flows: `initialize` sets it
-    to a batch's, `update_statistics` moves it towards a batch's by the share `decay`.
+    to a batch's, `update_statistics` moves it towards a batch's at the rate `decay`.
     """
 
     def __init__(self, shape: tuple[int, ...], decay: float = 0.1):
@@ -109,10 +109,10 @@ class MovingCentering(Bijector):
         """What is added to x."""
         return self.bias[...] - jax.lax.stop_gradient(self.mean[...])
 
-    def move(self, x: Array, share: float | None = None) -> None:
-        """Moves the mean by a share (`decay`) towards that of the whole batch, of which x may be a device's part."""
+    def move(self, x: Array, rate: float | None = None) -> None:
+        """Moves the mean at a rate (`decay`) towards that of the whole batch, of which x may be a device's part."""
         mean, _ = moments(jax.lax.stop_gradient(x), tuple(range(x.ndim - self.mean.ndim)))
-        self.mean[...] += (self.decay if share is None else share) * (mean - self.mean[...])
+        self.mean[...] += (self.decay if rate is None else rate) * (mean - self.mean[...])
 
     def output_shape(self, shape: Shape) -> Shape:
         return ends_in(shape, self.shape)

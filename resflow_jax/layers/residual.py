@@ -24,7 +24,7 @@ from resflow_jax.layers.bijector import (
     Shape,
     join_blocks,
 )
-from resflow_jax.layers.certificate import certify_contraction, tighten_contraction
+from resflow_jax.layers.block_certificate import certify_contraction, tighten_contraction
 from resflow_jax.layers.conditions import ConditionShape
 from resflow_jax.layers.contraction import Contraction, TrustedContraction
 from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, norms_are_deferred
@@ -118,7 +118,7 @@ class ResidualBlock(Bijector):
         return x, log_det, diagnostics, statuses
 
     def initialize(self, x: Array, condition: Array | None = None) -> Array:
-        self.contraction.move_statistics(x, condition, share=1.0)
+        self.contraction.move_statistics(x, condition, rate=1.0)
         return self(x, condition)
 
     def update_statistics(self, x: Array, condition: Array | None = None) -> Array:

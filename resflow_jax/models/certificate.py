@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.layers.certificate import BlockCertificate
+from resflow_jax.layers.block_certificate import BlockCertificate
 from resflow_jax.models.flow import Flow
 
 
@@ -58,7 +58,7 @@ class Certificate:
             norms = ", ".join(f"{layer.norm:.6f}" for layer in self.blocks[worst].layers)
             raise ValueError(
                 f"flow: expected every block certified with a Lipschitz bound below 1, got {self.bounds[worst]:.6f} "
-                f"for block {worst} (norms of its layers: {norms}); `flow.tighten()` brings them within their promise"
+                f"for block {worst} (norms of its layers: {norms}); `flow.tighten()` brings them to their target bounds"
             )
 
     def error_bounds(self, status: InverseStatus) -> np.ndarray:
@@ -83,7 +83,7 @@ def certify(flow: Flow) -> Certificate:
     """Upper bounds on the Lipschitz constants of a flow as it stands, in float64 on the host.
 
     Dense layers and 1x1 convolutions by their singular values, other convolutions by the circular
-    convolution that contains them or, where that is small, exactly; see `functional.certificate`. A block
+    convolution that contains them or, where that is small, exactly; see `functional.norm_bounds`. A block
     of mixed norms is bounded in these and in the 2-norm, and the smaller bound counts. The bounds hold
     for the kernels as they are applied, in exact arithmetic.
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from resflow_jax.models.certificate import Certificate
-from resflow_jax.training.old_checkpoints import is_old_state, upgraded_state
+from resflow_jax.training.old_checkpoints import is_old_state, upgraded_certificate, upgraded_state
 from resflow_jax.training.parallel import from_host
 from resflow_jax.training.step import TrainState
 
@@ -145,7 +145,8 @@ class Checkpoints:
 
     def certificate(self, step: int) -> dict[str, Any]:
         """What `Certificate.as_dict` gave for the averaged and tightened flow of the state saved at `step`."""
-        return self._manager.restore(step, args=ocp.args.Composite(certificate=ocp.args.JsonRestore())).certificate
+        args = ocp.args.Composite(certificate=ocp.args.JsonRestore())
+        return upgraded_certificate(self._manager.restore(step, args=args).certificate)
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk. Raises OSError as `save`."""

@@ -18,6 +18,7 @@ Names = tuple[str, ...]
 _PARTS = ("scales", "bijector", "base", "classifier")  # the attributes of a flow that have arrays, then and now
 _FLOW = (("params",), ("rest",))  # where a state has the arrays of the flow itself
 _AVERAGE = ("ema", "ema")
+_BLOCK = {"promised": "target_bound"}  # of the certificate of a block
 
 
 def is_old_state(metadata: Any) -> bool:
@@ -42,6 +43,12 @@ def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
     names = old_names(_of_flow(leaves), _of_flow(arrays))
     found = [_value(path, leaf, names, arrays, ema_decay) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def upgraded_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
+    """What `Certificate.as_dict` gives now, of what it gave when a block's `target_bound` was named `promised`."""
+    blocks = [{_BLOCK.get(name, name): value for name, value in block.items()} for block in certificate["blocks"]]
+    return {**certificate, "blocks": blocks}
 
 
 def _value(

@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from resflow_jax.functional.batch_axes import batch_axes
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.functional.manual_axes import batch_axes
 from resflow_jax.training.step import Gradient, Trainer, TrainState
 
 Array = jax.Array
@@ -31,8 +31,8 @@ Step = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Any]]]
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"
-Way = Literal["jit", "shard_map", "pmap"]
-WAYS = get_args(Way)
+Strategy = Literal["jit", "shard_map", "pmap"]
+STRATEGIES = get_args(Strategy)
 Parameters = Literal["replicated", "model", "full"]
 PARAMETERS = get_args(Parameters)
 
@@ -290,7 +290,9 @@ def _batch_axis(trainer: Trainer) -> int:
     return 0 if trainer.accumulate == 1 else 1
 
 
-def check_data_alone(way: Way, mesh: Mesh) -> None:
-    """Raises ValueError for a mesh with devices along "model", to which a way but "jit" has nothing to give."""
+def check_data_alone(strategy: Strategy, mesh: Mesh) -> None:
+    """Raises ValueError for a mesh with devices along "model", which only "jit" uses."""
     if mesh.shape[MODEL_AXIS] > 1:
-        raise ValueError(f'parallel: expected "jit" with {mesh.shape[MODEL_AXIS]} devices along "model", got "{way}"')
+        raise ValueError(
+            f'parallel: expected "jit" with {mesh.shape[MODEL_AXIS]} devices along "model", got "{strategy}"'
+        )

@@ -21,10 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from resflow_jax.functional.checks import check_choice
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.parallel import (
-    WAYS,
+    STRATEGIES,
     Parameters,
     Step,
-    Way,
+    Strategy,
     batch_sharding,
     check_data_alone,
     check_divisible,
@@ -57,23 +57,23 @@ class Placement:
     part: int
     parts: int
 
-    def __init__(self, trainer: Trainer, mesh: Mesh, way: Way = "jit", parameters: Parameters = "replicated"):
-        """`parameters` as in `jit_train_step`; the other ways know none but "replicated".
+    def __init__(self, trainer: Trainer, mesh: Mesh, strategy: Strategy = "jit", parameters: Parameters = "replicated"):
+        """`parameters` as in `jit_train_step`; shard_map and pmap support only "replicated".
 
         Raises:
-          ValueError: for an unknown way, and for divided parameters in another way than "jit".
+          ValueError: for an unknown strategy, and for divided parameters under another strategy than "jit".
         """
-        check_choice("parallel", way, WAYS)
-        if way != "jit" and parameters != "replicated":
-            raise ValueError(f'mesh.parameters: expected "replicated" with {way}, got "{parameters}"')
-        self.trainer, self.mesh, self.way, self.parameters = trainer, mesh, way, parameters
-        if way == "pmap":
-            check_data_alone(way, mesh)  # the step of shard_map does so itself
+        check_choice("parallel", strategy, STRATEGIES)
+        if strategy != "jit" and parameters != "replicated":
+            raise ValueError(f'mesh.parameters: expected "replicated" with {strategy}, got "{parameters}"')
+        self.trainer, self.mesh, self.strategy, self.parameters = trainer, mesh, strategy, parameters
+        if strategy == "pmap":
+            check_data_alone(strategy, mesh)  # the step of shard_map does so itself
         self.step = {
             "jit": lambda: jit_train_step(trainer, mesh, parameters=parameters),
             "shard_map": lambda: shard_map_train_step(trainer, mesh),
             "pmap": lambda: pmap_train_step(trainer, self._devices),
-        }[way]()
+        }[strategy]()
         self._batches = batch_sharding(trainer, mesh)
         self.part, self.parts = part_of_process(mesh)
 
@@ -90,7 +90,7 @@ class Placement:
 
         The step is donated it: global arrays that lie as they should are taken as they are, all others copied.
         """
-        if self.way == "pmap":
+        if self.strategy == "pmap":
             return replicate(self.local(tree), self._devices)
 
         def put(leaf, sharding):
@@ -114,7 +114,7 @@ class Placement:
 
     def _place_rows(self, rows: np.ndarray) -> Array | np.ndarray:
         axis = len(self._batches.spec) - 1
-        if self.way == "pmap":
+        if self.strategy == "pmap":
             local = sum(device.process_index == jax.process_index() for device in self._devices)
             shares = rows.reshape(*rows.shape[:axis], local, -1, *rows.shape[axis + 1 :])
             return np.moveaxis(shares, axis, 0)
@@ -130,7 +130,7 @@ class Placement:
 
     def on_mesh(self, state: TrainState) -> TrainState:
         """The state as global arrays, as they are saved."""
-        return unreplicate(state, self.mesh) if self.way == "pmap" else state
+        return unreplicate(state, self.mesh) if self.strategy == "pmap" else state
 
     def averaged_flow(self, state: TrainState) -> Flow:
         """The flow with the averaged parameters of a state as of `on_mesh`, its norms iterated to convergence.

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from resflow_jax.functional.batch_axes import axes_of_batch, vary_over, varying_axes
 from resflow_jax.functional.checks import check_callable, check_count, check_open_interval, check_type
+from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
-from resflow_jax.functional.fitting import fit_lengths
-from resflow_jax.functional.laws import Defensive, Fitted
-from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
-from resflow_jax.functional.manual_axes import axes_of_batch, vary_over, varying_axes
+from resflow_jax.functional.length_laws import Defensive, Fitted, fit_lengths
 from resflow_jax.models.flow import Flow
 
 Array = jax.Array
@@ -77,7 +76,7 @@ class Trainer(NamedTuple):
     Attributes:
       graphdef: structure of the flow.
       loss: (flow, batch, key, estimator, steps done) -> (scalar, `Diagnostics`); see
-        `training.likelihood.dequantized_bits_per_dim`. What it changes in the flow beside the
+        `training.losses.dequantized_bits_per_dim`. What it changes in the flow beside the
         parameters, such as running statistics, is kept.
       optimizer: an optax transformation.
       ema_decay: decay of the parameters' moving average, which is bias-corrected.

@@ -9,17 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ablation, density, evaluate, images, train
-from experiments.ablation import AblationConfig
+from experiments import evaluate
+from experiments.configs import CONFIGS
 from experiments.evaluate import EvaluateConfig
-from experiments.run import data_mesh
-from experiments.saved import saved_flow
+from experiments.runs import train
+from experiments.runs.devices import data_mesh
+from experiments.runs.launch import run_config
+from experiments.runs.saved import saved_flow
+from experiments.runs.tasks import images
+from experiments.studies import ablation
+from experiments.studies.ablation import AblationConfig
 from resflow_jax import Anderson, Exact, ResidualFlow, Roulette, evaluate_bits_per_dim
 from resflow_jax.data.images import ImageSplits, to_unit_interval
 from resflow_jax.io.config_json import as_json
-from resflow_jax.training.likelihood import image_bits_per_dim
+from resflow_jax.training.evaluation import image_bits_per_dim
 from tests.experiments import tiny
-from tests.training.test_likelihood import KnownDensity
+from tests.training.test_evaluation import KnownDensity
 
 CONFIG = replace(tiny.DIGITS, evaluation=replace(tiny.DIGITS.evaluation, draws=2))
 KEY = jax.random.key(CONFIG.seed + 2)
@@ -37,7 +42,7 @@ def finished(tmp_path_factory):
             patch.setattr(module, "use_compilation_cache", lambda: None)
         patch.setattr(evaluate, "saved_flow", lru_cache(saved_flow))
         workdir = tmp_path_factory.mktemp("run")
-        yield workdir, density.run(replace(CONFIG, workdir=workdir))
+        yield workdir, run_config(replace(CONFIG, workdir=workdir))
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +221,7 @@ def test_an_ablation_of_two_steps_and_two_seeds(tmp_path, monkeypatch, capsys):
     """
     monkeypatch.setattr(train, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(ablation, "VARIANTS", {"Residual flow, LipSwish": ""})
-    monkeypatch.setitem(density.CONFIGS, "digits", CONFIG)
+    monkeypatch.setitem(CONFIGS, "digits", CONFIG)
     config = AblationConfig(seeds=(0, 1), workdir=tmp_path)
     table = ablation.run(config)
     (row,) = table.values()

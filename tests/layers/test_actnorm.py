@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.functional.manual_axes import standardization
+from resflow_jax.functional.batch_axes import standardization
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Constant
 from resflow_jax.training.step import optax_promotion

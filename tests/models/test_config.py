@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.interop.torch_flow import TorchImageConfig
+from resflow_jax.interop.torch.flow import TorchImageConfig
 
 IMAGE_SHAPE = {"shape": (8, 8, 1)}
 SQUEEZED = {"scales": rf.Scales(squeeze_first=True)}

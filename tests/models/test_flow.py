@@ -10,7 +10,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 import resflow_jax as rf
-from resflow_jax.interop.torch_flow import TorchFlow, TorchImageConfig
+from resflow_jax.interop.torch.flow import TorchFlow, TorchImageConfig
 from resflow_jax.models.bases import standard_normal_log_prob
 from resflow_jax.models.residual_flow import flow_from_config
 from tests.functional.brute_force import enumerated_norm
@@ -253,7 +253,7 @@ def test_a_law_that_is_unsafe_for_the_blocks_warns(vector_flow):
     """The papers' law under the blocks' Lipschitz bound: a warning that names law and bound; the default is silent."""
     flow, x = vector_flow
     with pytest.warns(RuntimeWarning, match=r"Poisson\(rate=2.0\) .*infinite variance.* up to 0.96"):
-        flow.log_prob(x, key=jax.random.key(0), estimator=rf.Roulette(rf.Poisson(2.0), exact_terms=2, krylov=0))
+        flow.log_prob(x, key=jax.random.key(0), estimator=rf.Roulette(rf.Poisson(2.0), exact_terms=2, minres_steps=0))
     assert jnp.isfinite(flow.log_prob(x, key=jax.random.key(0))).all()
 
 

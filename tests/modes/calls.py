@@ -13,8 +13,9 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
-from resflow_jax.interop.torch_flow import TorchFlow, TorchImageConfig
-from resflow_jax.training.likelihood import dequantized_bits_per_dim, negative_log_likelihood, vector_log_prob
+from resflow_jax.interop.torch.flow import TorchFlow, TorchImageConfig
+from resflow_jax.training.evaluation import vector_log_prob
+from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
 
 KEY = jax.random.key(3)
 X = np.random.default_rng(0).normal(size=(4, 3))
@@ -43,8 +44,8 @@ ESTIMATORS = {
     "Truncated": Truncated(3, probes=2),
     "Truncated, autodiff": Truncated(3, gradient="autodiff"),
     "Roulette": Roulette(),
-    "Roulette of the papers": Roulette(rf.Geometric(0.1), exact_terms=2, krylov=0, probe="gaussian"),
-    "Roulette, autodiff": Roulette(rf.Geometric(0.5), gradient="autodiff", krylov=2),
+    "Roulette of the papers": Roulette(rf.Geometric(0.1), exact_terms=2, minres_steps=0, probe="gaussian"),
+    "Roulette, autodiff": Roulette(rf.Geometric(0.5), gradient="autodiff", minres_steps=2),
     "Roulette, orthogonal": Roulette(rf.Defensive(), samples=2, probe="orthogonal", probes=2),
     "Roulette, Poisson": Roulette(rf.Poisson(2.0), exact_terms=1),
     "Roulette, fitted": Roulette(rf.Fitted(np.array([1.0, 0.5, 0.25]))),

@@ -22,9 +22,10 @@ TABLE = jnp.asarray([[0.5, 0.1], [0.2, 0.2]])
 # As of a flow whose blocks are not all certified: with what JSON has no numbers for.
 LAYER = rf.LayerCertificate(norm=1.2, coefficient=0.9, domain=2.0, codomain=np.inf)
 BLOCK = rf.BlockCertificate(
-    bound=1.2, promised=0.9, order=2.0, lipschitz=2.2, inverse_lipschitz=np.inf, layers=(LAYER,)
+    bound=1.2, target_bound=0.9, order=2.0, lipschitz=2.2, inverse_lipschitz=np.inf, layers=(LAYER,)
 )
 CERTIFICATE = rf.Certificate((BLOCK,), lipschitz=2.2, inverse_lipschitz=np.inf)
+FIELDS = dataclasses.fields(rf.Certificate)
 
 
 def state(step, estimator=ROULETTE, w=None):
@@ -55,10 +56,28 @@ def test_keeps_the_latest_and_the_best(tmp_path, estimator):
             assert certificate["is_certified"] is False and certificate["lipschitz"] == step
             assert certificate["inverse_lipschitz"] == np.inf
             (block,) = certificate["blocks"]
-            assert (block["bound"], block["promised"], block["inverse_lipschitz"]) == (1.2, 0.9, np.inf)
+            assert (block["bound"], block["target_bound"], block["inverse_lipschitz"]) == (1.2, 0.9, np.inf)
             assert block["layers"] == [{"norm": 1.2, "coefficient": 0.9, "domain": 2.0, "codomain": np.inf}]
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {"2", "4"}
+
+
+def test_certificates_of_before_target_bounds(tmp_path):
+    """A block's `target_bound` was called `promised`; the same step once more is then still no loss."""
+    old = CERTIFICATE.as_dict()
+    old["blocks"] = [{"promised": block.pop("target_bound"), **block} for block in old["blocks"]]
+    assert old["blocks"][0]["promised"] == 0.9
+
+    class Old(rf.Certificate):
+        def as_dict(self):
+            return old
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1), 3.0, Old(**{f.name: getattr(CERTIFICATE, f.name) for f in FIELDS}))
+        checkpoints.wait()
+        certificate = checkpoints.certificate(1)
+        assert certificate["blocks"][0]["target_bound"] == 0.9 and "promised" not in certificate["blocks"][0]
+        checkpoints.save(state(1), 3.0, CERTIFICATE)
 
 
 def test_what_cannot_be_written_says_where(tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from experiments.train import judged
-from resflow_jax.training.likelihood import dequantized_bits_per_dim
+from experiments.runs.train import judged
+from resflow_jax.training.losses import dequantized_bits_per_dim
 from resflow_jax.training.parallel import make_mesh
 from resflow_jax.training.placement import Placement, mesh_of
 from resflow_jax.training.step import Trainer
@@ -28,7 +28,7 @@ IMAGES = np.random.default_rng(0).integers(0, 4, (20, 4, 4, 1))
 ARGUMENTS = {"levels": 4, "estimator": rf.Roulette(), "batch_size": 16, "draws": 2}
 LAYOUTS = {
     "jit": {},
-    "pmap": {"way": "pmap"},
+    "pmap": {"strategy": "pmap"},
     "full": {"parameters": "full", "sizes": (4, 2)},
     "model": {"parameters": "model", "sizes": (2, 4)},
 }

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.training.likelihood import dequantized_bits_per_dim
+from resflow_jax.training.losses import dequantized_bits_per_dim
 from resflow_jax.training.step import Trainer, fit_estimator
 
 TINY = rf.ImageFlowConfig(

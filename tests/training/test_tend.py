@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.training.likelihood import tend
+from resflow_jax.training.losses import tend
 from resflow_jax.training.step import Trainer
 
 CONFIG = rf.VectorFlowConfig(
@@ -115,7 +115,7 @@ def test_training_moves_orders_and_keeps_them_shared(steps):
     flow.tighten()
     certificate = rf.certify(flow)
     for n, block in enumerate(certificate.blocks):
-        assert block.bound <= block.promised
+        assert block.bound <= block.target_bound
         found = flow.scales[0].bijectors[-1].unstacked()[n].bijectors[0].contraction.linears[0].orders()
         assert (block.layers[0].domain, block.layers[0].codomain) in (found, (2.0, 2.0))
         assert 2 not in found
