@@ -12,6 +12,7 @@ The guides are run, which takes some minutes, and their outputs kept in build/si
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ ROOT = HERE.parent
 SITE = ROOT / "build" / "site"
 FOLDERS = (".github", "experiments", "resflow_jax")  # of pages, pictures, guides, and files that pages refer to
 FILES = ("README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
+LINK = re.compile(r"(?<!!)\[([^][]*)\]\((?!\w+:|#)([^()#\s]+)(#[^()\s]*)?\)")  # [text](path#section), no address
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,7 +56,18 @@ def gather(source: Path) -> None:
     for file in FILES:
         shutil.copy2(ROOT / file, source / file)
     shutil.copy2(HERE / "index.md", source / "index.md")
+    for page in source.rglob("*.md"):
+        page.write_text(LINK.sub(lambda link, page=page: _to_page(link, page), page.read_text()))
     reference.write(source / "reference")
+
+
+def _to_page(link: re.Match, page: Path) -> str:
+    """A link to a folder goes to its README, or becomes plain text where it has none: the site has no folders."""
+    text, path, section = link.groups()
+    folder = page.parent / path
+    if not folder.is_dir():
+        return link[0]
+    return f"[{text}]({path.rstrip('/')}/README.md{section or ''})" if (folder / "README.md").exists() else text
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ include_patterns = [
 ]
 
 # the guides: scripts in jupytext's percent format, run by Jupyter in a folder that is removed
-nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+nb_custom_formats = {".py": "guides.read"}
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE.parent / "build" / "site" / "cache")
 nb_execution_in_temp = True

@@ -3,7 +3,7 @@
 What docstrings of this library write, and reST would take for markup:
 
   - formulas, as |x| or W_ or [*shape, 3]: *, | and a closing _ are escaped;
-  - indented blocks, formulas, tables and code: they become literal blocks;
+  - indented blocks, formulas, tables and code: they become literal blocks, but for doctests, which reST knows;
   - `names` in single backquotes: names of Python become references, which stay plain where there is no such name;
   - a colon in the text of "Returns:", which napoleon would take for the end of a type;
 
@@ -16,8 +16,6 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
-
-from sphinx.util.inspect import stringify_signature
 
 SECTION = re.compile(r"(Args|Attributes|Example|Examples|Raises|Returns|Yields):$")
 QUOTED = re.compile(r"``.+?``|`[^`\n]+(\n[^`\n]+)?`")  # it may go on in the next line
@@ -33,6 +31,8 @@ def signature(app, what, name, obj, options, arguments: str, returns: str) -> tu
     """For the event autodoc-process-signature: that of __init__, where a metaclass hides it, as that of Flax does."""
     if what != "class" or type(obj) is type or "__init__" not in dir(obj):
         return None
+    from sphinx.util.inspect import stringify_signature
+
     parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
     return stringify_signature(inspect.Signature(parameters), unqualified_typehints=True), returns
 
@@ -73,6 +73,12 @@ def _text(lines: list[str], is_list: bool = False) -> list[str]:
     converted, text, rest = [], [], list(lines)
     while rest:
         line = rest[0]
+        if line.lstrip().startswith(">>>"):
+            size = next((n for n, line in enumerate(rest) if not line.strip()), len(rest))
+            converted += [*escaped(text), *rest[:size]]
+            text = []
+            del rest[:size]
+            continue
         after_blank = not text or not text[-1].strip()
         if is_list or not after_blank or not line.startswith(" ") or ITEM.match(line.strip()):
             text.append(line)

@@ -8,19 +8,20 @@ import inspect
 from importlib import import_module
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin
 
-from docutils.nodes import Element
+if TYPE_CHECKING:
+    from docutils.nodes import Element
 
 LIBRARY = "resflow_jax"
 
 
 class Topic(NamedTuple):
-    """One page: its title, a sentence, and names."""
+    """One page: its title, a sentence, and names between spaces."""
 
     title: str
     text: str
-    names: tuple[str, ...]
+    names: str
 
 
 TOPICS = {
@@ -30,7 +31,7 @@ TOPICS = {
         (
             "Flow ResidualFlow ImageFlowConfig VectorFlowConfig ImageTransform VectorTransform Padding BetweenBlocks "
             "Norms DenseTail DenseNetBlocks Scales"
-        ).split(),
+        ),
     ),
     "bijectors": Topic(
         "Bijectors",
@@ -39,7 +40,7 @@ TOPICS = {
             "Bijector Chain Invert MultiScale ResidualBlock ResidualStack ActNorm Affine InvertibleLinear "
             "Normalization MovingBatchNorm MovingCentering Logit Bounded Exp Softplus Squeeze Flatten Reshape "
             "Permutation ChannelPadding Constant"
-        ).split(),
+        ),
     ),
     "contractions": Topic(
         "Contractions",
@@ -47,12 +48,12 @@ TOPICS = {
         (
             "Contraction LipschitzMLP LipschitzCNN DenseNet LipschitzDense LipschitzConv NormState ACTIVATIONS "
             "Activation check_contraction ContractionCheck"
-        ).split(),
+        ),
     ),
     "bases": Topic(
         "Bases",
         "Distributions of z.",
-        ("Base", "StandardNormal", "DiagonalNormal", "MixtureOfNormals"),
+        "Base StandardNormal DiagonalNormal MixtureOfNormals",
     ),
     "estimators": Topic(
         "Estimators",
@@ -60,12 +61,12 @@ TOPICS = {
         (
             "Estimator Exact Truncated Roulette CustomEstimator Diagnostics LengthLaw Defensive Geometric Poisson "
             "Fitted fit_lengths"
-        ).split(),
+        ),
     ),
     "inverse": Topic(
         "The inverse",
         "Solvers of x + g(x) = y, and what they report.",
-        ("Solver", "Anderson", "Broyden", "FixedPoint", "InverseStatus", "InverseError"),
+        "Solver Anderson Broyden FixedPoint InverseStatus InverseError",
     ),
     "certificates": Topic(
         "Certificates and norms",
@@ -74,22 +75,22 @@ TOPICS = {
             "certify Certificate BlockCertificate LayerCertificate spectral_norm_bound induced_norm_bound "
             "gram_iteration_bound spectral_norm power_iteration best_start PowerIteration PowerIterationStatus "
             "ConvMap DenseMap"
-        ).split(),
+        ),
     ),
     "functional": Topic(
         "Pure functions",
         "Residual blocks of any function of parameters and a batch; no module of Flax is needed.",
-        ("residual", "residual_inverse", "batch_axes"),
+        "residual residual_inverse batch_axes",
     ),
     "evaluation": Topic(
         "Evaluation",
         "Likelihoods of data.",
-        ("evaluate_bits_per_dim", "Estimate"),
+        "evaluate_bits_per_dim Estimate",
     ),
     "files": Topic(
         "Files",
         "Flows in files, of this library and of the PyTorch implementation.",
-        ("save", "load", "save_torch_checkpoint", "load_torch_checkpoint"),
+        "save load save_torch_checkpoint load_torch_checkpoint",
     ),
 }
 
@@ -100,14 +101,12 @@ MODULES = {
         (
             "Trainer TrainState Placement make_mesh jit_train_step shard_map_train_step pmap_train_step replicate "
             "unreplicate fit_estimator"
-        ).split(),
+        ),
     ),
-    "interop.distrax": Topic("interop.distrax", "", ("bijector", "FlowBijector", "base")),
-    "interop.numpyro": Topic(
-        "interop.numpyro", "", ("FlowDistribution", "FlowTransform", "flow_module", "base")
-    ),
-    "interop.flowjax": Topic("interop.flowjax", "", ("FlowBijection", "ResidualBijection", "contractive")),
-    "interop.stateless": Topic("interop.stateless", "", ("stateless", "Stateless", "methods_of")),
+    "interop.distrax": Topic("interop.distrax", "", "bijector FlowBijector base"),
+    "interop.numpyro": Topic("interop.numpyro", "", "FlowDistribution FlowTransform flow_module base"),
+    "interop.flowjax": Topic("interop.flowjax", "", "FlowBijection ResidualBijection contractive"),
+    "interop.stateless": Topic("interop.stateless", "", "stateless Stateless methods_of"),
 }
 
 
@@ -124,7 +123,7 @@ def page(module: str, topic: Topic) -> str:
     """A page in reST: a table of the names, then the docstring of each."""
     head = [topic.title, "=" * len(topic.title), "", f".. currentmodule:: {module}", ""]
     head += [topic.text] if topic.text else [f".. automodule:: {module}"]
-    values = {name: getattr(import_module(module), name) for name in topic.names}
+    values = {name: getattr(import_module(module), name) for name in topic.names.split()}
     objects = [name for name, value in values.items() if callable(value) and not _is_union(value)]
     table = ["", ".. autosummary::", "   :nosignatures:", "", *(f"   {name}" for name in objects), ""]
     return "\n".join([*head, *table, *(line for item in values.items() for line in entry(*item))])
@@ -148,7 +147,7 @@ def _is_union(value: Any) -> bool:
     return isinstance(value, UnionType) or get_origin(value) is Union
 
 
-def resolve(app: Any, env: Any, node: Element, contnode: Element) -> Element | None:
+def resolve(app: Any, env: Any, node: "Element", contnode: "Element") -> "Element | None":
     """For the event missing-reference: a name by the module that defines it, or alone, is that of its page."""
     if node.get("refdomain") != "py":
         return None

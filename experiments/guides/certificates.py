@@ -1,17 +1,18 @@
 # %% [markdown]
 # # Certificates and the inverse
 #
-# A residual block is invertible because Lip(g) < 1. This guide proves it for a trained flow, breaks it, repairs it, and
-# shows what the bound is worth for the inverse: an upper bound on its error.
+# A residual block is invertible because Lip(g) < 1. This guide proves it for a trained flow, breaks it, repairs it,
+# and shows what the bound is worth for the inverse: an upper bound on its error.
 
 # %%
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import resflow_jax as rf
 from flax import nnx
 from sklearn.datasets import load_diabetes
+
+import resflow_jax as rf
 
 STEPS = 800
 
@@ -30,8 +31,8 @@ print(history)
 # %% [markdown]
 # ## The certificate
 #
-# Training normalises each kernel by power iteration, which knows norms from below. `certify` bounds them from above, in
-# float64 on the host: layers, blocks, and the whole flow. Three layers of coefficient 0.98 promise 0.98^3 = 0.941.
+# Training normalises each kernel by power iteration, which knows norms from below. `certify` bounds them from above,
+# in float64 on the host: layers, blocks, and the whole flow. Three layers of coefficient 0.98 promise 0.98^3 = 0.941.
 
 # %%
 report = rf.certify(flow)
@@ -41,8 +42,9 @@ print(f"Lip(f) <= {report.lipschitz:.1e}, Lip(f^-1) <= {report.inverse_lipschitz
 # %% [markdown]
 # ## Broken and repaired
 #
-# Kernels that change without `update_norms`, as by a careless step of gradient descent, may leave their bound. Here noise
-# is added to all kernels. `require` names the worst block; `tighten` rescales kernels until every block keeps its promise.
+# Kernels that change without `update_norms`, as by a careless step of gradient descent, may leave their bound. Here
+# noise is added to all kernels. `require` names the worst block; `tighten` rescales kernels until every block keeps
+# its promise.
 
 # %%
 broken = nnx.clone(flow)
@@ -67,8 +69,8 @@ print("after tighten:", repaired_report.is_certified, repaired_report.bounds.rou
 # %% [markdown]
 # ## Solvers
 #
-# The inverse of a block is the fixed point of x = y - g(x). `Anderson`, the default, needs fewer evaluations of g than
-# plain iteration; the status has them for each example and block.
+# The inverse of a block is the fixed point of x = y - g(x). `Anderson`, the default, needs fewer evaluations of g
+# than plain iteration; the status has them for each example and block.
 
 # %%
 z = flow(x)
@@ -83,8 +85,8 @@ for solver in (rf.FixedPoint, rf.Anderson, rf.Broyden):
 # %% [markdown]
 # ## The error of one block
 #
-# A solve that stops at x with the residual r = y - g(x) - x is within |r| / (1 - L) of the solution, for L the certified
-# bound on Lip(g). Here one block is solved loosely, to compare the bound with the true error.
+# A solve that stops at x with the residual r = y - g(x) - x is within |r| / (1 - L) of the solution, for L the
+# certified bound on Lip(g). Here one block is solved loosely, to compare the bound with the true error.
 
 # %%
 block = rf.Flow(rf.ResidualBlock(rf.LipschitzMLP(8, (64, 64), rngs=nnx.Rngs(1))))

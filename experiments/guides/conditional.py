@@ -2,16 +2,17 @@
 # # Conditional inference
 #
 # A conditional flow p(theta | y) learns the posterior of a simulator from simulated pairs (theta, y) alone, for all
-# observations at once. The simulator is an oscillator with damping, whose position is measured twelve times with noise;
-# its posterior can be had on a grid, so the flow can be judged.
+# observations at once. The simulator is an oscillator with damping, whose position is measured twelve times with
+# noise; its posterior can be had on a grid, so the flow can be judged.
 
 # %%
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import resflow_jax as rf
 from flax import nnx
+
+import resflow_jax as rf
 
 STEPS, PAIRS, RANKED = 2000, 20000, 500
 
@@ -41,8 +42,9 @@ theta, y = simulate(jax.random.key(0), PAIRS)
 # %% [markdown]
 # ## A conditional flow in a box
 #
-# `Bounded` takes the box to the plane, so samples stay in it. Each g(theta; y) is a contraction in theta for every y: a
-# free network of y gives each linear layer a shift and a gate of modulus at most 1. The certificate holds for all y.
+# `Bounded` takes the box to the plane, so samples stay in it. Each g(theta; y) is a contraction in theta for every y:
+# a free network of y gives each linear layer a shift and a gate of modulus at most 1. The certificate holds for all
+# y.
 
 
 # %%
@@ -60,8 +62,8 @@ print("certified for every y:", rf.certify(flow).is_certified)
 # %% [markdown]
 # ## Beside the exact posterior
 #
-# On a grid the likelihood of every theta is known. Three new observations, and the mean log-densities over more: their
-# difference is the mean KL divergence from the exact posterior to the flow.
+# On a grid the likelihood of every theta is known. Three new observations, and the mean log-densities over more:
+# their difference is the mean KL divergence from the exact posterior to the flow.
 
 # %%
 sides = [jnp.linspace(low, high, 120) for low, high in zip(LOW, HIGH, strict=True)]
@@ -86,8 +88,9 @@ print(f"log p(theta | y): exact {log_p.mean():.3f}, flow {log_q.mean():.3f} nats
 # %% [markdown]
 # ## Ranks
 #
-# Where the posterior is right, the rank of the true parameter among posterior samples is uniform, whatever the observation
-# (simulation-based calibration, Talts et al. 2018). `sample` takes one condition for all samples or one for each.
+# Where the posterior is right, the rank of the true parameter among posterior samples is uniform, whatever the
+# observation (simulation-based calibration, Talts et al. 2018). `sample` takes one condition for all samples or one
+# for each.
 
 # %%
 each = jnp.broadcast_to(observed, (63, *observed.shape))
@@ -98,7 +101,8 @@ ranks = (draws < true_theta).sum(axis=0)
 figure, axes = plt.subplots(1, 4, figsize=(14, 3.3), layout="constrained")
 for n, axis in enumerate(axes[:3]):
     density = jnp.exp(exact_log_posterior(grid, observed[n]))
-    axis.contour(*sides, density.T, levels=density.max() * np.array([0.05, 0.2, 0.5, 0.8]), colors="black", linewidths=1)
+    levels = density.max() * np.array([0.05, 0.2, 0.5, 0.8])
+    axis.contour(*sides, density.T, levels=levels, colors="black", linewidths=1)
     samples = flow.sample(jax.random.key(3), 1000, condition=observed[n])
     axis.scatter(*samples.T, s=2, alpha=0.4, color="tab:red")
     axis.scatter(*true_theta[n], marker="*", s=120, color="tab:blue", zorder=3)

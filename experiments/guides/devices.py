@@ -2,29 +2,31 @@
 # # Many devices
 #
 # One training step runs on one device or on many, and gives the same numbers to rounding. This guide trains the same
-# flow of 8x8 digits in three ways, on the cores of a CPU that act as devices, and compares the losses. On GPUs and TPUs
-# nothing changes but the first line, which asks for devices of the CPU.
+# flow of 8x8 digits in three ways, on the cores of a CPU that act as devices, and compares the losses. On GPUs and
+# TPUs nothing changes but the first line, which asks for devices of the CPU.
 
 # %%
+import os
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # before JAX is imported; GPUs and TPUs do not mind
+
 import jax
-
-jax.config.update("jax_num_cpu_devices", 4)  # before JAX is used; ignored where there are GPUs or TPUs
-
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import resflow_jax as rf
 from flax import nnx
 from sklearn.datasets import load_digits
+
+import resflow_jax as rf
 
 STEPS, BATCH = 60, 64
 
 # %% [markdown]
 # ## A flow, a loss, a trainer
 #
-# `Trainer` is the static side of training: a loss, an optimiser of optax, the decay of the moving average. A loss takes
-# a flow, a batch, a key, an estimator and the number of steps done, and returns a scalar with the diagnostics of the
-# log-dets. Here a batch is images with values in [0, 1], to which noise was added.
+# `Trainer` is the static side of training: a loss, an optimiser of optax, the decay of the moving average. A loss
+# takes a flow, a batch, a key, an estimator and the number of steps done, and returns a scalar with the diagnostics
+# of the log-dets. Here a batch is images with values in [0, 1], to which noise was added.
 
 # %%
 digits = load_digits().images[..., None]
@@ -46,9 +48,9 @@ trainer = rf.training.Trainer(nnx.graphdef(flow), loss, optax.adam(1e-3), ema_de
 # %% [markdown]
 # ## Where state and batches lie
 #
-# A mesh has the axes "data", along which a batch is divided, and "model", along which kernels may be. `Placement` puts
-# state and batches where the step takes them. Each example draws its noise by its number in the batch, so the noise does
-# not depend on the number of devices.
+# A mesh has the axes "data", along which a batch is divided, and "model", along which kernels may be. `Placement`
+# puts state and batches where the step takes them. Each example draws its noise by its number in the batch, so the
+# noise does not depend on the number of devices.
 
 
 # %%
@@ -74,8 +76,8 @@ runs = {
 # %% [markdown]
 # ## The same numbers
 #
-# The losses agree to rounding in float32. The averaged flow comes back whole, on one device of each process, and can be
-# saved, sampled and certified as any flow.
+# The losses agree to rounding in float32. The averaged flow comes back whole, on one device of each process, and can
+# be saved, sampled and certified as any flow.
 
 # %%
 *_, reference = runs["one device"]
@@ -99,5 +101,5 @@ right.legend()
 figure.savefig("devices.png", dpi=120)
 
 # %% [markdown]
-# On several machines, call `jax.distributed.initialize()` first; `placement.part` and `placement.parts` then say which
-# part of every batch a process reads. `python -m experiments.density --distributed.auto` does all of this.
+# On several machines, call `jax.distributed.initialize()` first; `placement.part` and `placement.parts` then say
+# which part of every batch a process reads. `python -m experiments.density --distributed.auto` does all of this.

@@ -1,25 +1,27 @@
 # %% [markdown]
 # # Images
 #
-# A multi-scale flow learns 8x8 digits of 17 grey levels: bits/dim, samples, reconstructions, and paths between two images.
-# `python -m experiments.density digits` trains a larger flow of the same kind, with checkpoints and a report.
+# A multi-scale flow learns 8x8 digits of 17 grey levels: bits/dim, samples, reconstructions, and paths between two
+# images. `python -m experiments.density digits` trains a larger flow of the same kind, with checkpoints and a report.
 
 # %%
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import resflow_jax as rf
 from flax import nnx
 from sklearn.datasets import load_digits
+
+import resflow_jax as rf
 
 STEPS, LEVELS = 600, 17
 
 # %% [markdown]
 # ## Data
 #
-# Images are integers [N, H, W, C]. A density needs real numbers: with `levels=17`, `rf.fit` adds uniform noise anew at
-# every step and divides by 17, so that x lies in [0, 1]. Bits/dim of these x bound those of the integers from above.
+# Images are integers [N, H, W, C]. A density needs real numbers: with `levels=17`, `rf.fit` adds uniform noise anew
+# at every step and divides by 17, so that x lies in [0, 1]. Bits/dim of these x bound those of the integers from
+# above.
 
 # %%
 digits = np.random.default_rng(0).permutation(load_digits().images.astype(np.uint8)[..., None])
@@ -32,9 +34,7 @@ train, test = digits[:1500], digits[1500:]
 # them, and dense blocks on the flattened image. `certify` says what the blocks are bounded by.
 
 # %%
-config = rf.ImageFlowConfig(
-    shape=(8, 8, 1), blocks=(3, 3), hidden_channels=32, tail=rf.DenseTail(blocks=2, hidden=64)
-)
+config = rf.ImageFlowConfig(shape=(8, 8, 1), blocks=(3, 3), hidden_channels=32, tail=rf.DenseTail(blocks=2, hidden=64))
 flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
 flow, history = rf.fit(flow, train, levels=LEVELS, steps=STEPS, batch_size=64, learning_rate=3e-3, ema=0.99)
 print(history)
@@ -52,15 +52,18 @@ print("largest bound on Lip(g):", rf.certify(flow).bounds.max())
 # %% [markdown]
 # ## Samples, reconstructions, paths
 #
-# Samples are the inverse of draws of z; a lower temperature draws z closer to 0. Reconstructions are f^-1(f(x)), which is
-# x up to the tolerance of the solver. A path between two images is a line between their z, at constant length.
+# Samples are the inverse of draws of z; a lower temperature draws z closer to 0. Reconstructions are f^-1(f(x)),
+# which is x up to the tolerance of the solver. A path between two images is a line between their z, at constant
+# length.
 
 # %%
 samples = flow.sample(jax.random.key(1), 16, temperature=0.8)
 x = (jnp.asarray(test[:16]) + 0.5) / LEVELS
 z = flow(x)
 reconstructions, status = flow.inverse(z, return_status=True)
-print("max |x - f^-1(f(x))|:", jnp.abs(x - reconstructions).max(), "evaluations of g a block:", status.iterations.mean())
+print(
+    "max |x - f^-1(f(x))|:", jnp.abs(x - reconstructions).max(), "evaluations of g a block:", status.iterations.mean()
+)
 
 share = jnp.linspace(0, 1, 16)[:, None]
 line = (1 - share) * z[0] + share * z[1]

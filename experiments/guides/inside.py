@@ -12,19 +12,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
 import optax
-import resflow_jax as rf
 from flax import nnx
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.reparam import TransformReparam
 from sklearn.datasets import make_moons
+
+import resflow_jax as rf
 
 STEPS, WARMUP, SAMPLES = 1500, 300, 1000
 
 # %% [markdown]
 # ## A prior from examples
 #
-# Two half circles in the plane. No formula of this prior is given, only examples of it. The loop is written
-# out here: `rf.fit` does the same with validation and early stopping.
+# Two half circles in the plane. No formula of this prior is given, only examples of it. The loop is written out here:
+# `rf.fit` does the same with validation and early stopping.
 
 # %%
 x = make_moons(4000, noise=0.1, random_state=0)[0].astype(np.float32)
@@ -50,12 +51,12 @@ print(f"-log p: {loss:.3f} nats")
 # %% [markdown]
 # ## NumPyro: a posterior
 #
-# x is drawn from the flow, and the sum of its elements is measured with noise. `FlowDistribution` takes the flow as it
-# is now. In two dimensions the exact log-det costs two products, so `rf.Exact()` is the right estimator; a stochastic
-# one takes a key, which stays the same for the life of the distribution.
+# x is drawn from the flow, and the sum of its elements is measured with noise. `FlowDistribution` takes the flow as
+# it is now. In two dimensions the exact log-det costs two products, so `rf.Exact()` is the right estimator; a
+# stochastic one takes a key, which stays the same for the life of the distribution.
 #
-# With `TransformReparam` NUTS walks on z, where the prior is a standard normal density. It then needs the way from z to x
-# but no log-det, and passes more easily between the two half circles.
+# With `TransformReparam` NUTS walks on z, where the prior is a standard normal density. It then needs the way from z
+# to x but no log-det, and passes more easily between the two half circles.
 
 # %%
 prior = rf.interop.numpyro.FlowDistribution(flow, estimator=rf.Exact())
@@ -85,9 +86,9 @@ print("mean by NUTS", posterior.mean(axis=0), "by weights", weights @ draws)
 # %% [markdown]
 # ## distrax: other units
 #
-# In distrax, forward is the direction of sampling, from z to x. The bijector composes with others: here x is scaled to
-# another unit. The distribution's `log_prob` is differentiable, in parameters too: make the bijector inside of the loss
-# to train through it.
+# In distrax, forward is the direction of sampling, from z to x. The bijector composes with others: here x is scaled
+# to another unit. The distribution's `log_prob` is differentiable, in parameters too: make the bijector inside of the
+# loss to train through it.
 
 # %%
 bijector = rf.interop.distrax.bijector(flow, estimator=rf.Exact())

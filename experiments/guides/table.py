@@ -1,19 +1,20 @@
 # %% [markdown]
 # # Density of a table
 #
-# A flow learns the density of the rows of a table. Here the rows are measurements of cell nuclei; the flow is fitted to
-# benign ones alone, and its log-density then tells malignant ones apart, which it has never seen.
+# A flow learns the density of the rows of a table. Here the rows are measurements of cell nuclei; the flow is fitted
+# to benign ones alone, and its log-density then tells malignant ones apart, which it has never seen.
 
 # %%
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import resflow_jax as rf
 from flax import nnx
 from scipy.stats import multivariate_normal
 from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import roc_auc_score
+
+import resflow_jax as rf
 
 STEPS = 1500
 
@@ -36,8 +37,8 @@ print(f"{len(train)} rows to train on, {len(validation)} to validate, {len(test)
 # ## A flow whose samples are positive
 #
 # `Bounded` takes each column to the reals, here by a logarithm, and samples stay positive. `ActNorm` takes mean and
-# deviation of each column from the first batch, so the units do not matter. Then come residual blocks, which are run as
-# one scan: the program does not grow with their number.
+# deviation of each column from the first batch, so the units do not matter. Then come residual blocks, which are run
+# as one scan: the program does not grow with their number.
 
 
 # %%
@@ -51,8 +52,8 @@ flow = rf.Flow(rf.Chain([positive, rf.ActNorm((6,)), rf.ResidualStack(layer, 6, 
 # %% [markdown]
 # ## Training
 #
-# `rf.fit` maximises the log-likelihood of the training rows by an unbiased estimate, and returns the weights that are best
-# on the validation rows. With few rows this early stop is what keeps the flow from learning them by heart.
+# `rf.fit` maximises the log-likelihood of the training rows by an unbiased estimate, and returns the weights that are
+# best on the validation rows. With few rows this early stop is what keeps the flow from learning them by heart.
 
 # %%
 flow, history = rf.fit(flow, train, validation=validation, steps=STEPS, batch_size=64, learning_rate=2e-3)
@@ -61,8 +62,8 @@ print(history)
 # %% [markdown]
 # ## What it is worth
 #
-# The test log-likelihood, by the exact log-det, beside that of the Gaussian of the same data in logarithms: the density of
-# the values themselves has the factor 1 / x of each column.
+# The test log-likelihood, by the exact log-det, beside that of the Gaussian of the same data in logarithms: the
+# density of the values themselves has the factor 1 / x of each column.
 
 # %%
 log_p = np.asarray(flow.log_prob(test, estimator=rf.Exact()))
