@@ -38,9 +38,9 @@ def signature(app, what, name, obj, options, arguments: str, returns: str) -> tu
 
 
 def convert(lines: list[str]) -> list[str]:
-    """The lines of a docstring as reST with sections of Google's style."""
+    """The lines of a docstring, without its indentation, as reST with sections of Google's style."""
     converted: list[str] = []
-    for header, body in _sections(inspect.cleandoc("\n".join(lines)).splitlines()):
+    for header, body in _sections(lines):
         if header is None:
             converted += _text(body)
         elif header.startswith("Example"):

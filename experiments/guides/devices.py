@@ -99,7 +99,3 @@ right.set(xlabel="step", ylabel="relative difference, 1e-7", title="Difference f
 left.legend()
 right.legend()
 figure.savefig("devices.png", dpi=120)
-
-# %% [markdown]
-# On several machines, call `jax.distributed.initialize()` first; `placement.part` and `placement.parts` then say
-# which part of every batch a process reads. `python -m experiments.density --distributed.auto` does all of this.

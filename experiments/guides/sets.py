@@ -49,15 +49,15 @@ class SetContraction(rf.Contraction):
 
 
 # %% [markdown]
-# ## A word that is wrong
+# ## A check on data
 #
 # `check_contraction` looks for two points that are mapped further apart than they were, and so can refute a constant
 # that is too small; it cannot prove one.
 
 # %%
 g = SetContraction(32, nnx.Rngs(0))
-pairs = jax.random.normal(jax.random.key(0), (256, 6, 2))
-print(rf.check_contraction(lambda _, x: g(x), (), pairs, jax.random.key(1)))
+points = jax.random.normal(jax.random.key(0), (256, 6, 2))
+print(rf.check_contraction(lambda _, x: g(x), (), points, jax.random.key(1)))
 
 # %% [markdown]
 # ## A flow of sets
