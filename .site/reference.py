@@ -33,6 +33,11 @@ TOPICS = {
             "Norms DenseTail DenseNetBlocks Scales"
         ),
     ),
+    "fitting": Topic(
+        "Fitting and evaluation",
+        "A density of given examples in one call, and the likelihood of others.",
+        "fit FitResult FitProgress History FitDivergedError evaluate_bits_per_dim Estimate",
+    ),
     "bijectors": Topic(
         "Bijectors",
         "Invertible layers, and their compositions.",
@@ -82,11 +87,6 @@ TOPICS = {
         "Residual blocks of any function of parameters and a batch; no module of Flax is needed.",
         "residual residual_inverse batch_axes",
     ),
-    "evaluation": Topic(
-        "Evaluation",
-        "Likelihoods of data.",
-        "evaluate_bits_per_dim Estimate",
-    ),
     "files": Topic(
         "Files",
         "Flows in files, of this library and of the PyTorch implementation.",
@@ -102,6 +102,9 @@ MODULES = {
             "Trainer TrainState Placement make_mesh jit_train_step shard_map_train_step pmap_train_step replicate "
             "unreplicate fit_estimator"
         ),
+    ),
+    "plot": Topic(
+        "Pictures", "", "samples density curves image_grid box_around density_on_grid grid_midpoints as_shown"
     ),
     "interop.distrax": Topic("interop.distrax", "", "bijector FlowBijector base"),
     "interop.numpyro": Topic("interop.numpyro", "", "FlowDistribution FlowTransform flow_module base"),
