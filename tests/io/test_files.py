@@ -198,7 +198,7 @@ def test_a_flow_unlike_that_of_the_file(composed_path):
     """The error names what differs."""
     with pytest.raises(ValueError, match=r"contraction.coefficient: expected 0.8, got 0.7$"):
         rf.load(composed_path, like=conditional_flow(nnx.Rngs(0), coefficient=0.7))
-    with pytest.raises(ValueError, match=r"like: expected .* ResidualFlow, of which the metadata have no config$"):
+    with pytest.raises(ValueError, match=r"like: expected .* ResidualFlow, for which the metadata have no config$"):
         rf.load(composed_path, like=make_flow())
     with pytest.raises(ValueError, match=r"like: .*bijector: expected Chain, got ActNorm$"):
         rf.load(composed_path, like=rf.Flow(rf.ActNorm((3,)), BASE))

@@ -18,9 +18,9 @@ from flax import nnx
 from experiments.configs import CONFIGS
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
 from experiments.runs import saved
-from experiments.runs.launch import task_of
 from experiments.runs.saved import saved_config, saved_flow
-from experiments.runs.train import set_up, tightened_flow
+from experiments.runs.setup import set_up, tightened_flow
+from experiments.runs.tasks.of_config import task_of
 from experiments.runs.workdir import claim_workdir
 from experiments.studies.trained import trained_flow, trained_runs
 from resflow_jax import (

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from experiments.configs.base import OptimizerConfig
+from experiments.runs.setup import set_up
 from experiments.runs.tasks.images import ImageTask, load
-from experiments.runs.train import set_up
 from experiments.runs.workdir import claim_workdir
 from experiments.studies import bias
 from experiments.studies.bias import BiasConfig
