@@ -17,10 +17,14 @@ def draw_seeds(probe: str, probes: int, keys: Array, x: Array) -> Array:
     """What the probes of each example of x [B, ...] are made of, [B, ...], drawn with its key of keys [B].
 
     Random bits for signs, so that who needs the same probes again need not draw them again; the keys for other probes.
+    A key that nothing else is drawn with consists of random bits itself: 64 signs cost no program of random numbers.
     """
     if probe != "rademacher":
         return keys
     words = -(-probes * math.prod(x.shape[1:]) // 32)
+    own = jax.random.key_data(keys)
+    if words <= own.shape[-1]:
+        return own[:, :words]
     return jax.vmap(lambda key: jax.random.bits(key, (words,), jnp.uint32))(keys)
 
 
