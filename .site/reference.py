@@ -116,8 +116,8 @@ MODULES = {
 def write(folder: Path) -> None:
     """Writes one page a topic and one a module."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (name, topic) in enumerate(TOPICS.items()):
-        (folder / f"{number:02}_{name}.rst").write_text(page(LIBRARY, topic))
+    for name, topic in TOPICS.items():
+        (folder / f"{name}.rst").write_text(page(LIBRARY, topic))
     for name, topic in MODULES.items():
         (folder / f"{name}.rst").write_text(page(f"{LIBRARY}.{name}", topic))
 
