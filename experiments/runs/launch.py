@@ -1,14 +1,10 @@
 """One run from its config: the devices, the processes, the task, and what is trained."""
 
-from experiments.configs.base import DensityConfig, RunConfig, VectorsConfig
-from experiments.configs.toy import ToyConfig
+from experiments.configs.base import RunConfig
 from experiments.runs import train
 from experiments.runs.devices import cores_for, use_all_cores
 from experiments.runs.processes import all_end_with_one, check_same, join
-from experiments.runs.tasks.images import ImageTask
-from experiments.runs.tasks.task import Task
-from experiments.runs.tasks.toy import ToyTask
-from experiments.runs.tasks.vectors import VectorTask
+from experiments.runs.tasks.of_config import task_of
 from resflow_jax import Estimate
 
 
@@ -30,11 +26,6 @@ def cores_for_run(config: RunConfig) -> int:
         return max(1, config.mesh.data * config.mesh.model // processes)
     shared = max(1, config.batch_size // processes)
     return max(config.mesh.model, cores_for(shared) // config.mesh.model * config.mesh.model)
-
-
-def task_of(config: RunConfig) -> Task:
-    """What a config is to learn, with its data."""
-    return {DensityConfig: ImageTask, VectorsConfig: VectorTask, ToyConfig: ToyTask}[type(config)](config)
 
 
 def run_config(config: RunConfig) -> Estimate:

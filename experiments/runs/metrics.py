@@ -77,7 +77,7 @@ class Metrics:
             raise could_not_write(error, self._directory) from error
 
 
-class Followed:
+class NullMetrics:
     """What the other processes of a run have in the place of `Metrics`: they keep the same lines and write nothing."""
 
     def __init__(self, workdir: Path, *, keep_until: int):
@@ -90,7 +90,7 @@ class Followed:
     def picture(self, step: int, name: str, path: Path) -> None:
         """Nothing: pictures are drawn by the first process."""
 
-    def __enter__(self) -> "Followed":
+    def __enter__(self) -> "NullMetrics":
         return self
 
     def __exit__(self, *exception) -> None:

@@ -20,9 +20,9 @@ from experiments.configs.base import (
     VectorsConfig,
 )
 from experiments.configs.toy import ToyConfig, ToyEvaluationConfig
-from experiments.runs.launch import task_of
+from experiments.runs.setup import set_up, tightened_flow
+from experiments.runs.tasks.of_config import task_of
 from experiments.runs.tasks.task import Task
-from experiments.runs.train import set_up, tightened_flow
 from resflow_jax import (
     Defensive,
     Exact,

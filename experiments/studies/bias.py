@@ -39,8 +39,8 @@ from experiments.runs import pictures
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.loop import falls_due, training_loop
 from experiments.runs.metrics_file import MetricsFile
+from experiments.runs.setup import place_on_devices, set_up
 from experiments.runs.tasks.images import ImageTask, load
-from experiments.runs.train import place_on_devices, set_up
 from experiments.runs.workdir import claim_workdir
 from resflow_jax import (
     Certificate,

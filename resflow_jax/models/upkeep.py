@@ -102,7 +102,7 @@ class FlowUpkeep(Module):
         """Mean norm of the linear layers, differentiable in the learnable orders of these norms alone; a scalar.
 
         Where it is small, kernels are shrunk least (Chen et al. 2019, section 3.3). To be added to the
-        training loss with a small weight, as `training.losses.tend` does. Zero where there are no such layers.
+        training loss with a small weight, as `training.losses` does. Zero where there are no such layers.
         """
         losses = map_linears(self, lambda layer: layer.order_loss())
         return jnp.mean(jnp.concatenate([loss.ravel() for loss in losses])) if losses else jnp.zeros((), self.dtype)

@@ -20,11 +20,13 @@ from experiments.configs import CONFIGS
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig, VectorDataConfig
 from experiments.configs.tiny import tiny as tiny_config
 from experiments.evaluate import EvaluateConfig
-from experiments.runs import launch, pictures, train
-from experiments.runs.launch import run_config, task_of
+from experiments.runs import launch, pictures
+from experiments.runs.launch import run_config
 from experiments.runs.metrics import Metrics
 from experiments.runs.metrics_file import MetricsFile
+from experiments.runs.setup import set_up, tightened_flow
 from experiments.runs.tasks.images import load
+from experiments.runs.tasks.of_config import task_of
 from experiments.runs.tasks.task import Task
 from experiments.runs.workdir import claim_workdir, write_atomically
 from experiments.sample import SampleConfig
@@ -157,7 +159,7 @@ def test_lengths_are_fitted_between_validations(fitted):
     workdir, result = fitted
     assert np.isfinite(result.mean)
     config = dataclasses.replace(TINY, workdir=workdir, fit_lengths=True)
-    _, start = train.set_up(task_of(config))
+    _, start = set_up(task_of(config))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         end = checkpoints.restore(6, start)
     tables = [np.asarray(state.estimator.length.table) for state in (start, end)]
@@ -168,9 +170,9 @@ def test_lengths_are_fitted_between_validations(fitted):
 def test_checkpoints_hold_the_certificate_of_the_tightened_flow(finished):
     """Of the averaged weights: what is restored and tightened is what the checkpoint says, and within its promise."""
     workdir, _ = finished
-    trainer, state = train.set_up(task_of(TINY))
+    trainer, state = set_up(task_of(TINY))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        flow = train.tightened_flow(trainer, checkpoints.restore(6, state))
+        flow = tightened_flow(trainer, checkpoints.restore(6, state))
         stored = checkpoints.certificate(6)
     certificate = certify(flow)
     assert [block["bound"] for block in stored["blocks"]] == pytest.approx(certificate.bounds, rel=1e-6)
@@ -213,7 +215,7 @@ def test_a_run_that_is_asked_to_stop(finished, tmp_path, monkeypatch, capsys, nu
     assert run_config(config) == result
     assert "resuming" in capsys.readouterr().out
     assert [line["step"] for line in read_metrics(tmp_path)][:-1] == [2, 3, 4, 5, 6]
-    state = train.set_up(task_of(TINY))[1]
+    state = set_up(task_of(TINY))[1]
     ends = []
     for directory in (workdir, tmp_path):
         with Checkpoints(directory / "checkpoints") as checkpoints:
@@ -292,7 +294,7 @@ def test_command_line_overrides(monkeypatch):
         "digits --model.tail.blocks 0 --model.norms.orders f12f --model.data.padding.channels 2 "
         "--model.condition-dim 3 --model.between.no-actnorm --estimator.length.p 0.25",
         "celebahq256 --model.tail.blocks 2 --model.scales.no-squeeze-first --model.data.padding.scale 2",
-        "vectors --model.dim 2 --model.norms.learned --model.data.mean 1 2 --model.data.deviation 3 4",
+        "vectors --model.dim 2 --model.norms.learned --model.data.mean 1 2 --model.data.std 3 4",
     ):
         density.main(arguments.split())
     digits, fashion, svhn, tiny, grouped, celebahq, vectors = configs

@@ -9,8 +9,9 @@ import pytest
 
 from experiments.configs import CONFIGS
 from experiments.configs.base import DensityConfig, EvaluationConfig
-from experiments.runs.launch import run_config, task_of
-from experiments.runs.train import set_up, tightened_flow
+from experiments.runs.launch import run_config
+from experiments.runs.setup import set_up, tightened_flow
+from experiments.runs.tasks.of_config import task_of
 from experiments.runs.workdir import claim_workdir
 from resflow_jax import DenseTail, ImageFlowConfig, Roulette, certify
 from resflow_jax.data.batches import Batches

@@ -103,7 +103,7 @@ def test_two_devices_take_the_steps_of_one(one_device, strategy):
     for expected, after in zip(metrics, states[1:], strict=True):
         state, found = placement.step(state, placement.place_batch(IMAGES), jax.random.key(4))
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
-        for a, b in zip(jax.tree.leaves(placement.local(state.params)), jax.tree.leaves(after.params), strict=True):
+        for a, b in zip(jax.tree.leaves(placement.to_host(state.params)), jax.tree.leaves(after.params), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import resource
 import threading
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -60,6 +61,48 @@ def test_keeps_the_latest_and_the_best(tmp_path, estimator):
             assert block["layers"] == [{"norm": 1.2, "coefficient": 0.9, "domain": 2.0, "codomain": np.inf}]
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {"2", "4"}
+
+
+class FormerState(NamedTuple):
+    """A `TrainState` as it was when `non_params` was called `rest`."""
+
+    step: Any
+    params: Any
+    rest: Any
+    opt_state: Any
+    ema: Any
+    estimator: Any
+    term_norms: Any
+
+
+FORMER = {"bijector": {"deviation": jnp.asarray([2.0, 3.0]), "center": jnp.asarray([4.0, 5.0])}}
+PRESENT = {"bijector": {"std": FORMER["bijector"]["deviation"], "center": FORMER["bijector"]["center"]}}
+
+
+@pytest.mark.parametrize(("former", "present"), [(FORMER, PRESENT), ({}, {})], ids=["arrays", "none"])
+def test_states_with_former_names(tmp_path, former, present):
+    """`rest` is `non_params` now, and a `deviation` an `std`; whole or on devices every value is the same."""
+    expected = state(1)._replace(non_params=present)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(FormerState(*state(1)._replace(non_params=former)))
+        checkpoints.wait()
+        like = jax.tree.map(jnp.zeros_like, expected)
+        chex.assert_trees_all_equal(checkpoints.restore(1, like), expected)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, expected)
+        chex.assert_trees_all_equal(checkpoints.restore(1, like, shardings), expected)
+
+
+def test_states_of_another_flow_with_former_names(tmp_path):
+    """What is on one side alone is named, as in the file or as expected; and a shape."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(FormerState(*state(1)._replace(non_params=FORMER)))
+        checkpoints.wait()
+        with pytest.raises(ValueError, match=r"state: .* got others: rest.bijector.center, rest.bijector.shift$"):
+            arrays = {"std": jnp.zeros(2), "shift": jnp.zeros(2)}
+            checkpoints.restore(1, state(0)._replace(non_params={"bijector": arrays}))
+        with pytest.raises(ValueError, match=r"state: expected non_params.bijector.std of shape \(1,\), got \(2,\)"):
+            arrays = {"std": jnp.zeros(1), "center": jnp.zeros(2)}
+            checkpoints.restore(1, state(0)._replace(non_params={"bijector": arrays}))
 
 
 def test_certificates_of_before_target_bounds(tmp_path):

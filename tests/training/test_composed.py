@@ -96,7 +96,7 @@ def test_eight_devices_take_the_steps_of_one(run, strategy):
         state, found = placement.step(state, placement.place_batch(batch_of(update)), KEY)
         if update == 0:
             np.testing.assert_allclose(found["loss"], metrics["loss"], atol=1e-12)
-    chex.assert_trees_all_close(placement.local(placement.on_mesh(state)), end, atol=1e-9)
+    chex.assert_trees_all_close(placement.to_host(placement.to_checkpoint(state)), end, atol=1e-9)
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs the eight CPU devices of conftest.py")

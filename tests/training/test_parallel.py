@@ -14,13 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import resflow_jax as rf
 from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.forms import replicate
 from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
 from resflow_jax.training.parallel import (
     jit_train_step,
     make_mesh,
     part_of_process,
     pmap_train_step,
-    replicate,
     shard_map_train_step,
 )
 from resflow_jax.training.placement import Placement
@@ -100,11 +100,11 @@ def test_the_steps_of_one_device(layout, accumulate):
         chex.assert_trees_all_close(found, metrics[update], rtol=1e-7, atol=1e-9)
     if strategy != "pmap":
         assert placement.step._cache_size() == 1, "the state that a step gives back needs no other program"
-    on_mesh = placement.on_mesh(state)
-    check_shardings(on_mesh, placement)
-    chex.assert_trees_all_close(placement.local(on_mesh), expected, rtol=1e-7, atol=1e-9)
+    saved = placement.to_checkpoint(state)
+    check_shardings(saved, placement)
+    chex.assert_trees_all_close(placement.to_host(saved), expected, rtol=1e-7, atol=1e-9)
     chex.assert_trees_all_equal(start, before)
-    lies = {leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(on_mesh.params) if leaf.ndim == 5}
+    lies = {leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(saved.params) if leaf.ndim == 5}
     assert (
         lies
         == {
@@ -132,7 +132,7 @@ def test_checkpoints_go_from_layout_to_layout(tmp_path):
     trainer, _, end, _ = on_one_device(1)
     eight = Placement(trainer, make_mesh(4, 2), "jit", "full")
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(eight.on_mesh(eight.place(end)), 1.0)
+        checkpoints.save(eight.to_checkpoint(eight.place(end)), 1.0)
         checkpoints.wait()
         for other in (
             Placement(trainer, make_mesh(2, 2, jax.devices()[:4]), "jit", "model"),
@@ -140,7 +140,7 @@ def test_checkpoints_go_from_layout_to_layout(tmp_path):
         ):
             restored = checkpoints.restore(int(end.step), end, other.shardings(end))
             check_shardings(restored, other)
-            chex.assert_trees_all_equal(other.local(other.on_mesh(other.place(restored))), end)
+            chex.assert_trees_all_equal(other.to_host(other.to_checkpoint(other.place(restored))), end)
         chex.assert_trees_all_equal(checkpoints.restore(int(end.step), end), end)
 
 
@@ -182,7 +182,7 @@ def test_exact_log_dets_divided_by_the_compiler():
     expected, metrics = jax.jit(trainer.step)(start, x, KEY)
     placement = Placement(trainer, make_mesh())
     state, found = placement.step(placement.place(start), placement.place_batch(x), KEY)
-    chex.assert_trees_all_close((placement.local(state), found), (expected, metrics), rtol=1e-9, atol=1e-12)
+    chex.assert_trees_all_close((placement.to_host(state), found), (expected, metrics), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -107,7 +107,7 @@ def args_from_config(config: FlowConfig) -> argparse.Namespace:
     options = _image_options(config) if image else _toy_options(config)
     args = argparse.Namespace(**(_IMAGE_DEFAULTS if image else _TOY_DEFAULTS) | options)
     classifier = {"logit_layer.weight": np.zeros((config.classes if image else 0, 0))}
-    constants = {"mean": config.data.mean or (), "std": config.data.deviation or ()}
+    constants = {"mean": config.data.mean or (), "std": config.data.std or ()}
     size = config.shape[-1] if image else 0
     tensors = {f"{NORMALIZATION}.{part}": np.asarray(values[:size]) for part, values in constants.items()}
     built = _image_config(args, classifier | tensors) if image else _vector_config(args)
@@ -405,17 +405,17 @@ def _check_closed_forms(vnorms: str, norms: tuple[float, ...] | None, kernels: t
 
 
 def _data_constants(tensors: Tensors, channels: int, normalizes: bool) -> dict[str, Any]:
-    """Mean and deviation of the data's channels. After a squeeze the script normalises the first few alone."""
+    """Mean and std of the data's channels. After a squeeze the script normalises the first few alone."""
     if not normalizes:
         return {}
-    mean, deviation = (tensors.get(f"{NORMALIZATION}.{name}", np.zeros(0)) for name in ("mean", "std"))
+    mean, std = (tensors.get(f"{NORMALIZATION}.{name}", np.zeros(0)) for name in ("mean", "std"))
     _shape(tensors, f"{NORMALIZATION}.mean"), _shape(tensors, f"{NORMALIZATION}.std")
-    if mean.ndim != 1 or mean.shape != deviation.shape or mean.size > channels:
+    if mean.ndim != 1 or mean.shape != std.shape or mean.size > channels:
         raise ValueError(f"{NORMALIZATION}.mean: expected one number a channel, as in std, got shape {mean.shape}")
     others = channels - mean.size
     return {
         "mean": (*map(float, mean), *[0.0] * others),
-        "deviation": (*map(float, deviation), *[1.0] * others),
+        "std": (*map(float, std), *[1.0] * others),
     }
 
 

@@ -123,7 +123,7 @@ class Same:
 class ActNormPart:
     """The weight or the bias of y = (x + bias) exp(weight): the log_scale of an `ActNorm`, and minus its center.
 
-    A file is read with a deviation of 1 and a shift of 0. Where a flow has others, they are part of what is written.
+    A file is read with a std of 1 and a shift of 0. Where a flow has others, they are part of what is written.
     """
 
     layer: ActNorm
@@ -135,7 +135,7 @@ class ActNormPart:
         layer = self.layer
         tensor = tensor if self.order is None else tensor[self.order]
         if self.part == "weight":
-            new = (layer.log_scale, tensor), (layer.deviation, np.ones_like(tensor))
+            new = (layer.log_scale, tensor), (layer.std, np.ones_like(tensor))
         else:
             new = (layer.center, -tensor), (layer.shift, np.zeros_like(tensor))
         for variable, values in new:
@@ -144,13 +144,13 @@ class ActNormPart:
 
     def take(self, canvas: Canvas) -> np.ndarray:
         layer = self.layer
-        variables = layer.center, layer.deviation, layer.log_scale, layer.shift
+        variables = layer.center, layer.std, layer.log_scale, layer.shift
         parts = [_row(canvas[variable], self.row) for variable in variables]
-        center, deviation, log_scale, shift = (np.asarray(part, np.float64).ravel() for part in parts)
+        center, std, log_scale, shift = (np.asarray(part, np.float64).ravel() for part in parts)
         if self.part == "weight":
-            tensor = log_scale - np.log(deviation)
+            tensor = log_scale - np.log(std)
         else:
-            tensor = np.where(shift == 0, -center, shift * np.exp(-log_scale) * deviation - center)
+            tensor = np.where(shift == 0, -center, shift * np.exp(-log_scale) * std - center)
         tensor = tensor.astype(parts[0].dtype)
         return tensor if self.order is None else tensor[np.argsort(self.order)]
 
@@ -390,7 +390,7 @@ def _normalization(layer: Normalization, config: ImageFlowConfig, name: str) -> 
     found = []
     for part, variable, values, other in (
         ("mean", layer.mean, config.data.mean, 0.0),
-        ("std", layer.deviation, config.data.deviation, 1.0),
+        ("std", layer.std, config.data.std, 1.0),
     ):
         values = (*values, *[other] * (variable.shape[0] - len(values)))
         size = config.shape[-1]

@@ -15,9 +15,9 @@ import pytest
 
 from experiments.configs import CONFIGS
 from experiments.configs.base import DistributedConfig, EvaluationConfig, MeshConfig, OptimizerConfig
-from experiments.runs import train
+from experiments.runs import setup, train
 from experiments.runs.launch import cores_for_run, run_config
-from experiments.runs.metrics import Followed
+from experiments.runs.metrics import NullMetrics
 from experiments.runs.metrics_file import MetricsFile
 from resflow_jax import DenseTail, ImageFlowConfig, Roulette
 from resflow_jax.training.checkpoints import Checkpoints
@@ -68,7 +68,7 @@ def on_one_device(tmp_path_factory):
     """The run that all others are compared with: its result and the lines of metrics.jsonl."""
     config = dataclasses.replace(CONFIG, workdir=tmp_path_factory.mktemp("one"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
+        patch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
         return run_config(config), read_metrics(config.workdir)
 
 
@@ -200,12 +200,12 @@ def test_what_other_processes_keep(tmp_path):
     """The lines of the first, which it decides by, and no file."""
     line = {"step": 1, "split": "train", "loss": float("nan"), "norms": [1.0, float("inf")]}
     first = MetricsFile(tmp_path / "metrics.jsonl", keep_until=0)
-    with Followed(tmp_path, keep_until=0) as other:
+    with NullMetrics(tmp_path, keep_until=0) as other:
         for one in (first, other):
             one.write(**line)
         other.picture(1, "none", tmp_path / "none.png")
     assert other.lines == first.lines
-    assert Followed(tmp_path, keep_until=1).lines == first.lines and Followed(tmp_path, keep_until=0).lines == []
+    assert NullMetrics(tmp_path, keep_until=1).lines == first.lines and NullMetrics(tmp_path, keep_until=0).lines == []
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

@@ -18,9 +18,9 @@ from flax import nnx
 from experiments.configs import CONFIGS
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
 from experiments.runs import saved
-from experiments.runs.launch import task_of
 from experiments.runs.saved import saved_config, saved_flow
-from experiments.runs.train import set_up, tightened_flow
+from experiments.runs.setup import set_up, tightened_flow
+from experiments.runs.tasks.of_config import task_of
 from experiments.runs.workdir import claim_workdir
 from experiments.studies.trained import trained_flow, trained_runs
 from resflow_jax import (
@@ -51,7 +51,7 @@ UNUSUAL = replace(
     model=ImageFlowConfig(
         (8, 8, 3),
         blocks=(1, 2),
-        data=ImageTransform(logit_alpha=None, mean=(0.5, 0, 0.25), deviation=(1, 1, 0.5)),
+        data=ImageTransform(logit_alpha=None, mean=(0.5, 0, 0.25), std=(1, 1, 0.5)),
         norms=Norms("f12f"),
     ),
     estimator=Truncated(7, probe="gaussian", probes=2),

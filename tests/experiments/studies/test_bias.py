@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from experiments.configs.base import OptimizerConfig
+from experiments.runs.setup import set_up
 from experiments.runs.tasks.images import ImageTask, load
-from experiments.runs.train import set_up
 from experiments.runs.workdir import claim_workdir
 from experiments.studies import bias
 from experiments.studies.bias import BiasConfig
@@ -114,10 +114,10 @@ def test_the_gap_is_that_of_the_estimator(data):
 def test_measuring_leaves_the_state_alone(data):
     """The flow measured has norms of its own."""
     trainer, state = set_up(ImageTask(TINY.training(TINY.roulette)))
-    before = jax.device_get(jax.tree.leaves(state.rest))
+    before = jax.device_get(jax.tree.leaves(state.non_params))
     flow = trainer.current_flow(state)
     assert isinstance(flow, nnx.Module)
-    for a, b in zip(before, jax.tree.leaves(state.rest), strict=True):
+    for a, b in zip(before, jax.tree.leaves(state.non_params), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

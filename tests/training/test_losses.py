@@ -1,4 +1,4 @@
-"""What training owes a flow beside its loss: learned orders of norms, and running statistics."""
+"""Training losses: the gradient of learned orders of norms, and running statistics."""
 
 import chex
 import jax
@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.training.losses import tend
+from resflow_jax.training.losses import negative_log_likelihood, update_running_statistics, with_order_gradient
 from resflow_jax.training.step import Trainer
 
 CONFIG = rf.VectorFlowConfig(
@@ -29,7 +29,8 @@ def plain_loss(flow, x):
 
 def loss(flow, x, key, estimator, step):
     log_prob, diagnostics = flow.log_prob(x, estimator=estimator, return_diagnostics=True)
-    return tend(flow, x, -jnp.mean(log_prob)), diagnostics
+    update_running_statistics(flow, x)
+    return with_order_gradient(-jnp.mean(log_prob), flow), diagnostics
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +69,28 @@ def steps(flow):
 
 
 def test_gradient_of_learned_orders(flow):
-    """Zero from the likelihood; with `tend` that of 0.01 order_loss. Value and other gradients are untouched."""
-    graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
+    """Zero from the likelihood; else that of the weighted order loss. Value and other gradients are untouched."""
+    graphdef, params, non_params = nnx.split(flow, nnx.Param, ...)
 
     def of(function):
-        return lambda params: function(nnx.merge(graphdef, params, rest, copy=True))
+        return lambda params: function(nnx.merge(graphdef, params, non_params, copy=True))
+
+    weighted_loss = negative_log_likelihood(order_weight=0.5)
 
     @jax.jit
     def gradients(params):
         plain = jax.value_and_grad(of(lambda flow: plain_loss(flow, X)))(params)
-        tended = jax.value_and_grad(of(lambda flow: tend(flow, X, plain_loss(flow, X))))(params)
-        return plain, tended, jax.value_and_grad(of(lambda flow: flow.order_loss()))(params)
+        tended = jax.value_and_grad(of(lambda flow: with_order_gradient(plain_loss(flow, X), flow)))(params)
+        weighted = jax.grad(of(lambda flow: weighted_loss(flow, X, jax.random.key(0), rf.Exact(), 0)[0]))(params)
+        return plain, tended, weighted, jax.value_and_grad(of(lambda flow: flow.order_loss()))(params)
 
-    (plain, plain_gradient), (tended, gradient), (order_loss, order_gradient) = gradients(params)
+    (plain, plain_gradient), (tended, gradient), weighted, (order_loss, order_gradient) = gradients(params)
     np.testing.assert_allclose(tended, plain, rtol=1e-14)
     assert len(orders(params)) == 2, "one a gap between layers, the last that of the first"
-    for a, b, c in zip(*map(orders, (plain_gradient, gradient, order_gradient)), strict=True):
+    for a, b, c, d in zip(*map(orders, (plain_gradient, gradient, order_gradient, weighted)), strict=True):
         assert not a.any() and b.all()
         np.testing.assert_allclose(b, 0.01 * c, rtol=1e-10)
+        np.testing.assert_allclose(d, 0.5 * c, rtol=1e-10)
     for (path, a), b, c in zip(
         jax.tree_util.tree_leaves_with_path(plain_gradient),
         jax.tree.leaves(gradient),
@@ -130,7 +135,7 @@ def test_a_step_moves_running_statistics(flow, steps):
     chex.assert_trees_all_equal(nnx.state(expected), nnx.state(flow))
     expected.update_statistics(X)
     old, new = (nnx.state(f, nnx.BatchStat) for f in (flow, expected))
-    found = nnx.filter_state(states[1].rest, nnx.BatchStat)
+    found = nnx.filter_state(states[1].non_params, nnx.BatchStat)
     chex.assert_trees_all_close(found, new, rtol=1e-10)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         assert not np.allclose(a, b)
@@ -159,15 +164,24 @@ def test_each_kind_of_running_statistics_is_moved(running, monkeypatch):
     config = rf.VectorFlowConfig(2, 1, (3,), condition_dim=1, between=rf.BetweenBlocks(**running))
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
     monkeypatch.setattr(rf.Flow, "update_statistics", lambda flow, x, condition: seen.append((x, condition)))
-    value, condition = jnp.asarray(3.0), jnp.ones((len(X), 1))
-    assert tend(flow, X, value, condition) is value
+    condition = jnp.ones((len(X), 1))
+    update_running_statistics(flow, X, condition)
     ((x, given),) = seen
     np.testing.assert_array_equal(x, X)
     assert given is condition
 
 
 def test_flows_with_neither_are_left_alone():
-    """Nothing to tend: the loss is passed through."""
+    """No statistics, no learned orders: the loss is passed through."""
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(rf.VectorFlowConfig(2, 1, (3,)), rngs=nnx.Rngs(0)))
     value = jnp.asarray(3.0)
-    assert tend(flow, X, value) is value
+    before = nnx.state(flow)
+    update_running_statistics(flow, X)
+    assert with_order_gradient(value, flow) is value
+    assert nnx.state(flow) == before
+
+
+def test_a_weight_that_is_not_finite():
+    """It is named."""
+    with pytest.raises(ValueError, match="order_weight: expected a finite number, got nan"):
+        negative_log_likelihood(order_weight=float("nan"))
