@@ -36,7 +36,10 @@ TOPICS = {
     "fitting": Topic(
         "Fitting and evaluation",
         "A density of given examples in one call, and the likelihood of others.",
-        "fit FitResult FitProgress History FitDivergedError evaluate_bits_per_dim Estimate",
+        (
+            "fit FitResult FitProgress History FitDivergedError evaluate_bits_per_dim Estimate anomaly_score Anomaly "
+            "Typicality"
+        ),
     ),
     "bijectors": Topic(
         "Bijectors",
