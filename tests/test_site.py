@@ -60,7 +60,10 @@ def test_pages(tmp_path):
     REFERENCE.write(tmp_path)
     pages = {path.stem: path.read_text() for path in tmp_path.iterdir()}
     assert pages.keys() == REFERENCE.TOPICS.keys() | REFERENCE.MODULES.keys()
-    assert ".. autoclass:: ResidualFlow\n   :members:\n   :show-inheritance:" in pages["flows"]
+    flow = re.search(r"autoclass:: Flow\n   :members:\n   :inherited-members: (.*)\n\n", pages["flows"])[1].split(", ")
+    private = [base.__name__ for base in rf.Flow.__mro__ if "sample" in vars(base) and base is not rf.Flow]
+    assert "Module" in flow and not set(private) & set(flow)
+    assert ":inherited-members: Flow, " in pages["flows"].partition("autoclass:: ResidualFlow")[2]
     assert ".. autofunction:: residual\n" in pages["functional"]
     assert ".. py:data:: Estimator\n\n   Any of :py:obj:`Exact`" in pages["estimators"]
     assert "``lipswish``" in pages["contractions"]
