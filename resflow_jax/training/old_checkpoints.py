@@ -1,8 +1,8 @@
-"""Training states of before compositions, under the names and with the values that they have now.
+"""Reads training states that were written before flows were compositions: their arrays had other names and values.
 
-See `io.upgrades` for both. Parameters, averages and moments of the optimiser carry the names of the flow's arrays and
-are renamed alike. The moments of an ActNorm's bias are taken for those of its shift: their units differ, and Adam
-divides one moment by the root of the other.
+`io.upgrades` says which. Parameters, averages and moments of the optimiser carry the names of the flow's arrays and are
+renamed alike. The moments of an ActNorm's bias become those of its shift. The two differ in units, but Adam divides one
+moment by the root of the other.
 """
 
 from collections.abc import Mapping
@@ -15,27 +15,33 @@ from resflow_jax.io.upgrades import CONSTANTS, is_old, old_names, shift_of
 
 Names = tuple[str, ...]
 
-_PARTS = ("scales", "bijector", "base", "classifier")  # the attributes of a flow that have arrays, then and now
-_FLOW = (("params",), ("rest",))  # where a state has the arrays of the flow itself
+_PARTS = (
+    "scales",
+    "bijector",
+    "base",
+    "classifier",
+)  # attributes of a flow that have arrays, in old and in present states
+_FLOW = (("params",), ("rest",))  # the parts of a state that have the arrays of the flow itself
 _AVERAGE = ("ema", "ema")
 _BLOCK = {"promised": "target_bound"}  # of the certificate of a block
 
 
 def is_old_state(metadata: Any) -> bool:
-    """Whether a state, of which this is a tree of the same names, is of before compositions."""
+    """Whether a saved state is older than compositions; the metadata are a tree with the names of its arrays."""
     return is_old(name for prefix, name in map(_split, _named(metadata)) if prefix in _FLOW)
 
 
 def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
-    """An old state in the structure and the dtypes of `like`, of NumPy's arrays.
+    """Returns an old state with the structure and the dtypes of `like`, of NumPy arrays.
 
     Args:
-      old: nested containers of arrays, by their old names.
-      like: a present state.
-      ema_decay: of the state's average, by which its bias is corrected.
+      old: nested containers of arrays with their old names.
+      like: a present `forms.SavedState`.
+      ema_decay: decay of the state's average, which corrects its bias.
 
     Raises:
-      ValueError: without the decay, and for arrays that are not those of the flow; the message names them.
+      ValueError: if the decay is None, or if an array of the flow is missing or has another shape; the message names
+        it.
     """
     if ema_decay is None:
         raise ValueError("ema_decay: expected that of the run, for a checkpoint of before compositions, got None")
@@ -64,15 +70,16 @@ def _value(
     is_shift = name[-1:] == ("shift",) and before[-1] == "bias"
     if is_shift and (prefix in _FLOW or prefix == _AVERAGE):
         log_scale = np.asarray(arrays[(*prefix, *before[:-1], "log_scale")])
-        share = 1 - ema_decay ** int(arrays[("ema", "count")]) if prefix == _AVERAGE else 1
-        value = share * shift_of(value / share, log_scale / share) if share else value
+        # The average is not bias-corrected: it is the mean of the parameters times this weight.
+        weight = 1 - ema_decay ** int(arrays[("ema", "count")]) if prefix == _AVERAGE else 1
+        value = weight * shift_of(value / weight, log_scale / weight) if weight else value
     if value.shape != leaf.shape:
         raise ValueError(f"state: expected {'.'.join(path)} of shape {leaf.shape}, got {value.shape}")
     return value.astype(leaf.dtype)
 
 
 def _named(tree: Any) -> dict[Names, Any]:
-    """The leaves of a tree by their names, as checkpoints have them, without the "value" of a variable of Flax."""
+    """The leaves of a tree by the names that checkpoints have, without the "value" of a variable of Flax."""
     found = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         names = tuple(str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", "")))) for entry in path)
@@ -81,7 +88,7 @@ def _named(tree: Any) -> dict[Names, Any]:
 
 
 def _split(path: Names) -> tuple[Names, Names]:
-    """Where in a state an array of a flow is, and its name in the flow; an empty name for what is none."""
+    """The part of a state that an array is in, and its name in the flow; the name is empty for other arrays."""
     start = next((n for n, name in enumerate(path) if name in _PARTS), len(path))
     return path[:start], path[start:]
 
