@@ -3,13 +3,26 @@
 from experiments.configs.base import DensityConfig, RunConfig, VectorsConfig
 from experiments.configs.toy import ToyConfig
 from experiments.runs import train
+from experiments.runs.command import Output, say_what_will_be_written
 from experiments.runs.devices import cores_for, use_all_cores
-from experiments.runs.processes import all_end_with_one, check_same, join
+from experiments.runs.processes import all_end_with_one, check_same, is_first, join
 from experiments.runs.tasks.images import ImageTask
 from experiments.runs.tasks.task import Task
 from experiments.runs.tasks.toy import ToyTask
 from experiments.runs.tasks.vectors import VectorTask
 from resflow_jax import Estimate
+
+FILES = (
+    "report.html",
+    "metrics.jsonl",
+    "curves.png",
+    "*.png of samples",
+    "training/",
+    "tensorboard/",
+    "config.json",
+    "certificate.json",
+    "checkpoints/",
+)
 
 
 def launch(config: RunConfig) -> None:
@@ -17,6 +30,8 @@ def launch(config: RunConfig) -> None:
     use_all_cores(cores_for_run(config))
     join(config.distributed)
     with all_end_with_one():
+        if is_first():
+            say_what_will_be_written(Output(config.workdir, FILES))
         run_config(config)
 
 
