@@ -25,15 +25,14 @@ import optax
 import tyro
 from flax import nnx
 
-from experiments.configs import CONFIGS, celebahq64, celebahq256, cifar10, imagenet32, imagenet64, mnist, svhn
+from experiments.configs import celebahq64, celebahq256, cifar10, imagenet32, imagenet64, mnist, svhn
 from experiments.configs.base import OPTIMIZERS, DataConfig, RunConfig
 from experiments.configs.published import OPTIMIZER, published
-from experiments.configs.tiny import tiny as tiny_flow
 from experiments.configs.toy import ToyConfig
 from experiments.runs.command import Command, Output
 from experiments.runs.tables import certificate_rows, print_table
 from experiments.runs.workdir import claim_workdir
-from resflow_jax import ImageFlowConfig, ResidualFlow, Truncated, certify, save_torch_checkpoint
+from resflow_jax import DenseTail, ImageFlowConfig, ResidualFlow, Truncated, certify, save_torch_checkpoint
 from resflow_jax.functional.checks import check_count
 from resflow_jax.interop.torch.checkpoints import flow_of, parts_of
 from resflow_jax.interop.torch.config import data_levels, estimator_from_args
@@ -136,7 +135,8 @@ def run(config: ImportConfig) -> Path:
 
 def write_tiny_checkpoint(path: Path) -> None:
     """A file as of PyTorch with a tiny flow, at its start, for the digits."""
-    model = replace(tiny_flow(CONFIGS["digits"]).model, preactivation="all")
+    sizes = {"blocks": (1,), "hidden_channels": 4, "kernels": (3, 3), "tail": DenseTail(0)}
+    model = ImageFlowConfig((8, 8, 1), preactivation="all", **sizes)
     flow = ResidualFlow(model, rngs=nnx.Rngs(0))
     flow.initialize(jax.random.uniform(jax.random.key(0), (8, *model.shape)))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,11 @@ class VariationalConfig(PlaneConfig):
         check_count("samples", self.samples, 2)
         check_count("cells", self.cells, 1)
 
+    @property
+    def out(self) -> Path:
+        """The directory that is written to."""
+        return self.workdir or Path("runs/variational") / self.target
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -85,11 +90,6 @@ class Divergence:
     log_normalizer: float
     estimated_log_normalizer: float
     sample_efficiency: float
-
-    @property
-    def out(self) -> Path:
-        """The directory that is written to."""
-        return self.workdir or Path("runs/variational") / self.target
 
 
 def tiny(config: VariationalConfig) -> VariationalConfig:

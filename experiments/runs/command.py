@@ -164,17 +164,20 @@ def parse(
     call = make_dataclass("Settings", fields, frozen=True)
     call.__doc__ = ""
     if asked:
-        print(_help(program, text, call, asked[0]), end="")
+        print(_help(program, text, call, asked[0], own=len(fields) - 1), end="")
         sys.exit(0)
     with _columns(help.width()):
         return tyro.cli(call, args=arguments, prog=program, description=text, config=_MARKERS).config
 
 
-def _help(program: str, text: str, call: type, group: str | None) -> str:
+def _help(program: str, text: str, call: type, group: str | None, own: int) -> str:
+    """The text of `--help`; the settings that are no fields of the config, `own` in number, come last."""
     printed = io.StringIO()
     with _columns(help.width()), contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         tyro.cli(call, args=["--help"], prog=program, description="", config=_MARKERS)
     usage, boxes = help.boxes_of(printed.getvalue())
+    main = list(boxes["options"].settings.items())
+    boxes["options"] = boxes["options"]._replace(settings=dict(main[own:] + main[:own]))
     try:
         return help.page(usage.replace("[-h]", "[--help [GROUP]]", 1), text, boxes, group)
     except ValueError as error:

@@ -42,9 +42,8 @@ def page(usage: str, text: str, boxes: Mapping[str, Box], asked: str | None) -> 
     groups = [name for name in boxes if name not in MAIN]
     top = list(dict.fromkeys(name.partition(".")[0] for name in groups))
     if asked not in (None, "all", *groups, *top):
-        raise ValueError(
-            f"--help: expected one of {', '.join(['all', *dict.fromkeys([*top, *groups])])}; got {asked!r}"
-        )
+        names = ", ".join(dict.fromkeys(["all", *top, *groups]))
+        raise ValueError(f"--help: expected one of {names}; got {asked!r}")
     if asked not in (None, "all"):
         return "\n".join(_shown(n, boxes[n]) for n in groups if n == asked or n.startswith(f"{asked}."))
     head = f"{usage}\n\n{text.strip()}\n\n"
@@ -57,9 +56,8 @@ def page(usage: str, text: str, boxes: Mapping[str, Box], asked: str | None) -> 
         number = sum(len(boxes[other].settings) for other in inside)
         what = boxes[name].text.partition("\n")[0] if name in boxes else ""
         lines.append(table_line(name, f"{what} ({number} settings)".strip(), COLUMN))
-    return (
-        head + "\n".join(_shown(name, boxes[name]) for name in MAIN if name in boxes) + "\n" + "\n".join(lines) + "\n"
-    )
+    main = [_shown(name, boxes[name]) for name in MAIN if name in boxes]
+    return head + "\n".join([*main, *lines]) + "\n"
 
 
 def boxes_of(printed: str) -> tuple[str, dict[str, Box]]:
@@ -83,6 +81,9 @@ def boxes_of(printed: str) -> tuple[str, dict[str, Box]]:
             settings[flag] = f"{settings[flag]} {line.strip()}".strip()
         else:
             paragraphs.append(line[2:])
+    for _, settings in boxes.values():
+        for flag, text in settings.items():
+            settings[flag] = text.removesuffix("(default: False)").rstrip()
     return usage, {name: Box("\n".join(text).strip(), settings) for name, (text, settings) in boxes.items()}
 
 
@@ -92,7 +93,8 @@ def _starts_setting(line: str) -> bool:
 
 def _shown(name: str, box: Box) -> str:
     """The lines of a box."""
-    lines = [f"{name}:" if name in MAIN else f"{name}: {box.text}"]
+    first, newline, rest = box.text.partition("\n")
+    lines = [textwrap.fill(f"{name}: {first}", width()) + newline + rest]
     for flag, text in box.settings.items():
         if len(flag) <= COLUMN:
             lines.append(table_line(flag, text, COLUMN))
