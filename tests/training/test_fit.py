@@ -207,6 +207,13 @@ def test_divergence():
     flow, history = caught.value.result
     assert history.ended == "diverged" and history.step.tolist() == [2]
     assert np.isfinite(flow.log_prob(TABLE, estimator=rf.Exact())).all()
+    far = np.full((2, 2), 1e200)
+    message = r"the loss of the validation examples is inf\. error.result has the weights before training"
+    with pytest.raises(rf.FitDivergedError, match=message) as caught:
+        rf.fit(FLOW, TABLE, validation=far, steps=1, **EXACT)
+    flow, history = caught.value.result
+    assert repr(history) == "History(no pause, ended: diverged)"
+    np.testing.assert_allclose(flow.bijector.bijectors[0].center, TABLE.mean(0))  # initialised
 
 
 def test_interruption(capsys, monkeypatch):
