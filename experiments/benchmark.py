@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.competitors import CASES, COMPETITORS
-from experiments.run import number_of_cores, write_atomically
+from experiments.runs.devices import number_of_cores
+from experiments.runs.workdir import write_atomically
+from experiments.studies.competitors import CASES, COMPETITORS
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.training.parallel import WAYS, Way
+from resflow_jax.training.parallel import STRATEGIES, Strategy
 
 TOLERANCES = ("1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
 
@@ -39,7 +40,7 @@ class BenchmarkConfig:
     """What is measured.
 
     Attributes:
-      cases: names in `experiments.competitors.CASES`.
+      cases: names in `experiments.studies.competitors.CASES`.
       competitors: of "resflow_jax", "resflow_jax bfloat16" and "normflows"; the last is what others are compared with.
       rounds: of alternating measurements; every table entry is a median over them.
       steps: training steps a round.
@@ -56,10 +57,10 @@ class BenchmarkConfig:
     compilation: bool = True
     workdir: Path = Path("runs/benchmark")
     profile: Path | None = None
-    parallel: Way = "jit"
+    parallel: Strategy = "jit"
 
     def __post_init__(self):
-        check_choice("parallel", self.parallel, WAYS)
+        check_choice("parallel", self.parallel, STRATEGIES)
         for case in self.cases:
             check_choice("cases", case, tuple(CASES))
         for competitor in self.competitors:
@@ -71,9 +72,9 @@ class BenchmarkConfig:
 class Worker:
     """A competitor in its process."""
 
-    def __init__(self, case: str, competitor: str, cache: Path | None = None, way: Way = "jit"):
+    def __init__(self, case: str, competitor: str, cache: Path | None = None, strategy: Strategy = "jit"):
         environment = os.environ if cache is None else {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-        command = [sys.executable, "-W", "ignore", "-m", "experiments.competitors", case, competitor, way]
+        command = [sys.executable, "-W", "ignore", "-m", "experiments.studies.competitors", case, competitor, strategy]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
@@ -110,7 +111,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Measures, prints and writes; returns what is written."""
     if config.profile is not None:
         for case in config.cases:
-            with Worker(case, "resflow_jax", way=config.parallel) as worker:
+            with Worker(case, "resflow_jax", strategy=config.parallel) as worker:
                 worker("profile", str(config.profile / case))
             print(f"traces of {case} in {config.profile / case}")
         return {}
@@ -140,10 +141,10 @@ def machine() -> str:
 
 
 def measure(
-    case: str, competitors: list[str], rounds: int, steps: int, way: Way = "jit"
+    case: str, competitors: list[str], rounds: int, steps: int, strategy: Strategy = "jit"
 ) -> dict[str, dict[str, float]]:
     """Medians over alternating rounds, by competitor."""
-    workers = {name: Worker(case, name, way=way) for name in competitors}
+    workers = {name: Worker(case, name, strategy=strategy) for name in competitors}
     try:
         found: dict[str, dict[str, list[float]]] = {name: {} for name in competitors}
         tolerances = _tolerances(workers)

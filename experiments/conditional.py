@@ -2,12 +2,13 @@
 
     python -m experiments.conditional [--workdir DIR] [--steps N] [--digits.steps N] [--observations N] ...
 
-For two moons and a Gaussian linear model (`experiments.simulators`) a flow learns q(theta | x) for all x at once, from
-simulated pairs alone. Beside it, for the same time on the clock, trains flowjax's conditional flow, a masked
-autoregressive one of rational-quadratic splines (`experiments.amortised`); without the extra flowjax it is left out.
-Both are compared with the exact posterior: by the mean -log q(theta | x) of new pairs, whose least value is that of
-the posterior itself, and by a classifier two-sample test (C2ST, 0.5 is best) at several observations. On the 8x8
-digits a flow conditioned on the class trains beside one that is not (`experiments.classes`).
+For two moons and a Gaussian linear model (`experiments.studies.conditioning.simulators`) a flow learns q(theta | x) for
+all x at once, from simulated pairs alone. Beside it, for the same time on the clock, trains flowjax's conditional flow,
+a masked autoregressive one of rational-quadratic splines (`experiments.studies.conditioning.amortised`); without the
+extra flowjax it is left out. Both are compared with the exact posterior: by the mean -log q(theta | x) of new pairs,
+whose least value is that of the posterior itself, and by a classifier two-sample test (C2ST, 0.5 is best) at several
+observations. On the 8x8 digits a flow conditioned on the class trains beside one that is not
+(`experiments.studies.conditioning.classes`).
 
 Under the work directory (runs/conditional) it writes two_moons.png and gaussian_linear.png (samples of the truth and of
 the flows at every observation), digits.png (samples, a row a class), metrics.jsonl and config.json; the same command
@@ -30,8 +31,15 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import classes, pictures
-from experiments.amortised import (
+from experiments.configs.base import OptimizerConfig
+from experiments.runs import pictures
+from experiments.runs.devices import use_compilation_cache, use_xla_flags
+from experiments.runs.metrics_file import MetricsFile
+from experiments.runs.plane import ESTIMATORS
+from experiments.runs.tables import print_table
+from experiments.runs.workdir import claim_workdir
+from experiments.studies.conditioning import classes
+from experiments.studies.conditioning.amortised import (
     FlowjaxConfig,
     FlowjaxLearner,
     Learner,
@@ -40,12 +48,9 @@ from experiments.amortised import (
     has_flowjax,
     take_turns,
 )
-from experiments.classes import DigitsConfig
-from experiments.configs.base import OptimizerConfig
-from experiments.plane import ESTIMATORS
-from experiments.posteriors import Fit, circle_of, compare, print_fits
-from experiments.run import MetricsFile, claim_workdir, print_table, use_compilation_cache, use_xla_flags
-from experiments.simulators import GaussianLinear, Simulator, TwoMoons
+from experiments.studies.conditioning.classes import DigitsConfig
+from experiments.studies.conditioning.posteriors import Fit, circle_of, compare, print_fits
+from experiments.studies.conditioning.simulators import GaussianLinear, Simulator, TwoMoons
 from resflow_jax import VectorFlowConfig, certify
 from resflow_jax.functional.checks import check_choice, check_count
 

@@ -33,10 +33,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import tyro
 
-from experiments.images import ImageTask
-from experiments.run import print_table, use_all_cores, use_compilation_cache, use_xla_flags, write_atomically
-from experiments.sample import check_drawing, convergence, decoder, drawn_samples, to_bytes
-from experiments.saved import Weights, saved_flow
+from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
+from experiments.runs.sampling import check_drawing, convergence, decoder, drawn_samples, to_bytes
+from experiments.runs.saved import Weights, saved_flow
+from experiments.runs.tables import print_table
+from experiments.runs.tasks.images import ImageTask
+from experiments.runs.workdir import write_atomically
 from resflow_jax.data.images import Images, ImageSplits, to_unit_interval
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.io.config_json import as_json

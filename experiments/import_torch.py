@@ -27,12 +27,13 @@ from experiments.configs import celebahq64, celebahq256, cifar10, imagenet32, im
 from experiments.configs.base import OPTIMIZERS, DataConfig, RunConfig
 from experiments.configs.published import OPTIMIZER, published
 from experiments.configs.toy import ToyConfig
-from experiments.run import certificate_rows, claim_workdir, print_table
+from experiments.runs.tables import certificate_rows, print_table
+from experiments.runs.workdir import claim_workdir
 from resflow_jax import ImageFlowConfig, ResidualFlow, Truncated, certify
 from resflow_jax.functional.checks import check_count
-from resflow_jax.interop.torch_checkpoints import flow_of, parts_of
-from resflow_jax.interop.torch_config import data_levels, estimator_from_args
-from resflow_jax.interop.torch_files import read_torch_file
+from resflow_jax.interop.torch.checkpoints import flow_of, parts_of
+from resflow_jax.interop.torch.config import data_levels, estimator_from_args
+from resflow_jax.interop.torch.files import read_torch_file
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.step import Trainer, TrainState
@@ -121,7 +122,7 @@ def _with_constants_of(flow: ResidualFlow, other: ResidualFlow) -> ResidualFlow:
     other = nnx.clone(other)
     for (_, theirs), (_, ours) in zip(nnx.iter_modules(other), nnx.iter_modules(flow), strict=True):
         if isinstance(theirs, ActNorm):
-            theirs.set_constants(ours.center[...], ours.deviation[...])
+            theirs.set_constants(ours.center[...], ours.std[...])
     return other
 
 
@@ -168,7 +169,7 @@ def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfi
         accumulate=given.get("update_freq", OPTIMIZER.accumulate),
     )
     if not isinstance(estimator, Truncated):
-        estimator = replace(estimator, krylov=0, probe="gaussian")
+        estimator = replace(estimator, minres_steps=0, probe="gaussian")
     return published(
         data,
         flow.config,

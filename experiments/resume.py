@@ -10,9 +10,9 @@ from pathlib import Path
 
 import tyro
 
-from experiments import density
-from experiments.run import use_xla_flags
-from experiments.saved import saved_config
+from experiments.runs.devices import use_xla_flags
+from experiments.runs.launch import launch
+from experiments.runs.saved import saved_config
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
     parsed = tyro.cli(ResumeConfig, args=arguments, prog="python -m experiments.resume", description=__doc__)
-    density.start(saved_config(parsed.run_dir))
+    launch(saved_config(parsed.run_dir))
 
 
 if __name__ == "__main__":

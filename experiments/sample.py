@@ -21,7 +21,6 @@ interpolation.png. Of a flow of vectors samples.png shows the samples beside dat
 written all the same.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,15 +30,15 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from PIL import Image
-from tqdm import tqdm
 
-from experiments import pictures
-from experiments.images import ImageTask
-from experiments.parts import over_parts
-from experiments.run import devices_for, print_table, use_all_cores, use_compilation_cache, use_xla_flags
-from experiments.saved import SavedFlow, Weights, saved_flow
-from experiments.vectors import VectorTask
-from resflow_jax import ImageFlowConfig, ResidualFlow
+from experiments.runs import pictures
+from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
+from experiments.runs.sampling import Decode, check_drawing, convergence, decoder, drawn_samples
+from experiments.runs.saved import SavedFlow, Weights, saved_flow
+from experiments.runs.tables import print_table
+from experiments.runs.tasks.images import ImageTask
+from experiments.runs.tasks.vectors import VectorTask
+from resflow_jax import ResidualFlow
 from resflow_jax.functional.checks import check_count
 
 Array = jax.Array
@@ -79,14 +78,6 @@ class SampleConfig:
     def __post_init__(self):
         check_count("number", self.number, 1)
         check_drawing(self.temperature, self.seed, self.batch_size)
-
-
-def check_drawing(temperature: float, seed: int, batch_size: int) -> None:
-    """Raises ValueError unless samples can be drawn so."""
-    if not 0 <= temperature < np.inf:
-        raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
-    check_count("seed", seed, 0)
-    check_count("batch_size", batch_size, 1)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -142,55 +133,6 @@ def chosen_images(saved: SavedFlow, indices: tuple[int, int]) -> Array:
     return saved.task.inputs(test[np.array(indices)])
 
 
-Latents = Callable[[Array], Array]  # from numbers [B] to the latents z [B, D] of these numbers
-Decode = Callable[[Latents, int], Iterator[tuple[np.ndarray, np.ndarray]]]
-
-
-def decoder(flow: ResidualFlow, batch_size: int) -> Decode:
-    """A function of latents and how many, N: f^-1(z), images clipped to [0, 1], and whether each converged, in batches.
-
-    All batches have the same size, of which the last is cut to what is missing: the inverse is compiled once.
-    """
-
-    def solve(flow: ResidualFlow, z: Array) -> tuple[Array, Array]:
-        x, status = flow.inverse(z, return_status=True)
-        x = jnp.clip(x, 0, 1) if isinstance(flow.config, ImageFlowConfig) else x
-        return x, status.converged.all(axis=0)
-
-    solve_parts = over_parts(solve, flow)
-
-    def decode(latents: Latents, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for first in tqdm(range(0, number, batch_size), unit="batch", disable=None, leave=False):
-            z = latents(jnp.minimum(first + jnp.arange(batch_size), number - 1))
-            found = jax.device_get(solve_parts(z.reshape(devices_for(batch_size), -1, flow.dim)))
-            x, converged = (leaf[: number - first] for leaf in found)
-            yield x, converged
-
-    return decode
-
-
-def drawn_samples(
-    decode: Decode, saved: SavedFlow, number: int, seed: int, temperature: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Samples, bytes [N, H, W, C] or vectors [N, D], and whether the solve of each converged."""
-    batches = decode(normal_latents(saved.flow, seed, temperature), number)
-    if isinstance(saved.task, ImageTask):
-        batches = ((to_bytes(x, saved.task.splits.levels), converged) for x, converged in batches)
-    samples, converged = map(np.concatenate, zip(*batches, strict=True))
-    return samples, converged
-
-
-def normal_latents(flow: ResidualFlow, seed: int, temperature: float) -> Latents:
-    """Draws of T N(0, I), each with a key of its own."""
-
-    @jax.jit
-    def latents(n: Array) -> Array:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), n)
-        return temperature * jax.vmap(lambda key: jax.random.normal(key, (flow.dim,), flow.dtype))(keys)
-
-    return latents
-
-
 def interpolation(decode: Decode, flow: ResidualFlow, pair: Array) -> tuple[np.ndarray, np.ndarray]:
     """Images from the first of a pair to the second, [FRAMES, H, W, C], and whether each solve converged."""
     start, end = flow(pair)
@@ -210,12 +152,6 @@ def spherical(start: Array, end: Array, t: Array) -> Array:
     sine = jnp.where(is_line, 1, jnp.sin(angle))
     weights = [jnp.where(is_line, s, jnp.sin(s * angle) / sine)[:, None] for s in (1 - t, t)]
     return weights[0] * start[None] + weights[1] * end[None]
-
-
-def to_bytes(images: np.ndarray, levels: int) -> np.ndarray:
-    """Images in [0, 1] quantised to so many levels, these spread evenly over 0..255: uint8."""
-    quantized = np.minimum(np.floor(images * levels), levels - 1)
-    return np.rint(quantized * (255 / (levels - 1))).astype(np.uint8)
 
 
 def write_vectors(workdir: Path, samples: np.ndarray, task: VectorTask, config: SampleConfig) -> None:
@@ -241,15 +177,6 @@ def write_images(workdir: Path, samples: np.ndarray, config: SampleConfig) -> No
         for n, image in enumerate(samples):
             gray = image.shape[-1] == 1
             Image.fromarray(image.squeeze(-1) if gray else image).save(directory / f"{n:05}.png")
-
-
-def convergence(converged: np.ndarray) -> str:
-    """What a closing table says of solves: whether all converged, or how many did not and the first of them."""
-    failed = np.flatnonzero(~converged)
-    if not len(failed):
-        return "all converged"
-    named = ", ".join(f"{n:05}" for n in failed[:10]) + (", ..." if len(failed) > 10 else "")
-    return f"{len(failed)} of {len(converged)} DID NOT CONVERGE: {named}"
 
 
 if __name__ == "__main__":

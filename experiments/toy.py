@@ -9,8 +9,11 @@ import argparse
 import sys
 from dataclasses import replace
 
-from experiments import density
-from experiments.plane import ESTIMATORS
+from experiments.configs import CONFIGS
+from experiments.runs.command import named_config
+from experiments.runs.devices import use_xla_flags
+from experiments.runs.launch import launch
+from experiments.runs.plane import ESTIMATORS
 from resflow_jax.data.toy import TOY_DENSITIES
 
 
@@ -20,8 +23,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", choices=TOY_DENSITIES, default="8gaussians")
     parser.add_argument("--estimator", choices=tuple(ESTIMATORS), default="exact")
     own, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    config = replace(density.CONFIGS[own.data], estimator=ESTIMATORS[own.estimator])
-    density.main([own.data, *rest], {**density.CONFIGS, own.data: config})
+    config = replace(CONFIGS[own.data], estimator=ESTIMATORS[own.estimator])
+    use_xla_flags()
+    configs = {own.data: config}
+    launch(
+        named_config(
+            [own.data, *rest], configs, prog="python -m experiments.toy", description=__doc__, default=own.data
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -26,14 +26,17 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from experiments import pictures
-from experiments.plane import PlaneConfig, train_flow
-from experiments.run import MetricsFile, certificate_rows, claim_workdir, print_table, use_compilation_cache
+from experiments.runs import pictures
+from experiments.runs.devices import use_compilation_cache
+from experiments.runs.metrics_file import MetricsFile
+from experiments.runs.plane import PlaneConfig, train_flow
+from experiments.runs.tables import certificate_rows, print_table
+from experiments.runs.workdir import claim_workdir
 from resflow_jax import Anderson, Diagnostics, Estimator, Exact, ResidualFlow, certify
 from resflow_jax.data.potentials import POTENTIAL_BOX, POTENTIALS, log_density
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.plot import density_on_grid, grid_midpoints
-from resflow_jax.training.likelihood import tend
+from resflow_jax.training.losses import update_running_statistics, with_order_gradient
 
 Array = jax.Array
 
@@ -112,7 +115,8 @@ def train(config: VariationalConfig, metrics: MetricsFile) -> tuple[ResidualFlow
         values = log_prob - weight * log_density(config.target, x)
         # A wrong sample would be a wrong gradient. NaN ends the run.
         values = jnp.where(status.converged.all(axis=0), values, jnp.nan)
-        return tend(flow, x, jnp.mean(values)), diagnostics
+        update_running_statistics(flow, x)
+        return with_order_gradient(jnp.mean(values), flow), diagnostics
 
     def latents_at(step: int) -> np.ndarray:
         shape = config.batch_size, config.model.dim

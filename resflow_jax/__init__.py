@@ -2,16 +2,16 @@
 
 from resflow_jax import interop, plot, training
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
-from resflow_jax.functional.certificate import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
+from resflow_jax.functional.batch_axes import batch_axes
 from resflow_jax.functional.contraction_check import ContractionCheck, check_contraction
+from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.estimators import CustomEstimator, Estimator, Exact, Roulette, Truncated
-from resflow_jax.functional.fitting import fit_lengths
 from resflow_jax.functional.inverse import InverseError, residual_inverse
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.functional.laws import Defensive, Fitted, Geometric, LengthLaw, Poisson
+from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, LengthLaw, Poisson, fit_lengths
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
-from resflow_jax.functional.logdet import Diagnostics, residual
-from resflow_jax.functional.manual_axes import batch_axes
+from resflow_jax.functional.logdet import residual
+from resflow_jax.functional.norm_bounds import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
 from resflow_jax.functional.norms import (
     PowerIteration,
     PowerIterationStatus,
@@ -20,12 +20,12 @@ from resflow_jax.functional.norms import (
     spectral_norm,
 )
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
-from resflow_jax.interop.torch_checkpoints import load_torch_checkpoint, save_torch_checkpoint
+from resflow_jax.interop.torch.checkpoints import load_torch_checkpoint, save_torch_checkpoint
 from resflow_jax.io.files import load, save
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector, Constant
+from resflow_jax.layers.block_certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.bounded import Bounded
-from resflow_jax.layers.certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.composition import Chain, Invert, MultiScale
 from resflow_jax.layers.contraction import Contraction
 from resflow_jax.layers.diagonal_affine import Affine
@@ -54,10 +54,11 @@ from resflow_jax.models.groups import (
     VectorTransform,
 )
 from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.typicality import Anomaly, Typicality, anomaly_score
 from resflow_jax.training.course import FitDivergedError, FitProgress, FitResult
+from resflow_jax.training.evaluation import Estimate, evaluate_bits_per_dim
 from resflow_jax.training.fit import fit
 from resflow_jax.training.history import History
-from resflow_jax.training.likelihood import Estimate, evaluate_bits_per_dim
 
 __version__ = "0.1.0"
 
@@ -67,6 +68,7 @@ __all__ = [
     "Activation",
     "Affine",
     "Anderson",
+    "Anomaly",
     "Base",
     "BetweenBlocks",
     "Bijector",
@@ -137,8 +139,10 @@ __all__ = [
     "Squeeze",
     "StandardNormal",
     "Truncated",
+    "Typicality",
     "VectorFlowConfig",
     "VectorTransform",
+    "anomaly_score",
     "batch_axes",
     "best_start",
     "certify",

@@ -14,8 +14,8 @@ import numpy as np
 from resflow_jax.functional.checks import as_host_array, as_key, check_choice, check_count, check_finite, check_type
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.models.flow import Flow
+from resflow_jax.training.evaluation import vector_log_prob
 from resflow_jax.training.history import History
-from resflow_jax.training.likelihood import vector_log_prob
 
 Array = jax.Array
 Box = tuple[tuple[float, float], tuple[float, float]]

@@ -1,0 +1,41 @@
+"""The settings of every run by name, one file a data set."""
+
+from experiments.configs import (
+    ablations,
+    celebahq64,
+    celebahq256,
+    cifar10,
+    cifar10_densenet,
+    digits,
+    digits_densenet,
+    fashion_mnist,
+    imagenet32,
+    imagenet64,
+    mnist,
+    photographs,
+    svhn,
+    toy,
+    vectors,
+)
+
+_MODULES = (
+    digits,
+    digits_densenet,
+    photographs,
+    mnist,
+    fashion_mnist,
+    cifar10,
+    cifar10_densenet,
+    svhn,
+    imagenet32,
+    imagenet64,
+    celebahq64,
+    celebahq256,
+    vectors,
+)
+SUMMARIES = {module.__name__.rpartition(".")[2]: module.__doc__.splitlines()[0] for module in _MODULES}
+CONFIGS = {name: module.CONFIG for name, module in zip(SUMMARIES, _MODULES, strict=True)}
+CONFIGS["fashion_mnist_small"], SUMMARIES["fashion_mnist_small"] = fashion_mnist.SMALL, SUMMARIES["fashion_mnist"]
+for module in (ablations, toy):
+    CONFIGS |= module.CONFIGS
+    SUMMARIES |= dict.fromkeys(module.CONFIGS, module.__doc__.splitlines()[0])

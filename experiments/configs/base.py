@@ -8,7 +8,7 @@ import optax
 from resflow_jax import Estimator, ImageFlowConfig, Roulette, VectorFlowConfig
 from resflow_jax.data.images import check_bits
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval
-from resflow_jax.training.parallel import PARAMETERS, WAYS, Parameters, Way
+from resflow_jax.training.parallel import PARAMETERS, STRATEGIES, Parameters, Strategy
 
 OPTIMIZERS = ("adam", "adamax", "adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
@@ -254,12 +254,12 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log_every: int = 10
     save_every: int | None = None
-    parallel: Way = "jit"
+    parallel: Strategy = "jit"
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
 
     def __post_init__(self):
-        check_choice("parallel", self.parallel, WAYS)
+        check_choice("parallel", self.parallel, STRATEGIES)
         check_count("steps", self.steps, 1)
         check_count("batch_size", self.batch_size, 1)
         check_count("seed", self.seed, 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.configs.base import DataConfig, DensityConfig, EvaluationConfig, OptimizerConfig
 from resflow_jax import ImageFlowConfig, Poisson, Roulette
 
-ESTIMATOR = Roulette(Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian")
+ESTIMATOR = Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup=1000, schedule="constant", ema_decay=0.999)
 
 

@@ -32,8 +32,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import (
     as_float_array,
@@ -44,8 +46,8 @@ from resflow_jax.functional.checks import (
     check_positive,
 )
 from resflow_jax.functional.linear_maps import LinearMap
-from resflow_jax.functional.manual_axes import vary_over, varying_axes
 from resflow_jax.functional.starts import excludes_larger, mixed_start, unit
+from resflow_jax.functional.texts import fields_text, span, values_of
 from resflow_jax.functional.vector_norms import Order, conjugate, dual_map, is_order, positive, vector_norm
 
 Array = jax.Array
@@ -68,6 +70,18 @@ class PowerIterationStatus(NamedTuple):
     iterations: Array
     residual: Array
     converged: Array
+
+    def __repr__(self) -> str:
+        fields = [values_of(field) for field in self]
+        if any(field is None or not field.size for field in fields):
+            return fields_text(self)
+        iterations, residual, converged = fields
+        is_all = "converged" if converged.all() else "NOT converged"
+        if converged.size > 1:
+            is_all = f"{np.count_nonzero(converged)} of {converged.size} converged"
+        return (
+            f"PowerIterationStatus: {is_all}, iterations {span(iterations)}, residual {span(residual, '{:.1e}'.format)}"
+        )
 
 
 class PowerIteration(NamedTuple):
@@ -121,7 +135,8 @@ def power_iteration(
       residual_tolerance: bound on the residual; by default the square root of `tolerance`.
       max_iterations: cap on the iterations; reaching it shows as `converged` False.
       iterations: if given, exactly this many plain iterations from v are run, with nothing mixed in and without
-        restart. The status only reports, and knows nothing of what v lacks.
+        restart, as with the fixed count of the papers' code. The status only reports, and knows nothing of what v
+        lacks.
       restart: whether the second chain runs. Products are with two vectors at a time then, and a crowded spectrum takes
         some hundred iterations, even from a v that has converged.
       scale: for 2 -> 2, a scalar about as large as the norm of W or as its largest element, to a factor of 1e6. It
@@ -134,6 +149,15 @@ def power_iteration(
     Raises:
       ValueError: if a tolerance is not positive, a count is below one or an order is below one; values of traced
         settings are not checked. If JAX cannot transpose matvec, as where it is not linear.
+
+    Example:
+      >>> w = jnp.diag(jnp.array([3.0, 2.0]))
+      >>> found = rf.power_iteration(lambda v: w @ v, jnp.ones(2), tolerance=1e-6)
+      >>> print(f"{found.sigma:.4f} {found.status.converged}")
+      3.0000 True
+      >>> found = rf.power_iteration(lambda v: w @ v, jnp.ones(2), iterations=2)
+      >>> print(f"{found.sigma:.4f} {found.status.iterations}")
+      2.9320 2
     """
     v = as_float_array("v", v)
     rmatvec = _transposed(matvec, rmatvec, v)

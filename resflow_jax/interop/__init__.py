@@ -7,7 +7,7 @@
 
 Files of a flow are written by `rf.save` and read by `rf.load`. Checkpoints of the authors' PyTorch implementation are
 read by `rf.load_torch_checkpoint` and written by `rf.save_torch_checkpoint`; what only their flows have, as a
-classifier, is in `interop.torch_flow`. In the first three of these libraries the direction is that of sampling: forward
+classifier, is in `interop.torch.flow`. In the first three of these libraries the direction is that of sampling: forward
 maps z to x, where `Flow.forward` maps x to z.
 """
 

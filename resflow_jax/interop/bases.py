@@ -19,8 +19,8 @@ class _Distrax(NamedTuple):
     def log_prob(self, z: Array) -> Array:
         return self.distribution.log_prob(z)
 
-    def sample(self, key: Array, number: int) -> Array:
-        return self.distribution.sample(seed=key, sample_shape=(number,))
+    def sample(self, key: Array, num_samples: int) -> Array:
+        return self.distribution.sample(seed=key, sample_shape=(num_samples,))
 
 
 class _Numpyro(NamedTuple):
@@ -29,8 +29,8 @@ class _Numpyro(NamedTuple):
     def log_prob(self, z: Array) -> Array:
         return self.distribution.log_prob(z)
 
-    def sample(self, key: Array, number: int) -> Array:
-        return self.distribution.sample(key, (number,))
+    def sample(self, key: Array, num_samples: int) -> Array:
+        return self.distribution.sample(key, (num_samples,))
 
 
 def distrax_base(distribution: Any) -> ObjectBase:

@@ -55,7 +55,7 @@ class FlowBijection(AbstractBijection):
 
     Attributes:
       params: `nnx.Param` of the flow.
-      rest: its other variables.
+      non_params: its other variables.
       key, estimator: of the log-det; see the module's head.
       solver: of z -> x. For what does not converge see the module's head.
       max_iterations: cap on the power iterations of an evaluation, which ends earlier where they converge.
@@ -64,7 +64,7 @@ class FlowBijection(AbstractBijection):
     """
 
     params: nnx.State
-    rest: paramax.NonTrainable
+    non_params: paramax.NonTrainable
     key: Array | None
     estimator: paramax.NonTrainable
     graphdef: Any = eqx.field(static=True)
@@ -94,8 +94,8 @@ class FlowBijection(AbstractBijection):
         example = None if flow.condition_shape is None else jnp.zeros(flow.condition_shape)
         SamplingMap.of(flow, key, estimator, solver, example)
         check_count("max_iterations", max_iterations, 1)
-        self.graphdef, self.params, rest = nnx.split(nnx.clone(flow), nnx.Param, ...)
-        self.rest = paramax.NonTrainable(rest)
+        self.graphdef, self.params, non_params = nnx.split(nnx.clone(flow), nnx.Param, ...)
+        self.non_params = paramax.NonTrainable(non_params)
         self.key = key
         self.estimator = paramax.NonTrainable(estimator)
         self.solver = solver
@@ -122,14 +122,14 @@ class FlowBijection(AbstractBijection):
 
     def _sampling(self, condition: Array | None) -> SamplingMap:
         """Of the unwrapped bijection."""
-        rest = advance_norms(self.graphdef, self.params, self.rest, self.max_iterations)
-        flow = nnx.merge(self.graphdef, self.params, rest)
+        non_params = advance_norms(self.graphdef, self.params, self.non_params, self.max_iterations)
+        flow = nnx.merge(self.graphdef, self.params, non_params)
         condition = None if self.cond_shape is None else condition  # flowjax hands one to parts that take none
         return SamplingMap.of(flow, self.key, self.estimator, self.solver, condition)
 
     def to_flow(self) -> Flow:
         """The flow with the present parameters, its norms iterated to convergence."""
-        flow = nnx.merge(self.graphdef, self.params, self.rest.tree, copy=True)
+        flow = nnx.merge(self.graphdef, self.params, self.non_params.tree, copy=True)
         flow.converge_norms()
         return flow
 

@@ -187,14 +187,14 @@ def flow_module(name: str, flow: Flow, *, max_iterations: int = 200, warm_start:
       ValueError: for a max_iterations below one, and for warm_start in an ELBO that loses mutable sites.
     """
     check_count("max_iterations", max_iterations, 1)
-    graphdef, params, rest = nnx.split(nnx.clone(flow), nnx.Param, ...)
+    graphdef, params, non_params = nnx.split(nnx.clone(flow), nnx.Param, ...)
     params = numpyro.param(f"{name}$params", params)
-    holder = {"rest": rest}
+    holder = {"non_params": non_params}
     if warm_start:
         _check_keeps_state(_running_elbo())
         holder = mutable(f"{name}$state", holder)
-    holder["rest"] = advance_norms(graphdef, params, holder["rest"], max_iterations)
-    return nnx.merge(graphdef, params, holder["rest"], copy=True)
+    holder["non_params"] = advance_norms(graphdef, params, holder["non_params"], max_iterations)
+    return nnx.merge(graphdef, params, holder["non_params"], copy=True)
 
 
 def _running_elbo() -> ELBO | None:

@@ -54,8 +54,8 @@ class BaseDistribution(Distribution):
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         shape = *sample_shape, *self.batch_shape
-        number = math.prod(shape)
-        z = self._base().sample(key, number, self._condition_of(shape))
+        num_samples = math.prod(shape)
+        z = self._base().sample(key, num_samples, self._condition_of(shape))
         return z.reshape(*shape, *self.event_shape)
 
     @validate_sample

@@ -22,10 +22,10 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import as_float_batch, check_key
+from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator, with_rows
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.values import ANYWHERE, Domain
 from resflow_jax.layers.conditions import ConditionShape, as_condition
@@ -101,6 +101,14 @@ class Bijector(Module):
         """The shape of one x for events y of this shape: what `output_shape` takes to it."""
         return tuple(shape)
 
+    def part_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """The shapes of the parts that y is made of, each flattened, in order, for events x of this shape.
+
+        Most layers put out one part, of the shape of y. `MultiScale` puts out one part a scale, and `Flatten` one part
+        of the shape that it flattens; in a `Chain` the layers that follow keep these as long as they keep the shape.
+        """
+        return (self.output_shape(shape),)
+
     def initialize(self, x: Array, condition: Array | None = None) -> Array:
         """Sets data-dependent state from a batch, in place, and returns y = f(x)."""
         return self(x, condition)
@@ -159,7 +167,7 @@ class Bijector(Module):
         return self.lipschitz_bounds()
 
     def tighten(self) -> None:
-        """Rescales kernels, in place, until every residual block inside is certified within its promise."""
+        """Rescales kernels, in place, until every residual block inside is certified within its target bound."""
 
     # What a layer is used by
 
@@ -256,8 +264,8 @@ def split_key(key: Array | None, bijectors: Sequence[Bijector]) -> list[Array | 
 
     Few splits make a small program: XLA compiles a dozen kernels for each.
     """
-    number = sum(bijector.takes_noise for bijector in bijectors)
-    keys = iter([key] * number if key is None or number <= 1 else jax.random.split(key, number))
+    count = sum(bijector.takes_noise for bijector in bijectors)
+    keys = iter([key] * count if key is None or count <= 1 else jax.random.split(key, count))
     return [next(keys) if bijector.takes_noise else None for bijector in bijectors]
 
 

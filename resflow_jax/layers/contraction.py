@@ -9,7 +9,7 @@ and each activation acts in the norm of its place.
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +21,12 @@ from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_shape, check_open_interval
 from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.functional.texts import constructor
 from resflow_jax.layers.conditioning import Conditioning, Gate
 from resflow_jax.layers.conditions import ANY, ConditionShape
 from resflow_jax.layers.lipschitz import LipschitzLinear, Order
 from resflow_jax.layers.module import Dict, List, Module
+from resflow_jax.layers.module_texts import Promise
 from resflow_jax.layers.normalization import MovingCentering
 
 Array = jax.Array
@@ -99,8 +101,8 @@ class Contraction(Module):
         features = self.condition_features(condition)
         return self.apply(self.weights(), x) if features is None else self.apply(self.weights(), x, features)
 
-    def move_statistics(self, x: Array, condition: Array | None = None, share: float | None = None) -> None:
-        """Moves running statistics inside towards those of a batch, in place, by their own share or the given one."""
+    def move_statistics(self, x: Array, condition: Array | None = None, rate: float | None = None) -> None:
+        """Moves running statistics inside towards those of a batch, in place, at their own rate or the given one."""
 
     def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float | None:
         """Bound on Lip(g) from bounds on the norms of `linears`, layer i between orders i and i + 1; on the host.
@@ -108,6 +110,10 @@ class Contraction(Module):
         None where g is not made of such layers alone: `lipschitz` is then the user's word.
         """
         return None
+
+    def _repr_promise(self) -> Promise:
+        is_word = type(self).bound is Contraction.bound or not self.linears
+        return Promise(self.lipschitz if self.is_contraction else None, is_word)
 
 
 class TrustedContraction(Contraction):
@@ -254,34 +260,45 @@ class Layered(Contraction):
             x = layer.apply(linear, self.activation.function(params, x), gate)
         return x
 
-    def move_statistics(self, x: Array, condition: Array | None = None, share: float | None = None) -> None:
+    def move_statistics(self, x: Array, condition: Array | None = None, rate: float | None = None) -> None:
         if not self.centers:
             return
         activations = iter(self.weights()[2])
         gates = self.condition_features(condition) or [None] * len(self.linears)
         if self.preactivation:
-            self.pre_center.move(x, share)
+            self.pre_center.move(x, rate)
             x = self.activation.function(next(activations), self.pre_center(x))
         for layer, center, gate in zip(self.linears, self.centers, gates, strict=True):
             x = layer.apply(layer.weights(), x, gate)
-            center.move(x, share)
+            center.move(x, rate)
             x = center(x)
             if layer is not self.linears[-1]:
                 x = self.activation.function(next(activations), x)
+
+    def _repr_text(self, text: Callable[[Any], str]) -> str:
+        kernels = [linear.linear_map.kernel_shape for linear in self.linears]
+        widths = [kernels[-1][-1], *(kernel[-2] for kernel in kernels[1:]), kernels[-1][-1]]
+        sides = ", ".join("x".join(map(str, kernel[:-2])) for kernel in kernels)
+        maps = " -> ".join(map(str, widths)) + (f" by {sides}" if kernels[0][:-2] else "")
+        is_learned = any(isinstance(order, nnx.Param) for order in self.norms)
+        norms = "learned" if is_learned else None if set(self.norms) == {2.0} else text(self.norms)
+        flags = {"preactivation": self.preactivation, "centering": self.centers}
+        flags = {name: "True" if given else None for name, given in flags.items()}
+        return constructor(self, text, linear_maps=maps, norms=norms, **flags)
 
     def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float:
         places = orders[not self.preactivation : -1]
         return math.prod(norms) * math.prod(self.activation.lipschitz_in(p) for p in places)
 
 
-def learnable(activation: Activation, number: int) -> List:
-    """The learnable parameters of so many activations, at their initial values."""
+def learnable(activation: Activation, count: int) -> List:
+    """The learnable parameters of `count` activations, at their initial values."""
     return List(
-        Dict({name: nnx.Param(jnp.asarray(value, float)) for name, value in activation.initial}) for _ in range(number)
+        Dict({name: nnx.Param(jnp.asarray(value, float)) for name, value in activation.initial}) for _ in range(count)
     )
 
 
 def constrained(activation: Activation, params: List, channels: Sequence[int]) -> list[Params]:
-    """What `activation.function` takes for inputs of so many channels each, of what `learnable` made."""
+    """What `learnable` made, broadcast to each input's number of channels: what `activation.function` takes."""
     raw = [{name: by_name[name][...] for name, _ in activation.initial} for by_name in params]
     return [activation.constrain(*pair) for pair in zip(raw, channels, strict=True)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +137,14 @@ class LipschitzLinear(Module):
             self.search_norm()
             self.update_norm(restart=False)  # v is random: it lacks nothing
 
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The leading axes of a stack of such layers, as in `ResidualStack`; () of one layer.
+
+        The map says which shape the kernel of one layer has; all axes before it are those of stacks.
+        """
+        return self.kernel.shape[: self.kernel.ndim - len(self.linear_map.kernel_shape)]
+
     def norm(self) -> Array:
         """sigma of the unnormalised kernel, with the stored vectors where it has no closed form; a scalar."""
         return induced_norm(self.linear_map, self.kernel[...], self.u[...], self.v[...], *self.traced_orders())
@@ -226,18 +234,23 @@ def advance(
     settings: NormSettings,
 ) -> PowerIteration:
     """The `power_iteration` of one kernel from v, with the orders that `split_orders` gave."""
-    matvec, rmatvec = partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel)
-    orders = dict(zip(("domain", "codomain"), _join_orders(fixed, learned), strict=True))
+    matvec, options = _operator(linear_map, fixed, learned, kernel)
     scale = jnp.max(jnp.abs(kernel))
-    return power_iteration(matvec, v, rmatvec=rmatvec, **orders, **settings._asdict(), restart=restart, scale=scale)
+    return power_iteration(matvec, v, **options, **settings._asdict(), restart=restart, scale=scale)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
 def _search(linear_map, fixed, learned, starts, kernel, v) -> PowerIteration:
-    matvec, rmatvec = partial(linear_map.matvec, kernel), partial(linear_map.rmatvec, kernel)
-    orders = dict(zip(("domain", "codomain"), _join_orders(fixed, learned), strict=True))
+    matvec, options = _operator(linear_map, fixed, learned, kernel)
     others = jax.random.normal(jax.random.key(0), (starts - 1, *v.shape), kernel.dtype)
-    return best_start(matvec, jnp.concatenate([v[None], others]), rmatvec=rmatvec, **orders, max_iterations=200)
+    return best_start(matvec, jnp.concatenate([v[None], others]), **options, max_iterations=200)
+
+
+def _operator(linear_map, fixed, learned, kernel) -> tuple[Callable[[Array], Array], dict[str, Any]]:
+    """x -> W x, and what a power iteration of it takes beside: x -> W^T x, and the orders of its norm."""
+    domain, codomain = _join_orders(fixed, learned)
+    options = {"rmatvec": partial(linear_map.rmatvec, kernel), "domain": domain, "codomain": codomain}
+    return partial(linear_map.matvec, kernel), options
 
 
 def split_orders(orders: tuple[float | Array, ...]) -> tuple[tuple[float | None, ...], tuple[Array | None, ...]]:
@@ -256,25 +269,31 @@ def learned_order() -> nnx.Param:
     return nnx.Param(jnp.zeros(()))
 
 
+def linears_inside(module: nnx.Module) -> list[LipschitzLinear]:
+    """Every `LipschitzLinear` inside a module; the layers of a stack as one, of which `stack_shape` tells."""
+    return [layer for _, layer in nnx.iter_modules(module) if isinstance(layer, LipschitzLinear)]
+
+
 def map_linears(module: nnx.Module, function: Callable[[LipschitzLinear], Result]) -> list[Result]:
     """[function(layer)] for every `LipschitzLinear` inside a module; changes in place are kept.
 
-    The layers of a stack come as one, vmapped: their results have a leading axis, of stacks of stacks several.
+    The layers of a stack are mapped together by `jax.vmap`: their results have the leading axes of `stack_shape`.
     """
-    results = []
-    for _, layer in nnx.iter_modules(module):
-        if isinstance(layer, LipschitzLinear):
-            graphdef, state = nnx.split(layer)
+    return [_mapped(function, layer) for layer in linears_inside(module)]
 
-            def apply(state, graphdef=graphdef):
-                layer = nnx.merge(graphdef, state)
-                return function(layer), nnx.state(layer)
 
-            for _ in range(layer.kernel.ndim - len(layer.linear_map.kernel_shape)):
-                apply = jax.vmap(apply)
-            result, state = apply(state)
-            nnx.update(layer, state)
-            results.append(result)
+def _mapped(function: Callable[[LipschitzLinear], Result], layers: LipschitzLinear) -> Result:
+    """The results of one layer, or of every layer of a stack."""
+    graphdef, state = nnx.split(layers)
+
+    def apply(state):
+        layer = nnx.merge(graphdef, state)
+        return function(layer), nnx.state(layer)
+
+    for _ in layers.stack_shape:
+        apply = jax.vmap(apply)
+    results, state = apply(state)
+    nnx.update(layers, state)
     return results
 
 

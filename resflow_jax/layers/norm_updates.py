@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, needs_power_iteration
-from resflow_jax.layers.lipschitz import LipschitzLinear, NormSettings, advance, split_orders
+from resflow_jax.layers.lipschitz import LipschitzLinear, NormSettings, advance, linears_inside, split_orders
 
 
 def update_norms(module: nnx.Module, settings: NormSettings, restart: bool) -> PowerIterationStatus:
@@ -21,11 +21,10 @@ def update_norms(module: nnx.Module, settings: NormSettings, restart: bool) -> P
     Returns the status of the slowest: most iterations, largest residual, whether all converged.
     """
     groups = defaultdict(list)
-    for _, layer in nnx.iter_modules(module):
-        if isinstance(layer, LipschitzLinear):
-            fixed, _ = split_orders(layer.traced_orders())
-            if needs_power_iteration(*(2.0 if order is None else order for order in fixed)):
-                groups[layer.linear_map, fixed].append(layer)
+    for layer in linears_inside(module):
+        fixed, _ = split_orders(layer.traced_orders())
+        if needs_power_iteration(*(2.0 if order is None else order for order in fixed)):
+            groups[layer.linear_map, fixed].append(layer)
     statuses = [_update_alike(*alike, layers, settings, restart) for alike, layers in groups.items()]
     if not statuses:  # every norm has a closed form
         return PowerIterationStatus(jnp.asarray(0), jnp.asarray(0.0), jnp.asarray(True))
@@ -36,7 +35,7 @@ def update_norms(module: nnx.Module, settings: NormSettings, restart: bool) -> P
 def _update_alike(linear_map, fixed, layers: list[LipschitzLinear], settings, restart: bool) -> PowerIterationStatus:
     """The layers may be stacks, of stacks too; their statuses, of every row of them."""
     inputs = [(split_orders(layer.traced_orders())[1], layer.kernel[...], layer.v[...]) for layer in layers]
-    axes = [layer.v.ndim - len(linear_map.input_shape) for layer in layers]
+    axes = [len(layer.stack_shape) for layer in layers]
     rows = [
         jax.tree.map(lambda part, n=n: _with_one_axis(part, n), parts) for parts, n in zip(inputs, axes, strict=True)
     ]
@@ -49,14 +48,14 @@ def _update_alike(linear_map, fixed, layers: list[LipschitzLinear], settings, re
     result = jax.vmap(of_one)(inputs)
     start = 0
     for layer, n in zip(layers, axes, strict=True):
-        row = slice(start, start + math.prod(layer.v.shape[:n])) if n else start
+        row = slice(start, start + math.prod(layer.stack_shape)) if n else start
         layer.u[...], layer.v[...] = result.u[row].reshape(layer.u.shape), result.v[row].reshape(layer.v.shape)
         start = row.stop if n else row + 1
     return result.status
 
 
 def _with_one_axis(part: jax.Array, axes: int) -> jax.Array:
-    """An array that has so many leading axes of stacks with one in their place: the rows."""
+    """An array whose first `axes` axes, those of stacks, are joined to one: the rows."""
     if axes == 1:
         return part
     return part.reshape(-1, *part.shape[axes:]) if axes else part[None]

@@ -2,7 +2,7 @@
 
     MovingBatchNorm   y = (x - mean) / sqrt(variance + epsilon) * exp(log_scale) + bias
     MovingCentering   y = x - mean + bias
-    Normalization     y = (x - mean) / deviation
+    Normalization     y = (x - mean) / std
 
 Mean and variance are constants of every application, so the log-det is that of a scaling and
 the inverse exact; each costs one pass over its input.
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from resflow_jax.functional.batch_axes import moments
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_open_interval, check_positive
-from resflow_jax.functional.manual_axes import moments
 from resflow_jax.layers.bijector import (
     Bijector,
     Constant,
@@ -35,7 +35,7 @@ class MovingBatchNorm(Bijector):
     """y = (x - mean) / sqrt(variance + epsilon) * exp(log_scale) + bias; batch normalisation without a train mode.
 
     Applying the layer never changes mean and variance (`nnx.BatchStat`): `initialize` sets them to a
-    batch's, `update_statistics` moves them towards a batch's by the share `decay`. No gradient flows
+    batch's, `update_statistics` moves them towards a batch's at the rate `decay`. No gradient flows
     into them. Until then the layer is the identity, up to epsilon.
 
     epsilon is in squared units of x, of which the layer so knows one: it suits values around 1, as there are behind an
@@ -75,12 +75,12 @@ class MovingBatchNorm(Bijector):
     def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
         return self._move(x, self.decay)
 
-    def _move(self, x: Array, share: float) -> Array:
-        """Moves by a share towards the statistics of the whole batch, of which x may be a device's part."""
+    def _move(self, x: Array, rate: float) -> Array:
+        """Moves at a rate towards the statistics of the whole batch, of which x may be a device's part."""
         batch, axes = jax.lax.stop_gradient(x), tuple(range(x.ndim - self.mean.ndim))
         mean, variance = moments(batch, axes)
-        self.mean[...] += share * (mean - self.mean[...])
-        self.variance[...] += share * (variance - self.variance[...])
+        self.mean[...] += rate * (mean - self.mean[...])
+        self.variance[...] += rate * (variance - self.variance[...])
         return self(x)
 
     def lipschitz_bounds(self) -> tuple[float, float]:
@@ -94,7 +94,7 @@ class MovingCentering(Bijector):
     The moving batch norm of the authors' code.
 
     Applying the layer never changes the mean (`nnx.BatchStat`), into which no gradient flows: `initialize` sets it
-    to a batch's, `update_statistics` moves it towards a batch's by the share `decay`.
+    to a batch's, `update_statistics` moves it towards a batch's at the rate `decay`.
     """
 
     def __init__(self, shape: tuple[int, ...], decay: float = 0.1):
@@ -109,10 +109,10 @@ class MovingCentering(Bijector):
         """What is added to x."""
         return self.bias[...] - jax.lax.stop_gradient(self.mean[...])
 
-    def move(self, x: Array, share: float | None = None) -> None:
-        """Moves the mean by a share (`decay`) towards that of the whole batch, of which x may be a device's part."""
+    def move(self, x: Array, rate: float | None = None) -> None:
+        """Moves the mean at a rate (`decay`) towards that of the whole batch, of which x may be a device's part."""
         mean, _ = moments(jax.lax.stop_gradient(x), tuple(range(x.ndim - self.mean.ndim)))
-        self.mean[...] += (self.decay if share is None else share) * (mean - self.mean[...])
+        self.mean[...] += (self.decay if rate is None else rate) * (mean - self.mean[...])
 
     def output_shape(self, shape: Shape) -> Shape:
         return ends_in(shape, self.shape)
@@ -136,29 +136,29 @@ class MovingCentering(Bijector):
 
 
 class Normalization(Bijector):
-    """y = (x - mean) / deviation by constants of the data, which no training changes."""
+    """y = (x - mean) / std by constants of the data, which no training changes."""
 
-    def __init__(self, mean: Any, deviation: Any):
+    def __init__(self, mean: Any, std: Any):
         """Both of one shape: (C,) for one a channel of [B, ..., C], an event shape for one a feature."""
-        mean, deviation = np.asarray(mean, float), np.asarray(deviation, float)
+        mean, std = np.asarray(mean, float), np.asarray(std, float)
         if not np.isfinite(mean).all():
             raise ValueError(f"mean: expected finite numbers, got {mean}")
-        if deviation.shape != mean.shape:
-            raise ValueError(f"deviation: expected the shape {mean.shape} of mean, got {deviation.shape}")
-        if not (np.isfinite(deviation) & (deviation > 0)).all():
-            raise ValueError(f"deviation: expected positive finite numbers, got {deviation}")
+        if std.shape != mean.shape:
+            raise ValueError(f"std: expected the shape {mean.shape} of mean, got {std.shape}")
+        if not (np.isfinite(std) & (std > 0)).all():
+            raise ValueError(f"std: expected positive finite numbers, got {std}")
         self.mean = Constant(jnp.asarray(mean))
-        self.deviation = Constant(jnp.asarray(deviation))
+        self.std = Constant(jnp.asarray(std))
 
     def output_shape(self, shape: Shape) -> Shape:
         return ends_in(shape, self.mean.shape)
 
     def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        y = (x - trailing(self.mean[...], x)) / trailing(self.deviation[...], x)
-        return y, scaling_log_det(-jnp.log(self.deviation[...]), x)
+        y = (x - trailing(self.mean[...], x)) / trailing(self.std[...], x)
+        return y, scaling_log_det(-jnp.log(self.std[...]), x)
 
     def invert(self, y: Array, condition: Array | None = None) -> Array:
-        return y * trailing(self.deviation[...], y) + trailing(self.mean[...], y)
+        return y * trailing(self.std[...], y) + trailing(self.mean[...], y)
 
     def lipschitz_bounds(self) -> tuple[float, float]:
-        return scaling_bounds(-np.log(np.asarray(self.deviation[...], np.float64)))
+        return scaling_bounds(-np.log(np.asarray(self.std[...], np.float64)))

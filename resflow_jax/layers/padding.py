@@ -20,9 +20,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from resflow_jax.functional.batch_axes import example_keys
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.manual_axes import example_keys
 from resflow_jax.layers.bijector import Bijector, Forward, Shape
 
 Array = jax.Array

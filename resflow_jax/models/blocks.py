@@ -78,6 +78,7 @@ def layered(
     """Chains of layers; `hidden` are the widths behind the activations, some of which multiply the channels."""
     activation = get_activation(config.activation)
     check_widths(activation, hidden)
+    condition_shape = condition_shape_of(config)
 
     def make(preactivation: bool, rngs: nnx.Rngs) -> Layered:
         if preactivation and features % activation.group:
@@ -86,16 +87,30 @@ def layered(
                 f"of {activation.group}, got {config.preactivation!r}"
             )
         maps = chain_of_maps(linear, features, hidden, kernels, activation, preactivation)
-        orders = norms
-        if config.norms.learned:
-            learned = [learned_order() for _ in range(1 if config.norms.ties == "all" else len(maps))]
-            learned *= len(maps) // len(learned)
-            orders = [*learned, learned_order() if config.norms.ties == "none" else learned[0]]
+        orders = learned_orders(config.norms.ties, len(maps)) if config.norms.learned else norms
         options = {"preactivation": preactivation, "norms": orders, "centering": centering}
-        condition_shape = condition_shape_of(config)
         return Layered(maps, activation, config.coefficient, **options, condition_shape=condition_shape, rngs=rngs)
 
     return make
+
+
+def learned_orders(ties: str, layers: int) -> list[nnx.Param]:
+    """Learnable orders of the norms before, between and after the layers; `Norms.ties` says which are one."""
+    return {"all": _one_order, "closed": _closed_orders, "none": _free_orders}[ties](layers)
+
+
+def _one_order(layers: int) -> list[nnx.Param]:
+    return [learned_order()] * (layers + 1)
+
+
+def _closed_orders(layers: int) -> list[nnx.Param]:
+    """The last is the first: g maps a space into itself."""
+    orders = [learned_order() for _ in range(layers)]
+    return [*orders, orders[0]]
+
+
+def _free_orders(layers: int) -> list[nnx.Param]:
+    return [learned_order() for _ in range(layers + 1)]
 
 
 def densenet(

@@ -33,19 +33,18 @@ def image_bijector(config: ImageFlowConfig, first: list[Bijector], blocks: MakeB
     """The scales of a flow of images, joined to one bijector; `first` are the layers before all blocks."""
     scales = []
     for scale, shape in enumerate(_entrances(config)):
+        layers = list(first) if scale == 0 else []
         made, event = blocks(config, scale, shape, rngs)
-        layers = [*(first if scale == 0 else []), *made]
-        if scale < len(config.blocks) - 1:
-            layers += [] if event == shape else [Reshape(event, shape)]
-            layers.append(Squeeze(shape))
-        elif config.tail.blocks:
-            layers += [Flatten(shape)] if event == shape else []
-            layers += _tail(config, math.prod(shape), rngs)
+        layers += made
+        is_last = scale == len(config.blocks) - 1
+        layers += _tail_after(config, event, rngs) if is_last else _squeeze_after(event, shape)
         scales.append(Chain(layers))
     if config.scales.factor_out and len(scales) > 1:
         return MultiScale(scales, config.shape)
     event = Chain(scales).output_shape(config.shape)
-    return Chain([*scales, Flatten(event)] if len(event) > 1 else scales)
+    if len(event) > 1:
+        scales.append(Flatten(event))
+    return Chain(scales)
 
 
 def feature_shapes(config: ImageFlowConfig) -> list[Shape]:
@@ -72,9 +71,11 @@ def logit(config: ImageFlowConfig) -> list[Bijector]:
 
 
 def normalization(config: FlowConfig, others: int = 0) -> list[Bijector]:
-    """That of the data, which leaves so many channels after its own as they are."""
+    """Data normalisation, if any; the last `others` channels pass through."""
     data = config.data
-    return [] if data.mean is None else [Normalization((*data.mean, *[0] * others), (*data.deviation, *[1] * others))]
+    if data.mean is None:
+        return []
+    return [Normalization((*data.mean, *[0] * others), (*data.std, *[1] * others))]
 
 
 def padding_layers(padding: Padding) -> list[Bijector]:
@@ -96,7 +97,11 @@ def convolutional_blocks(
 ) -> tuple[list[Bijector], Shape]:
     """Those of one scale: convolutions, with an ActNorm per channel, per feature, or both."""
     between = config.between
-    actnorms = [shape[-1:]] * between.actnorm + [shape] * between.feature_actnorm
+    actnorms = []
+    if between.actnorm:
+        actnorms.append(shape[-1:])
+    if between.feature_actnorm:
+        actnorms.append(shape)
     around = Around(config, actnorms, shape[-1], between.invertible_linear)
     return blocks_of_scale(config, scale, _convolutional(config, shape), around, rngs), shape
 
@@ -106,9 +111,11 @@ def blocks_of_scale(
 ) -> list[Bijector]:
     """The residual blocks of one scale, and in the first scale what stands before them."""
     is_first = scale == 0
-    before = [ActNorm(shape) for shape in around.actnorms] if is_first and config.between.first_actnorm else []
-    depth = config.blocks[scale]
-    return [*before, *residual_blocks(config, contraction, around, depth, first=is_first, rngs=rngs)]
+    layers: list[Bijector] = []
+    if is_first and config.between.first_actnorm:
+        layers += [ActNorm(shape) for shape in around.actnorms]
+    layers += residual_blocks(config, contraction, around, config.blocks[scale], first=is_first, rngs=rngs)
+    return layers
 
 
 def fully_connected(
@@ -135,6 +142,21 @@ def _vector_chain(config: VectorFlowConfig, rngs: nnx.Rngs) -> Chain:
     around = Around(config, actnorms, dim, config.between.invertible_linear)
     layers += residual_blocks(config, contraction, around, config.blocks, first=True, rngs=rngs)
     return Chain(layers)
+
+
+def _squeeze_after(event: Shape, shape: Shape) -> list[Bijector]:
+    """From the event that blocks put out to the next scale: of images (H, W, C), which the event may have flattened."""
+    if event == shape:
+        return [Squeeze(shape)]
+    return [Reshape(event, shape), Squeeze(shape)]
+
+
+def _tail_after(config: ImageFlowConfig, event: Shape, rngs: nnx.Rngs) -> list[Bijector]:
+    """The tail, if any, on the event that the last convolutional blocks put out, flattened unless it is already."""
+    if not config.tail.blocks:
+        return []
+    flatten = [Flatten(event)] if len(event) > 1 else []
+    return [*flatten, *_tail(config, math.prod(event), rngs)]
 
 
 def _tail(config: ImageFlowConfig, dim: int, rngs: nnx.Rngs) -> list[Bijector]:

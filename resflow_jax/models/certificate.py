@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.layers.certificate import BlockCertificate
+from resflow_jax.functional.texts import constructor, count, upper
+from resflow_jax.layers.block_certificate import BlockCertificate
 from resflow_jax.models.flow import Flow
+
+_SHOWN = 6  # blocks in the text of a certificate
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,28 @@ class Certificate:
     blocks: tuple[BlockCertificate, ...]
     lipschitz: float
     inverse_lipschitz: float
+
+    def __repr__(self) -> str:
+        try:
+            return "\n".join(self._lines())
+        except Exception:  # something else stands in the place of the numbers, as while a tree is mapped
+            return constructor(self)
+
+    def _lines(self) -> list[str]:
+        """What is shown of it."""
+        number, proved = len(self.blocks), [block.bound for block in self.blocks if block.is_proved]
+        beyond = [str(n) for n, block in enumerate(self.blocks) if not block.bound < 1]
+        verdict = "every block is invertible" if self.is_certified else "NOT certified"
+        lines = [f"Certificate of {count(number, 'residual block')}: {verdict}"]
+        if proved:
+            promised = max(block.promised for block in self.blocks if block.is_proved)
+            bounds = ", ".join(map(upper, proved[:_SHOWN])) + (", ..." if len(proved) > _SHOWN else "")
+            lines.append(f"  Lip(g) <= {upper(max(proved))} (promised {upper(promised)}); of the blocks: {bounds}")
+        if beyond:
+            lines.append(f"  no contraction by the bound: {_some(beyond)}")
+        if self.unproved:
+            lines.append(f"  on the user's word: {_some([*map(str, self.unproved)])}")
+        return [*lines, f"  Lip(f) <= {upper(self.lipschitz)}, Lip(f^-1) <= {upper(self.inverse_lipschitz)}"]
 
     @property
     def bounds(self) -> np.ndarray:
@@ -58,7 +83,7 @@ class Certificate:
             norms = ", ".join(f"{layer.norm:.6f}" for layer in self.blocks[worst].layers)
             raise ValueError(
                 f"flow: expected every block certified with a Lipschitz bound below 1, got {self.bounds[worst]:.6f} "
-                f"for block {worst} (norms of its layers: {norms}); `flow.tighten()` brings them within their promise"
+                f"for block {worst} (norms of its layers: {norms}); `flow.tighten()` brings them to their target bounds"
             )
 
     def error_bounds(self, status: InverseStatus) -> np.ndarray:
@@ -79,11 +104,20 @@ class Certificate:
         return {"is_certified": self.is_certified, **dataclasses.asdict(self)}
 
 
+def _some(names: list[str]) -> str:
+    """The first blocks of these numbers."""
+    return (
+        f"block{'' if len(names) == 1 else 's'} "
+        + ", ".join(names[:_SHOWN])
+        + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    )
+
+
 def certify(flow: Flow) -> Certificate:
     """Upper bounds on the Lipschitz constants of a flow as it stands, in float64 on the host.
 
     Dense layers and 1x1 convolutions by their singular values, other convolutions by the circular
-    convolution that contains them or, where that is small, exactly; see `functional.certificate`. A block
+    convolution that contains them or, where that is small, exactly; see `functional.norm_bounds`. A block
     of mixed norms is bounded in these and in the 2-norm, and the smaller bound counts. The bounds hold
     for the kernels as they are applied, in exact arithmetic.
 

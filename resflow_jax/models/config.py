@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from resflow_jax.functional.activations import ACTIVATIONS
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval, check_type
-from resflow_jax.functional.convolution import MATMUL_DTYPES
 from resflow_jax.functional.orders import parse_norms
+from resflow_jax.functional.primitives.convolution import MATMUL_DTYPES
 from resflow_jax.models.groups import (
     BetweenBlocks,
     DenseNetBlocks,

@@ -1,13 +1,7 @@
 """Training: one pure step, three ways to run it on many devices, and where its state and batches lie."""
 
-from resflow_jax.training.parallel import (
-    jit_train_step,
-    make_mesh,
-    pmap_train_step,
-    replicate,
-    shard_map_train_step,
-    unreplicate,
-)
+from resflow_jax.training.forms import replicate, unreplicate
+from resflow_jax.training.parallel import jit_train_step, make_mesh, pmap_train_step, shard_map_train_step
 from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Trainer, TrainState, fit_estimator
 

@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from resflow_jax.models.certificate import Certificate
-from resflow_jax.training.old_checkpoints import is_old_state, upgraded_state
-from resflow_jax.training.parallel import from_host
+from resflow_jax.training.forms import SavedState, from_host
+from resflow_jax.training.old_checkpoints import is_old_state, upgraded_certificate, upgraded_state
 from resflow_jax.training.step import TrainState
 
 # How tensorstore, by which orbax writes arrays, names what files and their stores refuse: a ValueError whose message
@@ -73,8 +73,8 @@ class Checkpoints:
     ) -> None:
         """Writes the state in the background; call `wait` before reading it.
 
-        The arrays lie on one device or are global, as of `Placement.on_mesh`. Where the state was validated, with the
-        loss, in any unit, and the certificate of its averaged and tightened flow; without a loss it is never the best.
+        The state has the host or the checkpoint form (see `training.placement`). Where it was validated, with the loss,
+        in any unit, and the certificate of its averaged and tightened flow; without a loss it is never the best.
         Steps must rise. Nothing is written, and nothing lost, if the newest checkpoint is of this step and holds the
         same state, loss and certificate already.
 
@@ -85,7 +85,7 @@ class Checkpoints:
         """
         metrics = None if validation_loss is None else {"loss": validation_loss}
         state = jax.tree.map(jnp.copy, state)  # the next step is donated the original while this is written
-        items = {"state": ocp.args.StandardSave(_arrays_only(state))}
+        items = {"state": ocp.args.StandardSave(SavedState.of(state))}
         if certificate is not None:
             items["certificate"] = ocp.args.JsonSave(certificate.as_dict())
         with self._written():
@@ -114,38 +114,39 @@ class Checkpoints:
         Raises:
           ValueError: for a checkpoint of another flow, and without `ema_decay` where it is needed.
         """
-        arrays = _arrays_only(like)
+        saved_like = SavedState.of(like)
         metadata = self._manager.item_metadata(step)
         if metadata is not None and is_old_state(metadata.state):
             return self._restore_old(step, metadata.state, like, shardings, ema_decay)
         if shardings is None:
             # Through the host, so that the arrays are as little tied to a device as fresh ones are:
             # else every compiled function would be compiled once more for them.
-            target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), arrays)
+            target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), saved_like)
         else:
             target = jax.tree.map(
                 lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                arrays,
-                _arrays_only(shardings),
+                saved_like,
+                SavedState.of(shardings),
             )
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         state = self._manager.restore(step, args=items).state
         state = jax.device_put(state) if shardings is None else state
-        return state._replace(estimator=jax.tree.unflatten(jax.tree.structure(like.estimator), state.estimator))
+        return state.as_state(like)
 
     def _restore_old(
         self, step: int, metadata: Any, like: TrainState, shardings: TrainState | None, ema_decay: float | None
     ) -> TrainState:
-        """`restore` of a checkpoint of before compositions, which every process reads whole."""
+        """`restore` of a checkpoint of an earlier version, which every process reads whole."""
         target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), metadata)
         old = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
-        state = upgraded_state(old, _arrays_only(like), ema_decay)
-        state = jax.device_put(state) if shardings is None else jax.tree.map(from_host, state, _arrays_only(shardings))
-        return state._replace(estimator=jax.tree.unflatten(jax.tree.structure(like.estimator), state.estimator))
+        state = upgraded_state(old, SavedState.of(like), ema_decay)
+        state = jax.device_put(state) if shardings is None else jax.tree.map(from_host, state, SavedState.of(shardings))
+        return state.as_state(like)
 
     def certificate(self, step: int) -> dict[str, Any]:
         """What `Certificate.as_dict` gave for the averaged and tightened flow of the state saved at `step`."""
-        return self._manager.restore(step, args=ocp.args.Composite(certificate=ocp.args.JsonRestore())).certificate
+        args = ocp.args.Composite(certificate=ocp.args.JsonRestore())
+        return upgraded_certificate(self._manager.restore(step, args=args).certificate)
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk. Raises OSError as `save`."""
@@ -176,14 +177,14 @@ class Checkpoints:
         def kinds(tree):
             return sorted((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
 
-        step, arrays = int(state.step), _arrays_only(state)
+        step, arrays = int(state.step), SavedState.of(state)
         if kinds(self._manager.item_metadata(step).state) != kinds(arrays):
             return False  # reading would convert
         try:
             kept = self.restore(step, state, jax.tree.map(lambda leaf: leaf.sharding, state))
         except ValueError:  # the arrays have other names
             return False
-        return bool(_are_same(_arrays_only(kept), arrays))
+        return bool(_are_same(SavedState.of(kept), arrays))
 
     def _certificate(self, step: int) -> dict[str, Any] | None:
         items = self._manager.item_metadata(step)
@@ -208,11 +209,6 @@ class Checkpoints:
     def __exit__(self, *exception) -> None:
         with self._written():
             self._manager.close()
-
-
-def _arrays_only(state: TrainState) -> TrainState:
-    """The state with the estimator's arrays alone: its settings belong to the config, not to a checkpoint."""
-    return state._replace(estimator=jax.tree.leaves(state.estimator))
 
 
 @jax.jit

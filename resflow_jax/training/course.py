@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
 from resflow_jax.models.flow import Flow
+from resflow_jax.training.evaluation import image_bits_per_dim, vector_log_prob
 from resflow_jax.training.examples import Examples
 from resflow_jax.training.history import Ending, History
-from resflow_jax.training.likelihood import image_bits_per_dim, vector_log_prob
 
 Array = jax.Array
 

@@ -28,8 +28,8 @@ from resflow_jax.models.flow import Flow
 from resflow_jax.training.course import Course, FitDivergedError, FitProgress, FitResult, Scorer
 from resflow_jax.training.examples import Examples, batches_on_device, divided_examples
 from resflow_jax.training.interrupts import deferred_signals
-from resflow_jax.training.likelihood import dequantized_bits_per_dim, negative_log_likelihood
 from resflow_jax.training.loop import has_stopped_improving, run_steps
+from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
 from resflow_jax.training.parallel import DATA_AXIS, check_divisible
 from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Trainer

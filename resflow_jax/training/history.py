@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from resflow_jax.training.likelihood import bits_per_dim
+from resflow_jax.training.scores import bits_per_dim
 
 Ending = Literal["steps", "patience", "callback", "interrupted", "diverged"]
 

@@ -1,8 +1,10 @@
-"""Training states of before compositions, under the names and with the values that they have now.
+"""Training states of earlier versions, under the names and with the values that they have now.
 
-See `io.upgrades` for both. Parameters, averages and moments of the optimiser carry the names of the flow's arrays and
-are renamed alike. The moments of an ActNorm's bias are taken for those of its shift: their units differ, and Adam
-divides one moment by the root of the other.
+Of before compositions: see `io.upgrades` for names and values. Parameters, averages and moments of the optimiser carry
+the names of the flow's arrays and are renamed alike. The moments of an ActNorm's bias are taken for those of its shift:
+their units differ, and Adam divides one moment by the root of the other.
+
+Of the version after: arrays and one part of the state had other names; see `io.renames` and `_FORMER_PARTS`.
 """
 
 from collections.abc import Mapping
@@ -11,18 +13,24 @@ from typing import Any
 import jax
 import numpy as np
 
+from resflow_jax.io.renames import ARRAYS, former_path
 from resflow_jax.io.upgrades import CONSTANTS, is_old, old_names, shift_of
 
 Names = tuple[str, ...]
 
 _PARTS = ("scales", "bijector", "base", "classifier")  # the attributes of a flow that have arrays, then and now
-_FLOW = (("params",), ("rest",))  # where a state has the arrays of the flow itself
+_FORMER_PARTS = {"non_params": "rest"}  # of a state, by their present names
+_FLOW = (("params",), ("rest",), ("non_params",))  # where a state has the arrays of the flow itself
 _AVERAGE = ("ema", "ema")
+_BLOCK = {"promised": "target_bound"}  # of the certificate of a block
 
 
 def is_old_state(metadata: Any) -> bool:
-    """Whether a state, of which this is a tree of the same names, is of before compositions."""
-    return is_old(name for prefix, name in map(_split, _named(metadata)) if prefix in _FLOW)
+    """Whether a state is of an earlier version: `metadata` has its parts as keys, and is a tree of the same names."""
+    paths = _named(metadata)
+    has_former_part = any(part in _FORMER_PARTS.values() for part in metadata.keys())  # noqa: SIM118 (orbax: no dict)
+    is_renamed = has_former_part or any(path[-1] in ARRAYS.values() for path in paths)
+    return is_renamed or is_old(name for prefix, name in map(_split, paths) if prefix in _FLOW)
 
 
 def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
@@ -31,23 +39,47 @@ def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
     Args:
       old: nested containers of arrays, by their old names.
       like: a present state.
-      ema_decay: of the state's average, by which its bias is corrected.
+      ema_decay: of the state's average, by which its bias is corrected; only needed of before compositions.
 
     Raises:
-      ValueError: without the decay, and for arrays that are not those of the flow; the message names them.
+      ValueError: without the decay where it is needed, and for arrays that are not those of the flow; the message
+        names them.
     """
+    arrays, leaves = _named(old), _named(like)
+    if not is_old(_of_flow(arrays)):
+        return _renamed_state(arrays, leaves, like)
     if ema_decay is None:
         raise ValueError("ema_decay: expected that of the run, for a checkpoint of before compositions, got None")
-    arrays, leaves = _named(old), _named(like)
     names = old_names(_of_flow(leaves), _of_flow(arrays))
     found = [_value(path, leaf, names, arrays, ema_decay) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(like), found)
 
 
+def _renamed_state(arrays: Mapping[Names, np.ndarray], leaves: Mapping[Names, Any], like: Any) -> Any:
+    """A state in which no value has changed, but names."""
+    formers = {path: former_path(_former_part(path), arrays) for path in leaves}
+    if others := set(formers.values()) ^ set(arrays):
+        listed = ", ".join(sorted(map(".".join, others)))
+        raise ValueError(f"state: expected the arrays of this flow in the checkpoint, got others: {listed}")
+    found = [_as_leaf(path, leaf, np.asarray(arrays[formers[path]])) for path, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def _former_part(path: Names) -> Names:
+    """A path by the former name of its part of the state."""
+    return (_FORMER_PARTS.get(path[0], path[0]), *path[1:])
+
+
+def upgraded_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
+    """What `Certificate.as_dict` gives now, of what it gave when a block's `target_bound` was named `promised`."""
+    blocks = [{_BLOCK.get(name, name): value for name, value in block.items()} for block in certificate["blocks"]]
+    return {**certificate, "blocks": blocks}
+
+
 def _value(
     path: Names, leaf: Any, names: Mapping[Names, Names | None], arrays: Mapping[Names, np.ndarray], ema_decay: float
 ) -> np.ndarray:
-    prefix, name = _split(path)
+    prefix, name = _split(_former_part(path))
     before = names[name] if name else name
     if before is None:
         return np.full(leaf.shape, CONSTANTS[name[-1]], leaf.dtype)
@@ -59,6 +91,11 @@ def _value(
         log_scale = np.asarray(arrays[(*prefix, *before[:-1], "log_scale")])
         share = 1 - ema_decay ** int(arrays[("ema", "count")]) if prefix == _AVERAGE else 1
         value = share * shift_of(value / share, log_scale / share) if share else value
+    return _as_leaf(path, leaf, value)
+
+
+def _as_leaf(path: Names, leaf: Any, value: np.ndarray) -> np.ndarray:
+    """The value in the leaf's dtype; ValueError for another shape."""
     if value.shape != leaf.shape:
         raise ValueError(f"state: expected {'.'.join(path)} of shape {leaf.shape}, got {value.shape}")
     return value.astype(leaf.dtype)

@@ -1,17 +1,17 @@
-"""One training step on many devices: by `jax.jit` over a mesh, by `jax.shard_map` or by `jax.pmap`.
+"""One training step on many devices, by one of three strategies: `jax.jit` over a mesh, `jax.shard_map`, `jax.pmap`.
 
-All three run `Trainer.step` on equal shares of a batch and give the numbers of one device, to rounding: every
-example draws its noise by its number in the whole batch, the roulette's lengths are drawn with one key, so that no
-device waits for another's longer series, and losses, gradients and statistics are means over all devices, taken
-in one sum an update.
+All three run `Trainer.step` on equal slices of a batch and give the numbers of one device to rounding. Every example
+draws its noise by its number in the whole batch. The series lengths of the roulette are drawn with one key, so that no
+device waits for the longer series of another. Losses, gradients and statistics are means over all devices, taken in one
+sum an update.
 
-    jit        the compiler places the arrays of the step on the mesh, and may divide the state among the devices; loss
-               and gradient are each device's of its share, or, where kernels are divided for their products, of an axis
-               of shares that the compiler divides too
-    shard_map  each device of the mesh runs the step on its share; the state is the same on all
-    pmap       the same with a leading axis of devices on every array, as research scripts have it
+    jit        The compiler places the arrays of the step on the mesh, and may divide the state among the devices. Each
+               device takes the loss and gradient of its slice. Where kernels are divided for their products, the batch
+               has an axis of slices instead, which the compiler divides too.
+    shard_map  Each device of the mesh runs the step on its slice. The state is the same on all devices.
+    pmap       As shard_map, with a leading axis of devices on every array, as research scripts have it.
 
-A mesh has the axes "data", along which batches are divided, and "model", along which kernels may be.
+A mesh has two axes. Batches are divided along "data", and kernels may be divided along "model".
 """
 
 import math
@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from resflow_jax.functional.batch_axes import batch_axes
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.functional.manual_axes import batch_axes
 from resflow_jax.training.step import Gradient, Trainer, TrainState
 
 Array = jax.Array
@@ -31,24 +31,30 @@ Step = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Any]]]
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"
-Way = Literal["jit", "shard_map", "pmap"]
-WAYS = get_args(Way)
+Strategy = Literal["jit", "shard_map", "pmap"]
+STRATEGIES = get_args(Strategy)
 Parameters = Literal["replicated", "model", "full"]
 PARAMETERS = get_args(Parameters)
 
-_LEAST = 64  # elements of an array that a device holds at least, where arrays are divided
+_MIN_ELEMENTS = 64  # smallest part of an array that a device holds, where arrays are divided
 
 
 def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices, with the axes "data" and "model".
+    """Returns a mesh of devices with the axes "data" and "model".
 
     Args:
-      data: devices along which a batch is divided; None for all that `model` leaves.
-      model: devices along which kernels may be divided.
-      devices: those of the mesh; by default all of all processes.
+      data: number of slices of a batch; by default the number of devices divided by `model`.
+      model: number of devices that a kernel may be divided among.
+      devices: devices of the mesh; by default all devices of all processes.
 
     Raises:
-      ValueError: unless data * model is the number of devices.
+      ValueError: unless data * model is the number of devices, and every process reads an equal part of a batch.
+
+    Example:
+      >>> import jax, resflow_jax as rf
+      >>> mesh = rf.training.make_mesh()
+      >>> dict(mesh.shape) == {"data": jax.device_count(), "model": 1}
+      True
     """
     devices = jax.devices() if devices is None else list(devices)
     check_count("mesh.model", model, 1)
@@ -63,12 +69,12 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Dev
             f"{model} = {data * model}"
         )
     mesh = jax.make_mesh((data, model), (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2, devices=devices)
-    if _has_a_part_for_every_process(mesh):
+    if _gives_every_process_a_part(mesh):
         return mesh
-    # JAX ordered the devices by their network alone; process by process, each reads one part of a batch.
+    # JAX ordered the devices by their network alone. Ordered by process, each process reads one part of a batch.
     ordered = np.asarray(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(data, model)
     mesh = Mesh(ordered, (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2)
-    if not _has_a_part_for_every_process(mesh):
+    if not _gives_every_process_a_part(mesh):
         raise ValueError(
             f"mesh: expected sizes with which every process has an equal part of a batch, got data {data} and model "
             f"{model} with {len(devices)} devices, {jax.local_device_count()} of them in process {jax.process_index()}"
@@ -76,90 +82,110 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Dev
     return mesh
 
 
-def _has_a_part_for_every_process(mesh: Mesh) -> bool:
-    """Asked for all of them, so that all have the same answer."""
+def _gives_every_process_a_part(mesh: Mesh) -> bool:
+    """Whether every process reads an equal part. It looks at all processes, so that all get the same answer."""
     processes = {device.process_index for device in mesh.devices.flat}
     parts = {part_of_process(mesh, process) for process in processes}
-    return None not in parts and len({number for _, number in parts}) == 1
+    return None not in parts and len({count for _, count in parts}) == 1
 
 
 def part_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int] | None:
-    """(n, parts): of a batch cut in so many equal parts, a process's devices have number n; None if they do not.
+    """Returns (index, count): which of `count` equal parts of a batch the devices of a process hold.
 
-    By default of this process.
+    The process is this one by default. Returns None if its devices hold no such part.
     """
     process = jax.process_index() if process is None else process
     own = np.vectorize(lambda device: device.process_index == process)(mesh.devices)
     rows = np.flatnonzero(own.any(axis=1))
-    number = len(rows)
-    if not number or rows[-1] - rows[0] != number - 1 or rows[0] % number or mesh.shape[DATA_AXIS] % number:
+    size = len(rows)
+    if not size or rows[-1] - rows[0] != size - 1 or rows[0] % size or mesh.shape[DATA_AXIS] % size:
         return None
-    return int(rows[0]) // number, mesh.shape[DATA_AXIS] // number
+    return int(rows[0]) // size, mesh.shape[DATA_AXIS] // size
 
 
 def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "replicated") -> Step:
-    """The step compiled for a mesh, divided by the compiler.
+    """Returns the step compiled for a mesh, divided by the compiler.
 
     Args:
-      trainer: whose step.
-      mesh: from `make_mesh`.
-      parameters: where the state lies, that is parameters, optimiser, averages and power-iteration vectors.
-        "replicated": on every device. "model": arrays of more than one axis divided along "model" by their last, a
-        kernel's outputs; the products with them are divided too. "full": along both axes, by the longer of the last
-        two, and gathered where they are used: least memory between steps.
+      trainer: trainer whose step is compiled.
+      mesh: devices, from `make_mesh`.
+      parameters: layout of the state (parameters, optimiser, averages and power-iteration vectors). "replicated": every
+        device holds all of it. "model": arrays of more than one axis are divided along "model" by their last axis, the
+        outputs of a kernel, and so are the products with them. "full": arrays are divided along both axes of the mesh,
+        by the longer of their last two axes, and gathered where they are used; this takes the least memory between
+        steps.
 
     Returns:
-      (state, batch, key) -> (state, metrics) as `Trainer.step`, of global arrays: batch [B, ...], or with accumulation
-      [batches, B, ...]; a tree of arrays is one batch, as a pair (x, condition). Arrays that are tied to no device are
-      moved to where they should lie. The state is donated.
+      (state, batch, key) -> (state, metrics) as `Trainer.step`, of global arrays. A batch has arrays [B, ...], or
+      [batches, B, ...] with accumulation; a tree of arrays is one batch, as a pair (x, condition). Arrays that are tied
+      to no device are moved to where they should lie. The state is donated.
+
+    Raises:
+      ValueError: if the layout is unknown; when called, if B is no multiple of the number of devices along "data".
+
+    Example:
+      >>> import jax, optax, resflow_jax as rf
+      >>> from flax import nnx
+      >>> from resflow_jax.training.losses import negative_log_likelihood
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.1), ema_decay=0.9)
+      >>> step = rf.training.jit_train_step(trainer, rf.training.make_mesh())
+      >>> x = jax.random.normal(jax.random.key(0), (8 * jax.device_count(), 2))
+      >>> state, metrics = step(trainer.create_state(flow, rf.Exact()), x, jax.random.key(1))
+      >>> int(state.step)
+      1
     """
     check_choice("parameters", parameters, PARAMETERS)
     whole, batches = NamedSharding(mesh, PartitionSpec()), batch_sharding(trainer, mesh)
+    constrain = jax.lax.with_sharding_constraint
     if parameters == "model":
-        gradient = _by_axis_of_shares(trainer, mesh.shape[DATA_AXIS])
+        gradient = _gradient_by_slices(trainer, mesh.shape[DATA_AXIS])
     else:
         specs = whole.spec, batches.spec, whole.spec
         gradient = jax.shard_map(trainer.gradient, mesh=mesh, in_specs=specs, out_specs=whole.spec)
 
-    def divided(state):
-        return jax.tree.map(jax.lax.with_sharding_constraint, state, state_shardings(state, mesh, parameters))
+    def as_stored(state):
+        """The layout between steps."""
+        return jax.tree.map(constrain, state, state_shardings(state, mesh, parameters))
 
-    def with_flow_gathered(state):
-        """At the ends of loops that use it again and again; where kernels are divided for their products, they stay."""
+    def with_whole_flow(state):
+        """The layout for loops that use the flow again and again. Kernels divided for their products stay divided."""
         if parameters == "model":
             return state
-        params, rest = jax.lax.with_sharding_constraint((state.params, state.rest), whole)
-        return state._replace(params=params, rest=rest)
+        params, non_params = constrain((state.params, state.non_params), whole)
+        return state._replace(params=params, non_params=non_params)
 
     def step(state, batch, key):
         for leaf in jax.tree.leaves(batch):
             check_divisible(leaf.shape[len(batches.spec) - 1], mesh)
-        state, batch = divided(state), jax.lax.with_sharding_constraint(batch, batches)
-        found = gradient(with_flow_gathered(state), batch, key)
-        state = divided(trainer.update(state, found))
-        state = with_flow_gathered(trainer.advance_norms(with_flow_gathered(state)))
-        return divided(state), jax.lax.with_sharding_constraint(found.metrics(), whole)
+        state = as_stored(state)
+        batch = constrain(batch, batches)
+        found = gradient(with_whole_flow(state), batch, key)
+        state = as_stored(trainer.update(state, found))
+        state = with_whole_flow(state)
+        state = with_whole_flow(trainer.advance_norms(state))
+        return as_stored(state), constrain(found.metrics(), whole)
 
     return jax.jit(step, donate_argnums=0)
 
 
-def _by_axis_of_shares(trainer: Trainer, shares: int) -> Callable[[TrainState, Any, Array], Gradient]:
-    """`Trainer.gradient` with an axis of shares, along which the compiler divides, as it divides the kernels."""
+def _gradient_by_slices(trainer: Trainer, slices: int) -> Callable[[TrainState, Any, Array], Gradient]:
+    """`Trainer.gradient` with an axis of slices of the batch, which the compiler divides, as it divides the kernels."""
     axis = _batch_axis(trainer)
     apply = jax.vmap(
-        _divided(trainer.gradient), (None, axis, None), None, axis_name=DATA_AXIS, spmd_axis_name=DATA_AXIS
+        _with_batch_axis(trainer.gradient), (None, axis, None), None, axis_name=DATA_AXIS, spmd_axis_name=DATA_AXIS
     )
 
     def gradient(state, batch, key):
-        def in_shares(leaf):
-            return leaf.reshape(*leaf.shape[:axis], shares, -1, *leaf.shape[axis + 1 :])
+        def in_slices(leaf):
+            return leaf.reshape(*leaf.shape[:axis], slices, -1, *leaf.shape[axis + 1 :])
 
-        return apply(state, jax.tree.map(in_shares, batch), key)
+        return apply(state, jax.tree.map(in_slices, batch), key)
 
     return gradient
 
 
-def _divided(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_batch_axis(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, told that its batch is divided along "data", where the types of arrays do not tell."""
 
     def apply(*args):
@@ -170,13 +196,31 @@ def _divided(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shard_map_train_step(trainer: Trainer, mesh: Mesh) -> Step:
-    """The step in `jax.shard_map` over a mesh, each device with its share of the batch, the state the same on all.
+    """Returns the step in `jax.shard_map` over a mesh. Each device has its slice of the batch and the whole state.
 
-    Of what the loss changes in the flow beside the parameters, only `nnx.BatchStat` is kept. Returns as
-    `jit_train_step`.
+    Changes that the loss makes to the flow's other variables are kept only where these are `nnx.BatchStat`.
+
+    Args:
+      trainer: trainer whose step is compiled.
+      mesh: devices, from `make_mesh`, all of them along "data".
+
+    Returns:
+      As `jit_train_step`.
 
     Raises:
-      ValueError: for a mesh with more than one device along "model", to which there is nothing to give.
+      ValueError: if the mesh has more than one device along "model", which only "jit" uses.
+
+    Example:
+      >>> import jax, optax, resflow_jax as rf
+      >>> from flax import nnx
+      >>> from resflow_jax.training.losses import negative_log_likelihood
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.1), ema_decay=0.9)
+      >>> step = rf.training.shard_map_train_step(trainer, rf.training.make_mesh())
+      >>> x = jax.random.normal(jax.random.key(0), (8 * jax.device_count(), 2))
+      >>> state, metrics = step(trainer.create_state(flow, rf.Exact()), x, jax.random.key(1))
+      >>> int(state.step)
+      1
     """
     check_data_alone("shard_map", mesh)
     whole = PartitionSpec()
@@ -185,20 +229,32 @@ def shard_map_train_step(trainer: Trainer, mesh: Mesh) -> Step:
 
 
 def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = None) -> Step:
-    """The step in `jax.pmap`, whose axis is named "data".
+    """Returns the step in `jax.pmap`, whose axis is named "data".
 
     Args:
-      trainer: whose step.
-      devices: by default all of all processes.
+      trainer: trainer whose step is compiled.
+      devices: by default all devices of all processes.
 
     Returns:
-      (state, batch, key) -> (state, metrics): the state with a leading axis of devices on every array, the same for
-      each, as `replicate` makes it; batch [devices, per-device batch, ...], or with accumulation [devices, batches,
-      per-device batch, ...], of this process's devices; one key for all; metrics without the axis. The state is
-      donated.
+      (state, batch, key) -> (state, metrics). The state has a leading axis of devices on every array, equal along it,
+      as `replicate` makes it. A batch has arrays [devices, B / devices, ...], or [devices, batches, B / devices, ...]
+      with accumulation, for the devices of this process. The key is the same on all devices; the metrics have no axis
+      of devices. The state is donated.
+
+    Example:
+      >>> import jax, optax, resflow_jax as rf
+      >>> from flax import nnx
+      >>> from resflow_jax.training.losses import negative_log_likelihood
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.1), ema_decay=0.9)
+      >>> state = rf.training.replicate(trainer.create_state(flow, rf.Exact()))
+      >>> x = jax.random.normal(jax.random.key(0), (jax.device_count(), 8, 2))
+      >>> state, metrics = rf.training.pmap_train_step(trainer)(state, x, jax.random.key(1))
+      >>> state.step.shape == (jax.device_count(),), metrics["loss"].shape
+      (True, ())
     """
     return jax.pmap(
-        _divided(trainer.step),
+        _with_batch_axis(trainer.step),
         axis_name=DATA_AXIS,
         in_axes=(0, 0, None),
         out_axes=(0, None),
@@ -207,26 +263,8 @@ def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = Non
     )
 
 
-def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
-    """Arrays with a leading axis of all devices, a copy on each, for `pmap_train_step`."""
-    mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), (DATA_AXIS,))
-    stacked = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-    return jax.tree.map(lambda leaf: from_host(np.broadcast_to(leaf, (mesh.size, *np.shape(leaf))), stacked), tree)
-
-
-def unreplicate(tree: Any, mesh: Mesh) -> Any:
-    """The arrays that `replicate` has made, or a step gave back, without the axis: one array on all devices each."""
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def join(leaf):
-        parts = [shard.data[0] for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(leaf.shape[1:], whole, parts)
-
-    return jax.tree.map(join, tree)
-
-
 def check_divisible(batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError unless the devices along "data" can take equal shares of a batch."""
+    """Raises ValueError unless the devices along "data" can take equal slices of a batch."""
     if batch_size % mesh.shape[DATA_AXIS]:
         raise ValueError(
             f"batch_size: expected a multiple of {mesh.shape[DATA_AXIS]}, the number of devices that share a batch, "
@@ -234,16 +272,29 @@ def check_divisible(batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def check_data_alone(strategy: Strategy, mesh: Mesh) -> None:
+    """Raises ValueError for a mesh with devices along "model", which only "jit" uses."""
+    if mesh.shape[MODEL_AXIS] > 1:
+        raise ValueError(
+            f'parallel: expected "jit" with {mesh.shape[MODEL_AXIS]} devices along "model", got "{strategy}"'
+        )
+
+
 def batch_sharding(trainer: Trainer, mesh: Mesh) -> NamedSharding:
-    """Where the batches of an update lie: divided along "data" by examples."""
+    """Returns the sharding of the batches of an update: their examples are divided along "data"."""
     return NamedSharding(mesh, PartitionSpec(*[None] * _batch_axis(trainer), DATA_AXIS))
 
 
-def state_shardings(state: TrainState, mesh: Mesh, parameters: Parameters) -> TrainState:
-    """Where each array of a state lies, by its shape alone; see `jit_train_step`.
+def _batch_axis(trainer: Trainer) -> int:
+    """The axis of examples in the batch of a step."""
+    return 0 if trainer.accumulate == 1 else 1
 
-    Written as XLA writes it, or a step would be compiled again for the state that the first one gave back: only axes of
-    several devices are named, one by its name alone.
+
+def state_shardings(state: TrainState, mesh: Mesh, parameters: Parameters) -> TrainState:
+    """Returns the sharding of each array of a state, by its shape alone; see `jit_train_step`.
+
+    The shardings are written as XLA writes them: only axes of several devices are named, and a single axis by its name
+    alone. Otherwise the step would be compiled again for the state that its first call returned.
     """
     named = {"replicated": (), "model": (MODEL_AXIS,), "full": (DATA_AXIS, MODEL_AXIS)}[parameters]
     axes = tuple(axis for axis in named if mesh.shape[axis] > 1)
@@ -251,7 +302,7 @@ def state_shardings(state: TrainState, mesh: Mesh, parameters: Parameters) -> Tr
 
     def of(leaf):
         shape = np.shape(leaf)
-        if not axes or len(shape) < 2 or math.prod(shape) < devices * _LEAST:
+        if not axes or len(shape) < 2 or math.prod(shape) < devices * _MIN_ELEMENTS:
             return NamedSharding(mesh, PartitionSpec())
         last = len(shape) - 1
         candidates = [last] if parameters == "model" else sorted((last - 1, last), key=lambda n: -shape[n])
@@ -260,37 +311,3 @@ def state_shardings(state: TrainState, mesh: Mesh, parameters: Parameters) -> Tr
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(of, state)
-
-
-def on_all_devices(tree: Any, mesh: Mesh) -> Any:
-    """Global arrays, whole on every device, from those that every process has; PRNG keys too."""
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def put(leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-        return from_host(np.asarray(leaf), whole)
-
-    return jax.tree.map(put, tree)
-
-
-def divided(examples: Any, mesh: Mesh) -> Any:
-    """Global arrays [B, ...] of examples that every process has, divided along "data"."""
-    shares = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-    return jax.tree.map(lambda leaf: from_host(leaf, shares), examples)
-
-
-def from_host(leaf: np.ndarray, sharding: NamedSharding) -> Array:
-    """A global array from one that every process holds; each sends its devices what they are to have."""
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-
-def _batch_axis(trainer: Trainer) -> int:
-    """Which axis of a step's batch is that of examples."""
-    return 0 if trainer.accumulate == 1 else 1
-
-
-def check_data_alone(way: Way, mesh: Mesh) -> None:
-    """Raises ValueError for a mesh with devices along "model", to which a way but "jit" has nothing to give."""
-    if mesh.shape[MODEL_AXIS] > 1:
-        raise ValueError(f'parallel: expected "jit" with {mesh.shape[MODEL_AXIS]} devices along "model", got "{way}"')

@@ -1,8 +1,9 @@
-"""The training step of a flow: one pure function of state and batch.
+"""The training step of a flow: one pure function of the state, a batch and a key.
 
-The gradient of a loss(flow, batch, key) updates the parameters through optax; then the power
-iteration of every linear layer advances; then the moving average of the parameters. `training.parallel` runs
-the same function on many devices.
+The step has three parts. `Trainer.gradient` takes the mean gradient of a loss(flow, batch, key) over the batches of an
+update. `Trainer.update` applies the optax transformation and advances the moving average of the parameters.
+`Trainer.advance_norms` advances the power iteration of every linear layer to the new parameters. `training.parallel`
+runs the same functions on many devices.
 """
 
 from collections.abc import Callable
@@ -15,20 +16,19 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from resflow_jax.functional.batch_axes import axes_of_batch, vary_over, varying_axes
 from resflow_jax.functional.checks import check_callable, check_count, check_open_interval, check_type
+from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
-from resflow_jax.functional.fitting import fit_lengths
-from resflow_jax.functional.laws import Defensive, Fitted
-from resflow_jax.functional.logdet import DIAGNOSED_TERMS, Diagnostics
-from resflow_jax.functional.manual_axes import axes_of_batch, vary_over, varying_axes
+from resflow_jax.functional.length_laws import Defensive, Fitted, fit_lengths
 from resflow_jax.models.flow import Flow
 
 Array = jax.Array
 
-# From flow, batch, key, estimator and steps done to a scalar and `Diagnostics`.
+# loss(flow, batch, key, estimator, steps done) -> (scalar, `Diagnostics`)
 Loss = Callable[[Flow, Any, Array, Estimator, Array], tuple[Array, Diagnostics]]
 
-# Optax raises numbers to the power of a count: jax_numpy_dtype_promotion="strict" would forbid it.
+# Optax raises a float to the power of an integer count, which jax_numpy_dtype_promotion="strict" forbids.
 optax_promotion = partial(jax.numpy_dtype_promotion, "standard")
 
 _DECAY = 0.99
@@ -36,21 +36,31 @@ _TERM_NORMS = optax.ema(_DECAY)
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes.
+    """Everything that a training step changes; a pytree of arrays.
 
     Attributes:
-      step: steps done.
-      params: `nnx.Param` of the flow.
-      rest: its other variables: power-iteration vectors, running statistics, constants.
-      opt_state: of the optimiser.
-      ema: `optax.ema` state of the parameters.
-      estimator: of the log-det; its arrays, if any, are the fitted laws of the lengths.
-      term_norms: `optax.ema` state of the `Diagnostics.term_norms`, [blocks, 16].
+      step: number of steps done, an integer scalar.
+      params: the `nnx.Param` variables of the flow, which the optimiser trains.
+      non_params: its other variables: power-iteration vectors, running statistics, constants.
+      opt_state: state of the optax transformation.
+      ema: `optax.ema` state of the parameters, without bias correction.
+      estimator: estimator of the log-det. Its arrays, if any, are the fitted laws of the series lengths.
+      term_norms: `optax.ema` state of `Diagnostics.term_norms`, [blocks, 16].
+
+    Example:
+      >>> import jax, optax, resflow_jax as rf
+      >>> from flax import nnx
+      >>> from resflow_jax.training.losses import negative_log_likelihood
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.1), ema_decay=0.9)
+      >>> state = trainer.create_state(flow, rf.Roulette())
+      >>> int(state.step), state.term_norms.ema.shape
+      (0, (1, 16))
     """
 
     step: Array
     params: nnx.State
-    rest: nnx.State
+    non_params: nnx.State
     opt_state: Any
     ema: optax.EmaState
     estimator: Estimator
@@ -58,30 +68,54 @@ class TrainState(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """What batches tell: mean loss, the estimates' diagnostics, gradient; the flow's other variables behind them."""
+    """Means over the batches of an update, and the state of the flow after them.
+
+    Attributes:
+      loss: mean loss, a scalar.
+      diagnostics: means of the log-det estimates' diagnostics.
+      gradient: mean gradient, with the structure of `TrainState.params`.
+      non_params: the flow's other variables after the last batch.
+    """
 
     loss: Array
     diagnostics: Diagnostics
     gradient: nnx.State
-    rest: nnx.State
+    non_params: nnx.State
 
     def metrics(self) -> dict[str, Any]:
-        """What a step reports."""
+        """The metrics that `Trainer.step` returns."""
         norm = optax.tree.norm(self.gradient)
         return {"loss": self.loss, "gradient_norm": norm, "diagnostics": self.diagnostics}
 
 
 class Trainer(NamedTuple):
-    """The static side of training: what the pure functions below close over.
+    """The static side of training: what the pure functions of this class close over.
 
     Attributes:
-      graphdef: structure of the flow.
-      loss: (flow, batch, key, estimator, steps done) -> (scalar, `Diagnostics`); see
-        `training.likelihood.dequantized_bits_per_dim`. What it changes in the flow beside the
-        parameters, such as running statistics, is kept.
+      graphdef: structure of the flow, `nnx.graphdef(flow)`.
+      loss: (flow, batch, key, estimator, steps done) -> (scalar, `Diagnostics`), as `training.losses` makes it. Changes
+        that it makes to the flow's other variables, such as running statistics, are kept.
       optimizer: an optax transformation.
-      ema_decay: decay of the parameters' moving average, which is bias-corrected.
-      accumulate: batches whose mean gradient makes an update.
+      ema_decay: decay of the moving average of the parameters, in [0, 1). The average is bias-corrected where
+        `averaged_flow` reads it.
+      accumulate: number of batches whose mean gradient makes one update.
+
+    Source: the training of Chen et al. (2019), arXiv 1906.02735, appendix E, with power iterations after every update.
+
+    Example:
+      >>> import jax, optax, resflow_jax as rf
+      >>> from flax import nnx
+      >>> from resflow_jax.training.losses import negative_log_likelihood
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.adam(1e-2), ema_decay=0.9)
+      >>> state, step = trainer.create_state(flow, rf.Exact()), trainer.compiled_step()
+      >>> x = jax.random.normal(jax.random.key(0), (16, 2))
+      >>> for _ in range(3):
+      ...     state, metrics = step(state, x, jax.random.key(1))
+      >>> int(state.step), metrics["loss"].shape
+      (3, ())
+      >>> trainer.averaged_flow(state).log_prob(x, estimator=rf.Exact()).shape
+      (16,)
     """
 
     graphdef: Any
@@ -91,10 +125,17 @@ class Trainer(NamedTuple):
     accumulate: int = 1
 
     def create_state(self, flow: Flow, estimator: Estimator) -> TrainState:
-        """The state before the first step, with copies of the flow's arrays: compiled steps take those of a state over.
+        """Returns the state before the first step.
+
+        It has copies of the flow's arrays, since a compiled step is donated those of its state.
+
+        Args:
+          flow: gives the initial values; its structure must be that of `graphdef`.
+          estimator: estimator of the log-det in training.
 
         Raises:
-          ValueError: for a flow or an estimator that is none, a decay outside of [0, 1) or a count below one.
+          ValueError: if flow is no `Flow` or estimator no estimator, if the loss cannot be called, if the optimizer is
+            no optax transformation, if ema_decay is outside of [0, 1), or if accumulate is below 1.
         """
         check_estimator(estimator)
         check_callable("loss", self.loss)
@@ -105,70 +146,72 @@ class Trainer(NamedTuple):
         if isinstance(flow, type) or not hasattr(flow, "blocks"):
             raise ValueError(f"flow: expected a Flow, got {flow!r}")
         _, *parts = nnx.split(flow, nnx.Param, ...)
-        params, rest = jax.tree.map(jnp.copy, parts)
+        params, non_params = jax.tree.map(jnp.copy, parts)
         ema = optax.ema(self.ema_decay).init(params)
         term_norms = _TERM_NORMS.init(jnp.zeros((flow.blocks, DIAGNOSED_TERMS)))
-        return TrainState(jnp.asarray(0), params, rest, self.optimizer.init(params), ema, estimator, term_norms)
+        return TrainState(jnp.asarray(0), params, non_params, self.optimizer.init(params), ema, estimator, term_norms)
 
     def step(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        """One update, from one batch or, with `accumulate`, from so many, each of which counts as a step.
+        """Makes one update from one batch, or from `accumulate` batches, each of which counts as a step.
 
-        It may run on each device's share of the batches, as `training.parallel` does: means are then taken over
-        devices, once an update, and the new state is the same on all.
+        The function may also run on each device's slice of the batches, as in `training.parallel`. It then takes means
+        over devices once an update, and the new state is the same on all devices.
 
         Args:
           state: from `create_state` or an earlier step.
-          batch: what the loss takes: an array, or a tree of arrays, as a pair (x, condition); with `accumulate` above
-            1, so many on a leading axis.
-          key: the run's PRNG key, the same on all devices; each step folds its own number into it.
+          batch: what the loss takes: an array [B, ...], or a tree of arrays, as a pair (x, condition). With
+            `accumulate` above 1 every array has a leading axis of that length.
+          key: PRNG key of the run, the same in all steps and on all devices. Each step folds its own number into it.
 
         Returns:
-          The new state, and metrics, means over the batches: "loss"; "gradient_norm" of the mean gradient, before
-          clipping; "diagnostics" of the log-det's estimates, by block.
+          The new state, and the metrics, which are means over the batches: "loss"; "gradient_norm", the norm of the
+          mean gradient before any clipping; "diagnostics", those of the log-det estimates, by block.
+
+        Cost: the loss and its gradient for every batch, the optimiser, and one power iteration of every linear layer.
         """
         found = self.gradient(state, batch, key)
         state = self.advance_norms(self.update(state, found))
         return state, found.metrics()
 
     def gradient(self, state: TrainState, batch: Any, key: Array) -> Gradient:
-        """The first part of a step: means over the batches of an update, and over devices."""
-        loss, diagnostics, gradient, rest = self._own_gradient(state, batch, key)
+        """The first part of a step: means over the batches of an update and over devices."""
+        loss, diagnostics, gradient, non_params = self._gradient_on_device(state, batch, key)
         if axes := axes_of_batch(batch):
-            # One sum over devices for everything, a leaf at a time: each can start as soon as its gradient is known.
+            # One sum over devices for each leaf: it can start as soon as the leaf's gradient is known.
             loss, diagnostics, gradient, statistics = jax.lax.pmean(
-                (loss, diagnostics, gradient, nnx.filter_state(rest, nnx.BatchStat)), axes
+                (loss, diagnostics, gradient, nnx.filter_state(non_params, nnx.BatchStat)), axes
             )
-            rest = nnx.merge_state(state.rest, statistics)
-        return Gradient(loss, diagnostics, gradient, rest)
+            non_params = nnx.merge_state(state.non_params, statistics)
+        return Gradient(loss, diagnostics, gradient, non_params)
 
     def update(self, state: TrainState, found: Gradient) -> TrainState:
-        """The second part: the optimiser and the averages, element by element but for the gradient's norm."""
+        """The second part: the optimiser and the averages. All but the gradient's norm works element by element."""
         with optax_promotion():
             updates, opt_state = self.optimizer.update(found.gradient, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             _, ema = optax.ema(self.ema_decay).update(params, state.ema)
             _, term_norms = _TERM_NORMS.update(found.diagnostics.term_norms, state.term_norms)
         steps = state.step + self.accumulate
-        return TrainState(steps, params, found.rest, opt_state, ema, state.estimator, term_norms)
+        return TrainState(steps, params, found.non_params, opt_state, ema, state.estimator, term_norms)
 
     def advance_norms(self, state: TrainState) -> TrainState:
-        """The last part: the power iterations of the new parameters."""
-        flow = nnx.merge(self.graphdef, state.params, state.rest, copy=True)
+        """The last part: one power iteration of every linear layer with the new parameters."""
+        flow = nnx.merge(self.graphdef, state.params, state.non_params, copy=True)
         flow.update_norms()
-        return state._replace(rest=nnx.split(flow, nnx.Param, ...)[2])
+        return state._replace(non_params=nnx.split(flow, nnx.Param, ...)[2])
 
     def compiled_step(self) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
-        """`step` compiled for one device; the state passed in is donated."""
+        """Returns `step` compiled for one device. The state passed in is donated: its arrays cannot be used again."""
         return jax.jit(self.step, donate_argnums=0)
 
-    def _own_gradient(self, state: TrainState, batch: Any, key: Array) -> Gradient:
-        """Means over the batches of an update, on a device's share of them."""
-        # Typed as this device's own, parameters get this device's gradient.
-        params, rest = vary_over((state.params, state.rest), varying_axes(batch))
+    def _gradient_on_device(self, state: TrainState, batch: Any, key: Array) -> Gradient:
+        """Means over the batches of an update, on this device's slice of them."""
+        # Typed as varying over the devices, the parameters get the gradient of this device alone.
+        params, non_params = vary_over((state.params, state.non_params), varying_axes(batch))
 
-        def of_batch(rest, batch, step):
+        def of_batch(non_params, batch, step):
             def objective(params):
-                flow = nnx.merge(self.graphdef, params, rest, copy=True)
+                flow = nnx.merge(self.graphdef, params, non_params, copy=True)
                 loss, diagnostics = self.loss(flow, batch, jax.random.fold_in(key, step), state.estimator, step)
                 return loss, (diagnostics, nnx.split(flow, nnx.Param, ...)[2])
 
@@ -176,44 +219,74 @@ class Trainer(NamedTuple):
             return (loss, diagnostics, gradient), after
 
         if self.accumulate == 1:
-            found, rest = of_batch(rest, batch, state.step)
-            return Gradient(*found, rest)
-
-        def add(carry, inputs):
-            total, rest = carry
-            found, rest = of_batch(rest, *inputs)
-            return (jax.tree.map(jnp.add, total, found), rest), None
-
-        # The last batch is not part of the loop, so that sums over devices may begin within its backward pass.
-        steps = state.step + jnp.arange(self.accumulate)
-        batches, last = jax.tree.map(lambda leaf: leaf[:-1], batch), jax.tree.map(lambda leaf: leaf[-1], batch)
-        types = jax.eval_shape(of_batch, rest, last, steps[-1])[0]
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), types)
-        (total, rest), _ = jax.lax.scan(add, (vary_over(zeros, varying_axes(batch)), rest), (batches, steps[:-1]))
-        found, rest = of_batch(rest, last, steps[-1])
-        return Gradient(*jax.tree.map(lambda a, b: (a + b) / self.accumulate, total, found), rest)
+            means, non_params = of_batch(non_params, batch, state.step)
+        else:
+            steps = state.step + jnp.arange(self.accumulate)
+            means, non_params = _mean_over_batches(of_batch, non_params, batch, steps)
+        return Gradient(*means, non_params)
 
     def current_flow(self, state: TrainState) -> Flow:
-        """The flow with the parameters of the last step, its norms iterated to convergence."""
-        flow = nnx.merge(self.graphdef, state.params, state.rest, copy=True)  # the state keeps its own vectors
+        """Returns the flow with the parameters of the last step; its power iterations are run to convergence."""
+        flow = nnx.merge(self.graphdef, state.params, state.non_params, copy=True)  # the state keeps its own vectors
         flow.converge_norms()
         return flow
 
     def averaged_flow(self, state: TrainState) -> Flow:
-        """The flow with the averaged parameters, its norms iterated to convergence."""
+        """Returns the flow with the averaged parameters; its power iterations are run to convergence."""
         with optax_promotion():
             params = optax.tree.bias_correction(state.ema.ema, self.ema_decay, state.ema.count)
         return self.current_flow(state._replace(params=params))
 
 
-def fit_estimator(state: TrainState, batch_size: int) -> TrainState:
-    """The state with the law of each block's lengths fitted to the term norms of the last hundred updates or so.
+def _mean_over_batches(
+    function: Callable[[Any, Any, Array], tuple[Any, Any]], carry: Any, batches: Any, steps: Array
+) -> tuple[Any, Any]:
+    """Means of the values of function(carry, batch, step) -> (values, carry) over batches [N, ...]; the last carry.
 
-    To be called between epochs; the gradient of the next steps stays unbiased. Before the first step
-    there is nothing to fit, and the table is that of `Defensive`. `batch_size` examples share a length.
+    The last batch is not part of the scan. Sums over devices may so begin within its backward pass.
+    """
+    first = jax.tree.map(lambda leaf: leaf[:-1], batches)
+    last = jax.tree.map(lambda leaf: leaf[-1], batches)
+
+    def add(totals_and_carry, batch_and_step):
+        totals, carry = totals_and_carry
+        values, carry = function(carry, *batch_and_step)
+        return (jax.tree.map(jnp.add, totals, values), carry), None
+
+    types = jax.eval_shape(function, carry, last, steps[-1])[0]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), types)
+    zeros = vary_over(zeros, varying_axes(batches))
+    (totals, carry), _ = jax.lax.scan(add, (zeros, carry), (first, steps[:-1]))
+    values, carry = function(carry, last, steps[-1])
+    return jax.tree.map(lambda a, b: (a + b) / len(steps), totals, values), carry
+
+
+def fit_estimator(state: TrainState, batch_size: int) -> TrainState:
+    """Fits the law of each block's series length to the term norms of about the last hundred updates.
+
+    Call it between epochs. The gradient of the next steps stays unbiased, since the law does not depend on them. Before
+    the first step there are no term norms, and the law is `Defensive`. The fit minimises the variance of the estimate
+    times its expected cost; see `fit_lengths`.
+
+    Args:
+      state: a training state with a `Roulette` estimator.
+      batch_size: number of examples that share one series length.
+
+    Returns:
+      The state with the `Fitted` law in its estimator; all other arrays are the same.
 
     Raises:
       ValueError: unless the estimator is a `Roulette` of less than 16 exact terms.
+
+    Example:
+      >>> import optax, resflow_jax as rf
+      >>> from flax import nnx
+      >>> from resflow_jax.training.losses import negative_log_likelihood
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.1), ema_decay=0.9)
+      >>> state = rf.training.fit_estimator(trainer.create_state(flow, rf.Roulette()), batch_size=64)
+      >>> type(state.estimator.length).__name__
+      'Fitted'
     """
     estimator, (count, norms) = state.estimator, state.term_norms
     if not isinstance(estimator, Roulette) or estimator.exact_terms >= DIAGNOSED_TERMS:

@@ -6,7 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from experiments import benchmark, competitors, run, scaling
+from experiments import benchmark
+from experiments.runs import devices
+from experiments.studies import competitors, scaling
 from resflow_jax import DenseTail, ImageFlowConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:length. Poisson:RuntimeWarning")  # the papers' law
@@ -21,8 +23,8 @@ def tiny(monkeypatch):
     monkeypatch.setitem(competitors.CASES, "digits", TINY)
 
     class InProcess:
-        def __init__(self, case, competitor, cache=None, way="jit"):
-            self.ours = competitors.Ours(competitors.CASES[case], way)
+        def __init__(self, case, competitor, cache=None, strategy="jit"):
+            self.ours = competitors.Ours(competitors.CASES[case], strategy)
 
         def __call__(self, measure, *arguments):
             return {**getattr(self.ours, measure)(*arguments), "peak_bytes": 1.0}
@@ -108,7 +110,7 @@ def test_exponents(monkeypatch, tmp_path):
     """Of measurements that follow a law, the law; with its picture."""
     laws = {"depth": (1, 0), "width": (2, 1), "batch": (1, 0), "side": (2, 2)}
 
-    def measure(case, steps, way):
+    def measure(case, steps, strategy):
         config = case.config
         sizes = {
             "depth": config.blocks[0],
@@ -130,7 +132,7 @@ def test_exponents(monkeypatch, tmp_path):
 
 def test_flags_of_the_user_stay(monkeypatch):
     """A flag that the user has set is kept; the others are added once."""
-    from experiments.run import use_xla_flags
+    from experiments.runs.devices import use_xla_flags
 
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
@@ -143,15 +145,15 @@ def test_flags_of_the_user_stay(monkeypatch):
 
 def test_an_accelerator_gets_no_flags_of_the_cpu(monkeypatch):
     """Where JAX would find one, or the user asks for one; none, or asking for the CPU, is what they are for."""
-    monkeypatch.setattr(run, "find_spec", lambda name: object() if name == "jax_plugins" else None)
+    monkeypatch.setattr(devices, "find_spec", lambda name: object() if name == "jax_plugins" else None)
     for platforms, expected in (("", False), ("cuda", False), ("cpu", True)):
         monkeypatch.setenv("XLA_FLAGS", "")
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
-        run.use_xla_flags()
+        devices.use_xla_flags()
         assert bool(os.environ["XLA_FLAGS"]) is expected
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
     monkeypatch.setenv("JAX_PLATFORMS", "")
-    run.use_xla_flags()
+    devices.use_xla_flags()
     assert os.environ["XLA_FLAGS"]
 
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import classes, conditional
-from experiments.amortised import FlowjaxConfig, Learner, Standardised, take_turns
-from experiments.classes import DigitsConfig, class_bits_per_dim, make_flow
+from experiments import conditional
 from experiments.conditional import ConditionalConfig, GaussianLinearConfig, TwoMoonsConfig
 from experiments.configs.base import OptimizerConfig
-from experiments.posteriors import TRUTH, compare, normal_kl
-from experiments.simulators import GaussianLinear, TwoMoons
+from experiments.studies.conditioning import classes
+from experiments.studies.conditioning.amortised import FlowjaxConfig, Learner, Standardised, take_turns
+from experiments.studies.conditioning.classes import DigitsConfig, class_bits_per_dim, make_flow
+from experiments.studies.conditioning.posteriors import TRUTH, compare, normal_kl
+from experiments.studies.conditioning.simulators import GaussianLinear, TwoMoons
 from resflow_jax import DenseTail, ImageFlowConfig, VectorFlowConfig
 from resflow_jax.data.embedded import load_digit_labels, load_digits
 
@@ -99,7 +100,7 @@ class Clocked(Learner):
 def test_learners_have_equal_time(monkeypatch):
     """One that is four times as fast does four times the steps, to one; the first step, with compilation, is apart."""
     clock = [0.0]
-    monkeypatch.setattr("experiments.amortised.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("experiments.studies.conditioning.amortised.time.perf_counter", lambda: clock[0])
     learners = [Clocked("slow", clock, 1.0), Clocked("fast", clock, 0.25), Clocked("slower", clock, 3.0)]
     task = Standardised.of(GaussianLinear(2), np.random.default_rng(0), None)
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup=10)

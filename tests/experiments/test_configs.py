@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from experiments import density
-from experiments.configs import cifar10_densenet, digits, digits_densenet
+from experiments.configs import CONFIGS, cifar10_densenet, digits, digits_densenet
 from experiments.configs.base import OPTIMIZERS, SCHEDULES, DensityConfig, OptimizerConfig
+from experiments.configs.tiny import tiny as tiny_config
 from resflow_jax.training.step import optax_promotion
 
 # config: number of parameters
@@ -32,10 +32,10 @@ def test_number_of_parameters(name):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(flow, nnx.Param))) == expected
 
 
-@pytest.mark.parametrize("name", density.CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_has_a_tiny_mode(name):
     """Two updates of a flow of eight channels; of images on embedded ones of the same shape, bits and scales."""
-    config, small = density.CONFIGS[name], density.tiny(density.CONFIGS[name])
+    config, small = CONFIGS[name], tiny_config(CONFIGS[name])
     assert small.steps == 2 * config.optimizer.accumulate and small.workdir != config.workdir
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(small.model, rngs=nnx.Rngs(0)))
     if isinstance(config, DensityConfig):
@@ -49,22 +49,22 @@ def test_every_config_has_a_tiny_mode(name):
 
 def test_config_names_and_work_directories_are_their_own():
     """No two runs write to the same place; the help has a line for each."""
-    assert len({config.workdir for config in density.CONFIGS.values()}) == len(density.CONFIGS) == 28
+    assert len({config.workdir for config in CONFIGS.values()}) == len(CONFIGS) == 28
 
 
 def test_published_settings():
     """What the authors' commands say: terms, batches, optimiser, logit."""
     for name in ("mnist", "cifar10", "svhn", "imagenet32", "imagenet64", "celebahq64"):
-        config = density.CONFIGS[name]
-        assert config.estimator == rf.Roulette(rf.Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian")
+        config = CONFIGS[name]
+        assert config.estimator == rf.Roulette(rf.Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")
         assert (config.batch_size, config.optimizer.learning_rate, config.optimizer.accumulate) == (64, 1e-3, 1)
         assert config.model.data.logit_alpha == (1e-6 if name == "mnist" else 0.05)
-    config = density.CONFIGS["celebahq256"]
+    config = CONFIGS["celebahq256"]
     assert (config.batch_size, config.optimizer.accumulate, config.estimator.exact_terms) == (8, 5, 8)
     assert config.model.blocks == (16,) * 6 and config.model.activation == "elu" and config.data.bits == 5
     for data in ("digits", "mnist", "cifar10"):
-        assert density.CONFIGS[f"{data}_truncated_elu"].estimator == rf.Truncated(terms=5)
-        assert density.CONFIGS[f"{data}_elu"].estimator == density.CONFIGS[data].estimator
+        assert CONFIGS[f"{data}_truncated_elu"].estimator == rf.Truncated(terms=5)
+        assert CONFIGS[f"{data}_elu"].estimator == CONFIGS[data].estimator
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

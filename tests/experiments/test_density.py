@@ -15,12 +15,20 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from experiments import density, evaluate, pictures, sample, train
+from experiments import density, evaluate, sample
+from experiments.configs import CONFIGS
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig, VectorDataConfig
+from experiments.configs.tiny import tiny as tiny_config
 from experiments.evaluate import EvaluateConfig
-from experiments.images import load
-from experiments.metrics import Metrics
-from experiments.run import MetricsFile, claim_workdir, write_atomically
+from experiments.runs import launch, pictures
+from experiments.runs.launch import run_config
+from experiments.runs.metrics import Metrics
+from experiments.runs.metrics_file import MetricsFile
+from experiments.runs.setup import set_up, tightened_flow
+from experiments.runs.tasks.images import load
+from experiments.runs.tasks.of_config import task_of
+from experiments.runs.tasks.task import Task
+from experiments.runs.workdir import claim_workdir, write_atomically
 from experiments.sample import SampleConfig
 from resflow_jax import (
     BetweenBlocks,
@@ -43,7 +51,7 @@ from resflow_jax.training.checkpoints import Checkpoints
 from tests.experiments.tiny import run_and_cut
 
 TINY = dataclasses.replace(
-    density.CONFIGS["digits"],
+    CONFIGS["digits"],
     model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=DenseTail(0)),
     steps=6,
     batch_size=16,
@@ -66,7 +74,7 @@ def no_compilation_cache(tmp_path_factory):
 def finished(tmp_path_factory):
     """A run of six steps: its work directory and result."""
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, density.run(dataclasses.replace(TINY, workdir=workdir))
+    return workdir, run_config(dataclasses.replace(TINY, workdir=workdir))
 
 
 def read_metrics(workdir):
@@ -86,7 +94,7 @@ def test_files_and_metrics(finished):
     assert 'src="http' not in page and "&quot;hidden_channels&quot;: 4" in page
     certificate = json.loads((workdir / "certificate.json").read_text())
     (block,) = certificate["blocks"]
-    assert certificate["is_certified"] is True and block["bound"] <= block["promised"] < 1
+    assert certificate["is_certified"] is True and block["bound"] <= block["target_bound"] < 1
     assert {"3", "6"} >= {p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()} >= {"6"}
     assert sorted(path.name for path in (workdir / "training").iterdir()) == [
         f"{step:07}_{kind}.png" for step in (3, 6) for kind in ("reconstructions", "samples")
@@ -143,7 +151,7 @@ def test_events(finished):
 def fitted(tmp_path_factory):
     """The same run with its lengths fitted at every validation."""
     workdir = tmp_path_factory.mktemp("fitted")
-    return workdir, density.run(dataclasses.replace(TINY, workdir=workdir, fit_lengths=True))
+    return workdir, run_config(dataclasses.replace(TINY, workdir=workdir, fit_lengths=True))
 
 
 def test_lengths_are_fitted_between_validations(fitted):
@@ -151,7 +159,7 @@ def test_lengths_are_fitted_between_validations(fitted):
     workdir, result = fitted
     assert np.isfinite(result.mean)
     config = dataclasses.replace(TINY, workdir=workdir, fit_lengths=True)
-    _, start = train.set_up(density.task_of(config))
+    _, start = set_up(task_of(config))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         end = checkpoints.restore(6, start)
     tables = [np.asarray(state.estimator.length.table) for state in (start, end)]
@@ -162,13 +170,13 @@ def test_lengths_are_fitted_between_validations(fitted):
 def test_checkpoints_hold_the_certificate_of_the_tightened_flow(finished):
     """Of the averaged weights: what is restored and tightened is what the checkpoint says, and within its promise."""
     workdir, _ = finished
-    trainer, state = train.set_up(density.task_of(TINY))
+    trainer, state = set_up(task_of(TINY))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        flow = train.tightened_flow(trainer, checkpoints.restore(6, state))
+        flow = tightened_flow(trainer, checkpoints.restore(6, state))
         stored = checkpoints.certificate(6)
     certificate = certify(flow)
     assert [block["bound"] for block in stored["blocks"]] == pytest.approx(certificate.bounds, rel=1e-6)
-    assert all(block["bound"] <= block["promised"] for block in stored["blocks"])
+    assert all(block["bound"] <= block["target_bound"] for block in stored["blocks"])
 
 
 @pytest.mark.parametrize("fit_lengths", [False, True])
@@ -177,7 +185,7 @@ def test_a_cut_run_resumes_exactly(finished, fitted, tmp_path, capsys, fit_lengt
     workdir, result = fitted if fit_lengths else finished
     config = dataclasses.replace(TINY, workdir=tmp_path, fit_lengths=fit_lengths)
     run_and_cut(config, batches=5)
-    assert density.run(config) == result
+    assert run_config(config) == result
     assert "resuming" in capsys.readouterr().out
     assert read_metrics(tmp_path) == read_metrics(workdir)
 
@@ -199,15 +207,15 @@ def test_a_run_that_is_asked_to_stop(finished, tmp_path, monkeypatch, capsys, nu
     with monkeypatch.context() as patch:
         patch.setattr(Batches, "starting_at", with_signal)
         with pytest.raises(SystemExit) as stop:
-            density.run(config)
+            run_config(config)
     assert not stop.value.code and signal.getsignal(number) is before
     assert "stopped at step 5 of 6; the same command goes on" in capsys.readouterr().out
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert (checkpoints.latest_step, checkpoints.best_step) == (5, 3)
-    assert density.run(config) == result
+    assert run_config(config) == result
     assert "resuming" in capsys.readouterr().out
     assert [line["step"] for line in read_metrics(tmp_path)][:-1] == [2, 3, 4, 5, 6]
-    state = train.set_up(density.task_of(TINY))[1]
+    state = set_up(task_of(TINY))[1]
     ends = []
     for directory in (workdir, tmp_path):
         with Checkpoints(directory / "checkpoints") as checkpoints:
@@ -219,14 +227,14 @@ def test_patience(tmp_path, monkeypatch, capsys):
     """Two validations in a row without an improvement end the run; it is evaluated, and not gone on with."""
     values = iter([3.0, 2.0, 2.5, 2.1, 1.0])
     monkeypatch.setattr(
-        train.Task,
+        Task,
         "estimate",
         lambda self, flow, split: Estimate(next(values) if split == "validation" else 9, *[0.1] * 3),
     )
     evaluation = dataclasses.replace(TINY.evaluation, every=1, patience=2)
     config = dataclasses.replace(TINY, workdir=tmp_path, evaluation=evaluation, save_every=5)
     for _ in range(2):
-        assert density.run(config).mean == 9
+        assert run_config(config).mean == 9
         assert [line["step"] for line in read_metrics(tmp_path) if line["split"] == "train"] == [1, 2, 3, 4]
         assert "weights of step 2)" in capsys.readouterr().out
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -240,7 +248,7 @@ def test_checkpoints_between_validations(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Checkpoints, "save", lambda self, state, *rest: saved.append(int(state.step)) or save(self, state, *rest)
     )
-    density.run(config)
+    run_config(config)
     assert saved == [2, 3, 4, 6]
     assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()} <= {"3", "6"}
 
@@ -249,7 +257,7 @@ def test_a_finished_run_is_only_evaluated_again(finished, capsys):
     """The same command on a finished run trains no more, gives the same result, and repeats no line."""
     workdir, result = finished
     before = read_metrics(workdir)
-    assert density.run(dataclasses.replace(TINY, workdir=workdir)) == result
+    assert run_config(dataclasses.replace(TINY, workdir=workdir)) == result
     assert read_metrics(workdir) == before
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last == f"test bits/dim {result.mean:.4f} +- {result.stderr:.4f}"
@@ -260,7 +268,7 @@ def test_a_work_directory_of_another_config(finished):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_text(), (workdir / "config.json").read_text()
     with pytest.raises(ValueError, match=r"(?s)workdir: .*another config.*batch_size: 16 there, 8 now.*seed: 0 there"):
-        density.run(dataclasses.replace(TINY, workdir=workdir, batch_size=8, seed=3))
+        run_config(dataclasses.replace(TINY, workdir=workdir, batch_size=8, seed=3))
     assert before == ((workdir / "metrics.jsonl").read_text(), (workdir / "config.json").read_text())
 
 
@@ -268,14 +276,14 @@ def test_divergence_is_reported(tmp_path):
     """A loss that stops being finite ends the run with the steps, the values and what to do."""
     config = dataclasses.replace(TINY, workdir=tmp_path, optimizer=OptimizerConfig(learning_rate=1e200, warmup=0))
     with pytest.raises(FloatingPointError, match="training diverged between steps"):
-        density.run(config)
+        run_config(config)
     assert all(np.isfinite(line["bits_per_dim"]) for line in read_metrics(tmp_path))
 
 
 def test_command_line_overrides(monkeypatch):
     """`digits` is the default; flags reach nested fields."""
     configs = []
-    monkeypatch.setattr(density, "run", configs.append)
+    monkeypatch.setattr(launch, "run_config", configs.append)
     density.main(
         ["--steps", "5", "--batch-size", "8", "--seed", "2", "--workdir", "elsewhere", "--model.blocks", "1", "2"]
     )
@@ -286,12 +294,12 @@ def test_command_line_overrides(monkeypatch):
         "digits --model.tail.blocks 0 --model.norms.orders f12f --model.data.padding.channels 2 "
         "--model.condition-dim 3 --model.between.no-actnorm --estimator.length.p 0.25",
         "celebahq256 --model.tail.blocks 2 --model.scales.no-squeeze-first --model.data.padding.scale 2",
-        "vectors --model.dim 2 --model.norms.learned --model.data.mean 1 2 --model.data.deviation 3 4",
+        "vectors --model.dim 2 --model.norms.learned --model.data.mean 1 2 --model.data.std 3 4",
     ):
         density.main(arguments.split())
     digits, fashion, svhn, tiny, grouped, celebahq, vectors = configs
     assert grouped.model == dataclasses.replace(
-        density.CONFIGS["digits"].model,
+        CONFIGS["digits"].model,
         condition_dim=3,
         data=ImageTransform(padding=Padding(2)),
         between=BetweenBlocks(actnorm=False),
@@ -302,9 +310,9 @@ def test_command_line_overrides(monkeypatch):
     assert celebahq.model.tail == DenseTail(2) and celebahq.model.scales == Scales(factor_out=True)
     assert celebahq.model.data == ImageTransform(padding=Padding(scale=2.0), logit_alpha=0.05)
     assert vectors.model.norms == Norms(learned=True) and vectors.model.data == VectorTransform((1.0, 2.0), (3.0, 4.0))
-    assert svhn == dataclasses.replace(density.tiny(density.CONFIGS["svhn"]), data=svhn.data)
+    assert svhn == dataclasses.replace(tiny_config(CONFIGS["svhn"]), data=svhn.data)
     assert (svhn.data.name, svhn.data.crop) == ("photographs", 2)
-    assert tiny == density.tiny(density.CONFIGS["digits"])
+    assert tiny == tiny_config(CONFIGS["digits"])
     assert (digits.data.name, digits.steps, digits.batch_size, digits.seed) == ("digits", 5, 8, 2)
     assert str(digits.workdir) == "elsewhere" and digits.model.blocks == (1, 2)
     assert fashion.data.name == "fashion_mnist" and fashion.data.dir == "there"
@@ -373,14 +381,14 @@ def test_a_directory_that_is_not_of_a_run(tmp_path):
     """Metrics that no config accounts for are not overwritten."""
     (tmp_path / "metrics.jsonl").write_text('{"mine": 1}')
     with pytest.raises(FileExistsError, match="workdir: expected a new directory or that of a run"):
-        density.run(dataclasses.replace(TINY, workdir=tmp_path))
+        run_config(dataclasses.replace(TINY, workdir=tmp_path))
     assert (tmp_path / "metrics.jsonl").read_text() == '{"mine": 1}'
 
 
 def test_in_float32(tmp_path):
     """Without float64, as users run it: the same promises, all in float32."""
     with jax.enable_x64(False):
-        result = density.run(dataclasses.replace(TINY, workdir=tmp_path))
+        result = run_config(dataclasses.replace(TINY, workdir=tmp_path))
     assert np.isfinite(result.mean) and 2 < result.mean < 5
     assert [line["step"] for line in read_metrics(tmp_path)] == [2, 3, 4, 6, read_metrics(tmp_path)[-1]["step"]]
 
@@ -389,7 +397,7 @@ def test_images_of_another_shape(tmp_path):
     """A model that does not fit the data says so before anything is written."""
     model = dataclasses.replace(TINY.model, shape=(4, 4, 1))
     with pytest.raises(ValueError, match=r"model.shape: expected \(8, 8, 1\).*got \(4, 4, 1\)"):
-        density.run(dataclasses.replace(TINY, model=model, workdir=tmp_path / "new"))
+        run_config(dataclasses.replace(TINY, model=model, workdir=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
@@ -397,7 +405,7 @@ def test_workdir_that_is_a_file(tmp_path):
     """The error names the argument and the file is left alone."""
     (tmp_path / "file").write_text("mine")
     with pytest.raises(NotADirectoryError, match="workdir: expected a directory, got the file"):
-        density.run(dataclasses.replace(TINY, workdir=tmp_path / "file"))
+        run_config(dataclasses.replace(TINY, workdir=tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -439,7 +447,7 @@ def test_a_start_that_failed_leaves_the_directory_free(tmp_path):
     """Settings that cannot work say so before anything is written; where nothing was trained another config may run."""
     config = dataclasses.replace(TINY, workdir=tmp_path / "run")
     with pytest.raises(ValueError, match="batch_size: expected between 1 and 1347"):
-        density.run(dataclasses.replace(config, batch_size=5000))
+        run_config(dataclasses.replace(config, batch_size=5000))
     assert not config.workdir.exists()
     claim_workdir(config.workdir, dataclasses.replace(config, batch_size=8))
     claim_workdir(config.workdir, config)
@@ -456,7 +464,7 @@ def test_fewer_steps_than_taken(finished):
     """A run cannot be made shorter than it is; its config stays."""
     before = (finished[0] / "config.json").read_text()
     with pytest.raises(ValueError, match="steps: expected at least 6, as many as taken, got 4"):
-        density.run(dataclasses.replace(TINY, workdir=finished[0], steps=4))
+        run_config(dataclasses.replace(TINY, workdir=finished[0], steps=4))
     assert (finished[0] / "config.json").read_text() == before
 
 
@@ -479,16 +487,16 @@ def test_too_few_examples_to_test_on(tmp_path):
     """No standard error can be told of one."""
     np.save(tmp_path / "few.npy", np.random.default_rng(0).normal(size=(12, 2)))
     config = dataclasses.replace(
-        density.CONFIGS["vectors"], data=VectorDataConfig(tmp_path / "few.npy"), model=VectorFlowConfig(2), batch_size=4
+        CONFIGS["vectors"], data=VectorDataConfig(tmp_path / "few.npy"), model=VectorFlowConfig(2), batch_size=4
     )
     with pytest.raises(ValueError, match="data: expected two or more examples to test on, got 1 in"):
-        density.run(config)
+        run_config(config)
 
 
 def test_a_work_directory_that_cannot_be_made():
     """The error names the argument and the path."""
     with pytest.raises(OSError, match=r"workdir: could not make /proc/nowhere"):
-        density.run(dataclasses.replace(TINY, workdir=Path("/proc/nowhere")))
+        run_config(dataclasses.replace(TINY, workdir=Path("/proc/nowhere")))
 
 
 def test_metrics_survive_a_half_written_line(tmp_path):
@@ -512,10 +520,10 @@ def test_own_images(tmp_path):
     config = dataclasses.replace(
         TINY, data=data, model=model, optimizer=optimizer, batch_size=8, workdir=tmp_path / "run"
     )
-    result = density.run(config)
+    result = run_config(config)
     assert 4 < result.mean < 7  # of random pixels of 32 levels, five bits at best
     assert load(config.data).levels == 32
-    assert density.run(config) == result
+    assert run_config(config) == result
 
 
 def test_own_vectors(tmp_path):
@@ -525,7 +533,7 @@ def test_own_vectors(tmp_path):
     table = "\n".join(["a,b,c", *(",".join(map(str, row)) for row in rows)])
     (tmp_path / "rows.csv").write_text(table)
     config = dataclasses.replace(
-        density.CONFIGS["vectors"],
+        CONFIGS["vectors"],
         data=VectorDataConfig(tmp_path / "rows.csv"),
         model=VectorFlowConfig(3, blocks=2, hidden=(4,), norms=Norms(learned=True)),
         workdir=tmp_path / "run",
@@ -534,15 +542,15 @@ def test_own_vectors(tmp_path):
         batch_size=8,
         evaluation=EvaluationConfig(estimator=Exact(), draws=1, every=2),
     )
-    result = density.run(config)
+    result = run_config(config)
     assert -20 < result.mean < 0 and result.noise_stderr == 0
     lines = read_metrics(config.workdir)
     orders = [line["orders"] for line in lines if "orders" in line]
     assert np.shape(orders) == (2, 4, 2) and orders[0] != orders[1]
     assert [len(line["lipschitz"]) for line in lines if "lipschitz" in line] == [2, 2]
-    assert density.run(config) == result
+    assert run_config(config) == result
     with pytest.raises(ValueError, match=r"model\.dim: expected 3, that of the vectors, got 30"):
-        density.run(dataclasses.replace(density.CONFIGS["vectors"], data=config.data, workdir=tmp_path / "other"))
+        run_config(dataclasses.replace(CONFIGS["vectors"], data=config.data, workdir=tmp_path / "other"))
     again = evaluate.run(EvaluateConfig(config.workdir, other=(str(tmp_path / "rows.csv"),)))
     assert again["test"]["log_prob"] == pytest.approx(result.mean, rel=1e-6)
     assert again["other"][str(tmp_path / "rows.csv")]["auroc"] == pytest.approx(0.5, abs=1e-9)

@@ -12,8 +12,9 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-from experiments import fid, sample
+from experiments import fid
 from experiments.fid import FidConfig
+from experiments.runs import sampling
 from resflow_jax.data.images import ImageSplits
 from tests.experiments import tiny
 
@@ -143,7 +144,7 @@ def test_run(package, run_dir, monkeypatch, capsys):
     assert result["distance"] == distance(samples, images, "pixels") > result["floor"]["distance"] > 0
     assert result["floor"]["distance"] == distance(train, test, "pixels")
     saved = fid.saved_flow(run_dir)
-    z = sample.normal_latents(saved.flow, 0, 1.0)(np.arange(20))
+    z = sampling.normal_latents(saved.flow, 0, 1.0)(np.arange(20))
     np.testing.assert_array_equal(samples, fid.to_bytes(np.clip(saved.flow.inverse(z), 0, 1), 17))
     printed = capsys.readouterr().out
     assert "NO MORE IMAGES, 20, THAN FEATURES, 192" in printed and "20 training to as many test images" in printed

@@ -3,7 +3,6 @@
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +11,19 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from experiments import density, import_torch, resume
+from experiments import import_torch, resume
+from experiments.configs import CONFIGS
 from experiments.configs.base import DataConfig, EvaluationConfig
 from experiments.import_torch import ImportConfig
-from experiments.run import claim_workdir, write_atomically
-from experiments.saved import saved_config, saved_flow
-from resflow_jax.interop.torch_files import read_torch_file
-from resflow_jax.interop.torch_flow import TorchImageConfig
+from experiments.runs import launch
+from experiments.runs.saved import saved_config, saved_flow
+from experiments.runs.workdir import claim_workdir, write_atomically
+from resflow_jax.interop.torch.files import read_torch_file
+from resflow_jax.interop.torch.flow import TorchImageConfig
 from resflow_jax.io.config_json import as_json
 from resflow_jax.models.residual_flow import flow_from_config
 from tests.experiments import tiny
-
-DATA = Path(__file__).parents[1] / "data"
+from tests.paths import FIXTURES
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_flow_of_the_run_is_that_of_the_file(run_dir, capsys):
 def test_it_goes_on(run_dir, monkeypatch):
     """Two steps from the imported weights, by `experiments.resume`, validated and judged at the end."""
     monkeypatch.setattr(resume, "use_xla_flags", lambda: None)
-    monkeypatch.setattr(density, "use_all_cores", lambda number: None)
+    monkeypatch.setattr(launch, "use_all_cores", lambda number: None)
     judged = EvaluationConfig(estimator=rf.Roulette(), draws=1, examples=20, every=2)
     config = replace(saved_config(run_dir), evaluation=judged, batch_size=8)
     write_atomically(run_dir / "config.json", json.dumps(as_json(config)))
@@ -68,7 +68,7 @@ def test_it_goes_on(run_dir, monkeypatch):
 def test_the_settings_are_those_of_the_file(tmp_path):
     """Of the authors' own files: images and toys."""
     for name, data in (("mnist_tiny", DataConfig("digits")), ("toy2d", DataConfig(""))):
-        path = DATA / f"reference_{name}.pth"
+        path = FIXTURES / f"reference_{name}.pth"
         args = read_torch_file(path)["args"]
         flow = rf.load_torch_checkpoint(path, norms="stored")
         config = import_torch.run_config(args, flow, ImportConfig(path, tmp_path / name, data=data))
@@ -80,12 +80,12 @@ def test_the_settings_are_those_of_the_file(tmp_path):
             assert config.batch_size == args.batchsize and config.optimizer.warmup == args.warmup_iters
             assert isinstance(config.estimator.length, rf.Poisson) and config.estimator.probe == "gaussian"
             with_name = import_torch.run_config(args, flow, ImportConfig(path, tmp_path))
-            assert with_name.data == density.CONFIGS["mnist"].data
+            assert with_name.data == CONFIGS["mnist"].data
 
 
 def test_a_file_with_a_classifier_keeps_it(tmp_path):
     """The run's config says so, and its flow has the classifier."""
-    path = DATA / "torch_hybrid.pth"
+    path = FIXTURES / "torch_hybrid.pth"
     flow = rf.load_torch_checkpoint(path, "raw", norms="stored")
     config = import_torch.run_config(read_torch_file(path)["args"], flow, ImportConfig(path, tmp_path / "run"))
     assert type(config.model) is TorchImageConfig and config.model.classes > 0

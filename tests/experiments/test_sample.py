@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import pictures, sample
+from experiments import sample
+from experiments.runs import pictures, sampling
 from experiments.sample import SampleConfig
 from resflow_jax import Anderson, ResidualFlow
 from resflow_jax.data.images import to_unit_interval
@@ -64,17 +65,17 @@ def test_samples_depend_on_seed_and_number_alone(run_dir, drawn, saved, tmp_path
     sample.run(SampleConfig(run_dir, number=5, batch_size=4, workdir=tmp_path / "again"))
     assert again[0].read_bytes() == again[1].read_bytes()
     assert (sample.run(replace(config, seed=1)) != drawn[:3]).any((1, 2, 3)).all()
-    z = sample.normal_latents(saved.flow, 0, 1.0)(jnp.arange(5))
+    z = sampling.normal_latents(saved.flow, 0, 1.0)(jnp.arange(5))
     x = saved.flow.inverse(z)
-    np.testing.assert_array_equal(drawn, sample.to_bytes(np.clip(x, 0, 1), 17))
+    np.testing.assert_array_equal(drawn, sampling.to_bytes(np.clip(x, 0, 1), 17))
 
 
 def test_temperature(run_dir, saved, tmp_path):
     """At zero every sample is f^-1(0); otherwise latents are Gaussian with that deviation."""
     config = SampleConfig(run_dir, number=3, batch_size=4, temperature=0.0, format=(), workdir=tmp_path)
-    zero = sample.to_bytes(np.clip(saved.flow.inverse(jnp.zeros((1, 64))), 0, 1), 17)
+    zero = sampling.to_bytes(np.clip(saved.flow.inverse(jnp.zeros((1, 64))), 0, 1), 17)
     np.testing.assert_array_equal(sample.run(config), np.tile(zero, (3, 1, 1, 1)))
-    cold, hot = (sample.normal_latents(saved.flow, 0, t)(jnp.arange(400)) for t in (0.5, 2.0))
+    cold, hot = (sampling.normal_latents(saved.flow, 0, t)(jnp.arange(400)) for t in (0.5, 2.0))
     np.testing.assert_allclose(4 * cold, hot, rtol=1e-12)
     assert abs(hot.std() - 2) < 0.05 and abs(hot.mean()) < 0.05
     assert np.abs(np.corrcoef(hot[:-1].ravel(), hot[1:].ravel())[0, 1]) < 0.05  # each has a key of its own
@@ -126,10 +127,10 @@ def test_bytes_stand_for_levels(levels):
     k = np.arange(levels)
     expected = np.rint(k * 255 / (levels - 1))
     for inside in (0.0, 0.5, 0.99):
-        found = sample.to_bytes((k + inside) / levels, levels)
+        found = sampling.to_bytes((k + inside) / levels, levels)
         assert found.dtype == np.uint8
         np.testing.assert_array_equal(found, expected)
-    assert sample.to_bytes(np.ones(1), levels) == 255
+    assert sampling.to_bytes(np.ones(1), levels) == 255
 
 
 def test_formats(tmp_path):
@@ -157,9 +158,9 @@ def test_unconverged_solves_are_reported(run_dir, tmp_path, monkeypatch, capsys)
 
 def test_what_is_said_of_convergence():
     """All, or the numbers of those that did not, the first ten."""
-    assert sample.convergence(np.ones(4, bool)) == "all converged"
-    assert sample.convergence(np.array([True, False, True, False])) == "2 of 4 DID NOT CONVERGE: 00001, 00003"
-    assert sample.convergence(np.zeros(12, bool)).endswith("00008, 00009, ...")
+    assert sampling.convergence(np.ones(4, bool)) == "all converged"
+    assert sampling.convergence(np.array([True, False, True, False])) == "2 of 4 DID NOT CONVERGE: 00001, 00003"
+    assert sampling.convergence(np.zeros(12, bool)).endswith("00008, 00009, ...")
 
 
 @pytest.mark.parametrize(

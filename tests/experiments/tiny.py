@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from experiments import density
+from experiments.configs import CONFIGS
 from experiments.configs.base import DensityConfig, EvaluationConfig
-from experiments.run import claim_workdir
-from experiments.train import set_up, tightened_flow
+from experiments.runs.launch import run_config
+from experiments.runs.setup import set_up, tightened_flow
+from experiments.runs.tasks.of_config import task_of
+from experiments.runs.workdir import claim_workdir
 from resflow_jax import DenseTail, ImageFlowConfig, Roulette, certify
 from resflow_jax.data.batches import Batches
 from resflow_jax.training.checkpoints import Checkpoints
 
 DIGITS = replace(
-    density.CONFIGS["digits"],
+    CONFIGS["digits"],
     model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=DenseTail(0)),
     steps=2,
     batch_size=8,
@@ -34,13 +36,13 @@ def run_and_cut(config: DensityConfig, batches: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Batches, "starting_at", cut)
-        density.run(config)
+        run_config(config)
 
 
 def save_run(config: DensityConfig, loss: float | None = 3.0) -> None:
     """The files of a run at its last checkpoint, without its training: the weights are those of the start."""
     claim_workdir(config.workdir, config)
-    trainer, state = set_up(density.task_of(config))
+    trainer, state = set_up(task_of(config))
     average = optax.EmaState(jnp.asarray(1), optax.tree.scale(1 - trainer.ema_decay, state.params))
     state = state._replace(step=jnp.asarray(config.steps), ema=average)
     with Checkpoints(config.workdir / "checkpoints") as checkpoints:

@@ -12,7 +12,7 @@ from tests.float32 import dense
 
 PARAMS, X = dense.network()
 WEIGHTS = np.arange(1.0, 4)
-PAPERS = rf.Roulette(rf.Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian")
+PAPERS = rf.Roulette(rf.Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")
 
 
 def values(estimator, params, x, key=None, chunk_size=None):

@@ -15,8 +15,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.convolution import conv2d
 from resflow_jax.functional.linear_maps import ConvMap
+from resflow_jax.functional.primitives.convolution import conv2d
 
 
 def dense_net(scale, *, batch=3, dim=4, dtype=jnp.float64, seed=0):

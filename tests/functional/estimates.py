@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
-from resflow_jax.functional.logdet import Roulette, residual
+from resflow_jax.functional.estimators import Roulette
+from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, Poisson
+from resflow_jax.functional.logdet import residual
 from tests.functional.contractions import (
     conv_net,
     dense_log_det,
@@ -31,7 +32,7 @@ NETS = {
     "conv near one": partial(conv_net, 0.98),
     "nonsymmetric": partial(nonsymmetric_net, 0.75),
 }
-PAPERS = Roulette(Poisson(2.0), exact_terms=2, krylov=0)
+PAPERS = Roulette(Poisson(2.0), exact_terms=2, minres_steps=0)
 SAFE = Defensive(0.4, 0.1, 0.75)
 FITTED = Fitted(jnp.array([1.0, 0.6, 0.6, 0.2]), 0.75)
 SLOW = Geometric(0.2)  # finite variance (and fourth moment) for the spectral radius 0.8 of "saturated"

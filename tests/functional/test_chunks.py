@@ -8,7 +8,7 @@ import pytest
 from resflow_jax.functional import chunks
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.estimators import Roulette
-from resflow_jax.functional.laws import Geometric
+from resflow_jax.functional.length_laws import Geometric
 from resflow_jax.functional.logdet import residual
 from tests.functional.contractions import conv_net, dense_net
 
@@ -48,7 +48,9 @@ def test_map_and_pullback(platform, number):
 
 
 @pytest.mark.parametrize("make", [dense_net, conv_net])
-@pytest.mark.parametrize("options", [{}, {"krylov": 0, "probe": "gaussian", "length": Geometric(0.3)}, {"probes": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"minres_steps": 0, "probe": "gaussian", "length": Geometric(0.3)}, {"probes": 2}]
+)
 def test_residual_in_chunks(platform, make, options):
     """Value, log-det, diagnostics and all gradients do not depend on the size of the chunks."""
     g, params, x = make(0.7, batch=6)

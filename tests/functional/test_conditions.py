@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from resflow_jax.functional import chunks
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
 from resflow_jax.functional.inverse import residual_inverse
-from resflow_jax.functional.laws import Geometric, Poisson
+from resflow_jax.functional.length_laws import Geometric, Poisson
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint
 from tests.functional.conditional import BATCH, DIM, dense_log_det, dense_series, g, jacobians, net, with_label
@@ -26,8 +26,8 @@ ESTIMATORS = {
     "truncated": Truncated(3, **WHOLE),
     "truncated autodiff": Truncated(3, gradient="autodiff", **WHOLE),
     "roulette": Roulette(exact_terms=60, **WHOLE),
-    "papers": Roulette(Poisson(2.0), exact_terms=60, krylov=0, **WHOLE),
-    "autodiff": Roulette(Poisson(1.0), exact_terms=60, krylov=0, gradient="autodiff", **WHOLE),
+    "papers": Roulette(Poisson(2.0), exact_terms=60, minres_steps=0, **WHOLE),
+    "autodiff": Roulette(Poisson(1.0), exact_terms=60, minres_steps=0, gradient="autodiff", **WHOLE),
 }
 
 
@@ -77,7 +77,7 @@ def test_chunks(platform, size):
     np.testing.assert_allclose(found, dense(dense_log_det, *args), rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("estimator", [Roulette(), Roulette(Geometric(0.3), 1, krylov=0, probes=2)], ids=str)
+@pytest.mark.parametrize("estimator", [Roulette(), Roulette(Geometric(0.3), 1, minres_steps=0, probes=2)], ids=str)
 def test_unbiased(estimator):
     """The mean over 4000 keys is the dense value and gradient, in every component."""
     args = net()
@@ -87,7 +87,9 @@ def test_unbiased(estimator):
     assert np.abs(z_scores(samples, dense(dense_log_det, *args))).max() < 4.5
 
 
-@pytest.mark.parametrize("estimator", [Exact(), Roulette(Geometric(0.5), 2, krylov=0, gradient="autodiff")], ids=str)
+@pytest.mark.parametrize(
+    "estimator", [Exact(), Roulette(Geometric(0.5), 2, minres_steps=0, gradient="autodiff")], ids=str
+)
 def test_two_orders(estimator):
     """First and second derivatives in params, x and the condition are those of the estimate itself."""
     params, x, condition = net(batch=2)

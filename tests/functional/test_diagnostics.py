@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resflow_jax.functional import logdet
+from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
-from resflow_jax.functional.laws import Defensive, Geometric
+from resflow_jax.functional.length_laws import Defensive, Geometric
 from resflow_jax.functional.logdet import residual
 from tests.functional.contractions import (
     z_scores,
@@ -25,7 +25,7 @@ DIAGNOSED = [
     Truncated(5, gradient="autodiff"),
     PAPERS,
     Roulette(SAFE, 1, samples=2, probes=2),
-    Roulette(SAFE, krylov=2, gradient="autodiff"),
+    Roulette(SAFE, minres_steps=2, gradient="autodiff"),
 ]
 
 
@@ -49,7 +49,7 @@ def test_diagnostics_of_one_estimate(estimator):
     np.testing.assert_allclose(log_det, plain[1], rtol=1e-13)
     np.testing.assert_allclose(diagnostics.mean, np.mean(log_det), rtol=1e-13)
     np.testing.assert_allclose(diagnostics.second_moment, np.mean(np.square(log_det)), rtol=1e-13)
-    assert diagnostics.term_norms.shape == (logdet.DIAGNOSED_TERMS,)
+    assert diagnostics.term_norms.shape == (DIAGNOSED_TERMS,)
     assert diagnostics.length.shape == ()
     if not isinstance(estimator, Roulette):
         assert diagnostics.length == (4 if isinstance(estimator, Exact) else 5)
@@ -71,7 +71,7 @@ def power_norms(name, terms=8):
 
 def test_term_norms_of_a_truncated_series():
     """With D orthogonal probes they are |J^k|_F^2 / D, and zero behind the last term."""
-    diagnosed = logdet.DIAGNOSED_TERMS
+    diagnosed = DIAGNOSED_TERMS
     for terms in (5, diagnosed + 2):
         norms = diagnose("nonsymmetric", Truncated(terms, "orthogonal", probes=8), keys=2).term_norms
         expected = np.where(np.arange(diagnosed) < terms, power_norms("nonsymmetric", diagnosed), 0)
@@ -80,15 +80,18 @@ def test_term_norms_of_a_truncated_series():
 
 def test_term_norms_of_the_roulette():
     """Whatever the law, the mean over keys is |J^k|_F^2 / D for the power series: |z| < 4 for k = 1..8."""
-    estimator = Roulette(SAFE, 2, krylov=0, samples=2, probe="gaussian", probes=2)
+    estimator = Roulette(SAFE, 2, minres_steps=0, samples=2, probe="gaussian", probes=2)
     z = z_scores(diagnose("nonsymmetric", estimator).term_norms[:, :8], power_norms("nonsymmetric"))
     assert np.abs(z).max() < 4
 
 
-@pytest.mark.parametrize("krylov", [None, 2])
-def test_term_norms_do_not_depend_on_the_law(krylov):
+@pytest.mark.parametrize("minres_steps", [None, 2])
+def test_term_norms_do_not_depend_on_the_law(minres_steps):
     """The means of two laws agree also for minimal residuals, |z| < 4; no term is larger than of the power series."""
-    laws = [Roulette(SAFE, krylov=krylov), Roulette(Geometric(0.3), 1, krylov=krylov, samples=2)]
+    laws = [
+        Roulette(SAFE, minres_steps=minres_steps),
+        Roulette(Geometric(0.3), 1, minres_steps=minres_steps, samples=2),
+    ]
     first, second = (diagnose("nonsymmetric", law, seed=n).term_norms[:, :8] for n, law in enumerate(laws))
     error = np.sqrt((first.var(axis=0) + second.var(axis=0)) / len(first))
     assert np.abs(first.mean(axis=0) - second.mean(axis=0)).max() > 0
@@ -99,7 +102,7 @@ def test_term_norms_do_not_depend_on_the_law(krylov):
 def test_the_diagnosed_length():
     """exact_terms + the longest of the lengths: its mean over keys is 2 + E max_i N_i, |z| < 4."""
     law, samples = Defensive(0.4, 0.1, 0.75), 3
-    length = diagnose("small", Roulette(law, 2, krylov=0, samples=samples)).length
+    length = diagnose("small", Roulette(law, 2, minres_steps=0, samples=samples)).length
     survival = np.asarray(law.survival(np.arange(1, 200)))
     assert length.min() >= 3
     assert np.abs(z_scores(length, 2 + np.sum(1 - (1 - survival) ** samples))) < 4

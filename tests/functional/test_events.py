@@ -10,7 +10,7 @@ import pytest
 
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
 from resflow_jax.functional.inverse import residual_inverse
-from resflow_jax.functional.laws import Geometric
+from resflow_jax.functional.length_laws import Geometric
 from resflow_jax.functional.logdet import residual
 from tests.functional.contractions import dense_log_det, dense_net, dense_series
 
@@ -20,7 +20,7 @@ ESTIMATORS = {
     "exact": Exact(),
     "truncated": Truncated(3, **WHOLE),
     "roulette": Roulette(exact_terms=60, **WHOLE),
-    "autodiff": Roulette(Geometric(0.9), exact_terms=60, krylov=0, gradient="autodiff", **WHOLE),
+    "autodiff": Roulette(Geometric(0.9), exact_terms=60, minres_steps=0, gradient="autodiff", **WHOLE),
 }
 
 

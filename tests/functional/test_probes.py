@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resflow_jax.functional.manual_axes import example_keys
+from resflow_jax.functional.batch_axes import example_keys
 from resflow_jax.functional.probes import PROBES, draw_seeds, make_probes
 from tests.functional.contractions import z_scores
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
+from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, Poisson
 from resflow_jax.functional.roulette import length_cap, term_weight
 
 FITTED = Fitted(jnp.array([1.0, 0.7, 0.7, 0.2]), 0.6)

@@ -10,7 +10,7 @@ import pytest
 
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
 from resflow_jax.functional.inverse import residual_inverse
-from resflow_jax.functional.laws import Fitted, Geometric, Poisson
+from resflow_jax.functional.length_laws import Fitted, Geometric, Poisson
 from resflow_jax.functional.logdet import residual
 
 LANES, BATCH, DIM = 3, 2, 3
@@ -18,7 +18,7 @@ ESTIMATORS = {
     "exact": Exact(),
     "truncated": Truncated(4),
     "roulette": Roulette(),
-    "papers": Roulette(Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian"),
+    "papers": Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian"),
     "autodiff": Roulette(Geometric(0.8), exact_terms=1, gradient="autodiff"),
     "two lengths, two probes": Roulette(Geometric(0.4), samples=2, probes=2),
 }

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from resflow_jax.functional import logdet, series
-from resflow_jax.functional.laws import Defensive, Fitted, Geometric, Poisson
-from resflow_jax.functional.logdet import Roulette, Truncated
+from resflow_jax.functional import direct_estimates, neumann, series, term_sums
+from resflow_jax.functional.estimators import Roulette, Truncated
+from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, Poisson
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
 from tests.functional.contractions import (
     dense_series,
@@ -46,7 +46,8 @@ def enumerate_draws(monkeypatch, net, estimator, lengths=(0,)):
             rows = (first + jnp.arange(probes * len(x))) % len(hadamard)
             return hadamard[rows].reshape(-1, *x.shape[1:])
 
-        monkeypatch.setattr(logdet, "make_probes", make_probes)
+        for module in (direct_estimates, neumann):
+            monkeypatch.setattr(module, "make_probes", make_probes)
         for law in (Geometric, Poisson, Defensive, Fitted):
             monkeypatch.setattr(law, "sample", lambda self, key, shape: jnp.broadcast_to(length, shape))
         return estimate(net, estimator, jax.random.key(0))
@@ -99,13 +100,17 @@ def expectation(monkeypatch, name, estimator, longest):
 @pytest.mark.parametrize(
     ("name", "estimator", "tolerance"),
     [
-        ("moderate", Roulette(Geometric(0.5), 0, krylov=0), 1e-10),
-        ("moderate", Roulette(Geometric(0.4), 2, krylov=0), 1e-10),
-        ("small", Roulette(Poisson(2.0), 3, krylov=0), 1e-10),
-        ("moderate", Roulette(Geometric(0.5), 2, krylov=0, gradient="autodiff"), 1e-7),  # leaves out P(N > n) <= 2^-24
-        ("small", Roulette(Poisson(2.0), 0, krylov=0, gradient="autodiff"), 1e-6),
-        ("moderate", Roulette(SAFE, 0, krylov=0, probes=2), 1e-10),
-        ("moderate", Roulette(FITTED, 2, krylov=0), 1e-10),
+        ("moderate", Roulette(Geometric(0.5), 0, minres_steps=0), 1e-10),
+        ("moderate", Roulette(Geometric(0.4), 2, minres_steps=0), 1e-10),
+        ("small", Roulette(Poisson(2.0), 3, minres_steps=0), 1e-10),
+        (
+            "moderate",
+            Roulette(Geometric(0.5), 2, minres_steps=0, gradient="autodiff"),
+            1e-7,
+        ),  # leaves out P(N > n) <= 2^-24
+        ("small", Roulette(Poisson(2.0), 0, minres_steps=0, gradient="autodiff"), 1e-6),
+        ("moderate", Roulette(SAFE, 0, minres_steps=0, probes=2), 1e-10),
+        ("moderate", Roulette(FITTED, 2, minres_steps=0), 1e-10),
     ],
     ids=str,
 )
@@ -120,14 +125,14 @@ def test_power_series_roulette_summed_over_its_law(monkeypatch, name, estimator,
     [
         ("nonsymmetric", Roulette(Geometric(0.4))),
         ("nonsymmetric", Roulette(SAFE, 2, probes=2)),
-        ("nonsymmetric", Roulette(FITTED, krylov=1, probes=3)),
-        ("nonsymmetric", Roulette(Poisson(2.0), 2, krylov=2)),
-        ("nonsymmetric", Roulette(SAFE, krylov=3)),
+        ("nonsymmetric", Roulette(FITTED, minres_steps=1, probes=3)),
+        ("nonsymmetric", Roulette(Poisson(2.0), 2, minres_steps=2)),
+        ("nonsymmetric", Roulette(SAFE, minres_steps=3)),
         ("nonsymmetric", Roulette(Geometric(0.3), gradient="autodiff", probes=2)),
-        ("nonsymmetric", Roulette(SAFE, 2, krylov=1, gradient="autodiff")),
-        ("nonsymmetric", Roulette(FITTED, krylov=3, gradient="autodiff")),
+        ("nonsymmetric", Roulette(SAFE, 2, minres_steps=1, gradient="autodiff")),
+        ("nonsymmetric", Roulette(FITTED, minres_steps=3, gradient="autodiff")),
         ("saturated", Roulette(FITTED)),
-        ("moderate", Roulette(Poisson(2.0), 2, krylov=2)),
+        ("moderate", Roulette(Poisson(2.0), 2, minres_steps=2)),
         ("saturated", Roulette(SAFE, gradient="autodiff")),
     ],
     ids=str,
@@ -154,7 +159,7 @@ def test_minimal_residual_roulette_conv(monkeypatch):
 def test_roulette_is_unbiased(name, law, exact_terms, samples):
     """Value and Neumann gradient have the exact expectation: |z| < 4 over all components, 4000 keys."""
     probe = "gaussian" if (exact_terms, samples) in {(0, 1), (2, 3)} else "rademacher"
-    estimator = Roulette(law, exact_terms, samples, probe, krylov=0)
+    estimator = Roulette(law, exact_terms, samples, probe, minres_steps=0)
     assert worst_z(name, estimator) < 4
 
 
@@ -168,7 +173,7 @@ def test_roulette_is_unbiased(name, law, exact_terms, samples):
 )
 def test_roulette_autodiff_is_unbiased(name, law, exact_terms, samples, probe):
     """The same for the gradient of the estimate itself."""
-    estimator = Roulette(law, exact_terms, samples, probe, krylov=0, gradient="autodiff")
+    estimator = Roulette(law, exact_terms, samples, probe, minres_steps=0, gradient="autodiff")
     assert worst_z(name, estimator) < 4
 
 
@@ -177,12 +182,12 @@ def test_roulette_autodiff_is_unbiased(name, law, exact_terms, samples, probe):
     [
         ("nonsymmetric", Roulette(SAFE)),
         ("nonsymmetric", Roulette(Geometric(0.3), 2, samples=3, probe="gaussian", probes=2)),
-        ("nonsymmetric", Roulette(SAFE, krylov=1, probe="orthogonal", probes=2)),
-        ("nonsymmetric", Roulette(FITTED, krylov=2, samples=3, probes=2)),
-        ("nonsymmetric", Roulette(Geometric(0.25), 2, krylov=3, probe="gaussian")),
-        ("nonsymmetric", Roulette(FITTED, krylov=0, samples=3, probe="orthogonal", probes=3)),
+        ("nonsymmetric", Roulette(SAFE, minres_steps=1, probe="orthogonal", probes=2)),
+        ("nonsymmetric", Roulette(FITTED, minres_steps=2, samples=3, probes=2)),
+        ("nonsymmetric", Roulette(Geometric(0.25), 2, minres_steps=3, probe="gaussian")),
+        ("nonsymmetric", Roulette(FITTED, minres_steps=0, samples=3, probe="orthogonal", probes=3)),
         ("saturated", Roulette(Poisson(2.0), probe="gaussian")),  # four eigenvalues: the series ends
-        ("small", Roulette(Poisson(2.0), 2, krylov=1, samples=3, probe="orthogonal")),
+        ("small", Roulette(Poisson(2.0), 2, minres_steps=1, samples=3, probe="orthogonal")),
     ],
     ids=str,
 )
@@ -195,7 +200,7 @@ def test_minimal_residual_roulette_is_unbiased(name, estimator):
     ("name", "estimator"),
     [
         ("nonsymmetric", Roulette(SAFE, probe="orthogonal", probes=2, gradient="autodiff")),
-        ("nonsymmetric", Roulette(FITTED, krylov=1, samples=3, probe="gaussian", gradient="autodiff")),
+        ("nonsymmetric", Roulette(FITTED, minres_steps=1, samples=3, probe="gaussian", gradient="autodiff")),
     ],
     ids=str,
 )
@@ -207,10 +212,10 @@ def test_minimal_residual_roulette_autodiff_is_unbiased(name, estimator):
 @pytest.mark.parametrize(
     "estimator",
     [
-        Roulette(Geometric(0.3), 2, krylov=0),
-        Roulette(Geometric(0.3), 0, krylov=0, samples=3, probe="gaussian"),
+        Roulette(Geometric(0.3), 2, minres_steps=0),
+        Roulette(Geometric(0.3), 0, minres_steps=0, samples=3, probe="gaussian"),
         Roulette(Defensive(lipschitz=0.8), probe="orthogonal", probes=2),
-        Roulette(FITTED, 2, krylov=2, probe="gaussian"),
+        Roulette(FITTED, 2, minres_steps=2, probe="gaussian"),
     ],
     ids=str,
 )
@@ -254,7 +259,11 @@ def _positive_product(original):
 
 
 def _no_roulette_in_gradient(original):
-    return lambda estimator, key: original(estimator, key)._replace(neumann_weight=lambda k: jnp.ones(()))
+    def draw_plan(estimator, key):
+        plan = original(estimator, key)
+        return plan._replace(weights=lambda k: plan.weights(k)._replace(w=jnp.ones(())))
+
+    return draw_plan
 
 
 first_for_all = _cotangents(lambda estimator, log_det_bar: jnp.full_like(log_det_bar, log_det_bar.ravel()[0]))
@@ -266,20 +275,20 @@ MUTATIONS = {
     "no 1/k": (PowerSeries, "step", _terms(lambda k, term, *_: Term(term.w, k.astype(term.value.dtype) * term.value))),
     "survival(k + 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k + 1)),
     "survival(k - 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k - 1)),
-    "unweighted gradient": (logdet, "_draw_plan", _no_roulette_in_gradient),
-    "first cotangent for all": (logdet._neumann, "bwd", first_for_all),
+    "unweighted gradient": (neumann, "draw_plan", _no_roulette_in_gradient),
+    "first cotangent for all": (neumann._neumann, "bwd", first_for_all),
 }
 MINIMAL_RESIDUAL_MUTATIONS = {
     "sign": (MinimalResidual, "step", wrong_sign),
     "sign of w": (MinimalResidual, "step", _terms(lambda k, term, *_: Term(-term.w, term.value))),
     "sign of the value": (MinimalResidual, "step", _terms(lambda k, term, *_: Term(term.w, -term.value))),
     "no lookahead": (MinimalResidual, "step", _terms(_without_lookahead)),
-    "N > k": (logdet, "term_weight", lambda original: lambda law, lengths, *args: original(law, lengths - 1, *args)),
+    "N > k": (term_sums, "term_weight", lambda original: lambda law, lengths, *args: original(law, lengths - 1, *args)),
     "survival(k + 1)": (Defensive, "survival", lambda original: lambda self, k: original(self, k + 1)),
     "survival(k - 1)": (Defensive, "survival", lambda original: lambda self, k: original(self, k - 1)),
-    "unweighted gradient": (logdet, "_draw_plan", _no_roulette_in_gradient),
-    "first cotangent for all": (logdet._neumann, "bwd", first_for_all),
-    "sum over probes in the gradient": (logdet._neumann, "bwd", no_mean),
+    "unweighted gradient": (neumann, "draw_plan", _no_roulette_in_gradient),
+    "first cotangent for all": (neumann._neumann, "bwd", first_for_all),
+    "sum over probes in the gradient": (neumann._neumann, "bwd", no_mean),
 }
 
 
@@ -288,7 +297,7 @@ def test_mutations_are_caught(monkeypatch, mutation):
     """With one thing wrong the same test of the mean over keys fails, and clearly: |z| > 6."""
     owner, name, mutate = MUTATIONS[mutation]
     monkeypatch.setattr(owner, name, mutate(getattr(owner, name)))
-    assert worst_z("saturated", Roulette(SLOW, 0, krylov=0)) > 6
+    assert worst_z("saturated", Roulette(SLOW, 0, minres_steps=0)) > 6
 
 
 @pytest.mark.parametrize("mutation", MINIMAL_RESIDUAL_MUTATIONS)

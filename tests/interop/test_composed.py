@@ -34,8 +34,8 @@ class Shifted(rf.Base):
     def log_prob(self, z, condition=None):
         return -0.5 * jnp.sum((z - self._mean(condition)) ** 2, axis=1) - jnp.log(2 * jnp.pi)
 
-    def sample(self, key, number, condition=None, temperature=1.0):
-        return self._mean(condition) + temperature * jax.random.normal(key, (number, 2))
+    def sample(self, key, num_samples, condition=None, temperature=1.0):
+        return self._mean(condition) + temperature * jax.random.normal(key, (num_samples, 2))
 
 
 def make(base=None, seed=0):

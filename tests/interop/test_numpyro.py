@@ -190,9 +190,9 @@ def test_blocks_stay_contractions_in_svi_of_several_particles(loss):
     with numpyro.handlers.substitute(data=params):
         trained = interop.flow_module("flow", flow)
     certified = rf.certify(trained).blocks[0]
-    assert certified.bound < 1.001 * certified.promised
+    assert certified.bound < 1.001 * certified.target_bound
     nnx.update(flow, nnx.state(trained, nnx.Param))
-    assert rf.certify(flow).blocks[0].bound > 1.1 * certified.promised
+    assert rf.certify(flow).blocks[0].bound > 1.1 * certified.target_bound
 
 
 def test_warm_start_goes_on_from_the_last_vectors():

@@ -1,17 +1,16 @@
 """Configs as JSON: what is written comes back, also what earlier versions wrote; the rest is refused by name.
 
-tests/data/before_compositions has files of the version before groups of settings, with flat configs.
+tests/fixtures/before_compositions has files of the version before groups of settings, with flat configs.
 """
 
 import json
 import math
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
 import resflow_jax as rf
-from resflow_jax.interop.torch_flow import TorchImageConfig
+from resflow_jax.interop.torch.flow import TorchImageConfig
 from resflow_jax.io.config_json import (
     FLOW_TYPES,
     FORMAT_VERSION,
@@ -23,8 +22,9 @@ from resflow_jax.io.config_json import (
     from_document,
     upgraded,
 )
+from tests.paths import FIXTURES
 
-OLD = Path(__file__).parents[1] / "data" / "before_compositions"
+OLD = FIXTURES / "before_compositions"
 IMAGES = rf.ImageFlowConfig(
     (8, 8, 2),
     blocks=(1, 2),
@@ -197,7 +197,7 @@ def test_settings_that_a_flat_config_lacks_have_their_defaults():
 
 
 def test_files_of_the_version_before():
-    """The three flows of tests/data/before_compositions, which hold between them most settings."""
+    """The three flows of tests/fixtures/before_compositions, which hold between them most settings."""
     safetensors = pytest.importorskip("safetensors", reason="needs the extra safetensors")
     expected = {
         "image": TorchImageConfig(
@@ -236,6 +236,32 @@ def test_files_of_the_version_before():
         with safetensors.safe_open(OLD / f"{name}.safetensors", framework="numpy") as file:
             found = config_from_json(file.metadata()["config"])
         assert found == config and type(found) is type(config)
+
+
+@pytest.mark.parametrize("version", [{}, {"format_version": 1}])
+def test_roulettes_of_earlier_versions(version):
+    """Versions 0 and 1 called the minimal-residual steps `krylov`; an estimator may stand at any depth."""
+    roulette = {"type": "Roulette", "length": {"type": "Poisson", "rate": 3.0}, "exact_terms": 2, "krylov": 4}
+    document = {"type": "Run", **version, "inner": {"type": "Inner", "estimators": [roulette]}}
+    found = upgraded(document)["inner"]["estimators"][0]
+    types = {"Roulette": rf.Roulette, "Poisson": rf.Poisson}
+    expected = rf.Roulette(rf.Poisson(3.0), exact_terms=2, minres_steps=4)
+    assert from_document({**found, "format_version": 2}, rf.Roulette, types) == expected
+    with pytest.raises(ValueError, match="unknown: krylov"):
+        from_document({**roulette, "format_version": 2}, rf.Roulette, types)
+
+
+@pytest.mark.parametrize("group", ["VectorTransform", "ImageTransform"])
+def test_deviations_of_version_1(group):
+    """`data.deviation` is `data.std` now."""
+    data = {"type": group, "mean": [1.0], "deviation": [2.0]}
+    flow = {"type": "VectorFlowConfig", "dim": 1}
+    if group == "ImageTransform":
+        data |= {"logit_alpha": None}
+        flow = {"type": "ImageFlowConfig", "shape": [4, 4, 1]}
+    assert config_from_json(json.dumps({**flow, "format_version": 1, "data": data})).data.std == (2.0,)
+    with pytest.raises(ValueError, match="unknown: deviation"):
+        config_from_json(json.dumps({**flow, "format_version": 2, "data": data}))
 
 
 def edited(*path, **changes):

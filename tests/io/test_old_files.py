@@ -1,15 +1,14 @@
 """Files of before compositions load, with the outputs that they had."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 
 import resflow_jax as rf
 from resflow_jax.io.upgrades import is_old, old_names
+from tests.paths import FIXTURES
 
-OLD = Path(__file__).parents[1] / "data" / "before_compositions"
+OLD = FIXTURES / "before_compositions"
 KEY = jax.random.key(2)
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from resflow_jax.functional.linear_maps import ConvMap
-from resflow_jax.layers.certificate import certify_contraction
+from resflow_jax.layers.block_certificate import certify_contraction
 from resflow_jax.layers.normalization import MovingCentering
 from resflow_jax.layers.residual import ResidualBlock
 from tests.layers.blocks import WIDENING, layered, numpy_activation, numpy_affine, scramble_centers

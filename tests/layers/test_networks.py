@@ -8,7 +8,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.activations import ACTIVATIONS
-from resflow_jax.layers.certificate import certify_contraction, tighten_contraction
+from resflow_jax.layers.block_certificate import certify_contraction, tighten_contraction
 
 # name: (constructor from rngs, shape of x, shape of a condition)
 NETWORKS = {

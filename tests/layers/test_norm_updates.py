@@ -12,7 +12,7 @@ import resflow_jax as rf
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormSettings, NormState, advance, learned_order, map_linears
 from resflow_jax.layers.norm_updates import update_norms
-from resflow_jax.models import flow as flows
+from resflow_jax.models import upkeep
 from tests.functional.brute_force import brute_force_norm
 from tests.functional.contractions import dense_matrix, dense_norm
 from tests.layers.blocks import INF
@@ -175,16 +175,16 @@ def flow():
 def test_new_tolerances_compile_nothing(flow):
     """Eager calls with other numbers, of other types, are one program; `restart` is another one."""
     flow.update_norms()
-    before = flows._update_norms._cache_size()
+    before = upkeep._update_norms._cache_size()
     for tolerance in (1e-2, np.float32(1e-4), np.float64(1e-5)):
         flow.update_norms(tolerance=tolerance)
         flow.update_norms(tolerance=tolerance, residual_tolerance=2 * tolerance, max_iterations=np.int64(7))
-    assert flows._update_norms._cache_size() == before
+    assert upkeep._update_norms._cache_size() == before
     traced = nnx.jit(lambda flow, t, n: flow.update_norms(tolerance=t, max_iterations=n))
     for tolerance, cap in ((1e-2, 5), (1e-9, 3)):
         assert traced(flow, tolerance, cap).iterations <= cap
     flow.converge_norms()
-    assert flows._update_norms._cache_size() == before + 1
+    assert upkeep._update_norms._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("bad", [{"tolerance": 0.0}, {"residual_tolerance": -1.0}, {"max_iterations": 0}], ids=str)

@@ -13,7 +13,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.linear_maps import DenseMap
-from resflow_jax.interop.torch_flow import TorchImageConfig
+from resflow_jax.interop.torch.flow import TorchImageConfig
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.logit import Logit
 from resflow_jax.layers.normalization import Normalization

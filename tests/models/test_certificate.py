@@ -73,18 +73,18 @@ def flows(request):
     return request.param, before, flow
 
 
-def promised(certificate):
-    return np.array([block.promised for block in certificate.blocks])
+def target_bounds(certificate):
+    return np.array([block.target_bound for block in certificate.blocks])
 
 
 def test_tighten_restores_every_promise(flows):
     """Every block exceeds its promise before and keeps it behind; once more changes no bit."""
     _, before, flow = flows
-    assert (before.bounds > promised(before)).all() and not before.is_certified
+    assert (before.bounds > target_bounds(before)).all() and not before.is_certified
     assert before.inverse_lipschitz == np.inf
     after = rf.certify(flow)
     assert len(after.blocks) == flow.blocks
-    assert (after.bounds <= promised(after)).all() and (after.bounds > 0.5 * promised(after)).all()
+    assert (after.bounds <= target_bounds(after)).all() and (after.bounds > 0.5 * target_bounds(after)).all()
     assert after.is_certified and np.isfinite(after.inverse_lipschitz)
     after.require()
     state = jax.tree.map(jnp.copy, nnx.state(flow))
@@ -135,7 +135,7 @@ def test_in_float32(name):
     assert flow.dtype == jnp.float32
     flow.tighten()
     certificate = rf.certify(flow)
-    assert (certificate.bounds <= promised(certificate)).all() and flow.dtype == jnp.float32
+    assert (certificate.bounds <= target_bounds(certificate)).all() and flow.dtype == jnp.float32
 
 
 def test_blocks_within_their_promise_keep_their_bits():
@@ -149,7 +149,7 @@ def test_blocks_within_their_promise_keep_their_bits():
     for linear in stack.steps.bijectors[0].contraction.linears:
         noise = np.random.default_rng(0).normal(size=linear.kernel.shape[1:])
         linear.kernel[...] = linear.kernel[...].at[1].add(20 * noise)
-    assert (rf.certify(flow).bounds > promised(rf.certify(flow))).tolist() == [False, True]
+    assert (rf.certify(flow).bounds > target_bounds(rf.certify(flow))).tolist() == [False, True]
     flow.tighten()
     after = nnx.state(flow)
     for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(fresh), strict=True):
@@ -158,7 +158,7 @@ def test_blocks_within_their_promise_keep_their_bits():
             assert not np.array_equal(new[1], old[1])
         else:
             np.testing.assert_array_equal(new, old)
-    assert (rf.certify(flow).bounds <= promised(rf.certify(flow))).all()
+    assert (rf.certify(flow).bounds <= target_bounds(rf.certify(flow))).all()
 
 
 def test_learned_orders_are_in_the_certificate():

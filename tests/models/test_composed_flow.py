@@ -120,7 +120,7 @@ def test_norms_and_certificate(case):
     assert report.bounds.shape == (3,) and report.norms.max() < 0.81 and not report.unproved
     flow.tighten()
     after = rf.certify(flow)
-    assert after.is_certified and all(block.bound <= block.promised for block in after.blocks)
+    assert after.is_certified and all(block.bound <= block.target_bound for block in after.blocks)
     np.testing.assert_allclose(flow.log_prob(x, condition=c, estimator=EXACT), before, rtol=0.01)
 
 

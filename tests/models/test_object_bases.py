@@ -20,8 +20,8 @@ class Plain:
     def log_prob(self, z):
         return jax.scipy.stats.laplace.logpdf(z).sum(-1)
 
-    def sample(self, key, number):
-        return jax.random.laplace(key, (number, 2))
+    def sample(self, key, num_samples):
+        return jax.random.laplace(key, (num_samples, 2))
 
 
 @jax.tree_util.register_dataclass
@@ -35,8 +35,8 @@ class Tree:
     def log_prob(self, z):
         return jax.scipy.stats.laplace.logpdf((z - self.location[None]) / self.scale).sum(-1) - 2 * jnp.log(self.scale)
 
-    def sample(self, key, number):
-        return self.location[None] + self.scale * jax.random.laplace(key, (number, 2))
+    def sample(self, key, num_samples):
+        return self.location[None] + self.scale * jax.random.laplace(key, (num_samples, 2))
 
 
 class Network(nnx.Module):
@@ -50,16 +50,16 @@ class Network(nnx.Module):
     def log_prob(self, z, condition):
         return jax.scipy.stats.laplace.logpdf(z - condition @ self.weight[...]).sum(-1)
 
-    def sample(self, key, number, condition):
-        return condition @ self.weight[...] + jax.random.laplace(key, (number, 2))
+    def sample(self, key, num_samples, condition):
+        return condition @ self.weight[...] + jax.random.laplace(key, (num_samples, 2))
 
 
 class AnyCondition(Plain):
     def log_prob(self, z, condition=None):
         return super().log_prob(z - condition[:, :2])
 
-    def sample(self, key, number, condition=None):
-        return super().sample(key, number) + condition[:, :2]
+    def sample(self, key, num_samples, condition=None):
+        return super().sample(key, num_samples) + condition[:, :2]
 
 
 def chain():

@@ -12,8 +12,9 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.checks import as_float_array, as_float_batch
-from resflow_jax.interop.torch_flow import TorchImageConfig
-from resflow_jax.training.likelihood import dequantized_bits_per_dim, negative_log_likelihood, vector_log_prob
+from resflow_jax.interop.torch.flow import TorchImageConfig
+from resflow_jax.training.evaluation import vector_log_prob
+from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
 from tests.modes.calls import IMAGES, KEY, X, images, vectors
 
 NAN = float("nan")
@@ -303,7 +304,7 @@ def cases():
                 "probe": {"None": None, "unknown": "x"},
                 "probes": COUNTS,
                 "gradient": {"None": None, "unknown": "x"},
-                "krylov": {"negative": -1, "string": "a"},
+                "minres_steps": {"negative": -1, "string": "a"},
             },
         ),
         (rf.Truncated, {}, {"terms": COUNTS}),

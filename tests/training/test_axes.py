@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import resflow_jax as rf
-from resflow_jax.training.likelihood import negative_log_likelihood
+from resflow_jax.training.losses import negative_log_likelihood
 from resflow_jax.training.parallel import make_mesh
 from resflow_jax.training.step import Trainer
 

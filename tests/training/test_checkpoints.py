@@ -3,6 +3,7 @@
 import dataclasses
 import resource
 import threading
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -22,9 +23,10 @@ TABLE = jnp.asarray([[0.5, 0.1], [0.2, 0.2]])
 # As of a flow whose blocks are not all certified: with what JSON has no numbers for.
 LAYER = rf.LayerCertificate(norm=1.2, coefficient=0.9, domain=2.0, codomain=np.inf)
 BLOCK = rf.BlockCertificate(
-    bound=1.2, promised=0.9, order=2.0, lipschitz=2.2, inverse_lipschitz=np.inf, layers=(LAYER,)
+    bound=1.2, target_bound=0.9, order=2.0, lipschitz=2.2, inverse_lipschitz=np.inf, layers=(LAYER,)
 )
 CERTIFICATE = rf.Certificate((BLOCK,), lipschitz=2.2, inverse_lipschitz=np.inf)
+FIELDS = dataclasses.fields(rf.Certificate)
 
 
 def state(step, estimator=ROULETTE, w=None):
@@ -55,10 +57,70 @@ def test_keeps_the_latest_and_the_best(tmp_path, estimator):
             assert certificate["is_certified"] is False and certificate["lipschitz"] == step
             assert certificate["inverse_lipschitz"] == np.inf
             (block,) = certificate["blocks"]
-            assert (block["bound"], block["promised"], block["inverse_lipschitz"]) == (1.2, 0.9, np.inf)
+            assert (block["bound"], block["target_bound"], block["inverse_lipschitz"]) == (1.2, 0.9, np.inf)
             assert block["layers"] == [{"norm": 1.2, "coefficient": 0.9, "domain": 2.0, "codomain": np.inf}]
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {"2", "4"}
+
+
+class FormerState(NamedTuple):
+    """A `TrainState` as it was when `non_params` was called `rest`."""
+
+    step: Any
+    params: Any
+    rest: Any
+    opt_state: Any
+    ema: Any
+    estimator: Any
+    term_norms: Any
+
+
+FORMER = {"bijector": {"deviation": jnp.asarray([2.0, 3.0]), "center": jnp.asarray([4.0, 5.0])}}
+PRESENT = {"bijector": {"std": FORMER["bijector"]["deviation"], "center": FORMER["bijector"]["center"]}}
+
+
+@pytest.mark.parametrize(("former", "present"), [(FORMER, PRESENT), ({}, {})], ids=["arrays", "none"])
+def test_states_with_former_names(tmp_path, former, present):
+    """`rest` is `non_params` now, and a `deviation` an `std`; whole or on devices every value is the same."""
+    expected = state(1)._replace(non_params=present)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(FormerState(*state(1)._replace(non_params=former)))
+        checkpoints.wait()
+        like = jax.tree.map(jnp.zeros_like, expected)
+        chex.assert_trees_all_equal(checkpoints.restore(1, like), expected)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, expected)
+        chex.assert_trees_all_equal(checkpoints.restore(1, like, shardings), expected)
+
+
+def test_states_of_another_flow_with_former_names(tmp_path):
+    """What is on one side alone is named, as in the file or as expected; and a shape."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(FormerState(*state(1)._replace(non_params=FORMER)))
+        checkpoints.wait()
+        with pytest.raises(ValueError, match=r"state: .* got others: rest.bijector.center, rest.bijector.shift$"):
+            arrays = {"std": jnp.zeros(2), "shift": jnp.zeros(2)}
+            checkpoints.restore(1, state(0)._replace(non_params={"bijector": arrays}))
+        with pytest.raises(ValueError, match=r"state: expected non_params.bijector.std of shape \(1,\), got \(2,\)"):
+            arrays = {"std": jnp.zeros(1), "center": jnp.zeros(2)}
+            checkpoints.restore(1, state(0)._replace(non_params={"bijector": arrays}))
+
+
+def test_certificates_of_before_target_bounds(tmp_path):
+    """A block's `target_bound` was called `promised`; the same step once more is then still no loss."""
+    old = CERTIFICATE.as_dict()
+    old["blocks"] = [{"promised": block.pop("target_bound"), **block} for block in old["blocks"]]
+    assert old["blocks"][0]["promised"] == 0.9
+
+    class Old(rf.Certificate):
+        def as_dict(self):
+            return old
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1), 3.0, Old(**{f.name: getattr(CERTIFICATE, f.name) for f in FIELDS}))
+        checkpoints.wait()
+        certificate = checkpoints.certificate(1)
+        assert certificate["blocks"][0]["target_bound"] == 0.9 and "promised" not in certificate["blocks"][0]
+        checkpoints.save(state(1), 3.0, CERTIFICATE)
 
 
 def test_what_cannot_be_written_says_where(tmp_path, monkeypatch):

@@ -11,12 +11,8 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.training import Placement, Trainer, make_mesh
 from resflow_jax.training.checkpoints import Checkpoints
-from resflow_jax.training.likelihood import (
-    evaluate_bits_per_dim,
-    image_bits_per_dim,
-    negative_log_likelihood,
-    vector_log_prob,
-)
+from resflow_jax.training.evaluation import evaluate_bits_per_dim, image_bits_per_dim, vector_log_prob
+from resflow_jax.training.losses import negative_log_likelihood
 from resflow_jax.training.placement import tightened
 from tests.io.flows import conditional_flow, contraction
 
@@ -88,19 +84,19 @@ def test_checkpoints_and_what_follows(run, tmp_path):
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs the eight CPU devices of conftest.py")
-@pytest.mark.parametrize("way", ["jit", "model", "shard_map", "pmap"])
-def test_eight_devices_take_the_steps_of_one(run, way):
+@pytest.mark.parametrize("strategy", ["jit", "model", "shard_map", "pmap"])
+def test_eight_devices_take_the_steps_of_one(run, strategy):
     """Conditions go with their examples to the same device."""
     _, trainer, start, end, metrics = run
-    is_divided = way == "model"
+    is_divided = strategy == "model"
     mesh = make_mesh(data=2, model=4) if is_divided else make_mesh()
-    placement = Placement(trainer, mesh, "jit" if is_divided else way, "model" if is_divided else "replicated")
+    placement = Placement(trainer, mesh, "jit" if is_divided else strategy, "model" if is_divided else "replicated")
     state = placement.place(start)
     for update in range(2):
         state, found = placement.step(state, placement.place_batch(batch_of(update)), KEY)
         if update == 0:
             np.testing.assert_allclose(found["loss"], metrics["loss"], atol=1e-12)
-    chex.assert_trees_all_close(placement.local(placement.on_mesh(state)), end, atol=1e-9)
+    chex.assert_trees_all_close(placement.to_host(placement.to_checkpoint(state)), end, atol=1e-9)
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs the eight CPU devices of conftest.py")

@@ -12,10 +12,11 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from experiments.train import judged
-from resflow_jax.training.likelihood import dequantized_bits_per_dim
+from experiments.runs.judging import judged
+from resflow_jax.training.forms import mesh_of
+from resflow_jax.training.losses import dequantized_bits_per_dim
 from resflow_jax.training.parallel import make_mesh
-from resflow_jax.training.placement import Placement, mesh_of
+from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Trainer
 from tests.training.test_parallel import CONFIG
 
@@ -28,7 +29,7 @@ IMAGES = np.random.default_rng(0).integers(0, 4, (20, 4, 4, 1))
 ARGUMENTS = {"levels": 4, "estimator": rf.Roulette(), "batch_size": 16, "draws": 2}
 LAYOUTS = {
     "jit": {},
-    "pmap": {"way": "pmap"},
+    "pmap": {"strategy": "pmap"},
     "full": {"parameters": "full", "sizes": (4, 2)},
     "model": {"parameters": "model", "sizes": (2, 4)},
 }
@@ -56,7 +57,7 @@ def placed(layout):
     trainer, state, _, _ = on_one_device()
     options = dict(LAYOUTS[layout])
     placement = Placement(trainer, make_mesh(*options.pop("sizes", ())), **options)
-    return placement, placement.on_mesh(placement.place(state))
+    return placement, placement.to_checkpoint(placement.place(state))
 
 
 def bytes_on(device, arrays):

@@ -15,8 +15,8 @@ from sklearn.datasets import load_iris
 import resflow_jax as rf
 from resflow_jax.data.embedded import load_digits
 from resflow_jax.training import make_mesh
+from resflow_jax.training.evaluation import vector_log_prob
 from resflow_jax.training.examples import Examples, divided_examples, row_numbers
-from resflow_jax.training.likelihood import vector_log_prob
 from resflow_jax.training.loop import has_stopped_improving
 from tests.compilations import compilations
 from tests.io.flows import conditional_flow

@@ -14,13 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import resflow_jax as rf
 from resflow_jax.training.checkpoints import Checkpoints
-from resflow_jax.training.likelihood import dequantized_bits_per_dim, negative_log_likelihood
+from resflow_jax.training.forms import replicate
+from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
 from resflow_jax.training.parallel import (
     jit_train_step,
     make_mesh,
     part_of_process,
     pmap_train_step,
-    replicate,
     shard_map_train_step,
 )
 from resflow_jax.training.placement import Placement
@@ -90,21 +90,21 @@ def on_one_device(accumulate):
 def test_the_steps_of_one_device(layout, accumulate):
     """State and metrics after three updates, running statistics and power iterations included; nothing else moves."""
     trainer, start, expected, metrics = on_one_device(accumulate)
-    way, sizes, parameters = LAYOUTS[layout]
+    strategy, sizes, parameters = LAYOUTS[layout]
     before = jax.tree.map(np.array, start)
-    placement = Placement(trainer, make_mesh(**sizes), way, parameters)
+    placement = Placement(trainer, make_mesh(**sizes), strategy, parameters)
     state = placement.place(start)
     for update in range(3):
         batch = placement.place_batch(batch_of(update, trainer.accumulate))
         state, found = placement.step(state, batch, KEY)
         chex.assert_trees_all_close(found, metrics[update], rtol=1e-7, atol=1e-9)
-    if way != "pmap":
+    if strategy != "pmap":
         assert placement.step._cache_size() == 1, "the state that a step gives back needs no other program"
-    on_mesh = placement.on_mesh(state)
-    check_shardings(on_mesh, placement)
-    chex.assert_trees_all_close(placement.local(on_mesh), expected, rtol=1e-7, atol=1e-9)
+    saved = placement.to_checkpoint(state)
+    check_shardings(saved, placement)
+    chex.assert_trees_all_close(placement.to_host(saved), expected, rtol=1e-7, atol=1e-9)
     chex.assert_trees_all_equal(start, before)
-    lies = {leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(on_mesh.params) if leaf.ndim == 5}
+    lies = {leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(saved.params) if leaf.ndim == 5}
     assert (
         lies
         == {
@@ -132,7 +132,7 @@ def test_checkpoints_go_from_layout_to_layout(tmp_path):
     trainer, _, end, _ = on_one_device(1)
     eight = Placement(trainer, make_mesh(4, 2), "jit", "full")
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(eight.on_mesh(eight.place(end)), 1.0)
+        checkpoints.save(eight.to_checkpoint(eight.place(end)), 1.0)
         checkpoints.wait()
         for other in (
             Placement(trainer, make_mesh(2, 2, jax.devices()[:4]), "jit", "model"),
@@ -140,12 +140,12 @@ def test_checkpoints_go_from_layout_to_layout(tmp_path):
         ):
             restored = checkpoints.restore(int(end.step), end, other.shardings(end))
             check_shardings(restored, other)
-            chex.assert_trees_all_equal(other.local(other.on_mesh(other.place(restored))), end)
+            chex.assert_trees_all_equal(other.to_host(other.to_checkpoint(other.place(restored))), end)
         chex.assert_trees_all_equal(checkpoints.restore(int(end.step), end), end)
 
 
-@pytest.mark.parametrize("way", ["shard_map", "pmap", "jit"])
-def test_initialisation_by_shares(way):
+@pytest.mark.parametrize("strategy", ["shard_map", "pmap", "jit"])
+def test_initialisation_by_shares(strategy):
     """ActNorm and running statistics are set from the whole batch, of which each device has a share."""
     flow = rf.ResidualFlow(dataclasses.replace(CONFIG, hidden_channels=4), rngs=nnx.Rngs(0))
     x = jax.random.uniform(jax.random.key(1), (16, 4, 4, 1)) ** 2
@@ -157,11 +157,11 @@ def test_initialisation_by_shares(way):
         return nnx.state(flow)
 
     expected = initialized(state, x)
-    if way == "shard_map":
+    if strategy == "shard_map":
         whole, shares = PartitionSpec(), PartitionSpec("data")
         apply = jax.jit(jax.shard_map(initialized, mesh=make_mesh(), in_specs=(whole, shares), out_specs=whole))
         found = apply(state, x)
-    elif way == "pmap":
+    elif strategy == "pmap":
 
         def of_device(state, x):
             with rf.batch_axes("data"):
@@ -182,7 +182,7 @@ def test_exact_log_dets_divided_by_the_compiler():
     expected, metrics = jax.jit(trainer.step)(start, x, KEY)
     placement = Placement(trainer, make_mesh())
     state, found = placement.step(placement.place(start), placement.place_batch(x), KEY)
-    chex.assert_trees_all_close((placement.local(state), found), (expected, metrics), rtol=1e-9, atol=1e-12)
+    chex.assert_trees_all_close((placement.to_host(state), found), (expected, metrics), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -219,7 +219,7 @@ def test_parts_of_a_batch_by_process():
 
 
 def test_bad_layouts_are_named():
-    """Sizes that do not fit, and settings that a way has nothing to give to."""
+    """Sizes that do not fit, and settings that a strategy does not support."""
     trainer, start, _, _ = on_one_device(2)
     for sizes, message in [
         ({"data": 3}, "mesh: expected sizes whose product is 8, the number of devices, got data 3 . model 1 = 3"),
@@ -236,9 +236,11 @@ def test_bad_layouts_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             Placement(trainer, make_mesh(), *arguments)
-    for way in ("shard_map", "pmap"):
-        with pytest.raises(ValueError, match=f'parallel: expected "jit" with 2 devices along "model", got "{way}"'):
-            Placement(trainer, make_mesh(4, 2), way)
+    for strategy in ("shard_map", "pmap"):
+        with pytest.raises(
+            ValueError, match=f'parallel: expected "jit" with 2 devices along "model", got "{strategy}"'
+        ):
+            Placement(trainer, make_mesh(4, 2), strategy)
     message = "batch_size: expected a multiple of 8, the number of devices that share a batch, got 12"
     with pytest.raises(ValueError, match=message):
         Placement(trainer, make_mesh()).check_batch_size(12)

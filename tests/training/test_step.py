@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.training.likelihood import dequantized_bits_per_dim
+from resflow_jax.training.losses import dequantized_bits_per_dim
 from resflow_jax.training.step import Trainer, fit_estimator
 
 TINY = rf.ImageFlowConfig(
@@ -81,7 +81,7 @@ def test_average_of_the_parameters(run):
 def test_norms_follow_the_training(run):
     """After steps that grow the kernels the stored vectors still give the layers' norms, within 1 %."""
     trainer, _, states, _ = run
-    flow = nnx.merge(trainer.graphdef, states[-1].params, states[-1].rest)
+    flow = nnx.merge(trainer.graphdef, states[-1].params, states[-1].non_params)
     assert rf.certify(flow).norms.max() < 0.98 * 1.01
 
 

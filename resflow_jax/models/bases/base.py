@@ -29,13 +29,13 @@ class Base(Module):
         raise NotImplementedError(f"{type(self).__name__}: expected a method log_prob(z, condition)")
 
     def sample(
-        self, key: Array, number: int, condition: Array | None = None, temperature: float | Array = 1.0
+        self, key: Array, num_samples: int, condition: Array | None = None, temperature: float | Array = 1.0
     ) -> Array:
-        """Draws z [number, *event_shape], with a condition [number, *condition_shape].
+        """Draws z [num_samples, *event_shape], with a condition [num_samples, *condition_shape].
 
         `temperature` multiplies the deviation from the mean; of a mixture, that from the mean of a component.
         """
-        raise NotImplementedError(f"{type(self).__name__}: expected a method sample(key, number, condition, ...)")
+        raise NotImplementedError(f"{type(self).__name__}: expected a method sample(key, num_samples, condition, ...)")
 
 
 class StandardNormal(Base):
@@ -52,9 +52,9 @@ class StandardNormal(Base):
         return standard_normal_log_prob(z)
 
     def sample(
-        self, key: Array, number: int, condition: Array | None = None, temperature: float | Array = 1.0
+        self, key: Array, num_samples: int, condition: Array | None = None, temperature: float | Array = 1.0
     ) -> Array:
-        return temperature * jax.random.normal(key, (number, *self.event_shape), jnp.result_type(float))
+        return temperature * jax.random.normal(key, (num_samples, *self.event_shape), jnp.result_type(float))
 
 
 def standard_normal_log_prob(z: Array) -> Array:

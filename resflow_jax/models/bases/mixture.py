@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import as_shape, check_count, check_type
 from resflow_jax.layers.conditioned_params import ConditionedParams, bounded
 from resflow_jax.models.bases.base import Base, Shape
@@ -98,22 +99,22 @@ class MixtureOfNormals(Base):
         return jax.nn.logsumexp(weights + log_normals, axis=-1)
 
     def sample(
-        self, key: Array, number: int, condition: Array | None = None, temperature: float | Array = 1.0
+        self, key: Array, num_samples: int, condition: Array | None = None, temperature: float | Array = 1.0
     ) -> Array:
         means, log_stds, weights = self._parameters(condition)
         component_key, noise_key = jax.random.split(key)
         log_weights = jnp.log(weights) if self.class_conditional else weights
-        chosen = jax.random.categorical(component_key, log_weights, shape=(number,))
-        index = chosen.reshape(-1, *[1] * (means.ndim - 1))
+        chosen = jax.random.categorical(component_key, log_weights, shape=(num_samples,))
+        index = per_example(chosen, means)
 
         def of_chosen(values: Array) -> Array:
-            values = jnp.broadcast_to(values, (number, *values.shape[1:]))
+            values = jnp.broadcast_to(values, (num_samples, *values.shape[1:]))
             return jnp.take_along_axis(values, index, axis=1)[:, 0]
 
-        noise = jax.random.normal(noise_key, (number, *self.event_shape), means.dtype)
+        noise = jax.random.normal(noise_key, (num_samples, *self.event_shape), means.dtype)
         # No weights, as of negative ones, choose no component: adding them makes the sample NaN too.
         unknown = jnp.where(jnp.isnan(jnp.sum(weights, axis=-1)), jnp.nan, 0).astype(means.dtype)
-        unknown = jnp.broadcast_to(unknown, (number,)).reshape(-1, *[1] * (means.ndim - 2))
+        unknown = per_example(jnp.broadcast_to(unknown, (num_samples,)), noise)
         return of_chosen(means) + temperature * jnp.exp(of_chosen(log_stds)) * noise + unknown
 
 

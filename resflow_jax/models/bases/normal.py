@@ -55,8 +55,8 @@ class DiagonalNormal(Base):
         return standard_normal_log_prob((z - mean) * jnp.exp(-log_std)) - log_stds
 
     def sample(
-        self, key: Array, number: int, condition: Array | None = None, temperature: float | Array = 1.0
+        self, key: Array, num_samples: int, condition: Array | None = None, temperature: float | Array = 1.0
     ) -> Array:
         mean, log_std = self._moments(condition)
-        noise = jax.random.normal(key, (number, *self.event_shape), mean.dtype)
+        noise = jax.random.normal(key, (num_samples, *self.event_shape), mean.dtype)
         return mean + temperature * jnp.exp(log_std) * noise

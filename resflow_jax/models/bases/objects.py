@@ -72,12 +72,12 @@ class ObjectBase(Base):
         return self.distribution.log_prob(z, **self._given(condition)).astype(z.dtype)
 
     def sample(
-        self, key: Array, number: int, condition: Array | None = None, temperature: float | Array = 1.0
+        self, key: Array, num_samples: int, condition: Array | None = None, temperature: float | Array = 1.0
     ) -> Array:
         if isinstance(temperature, jax.core.Tracer) or np.any(np.asarray(temperature) != 1):
             got = "a traced value" if isinstance(temperature, jax.core.Tracer) else repr(temperature)
             raise ValueError(f"temperature: expected 1 for a base of {self._name()}, which has none, got {got}")
-        return self.distribution.sample(key, number, **self._given(condition))
+        return self.distribution.sample(key, num_samples, **self._given(condition))
 
     def _given(self, condition: Array | None) -> dict[str, Array]:
         return {} if self.condition_shape is None else {"condition": condition}

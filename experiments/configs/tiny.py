@@ -1,0 +1,39 @@
+"""A config of seconds for every config: the same code with a tiny flow and embedded data."""
+
+from dataclasses import replace
+
+from experiments.configs.base import DensityConfig, RunConfig
+
+
+def tiny(config: RunConfig) -> RunConfig:
+    """A run of seconds to minutes through the same code: two updates of a tiny flow of the same kind.
+
+    In the place of images that may not be there, crops of the embedded photographs of their shape and bits; in the
+    place of your own vectors the embedded ones.
+    """
+    steps = 2 * config.optimizer.accumulate
+    config = replace(
+        config,
+        workdir=config.workdir.with_name(f"{config.workdir.name}_tiny"),
+        steps=steps,
+        batch_size=8,
+        evaluation=replace(config.evaluation, examples=8, draws=1, every=steps),
+    )
+    if not isinstance(config, DensityConfig):
+        return replace(config, model=replace(config.model, blocks=2, hidden=(8,)))
+    model = replace(
+        config.model,
+        blocks=(1,) * len(config.model.blocks),
+        hidden_channels=8,
+        tail=replace(
+            config.model.tail,
+            blocks=min(1, config.model.tail.blocks),
+            hidden=8,
+            densenet_first=8,
+            densenet_growth=4,
+        ),
+        densenet=replace(config.model.densenet, growth=4),
+    )
+    height, _, channels = model.shape
+    embedded = replace(config.data, name="photographs", size=height, channels=channels)
+    return replace(config, data=config.data if config.data.name == "digits" else embedded, model=model)

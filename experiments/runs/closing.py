@@ -1,0 +1,90 @@
+"""The end of a run: its metric on the test split, the pictures, report.html and the closing table."""
+
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.runs import pictures
+from experiments.runs.judging import Judged
+from experiments.runs.metrics import Metrics, NullMetrics
+from experiments.runs.processes import is_first
+from experiments.runs.report import write_report
+from experiments.runs.tables import certificate_rows, error_by_cause, print_table
+from experiments.runs.tasks.task import Task
+from experiments.runs.workdir import write_atomically
+from resflow_jax import Estimate
+from resflow_jax.io.config_json import as_json
+
+
+class StepTime(NamedTuple):
+    """Median seconds of a training step, and how many of them it waits for data."""
+
+    seconds: float
+    waiting: float
+
+    @classmethod
+    def of(cls, times: list[tuple[float, float]]) -> "StepTime | None":
+        """The medians of pairs (seconds, waiting); None if there are none."""
+        return cls(*map(float, np.median(times, axis=0))) if times else None
+
+
+def report(
+    task: Task, chosen: Judged, step: int, metrics: Metrics | NullMetrics, step_time: StepTime | None, began: float
+) -> Estimate:
+    """Evaluates the chosen flow on the test split, draws the pictures, prints the closing table.
+
+    All processes evaluate; the first one does the rest.
+
+    Args:
+      task: what was learned.
+      chosen: the flow with the weights of the best validation.
+      step: the step of these weights.
+      metrics: the lines of the run, to which that of the test is added.
+      step_time: what a step took; None if no step was taken.
+      began: `time.perf_counter()` at the start of the run.
+    """
+    config, workdir = task.config, task.config.workdir
+    result, certificate = task.estimate(chosen.flow, "test"), chosen.certificate
+    if not is_first():
+        return result
+    write_atomically(workdir / "certificate.json", json.dumps(as_json(certificate.as_dict()), indent=2) + "\n")
+    line = {task.metric: result.mean, f"{task.metric}_stderr": result.stderr}
+    metrics.write(step=step, split="test", **line, data_stderr=result.data_stderr, noise_stderr=result.noise_stderr)
+
+    drawing = task.draw(chosen.drawn, result)
+    curves = workdir / "curves.png"
+    pictures.save_curves(curves, metrics.lines, task.metric, task.label, f"{task.name}: {task.label}")
+    tested = len(task.splits.test[: config.evaluation.examples])
+    measured = f"{result.mean:.4f} +- {result.stderr:.4f}"
+    rows = {
+        f"test {task.label}": f"{measured} ({tested} examples, weights of step {step})",
+        "of which": error_by_cause(result.data_stderr, result.noise_stderr),
+        **drawing.rows,
+        **certificate_rows(certificate),
+        "time per step": "no step taken: the run was finished before"
+        if step_time is None
+        else f"{step_time.seconds * 1e3:.0f} ms, batches of {config.batch_size}; "
+        f"{step_time.waiting / step_time.seconds:.1%} of it waiting for data",
+        "time in all": f"{time.perf_counter() - began:.0f} s, set-up and compilation included",
+        "written to": str(workdir),
+    }
+    figures = {f"{task.label} of training, validation and test": curves, **drawing.pictures}
+    title = f"{workdir.name}: test {task.label} {measured}"
+    write_report(workdir / "report.html", title, rows, figures, along_training(workdir), certificate, as_json(config))
+    print_table(rows)
+    print(f"test {task.label} {measured}")
+    return result
+
+
+def along_training(workdir: Path, at_most: int = 6) -> dict[str, Path]:
+    """Some of the pictures that were drawn along training, evenly among them, by caption."""
+    chosen = {}
+    kinds = {path.stem.partition("_")[2] for path in (workdir / "training").glob("*.png")}
+    for kind in sorted(kinds, reverse=True):
+        paths = sorted((workdir / "training").glob(f"*_{kind}.png"))
+        numbers = np.unique(np.linspace(0, len(paths) - 1, at_most).round().astype(int))
+        chosen |= {f"{kind} at step {int(paths[n].stem.partition('_')[0])}": paths[n] for n in numbers}
+    return chosen

@@ -1,0 +1,60 @@
+"""The flow that a run is judged by, its validation, and pictures of it along training."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.runs.metrics import Metrics
+from experiments.runs.tasks.task import Task
+from resflow_jax import Certificate, ResidualFlow, certify
+from resflow_jax.training.forms import mesh_of
+from resflow_jax.training.placement import Placement, on_host, tightened
+from resflow_jax.training.step import TrainState
+
+
+class Judged(NamedTuple):
+    """The flow that a run is judged by: with the averaged weights, tightened.
+
+    Attributes:
+      flow: to evaluate, by all processes together; its arrays lie as those of `Placement.averaged_flow`.
+      drawn: the same flow, to draw by the first process alone.
+      certificate: certificate of the flow.
+    """
+
+    flow: ResidualFlow
+    drawn: ResidualFlow
+    certificate: Certificate
+
+
+def judged(placement: Placement, state: TrainState) -> Judged:
+    """The flow that a run is judged by, from a state in the checkpoint form; all processes call this together.
+
+    If its arrays are divided among devices they stay so, and the certificate is that of a copy on the host. The first
+    process draws from this copy, on its CPU, only if the devices belong to several processes.
+    """
+    flow = tightened(placement.averaged_flow(state))
+    if mesh_of(flow) is None:
+        return Judged(flow, flow, certify(flow))
+    whole = on_host(flow)
+    return Judged(flow, flow if jax.process_count() == 1 else whole, certify(whole))
+
+
+def validation_loss(task: Task, flow: ResidualFlow, step: int) -> float:
+    """The loss of the validation split.
+
+    Raises:
+      FloatingPointError: if it is not finite.
+    """
+    estimate = task.estimate(flow, "validation")
+    if not np.isfinite(estimate.mean):
+        raise FloatingPointError(f"{task.label} of the validation split is {estimate.mean} at step {step}")
+    return task.sign * estimate.mean
+
+
+def sketch(task: Task, flow: ResidualFlow, step: int, metrics: Metrics) -> None:
+    """Draws a flow along training."""
+    directory = task.config.workdir / "training"
+    directory.mkdir(exist_ok=True)
+    for name, path in task.sketch(flow, directory / f"{step:07}").items():
+        metrics.picture(step, name, path)

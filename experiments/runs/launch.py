@@ -1,0 +1,34 @@
+"""One run from its config: the devices, the processes, the task, and what is trained."""
+
+from experiments.configs.base import RunConfig
+from experiments.runs import train
+from experiments.runs.devices import cores_for, use_all_cores
+from experiments.runs.processes import all_end_with_one, check_same, join
+from experiments.runs.tasks.of_config import task_of
+from resflow_jax import Estimate
+
+
+def launch(config: RunConfig) -> None:
+    """Takes the devices, joins the other processes if there are any, and runs."""
+    use_all_cores(cores_for_run(config))
+    join(config.distributed)
+    with all_end_with_one():
+        run_config(config)
+
+
+def cores_for_run(config: RunConfig) -> int:
+    """As many CPU devices as the mesh has, or else as can take equal shares of a batch, in each process.
+
+    How many processes a cluster has is not known yet: on its CPUs $JAX_NUM_CPU_DEVICES says how many devices each has.
+    """
+    processes = config.distributed.num_processes or 1
+    if config.mesh.data is not None:
+        return max(1, config.mesh.data * config.mesh.model // processes)
+    shared = max(1, config.batch_size // processes)
+    return max(config.mesh.model, cores_for(shared) // config.mesh.model * config.mesh.model)
+
+
+def run_config(config: RunConfig) -> Estimate:
+    """Trains (or goes on training), evaluates, draws. Returns bits/dim of the test images, or nats of other data."""
+    check_same(config)
+    return train.run(config, task_of(config))

@@ -1,0 +1,106 @@
+"""What a run writes about itself while it trains: metrics.jsonl, and the same as TensorBoard events."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from experiments.runs.metrics_file import MetricsFile, kept_lines, without_nan
+from experiments.runs.workdir import could_not_write
+
+
+class Metrics:
+    """metrics.jsonl, and under tensorboard/ its numbers, the distributions of its lists, and pictures.
+
+    Both are written at once, not by a thread, so that a full disk is an error here and now. A context manager, which
+    closes the events.
+
+    Raises:
+      OSError: from every method, if a file cannot be written.
+    """
+
+    def __init__(self, workdir: Path, *, keep_until: int):
+        """Keeps what is there up to a step, for a run that goes on from there."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self._file = MetricsFile(workdir / "metrics.jsonl", keep_until=keep_until)
+        self._directory = workdir / "tensorboard"
+        self._directory.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(self._directory / "events"), f".{time.time_ns()}")
+        # From here on TensorBoard forgets what earlier files say of later steps.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(keep_until + 1, session_log=start)
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return self._file.lines
+
+    def write(self, *, step: int, split: str, **line: Any) -> None:
+        """Appends a line to metrics.jsonl and writes it as events, without what is not finite."""
+        from tensorboardX import summary
+
+        self._file.write(step=step, split=split, **line)
+        for name, value in _flat(split, line):
+            finite = np.asarray(value, float)
+            finite = finite[np.isfinite(finite)]
+            if np.ndim(value) == 0 and finite.size:
+                self._add(step, summary=summary.scalar(name, finite[0]))
+            elif finite.size:
+                self._add(step, summary=summary.histogram(name, finite, "auto"))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Adds a PNG file to the events."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        with Image.open(path) as image:
+            width, height = image.size
+        content = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+        self._add(step, summary=Summary(value=[Summary.Value(tag=name, image=content)]))
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._events.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto import event_pb2
+
+        try:
+            self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+            self._events.flush()
+        except OSError as error:
+            raise could_not_write(error, self._directory) from error
+
+
+class NullMetrics:
+    """What the other processes of a run have in the place of `Metrics`: they keep the same lines and write nothing."""
+
+    def __init__(self, workdir: Path, *, keep_until: int):
+        self.lines = kept_lines(workdir / "metrics.jsonl", keep_until)
+
+    def write(self, **line: Any) -> None:
+        """Keeps a line."""
+        self.lines.append(without_nan(line))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Nothing: pictures are drawn by the first process."""
+
+    def __enter__(self) -> "NullMetrics":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+
+def _flat(name: str, value: Any):
+    """(name, number or list) of a dict of dicts."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(f"{name}/{key}", item)
+    else:
+        yield name, value

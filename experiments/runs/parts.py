@@ -1,0 +1,68 @@
+"""A batch in parts: some at a time on each device, so that all cores work and a part's activations stay in cache."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments.runs.devices import data_mesh, devices_for
+from resflow_jax import ResidualFlow
+
+Array = jax.Array
+
+
+def number_of_parts(batch_size: int, largest: int) -> int:
+    """The fewest equal parts of at most `largest` examples that occupy all devices, or as many as can be."""
+    devices = devices_for(batch_size)
+    return next(
+        n for n in range(devices, batch_size + 1, devices) if batch_size % n == 0 and batch_size // n <= largest
+    )
+
+
+def over_parts(function: Callable[[ResidualFlow, Array], Any], flow: ResidualFlow) -> Callable[[Array], Any]:
+    """Compiles function(flow, part) for all parts, an array [parts, ...].
+
+    Every device takes an equal share of the parts, one after the other. What `function` returns for each, arrays
+    [B, ...], comes back put together, [parts * B, ...].
+    """
+    graphdef, state = nnx.split(flow)
+
+    def of_device(state, parts):
+        outputs = jax.lax.map(lambda part: function(nnx.merge(graphdef, state), part), parts)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+
+    @lru_cache
+    def prepared(number):
+        mesh, whole, shares = data_mesh(number), PartitionSpec(), PartitionSpec("data")
+        apply = jax.shard_map(of_device, mesh=mesh, in_specs=(whole, shares), out_specs=shares, check_vma=False)
+        return jax.jit(apply), jax.device_put(state, NamedSharding(mesh, whole)), NamedSharding(mesh, shares)
+
+    def over(parts):
+        apply, placed, shares = prepared(len(parts))
+        return apply(placed, jax.device_put(parts, shares))
+
+    return over
+
+
+def over_devices(function: Callable[..., Array], flow: ResidualFlow) -> Callable[..., Array]:
+    """Compiles function(flow, x, *others) for x [B, ...]: each device takes an equal share of x, all the others whole.
+
+    Its arrays [B, ...] come back put together. With the same key each example draws what it would on one device.
+    """
+    graphdef, state = nnx.split(flow)
+    whole, shares = PartitionSpec(), PartitionSpec("data")
+
+    @lru_cache
+    def compiled(batch_size, others):
+        apply = jax.shard_map(
+            lambda state, x, *others: function(nnx.merge(graphdef, state), x, *others),
+            mesh=data_mesh(batch_size),
+            in_specs=(whole, shares, *[whole] * others),
+            out_specs=shares,
+        )
+        return jax.jit(apply)
+
+    return lambda x, *others: compiled(len(x), len(others))(state, x, *others)

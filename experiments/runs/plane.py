@@ -1,0 +1,105 @@
+"""What experiments in the plane share: the settings of a run, and its training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.configs.base import OptimizerConfig
+from experiments.runs.loop import falls_due, training_loop
+from experiments.runs.metrics_file import MetricsFile
+from resflow_jax import Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
+from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.training.parallel import STRATEGIES, Strategy, make_mesh
+from resflow_jax.training.placement import Placement
+from resflow_jax.training.step import Loss, Trainer
+
+Array = jax.Array
+
+ESTIMATORS: dict[str, Estimator] = {"exact": Exact(), "roulette": Roulette()}
+
+
+@dataclass(frozen=True)
+class PlaneConfig:
+    """The settings that runs in the plane have in common.
+
+    Attributes:
+      workdir: where everything is written; a directory under runs/ by default.
+      steps: optimiser steps in all.
+      batch_size: points a step.
+      seed: of parameters, points and noise.
+      optimizer: learning rate, clipping, averaging.
+      estimator: of the log-det in the loss.
+      model: the flow.
+      log_every: steps between lines of metrics.jsonl.
+      parallel: how a step is divided among devices, as in `experiments.density`.
+    """
+
+    workdir: Path | None = None
+    steps: int = 3000
+    batch_size: int = 256
+    seed: int = 0
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-2, warmup=300, ema_decay=0.99)
+    estimator: Literal["exact", "roulette"] = "exact"
+    model: VectorFlowConfig = VectorFlowConfig(
+        dim=2, blocks=16, hidden=(32, 32), activation="elu", preactivation="none", coefficient=0.97
+    )
+    log_every: int = 50
+    parallel: Strategy = "jit"
+
+    def __post_init__(self):
+        check_choice("parallel", self.parallel, STRATEGIES)
+        check_count("steps", self.steps, 1)
+        check_count("batch_size", self.batch_size, 2)
+        check_count("seed", self.seed, 0)
+        check_choice("estimator", self.estimator, tuple(ESTIMATORS))
+        if self.model.dim != 2:
+            raise ValueError(f"model.dim: expected 2, got {self.model.dim}")
+        check_count("log_every", self.log_every, 1)
+        if self.steps % self.optimizer.accumulate:
+            raise ValueError(
+                f"optimizer.accumulate: expected a divisor of {self.steps}, the number of steps, got "
+                f"{self.optimizer.accumulate}"
+            )
+
+
+def train_flow(
+    config: PlaneConfig,
+    flow: ResidualFlow,
+    loss: Loss,
+    batch_at: Callable[[int], Any],
+    metrics: MetricsFile,
+    *,
+    unit: str,
+    as_line: Callable[[float], dict[str, float]],
+) -> tuple[ResidualFlow, float]:
+    """Runs all steps of a loss, in `unit`; as_line(loss) is what metrics.jsonl says of it.
+
+    Returns:
+      The flow with the averaged parameters, and the median seconds a step.
+    """
+    together = config.optimizer.accumulate
+    trainer = Trainer(
+        nnx.split(flow)[0], loss, config.optimizer.build(config.steps), config.optimizer.ema_decay, together
+    )
+    placement = Placement(trainer, make_mesh(), config.parallel)
+    placement.check_batch_size(config.batch_size)
+    step_times = []
+    for at in training_loop(
+        placement,
+        trainer.create_state(flow, ESTIMATORS[config.estimator]),
+        jax.random.key(config.seed),
+        lambda step: map(batch_at, count(step)),
+        steps=config.steps,
+        pauses_at=lambda step: falls_due(step, config.log_every, together),
+        unit=unit,
+    ):
+        step_times.append(at.seconds)
+        line = as_line(float(at.metrics["loss"]))
+        metrics.write(step=at.step, split="train", **line, gradient_norm=float(at.metrics["gradient_norm"]))
+    return placement.averaged_flow(at.state), float(np.median(step_times))

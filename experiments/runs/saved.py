@@ -1,0 +1,144 @@
+"""The flow of an `experiments.density` run, finished or still running, from its work directory alone.
+
+The config is read back from config.json, in the format of `resflow_jax.io.config_json`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from experiments.configs.base import (
+    DataConfig,
+    DensityConfig,
+    DistributedConfig,
+    EvaluationConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    VectorDataConfig,
+    VectorsConfig,
+)
+from experiments.configs.toy import ToyConfig, ToyEvaluationConfig
+from experiments.runs.setup import set_up, tightened_flow
+from experiments.runs.tasks.of_config import task_of
+from experiments.runs.tasks.task import Task
+from resflow_jax import (
+    Defensive,
+    Exact,
+    Geometric,
+    Poisson,
+    ResidualFlow,
+    Roulette,
+    Truncated,
+)
+from resflow_jax.functional.checks import check_choice
+from resflow_jax.io.config_json import FLOW_TYPES, from_document
+from resflow_jax.training.checkpoints import Checkpoints
+
+Weights = Literal["best", "latest"]
+
+# What a config.json may hold. `Fitted` is no setting: its table lies in the checkpoints.
+_TYPES = {
+    cls.__name__: cls
+    for cls in (
+        DensityConfig,
+        VectorsConfig,
+        ToyConfig,
+        DataConfig,
+        VectorDataConfig,
+        OptimizerConfig,
+        EvaluationConfig,
+        ToyEvaluationConfig,
+        MeshConfig,
+        DistributedConfig,
+        Exact,
+        Truncated,
+        Roulette,
+        Geometric,
+        Poisson,
+        Defensive,
+        *FLOW_TYPES.values(),
+    )
+}
+
+
+class SavedFlow(NamedTuple):
+    """A run's flow and what it belongs to.
+
+    Attributes:
+      config: of the run; its work directory is where the run was found.
+      task: what it was to learn, with its data.
+      flow: with the averaged weights, tightened, as the run itself evaluates it.
+      step: of the checkpoint.
+    """
+
+    config: RunConfig
+    task: Task
+    flow: ResidualFlow
+    step: int
+
+
+def saved_flow(run_dir: Path, weights: Weights = "best", data: Path | None = None) -> SavedFlow:
+    """The flow of a run: of the best validation so far, or of the latest checkpoint.
+
+    Args:
+      run_dir: its work directory, wherever that has been moved to.
+      weights: "best" or "latest".
+      data: where its data have been moved to: the new `--data.path`, or `--data.dir` if it had no path.
+
+    Raises:
+      FileNotFoundError: if the directory holds no run, the run has no checkpoint yet, or its data are not found.
+      ValueError: for other weights, and as `saved_config`.
+    """
+    check_choice("weights", weights, get_args(Weights))
+    config = saved_config(run_dir)
+    if data is not None:
+        config = dataclasses.replace(config, data=_moved(config.data, data))
+    directory = config.workdir / "checkpoints"
+    none_yet = FileNotFoundError(
+        f"run_dir: expected a run with a checkpoint, got {run_dir} without any; the first is written at step "
+        f"{min(config.evaluation.every, config.steps)}"
+    )
+    if not directory.is_dir():
+        raise none_yet
+    if not any(path.name.isdigit() for path in directory.iterdir()):
+        raise none_yet
+    task = task_of(config)
+    trainer, state = set_up(task)
+    with Checkpoints(directory) as checkpoints:  # now, for a run that goes on replaces them
+        step = checkpoints.best_step if weights == "best" else checkpoints.latest_step
+        if step is None:
+            raise FileNotFoundError(
+                f"weights: expected a validated checkpoint, the only one in {run_dir} is of step "
+                f"{checkpoints.latest_step}, before the first validation; 'latest' are its weights"
+            )
+        state = checkpoints.restore(step, state, ema_decay=trainer.ema_decay)
+    return SavedFlow(config, task, tightened_flow(trainer, state), step)
+
+
+def _moved(old: Any, to: Path) -> Any:
+    """The data of a config, at another place."""
+    if isinstance(old, DataConfig | VectorDataConfig) and old.path is not None:
+        return dataclasses.replace(old, path=to)
+    if isinstance(old, DataConfig):
+        return dataclasses.replace(old, dir=str(to))
+    raise ValueError(f"data: expected a run on files, which can be moved, got one on {old}")
+
+
+def saved_config(run_dir: Path) -> RunConfig:
+    """The config of the run in a work directory, wherever that has been moved to.
+
+    Raises:
+      FileNotFoundError: if the directory holds no config.json.
+      ValueError: if config.json is damaged, of another experiment, or has types or fields that this version of the
+        code does not know, or lacks some; the message names them and the file.
+    """
+    path = Path(run_dir) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"run_dir: expected the work directory of a run, got {run_dir} without config.json")
+    try:
+        config = from_document(json.loads(path.read_text()), RunConfig, _TYPES)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected the config of a run of experiments.density; {error}") from error
+    return dataclasses.replace(config, workdir=Path(run_dir))

@@ -1,0 +1,41 @@
+"""What a run is made of before its first step, and the flow that a saved state stands for."""
+
+from flax import nnx
+
+from experiments.configs.base import RunConfig
+from experiments.runs.tasks.task import Task
+from resflow_jax import ResidualFlow
+from resflow_jax.models.residual_flow import flow_from_config
+from resflow_jax.training.parallel import make_mesh
+from resflow_jax.training.placement import Placement
+from resflow_jax.training.step import Trainer, TrainState, fit_estimator
+
+
+def set_up(task: Task) -> tuple[Trainer, TrainState]:
+    """The flow, initialised on training examples, with its optimiser; the state has the host form."""
+    config = task.config
+    flow = flow_from_config(config.model, rngs=nnx.Rngs(config.seed))
+    flow.initialize(task.initial())
+    optimizer = config.optimizer.build(config.steps)
+    trainer = Trainer(nnx.split(flow)[0], task.loss, optimizer, config.optimizer.ema_decay, config.optimizer.accumulate)
+    state = trainer.create_state(flow, config.estimator)
+    return trainer, fit_estimator(state, config.batch_size) if config.fit_lengths else state
+
+
+def place_on_devices(trainer: Trainer, config: RunConfig) -> Placement:
+    """The step on the devices of all processes.
+
+    Raises:
+      ValueError: if the sizes of the mesh do not fit the devices, or these cannot share a batch.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    placement = Placement(trainer, mesh, config.parallel, config.mesh.parameters)
+    placement.check_batch_size(config.batch_size)
+    return placement
+
+
+def tightened_flow(trainer: Trainer, state: TrainState) -> ResidualFlow:
+    """The flow that a run is judged by: with the averaged weights, tightened. The state has the host form."""
+    flow = trainer.averaged_flow(state)
+    flow.tighten()
+    return flow

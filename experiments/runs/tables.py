@@ -1,0 +1,31 @@
+"""The table that a command prints at its end."""
+
+import math
+
+from resflow_jax.models.certificate import Certificate
+
+
+def certificate_rows(certificate: Certificate) -> dict[str, str]:
+    """The lines of a closing table that say what is certified, from above, of the flow."""
+    worst = max(certificate.blocks, key=lambda block: block.bound)
+    answer = "every block is invertible" if certificate.is_certified else "NOT EVERY BLOCK IS INVERTIBLE"
+    return {
+        "certified": f"{answer}: Lip(g) <= {worst.bound:.4f} in {len(certificate.blocks)} blocks (target "
+        f"{worst.target_bound:.4f})",
+        "of the whole flow": f"Lip(f) <= {certificate.lipschitz:.1e}, Lip(f^-1) <= {certificate.inverse_lipschitz:.1e}",
+    }
+
+
+def print_table(rows: dict[str, str]) -> None:
+    """A closing table."""
+    for name, value in rows.items():
+        print(f"{name:<24}{value}")
+
+
+def error_by_cause(data_stderr: float, noise_stderr: float) -> str:
+    """What a closing table says of the causes of a standard error."""
+    noise = (
+        f"{noise_stderr:.4f} from noise" if math.isfinite(noise_stderr) else "of a single draw, so noise is not told"
+    )
+    data = f"{data_stderr:.4f} from" if math.isfinite(data_stderr) else "not known is that from"
+    return f"{data} the choice of examples, {noise}"

@@ -1,0 +1,13 @@
+"""Which task a config describes."""
+
+from experiments.configs.base import DensityConfig, RunConfig, VectorsConfig
+from experiments.configs.toy import ToyConfig
+from experiments.runs.tasks.images import ImageTask
+from experiments.runs.tasks.task import Task
+from experiments.runs.tasks.toy import ToyTask
+from experiments.runs.tasks.vectors import VectorTask
+
+
+def task_of(config: RunConfig) -> Task:
+    """What a config is to learn, with its data."""
+    return {DensityConfig: ImageTask, VectorsConfig: VectorTask, ToyConfig: ToyTask}[type(config)](config)

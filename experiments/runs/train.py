@@ -1,0 +1,165 @@
+"""One run, whatever it learns: set-up, training with validation and checkpoints, and the closing report.
+
+What is learned, and how it is judged and drawn, is a `Task`.
+"""
+
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import jax
+
+from experiments.configs.base import RunConfig
+from experiments.runs.closing import StepTime, report
+from experiments.runs.devices import use_compilation_cache
+from experiments.runs.judging import judged, sketch, validation_loss
+from experiments.runs.loop import training_loop
+from experiments.runs.metrics import Metrics, NullMetrics
+from experiments.runs.processes import by_first, from_first, is_first, wait_for_all
+from experiments.runs.schedule import Schedule, is_patience_spent
+from experiments.runs.setup import place_on_devices, set_up
+from experiments.runs.signals import stop_on_signal
+from experiments.runs.tasks.task import Task
+from experiments.runs.workdir import claim_workdir
+from resflow_jax import Estimate
+from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.loop import Pause
+from resflow_jax.training.placement import Placement
+from resflow_jax.training.step import TrainState, fit_estimator
+
+
+def run(config: RunConfig, task: Task) -> Estimate:
+    """Trains (or goes on training), evaluates, draws. Returns the metric of the test split.
+
+    A first SIGINT or SIGTERM ends the run after the step that is running, with a checkpoint and exit status 0.
+
+    Raises:
+      FloatingPointError: if the loss, the gradient or the validation stops being finite.
+      OSError: if the work directory cannot be written; what was saved before is whole.
+      ValueError, FileExistsError: as `claim_workdir`.
+    """
+    began = time.perf_counter()
+    use_compilation_cache()
+    _check_splits_and_steps(config, task)
+    trainer, start = set_up(task)  # before anything is written
+    start = from_first(start)
+    placement = place_on_devices(trainer, config)
+    by_first(lambda: claim_workdir(config.workdir, config))
+    shapes, shardings = jax.eval_shape(lambda state: state, start), placement.shardings(start)
+    with Checkpoints(config.workdir / "checkpoints") as checkpoints:
+        restored = partial(checkpoints.restore, like=shapes, shardings=shardings, ema_decay=trainer.ema_decay)
+        state = start if placement.strategy == "pmap" else placement.place(start)  # that of the first step is donated
+        del start  # one device had it whole
+        if checkpoints.latest_step is not None:
+            state = restored(checkpoints.latest_step)
+            say(f"resuming {config.workdir} at step {int(state.step)}")
+        with (Metrics if is_first() else NullMetrics)(config.workdir, keep_until=int(state.step)) as metrics:
+            step, step_time = train(task, placement, state, checkpoints, metrics)
+            checkpoints.wait()
+            if step < config.steps and not is_patience_spent(task, metrics.lines):
+                say(f"stopped at step {step} of {config.steps}; the same command goes on from there")
+                sys.exit(0)
+            if step == config.steps and f"validation_{task.metric}" not in metrics.lines[-1]:
+                raise ValueError(f"steps: expected more than {step}, where the run was stopped unvalidated, got {step}")
+            best = restored(checkpoints.best_step)
+            result = report(task, judged(placement, best), int(best.step), metrics, step_time, began)
+    wait_for_all("report")
+    return result
+
+
+def _check_splits_and_steps(config: RunConfig, task: Task) -> None:
+    """Raises ValueError for splits that are too small, and for less steps than the run has taken."""
+    if len(task.splits.test) < 2 or not len(task.splits.validation):
+        raise ValueError(f"data: expected two or more examples to test on, got {len(task.splits.test)} in {task.name}")
+    saved = (config.workdir / "checkpoints").glob("*")
+    taken = max((int(path.name) for path in saved if path.name.isdigit()), default=0)
+    if taken > config.steps:
+        raise ValueError(f"steps: expected at least {taken}, as many as taken, got {config.steps}")
+
+
+def say(line: str) -> None:
+    """Prints a line, once if there are several processes."""
+    if is_first():
+        print(line, flush=True)
+
+
+def train(
+    task: Task, placement: Placement, state: TrainState, checkpoints: Checkpoints, metrics: Metrics | NullMetrics
+) -> tuple[int, StepTime | None]:
+    """Runs the remaining steps; validates, saves and draws along the way.
+
+    Returns:
+      The number of steps done, less than those of the config if the run was asked to stop or its patience is spent;
+      and what a step took, if any was taken.
+    """
+    config, step, times = task.config, int(state.step), []
+    if is_patience_spent(task, metrics.lines):
+        return step, None
+    schedule = Schedule(config)
+    with stop_on_signal() as stops_at:
+        for pause in training_loop(
+            placement,
+            state,
+            jax.random.key(config.seed),
+            lambda step: task.batches(step, placement.part, placement.parts),
+            steps=config.steps,
+            pauses_at=schedule.pauses_at,
+            unit=task.unit if task.sign == 1 else f"{task.unit} (-{task.metric})",
+            at_pause=lambda step, state: (
+                _with_fitted_lengths(placement, config, state) if schedule.validates_at(step) else state
+            ),
+            stops_at=stops_at,
+        ):
+            step = pause.step
+            times.append((pause.seconds, pause.waiting))
+            if schedule.validates_at(step):
+                _validate_and_save(task, placement, pause, checkpoints, metrics)
+            else:
+                metrics.write(step=step, split="train", **_line(task, pause))
+                if schedule.saves_at(step) or pause.stopped:
+                    checkpoints.save(pause.state)
+            if is_patience_spent(task, metrics.lines):
+                break
+    return step, StepTime.of(times)
+
+
+def _with_fitted_lengths(placement: Placement, config: RunConfig, state: TrainState) -> TrainState:
+    """The state with laws of the series lengths fitted to what the run has seen, if the config says so."""
+    if not config.fit_lengths:
+        return state
+    estimator, term_norms = placement.to_host((state.estimator, state.term_norms))  # all that the fit reads
+    fitted = fit_estimator(state._replace(estimator=estimator, term_norms=term_norms), config.batch_size)
+    return state._replace(estimator=placement.to_checkpoint(placement.place(fitted.estimator)))
+
+
+def _validate_and_save(
+    task: Task, placement: Placement, pause: Pause, checkpoints: Checkpoints, metrics: Metrics | NullMetrics
+) -> None:
+    """Validates the averaged weights, writes the metrics, saves the state and draws.
+
+    The line comes first. If the rest is cut off, the line is dropped on resuming; without the line, a checkpoint would
+    have a validation that the patience never counts.
+    """
+    found = judged(placement, pause.state)
+    loss = validation_loss(task, found.flow, pause.step)
+    line = {f"validation_{task.metric}": task.sign * loss, "lipschitz": found.certificate.bounds.tolist()}
+    if task.config.model.norms.learned:
+        line["orders"] = found.flow.norm_orders().tolist()
+    metrics.write(step=pause.step, split="train", **_line(task, pause), **line)
+    checkpoints.save(pause.state, loss, found.certificate)
+    if is_first():
+        sketch(task, found.drawn, pause.step, metrics)
+    pause.bar.set_description(f"validation {task.sign * loss:.3f} {task.unit}")
+
+
+def _line(task: Task, pause: Pause) -> dict[str, Any]:
+    """What metrics.jsonl has of the steps since the last pause."""
+    optimizer = task.config.optimizer
+    updates = (pause.step - 1) // optimizer.accumulate
+    return {
+        task.metric: task.sign * float(pause.metrics["loss"]),
+        "gradient_norm": float(pause.metrics["gradient_norm"]),
+        "learning_rate": float(optimizer.learning_rates(task.config.steps)(updates)),
+        "diagnostics": {name: value.tolist() for name, value in pause.metrics["diagnostics"]._asdict().items()},
+    }

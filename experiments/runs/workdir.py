@@ -1,0 +1,96 @@
+"""The work directory of a run: its config.json, whether another run may use it, and files that are written whole."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from resflow_jax.io.config_json import as_document, as_json, completed, upgraded
+from resflow_jax.io.whole_files import whole_file
+
+# Settings that may differ when a run is resumed: they change neither the model nor what a step does, to rounding, but
+# for the number of steps, on which the schedule of the learning rate depends from then on.
+MAY_CHANGE = (
+    "steps",
+    "workdir",
+    "parallel",
+    "mesh.data",
+    "mesh.model",
+    "mesh.parameters",
+    "distributed.auto",
+    "distributed.coordinator",
+    "distributed.num_processes",
+    "distributed.process_id",
+    "distributed.timeout",
+    "log_every",
+    "save_every",
+    "data.dir",
+    "data.threads",
+    "data.workers",
+    "evaluation.draws",
+    "evaluation.patience",
+)
+
+
+def claim_workdir(workdir: Path, config: Any) -> None:
+    """Makes the directory and writes config.json, or checks that a run may go on there.
+
+    Where nothing has been trained yet, another config is as good.
+
+    Raises:
+      FileExistsError: if the directory holds metrics or checkpoints that no config.json accounts for.
+      ValueError: if the directory holds a run of another config; the message lists the differences.
+      NotADirectoryError: if the path is taken by a file.
+      OSError: if it cannot be made or written to.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise NotADirectoryError(f"workdir: expected a directory, got the file {workdir}")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"workdir: could not make {workdir}: {error.strerror}") from error
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            old = completed(upgraded(json.loads(path.read_text())), config)
+        except ValueError as error:
+            raise ValueError(f"workdir: expected the config of a run in {path}, could not read it: {error}") from error
+        differences = [d for d in config_differences(old, as_json(config)) if d.split(":")[0] not in MAY_CHANGE]
+        if differences and _has_results(workdir):
+            raise ValueError(
+                f"workdir: {workdir} holds a run of another config; name another --workdir, or use its settings:\n  "
+                + "\n  ".join(differences)
+            )
+    elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
+        raise FileExistsError(f"workdir: expected a new directory or that of a run, got {workdir} without config.json")
+    write_atomically(path, json.dumps(as_document(config), indent=2) + "\n")
+
+
+def _has_results(workdir: Path) -> bool:
+    """Whether a run has got so far that something would be lost."""
+    metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
+    has_lines = metrics.exists() and metrics.stat().st_size > 0
+    return has_lines or (checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir()))
+
+
+def config_differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """Lines "name: old there, new now", one a setting, for two configs as JSON."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from config_differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    elif old != new:
+        yield f"{name}: {old!r} there, {new!r} now"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole, so that a crash leaves the old or the new one."""
+    try:
+        with whole_file(path) as temporary:
+            temporary.write_text(text)
+    except OSError as error:
+        raise could_not_write(error, path) from error
+
+
+def could_not_write(error: OSError, path: Path) -> OSError:
+    """The error with the file that could not be written: a full disk does not say."""
+    return OSError(error.errno, f"{error.strerror}; could not write it, what was saved before is whole", str(path))

@@ -1,0 +1,289 @@
+"""What `experiments.benchmark` times: one case by one competitor, in a process of its own.
+
+    python -m experiments.studies.competitors CASE COMPETITOR [jit | shard_map | pmap]
+
+answers each line of standard input, the name of a measure, by one line of JSON: seconds, and what comes with them.
+`compile` needs no data and takes the case's flow in the abstract.
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments.runs.devices import data_mesh, use_all_cores, use_compilation_cache, use_xla_flags
+from experiments.runs.parts import number_of_parts, over_devices, over_parts
+from resflow_jax import Anderson, DenseTail, ImageFlowConfig, ImageTransform, Poisson, ResidualFlow, Roulette
+from resflow_jax.layers.lipschitz import LipschitzLinear
+from resflow_jax.training.losses import dequantized_bits_per_dim
+from resflow_jax.training.parallel import Strategy, make_mesh
+from resflow_jax.training.placement import Placement
+from resflow_jax.training.step import Trainer
+
+Array = jax.Array
+
+# The papers' setting, which is that of the peer.
+TRAINING = Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")
+EVALUATION = Roulette(Poisson(2.0), exact_terms=20, minres_steps=0, probe="gaussian")
+LEARNING_RATE, CLIP = 1e-3, 1.0
+PART = 8192  # numbers of z that are inverted at a time on a core, as in `experiments.studies.inverse`
+
+
+@dataclass(frozen=True)
+class Case:
+    """A flow, and how many images a batch has."""
+
+    config: ImageFlowConfig
+    batch_size: int
+
+
+CASES = {
+    "28x28": Case(ImageFlowConfig((28, 28, 1), blocks=(4, 4, 4), hidden_channels=128), 32),
+    "32x32": Case(
+        ImageFlowConfig((32, 32, 3), blocks=(2, 2, 2), hidden_channels=512, data=ImageTransform(logit_alpha=0.05)), 16
+    ),
+    "digits": Case(ImageFlowConfig((8, 8, 1), blocks=(4, 4), hidden_channels=64, tail=DenseTail(hidden=64)), 64),
+    "cifar10": Case(
+        ImageFlowConfig((32, 32, 3), blocks=(16, 16, 16), hidden_channels=512, data=ImageTransform(logit_alpha=0.05)),
+        64,
+    ),
+    "cifar10_2": Case(
+        ImageFlowConfig((32, 32, 3), blocks=(2, 2, 2), hidden_channels=512, data=ImageTransform(logit_alpha=0.05)), 64
+    ),
+}
+COMPETITORS = ("resflow_jax", "resflow_jax bfloat16", "normflows")
+
+
+def photograph_crops(shape: tuple[int, int, int], number: int) -> np.ndarray:
+    """Integers [number, *shape] of 256 levels: crops of the two photographs that scikit-learn ships."""
+    from sklearn.datasets import load_sample_images
+
+    height, width, channels = shape
+    rng, photographs = np.random.default_rng(0), load_sample_images().images
+    images = np.empty((number, *shape), np.uint8)
+    for n in range(number):
+        photograph = photographs[n % len(photographs)]
+        i, j = (rng.integers(0, side - size) for side, size in zip(photograph.shape, (height, width), strict=False))
+        images[n] = photograph[i : i + height, j : j + width, :channels]
+    return images
+
+
+def evaluation_flops(flow: ResidualFlow) -> float:
+    """Floating-point operations of the matrix products in one evaluation of every block's g, for one example.
+
+    Of a flow in the abstract, as of `nnx.eval_shape`, too.
+    """
+    total = 0.0
+    for _, layer in nnx.iter_modules(flow):
+        if isinstance(layer, LipschitzLinear):
+            linear_map = layer.linear_map
+            pixels = math.prod(linear_map.example_shape[:-1])
+            total += 2.0 * pixels * math.prod(layer.kernel.shape)  # with the blocks of a stack
+    return total
+
+
+def make_flow(case: Case, images: np.ndarray) -> ResidualFlow:
+    """The flow of a case, initialised on its images."""
+    flow = ResidualFlow(case.config, rngs=nnx.Rngs(0))
+    flow.initialize(jnp.asarray((images + 0.5) / 256, jnp.float32))
+    return flow
+
+
+def make_trainer(graphdef: Any) -> Trainer:
+    """Adam with clipping, on bits/dim of 256 levels."""
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(LEARNING_RATE))
+    return Trainer(graphdef, dequantized_bits_per_dim(256), optimizer, ema_decay=0.99)
+
+
+def compile_step(case: Case) -> dict[str, float]:
+    """Seconds to trace and lower, and to compile, the training step of a flow that is never made; its memory."""
+    flow = nnx.eval_shape(lambda: ResidualFlow(case.config, rngs=nnx.Rngs(0)))
+    trainer = make_trainer(nnx.split(flow)[0])
+    state = jax.eval_shape(lambda flow: trainer.create_state(flow, TRAINING), flow)
+    images = jax.ShapeDtypeStruct((case.batch_size, *case.config.shape), jnp.uint8)
+    began = time.perf_counter()
+    lowered = trainer.compiled_step().lower(state, images, jax.random.key(0))
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    return {
+        "trace": middle - began,
+        "compile": time.perf_counter() - middle,
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+class Ours:
+    """resflow_jax, each core a device with its share of the batch; training steps in one of the `parallel` ways."""
+
+    def __init__(self, case: Case, strategy: Strategy = "jit"):
+        self.case, self.strategy = case, strategy
+        self.images = photograph_crops(case.config.shape, case.batch_size)
+        self.mesh = data_mesh(case.batch_size)
+        self._log_prob, self._inverse = lru_cache(self._log_prob), lru_cache(self._inverse)
+        self.key = self.train_key = jax.random.key(1)
+
+    @cached_property
+    def flow(self) -> ResidualFlow:
+        return make_flow(self.case, self.images)
+
+    @cached_property
+    def placement(self) -> Placement:
+        trainer = make_trainer(nnx.split(self.flow)[0])
+        return Placement(trainer, make_mesh(devices=list(self.mesh.devices.flat)), self.strategy)
+
+    @cached_property
+    def step(self):
+        self.state = self.placement.place(self.placement.trainer.create_state(self.flow, TRAINING))
+        self.batch = self.placement.place_batch(self.images)
+        return self.placement.step.lower(self.state, self.batch, self.train_key).compile()
+
+    def train(self) -> dict[str, float]:
+        """One training step; `flops` of its matrix products."""
+        step = self.step
+        began = time.perf_counter()
+        self.state, metrics = jax.block_until_ready(step(self.state, self.batch, self.train_key))
+        seconds = time.perf_counter() - began
+        # forward, each product of the series, and six evaluations' worth in the backward pass
+        flops = self.case.batch_size * evaluation_flops(self.flow)
+        return {"seconds": seconds, "flops": flops * (7 + float(metrics["diagnostics"].length.mean()))}
+
+    def _log_prob(self, estimator: Roulette) -> Callable[[Array, Array], Array]:
+        return over_devices(lambda flow, x, key: flow.log_prob(x, key=key, estimator=estimator), self.flow)
+
+    def evaluate(self, estimator: Roulette = EVALUATION) -> dict[str, float]:
+        """log p of the batch with 20 terms and a roulette; `noise` is the deviation of an image's over keys."""
+        x = (self.images + np.float32(0.5)) / 256
+        self.key, *keys = jax.random.split(self.key, 3)
+        results = [_timed(lambda key=key: self._log_prob(estimator)(x, key)) for key in keys]
+        return {"seconds": min(r["seconds"] for r in results), "noise": _deviation(*(r["value"] for r in results))}
+
+    def evaluate_default(self) -> dict[str, float]:
+        """The same with the library's default estimator, `Roulette()`."""
+        return self.evaluate(Roulette())
+
+    def _inverse(self, solver: Anderson) -> Callable[[Array], Array]:
+        parts = number_of_parts(self.case.batch_size, max(1, PART // self.flow.dim))
+        apply = over_parts(lambda flow, z: flow.inverse(z, solver=solver, return_status=True)[0], self.flow)
+        return lambda z: apply(z.reshape(parts, -1, z.shape[-1]))
+
+    def sample(self, tolerance: str | None = None) -> dict[str, float]:
+        """The inverse of z = f(x), by default with the default tolerance; `error` is max |x - f^-1(z)|."""
+        inverse = self._inverse(Anderson() if tolerance is None else Anderson(tolerance=float(tolerance)))
+        x = jnp.asarray((self.images + 0.5) / 256, jnp.float32)
+        z = self.flow(x)
+        result = _timed(lambda: inverse(z))
+        return {"seconds": result["seconds"], "error": float(np.abs(np.subtract(result["value"], x)).max())}
+
+    def matmul(self) -> dict[str, float]:
+        """Operations a second of plain matrix products on all devices at once, the best of several shapes."""
+        return {"flops_per_second": max(_matmul_speed(self.mesh, *shape, self.case) for shape in MATMULS)}
+
+    def profile(self, directory: str) -> dict[str, float]:
+        """A trace of three training steps for TensorBoard or Perfetto."""
+        self.train()
+        with jax.profiler.trace(directory, create_perfetto_trace=True):
+            return {"seconds": sum(self.train()["seconds"] for _ in range(3))}
+
+
+MATMULS = ((784, 128, 128), (1024, 512, 512), (2048, 2048, 2048))
+
+
+def _matmul_speed(mesh: jax.sharding.Mesh, rows: int, inner: int, columns: int, case: Case) -> float:
+    dtype = case.config.matmul_dtype or "float32"
+    flops = 2.0 * rows * inner * columns
+    times = max(1, int(1e10 / flops))
+
+    def products(a, b):
+        def step(b, _):
+            product = jnp.matmul(a, b, preferred_element_type=jnp.float32)
+            return b + (1e-30 * product[:1, :1]).astype(dtype), None
+
+        return jax.lax.scan(step, b, None, length=times)[0]
+
+    spec = PartitionSpec("data")
+    run = jax.jit(jax.shard_map(products, mesh=mesh, in_specs=spec, out_specs=spec))
+    a, b = (
+        jax.device_put(jnp.ones((mesh.size * m, n), dtype), NamedSharding(mesh, spec))
+        for m, n in ((rows, inner), (inner, columns))
+    )
+    jax.block_until_ready(run(a, b))
+    return mesh.size * times * flops / min(_timed(lambda: run(a, b))["seconds"] for _ in range(5))
+
+
+class Normflows:
+    """The same flow in normflows, on as many threads as PyTorch takes."""
+
+    def __init__(self, case: Case):
+        from experiments.studies.peers import normflows_from
+
+        self.images = photograph_crops(case.config.shape, case.batch_size)
+        flow = make_flow(case, self.images)
+        self._x = ((self.images + 0.5) / 256).astype(np.float32)
+        self._peer = normflows_from(flow)
+        self._papers = normflows_from(flow, papers=True)
+        self._trained = normflows_from(flow, papers=True)
+        self._trained.start_training(LEARNING_RATE, CLIP)
+
+    def train(self) -> dict[str, float]:
+        """One training step."""
+        return {"seconds": _timed(lambda: self._trained.train_step(self._x))["seconds"]}
+
+    def evaluate(self) -> dict[str, float]:
+        """log p of the batch with 20 terms and a roulette; `noise` is the deviation of an image's."""
+        results = [_timed(lambda: self._papers.log_prob(self._x)) for _ in range(2)]
+        return {"seconds": min(r["seconds"] for r in results), "noise": _deviation(*(r["value"] for r in results))}
+
+    def sample(self) -> dict[str, float]:
+        """The inverse of z = f(x); `error` is max |x - f^-1(z)|."""
+        z = self._peer.forward(self._x)
+        result = _timed(lambda: self._peer.samples(z))
+        return {"seconds": result["seconds"], "error": float(np.max(np.abs(result["value"] - self._x)))}
+
+
+def _deviation(a: np.ndarray, b: np.ndarray) -> float:
+    """Of one estimate of an image's log p, from two of every image."""
+    return float(np.sqrt(np.mean(np.square(np.asarray(a) - np.asarray(b))) / 2))
+
+
+def _timed(function: Callable[[], Any]) -> dict[str, Any]:
+    began = time.perf_counter()
+    value = jax.block_until_ready(function())
+    return {"seconds": time.perf_counter() - began, "value": value}
+
+
+def main() -> None:
+    """Serves the measures of one case and competitor until standard input ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    case, name = CASES[sys.argv[1]], sys.argv[2]
+    use_xla_flags()
+    use_all_cores()
+    use_compilation_cache()
+    if name.endswith("bfloat16"):
+        case = replace(case, config=replace(case.config, matmul_dtype="bfloat16"))
+    make = partial(Normflows, case) if name == "normflows" else partial(Ours, case, *sys.argv[3:])
+    competitor = None
+    for line in sys.stdin:
+        measure, *arguments = line.split()
+        if measure == "compile":
+            answer = compile_step(case)
+        else:
+            competitor = make() if competitor is None else competitor
+            answer = getattr(competitor, measure)(*arguments)
+        answer["peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

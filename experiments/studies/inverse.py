@@ -1,0 +1,346 @@
+"""How exact and how fast f^-1 is: evaluations of g by every solver at equal error, error against iterations.
+
+    python -m experiments.studies.inverse [--workdir DIR] [--targets digits fashion_mnist] [--samples N] [--peer] ...
+
+The trained flows are tightened and certified first. For every solver the loosest tolerance is found at which the
+samples x = f^-1(z) have max |x - f^-1(f(x))| at most 1e-5 in float32, and the evaluations of g are counted at that
+tolerance, block by block. Times are medians of alternating runs: of samples alone, and of samples with their
+log-density by the default estimator and by a series as long as normflows takes, in parts on all devices, on a CPU on
+all cores (see `experiments.runs.parts`). `--peer` runs the same flow with the same weights in normflows beside it (`pip
+install -e '.[bench]'`), on the threads that PyTorch takes, and Anderson acceleration also with the tolerance whose
+error is normflows' at most; the lengths of its series and of ours differ by run. "noise" is the standard deviation of
+the estimates of log p. The flows are trained first, under the work directory, unless they are there.
+
+Writes NAME_errors.png (error against iterations), NAME_reconstructions.png (after 1, 2, 4, ... iterations)
+and inverse.json, and prints tables. On 2 CPU cores: about 10 minutes,
+and 15 more where the flows are to be trained. Every tolerance is a program of its own: where the system limits
+memory maps, run one target at a time.
+"""
+
+import json
+import time
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from experiments.runs import pictures
+from experiments.runs.devices import cores_for, use_all_cores, use_compilation_cache
+from experiments.runs.parts import number_of_parts, over_parts
+from experiments.runs.tables import certificate_rows, print_table
+from experiments.runs.tasks.images import load
+from experiments.runs.workdir import write_atomically
+from experiments.studies.trained import NAMES, trained_flow, trained_runs
+from resflow_jax import (
+    Anderson,
+    Broyden,
+    Certificate,
+    Estimator,
+    FixedPoint,
+    Geometric,
+    InverseStatus,
+    ResidualFlow,
+    Roulette,
+    Solver,
+    certify,
+)
+from resflow_jax.data.images import to_unit_interval
+from resflow_jax.functional.checks import check_choice, check_count, check_positive
+from resflow_jax.training.parallel import STRATEGIES, Strategy
+
+Array = jax.Array
+
+# That of normflows' evaluation: 20 terms of the power series, then a geometric number of them.
+LONG_SERIES = Roulette(Geometric(0.5), exact_terms=20, minres_steps=0, probe="gaussian")
+SOLVERS: dict[str, Solver] = {"fixed point": FixedPoint(), "Anderson": Anderson(), "Broyden": Broyden()}
+PLAIN, BEST = "fixed point", "Anderson"
+AS_PEER = f"{BEST}, error of normflows"
+TOLERANCES = tuple(10.0 ** (-n / 4) for n in range(8, 29))  # ascending in exactness
+DRAWN_ITERATIONS = (1, 2, 4)
+PLOTTED_ITERATIONS = (1, 2, 4, 6, 9, 13, 18, 24, 32)
+DRAWS = 8  # of log p, to judge its noise
+HARD = 0.9  # a block whose certified constant is above it
+
+
+@dataclass(frozen=True)
+class InverseConfig:
+    """One run of `python -m experiments.studies.inverse`.
+
+    Attributes:
+      workdir: where everything is written.
+      targets: which flows.
+      samples: drawn from each flow.
+      error: max |x - f^-1(f(x))| that every solver has to reach.
+      part: numbers in the samples that one device draws at a time, at most: as many as suit the
+        caches of a CPU core; an accelerator wants them all.
+      repeats: timed runs of each competitor.
+      peer: whether to time normflows as well.
+      digits: work directory of a run of `experiments.density digits`; made if not given.
+      fashion_mnist: the same of fashion_mnist; left out if neither given nor its data found.
+      seed: of the samples.
+      parallel: how steps are divided among devices where flows are trained, as in `experiments.density`.
+    """
+
+    workdir: Path = Path("runs/inverse")
+    targets: tuple[str, ...] = NAMES
+    samples: int = 64
+    error: float = 1e-5
+    part: int = 8192
+    repeats: int = 5
+    peer: bool = False
+    digits: Path | None = None
+    fashion_mnist: Path | None = None
+    seed: int = 0
+    parallel: Strategy = "jit"
+
+    def __post_init__(self):
+        check_choice("parallel", self.parallel, STRATEGIES)
+        for target in self.targets:
+            check_choice("targets", target, NAMES)
+        check_count("samples", self.samples, 1)
+        check_positive("error", self.error)
+        check_count("part", self.part, 1)
+        check_count("repeats", self.repeats, 1)
+        check_count("seed", self.seed, 0)
+
+
+class Cost(NamedTuple):
+    """What a solver takes for the samples of a flow.
+
+    Attributes:
+      tolerance: the loosest that reaches the error asked for, or the tightest tried.
+      error: max |x - f^-1(f(x))| of the samples.
+      mean: evaluations of g in every block, mean over the samples, [blocks].
+      largest: the same, largest over the samples: what the batch waits for.
+      bound: largest certified bound on the error that one block's solve leaves.
+    """
+
+    tolerance: float
+    error: float
+    mean: np.ndarray
+    largest: np.ndarray
+    bound: float
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line and runs."""
+    use_all_cores(cores_for(64))  # the batches of the flows, where they are trained
+    run(tyro.cli(InverseConfig, args=arguments, prog="python -m experiments.studies.inverse", description=__doc__))
+
+
+def run(config: InverseConfig) -> dict[str, Any]:
+    """Measures and draws every flow; returns what inverse.json holds."""
+    use_compilation_cache()
+    config.workdir.mkdir(parents=True, exist_ok=True)
+    results = {}
+    given = {name: getattr(config, name) for name in NAMES}
+    for run_config in trained_runs(config.targets, given, config.workdir, config.parallel):
+        name, data = run_config.data.name, load(run_config.data)
+        flow = trained_flow(run_config)
+        certificate = certify(flow)
+        images = to_unit_interval(data.test[: config.samples], data.levels)
+        z = jax.random.normal(jax.random.key(config.seed), (config.samples, flow.dim), flow.dtype)
+
+        costs = {solver: equal_error_cost(flow, certificate, z, config.error, SOLVERS[solver]) for solver in SOLVERS}
+        solvers = {solver: replace(SOLVERS[solver], tolerance=cost.tolerance) for solver, cost in costs.items()}
+        exact = {solver: {"error": cost.error, "tolerance": cost.tolerance} for solver, cost in costs.items()}
+        peer = None
+        if config.peer:
+            from experiments.studies.peers import normflows_from
+
+            peer = normflows_from(flow)
+            exact["normflows"] = {"error": peer_error(peer, z)}
+            cost = equal_error_cost(flow, certificate, z, exact["normflows"]["error"], SOLVERS[BEST])
+            solvers[AS_PEER] = replace(SOLVERS[BEST], tolerance=cost.tolerance)
+            exact[AS_PEER] = {"error": cost.error, "tolerance": cost.tolerance}
+        times = time_sampling(flow, z, solvers, peer, config)
+        times = {name: row | exact[name] for name, row in times.items()}
+        exactness = round_trips(flow, z, images)
+        results[name] = report(name, certificate, costs, times, exactness)
+        write_atomically(config.workdir / "inverse.json", json.dumps(results, indent=2) + "\n")
+        draw(config.workdir, name, flow, images)
+    return results
+
+
+def equal_error_cost(flow: ResidualFlow, certificate: Certificate, z: Array, error: float, solver: Solver) -> Cost:
+    """The evaluations of g at the loosest of `TOLERANCES` whose samples have the reconstruction error asked for.
+
+    Found by bisection; the tightest, if none has.
+    """
+
+    @lru_cache
+    def solve(n: int) -> tuple[float, InverseStatus]:
+        at = replace(solver, tolerance=TOLERANCES[n])
+        x, status = flow.inverse(z, solver=at, return_status=True)
+        return reconstruction_error(flow, x, at), status
+
+    chosen = bisect_left(range(len(TOLERANCES) - 1), True, key=lambda n: solve(n)[0] <= error)
+    tolerance, (found, status) = TOLERANCES[chosen], solve(chosen)
+    counts, bounds = np.asarray(status.iterations), certificate.error_bounds(status)
+    return Cost(tolerance, found, counts.mean(axis=1), counts.max(axis=1), float(bounds.max()))
+
+
+def reconstruction_error(flow: ResidualFlow, x: Array, solver: Solver) -> float:
+    """max |x - f^-1(f(x))|."""
+    return float(jnp.max(jnp.abs(x - flow.inverse(_transform(flow, x), solver=solver, return_status=True)[0])))
+
+
+def peer_error(peer: Any, z: Array) -> float:
+    """max |x - f^-1(f(x))| of the samples of normflows."""
+    x = peer.samples(np.asarray(z))
+    return float(np.abs(x - peer.samples(peer.forward(x))).max())
+
+
+def round_trips(flow: ResidualFlow, z: Array, images: Array) -> dict[str, float]:
+    """Largest errors of both round trips, in float32 and float64, by the default solver."""
+    errors = {}
+    graphdef, state = nnx.split(flow)
+    arrays = jax.device_get((state, images, z))
+    for bits in (32, 64):
+        with jax.enable_x64(bits == 64):
+            state, x, latent = jax.tree.map(partial(_cast, dtype=f"float{bits}"), arrays)
+            cast = nnx.merge(graphdef, state)
+            errors[f"x, float{bits}"] = float(jnp.max(jnp.abs(x - cast.inverse(cast(x)))))
+            errors[f"z, float{bits}"] = float(jnp.max(jnp.abs(latent - _transform(cast, cast.inverse(latent)))))
+    return errors
+
+
+def time_sampling(
+    flow: ResidualFlow, z: Array, solvers: dict[str, Solver], peer: Any, config: InverseConfig
+) -> dict[str, Any]:
+    """Median seconds of samples alone and with their log-density, in alternating runs; the noise of log p."""
+    parts = number_of_parts(config.samples, max(1, config.part // flow.dim))
+    size, z_parts = config.samples // parts, z.reshape(parts, -1, z.shape[-1])
+    keys = jax.random.split(jax.random.key(config.seed), (config.repeats + 1, parts))
+
+    def ours(solver: Solver) -> dict[str, Callable[[int], Any]]:
+        def samples(flow: ResidualFlow, z: Array) -> Array:
+            return flow.inverse(z, solver=solver, return_status=True)[0]
+
+        def with_log_prob(estimator: Estimator) -> Callable[[int], Any]:
+            draw = over_parts(
+                lambda flow, key: flow.sample_and_log_prob(key, size, solver=solver, estimator=estimator), flow
+            )
+            return lambda repeat: draw(keys[repeat])
+
+        samples_of = over_parts(samples, flow)
+        return {
+            "samples": lambda _: samples_of(z_parts),
+            "with log_prob": with_log_prob(Roulette()),
+            "with log_prob, 20 terms": with_log_prob(LONG_SERIES),
+        }
+
+    competitors = {name: ours(solver) for name, solver in solvers.items()}
+    if peer is not None:
+        latent = np.asarray(z)
+        competitors["normflows"] = {
+            "samples": lambda _: peer.samples(latent),
+            "with log_prob": lambda _: peer.samples_and_log_prob(latent),
+        }
+    seconds = {name: {what: [] for what in functions} for name, functions in competitors.items()}
+    for repeat in range(config.repeats + 1):  # the first compiles
+        for name, functions in competitors.items():
+            for what, function in functions.items():
+                began = time.perf_counter()
+                with warnings.catch_warnings():
+                    # normflows' law has no finite variance for all blocks of these constants: that is not the question.
+                    warnings.filterwarnings("ignore", "length: Geometric", RuntimeWarning)
+                    jax.block_until_ready(function(repeat))
+                if repeat:
+                    seconds[name][what].append(time.perf_counter() - began)
+    medians = {name: {what: float(np.median(t)) for what, t in all_.items()} for name, all_ in seconds.items()}
+    x = flow.inverse(z, solver=solvers[BEST], return_status=True)[0]
+    keys = jax.random.split(jax.random.key(config.seed), DRAWS)
+    medians[BEST]["noise"] = noise([_log_prob(flow, x, key) for key in keys])
+    if peer is not None:
+        medians["normflows"]["noise"] = noise([peer.samples_and_log_prob(latent)[1] for _ in keys])
+    return medians
+
+
+def noise(draws: list[Array]) -> float:
+    """Standard deviation of estimates of log p over their draws [B] each, in nats; root mean square over images."""
+    return float(np.sqrt(np.var(np.asarray(draws), axis=0, ddof=1).mean()))
+
+
+def report(
+    name: str, certificate: Certificate, costs: dict[str, Cost], times: dict[str, Any], exactness: dict[str, float]
+) -> dict[str, Any]:
+    """Prints the tables of a flow; the same as plain values."""
+    bounds = certificate.bounds
+    print(f"\n{name}: {len(bounds)} blocks, evaluations of g at max |x - f^-1(f(x))| <= the error asked for")
+    print(f"{'':<22}" + "".join(f"{solver:>24}" for solver in costs))
+    for n, bound in enumerate(bounds):
+        cells = "".join(f"{f'{c.mean[n]:.1f} (max {c.largest[n]})':>24}" for c in costs.values())
+        print(f"{f'block {n}, L <= {bound:.3f}':<22}{cells}")
+    totals = {}
+    for part, chosen in ((f"L > {HARD}", bounds > HARD), (f"L <= {HARD}", bounds <= HARD)):
+        if chosen.any():
+            totals[part] = {s: [float(c.mean[chosen].sum()), int(c.largest[chosen].sum())] for s, c in costs.items()}
+            cells = "".join(f"{f'{mean:.1f} (max {largest})':>24}" for mean, largest in totals[part].values())
+            print(f"{f'all with {part}':<22}{cells}")
+    rows = {
+        solver: c._asdict() | {"mean": c.mean.tolist(), "largest": c.largest.tolist()} for solver, c in costs.items()
+    }
+    for what in ("tolerance", "error", "bound"):
+        print(f"{what:<22}" + "".join(f"{row[what]:>24.1e}" for row in rows.values()))
+    for competitor, row in times.items():
+        print(f"{competitor}: " + ", ".join(f"{what} {_shown(what, value)}" for what, value in row.items()))
+    print_table({f"round trip of {which}": f"{error:.1e}" for which, error in exactness.items()})
+    print_table(certificate_rows(certificate))
+    return {"bounds": bounds.tolist(), "costs": rows, "totals": totals, "seconds": times, "round_trips": exactness}
+
+
+def _shown(what: str, value: float) -> str:
+    if what in ("error", "tolerance"):
+        return f"{value:.1e}"
+    return f"{value:.2f} nats" if what == "noise" else f"{value * 1e3:.1f} ms"
+
+
+def draw(workdir: Path, name: str, flow: ResidualFlow, images: Array) -> None:
+    """The pictures of a flow: error against iterations, and reconstructions after few of them."""
+    z, shown = flow(images), images[:32]
+    solvers = {solver: SOLVERS[solver] for solver in (PLAIN, BEST)}
+
+    def reconstruct(solver: Solver, iterations: int) -> Array:
+        # A tolerance that is never met, so that every block takes all its iterations.
+        solver = replace(solver, tolerance=1e-30, max_iterations=iterations)
+        return flow.inverse(z, solver=solver, return_status=True)[0]
+
+    errors = {
+        title: [float(jnp.max(jnp.abs(images - reconstruct(solver, n)))) for n in PLOTTED_ITERATIONS]
+        for title, solver in solvers.items()
+    }
+    pictures.save_error_curves(workdir / f"{name}_errors.png", PLOTTED_ITERATIONS, errors, f"{name}: inverse")
+    panels = {"test images x": shown}
+    for n in DRAWN_ITERATIONS:
+        panels[f"evaluations of g a block: {n}"] = reconstruct(SOLVERS[PLAIN], n)[:32]
+    panels["converged $f^{-1}(f(x))$"] = flow.inverse(z[:32])
+    pictures.save_images(workdir / f"{name}_reconstructions.png", panels, columns=8)
+
+
+def _cast(array: np.ndarray, dtype: str) -> Array:
+    return jnp.asarray(array, dtype if np.issubdtype(array.dtype, np.floating) else None)
+
+
+@jax.jit
+def _log_prob(flow: ResidualFlow, x: Array, key: Array) -> Array:
+    return flow.log_prob(x, key=key)
+
+
+@jax.jit
+def _transform(flow: ResidualFlow, x: Array) -> Array:
+    """f(x) also for images that the logit's alpha lets out of [0, 1], which `flow` itself rejects."""
+    return flow(x)
+
+
+if __name__ == "__main__":
+    main()

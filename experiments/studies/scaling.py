@@ -1,0 +1,114 @@
+"""How time and memory of a training step grow with depth, width, batch and image size.
+
+    python -m experiments.studies.scaling [--workdir DIR]
+
+From one small flow, one setting at a time is doubled and doubled again; an exponent is the slope of a straight line
+through the logarithms. Prints the table and writes scaling.json and scaling.png. About 3 minutes on 2 CPU cores.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from experiments.runs import pictures
+from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
+from experiments.runs.workdir import write_atomically
+from experiments.studies.competitors import Case, Ours
+from resflow_jax import DenseTail, ImageFlowConfig
+from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.training.parallel import STRATEGIES, Strategy
+
+BASE = Case(ImageFlowConfig((16, 16, 1), blocks=(4,), hidden_channels=64, preactivation="all", tail=DenseTail(0)), 32)
+
+
+def varied(name: str, value: int) -> Case:
+    """The base case with one setting changed."""
+    match name:
+        case "depth":
+            return replace(BASE, config=replace(BASE.config, blocks=(value,)))
+        case "width":
+            return replace(BASE, config=replace(BASE.config, hidden_channels=value))
+        case "batch":
+            return replace(BASE, batch_size=value)
+        case "side":
+            return replace(BASE, config=replace(BASE.config, shape=(value, value, 1)))
+    raise ValueError(f"name: expected one of {', '.join(SERIES)}; got {name!r}")
+
+
+SERIES = {"depth": (4, 8, 16, 32), "width": (64, 128, 256, 512), "batch": (32, 64, 128, 256), "side": (16, 32, 64)}
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """What is measured.
+
+    Attributes:
+      steps: timed a setting; the median counts.
+      series: settings to vary.
+      length: how many values of each, at least 2.
+      workdir: where scaling.json and scaling.png are written.
+      parallel: how a step is divided among cores, as in `experiments.density`.
+    """
+
+    steps: int = 7
+    series: tuple[str, ...] = tuple(SERIES)
+    length: int = 4
+    workdir: Path = Path("runs/scaling")
+    parallel: Strategy = "jit"
+
+    def __post_init__(self):
+        check_choice("parallel", self.parallel, STRATEGIES)
+        check_count("steps", self.steps, 1)
+        for name in self.series:
+            check_choice("series", name, tuple(SERIES))
+        check_count("length", self.length, 2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line and runs."""
+    use_xla_flags()
+    use_all_cores()
+    use_compilation_cache()
+    run(tyro.cli(ScalingConfig, args=arguments, prog="python -m experiments.studies.scaling", description=__doc__))
+
+
+def run(config: ScalingConfig) -> dict[str, dict[str, list[float]]]:
+    """Measures, prints, draws; returns values, seconds, bytes and the exponents of both, by setting."""
+    config.workdir.mkdir(parents=True, exist_ok=True)
+    result = {}
+    print(f"{'':8}{'value':>8}{'ms a step':>12}{'MB a device':>14}")
+    for name in config.series:
+        values = SERIES[name][: config.length]
+        found = [measure(varied(name, value), config.steps, config.parallel) for value in values]
+        for value, (seconds, size) in zip(values, found, strict=True):
+            print(f"{name:8}{value:8}{1e3 * seconds:12.1f}{size / 1e6:14.2f}", flush=True)
+        seconds, sizes = (list(column) for column in zip(*found, strict=True))
+        exponents = {"time_exponent": exponent(values, seconds), "memory_exponent": exponent(values, sizes)}
+        print(
+            f"{name}: time ~ value^{exponents['time_exponent']:.2f}, memory ~ value^{exponents['memory_exponent']:.2f}"
+        )
+        result[name] = {"values": list(values), "seconds": seconds, "bytes": sizes, **exponents}
+    write_atomically(config.workdir / "scaling.json", json.dumps(result, indent=2) + "\n")
+    pictures.save_scaling(config.workdir / "scaling.png", result)
+    return result
+
+
+def measure(case: Case, steps: int, strategy: Strategy = "jit") -> tuple[float, float]:
+    """Median seconds of a training step, and bytes of its temporary memory on each device."""
+    ours = Ours(case, strategy)
+    ours.train()
+    seconds = float(np.median([ours.train()["seconds"] for _ in range(steps)]))
+    return seconds, float(ours.step.memory_analysis().temp_size_in_bytes)
+
+
+def exponent(values: Sequence[float], measured: Sequence[float]) -> float:
+    """The slope of log measured against log values."""
+    return float(np.polyfit(np.log(values), np.log(measured), 1)[0])
+
+
+if __name__ == "__main__":
+    main()

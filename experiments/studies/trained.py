@@ -1,0 +1,60 @@
+"""The trained flows that studies are made of: those of given work directories, or trained when their turn comes."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from experiments.configs import CONFIGS
+from experiments.configs.base import DensityConfig
+from experiments.runs.launch import run_config
+from experiments.runs.saved import saved_config, saved_flow
+from experiments.runs.tasks.images import load
+from resflow_jax import ResidualFlow
+from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.parallel import Strategy
+
+NAMES = ("digits", "fashion_mnist")
+_CONFIGS = {"digits": "digits", "fashion_mnist": "fashion_mnist_small"}  # of experiments.density
+
+
+def trained_runs(
+    names: Sequence[str], given: dict[str, Path | None], workdir: Path, parallel: Strategy = "jit"
+) -> Iterator[DensityConfig]:
+    """The finished runs of the density configs of these names, or those in given directories, as they were made.
+
+    A run without a given directory lies under `workdir`, and is made there unless it is finished, its steps divided
+    among devices as `parallel` says. One whose data are not on disk is left out, and that is printed.
+
+    Raises:
+      ValueError: if a given directory holds no run.
+    """
+    for name in names:
+        directory = given.get(name)
+        if directory is not None and not (directory / "checkpoints").is_dir():
+            raise ValueError(f"{name}: expected the work directory of a run of this data set, got {directory}")
+        if directory is None:
+            config = dataclasses.replace(CONFIGS[_CONFIGS[name]], workdir=workdir / name, parallel=parallel)
+        else:
+            config = saved_config(directory)
+        try:
+            if directory is None and not _is_finished(config):
+                run_config(config)
+            load(config.data)
+        except FileNotFoundError as error:
+            print(f"{name}: left out, {error}")
+            continue
+        yield config
+
+
+def trained_flow(config: DensityConfig) -> ResidualFlow:
+    """The flow of a run, of its best weights, tightened."""
+    return saved_flow(config.workdir).flow
+
+
+def _is_finished(config: DensityConfig) -> bool:
+    """Whether the run has taken all its steps."""
+    path = config.workdir / "checkpoints"
+    if not path.is_dir():
+        return False
+    with Checkpoints(path) as checkpoints:
+        return checkpoints.latest_step == config.steps

@@ -1,0 +1,69 @@
+"""Chooses between two implementations of a function, for a CPU and for accelerators, and traces only the one it needs.
+
+`lax.platform_dependent` traces both branches, which doubles the time to compile a program. Here a branch is traced when
+the program is lowered for its platform. Both are traced only if JAX differentiates or batches the operation.
+`jax.experimental.checkify` does not check inside of it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+from resflow_jax.functional.primitives.jax_internals import Primitive, ad, batching, mlir
+
+Flat = Callable[..., list[jax.Array]]
+
+_by_platform_p = Primitive("by_platform")
+_by_platform_p.multiple_results = True
+
+
+def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any], out: Any) -> Any:
+    """Computes cpu(*args) on a CPU and default(*args) on other platforms.
+
+    Args:
+      *args: pytrees of arrays. The functions must depend on nothing else, and must not close over traced arrays.
+      cpu: a pure function.
+      default: a pure function with the same result.
+      out: the types of the outputs, as `jax.typeof` gives them.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    types, out_tree = jax.tree.flatten(out)
+
+    def flat(function):
+        return lambda *leaves: jax.tree.leaves(function(*tree.unflatten(leaves)))
+
+    return out_tree.unflatten(_by_platform_p.bind(*leaves, cpu=flat(cpu), default=flat(default), types=tuple(types)))
+
+
+def _at_once(*leaves, cpu: Flat, default: Flat, types) -> list[jax.Array]:
+    """The operation with both branches traced, so that JAX can transform it."""
+    return lax.platform_dependent(*leaves, cpu=cpu, default=default)
+
+
+_by_platform_p.def_impl(_at_once)
+_by_platform_p.def_abstract_eval(lambda *leaves, types, **_: types)
+mlir.register_lowering(_by_platform_p, mlir.lower_fun(lambda *leaves, default, **_: default(*leaves)))
+mlir.register_lowering(_by_platform_p, mlir.lower_fun(lambda *leaves, cpu, **_: cpu(*leaves)), platform="cpu")
+
+
+def _jvp(primals, tangents, **params):
+    has_tangent = [not isinstance(tangent, ad.Zero) for tangent in tangents]
+
+    def function(*differentiated):
+        values = iter(differentiated)
+        return _at_once(*(next(values) if has else x for has, x in zip(has_tangent, primals, strict=True)), **params)
+
+    return jax.jvp(
+        function, *([x for has, x in zip(has_tangent, xs, strict=True) if has] for xs in (primals, tangents))
+    )
+
+
+def _batch(leaves, axes, **params):
+    outs = jax.vmap(lambda *leaves: _at_once(*leaves, **params), axes)(*leaves)
+    return outs, [0] * len(outs)
+
+
+ad.primitive_jvps[_by_platform_p] = _jvp
+batching.primitive_batchers[_by_platform_p] = _batch

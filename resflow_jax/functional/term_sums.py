@@ -1,0 +1,153 @@
+"""The sums over the terms of a series that estimate log|det(I + J)| and w = (I + J)^-T v.
+
+    value = sum_{k<=n} value_weight(k) * value of term k,     w = v + sum_{k<=n} w_weight(k) * w of term k
+
+A `Plan` is one draw of an estimator: the series, its number of terms n, and their weights. Probes v are arrays
+[probes * B, ...]: the batch is repeated for each probe.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from resflow_jax.functional.batch_axes import vary_alike
+from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS
+from resflow_jax.functional.estimators import Roulette, Truncated
+from resflow_jax.functional.roulette import draw_lengths, length_cap, term_weight
+from resflow_jax.functional.series import MinimalResidual, PowerSeries, Product, Term
+
+Array = jax.Array
+
+
+class TermWeights(NamedTuple):
+    """The weights of one term, scalars.
+
+    Attributes:
+      value: weight in the sum for the log-det.
+      w: weight in the sum for w, which the gradient uses.
+    """
+
+    value: Array
+    w: Array
+
+
+class Plan(NamedTuple):
+    """One draw of an estimator.
+
+    Attributes:
+      series: the series whose terms are summed.
+      length: the number of terms, int32 [].
+      weights: function from the number k >= 1 of a term to its weights.
+    """
+
+    series: PowerSeries | MinimalResidual
+    length: Array | int
+    weights: Callable[[Array], TermWeights]
+
+
+class Sums(NamedTuple):
+    """The sums over terms: w - v [probes * B, ...], the value [probes * B], and the squared norms of the first terms.
+
+    The norms are means over examples and probes, [16], as in `Diagnostics.term_norms`.
+    """
+
+    w: Array
+    value: Array
+    norms: Array
+
+    @classmethod
+    def zero(cls, v: Array) -> "Sums":
+        return cls(jnp.zeros_like(v), jnp.zeros(v.shape[0], v.dtype), jnp.zeros(DIAGNOSED_TERMS, v.dtype))
+
+    def add(self, k: Array, term: Term, weights: TermWeights) -> "Sums":
+        """The sums after adding term k with its weights."""
+        value_weight, w_weight = (weight.astype(term.w.dtype) for weight in weights)
+        norm = value_weight * jnp.mean(jnp.square(term.w))
+        is_kth = jnp.arange(1, DIAGNOSED_TERMS + 1, dtype=jnp.int32) == k
+        return Sums(
+            w=self.w + w_weight * term.w,
+            value=self.value + value_weight * term.value,
+            norms=self.norms + jnp.where(is_kth, norm, 0),
+        )
+
+
+def draw_plan(estimator: Truncated | Roulette, key: Array) -> Plan:
+    """Draws the length of the series with the key. `Truncated` draws nothing."""
+    if isinstance(estimator, Truncated):
+        return Plan(PowerSeries(), estimator.terms, partial(_truncated_weights, estimator.terms))
+    series = PowerSeries() if estimator.minres_steps == 0 else MinimalResidual(estimator.minres_steps)
+    lengths = draw_lengths(estimator.length, key, estimator.samples)
+
+    def weights(k: Array) -> TermWeights:
+        weight = term_weight(estimator.length, lengths, estimator.exact_terms, k)
+        return TermWeights(value=weight, w=weight)
+
+    return Plan(series, estimator.exact_terms + jnp.max(lengths), weights)
+
+
+def _truncated_weights(terms: int, k: Array) -> TermWeights:
+    # The derivative of tr(J^k) is k * tr(J^(k-1) dJ), so n terms of the value give powers 0 ... n - 1 in w.
+    return TermWeights(value=jnp.ones(()), w=jnp.where(k < terms, 1.0, 0.0))
+
+
+def longest_series(estimator: Truncated | Roulette) -> int:
+    """The number of terms of the longest series that the estimator can draw; see `length_cap`."""
+    if isinstance(estimator, Truncated):
+        return estimator.terms
+    return estimator.exact_terms + length_cap(estimator.length)
+
+
+def sum_terms(plan: Plan, v: Array, product: Product) -> Sums:
+    """The sums over the terms of a plan, in a loop of exactly `plan.length` steps, which has no reverse mode.
+
+    Args:
+      plan: of `draw_plan`.
+      v: probes [probes * B, ...].
+      product: u -> J^T u, for all probes at once.
+    """
+
+    def advance(carry):
+        k, state, sums = carry
+        return k + 1, *_add_term(plan, v, product, k, state, sums)
+
+    start = jnp.int32(1), *_start(plan, v)
+    _, _, sums = lax.while_loop(lambda carry: carry[0] <= plan.length, advance, start)
+    return sums
+
+
+def sum_terms_differentiably(plan: Plan, v: Array, product: Product, longest: int) -> Sums:
+    """The same sums, differentiable in any mode. `longest` bounds the length; memory grows with it."""
+
+    @jax.checkpoint
+    def advance(carry, k):
+        return _add_term(plan, v, product, k, *carry)
+
+    def step(carry, k):  # reverse mode needs a static length: later steps are skipped
+        return lax.cond(k <= plan.length, advance, lambda carry, k: carry, carry, k), None
+
+    (_, sums), _ = lax.scan(step, _start(plan, v), jnp.arange(1, longest + 1, dtype=jnp.int32))
+    return sums
+
+
+def _start(plan: Plan, v: Array) -> tuple[Any, Sums]:
+    return vary_alike(plan.series.start(v), Sums.zero(v))
+
+
+def _add_term(plan: Plan, v: Array, product: Product, k: Array, state: Any, sums: Sums) -> tuple[Any, Sums]:
+    state, term = plan.series.step(k, v, state, product)
+    return state, sums.add(k, term, plan.weights(k))
+
+
+def repeat(batch: Any, probes: int) -> Any:
+    """Repeats every array [B, ...] of the batch for each probe: [probes * B, ...]."""
+    return jax.tree.map(lambda leaf: jnp.tile(leaf, (probes, *[1] * (leaf.ndim - 1))), batch)
+
+
+def with_log_det(x: Array, g_x: Array, sums: Sums) -> tuple[Array, Array]:
+    """y and log_det [B] of x [B, ...], from g_x [probes * B, ...] and the sums of all probes."""
+    batch = x.shape[0]
+    return x + g_x[:batch], jnp.mean(sums.value.reshape(-1, batch), axis=0)

@@ -1,0 +1,233 @@
+"""Checkpoints of the authors' PyTorch implementation (rtqichen/residual-flows), read and written without PyTorch.
+
+The files of `train_img.py` and `train_toy.py` hold a state_dict, the options and, of images, the model's exponential
+moving averages. See `interop.torch.files` for the format and why reading it is safe, `interop.torch.config` for the
+options, and `interop.torch.layout` for the tensors.
+"""
+
+import argparse
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from resflow_jax.functional.checks import check_choice, check_type
+from resflow_jax.functional.norms import with_copies
+from resflow_jax.interop.torch.config import args_from_config, config_from_args, is_toy
+from resflow_jax.interop.torch.files import read_torch_file
+from resflow_jax.interop.torch.layout import Canvas, Entry, Ignored, Norm, entries
+from resflow_jax.interop.torch.objects import Stub
+from resflow_jax.interop.torch.storages import brief
+from resflow_jax.interop.torch.writer import write_torch_file
+from resflow_jax.layers.lipschitz import LipschitzLinear, map_linears
+from resflow_jax.models.config import VectorFlowConfig, has_mixed_norms
+from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
+
+Array = np.ndarray
+
+_LISTED = 5  # names in an error
+
+
+def load_torch_checkpoint(
+    path: str | Path,
+    weights: Literal["ema", "raw"] | None = None,
+    norms: Literal["converged", "stored"] = "converged",
+) -> ResidualFlow:
+    """The flow in a checkpoint of the authors' PyTorch implementation, in JAX's default float dtype.
+
+    z is ordered as by any flow here: each part flattened in H, W, C order, where the original has C, H, W. Images are
+    [B, H, W, C]; what the original's script does to them before the model (padding, the first squeeze) is part of the
+    flow. Nothing of the file is executed, and torch is not needed.
+
+    Where the model has what only the original has, as a classifier, the flow is a `TorchFlow`, which has `logits`.
+
+    Args:
+      path: a file written by `train_img.py` or `train_toy.py`, in torch's present format or the one before 1.6.
+      weights: "ema" for the exponential moving averages, which the original evaluates, or "raw"; by default the
+        averages where the file has them.
+      norms: "converged" iterates the power iteration of every layer to convergence, from what is stored, so that the
+        flow is a valid one; for norms of orders other than 2, from random starts as well. "stored" keeps the
+        singular vectors of the file and so reproduces the original's map; beside them the raw weights may exceed
+        their coefficient, and the flow need not be invertible.
+
+    Raises:
+      FileNotFoundError: where there is no such file.
+      ValueError: for what is no checkpoint, or a truncated one; for anything in it beside tensors and containers, by
+        its name; for an option that cannot be carried over; for tensors that are missing, left over, of another shape
+        than the options say, or not finite; for averages that the file does not have.
+    """
+    check_choice("weights", weights, (None, "ema", "raw"))
+    check_choice("norms", norms, ("converged", "stored"))
+    if not isinstance(path, str | Path):
+        raise ValueError(f"path: expected a path of a file, got {path!r}")
+    path = Path(path)
+    content = read_torch_file(path)
+    try:
+        return flow_of(content, weights, norms)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: ResidualFlow | None = None) -> None:
+    """Writes a flow as a checkpoint that the authors' PyTorch implementation and `load_torch_checkpoint` take.
+
+    In the flow's float dtype. `load_torch_checkpoint(path, norms="stored")` gives it back bit for bit; but to rounding
+    the factors of an invertible linear layer, which are found again from their product, and u of 1x1 convolutions
+    with mixed norms, which is rescaled.
+
+    Args:
+      flow: of a config that the options of the scripts can say.
+      path: of the file, which is replaced at once when all is written.
+      average: the flow of the exponential moving averages, for images; by default the same as `flow`.
+
+    Raises:
+      ValueError: that names the part of the config which the scripts have no option for.
+    """
+    check_type("flow", flow, ResidualFlow)
+    args = args_from_config(flow.config)
+    content: dict[str, Any] = {"args": args, "state_dict": OrderedDict(_tensors(flow))}
+    if not is_toy(args):
+        found = entries(_checked_average(flow, average))
+        canvas = Canvas()
+        shadow = {e.name: e.place.take(canvas) for e in found if e.is_parameter and e.averaged_name == e.name}
+        number = sum(tensor.size for tensor in shadow.values())
+        state = {"module": None, "decay": 0.999, "shadow_params": shadow, "nparams": number}
+        content["ema"] = Stub("resflows.utils", "ExponentialMovingAverage", args=(), state=state)
+    write_torch_file(path, content)
+
+
+def _checked_average(flow: ResidualFlow, average: ResidualFlow | None) -> ResidualFlow:
+    average = flow if average is None else average
+    if average.config != flow.config:
+        raise ValueError(f"average: expected a flow of the config {flow.config}, got {average.config}")
+    return average
+
+
+def _tensors(flow: ResidualFlow) -> dict[str, Array]:
+    """The state_dict; vectors of 1x1 convolutions as the original, which measures one pixel alone, has them."""
+    flow = nnx.clone(flow)
+    found = entries(flow)
+    norms = Canvas()
+    scales = {e.name: e.place.take(norms) for e in found if e.name.endswith(".scale")}
+    _scale_vectors(flow, lambda u, copies: u * copies)
+    canvas = Canvas()
+    return {e.name: scales[e.name] if e.name in scales else e.place.take(canvas) for e in found}
+
+
+def parts_of(content: Any) -> tuple[dict[str, Array], argparse.Namespace]:
+    """The tensors and the options."""
+    if not isinstance(content, dict) or not {"state_dict", "args"} <= content.keys():
+        keys = f"a dict of {', '.join(map(brief, content))}" if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"expected a checkpoint of the training scripts with 'state_dict' and 'args', got {keys}")
+    tensors, args = content["state_dict"], content["args"]
+    if not isinstance(args, argparse.Namespace):
+        raise ValueError(f"args: expected a namespace of options, got {type(args).__name__}")
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"state_dict: expected a dict of tensors, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, np.ndarray):
+            raise ValueError(f"state_dict: expected tensors by name, got {type(tensor).__name__} for {brief(name)}")
+    return dict(tensors), args
+
+
+def flow_of(content: Any, weights: str | None, norms: str) -> ResidualFlow:
+    """The flow of what `read_torch_file` gave; arguments and errors as of `load_torch_checkpoint`."""
+    tensors, args = parts_of(content)
+    averages = _averages(content, weights)
+    config = config_from_args(args, tensors)
+    blocks = config.blocks if isinstance(config, VectorFlowConfig) else sum(config.blocks) + config.tail.blocks
+    if blocks > len(tensors):
+        raise ValueError(f"nblocks: expected no more blocks than the {len(tensors)} tensors of the file, got {blocks}")
+    flow = nnx.eval_shape(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
+    found = entries(flow, dropout=bool(getattr(args, "dropout", 0)))
+    _check_names("state_dict", {e.name for e in found}, tensors.keys())
+    if averages is not None:
+        _check_names("ema", {e.averaged_name for e in found if e.is_parameter}, averages.keys())
+    canvas = Canvas()
+    for entry in found:
+        averaged = averages is not None and entry.is_parameter
+        tensor = averages[entry.averaged_name] if averaged else tensors[entry.name]
+        _put(entry, canvas, tensor)
+        if not np.array_equal(tensors[entry.name], tensors[entry.averaged_name]):
+            raise ValueError(f"{entry.name}: expected the same number as in {entry.averaged_name}, which is tied to it")
+    canvas.commit()
+    _fill_unused(flow)
+    _scale_vectors(flow, lambda u, copies: u / copies)
+    if norms == "converged":
+        _converge(flow)
+    return flow
+
+
+def _averages(content: dict[str, Any], weights: str | None) -> dict[str, Array] | None:
+    """The averaged parameters by name, or None for the raw ones."""
+    ema = content.get("ema")
+    if weights == "raw" or (weights is None and ema is None):
+        return None
+    if ema is None:
+        raise ValueError("weights: expected 'raw' for a file without averages ('ema'), got 'ema'")
+    shadow = ema.state.get("shadow_params") if isinstance(ema, Stub) and isinstance(ema.state, dict) else None
+    of_tensors = isinstance(shadow, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, np.ndarray) for name, tensor in shadow.items()
+    )
+    if not of_tensors:
+        raise ValueError("ema: expected an object with a dict of tensors, shadow_params, got none")
+    return dict(shadow)
+
+
+def _check_names(what: str, expected: set[str], got: Mapping | set) -> None:
+    for kind, names in (("missing", sorted(expected - set(got))), ("left over", sorted(set(got) - expected))):
+        if names:
+            others = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            listed = ", ".join(names[:_LISTED])
+            raise ValueError(f"{what}: expected the tensors that args say, got some {kind}: {listed}{others}")
+
+
+def _put(entry: Entry, canvas: Canvas, tensor: Array) -> None:
+    if entry.shape is not None and tensor.shape != entry.shape:
+        raise ValueError(f"{entry.name}: expected shape {entry.shape}, as args say, got {tensor.shape}")
+    if not isinstance(entry.place, Ignored | Norm) and not np.isfinite(tensor).all():
+        raise ValueError(f"{entry.name}: expected finite numbers, got {np.count_nonzero(~np.isfinite(tensor))} others")
+    try:
+        entry.place.put(canvas, tensor)
+    except ValueError as error:
+        raise ValueError(f"{entry.name}: {error}") from error
+
+
+def _fill_unused(flow: ResidualFlow) -> None:
+    """Zeros for the vectors of layers whose norm has a closed form: the original has none."""
+
+    def zeros(leaf):
+        return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+
+    nnx.update(flow, jax.tree.map(zeros, nnx.state(flow)))
+
+
+def _scale_vectors(flow: ResidualFlow, scale) -> None:
+    """Changes every u by what sigma counts for the pixels of a 1x1 convolution, and the original does not."""
+
+    def apply(layer: LipschitzLinear) -> None:
+        layer.u[...] = scale(layer.u[...], with_copies(jnp.ones(()), layer.linear_map.copies, *layer.traced_orders()))
+
+    if has_mixed_norms(flow.config) or flow.config.norms.learned:
+        map_linears(flow, apply)
+
+
+def _converge(flow: ResidualFlow) -> None:
+    """Iterates every norm to the rounding of its dtype, or 20000 times."""
+    if has_mixed_norms(flow.config) or flow.config.norms.learned:
+        map_linears(flow, lambda layer: layer.search_norm())
+    tolerance = 4 * float(jnp.finfo(flow.dtype).eps)
+    status = flow.update_norms(tolerance=tolerance, max_iterations=20_000, restart=True)
+    if not status.residual <= 1e-2:
+        warnings.warn(
+            f"norms: a layer is far from converged after {status.iterations} iterations; largest residual "
+            f"{status.residual:.1e}",
+            RuntimeWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,220 @@
+"""Flows that only the authors' PyTorch implementation has: what an imported file may need beside `ImageFlowConfig`.
+
+These are blocks of dense layers in every scale, noise that is appended before the logit, a normalisation after the
+first squeeze, and a classifier on the flow's features.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.estimators import Estimator
+from resflow_jax.interop.torch.classifier import Classifier
+from resflow_jax.layers.bijector import Bijector, join_diagnostics, own_condition, split_estimator, split_key
+from resflow_jax.layers.composition import MultiScale
+from resflow_jax.layers.shapes import Flatten
+from resflow_jax.models.blocks import Around
+from resflow_jax.models.build import (
+    blocks_of_scale,
+    convolutional_blocks,
+    data_layers,
+    feature_shapes,
+    first_squeeze,
+    fully_connected,
+    image_bijector,
+    logit,
+    normalization,
+    padding_layers,
+)
+from resflow_jax.models.config import ImageFlowConfig
+from resflow_jax.models.groups import check_flags
+from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
+
+Array = jax.Array
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TorchImageConfig(ImageFlowConfig):
+    """An `ImageFlowConfig` with the options that only files of the PyTorch implementation need.
+
+    With `scales.squeeze_first`, `data.mean` and `data.std` may have a number for each of the 4C channels after
+    the squeeze, and are then applied there.
+
+    Attributes:
+      fully_connected: blocks of dense layers on the flattened image in every scale, as many as `kernels`, of width
+        `hidden_channels`; an ActNorm is then per feature, an invertible linear layer mixes all features.
+      padding_first: append the noise before the logit, through which it passes too. Noise beyond [0, 1] gives NaN, as
+        of the authors' Gaussian, of mean 1/2 and deviation 1/8, six values in 100000 do.
+      classes: of the classifier (see `interop.torch.classifier`); 0 for none.
+      classifier_channels: of the convolutions of the classifier.
+    """
+
+    fully_connected: bool = False
+    padding_first: bool = False
+    classes: int = 0
+    classifier_channels: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_flags(self)
+        check_count("classes", self.classes, 0)
+        check_count("classifier_channels", self.classifier_channels, 1)
+        if self.fully_connected and self.densenet.depth:
+            raise ValueError(f"fully_connected: expected False beside densenet.depth {self.densenet.depth}, got True")
+
+    @property
+    def squeezed_data(self) -> bool:
+        """Whether `data.mean` is that of the channels after the first squeeze."""
+        mean = self.data.mean
+        return self.scales.squeeze_first and mean is not None and len(mean) != self.shape[-1]
+
+    @property
+    def data_channels(self) -> int:
+        return self.shape[-1] * (4 if self.squeezed_data else 1)
+
+    def simplest(self) -> ImageFlowConfig:
+        """The same flow as a plain `ImageFlowConfig` where no option of this class matters, else this config."""
+        pads_first = self.padding_first and self.data.padding.channels
+        if self.fully_connected or pads_first or self.classes or self.squeezed_data:
+            return self
+        return ImageFlowConfig(**{field.name: getattr(self, field.name) for field in fields(ImageFlowConfig)})
+
+
+class TorchFlow(ResidualFlow):
+    """The flow of a `TorchImageConfig`; `load_torch_checkpoint` gives it where a file needs one.
+
+    Attributes:
+      classifier: the classifier on the flow's features; None without `classes`.
+    """
+
+    config_types = (TorchImageConfig,)
+
+    def __init__(self, config: TorchImageConfig, *, rngs: nnx.Rngs):
+        """Makes a flow with random parameters, and its classifier."""
+        super().__init__(config, rngs=rngs)
+        sizes = feature_shapes(config), config.classifier_channels, config.classes
+        self.classifier = Classifier(*sizes, rngs=rngs) if config.classes else None
+
+    def logits(self, x: Array) -> Array:
+        """Logits [B, classes] of the classifier on the flow's features (see `interop.torch.classifier`), for images x.
+
+        Padding is by the mean of its noise. Costs one evaluation of every g. Raises ValueError for a flow whose config
+        has no `classes`, and as `forward` for x.
+        """
+        if self.classifier is None:
+            raise ValueError("classes: expected a flow whose config has classes, got none")
+        with self._checked_input(x, are_data=True) as (x, _):
+            return _logits(*nnx.split(self), x)
+
+    def forward_and_log_prob(
+        self,
+        x: Array,
+        *,
+        condition: Array | None = None,
+        key: Array | None = None,
+        estimator: Estimator | None = None,
+        return_diagnostics: bool = False,
+        return_logits: bool = False,
+    ) -> tuple[Array, ...]:
+        """As `Flow.forward_and_log_prob`; with `return_logits` also the logits [B, classes], as last, of the same pass.
+
+        They are those of `logits`, but where the flow pads x: there they are those of the noise that was drawn.
+
+        Cost: that of `forward`, and one convolution a scale for the logits.
+
+        Raises:
+          ValueError: as `forward`, and with `return_logits` for a flow whose config has no `classes`.
+        """
+        if not return_logits:
+            options = {"condition": condition, "key": key, "estimator": estimator}
+            return super().forward_and_log_prob(x, return_diagnostics=return_diagnostics, **options)
+        if self.classifier is None:
+            raise ValueError("classes: expected a flow whose config has classes, got none")
+        z, log_prob, diagnostics, logits = self._estimated(_forward_and_logits, x, condition, key, estimator)
+        return (z, log_prob, diagnostics, logits) if return_diagnostics else (z, log_prob, logits)
+
+    def _run_initialize(self, x: Array, condition: Array | None) -> None:
+        if self.classifier is None:
+            super()._run_initialize(x, condition)
+        else:
+            self.classifier.initialize(_features(self, x, lambda scale, x: scale.initialize(x))[0])
+
+    @staticmethod
+    def _build(config: TorchImageConfig, rngs: nnx.Rngs) -> Bijector:
+        blocks = _fully_connected_blocks if config.fully_connected else convolutional_blocks
+        return image_bijector(config, _data_layers(config), blocks, rngs)
+
+
+@flow_from_config.register
+def _(config: TorchImageConfig, *, rngs: nnx.Rngs) -> TorchFlow:
+    return TorchFlow(config, rngs=rngs)
+
+
+def _data_layers(config: TorchImageConfig) -> list[Bijector]:
+    """As `build.data_layers`, in the order that the options say."""
+    noise, squeeze = padding_layers(config.data.padding), first_squeeze(config)
+    if config.squeezed_data:
+        return [*noise, *squeeze, *normalization(config, 4 * config.data.padding.channels)]
+    if config.padding_first:
+        return [*normalization(config), *noise, *logit(config), *squeeze]
+    return data_layers(config)
+
+
+def _fully_connected_blocks(
+    config: TorchImageConfig, scale: int, shape: Shape, rngs: nnx.Rngs
+) -> tuple[list[Bijector], Shape]:
+    """The blocks of one scale on flattened images."""
+    dim = math.prod(shape)
+    between = config.between
+    actnorms = [(dim,)] * (between.actnorm + between.feature_actnorm)
+    around = Around(config, actnorms, dim, between.invertible_linear)
+    contraction = fully_connected(config, dim, len(config.kernels), config.hidden_channels, config.norms.orders)
+    return [Flatten(shape), *blocks_of_scale(config, scale, contraction, around, rngs)], (dim,)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _logits(graphdef, state, x):
+    flow = nnx.merge(graphdef, state)
+    return flow.classifier(_features(flow, x.astype(flow.dtype), lambda scale, x: scale(x))[0])
+
+
+def _forward_and_logits(graphdef, state, x, key, estimator, condition):
+    """(z, log_prob, diagnostics, logits) in one pass, with the keys that the flow's bijector gives to its layers."""
+    flow = nnx.merge(graphdef, state)
+    layers = list(flow.bijector.scales if isinstance(flow.bijector, MultiScale) else flow.bijector.bijectors)
+    inputs = zip(split_key(key, layers), split_estimator(estimator, layers), strict=True)
+    log_dets, diagnostics = [], []
+
+    def estimate(scale, x):
+        y, log_det, found = scale.estimate(x, *next(inputs), own_condition(scale, condition))
+        log_dets.append(log_det)
+        diagnostics.extend(found)
+        return y
+
+    features, z = _features(flow, x.astype(flow.dtype), estimate)
+    log_prob = flow.base.log_prob(z, flow._base_condition(condition)) + sum(log_dets)
+    return z, log_prob, join_diagnostics(diagnostics, x), flow.classifier(features)
+
+
+def _features(flow, x, apply):
+    """The features [B, H, W, C] of every scale by apply(scale, x), and z; see `interop.torch.classifier`."""
+    *scales, last = flow.scales
+    outputs, emitted = [], []
+    for scale in scales:
+        outputs.append(apply(scale, x))
+        x = outputs[-1]
+        if isinstance(flow.bijector, MultiScale):
+            x, part = jnp.split(x, 2, axis=-1)
+            emitted.append(part)
+    outputs.append(apply(last, x))
+    if isinstance(flow.bijector, MultiScale):
+        return [*emitted, emitted[-1]], flow.bijector._joined([*emitted, outputs[-1]])
+    shapes = feature_shapes(flow.config)
+    features = [output.reshape(-1, *shape) for output, shape in zip(outputs, shapes, strict=True)]
+    return features, outputs[-1].reshape(-1, flow.dim)

@@ -1,0 +1,161 @@
+"""Certified Lipschitz bounds of residual blocks, and the rescaling that brings a block within its target.
+
+    |g(a) - g(b)|_p <= L |a - b|_p,   L < 1:   f(x) = x + g(x) is invertible, with
+    Lip(f) <= 1 + L,   Lip(f^-1) <= 1 / (1 - L)
+
+(Behrmann et al. 2019, arXiv 1811.00995, theorem 1 and lemma 2). Power iteration knows norms from
+below, and only as well as it has converged; here every norm is bounded from above
+(`functional.norm_bounds`), in float64 on the host, from the kernels as the layers apply them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import jax.numpy as jnp
+import numpy as np
+
+from resflow_jax.functional.norm_bounds import induced_norm_bound
+from resflow_jax.functional.texts import constructor, is_number, number, upper
+from resflow_jax.layers.contraction import Contraction, Layered
+
+_ROUNDS = 10  # of `tighten_contraction`
+
+
+@dataclass(frozen=True)
+class LayerCertificate:
+    """The bound of one linear layer.
+
+    Attributes:
+      norm: upper bound on the norm of the normalised kernel, from order `domain` to order `codomain`.
+      coefficient: what the norm is normalised to at most.
+      domain: order of the norm on the layer's input; 2 for the spectral norm.
+      codomain: order of the norm on its output.
+    """
+
+    norm: float
+    coefficient: float
+    domain: float
+    codomain: float
+
+    def __repr__(self) -> str:
+        if not all(map(is_number, vars(self).values())):
+            return constructor(self)
+        orders = "" if self.domain == self.codomain == 2 else f" from order {self.domain:g} to {self.codomain:g}"
+        return f"LayerCertificate: norm{orders} <= {upper(self.norm)} (coefficient {number(self.coefficient)})"
+
+
+@dataclass(frozen=True)
+class BlockCertificate:
+    """The bound of one residual block.
+
+    Attributes:
+      bound: L, upper bound on Lip(g) in the norm of order `order`; the block is invertible if L < 1.
+      target_bound: the bound that the coefficients of its layers set, which `tighten` enforces.
+      order: of the norm in which g has this constant.
+      lipschitz: bound on Lip(f) in the 2-norm.
+      inverse_lipschitz: bound on Lip(f^-1) in the 2-norm; infinite if the block is not certified.
+      layers: the linear layers, from the input to the output; none of a contraction on the user's word.
+      is_proved: whether the bound is computed from the kernels, by `Contraction.bound`; else it is the user's word.
+    """
+
+    bound: float
+    target_bound: float
+    order: float
+    lipschitz: float
+    inverse_lipschitz: float
+    layers: tuple[LayerCertificate, ...]
+    is_proved: bool = True
+
+    def __repr__(self) -> str:
+        known = self.bound, self.promised, self.order, self.lipschitz, self.inverse_lipschitz
+        if not all(map(is_number, known)) or not isinstance(self.layers, tuple):
+            return constructor(self)
+        order = "" if self.order == 2 else f" in the norm of order {self.order:g}"
+        if not self.is_proved:
+            reason = " on the user's word"
+        else:
+            norms = ", ".join(upper(layer.norm) for layer in self.layers[:8])
+            reason = f" (promised {upper(self.promised)}) from norms {norms}{', ...' if len(self.layers) > 8 else ''}"
+        return (
+            f"BlockCertificate: Lip(g) <= {upper(self.bound)}{order}{reason}; "
+            f"Lip(f) <= {upper(self.lipschitz)}, Lip(f^-1) <= {upper(self.inverse_lipschitz)}"
+        )
+
+
+def certify_contraction(contraction: Contraction) -> BlockCertificate:
+    """The bounds of one contraction g, in its own norms and in the 2-norm, whichever are smaller."""
+    linears = list(contraction.linears)
+    if not linears or contraction.bound([1.0] * len(linears), [2.0] * (len(linears) + 1)) is None:
+        bound = contraction.lipschitz
+        return BlockCertificate(bound, bound, 2.0, 1 + bound, 1 / (1 - bound), (), is_proved=False)
+    own = (linears[0].orders()[0], *(linear.orders()[1] for linear in linears))
+    kernels = [np.asarray(linear.weights()[0], np.float64) for linear in linears]
+    limits = [float(linear.limit()) for linear in linears]
+    dim = _dim(contraction)
+    candidates = []
+    for orders in {own, (2.0,) * len(own)} if _holds_for_events(contraction, own) else {(2.0,) * len(own)}:
+        layers = tuple(
+            LayerCertificate(induced_norm_bound(linear.linear_map, kernel, p, q), limit, p, q)
+            for linear, kernel, limit, (p, q) in zip(linears, kernels, limits, pairwise(orders), strict=True)
+        )
+        bound = _closed_bound(contraction, [layer.norm for layer in layers], orders)
+        # |x|_2 <= D^max(0, 1/2 - 1/p) |x|_p and |x|_p <= D^max(0, 1/p - 1/2) |x|_2: one exponent is zero.
+        to_two_norm = dim ** abs(0.5 - 1 / orders[0])
+        inverse = to_two_norm / (1 - bound) if bound < 1 else math.inf
+        candidates.append(
+            BlockCertificate(bound, contraction.lipschitz, orders[0], to_two_norm * (1 + bound), inverse, layers)
+        )
+    return replace(
+        min(candidates, key=lambda block: block.bound),
+        lipschitz=min(block.lipschitz for block in candidates),
+        inverse_lipschitz=min(block.inverse_lipschitz for block in candidates),
+    )
+
+
+def tighten_contraction(contraction: Contraction) -> None:
+    """Scales each kernel to its limit, then the last by any remaining excess; nothing where the bound is met already.
+
+    Raises:
+      RuntimeError: if the block is above its target bound after ten rounds, of which one or two are the rule: the dtype
+        of the kernels is too coarse, or the contraction's `bound` does not fall with the norms of its layers.
+    """
+    block = certify_contraction(contraction)
+    for _ in range(_ROUNDS):
+        if block.bound <= block.target_bound:
+            return
+        factors = [layer.coefficient / max(layer.coefficient, layer.norm) for layer in block.layers]
+        norms = [factor * layer.norm for factor, layer in zip(factors, block.layers, strict=True)]
+        orders = [block.order, *(layer.codomain for layer in block.layers)]
+        factors[-1] *= min(1.0, block.target_bound / _closed_bound(contraction, norms, orders))
+        rounding = 64 * float(jnp.finfo(contraction.linears[0].kernel[...].dtype).eps)
+        for linear, factor in zip(contraction.linears, factors, strict=True):
+            if factor < 1:
+                linear.rescale(factor * (1 - rounding))
+        block = certify_contraction(contraction)
+    if block.bound > block.target_bound:
+        norms = ", ".join(f"{layer.norm:.6f}" for layer in block.layers)
+        raise RuntimeError(
+            f"tighten: expected a bound of at most {block.target_bound} after {_ROUNDS} rounds, got {block.bound} "
+            f"(norms of its layers: {norms})"
+        )
+
+
+def _closed_bound(contraction: Contraction, norms: Sequence[float], orders: Sequence[float]) -> float:
+    """Lip(g) in the norm of the first order: |g(a) - g(b)| is bounded in that of the last."""
+    return contraction.bound(norms, orders) * _dim(contraction) ** max(0.0, 1 / orders[0] - 1 / orders[-1])
+
+
+def _holds_for_events(contraction: Contraction, orders: Sequence[float]) -> bool:
+    """Whether the norms of the layers are norms of maps of whole events.
+
+    A user's contraction may apply a dense layer to each row of an event: from the order p to q that has the norm of the
+    layer if p <= q.
+    """
+    return isinstance(contraction, Layered) or all(p <= q for p, q in pairwise(orders))
+
+
+def _dim(contraction: Contraction) -> float:
+    """Number of elements of g(x); infinite where it is not known."""
+    return math.inf if contraction.event_shape is None else math.prod(contraction.event_shape)

@@ -1,0 +1,188 @@
+"""Samples of a flow, with their log-densities: z from the base distribution, then the inverse of the bijector.
+
+z ~ p_base(z | c),   x = f^-1(z; c),   log p(x | c) = log p_base(z | c) + log|det df/dx|
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from resflow_jax.functional.broadcasting import trailing
+from resflow_jax.functional.checks import as_float_batch, check_count, check_key
+from resflow_jax.functional.diagnostics import Diagnostics
+from resflow_jax.functional.estimators import Estimator
+from resflow_jax.functional.inverse import check_solver, reported
+from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.solvers import Anderson, Solver
+from resflow_jax.functional.values import checked
+from resflow_jax.layers.bijector import checked_estimator, join_diagnostics, join_statuses, own_condition
+from resflow_jax.layers.module import Module
+
+Array = jax.Array
+Shape = tuple[int, ...]
+
+
+class FlowSampling(Module):
+    """The methods of `Flow` that map noise z to samples x."""
+
+    def sample(
+        self,
+        key: Array,
+        shape: int | Shape,
+        *,
+        condition: Array | None = None,
+        temperature: float | Array = 1.0,
+        solver: Solver = Anderson(),
+        return_status: bool = False,
+    ) -> Array | tuple[Array, InverseStatus]:
+        """Draws x [*shape, *event_shape]: z from the base, then `inverse`.
+
+        Values with a bounded support, as images behind a logit, are clipped to it: that moves the part of the density
+        that the logit's alpha leaves outside of [0, 1].
+
+        Args:
+          key: PRNG key of z.
+          shape: a number n of samples, or leading axes.
+          condition: floats [*condition_shape], one for all samples, or [*shape, *condition_shape], one each.
+          temperature: factor on the standard deviation of the base; see `Base.sample`.
+          solver: of the inverse.
+          return_status: whether to return (x, status) as of `inverse`; without, what does not converge is reported as
+            there.
+        """
+        check_key("key", key)
+        check_solver(solver)
+        shape, num_samples = _sample_shape(shape)
+        own = self._condition(condition, shape, num_samples)
+        with self._finite(condition):
+            x, status = self._invert(self._draw(key, num_samples, own, temperature), own, solver, True, "")
+        support = self.support
+        x = x if support is None else jnp.clip(x, *(trailing(jnp.asarray(end, x.dtype), x) for end in support))
+        if not return_status:
+            x = reported(x, status, f"{type(self).__name__}.sample", solver.on_failure)
+        x = x.reshape(*shape, *self.event_shape)
+        return (x, status) if return_status else x
+
+    def _draw(self, key: Array, num_samples: int, condition: Array | None, temperature: float | Array) -> Array:
+        """z [num_samples, *latent_shape] from the base."""
+        return self.base.sample(key, num_samples, self._base_condition(condition), temperature).astype(self.dtype)
+
+    def sample_and_log_prob(
+        self,
+        key: Array,
+        shape: int | Shape,
+        *,
+        condition: Array | None = None,
+        estimator: Estimator | None = None,
+        solver: Solver = Anderson(),
+        return_diagnostics: bool = False,
+    ) -> tuple[Array, Array] | tuple[Array, Array, Diagnostics]:
+        """Draws x [*shape, *event_shape] with log p(x | c) [*shape] in nats, differentiable in the parameters.
+
+        With E[log p(x) - log q(x)] as the loss, the flow learns an unnormalised density q from its own
+        samples alone. The derivative is that of the path z -> x: z is fixed. Samples are not clipped.
+
+        Args:
+          key: PRNG key of z and of the estimate.
+          shape: a number n of samples, or leading axes.
+          condition: as of `sample`.
+          estimator: of the log-dets, as in `forward`.
+          solver: of the inverse.
+          return_diagnostics: whether to return the estimates' `Diagnostics` as well, as third.
+
+        Raises:
+          ValueError: for a number below 1, a bad estimator, and for a flow that pads x: its log p needs noise.
+        """
+        check_key("key", key)
+        shape, num_samples = _sample_shape(shape)
+        condition = self._condition(condition, shape, num_samples)
+        z_key, estimator_key = jax.random.split(key)
+        z = self._draw(z_key, num_samples, condition, 1.0)
+        found = self._solution(z, condition, estimator_key, estimator, solver)
+        what = f"{type(self).__name__}.sample_and_log_prob"
+        x, log_prob = reported((found.x, found.log_prob), found.status, what, solver.on_failure)
+        x, log_prob = x.reshape(*shape, *self.event_shape), log_prob.reshape(shape)
+        return (x, log_prob, found.diagnostics) if return_diagnostics else (x, log_prob)
+
+    def inverse_and_log_prob(
+        self,
+        z: Array,
+        *,
+        condition: Array | None = None,
+        key: Array | None = None,
+        estimator: Estimator | None = None,
+        solver: Solver = Anderson(),
+        return_diagnostics: bool = False,
+        return_status: bool = False,
+    ) -> tuple[Array, ...]:
+        """Maps z [B, *latent_shape] to x [B, *event_shape] with log p(x | c) [B] in nats, differentiable in all of it.
+
+        As `sample_and_log_prob`, which draws z from the base; each example's noise goes by its number in z.
+
+        Args:
+          z: floats [B, *latent_shape].
+          condition: as of `forward`.
+          key: PRNG key of the estimate; not needed by `Exact`.
+          estimator: of the log-dets, as in `forward`.
+          solver: of the inverse.
+          return_diagnostics: whether to return the estimates' `Diagnostics` as well.
+          return_status: whether to return the `InverseStatus` of the solves, [blocks, B], as last; without it, what
+            does not converge is reported as by `inverse`: inside a compiled program it can only be NaN, or nothing.
+
+        Raises:
+          ValueError: for a wrong rank, size or dtype, concrete values that are not finite, a bad estimator, and for a
+            flow that pads x: its log p needs noise.
+        """
+        found = self._solution(z, condition, key, estimator, solver)
+        result = found.x, found.log_prob
+        if not return_status:
+            what = f"{type(self).__name__}.inverse_and_log_prob"
+            result = reported(result, found.status, what, solver.on_failure)
+        if return_diagnostics:
+            result = *result, found.diagnostics
+        return (*result, found.status) if return_status else result
+
+    def _solution(self, z: Any, condition: Any, key: Any, estimator: Any, solver: Any) -> "_Solution":
+        """x and log p(x | c) of z, of what a caller gave, checked."""
+        z = as_float_batch("z", z, self.latent_shape)
+        check_key("key", key, optional=True)
+        check_solver(solver)
+        if self.pads:
+            raise ValueError(
+                "flow: expected one without padding, which has no log p(x) of its own, got one that pads x"
+            )
+        own = self._condition(condition, z.shape[:1])
+        estimator = checked_estimator(estimator, self.blocks)
+        rule, limits = solver.split(self.dtype)
+        with checked("z", z, self.dtype), self._finite(condition):
+            return _inverse_and_log_prob(*nnx.split(self), z, key, estimator, rule, limits, own)
+
+
+class _Solution(NamedTuple):
+    """What z is mapped to, with what the residual blocks tell of it."""
+
+    x: Array
+    log_prob: Array
+    diagnostics: Diagnostics
+    status: InverseStatus
+
+
+def _sample_shape(shape: int | Shape) -> tuple[Shape, int]:
+    """Leading axes of samples, and their number."""
+    shape = (shape,) if not isinstance(shape, tuple | list) else tuple(shape)
+    for size in shape:
+        check_count("shape", size, 1)
+    return shape, math.prod(shape)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "rule"))
+def _inverse_and_log_prob(graphdef, state, z, key, estimator, rule, limits, condition):
+    flow, solver = nnx.merge(graphdef, state), rule.with_limits(limits)
+    z = z.astype(flow.dtype)
+    inputs = z, key, estimator, solver, own_condition(flow.bijector, condition)
+    x, log_det, diagnostics, statuses = flow.bijector.solve_and_estimate(*inputs)
+    log_prob = flow.base.log_prob(z, flow._base_condition(condition)) + log_det
+    return _Solution(x, log_prob, join_diagnostics(diagnostics, z), join_statuses(statuses, z))

@@ -1,0 +1,165 @@
+"""What is kept up in a flow beside its parameters: state that data initialise, norms of linear layers, statistics.
+
+Each method changes the flow in place and, but for `tighten`, is compiled once per structure and shape.
+"""
+
+import warnings
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from resflow_jax.functional.norms import PowerIterationStatus
+from resflow_jax.layers.bijector import Constant, own_condition
+from resflow_jax.layers.lipschitz import TIGHT, NormSettings, linears_inside, map_linears
+from resflow_jax.layers.module import Module
+from resflow_jax.layers.norm_updates import update_norms
+
+Array = jax.Array
+
+
+class FlowUpkeep(Module):
+    """The methods of `Flow` that change its state from data or from its parameters."""
+
+    def initialize(self, x: Array, condition: Array | None = None) -> None:
+        """Sets every ActNorm and running statistic from a batch x, in place, so that outputs are normalised.
+
+        At least two examples, better hundreds: each statistic is taken over the batch. With an ActNorm in front, as by
+        default, x may be in any unit, from 1e-20 to 1e20 and more in float32: training is the same.
+
+        Raises:
+          ValueError: for fewer examples, as `forward` for x and condition, for values outside of the support, and where
+            statistics overflow the dtype; the flow is then left as it was.
+        """
+        with self._checked_input(x, condition, are_data=True) as (x, condition):
+            if x.shape[0] < 2:
+                raise ValueError(f"x: expected at least 2 examples to take statistics over, got {x.shape[0]}")
+            state, is_finite = _initialize(*nnx.split(self), x, condition)
+        if not isinstance(is_finite, jax.core.Tracer) and not is_finite:
+            raise ValueError(
+                f"x: expected values whose statistics are finite in {self.dtype}, got a batch where they overflow"
+            )
+        nnx.update(self, state)
+
+    def update_norms(
+        self,
+        *,
+        tolerance: float | Array = 1e-3,
+        residual_tolerance: float | Array | None = None,
+        max_iterations: int | Array = 20,
+        restart: bool = False,
+    ) -> PowerIterationStatus:
+        """Advances the power iteration of every linear layer, in place, warm-started.
+
+        To be called after a change of parameters, as after every optimiser step. Works under
+        `nnx.jit`. Before evaluation call `converge_norms`, which goes much further.
+
+        Args:
+          tolerance: on the relative change of sigma; see `functional.norms.power_iteration`. New values of this and
+            of the next two compile nothing new, and may be traced.
+          residual_tolerance: on the residual; by default the square root of `tolerance`.
+          max_iterations: cap on the iterations of each layer.
+          restart: whether a second chain makes sure that no layer's vectors miss its norm. Without it, what they lack
+            grows out from call to call.
+
+        Returns:
+          The status of the slowest layer: most iterations, largest residual, whether all converged.
+
+        Raises:
+          ValueError: for a tolerance that is not positive or a cap below one, unless it is traced.
+        """
+        settings = NormSettings.of(tolerance, residual_tolerance, max_iterations)
+        state, status = _update_norms(*nnx.split(self), settings, restart)
+        nnx.update(self, state)
+        return status
+
+    def converge_norms(self) -> PowerIterationStatus:
+        """Runs the power iteration of every linear layer far, in place; see `update_norms`.
+
+        To a residual of 1e-5 or for 1000 iterations, which tells singular values apart that differ by
+        0.2 %; sigma is low by less than that. A second chain of each layer makes sure that its vectors miss
+        nothing. An eager call waits for the result, and raises a RuntimeWarning if a layer's residual stays above
+        1e-2. Inside a compiled program there is no warning: look at the status that it returns.
+        """
+        status = self.update_norms(**TIGHT._asdict(), restart=True)
+        if not isinstance(status.residual, jax.core.Tracer):
+            _warn_norms(status)
+        return status
+
+    def tighten(self) -> None:
+        """Rescales kernels, in place, until every block is certified within the bound that its coefficients set.
+
+        Power iteration underestimates norms: after training some kernels exceed their coefficient by
+        parts of a percent. Each block that `certify` finds above its `target_bound` has its kernels
+        replaced by what is applied, each divided by its excess. On the host, at the cost of `certify`. Contractions on
+        the user's word stay as they are.
+        """
+        self.bijector.tighten()
+
+    def order_loss(self) -> Array:
+        """Mean norm of the linear layers, differentiable in the learnable orders of these norms alone; a scalar.
+
+        Where it is small, kernels are shrunk least (Chen et al. 2019, section 3.3). To be added to the
+        training loss with a small weight, as `training.losses` does. Zero where there are no such layers.
+        """
+        losses = map_linears(self, lambda layer: layer.order_loss())
+        return jnp.mean(jnp.concatenate([loss.ravel() for loss in losses])) if losses else jnp.zeros((), self.dtype)
+
+    @property
+    def learns_orders(self) -> bool:
+        """Whether orders of norms are learned (see `order_loss`)."""
+        orders = (order for layer in linears_inside(self) for order in (layer.domain, layer.codomain))
+        return any(isinstance(order, nnx.Param) for order in orders)
+
+    def norm_orders(self) -> np.ndarray:
+        """The orders of the norms before and behind every linear layer, given or learned, [layers, 2]; on the host."""
+        orders = map_linears(self, lambda layer: jnp.stack([jnp.asarray(p, float) for p in layer.traced_orders()]))
+        return np.concatenate([np.reshape(pair, (-1, 2)) for pair in [np.zeros((0, 2)), *orders]])
+
+    def update_statistics(self, x: Array, condition: Array | None = None) -> None:
+        """Moves all running statistics (`MovingBatchNorm`, `MovingCentering`) towards those of a batch x, in place.
+
+        To be called at every training step of a flow that has any; the log-density never does it.
+        """
+        with self._checked_input(x, condition) as (x, condition):
+            state = _update_statistics(*nnx.split(self), x, condition)
+        nnx.update(self, state)
+
+    def _run_initialize(self, x: Array, condition: Array | None) -> None:
+        """`initialize`, traced: in place."""
+        self.bijector.initialize(x, condition)
+
+
+def _warn_norms(status: PowerIterationStatus) -> None:
+    if not status.residual <= 1e-2:  # also if it is NaN
+        warnings.warn(
+            f"power iteration: a layer is far from converged after {status.iterations} iterations; largest residual "
+            f"{status.residual:.1e}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _initialize(graphdef, state, x, condition):
+    flow = nnx.merge(graphdef, state)
+    flow._run_initialize(x.astype(flow.dtype), own_condition(flow.bijector, condition))
+    statistics = jax.tree.leaves(nnx.state(flow, (nnx.BatchStat, Constant)))
+    is_finite = jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in statistics], bool))
+    return nnx.state(flow), is_finite
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _update_statistics(graphdef, state, x, condition):
+    flow = nnx.merge(graphdef, state)
+    flow.bijector.update_statistics(x.astype(flow.dtype), own_condition(flow.bijector, condition))
+    return nnx.state(flow, nnx.BatchStat)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "restart"))
+def _update_norms(graphdef, state, settings, restart):
+    flow = nnx.merge(graphdef, state)
+    status = update_norms(flow, settings, restart)
+    return nnx.state(flow), status

@@ -1,0 +1,260 @@
+"""Evaluation: the mean likelihood of a data set under a flow, with its standard error, on any number of devices."""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from resflow_jax.data.images import check_quantized
+from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type
+from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
+from resflow_jax.functional.texts import fields_text, is_number
+from resflow_jax.layers.conditions import as_condition
+from resflow_jax.models.flow import Flow
+from resflow_jax.training.forms import divided_examples, mesh_of, on_all_devices
+from resflow_jax.training.scores import Score, bits_per_dim_of, negative_log_prob
+
+Array = jax.Array
+
+
+class Estimate(NamedTuple):
+    """A mean over images and its standard error, split by cause: stderr^2 = data^2 + noise^2.
+
+    Attributes:
+      mean: the estimate.
+      stderr: its standard error.
+      data_stderr: the part from having these images and no others; infinite for a single image, which tells nothing
+        of others, and 0 where it is less than the noise lets see.
+      noise_stderr: the part from dequantisation and from the estimate of the log-det, for these images;
+        NaN where a single draw cannot tell, and stderr then leaves out what a batch has in common.
+    """
+
+    mean: float
+    stderr: float
+    data_stderr: float
+    noise_stderr: float
+
+    unit = ""  # of all four, for people
+
+    def __repr__(self) -> str:
+        if not all(is_number(field) for field in self):
+            return fields_text(self)
+        digits = 3
+        if 0 < self.stderr < math.inf:  # two significant digits of the error
+            digits = min(17, max(0, 1 - math.floor(math.log10(self.stderr))))
+        data = f"{self.data_stderr:.{digits}f} from the choice of examples"
+        noise = (
+            "that of noise unknown" if math.isnan(self.noise_stderr) else f"{self.noise_stderr:.{digits}f} from noise"
+        )
+        mean = f"{self.mean:.{digits}f} +- {self.stderr:.{digits}f}"
+        return f"{type(self).__name__}: {mean}{' ' * bool(self.unit)}{self.unit} ({data}, {noise})"
+
+    @classmethod
+    def from_scores(cls, scores: np.ndarray) -> "Estimate":
+        """The mean of scores [draws, N], as `image_bits_per_dim` gives them, by two-way analysis of variance.
+
+        The noise is judged by the variance over draws of the mean over images, since the roulette's length is
+        shared by a batch and its error does not average out over images; what is left of the variance over images
+        is the data's. What is not known is infinite or NaN, as of a single image or draw, and where a score is NaN.
+
+        Raises:
+          ValueError: for scores that are not [draws, N] with at least one of each.
+        """
+        scores = np.asarray(scores, np.float64)
+        if scores.ndim != 2 or scores.size == 0:
+            raise ValueError(f"scores: expected [draws, N] with at least one of each, got shape {scores.shape}")
+        draws, number = scores.shape
+        mean, data, noise = float(scores.mean()), math.inf, math.nan
+        if number > 1:
+            data = scores.mean(axis=0).var(ddof=1)
+            if draws > 1:  # what draws have in common does not add to the variance over images
+                rest = scores - scores.mean(axis=0)
+                data = np.maximum(0, data - rest.var(axis=1, ddof=1).sum() / (draws - 1) / draws)  # NaN stays NaN
+            data = float(data) / number
+        if draws == 1:
+            return cls(mean, math.sqrt(data), math.sqrt(data), noise)
+        noise = float(scores.mean(axis=1).var(ddof=1)) / draws
+        return cls(mean, math.sqrt(data + noise), math.sqrt(data), math.sqrt(noise))
+
+
+class BitsPerDim(Estimate):
+    """An `Estimate` in bits/dim."""
+
+    unit = "bits/dim"
+
+
+def evaluate_bits_per_dim(
+    flow: Flow,
+    images: np.ndarray,
+    key: Array,
+    *,
+    levels: int = 256,
+    estimator: Estimator | None = None,
+    draws: int = 4,
+    batch_size: int = 100,
+    mesh: Mesh | None = None,
+    condition: np.ndarray | None = None,
+) -> Estimate:
+    """Mean bits/dim of quantised images [N, H, W, C], each counted once, with its standard errors.
+
+    Unbiased for the dequantised density, whose bits/dim bound those of the integers from above. Every
+    image is dequantised and its log-det estimated `draws` times. Cost: `draws` times the estimator's on N images.
+    See `Estimate.from_scores` for the standard errors, `image_bits_per_dim` for the images one by one.
+
+    Args:
+      flow: of images [H, W, C].
+      images: integers in {0..levels-1}.
+      key: PRNG key of dequantisation and estimates.
+      levels: number of values that a pixel can have.
+      estimator: of the log-det; by default a roulette with eight exact terms. `Exact()` leaves
+        only the dequantisation's noise, at D vjps of every block and D^2 numbers an image; use it
+        with a small batch size.
+      draws: independent passes over the images; the noise is judged from that many values.
+      batch_size: images at once.
+      mesh: devices along the axis "data" that share each batch, which is rounded up to a multiple of their number;
+        None for one device. The result is the same if it is one. It may have the devices of several processes, which
+        then call this with the same arguments and get the same result. A flow whose arrays are divided among devices,
+        as of `Placement.averaged_flow`, is evaluated where they lie, on the mesh of these.
+      condition: of a conditional flow: floats [*condition_shape], one for all images, or [N, *condition_shape].
+
+    Raises:
+      ValueError: unless the images are integers in {0..levels-1}, N > 0, draws and batch_size positive.
+    """
+    options = {"levels": levels, "estimator": estimator, "draws": draws, "batch_size": batch_size}
+    scores = image_bits_per_dim(flow, images, key, **options, mesh=mesh, condition=condition)
+    return BitsPerDim.from_scores(scores)
+
+
+def image_bits_per_dim(
+    flow: Flow,
+    images: np.ndarray,
+    key: Array,
+    *,
+    levels: int = 256,
+    estimator: Estimator | None = None,
+    draws: int = 4,
+    batch_size: int = 100,
+    mesh: Mesh | None = None,
+    condition: np.ndarray | None = None,
+) -> np.ndarray:
+    """Bits/dim of each of the quantised images [N, H, W, C] in each draw, [draws, N]. Arguments, cost and errors as in
+    `evaluate_bits_per_dim`, which returns their mean.
+    """
+    _check_flow(flow)
+    check_count("levels", levels, 1)
+    estimator = Roulette(exact_terms=8) if estimator is None else estimator
+    images = as_host_array("images", images, "an array of integers [N, H, W, C]")
+    check_quantized("images", images, levels)
+    if images.shape[1:] != flow.event_shape:
+        raise ValueError(f"images: expected images {flow.event_shape}, those of the flow, got {images.shape[1:]}")
+    examples = _with_condition(flow, images, condition)
+    return _scores(bits_per_dim_of(levels), flow, examples, key, estimator, draws, batch_size, mesh)
+
+
+def vector_log_prob(
+    flow: Flow,
+    x: np.ndarray,
+    key: Array,
+    *,
+    estimator: Estimator | None = None,
+    draws: int = 1,
+    batch_size: int = 1000,
+    mesh: Mesh | None = None,
+    condition: np.ndarray | None = None,
+) -> np.ndarray:
+    """log p(x) in nats of each of the vectors x [N, D] in each draw of the estimate, [draws, N].
+
+    Of a flow of other events x is [N, *event_shape]. Arguments and cost as in `evaluate_bits_per_dim`, the estimator
+    `Exact()` by default.
+
+    Raises:
+      ValueError: unless x is [N, *event_shape] with N > 0, draws and batch_size positive.
+    """
+    _check_flow(flow)
+    estimator = Exact() if estimator is None else estimator
+    x = as_host_array("x", x, "a float array [N, D]")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: expected a float array [N, D], got dtype {x.dtype}")
+    if x.ndim != 1 + len(flow.event_shape) or len(x) == 0:
+        expected = "vectors [N, D]" if len(flow.event_shape) == 1 else f"events [N, {str(flow.event_shape)[1:-1]}]"
+        raise ValueError(f"x: expected {expected} with N > 0, got shape {x.shape}")
+    if isinstance(x, np.ndarray) and not np.isfinite(x).all():
+        raise ValueError(f"x: expected finite values, got {np.count_nonzero(~np.isfinite(x))} that are not")
+    examples = _with_condition(flow, x, condition)
+    return -_scores(negative_log_prob, flow, examples, key, estimator, draws, batch_size, mesh)
+
+
+def _check_flow(flow: Flow) -> None:
+    """Anything with the methods of a flow."""
+    if isinstance(flow, type) or not hasattr(flow, "log_prob"):
+        raise ValueError(f"flow: expected a Flow, got {flow!r}")
+
+
+def _with_condition(flow: Flow, x: Any, condition: Any) -> Any:
+    """The examples alone, or with the condition of each."""
+    shape = getattr(flow, "condition_shape", None)
+    condition = as_condition(condition, shape, x.shape[:1])
+    return x if condition is None else (x, np.asarray(condition))
+
+
+def _scores(
+    score: Score,
+    flow: Flow,
+    examples: Any,
+    key: Array,
+    estimator: Estimator,
+    draws: int,
+    batch_size: int,
+    mesh: Mesh | None,
+) -> np.ndarray:
+    """The score of each of the examples [N, ...] in each draw, [draws, N]; of x, or of a pair (x, condition)."""
+    check_key("key", key)
+    check_estimator(estimator)
+    check_count("draws", draws, 1)
+    check_count("batch_size", batch_size, 1)
+    if mesh is not None:
+        check_type("mesh", mesh, Mesh)
+    number = len(jax.tree.leaves(examples)[0])
+    divided_among = mesh_of(flow)
+    mesh = mesh if divided_among is None else divided_among
+    if mesh is not None:
+        key, estimator = on_all_devices((key, estimator), mesh)
+    if mesh is not None and divided_among is None:
+        flow = on_all_devices(flow, mesh)
+    devices = 1 if mesh is None else mesh.size
+    batch_size = devices * -(-min(batch_size, number) // devices)
+    batches = -(-number // batch_size)
+    padded = jax.tree.map(lambda leaf: np.resize(leaf, (batches * batch_size, *leaf.shape[1:])), examples)
+
+    scores = np.zeros((draws, batches * batch_size))
+    for draw, draw_key in enumerate(jax.random.split(key, draws)):
+        keys = jax.random.split(draw_key, batches)
+        parts = []
+        for n, subkey in enumerate(keys):
+            batch = jax.tree.map(lambda leaf, n=n: leaf[n * batch_size : (n + 1) * batch_size], padded)
+            batch = batch if mesh is None else divided_examples(batch, mesh)
+            parts.append(_batch_scores(flow, batch, subkey, estimator, score, mesh, divided_among is None))
+        scores[draw] = np.concatenate(jax.device_get(parts))
+    return scores[:, :number]
+
+
+@partial(jax.jit, static_argnames=("score", "mesh", "is_whole"))
+def _batch_scores(
+    flow: Flow, batch: Any, key: Array, estimator: Estimator, score: Score, mesh: Mesh | None, is_whole: bool
+) -> Array:
+    """The scores of one draw of a batch, [B]; where the flow is divided, the compiler divides its products."""
+
+    def scores(flow, batch, key, estimator):
+        return score(flow, batch, key, estimator)[1]
+
+    if mesh is None:
+        return scores(flow, batch, key, estimator)
+    whole, shares = PartitionSpec(), PartitionSpec("data")
+    if is_whole:
+        scores = jax.shard_map(scores, mesh=mesh, in_specs=(whole, shares, whole, whole), out_specs=shares)
+    found = scores(flow, batch, key, estimator)
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, whole))  # for every process to read

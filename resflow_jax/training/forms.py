@@ -1,0 +1,169 @@
+"""The three forms of a training state on many devices, and every conversion between them.
+
+    host        Each array is whole in every process and tied to no device, as `Trainer.create_state` makes it.
+    step        The arrays lie as the compiled step takes them. For "jit" and "shard_map" they are global arrays on a
+                mesh; for "pmap" they have a leading axis of devices besides.
+    checkpoint  Each array is one global array on the mesh, without an axis of devices. Checkpoints are written from
+                this form, and flows are evaluated in it.
+
+    host --to_global--> checkpoint       checkpoint --to_host--> host
+    host --replicate--> step of pmap     step of pmap --unreplicate--> checkpoint
+
+For "jit" and "shard_map" the forms step and checkpoint are the same. A process holds only what its devices hold, except
+for NumPy arrays, which it holds whole. On disk, a state is a `SavedState`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from resflow_jax.training.parallel import DATA_AXIS
+from resflow_jax.training.step import TrainState
+
+Array = jax.Array
+
+
+class SavedState(NamedTuple):
+    """A training state as a checkpoint has it. The names of the fields are names on disk: they cannot change.
+
+    Attributes:
+      rest: `TrainState.non_params`.
+      estimator: the arrays of the estimator, as a list. Its settings belong to the config, not to a checkpoint.
+      step, params, opt_state, ema, term_norms: as in `TrainState`.
+    """
+
+    step: Any
+    params: Any
+    rest: Any
+    opt_state: Any
+    ema: Any
+    estimator: list[Any]
+    term_norms: Any
+
+    @classmethod
+    def of(cls, state: TrainState) -> "SavedState":
+        """The state, or a tree of the same structure (shapes, shardings), as a checkpoint has it."""
+        estimator = jax.tree.leaves(state.estimator)
+        return cls(*state._replace(estimator=estimator))
+
+    def as_state(self, like: TrainState) -> TrainState:
+        """The training state, with the settings of the estimator of `like`."""
+        estimator = jax.tree.unflatten(jax.tree.structure(like.estimator), self.estimator)
+        return TrainState(*self._replace(estimator=estimator))
+
+
+def to_global(tree: Any, shardings: Any) -> Any:
+    """Global arrays with these shardings; `tree` has the host or the checkpoint form.
+
+    Arrays that lie as they should already are returned as they are. All others are copied through the host.
+    """
+
+    def put(leaf, sharding):
+        if is_global(leaf) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        return from_host(np.asarray(leaf), sharding)
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def to_host(tree: Any) -> Any:
+    """The host form of a tree: global arrays become whole, and are tied to no device; others are left as they are.
+
+    The arrays pass through the host. If they stayed committed to devices, every program that takes them would be
+    compiled once more. No device but the one that they end on has more than one of them whole at a time.
+    """
+    return jax.tree.map(lambda leaf: jax.device_put(to_numpy(leaf)) if is_global(leaf) else leaf, tree)
+
+
+def to_numpy(leaf: Array) -> np.ndarray:
+    """A whole array in every process. It costs one gather over the devices where other processes hold parts of it."""
+    if not is_global(leaf):
+        return np.array(leaf)
+    if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+    if leaf.is_fully_replicated:
+        return np.array(leaf.addressable_data(0))
+    whole = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index] = shard.data
+    return whole
+
+
+def from_host(leaf: np.ndarray, sharding: NamedSharding) -> Array:
+    """A global array from one that every process holds; each process sends its devices their parts."""
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+    """Copies every array to all devices and stacks the copies on a leading axis, for `pmap_train_step`.
+
+    Args:
+      tree: arrays or NumPy arrays that every process holds whole.
+      devices: by default all devices of all processes.
+
+    Returns:
+      The tree with arrays [devices, ...].
+
+    Example:
+      >>> import jax, jax.numpy as jnp, resflow_jax as rf
+      >>> rf.training.replicate({"w": jnp.ones(3)}, jax.devices()[:1])["w"].shape
+      (1, 3)
+    """
+    mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), (DATA_AXIS,))
+    stacked = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return jax.tree.map(lambda leaf: from_host(np.broadcast_to(leaf, (mesh.size, *np.shape(leaf))), stacked), tree)
+
+
+def unreplicate(tree: Any, mesh: Mesh) -> Any:
+    """Removes the leading axis that `replicate` added: each array becomes one global array on all devices of the mesh.
+
+    Args:
+      tree: arrays [devices, ...] that are equal along this axis, from `replicate` or from a step of `pmap_train_step`.
+      mesh: mesh of the same devices, from `make_mesh`.
+
+    Example:
+      >>> import jax.numpy as jnp, resflow_jax as rf
+      >>> stacked = rf.training.replicate({"w": jnp.ones(3)})
+      >>> rf.training.unreplicate(stacked, rf.training.make_mesh())["w"].shape
+      (3,)
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def join(leaf):
+        parts = [shard.data[0] for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape[1:], whole, parts)
+
+    return jax.tree.map(join, tree)
+
+
+def on_all_devices(tree: Any, mesh: Mesh) -> Any:
+    """Global arrays, whole on every device of the mesh, from arrays that every process has; also of PRNG keys."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def put(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        return from_host(np.asarray(leaf), whole)
+
+    return jax.tree.map(put, tree)
+
+
+def divided_examples(examples: Any, mesh: Mesh) -> Any:
+    """Global arrays [B, ...] of examples that every process has, divided along the axis "data" of the mesh."""
+    slices = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return jax.tree.map(lambda leaf: from_host(leaf, slices), examples)
+
+
+def is_global(leaf: Any) -> bool:
+    """Whether an array lies on the devices of a mesh."""
+    return isinstance(leaf, Array) and isinstance(leaf.sharding, NamedSharding)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh among whose devices arrays of the tree are divided; None if no array is divided."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if is_global(leaf) and not leaf.is_fully_replicated]
+    return leaves[0].sharding.mesh if leaves else None

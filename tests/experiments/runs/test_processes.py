@@ -1,0 +1,286 @@
+"""Two real processes of two devices each: the run of one device, killed, stopped and resumed on other devices."""
+
+import dataclasses
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.configs import CONFIGS
+from experiments.configs.base import DistributedConfig, EvaluationConfig, MeshConfig, OptimizerConfig
+from experiments.runs import setup, train
+from experiments.runs.launch import cores_for_run, run_config
+from experiments.runs.metrics import NullMetrics
+from experiments.runs.metrics_file import MetricsFile
+from resflow_jax import DenseTail, ImageFlowConfig, Roulette
+from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.parallel import make_mesh
+from tests.experiments.runs.worker import without_pictures
+from tests.experiments.tiny import run_and_cut
+from tests.paths import ROOT
+
+CONFIG = dataclasses.replace(
+    CONFIGS["digits"],
+    model=ImageFlowConfig(
+        (8, 8, 1), blocks=(1,), hidden_channels=64, kernels=(3, 3), tail=DenseTail(blocks=0, hidden=64)
+    ),
+    steps=12,
+    batch_size=24,
+    log_every=1,
+    optimizer=OptimizerConfig(warmup=2),
+    evaluation=EvaluationConfig(estimator=Roulette(), draws=2, examples=30, every=3),
+)
+SETTINGS = {  # of CONFIG, where it differs from that of digits
+    "model.blocks": 1,
+    "model.hidden-channels": 64,
+    "model.tail.blocks": 0,
+    "model.kernels": "3 3",
+    "steps": 12,
+    "batch-size": 24,
+    "log-every": 1,
+    "optimizer.warmup": 2,
+    "evaluation.draws": 2,
+    "evaluation.examples": 30,
+    "evaluation.every": 3,
+    "evaluation.estimator.exact-terms": 0,
+}
+ARGUMENTS = [word for name, value in SETTINGS.items() for word in (f"--{name}", *str(value).split())]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_pictures_and_cache():
+    """Tests compile for themselves and leave the user's cache alone; here they draw nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "use_compilation_cache", lambda: None)
+        without_pictures(patch.setattr)
+        yield
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    """The run that all others are compared with: its result and the lines of metrics.jsonl."""
+    config = dataclasses.replace(CONFIG, workdir=tmp_path_factory.mktemp("one"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
+        return run_config(config), read_metrics(config.workdir)
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(workdir, *arguments, event=("none", 0, 0), each=((), ())):
+    """Two processes of `experiments.density`, with further arguments of both and of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_ENABLE_X64": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.with_name("cache")),
+    }
+    distributed = f"--distributed.coordinator 127.0.0.1:{port} --distributed.num-processes 2".split()
+    own = [*ARGUMENTS, "--workdir", str(workdir), *distributed, *arguments]
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-W", "ignore", "-m", "tests.experiments.runs.worker", *map(str, event)),
+                *("digits", *own, "--distributed.process-id", str(n), *each[n]),
+            ],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+
+
+def ended(processes, seconds=240):
+    """Exit status, output and errors of each."""
+    try:
+        found = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
+
+
+def check_same_run(workdir, expected):
+    """Every line, to rounding in float64."""
+    _, expected_lines = expected
+    lines = read_metrics(workdir)
+    assert [(line["step"], line["split"]) for line in lines] == [(n, "train") for n in range(1, 13)] + [(12, "test")]
+    for line, other in zip(lines, expected_lines, strict=True):
+        jax.tree.map(lambda a, b: a == b or np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10), line, other)
+
+
+def test_killed_and_resumed_on_another_number_of_devices(on_one_device, tmp_path):
+    """Two processes, all parameters divided among four devices, killed; then one with eight; the run of one device."""
+    workdir = tmp_path / "run"
+    processes = start(workdir, "--mesh.parameters", "full", event=("stall", 1, 7))
+    deadline = time.monotonic() + 240
+    while not ((workdir / "checkpoints" / "6").is_dir() and len(read_metrics(workdir)) == 7):
+        if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+            pytest.fail(f"two processes did not get to step 7: {ended(processes, 1)}")
+        time.sleep(0.2)
+    for process in processes:
+        process.kill()
+    _, (_, others_printed, others_errors) = ended(processes)
+    assert "step/s" not in others_errors and not others_printed, "the second process writes nothing"
+    assert [path.name for path in (workdir / "training").iterdir()] == ["process 0"], "nor does it draw"
+    result = run_config(dataclasses.replace(CONFIG, workdir=workdir))
+    np.testing.assert_allclose(result, on_one_device[0], rtol=1e-8)
+    check_same_run(workdir, on_one_device)
+
+
+def test_kernels_that_stay_divided(on_one_device, tmp_path):
+    """Trained, validated and evaluated where no device has them whole: the run of one device, pictures drawn alike."""
+    mesh = MeshConfig(model=4, parameters="model")
+    result = run_config(dataclasses.replace(CONFIG, workdir=tmp_path / "run", mesh=mesh))
+    np.testing.assert_allclose(result, on_one_device[0], rtol=1e-8)
+    check_same_run(tmp_path / "run", on_one_device)
+
+
+def test_stopped_by_a_signal_to_one_process(on_one_device, tmp_path):
+    """A run that was cut on eight devices, gone on with by pmap in two processes; SIGTERM to the second ends both.
+
+    The signal comes before their first step. They go on, by shard_map, to the end.
+    """
+    workdir = tmp_path / "run"
+    run_and_cut(dataclasses.replace(CONFIG, workdir=workdir), batches=4)
+    first, second = ended(start(workdir, "--parallel", "pmap", event=("terminate", 1, 0)))
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert f"resuming {workdir} at step 3" in first[1] and not second[1]
+    step = int(re.search(r"stopped at step (\d+) of 12; the same command goes on from there", first[1])[1])
+    assert 4 <= step < 12
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step == step
+    first, second = ended(start(workdir, "--parallel", "shard_map"))
+    assert (first[0], second[0]) == (0, 0) and not second[1], (first, second)
+    assert f"resuming {workdir} at step {step}" in first[1]
+    result = on_one_device[0]
+    assert first[1].splitlines()[-1] == f"test bits/dim {result.mean:.4f} +- {result.stderr:.4f}"
+    assert (workdir / "report.html").exists()
+    check_same_run(workdir, on_one_device)
+
+
+def test_processes_with_different_configs(tmp_path):
+    """Both end before anything is made, and say what differs; where data lie, each knows for itself."""
+    each = ("--data.dir", "here"), ("--data.dir", "there", "--seed", "3")
+    first, second = ended(start(tmp_path / "run", each=each))
+    assert first[0] == second[0] == 1 and not (tmp_path / "run").exists()
+    assert "config: expected the same in all processes, got other settings in 1 than in 0" in first[2]
+    assert "in process 1 that of process 0, got other settings:\n  seed: 0 there, 3 now\n" in second[2]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_never_joins(tmp_path, number):
+    """The other says so in time, coordinator or not."""
+    processes = start(tmp_path / "run", "--distributed.timeout", "3")
+    processes[1 - number].kill()
+    began = time.monotonic()
+    status, _, errors = ended(processes)[number]
+    assert status == 1 and time.monotonic() - began < 60 and not (tmp_path / "run").exists()
+    assert "distributed.timeout: expected within 3 s 2 processes to meet at 127.0.0.1:" in errors
+    assert f"of which this is number {number}; one or more never came" in errors
+
+
+def test_what_other_processes_keep(tmp_path):
+    """The lines of the first, which it decides by, and no file."""
+    line = {"step": 1, "split": "train", "loss": float("nan"), "norms": [1.0, float("inf")]}
+    first = MetricsFile(tmp_path / "metrics.jsonl", keep_until=0)
+    with NullMetrics(tmp_path, keep_until=0) as other:
+        for one in (first, other):
+            one.write(**line)
+        other.picture(1, "none", tmp_path / "none.png")
+    assert other.lines == first.lines
+    assert NullMetrics(tmp_path, keep_until=1).lines == first.lines and NullMetrics(tmp_path, keep_until=0).lines == []
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"),
+    [
+        (MeshConfig, {"data": 0}, "mesh.data: expected an integer of at least 1, got 0"),
+        (MeshConfig, {"parameters": "some"}, "mesh.parameters: expected one of replicated, model, full; got 'some'"),
+        (MeshConfig, {"parameters": "model"}, "mesh.model: expected at least 2 .*, and else 1, got 1 with 'model'"),
+        (MeshConfig, {"model": 2}, "mesh.model: .* got 2 with 'replicated'"),
+        (DistributedConfig, {"coordinator": "here:1"}, "distributed: expected coordinator, .*got here:1, None, None"),
+        (
+            DistributedConfig,
+            {"auto": True, "process_id": 0},
+            r"distributed.auto: expected no other setting of the cluster beside it, got \[0\]",
+        ),
+        (
+            DistributedConfig,
+            {"coordinator": "here", "num_processes": 2, "process_id": 0},
+            "distributed.coordinator: expected HOST:PORT, got 'here'",
+        ),
+        (
+            DistributedConfig,
+            {"coordinator": "here:1", "num_processes": 2, "process_id": 2},
+            "distributed.process_id: expected a number below 2, that of processes, got 2",
+        ),
+    ],
+)
+def test_bad_settings_are_named(cls, settings, message):
+    """Each is refused before anything is made."""
+    with pytest.raises(ValueError, match=message):
+        cls(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 12}, "batch_size: expected a multiple of 8, the number of devices that share a batch, got 12"),
+        ({"mesh": MeshConfig(data=3)}, "mesh: expected sizes whose product is 8, the number of devices"),
+        (
+            {"parallel": "pmap", "mesh": MeshConfig(model=2, parameters="model")},
+            'mesh.parameters: expected "replicated" with pmap, got "model"',
+        ),
+        (
+            {"parallel": "shard_map", "mesh": MeshConfig(parameters="full")},
+            'mesh.parameters: expected "replicated" with shard_map, got "full"',
+        ),
+    ],
+)
+def test_devices_that_do_not_fit(tmp_path, settings, message):
+    """Said before anything is written."""
+    with pytest.raises(ValueError, match=message):
+        run_config(dataclasses.replace(CONFIG, workdir=tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_cores_for_a_run(monkeypatch):
+    """Without a word on the mesh as many cores as can share a batch; else as many CPU devices as the mesh has."""
+    monkeypatch.setattr("experiments.runs.devices.number_of_cores", lambda: 12)
+    for settings, expected in [
+        ({"batch_size": 64}, 8),
+        ({"batch_size": 36}, 12),
+        ({"batch_size": 7}, 7),
+        ({"mesh": MeshConfig(data=2, model=3, parameters="model")}, 6),
+        ({"mesh": MeshConfig(model=5, parameters="model")}, 5),
+        ({"distributed": DistributedConfig(coordinator="a:1", num_processes=4, process_id=0)}, 8),
+    ]:
+        config = dataclasses.replace(CONFIG, **({"batch_size": 64} | settings))
+        assert cores_for_run(config) == expected, settings
+
+
+def test_cluster_detection_fails(monkeypatch):
+    """What to say instead."""
+    from experiments.runs.processes import join
+
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: (_ for _ in ()).throw(ValueError("no cluster")))
+    with pytest.raises(ValueError, match=r"distributed.auto: expected a cluster .* detects, got: no cluster"):
+        join(DistributedConfig(auto=True))

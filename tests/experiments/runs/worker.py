@@ -1,0 +1,59 @@
+"""A process of `experiments.density` to which something happens while it trains.
+
+    python -m tests.experiments.runs.worker EVENT PROCESS BATCH [arguments of experiments.density]
+
+As it reads its batch of number BATCH, counted from where it starts, the process PROCESS stalls for ever ("stall"), or
+is sent SIGTERM and reads slowly from there on ("terminate"). Its standard output is what Python prints: what libraries
+write there by themselves, as Gloo's threads do, one through the other, goes to standard error.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import jax
+
+from experiments import density
+from experiments.runs.tasks.images import ImageTask
+from experiments.runs.tasks.task import Drawing
+from resflow_jax.data.batches import Batches
+
+
+def without_pictures(set_attribute) -> None:
+    """Leaves out what other tests look at and what takes programs of its own, but for which process would draw."""
+
+    def sketch(task, flow, prefix):
+        prefix.with_name(f"process {jax.process_index()}").touch()
+        return {}
+
+    set_attribute(ImageTask, "sketch", sketch)
+    set_attribute(ImageTask, "draw", lambda *_: Drawing({}, {}))
+
+
+def separate_python_output() -> None:
+    """Gives Python the standard output for itself."""
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+
+def main() -> None:
+    separate_python_output()
+    event, process, number, *arguments = sys.argv[1:]
+    starting_at = Batches.starting_at
+
+    def eventful(self, step, **options):
+        for n, batch in enumerate(starting_at(self, step, **options)):
+            if jax.process_index() == int(process) and n >= int(number):
+                if event == "terminate" and n == int(number):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(3600 if event == "stall" else 1.5)
+            yield batch
+
+    Batches.starting_at = eventful
+    without_pictures(setattr)
+    density.main(arguments)
+
+
+if __name__ == "__main__":
+    main()
