@@ -14,7 +14,8 @@ from resflow_jax.data.images import check_quantized
 from resflow_jax.functional.checks import as_host_array
 from resflow_jax.layers.conditions import as_condition
 from resflow_jax.models.flow import Flow
-from resflow_jax.training.parallel import DATA_AXIS, on_all_devices
+from resflow_jax.training.forms import on_all_devices
+from resflow_jax.training.parallel import DATA_AXIS
 
 Array = jax.Array
 
