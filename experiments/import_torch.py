@@ -32,8 +32,8 @@ from experiments.runs.workdir import claim_workdir
 from resflow_jax import ImageFlowConfig, ResidualFlow, Truncated, certify
 from resflow_jax.functional.checks import check_count
 from resflow_jax.interop.torch.checkpoints import flow_of, parts_of
-from resflow_jax.interop.torch.config import data_levels, estimator_from_args
 from resflow_jax.interop.torch.files import read_torch_file
+from resflow_jax.interop.torch.options import data_levels, estimator_from_args
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.step import Trainer, TrainState

@@ -41,7 +41,7 @@ from resflow_jax.functional.checks import (
     check_positive,
 )
 from resflow_jax.functional.linear_maps import LinearMap
-from resflow_jax.functional.starts import excludes_larger, mixed_start, unit
+from resflow_jax.functional.starts import excludes_larger, fixed_start, mixed_start, unit
 from resflow_jax.functional.texts import fields_text, span, values_of
 from resflow_jax.functional.vector_norms import Order, conjugate, dual_map, is_order, positive, vector_norm
 
@@ -228,7 +228,7 @@ def power_iteration(
     w = jax.eval_shape(rmatvec, u)
     chains = PowerIteration(infinity, jnp.zeros(u.shape, u.dtype), v, status)
     if restart:
-        second = chains._replace(v=mixed_start(jnp.zeros_like(v), domain, residual_tolerance))
+        second = chains._replace(v=fixed_start(v.shape, v.dtype, domain))
         chains = jax.tree.map(lambda *leaves: jnp.stack(leaves), chains, second)
     start = jnp.asarray(True), chains
     start = vary_over(start, varying_axes((v, u, w, domain, codomain)))
@@ -389,7 +389,7 @@ def channel_norms(
     domain, codomain = (lax.stop_gradient(order) if isinstance(order, Array) else order for order in (domain, codomain))
     if not needs_power_iteration(domain, codomain):
         return _closed_form(linear_map, kernel, domain, codomain)
-    sigma = spectral_norm(partial(linear_map.matvec, kernel), u, v)
+    sigma = linear_map.inner(kernel, *lax.stop_gradient((u, v)))
     return with_copies(sigma, linear_map.copies, domain, codomain)
 
 

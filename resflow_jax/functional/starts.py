@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resflow_jax.functional.vector_norms import Order, dual_map, positive
+from resflow_jax.functional.iteration import wide_dtype
+from resflow_jax.functional.vector_norms import Order, dual_map, is_order, positive, vector_norm
 
 Array = jax.Array
 
@@ -43,7 +44,8 @@ def pseudo_random_direction(shape: tuple[int, ...], dtype: np.dtype) -> Array:
     x = lax.iota(np.uint32, math.prod(shape)) + np.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
-    x = lax.bitcast_convert_type(x ^ (x >> np.uint32(16)), np.int32).astype(dtype) * 2.0**-31
+    x = lax.bitcast_convert_type(x ^ (x >> np.uint32(16)), np.int32)
+    x = (x.astype(wide_dtype(dtype)) * 2.0**-31).astype(dtype)  # 2^31 is no float16
     return jnp.where(x < 0, x - 1, x + 1).reshape(shape)
 
 
@@ -56,9 +58,26 @@ def mixed_start(v: Array, order: Order, residual_tolerance: Array) -> Array:
     length. For v = 0 the result is the fixed direction.
     """
     direction = pseudo_random_direction(v.shape, v.dtype)
-    length = dual_map(v, order)[1]
+    # Divided by the power of two next to its largest element, which rounds nothing, v has no square that overflows.
+    # The divisor is such that its reciprocal, by which XLA multiplies, and half of that are normal.
+    half, tiny = 0.5 * jnp.max(jnp.abs(v)), float(jnp.finfo(v.dtype).tiny)
+    v = 0.5 * v / lax.reduce_precision(jnp.clip(half, tiny, 0.25 / tiny), jnp.finfo(v.dtype).nexp, 0)
     share = jnp.minimum(residual_tolerance / 20, _LARGEST_SHARE) / (1.5 * v.size ** (1 / order))
-    return unit(v + jnp.where(length > 0, share * length, 1) * direction, order)
+    return _unit(v + jnp.where(half > 0, share * _length(v, order), 0.5) * direction, order)
+
+
+def fixed_start(shape: tuple[int, ...], dtype: np.dtype, order: Order) -> Array:
+    """The unit vector along the fixed direction."""
+    return _unit(0.5 * pseudo_random_direction(shape, dtype), order)
+
+
+def _unit(v: Array, order: Order) -> Array:
+    """`unit`, for a v whose square neither overflows nor vanishes: fewer programs to compile."""
+    return v / _length(v, order)
+
+
+def _length(v: Array, order: Order) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(v))) if is_order(order, 2) else vector_norm(v, order)
 
 
 def excludes_larger(sigma: Array, residual: Array, iterations: Array, size: int, best: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Training: one pure step, three ways to run it on many devices, and where its state and batches lie."""
+"""Training: one pure step, three strategies to run it on many devices, and the placement of its state and batches."""
 
 from resflow_jax.training.forms import replicate, unreplicate
 from resflow_jax.training.parallel import jit_train_step, make_mesh, pmap_train_step, shard_map_train_step

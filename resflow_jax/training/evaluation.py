@@ -22,15 +22,22 @@ Array = jax.Array
 
 
 class Estimate(NamedTuple):
-    """A mean over images and its standard error, split by cause: stderr^2 = data^2 + noise^2.
+    """A mean over examples and its standard error, split by cause: stderr^2 = data_stderr^2 + noise_stderr^2.
 
     Attributes:
-      mean: the estimate.
+      mean: the estimated mean, in the unit of the scores.
       stderr: its standard error.
-      data_stderr: the part from having these images and no others; infinite for a single image, which tells nothing
-        of others, and 0 where it is less than the noise lets see.
-      noise_stderr: the part from dequantisation and from the estimate of the log-det, for these images;
-        NaN where a single draw cannot tell, and stderr then leaves out what a batch has in common.
+      data_stderr: the part that comes from the choice of the examples. It is infinite for a single example, which tells
+        nothing of others, and 0 where it is smaller than the noise can resolve.
+      noise_stderr: the part that comes from dequantisation and from the estimate of the log-det, for these examples. It
+        is NaN for a single draw; stderr then leaves out the error that a batch has in common.
+
+    Example:
+      >>> import numpy as np, resflow_jax as rf
+      >>> scores = np.array([[3.0, 5.0, 4.0], [3.2, 5.2, 4.2]])  # two draws of three examples
+      >>> estimate = rf.Estimate.from_scores(scores)
+      >>> round(estimate.mean, 6), round(estimate.noise_stderr, 6)
+      (4.1, 0.1)
     """
 
     mean: float
@@ -55,26 +62,27 @@ class Estimate(NamedTuple):
 
     @classmethod
     def from_scores(cls, scores: np.ndarray) -> "Estimate":
-        """The mean of scores [draws, N], as `image_bits_per_dim` gives them, by two-way analysis of variance.
+        """Returns the mean of scores [draws, N], as `image_bits_per_dim` gives them, by two-way analysis of variance.
 
-        The noise is judged by the variance over draws of the mean over images, since the roulette's length is
-        shared by a batch and its error does not average out over images; what is left of the variance over images
-        is the data's. What is not known is infinite or NaN, as of a single image or draw, and where a score is NaN.
+        The noise is judged by the variance over draws of the mean over examples: a batch shares one series length of
+        the roulette, so that the error of an example does not average out over the batch. The rest of the variance over
+        examples is that of the data. What one example or one draw cannot tell is infinite or NaN; a score that is NaN
+        makes the result NaN.
 
         Raises:
-          ValueError: for scores that are not [draws, N] with at least one of each.
+          ValueError: unless the scores are [draws, N] with at least one draw and one example.
         """
         scores = np.asarray(scores, np.float64)
         if scores.ndim != 2 or scores.size == 0:
             raise ValueError(f"scores: expected [draws, N] with at least one of each, got shape {scores.shape}")
-        draws, number = scores.shape
+        draws, examples = scores.shape
         mean, data, noise = float(scores.mean()), math.inf, math.nan
-        if number > 1:
+        if examples > 1:
             data = scores.mean(axis=0).var(ddof=1)
-            if draws > 1:  # what draws have in common does not add to the variance over images
-                rest = scores - scores.mean(axis=0)
-                data = np.maximum(0, data - rest.var(axis=1, ddof=1).sum() / (draws - 1) / draws)  # NaN stays NaN
-            data = float(data) / number
+            if draws > 1:  # an error that is common to a draw adds nothing to the variance over examples
+                residuals = scores - scores.mean(axis=0)
+                data = np.maximum(0, data - residuals.var(axis=1, ddof=1).sum() / (draws - 1) / draws)  # NaN stays NaN
+            data = float(data) / examples
         if draws == 1:
             return cls(mean, math.sqrt(data), math.sqrt(data), noise)
         noise = float(scores.mean(axis=1).var(ddof=1)) / draws
@@ -99,30 +107,42 @@ def evaluate_bits_per_dim(
     mesh: Mesh | None = None,
     condition: np.ndarray | None = None,
 ) -> Estimate:
-    """Mean bits/dim of quantised images [N, H, W, C], each counted once, with its standard errors.
+    """Returns the mean bits/dim of quantised images, each counted once, with its standard errors.
 
-    Unbiased for the dequantised density, whose bits/dim bound those of the integers from above. Every
-    image is dequantised and its log-det estimated `draws` times. Cost: `draws` times the estimator's on N images.
-    See `Estimate.from_scores` for the standard errors, `image_bits_per_dim` for the images one by one.
+    Every image is dequantised and its log-det estimated `draws` times. The mean is unbiased for the bits/dim of the
+    dequantised density, which are an upper bound on those of the integers (Theis et al. 2016, arXiv 1511.01844). See
+    `Estimate.from_scores` for the standard errors, and `image_bits_per_dim` for the images one by one.
+
+    Cost: `draws` times that of the estimator on N images.
 
     Args:
-      flow: of images [H, W, C].
-      images: integers in {0..levels-1}.
-      key: PRNG key of dequantisation and estimates.
+      flow: a flow of images [H, W, C].
+      images: integers [N, H, W, C] in {0..levels-1}.
+      key: PRNG key of the dequantisation and of the estimates.
       levels: number of values that a pixel can have.
-      estimator: of the log-det; by default a roulette with eight exact terms. `Exact()` leaves
-        only the dequantisation's noise, at D vjps of every block and D^2 numbers an image; use it
-        with a small batch size.
-      draws: independent passes over the images; the noise is judged from that many values.
-      batch_size: images at once.
-      mesh: devices along the axis "data" that share each batch, which is rounded up to a multiple of their number;
-        None for one device. The result is the same if it is one. It may have the devices of several processes, which
-        then call this with the same arguments and get the same result. A flow whose arrays are divided among devices,
-        as of `Placement.averaged_flow`, is evaluated where they lie, on the mesh of these.
+      estimator: estimator of the log-det; by default a roulette with eight exact terms. `Exact()` leaves only the noise
+        of dequantisation; it takes D vjps of every block and D^2 numbers an image, so use a small batch size.
+      draws: number of independent passes over the images, from which the noise is judged.
+      batch_size: number of images that are evaluated at once.
+      mesh: devices along the axis "data" that share each batch; None for one device. The batch size is rounded up to a
+        multiple of their number. The result is the same if it is one already. Devices of several processes may be part
+        of the mesh; all processes then make the same call and get the same result. A flow whose arrays are divided
+        among devices (see `Placement.averaged_flow`) is evaluated on its own mesh.
       condition: of a conditional flow: floats [*condition_shape], one for all images, or [N, *condition_shape].
 
     Raises:
-      ValueError: unless the images are integers in {0..levels-1}, N > 0, draws and batch_size positive.
+      ValueError: unless the images are integers in {0..levels-1} of the flow's shape, N > 0, and draws, levels and
+        batch_size are at least 1.
+
+    Example:
+      >>> import jax, numpy as np, resflow_jax as rf
+      >>> from flax import nnx
+      >>> config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=rf.DenseTail(0))
+      >>> flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+      >>> images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1))
+      >>> found = rf.evaluate_bits_per_dim(flow, images, jax.random.key(0), estimator=rf.Truncated(2), draws=2)
+      >>> found.stderr > 0
+      True
     """
     options = {"levels": levels, "estimator": estimator, "draws": draws, "batch_size": batch_size}
     scores = image_bits_per_dim(flow, images, key, **options, mesh=mesh, condition=condition)
@@ -141,8 +161,19 @@ def image_bits_per_dim(
     mesh: Mesh | None = None,
     condition: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Bits/dim of each of the quantised images [N, H, W, C] in each draw, [draws, N]. Arguments, cost and errors as in
-    `evaluate_bits_per_dim`, which returns their mean.
+    """Returns the bits/dim of each image in each draw, [draws, N].
+
+    Arguments, cost and errors are those of `evaluate_bits_per_dim`, which returns the mean.
+
+    Example:
+      >>> import jax, numpy as np, resflow_jax as rf
+      >>> from flax import nnx
+      >>> from resflow_jax.training.evaluation import image_bits_per_dim
+      >>> config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=rf.DenseTail(0))
+      >>> flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+      >>> images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1))
+      >>> image_bits_per_dim(flow, images, jax.random.key(0), estimator=rf.Truncated(2), draws=2).shape
+      (2, 6)
     """
     _check_flow(flow)
     check_count("levels", levels, 1)
@@ -166,13 +197,30 @@ def vector_log_prob(
     mesh: Mesh | None = None,
     condition: np.ndarray | None = None,
 ) -> np.ndarray:
-    """log p(x) in nats of each of the vectors x [N, D] in each draw of the estimate, [draws, N].
+    """Returns log p(x) in nats of each example in each draw of the estimate, [draws, N].
 
-    Of a flow of other events x is [N, *event_shape]. Arguments and cost as in `evaluate_bits_per_dim`, the estimator
-    `Exact()` by default.
+    Args:
+      flow: a flow.
+      x: floats [N, *event_shape], vectors [N, D] as a rule.
+      key: PRNG key of the estimates.
+      estimator: estimator of the log-det; by default `Exact()`, which has no noise.
+      draws: number of independent estimates of each log p(x).
+      batch_size: number of examples that are evaluated at once.
+      mesh: devices that share each batch, as in `evaluate_bits_per_dim`.
+      condition: of a conditional flow: floats [*condition_shape], one for all examples, or [N, *condition_shape].
+
+    Cost: `draws` times that of the estimator on N examples.
 
     Raises:
-      ValueError: unless x is [N, *event_shape] with N > 0, draws and batch_size positive.
+      ValueError: unless x is finite and [N, *event_shape] with N > 0, and draws and batch_size are at least 1.
+
+    Example:
+      >>> import jax, numpy as np, resflow_jax as rf
+      >>> from flax import nnx
+      >>> from resflow_jax.training.evaluation import vector_log_prob
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> vector_log_prob(flow, np.ones((5, 2)), jax.random.key(0)).shape
+      (1, 5)
     """
     _check_flow(flow)
     estimator = Exact() if estimator is None else estimator
@@ -189,13 +237,13 @@ def vector_log_prob(
 
 
 def _check_flow(flow: Flow) -> None:
-    """Anything with the methods of a flow."""
+    """Raises ValueError for what has not the methods of a flow."""
     if isinstance(flow, type) or not hasattr(flow, "log_prob"):
         raise ValueError(f"flow: expected a Flow, got {flow!r}")
 
 
 def _with_condition(flow: Flow, x: Any, condition: Any) -> Any:
-    """The examples alone, or with the condition of each."""
+    """The examples alone, or a pair of the examples and the condition of each."""
     shape = getattr(flow, "condition_shape", None)
     condition = as_condition(condition, shape, x.shape[:1])
     return x if condition is None else (x, np.asarray(condition))
@@ -211,14 +259,14 @@ def _scores(
     batch_size: int,
     mesh: Mesh | None,
 ) -> np.ndarray:
-    """The score of each of the examples [N, ...] in each draw, [draws, N]; of x, or of a pair (x, condition)."""
+    """The score of each example in each draw, [draws, N]. The examples are x [N, ...], or a pair (x, condition)."""
     check_key("key", key)
     check_estimator(estimator)
     check_count("draws", draws, 1)
     check_count("batch_size", batch_size, 1)
     if mesh is not None:
         check_type("mesh", mesh, Mesh)
-    number = len(jax.tree.leaves(examples)[0])
+    count = len(jax.tree.leaves(examples)[0])
     divided_among = mesh_of(flow)
     mesh = mesh if divided_among is None else divided_among
     if mesh is not None:
@@ -226,8 +274,8 @@ def _scores(
     if mesh is not None and divided_among is None:
         flow = on_all_devices(flow, mesh)
     devices = 1 if mesh is None else mesh.size
-    batch_size = devices * -(-min(batch_size, number) // devices)
-    batches = -(-number // batch_size)
+    batch_size = devices * -(-min(batch_size, count) // devices)
+    batches = -(-count // batch_size)
     padded = jax.tree.map(lambda leaf: np.resize(leaf, (batches * batch_size, *leaf.shape[1:])), examples)
 
     scores = np.zeros((draws, batches * batch_size))
@@ -239,22 +287,22 @@ def _scores(
             batch = batch if mesh is None else divided_examples(batch, mesh)
             parts.append(_batch_scores(flow, batch, subkey, estimator, score, mesh, divided_among is None))
         scores[draw] = np.concatenate(jax.device_get(parts))
-    return scores[:, :number]
+    return scores[:, :count]
 
 
 @partial(jax.jit, static_argnames=("score", "mesh", "is_whole"))
 def _batch_scores(
     flow: Flow, batch: Any, key: Array, estimator: Estimator, score: Score, mesh: Mesh | None, is_whole: bool
 ) -> Array:
-    """The scores of one draw of a batch, [B]; where the flow is divided, the compiler divides its products."""
+    """The scores of one draw of a batch, [B]. If the flow is divided, the compiler divides the products with it."""
 
     def scores(flow, batch, key, estimator):
         return score(flow, batch, key, estimator)[1]
 
     if mesh is None:
         return scores(flow, batch, key, estimator)
-    whole, shares = PartitionSpec(), PartitionSpec("data")
+    whole, slices = PartitionSpec(), PartitionSpec("data")
     if is_whole:
-        scores = jax.shard_map(scores, mesh=mesh, in_specs=(whole, shares, whole, whole), out_specs=shares)
+        scores = jax.shard_map(scores, mesh=mesh, in_specs=(whole, slices, whole, whole), out_specs=slices)
     found = scores(flow, batch, key, estimator)
-    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, whole))  # for every process to read
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, whole))  # every process reads it

@@ -1,10 +1,9 @@
-"""Training states of earlier versions, under the names and with the values that they have now.
+"""Reads training states of earlier versions: their arrays had other names, and some had other values.
 
-Of before compositions: see `io.upgrades` for names and values. Parameters, averages and moments of the optimiser carry
-the names of the flow's arrays and are renamed alike. The moments of an ActNorm's bias are taken for those of its shift:
-their units differ, and Adam divides one moment by the root of the other.
-
-Of the version after: arrays and one part of the state had other names; see `io.renames` and `_FORMER_PARTS`.
+`io.upgrades` has the names and values of the time before flows were compositions, `io.renames` the names of the version
+after it. Parameters, averages and moments of the optimiser carry the names of the flow's arrays and are renamed alike.
+The moments of an ActNorm's bias become those of its shift. The two differ in units, but Adam divides one moment by the
+root of the other.
 """
 
 from collections.abc import Mapping
@@ -19,31 +18,28 @@ from resflow_jax.io.upgrades import CONSTANTS, is_old, old_names, shift_of
 Names = tuple[str, ...]
 
 _PARTS = ("scales", "bijector", "base", "classifier")  # the attributes of a flow that have arrays, then and now
-_FORMER_PARTS = {"non_params": "rest"}  # of a state, by their present names
-_FLOW = (("params",), ("rest",), ("non_params",))  # where a state has the arrays of the flow itself
+_FLOW = (("params",), ("rest",))  # the parts of a state that have the arrays of the flow itself
 _AVERAGE = ("ema", "ema")
 _BLOCK = {"promised": "target_bound"}  # of the certificate of a block
 
 
 def is_old_state(metadata: Any) -> bool:
-    """Whether a state is of an earlier version: `metadata` has its parts as keys, and is a tree of the same names."""
+    """Whether a saved state is of an earlier version; the metadata are a tree with the names of its arrays."""
     paths = _named(metadata)
-    has_former_part = any(part in _FORMER_PARTS.values() for part in metadata.keys())  # noqa: SIM118 (orbax: no dict)
-    is_renamed = has_former_part or any(path[-1] in ARRAYS.values() for path in paths)
+    is_renamed = any(path[-1] in ARRAYS.values() for path in paths)
     return is_renamed or is_old(name for prefix, name in map(_split, paths) if prefix in _FLOW)
 
 
 def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
-    """An old state in the structure and the dtypes of `like`, of NumPy's arrays.
+    """Returns an old state with the structure and the dtypes of `like`, of NumPy arrays.
 
     Args:
-      old: nested containers of arrays, by their old names.
-      like: a present state.
-      ema_decay: of the state's average, by which its bias is corrected; only needed of before compositions.
+      old: nested containers of arrays with their old names.
+      like: a present `forms.SavedState`.
+      ema_decay: decay of the state's average, which corrects its bias. Only states from before compositions need it.
 
     Raises:
-      ValueError: without the decay where it is needed, and for arrays that are not those of the flow; the message
-        names them.
+      ValueError: if the decay is needed and None, or if arrays are not those of the flow; the message names them.
     """
     arrays, leaves = _named(old), _named(like)
     if not is_old(_of_flow(arrays)):
@@ -57,17 +53,12 @@ def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
 
 def _renamed_state(arrays: Mapping[Names, np.ndarray], leaves: Mapping[Names, Any], like: Any) -> Any:
     """A state in which no value has changed, but names."""
-    formers = {path: former_path(_former_part(path), arrays) for path in leaves}
+    formers = {path: former_path(path, arrays) for path in leaves}
     if others := set(formers.values()) ^ set(arrays):
         listed = ", ".join(sorted(map(".".join, others)))
         raise ValueError(f"state: expected the arrays of this flow in the checkpoint, got others: {listed}")
     found = [_as_leaf(path, leaf, np.asarray(arrays[formers[path]])) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(like), found)
-
-
-def _former_part(path: Names) -> Names:
-    """A path by the former name of its part of the state."""
-    return (_FORMER_PARTS.get(path[0], path[0]), *path[1:])
 
 
 def upgraded_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +70,7 @@ def upgraded_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
 def _value(
     path: Names, leaf: Any, names: Mapping[Names, Names | None], arrays: Mapping[Names, np.ndarray], ema_decay: float
 ) -> np.ndarray:
-    prefix, name = _split(_former_part(path))
+    prefix, name = _split(path)
     before = names[name] if name else name
     if before is None:
         return np.full(leaf.shape, CONSTANTS[name[-1]], leaf.dtype)
@@ -89,8 +80,9 @@ def _value(
     is_shift = name[-1:] == ("shift",) and before[-1] == "bias"
     if is_shift and (prefix in _FLOW or prefix == _AVERAGE):
         log_scale = np.asarray(arrays[(*prefix, *before[:-1], "log_scale")])
-        share = 1 - ema_decay ** int(arrays[("ema", "count")]) if prefix == _AVERAGE else 1
-        value = share * shift_of(value / share, log_scale / share) if share else value
+        # The average is not bias-corrected: it is the mean of the parameters times this weight.
+        weight = 1 - ema_decay ** int(arrays[("ema", "count")]) if prefix == _AVERAGE else 1
+        value = weight * shift_of(value / weight, log_scale / weight) if weight else value
     return _as_leaf(path, leaf, value)
 
 
@@ -102,7 +94,7 @@ def _as_leaf(path: Names, leaf: Any, value: np.ndarray) -> np.ndarray:
 
 
 def _named(tree: Any) -> dict[Names, Any]:
-    """The leaves of a tree by their names, as checkpoints have them, without the "value" of a variable of Flax."""
+    """The leaves of a tree by the names that checkpoints have, without the "value" of a variable of Flax."""
     found = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         names = tuple(str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", "")))) for entry in path)
@@ -111,7 +103,7 @@ def _named(tree: Any) -> dict[Names, Any]:
 
 
 def _split(path: Names) -> tuple[Names, Names]:
-    """Where in a state an array of a flow is, and its name in the flow; an empty name for what is none."""
+    """The part of a state that an array is in, and its name in the flow; the name is empty for other arrays."""
     start = next((n for n, name in enumerate(path) if name in _PARTS), len(path))
     return path[:start], path[start:]
 

@@ -1,9 +1,9 @@
-"""The score of each example under a flow: bits/dim of quantised images, -log p of anything else in nats.
+"""The score of each example under a flow: bits/dim of quantised images, and -log p in nats of anything else.
 
     bits/dim = -(log p(x) - D log L) / (D log 2) = -log p(x) / (D log 2) + log2 L
 
-for a density p of x in [0, 1]^D dequantised from L levels. It is the number of bits that a code built on the model
-spends on one of the D values of an image. Losses are means of scores, and so are evaluations.
+Here p is the density of x in [0, 1]^D, dequantised from L levels. Bits/dim are the number of bits that a code built on
+the model spends on one of the D values of an image. Losses and evaluations are means of scores.
 """
 
 import math
@@ -20,18 +20,18 @@ from resflow_jax.models.flow import Flow
 
 Array = jax.Array
 
-# From flow, batch, key, estimator and the log-det's weight (None for 1) to floats x, scores [B], diagnostics.
+# score(flow, batch, key, estimator, weight of the log-det or None for 1) -> (floats x, scores [B], diagnostics).
 # A batch is x alone, or a pair (x, condition).
 Score = Callable[..., tuple[Array, Array, Diagnostics]]
 
 
 def bits_per_dim(log_prob: Array, dim: int, levels: int) -> Array:
-    """Bits/dim of log p(x) in nats, elementwise."""
+    """Bits/dim of log p(x) in nats, elementwise, for events of `dim` values with `levels` levels each."""
     return -log_prob / (dim * math.log(2)) + math.log2(levels)
 
 
 def as_pair(batch: Any) -> tuple[Any, Any]:
-    """x and the condition of a batch; None where it is x alone."""
+    """Returns x and the condition of a batch. The condition is None if the batch is x alone."""
     if not isinstance(batch, tuple | list):
         return batch, None
     if len(batch) != 2:
@@ -41,7 +41,7 @@ def as_pair(batch: Any) -> tuple[Any, Any]:
 
 @lru_cache
 def bits_per_dim_of(levels: int) -> Score:
-    """Of images [B, H, W, C] with so many levels: the dequantised images, their bits/dim [B], diagnostics."""
+    """Returns the score of integer images [B, H, W, C] in {0..levels-1}; its x are the dequantised images."""
 
     def score(flow, batch, key, estimator, weight=None):
         images, condition = as_pair(batch)
@@ -54,7 +54,7 @@ def bits_per_dim_of(levels: int) -> Score:
 
 
 def negative_log_prob(flow, batch, key, estimator, weight=None):
-    """Of floats x [B, ...]: these, -log p [B] in nats, diagnostics."""
+    """The score of floats x [B, ...]: (x, -log p [B] in nats, diagnostics)."""
     x, condition = as_pair(batch)
     log_prob, diagnostics = _log_prob(flow, x, condition, key, estimator, weight)
     return x, -log_prob, diagnostics
@@ -63,7 +63,7 @@ def negative_log_prob(flow, batch, key, estimator, weight=None):
 def _log_prob(
     flow: Flow, x: Array, condition: Array | None, key: Array, estimator: Estimator, weight: Array | None
 ) -> tuple[Array, Diagnostics]:
-    """log p(x) [B] and diagnostics; the log-det has this weight in the gradient alone."""
+    """log p(x) [B] and diagnostics. The weight multiplies the gradient of the log-det, not its value."""
     options = {"key": key, "estimator": estimator, "return_diagnostics": True}
     options |= {} if condition is None else {"condition": condition}
     if weight is None:

@@ -238,7 +238,7 @@ def test_what_would_not_be_saved_is_an_error(tmp_path):
         ]:
             with pytest.raises(ValueError, match=f"state: expected .* step 3 .*, got another {name}: not saved"):
                 checkpoints.save(other, loss, certificate)
-        with pytest.raises(ValueError, match="expected a step behind 3, the newest checkpoint, got 2: not saved"):
+        with pytest.raises(ValueError, match="expected a step after 3, the newest checkpoint, got 2: not saved"):
             checkpoints.save(state(2, rf.Exact()), 1.0)
         chex.assert_trees_all_equal(checkpoints.restore(3, first), first)
         assert checkpoints.best_step == 3
@@ -249,5 +249,5 @@ def test_a_step_that_orbax_skips_for_another_reason(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state(1), 3.0)
         monkeypatch.setattr("orbax.checkpoint.CheckpointManager.should_save", lambda self, step: False)
-        with pytest.raises(ValueError, match="expected a step behind 1, the newest checkpoint, got 2: not saved"):
+        with pytest.raises(ValueError, match="expected a step after 1, the newest checkpoint, got 2: not saved"):
             checkpoints.save(state(2), 2.0)

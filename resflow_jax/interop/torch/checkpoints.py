@@ -19,10 +19,12 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_choice, check_type
 from resflow_jax.functional.norms import with_copies
-from resflow_jax.interop.torch.config import args_from_config, config_from_args, is_toy
+from resflow_jax.interop.torch.config import args_from_config, config_from_args
 from resflow_jax.interop.torch.files import read_torch_file
-from resflow_jax.interop.torch.layout import Canvas, Entry, Ignored, Norm, entries
+from resflow_jax.interop.torch.layout import entries
 from resflow_jax.interop.torch.objects import Stub
+from resflow_jax.interop.torch.options import is_toy
+from resflow_jax.interop.torch.places import Canvas, Entry, Ignored, Norm
 from resflow_jax.interop.torch.storages import brief
 from resflow_jax.interop.torch.writer import write_torch_file
 from resflow_jax.layers.lipschitz import LipschitzLinear, map_linears

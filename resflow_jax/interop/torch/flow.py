@@ -50,7 +50,7 @@ class TorchImageConfig(ImageFlowConfig):
       fully_connected: blocks of dense layers on the flattened image in every scale, as many as `kernels`, of width
         `hidden_channels`; an ActNorm is then per feature, an invertible linear layer mixes all features.
       padding_first: append the noise before the logit, through which it passes too. Noise beyond [0, 1] gives NaN, as
-        of the authors' Gaussian, of mean 1/2 and deviation 1/8, six values in 100000 do.
+        of the authors' Gaussian, of mean 1/2 and std 1/8, six values in 100000 do.
       classes: of the classifier (see `interop.torch.classifier`); 0 for none.
       classifier_channels: of the convolutions of the classifier.
     """

@@ -17,9 +17,10 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.interop.torch.config import args_from_config, config_from_args, estimator_from_args
+from resflow_jax.interop.torch.config import args_from_config, config_from_args
 from resflow_jax.interop.torch.files import Stub, read_torch_file
 from resflow_jax.interop.torch.flow import TorchFlow
+from resflow_jax.interop.torch.options import estimator_from_args
 from resflow_jax.interop.torch.writer import write_torch_file
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.models.build import feature_shapes
