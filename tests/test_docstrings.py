@@ -32,7 +32,6 @@ UNDONE = {
     "DenseNetBlocks",
     "DenseTail",
     "DiagonalNormal",
-    "Estimate",
     "Exp",
     "FitDivergedError",
     "FitProgress",
