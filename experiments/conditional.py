@@ -1,4 +1,4 @@
-"""Conditional residual flows: inference with simulators whose posterior is known, and digits by their class.
+"""Conditional flows: simulators of known posterior, and digits by their class.
 
     python -m experiments.conditional [--workdir DIR] [--steps N] [--digits.steps N] [--observations N] ...
 
@@ -118,7 +118,8 @@ class ConditionalConfig:
       seed: of parameters, simulations and noise.
       batch_size: simulated pairs a step.
       simulations: pairs in all, for a fixed budget; None for new ones at every step.
-      two_moons, gaussian_linear: the tasks.
+      two_moons: the posterior of two moons.
+      gaussian_linear: that of the Gaussian linear model.
       digits: the flows on digits.
       observations: values of x at which posteriors are compared.
       samples: of every posterior, for the comparison.
@@ -160,7 +161,7 @@ def tiny(config: ConditionalConfig) -> ConditionalConfig:
             task,
             model=replace(task.model, blocks=1, hidden=(8,)),
             steps=11,
-            flowjax=replace(task.flowjax, layers=1, width=8, depth=1, knots=3),
+            flowjax=replace(task.flowjax, layers=2, width=16, depth=1),
         )
 
     images = config.digits.model
