@@ -51,6 +51,7 @@ from experiments.studies.conditioning.posteriors import Fit, circle_of, compare,
 from experiments.studies.conditioning.simulators import GaussianLinear, Simulator, TwoMoons
 from resflow_jax import Estimator, Exact, Roulette, VectorFlowConfig, certify
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.estimators import check_estimator
 
 _MODEL = VectorFlowConfig(2, hidden=(32, 32), activation="elu", coefficient=0.97, condition_dim=2)
 
@@ -77,6 +78,7 @@ class TaskConfig:
 
     def __post_init__(self):
         check_count("steps", self.steps, 0)
+        check_estimator(self.estimator)
         check_choice("optimizer.name", self.optimizer.name, ("adam",))
         if self.optimizer.accumulate != 1:
             raise ValueError(f"optimizer.accumulate: expected 1, got {self.optimizer.accumulate}")
