@@ -13,8 +13,14 @@ for `--data.path`, or the name of a data set, looked for where the run's was; cr
 Where none is named, it is the test split in disorder: images with their pixels permuted, all in one order, vectors with
 every element from a vector of its own.
 
+`--typicality` judges every example by how far its likelihood is from that of training examples, on either side
+(Nalisnick et al. 2019, arXiv 1906.02994; see `rf.Typicality`): a picture of one colour may be likelier than the run's
+own images. p-values are by the validation split.
+
 Under OUT, by default RUN_DIR/evaluation, it writes evaluation.json, scores.npz (the likelihood of every example, means
-over draws) and histograms.png.
+over draws), histograms.png and, with `--typicality`, typicality.csv. That has a line an example: the set and number,
+the likelihood in the unit of the run, its distance from that of training examples, the p-value, and the share of
+validation examples that are less likely.
 """
 
 import json
@@ -37,7 +43,7 @@ from experiments.runs.saved import SavedFlow, Weights, saved_flow
 from experiments.runs.tables import certificate_rows, error_by_cause, print_table
 from experiments.runs.tasks.task import Task
 from experiments.runs.workdir import write_atomically
-from resflow_jax import Estimator, Exact, ResidualFlow, certify
+from resflow_jax import Estimator, Exact, ResidualFlow, Typicality, certify
 from resflow_jax.functional.checks import check_count
 from resflow_jax.io.config_json import as_json
 
@@ -59,6 +65,8 @@ class EvaluateConfig:
       draws: of dequantisation and estimate for each example; by default the run's.
       exact: log-dets of dense Jacobians, in place of the run's estimator; the number of examples is to be given with
         it.
+      typicality: whether to judge each example by the test of typicality too, beside as many training examples and the
+        validation split; typicality.csv has a line an example.
       other: paths or names of other data of the same shape.
       workdir: where everything is written; by default RUN_DIR/evaluation.
       data: where the data of the run have been moved to, if they have.
@@ -69,6 +77,7 @@ class EvaluateConfig:
     examples: int | None = None
     draws: int | None = None
     exact: bool = False
+    typicality: bool = False
     other: tuple[str, ...] = ()
     workdir: Path | None = None
     data: Path | None = None
@@ -112,6 +121,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     scores = {"test": scores_of(test)} | {name: scores_of(examples) for name, examples in others.items()}
     means = {name: draws_of.mean(axis=0) for name, draws_of in scores.items()}
     losses = {name: task.sign * mean for name, mean in means.items()}
+    judged = {}
+    if config.typicality:
+        references = [task.splits.train[: len(test)], task.splits.validation[: len(test)]]
+        judged = judge(task, saved.flow, [scores_of(examples).mean(axis=0) for examples in references], means)
+        write_atomically(workdir / "typicality.csv", typicality_csv(means, judged))
     error, unconverged = reconstruction(saved.flow, task.inputs(test[:RECONSTRUCTED]))
     certificate = certify(saved.flow)
     result = {
@@ -128,11 +142,47 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             for name in others
         },
     }
+    if judged:
+        result["typicality"] = {
+            name: {
+                "rejected_at_0.05": float((found["p_value"] <= 0.05).mean()),
+                "auroc": auroc(judged["test"]["score"], found["score"]),
+            }
+            for name, found in judged.items()
+        }
     write_atomically(workdir / "evaluation.json", json.dumps(as_json(result), indent=2) + "\n")
     np.savez(workdir / "scores.npz", **means)
     draw(workdir, saved, means, result)
     print_table({**rows(task, result), **certificate_rows(certificate), "written to": str(workdir)})
     return result
+
+
+def judge(
+    task: Task, flow: ResidualFlow, references: list[np.ndarray], means: dict[str, np.ndarray]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Score, p-value and quantile of every example of each set, from metrics of training and of validation examples.
+
+    The metric may be in any unit, as bits/dim: it falls as the log-density rises, or rises with it. Scores are in it.
+    """
+
+    def likelihoods(values: np.ndarray) -> Array:
+        return jnp.asarray(-task.sign * values, jnp.result_type(float))
+
+    typicality = Typicality.from_log_probs(*map(likelihoods, references), dim=math.prod(flow.event_shape))
+    judged = {}
+    for name, values in means.items():
+        found = {what: getattr(typicality, what)(likelihoods(values)) for what in ("score", "p_value", "quantile")}
+        judged[name] = {what: np.asarray(array) for what, array in found.items()}
+    return judged
+
+
+def typicality_csv(means: dict[str, np.ndarray], judged: dict[str, dict[str, np.ndarray]]) -> str:
+    """One line an example."""
+    lines = ["set,example,likelihood,score,p_value,quantile"]
+    for name, found in judged.items():
+        columns = zip(means[name], *found.values(), strict=True)
+        lines += [f"{name},{n}," + ",".join(f"{value:.9g}" for value in row) for n, row in enumerate(columns)]
+    return "\n".join(lines) + "\n"
 
 
 def auroc(test: np.ndarray, other: np.ndarray) -> float:
@@ -194,6 +244,9 @@ def rows(task: Task, result: dict[str, Any]) -> dict[str, str]:
         table[f"AUROC, {name}"] = (
             f"{other['auroc']:.4f}, of {_named(name)}: {other[task.metric]:.4f} +- {other['stderr']:.4f} {task.unit}"
         )
+    for name, found in result.get("typicality", {}).items():
+        share = f"p <= 0.05 for {found['rejected_at_0.05']:.1%} of the examples"
+        table[f"typicality, {name}"] = share if name == "test" else f"{share}; AUROC {found['auroc']:.4f}"
     return table
 
 

@@ -122,7 +122,7 @@ def _with_constants_of(flow: ResidualFlow, other: ResidualFlow) -> ResidualFlow:
     other = nnx.clone(other)
     for (_, theirs), (_, ours) in zip(nnx.iter_modules(other), nnx.iter_modules(flow), strict=True):
         if isinstance(theirs, ActNorm):
-            theirs.set_constants(ours.center[...], ours.deviation[...])
+            theirs.set_constants(ours.center[...], ours.std[...])
     return other
 
 

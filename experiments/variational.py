@@ -29,12 +29,13 @@ from flax import nnx
 from experiments.runs import pictures
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.metrics_file import MetricsFile
-from experiments.runs.plane import PlaneConfig, density_on_grid, grid_midpoints, train_flow
+from experiments.runs.plane import PlaneConfig, train_flow
 from experiments.runs.tables import certificate_rows, print_table
 from experiments.runs.workdir import claim_workdir
 from resflow_jax import Anderson, Diagnostics, Estimator, Exact, ResidualFlow, certify
 from resflow_jax.data.potentials import POTENTIAL_BOX, POTENTIALS, log_density
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.plot import density_on_grid, grid_midpoints
 from resflow_jax.training.losses import update_running_statistics, with_order_gradient
 
 Array = jax.Array

@@ -1,6 +1,6 @@
 """Residual flows for JAX: invertible residual networks with unbiased log-densities."""
 
-from resflow_jax import interop, training
+from resflow_jax import interop, plot, training
 from resflow_jax.functional.activations import ACTIVATIONS, Activation
 from resflow_jax.functional.batch_axes import batch_axes
 from resflow_jax.functional.contraction_check import ContractionCheck, check_contraction
@@ -54,7 +54,11 @@ from resflow_jax.models.groups import (
     VectorTransform,
 )
 from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.typicality import Anomaly, Typicality, anomaly_score
+from resflow_jax.training.course import FitDivergedError, FitProgress, FitResult
 from resflow_jax.training.evaluation import Estimate, evaluate_bits_per_dim
+from resflow_jax.training.fit import fit
+from resflow_jax.training.history import History
 
 __version__ = "0.1.0"
 
@@ -64,6 +68,7 @@ __all__ = [
     "Activation",
     "Affine",
     "Anderson",
+    "Anomaly",
     "Base",
     "BetweenBlocks",
     "Bijector",
@@ -89,11 +94,15 @@ __all__ = [
     "Estimator",
     "Exact",
     "Exp",
+    "FitDivergedError",
+    "FitProgress",
+    "FitResult",
     "Fitted",
     "FixedPoint",
     "Flatten",
     "Flow",
     "Geometric",
+    "History",
     "ImageFlowConfig",
     "ImageTransform",
     "InverseError",
@@ -130,19 +139,23 @@ __all__ = [
     "Squeeze",
     "StandardNormal",
     "Truncated",
+    "Typicality",
     "VectorFlowConfig",
     "VectorTransform",
+    "anomaly_score",
     "batch_axes",
     "best_start",
     "certify",
     "check_contraction",
     "evaluate_bits_per_dim",
+    "fit",
     "fit_lengths",
     "gram_iteration_bound",
     "induced_norm_bound",
     "interop",
     "load",
     "load_torch_checkpoint",
+    "plot",
     "power_iteration",
     "residual",
     "residual_inverse",

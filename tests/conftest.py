@@ -1,4 +1,4 @@
-"""Every test runs in float64, so that a wrong formula cannot hide behind rounding.
+"""Every test runs in float64, so that a wrong formula cannot hide behind rounding, and fails if a tracer leaks.
 
 The programs are tiny, compiled often and run once: most of XLA's optimisations cost more than they bring, and its
 older emitters of fusions compile in half of the time. Python's garbage collector, which looks at every traced program
@@ -18,6 +18,8 @@ gc.set_threshold(200_000, 20, 100)
 
 import jax  # noqa: E402
 
+from tests import leaks  # noqa: E402
+
 MAPS = Path("/proc/self/maps")
 
 jax.config.update("jax_enable_x64", True)
@@ -26,6 +28,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 # what users switch on to find mistakes in their own code: nothing here may depend on an implicit promotion
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+CHECKS_LEAKS = leaks.watch()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,23 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-
-def as_shown(images: np.ndarray) -> np.ndarray:
-    """Images [..., C] with one channel or three: of others the first, or the first three, stand for all."""
-    channels = images.shape[-1]
-    return images if channels in (1, 3) else images[..., : 1 if channels == 2 else 3]
-
-
-def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """Tiles [N, H, W, C] into one [rows * (H + 1) + 1, columns * (W + 1) + 1, C], with a margin of one pixel."""
-    images = as_shown(images)
-    number, height, width, channels = images.shape
-    rows = -(-number // columns)
-    grid = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 0.5)
-    for n, image in enumerate(images):
-        top, left = 1 + n // columns * (height + 1), 1 + n % columns * (width + 1)
-        grid[top : top + height, left : left + width] = image
-    return grid
+from resflow_jax import plot
+from resflow_jax.plot import as_shown, image_grid
 
 
 def save_grid(path: Path, images: np.ndarray, columns: int) -> None:
@@ -44,17 +29,12 @@ def save_grid(path: Path, images: np.ndarray, columns: int) -> None:
 
 def save_scatter(path: Path, data: np.ndarray, samples: np.ndarray, title: str) -> None:
     """Draws data [N, D] and the finite of samples [M, D], every element against the next, of at most the first five."""
-    samples = samples[np.isfinite(samples).all(axis=1)]
     shown = min(data.shape[1], 5)
     pairs = [(n, n + 1) for n in range(shown - 1)] or [(0, 0)]
     figure, axes = plt.subplots(1, len(pairs), figsize=(3.6 * len(pairs), 3.9), squeeze=False, layout="constrained")
     for axis, (x, y) in zip(axes[0], pairs, strict=True):
         for points, label in ((data, "data"), (samples, "samples")):
-            if x == y:
-                axis.hist(points[:, x], bins=60, density=True, alpha=0.5, label=label)
-            else:
-                axis.plot(points[:, x], points[:, y], ".", ms=2, alpha=0.6, label=label)
-        axis.set(xlabel=f"element {x}", ylabel="density" if x == y else f"element {y}")
+            plot.samples(points, axis, elements=(x, y), label=label)
         # by the data: samples of a young flow may lie far away
         low, margin = data.min(axis=0), 0.3 * np.ptp(data, axis=0)
         high = low + np.ptp(data, axis=0)
@@ -70,10 +50,8 @@ def save_images(path: Path, rows: dict[str, np.ndarray], columns: int) -> None:
     """Writes one titled grid of images [N, H, W, C] in [0, 1] for each entry, side by side."""
     figure, axes = plt.subplots(1, len(rows), figsize=(4.5 * len(rows), 4.8), squeeze=False, layout="constrained")
     for axis, (title, images) in zip(axes[0], rows.items(), strict=True):
-        grid = np.clip(image_grid(np.asarray(images), columns), 0, 1)
-        axis.imshow(grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
+        plot.samples(np.asarray(images), axis, columns=columns)
         axis.set_title(title)
-        axis.axis("off")
     _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""What experiments in the plane share: the settings of a run, its training, and the density that was learned."""
+"""What experiments in the plane share: the settings of a run, and its training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from experiments.runs.loop import falls_due, training_loop
 from experiments.runs.metrics_file import MetricsFile
 from resflow_jax import Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.training.evaluation import vector_log_prob
 from resflow_jax.training.parallel import STRATEGIES, Strategy, make_mesh
 from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Loss, Trainer
@@ -104,17 +103,3 @@ def train_flow(
         line = as_line(float(at.metrics["loss"]))
         metrics.write(step=at.step, split="train", **line, gradient_norm=float(at.metrics["gradient_norm"]))
     return placement.averaged_flow(at.state), float(np.median(step_times))
-
-
-def grid_midpoints(low: np.ndarray | float, high: np.ndarray | float, cells: int) -> np.ndarray:
-    """The midpoints of cells x cells equal cells of a box, [cells * cells, 2], row by row of y."""
-    middles = (np.arange(cells) + 0.5) / cells
-    grid = np.stack(np.meshgrid(middles, middles), axis=-1).reshape(-1, 2)
-    return low + (high - low) * grid
-
-
-def density_on_grid(flow: ResidualFlow, low: np.ndarray, high: np.ndarray, cells: int, batch_size: int) -> np.ndarray:
-    """p at the midpoints of cells x cells equal cells of a box, [y, x]."""
-    points = grid_midpoints(low, high, cells).astype(np.float32)
-    (log_prob,) = vector_log_prob(flow, points, jax.random.key(0), batch_size=batch_size)
-    return np.exp(log_prob).reshape(cells, cells)

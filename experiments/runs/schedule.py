@@ -5,6 +5,7 @@ from typing import Any
 from experiments.configs.base import RunConfig
 from experiments.runs.loop import falls_due
 from experiments.runs.tasks.task import Task
+from resflow_jax.training.loop import has_stopped_improving
 
 
 class Schedule:
@@ -35,6 +36,5 @@ class Schedule:
 
 def is_patience_spent(task: Task, lines: list[dict[str, Any]]) -> bool:
     """Whether the last validations, as many as the config has patience for, have not improved on those before."""
-    patience = task.config.evaluation.patience
     found = [task.sign * line[name] for line in lines if (name := f"validation_{task.metric}") in line]
-    return patience is not None and len(found) > patience and min(found[:-patience]) <= min(found[-patience:])
+    return has_stopped_improving(found, task.config.evaluation.patience)

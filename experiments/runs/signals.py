@@ -2,13 +2,14 @@
 
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
+
+from resflow_jax.training.interrupts import deferred_signals
 
 _ASK = (signal.SIGINT, signal.SIGTERM)
 
@@ -52,28 +53,5 @@ def _agreed_stop() -> Iterator[Callable[[int], bool]]:
 
 @contextmanager
 def _own_stop() -> Iterator[Callable[[int], bool]]:
-    asked = threading.Event()
-
-    def stops_at(step: int) -> bool:
-        return asked.is_set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stops_at
-        return
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _ASK}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def ask(number: int, frame) -> None:
-        asked.set()
-        restore()
-        tqdm.write("stopping behind this step, with a checkpoint; once more to stop at once")
-
-    for number in _ASK:
-        signal.signal(number, ask)
-    try:
-        yield stops_at
-    finally:
-        restore()
+    with deferred_signals(_ASK, "stopping behind this step, with a checkpoint; once more to stop at once") as is_asked:
+        yield lambda step: is_asked()

@@ -14,7 +14,7 @@ from experiments.configs.base import RunConfig
 from experiments.runs.closing import StepTime, report
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.judging import judged, sketch, validation_loss
-from experiments.runs.loop import Progress, training_loop
+from experiments.runs.loop import training_loop
 from experiments.runs.metrics import Metrics, NullMetrics
 from experiments.runs.processes import by_first, from_first, is_first, wait_for_all
 from experiments.runs.schedule import Schedule, is_patience_spent
@@ -24,6 +24,7 @@ from experiments.runs.tasks.task import Task
 from experiments.runs.workdir import claim_workdir
 from resflow_jax import Estimate
 from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.loop import Pause
 from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import TrainState, fit_estimator
 
@@ -133,7 +134,7 @@ def _with_fitted_lengths(placement: Placement, config: RunConfig, state: TrainSt
 
 
 def _validate_and_save(
-    task: Task, placement: Placement, pause: Progress, checkpoints: Checkpoints, metrics: Metrics | NullMetrics
+    task: Task, placement: Placement, pause: Pause, checkpoints: Checkpoints, metrics: Metrics | NullMetrics
 ) -> None:
     """Validates the averaged weights, writes the metrics, saves the state and draws.
 
@@ -152,7 +153,7 @@ def _validate_and_save(
     pause.bar.set_description(f"validation {task.sign * loss:.3f} {task.unit}")
 
 
-def _line(task: Task, pause: Progress) -> dict[str, Any]:
+def _line(task: Task, pause: Pause) -> dict[str, Any]:
     """What metrics.jsonl has of the steps since the last pause."""
     optimizer = task.config.optimizer
     updates = (pause.step - 1) // optimizer.accumulate

@@ -158,7 +158,7 @@ def _converted(bijector: Bijector, pixel: tuple[int, ...], papers: bool) -> nf.f
         case ActNorm() if bijector.shift.ndim == 1:
             # y = (x - center) / d * exp(w) + shift, as the inverse of x = y * exp(s) + t; without data-dependent start
             affine = nf.flows.AffineConstFlow((bijector.shift.size, *pixel))
-            s = jnp.log(bijector.deviation[...]) - bijector.log_scale[...]
+            s = jnp.log(bijector.std[...]) - bijector.log_scale[...]
             affine.s = _parameter(s.reshape(affine.s.shape))
             t = bijector.center[...] - bijector.shift[...] * jnp.exp(s)
             affine.t = _parameter(t.reshape(affine.t.shape))

@@ -1,4 +1,4 @@
-"""Training batches by grain: shuffled by a seed, a part a process, read ahead, resumed at any step."""
+"""Training batches by grain: shuffled by a seed, divided among processes, read ahead, resumable at any step."""
 
 import atexit
 import multiprocessing
@@ -19,11 +19,11 @@ from resflow_jax.functional.checks import check_count
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to each image at random whenever it is drawn.
+    """Random changes of an image, drawn anew whenever the image is read.
 
     Attributes:
-      flip: mirror left and right, half of the time.
-      crop: shift by up to so many pixels in each direction, the image continued by reflection; 0 for none.
+      flip: whether to mirror the image left to right with probability 1/2.
+      crop: largest shift in pixels in each direction, with reflection at the border; 0 for no shift.
     """
 
     flip: bool = False
@@ -43,9 +43,15 @@ class Augmentation:
 
 
 class Batches:
-    """The batches of a run: those of step 0, 1, ..., each a function of the settings and the step alone.
+    """The batches of step 0, 1, 2, ..., without end. Each depends only on the settings and the step.
 
-    Every epoch visits the rows in an order of its own, without end; a batch may span two epochs.
+    Every epoch visits all rows in a new random order. A batch may span two epochs.
+
+    Example:
+      >>> from resflow_jax.data.batches import Batches
+      >>> batches = Batches(np.arange(10), seed=0, batch_size=5)
+      >>> sorted([*batches[0].tolist(), *batches[1].tolist()])   # two batches are an epoch
+      [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
 
     def __init__(
@@ -58,19 +64,19 @@ class Batches:
         part: int = 0,
         parts: int = 1,
     ):
-        """Of every batch, cut in so many equal parts for as many processes, that of number `part`.
+        """Divides every batch into `parts` equal parts, one for each process, and reads part number `part`.
 
         Args:
-          rows: images [N, H, W, C], vectors [N, D], or whatever else has a length and is indexed by numbers.
-          seed: of the order, and of the augmentation.
-          batch_size: rows of a whole batch.
-          augmentation: of images, if any.
-          part: which part is read.
-          parts: how many there are.
+          rows: images [N, H, W, C], vectors [N, D], or any sequence that is indexed by integers.
+          seed: seed of the order and of the augmentation.
+          batch_size: number of rows of a whole batch.
+          augmentation: changes of images, or None.
+          part: number of the part that this process reads, from 0.
+          parts: number of parts.
 
         Raises:
-          ValueError: for a batch larger than the number of rows, or that cannot be cut in equal parts; for an
-            augmentation of what are not images.
+          ValueError: if the batch is larger than the number of rows or not divisible by `parts`, or for an augmentation
+            of rows that are not images.
         """
         import grain
 
@@ -88,19 +94,19 @@ class Batches:
         self._dataset = dataset.batch(batch_size // parts, drop_remainder=True)[part::parts]
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """The part of the batch of a step, [batch_size / parts, ...] of the rows' type."""
+        """This process's part of the batch of a step, [batch_size / parts, ...] in the dtype of the rows."""
         return self._dataset[step]
 
     def starting_at(self, step: int, *, threads: int = 2, ahead: int = 4, workers: int = 0) -> Iterator[np.ndarray]:
-        """The batches from that of `step` on, the same however they are read.
+        """Iterates over the batches from `step` on. The settings below affect the speed, not the batches.
 
         Args:
-          step: of the first batch.
-          threads: that read, in each worker if there are any.
-          ahead: number of batches that are read ahead at most, by each worker if there are any.
-          workers: processes that read, each every so many-th batch; 0 for this one alone. Every worker has its copy
-            of rows in memory and imports the main module, which must start its work under
-            `if __name__ == "__main__":`. They end when the iterator is closed by its close() or deleted.
+          step: number of the first batch.
+          threads: number of reading threads in each reading process.
+          ahead: largest number of batches that each reading process reads ahead.
+          workers: number of worker processes, which take turns reading batches; 0 reads in this process. Each worker
+            has a copy of the rows in memory and imports the main module, which must start its work under
+            `if __name__ == "__main__":`. Workers end when the iterator is deleted, or closed by its close().
         """
         import grain
 
@@ -110,21 +116,21 @@ class Batches:
         if not workers:
             return iter(dataset)
         batches = _read_by_workers(dataset, workers)
-        atexit.register(_close, weakref.ref(batches))  # once modules are torn down it is too late for grain
+        atexit.register(_close, weakref.ref(batches))  # grain cannot close once the interpreter unloads modules
         return batches
 
 
 def _read_by_workers(dataset: Any, workers: int) -> Iterator[np.ndarray]:
-    """The elements of grain's IterDataset, read by so many processes until the generator is closed."""
+    """Iterates over a grain IterDataset with worker processes, until the generator is closed."""
     import grain
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain asks a flag of absl, which programs without absl.app never parse
+        flags.FLAGS.mark_as_parsed()  # grain reads an absl flag, and programs without absl.app do not parse flags
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers), _set_up_worker)
     with closing(iter(dataset)) as iterator:
         for batch in iterator:
-            yield np.array(batch)  # out of the shared memory, which JAX may keep for as long as its array
+            yield np.array(batch)  # a copy: JAX could keep the shared memory in use as long as its array lives
 
 
 def _close(reference: weakref.ref) -> None:
@@ -134,11 +140,11 @@ def _close(reference: weakref.ref) -> None:
 
 
 def _set_up_worker(worker: int, workers: int) -> None:
-    """Called first in every worker, which ends with the run, not before, and leaves accelerators to it."""
+    """Sets up a worker: it ends when its parent process ends, not by a signal, and uses no accelerator."""
     import jax
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # sent to all processes of a run, which may go on for a while
+        signal.signal(number, signal.SIG_IGN)  # terminals signal all processes; the run may need batches until it stops
     threading.Thread(target=_end_with_run, daemon=True).start()
     jax.config.update("jax_platforms", "cpu")
 

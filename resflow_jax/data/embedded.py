@@ -1,4 +1,4 @@
-"""Images and vectors that scikit-learn ships: data sets that need no network."""
+"""Data sets of images and vectors that scikit-learn contains, which need no network."""
 
 import math
 
@@ -8,13 +8,20 @@ from resflow_jax.data.images import ImageSplits, reduce_bits
 from resflow_jax.data.vectors import VectorSplits
 from resflow_jax.functional.checks import check_count
 
-_TRAIN, _VALIDATION = 0.7, 0.8  # the photographs' columns left of these parts of their width
+_TRAIN, _VALIDATION = 0.7, 0.8  # ends of the training and the validation region, as fractions of a photograph's width
 
 
 def load_digits() -> ImageSplits:
-    """The 1797 8x8 digits that scikit-learn ships, 17 levels.
+    """The 1797 images of digits in scikit-learn, 8x8 pixels, 17 levels.
 
-    The split is fixed: of the images permuted by a fixed seed, 1347 train, 150 validate, 300 test.
+    The split is fixed: after a permutation with a fixed seed, 1347 images are for training, 150 for validation and 300
+    for testing.
+
+    Example:
+      >>> from resflow_jax.data.embedded import load_digits
+      >>> digits = load_digits()
+      >>> digits.train.shape, digits.test.shape, digits.levels
+      ((1347, 8, 8, 1), (300, 8, 8, 1), 17)
     """
     from sklearn.datasets import load_digits as load
 
@@ -22,7 +29,7 @@ def load_digits() -> ImageSplits:
 
 
 def load_digit_labels() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The classes {0..9} of the images of `load_digits`: integers [N] for training, validation, test."""
+    """The classes 0..9 of the images of `load_digits`: integers [N] for training, validation and testing."""
     from sklearn.datasets import load_digits as load
 
     return tuple(_split_digits(load().target))
@@ -33,15 +40,20 @@ def _split_digits(values: np.ndarray) -> list[np.ndarray]:
 
 
 def load_photographs(size: int = 16, channels: int = 3, *, bits: int = 8) -> ImageSplits:
-    """Square crops of the two photographs that scikit-learn ships, a temple and a flower, 427x640 pixels.
+    """Square crops of the two photographs in scikit-learn, a temple and a flower, of 427x640 pixels.
 
-    Split by region: crops of the left 70 % of the columns train, overlapping by half; of the next 10 % they
-    validate, of the last 20 % they test, side by side. No pixel is in two splits; their order is a fixed permutation.
+    The splits are regions: the left 70 % of the columns are for training, with crops that overlap by half, the next
+    10 % for validation and the last 20 % for testing, with crops side by side. No pixel is in two splits. The order of
+    the crops is a permutation with a fixed seed.
 
     Args:
-      size: side of a crop; above 64 the photographs are enlarged first, so that there are regions of that width.
+      size: side of a crop in pixels. For sizes above 64 the photographs are enlarged first, so that every region is
+        wide enough.
       channels: 3, or 1 for grey.
-      bits: of a pixel.
+      bits: number of bits of a pixel that are kept, at most 8.
+
+    Raises:
+      ValueError: for a size below 1, another number of channels, or a number of bits outside of 1..8.
     """
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -64,9 +76,10 @@ def load_photographs(size: int = 16, channels: int = 3, *, bits: int = 8) -> Ima
 
 
 def load_cell_nuclei() -> VectorSplits:
-    """30 measurements of each of 569 cell nuclei (the breast cancer data of Wolberg et al. 1995), in their own units.
+    """30 measurements of cell nuclei in 569 samples (breast cancer data, Wolberg et al. 1995), in their own units.
 
-    The split is fixed: of the rows permuted by a fixed seed, 400 train, 69 validate, 100 test.
+    The split is fixed: after a permutation with a fixed seed, 400 rows are for training, 69 for validation and 100 for
+    testing.
     """
     from sklearn.datasets import load_breast_cancer
 

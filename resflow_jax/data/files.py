@@ -1,4 +1,4 @@
-"""A user's own images: a folder of image files, an array in a .npy or .npz file, or IDX files as those of MNIST."""
+"""Reads a user's images: a folder of image files, an array in a .npy or .npz file, or IDX files like those of MNIST."""
 
 import gzip
 import math
@@ -18,23 +18,31 @@ _GREY = ("1", "L", "LA")  # modes of files with one channel
 
 
 def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
-    """The images under a path, all of one shape, 8 bits a pixel of which the highest `bits` are kept.
+    """Reads the images under a path. They have one shape and 8 bits a pixel, of which the highest `bits` are kept.
 
     The path is one of
 
-      - a folder of image files, in any depth; or with the subfolders train, test and, if there is one, validation;
-      - a .npy file of uint8 images [N, H, W, C] or [N, H, W]; a .npz file of one such array, or of several named
-        train, test and, if there is one, validation;
+      - a folder of image files, at any depth, or a folder with the subfolders train, test and optionally validation;
+      - a .npy file of uint8 images [N, H, W, C] or [N, H, W]; a .npz file with one such array, or with the arrays
+      train,
+        test and optionally validation;
       - an IDX file of images, or a folder with the files of MNIST (train-images-idx3-ubyte, t10k-images-idx3-ubyte),
         compressed by gzip or not.
 
-    Where there is no test split, a tenth of the images, drawn by a fixed seed, is it; where there is no
-    validation split, a twentieth of what is left. Folders of more than 1 GB of pixels are read as needed.
+    Without a test split, a tenth of the images, drawn with a fixed seed, becomes the test split. Without a validation
+    split, a twentieth of the remaining images becomes it. A folder of more than 1 GB of pixels is read as needed.
+
+    Args:
+      path: a folder or file.
+      bits: number of bits of a pixel that are kept, 1..8.
+
+    Returns:
+      `ImageSplits` of uint8 images [N, H, W, C] with 2^bits levels.
 
     Raises:
-      FileNotFoundError: if there is nothing there, or no image inside.
-      ValueError: if a file cannot be read, and if images differ in shape; the message names the file. If folders are
-        named like splits, but not as above.
+      FileNotFoundError: if nothing is at the path, or there is no image inside.
+      ValueError: if a file cannot be read, or images differ in shape; the message names the file. Also if a folder has
+        subfolders named like splits, but not those above.
     """
     path = Path(path)
     if not path.exists():
@@ -44,7 +52,7 @@ def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
 
 
 def split(parts: dict[str, Images], *, bits: int = 8) -> ImageSplits:
-    """Splits from those that there are: "train", and "validation" and "test" or not."""
+    """Makes all splits from a "train" split and optional "validation" and "test" splits of images of 8 bits."""
     parts = complete(parts, "images")
     return ImageSplits(**{name: _of_bits(images, bits) for name, images in parts.items()}, levels=2**bits)
 
@@ -65,14 +73,14 @@ def _read_folder(path: Path) -> dict[str, Images]:
         return {"train": stored_files(path)}
     if "train" not in folders or not folders <= set(SPLITS):
         raise ValueError(
-            f"path: expected the folders train, test and validation, of which the last two may be missing, got "
+            f"path: expected the folder train and, optionally, test and validation, got "
             f"{', '.join(sorted(folders))} in {path}"
         )
     return {name: stored_files(path / name) for name in SPLITS if name in folders}
 
 
 def stored_files(folder: Path) -> Images:
-    """The image files of a folder, in any depth, in the order of their names; read now if they are small."""
+    """The image files in a folder, at any depth, sorted by name. They are read at once if they are small."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"path: expected image files ({', '.join(SUFFIXES)}) in {folder}, found none")
@@ -87,7 +95,7 @@ def stored_files(folder: Path) -> Images:
 
 
 def _shape(file: Path) -> tuple[int, int, int]:
-    """(H, W, C) of an image file, which is not decoded; grey ones have one channel, all others three."""
+    """(H, W, C) of an image file, without decoding it. Grey images have one channel, all others three."""
     from PIL import Image
 
     try:
@@ -100,7 +108,7 @@ def _shape(file: Path) -> tuple[int, int, int]:
 
 
 def _decode(file: Path) -> np.ndarray:
-    """uint8 [H, W, C]. What is transparent is taken as opaque."""
+    """Decodes an image file to uint8 [H, W, C]. Transparency is ignored."""
     from PIL import Image
 
     try:
@@ -118,7 +126,7 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """uint8 images [N, H, W, 1] of an IDX file: 0, 0, type 8, number of axes, then the axes, big-endian."""
+    """uint8 images [N, H, W, 1] of an IDX file: bytes 0, 0, 8 and the number of axes, then the axes (big-endian)."""
     data = path.read_bytes()
     if data[:2] == b"\x1f\x8b":
         try:

@@ -1,8 +1,8 @@
-"""Quantised images, split in train, validation and test; dequantisation.
+"""Quantised images in training, validation and test splits, and their dequantisation.
 
-A pixel of L levels, k in {0..L-1}, is dequantised to x = (k + u) / L with u uniform in [0, 1)
-(Theis et al. 2016, arXiv 1511.01844, section 3.1), a density on [0, 1] whose bits/dim bound those
-of the discrete image from above.
+A pixel k in {0..L-1} of L levels is dequantised to x = (k + u) / L with u uniform in [0, 1) (Theis et al. 2016, arXiv
+1511.01844, section 3.1). The bits/dim of the density of x, minus log2 of its change of scale, are an upper bound on the
+bits/dim of the discrete image.
 """
 
 import math
@@ -20,14 +20,19 @@ Array = jax.Array
 
 
 class StoredImages:
-    """Images that stay where they are until they are asked for, like an array [N, H, W, C] of uint8.
+    """Images that are read when they are indexed, like an array [N, H, W, C] of uint8.
 
-    images[n] is one image, images[a:b] and images[indices] are arrays of them. What is read is checked: every
-    image has the shape of the first.
+    images[n] is one image; images[a:b] and images[indices] are arrays of images. Indexing raises a ValueError if an
+    image has another shape than the first.
     """
 
     def __init__(self, read: Callable[[np.ndarray], np.ndarray], rows: np.ndarray):
-        """read: from numbers [n] to uint8 images [n, H, W, C]; rows: which numbers these images have."""
+        """Makes images from a function that reads them.
+
+        Args:
+          read: function from integers [n] to uint8 images [n, H, W, C].
+          rows: the integers of these images, in order.
+        """
         self._read, self._rows = read, rows
         self.shape = (len(rows), *read(rows[:1]).shape[1:]) if len(rows) else (0,)
         self.dtype = np.dtype(np.uint8)
@@ -45,16 +50,16 @@ class StoredImages:
 
 Images = np.ndarray | StoredImages
 
-_IN_MEMORY = 2**30  # bytes of pixels up to which images are decoded once, and not in every epoch
+_IN_MEMORY = 2**30  # largest number of bytes of pixels that are read once and held in memory
 
 
 def held_if_small(images: StoredImages) -> Images:
-    """The images read now, up to 1 GB of pixels; else as they are."""
+    """Reads the images into an array if they have up to 1 GB of pixels; otherwise returns them unread."""
     return images[:] if math.prod(images.shape) <= _IN_MEMORY else images
 
 
 def take(images: Images, rows: np.ndarray) -> Images:
-    """The images of these rows; stored ones stay where they are."""
+    """The images of these rows. Stored images are not read."""
     if isinstance(images, StoredImages):
         return StoredImages(lambda numbers: images[numbers], rows)
     return images[rows]
@@ -62,11 +67,14 @@ def take(images: Images, rows: np.ndarray) -> Images:
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """Integer images [N, H, W, C] with values in {0..levels-1}.
+    """Integer images [N, H, W, C] with values in {0..levels-1}, in three splits.
 
     Attributes:
-      train, validation, test: uint8, of equal image shape; of stored images the first alone is checked.
-      levels: number of grey levels of a pixel.
+      train, validation, test: uint8 images of one shape. Of `StoredImages` only the first image is checked.
+      levels: number of levels of a pixel.
+
+    Raises:
+      ValueError: for images of another rank, dtype, shape or range.
     """
 
     train: Images
@@ -88,9 +96,12 @@ class ImageSplits:
 
 
 def dequantize(images: Array, key: Array, levels: int) -> Array:
-    """(k + u) / levels with u uniform in [0, 1), for integers k [B, H, W, C]; floats in [0, 1].
+    """Dequantises integers k [B, H, W, C] to floats (k + u) / levels in [0, 1], with u uniform in [0, 1).
 
-    Each image has noise of its own, which does not depend on how the batch is divided among devices.
+    The noise of each image is drawn with its own key, so it does not depend on the division of a batch among devices.
+
+    Raises:
+      ValueError: if images are not integers.
     """
     if not jnp.issubdtype(images.dtype, jnp.integer):
         raise ValueError(f"images: expected integer pixels in 0..{levels - 1}, got dtype {images.dtype}")
@@ -99,13 +110,13 @@ def dequantize(images: Array, key: Array, levels: int) -> Array:
 
 
 def reduce_bits(images: np.ndarray, bits: int) -> np.ndarray:
-    """The highest `bits` of the eight of a pixel: uint8 in {0..255} to {0..2^bits - 1}."""
+    """Keeps the highest `bits` of the 8 bits of a pixel: uint8 in {0..255} to {0..2^bits - 1}."""
     check_bits(bits)
     return images >> np.uint8(8 - bits)
 
 
 def check_bits(bits: int) -> None:
-    """Raises ValueError unless a pixel of eight bits has so many."""
+    """Raises ValueError unless bits is an integer in 1..8."""
     check_count("bits", bits, 1)
     if bits > 8:
         raise ValueError(f"bits: expected between 1 and 8, got {bits}")
@@ -122,5 +133,5 @@ def check_quantized(name: str, images: np.ndarray, levels: int) -> None:
 
 
 def to_unit_interval(images: np.ndarray, levels: int) -> Array:
-    """Pixel k to (k + 1/2) / levels, the middle of its cell: images without noise, to look at."""
+    """Maps pixels k to (k + 1/2) / levels, the middle of their cells, without noise: for pictures."""
     return (jnp.asarray(images).astype(float) + 0.5) / levels

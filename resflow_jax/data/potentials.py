@@ -1,12 +1,12 @@
-"""Unnormalised densities in the plane: targets for variational inference, known up to a constant.
+"""Unnormalised densities in the plane, as targets for variational inference.
 
     ring     log p = -((|x| - 2) / 0.4)^2 / 2 + log(exp(-((x1 - 2) / 0.6)^2 / 2) + exp(-((x1 + 2) / 0.6)^2 / 2)) + c
     wave     log p = -((x2 - sin(pi x1 / 2)) / 0.4)^2 / 2 - (x1 / 2)^2 / 2 + c
     banana   log p = -((x2 - x1^2 / 4 + 2) / 0.5)^2 / 2 - (x1 / 1.5)^2 / 2 + c
 
-The first is U1 of Rezende & Mohamed (2015, arXiv 1505.05770), table 1; the second their U2, made proper
-by a Gaussian on x1. `log_density(name, x)` takes x [B, 2] and returns [B] in nats, up to the constant c.
-Almost all of the mass lies within `POTENTIAL_BOX`.
+"ring" is U1 of Rezende & Mohamed (2015, arXiv 1505.05770), table 1. "wave" is their U2 with an additional Gaussian
+factor in x1, which makes it normalisable. `log_density` omits the constant c. Almost all of the mass lies in
+`POTENTIAL_BOX`.
 """
 
 import jax
@@ -16,14 +16,19 @@ from resflow_jax.functional.checks import check_batch, check_choice
 
 Array = jax.Array
 
-POTENTIAL_BOX = (-8.0, 8.0)  # of both coordinates
+POTENTIAL_BOX = (-8.0, 8.0)  # range of both coordinates
 
 
 def log_density(name: str, x: Array) -> Array:
-    """log of an unnormalised density at x [B, 2]: [B], in nats.
+    """The log of an unnormalised density at x [B, 2]: floats [B], in nats.
 
     Raises:
-      ValueError: for a name not in `POTENTIALS` or a wrong shape.
+      ValueError: if the name is not in `POTENTIALS`, or x is not a float array [B, 2].
+
+    Example:
+      >>> from resflow_jax.data.potentials import log_density
+      >>> log_density("wave", jnp.array([[2.0, 0.0], [0.0, 0.4]])).tolist()
+      [-0.5, -0.5]
     """
     check_choice("name", name, POTENTIALS)
     check_batch("x", x, (2,))

@@ -1,4 +1,4 @@
-"""The splits of a data set, and how one that lacks some is divided."""
+"""The splits of a data set, and the division of a data set that lacks some of them."""
 
 import numpy as np
 
@@ -8,17 +8,20 @@ SPLITS = ("train", "validation", "test")
 
 
 def complete(parts: dict[str, Images | np.ndarray], things: str) -> dict[str, Images | np.ndarray]:
-    """All splits from those that there are: "train", and "validation" and "test" or not.
+    """Makes the splits that are missing from the training split.
 
-    Where there is no test split, a tenth of the training rows, drawn by a fixed seed, is it; where there is no
-    validation split, a twentieth of what is left. The rows of a split keep their order.
+    Without a test split, a tenth of the training rows, drawn with a fixed seed, becomes the test split. Without a
+    validation split, a twentieth of the remaining rows becomes it. The rows of a split keep their order.
 
     Args:
-      parts: arrays of rows.
-      things: what a row is, for the error.
+      parts: arrays of rows by split: "train", and optionally "validation" and "test".
+      things: plural noun for rows, for errors.
+
+    Returns:
+      Arrays of rows for all three splits.
 
     Raises:
-      ValueError: if there are too few training rows to take some.
+      ValueError: if there are too few training rows to divide.
     """
     rng = np.random.default_rng(0)
     parts = dict(parts)
@@ -27,7 +30,7 @@ def complete(parts: dict[str, Images | np.ndarray], things: str) -> dict[str, Im
             number = len(parts["train"])
             taken = max(1, number // share)
             if number - taken < 1:
-                raise ValueError(f"path: expected more than {number} {things} to take some from for {name}")
+                raise ValueError(f"path: expected at least 2 {things} to make a {name} split from, got {number}")
             order = rng.permutation(number)
             parts[name] = take(parts["train"], np.sort(order[:taken]))
             parts["train"] = take(parts["train"], np.sort(order[taken:]))

@@ -1,4 +1,4 @@
-"""Image sets of TensorFlow Datasets, prepared on disk and read without TensorFlow."""
+"""Reads image sets of TensorFlow Datasets that are prepared on disk, without TensorFlow."""
 
 import os
 from collections.abc import Iterator
@@ -13,30 +13,33 @@ from resflow_jax.data.images import Images, ImageSplits, StoredImages, held_if_s
 
 
 def load_tfds(name: str, data_dir: str | Path | None = None, *, bits: int = 8, validation: int = 5000) -> ImageSplits:
-    """A prepared image set, 256 levels or fewer. Splits of more than 1 GB of pixels are read as needed.
+    """Reads a prepared image set, with up to 256 levels. A split of more than 1 GB of pixels is read as needed.
 
-    The test split is that named "test"; else that named "validation", as of ImageNet, whose likelihoods are
-    published on it; else the last tenth of the training images, as of CelebA-HQ.
+    The test split is the data set's split "test". If it has none, it is the split "validation", as for ImageNet, where
+    likelihoods are published on it. If it has neither, it is the last tenth of the training images, as for CelebA-HQ.
 
     Args:
-      name: the data set, which has the feature "image"; with its configuration if there are several, as in
+      name: name of the data set, which must have the feature "image". Add the configuration if there are several, as in
         "downsampled_imagenet/32x32".
-      data_dir: where it lies prepared as array_record; by default `find_data_dir`.
-      bits: the highest bits of a pixel that are kept.
-      validation: number of training images, taken from the end, that become the validation split.
+      data_dir: directory with the data set, prepared as array_record. None takes `find_data_dir`.
+      bits: number of bits of a pixel that are kept, 1..8.
+      validation: number of training images, from the end, that become the validation split.
+
+    Returns:
+      `ImageSplits` of uint8 images [N, H, W, C] with 2^bits levels.
 
     Raises:
-      FileNotFoundError: if it is not there; the message says how to prepare it.
-      ValueError: if it cannot be read, as when it is damaged or prepared in another format; if it has no training
-        split, or no images of eight bits and one shape.
+      FileNotFoundError: if the data set is not there; the message says how to prepare it.
+      ValueError: if it cannot be read, for example because it is damaged or prepared in another format; if it has no
+        training split; or if its images are not of 8 bits and one shape.
     """
     import tensorflow_datasets as tfds
 
     directory = Path(data_dir) if data_dir is not None else find_data_dir(name)
     if not (directory / name).is_dir():
         raise FileNotFoundError(
-            f"data_dir: expected a prepared {name!r} in {directory / name}, found none. Prepare it, where there is "
-            f"a network, by {_build(name, directory)}, or name its directory by --data.dir or $TFDS_DATA_DIR."
+            f"data_dir: expected a prepared {name!r} in {directory / name}, found none. With a network, prepare it "
+            f"by {_build(name, directory)}, or name its directory by --data.dir or $TFDS_DATA_DIR."
         )
     with _readable(name, directory):
         sources = tfds.data_source(name, data_dir=str(directory), download=False)
@@ -55,7 +58,7 @@ def load_tfds(name: str, data_dir: str | Path | None = None, *, bits: int = 8, v
 
 
 def find_data_dir(name: str, *others: Path) -> Path:
-    """The first of $TFDS_DATA_DIR, ~/tensorflow_datasets and `others` that holds the data set."""
+    """The first of $TFDS_DATA_DIR, ~/tensorflow_datasets and `others` with the data set; if none has it, the first."""
     home = Path.home() / "tensorflow_datasets"
     named = os.environ.get("TFDS_DATA_DIR")
     candidates = [*([Path(named)] if named else []), home, *others]
@@ -68,16 +71,16 @@ def _build(name: str, directory: Path) -> str:
 
 @contextmanager
 def _readable(name: str, directory: Path) -> Iterator[None]:
-    """What is raised within, of all kinds by TFDS, protobuf and array_record, as an error that says what to do."""
+    """Converts any error of TFDS, protobuf or array_record to a ValueError that tells the remedy."""
     try:
         yield
-    except ImportError:  # no fault of the data set
+    except ImportError:  # not a problem of the data set
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0]  # TFDS may go on with the names of all data sets
+        reason = str(error).partition("\n")[0]  # later lines of TFDS may list all data sets
         raise ValueError(
             f"data_dir: expected {name!r} prepared as array_record, could not read {directory / name} ({reason}). "
-            f"Remove it and prepare it again, where there is a network, by {_build(name, directory)}."
+            f"With a network, remove it and prepare it again by {_build(name, directory)}."
         ) from error
 
 
@@ -103,6 +106,6 @@ def _stored(source: Any, name: str, directory: Path) -> Images:
 
 
 def _cut(images: Images, last: int) -> tuple[Images, Images]:
-    """All but the last so many, and these."""
+    """Divides images into all but the last `last`, and these."""
     rows = np.arange(len(images))
     return take(images, rows[:-last]), take(images, rows[-last:])

@@ -1,13 +1,12 @@
-"""Eight two-dimensional densities with gaps, holes and sharp edges: the first test of a density model.
+"""Eight two-dimensional densities with gaps, holes and sharp edges, for first tests of a density model.
 
-    x = scale * (point of a curve, a mode or a cell, drawn at random) + noise,   roughly in [-4, 4]^2
+    x = scale * (random point of a curve, a mode or a cell) + noise,   roughly in [-4, 4]^2
 
-The shapes and scales are those customary in the literature on flows (e.g. Grathwohl et al. 2019,
-arXiv 1810.01367, figure 4; Chen et al. 2019, arXiv 1906.02735, figure 6).
+Their shapes and scales are usual in the literature on flows (for example Grathwohl et al. 2019, arXiv 1810.01367,
+figure 4; Chen et al. 2019, arXiv 1906.02735, figure 6).
 
-Shapes: `sample_toy(name, number, rng)` is float32 [number, 2]; NumPy on the host. Points are
-independent but for those of "moons" and "circles": scikit-learn spaces them evenly along the curve
-before it adds the noise. Deterministic in the state of `rng`, which it advances.
+The points are drawn by NumPy on the host. They are independent, except for "moons" and "circles": there scikit-learn
+spaces the points evenly along the curve before it adds the noise.
 """
 
 from collections.abc import Callable
@@ -20,18 +19,24 @@ Generator = np.random.Generator
 
 
 def sample_toy(name: str, number: int, rng: Generator) -> np.ndarray:
-    """Draws points of a toy density.
+    """Draws points of a toy density. The result depends only on the arguments and the state of `rng`.
 
     Args:
       name: one of `TOY_DENSITIES`.
-      number: of points, at least 1.
-      rng: NumPy's generator, advanced in place.
+      number: number of points, at least 1.
+      rng: NumPy's generator, which is advanced.
 
     Returns:
       float32 [number, 2].
 
     Raises:
       ValueError: for an unknown name or a number below 1.
+
+    Example:
+      >>> from resflow_jax.data.toy import sample_toy
+      >>> points = sample_toy("checkerboard", 100, np.random.default_rng(0))
+      >>> points.shape, bool(abs(points).max() <= 4)
+      ((100, 2), True)
     """
     check_choice("name", name, TOY_DENSITIES)
     check_count("number", number, 1)
@@ -39,15 +44,15 @@ def sample_toy(name: str, number: int, rng: Generator) -> np.ndarray:
 
 
 def _eight_gaussians(number: int, rng: Generator) -> np.ndarray:
-    """Eight round modes, evenly on a circle of radius 4 / sqrt 2, eight standard deviations wide."""
+    """Eight round modes, evenly spaced on a circle of radius 4 / sqrt 2, with standard deviation 0.5 / sqrt 2."""
     angle = rng.integers(8, size=number) * (np.pi / 4)
     return (4 * _on_circle(angle) + rng.normal(scale=0.5, size=(number, 2))) / np.sqrt(2)
 
 
 def _two_spirals(number: int, rng: Generator) -> np.ndarray:
-    """Two arms of r = angle / 3 over one and a half turns, each the other's mirror image.
+    """Two spiral arms r = angle / 3 over one and a half turns, each the reflection of the other through the origin.
 
-    The square root spreads the points about evenly along the arm, whose length grows as angle^2.
+    The square root spreads the points almost evenly along the arm, whose length grows like angle^2.
     """
     angle = 3 * np.pi * np.sqrt(rng.random(number))
     arm = rng.choice([-1.0, 1.0], size=number)
@@ -69,7 +74,7 @@ def _rings(number: int, rng: Generator) -> np.ndarray:
 
 
 def _pinwheel(number: int, rng: Generator) -> np.ndarray:
-    """Five Gaussian blades, long along the radius, each point turned by an angle that grows with exp(radius)."""
+    """Five Gaussian blades, elongated radially. Each point is rotated by an angle proportional to exp(radius)."""
     radius = rng.normal(1.0, 0.3, number)
     side = rng.normal(0.0, 0.1, number)
     turn = rng.integers(5, size=number) * (2 * np.pi / 5) + 0.25 * np.exp(radius)
@@ -104,7 +109,7 @@ def _on_circle(angle: np.ndarray) -> np.ndarray:
 
 
 def _random_state(rng: Generator) -> int:
-    """A seed for scikit-learn, which takes no Generator."""
+    """A seed for scikit-learn, which does not take NumPy's Generator."""
     return int(rng.integers(2**32))
 
 

@@ -1,4 +1,4 @@
-"""A user's own vectors: an array in a .npy or .npz file, or a table of numbers in a .csv file."""
+"""Reads a user's vectors: an array in a .npy or .npz file, or a table of numbers in a .csv file."""
 
 import csv
 from array import array
@@ -15,10 +15,13 @@ from resflow_jax.data.splits import SPLITS, complete
 
 @dataclass(frozen=True)
 class VectorSplits:
-    """Vectors [N, D].
+    """Vectors [N, D] in three splits.
 
     Attributes:
-      train, validation, test: float32, finite, of equal D.
+      train, validation, test: finite float32 arrays with the same D.
+
+    Raises:
+      ValueError: for arrays of another dtype or rank, of different D, or with numbers that are not finite.
     """
 
     train: np.ndarray
@@ -34,7 +37,7 @@ class VectorSplits:
 
     @property
     def dim(self) -> int:
-        """D, the numbers of one vector."""
+        """D, the length of one vector."""
         return self.train.shape[1]
 
 
@@ -52,21 +55,28 @@ def check_vectors(name: str, vectors: np.ndarray) -> None:
 
 
 def load_vectors(path: str | Path) -> VectorSplits:
-    """The vectors of a file, as float32.
+    """Reads the vectors of a file, as float32.
 
     The file is one of
 
       - .npy: an array [N, D] of floats or integers;
-      - .npz: one such array, or several named train, test and, if there is one, validation;
-      - .csv: a line of numbers separated by commas for each vector, behind a line of names or not.
+      - .npz: one such array, or the arrays train, test and optionally validation;
+      - .csv: a line of D numbers separated by commas for each vector. The first line may hold names.
 
-    Where there is no test split, a tenth of the vectors, drawn by a fixed seed, is it; where there is no
-    validation split, a twentieth of what is left.
+    Without a test split, a tenth of the vectors, drawn with a fixed seed, becomes the test split. Without a validation
+    split, a twentieth of the remaining vectors becomes it.
 
     Raises:
-      FileNotFoundError: if there is nothing there.
-      ValueError: if the file cannot be read, or holds something other than finite numbers, at least one in every
-        split; the message names the file, and the place in it.
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file cannot be read, has values that are not finite numbers, or too few vectors for all splits.
+        The message names the file and the place in it.
+
+    Example:
+      >>> from resflow_jax.data.vectors import load_vectors
+      >>> np.save("vectors.npy", np.random.default_rng(0).normal(size=(100, 3)))
+      >>> vectors = load_vectors("vectors.npy")
+      >>> vectors.train.shape, vectors.validation.shape, vectors.test.shape
+      ((86, 3), (4, 3), (10, 3))
     """
     path = Path(path)
     if not path.exists():
@@ -119,7 +129,7 @@ def _read_csv(path: Path) -> np.ndarray:
 
 
 def _lines(file: TextIO) -> Iterator[tuple[int, list[str]]]:
-    """Number and cells of every line. An empty one is one empty cell, unless there are only such behind it."""
+    """Yields (number, cells) for every line. An empty line is one empty cell; empty lines at the end are skipped."""
     reader, empty = csv.reader(file, strict=True), []
     for cells in reader:
         if cells:
@@ -138,7 +148,7 @@ def _number(cell: str) -> float | None:
 
 
 def _to_float32(numbers: np.ndarray, place: Callable[[int, int], str]) -> np.ndarray:
-    """The numbers [N, D] as float32; place: from row and column to where the error says that a bad one is."""
+    """The numbers [N, D] as float32. For an error, place(row, column) tells where a number is."""
     with np.errstate(over="ignore"):
         vectors = numbers.astype(np.float32)
     if (where := _first_not_finite(vectors)) is not None:

@@ -1,7 +1,7 @@
 """Activation functions with Lipschitz constant at most one.
 
-A residual block is a contraction only if its activations are known not to expand, so each
-activation here comes with its Lipschitz constant as a map of vectors of channels, in every p-norm.
+The Lipschitz bound of a residual block needs those of its activations. So each activation has its Lipschitz constant as
+a map of vectors of channels, in every p-norm.
 
     lipswish        x * sigmoid(softplus(beta) * x) / 1.1            Chen et al. (2019, arXiv 1906.02735), section 3.2
     clipswish       [lipswish(x), lipswish(-x)] / 1.004              Perugachi-Diaz et al. (2021, arXiv 2102.02694)
@@ -9,9 +9,9 @@ activation here comes with its Lipschitz constant as a map of vectors of channel
     maxmin          neighbouring channels (2k, 2k + 1) in ascending order    Anil et al. (2019, arXiv 1811.05381)
     fullsort        all channels in ascending order                                                     the same
 
-All functions act on arrays of any shape whose last axis is that of the channels; most act
-elementwise. The cost is one pass over the input, n log n comparisons for `fullsort`.
-An `Activation` takes its learnable parameters (a dict, empty for most) first.
+All functions take arrays [..., channels]; most act elementwise. They cost one pass over the input, and `fullsort`
+n log n comparisons for n channels. The first argument of an `Activation` is the dict of its learnable parameters,
+which is empty for most.
 """
 
 import math
@@ -41,16 +41,27 @@ _CLIPSWISH_SLOPES = (_SWISH_LIPSCHITZ / 1.1 / 1.004, (_SWISH_LIPSCHITZ - 1) / 1.
 
 @dataclass(frozen=True)
 class Activation:
-    """A function of channels, what it takes to bound it, and its initial parameters.
+    """An activation function with its Lipschitz constant and its initial parameters.
+
+    `rf.ACTIVATIONS` has the library's activations by name. Call one with its parameters and x [..., channels]; the
+    result is [..., expansion * channels] in x's dtype. The bound on the slopes must hold for all parameters.
 
     Attributes:
-      name: the key in `ACTIVATIONS`.
-      function: `(constrained params, x) -> y`: y has x's dtype, and x's shape but for `expansion` times the
-        channels.
-      slopes: |dy_j / dx_i| of the `expansion` outputs of one channel where their p-norm is largest, for
-        every p >= 1 and all params alike; (1,) for functions that permute the channels.
-      initial: initial value of each learnable scalar parameter, by name.
-      group: the number of channels must be a multiple of it.
+      name: name of the activation, its key in `ACTIVATIONS`.
+      function: (constrained params, x) -> y.
+      slopes: |dy_j / dx_i| for the outputs of one channel, at the x where their p-norm is largest. This x must be the
+        same for every p >= 1. It is (1,) for functions that permute the channels.
+      initial: pairs (name, initial value) of the learnable scalar parameters.
+      group: the number of channels must be a multiple of this.
+
+    Example:
+      >>> activation = rf.ACTIVATIONS["clipswish"]
+      >>> activation({"beta": jnp.array(0.5)}, jnp.ones((2, 3))).shape, activation.expansion
+      ((2, 6), 2)
+      >>> activation.lipschitz < 1
+      True
+      >>> rf.Activation("cos", lambda params, x: jnp.cos(x)).lipschitz
+      1.0
     """
 
     name: str
@@ -63,21 +74,21 @@ class Activation:
         return self.function(self.constrain(params, x.shape[-1]), x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """One of `ACTIVATIONS` is pickled and copied by its name, and stays the same object."""
+        """Pickles and copies an activation of `ACTIVATIONS` by its name, so that it stays the same object."""
         if ACTIVATIONS.get(self.name) is self:
             return get_activation, (self.name,)
         return super().__reduce_ex__(protocol)
 
     def constrain(self, params: dict[str, Array], channels: int) -> dict[str, Array]:
-        """What `function` takes: softplus(beta) and sigmoid(alpha), the same for every x; each once a channel.
+        """The constrained parameters that `function` takes, [channels] each: softplus(beta) and sigmoid(alpha).
 
-        Their gradients are then sums over pixels for every channel (see `_repeat_rows`).
+        They are repeated for each channel, so that their gradients are sums over pixels alone (see `_repeat_rows`).
         """
         return {name: jnp.broadcast_to(_CONSTRAINTS[name](value), channels) for name, value in params.items()}
 
     @property
     def expansion(self) -> int:
-        """How many channels come out for each that goes in."""
+        """Number of output channels for each input channel."""
         return len(self.slopes)
 
     @property
@@ -87,10 +98,10 @@ class Activation:
 
     def lipschitz_in(self, p: float) -> float:
         """The Lipschitz constant from R^n to R^(expansion * n) in the p-norm, 1 <= p <= inf: |slopes|_p."""
-        # Where each channel x_i has outputs f(x_i) of its own, |f(a) - f(b)|_p <= int_b^a |f'(t)|_p dt
-        # <= |slopes|_p |a - b| for one channel; p-th powers (or maxima, for inf) add up over the channels.
-        # A sort is continuous and piecewise a permutation, an isometry of every p-norm: on each piece
-        # of the segment from a to b the distance is kept, so its constant is 1.
+        # If the outputs f(x_i) depend on one channel x_i alone, |f(a) - f(b)|_p <= int_b^a |f'(t)|_p dt
+        # <= |slopes|_p |a - b| for this channel. The sum of p-th powers over channels (for inf the maximum) gives
+        # the bound for vectors. A sort is continuous and piecewise a permutation, which is an isometry of every
+        # p-norm. It keeps the length of each piece of the segment from a to b, so its constant is 1.
         check_order("p", p)
         return float(np.linalg.norm(self.slopes, p))
 
@@ -100,8 +111,8 @@ def lipswish(x: Array, beta: Array | float = 0.5) -> Array:
     return _lipswish(x, jax.nn.softplus(beta))
 
 
-# x * sigmoid(b x) and its slope, with closed forms of their derivatives: the linearisation of either keeps one
-# array a variable and recomputes nothing, and what belongs to a fixed b is never computed.
+# x * sigmoid(b x) and its slope, with derivatives in closed form. The linearisation of either stores one array for each
+# variable and recomputes nothing. For a fixed b its derivatives are not computed.
 @jax.custom_jvp
 def _swish(x: Array, b: Array) -> Array:
     return x * jax.nn.sigmoid(trailing(b, x) * x)
@@ -136,9 +147,9 @@ def _along(tangents, *derivatives):
 
 
 def _repeat_rows(x: Array, shape: tuple[int, ...]) -> Array:
-    """x broadcast to `shape`, as a product with a column of ones if it is one number a channel.
+    """x broadcast to `shape`; an x [channels] by a matrix product with a column of ones.
 
-    The transpose, a sum over pixels for every channel, is then a product too: XLA's own sum is several times slower
+    Its transpose, a sum over pixels for each channel, is then a matrix product too. XLA's sum is several times slower
     on a CPU.
     """
     if x.shape != shape[-1:] or len(shape) < 2:
@@ -156,7 +167,7 @@ def clipswish(x: Array, beta: Array | float = 0.5) -> Array:
     return _clipswish(x, jax.nn.softplus(beta))
 
 
-# The same of constrained parameters a in (0, 1) and b > 0.
+# The same functions of constrained parameters a in (0, 1) and b > 0.
 _CONSTRAINTS = {"alpha": jax.nn.sigmoid, "beta": jax.nn.softplus}
 
 
@@ -175,7 +186,7 @@ def _leaky_lipswish(x: Array, a: Array, b: Array) -> Array:
 
 
 def maxmin(x: Array) -> Array:
-    """Sorts neighbouring channels: (min, max) of the channels 2k and 2k + 1. Needs an even number."""
+    """Sorts neighbouring channels: (min, max) of the channels 2k and 2k + 1. The number of channels must be even."""
     if x.shape[-1] % 2:
         raise ValueError(f"maxmin: expected an even number of channels, got {x.shape[-1]}")
     a, b = x[..., ::2], x[..., 1::2]
@@ -226,6 +237,6 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def get_activation(name: str) -> Activation:
-    """Looks an activation up by name; a ValueError lists the known ones."""
+    """The activation of this name; ValueError, with a list of the names, if there is none."""
     check_choice("activation", name, tuple(ACTIVATIONS))
     return ACTIVATIONS[name]

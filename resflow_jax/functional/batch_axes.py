@@ -101,7 +101,7 @@ def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
 
 
 def standardization(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Center and deviation of x over leading axes, of any unit, with which (x - center) / deviation is standardised.
+    """Center and std of x over leading axes, of any unit, with which (x - center) / std is standardised.
 
     Mean and standard deviation of the whole batch, where x is a share of it. Nothing overflows or underflows on the
     way: either is infinite only where it, or a difference of two numbers in x, is beyond the dtype. A deviation that
@@ -118,10 +118,10 @@ def standardization(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     distance = x - center
     unit = mean(jnp.abs(distance))
     ratio = distance / jnp.where(unit > 0, unit, 1)
-    deviation = unit * jnp.sqrt(mean(jnp.square(ratio)))
-    is_constant = deviation <= 2 * float(jnp.finfo(x.dtype).eps) * size
-    deviation = jnp.where(is_constant, jnp.where(size > 0, size, 1), deviation)
-    return jnp.squeeze(center, axes), jnp.squeeze(deviation, axes)
+    std = unit * jnp.sqrt(mean(jnp.square(ratio)))
+    is_constant = std <= 2 * float(jnp.finfo(x.dtype).eps) * size
+    std = jnp.where(is_constant, jnp.where(size > 0, size, 1), std)
+    return jnp.squeeze(center, axes), jnp.squeeze(std, axes)
 
 
 def sum_alike(cotangents: Any, primals: Any) -> Any:

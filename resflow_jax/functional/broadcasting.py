@@ -1,7 +1,7 @@
-"""Axes of length one before or after those of an array, for sums and products with a batch.
+"""Explicit axes of length one, leading or trailing, for arithmetic between an array and a batch.
 
-NumPy's rule adds leading axes by itself, but `jax_numpy_rank_promotion="raise"` forbids that. The compiled program is
-the same.
+NumPy's broadcasting adds leading axes implicitly. `jax_numpy_rank_promotion="raise"` forbids that. The compiled program
+is the same.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 def trailing(a: Any, x: Array) -> Any:
-    """a [*last axes of x] as [1, ..., 1, *last axes of x]: one number for each channel or feature. Scalars stay."""
+    """a [*last axes of x] with leading axes of length one, so that it has the rank of x. Scalars stay scalars."""
     return lax.broadcast_to_rank(a, x.ndim) if jnp.ndim(a) else a
 
 

@@ -1,4 +1,4 @@
-"""Checks of arguments: each raises a ValueError that names the argument, what was expected and what came."""
+"""Checks of arguments. Each raises a ValueError of the form `name: expected ..., got ...`."""
 
 import math
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ import numpy as np
 
 
 def as_float_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None, *, least: int = 1) -> jax.Array:
-    """x as an array of JAX [B, ...], or [B, *event_shape] where that is given, with B >= least; x may be traced.
+    """Converts x to a JAX array [B, ...], or [B, *event_shape] if that is given, with B >= least. x may be traced.
 
-    An array of NumPy is copied, in the machine's byte order, to the dtype that JAX gives it (float64 becomes float32
-    unless 64-bit types are enabled). A masked array without a masked value counts as its data.
+    A NumPy array is copied to the machine's byte order and to the dtype that JAX uses for it (float64 becomes float32
+    unless 64-bit types are enabled). A masked array without masked values is taken as its data.
 
     Raises:
-      ValueError: for anything but a float array of this shape; it says how to make one.
+      ValueError: unless x is a float array of this shape. The message says how to convert other arrays.
     """
     x = _float_array(name, x, f"a float array [B, {_sizes(event_shape)}]")
     if x.ndim < 1 or (event_shape is not None and x.shape[1:] != tuple(event_shape)):
@@ -28,7 +28,7 @@ def as_float_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None
 
 
 def as_float_array(name: str, x: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
-    """x as an array of JAX, of the given shape if there is one. Conversions and errors as of `as_float_batch`."""
+    """Converts x to a JAX array, of the given shape if there is one. Conversions and errors as for `as_float_batch`."""
     x = _float_array(name, x, "a float array" if shape is None else f"a float array [{_sizes(shape)}]")
     if shape is not None and x.shape != tuple(shape):
         raise ValueError(f"{name}: expected a float array [{_sizes(shape)}], got shape {x.shape}")
@@ -36,10 +36,10 @@ def as_float_array(name: str, x: Any, shape: tuple[int, ...] | None = None) -> j
 
 
 def as_host_array(name: str, x: Any, expected: str) -> jax.Array | np.ndarray:
-    """x, an array of NumPy or JAX of any dtype; masked arrays as their data, NumPy's in the machine's byte order.
+    """Returns x, a NumPy or JAX array of any dtype; masked arrays as their data, all in the machine's byte order.
 
     Raises:
-      ValueError: for anything else, with `expected` in its message, and for masked values.
+      ValueError: if x is anything else, with `expected` in the message, or has masked values.
     """
     if not isinstance(x, jax.Array | type) and hasattr(x, "__jax_array__"):  # as a variable of Flax
         x = x.__jax_array__()
@@ -55,7 +55,7 @@ def as_host_array(name: str, x: Any, expected: str) -> jax.Array | np.ndarray:
 
 
 def as_array(name: str, x: Any, expected: str) -> jax.Array:
-    """x as an array of JAX of any dtype that JAX knows. Conversions as of `as_float_batch`; ValueError for others."""
+    """Converts x to a JAX array of any numeric dtype, as `as_float_batch` does; ValueError for other dtypes."""
     x = as_host_array(name, x, expected)
     if not isinstance(x, jax.Array) and not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
         raise ValueError(f"{name}: expected {expected} of numbers, got dtype {x.dtype}")
@@ -74,7 +74,7 @@ def _sizes(shape: tuple[int, ...] | None) -> str:
 
 
 def _remedy(name: str, x: jax.Array | np.ndarray) -> str:
-    """What to do with an array that is not of floats."""
+    """The hint of an error on how to convert an array that is not of floats."""
     if not (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
         return ""
     if x.ndim == 4:
@@ -83,17 +83,17 @@ def _remedy(name: str, x: jax.Array | np.ndarray) -> str:
 
 
 def _of_jax(x: jax.Array | np.ndarray) -> jax.Array:
-    """NumPy's array as a copy, since it may change while a program still reads it."""
+    """x as a JAX array. NumPy arrays are copied, because they may change while a program still reads them."""
     if isinstance(x, jax.Array):
         return x
-    if x.dtype.kind == "f":  # JAX knows none that is longer than float64
-        with np.errstate(over="ignore"):  # infinite then
+    if x.dtype.kind == "f":  # JAX has no floats longer than float64
+        with np.errstate(over="ignore"):  # numbers that overflow become infinite
             x = x.astype(jax.dtypes.canonicalize_dtype(np.dtype(f"f{min(x.dtype.itemsize, 8)}")))
     return jnp.array(np.asarray(x))
 
 
 def check_key(name: str, key: Any, *, optional: bool = False) -> None:
-    """One PRNG key, as of jax.random.key or jax.random.PRNGKey, or None if that is allowed; it may be traced."""
+    """Expects one PRNG key of jax.random.key or jax.random.PRNGKey, or None if `optional`. It may be traced."""
     if optional and key is None:
         return
     if isinstance(key, jax.Array | np.ndarray):
@@ -109,21 +109,29 @@ def check_key(name: str, key: Any, *, optional: bool = False) -> None:
     raise ValueError(f"{name}: expected a PRNG key, as of jax.random.key(0), got {got}")
 
 
+def as_key(name: str, key: Any) -> jax.Array:
+    """One PRNG key as of `check_key`, or that of an integer seed."""
+    if isinstance(key, Integral) and not isinstance(key, bool):
+        return jax.random.key(key)
+    check_key(name, key)
+    return key
+
+
 def check_type(name: str, value: Any, kind: type) -> None:
-    """An instance of this class."""
+    """Expects an instance of this class."""
     if not isinstance(value, kind):
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise ValueError(f"{name}: expected {kind.__name__}, got {got}")
 
 
 def check_callable(name: str, value: Any) -> None:
-    """A function."""
+    """Expects a function."""
     if not callable(value):
         raise ValueError(f"{name}: expected a function, got {type(value).__name__}")
 
 
 def check_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None) -> None:
-    """A float array [B, ...], or [B, *event_shape] where that is given. Works on traced arrays."""
+    """Expects a float array [B, ...], or [B, *event_shape] if that is given. It may be traced."""
     shape = "..." if event_shape is None else ", ".join(map(str, event_shape))
     expected = f"{name}: expected a float array [B, {shape}]"
     if not hasattr(x, "dtype"):
@@ -135,13 +143,13 @@ def check_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None) -
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """An integer of at least `least`."""
+    """Expects an integer of at least `least`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
 def as_shape(name: str, value: Any) -> tuple[int, ...]:
-    """A tuple, or list, of integers of at least one, as a tuple of Python's integers."""
+    """Converts a tuple or list of positive integers to a tuple of Python integers."""
     if not isinstance(value, tuple | list):
         raise ValueError(f"{name}: expected a tuple of sizes, as (3,), got {value!r}")
     for size in value:
@@ -150,31 +158,31 @@ def as_shape(name: str, value: Any) -> tuple[int, ...]:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
-    """One of the given strings, or None if it is among them."""
+    """Expects one of the choices."""
     if not (value is None or isinstance(value, str)) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}")
 
 
 def check_open_interval(name: str, value: Any, low: float, high: float) -> None:
-    """A number strictly between `low` and `high`."""
+    """Expects a number strictly between `low` and `high`."""
     if not isinstance(value, Real) or not low < value < high:
         raise ValueError(f"{name}: expected a number in ({low}, {high}), got {value!r}")
 
 
 def check_finite(name: str, value: Any) -> None:
-    """A number, neither infinite nor NaN."""
+    """Expects a number that is neither infinite nor NaN."""
     if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 def check_positive(name: str, value: Any) -> None:
-    """A positive number, not NaN."""
+    """Expects a positive number."""
     if not isinstance(value, Real) or not value > 0:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
 def check_order(name: str, value: Any) -> None:
-    """The order of a vector norm: a number of at least one, infinity included, or a float scalar array."""
+    """Expects the order of a vector norm: a number in [1, inf], or a float array of shape []."""
     is_scalar = getattr(value, "shape", None) == () and jnp.issubdtype(value.dtype, jnp.floating)
     if not (value >= 1 if isinstance(value, Real) else is_scalar):
         raise ValueError(f"{name}: expected an order of at least 1 (or inf), got {value!r}")

@@ -1,4 +1,4 @@
-"""A batch in chunks: one after the other on a CPU, whose cache holds a chunk's activations; at once elsewhere."""
+"""Evaluates a batch in chunks: sequentially on a CPU, so that activations stay in its cache, in parallel elsewhere."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +14,11 @@ Array = jax.Array
 
 
 def split_chunks(batched: Any, chunk_size: int | None) -> Any:
-    """[B, ...] -> [chunks, B / chunks, ...]: the fewest equal chunks of at most so many examples; one for None.
+    """Splits every array [B, ...] of a pytree into equal chunks: [chunks, B / chunks, ...].
 
-    Of every array of a pytree. Where those have less than a quarter of that, as for a prime B, the smallest larger
-    ones. One for a B that is left open, as `jax.export.symbolic_shape` does.
+    The size of a chunk is the largest divisor of B that is at most `chunk_size`. If that is less than a quarter of
+    `chunk_size`, as for a prime B, it is the smallest divisor above `chunk_size`. There is one chunk if `chunk_size` is
+    None, or if B is symbolic, as by `jax.export.symbolic_shape`.
     """
     batch = jax.tree.leaves(batched)[0].shape[0]
     if chunk_size is None or not isinstance(batch, int):
@@ -35,7 +36,7 @@ def join_chunks(x: Array) -> Array:
 
 
 def map_chunks(function: Callable[[Any], Any], chunks: Any) -> Any:
-    """function(chunk) of every chunk, along the leading axis of all leaves."""
+    """Applies a function to every chunk; chunks and results are stacked along the leading axis of all leaves."""
     number = len(jax.tree.leaves(chunks)[0])
     if number == 1:
         return jax.tree.map(lambda leaf: leaf[None], function(_first(chunks)))
@@ -52,11 +53,17 @@ def map_chunks(function: Callable[[Any], Any], chunks: Any) -> Any:
 def pullback_chunks(
     function: Callable[[Any, Any, Any], Any], args: Any, x: Any, others: Any, cotangents: Any
 ) -> tuple[Any, Any]:
-    """Cotangents of args and x, where function(args, chunk of x, chunk of others) has the `cotangents`.
+    """The vjp of function(args, x, others), applied to every chunk of x and others, for given cotangents.
 
-    x and others are pytrees of arrays with the chunks along their leading axis. The cotangents of args are summed over
-    all chunks: a single sum where the chunks are taken at once. function must close over nothing that is
-    differentiated.
+    Args:
+      function: it must not close over anything that is differentiated.
+      args: pytree of floats that all chunks share.
+      x: pytree of floats with the chunks along the leading axis.
+      others: pytree of other arrays with the chunks along the leading axis; they have no cotangents.
+      cotangents: of the outputs, with the chunks along the leading axis.
+
+    Returns:
+      The cotangents of args, summed over the chunks, and of x.
     """
     function, closed_over = trace(function, args, *_first((x, others)))
 

@@ -1,6 +1,6 @@
-"""The condition of a map g(params, x, condition): any pytree of arrays, each with one row for each example of x.
+"""The condition of a map g(params, x, condition): any pytree of arrays with one row for each example of x.
 
-Where no condition is given it is None, a tree without arrays, and g takes (params, x).
+Without a condition it is None, and g takes (params, x).
 """
 
 import inspect
@@ -15,10 +15,15 @@ Array = jax.Array
 
 
 def as_condition(condition: Any, name: str, x: Array) -> Any:
-    """The condition with its leaves as arrays of JAX [B, ...], of any dtype, for x [B, ...] of that name.
+    """Converts the leaves of a condition to JAX arrays [B, ...] of any dtype, where B is the batch size of x.
+
+    Args:
+      condition: any pytree, or None.
+      name: name of the argument x, for errors.
+      x: array [B, ...].
 
     Raises:
-      ValueError: for a leaf that is no array, or one without the batch axis of x.
+      ValueError: if a leaf is no array, or has another number of rows than x.
     """
 
     def of_leaf(path, leaf):
@@ -59,5 +64,5 @@ def _takes(signature: inspect.Signature, count: int) -> bool:
 
 
 def arguments(x: Array, condition: Any) -> tuple[Any, ...]:
-    """What g takes after its parameters."""
+    """The arguments of g after its parameters."""
     return (x,) if condition is None else (x, condition)

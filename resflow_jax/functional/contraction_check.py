@@ -1,7 +1,7 @@
-"""A test of a user's own map on data: whether `residual` can take it, and how large its Lipschitz constant is at least.
+"""Tests a user's map on data: whether `residual` can take it, and a lower bound on its Lipschitz constant.
 
-A contraction cannot be proved from data. What can be: that g keeps shapes, gives finite numbers, returns the same when
-it is asked again, and treats every example by itself; and that its Lipschitz constant is at least so much, since
+Data cannot prove that g is a contraction. They can show that g keeps shapes, gives finite numbers, is deterministic and
+treats the examples of a batch independently. And they give a lower bound on its Lipschitz constant L, since
 
     |g(a) - g(b)|_2 <= L |a - b|_2,     |J v|_2 <= L |v|_2     for all points a and b and Jacobians J of g.
 """
@@ -22,24 +22,31 @@ from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.events import Events, is_tree
 from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.primitives.tracing import trace_residual
+from resflow_jax.functional.texts import fields_text, is_number, number
 
 Array = jax.Array
 
 ITERATIONS = 50
-# What evaluations of one example in two batches may differ by, relative to the largest output, by bits of the dtype:
-# accelerators round products of matrices to ten bits.
+# Allowed difference between evaluations of one example in two batches, relative to the largest output, by bits of the
+# dtype. It is large for float32 because accelerators may round the factors of matrix products to ten bits.
 _TOLERANCES = {16: 5e-2, 32: 2e-3, 64: 1e-9}
 
 
 class ContractionCheck(NamedTuple):
-    """What `check_contraction` has found. Numbers of Python.
+    """Result of `check_contraction`, in Python numbers.
 
     Attributes:
-      lipschitz_lower_bound: the Lipschitz constant of g in the 2-norm is at least this, up to rounding.
-      is_refuted: whether that is one or more, so that g is no contraction. False proves nothing.
-      jacobian_norm: the largest |J v| / |v| found: nearly the largest singular value of J at the points tried.
-      difference_quotient: the largest |g(a) - g(b)| / |a - b| found, with a condition in common.
+      lipschitz_lower_bound: lower bound on the Lipschitz constant of g in the 2-norm, up to rounding: the larger of
+        `jacobian_norm` and `difference_quotient`.
+      is_refuted: whether the bound is one or more, so that g is no contraction. False proves nothing.
+      jacobian_norm: the largest |J v|_2 / |v|_2 found, close to the largest singular value of J at the points tried.
+      difference_quotient: the largest |g(a) - g(b)|_2 / |a - b|_2 found, with the same condition at a and b.
       mixing: the largest difference between outputs for one example in two batches, relative to the largest output.
+
+    Example:
+      >>> found = rf.ContractionCheck(0.7, is_refuted=False, jacobian_norm=0.7, difference_quotient=0.6, mixing=1e-7)
+      >>> found.lipschitz_lower_bound == max(found.jacobian_norm, found.difference_quotient)
+      True
     """
 
     lipschitz_lower_bound: float
@@ -48,40 +55,54 @@ class ContractionCheck(NamedTuple):
     difference_quotient: float
     mixing: float
 
+    def __repr__(self) -> str:
+        if not all(is_number(field) for field in self):
+            return fields_text(self)
+        lower, is_refuted, jacobian, quotient, mixing = self
+        verdict = "refuted, g is no contraction" if is_refuted else "not refuted, which proves nothing"
+        return (
+            f"ContractionCheck: {verdict}; Lip(g) >= {number(lower)} (norm of a Jacobian {number(jacobian)}, "
+            f"difference quotient {number(quotient)}), mixing of examples {mixing:.1e}"
+        )
+
 
 def check_contraction(
     g: Callable[..., Any], params: Any, x: Any, key: Array, *, condition: Any = None, samples: int = 4
 ) -> ContractionCheck:
     """Tests on data whether g can be a residual map, and bounds its Lipschitz constant from below.
 
-      found = rf.check_contraction(g, params, x, jax.random.key(0))
-      assert not found.is_refuted, found.lipschitz_lower_bound
-
-    For a call outside of jit, once, before training; it compiles g several times.
+    Call it outside of jit, once, before training. It compiles g several times. Each round costs about 50 jvps and 50
+    vjps of g. The result is random with the key; the lower bound holds for every key.
 
     Args:
-      g: function (params, x), or (params, x, condition), as of `residual`.
+      g: function (params, x), or (params, x, condition), as in `residual`.
       params: any pytree.
-      x: data, floats [B, ...], or a pytree of such. Data of the real distribution and size find more.
-      key: PRNG key: which examples replace others, points between them, and starts of power iterations.
-      condition: as of `residual`.
-      samples: rounds, each of which compares every example with one other, and takes Jacobians at points between
-        them; the first one takes those at x.
-
-    Cost: about 50 jvps and vjps of g a round.
+      x: data: floats [B, ...], or a pytree of such arrays. Real data in a batch of the real size are the best test.
+      key: PRNG key. It draws the examples that replace others, the points between them, and the start vectors of
+        power iterations.
+      condition: as in `residual`.
+      samples: number of rounds. Each compares every example with one other and computes Jacobian norms at a point
+        between the two; the first round computes them at x.
 
     Returns:
       `ContractionCheck`.
 
     Raises:
-      ValueError: if g changes the shape, the dtype or the structure of x; if its output is not finite; if it returns
-        something else when it is called again; if the output for an example depends on the other examples of the
-        batch, on their number or on its place among them (but for a relative difference of 1e-9 in float64, 2e-3 in
-        float32 and 5e-2 in 16-bit floats, which rounding may cause); if it has no derivatives in forward and reverse
-        mode; and for other arguments that are none.
+      ValueError: if g changes the shape, the dtype or the structure of x; if an output is not finite; if a second call
+        gives another output; if the output for an example depends on the other examples of the batch, on their number
+        or on their order; if g has no forward-mode or no reverse-mode derivatives; and for invalid other arguments.
+        Rounding may cause relative differences between outputs of up to 1e-9 in float64, 2e-3 in float32 and 5e-2 in
+        16-bit floats.
 
     Warns:
-      RuntimeWarning: where `is_refuted`.
+      RuntimeWarning: if `is_refuted`.
+
+    Example:
+      >>> w = 0.9 * jnp.eye(2)
+      >>> x = jax.random.normal(jax.random.key(0), (4, 2))
+      >>> found = rf.check_contraction(lambda w, x: jnp.sin(x @ w), w, x, jax.random.key(1))
+      >>> found.is_refuted, bool(0.5 < found.lipschitz_lower_bound < 0.9)
+      (False, True)
     """
     check_map(g, condition)
     check_key("key", key)
@@ -112,7 +133,7 @@ def check_contraction(
 
 
 def _check_examples(g: Callable[..., Array], params: Any, x: Array, condition: Any, key: Array) -> float:
-    """How much the output for an example changes with the batch around it; ValueError where that is too much."""
+    """The largest change of an example's output with the rest of its batch; ValueError if it exceeds the tolerance."""
 
     def traced_anew():
         compiled = jax.jit(lambda params, *batch: g(params, *batch))
@@ -138,7 +159,7 @@ def _check_examples(g: Callable[..., Array], params: Any, x: Array, condition: A
     order = jax.random.permutation(order_key, batch)
     rows = partial(jax.tree.map, lambda leaf: leaf[order])
     alone = "an output for each example that does not depend on the other examples"
-    # Something else is put in the place of every other example, first of those of odd number, then of even.
+    # Half of the examples are replaced, first those with odd numbers, then those with even numbers.
     noise = jax.random.normal(noise_key, x.shape, x.dtype) * jnp.sqrt(jnp.mean(jnp.square(x)))
     replaced = []
     for parity in (0, 1):
@@ -167,7 +188,7 @@ def _check_examples(g: Callable[..., Array], params: Any, x: Array, condition: A
 def _lower_bounds(
     g: Callable[..., Array], samples: int, params: Any, x: Array, condition: Any, key: Array
 ) -> tuple[Array, Array]:
-    """The largest |J v| / |v| and the largest difference quotient of g, over some rounds."""
+    """The largest |J v| / |v| and the largest difference quotient of g over all rounds."""
     wide = wide_dtype(x.dtype)
 
     def of_x(x):
@@ -201,7 +222,7 @@ def _lower_bounds(
         order_key, place_key, start_key = jax.random.split(key, 3)
         other = x[jax.random.permutation(order_key, x.shape[0])]
         distance = norms(x - other)
-        # Points that are nearly one have a quotient of nothing but rounding.
+        # The quotient of two nearly equal points would consist of rounding errors.
         far = distance > 1e3 * float(jnp.finfo(x.dtype).eps) * (norms(x) + norms(other))
         quotients = jnp.where(far, norms(g_x - of_x(other)) / jnp.where(far, distance, 1), 0)
         place = jax.random.uniform(place_key, (x.shape[0],), wide) * (turn > 0).astype(wide)

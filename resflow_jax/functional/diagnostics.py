@@ -1,10 +1,13 @@
-"""What an estimate of a log-det tells about itself."""
+"""Statistics of a log-det estimate that cost no further evaluation of g."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from resflow_jax.functional.texts import fields_text, number, span, values_of
 
 Array = jax.Array
 
@@ -12,17 +15,25 @@ DIAGNOSED_TERMS = 16
 
 
 class Diagnostics(NamedTuple):
-    """What an estimate of the log-det tells about itself, at no further evaluation of g.
+    """Statistics of one estimate of the log-det, computed without further evaluations of g.
 
-    Means over keys (training steps) estimate what the names say. Scalars but for `term_norms`; with a
-    leading axis of residual blocks where a flow returns them.
+    Each is random with the estimate; averaged over keys (training steps) it is an unbiased estimate of the quantity
+    below. A flow returns them with a leading axis of residual blocks. They have no derivative.
 
     Attributes:
-      length: vjps of g that the series took, a probe; for `Exact`, the dimension.
-      term_norms: [16] mean over batch and probes of |term k of w|^2 / D, k = 1..16, times the roulette
-        weight of the term, so that its expectation does not depend on the law. Zeros for `Exact`.
-      mean: of log_det over the batch, in nats.
-      second_moment: mean of log_det^2 over the batch.
+      length: [], number of vjps of g for each probe; for `Exact`, the dimension D.
+      term_norms: [16], mean over batch and probes of |term k of w|^2 / D for k = 1..16, times the roulette weight of
+        the term. Because of the weight, the expectation does not depend on the law of lengths. Zeros for `Exact`.
+        `fit_lengths` takes their average.
+      mean: [], mean of log_det over the batch, in nats.
+      second_moment: [], mean of log_det^2 over the batch, in nats^2.
+
+    Example:
+      >>> g = lambda w, x: 0.5 * jnp.tanh(x @ w)
+      >>> w, x = jnp.eye(3), jnp.ones((2, 3))
+      >>> _, log_det, found = rf.residual(g, w, x, estimator=rf.Exact(), return_diagnostics=True)
+      >>> found.length.item(), found.term_norms.shape, bool(found.mean == log_det.mean())
+      (3.0, (16,), True)
     """
 
     length: Array
@@ -32,8 +43,25 @@ class Diagnostics(NamedTuple):
 
     @classmethod
     def of(cls, log_det: Array, length: Array | int, term_norms: Array | None = None) -> "Diagnostics":
-        """Those of log_det [B]; without `term_norms` for an estimate that is no series. They have no derivative."""
+        """The diagnostics of log_det [B]. Omit `term_norms` if the estimate is no series. They have no derivative."""
         if term_norms is None:
             term_norms = jnp.zeros(DIAGNOSED_TERMS, log_det.dtype)
         values = jnp.asarray(length, log_det.dtype), term_norms, jnp.mean(log_det), jnp.mean(jnp.square(log_det))
         return cls(*map(lax.stop_gradient, values))
+
+    def __repr__(self) -> str:
+        length, _, mean, second_moment = (values_of(field) for field in self)
+        is_known = length is not None and mean is not None and second_moment is not None
+        if not is_known or not length.shape == mean.shape == second_moment.shape or not mean.size:
+            return fields_text(self)
+        if mean.size > 1:
+            return (
+                f"Diagnostics of {' x '.join(map(str, mean.shape))} blocks: products with the Jacobian a probe "
+                f"{number(length.sum())} ({span(length)} a block), mean log-det {number(mean.sum())} nats "
+                f"({span(mean)} a block)"
+            )
+        deviation = math.sqrt(max(0.0, second_moment.item() - mean.item() ** 2))
+        return (
+            f"Diagnostics: products with the Jacobian a probe {number(length.item())}, log-det {number(mean.item())} "
+            f"nats in the mean, deviation {number(deviation)} over the batch"
+        )

@@ -1,4 +1,4 @@
-"""Estimates of the log-det that JAX itself differentiates: exact, by a series of bounded length, and the user's own."""
+"""Estimates of the log-det that JAX differentiates without a custom rule: exact, bounded series, custom estimators."""
 
 import math
 from functools import partial
@@ -15,7 +15,7 @@ from resflow_jax.functional.term_sums import draw_plan, repeat, sum_terms_differ
 
 
 def exact_estimate(g, chunk_size, args, x):
-    """y and log_det [B] of x [B, ...] with g(args, x), by an LU of the Jacobian of every example."""
+    """y and log_det [B] for x [B, ...] and g(args, x), by an LU decomposition of each example's Jacobian."""
     batch, event = x.shape[0], x.shape[1:]
     g_x, pullback = jax.vjp(partial(g, args), x)
     size = math.prod(event)
@@ -26,7 +26,7 @@ def exact_estimate(g, chunk_size, args, x):
 
     rows = lax.map(row, basis, batch_size=min(chunk_size, size))
     jacobian = rows.swapaxes(0, 1)
-    # det(I + J) > 0: I + tJ is invertible for every t in [0, 1], since |tJ| < 1.
+    # det(I + J) > 0: |tJ| < 1, so I + tJ is invertible for every t in [0, 1], and det(I + tJ) is 1 at t = 0.
     matrices = jnp.eye(size, dtype=x.dtype)[None] + jacobian
     matrices = matrices.astype(wide_dtype(x.dtype))  # LAPACK has no 16-bit floats
     log_det = lax.platform_dependent(matrices, cpu=partial(lax.map, _log_abs_det), default=_log_abs_det)
@@ -34,14 +34,14 @@ def exact_estimate(g, chunk_size, args, x):
 
 
 def _log_abs_det(matrices):
-    """On a CPU to be taken of one matrix at a time: batches in two devices at once wait for each other for ever."""
+    """log|det| of a batch. On a CPU, map it over single matrices: batched LAPACK calls of two devices can deadlock."""
     return jnp.linalg.slogdet(matrices)[1]
 
 
 def series_estimate(g, longest, estimator, x, key):
-    """y, log_det and diagnostics of x [B, ...], by the estimator's series of at most `longest` terms.
+    """y, log_det and diagnostics for x [B, ...], by the estimator's series, cut after `longest` terms.
 
-    g takes the examples once for every probe, [probes * B, ...].
+    g takes the batch repeated for each probe, [probes * B, ...].
     """
     length_key, keys = shared_and_example_keys(key, x)
     plan = draw_plan(estimator, length_key)
@@ -53,7 +53,7 @@ def series_estimate(g, longest, estimator, x, key):
 
 
 def custom_estimate(g, estimator, x, key):
-    """y and log_det of x [B, ...] with g(x), as an estimator of the user's own returns them, checked."""
+    """y and log_det for x [B, ...] and g(x) from a user's estimator; shapes and dtypes are checked."""
 
     def checked_g(at):
         if at.shape != x.shape or at.dtype != x.dtype:

@@ -1,4 +1,4 @@
-"""The estimators of log|det(I + J)|: small frozen values, passed where they are used; and what a user's own one is."""
+"""The estimators of log|det(I + J)| as small frozen dataclasses, and the interface of a user's own estimator."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -23,14 +23,23 @@ _GRADIENTS = ("neumann", "autodiff")
 @partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("chunk_size",))
 @dataclass(frozen=True)
 class Exact:
-    """slogdet of the dense Jacobian of every example. Deterministic; takes no key.
+    """The exact log|det(I + J)|, from the dense Jacobian of each example by an LU decomposition.
 
-    Cost: D vjps of g (D = number of elements of one example), an LU of [B, D, D]. Derivatives of
-    any order and mode; the Jacobian is recomputed in the backward pass.
+    It is deterministic and takes no key. For an example of D elements it costs D vjps of g and an LU decomposition of
+    [B, D, D]. Derivatives of any order and mode work; the backward pass computes the Jacobian again.
 
     Attributes:
-      chunk_size: rows of the Jacobian computed at once; bounds the memory to chunk_size * B
+      chunk_size: number of rows of the Jacobian that are computed at once. The memory is that of chunk_size * B
         evaluations of g.
+
+    Raises:
+      ValueError: for a chunk_size below 1.
+
+    Example:
+      >>> x = jnp.zeros((2, 3))
+      >>> y, log_det = rf.residual(lambda w, x: jnp.sin(w * x), 0.5, x, estimator=rf.Exact())
+      >>> bool(jnp.allclose(log_det, 3 * jnp.log(1.5)))   # dy/dx = 1.5 I at x = 0
+      True
     """
 
     chunk_size: int = 64
@@ -42,15 +51,27 @@ class Exact:
 @partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("terms", "probe", "probes", "gradient"))
 @dataclass(frozen=True)
 class Truncated:
-    """The first `terms` terms of the power series. Biased (Behrmann et al. 2019).
+    """A biased estimate of log|det(I + J)|: the first n = `terms` terms of its power series.
 
-    The bias of the value is at most D * L^(terms + 1) / ((terms + 1) * (1 - L)). Cost: `terms`
-    vjps of g a probe and, for the gradient, one vjp of (g, J v). The gradient is that of the
-    truncated value, in expectation over the probe.
+        log|det(I + J)| ~ sum_{k=1}^{n} (-1)^(k+1) / k * v^T J^k v,   E[v v^T] = I
+
+    (Behrmann et al. 2019, arXiv 1811.00995, section 3.2). The bias is at most D * L^(n + 1) / ((n + 1) * (1 - L)) nats
+    for D dimensions and Lip(g) <= L. It costs n vjps of g for each probe and, for the gradient, one vjp of (g, J v).
+    The gradient is an unbiased estimate of the gradient of the truncated value. Probes are random with the key and
+    independent for each example.
 
     Attributes:
       terms: number of terms of the series.
       probe, gradient, probes: as in `Roulette`.
+
+    Raises:
+      ValueError: for a count below 1, or an unknown probe or gradient.
+
+    Example:
+      >>> x, key = jnp.zeros((2, 3)), jax.random.key(0)
+      >>> y, log_det = rf.residual(lambda w, x: jnp.sin(w * x), 0.5, x, key=key, estimator=rf.Truncated(terms=2))
+      >>> log_det.tolist()   # 3 (0.5 - 0.5^2 / 2), against the exact 3 log 1.5 = 1.2164
+      [1.125, 1.125]
     """
 
     terms: int = 10
@@ -65,31 +86,45 @@ class Truncated:
 
 @dataclass(frozen=True)
 class Roulette:
-    """The unbiased Russian-roulette estimate, by default of a minimal-residual iteration.
+    """The unbiased Russian-roulette estimate of log|det(I + J)|, by default with minimal-residual steps.
 
-    Unbiased in value and gradient over the key, up to lengths of a probability below 2^-64, which are never drawn
-    (2^-24 with gradient="autodiff"). The value of minimal-residual steps holds a quadrature, right to 1e-12 for
-    Lipschitz constants up to 0.999. One length for the whole batch.
-    Cost: exact_terms + max_i N_i vjps of g a probe (2.15 on average by default for a block of
-    Lipschitz bound 0.94) and, for the gradient, one vjp of (g, J v).
+        log|det(I + J)| = E_{N,v}[ sum_{k=1}^{m+N} term_k(v) / P(N >= k - m) ],   P(N >= j) = 1 for j <= 0
 
-    The papers' setting is Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian").
+    (Chen et al. 2019, arXiv 1906.02735, equation 6, for the power series.) Value and gradient are unbiased over the
+    key, except for lengths with a probability below 2^-64, which are never drawn (2^-24 with gradient="autodiff"). With
+    minimal-residual steps the value contains a quadrature, whose error is about 1e-12 for L <= 0.999. All examples of a
+    batch share the length N; the probes v are independent for each example.
+
+    It costs exact_terms + max_i N_i vjps of g for each probe, 2.15 on average with the defaults and Lip(g) <= 0.94,
+    and for the gradient one vjp of (g, J v). The variance is finite if the law's tail is long enough; see `LengthLaw`.
+
+    The setting of Chen et al. (2019) is Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian").
 
     Attributes:
-      length: law of the random number N of further terms: `Defensive`, `Geometric`, `Poisson`,
-        `Fitted`, or any object as of `LengthLaw`.
-      exact_terms: terms that are always taken, m >= 0.
-      samples: number of lengths averaged; the series is as long as the longest.
-      probe: law of the probes v: "rademacher" (entries +-1, least variance), "gaussian", or
-        "orthogonal" (those of an example at right angles: as many as dimensions give the exact trace).
-      gradient: "neumann" (constant memory, first-order reverse mode) or "autodiff" (differentiates
-        the estimate itself: memory grows with the longest possible series, any order and mode; it
-        leaves out lengths of probability below 2^-24, which for `Defensive` are those above some
-        hundreds: prefer `Geometric`).
-      minres_steps: number of minimal-residual steps (`functional.series.MinimalResidual`, a two-term
-        recurrence) before the power series goes on from their residual; None for all steps, 0 for
-        the power series of the papers.
-      probes: probes an example, averaged; each costs the whole series.
+      length: law of the number N of terms after the exact ones: `Defensive`, `Geometric`, `Poisson`, `Fitted`, or any
+        object with the methods of `LengthLaw`.
+      exact_terms: m >= 0, the number of terms that are always taken.
+      samples: number of lengths N_i whose weights are averaged; the longest one is taken.
+      probe: distribution of the probes v: "rademacher" (entries +-1; of independent entries they have the least
+        variance), "gaussian", or "orthogonal" (the probes of an example are orthogonal, and D of them give the exact
+        trace).
+      gradient: "neumann" has constant memory, first-order reverse mode, and forward mode over that. "autodiff"
+        differentiates the estimate itself, in any order and mode; its memory grows with the longest possible series.
+        That is some hundreds of terms for `Defensive`: prefer `Geometric` there.
+      minres_steps: number of minimal-residual steps (`functional.series.MinimalResidual`) before the series continues
+        as the power series of their residual. None takes such steps throughout; 0 is the power series of the paper.
+      probes: number of probes for each example, whose estimates are averaged; each costs the whole series.
+
+    Raises:
+      ValueError: for an object that is no law, a count that is too small, or an unknown probe or gradient.
+
+    Example:
+      >>> estimator = rf.Roulette(rf.Geometric(0.5), exact_terms=2, probes=4)
+      >>> g = lambda w, x: jnp.sin(x @ w)
+      >>> w, x = 0.5 * jnp.eye(3), jnp.ones((8, 3))
+      >>> loss = lambda w, key: -rf.residual(g, w, x, key=key, estimator=estimator)[1].mean()
+      >>> jax.grad(loss)(w, jax.random.key(0)).shape
+      (3, 3)
     """
 
     length: Law = Defensive()
@@ -113,7 +148,7 @@ _ROULETTE_SETTINGS = ("exact_terms", "minres_steps", "samples", "probe", "probes
 
 
 def _flatten_roulette(roulette: Roulette) -> tuple[Any, Any]:
-    """The law is a child where its class is a pytree; otherwise it belongs to the structure."""
+    """The law is a child if its class is a pytree; otherwise it is part of the static structure."""
     settings = tuple(getattr(roulette, name) for name in _ROULETTE_SETTINGS)
     law = as_tree(roulette.length)
     return ((), (law, settings)) if isinstance(law, Opaque) else ((law,), (None, settings))
@@ -126,7 +161,7 @@ def _flatten_roulette_with_keys(roulette: Roulette) -> tuple[Any, Any]:
 
 def _unflatten_roulette(structure: Any, children: Any) -> Roulette:
     law, settings = structure
-    made = object.__new__(Roulette)  # unchecked: JAX puts anything in the place of leaves
+    made = object.__new__(Roulette)  # not checked: JAX may put any object in place of a leaf
     for name, value in zip(_ROULETTE_SETTINGS, settings, strict=True):
         object.__setattr__(made, name, value)
     object.__setattr__(made, "length", children[0] if law is None else original(law))
@@ -139,21 +174,33 @@ jax.tree_util.register_pytree_with_keys(
 
 
 class CustomEstimator(Protocol):
-    """An estimator of the user's own: any object with this method; no base class is needed.
+    """Interface of a user's estimator: any object with the method `estimate`; no base class is needed.
 
-    What `estimate` computes is differentiated by JAX itself, in any mode and order. The object is traced or a constant
-    of the compiled program as a `LengthLaw` is. It may have an attribute `needs_key`, True unless it is there: without
-    a key `residual` then raises. `chunk_size` does not apply.
+    JAX differentiates `estimate` by its usual rules, in any mode and order. The object is traced if its class is a
+    pytree; otherwise it is a constant of the compiled program, and must not change. If it has an attribute `needs_key`
+    that is False, `residual` takes no key; otherwise a missing key is an error. `chunk_size` of `residual` does not
+    apply. Whether the estimate is biased, and what it costs, is the object's own affair.
+
+    Example:
+      >>> class FirstOrder:   # log|det(I + J)| ~ tr J, biased; D vjps of g
+      ...     needs_key = False
+      ...     def estimate(self, g, x, key):
+      ...         g_x, pullback = jax.vjp(g, x)
+      ...         rows = [pullback(jnp.zeros_like(x).at[:, i].set(1))[0][:, i] for i in range(x.shape[1])]
+      ...         return x + g_x, sum(rows)
+      >>> y, log_det = rf.residual(lambda w, x: w * x, 0.5, jnp.ones((2, 3)), estimator=FirstOrder())
+      >>> log_det.tolist()
+      [1.5, 1.5]
     """
 
     def estimate(self, g: Callable[[jax.Array], jax.Array], x: jax.Array, key: jax.Array | None) -> Any:
-        """(y, log_det): y = x + g(x) like x, and an estimate of log|det dy/dx| of each example, [B], in x's dtype.
+        """Returns (y, log_det): y = x + g(x) like x, and an estimate of log|det dy/dx| [B] in nats, in x's dtype.
 
         Args:
-          g: the residual map with its parameters and its condition. It takes arrays of x's shape and dtype alone;
-            `jax.vmap` of it, of its vjp or of its jvp takes several.
-          x: floats [B, ...]; rows [B, D] of an event that is a tree.
-          key: as `residual` was given.
+          g: the residual map, with its parameters and its condition bound. It takes only arrays of x's shape and dtype;
+            use `jax.vmap` of it, of its vjp or of its jvp for several.
+          x: floats [B, ...]; rows [B, D] if the events are pytrees.
+          key: the key that `residual` was called with.
         """
 
 
@@ -161,23 +208,23 @@ Estimator = Exact | Truncated | Roulette | CustomEstimator
 
 
 def is_custom(estimator: Any) -> bool:
-    """Whether an estimator is none of this module."""
+    """Whether an estimator is a user's own, not one of this module."""
     return not isinstance(estimator, Exact | Truncated | Roulette)
 
 
 def is_series(estimator: Any) -> bool:
-    """Whether an estimator adds up a series with random probes."""
+    """Whether an estimator sums a series with random probes."""
     return isinstance(estimator, Truncated | Roulette)
 
 
 def needs_key(estimator: Estimator) -> bool:
-    """Whether an estimate takes a PRNG key."""
+    """Whether the estimator needs a PRNG key."""
     estimator = original(estimator)
     return not isinstance(estimator, Exact) and (not is_custom(estimator) or getattr(estimator, "needs_key", True))
 
 
 def check_estimator(estimator: Estimator) -> None:
-    """Raises ValueError for what is no estimator, and for a law of lengths that says that its values are wrong."""
+    """Raises ValueError if this is no estimator, or if its law of lengths has invalid values."""
     estimator = original(estimator)
     if is_custom(estimator):
         if isinstance(estimator, type) or not callable(getattr(estimator, "estimate", None)):
@@ -190,10 +237,10 @@ def check_estimator(estimator: Estimator) -> None:
 
 
 def with_rows(estimator: Estimator, blocks: int) -> Estimator:
-    """The estimator of a chain of residual blocks, as a pytree whose arrays have one row a block.
+    """The estimator for a chain of residual blocks: a pytree whose arrays have one row for each block.
 
     Raises:
-      ValueError: if the table of a `Fitted` law has rows already, and not so many.
+      ValueError: if the table of a `Fitted` law already has another number of rows.
     """
     estimator = as_tree(estimator)
     if isinstance(estimator, Roulette) and isinstance(estimator.length, Fitted):

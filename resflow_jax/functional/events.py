@@ -1,7 +1,7 @@
-"""Events that are pytrees of arrays, as one array: examples {"a": [B, ...], "b": [B, ...]} become rows [B, D].
+"""Converts batches of pytrees to one array and back: {"a": [B, ...], "b": [B, ...]} <-> rows [B, D].
 
-An `Events` knows the tree, so that a function of such trees becomes one of arrays. Rows hold the leaves one after the
-other, in JAX's order. Nothing of this touches an event that is an array.
+`Events` keeps the structure of the tree, so it can also convert a function of such trees to a function of rows. A row
+holds the flattened leaves one after the other, in JAX's order. Batches that are a single array need no conversion.
 """
 
 import math
@@ -19,20 +19,20 @@ Array = jax.Array
 
 
 def is_tree(x: Any) -> bool:
-    """Whether x is a container with an array in it."""
+    """Whether x is a container that holds at least one array."""
     if hasattr(x, "__jax_array__") or jax.tree_util.all_leaves([x]):  # a variable of Flax is a tree too
         return False
     return any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(x))
 
 
 class Events(NamedTuple):
-    """The structure of an example.
+    """The structure of a batch that is a pytree.
 
     Attributes:
-      tree: of its arrays.
-      shapes: of them, without the batch axis.
-      name: of the argument that it describes.
-      dtype: of all.
+      tree: structure of the pytree.
+      shapes: shape of each leaf, without the batch axis.
+      name: name of the argument, for errors.
+      dtype: dtype of all leaves.
     """
 
     tree: PyTreeDef
@@ -42,10 +42,10 @@ class Events(NamedTuple):
 
     @classmethod
     def of(cls, name: str, x: Any, *, least: int = 1) -> tuple["Events", Array]:
-        """(events, rows [B, D]) of a tree of float arrays [B, ...] of one dtype, with B >= least.
+        """The structure and the rows [B, D] of a tree of float arrays [B, ...] with one dtype and B >= least.
 
         Raises:
-          ValueError: for a leaf that is no float array [B, ...]; for leaves of different batch sizes or dtypes.
+          ValueError: if a leaf is no float array [B, ...], or if leaves differ in batch size or dtype.
         """
         paths, tree = jax.tree_util.tree_flatten_with_path(x)
         names = [name + keystr(path) for path, _ in paths]
@@ -60,7 +60,7 @@ class Events(NamedTuple):
         return events, events._rows(leaves)
 
     def unpack(self, rows: Array) -> Any:
-        """The tree of arrays [B, ...] of rows [B, D]."""
+        """Converts rows [B, D] to the tree of arrays [B, ...]."""
         ends = [0]
         for shape in self.shapes:
             ends.append(ends[-1] + math.prod(shape))
@@ -70,7 +70,7 @@ class Events(NamedTuple):
         return self.tree.unflatten(leaves)
 
     def wrap(self, g: Callable[..., Any]) -> Callable[..., Array]:
-        """g(params, x, ...), which returns a tree like x, as a function of rows that returns rows."""
+        """Converts g(params, x, ...), which maps a tree to a tree like it, to a function of rows that returns rows."""
 
         def of_rows(params: Any, rows: Array, *condition: Any) -> Array:
             return self._packed(g(params, self.unpack(rows), *condition), rows.shape[0])
@@ -78,7 +78,7 @@ class Events(NamedTuple):
         return of_rows
 
     def _packed(self, out: Any, batch: int) -> Array:
-        """The rows of what g returns."""
+        """Converts the tree that g returned to rows; ValueError if it differs in structure, shape or dtype."""
         paths, tree = jax.tree_util.tree_flatten_with_path(out)
         if tree != self.tree:
             raise ValueError(f"g: expected an output {self.tree} like {self.name}, got {tree}")

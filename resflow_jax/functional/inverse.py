@@ -1,18 +1,17 @@
-"""The inverse of y = x + g(x), by any solver of x = y - g(x), with an implicit derivative.
+"""The inverse of y = x + g(x): the solution of x = y - g(x), with an implicit derivative.
 
-The derivative comes from the implicit function theorem: dx = (I + J)^-1 (dy - dg), where
-(I + J)^-1, and its transpose in reverse mode, are applied by the same solver, to u = b - J u.
-Nothing of the iterations is stored.
+The derivative comes from the implicit function theorem: dx = (I + J)^-1 (dy - dg). The same solver applies (I + J)^-1,
+or its transpose in reverse mode, as the solution of u = b - J u. The iterations are not stored.
 
-A solve reports by its status; nothing inside a compiled program calls back to Python, which could wait for ever for
-the thread that it blocks. Where no status is asked for and an example has not converged:
+A solve reports through its status. A compiled program never calls back to Python, since such a call can deadlock. If no
+status is requested, an example that has not converged is reported thus:
 
                           on_failure="warn"             on_failure="raise"
     an eager call         RuntimeWarning, best guess    InverseError
     inside jit or vmap    best guess                    NaN for the example
     a derivative          NaN for the example           NaN for the example
 
-An eager call has to wait for its result; under grad alone it is eager still.
+An eager call waits for its result. A call under grad, but outside of jit, is eager too.
 """
 
 import warnings
@@ -38,7 +37,18 @@ Array = jax.Array
 
 
 class InverseError(RuntimeError):
-    """An inverse did not converge in an eager call, and the solver was told to raise."""
+    """The inverse of an eager call did not converge, and the solver has `on_failure="raise"`.
+
+    The message tells the number of examples that did not converge, and their largest residual.
+
+    Example:
+      >>> solver = rf.FixedPoint(max_iterations=2, on_failure="raise")
+      >>> try:
+      ...     rf.residual_inverse(lambda w, x: w * x, 0.9, jnp.ones((3, 1)), solver=solver)
+      ... except rf.InverseError as error:
+      ...     print(error)
+      residual_inverse: 3 of 3 examples did not converge; largest residual 8.10e-01
+    """
 
 
 def residual_inverse(
@@ -50,30 +60,44 @@ def residual_inverse(
     solver: Solver = Anderson(),
     return_status: bool = False,
 ) -> Any | tuple[Any, InverseStatus]:
-    """Solves x + g(params, x) = y, or x + g(params, x, condition) = y, for x, each example to its own tolerance.
+    """Solves x + g(params, x) = y, or x + g(params, x, condition) = y, for x.
 
-    Differentiable in params, y, the floats of the condition and whatever g closes over, in any mode and order. An eager
-    call compiles once for equal g, shapes and kind of solver, whatever its tolerance and cap.
+    The solution exists and is unique if g is a contraction in x (Banach; Behrmann et al. 2019, arXiv 1811.00995,
+    algorithm 1). Each example stops at its own tolerance. `InverseStatus.error_bound` bounds the error.
+
+    The result is differentiable in params, y, the floats of the condition and whatever g closes over, in any mode and
+    order, by the implicit function theorem. An eager call compiles once for equal g, shapes and kind of solver; other
+    tolerances and caps do not recompile. The function is deterministic.
+
+    Cost: one evaluation of g for each iteration of the slowest example, about log(tolerance) / log(L) for
+    `FixedPoint` and often far fewer for `Anderson`; for a derivative as many jvps or vjps of g.
 
     Args:
-      g: pure function (params, x) -> array of x's shape and dtype, a contraction in x, each
-        example of the batch by itself. It may close over arrays of any dtype, traced ones too.
+      g: pure function (params, x) -> array of x's shape and dtype. It must be a contraction in x and treat the
+        examples of a batch independently. It may close over arrays of any dtype, including traced ones.
       params: any pytree.
-      y: floats [B, ...], or a pytree of such of one batch size and dtype; g then takes and returns trees like y.
-      condition: what else g depends on, example by example: None, or any pytree of arrays [B, ...] of any dtype. g is
-        then called as g(params, x, condition), and has to contract in x alone.
-      solver: `FixedPoint`, `Anderson` or `Broyden`, with its tolerance and iteration cap.
+      y: floats [B, ...], or a pytree of such arrays with one batch size and dtype; g then takes and returns such trees.
+      condition: None, or any pytree of arrays [B, ...] of any dtype, one row for each example. g is then called as
+        g(params, x, condition), and must be a contraction in x for every condition.
+      solver: `FixedPoint`, `Anderson` or `Broyden`, with its tolerance and cap on iterations.
       return_status: whether to return the status as well.
 
     Returns:
-      x like y, or (x, `InverseStatus`). Without the status, an example that did not converge is reported as
-      `solver.on_failure` says; see the table in the head of this module. An example that is not finite ends at once,
-      unconverged.
+      x like y, or (x, `InverseStatus`). Without the status, examples that did not converge are reported as
+      `solver.on_failure` says; see the table at the head of this module. An example with numbers that are not finite
+      stops at once, unconverged.
 
     Raises:
-      ValueError: if y is not a float array with a batch axis, if g changes its shape or dtype, if solver is none, if
-        an array of the condition has not the batch axis of y, or if g does not take a condition.
+      ValueError: if y is not a float array with a batch axis, if g changes its shape or dtype, if `solver` is no
+        solver, if an array of the condition has another batch size than y, or if g does not take a condition.
       InverseError: in an eager call, if an example did not converge and `solver.on_failure` is "raise".
+
+    Example:
+      >>> g = lambda w, x: 0.5 * jnp.sin(w * x)
+      >>> x = jnp.arange(6.0).reshape(3, 2)
+      >>> found, status = rf.residual_inverse(g, 1.0, x + g(1.0, x), return_status=True)
+      >>> bool(jnp.allclose(found, x, atol=1e-4)), status.converged.tolist()
+      (True, [True, True, True])
     """
     check_map(g, condition)
     events = None
@@ -95,7 +119,7 @@ def residual_inverse(
 
 
 def check_solver(solver: Any) -> None:
-    """Raises ValueError for anything but a solver."""
+    """Raises ValueError unless this is a solver."""
     if not isinstance(solver, Solver):
         raise ValueError(f"solver: expected Anderson(), FixedPoint() or Broyden(), got {solver!r}")
 
@@ -131,16 +155,16 @@ def _solve(
 
 
 def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:
-    """x, after a warning or an error in an eager call, or with NaN in a compiled program; see the module's head.
+    """Reports examples that did not converge, as the table at the head of this module says, and returns x.
 
     Args:
-      x: array [B, ...], or a tree of such, of examples whose solves have this status.
-      status: with fields [B], or [blocks, B], of which an example needs all.
-      what: what was solved, the start of the message.
-      on_failure: as of a solver.
+      x: solutions [B, ...], or a pytree of such arrays. In a compiled program the result may have NaN for examples.
+      status: its fields are [B] or [blocks, B]. An example has converged if it did in all blocks.
+      what: name of the solve, the start of the message.
+      on_failure: "warn" or "raise".
 
     Raises:
-      InverseError: if on_failure is "raise" and the status, not traced, tells of an example that did not converge.
+      InverseError: if `on_failure` is "raise", the status is concrete, and an example did not converge.
     """
     if isinstance(status.converged, jax.core.Tracer):
         if on_failure == "warn":
@@ -149,7 +173,7 @@ def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:
         return jax.tree.map(lambda leaf: _nan_where_unconverged(leaf, converged), x)
     if status.converged.is_fully_addressable:
         failed, largest = _worst(np, np.asarray(status.converged), np.asarray(status.residual, float))
-    else:  # on devices of several processes: numbers that each of them can read
+    else:  # on devices of several processes: two numbers that every process can read
         failed, largest = jax.jit(partial(_worst, jnp))(status.converged, status.residual)
     if failed:
         message = f"{what}: {failed} of {status.converged.shape[-1]} examples did not converge; largest residual "
@@ -161,12 +185,12 @@ def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:
 
 
 def _worst(xp: Any, converged: Any, residual: Any) -> tuple[Any, Any]:
-    """How many examples failed in any block, and the largest residual of a solve that failed."""
+    """The number of examples that failed in some block, and the largest residual of a failed solve."""
     return (~_of_all_blocks(converged)).sum(), xp.max(xp.where(converged, -xp.inf, residual), initial=-xp.inf)
 
 
 def _of_all_blocks(converged: Any) -> Any:
-    """[B] of [B] or [blocks, B]."""
+    """Whether each example converged in all blocks, [B], from [B] or [blocks, B]."""
     return converged.all(axis=tuple(range(converged.ndim - 1)))
 
 

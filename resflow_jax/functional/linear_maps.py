@@ -1,19 +1,18 @@
-"""Linear maps whose induced norm bounds a layer: dense, and convolution with zero or periodic padding.
+"""The linear maps of layers: dense, and convolution with zero or periodic padding.
 
-A map knows the shapes of its kernel, of its input and of its output, how to
-apply itself to a batch, and how to act on one vector and transpose that action,
-which is all that power iteration needs. It holds no numbers: the kernel is
-passed in. A convolution whose kernel has one tap acts on each pixel alone: its power
-iteration is that of its [I, O] matrix, of which the grid has `copies`.
+A map holds shapes and options but no numbers: the kernel is an argument of its methods. It applies a kernel to a batch,
+and it applies the operator and its transpose to one vector, which is what power iteration needs. A convolution with a
+single tap acts on each pixel independently. Its power iteration runs on the [I, O] matrix of one pixel, and `copies` is
+the number of pixels.
 
-Two families of induced norms have closed forms. The extreme points of the
-1-norm's unit ball are the unit vectors, so
+Two families of induced norms have closed forms. The extreme points of the 1-norm's unit ball are the unit vectors (up
+to sign), so
 
     ||W||_{1->q} = max_j ||W e_j||_q,    ||W||_{p->inf} = ||W^T||_{1->p*} = max_i ||W^T e_i||_{p*}
 
-are largest norms of columns and of rows; for a zero-padded convolution over all positions
-of the kernel on the grid, parts of it outside. With periodic padding every position sees the same:
-the whole kernel, with those taps added up that fall on one pixel of a grid smaller than the kernel.
+are the largest norms of columns and of rows. For a zero-padded convolution the maximum runs over all positions of the
+kernel on the grid, with the taps cut off that lie outside. With periodic padding all positions are alike. If the kernel
+is larger than a periodic grid, taps that fall on the same pixel are added.
 """
 
 import itertools
@@ -34,12 +33,26 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class DenseMap:
-    """x -> x @ kernel on [..., features_in], kernel [features_in, features_out].
+    """The dense map x -> x @ kernel, from [..., features_in] to [..., features_out].
 
-    The map of a batch multiplies in `matmul_dtype` (see `convolve`); its norm is measured in the kernel's own.
+    It has no parameters: call it with a kernel [features_in, features_out] and x, floats of the same dtype.
+
+    Attributes:
+      features_in: length of the last axis of x.
+      features_out: length of the last axis of the result.
+      matmul_dtype: None, or "bfloat16" to round the factors of the product of a batch; sums are in float32. Norms are
+        computed in the kernel's dtype.
 
     Raises:
-      ValueError: for a count below one, an unknown `matmul_dtype`, or, when called, another last axis.
+      ValueError: for a count below one, an unknown `matmul_dtype`, or, when called, another last axis of x.
+
+    Example:
+      >>> linear_map = rf.DenseMap(2, 3)
+      >>> kernel = jnp.ones(linear_map.kernel_shape)
+      >>> linear_map(kernel, jnp.ones((5, 2))).shape
+      (5, 3)
+      >>> round(rf.spectral_norm_bound(linear_map, kernel), 4)   # sqrt(6)
+      2.4495
     """
 
     features_in: int
@@ -67,12 +80,12 @@ class DenseMap:
 
     @property
     def example_shape(self) -> tuple[int, ...]:
-        """Shape of what one example becomes."""
+        """Shape of the result for one example, without leading axes."""
         return (self.features_out,)
 
     @property
     def copies(self) -> int:
-        """How many times the map holds the one between `input_shape` and `output_shape`."""
+        """Number of copies of the map between `input_shape` and `output_shape` that the whole map consists of: one."""
         return 1
 
     def __call__(self, kernel: Array, x: Array) -> Array:
@@ -93,30 +106,41 @@ class DenseMap:
         return kernel @ u
 
     def column_norms(self, kernel: Array, codomain: Order) -> Array:
-        """||W e_j|| in the order `codomain` for every input j, [features_in, 1]; differentiable in kernel and order."""
+        """||W e_j|| in the order `codomain` for every input j, [features_in, 1]. Differentiable in kernel and order."""
         return vector_norm(kernel, codomain, axis=1)[:, None]
 
     def row_norms(self, kernel: Array, domain: Order) -> Array:
-        """||W^T e_i|| in the order conjugate to `domain` for every output i, [features_out]; likewise."""
+        """||W^T e_i|| in the order conjugate to `domain` for every output i, [features_out]. Also differentiable."""
         return vector_norm(kernel, conjugate(domain), axis=0)
 
 
 @dataclass(frozen=True)
 class ConvMap:
-    """x -> convolve(x, kernel) on [B, *size, channels_in], kernel [*sides, channels_in, channels_out].
+    """The convolution x -> convolve(x, kernel), from [B, *size, channels_in] to [B, *size, channels_out].
 
-    The map of a batch multiplies in `matmul_dtype` (see `convolve`); its norm is measured in the kernel's own.
+    It has stride one and no parameters: call it with a kernel [*sides, channels_in, channels_out] and x, floats of the
+    same dtype. Its norms are those of the operator on the real grid, not those of the reshaped kernel.
 
     Attributes:
-      size: of the grid, in one, two or three dimensions.
+      size: size of the grid, in one, two or three dimensions.
       channels_in: number of channels of x.
-      channels_out: number of channels of what comes out.
-      kernel_size: side of the kernel on every axis, odd; or a tuple, one for each axis. It may exceed the grid's.
-      padding: "zero" or "periodic": what is beyond the ends of the grid.
-      matmul_dtype: None or "bfloat16".
+      channels_out: number of channels of the result.
+      kernel_size: side of the kernel on every axis, odd, or a tuple with one side for each axis. A side may exceed the
+        size of the grid.
+      padding: "zero" or "periodic": the values beyond the ends of the grid.
+      matmul_dtype: None, or "bfloat16" to round the factors of products of a batch; sums are in float32. Norms are
+        computed in the kernel's dtype.
 
     Raises:
       ValueError: for a count below one, an even side, an unknown choice, or, when called, an x of another shape.
+
+    Example:
+      >>> linear_map = rf.ConvMap((4,), 1, 1, padding="periodic")
+      >>> kernel = jnp.ones(linear_map.kernel_shape)
+      >>> linear_map(kernel, jnp.ones((5, 4, 1))).shape
+      (5, 4, 1)
+      >>> round(rf.spectral_norm_bound(linear_map, kernel), 4)   # three taps of one, for the constant vector
+      3.0
     """
 
     size: tuple[int, ...]
@@ -147,7 +171,7 @@ class ConvMap:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Those of the kernel, one for each axis of the grid."""
+        """The sides of the kernel, one for each axis of the grid."""
         return self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size,) * len(self.size)
 
     @property
@@ -175,12 +199,12 @@ class ConvMap:
 
     @property
     def example_shape(self) -> tuple[int, ...]:
-        """Shape of what one example becomes."""
+        """Shape of the result for one example, without the batch axis."""
         return *self.size, self.channels_out
 
     @property
     def copies(self) -> int:
-        """How many times the map holds the one between `input_shape` and `output_shape`: once a pixel for one tap."""
+        """Number of copies of the map between `input_shape` and `output_shape`: the pixels, for one tap; else one."""
         return math.prod(self.size) if self.is_pixelwise else 1
 
     def __call__(self, kernel: Array, x: Array) -> Array:
@@ -202,22 +226,22 @@ class ConvMap:
         return convolve(u[None], reflected_kernel(kernel), padding=self.padding)[0]
 
     def column_norms(self, kernel: Array, codomain: Order) -> Array:
-        """The largest ||W e_j|| in the order `codomain` of each input channel, over all pixels, [channels_in, 1].
+        """The largest ||W e_j|| over all pixels, in the order `codomain`, for each input channel: [channels_in, 1].
 
-        The padding is included; differentiable in the kernel and in the order.
+        It takes the padding into account, and is differentiable in the kernel and in the order.
         """
         axes = *range(len(self.size)), len(self.size) + 1
         columns = [vector_norm(part, codomain, axis=axes) for part in self._parts(kernel)]
         return jnp.max(jnp.stack(columns), axis=0)[:, None]
 
     def row_norms(self, kernel: Array, domain: Order) -> Array:
-        """The largest ||W^T e_i|| in the order conjugate to `domain` of each output channel, [channels_out]."""
+        """The largest ||W^T e_i|| over all pixels, in the order conjugate to `domain`: [channels_out]."""
         axes = tuple(range(len(self.size) + 1))
         rows = [vector_norm(part, conjugate(domain), axis=axes) for part in self._parts(kernel)]
         return jnp.max(jnp.stack(rows), axis=0)
 
     def _parts(self, kernel: Array) -> list[Array]:
-        """What the kernel is at the pixels of the grid, without repetition; all of it alone, if it fits."""
+        """The parts of the kernel that pixels of the grid see, each once: the whole kernel if it fits on the grid."""
         if self.padding == "periodic":
             return [folded_kernel(kernel, self.size)]
         windows = itertools.product(*map(tap_windows, self.sides, self.size))
@@ -227,15 +251,15 @@ class ConvMap:
 def tap_windows(taps: int, size: int) -> list[slice]:
     """The largest ranges of taps that fall on `size` pixels, centred on one of them."""
     if size >= taps:
-        return [slice(0, taps)]  # no part of a vector has a larger norm
+        return [slice(0, taps)]  # a pixel in the middle sees all taps; parts of a vector have no larger norm
     ends = range(taps // 2 + 1, taps // 2 + size + 1)
     return [slice(max(0, end - size), min(taps, end)) for end in ends]
 
 
 def folded_kernel(kernel: Array | np.ndarray, size: Sequence[int]) -> Array | np.ndarray:
-    """The kernel [*sides, I, O] with taps added up that fall on one pixel of a periodic grid: at most `size` of them.
+    """The kernel [*sides, I, O] on a periodic grid: taps that fall on the same pixel are added, so sides <= size.
 
-    What is left of an axis is shifted, which changes no norm.
+    The result is shifted along the axes, which does not change norms.
     """
     numpy = np if isinstance(kernel, np.ndarray) else jnp
     for axis, n in enumerate(size):

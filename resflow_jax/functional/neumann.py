@@ -1,12 +1,12 @@
-"""The Neumann gradient of a log-det that a series estimates: memory grows neither with the series nor with g's width.
+"""The Neumann gradient of a log-det estimate. Its memory depends neither on the series' length nor on g's width.
 
     d/dtheta log|det(I + J)| = tr((I + J)^-1 dJ/dtheta) = E[w^T (dJ/dtheta) v],    E[w] = (I + J)^-T v,   E[v v^T] = I
 
-(Chen et al. 2019, arXiv 1906.02735, equations 8 and 9 with appendix C, "Neumann gradient series"). It differentiates
-first and estimates after: with w an unbiased estimate of (I + J)^-T v, w_b^T (dJ_b/dtheta) v_b is an unbiased gradient
-of example b's log-det. The backward pass is thus one vjp of x -> (g(x), J v) with cotangents (y_bar, ld_bar_b * w_b),
-one weight an example. Only x, w and what v is made of (a bit or a key) are kept. The loop that builds w adds up the
-value too, which is a true unbiased log-det.
+(Chen et al. 2019, arXiv 1906.02735, equations 8 and 9 with appendix C, "Neumann gradient series"). The log-det is
+differentiated first and then estimated: if w is an unbiased estimate of (I + J)^-T v, then w_b^T (dJ_b/dtheta) v_b is
+an unbiased gradient of example b's log-det. So the backward pass is one vjp of x -> (g(x), J v) with the cotangents
+(y_bar, log_det_bar_b * w_b), one factor for each example. It needs only x, w, and the bits or keys that v is made from.
+The loop that computes w also computes the value, which is itself an unbiased estimate of the log-det.
 """
 
 from functools import partial
@@ -28,27 +28,28 @@ Array = jax.Array
 
 
 def neumann_estimate(g, prepare, estimator, args, chunks, key):
-    """y, log_det and diagnostics, by the estimator's series, with the Neumann gradient.
+    """y, log_det and diagnostics by the estimator's series, with the Neumann gradient.
 
-    Reverse mode, once; any other derivative raises.
+    It has first-order reverse mode, and forward mode over that; other derivatives raise.
 
     Args:
       g: (closed_over, weights, x, *condition) -> array like x.
       prepare: (prepared_over, params) -> weights.
       estimator: `Truncated` or `Roulette`.
       args: (params, prepared_over, closed_over).
-      chunks: (x,) or (x, condition), of arrays [chunks, b, ...]; y and log_det are divided likewise.
+      chunks: (x,) or (x, condition), with arrays [chunks, b, ...]. y and log_det have the same leading axes.
       key: PRNG key.
     """
-    # A rule of gradients adds up what reaches a result over all lanes of a vmap that it does not depend on: y must
-    # be mapped wherever log_det is, here, and log_det wherever y is, in `_forward`.
+    # Under vmap, custom_vjp sums the cotangents of an output over the lanes if that output is not mapped. But log_det
+    # may be mapped (by the key) where y is not. So y is mapped wherever log_det is, here, and log_det wherever y is, in
+    # `_forward`.
     chunks = _mapped_with(chunks[0], (key, estimator)), *chunks[1:]
     return _neumann(g, prepare, estimator, args, chunks, key, reverse_only((args, chunks)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _neumann(g, prepare, estimator, args, chunks, key, token):
-    """`neumann_estimate`, with a token of `reverse_only`."""
+    """`neumann_estimate` with a token of `reverse_only`, which refuses forward mode."""
     return _forward(g, prepare, estimator, args, chunks, key, token)[0]
 
 
@@ -107,18 +108,18 @@ _neumann.defvjp(_forward, _backward)
 
 
 def _mapped_with(x: Array, tree: Any) -> Array:
-    """x, mapped by every `jax.vmap` that maps an array of the tree; costs nothing where x is mapped already."""
+    """x, mapped by every `jax.vmap` that maps an array of the tree. The compiled program does no work for it."""
     for leaf in jax.tree.leaves(tree):
         leaf = leaf if isinstance(leaf, Array) else jnp.asarray(leaf)
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         number = (jax.random.key_data(leaf) if is_key else leaf).reshape(-1)[0]
         always = (number == number) | True
-        x = lax.select_n(always, lax.stop_gradient(x), x)  # which XLA removes
+        x = lax.select_n(always, lax.stop_gradient(x), x)  # XLA removes this operation
     return x
 
 
 def _float0(tree):
-    """The cotangents of arrays that are not of floats."""
+    """Cotangents for arrays that are not floats."""
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)
 
 
@@ -128,12 +129,12 @@ def _zero_cotangents(tree):
 
 
 def _partition(tree):
-    """The floats of a tree, and its other leaves, each in a tree with None for the rest."""
+    """Two trees: the float leaves with None elsewhere, and the other leaves with None elsewhere."""
     floats = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
     differentiable = jax.tree.map(lambda leaf, is_float: leaf if is_float else None, tree, floats)
     return differentiable, jax.tree.map(lambda leaf, is_float: None if is_float else leaf, tree, floats)
 
 
 def _combine(first, second):
-    """The tree that `_partition` has taken apart."""
+    """The tree whose two parts are the results of `_partition`."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)

@@ -1,27 +1,27 @@
-"""Upper bounds on the norms of linear maps: what power iteration estimates from below, bounded from above.
+"""Upper bounds on the norms of linear maps. (Power iteration gives lower bounds.)
 
-`spectral_norm_bound` and `induced_norm_bound` run on the host in float64, whatever the kernel's dtype
-and JAX's own; they are upper bounds of the exact norm of the map with exactly these weights, rounding of
-their own computation included. `gram_iteration_bound` is the differentiable bound, in the kernel's dtype.
+`spectral_norm_bound` and `induced_norm_bound` run on the host in float64, for every dtype of the kernel and every
+setting of JAX. They are upper bounds on the exact norm of the map with exactly these weights: the rounding errors of
+the computation are bounded too. `gram_iteration_bound` is a differentiable bound, computed in the kernel's dtype.
 
-All maps are one case, A: [*size, I] -> [*size, O] on a grid of one, two or three axes. In two,
-(A x)[i, j] = sum_{d, e} K[d, e]^T x[i + d - p, j + e - p'], zero outside; a dense map has one pixel and one tap. Four
-facts reduce the work:
+All maps are treated as a convolution A: [*size, I] -> [*size, O] on a grid of one, two or three axes. On two axes,
+(A x)[i, j] = sum_{d, e} K[d, e]^T x[i + d - p, j + e - p'] with x zero outside of the grid; a dense map has one pixel
+and one tap. Four facts reduce the work:
 
-1. Taps further than n - 1 from the centre meet only zeros on an axis of n pixels: they are cut off. Along an
-   axis that keeps one tap the operator is block diagonal with equal blocks: one pixel stands for all.
-2. The transpose of A has the kernel flipped and with I and O swapped: I <= O without loss of generality.
-3. A = P C E, with E putting the grid into a torus of N >= n + p pixels an axis (zeros elsewhere), C the
-   circular convolution on it, P restricting to the grid: pixel i in [0, n) reads pixels -p ... n + p - 1,
-   and those outside [0, n) are, modulo N, in [n, N), where there are zeros. As |P|, |E| <= 1, |A| <= |C|.
-   Whatever wraps around meets zeros, so it may as well be multiplied by -1: the antiperiodic C bounds |A| too,
-   on each axis on its own. C is block diagonal in frequency, with s = 0 or, antiperiodic, s = 1/2 an axis:
+1. On an axis of n pixels, taps further than n - 1 from the centre meet only zeros; they are cut off. Along an axis that
+   keeps one tap the operator is block diagonal with equal blocks, so one pixel is enough.
+2. The transpose of A has the flipped kernel with I and O swapped, and the same norm. So assume I <= O.
+3. A = P C E. Here E embeds the grid into a torus of N >= n + p pixels on each axis, with zeros elsewhere, C is the
+   circular convolution on the torus, and P restricts to the grid: pixel i in [0, n) reads pixels -p ... n + p - 1, and
+   those outside [0, n) are, modulo N, in [n, N), where the zeros are. As |P|, |E| <= 1, |A| <= |C|. All values that
+   wrap around are zeros, so they may also be multiplied by -1: the antiperiodic C bounds |A| too, independently for
+   each axis. C is block diagonal in frequency, with a shift s on each axis: s = 0 if periodic, s = 1/2 if antiperiodic.
        |C| = max_w |K^(w)|_2,   K^(w) = sum_t exp(i w.t) K[t],   w = 2 pi (j + s) / N, j = 0 ... N - 1.
-   A peak of |K^(w)| counts in full if a frequency hits it, so the least |C| over both s and N = n + p ... n + 2 p
-   is taken, on each axis; on three axes N = n + p alone, where there would be many tori of many frequencies.
-   For the taps (1, 1, 1), N = n + 1 and s = 1/2 give the exact 1 + 2 cos(pi / (n + 1)), s = 0 gives 3.
-4. With periodic padding A is C itself, N = n and s = 0, whatever the kernel's sides: that norm is exact (Sedghi et
-   al. 2019, arXiv 1805.10408). For zero padding it is no bound.
+   |C| is larger if a frequency hits a peak of |K^(w)|. So the bound is the least |C| over both s and over
+   N = n + p ... n + 2 p, on each axis. On three axes only N = n + p is tried, because there are many frequencies.
+   For the taps (1, 1, 1), N = n + 1 and s = 1/2 give the exact norm 1 + 2 cos(pi / (n + 1)); s = 0 gives 3.
+4. With periodic padding A = C with N = n and s = 0, for kernels of any side, and the norm is exact (Sedghi et al. 2019,
+   arXiv 1805.10408). For zero padding this C is no bound.
 """
 
 import itertools
@@ -39,34 +39,48 @@ from resflow_jax.functional.primitives.convolution import reflected_kernel
 
 Array = jax.Array
 
-# Side of the largest Gram matrix whose eigenvalues are computed at once: 0.06 s on 2 cores.
+# Side of the largest Gram matrix whose eigenvalues are computed directly; it takes 0.06 s on 2 cores.
 _EXACT_SIDE = 1024
-# Complex numbers worked on at a time, which bounds the memory: 32 MiB an array.
+# Number of complex numbers in a batch of frequencies, which limits an array to 32 MiB.
 _BATCH_NUMBERS = 2**21
 _EPSILON = float(np.finfo(np.float64).eps)
 
 
 def spectral_norm_bound(linear_map: LinearMap, kernel: Array | np.ndarray) -> float:
-    """An upper bound of the largest singular value: |x -> linear_map(kernel, x)|_2 <= result.
+    """Computes an upper bound on the largest singular value of the map x -> linear_map(kernel, x).
 
-    With n pixels and c the smaller channel side: exact (to about 1e-7) for dense and 1x1 maps, with periodic padding,
-    and where n c <= 1024, from the Gram matrix of that side; otherwise the torus bound of the head of this file, in
-    tests at most 5 per cent above from 8x8 pixels on for 3x3 kernels and from 14x14 for 5x5, 0.1 per cent from 40
-    pixels on in one dimension, and 10 per cent from 7x7x6 on for 3x3x3 kernels. Cost O((n c)^3) where n c <= 1024,
+    Let n be the number of pixels and c the smaller number of channels. The result is exact, to about 1e-7, for dense
+    and 1x1 maps, for periodic padding, and for n c <= 1024 (from the Gram matrix). Otherwise it is the torus bound
+    derived at the head of this module. In the tests this is at most 5 % above the norm for 3x3 kernels on 8x8 or more
+    pixels and for 5x5 kernels on 14x14 or more, 0.1 % in one dimension on 40 or more, and 10 % for 3x3x3 kernels on
+    7x7x6 or more. It runs on the host in float64, is deterministic, and costs O((n c)^3) operations for n c <= 1024,
     else O(n c^3 + I O c).
 
+    Args:
+      linear_map: `DenseMap` or `ConvMap`.
+      kernel: floats of shape `linear_map.kernel_shape`, a JAX or NumPy array, not traced.
+
+    Returns:
+      The bound, a Python float. Rounding errors of the computation are included.
+
     Raises:
-      ValueError: for a kernel of another shape, not float, or not finite.
+      ValueError: if the kernel has another shape, is not of floats, or is not finite.
+
+    Example:
+      >>> kernel = np.ones((3, 1, 1))   # taps (1, 1, 1) on 5 pixels: the norm is 1 + 2 cos(pi / 6)
+      >>> round(rf.spectral_norm_bound(rf.ConvMap((5,), 1, 1), kernel), 4)
+      2.7321
     """
     kernel, exponent = _scaled(linear_map, kernel)
     return _unscaled(_spectral_bound(linear_map, kernel), exponent)
 
 
 def induced_norm_bound(linear_map: LinearMap, kernel: Array | np.ndarray, domain: float, codomain: float) -> float:
-    """An upper bound of max |A x|_q / |x|_p over whole inputs, p = `domain`, q = `codomain` in [1, inf].
+    """Computes an upper bound on max |A x|_q / |x|_p over whole inputs, p = `domain`, q = `codomain` in [1, inf].
 
-    Exact for 1 -> q (the largest q-norm of a column) and p -> inf (the largest p*-norm of a row, with
-    1/p + 1/p* = 1); `spectral_norm_bound` for 2 -> 2. Elsewhere, with |A|_{a,b} the norm from p = 1/a to q = 1/b:
+    It is exact for 1 -> q (the largest q-norm of a column) and p -> inf (the largest p*-norm of a row, with
+    1/p + 1/p* = 1), and equals `spectral_norm_bound` for 2 -> 2. For other orders, with |A|_{a,b} the norm from
+    p = 1/a to q = 1/b:
 
     1. log |A|_{a,b} of the complex norm is convex on the unit square of (a, b) (Riesz-Thorin; Bergh and
        Lofstrom 1976, theorem 1.1.1). A real norm is at most the complex one, and they agree at (1/2, 1/2)
@@ -77,11 +91,27 @@ def induced_norm_bound(linear_map: LinearMap, kernel: Array | np.ndarray, domain
        (a, b) = (1 - t) (1/2, 1/2) + t (a', b') and |A|_{a,b} <= |A|_{1/2,1/2}^(1 - t) |A|_{a',b'}^t.
     3. For p > q and any r in [q, p]: |x|_r <= n^(1/r - 1/p) |x|_p on n elements, so
        |A|_{p->q} <= n_in^(1/r - 1/p) |A|_{r->r} n_out^(1/q - 1/r).
-       The least over r = q, r = p and, if between, r = 2 is taken. n counts all pixels, also for a 1x1 kernel: the
-       norm over n pixels is then n^(1/q - 1/p) times that of a pixel.
+       The bound is the least over r = q, r = p and, if it lies between them, r = 2. n_in and n_out count all pixels,
+       also for a 1x1 kernel: the norm over n pixels is then n^(1/q - 1/p) times that of one pixel.
+
+    It runs on the host in float64, is deterministic, and costs as much as `spectral_norm_bound`.
+
+    Args:
+      linear_map: `DenseMap` or `ConvMap`.
+      kernel: floats of shape `linear_map.kernel_shape`, a JAX or NumPy array, not traced.
+      domain: order p of the norm of inputs.
+      codomain: order q of the norm of outputs.
+
+    Returns:
+      The bound, a Python float.
 
     Raises:
       ValueError: for an order below 1 or NaN, or a kernel that `spectral_norm_bound` refuses.
+
+    Example:
+      >>> kernel = np.array([[1.0, -2.0], [3.0, 4.0]])
+      >>> rf.induced_norm_bound(rf.DenseMap(2, 2), kernel, domain=1, codomain=np.inf).__round__(6)   # largest element
+      4.0
     """
     check_order("domain", domain)
     check_order("codomain", codomain)
@@ -97,26 +127,41 @@ def induced_norm_bound(linear_map: LinearMap, kernel: Array | np.ndarray, domain
 
 
 def gram_iteration_bound(linear_map: LinearMap, kernel: Array, iterations: int = 7) -> Array:
-    """A differentiable upper bound of the largest singular value, up to rounding in the kernel's dtype.
+    """Computes a differentiable upper bound on the largest singular value, up to rounding in the kernel's dtype.
 
-    Gram iteration (Delattre et al. 2023, arXiv 2305.16173; 2024, arXiv 2402.00240), for a convolution in each
-    frequency of the tori: G_0 = K^ K^*, G_{t+1} = G_t^2, and
+    It is Gram iteration (Delattre et al. 2023, arXiv 2305.16173; 2024, arXiv 2402.00240), for a convolution in each
+    frequency of the tori at the head of this module: G_0 = K^ K^*, G_{t+1} = G_t^2, and
 
         sigma <= |G_t|_F^(1 / 2^(t+1)) <= c^(1 / 2^(t+2)) sigma,
 
-    the Schatten norm of order 2^(t+2), non-increasing in t; c is the smaller channel side. Each G_t is kept
-    at norm one and the logarithm of its scale apart, so that nothing overflows. The limit is the exact norm
-    for dense and 1x1 maps and for periodic padding, for others the bound of the head of this file from the smallest
-    torus alone. Cost O(n c^2 (O + c t)) for n pixels, and for images 4 (H + p) (W + p') c (O + c) numbers of memory.
-    Works under jit, grad and vmap.
+    the Schatten norm of order 2^(t+2), which does not increase with t; c is the smaller number of channels. Each G_t is
+    scaled to norm one and the logarithm of its scale is kept, so nothing overflows. The limit is the exact norm for
+    dense and 1x1 maps and for periodic padding. Otherwise it is the bound of the smallest torus. The cost is
+    O(n c^2 (O + c t)) operations for n pixels and, for images, 4 (H + p) (W + p') c (O + c) numbers of memory. The
+    function is deterministic, and works under jit, grad and vmap.
+
+    Args:
+      linear_map: `DenseMap` or `ConvMap`.
+      kernel: floats of shape `linear_map.kernel_shape`; it may be traced.
+      iterations: t, the number of squarings.
+
+    Returns:
+      The bound, a scalar in the kernel's dtype (float32 for 16-bit floats).
 
     Raises:
-      ValueError: for a kernel of another shape or not float, or a negative number of iterations.
+      ValueError: if the kernel has another shape or is not of floats, or for a negative number of iterations.
+
+    Example:
+      >>> linear_map, kernel = rf.DenseMap(2, 2), jnp.array([[3.0, 0.0], [0.0, 1.0]])
+      >>> bound_of = lambda kernel: rf.gram_iteration_bound(linear_map, kernel)
+      >>> bound, gradient = jax.jit(jax.value_and_grad(bound_of))(kernel)
+      >>> round(float(bound), 4), gradient.round(4).tolist()
+      (3.0, [[1.0, 0.0], [0.0, 0.0]])
     """
     check_count("iterations", iterations, 0)
     kernel = _checked_kernel(linear_map, kernel)
     kernel = kernel.astype(wide_dtype(kernel.dtype))
-    # The bound does not depend on the factors that are split off, so they carry no gradient.
+    # The bound does not depend on the scales that are divided out, so they need no gradient.
     scale = lax.stop_gradient(jnp.max(jnp.abs(kernel)))
     size, kernel, periodic = _canonical(linear_map, kernel / jnp.where(scale > 0, scale, 1))
     sides = kernel.shape[:-2]
@@ -139,12 +184,12 @@ def gram_iteration_bound(linear_map: LinearMap, kernel: Array, iterations: int =
 
 
 def _squared_norm(gram: Array) -> Array:
-    """|G|_F^2 + epsilon^2 of a batch: not less than |G|_F^2, and finite in logarithm and gradient at zero."""
+    """|G|_F^2 + epsilon^2 for a batch: at least |G|_F^2, with a finite logarithm and gradient at G = 0."""
     return jnp.sum(jnp.real(gram * gram.conj()), (1, 2)) + jnp.finfo(gram.dtype).eps ** 2
 
 
 def _product(a: Array, b: Array) -> Array:
-    """a @ b without the reduced precision that accelerators use by default: a bound cannot afford it."""
+    """a @ b in full precision. Accelerators reduce it by default, and the result would be no bound."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
@@ -161,8 +206,9 @@ def _checked_kernel(linear_map: LinearMap, kernel: Array | np.ndarray) -> Array 
 
 
 def _scaled(linear_map: LinearMap, kernel: Array | np.ndarray) -> tuple[np.ndarray, int]:
-    """(K, e), the kernel being 2^e K in float64 with entries of at most one: no product overflows, none matters
-    that underflows.
+    """(K, e) with kernel = 2^e K, K in float64 with entries of at most one.
+
+    So no product overflows, and products that underflow are negligible.
     """
     kernel = _checked_kernel(linear_map, kernel)
     kernel = np.asarray(kernel).astype(np.float64)
@@ -174,13 +220,13 @@ def _scaled(linear_map: LinearMap, kernel: Array | np.ndarray) -> tuple[np.ndarr
 
 
 def _unscaled(bound: float, exponent: int) -> float:
-    """2^exponent bound; infinite, and still a bound, beyond float64's range."""
+    """2^exponent * bound; infinity, which is still a bound, if that overflows."""
     with np.errstate(over="ignore"):
         return float(np.ldexp(bound, exponent))
 
 
 def _size(linear_map: LinearMap) -> tuple[int, ...]:
-    """That of the grid; a dense map has one pixel."""
+    """The size of the grid; a dense map has one pixel."""
     return linear_map.size if isinstance(linear_map, ConvMap) else (1, 1)
 
 
@@ -189,7 +235,7 @@ def _is_periodic(linear_map: LinearMap) -> bool:
 
 
 def _reaching_taps(linear_map: LinearMap, kernel: Array | np.ndarray) -> Array | np.ndarray:
-    """The taps [*sides, I, O] that reach the grid: fact 1. A dense map has one; with periodic padding all do."""
+    """The taps [*sides, I, O] that reach the grid (fact 1): one for a dense map, all for periodic padding."""
     if isinstance(linear_map, DenseMap):
         return kernel[None, None]
     if _is_periodic(linear_map):
@@ -199,9 +245,7 @@ def _reaching_taps(linear_map: LinearMap, kernel: Array | np.ndarray) -> Array |
 
 
 def _canonical(linear_map: LinearMap, kernel: Array | np.ndarray) -> tuple[tuple[int, ...], Array | np.ndarray, bool]:
-    """Size, kernel [*sides, c, c'] with c <= c', and whether it is periodic, of a convolution of the same norm: facts 1
-    and 2.
-    """
+    """(size, kernel [*sides, c, c'] with c <= c', is_periodic) of a convolution with the same norm: facts 1 and 2."""
     kernel = _reaching_taps(linear_map, kernel)
     size = tuple(1 if k == 1 else n for n, k in zip(_size(linear_map), kernel.shape, strict=False))
     kernel = kernel if kernel.shape[-2] <= kernel.shape[-1] else reflected_kernel(kernel)
@@ -209,7 +253,7 @@ def _canonical(linear_map: LinearMap, kernel: Array | np.ndarray) -> tuple[tuple
 
 
 def _spectral_bound(linear_map: LinearMap, kernel: np.ndarray) -> float:
-    """`spectral_norm_bound` of a kernel from `_scaled`."""
+    """`spectral_norm_bound` for a kernel of `_scaled`."""
     size, kernel, periodic = _canonical(linear_map, kernel)
     has_one_tap = math.prod(kernel.shape[:-2]) == 1
     if has_one_tap or (math.prod(size) * kernel.shape[-2] <= _EXACT_SIDE and not periodic):
@@ -220,7 +264,7 @@ def _spectral_bound(linear_map: LinearMap, kernel: np.ndarray) -> float:
 
 
 def _largest_eigenvalues(gram: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Upper bounds of the largest eigenvalues of exact Gram matrices that were computed as `gram` [..., m, m].
+    """Upper bounds on the largest eigenvalues of Gram matrices whose computed values are `gram` [..., m, m].
 
     1. An entry of A^* A is a sum of n <= taps (c' + 2^axes) products of entries of K (and waves), computed to within
        gamma_n |A|^* |A| (Higham 2002, section 3.5). |A| has the taps |K[t]|, so that
@@ -266,7 +310,7 @@ def _with_pixels(products: np.ndarray, n: int) -> np.ndarray:
 
 
 def _torus_gram_norms(size: tuple[int, ...], kernel: np.ndarray, periodic: bool) -> list[float]:
-    """For each torus of `_torus_sizes` the least |C^* C|_2 of its kinds, from K^ K^*(w) = sum_l exp(i w.l) lags[l]."""
+    """The least |C^* C|_2 over the kinds of each torus, from K^ K^*(w) = sum_l exp(i w.l) lags[l]."""
     lags = _autocorrelation(kernel)
     sides, channels = kernel.shape[:-2], kernel.shape[-2]
     matrix = lags.reshape(-1, channels**2)
@@ -284,7 +328,7 @@ def _torus_gram_norms(size: tuple[int, ...], kernel: np.ndarray, periodic: bool)
 
 
 def _torus_sizes(size: tuple[int, ...], sides: tuple[int, ...], periodic: bool) -> list[tuple[int, ...]]:
-    """The tori of facts 3 and 4, smallest first. An axis with one tap has one frequency."""
+    """The sizes of the tori of facts 3 and 4, smallest first. An axis with one tap has one frequency."""
     if periodic:
         return [size]
     axes = [range(n + k // 2, n + 2 * (k // 2) + 1) if k > 1 else [1] for n, k in zip(size, sides, strict=True)]
@@ -293,7 +337,7 @@ def _torus_sizes(size: tuple[int, ...], sides: tuple[int, ...], periodic: bool) 
 
 
 def _kinds(sides: tuple[int, ...], periodic: bool) -> list[int]:
-    """Of how many kinds the torus may be along each axis: periodic, or also antiperiodic, unless it has one tap."""
+    """The number of kinds of torus along each axis: 1 (periodic), or 2 (also antiperiodic) unless it has one tap."""
     return [1 if periodic or k == 1 else 2 for k in sides]
 
 
@@ -310,10 +354,10 @@ def _autocorrelation(kernel: np.ndarray) -> np.ndarray:
 
 
 def _tori(torus: tuple[int, ...], kinds: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(frequencies, tori): w / 2 pi, [F, axes], and which of them make up each kind of torus, [kinds, pixels].
+    """(frequencies, tori): w / 2 pi, [F, axes], and the indices of those of each kind of torus, [kinds, pixels].
 
-    The periodic and the antiperiodic grid of an axis are the even and the odd members of the grid of 2 N frequencies.
-    A real kernel has |K^(-w)| = |K^(w)|, so F counts half of them.
+    The frequencies of the periodic and the antiperiodic kind are the even and the odd members of a grid of 2 N
+    frequencies on each axis. |K^(-w)| = |K^(w)| for a real kernel, so only half of them are listed.
     """
     grid = [kind * n for kind, n in zip(kinds, torus, strict=True)]
     half = (*grid[:-1], grid[-1] // 2 + 1)
@@ -329,7 +373,7 @@ def _tori(torus: tuple[int, ...], kinds: list[int]) -> tuple[np.ndarray, np.ndar
 
 
 def _waves(frequencies: np.ndarray, sides: tuple[int, ...]) -> np.ndarray:
-    """exp(i w.t) [F, taps] for offsets t from the centre of an array with these sides."""
+    """exp(i w.t) [F, taps] for the offsets t of taps from the centre of a kernel with these sides."""
     offsets = np.indices(sides).reshape(len(sides), -1) - np.array(sides)[:, None] // 2
     return np.exp(2j * np.pi * (frequencies @ offsets))
 
@@ -348,7 +392,7 @@ def _interpolated_bound(linear_map: LinearMap, kernel: np.ndarray, a: float, b: 
 
 
 def _parts(linear_map: LinearMap, kernel: np.ndarray) -> list[np.ndarray]:
-    """Absolute values, rounded up, of what the kernel is at the pixels around one of them, for every such one."""
+    """Absolute values, rounded up, of the parts of the kernel that pixels see, each part once."""
     if _is_periodic(linear_map):
         size, taps = linear_map.size, math.prod(linear_map.sides)
         rounding = taps * _EPSILON * folded_kernel(np.abs(kernel), size)

@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from resflow_jax.functional.batch_axes import vary_over, varying_axes
@@ -46,6 +47,7 @@ from resflow_jax.functional.checks import (
 )
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.starts import excludes_larger, mixed_start, unit
+from resflow_jax.functional.texts import fields_text, span, values_of
 from resflow_jax.functional.vector_norms import Order, conjugate, dual_map, is_order, positive, vector_norm
 
 Array = jax.Array
@@ -68,6 +70,18 @@ class PowerIterationStatus(NamedTuple):
     iterations: Array
     residual: Array
     converged: Array
+
+    def __repr__(self) -> str:
+        fields = [values_of(field) for field in self]
+        if any(field is None or not field.size for field in fields):
+            return fields_text(self)
+        iterations, residual, converged = fields
+        is_all = "converged" if converged.all() else "NOT converged"
+        if converged.size > 1:
+            is_all = f"{np.count_nonzero(converged)} of {converged.size} converged"
+        return (
+            f"PowerIterationStatus: {is_all}, iterations {span(iterations)}, residual {span(residual, '{:.1e}'.format)}"
+        )
 
 
 class PowerIteration(NamedTuple):

@@ -1,4 +1,4 @@
-"""Objects of a user's own class, known to be pytrees or not, carried through compiled programs."""
+"""Passes objects of a user's class through compiled programs, whether or not their class is a pytree."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,9 @@ import jax
 @jax.tree_util.register_static
 @dataclass(frozen=True, eq=False)
 class Opaque:
-    """Any object as a pytree without arrays. It is a constant of what is compiled with it, and must not change.
+    """Wraps any object as a pytree without leaves. The object is a constant of a compiled program and must not change.
 
-    Two are equal if their objects are: by the objects' own equality where they can be hashed, by identity elsewhere.
+    Two wrappers are equal if their objects are: by the objects' own equality if they are hashable, else by identity.
     """
 
     value: Any
@@ -38,10 +38,10 @@ class Opaque:
 
 
 def as_tree(value: Any) -> Any:
-    """The value if its class is a pytree, and an `Opaque` of it otherwise."""
+    """The value itself if its class is a pytree, otherwise the value in an `Opaque`."""
     return Opaque(value) if jax.tree_util.all_leaves([value]) else value
 
 
 def original(value: Any) -> Any:
-    """What `as_tree` was given."""
+    """The object that `as_tree` was called with."""
     return value.value if isinstance(value, Opaque) else value

@@ -1,15 +1,15 @@
-"""Orders p of the norms between the layers of a block: as given by a user, and learnable.
+"""Orders p of the vector norms between the layers of a residual block: parsing, and learnable orders.
 
-n layers have n + 1 orders p_0 ... p_n: layer i is measured from p_i to p_{i+1} (Chen et al. 2019,
-arXiv 1906.02735, section on induced mixed norms). The block g then has ||g(x) - g(y)||_{p_n} <=
-prod_i c_i ||x - y||_{p_0}. This is a contraction if p_n <= p_0; behind p_n > p_0, as in "222f", it
-need not be one: norms of D numbers differ by up to D^(1/p_0 - 1/p_n).
+n layers have n + 1 orders p_0 ... p_n: layer i has its induced norm from p_i to p_{i+1} bounded by c_i (Chen et al.
+2019, arXiv 1906.02735, section on induced mixed norms). Then ||g(x) - g(y)||_{p_n} <= prod_i c_i ||x - y||_{p_0}. For
+p_n <= p_0 this makes g a contraction, if prod_i c_i < 1. For p_n > p_0, as in "222f", it need not: the two norms of a
+vector of D numbers differ by a factor of up to D^(1/p_0 - 1/p_n).
 
 A learnable order is a function of a raw real parameter,
 
     p(r) = 3 - 2 tanh(h(atanh(1/2) - r)),    h(t) = 0.3 t + 0.7 elu(t),
 
-which increases from 1 to 5 and is 2 at r = 0. It is the map of the PyTorch implementation.
+which increases from 1 to 5 and is 2 at r = 0. The authors' PyTorch implementation has the same map.
 """
 
 import math
@@ -23,21 +23,21 @@ from resflow_jax.functional.checks import check_count, check_order
 
 Array = jax.Array
 
-_ATANH_HALF = 0.5493061829986572  # rounded to float32, as there: p(0) - 2 is 6e-8
-# At order 1 + margin the dual order is 1 / margin, still harmless in float32.
+_ATANH_HALF = 0.5493061829986572  # rounded to float32 as in the PyTorch implementation: p(0) - 2 is 6e-8
+# The conjugate of order 1 + margin is about 1 / margin = 1000; powers of that order are still accurate in float32.
 _MARGIN = 1e-3
 
 
 def parse_norms(norms: str | Sequence[float], layers: int | None = None, name: str = "norms") -> tuple[float, ...]:
-    """The orders that a user gave: "222f" -> (2.0, 2.0, 2.0, inf), (2, 2.5, 2) -> (2.0, 2.5, 2.0).
+    """Parses orders: "222f" -> (2.0, 2.0, 2.0, inf), (2, 2.5, 2) -> (2.0, 2.5, 2.0).
 
     Args:
-      norms: digits from 1 to 9 and "f" for infinity, or a sequence of numbers of at least one.
-      layers: if given, layers + 1 orders are expected; otherwise at least two.
-      name: of the argument, for errors.
+      norms: digits from 1 to 9 and "f" for infinity, or a sequence of numbers in [1, inf].
+      layers: number of layers; layers + 1 orders are expected. None expects at least two orders.
+      name: name of the argument, for errors.
 
     Raises:
-      ValueError: that names the argument and the order which is wrong, or how many were expected.
+      ValueError: for an invalid order, which it names, or a wrong number of orders.
     """
     if isinstance(norms, str):
         unknown = sorted(set(norms) - set("123456789f"))
@@ -58,10 +58,10 @@ def parse_norms(norms: str | Sequence[float], layers: int | None = None, name: s
 
 
 def learnable_order(raw: Array) -> Array:
-    """The order in (1, 5) of a raw parameter, elementwise: 2 at zero, increasing.
+    """Maps raw parameters to orders in (1, 5), elementwise; increasing, 2 at zero.
 
-    Kept 1e-3 away from 1 and 5. The derivative there is that of the map without this bound, so that a
-    parameter can come back.
+    The result is clipped to [1 + 1e-3, 5 - 1e-3], but the derivative is that of the map without the clip, so that a
+    parameter can return from there.
     """
     t = _ATANH_HALF - raw
     order = 3 - 2 * jnp.tanh(0.3 * t + 0.7 * jax.nn.elu(t))

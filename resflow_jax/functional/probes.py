@@ -14,9 +14,10 @@ PROBES = ("rademacher", "gaussian", "orthogonal")
 
 
 def draw_seeds(probe: str, probes: int, keys: Array, x: Array) -> Array:
-    """What the probes of each example of x [B, ...] are made of, [B, ...], drawn with its key of keys [B].
+    """What `make_probes` makes the probes of each example of x from, [B, ...]; keys [B] has one PRNG key an example.
 
-    Random bits for signs, so that who needs the same probes again need not draw them again; the keys for other probes.
+    For Rademacher probes these are the random bits, so that the backward pass need not draw them again. For other
+    probes they are the keys.
     """
     if probe != "rademacher":
         return keys
@@ -25,13 +26,19 @@ def draw_seeds(probe: str, probes: int, keys: Array, x: Array) -> Array:
 
 
 def make_probes(probe: str, probes: int, seeds: Array, x: Array) -> Array:
-    """[probes * B, ...]: so many probes for each example of x [B, ...], of x's dtype, one batch after the other.
+    """Makes `probes` probes v for each example of x [B, ...]: [probes * B, ...] in x's dtype, batch after batch.
 
-    From the seeds [B, ...] of `draw_seeds`. Orthogonal probes are columns of a random rotation times sqrt(D): their
-    mean of v v^T over D probes is exactly the identity.
+    Orthogonal probes are columns of a random rotation, times sqrt(D): the mean of v v^T over D of them is exactly the
+    identity, so D of them give the exact trace.
+
+    Args:
+      probe: "rademacher", "gaussian" or "orthogonal".
+      probes: number of probes for each example.
+      seeds: [B, ...], of `draw_seeds`.
+      x: floats [B, ...], for their shape and dtype.
 
     Raises:
-      ValueError: if more orthogonal probes are asked for than there are dimensions D.
+      ValueError: for more orthogonal probes than dimensions D.
     """
     event = x.shape[1:]
     dim = math.prod(event)
@@ -51,6 +58,6 @@ def make_probes(probe: str, probes: int, seeds: Array, x: Array) -> Array:
 
 
 def _signs(words: Array, count: int, dtype: np.dtype) -> Array:
-    """Signs +-1 [count], one for each random bit: 32 times less to draw than with a word for each."""
+    """Signs +-1 [count], one for each random bit. Each 32-bit word gives 32 signs."""
     bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
     return (2 * bits.reshape(-1)[:count].astype(jnp.int32) - 1).astype(dtype)

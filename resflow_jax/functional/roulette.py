@@ -1,13 +1,12 @@
-"""Russian roulette: the weights that make a randomly cut series unbiased.
+"""Russian roulette: the weights that make a randomly truncated series unbiased.
 
-For a convergent series sum_{k>=1} D_k, any law of N with P(N >= k) > 0 and m terms
-that are always taken ("exact terms"),
+For an absolutely convergent series sum_{k>=1} D_k, a law of N with P(N >= k) > 0 for all k, and m terms that are always
+taken ("exact terms"),
 
     sum_{k>=1} D_k = E_N [ sum_{k=1}^{m+N} D_k / P(N >= k - m) ],   P(N >= j) = 1 for j <= 0
 
-(Chen et al. 2019, arXiv 1906.02735, equation 6; Kahn 1955). Averaging the indicator over
-several independent lengths N_1..N_s keeps it unbiased and lowers its variance; the cost is
-m + max_i N_i terms.
+(Chen et al. 2019, arXiv 1906.02735, equation 6; Kahn 1955). The mean over several independent lengths N_1..N_s is
+unbiased too and has a lower variance; it costs m + max_i N_i terms.
 """
 
 import jax
@@ -19,7 +18,7 @@ Array = jax.Array
 
 
 def draw_lengths(law: LengthLaw, key: Array, num_lengths: int) -> Array:
-    """Independent lengths of the law, int32 [num_lengths]; ValueError if it draws something else."""
+    """Draws independent lengths, int32 [num_lengths]; ValueError if the law does not return integers of this shape."""
     lengths = jnp.asarray(law.sample(key, (num_lengths,)))
     if lengths.shape != (num_lengths,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
@@ -30,16 +29,16 @@ def draw_lengths(law: LengthLaw, key: Array, num_lengths: int) -> Array:
 
 
 def term_weight(law: LengthLaw, lengths: Array, exact_terms: int, k: Array | int) -> Array:
-    """Weight of term k >= 1: one up to `exact_terms`, then mean_i 1[N_i >= k - m] / P(N >= k - m).
+    """Weight of term k >= 1: 1 for k <= m, then mean_i 1[N_i >= k - m] / P(N >= k - m).
 
     Args:
       law: the law of the lengths.
       lengths: the drawn lengths N_1..N_s, shape [s].
       exact_terms: m, the number of terms that are always taken.
-      k: which term, a scalar.
+      k: number of the term, a scalar.
 
     Returns:
-      A scalar whose expectation is one; zero beyond m + max_i N_i.
+      A scalar with expectation 1; it is 0 for k > m + max_i N_i.
     """
     j = jnp.asarray(k - exact_terms, lengths.dtype)
     survival = _floats(law, jnp.maximum(j, 1))
@@ -48,10 +47,10 @@ def term_weight(law: LengthLaw, lengths: Array, exact_terms: int, k: Array | int
 
 
 def length_cap(law: LengthLaw, probability: float = 2.0**-24, limit: int = 4096) -> int:
-    """The smallest n with P(N > n) <= probability, found on the host; of a law with `upper_bound()`, that of the bound.
+    """The smallest n with P(N > n) <= probability, computed on the host; for the law's `upper_bound()` if it has one.
 
     Raises:
-      ValueError: if that n exceeds `limit`, or if P(N >= k) is traced.
+      ValueError: if this n exceeds `limit`, or if P(N >= k) is traced.
     """
     bound = law.upper_bound() if callable(getattr(law, "upper_bound", None)) else law
     with jax.ensure_compile_time_eval():
@@ -64,14 +63,14 @@ def length_cap(law: LengthLaw, probability: float = 2.0**-24, limit: int = 4096)
         n = int(jnp.sum(survival > probability))
     if n > limit:
         raise ValueError(
-            f"law: expected lengths below {limit} but for a probability of {probability:.1e}, got {law}; "
-            "a Geometric law, or gradient='neumann', has no such limit"
+            f"length: gradient='autodiff' expected a law with P(N > {limit}) of at most {probability:.1e}, got {law}; "
+            "use a law with a shorter tail, as Geometric(0.5), or gradient='neumann'"
         )
     return n
 
 
 def _floats(law: LengthLaw, k: Array) -> Array:
-    """P(N >= k), floats of the shape of k; ValueError if the law says something else."""
+    """P(N >= k), floats of k's shape; ValueError if the law returns anything else."""
     survival = jnp.asarray(law.survival(k))
     if survival.shape != k.shape or not jnp.issubdtype(survival.dtype, jnp.floating):
         raise ValueError(

@@ -1,8 +1,8 @@
 """Series for w = (I + M)^-1 v and v^T log(I + M) v that cost one product with M a term.
 
-A series has start(v) -> state and step(k, v, state, product) -> (state, term): term k = 1, 2, ...
-of w - v and of the value, both of which vanish behind v for M = 0. Vectors are arrays
-[B, ...], and every example is treated by itself. M is the transposed Jacobian.
+A series has start(v) -> state and step(k, v, state, product) -> (state, term). The terms k = 1, 2, ... add up to w - v
+and to the value; for M = 0 all of them are zero. Vectors are arrays [B, ...], and each example is computed
+independently. M is the transposed Jacobian.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Product = Callable[[Array], Array]
 
 
 class Term(NamedTuple):
-    """One term of w, [B, ...], and of the value, [B]."""
+    """One term of the sum for w, [B, ...], and of the sum for the value, [B]."""
 
     w: Array
     value: Array
@@ -44,7 +44,7 @@ class PowerSeries:
 
 
 class _Krylov(NamedTuple):
-    """Residual, direction and its product [B, ...]; the value's recurrence [B, Q]."""
+    """Residual r, direction p and M p, [B, ...]; the state of the value's recurrence at Q quadrature nodes, [B, Q]."""
 
     r: Array
     p: Array
@@ -57,28 +57,28 @@ class _Krylov(NamedTuple):
 
 @dataclass(frozen=True)
 class MinimalResidual:
-    """Minimal-residual steps for (I + M) w = v, and the value that the same products give.
+    """Minimal-residual steps for (I + M) w = v, and the value v^T log(I + M) v from the same products.
 
     With A = I + M, from w_0 = 0, r_0 = v, step n = 0, 1, ... takes one product, A r_n:
 
         p_n = r_n + b_n p_{n-1},  b_n = max(0, -<A r_n, A p_{n-1}> / |A p_{n-1}|^2),
         w_{n+1} = w_n + a_n p_n,  r_{n+1} = r_n - a_n A p_n,  a_n = <r_n, A p_n> / |A p_n|^2
 
-    (Orthomin(1): Vinsome 1976; Eisenstat, Elman & Schultz 1983, doi 10.1137/0720023; the conjugate
-    residual method where M is symmetric). Since r_n is at right angles to A p_{n-1}, the residual after a
-    step is no longer than after the best step along r_n alone, and |r_{n+1}| <= |M r_n|: no step is worse
-    than one of the power series. For symmetric M it is the best in the whole Krylov space; else the
-    two-term recurrence, and b_n cut at 0, give that up for constant memory and for the value below.
-    Because w_n + r_n needs no further product, term k is the difference of w_k + r_k and
-    w_{k-1} + r_{k-1}.
+    (Orthomin(1): Vinsome 1976; Eisenstat, Elman & Schultz 1983, doi 10.1137/0720023; for symmetric M this is the
+    conjugate residual method). r_n is orthogonal to A p_{n-1}. Hence the residual after a step is at most as large as
+    after the best step along r_n alone, and |r_{n+1}| <= |M r_n|: no step is worse than a step of the power series.
+    For symmetric M the residual is the least in the whole Krylov space. For other M it need not be: the recurrence of
+    two terms and the restriction b_n >= 0 need only constant memory, and they make the value below possible.
+    Term k is the difference of w_k + r_k and w_{k-1} + r_{k-1}; adding r_n needs no further product.
 
-    The value uses log A = int_0^inf 1/(1+s) - (A + s)^-1 ds. The residual polynomials R_n of
-    the systems with A + s are those of A, divided by R_n(-s) (as in multi-shift conjugate gradients:
-    Jegerlehner 1996, arXiv hep-lat/9612014), so that v^T (A + s)^-1 v follows from the scalars
-    a_n, b_n, v^T p_n, v^T r_n alone, for all nodes s of a quadrature at once. b_n >= 0 keeps R_n(-s) >= 1.
+    The value uses log A = int_0^inf 1/(1+s) - (A + s)^-1 ds. The residual polynomial of the system with A + s is that
+    of A, R_n, divided by R_n(-s), as in multi-shift conjugate gradients (Jegerlehner 1996, arXiv hep-lat/9612014). So
+    v^T (A + s)^-1 v follows from the scalars a_n, b_n, v^T p_n and v^T r_n, for all nodes s of a quadrature at once.
+    Because b_n >= 0, R_n(-s) >= 1.
 
     Attributes:
-      steps: products after which a_n = 1, b_n = 0, the power series of what is left; None for all steps.
+      steps: number of minimal-residual steps. Later steps have a_n = 1 and b_n = 0, which is the power series for the
+        remaining residual. None takes minimal-residual steps throughout.
     """
 
     steps: int | None = None
@@ -126,7 +126,8 @@ def dot(a: Array, b: Array) -> Array:
 def _ratio(numerator: Array, denominator: Array, default: float, floor: Array) -> Array:
     """numerator / denominator, or the default where the denominator is at most `floor`; all derivatives are finite.
 
-    A residual that is nothing but rounding, as after D steps in D dimensions, has derivatives many times its own size.
+    A residual that consists of rounding errors, as after D steps in D dimensions, would have derivatives much larger
+    than itself.
     """
     fine = denominator > lax.stop_gradient(floor)
     return jnp.where(fine, numerator / jnp.where(fine, denominator, 1), default)
@@ -134,11 +135,11 @@ def _ratio(numerator: Array, denominator: Array, default: float, floor: Array) -
 
 @lru_cache(maxsize=4)
 def _quadrature(dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes s and weights on (0, inf): Gauss-Legendre in x = s / (s + c).
+    """Nodes s and weights of a quadrature on (0, inf): Gauss-Legendre in x = s / (s + c), 64 nodes.
 
-    c = 0.05 is about the geometric mean of 1 - L and 1 + L for L = 0.999: the poles -s in the spectrum of
-    A then lie as far from [0, 1] in x on either side. log of a spectrum in [1 - L, 1 + L] is right to
-    1e-13 for L = 0.999 and 1e-4 for 0.9999.
+    c = 0.05 is close to the geometric mean of 1 - L and 1 + L for L = 0.999. The poles of the integrand, at -s in the
+    spectrum of A, are then equally far from both ends of [0, 1] in x. The logarithm of a spectrum in [1 - L, 1 + L] has
+    an error of 1e-13 for L = 0.999 and of 1e-4 for L = 0.9999.
     """
     c = 0.05
     x, weights = np.polynomial.legendre.leggauss(64)

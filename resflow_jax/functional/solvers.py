@@ -1,14 +1,14 @@
 """Solvers of x = T(x) for a contraction T: plain iteration, Anderson acceleration, Broyden's method.
 
-A solver is settings and an update rule: from what is known of T, where it is to be evaluated next.
-`functional.iteration` does the rest and sees to it that every rule converges for every contraction.
-With r = T(x) - x, and dx, dr, dT = dx + dr the changes between points evaluated:
+A solver consists of settings and an update rule, which proposes the next point to evaluate T at. The loop in
+`functional.iteration` does the rest, and its safeguard makes every rule converge for every contraction.
+With r = T(x) - x, and with the differences dx, dr and dT = dx + dr between evaluated points:
 
     FixedPoint    x <- T(x)                                       Behrmann et al. 2019 (1811.00995), algorithm 1
     Anderson      x <- T(x) - dT c,  c = argmin |r - dR c|_2      Walker & Ni 2011 (10.1137/10078356X), section 2
     Broyden       x <- x + H r,  H dr = -dx for the last change   Broyden 1965, method 1
 
-Every example is solved by itself. Cost beside T: 2 * memory vectors, and products with each of them.
+Each example is solved independently. Beyond the evaluations of T, a step costs products with 2 * memory vectors.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,17 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class FixedPoint(Solver):
-    """Plain iteration x <- T(x): about log(tolerance) / log(L) evaluations, no memory."""
+    """Plain fixed-point iteration x <- T(x) (Behrmann et al. 2019, arXiv 1811.00995, algorithm 1).
+
+    It takes about log(tolerance) / log(L) evaluations of g for a Lipschitz constant L, and no memory. The settings
+    `tolerance`, `max_iterations` and `on_failure` are those of `Solver`.
+
+    Example:
+      >>> solver = rf.FixedPoint(tolerance=1e-3)
+      >>> x, status = rf.residual_inverse(lambda w, x: w * x, 0.5, jnp.ones((1, 2)), solver=solver, return_status=True)
+      >>> status.iterations.tolist(), status.converged.tolist()
+      ([10], [True])
+    """
 
     def initialize(self, x: Array) -> tuple[()]:
         return ()
@@ -43,10 +53,26 @@ class _Changes(NamedTuple):
 
 @dataclass(frozen=True)
 class Anderson(Solver):
-    """Anderson acceleration of type II without mixing; on a linear T close to GMRES(memory).
+    """Anderson acceleration of type II without mixing (Walker & Ni 2011, doi 10.1137/10078356X, section 2).
+
+        x <- T(x) - dT c,    c = argmin |r - dR c|_2 over the last `memory` differences
+
+    For a linear T it is close to restarted GMRES, so it often takes far fewer evaluations of g than `FixedPoint`. The
+    safeguard of `functional.iteration` makes it converge for every contraction. The settings `tolerance`,
+    `max_iterations` and `on_failure` are those of `Solver`.
 
     Attributes:
-      memory: number of changes kept, 2 * memory vectors an example; at most D of them are.
+      memory: number of differences kept, at most the dimension D: 2 * memory vectors for each example.
+
+    Raises:
+      ValueError: for a memory below 1, or as for `Solver`.
+
+    Example:
+      >>> w = 0.9 * jnp.array([[0.6, 0.8], [-0.8, 0.6]])   # a rotation: FixedPoint takes about 100 evaluations
+      >>> solver = rf.Anderson(tolerance=1e-5)
+      >>> x, status = rf.residual_inverse(lambda w, x: x @ w, w, jnp.ones((1, 2)), solver=solver, return_status=True)
+      >>> status.converged.item(), status.iterations.item() <= 5
+      (True, True)
     """
 
     memory: int = 5
@@ -61,7 +87,7 @@ class Anderson(Solver):
         return _Changes(empty, empty, jnp.zeros((x.shape[0], size, size), wide_dtype(x.dtype)))
 
     def propose(self, turn, memory, change, new, trusted):
-        # Columns of norm one or zero: no Gram matrix over- or underflows, however small r has become.
+        # Columns are scaled to norm one (or are zero), so the Gram matrix neither over- nor underflows for a small r.
         unit = example_norm(change.residual)[:, None]
         image, residual = (jnp.where(unit > 0, v / jnp.where(unit > 0, unit, 1), 0) for v in change)
         slot, dtype = turn % memory.gram.shape[-1], memory.gram.dtype
@@ -69,18 +95,18 @@ class Anderson(Solver):
         row = _products(residuals, residual, dtype)
         gram = memory.gram.at[:, slot].set(row).at[:, :, slot].set(row)
 
-        # Nearly dependent columns cost accuracy of r, not of x: the ridge is what rounding leaves of them.
+        # The ridge is of the size of the rounding errors. It keeps nearly dependent columns from spoiling the step.
         ridge = 16 * float(jnp.finfo(dtype).eps) * jnp.eye(gram.shape[-1], dtype=dtype)
         factor = jnp.linalg.cholesky(gram + ridge[None], symmetrize_input=False), True
         slopes = _products(residuals, new.residual, dtype)
         weights = jax.scipy.linalg.cho_solve(factor, slopes[..., None])[..., 0].astype(new.image.dtype)
-        weights = jnp.where(jnp.isfinite(weights), weights, 0)  # no factor: a plain step
+        weights = jnp.where(jnp.isfinite(weights), weights, 0)  # if the factorisation failed: a plain step
         return _Changes(images, residuals, gram), new.image - jnp.einsum("bmd,bm->bd", images, weights)
 
 
 def _products(rows: Array, vector: Array, dtype: np.dtype) -> Array:
     """Inner products of [B, memory, D] with [B, D]: [B, memory]."""
-    # Accelerators multiply coarsely by default: such a Gram matrix may have negative eigenvalues.
+    # Accelerators multiply with reduced precision by default, which can give a Gram matrix negative eigenvalues.
     return jnp.einsum("bmd,bd->bm", rows.astype(dtype), vector.astype(dtype), precision="highest")
 
 
@@ -91,16 +117,27 @@ class _RankOne(NamedTuple):
 
 @dataclass(frozen=True)
 class Broyden(Solver):
-    """Broyden's first ("good") method on r(x) = 0, from H = I: an inverse H = I + sum_i u_i v_i^T.
+    """Broyden's first ("good") method for r(x) = 0 (Broyden 1965, method 1).
 
-    H is the approximation of (I + J)^-1; it starts anew when the memory is full or proposals keep failing.
+        x <- x + H r,    H = I + sum_i u_i v_i^T, with H dr = -dx for the last change
+
+    H approximates (I + J)^-1, starting from H = I. It is reset when the memory is full, or when several proposals in a
+    row have failed. The settings `tolerance`, `max_iterations` and `on_failure` are those of `Solver`.
 
     Attributes:
-      memory: number of updates u v^T kept, 2 * memory vectors an example.
+      memory: number of rank-one updates kept: 2 * memory vectors for each example.
+
+    Raises:
+      ValueError: for a memory below 1, or as for `Solver`.
+
+    Example:
+      >>> x = rf.residual_inverse(lambda w, x: w * x, 0.5, jnp.ones((1, 2)), solver=rf.Broyden(memory=4))
+      >>> x.round(4).tolist() == jnp.full((1, 2), 2 / 3).round(4).tolist()
+      True
     """
 
     memory: int = 16
-    patience: ClassVar[int] = 8  # |r|_2 is not what it minimises
+    patience: ClassVar[int] = 8  # the method does not decrease |r|_2 in every step
 
     def __post_init__(self):
         super().__post_init__()
@@ -127,5 +164,5 @@ class Broyden(Solver):
 
 
 def _plus_rank_one(left: Array, right: Array, v: Array) -> Array:
-    """(I + sum_i left_i right_i^T) v of every example."""
+    """(I + sum_i left_i right_i^T) v for every example, [B, D]."""
     return v + jnp.einsum("mbd,mb->bd", left, jnp.einsum("mbd,bd->mb", right, v))

@@ -1,9 +1,9 @@
-"""The sums over the terms of a series that estimate log|det(I + J)| and w, an unbiased estimate of (I + J)^-T v.
+"""The sums over the terms of a series that estimate log|det(I + J)| and w = (I + J)^-T v.
 
     value = sum_{k<=n} value_weight(k) * value of term k,     w = v + sum_{k<=n} w_weight(k) * w of term k
 
-A `Plan` holds what one draw of an estimator fixes: the series, the number of terms n, and their weights. Probes v are
-arrays [probes * B, ...], one batch after the other.
+A `Plan` is one draw of an estimator: the series, its number of terms n, and their weights. Probes v are arrays
+[probes * B, ...]: the batch is repeated for each probe.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ class TermWeights(NamedTuple):
     """The weights of one term, scalars.
 
     Attributes:
-      value: in the sum that estimates the log-det.
-      w: in the sum that makes w, from which the gradient follows.
+      value: weight in the sum for the log-det.
+      w: weight in the sum for w, which the gradient uses.
     """
 
     value: Array
@@ -36,12 +36,12 @@ class TermWeights(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one draw of an estimator fixes.
+    """One draw of an estimator.
 
     Attributes:
-      series: whose terms are added up.
-      length: the number of terms.
-      weights: from the number k >= 1 of a term to its weights.
+      series: the series whose terms are summed.
+      length: the number of terms, int32 [].
+      weights: function from the number k >= 1 of a term to its weights.
     """
 
     series: PowerSeries | MinimalResidual
@@ -64,7 +64,7 @@ class Sums(NamedTuple):
         return cls(jnp.zeros_like(v), jnp.zeros(v.shape[0], v.dtype), jnp.zeros(DIAGNOSED_TERMS, v.dtype))
 
     def add(self, k: Array, term: Term, weights: TermWeights) -> "Sums":
-        """With term k, by its weights."""
+        """The sums after adding term k with its weights."""
         value_weight, w_weight = (weight.astype(term.w.dtype) for weight in weights)
         norm = value_weight * jnp.mean(jnp.square(term.w))
         is_kth = jnp.arange(1, DIAGNOSED_TERMS + 1, dtype=jnp.int32) == k
@@ -76,7 +76,7 @@ class Sums(NamedTuple):
 
 
 def draw_plan(estimator: Truncated | Roulette, key: Array) -> Plan:
-    """One draw; that of `Truncated` is always the same."""
+    """Draws the length of the series with the key. `Truncated` draws nothing."""
     if isinstance(estimator, Truncated):
         return Plan(PowerSeries(), estimator.terms, partial(_truncated_weights, estimator.terms))
     series = PowerSeries() if estimator.minres_steps == 0 else MinimalResidual(estimator.minres_steps)
@@ -90,24 +90,24 @@ def draw_plan(estimator: Truncated | Roulette, key: Array) -> Plan:
 
 
 def _truncated_weights(terms: int, k: Array) -> TermWeights:
-    # tr(J^k) has the derivative k * tr(J^(k-1) dJ): n terms of the value have powers below n.
+    # The derivative of tr(J^k) is k * tr(J^(k-1) dJ), so n terms of the value give powers 0 ... n - 1 in w.
     return TermWeights(value=jnp.ones(()), w=jnp.where(k < terms, 1.0, 0.0))
 
 
 def longest_series(estimator: Truncated | Roulette) -> int:
-    """The number of terms of the longest series."""
+    """The number of terms of the longest series that the estimator can draw; see `length_cap`."""
     if isinstance(estimator, Truncated):
         return estimator.terms
     return estimator.exact_terms + length_cap(estimator.length)
 
 
 def sum_terms(plan: Plan, v: Array, product: Product) -> Sums:
-    """The sums over the terms of a plan, in a loop that takes no more; reverse mode cannot differentiate it.
+    """The sums over the terms of a plan, in a loop of exactly `plan.length` steps, which has no reverse mode.
 
     Args:
       plan: of `draw_plan`.
-      v: probes.
-      product: u -> J^T u, of all probes at once.
+      v: probes [probes * B, ...].
+      product: u -> J^T u, for all probes at once.
     """
 
     def advance(carry):
@@ -120,7 +120,7 @@ def sum_terms(plan: Plan, v: Array, product: Product) -> Sums:
 
 
 def sum_terms_differentiably(plan: Plan, v: Array, product: Product, longest: int) -> Sums:
-    """The same sums, which JAX can differentiate in any mode; `longest` bounds the length, and the memory."""
+    """The same sums, differentiable in any mode. `longest` bounds the length; memory grows with it."""
 
     @jax.checkpoint
     def advance(carry, k):
@@ -143,11 +143,11 @@ def _add_term(plan: Plan, v: Array, product: Product, k: Array, state: Any, sums
 
 
 def repeat(batch: Any, probes: int) -> Any:
-    """[probes * B, ...]: every array [B, ...] of the batch once for every probe."""
+    """Repeats every array [B, ...] of the batch for each probe: [probes * B, ...]."""
     return jax.tree.map(lambda leaf: jnp.tile(leaf, (probes, *[1] * (leaf.ndim - 1))), batch)
 
 
 def with_log_det(x: Array, g_x: Array, sums: Sums) -> tuple[Array, Array]:
-    """y and log_det of x [B, ...], from g [probes * B, ...] and the sums over all probes."""
+    """y and log_det [B] of x [B, ...], from g_x [probes * B, ...] and the sums of all probes."""
     batch = x.shape[0]
     return x + g_x[:batch], jnp.mean(sums.value.reshape(-1, batch), axis=0)

@@ -1,9 +1,9 @@
-"""Checks of concrete values, which wait for no result: begun before a computation, read when it is under way.
+"""Checks of concrete values that do not delay a computation: begun before it, finished after it was dispatched.
 
-In this way:
+For example:
 
-    with checked("x", x, dtype, domain):  # a NumPy array is checked at once, a traced one never
-        z = compiled(x)  # dispatched; then the check raises, where a value is wrong
+    with checked("x", x, dtype, domain):  # a NumPy array is checked here, a traced array never
+        z = compiled(x)  # dispatched; when the block ends, the check raises if a value is wrong
 """
 
 import math
@@ -20,12 +20,12 @@ Array = jax.Array
 
 
 class Domain(NamedTuple):
-    """Where the values of an example may be, by default anywhere.
+    """The range of allowed values; by default all finite numbers.
 
     Attributes:
-      low, high: the ends; numbers, or arrays that broadcast against an example from its last axis on.
-      text: how the error calls them; an array of such texts where the ends are arrays.
-      remark: what the error adds.
+      low, high: the ends: numbers, or arrays that broadcast against an example.
+      text: name of the range in errors; an array of names if the ends are arrays.
+      remark: text at the end of errors.
     """
 
     low: float | np.ndarray = -math.inf
@@ -40,15 +40,15 @@ UNIT_INTERVAL = Domain(0, 1, "[0, 1]")
 
 @contextmanager
 def checked(name: str, x: Any, dtype: Any, domain: Domain = ANYWHERE) -> Iterator[None]:
-    """Around a computation on x: checks that x, cast to a dtype, is finite and within a domain.
+    """A context around a computation on x: checks that x, cast to a dtype, is finite and within a domain.
 
-    A NumPy array is checked before the computation, on the host. Of a JAX array, which may still be computed, be on an
-    accelerator or be shared by several processes, three numbers are asked for before the computation and waited for
-    behind it; an array of one CPU is looked at there. Where the computation raises, a wrong value is named instead.
-    Traced arrays have no values to check.
+    A NumPy array is checked on the host, before the computation. A JAX array may still be pending, lie on an
+    accelerator, or be shared by several processes: a small program that computes three numbers is dispatched before the
+    computation, and its result is read after it. An array on one CPU is read on the host after the computation. If the
+    computation raises and a value is wrong, the error about the value is raised. Traced arrays are not checked.
 
     Raises:
-      ValueError: that names the argument; the same in every process.
+      ValueError: it names the argument, and is the same in every process.
     """
     check = _begin(name, x, dtype, domain)
     try:
@@ -58,7 +58,7 @@ def checked(name: str, x: Any, dtype: Any, domain: Domain = ANYWHERE) -> Iterato
 
 
 def _begin(name: str, x: Any, dtype: Any, domain: Domain) -> Callable[[], None]:
-    """What ends the check, and raises."""
+    """Begins the check. The returned function finishes it, and raises."""
     if isinstance(x, jax.core.Tracer):
         return _nothing
     if not isinstance(x, jax.Array):
@@ -73,13 +73,13 @@ def _nothing() -> None: ...
 
 
 def _axes(domain: Domain) -> int | None:
-    """The batch alone where the domain differs by element, else all axes."""
+    """The axes to reduce: the batch axis if the domain differs by element, else all axes."""
     return 0 if np.ndim(domain.low) or np.ndim(domain.high) else None
 
 
 @partial(jax.jit, static_argnames=("dtype", "axes"))
 def _numbers(x: Array, dtype: Any, axes: int | None) -> tuple[Array, Array, Array]:
-    """How many values are not finite, and the least and the largest of the others."""
+    """The number of values that are not finite, and the least and the largest of the others."""
     x = x.astype(dtype)
     is_finite = jnp.isfinite(x)
     low, high = jnp.where(is_finite, x, math.inf), jnp.where(is_finite, x, -math.inf)

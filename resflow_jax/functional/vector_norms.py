@@ -2,9 +2,9 @@
 
     J_p(x) = sign(x) (|x| / ||x||_p)^(p-1)
 
-is the vector of p*-norm one with <J_p(x), x> = ||x||_p, where 1/p + 1/p* = 1. An order is a Python
-number, or an array that may be traced and lies strictly between one and infinity. Elements are
-divided by the largest before powers are taken, so that no scale overflows.
+is the vector with p*-norm one and <J_p(x), x> = ||x||_p, where 1/p + 1/p* = 1. An order is a Python number in [1, inf],
+or an array, which may be traced and must lie strictly between one and infinity. Elements are divided by the largest
+before powers are taken, so no power overflows.
 """
 
 import math
@@ -23,7 +23,7 @@ Axes = int | tuple[int, ...] | None
 
 
 def is_order(order: Order, value: float) -> bool:
-    """Whether an order is known to be `value`; never so for an array."""
+    """Whether an order is the Python number `value`; False for arrays."""
     return isinstance(order, Real) and order == value
 
 
@@ -40,12 +40,12 @@ def vector_norm(x: Array, order: Order, axis: Axes = None) -> Array:
     The gradient is zero at a zero element, and at the zero vector.
     """
     check_order("order", order)
-    magnitude = x * jnp.sign(x)  # whose derivative at zero is zero; that of abs is one
+    magnitude = x * jnp.sign(x)  # |x|, with derivative 0 at zero; jnp.abs has derivative 1 there
     if is_order(order, 1):
         return jnp.sum(magnitude, axis)
     if is_order(order, math.inf):
         return jnp.max(magnitude, axis)
-    # The norm does not depend on the scale, whose gradient would only add rounding errors.
+    # The norm does not depend on the scale. A gradient through it would only add rounding errors.
     scale = lax.stop_gradient(jnp.max(magnitude, axis, keepdims=True))
     ratio = magnitude / positive(scale)
     present = ratio > 0
@@ -55,15 +55,15 @@ def vector_norm(x: Array, order: Order, axis: Axes = None) -> Array:
 
 
 def dual_map(x: Array, order: Order) -> tuple[Array, Array]:
-    """(J_order(x), ||x||_order) over all axes; (0, 0) at zero. Not meant to be differentiated.
+    """(J_order(x), ||x||_order) over all axes; (0, 0) at zero. Do not differentiate it.
 
-    At orders 1 and infinity J is not unique; the one returned is a vertex of its unit ball: signs with no
-    zero among them, or the sign of the first largest element alone. Vertices are where a convex
-    function has its maximum, while a zero can be a stationary point.
+    For orders 1 and infinity J is not unique. The result is a vertex of the dual unit ball: for order 1 a vector of
+    signs without zeros, for infinity the sign of the first largest element and zeros. A convex function has its maximum
+    over the ball at a vertex, whereas a vector of signs with a zero can be a stationary point below the maximum.
     """
     if is_order(order, 2):
         largest = positive(jnp.max(jnp.abs(x)))
-        ratio = x / largest  # whose square neither overflows nor vanishes
+        ratio = x / largest  # so that squares neither overflow nor underflow
         norm = jnp.sqrt(jnp.sum(jnp.square(ratio)))
         return ratio / positive(norm), largest * norm
     norm = vector_norm(x, order)
@@ -76,7 +76,7 @@ def dual_map(x: Array, order: Order) -> tuple[Array, Array]:
 
 
 def positive(x: Array) -> Array:
-    """x, but at least the smallest normal number: a divisor."""
+    """max(x, smallest normal number), for use as a divisor."""
     return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
 
 

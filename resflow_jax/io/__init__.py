@@ -1,9 +1,10 @@
-"""Flows as files: `rf.save(path, flow)` and `rf.load(path)`.
+"""Saves flows to files and loads them: `rf.save(path, flow)` and `rf.load(path)`.
 
-files        one file of safetensors: arrays by name, config or structure as metadata
-structure    a composed flow as JSON, and back, by the public classes of this package alone
-variables    the arrays of a flow by collection and name, and a flow of such arrays
-upgrades     the names that arrays had in files and checkpoints of earlier versions
-config_json  configs as JSON text
-whole_files  files that appear whole or not at all
+files           one safetensors file: arrays by name, and the config or structure as metadata
+structure       converts a composed flow to JSON and back, with only the public classes of this package
+variables       the arrays of a flow by collection and name
+upgrades        the names of arrays in files and checkpoints of earlier versions
+config_json     converts configs to JSON and back
+config_upgrade  the format of configs in earlier versions
+whole_files     writes files atomically
 """

@@ -1,8 +1,8 @@
-"""Configs as JSON, and back: frozen dataclasses of numbers, strings, paths, tuples and other such dataclasses.
+"""Converts configs to JSON and back: frozen dataclasses of numbers, strings, paths, tuples and other such dataclasses.
 
-Each dataclass is an object with its class as "type"; tuples are lists, paths and infinite numbers strings. A document
-has "format_version" beside its outermost "type". A field that is missing has its default, so that what was written
-before a field was added can be read; a field that is unknown is an error.
+A dataclass becomes an object with the name of its class as "type". Tuples become lists; paths and infinite numbers
+become strings. The outermost object also has "format_version". A missing field takes its default, so documents that
+were written before a field was added can be read. An unknown field is an error.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowCon
 FORMAT_VERSION = len(STEPS)
 _VERSION = "format_version"
 
-# What the config of a flow is, and what may occur in it.
+# The configs of flows, and all dataclasses that may occur in them.
 FLOW_CONFIGS = {cls.__name__: cls for cls in (ImageFlowConfig, VectorFlowConfig, TorchImageConfig)}
 FLOW_TYPES = FLOW_CONFIGS | {
     cls.__name__: cls
@@ -40,10 +40,10 @@ FLOW_TYPES = FLOW_CONFIGS | {
 
 
 def config_to_json(config: FlowConfig) -> str:
-    """The config of a flow as JSON, with the version of the format.
+    """Converts the config of a flow to JSON text, with the version of the format.
 
     Raises:
-      ValueError: for what is no config of a flow.
+      ValueError: if this is not the config of a flow.
     """
     if type(config) not in FLOW_CONFIGS.values():
         raise ValueError(f"config: expected one of {', '.join(FLOW_CONFIGS)}; got {type(config).__name__}")
@@ -51,11 +51,11 @@ def config_to_json(config: FlowConfig) -> str:
 
 
 def config_from_json(text: str) -> FlowConfig:
-    """The config of a flow that `config_to_json` wrote, in this version or in an earlier one.
+    """Reads the config of a flow from text that `config_to_json` wrote, in this version or an earlier one.
 
     Raises:
-      ValueError: for what is no JSON of such a config, a format of a later version, an unknown field, a missing one
-        that has no default, and a value of another type; the message names the field.
+      ValueError: if the text is not JSON of such a config, or has a later version, an unknown field, no value for a
+        field without default, or a value of the wrong type. The message names the field.
     """
     expected = f"config: expected JSON of a config of type {' or '.join(FLOW_CONFIGS)}"
     try:
@@ -68,7 +68,7 @@ def config_from_json(text: str) -> FlowConfig:
 
 
 def as_json(config: Any) -> Any:
-    """A config dataclass, or a dict, as plain JSON values; each dataclass carries its class as "type"."""
+    """Converts a config dataclass, or a dict, to plain JSON values. Each dataclass has its class as "type"."""
     if dataclasses.is_dataclass(config):
         fields = {f.name: as_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
         return {"type": type(config).__name__, **fields}
@@ -82,40 +82,40 @@ def as_json(config: Any) -> Any:
 
 
 def as_document(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain JSON values, with the version of the format."""
+    """Converts a config dataclass to plain JSON values, with the version of the format."""
     fields = as_json(config)
     return {"type": fields.pop("type"), _VERSION: FORMAT_VERSION, **fields}
 
 
 def from_document(document: Any, hint: Any, types: Mapping[str, type], name: str = "config") -> Any:
-    """The value of the type `hint` that `as_document` wrote, in this version or in an earlier one.
+    """Reads a value that `as_document` wrote, in this version or an earlier one.
 
     Args:
       document: plain JSON values.
-      hint: a type, a union of types, or Any.
-      types: the dataclasses that may occur, by their names.
-      name: of the whole, for errors.
+      hint: the expected type, a union of types, or Any.
+      types: the dataclasses that may occur, by name.
+      name: name of the document, for errors.
 
     Raises:
-      ValueError: as `config_from_json`.
+      ValueError: as for `config_from_json`.
     """
     return _read(upgraded(document), hint, types, name)
 
 
 def upgraded(document: Any) -> Any:
-    """A document as this version writes it, without its version."""
+    """Converts a document of an earlier version to the present format, without the version."""
     if not isinstance(document, dict):
         return document
     version = document.get(_VERSION, 0)
     if version not in range(FORMAT_VERSION + 1):
         raise ValueError(
-            f"{_VERSION}: expected at most {FORMAT_VERSION}, got {version!r}; a later resflow_jax wrote this"
+            f"{_VERSION}: expected at most {FORMAT_VERSION}, got {version!r}, written by a later version of resflow_jax"
         )
     return upgrade({name: value for name, value in document.items() if name != _VERSION}, version)
 
 
 def completed(document: Any, config: Any) -> Any:
-    """Plain JSON values of a config, with the defaults of fields that they lack where `config` is of the same types."""
+    """Adds missing fields to JSON values of a config, with the defaults of the dataclasses in `config`."""
     if not isinstance(document, dict) or document.get("type") != type(config).__name__:
         return document
     found = dict(document)
@@ -130,7 +130,7 @@ def completed(document: Any, config: Any) -> Any:
 
 
 def _read(value: Any, hint: Any, types: Mapping[str, type], name: str) -> Any:
-    """A value of the type that a field's hint allows, from its JSON."""
+    """Reads a value from JSON; ValueError unless it has the type that the hint allows."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if isinstance(value, dict):
         value = _dataclass(value, types, name)
@@ -147,7 +147,7 @@ def _read(value: Any, hint: Any, types: Mapping[str, type], name: str) -> Any:
 
 
 def _dataclass(values: dict[str, Any], types: Mapping[str, type], name: str) -> Any:
-    """The dataclass that `as_json` wrote as a dict."""
+    """Reads a dataclass from the dict that `as_json` made."""
     check_choice(f"{name}.type", values.get("type"), tuple(types))
     cls = types[values["type"]]
     hints, fields = get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}

@@ -1,13 +1,15 @@
-"""What configs of flows were in earlier formats of `config_json`, and the steps to the present one.
+"""Earlier formats of the configs of `config_json`, and the conversion to the present one.
 
-Version 0 is without a version: all settings of a flow stood side by side in its config, as "fc_blocks" for what is now
-"tail.blocks". Those which only files of the PyTorch implementation need were part of `ImageFlowConfig`.
+Version 0 has no version field. All settings of a flow were fields of its config: "fc_blocks" is now "tail.blocks".
+Settings that only files of the PyTorch implementation need were fields of `ImageFlowConfig`.
 
-Version 1 has other names for some settings: see `_RENAMED`.
+Version 1 has other names for some settings: see `io.renames`.
 """
 
 from collections.abc import Callable
 from typing import Any
+
+from resflow_jax.io.renames import ARGUMENTS, with_names
 
 Fields = dict[str, Any]
 
@@ -22,7 +24,7 @@ _TAIL = {
     "fc_dense_first": "densenet_first",
     "fc_dense_growth": "densenet_growth",
 }
-# Of a flow's config: the group that holds a setting now, its dataclass, and the setting's names before and now.
+# By group of a flow's config: the dataclass of the group, and its settings by their names in version 0.
 _COMMON = {
     "between": ("BetweenBlocks", {name: name for name in _BETWEEN}),
     "norms": ("Norms", {"norms": "orders", "learn_norms": "learned", "order_ties": "ties"}),
@@ -41,14 +43,14 @@ _TORCH = ("fully_connected", "padding_first", "classes", "classifier_channels")
 
 
 def upgrade(document: Any, version: int) -> Any:
-    """Plain JSON values of a version, as the present version writes them."""
+    """Converts plain JSON values of a version to the present version."""
     for step in STEPS[version:]:
         document = _everywhere(document, step)
     return document
 
 
 def _everywhere(value: Any, step: Callable[[Fields], Fields]) -> Any:
-    """Applies a step to every object with a type, the inner ones first."""
+    """Applies a step to every object that has a type, inner objects first."""
     if isinstance(value, list):
         return [_everywhere(item, step) for item in value]
     if not isinstance(value, dict):
@@ -58,7 +60,7 @@ def _everywhere(value: Any, step: Callable[[Fields], Fields]) -> Any:
 
 
 def _grouped(config: Fields) -> Fields:
-    """From version 0 to 1: settings of a flow in groups; what is unknown stays, for the reader to name."""
+    """From version 0 to 1: moves settings into groups. Unknown settings stay, and the reader will name them."""
     groups = _GROUPS.get(config["type"]) if isinstance(config["type"], str) else None
     if groups is None:
         return config
@@ -76,12 +78,12 @@ def _grouped(config: Fields) -> Fields:
 
 
 def _moved(config: Fields, names: dict[str, str]) -> Fields:
-    """Takes settings out of a config, under their new names; what is a group already is left."""
+    """Removes settings from a config and returns them under their new names. Groups are not moved."""
     return {new: config.pop(old) for old, new in names.items() if old in config and not isinstance(config[old], dict)}
 
 
 def _needs_torch(config: Fields, torch: Fields) -> bool:
-    """Whether settings that only files of the PyTorch implementation need make a difference."""
+    """Whether a setting is in use that only files of the PyTorch implementation need."""
     data, scales = config.get("data", {}), config.get("scales", {})
     pads_first = torch.get("padding_first") and data.get("padding", {}).get("channels")
     mean, shape = data.get("mean"), config.get("shape")
@@ -89,14 +91,9 @@ def _needs_torch(config: Fields, torch: Fields) -> bool:
     return bool(torch.get("fully_connected") or torch.get("classes") or pads_first or squeezed)
 
 
-# By the type of an object: the names of its settings in version 1, and those of version 2.
-_RENAMED = {"Roulette": {"krylov": "minres_steps"}}
-
-
 def _renamed(config: Fields) -> Fields:
     """From version 1 to 2."""
-    names = _RENAMED.get(config["type"], {}) if isinstance(config["type"], str) else {}
-    return {names.get(name, name): value for name, value in config.items()}
+    return with_names(config, ARGUMENTS.get(config["type"], {}) if isinstance(config["type"], str) else {})
 
 
 STEPS = (_grouped, _renamed)

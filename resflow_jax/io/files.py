@@ -1,16 +1,17 @@
-"""`save` and `load`: a flow as one file of safetensors, which any language reads.
+"""`save` and `load`: a flow as one safetensors file, which can be read from any language.
 
 The arrays are named by collection and path ("params.bijector.bijectors.0.shift"; see `io.variables`). The metadata are
 strings:
 
     format           "resflow_jax"
-    format_version   an integer, raised when files change so that earlier versions of this package cannot read them
-    version          of this package
-    config           of a `ResidualFlow`: its config as JSON
-    structure        of another `Flow`: what it is composed of, as JSON; see `io.structure`
+    format_version   an integer, increased if earlier versions of this package cannot read the file
+    version          version of this package
+    config           for a `ResidualFlow`: its config as JSON
+    structure        for another `Flow`: its layers and their arguments as JSON; see `io.structure`
 
-Nothing in a file is executed, and no name in it is imported. Files without a format version are of before compositions,
-and are read too (see `io.upgrades`).
+Nothing in a file is executed, and no name in it is imported. Files without a format version are from a time before
+flows were compositions; they can be read too (see `io.upgrades`). Files of version 1 have other names for some settings
+and arrays (see `io.renames`).
 """
 
 import json
@@ -26,6 +27,7 @@ from safetensors.numpy import save_file
 
 from resflow_jax.functional.checks import check_type
 from resflow_jax.io.config_json import config_from_json, config_to_json
+from resflow_jax.io.renames import renamed_arguments, renamed_arrays
 from resflow_jax.io.structure import UnknownClass, build, describe, difference
 from resflow_jax.io.upgrades import is_old, upgraded
 from resflow_jax.io.variables import OtherArrays, Structure, flattened, split_variables
@@ -35,25 +37,33 @@ from resflow_jax.models.flow import Flow
 from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
 
 FORMAT = "resflow_jax"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-_SHARED = "; of layers that share arrays with each other no file tells"
-_REMEDY = "; rf.load(path, like=flow) takes the structure from a flow of yours, and only the arrays from the file"
+_SHARED = "; a file does not tell which layers share arrays"
+_REMEDY = "; rf.load(path, like=flow) takes the structure from your flow and only the arrays from the file"
 
 
 def save(path: str | Path, flow: Flow) -> None:
-    """Writes a flow to a file: all arrays, in their dtype, and what the flow is made of.
+    """Writes a flow to a file: all arrays in their dtypes, and the flow's config or structure.
 
-    A file of this name is replaced when all is written. The loaded flow gives the same outputs, bit for bit.
+    An existing file is replaced atomically, after all is written. The loaded flow gives the same outputs, bit for bit.
+    No g is evaluated.
 
     Args:
-      path: of the file, by custom with the suffix ".safetensors".
-      flow: a `ResidualFlow`, or any `Flow` of layers. A module of your own inside is written as its arrays and the
-        name of its class; to load it again `load` needs `like`.
+      path: path of the file, usually with the suffix ".safetensors".
+      flow: a `ResidualFlow`, or any `Flow` of layers. For a module of your own class, the file has its arrays and the
+        name of the class; `load` then needs `like`.
 
     Raises:
-      ValueError: for what is no `Flow`, and for arrays of a dtype that files of safetensors do not have.
-      OSError: where the file cannot be written; an earlier one is then left as it was.
+      ValueError: if `flow` is no `Flow`, or has arrays of a dtype that safetensors files do not support.
+      OSError: if the file cannot be written; an existing file then stays as it was.
+
+    Example:
+      >>> flow = rf.Flow(rf.ActNorm((2,)), rf.StandardNormal((2,)))
+      >>> rf.save("flow.safetensors", flow)
+      >>> x = jnp.ones((3, 2))
+      >>> bool((rf.load("flow.safetensors").log_prob(x) == flow.log_prob(x)).all())
+      True
     """
     check_type("flow", flow, Flow)
     arrays = {".".join(name): _as_saved(".".join(name), array) for name, array in flattened(split_variables(flow))}
@@ -63,21 +73,30 @@ def save(path: str | Path, flow: Flow) -> None:
 
 
 def load(path: str | Path, *, like: Flow | None = None) -> Flow:
-    """The flow that `save` wrote, in the dtype of the file where JAX has it on.
+    """Reads a flow that `save` wrote, with the dtypes of the file (float64 becomes float32 unless JAX enables it).
 
-    Nothing is computed: no power iteration, no random parameters.
+    It runs no power iteration and draws no random parameters.
 
     Args:
-      path: of the file.
-      like: a flow of the same structure, which is not changed; for flows with classes that are not of this package,
-        as the module of `ResidualBlock(module, lipschitz=)`, or with a layer that is used twice. The structure is then
-        that of `like`, and the arrays are those of the file. By default the structure is what the file says.
+      path: path of the file.
+      like: a flow with the same structure, which is not changed. It is needed for flows with classes of other packages,
+        such as the module of `ResidualBlock(module, lipschitz=)`, and for flows that use a layer twice. The structure
+        is then that of `like`, and the arrays are those of the file. None takes the structure from the file.
+
+    Returns:
+      A `ResidualFlow`, another `Flow`, or a flow of the class of `like`.
 
     Raises:
-      FileNotFoundError: where there is no such file.
-      ValueError: for a damaged file, one that is not of this package or of a newer format, a class that is not of this
-        package without `like`, arrays that are not those of the structure, and a `like` that differs from what the file
-        says. The message names the file and what is wrong.
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is damaged, not of this package, or of a newer format; if it names a class of another
+        package and there is no `like`; if its arrays do not fit the structure; or if `like` differs from the structure
+        in the file. The message names the file and the problem.
+
+    Example:
+      >>> flow = rf.Flow(rf.Chain([rf.ActNorm((2,)), rf.Permutation((1, 0))]), rf.StandardNormal((2,)))
+      >>> rf.save("flow.safetensors", flow)
+      >>> type(rf.load("flow.safetensors").bijector).__name__
+      'Chain'
     """
     if like is not None:
         check_type("like", like, Flow)
@@ -103,19 +122,19 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
 
 
 def _description(flow: Flow) -> dict[str, str]:
-    """What a flow is made of, as metadata."""
+    """The config or the structure of a flow, as metadata."""
     if _is_of_config(flow):
         return {"config": config_to_json(flow.config)}
     return {"structure": json.dumps(describe(flow), allow_nan=False)}
 
 
 def _is_of_config(flow: Flow) -> bool:
-    """Whether the config tells all about a flow; it does not about a subclass of the user's."""
+    """Whether the config describes the flow completely. It does not for a user's subclass."""
     return isinstance(flow, ResidualFlow) and type(flow).__module__.startswith(f"{FORMAT}.")
 
 
 def _check_format(metadata: dict[str, str]) -> None:
-    """Raises ValueError unless this version of the package can read a file of these metadata."""
+    """Raises ValueError unless this version of the package can read a file with these metadata."""
     if metadata.get("format") != FORMAT:
         raise ValueError(f"format: expected {FORMAT!r} in the metadata, got {metadata.get('format')!r}")
     text = metadata.get("format_version", "0")
@@ -129,7 +148,7 @@ def _check_format(metadata: dict[str, str]) -> None:
 
 
 def _structure(metadata: dict[str, str]) -> Structure:
-    """What the metadata say."""
+    """The structure of the flow that the metadata describe."""
     if "config" in metadata:
         config = config_from_json(metadata["config"])
         return Structure.made_by(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
@@ -150,12 +169,12 @@ def _structure(metadata: dict[str, str]) -> Structure:
 
 
 def _structure_of(like: Flow, metadata: dict[str, str]) -> Structure:
-    """That of the flow `like`, if it is what the metadata say."""
+    """The structure of the flow `like`; ValueError if it differs from the metadata."""
     kind = "config" if _is_of_config(like) else "structure"
     said = metadata.get(kind)
     if said is None:
         raise ValueError(
-            f"like: expected a flow like that of the file, got {type(like).__name__}, of which the "
+            f"like: expected a flow like that of the file, got {type(like).__name__}, for which the "
             f"metadata have no {kind}"
         )
     if kind == "config":
@@ -171,7 +190,7 @@ def _structure_of(like: Flow, metadata: dict[str, str]) -> Structure:
 def _parsed(metadata: dict[str, str]) -> Any:
     """The structure in the metadata, or None."""
     try:
-        return json.loads(metadata["structure"]) if "structure" in metadata else None
+        return renamed_arguments(json.loads(metadata["structure"])) if "structure" in metadata else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"structure: expected JSON, got {metadata['structure'][:80]!r}...: {error}") from error
 
@@ -181,6 +200,7 @@ def _filled(structure: Structure, arrays: dict[str, np.ndarray]) -> Flow:
     by_path = {tuple(name.split(".")): array for name, array in arrays.items()}
     if is_old(path[1:] for path in by_path):
         by_path = upgraded(structure.leaves, by_path)
+    by_path = renamed_arrays(structure.leaves, by_path)
     loaded = {}
     for path, leaf in structure.leaves.items():
         if path in by_path:
@@ -189,7 +209,7 @@ def _filled(structure: Structure, arrays: dict[str, np.ndarray]) -> Flow:
 
 
 def _as_saved(name: str, array: jax.Array) -> np.ndarray:
-    """An array in a form that safetensors has: in C order; a PRNG key as its data."""
+    """Converts an array for safetensors: to C order, and a PRNG key to its data."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if array.dtype.name not in _DTYPES:
@@ -198,7 +218,7 @@ def _as_saved(name: str, array: jax.Array) -> np.ndarray:
 
 
 def _as_loaded(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> Any:
-    """What `_as_saved` took."""
+    """Converts an array back to the form before `_as_saved`."""
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return array
     return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))

@@ -1,14 +1,14 @@
-"""A composed flow as JSON, and back: which layers it is made of, and with which arguments.
+"""Converts a composed flow to JSON and back: its layers and their arguments.
 
     {"type": "Chain", "arguments": {"bijectors": [{"type": "ActNorm", "arguments": {"shape": [6]}}, ...]}}
 
-Every layer, base and contraction of this package keeps the arguments of its constructor as attributes of the same
-names, so one function describes them all. `build` calls the public classes of this package and nothing else: no name in
-a description is imported, and nothing in it is executed. What is not of this package, as a user's own module, stands in
-a description by its name alone, {"unknown": "package.Class"}, and cannot be built.
+Every layer, base and contraction of this package stores the arguments of its constructor in attributes of the same
+names, so one function describes all of them. `build` calls only the public classes of this package. It imports no name
+of a description and executes nothing in it. An object of another class, as a user's own module, is described only by
+its name, {"unknown": "package.Class"}, and cannot be built.
 
-Arrays among the arguments are written with their values, since a layer may check them. Infinite numbers and NaN are
-strings, since JSON has none.
+Arrays among the arguments are written with their values, because a layer may check them. Infinite numbers and NaN are
+strings, because JSON lacks them.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ _MISSING = object()
 
 
 class UnknownClass(ValueError):
-    """A description names a class that is not of this package."""
+    """A description names a class of another package."""
 
 
 @cache
 def classes() -> dict[str, type]:
-    """The classes that descriptions may name: the public layers, bases, contractions, flows and settings."""
+    """The classes that descriptions may name, by name: public layers, bases, contractions, flows and settings."""
     import resflow_jax
 
     public = [getattr(resflow_jax, name) for name in resflow_jax.__all__]
@@ -51,7 +51,7 @@ def _is_described(cls: type) -> bool:
 
 
 def describe(value: Any) -> Any:
-    """A layer, base, flow or argument as plain JSON values."""
+    """Describes a layer, base, flow or argument in plain JSON values."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, np.generic):
@@ -69,13 +69,13 @@ def describe(value: Any) -> Any:
         return {"activation": value.name}
     cls = type(value)
     arguments = dict(_arguments(value)) if classes().get(cls.__name__) is cls else {"": _MISSING}
-    if any(given is _MISSING for given in arguments.values()):  # nothing tells how to make it
+    if any(given is _MISSING for given in arguments.values()):  # the constructor's arguments are unknown
         return {"unknown": f"{cls.__module__}.{cls.__qualname__}"}
     return {"type": cls.__name__, "arguments": {name: describe(given) for name, given in arguments.items()}}
 
 
 def _arguments(value: Any) -> Iterator[tuple[str, Any]]:
-    """The arguments that make an object like this one."""
+    """The constructor's arguments for an object like this one, as pairs (name, value)."""
     if isinstance(value, ResidualBlock):
         contraction = value.contraction
         is_trusted = isinstance(contraction, TrustedContraction)
@@ -92,24 +92,27 @@ def _arguments(value: Any) -> Iterator[tuple[str, Any]]:
 
 @cache
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """The parameters of a class's constructor beside `rngs`."""
+    """The parameters of a class's constructor, except `rngs`."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    is_any = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # of a class without a constructor
+    is_any = (
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    )  # a class without a constructor has these
     return {p.name: p for p in parameters if p.name != "rngs" and p.kind not in is_any}
 
 
 def build(description: Any, rngs: nnx.Rngs, name: str = "structure") -> Any:
-    """What `describe` described, with fresh arrays. To be traced, as by `jax.eval_shape`: it then computes nothing.
+    """Builds the object that `describe` described, with new arrays. Under `jax.eval_shape` it computes nothing.
 
     Args:
       description: plain JSON values.
-      rngs: for the layers that draw their parameters.
-      name: of the description, in messages.
+      rngs: random streams for layers that draw their parameters.
+      name: name of the description, for errors.
 
     Raises:
-      UnknownClass: for a class that is not of this package.
-      ValueError: for values that `describe` does not write, arguments that a class does not have or lacks, and for
-        arguments that it refuses; the message names the place.
+      UnknownClass: for a class of another package.
+      ValueError: for values that `describe` does not write, and for unknown, missing or invalid arguments of a class.
+        The message names the place.
     """
     if isinstance(description, list):
         return tuple(build(item, rngs, f"{name}[{n}]") for n, item in enumerate(description))
@@ -135,7 +138,7 @@ def build(description: Any, rngs: nnx.Rngs, name: str = "structure") -> Any:
 
 
 def _call(cls: type, arguments: dict[str, Any], rngs: nnx.Rngs, name: str) -> Any:
-    """An object of the class with these arguments."""
+    """Makes an object of the class with these arguments."""
     parameters = {"step": None, "depth": None} if cls is ResidualStack else _parameters(cls)
     if unknown := arguments.keys() - parameters.keys():
         raise ValueError(f"{name}: expected arguments of {cls.__name__}, got {', '.join(sorted(unknown))}")
@@ -160,9 +163,9 @@ def _call(cls: type, arguments: dict[str, Any], rngs: nnx.Rngs, name: str) -> An
 
 
 def difference(expected: Any, found: Any, name: str = "") -> str | None:
-    """Where two descriptions differ first, in words; None where they are alike.
+    """The first difference between two descriptions, in words; None if they agree.
 
-    An argument that is on one side alone is none: earlier or later versions of a class may not have it.
+    An argument on one side only is no difference, because another version of a class may lack it.
     """
     if isinstance(expected, dict) and isinstance(found, dict):
         if expected.keys() != found.keys() and "type" in {*expected, *found}:
@@ -196,7 +199,7 @@ def _brief(description: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers, in nested lists, that JSON has."""
+    """Converts infinite numbers and NaN in nested lists to values that JSON has."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,13 +1,13 @@
-"""The names that arrays had before flows were compositions, and what their values are now.
+"""Converts arrays from the time before flows were compositions: their names and values.
 
     then                                 now
     scales.0.LAYER                       bijector.LAYER             of vectors
     scales.N.LAYER                       bijector.bijectors.N.LAYER of images
     scales.N.LAYER                       bijector.scales.N.LAYER    of images with factor-out
-    ACTNORM.bias, ACTNORM.log_scale      ACTNORM.shift, .log_scale, with .center 0 and .deviation 1
+    ACTNORM.bias, ACTNORM.log_scale      ACTNORM.shift, .log_scale, with .center 0 and .std 1
 
-The oldest ActNorm is y = (x + bias) exp(log_scale); the present one is y = x exp(log_scale) + shift with these
-constants, so that shift = bias exp(log_scale).
+The old ActNorm was y = (x + bias) exp(log_scale). The present one, with these constants, is
+y = x exp(log_scale) + shift. So shift = bias exp(log_scale).
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,25 +15,27 @@ from typing import Any
 
 import numpy as np
 
+from resflow_jax.io.renames import former_path
+
 Names = tuple[str, ...]
 
-CONSTANTS = {"center": 0, "deviation": 1}  # of an ActNorm that had none
+CONSTANTS = {"center": 0, "std": 1}  # of an ActNorm that had none
 
 _PLACES = (("bijector", "scales", "{n}"), ("bijector", "bijectors", "{n}"), ("bijector",))
 
 
 def is_old(names: Iterable[Names]) -> bool:
-    """Whether names of a flow's arrays, without their collection, are those of before compositions."""
+    """Whether names of a flow's arrays, without their collection, are old names."""
     return any(name[:1] == ("scales",) for name in names)
 
 
 def old_names(new: Iterable[Names], old: Iterable[Names]) -> dict[Names, Names | None]:
-    """For every present name of an array the name that it had: of an ActNorm's shift that of its bias.
+    """The old name for each present name, both without their collection.
 
-    None for the constants of an ActNorm that had none. Names without their collection.
+    For the shift of an old ActNorm it is the name of its bias, and for the constants that it lacked it is None.
 
     Raises:
-      ValueError: where the old names are not those of this flow; it names those that are missing or unknown.
+      ValueError: if the old names are not those of this flow; the message lists those that are missing or unknown.
     """
     new, old = set(new), set(old)
     tries = [_old_names(new, old, place) for place in _PLACES]
@@ -53,7 +55,9 @@ def _old_names(new: set[Names], old: set[Names], place: Names) -> dict[Names, Na
         sibling = (*module, "bias")
         if before not in old and last == "shift" and sibling in old:
             found[name] = sibling
-        elif before not in old and last in CONSTANTS and sibling in old:
+        elif (former := former_path(before, old)) in old:
+            found[name] = former
+        elif last in CONSTANTS and sibling in old:
             found[name] = None
         else:
             found[name] = before
@@ -61,7 +65,7 @@ def _old_names(new: set[Names], old: set[Names], place: Names) -> dict[Names, Na
 
 
 def _before(name: Names, place: Names) -> Names:
-    """The old name of a layer that now stands at `place`."""
+    """The old name of an array whose present name begins with `place`."""
     if "{n}" not in place:
         return ("scales", "0", *name[1:]) if name[:1] == place else name
     parents = place[:-1]
@@ -69,24 +73,24 @@ def _before(name: Names, place: Names) -> Names:
 
 
 def _unmatched(names: Mapping[Names, Names | None], old: set[Names]) -> set[Names]:
-    """Names on one side alone."""
+    """The names that are on one side only."""
     return {name for name in names.values() if name is not None} ^ old
 
 
 def shift_of(bias: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
-    """The shift of the ActNorm that is y = (x + bias) exp(log_scale)."""
+    """The shift of the present ActNorm that equals y = (x + bias) exp(log_scale)."""
     return bias * np.exp(log_scale)
 
 
 def upgraded(leaves: Mapping[Names, Any], arrays: Mapping[Names, np.ndarray]) -> dict[Names, np.ndarray]:
-    """Old arrays under their present names, with their present values.
+    """Converts old arrays to present names and values.
 
     Args:
-      leaves: shape of every present array, by its collection and name.
-      arrays: old ones, by their collection and name.
+      leaves: the present arrays or their shapes, by collection and name.
+      arrays: the old arrays, by collection and name.
 
     Raises:
-      ValueError: as `old_names`.
+      ValueError: as for `old_names`.
     """
     old = {path[1:]: array for path, array in arrays.items()}
     names = old_names([path[1:] for path in leaves], old)
@@ -96,8 +100,8 @@ def upgraded(leaves: Mapping[Names, Any], arrays: Mapping[Names, np.ndarray]) ->
         if name is None:
             scale = old[names[(*path[1:-1], "log_scale")]]
             found[path] = np.full(leaf.shape, CONSTANTS[path[-1]], scale.dtype)
-        elif name[-1] == path[-1]:
-            found[path] = old[name]
-        else:
+        elif name[-1] == "bias" and path[-1] == "shift":
             found[path] = shift_of(old[name], old[(*name[:-1], "log_scale")])
+        else:
+            found[path] = old[name]
     return found

@@ -1,9 +1,9 @@
-"""The arrays of a flow by collection and name, and a flow of such arrays.
+"""The arrays of a flow by collection and name, and flows made from such arrays.
 
-A path is (collection, *names): ("params", "bijector", "bijectors", "0", "shift"). Collections: "params", which training
-differentiates; "norms", power-iteration vectors; "batch_stats", running statistics; "constants", which training leaves
-alone. Variables of other types, as of a user's own module, are in a collection of their type's name; bare arrays in
-"arrays".
+A path is (collection, *names): ("params", "bijector", "bijectors", "0", "shift"). The collections are "params", which
+training differentiates; "norms", the vectors of power iterations; "batch_stats", running statistics; and "constants",
+which training does not change. Variables of another type, as in a user's module, are in a collection with the name of
+the type, and arrays outside of variables in "arrays".
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,17 +25,17 @@ _NAMES = {kind: name for name, kind in COLLECTIONS.items()}
 
 
 class OtherArrays(ValueError):
-    """Arrays that are missing or unknown."""
+    """Some arrays are missing or unknown."""
 
 
 class Structure(NamedTuple):
-    """What a flow is made of beside its numbers.
+    """A flow without the values of its arrays.
 
     Attributes:
-      kind: class of the flow.
-      graphdef: of the flow, from `nnx.split`.
-      treedef: of its state.
-      leaves: shape and dtype of every array by its path, in the order of the state.
+      kind: the class of the flow.
+      graphdef: the graph definition of the flow, from `nnx.split`.
+      treedef: the pytree structure of its state.
+      leaves: shape and dtype of every array by path, in the order of the state.
     """
 
     kind: type[Flow]
@@ -45,14 +45,14 @@ class Structure(NamedTuple):
 
     @classmethod
     def of(cls, flow: Flow) -> "Structure":
-        """That of a flow, whose arrays may be abstract."""
+        """The structure of a flow, whose arrays may be abstract."""
         graphdef, state = nnx.split(flow)
         leaves, treedef = jax.tree.flatten(state)
         return cls(type(flow), graphdef, treedef, dict(zip(paths(state), leaves, strict=True)))
 
     @classmethod
     def made_by(cls, make: Callable[[], Flow]) -> "Structure":
-        """That of the flow which a function makes; nothing is computed."""
+        """The structure of the flow that a function makes. The function is traced, and nothing is computed."""
         static = []
 
         def create():
@@ -66,11 +66,16 @@ class Structure(NamedTuple):
         return cls(*static, treedef, dict(zip(paths(state), leaves, strict=True)))
 
     def filled(self, arrays: Mapping[Path, Any], *, what: str = "arrays", expected: str = "those of this flow") -> Flow:
-        """The flow with these arrays, in their dtype where JAX has it on.
+        """The flow with these arrays, in their dtypes (float64 becomes float32 unless JAX enables it).
+
+        Args:
+          arrays: arrays by path.
+          what: name of the argument, for errors.
+          expected: description of the expected arrays, for errors.
 
         Raises:
-          OtherArrays: for arrays that are missing or unknown.
-          ValueError: for those of another shape, and for integers in place of floats.
+          OtherArrays: if arrays are missing or unknown.
+          ValueError: if an array has another shape or another kind of dtype.
         """
         for problem, names in (("missing", self.leaves.keys() - arrays), ("unknown", arrays.keys() - self.leaves)):
             if names:
@@ -87,13 +92,13 @@ class Structure(NamedTuple):
 
 
 def split_variables(flow: Flow) -> Variables:
-    """The variables of a flow as they are now: nested plain dicts of arrays, by collection."""
+    """The present variables of a flow: nested plain dicts of arrays, by collection."""
     _, state = nnx.split(flow)
     return nested(dict(zip(paths(state), jax.tree.leaves(state), strict=True)))
 
 
 def nested(flat: Mapping[Path, Any]) -> Variables:
-    """Nested dicts of arrays by path; a ValueError if the path of one leads through another."""
+    """Converts arrays by path to nested dicts; ValueError if one path is the beginning of another."""
     variables: Variables = {}
     for path, array in flat.items():
         *parents, name = path
@@ -101,22 +106,20 @@ def nested(flat: Mapping[Path, Any]) -> Variables:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ValueError(
-                    f"{'/'.join(path)}: expected an array or a collection of this name's beginning, got both"
-                )
+                raise ValueError(f"{'/'.join(path)}: expected a collection at {'/'.join(parents)}, got an array")
         node[name] = array
     return variables
 
 
 def flattened(variables: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """(path, array) of nested dicts."""
+    """Yields (path, array) for all arrays in nested dicts."""
     for name, node in variables.items():
         path = (*prefix, name)
         yield from flattened(node, path) if isinstance(node, Mapping) else [(path, node)]
 
 
 def paths(state: nnx.State) -> list[Path]:
-    """The path of every array, in the order of `jax.tree.leaves`."""
+    """The paths of all arrays, in the order of `jax.tree.leaves`."""
     return [(_collection(variable), *map(str, path)) for path, variable in nnx.to_flat_state(state)]
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writes files atomically."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it replaces that file when all is written, and is removed where that fails."""
+    """Yields a temporary path in the same folder, which replaces `path` when the block ends. Errors delete it."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:

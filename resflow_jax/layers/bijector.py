@@ -101,6 +101,14 @@ class Bijector(Module):
         """The shape of one x for events y of this shape: what `output_shape` takes to it."""
         return tuple(shape)
 
+    def part_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """The shapes of the parts that y is made of, each flattened, in order, for events x of this shape.
+
+        Most layers put out one part, of the shape of y. `MultiScale` puts out one part a scale, and `Flatten` one part
+        of the shape that it flattens; in a `Chain` the layers that follow keep these as long as they keep the shape.
+        """
+        return (self.output_shape(shape),)
+
     def initialize(self, x: Array, condition: Array | None = None) -> Array:
         """Sets data-dependent state from a batch, in place, and returns y = f(x)."""
         return self(x, condition)

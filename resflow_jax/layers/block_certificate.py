@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.norm_bounds import induced_norm_bound
+from resflow_jax.functional.texts import constructor, is_number, number, upper
 from resflow_jax.layers.contraction import Contraction, Layered
 
 _ROUNDS = 10  # of `tighten_contraction`
@@ -37,6 +38,12 @@ class LayerCertificate:
     coefficient: float
     domain: float
     codomain: float
+
+    def __repr__(self) -> str:
+        if not all(map(is_number, vars(self).values())):
+            return constructor(self)
+        orders = "" if self.domain == self.codomain == 2 else f" from order {self.domain:g} to {self.codomain:g}"
+        return f"LayerCertificate: norm{orders} <= {upper(self.norm)} (coefficient {number(self.coefficient)})"
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,21 @@ class BlockCertificate:
     inverse_lipschitz: float
     layers: tuple[LayerCertificate, ...]
     is_proved: bool = True
+
+    def __repr__(self) -> str:
+        known = self.bound, self.promised, self.order, self.lipschitz, self.inverse_lipschitz
+        if not all(map(is_number, known)) or not isinstance(self.layers, tuple):
+            return constructor(self)
+        order = "" if self.order == 2 else f" in the norm of order {self.order:g}"
+        if not self.is_proved:
+            reason = " on the user's word"
+        else:
+            norms = ", ".join(upper(layer.norm) for layer in self.layers[:8])
+            reason = f" (promised {upper(self.promised)}) from norms {norms}{', ...' if len(self.layers) > 8 else ''}"
+        return (
+            f"BlockCertificate: Lip(g) <= {upper(self.bound)}{order}{reason}; "
+            f"Lip(f) <= {upper(self.lipschitz)}, Lip(f^-1) <= {upper(self.inverse_lipschitz)}"
+        )
 
 
 def certify_contraction(contraction: Contraction) -> BlockCertificate:

@@ -1,7 +1,8 @@
 """Bijectors made of bijectors: `Chain`, `Invert`, `MultiScale`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.solvers import Anderson, Solver
+from resflow_jax.functional.texts import constructor
 from resflow_jax.functional.values import Domain
 from resflow_jax.layers.bijector import (
     Apply,
@@ -29,6 +31,7 @@ from resflow_jax.layers.bijector import (
 )
 from resflow_jax.layers.conditions import common_condition_shape
 from resflow_jax.layers.module import List
+from resflow_jax.layers.module_texts import Part, Parts, attempt
 
 Array = jax.Array
 
@@ -74,6 +77,21 @@ class Chain(_Composition):
                 raise ValueError(f"bijectors[{n}] ({type(bijector).__name__}): {error}{before}") from error
             before = f", which bijectors[{n}] ({type(bijector).__name__}) puts out"
         return tuple(shape)
+
+    def _repr_parts(self, shape: Shape | None) -> Parts:
+        parts = []
+        for bijector in self.bijectors:
+            parts.append(Part(bijector, shape))
+            shape = attempt(bijector.output_shape, shape)
+        return Parts(type(self).__name__, parts)
+
+    def part_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        parts = (tuple(shape),)
+        for bijector in self.bijectors:
+            after = bijector.output_shape(shape)
+            parts = parts if after == tuple(shape) else bijector.part_shapes(shape)
+            shape = after
+        return parts
 
     def input_shape(self, shape: Shape) -> Shape:
         for bijector in reversed(self.bijectors):
@@ -169,6 +187,14 @@ class Invert(Bijector):
 
     def output_shape(self, shape: Shape) -> Shape:
         return self.bijector.input_shape(super().output_shape(shape))
+
+    def _repr_parts(self, shape: Shape | None) -> Parts | None:
+        inside = self.bijector._repr_parts(attempt(self.bijector.input_shape, shape))
+        return None if inside is None else inside._replace(heading=f"{type(self).__name__} of {inside.heading}")
+
+    def _repr_text(self, text: Callable[[Any], str]) -> str:
+        is_default = self.solver == Anderson(on_failure="raise")
+        return constructor(self, text, solver=None if is_default else text(self.solver))
 
     def input_shape(self, shape: Shape) -> Shape:
         return self.bijector.output_shape(shape)
@@ -268,6 +294,14 @@ class MultiScale(_Composition):
     def output_shape(self, shape: Shape) -> Shape:
         super().output_shape(shape)
         return (sum(map(math.prod, self.parts)),)
+
+    def _repr_parts(self, shape: Shape | None) -> Parts:
+        return Parts(type(self).__name__, [*map(Part, self.scales, [self.shape, *self.parts])])
+
+    def part_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        self.output_shape(shape)
+        entrance = self.shape if len(self.scales) == 1 else self.parts[-2]
+        return *self.parts[:-1], *self.scales[-1].part_shapes(entrance)
 
     def input_shape(self, shape: Shape) -> Shape:
         return self.shape

@@ -9,7 +9,7 @@ and each activation acts in the norm of its place.
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +21,12 @@ from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_shape, check_open_interval
 from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.functional.texts import constructor
 from resflow_jax.layers.conditioning import Conditioning, Gate
 from resflow_jax.layers.conditions import ANY, ConditionShape
 from resflow_jax.layers.lipschitz import LipschitzLinear, Order
 from resflow_jax.layers.module import Dict, List, Module
+from resflow_jax.layers.module_texts import Promise
 from resflow_jax.layers.normalization import MovingCentering
 
 Array = jax.Array
@@ -108,6 +110,10 @@ class Contraction(Module):
         None where g is not made of such layers alone: `lipschitz` is then the user's word.
         """
         return None
+
+    def _repr_promise(self) -> Promise:
+        is_word = type(self).bound is Contraction.bound or not self.linears
+        return Promise(self.lipschitz if self.is_contraction else None, is_word)
 
 
 class TrustedContraction(Contraction):
@@ -268,6 +274,17 @@ class Layered(Contraction):
             x = center(x)
             if layer is not self.linears[-1]:
                 x = self.activation.function(next(activations), x)
+
+    def _repr_text(self, text: Callable[[Any], str]) -> str:
+        kernels = [linear.linear_map.kernel_shape for linear in self.linears]
+        widths = [kernels[-1][-1], *(kernel[-2] for kernel in kernels[1:]), kernels[-1][-1]]
+        sides = ", ".join("x".join(map(str, kernel[:-2])) for kernel in kernels)
+        maps = " -> ".join(map(str, widths)) + (f" by {sides}" if kernels[0][:-2] else "")
+        is_learned = any(isinstance(order, nnx.Param) for order in self.norms)
+        norms = "learned" if is_learned else None if set(self.norms) == {2.0} else text(self.norms)
+        flags = {"preactivation": self.preactivation, "centering": self.centers}
+        flags = {name: "True" if given else None for name, given in flags.items()}
+        return constructor(self, text, linear_maps=maps, norms=norms, **flags)
 
     def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float:
         places = orders[not self.preactivation : -1]

@@ -9,7 +9,7 @@ one. The coefficient c and the offset 0.1 are those of the authors' implementati
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from flax import nnx
 
 from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.functional.texts import constructor
 from resflow_jax.layers.conditioning import Conditioning, Gate
 from resflow_jax.layers.contraction import Contraction, constrained, learnable
 from resflow_jax.layers.lipschitz import LipschitzLinear
@@ -80,6 +81,17 @@ class DenseNetOfMaps(Contraction):
             new = self.activation.function(params, layer.apply(linear, x, gate))
             x = jnp.concatenate([eta[0] * x, eta[1] * new], axis=-1)
         return self.linears[-1].apply(linears[-1], x, gates[-1])
+
+    def _repr_text(self, text: Callable[[Any], str]) -> str:
+        if type(self).__init__ is not DenseNetOfMaps.__init__:  # it has arguments of its own
+            return constructor(self, text)
+        kernels = [linear.linear_map.kernel_shape for linear in self.linears]
+        depth = len(self.activation_params)
+        features, growth = kernels[0][-2], kernels[-1][-2] - kernels[-2][-2]
+        before = f"{features} -> {kernels[0][-1]}" if len(kernels) > depth + 1 else features
+        sides = f" by {'x'.join(map(str, kernels[-2][:-2]))}" if kernels[-2][:-2] else ""
+        maps = f"{before} + {depth} x {growth} -> {kernels[-1][-1]}{sides}"
+        return f"{type(self).__name__}({maps}, {text(self.activation)}, {text(self.coefficient)})"
 
     def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float:
         """As in the interface; all orders are 2. Each dense layer counts with its own weights."""

@@ -5,12 +5,14 @@ at its end. If an error ends it, it does not, and every later call of a method o
 `__call__` and `apply` are recorded, which take and return arrays, and only for the copy that is tabulated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
 from flax import nnx
-from flax.nnx import summary
+from flax.nnx import reprlib, summary
+
+from resflow_jax.layers.module_texts import Parts, Shape, module_text
 
 _RECORDED = ("__call__", "apply")
 
@@ -50,7 +52,25 @@ def _original(value: Any) -> Any:
 
 
 class Module(nnx.Module, metaclass=_ModuleType):
-    """`nnx.Module`; see the head of this file."""
+    """`nnx.Module` with a short `repr`; see the head of this file, and `layers.module_texts`.
+
+    A class may define `_repr_text(text)`, its text on one line, where text(part) is that of a module or setting inside;
+    and `_repr_promise()`, what it promises of its Lipschitz constant.
+    """
+
+    def _repr_parts(self, shape: Shape | None) -> Parts | None:
+        """The parts that may have lines of their own, for events x of this shape; None where there are none."""
+        return None
+
+    def __repr__(self) -> str:
+        return module_text(self)
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def __nnx_repr__(self) -> Iterator[reprlib.Object]:
+        """The same text inside of another module of Flax."""
+        yield reprlib.Object(type=repr(self), start="", end="")
 
 
 class List(nnx.List, metaclass=_ModuleType):

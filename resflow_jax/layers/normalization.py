@@ -2,7 +2,7 @@
 
     MovingBatchNorm   y = (x - mean) / sqrt(variance + epsilon) * exp(log_scale) + bias
     MovingCentering   y = x - mean + bias
-    Normalization     y = (x - mean) / deviation
+    Normalization     y = (x - mean) / std
 
 Mean and variance are constants of every application, so the log-det is that of a scaling and
 the inverse exact; each costs one pass over its input.
@@ -136,29 +136,29 @@ class MovingCentering(Bijector):
 
 
 class Normalization(Bijector):
-    """y = (x - mean) / deviation by constants of the data, which no training changes."""
+    """y = (x - mean) / std by constants of the data, which no training changes."""
 
-    def __init__(self, mean: Any, deviation: Any):
+    def __init__(self, mean: Any, std: Any):
         """Both of one shape: (C,) for one a channel of [B, ..., C], an event shape for one a feature."""
-        mean, deviation = np.asarray(mean, float), np.asarray(deviation, float)
+        mean, std = np.asarray(mean, float), np.asarray(std, float)
         if not np.isfinite(mean).all():
             raise ValueError(f"mean: expected finite numbers, got {mean}")
-        if deviation.shape != mean.shape:
-            raise ValueError(f"deviation: expected the shape {mean.shape} of mean, got {deviation.shape}")
-        if not (np.isfinite(deviation) & (deviation > 0)).all():
-            raise ValueError(f"deviation: expected positive finite numbers, got {deviation}")
+        if std.shape != mean.shape:
+            raise ValueError(f"std: expected the shape {mean.shape} of mean, got {std.shape}")
+        if not (np.isfinite(std) & (std > 0)).all():
+            raise ValueError(f"std: expected positive finite numbers, got {std}")
         self.mean = Constant(jnp.asarray(mean))
-        self.deviation = Constant(jnp.asarray(deviation))
+        self.std = Constant(jnp.asarray(std))
 
     def output_shape(self, shape: Shape) -> Shape:
         return ends_in(shape, self.mean.shape)
 
     def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        y = (x - trailing(self.mean[...], x)) / trailing(self.deviation[...], x)
-        return y, scaling_log_det(-jnp.log(self.deviation[...]), x)
+        y = (x - trailing(self.mean[...], x)) / trailing(self.std[...], x)
+        return y, scaling_log_det(-jnp.log(self.std[...]), x)
 
     def invert(self, y: Array, condition: Array | None = None) -> Array:
-        return y * trailing(self.deviation[...], y) + trailing(self.mean[...], y)
+        return y * trailing(self.std[...], y) + trailing(self.mean[...], y)
 
     def lipschitz_bounds(self) -> tuple[float, float]:
-        return scaling_bounds(-np.log(np.asarray(self.deviation[...], np.float64)))
+        return scaling_bounds(-np.log(np.asarray(self.std[...], np.float64)))

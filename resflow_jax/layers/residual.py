@@ -28,6 +28,7 @@ from resflow_jax.layers.block_certificate import certify_contraction, tighten_co
 from resflow_jax.layers.conditions import ConditionShape
 from resflow_jax.layers.contraction import Contraction, TrustedContraction
 from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, norms_are_deferred
+from resflow_jax.layers.module_texts import Part, Parts
 from resflow_jax.layers.norm_updates import update_norms
 
 Array = jax.Array
@@ -180,6 +181,13 @@ class ResidualStack(Bijector):
         if found != tuple(shape):
             raise ValueError(f"expected layers that keep the shape of events {tuple(shape)}, got {found}")
         return found
+
+    def _repr_text(self, text: Callable[[Any], str]) -> str:
+        return f"{type(self).__name__}({self.depth} x {text(self.steps)})"
+
+    def _repr_parts(self, shape: Shape | None) -> Parts:
+        inside = self.steps._repr_parts(shape) or Parts("", [Part(self.steps, shape)])
+        return inside._replace(heading=f"{type(self).__name__}: {self.depth} x")
 
     def domain(self, dtype: Any) -> Domain:
         return self.steps.domain(dtype)

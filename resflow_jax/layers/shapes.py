@@ -93,6 +93,10 @@ class Flatten(Reshape):
         shape = as_shape("shape", shape)
         super().__init__(shape, (math.prod(shape),))
 
+    def part_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        self.output_shape(shape)
+        return (self.shape,)
+
 
 class Permutation(_Rearrangement):
     """y[..., i] = x[..., order[i]] along one axis of every event.

@@ -75,7 +75,7 @@ def normalization(config: FlowConfig, others: int = 0) -> list[Bijector]:
     data = config.data
     if data.mean is None:
         return []
-    return [Normalization((*data.mean, *[0] * others), (*data.deviation, *[1] * others))]
+    return [Normalization((*data.mean, *[0] * others), (*data.std, *[1] * others))]
 
 
 def padding_layers(padding: Padding) -> list[Bijector]:

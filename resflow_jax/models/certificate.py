@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.texts import constructor, count, upper
 from resflow_jax.layers.block_certificate import BlockCertificate
 from resflow_jax.models.flow import Flow
+
+_SHOWN = 6  # blocks in the text of a certificate
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,28 @@ class Certificate:
     blocks: tuple[BlockCertificate, ...]
     lipschitz: float
     inverse_lipschitz: float
+
+    def __repr__(self) -> str:
+        try:
+            return "\n".join(self._lines())
+        except Exception:  # something else stands in the place of the numbers, as while a tree is mapped
+            return constructor(self)
+
+    def _lines(self) -> list[str]:
+        """What is shown of it."""
+        number, proved = len(self.blocks), [block.bound for block in self.blocks if block.is_proved]
+        beyond = [str(n) for n, block in enumerate(self.blocks) if not block.bound < 1]
+        verdict = "every block is invertible" if self.is_certified else "NOT certified"
+        lines = [f"Certificate of {count(number, 'residual block')}: {verdict}"]
+        if proved:
+            promised = max(block.promised for block in self.blocks if block.is_proved)
+            bounds = ", ".join(map(upper, proved[:_SHOWN])) + (", ..." if len(proved) > _SHOWN else "")
+            lines.append(f"  Lip(g) <= {upper(max(proved))} (promised {upper(promised)}); of the blocks: {bounds}")
+        if beyond:
+            lines.append(f"  no contraction by the bound: {_some(beyond)}")
+        if self.unproved:
+            lines.append(f"  on the user's word: {_some([*map(str, self.unproved)])}")
+        return [*lines, f"  Lip(f) <= {upper(self.lipschitz)}, Lip(f^-1) <= {upper(self.inverse_lipschitz)}"]
 
     @property
     def bounds(self) -> np.ndarray:
@@ -77,6 +102,15 @@ class Certificate:
     def as_dict(self) -> dict[str, Any]:
         """Plain values; infinite ones as they are."""
         return {"is_certified": self.is_certified, **dataclasses.asdict(self)}
+
+
+def _some(names: list[str]) -> str:
+    """The first blocks of these numbers."""
+    return (
+        f"block{'' if len(names) == 1 else 's'} "
+        + ", ".join(names[:_SHOWN])
+        + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    )
 
 
 def certify(flow: Flow) -> Certificate:

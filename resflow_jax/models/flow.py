@@ -7,7 +7,7 @@ scan.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -24,9 +24,11 @@ from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.primitives.tracing import run
 from resflow_jax.functional.solvers import Anderson, Solver
+from resflow_jax.functional.texts import count, setting
 from resflow_jax.functional.values import Domain, checked
 from resflow_jax.layers.bijector import Bijector, checked_estimator, join_diagnostics, join_statuses, own_condition
 from resflow_jax.layers.conditions import ConditionShape, as_condition, common_condition_shape
+from resflow_jax.layers.module_texts import Part, Parts
 from resflow_jax.models.bases import StandardNormal, as_base
 from resflow_jax.models.sampling import FlowSampling
 from resflow_jax.models.upkeep import FlowUpkeep
@@ -91,6 +93,20 @@ class Flow(FlowSampling, FlowUpkeep):
         self.event_shape = event_shape
         parts = ("bijector", bijector.condition_shape), ("base", self.base.condition_shape)
         self.condition_shape: ConditionShape = common_condition_shape(parts)
+
+    def _repr_text(self, text: Callable[[Any], str]) -> str:
+        return f"{type(self).__name__}({self.event_shape} to {self.latent_shape}, blocks={self.blocks})"
+
+    def _repr_parts(self, shape: Shape | None) -> Parts:
+        others = {name: value for name, value in vars(self).items() if isinstance(value, nnx.Module)}
+        inside = others.pop("bijector")._repr_parts(self.event_shape)
+        parts = inside.parts if inside else [Part(self.bijector, self.event_shape)]
+        shapes = {"base": self.latent_shape}
+        parts = parts + [Part(value, shapes.get(name), f"{name}: ") for name, value in others.items()]
+        facts = [f"x {self.event_shape}, z {self.latent_shape}", count(self.blocks, "residual block"), f"{self.dtype}"]
+        if self.condition_shape is not None:
+            facts.insert(1, f"condition {setting(self.condition_shape)}")
+        return Parts(type(self).__name__, parts, tuple(facts))
 
     @property
     def latent_shape(self) -> Shape:
@@ -158,6 +174,69 @@ class Flow(FlowSampling, FlowUpkeep):
         with self._checked_input(x, condition) as (x, condition):
             return _transform(*nnx.split(self), x, condition)
 
+    def features(self, x: Array, condition: Array | None = None) -> tuple[Array, ...]:
+        """The parts of z = f(x), each in the shape that it had in the flow: one part a scale, the finest first.
+
+        Of a flow of images that factors channels out, these are what leaves after every scale and what the last scale
+        puts out, each [B, H, W, C]; of other flows of images the one part that z is flattened from; else z itself.
+        Dense blocks on a flattened part leave it in the shape that it was flattened from. The parts are
+        `split_latent(flow(x))`: their elements in order are z.
+
+        Args:
+          x: floats [B, *event_shape], as in `forward`.
+          condition: as in `forward`.
+
+        Returns:
+          A tuple of floats [B, *shape], one for each of `part_shapes`. Nothing in it is random: a flow that pads x
+          takes the mean of its noise.
+
+        Cost: one evaluation of every g, without log-dets. `split_latent` of the z that `forward_and_log_prob` returns
+        costs nothing beside that pass.
+
+        Raises:
+          ValueError: as `forward` for x and condition.
+
+        Example:
+          >>> scales = rf.Scales(factor_out=True)
+          >>> config = rf.ImageFlowConfig((4, 4, 1), blocks=(1, 1), hidden_channels=2, scales=scales)
+          >>> flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+          >>> [part.shape for part in flow.features(jnp.full((3, 4, 4, 1), 0.5))]
+          [(3, 2, 2, 2), (3, 2, 2, 2)]
+        """
+        return self.split_latent(self(x, condition))
+
+    @property
+    def part_shapes(self) -> tuple[Shape, ...]:
+        """The shapes of the parts that one z is made of, in order (see `features`)."""
+        return self.bijector.part_shapes(self.event_shape)
+
+    def split_latent(self, z: Array) -> tuple[Array, ...]:
+        """The parts [B, *shape] of z [B, *latent_shape], one for each of `part_shapes`, in the order of z.
+
+        Raises:
+          ValueError: for a z of another shape or dtype.
+        """
+        z = as_float_batch("z", z, self.latent_shape)
+        sizes = [math.prod(shape) for shape in self.part_shapes]
+        pieces = jnp.split(z.reshape(z.shape[0], self.dim), np.cumsum(sizes)[:-1], axis=1)
+        return tuple(piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.part_shapes, strict=True))
+
+    def join_latent(self, parts: Sequence[Array]) -> Array:
+        """z [B, *latent_shape] of its parts, in the order of `split_latent`, whose inverse it is.
+
+        Raises:
+          ValueError: for another number of parts than `part_shapes` has, and for a part of another shape or dtype.
+        """
+        shapes, parts = self.part_shapes, list(parts)
+        if len(parts) != len(shapes):
+            raise ValueError(f"parts: expected {len(shapes)}, of the shapes {shapes}, got {len(parts)}")
+        arrays = [as_float_batch(f"parts[{n}]", *pair) for n, pair in enumerate(zip(parts, shapes, strict=True))]
+        sizes = {array.shape[0] for array in arrays}
+        if len(sizes) > 1:
+            raise ValueError(f"parts: expected one number of examples in all, got {sorted(sizes)}")
+        z = jnp.concatenate([array.reshape(array.shape[0], -1) for array in arrays], axis=1)
+        return z.reshape(-1, *self.latent_shape)
+
     def inverse(
         self, z: Array, *, condition: Array | None = None, solver: Solver = Anderson(), return_status: bool = False
     ) -> Array | tuple[Array, InverseStatus]:
@@ -209,6 +288,32 @@ class Flow(FlowSampling, FlowUpkeep):
         """
         log_prob, diagnostics = self._estimated(_log_prob, x, condition, key, estimator)
         return (log_prob, diagnostics) if return_diagnostics else log_prob
+
+    def forward_and_log_prob(
+        self,
+        x: Array,
+        *,
+        condition: Array | None = None,
+        key: Array | None = None,
+        estimator: Estimator | None = None,
+        return_diagnostics: bool = False,
+    ) -> tuple[Array, Array] | tuple[Array, Array, Diagnostics]:
+        """Maps x to z, with log p(x | c), in one pass through the flow. Arguments and errors as in `forward`.
+
+        Returns:
+          (z, log_prob) or (z, log_prob, diagnostics): z [B, *latent_shape] and log_prob [B] in nats are those of
+          `forward` and `log_prob` with the same key; see there for what is unbiased.
+
+        Cost: that of `forward`, and one evaluation of the base.
+
+        Example:
+          >>> flow = rf.Flow(rf.ActNorm((2,)), rf.StandardNormal((2,)))
+          >>> z, log_prob = flow.forward_and_log_prob(jnp.zeros((3, 2)))
+          >>> z.shape, log_prob.shape
+          ((3, 2), (3,))
+        """
+        z, log_prob, diagnostics = self._estimated(_forward_and_log_prob, x, condition, key, estimator)
+        return (z, log_prob, diagnostics) if return_diagnostics else (z, log_prob)
 
     def _estimated(self, function: Callable[..., Any], x: Any, condition: Any, key: Any, estimator: Any) -> Any:
         """function(graphdef, state, x, key, estimator, condition) of what a caller gave, checked, as one program."""
@@ -269,10 +374,14 @@ def _forward(graphdef, state, x, key, estimator, condition):
     return z, log_det, join_diagnostics(diagnostics, x)
 
 
-def _log_prob(graphdef, state, x, key, estimator, condition):
+def _forward_and_log_prob(graphdef, state, x, key, estimator, condition):
     flow = nnx.merge(graphdef, state)
     z, log_det, diagnostics = _forward(graphdef, state, x, key, estimator, condition)
-    return flow.base.log_prob(z, flow._base_condition(condition)) + log_det, diagnostics
+    return z, flow.base.log_prob(z, flow._base_condition(condition)) + log_det, diagnostics
+
+
+def _log_prob(graphdef, state, x, key, estimator, condition):
+    return _forward_and_log_prob(graphdef, state, x, key, estimator, condition)[1:]
 
 
 @partial(jax.jit, static_argnames="graphdef")

@@ -52,31 +52,31 @@ class VectorTransform:
 
     Attributes:
       mean: mean of every element, to be subtracted; None for none.
-      deviation: with `mean`, deviation of every element, to be divided by.
+      std: with `mean`, standard deviation of every element, to be divided by.
       padding: elements of noise appended to the result.
     """
 
     mean: tuple[float, ...] | None = None
-    deviation: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     padding: Padding = Padding()
 
     def __post_init__(self):
         check_type("data.padding", self.padding, Padding)
-        for name in ("mean", "deviation"):
+        for name in ("mean", "std"):
             values = getattr(self, name)
             if (values is None) != (self.mean is None):
-                raise ValueError(f"data.{name}: expected both or none of data.mean and data.deviation, got {values}")
+                raise ValueError(f"data.{name}: expected both or none of data.mean and data.std, got {values}")
             if values is not None:
                 make_tuples(self, name, prefix="data.")
         for value in self.mean or ():
             check_finite("data.mean", value)
-        for value in self.deviation or ():
-            check_positive("data.deviation", value)
-            check_finite("data.deviation", value)
+        for value in self.std or ():
+            check_positive("data.std", value)
+            check_finite("data.std", value)
 
     def check_channels(self, channels: int) -> None:
-        """Raises unless mean and deviation have one number for each of so many channels."""
-        for name in ("mean", "deviation"):
+        """Raises unless mean and std have one number for each of `channels` channels."""
+        for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != channels:
                 raise ValueError(f"data.{name}: expected {channels} numbers, one a channel, got {values}")
@@ -84,11 +84,11 @@ class VectorTransform:
 
 @dataclass(frozen=True)
 class ImageTransform(VectorTransform):
-    """What a flow does to images before its first block: a logit, or normalisation by mean and deviation.
+    """What a flow does to images before its first block: a logit, or normalisation by mean and std.
 
     Attributes:
       mean: without the logit, mean of every channel, to be subtracted; None for none.
-      deviation: with `mean`, deviation of every channel, to be divided by.
+      std: with `mean`, standard deviation of every channel, to be divided by.
       padding: channels of noise appended after that.
       logit_alpha: alpha of the logit transform, at least the smallest normal number of the dtype; None leaves it out.
     """

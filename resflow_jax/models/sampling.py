@@ -48,7 +48,7 @@ class FlowSampling(Module):
           key: PRNG key of z.
           shape: a number n of samples, or leading axes.
           condition: floats [*condition_shape], one for all samples, or [*shape, *condition_shape], one each.
-          temperature: factor on the deviation of the base; see `Base.sample`.
+          temperature: factor on the standard deviation of the base; see `Base.sample`.
           solver: of the inverse.
           return_status: whether to return (x, status) as of `inverse`; without, what does not converge is reported as
             there.

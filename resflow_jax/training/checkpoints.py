@@ -156,7 +156,7 @@ class Checkpoints:
     def _restore_old(
         self, step: int, metadata: Any, like: TrainState, shardings: TrainState | None, ema_decay: float | None
     ) -> TrainState:
-        """`restore` of a checkpoint that is older than compositions; every process reads it whole."""
+        """`restore` of a checkpoint of an earlier version; every process reads it whole."""
         target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), metadata)
         old = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
         state = upgraded_state(old, SavedState.of(like), ema_decay)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from resflow_jax.data.images import check_quantized
 from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
+from resflow_jax.functional.texts import fields_text, is_number
 from resflow_jax.layers.conditions import as_condition
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.forms import divided_examples, mesh_of, on_all_devices
@@ -44,6 +45,21 @@ class Estimate(NamedTuple):
     data_stderr: float
     noise_stderr: float
 
+    unit = ""  # of all four, for people
+
+    def __repr__(self) -> str:
+        if not all(is_number(field) for field in self):
+            return fields_text(self)
+        digits = 3
+        if 0 < self.stderr < math.inf:  # two significant digits of the error
+            digits = min(17, max(0, 1 - math.floor(math.log10(self.stderr))))
+        data = f"{self.data_stderr:.{digits}f} from the choice of examples"
+        noise = (
+            "that of noise unknown" if math.isnan(self.noise_stderr) else f"{self.noise_stderr:.{digits}f} from noise"
+        )
+        mean = f"{self.mean:.{digits}f} +- {self.stderr:.{digits}f}"
+        return f"{type(self).__name__}: {mean}{' ' * bool(self.unit)}{self.unit} ({data}, {noise})"
+
     @classmethod
     def from_scores(cls, scores: np.ndarray) -> "Estimate":
         """Returns the mean of scores [draws, N], as `image_bits_per_dim` gives them, by two-way analysis of variance.
@@ -71,6 +87,12 @@ class Estimate(NamedTuple):
             return cls(mean, math.sqrt(data), math.sqrt(data), noise)
         noise = float(scores.mean(axis=1).var(ddof=1)) / draws
         return cls(mean, math.sqrt(data + noise), math.sqrt(data), math.sqrt(noise))
+
+
+class BitsPerDim(Estimate):
+    """An `Estimate` in bits/dim."""
+
+    unit = "bits/dim"
 
 
 def evaluate_bits_per_dim(
@@ -124,7 +146,7 @@ def evaluate_bits_per_dim(
     """
     options = {"levels": levels, "estimator": estimator, "draws": draws, "batch_size": batch_size}
     scores = image_bits_per_dim(flow, images, key, **options, mesh=mesh, condition=condition)
-    return Estimate.from_scores(scores)
+    return BitsPerDim.from_scores(scores)
 
 
 def image_bits_per_dim(

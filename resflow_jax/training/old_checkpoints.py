@@ -1,8 +1,10 @@
-"""Reads training states that were written before flows were compositions: their arrays had other names and values.
+"""Reads training states that earlier versions wrote, whose arrays had other names or values.
 
-`io.upgrades` says which. Parameters, averages and moments of the optimiser carry the names of the flow's arrays and are
-renamed alike. The moments of an ActNorm's bias become those of its shift. The two differ in units, but Adam divides one
-moment by the root of the other.
+Before flows were compositions, arrays had other names and values; `io.upgrades` says which. Parameters, averages and
+moments of the optimiser carry the names of the flow's arrays and are renamed alike. The moments of an ActNorm's bias
+become those of its shift. The two differ in units, but Adam divides one moment by the root of the other.
+
+In the version after, some arrays and one part of the state had other names; see `io.renames` and `_FORMER_PARTS`.
 """
 
 from collections.abc import Mapping
@@ -11,24 +13,24 @@ from typing import Any
 import jax
 import numpy as np
 
+from resflow_jax.io.renames import ARRAYS, former_path
 from resflow_jax.io.upgrades import CONSTANTS, is_old, old_names, shift_of
 
 Names = tuple[str, ...]
 
-_PARTS = (
-    "scales",
-    "bijector",
-    "base",
-    "classifier",
-)  # attributes of a flow that have arrays, in old and in present states
-_FLOW = (("params",), ("rest",))  # the parts of a state that have the arrays of the flow itself
+_PARTS = ("scales", "bijector", "base", "classifier")  # attributes of a flow that have arrays, in all versions
+_FORMER_PARTS = {"non_params": "rest"}  # former names of the parts of a state, by their present names
+_FLOW = (("params",), ("rest",), ("non_params",))  # parts of a state with the arrays of the flow itself
 _AVERAGE = ("ema", "ema")
 _BLOCK = {"promised": "target_bound"}  # of the certificate of a block
 
 
 def is_old_state(metadata: Any) -> bool:
-    """Whether a saved state is older than compositions; the metadata are a tree with the names of its arrays."""
-    return is_old(name for prefix, name in map(_split, _named(metadata)) if prefix in _FLOW)
+    """Whether an earlier version wrote a state. The metadata are a tree with the names of its arrays."""
+    paths = _named(metadata)
+    has_former_part = any(part in _FORMER_PARTS.values() for part in metadata.keys())  # noqa: SIM118 (orbax: no dict)
+    is_renamed = has_former_part or any(path[-1] in ARRAYS.values() for path in paths)
+    return is_renamed or is_old(name for prefix, name in map(_split, paths) if prefix in _FLOW)
 
 
 def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
@@ -37,18 +39,35 @@ def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
     Args:
       old: nested containers of arrays with their old names.
       like: a present `forms.SavedState`.
-      ema_decay: decay of the state's average, which corrects its bias.
+      ema_decay: decay of the state's average, which corrects its bias. Only states of before compositions need it.
 
     Raises:
-      ValueError: if the decay is None, or if an array of the flow is missing or has another shape; the message names
-        it.
+      ValueError: if the decay is needed and None, or if an array of the flow is missing or has another shape; the
+        message names it.
     """
+    arrays, leaves = _named(old), _named(like)
+    if not is_old(_of_flow(arrays)):
+        return _renamed_state(arrays, leaves, like)
     if ema_decay is None:
         raise ValueError("ema_decay: expected that of the run, for a checkpoint of before compositions, got None")
-    arrays, leaves = _named(old), _named(like)
     names = old_names(_of_flow(leaves), _of_flow(arrays))
     found = [_value(path, leaf, names, arrays, ema_decay) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def _renamed_state(arrays: Mapping[Names, np.ndarray], leaves: Mapping[Names, Any], like: Any) -> Any:
+    """A state in which no value has changed, but names."""
+    formers = {path: former_path(_former_part(path), arrays) for path in leaves}
+    if others := set(formers.values()) ^ set(arrays):
+        listed = ", ".join(sorted(map(".".join, others)))
+        raise ValueError(f"state: expected the arrays of this flow in the checkpoint, got others: {listed}")
+    found = [_as_leaf(path, leaf, np.asarray(arrays[formers[path]])) for path, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def _former_part(path: Names) -> Names:
+    """A path by the former name of its part of the state."""
+    return (_FORMER_PARTS.get(path[0], path[0]), *path[1:])
 
 
 def upgraded_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +79,7 @@ def upgraded_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
 def _value(
     path: Names, leaf: Any, names: Mapping[Names, Names | None], arrays: Mapping[Names, np.ndarray], ema_decay: float
 ) -> np.ndarray:
-    prefix, name = _split(path)
+    prefix, name = _split(_former_part(path))
     before = names[name] if name else name
     if before is None:
         return np.full(leaf.shape, CONSTANTS[name[-1]], leaf.dtype)
@@ -73,6 +92,11 @@ def _value(
         # The average is not bias-corrected: it is the mean of the parameters times this weight.
         weight = 1 - ema_decay ** int(arrays[("ema", "count")]) if prefix == _AVERAGE else 1
         value = weight * shift_of(value / weight, log_scale / weight) if weight else value
+    return _as_leaf(path, leaf, value)
+
+
+def _as_leaf(path: Names, leaf: Any, value: np.ndarray) -> np.ndarray:
+    """The value in the dtype of the leaf. Raises ValueError for another shape."""
     if value.shape != leaf.shape:
         raise ValueError(f"state: expected {'.'.join(path)} of shape {leaf.shape}, got {value.shape}")
     return value.astype(leaf.dtype)

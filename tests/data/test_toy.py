@@ -15,7 +15,7 @@ from experiments.configs import CONFIGS
 from experiments.configs.toy import ToyEvaluationConfig
 from experiments.runs import launch, train
 from experiments.runs.launch import run_config
-from experiments.runs.tasks.toy import ToyTask, grid_box
+from experiments.runs.tasks.toy import ToyTask
 from resflow_jax.data.toy import TOY_DENSITIES, sample_toy
 from resflow_jax.training.evaluation import vector_log_prob
 
@@ -119,12 +119,6 @@ def test_bad_settings_are_named(setting, message):
         replace(CONFIGS["8gaussians"], **setting)
     with pytest.raises(ValueError, match="cells: expected an integer of at least 1, got 0"):
         ToyEvaluationConfig(cells=0)
-
-
-def test_the_box_holds_all_points_with_a_margin():
-    low, high = grid_box(np.array([[0.0, -1.0], [2.0, 1.0]]), np.array([[1.0, 3.0]]))
-    np.testing.assert_allclose(low, [-0.3, -1.6])
-    np.testing.assert_allclose(high, [2.3, 3.6])
 
 
 @pytest.fixture

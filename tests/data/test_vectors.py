@@ -115,8 +115,11 @@ BAD = {
     "complex.npy": (saved(VECTORS * 1j), r"expected floats or integers \[N, D\] .* got complex64 \(40, 3\) in"),
     "inf.npy": (saved(with_value(-np.inf)), r"expected finite numbers within float32, got -inf at \[3, 1\] of .*inf"),
     "large.npy": (saved(with_value(1e39)), r"expected finite numbers within float32, got 1e\+39 at \[3, 1\] of"),
-    "one.npy": (saved(VECTORS[:1]), "path: expected more than 1 vectors in .*one.npy to take some from for test"),
-    "two.csv": (text("1\n2\n"), "path: expected more than 1 vectors in .*two.csv to take some from for validation"),
+    "one.npy": (saved(VECTORS[:1]), "path: expected at least 2 vectors in .*one.npy to make a test split from, got 1"),
+    "two.csv": (
+        text("1\n2\n"),
+        "path: expected at least 2 vectors in .*two.csv to make a validation split",
+    ),
     "empty.csv": (text(""), "path: expected lines of numbers, found none in .*empty.csv"),
     "names.csv": (text("x,y\n\n"), "path: expected lines of numbers, found none in .*names.csv"),
     "binary.csv": (

@@ -176,16 +176,17 @@ def test_divergence_of_a_normal_fit():
     assert normal_kl(TwoMoons(), [exact], x) is None
 
 
-def test_classes_of_the_digits():
-    """Labels go with their images: what scikit-learn says of an equal image."""
+def test_classes_of_the_digits(monkeypatch):
+    """Labels go with their images: what scikit-learn says of an equal image; also where a flow is trained on them."""
     from sklearn.datasets import load_digits as load
 
     known = {image.tobytes(): label for image, label in zip(load().images.astype(np.uint8), load().target, strict=True)}
     splits = load_digits()
     for images, labels in zip((splits.train, splits.validation, splits.test), load_digit_labels(), strict=True):
         assert [known[image[..., 0].tobytes()] for image in images] == list(labels)
-    batch, one_hot = next(classes.batches(DigitsConfig(batch_size=50), 0))
-    assert [known[image[..., 0].tobytes()] for image in batch] == list(one_hot.argmax(1))
+    monkeypatch.setattr(classes, "fit", lambda flow, images, **options: (images, options["condition"]))
+    images, one_hot = classes.train(DigitsConfig(model=IMAGES), 0, conditional=True)
+    assert [known[image[..., 0].tobytes()] for image in images] == list(one_hot.argmax(1)) and len(images) == 1347
 
 
 def test_bits_per_dim_of_every_class():

@@ -294,7 +294,7 @@ def test_command_line_overrides(monkeypatch):
         "digits --model.tail.blocks 0 --model.norms.orders f12f --model.data.padding.channels 2 "
         "--model.condition-dim 3 --model.between.no-actnorm --estimator.length.p 0.25",
         "celebahq256 --model.tail.blocks 2 --model.scales.no-squeeze-first --model.data.padding.scale 2",
-        "vectors --model.dim 2 --model.norms.learned --model.data.mean 1 2 --model.data.deviation 3 4",
+        "vectors --model.dim 2 --model.norms.learned --model.data.mean 1 2 --model.data.std 3 4",
     ):
         density.main(arguments.split())
     digits, fashion, svhn, tiny, grouped, celebahq, vectors = configs

@@ -73,6 +73,31 @@ def test_figures_are_those_of_the_run(finished, capsys):
     assert "of the test split in disorder" in printed
 
 
+def test_typicality_by_example(finished, tmp_path, capsys):
+    """A line an example, whose likelihood is that of scores.npz and whose p-value counts validation images."""
+    result = evaluate.run(EvaluateConfig(finished[0], typicality=True, workdir=tmp_path))
+    header, *lines = (tmp_path / "typicality.csv").read_text().splitlines()
+    assert header == "set,example,likelihood,score,p_value,quantile" and len(lines) == 40
+    rows = {
+        name: np.array([row[1:] for row in map(lambda line: line.split(","), lines) if row[0] == name], float)
+        for name in ("test", "permuted")
+    }
+    with np.load(tmp_path / "scores.npz") as scores:
+        for name, found in rows.items():
+            np.testing.assert_array_equal(found[:, 0], np.arange(20))
+            np.testing.assert_allclose(found[:, 1], scores[name], rtol=1e-8)
+            p = found[:, 3]
+            assert (p[:, None] > 0).all() and len(set(p * 21)) > 1
+            np.testing.assert_allclose(p * 21, np.round(p * 21), atol=1e-6)
+            order = np.argsort(found[:, 2])  # larger scores, smaller p-values
+            assert (np.diff(p[order]) <= 0).all()
+            share = result["typicality"][name]["rejected_at_0.05"]
+            assert share == (p <= 0.05).mean()
+    assert result["typicality"]["test"]["auroc"] == pytest.approx(0.5)
+    printed = capsys.readouterr().out
+    assert "typicality, test" in printed and "typicality, permuted" in printed
+
+
 def test_exact_log_dets_of_few_images(finished, saved, tmp_path):
     """The mean is that of `Exact()` with the same noise, whose own error one draw cannot tell: written as a string."""
     out = tmp_path / "a" / "b"
@@ -230,3 +255,23 @@ def test_an_ablation_of_two_steps_and_two_seeds(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert ablation.run(config) == table
     assert capsys.readouterr().out.count("no step taken") == 2
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_typicality_in_any_metric(sign):
+    """Where less of the metric is better, as of bits/dim, and where more is: quantiles are those of the density."""
+
+    class AnyTask:
+        pass
+
+    class AnyFlow:
+        event_shape = (2,)
+
+    task = AnyTask()
+    task.sign = sign
+    losses = np.linspace(1.0, 3.0, 101)
+    means = {"test": sign * np.array([2.0, 0.5, 3.5])}
+    found = evaluate.judge(task, AnyFlow(), [sign * losses, sign * losses], means)["test"]
+    np.testing.assert_allclose(found["score"], [0, 1.5, 1.5], atol=1e-12)
+    np.testing.assert_allclose(found["p_value"], [1, 1 / 102, 1 / 102])
+    np.testing.assert_allclose(found["quantile"], [0.5, 1, 0], atol=1e-12)

@@ -24,7 +24,7 @@ CONFIG = rf.VectorFlowConfig(
     blocks=2,
     hidden=(4,),
     preactivation="all",
-    data=rf.VectorTransform(mean=(0, 0), deviation=(1, 2)),
+    data=rf.VectorTransform(mean=(0, 0), std=(1, 2)),
     between=rf.BetweenBlocks(batchnorm=True, invertible_linear=True),
 )
 X = bent(8)
@@ -144,12 +144,10 @@ def test_errors_name_what_is_wrong(model, variables):
         model.bind({**variables, "state": {}})
     with pytest.raises(ValueError, match=r"arrays unknown: constants/scale$"):
         model.bind({**variables, "constants": {**variables["constants"], "scale": jnp.ones(1)}})
-    with pytest.raises(ValueError, match="arrays missing: constants/bijector/bijectors/0/deviation, "):
+    with pytest.raises(ValueError, match="arrays missing: constants/bijector/bijectors/0/std, "):
         model.bind({**variables, "constants": {}})
     scalars = jax.tree.map(lambda leaf: leaf.ravel()[:1], variables["constants"])
-    with pytest.raises(
-        ValueError, match=r"expected constants/bijector/bijectors/0/deviation of shape \(2,\), got \(1,\)"
-    ):
+    with pytest.raises(ValueError, match=r"expected constants/bijector/bijectors/0/std of shape \(2,\), got \(1,\)"):
         model.bind({**variables, "constants": scalars})
     for source in (3, model.bind(variables)):
         with pytest.raises(

@@ -251,6 +251,19 @@ def test_roulettes_of_earlier_versions(version):
         from_document({**roulette, "format_version": 2}, rf.Roulette, types)
 
 
+@pytest.mark.parametrize("group", ["VectorTransform", "ImageTransform"])
+def test_deviations_of_version_1(group):
+    """`data.deviation` is `data.std` now."""
+    data = {"type": group, "mean": [1.0], "deviation": [2.0]}
+    flow = {"type": "VectorFlowConfig", "dim": 1}
+    if group == "ImageTransform":
+        data |= {"logit_alpha": None}
+        flow = {"type": "ImageFlowConfig", "shape": [4, 4, 1]}
+    assert config_from_json(json.dumps({**flow, "format_version": 1, "data": data})).data.std == (2.0,)
+    with pytest.raises(ValueError, match="unknown: deviation"):
+        config_from_json(json.dumps({**flow, "format_version": 2, "data": data}))
+
+
 def edited(*path, **changes):
     """The document of a config of images with fields of a nested object set, or removed where they are None."""
     document = as_document(IMAGES)

@@ -34,7 +34,7 @@ def test_initialisation_in_any_unit(dtype, scale):
         expected = (wide - wide.mean(0)) / wide.std(0)
         assert y.dtype == dtype
         np.testing.assert_allclose(y, expected.astype(float), atol=50 * rounding)  # 5 +- 0.1 has lost digits
-        np.testing.assert_allclose(layer.deviation[...], wide.std(0).astype(float), rtol=10 * rounding)
+        np.testing.assert_allclose(layer.std[...], wide.std(0).astype(float), rtol=10 * rounding)
         layer.log_scale[...] = jnp.asarray([0.5, -1.0, 0.25], dtype)
         layer.shift[...] = jnp.asarray([1.0, -2.0, 0.5], dtype)
         y, log_det = layer.forward(jnp.asarray(x))
@@ -52,10 +52,10 @@ def test_initialisation_in_any_unit(dtype, scale):
 
 
 def test_what_is_trained():
-    """A scale and a shift, from zero; center and deviation are constants, without a derivative into the batch."""
+    """A scale and a shift, from zero; center and std are constants, without a derivative into the batch."""
     layer = ActNorm((3,))
     assert set(nnx.state(layer, nnx.Param)) == {"log_scale", "shift"}
-    assert set(nnx.state(layer, Constant)) == {"center", "deviation"}
+    assert set(nnx.state(layer, Constant)) == {"center", "std"}
     x = jnp.asarray(data("float64"))
     np.testing.assert_array_equal(layer(x), x)
     layer.log_scale[...], layer.shift[...] = jnp.ones(3), jnp.ones(3)
@@ -72,9 +72,9 @@ def test_constant_channels(dtype):
         eps = np.finfo(dtype).eps
         constant = np.full((1000, 4), 0.1) * [1.0, -1e6, 1e-12, 0.0]
         constant[::2, 0] *= 1 + eps  # the last digit of a channel that is computed
-        center, deviation = standardization(jnp.asarray(constant.astype(dtype)), (0,))
+        center, std = standardization(jnp.asarray(constant.astype(dtype)), (0,))
         np.testing.assert_allclose(center, constant[1], rtol=2 * eps)
-        np.testing.assert_allclose(deviation, [0.1, 1e5, 1e-13, 1.0], rtol=1e-5)
+        np.testing.assert_allclose(std, [0.1, 1e5, 1e-13, 1.0], rtol=1e-5)
         layer = ActNorm((4,))
         layer.initialize(jnp.asarray(constant.astype(dtype)))
         y, log_det = layer.forward(jnp.asarray(2 * constant.astype(dtype)), estimator=rf.Exact())
@@ -83,8 +83,8 @@ def test_constant_channels(dtype):
         # One value of many that differs is a deviation.
         one = np.zeros((1000, 1))
         one[3] = 1e-25
-        center, deviation = standardization(jnp.asarray(one.astype(dtype)), (0,))
-        np.testing.assert_allclose((center[0], deviation[0]), (one.mean(), one.std()), rtol=1e-5)
+        center, std = standardization(jnp.asarray(one.astype(dtype)), (0,))
+        np.testing.assert_allclose((center[0], std[0]), (one.mean(), one.std()), rtol=1e-5)
 
 
 def test_values_that_no_statistics_hold_are_refused():

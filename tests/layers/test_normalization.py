@@ -176,8 +176,8 @@ def test_normalization_normalises():
         (lambda: MovingBatchNorm((2,), epsilon=0.0), "epsilon: expected a positive number, got 0.0"),
         (lambda: MovingCentering((2,), decay=1.0), r"decay: expected a number in \(0, 1\), got 1.0"),
         (lambda: Normalization([np.nan], [1.0]), "mean: expected finite numbers, got"),
-        (lambda: Normalization([0.0, 0.0], [1.0]), r"deviation: expected the shape \(2,\) of mean, got \(1,\)"),
-        (lambda: Normalization([0.0, 0.0], [1.0, 0.0]), "deviation: expected positive finite numbers, got"),
+        (lambda: Normalization([0.0, 0.0], [1.0]), r"std: expected the shape \(2,\) of mean, got \(1,\)"),
+        (lambda: Normalization([0.0, 0.0], [1.0, 0.0]), "std: expected positive finite numbers, got"),
     ],
 )
 def test_bad_input(make, message):

@@ -40,14 +40,14 @@ BAD_CONFIGS = {
     "data mean alone": (
         rf.VectorTransform,
         {"mean": (0.0, 1.0)},
-        "data.deviation: expected both or none of data.mean and data.deviation, got None",
+        "data.std: expected both or none of data.mean and data.std, got None",
     ),
     "deviation of zero": (
         rf.VectorTransform,
-        {"mean": (0, 0), "deviation": (1, 0)},
-        "data.deviation: expected a positive number, got 0",
+        {"mean": (0, 0), "std": (1, 0)},
+        "data.std: expected a positive number, got 0",
     ),
-    "data deviation alone": (rf.VectorTransform, {"deviation": (1.0, 1.0)}, "data.deviation: .* both"),
+    "data deviation alone": (rf.VectorTransform, {"std": (1.0, 1.0)}, "data.std: .* both"),
     "data mean of another length": (
         rf.VectorFlowConfig,
         {"dim": 2, "data": rf.VectorTransform((0.0,), (1.0,))},
@@ -55,12 +55,12 @@ BAD_CONFIGS = {
     ),
     "data mean no tuple": (
         rf.VectorTransform,
-        {"mean": 0.0, "deviation": 1.0},
+        {"mean": 0.0, "std": 1.0},
         "data.mean: expected a tuple of numbers, got 0.0",
     ),
     "data mean beside logit": (
         rf.ImageTransform,
-        {"mean": (0.0,), "deviation": (1.0,)},
+        {"mean": (0.0,), "std": (1.0,)},
         r"data.mean: expected None beside data.logit_alpha, got \(0.0,\)",
     ),
     "data of images in a flow of vectors": (
@@ -176,7 +176,7 @@ BAD_CONFIGS = {
     "squeezed data mean alone": (
         TorchImageConfig,
         {**IMAGE_SHAPE, **SQUEEZED, "data": rf.ImageTransform((0,) * 4, (1,), logit_alpha=None)},
-        r"data.deviation: expected 4 numbers, one a channel, got \(1,\)",
+        r"data.std: expected 4 numbers, one a channel, got \(1,\)",
     ),
     "alpha": (rf.ImageTransform, {"logit_alpha": 0.5}, "data.logit_alpha: expected a number in"),
 }

@@ -51,7 +51,7 @@ CONFIGS = {
         (4, 4, 1),
         blocks=(1, 2),
         activation="clipswish",
-        data=rf.ImageTransform(logit_alpha=None, mean=(0.4,), deviation=(0.3,)),
+        data=rf.ImageTransform(logit_alpha=None, mean=(0.4,), std=(0.3,)),
         between=rf.BetweenBlocks(batchnorm=True, centering="blocks", invertible_linear=True),
         tail=rf.DenseTail(blocks=1, densenet_first=3, densenet_growth=2),
         densenet=rf.DenseNetBlocks(depth=1, growth=2),
@@ -144,9 +144,9 @@ def plain_logits(classifier, features):
     for head, h in zip(classifier.heads, features, strict=True):
         numbers = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(h, head.kernel[...], (1, 1), "SAME", dimension_numbers=numbers)
-        variables = (head.bias, head.norm.center, head.norm.deviation, head.norm.log_scale, head.norm.shift)
-        bias, center, deviation, log_scale, shift = (np.asarray(variable[...]) for variable in variables)
-        y = (np.asarray(y) + bias - center) / deviation
+        variables = (head.bias, head.norm.center, head.norm.std, head.norm.log_scale, head.norm.shift)
+        bias, center, std, log_scale, shift = (np.asarray(variable[...]) for variable in variables)
+        y = (np.asarray(y) + bias - center) / std
         outputs.append(y * np.exp(log_scale) + shift)
         parts.append(np.maximum(outputs[-1], 0).mean(axis=(1, 2)))
     kernel, bias = np.asarray(classifier.kernel[...]), np.asarray(classifier.bias[...])
@@ -401,7 +401,7 @@ def test_data_mean_and_deviation():
         2,
         1,
         (3,),
-        data=rf.VectorTransform(mean=[1.0, -2.0], deviation=[0.5, 4.0]),
+        data=rf.VectorTransform(mean=[1.0, -2.0], std=[0.5, 4.0]),
         between=rf.BetweenBlocks(actnorm=False),
     )
     flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))

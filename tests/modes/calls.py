@@ -229,12 +229,18 @@ def of_flows():
     found["sample"] = of_flow(plain, "sample", KEY, 2)
     found["sample_and_log_prob"] = gradient(plain, "sample_and_log_prob", KEY, 2)
     found["inverse_and_log_prob"] = of_flow(plain, "inverse_and_log_prob", z, key=KEY, return_status=True)
+    found["features"] = of_flow(plain, "features", X)
+    found["forward_and_log_prob"] = gradient(plain, "forward_and_log_prob", X, key=KEY)
+    found["anomaly_score"] = lambda: _anomaly(nnx.merge(*plain))
     found["vector_log_prob"] = lambda: vector_log_prob(nnx.merge(*plain), X, KEY, batch_size=3)
 
     found["images, log_prob"] = gradient(pixels, "log_prob", PIXELS, key=KEY)
     found["images, sample"] = of_flow(pixels, "sample", KEY, 2)
     found["images, initialize"] = of_flow(pixels, "initialize", PIXELS)
     found["images, logits"] = gradient(pixels, "logits", PIXELS)
+    found["images, features"] = of_flow(pixels, "features", PIXELS)
+    options = {"key": KEY, "return_logits": True}
+    found["images, forward_and_log_prob"] = of_flow(pixels, "forward_and_log_prob", PIXELS, **options)
     found["images, train"] = training(pixels, dequantized_bits_per_dim(4), IMAGES, 1)
     found["evaluate_bits_per_dim"] = lambda: rf.evaluate_bits_per_dim(
         nnx.merge(*pixels), IMAGES, KEY, levels=4, draws=2, batch_size=3
@@ -242,6 +248,13 @@ def of_flows():
     stateless = rf.interop.stateless.stateless(nnx.merge(*plain).config)
     found["stateless"] = lambda: stateless.apply(stateless.init(KEY, X), "log_prob", X, key=KEY)
     return found
+
+
+def _anomaly(flow):
+    """All that is said of examples beside those that a flow knows."""
+    typicality = rf.Typicality.fit(flow, X, X[:3], key=KEY, batch_size=2)
+    found = rf.anomaly_score(flow, X, typicality, key=KEY)
+    return typicality, found, typicality.group_p_value(found.log_prob, KEY, resamples=5)
 
 
 CALLS = {**of_functions(), **of_flows()}

@@ -3,6 +3,7 @@
 import dataclasses
 import resource
 import threading
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -13,6 +14,7 @@ import pytest
 
 import resflow_jax as rf
 from resflow_jax.training.checkpoints import Checkpoints
+from resflow_jax.training.forms import SavedState
 from resflow_jax.training.step import TrainState
 
 ROULETTE = rf.Roulette()
@@ -62,6 +64,57 @@ def test_keeps_the_latest_and_the_best(tmp_path, estimator):
     assert kept == {"2", "4"}
 
 
+class FormerState(NamedTuple):
+    """A `TrainState` as it was when `non_params` was called `rest`."""
+
+    step: Any
+    params: Any
+    rest: Any
+    opt_state: Any
+    ema: Any
+    estimator: Any
+    term_norms: Any
+
+
+def save_former(checkpoints, state, monkeypatch):
+    """Writes a state under the names of before."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            SavedState, "of", lambda state: FormerState(*state._replace(estimator=jax.tree.leaves(state.estimator)))
+        )
+        checkpoints.save(state)
+
+
+FORMER = {"bijector": {"deviation": jnp.asarray([2.0, 3.0]), "center": jnp.asarray([4.0, 5.0])}}
+PRESENT = {"bijector": {"std": FORMER["bijector"]["deviation"], "center": FORMER["bijector"]["center"]}}
+
+
+@pytest.mark.parametrize(("former", "present"), [(FORMER, PRESENT), ({}, {})], ids=["arrays", "none"])
+def test_states_with_former_names(tmp_path, monkeypatch, former, present):
+    """`rest` is `non_params` now, and a `deviation` an `std`; whole or on devices every value is the same."""
+    expected = state(1)._replace(non_params=present)
+    with Checkpoints(tmp_path) as checkpoints:
+        save_former(checkpoints, state(1)._replace(non_params=former), monkeypatch)
+        checkpoints.wait()
+        like = jax.tree.map(jnp.zeros_like, expected)
+        chex.assert_trees_all_equal(checkpoints.restore(1, like), expected)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, expected)
+        chex.assert_trees_all_equal(checkpoints.restore(1, like, shardings), expected)
+
+
+def test_states_of_another_flow_with_former_names(tmp_path, monkeypatch):
+    """What is on one side alone is named, as in the file or as expected; and a shape."""
+    with Checkpoints(tmp_path) as checkpoints:
+        save_former(checkpoints, state(1)._replace(non_params=FORMER), monkeypatch)
+        checkpoints.wait()
+        with pytest.raises(ValueError, match=r"state: .* got others: rest.bijector.center, rest.bijector.shift$"):
+            arrays = {"std": jnp.zeros(2), "shift": jnp.zeros(2)}
+            checkpoints.restore(1, state(0)._replace(non_params={"bijector": arrays}))
+        with pytest.raises(ValueError, match=r"state: expected non_params.bijector.std of shape \(1,\), got \(2,\)"):
+            arrays = {"std": jnp.zeros(1), "center": jnp.zeros(2)}
+            checkpoints.restore(1, state(0)._replace(non_params={"bijector": arrays}))
+
+
 def test_certificates_of_before_target_bounds(tmp_path):
     """A block's `target_bound` was called `promised`; the same step once more is then still no loss."""
     old = CERTIFICATE.as_dict()
@@ -90,7 +143,7 @@ def test_what_cannot_be_written_says_where(tmp_path, monkeypatch):
             raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
         monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
-        with pytest.raises(OSError, match=rf"checkpoints: could not write to {tmp_path}; those before.*No space left"):
+        with pytest.raises(OSError, match=rf"checkpoints: could not write to {tmp_path}; earlier ones.*No space left"):
             checkpoints.save(state(2, rf.Roulette()), 2.0)
         assert int(checkpoints.restore(1, state(0, rf.Roulette())).step) == 1
 

@@ -70,10 +70,10 @@ def steps(flow):
 
 def test_gradient_of_learned_orders(flow):
     """Zero from the likelihood; else that of the weighted order loss. Value and other gradients are untouched."""
-    graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
+    graphdef, params, non_params = nnx.split(flow, nnx.Param, ...)
 
     def of(function):
-        return lambda params: function(nnx.merge(graphdef, params, rest, copy=True))
+        return lambda params: function(nnx.merge(graphdef, params, non_params, copy=True))
 
     weighted_loss = negative_log_likelihood(order_weight=0.5)
 

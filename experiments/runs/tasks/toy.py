@@ -10,12 +10,12 @@ import numpy as np
 
 from experiments.configs.toy import ToyConfig
 from experiments.runs import pictures
-from experiments.runs.plane import density_on_grid
 from experiments.runs.tasks.task import Drawing, unconverged
 from experiments.runs.tasks.vectors import VectorTask
 from resflow_jax import Estimate, ResidualFlow
 from resflow_jax.data.toy import sample_toy
 from resflow_jax.data.vectors import VectorSplits
+from resflow_jax.plot import box_around, density_on_grid
 
 INTEGRAL_TOLERANCE = 0.01
 _PURPOSES = ("initialize", "train", "test", "picture", "validation")
@@ -93,17 +93,9 @@ class ToyTask(VectorTask):
 
 def grid_of(flow: ResidualFlow, cells: int, *points: np.ndarray) -> Grid:
     """The density of a flow in the plane in a box around point sets [N, 2]."""
-    low, high = grid_box(*points)
+    low, high = box_around(*points)
     density = density_on_grid(flow, low, high, cells, 4000)
     return Grid(density, low, high, float(density.mean(dtype=np.float64) * np.prod(high - low)))
-
-
-def grid_box(*points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper corner of a box around point sets [N, 2], with a margin of 15 % on every side."""
-    low = np.min([p.min(0) for p in points], axis=0)
-    high = np.max([p.max(0) for p in points], axis=0)
-    margin = 0.15 * (high - low)
-    return low - margin, high + margin
 
 
 def _rng(config: ToyConfig, purpose: str, step: int = 0) -> np.random.Generator:

@@ -6,8 +6,6 @@ The classes are as frequent as each other, to 2 %. A flow whose condition did no
 """
 
 import math
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,13 +16,20 @@ from flax import nnx
 from scipy.special import logsumexp
 
 from experiments.configs.base import OptimizerConfig
-from resflow_jax import DenseTail, Estimate, Flow, ImageFlowConfig, MixtureOfNormals, ResidualFlow, Roulette, Scales
+from resflow_jax import (
+    DenseTail,
+    Estimate,
+    FitResult,
+    Flow,
+    ImageFlowConfig,
+    MixtureOfNormals,
+    ResidualFlow,
+    Scales,
+    fit,
+)
 from resflow_jax.data.embedded import load_digit_labels, load_digits
-from resflow_jax.data.images import dequantize
 from resflow_jax.functional.checks import check_count
 from resflow_jax.training.evaluation import image_bits_per_dim
-from resflow_jax.training.losses import dequantized_bits_per_dim
-from resflow_jax.training.step import Trainer
 
 Array = jax.Array
 
@@ -86,15 +91,13 @@ class Scores(NamedTuple):
       bits_per_dim: of p(x | its class), or of p(x) for the flow without a condition.
       marginal: bits/dim of 1/10 sum_c p(x | c); None without a condition.
       accuracy: of Bayes' rule; None without a condition.
-      seconds: of the training.
-      first_step: of these, of the first step with its compilation.
+      seconds: of the training, compilation included.
     """
 
     bits_per_dim: Estimate
     marginal: Estimate | None
     accuracy: float | None
     seconds: float
-    first_step: float
 
 
 def one_hot(labels: np.ndarray) -> np.ndarray:
@@ -111,42 +114,25 @@ def make_flow(model: ImageFlowConfig, seed: int, *, conditional: bool) -> Flow:
     return Flow(body.bijector, MixtureOfNormals(CLASSES, body.latent_shape, class_conditional=True, rngs=rngs))
 
 
-def batches(config: DigitsConfig, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Training images [B, 8, 8, 1] with one-hot classes [B, 10], without end, each epoch in a new order."""
-    images, labels = load_digits().train, load_digit_labels()[0]
-    rng = np.random.default_rng((seed, 2))
-    while True:
-        order = rng.permutation(len(images))
-        for rows in np.split(order, range(config.batch_size, len(order), config.batch_size)):
-            if len(rows) == config.batch_size:
-                yield images[rows], one_hot(labels[rows])
-
-
-def train(config: DigitsConfig, seed: int, *, conditional: bool) -> Iterator[tuple[int, float, float, Flow | None]]:
-    """Trains a flow; yields steps done, mean bits/dim since the last yield, seconds in all, and, at the end, the flow.
+def train(config: DigitsConfig, seed: int, *, conditional: bool) -> FitResult:
+    """A flow trained on all training images, without validation, and its history.
 
     Raises:
       FloatingPointError: if the loss stops being finite.
     """
-    flow, stream = make_flow(config.model, seed, conditional=conditional), batches(config, seed)
-    images, classes = (np.concatenate(parts) for parts in zip(*(next(stream) for _ in range(8)), strict=True))
-    first = dequantize(jnp.asarray(images), jax.random.key(seed), LEVELS)
-    flow.initialize(first, jnp.asarray(classes) if conditional else None)
-    objective = dequantized_bits_per_dim(LEVELS)
-    trainer = Trainer(nnx.split(flow)[0], objective, config.optimizer.build(config.steps), config.optimizer.ema_decay)
-    state, step, key = trainer.create_state(flow, Roulette()), trainer.compiled_step(), jax.random.key(seed)
-    losses, began = [], time.perf_counter()
-    for done in range(1, config.steps + 1):
-        pair = next(stream)
-        state, metrics = step(state, pair if conditional else pair[0], key)
-        losses.append(metrics["loss"])
-        if done == 1 or done % 50 == 0 or done == config.steps:
-            loss = float(np.mean(jax.device_get(losses)))
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"training on digits diverged by step {done}: loss {loss}")
-            losses = []
-            seconds = time.perf_counter() - began
-            yield done, loss, seconds, trainer.averaged_flow(state) if done == config.steps else None
+    return fit(
+        make_flow(config.model, seed, conditional=conditional),
+        load_digits().train,
+        condition=one_hot(load_digit_labels()[0]) if conditional else None,
+        key=seed,
+        validation=None,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        optimizer=config.optimizer.build(config.steps),
+        ema=config.optimizer.ema_decay,
+        validate_every=50,
+        levels=LEVELS,
+    )
 
 
 def class_bits_per_dim(flow: Flow, images: np.ndarray, key: Array, draws: int) -> np.ndarray:
@@ -162,18 +148,18 @@ def class_bits_per_dim(flow: Flow, images: np.ndarray, key: Array, draws: int) -
     return np.stack(columns, axis=-1)
 
 
-def evaluate(config: DigitsConfig, flow: Flow, seed: int, seconds: float, first_step: float) -> Scores:
+def evaluate(config: DigitsConfig, flow: Flow, seed: int, seconds: float) -> Scores:
     """Measures a flow on test images."""
     images, labels = load_digits().test[: config.images], load_digit_labels()[2][: config.images]
     bits = class_bits_per_dim(flow, images, jax.random.key(seed), config.draws)
     if bits.shape[-1] == 1:
-        return Scores(Estimate.from_scores(bits[..., 0]), None, None, seconds, first_step)
+        return Scores(Estimate.from_scores(bits[..., 0]), None, None, seconds)
     nats = bits * math.log(2) * math.prod(flow.event_shape)
     marginal = -(logsumexp(-nats, axis=-1) - math.log(CLASSES)) / math.log(2) / math.prod(flow.event_shape)
     own = np.take_along_axis(bits, labels[None, :, None], axis=-1)[..., 0]
     # The mean of the likelihood over draws is what Bayes' rule takes; with a single draw it is that of the draw.
     accuracy = float(np.mean(np.argmax(logsumexp(-nats, axis=0), axis=-1) == labels))
-    return Scores(Estimate.from_scores(own), Estimate.from_scores(marginal), accuracy, seconds, first_step)
+    return Scores(Estimate.from_scores(own), Estimate.from_scores(marginal), accuracy, seconds)
 
 
 def sample_classes(flow: Flow, key: Array, number: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from resflow_jax.functional.length_laws.protocol import (
     law_within,
 )
 
-# The laws by name beside the protocol: command lines have an option for each of their settings.
+# The union names the library's laws next to the protocol, so that command lines have an option for each setting.
 Law = Geometric | Poisson | Defensive | Fitted | LengthLaw
 
 __all__ = [

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-UNKNOWN_LIPSCHITZ = 0.98  # for g of unknown Lipschitz constant: that of a single layer of the default coefficient
+# The assumed Lipschitz constant of a g without a known one: that of one layer with the default coefficient.
+UNKNOWN_LIPSCHITZ = 0.98
 
 
 def uniform(key: Array, shape: tuple[int, ...]) -> Array:
-    """Uniform floats in (0, 1) of 64 random bits: events of probability 2^-64 come up as often as they should.
+    """Uniform floats in (0, 1) from 64 random bits, so that events of probability 2^-64 occur as often as they should.
 
-    With the 23 bits of `jax.random.uniform` in float32 no Geometric(0.5) would be longer than 24.
+    `jax.random.uniform` has 23 bits in float32: with it, no length of Geometric(0.5) would exceed 24.
     """
     high, low = jax.random.bits(key, (2, *shape), jnp.uint32).astype(jnp.result_type(float))
     u = (high + (low + 0.5) * 2.0**-32) * 2.0**-32
@@ -19,8 +20,8 @@ def uniform(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 def draw_geometric(u: Array, log_ratio: Array | float) -> Array:
-    """The N with P(N >= k) = ratio^(k - 1) at uniform numbers u: N >= k where u < ratio^(k - 1).
+    """Geometric lengths by inversion of uniform u: N >= k where u < ratio^(k - 1), so P(N >= k) = ratio^(k - 1).
 
-    From the logarithm, since a ratio near one is rounded to it in float32. Lengths end at 2^30.
+    The argument is log(ratio), because float32 rounds a ratio close to one up to one. Lengths are at most 2^30.
     """
     return jnp.clip(jnp.ceil(jnp.log(u) / jnp.asarray(log_ratio, u.dtype)), 1, 2.0**30).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""The law of lengths with P(N >= k) from a table."""
+"""A law of lengths whose survival probabilities P(N >= k) come from a table."""
 
 import math
 from dataclasses import dataclass
@@ -17,14 +17,30 @@ Array = jax.Array
 @partial(jax.tree_util.register_dataclass, data_fields=("table",), meta_fields=("lipschitz",))
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """P(N >= k) from a table for k <= K, and falling like L^k behind it. Made by `fit_lengths`.
+    """A law given by a table of P(N >= k) for k <= K, with a geometric tail. `fit_lengths` makes it.
 
-    A pytree with the table as its leaf: it may be traced, and change without recompiling. With a
-    leading axis, one row a residual block, it is the law of a whole flow.
+        P(N >= k) = table[k - 1] for 1 <= k <= K,     P(N >= K + j) = table[K - 1] * L^j
+
+    The table is a pytree leaf: it may be traced, and new values do not recompile. A table with one row for each
+    residual block is the law of a whole flow.
+
+    The law must be safe for the map that it is used with. It is, for every g with Lip(g) <= L: the variance of the
+    estimate is finite then, as for `Defensive`.
 
     Attributes:
-      table: P(N >= k) for k = 1..K, positive, not increasing: floats [K] or [blocks, K].
-      lipschitz: L, as in `Defensive`.
+      table: P(N >= k) for k = 1..K, positive and non-increasing: floats [K] or [blocks, K].
+      lipschitz: L, strictly between 0 and 1. None takes the bound of the residual block where the law is used, or
+        0.98 if none is known.
+
+    Raises:
+      ValueError: if `lipschitz` is not in (0, 1). `check` tests the table where the law is used.
+
+    Example:
+      >>> law = rf.Fitted(jnp.array([0.5, 0.1]), lipschitz=0.5)
+      >>> [round(float(law.survival(k)), 3) for k in (0, 1, 2, 3)]
+      [1.0, 0.5, 0.1, 0.05]
+      >>> law.sample(jax.random.key(0), (4,)).shape
+      (4,)
     """
 
     table: Array
@@ -44,17 +60,17 @@ class Fitted:
         return inside + jnp.maximum(after, 0).astype(jnp.int32)
 
     def survival(self, k: Array | int) -> Array:
-        """P(N >= k), a float of k's shape; one for k <= 0."""
+        """P(N >= k), floats of k's shape; 1 for k <= 0."""
         k, table, size = jnp.asarray(k), jnp.asarray(self.table), self.table.shape[-1]
         after = jnp.exp(jnp.maximum(k - size, 0).astype(table.dtype) * math.log(self.tail_ratio()))
         return jnp.where(k <= 0, 1.0, table[jnp.clip(k - 1, 0, size - 1)] * after)
 
     def tail_ratio(self) -> float:
-        """lim P(N >= k + 1) / P(N >= k)."""
+        """The limit of P(N >= k + 1) / P(N >= k) for large k: L."""
         return UNKNOWN_LIPSCHITZ if self.lipschitz is None else self.lipschitz
 
     def check(self) -> None:
-        """Raises ValueError unless the table is a float array of survival probabilities (if it is not traced)."""
+        """Raises ValueError unless the table is a float array of survival probabilities. Traced values are not read."""
         table, expected = self.table, "table: expected probabilities P(N >= 1..K) in (0, 1] that do not increase"
         if not isinstance(table, jax.Array | np.ndarray) or not jnp.issubdtype(table.dtype, jnp.floating):
             raise ValueError(f"{expected}, a float array, got {table!r}")
@@ -66,17 +82,17 @@ class Fitted:
             raise ValueError(f"{expected}, got {table}")
 
     def within(self, lipschitz: float | None) -> "Fitted":
-        """The law to use for a g of that Lipschitz constant: with its own, if it has one.
+        """The law for a g with this Lipschitz constant, which replaces an unset `lipschitz` of the law.
 
         Raises:
-          ValueError: for a table of several residual blocks, which is no law of one.
+          ValueError: if the table has rows for several residual blocks.
         """
         if self.table.ndim != 1:
             raise ValueError(f"table: expected probabilities [K] of one residual block, got shape {self.table.shape}")
         return Fitted(self.table, lipschitz) if self.lipschitz is None else self
 
     def with_rows(self, blocks: int) -> "Fitted":
-        """With one row a residual block; ValueError for a table of another number of rows."""
+        """The law with one table row for each residual block; ValueError if it already has another number of rows."""
         table = jnp.asarray(self.table)
         if table.ndim == 1:
             table = jnp.broadcast_to(table[None], (blocks, table.size))
@@ -85,5 +101,5 @@ class Fitted:
         return Fitted(table, self.lipschitz)
 
     def upper_bound(self) -> "Fitted":
-        """The law of a table of ones, of the same size."""
+        """A law with larger P(N >= k) and no traced array: its table has the same size and is all ones."""
         return Fitted(np.ones(self.table.shape[-1]), self.lipschitz)

@@ -1,16 +1,14 @@
-"""Laws of the random length N of a Russian-roulette series: sample, P(N >= k), and whether they are safe.
+"""The interface of a law of the random length N of a Russian-roulette series, and its checks.
 
-`LengthLaw` says what a law is. The library has four; a user's own object with these methods is another.
+The library has four laws: `Defensive`, `Geometric`, `Poisson` and `Fitted`. Users can write others. The library's laws
+draw lengths from 64 random bits in every float dtype, so a length of probability below 2^-64 is never drawn.
 
-Lengths are drawn from 64 random bits, in every float dtype: those of a probability below 2^-64 never come up.
-
-An estimate whose terms decay like L^k, L the Lipschitz constant of g, has finite variance for
-certain only if
+If the terms of the estimate decay like L^k, where L is the Lipschitz constant of g, then its variance is finite if
 
     sum_k L^(2k) / P(N >= k) < infinity,
 
-that is if the tail of N falls more slowly than L^(2k) (Rhee & Glynn 2015, theorem 1). A geometric
-law needs 1 - p > L^2; the tail of a Poisson law falls faster than any geometric series.
+that is, if the tail of N falls more slowly than L^(2k) (Rhee & Glynn 2015, theorem 1). A geometric law satisfies this
+for 1 - p > L^2. The tail of a Poisson law falls faster than any geometric series, so it never does.
 """
 
 import warnings
@@ -22,32 +20,49 @@ Array = jax.Array
 
 
 class LengthLaw(Protocol):
-    """What `Roulette(length=...)` takes: any object with these three methods; no base class is needed.
+    """Interface of the law of a random length, for `Roulette(length=...)`: any object with these methods.
 
-    An object whose class is a pytree, as of `jax.tree_util.register_dataclass` or a NamedTuple, is traced: its leaves
-    may be arrays that change from call to call. Any other object is a constant of the compiled program, and must not
-    change. Objects of the same value are one constant if they can be hashed.
+    No base class is needed. If the object's class is a pytree (a NamedTuple, or registered by
+    `jax.tree_util.register_dataclass`), the object is traced: its arrays may change from call to call without
+    recompiling. Any other object is a constant of the compiled program and must not change; objects that are equal and
+    hashable are the same constant.
 
-    Three more methods are optional.
+    Required: `sample`, `survival` and `tail_ratio`. Optional:
 
-      within(lipschitz) -> law: the law for a g of that Lipschitz constant, or of an unknown one for None.
-      upper_bound() -> law: one with P(N >= k) at least as large, of no traced arrays; gradient="autodiff" asks it how
-        long a series can be, where the arrays of the law itself are traced.
-      check(): raises ValueError if the values of the law are wrong. It is called before a law is used.
+      within(lipschitz) -> law: the law to use for a g with this Lipschitz constant (None if it is unknown).
+      upper_bound() -> law: a law without traced arrays whose P(N >= k) is at least as large. gradient="autodiff" takes
+        the longest series from it.
+      check(): raises ValueError if the values of the law are wrong. It is called before the law is used.
+
+    The estimate is unbiased if `survival` is exactly the survival function of `sample`. See the head of this module for
+    the condition of finite variance.
+
+    Example:
+      >>> class InverseSquare:   # P(N >= k) = 1 / k^2, of mean 1.64; its variance is finite for every L < 1
+      ...     def sample(self, key, shape):
+      ...         return jnp.floor((1 - jax.random.uniform(key, shape)) ** -0.5).astype(int)
+      ...     def survival(self, k):
+      ...         return 1 / k.astype(float) ** 2
+      ...     def tail_ratio(self):
+      ...         return 1.0
+      >>> g, key = lambda w, x: w * x, jax.random.key(0)
+      >>> y, log_det = rf.residual(g, 0.5, jnp.ones((4, 2)), key=key, estimator=rf.Roulette(InverseSquare()))
+      >>> log_det.shape
+      (4,)
     """
 
     def sample(self, key: Array, shape: tuple[int, ...]) -> Array:
-        """Draws lengths N >= 0, integers of `shape`, with a PRNG key; in jit and vmap too."""
+        """Draws independent lengths N >= 0 with a PRNG key: integers of `shape`. It must work under jit and vmap."""
 
     def survival(self, k: Array) -> Array:
-        """P(N >= k) > 0, floats of the shape of the integers k >= 1. The estimate is biased if these are not right."""
+        """P(N >= k), positive floats of the shape of the integers k >= 1. If they are wrong, the estimate is biased."""
 
     def tail_ratio(self) -> float:
-        """lim P(N >= k + 1) / P(N >= k), for the warning of infinite variance: 1 for a tail of powers of k."""
+        """The limit of P(N >= k + 1) / P(N >= k), for the check of the variance; 1 if the tail is a power of k."""
 
 
 def check_law(name: str, law: Any) -> None:
-    """Raises ValueError unless the law has the methods of `LengthLaw`; the message says which are missing."""
+    """Raises ValueError unless the law has the methods of `LengthLaw`; the message names the missing ones."""
     missing = [method for method in _METHODS if not callable(getattr(law, method, None))]
     if isinstance(law, type):
         raise ValueError(f"{name}: expected a law of lengths, got the class {law.__name__}; make one of it")
@@ -62,13 +77,13 @@ _METHODS = ("sample", "survival", "tail_ratio")
 
 
 def check_values(law: LengthLaw) -> None:
-    """Asks a law that can check itself to do so."""
+    """Calls the law's own `check`, if it has one."""
     if callable(check := getattr(law, "check", None)):
         check()
 
 
 def law_within(law: LengthLaw, lipschitz: float | None) -> LengthLaw:
-    """The law for a g of that Lipschitz constant, with a warning where it is not safe for it."""
+    """The law to use for a g with this Lipschitz constant. Warns if the variance may be infinite for such a g."""
     if callable(getattr(law, "within", None)):
         law = law.within(lipschitz)
     if lipschitz is not None:
@@ -77,7 +92,7 @@ def law_within(law: LengthLaw, lipschitz: float | None) -> LengthLaw:
 
 
 def check_variance(law: LengthLaw, lipschitz: float) -> None:
-    """A RuntimeWarning if the variance may be infinite for some g with Lip(g) <= lipschitz."""
+    """Gives a RuntimeWarning if the variance may be infinite for some g with Lip(g) <= lipschitz."""
     ratio = law.tail_ratio()
     if not isinstance(ratio, jax.core.Tracer) and not ratio > lipschitz**2:
         warnings.warn(

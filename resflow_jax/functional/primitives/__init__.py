@@ -1,1 +1,1 @@
-"""New operations of JAX with rules of their own, and traced programs as values: all that needs JAX's internals."""
+"""JAX primitives with their own rules, and traced programs as values. Only this folder uses internals of JAX."""

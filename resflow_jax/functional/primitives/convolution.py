@@ -1,25 +1,25 @@
-"""Convolution in one, two or three spatial dimensions, with the lowering that is fast on each platform.
+"""Convolution in one, two or three spatial dimensions, with a fast lowering for each platform.
 
     out[b, i, j, o] = sum_{di, dj, c} x[b, i + di - kh//2, j + dj - kw//2, c] * kernel[di, dj, c, o]
 
-and likewise in one and three: channels last, kernels with odd sides, stride one, output of the input's spatial size.
-Beyond the ends of the grid x is zero, or with `padding="periodic"` it repeats, as often as the kernel reaches.
-On accelerators it is one `lax.conv_general_dilated`. XLA's CPU convolution is up to ten times slower than a matrix
-product (its weight gradient above all), so there the same sum is written as one product:
+in two dimensions, and likewise in one and three. Channels are last, kernels have odd sides, the stride is one, and the
+output has the input's spatial size. Beyond the ends of the grid x is zero, or periodic with `padding="periodic"`. On
+accelerators the lowering is one `lax.conv_general_dilated`. XLA's convolution on a CPU, above all its weight gradient,
+is up to ten times slower than a matrix product, so there the sum is one matrix product:
 
-  few channels in:   gather the kh*kw shifted copies of x, then one product;
-  few channels out:  one product to kh*kw*O channels, then add the shifted copies.
+  fewer channels in:   concatenate the kh*kw shifted copies of x, then one product;
+  fewer channels out:  one product to kh*kw*O channels, then add the shifted copies.
 
-In three dimensions too: with 27 taps and one channel on a side it is up to 30 times faster than XLA's, with 16 on both
-three times on 8^3 pixels; only on 16^3 pixels, where the copies leave the cache, it is slower, by a factor below two.
+In three dimensions, for 27 taps, this is up to 30 times faster than XLA if one side has one channel, and three times
+faster for 16 channels on both sides and 8^3 pixels. On 16^3 pixels the copies exceed the cache, and it is slower by a
+factor below two.
 
-`convolve` and its derivative in the kernel are two primitives of JAX, bilinear and closed under
-derivatives of any order: every derivative is one of the two again, in the form that is fast, and
-nothing but x and the kernel is ever saved for it. With either padding the transpose in x is the convolution
-with the reflected kernel, with the same padding.
+`convolve` and its derivative in the kernel are two bilinear JAX primitives. Every derivative of either, of any order,
+is one of the two again, in its fast form, and needs only x and the kernel. With either padding, the transpose in x is
+the convolution with the reflected kernel and the same padding.
 
-With `matmul_dtype` the factors of every product, those of the derivatives included, are rounded to that
-dtype (bfloat16: 8 bits), and added up in float32.
+With `matmul_dtype` the factors of every product, also in derivatives, are rounded to that dtype (bfloat16: 8 bits), and
+sums are in float32.
 """
 
 import math
@@ -46,13 +46,13 @@ def convolve(x: Array, kernel: Array, *, padding: str = "zero", matmul_dtype: st
     """Convolves x [B, *size, I] with kernel [*sides, I, O] (odd sides) to [B, *size, O], of their common dtype.
 
     Args:
-      x: on a grid of one, two or three dimensions.
-      kernel: of as many.
-      padding: "zero" or "periodic": what is beyond the ends of the grid. A kernel may be larger than the grid.
-      matmul_dtype: of the factors of products; None (that of x and kernel) or "bfloat16".
+      x: floats on a grid of one, two or three dimensions.
+      kernel: floats with as many spatial axes. It may be larger than the grid.
+      padding: "zero" or "periodic": the values beyond the ends of the grid.
+      matmul_dtype: dtype of the factors of products: None (that of x and kernel) or "bfloat16".
 
     Raises:
-      ValueError: for wrong ranks, channel counts that differ, an even side, or an unknown choice.
+      ValueError: for wrong ranks, different channel counts, an even side, or an unknown choice.
     """
     if x.ndim not in (3, 4, 5):
         raise ValueError(f"x: expected rank 3, 4 or 5 [B, *size, C], got shape {x.shape}")
@@ -79,9 +79,9 @@ def reflected_kernel(kernel: Array) -> Array:
     return kernel[(slice(None, None, -1),) * (kernel.ndim - 2)].swapaxes(-2, -1)
 
 
-# The primitives: out = convolve(x, kernel), or with `reflected` its transpose in x, convolve(x, reflected_kernel(
-# kernel)); and kernel_bar with <kernel_bar, kernel> = <y, convolve(x, kernel)>. The transpose is a flag, since XLA
-# would copy a transposed matrix in every turn of a loop.
+# The primitives are out = convolve(x, kernel), with the flag `reflected` for its transpose in x, convolve(x,
+# reflected_kernel(kernel)); and kernel_bar with <kernel_bar, kernel> = <y, convolve(x, kernel)>. The transpose is a
+# flag because XLA would copy a transposed matrix in every iteration of a loop.
 _convolve_p = Primitive("convolve")
 _correlate_p = Primitive("correlate")
 
@@ -99,7 +99,7 @@ def _correlate(x: Array, y: Array, sides: tuple[int, ...], padding: str, matmul_
 def convolve_lax(
     x: Array, kernel: Array, *, reflected: bool = False, padding: str = "zero", matmul_dtype: str | None = None
 ) -> Array:
-    """The accelerators' path of `convolve`: one convolution instruction; a product where each pixel stands alone."""
+    """`convolve` on accelerators: one convolution instruction, or a matrix product for a single tap."""
     sides = kernel.shape[:-2]
     if math.prod(sides) == 1:
         return convolve_matmul(x, kernel, reflected=reflected, matmul_dtype=matmul_dtype)
@@ -118,7 +118,7 @@ def convolve_lax(
 def correlate_lax(
     x: Array, y: Array, *, sides: tuple[int, ...], padding: str = "zero", matmul_dtype: str | None = None
 ) -> Array:
-    """The accelerators' derivative of `convolve` in the kernel: a convolution over the batch, [*sides, I, O]."""
+    """The derivative of `convolve` in the kernel on accelerators: a convolution over the batch, [*sides, I, O]."""
     if math.prod(sides) == 1:
         return correlate_matmul(x, y, sides=sides, matmul_dtype=matmul_dtype)
     axes = "HWD"[: len(sides)]
@@ -135,7 +135,7 @@ def correlate_lax(
 def convolve_matmul(
     x: Array, kernel: Array, *, reflected: bool = False, padding: str = "zero", matmul_dtype: str | None = None
 ) -> Array:
-    """The CPU's path of `convolve`: one matrix product and shifted copies of the thinner side."""
+    """`convolve` on a CPU: one matrix product, and shifted copies of the side with fewer channels."""
     *sides, channels_in, channels_out = kernel.shape
     if math.prod(sides) == 1:
         return _outer(x, kernel[(0,) * len(sides)], matmul_dtype, transposed=reflected)
@@ -151,7 +151,7 @@ def convolve_matmul(
 def correlate_matmul(
     x: Array, y: Array, *, sides: tuple[int, ...], padding: str = "zero", matmul_dtype: str | None = None
 ) -> Array:
-    """The CPU's derivative of `convolve` in the kernel: one product of the thinner side's patches and the other."""
+    """The derivative of `convolve` in the kernel on a CPU: one matrix product, with patches of the thinner side."""
     channels_in, channels_out = x.shape[-1], y.shape[-1]
     if channels_in <= channels_out or math.prod(sides) == 1:
         return _inner(_patches(x, sides, padding), y, matmul_dtype).reshape(*sides, channels_in, channels_out)
@@ -172,13 +172,13 @@ def _shifts(x: Array, sides: Sequence[int], padding: str) -> list[Array]:
 
 
 def _padded(x: Array, sides: Sequence[int], padding: str) -> Array:
-    """x with half a kernel more on both ends of each axis."""
+    """x padded by half of the kernel on both ends of each axis."""
     widths = ((0, 0), *((side // 2, side // 2) for side in sides), (0, 0))
     return jnp.pad(x, widths, mode="wrap" if padding == "periodic" else "constant")
 
 
 def _outer(x: Array, matrix: Array, matmul_dtype: str | None, *, transposed: bool = False) -> Array:
-    """x @ matrix, or its transpose, for every pixel."""
+    """x @ matrix, or x @ matrix^T, for every pixel."""
     product = _matmul(x.reshape(-1, x.shape[-1]), matrix, (1,), (int(transposed),), matmul_dtype)
     return product.reshape(*x.shape[:-1], product.shape[-1])
 
@@ -187,7 +187,7 @@ def _inner(a: Array, b: Array, matmul_dtype: str | None) -> Array:
     """sum_pixels a^T b, [channels of a, channels of b]."""
     if matmul_dtype is None:
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    # else XLA transposes a where there are several axes to sum over; along the first of two its product is slow
+    # Without the reshape XLA would transpose a. With rounded factors, its product along the first of two axes is slow.
     pixels = tuple(range(a.ndim - 1))
     return _matmul(a, b, pixels, pixels, matmul_dtype)
 
@@ -221,14 +221,14 @@ _STATIC = "sides", "reflected", "padding", "matmul_dtype"
 
 
 def _at_once(compiled, cpu, default, *arguments, **params):
-    """A primitive outside of any program; under jax.disable_jit `compiled` would be the primitive itself."""
+    """Evaluates a primitive outside of any program. With jax.disable_jit `compiled` would call the primitive."""
     if not jax.config.jax_disable_jit:
         return compiled(*arguments, **params)
     return (cpu if jax.default_backend() == "cpu" else default)(*arguments, **params)
 
 
 def _batch(cpu, default, arguments, axes, **params):
-    """vmap of the lowerings themselves, which is fast where each example has a kernel of its own."""
+    """vmap of the lowerings, which is fast if each example has its own kernel."""
     cpu, default = (jax.vmap(partial(lowering, **params), axes) for lowering in (cpu, default))
     return by_platform(*arguments, cpu=cpu, default=default, out=jax.typeof(jax.eval_shape(cpu, *arguments))), 0
 

@@ -1,11 +1,11 @@
-"""Guards against derivatives that would be wrong or impossible: they raise, with the remedy.
+"""Guards that raise an error where a derivative would be wrong or impossible. The message names the remedy.
 
-    token = reverse_only(tree)     0; what takes the token beside the tree has no forward-mode derivative (jvp, jacfwd)
+    token = reverse_only(tree)     0; an operation that takes the token has no forward-mode derivative (jvp, jacfwd)
     x = forward_only(x)            x; it has no reverse-mode derivative (grad, vjp)
 
-Neither costs anything in the compiled program. An estimate with a gradient rule of its own takes a token of its inputs,
-and marks what the rule computes as `forward_only`: then grad works, jvp of grad works, and jvp and grad of grad raise.
-The inputs themselves are not touched, so that a program need not keep copies of them.
+Neither costs anything in the compiled program. An estimate with a custom gradient takes a token of its inputs, and
+marks the results of the custom rule as `forward_only`. Then grad and jvp of grad work, and jvp and grad of grad raise.
+The token leaves the inputs as they are, so a program need not copy them.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ _REMEDY = 'use estimator=Exact(), or gradient="autodiff", which have derivatives
 
 
 def reverse_only(tree: Any) -> Array:
-    """The token 0 of a tree of arrays: forward-mode derivatives with respect to any float of it raise a TypeError."""
+    """A token with value 0: forward-mode derivatives with respect to any float of the tree raise a TypeError."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
     return _token_p.bind(*floats)
 
@@ -37,14 +37,14 @@ def _is_float(leaf: Any) -> bool:
 
 def _refuse_forward(*_, **__):
     raise TypeError(
-        "estimator: forward-mode derivatives (jvp, jacfwd) expected another one than with "
+        "estimator: forward-mode derivatives (jvp, jacfwd) expected another estimator, got one with "
         f'gradient="neumann"; {_REMEDY}. Forward over reverse, as jax.jvp of jax.grad, works with every estimator'
     )
 
 
 def _refuse_reverse(*_):
     raise ValueError(
-        "estimator: reverse-mode derivatives of second order (grad of grad) expected another one than with "
+        "estimator: reverse-mode derivatives of second order (grad of grad) expected another estimator, got one with "
         f'gradient="neumann"; {_REMEDY}. Forward over reverse, as jax.jvp of jax.grad, works with every estimator'
     )
 
@@ -61,18 +61,18 @@ _token_p.def_abstract_eval(lambda *_: _TOKEN)
 mlir.register_lowering(_token_p, mlir.lower_fun(_zero, multiple_results=False))
 batching.primitive_batchers[_token_p] = lambda args, axes: (_token_p.bind(*args), None)
 
-# The tangent of a token can be transposed, to nothing, and not be computed.
+# The tangent of a token can be transposed, with no cotangents, but not evaluated.
 _tangent_p = Primitive("reverse_only_tangent")
 _tangent_p.def_impl(_refuse_forward)
 _tangent_p.def_abstract_eval(lambda *_: _TOKEN)
 mlir.register_lowering(_tangent_p, _refuse_forward)
-batching.primitive_batchers[_tangent_p] = _refuse_forward  # of jacfwd: what will be transposed is never batched
+batching.primitive_batchers[_tangent_p] = _refuse_forward  # only jacfwd batches tangents; grad never does
 ad.primitive_transposes[_tangent_p] = lambda cotangent, *tangents: [None] * len(tangents)
 
 
 def _jvp(primals, tangents):
     tangents = [tangent for tangent in tangents if not isinstance(tangent, ad.Zero)]
-    # The token of the innermost derivative alone counts: jvp of grad may see what grad has guarded.
+    # Only the innermost derivative sees the guard: jvp of grad may differentiate what grad has guarded.
     return _zero(), _tangent_p.bind(*tangents) if tangents else ad.Zero(_TOKEN)
 
 

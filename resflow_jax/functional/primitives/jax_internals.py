@@ -1,11 +1,11 @@
-"""All that this library uses of JAX beyond its documented interface. A new release of JAX can break this file alone.
+"""Everything that this library uses of JAX beyond its documented interface. A new JAX release can break only this file.
 
-Primitive                           new operations, each with its rules
-ad, batching, mlir                  where these rules are registered
-ClosedJaxpr, Jaxpr, Literal         traced programs, which are compared
-jaxpr_as_fun                        runs one
-running_trace, EvalTrace            which trace is running; no public interface tells
-WrappedFun                          what JAX makes of a rule of derivatives, to compare two
+Primitive                           defines a new operation
+ad, batching, mlir                  the registries for the rules of an operation
+ClosedJaxpr, Jaxpr, Literal         traced programs, which `tracing` compares
+jaxpr_as_fun                        runs a traced program
+running_trace, EvalTrace            the trace that is running, for which there is no public interface
+WrappedFun                          JAX's wrapper of a derivative rule, which `tracing` compares
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ EvalTrace = core.EvalTrace
 
 
 def running_trace() -> Any:
-    """The trace that operations go to now."""
+    """The trace that records or evaluates operations now."""
     return core.trace_ctx.trace
 
 

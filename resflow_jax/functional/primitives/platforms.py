@@ -1,8 +1,8 @@
-"""One function written twice, for a CPU and for accelerators, of which only the one that is needed is traced.
+"""Chooses between two implementations of a function, for a CPU and for accelerators, and traces only the one it needs.
 
-`lax.platform_dependent` traces every branch, which doubles the time until a program is compiled. Here a
-branch is traced when it is lowered, for whatever platform that is; only where JAX differentiates or batches it,
-both are. `jax.experimental.checkify` does not look inside.
+`lax.platform_dependent` traces both branches, which doubles the time to compile a program. Here a branch is traced when
+the program is lowered for its platform. Both are traced only if JAX differentiates or batches the operation.
+`jax.experimental.checkify` does not check inside of it.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ _by_platform_p.multiple_results = True
 
 
 def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any], out: Any) -> Any:
-    """cpu(*args) where the program runs on a CPU, default(*args) elsewhere.
+    """Computes cpu(*args) on a CPU and default(*args) on other platforms.
 
     Args:
-      *args: pytrees of arrays, all that the functions depend on: they must not close over traced arrays.
+      *args: pytrees of arrays. The functions must depend on nothing else, and must not close over traced arrays.
       cpu: a pure function.
-      default: one with the same outputs.
-      out: the types of the outputs, as of `jax.typeof`.
+      default: a pure function with the same result.
+      out: the types of the outputs, as `jax.typeof` gives them.
     """
     leaves, tree = jax.tree.flatten(args)
     types, out_tree = jax.tree.flatten(out)
@@ -38,7 +38,7 @@ def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]
 
 
 def _at_once(*leaves, cpu: Flat, default: Flat, types) -> list[jax.Array]:
-    """With both traced, which JAX can transform."""
+    """The operation with both branches traced, so that JAX can transform it."""
     return lax.platform_dependent(*leaves, cpu=cpu, default=default)
 
 

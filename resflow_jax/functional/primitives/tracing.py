@@ -1,11 +1,11 @@
-"""Functions as traced programs: what they close over made an argument, and compiled once for equal programs.
+"""Traces users' functions, so that the arrays they close over become arguments, and equal programs compile once.
 
-A function that a user passes may close over arrays of any kind: floats that are differentiated, integers, PRNG keys,
-concrete or traced. `trace` runs it once on abstract values and returns it without its closure: a `Traced`, which takes
-the arrays that it closed over as its first argument. Two `Traced` are equal if they compute the same, whatever function
-objects they came from; so `run` compiles a library function once for all eager calls with equal programs, also where
-the caller makes a new lambda each time, and sees every change of what the lambda closes over (but for what the rule of
-a `jax.custom_vjp` or `jax.custom_jvp` reads when it runs).
+A user's function may close over arrays of any kind: floats that are differentiated, integers, PRNG keys, concrete or
+traced. `trace` runs it once on abstract values and returns a `Traced`, which takes these arrays as its first argument.
+Two `Traced` are equal if their programs are, whatever function objects they came from. So `run` compiles a library
+function once for all eager calls with equal programs, even if the caller makes a new lambda for each call, and it sees
+all changes of closed-over values. The exception are values that the rule of a `jax.custom_vjp` or `jax.custom_jvp`
+reads when it runs.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ from resflow_jax.functional.primitives.jax_internals import (
     running_trace,
 )
 
-COMPILED = 128  # programs of eager calls that are kept
+COMPILED = 128  # number of compiled programs of eager calls in the cache
 
 
 class Traced:
-    """A traced function: traced(closed_over, *args), for args of the types that it was traced with.
+    """A traced function, called as traced(closed_over, *args) with args of the types it was traced for.
 
     Attributes:
-      out: the types of its outputs, as of `jax.typeof`, in the tree that it returns.
+      out: the types of its outputs, as `jax.typeof` gives them, in the pytree that it returns.
     """
 
     def __init__(self, jaxpr: Jaxpr, out: Any):
@@ -55,8 +55,8 @@ class Traced:
 
 
 def trace(function: Callable[..., Any], *args: Any) -> tuple[Traced, list[Any]]:
-    """(traced, closed_over): traced(closed_over, *args) == function(*args). The args may be types, as of eval_shape."""
-    # A new function each time, or JAX would return what it has traced before, whatever has changed in the closure.
+    """(traced, closed_over) with traced(closed_over, *args) == function(*args). The args may be abstract."""
+    # A new lambda in each call: for the same function JAX would return an earlier trace, even if its closure changed.
     jaxpr, shapes = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
     return Traced(jaxpr.jaxpr, jax.tree.structure(shapes).unflatten(jaxpr.out_avals)), list(jaxpr.consts)
 
@@ -64,7 +64,7 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[Traced, list[Any]]:
 def trace_residual(
     g: Callable[..., Any], params: Any, name: str, like: jax.Array, *condition: Any
 ) -> tuple[Traced, list[Any]]:
-    """`trace` of g(params, x, *condition) at an x like the argument of that name.
+    """`trace` of g(params, x, *condition), for an x like `like`, the argument called `name`.
 
     Raises:
       ValueError: unless g keeps the shape and dtype of x.
@@ -78,10 +78,15 @@ def trace_residual(
 
 
 def run(function: Callable[..., Any], static: tuple[Any, ...], *args: Any) -> Any:
-    """function(*static, *args), compiled where the call is eager; the last 128 programs are kept.
+    """Computes function(*static, *args), compiled if the call is eager; the last 128 programs are cached.
 
-    An eager call is one outside of every jit, scan or shard_map; it may stand inside grad or vmap. Elsewhere the
-    function is traced in place. `static` are hashable, `args` pytrees of arrays.
+    A call is eager outside of every jit, scan and shard_map; it may be inside grad or vmap. Otherwise the function is
+    traced in place.
+
+    Args:
+      function: a pure function.
+      static: hashable values.
+      *args: pytrees of arrays.
     """
     return _compiled(function, static)(*args) if _is_eager() else function(*static, *args)
 
@@ -92,7 +97,7 @@ def _compiled(function: Callable[..., Any], static: tuple[Any, ...]) -> Callable
 
 
 def _is_eager() -> bool:
-    """Whether operations are carried out at once, perhaps under grad, jvp or vmap."""
+    """Whether operations are evaluated immediately, perhaps under grad, jvp or vmap."""
     running = running_trace()
     while running is not None and not isinstance(running, EvalTrace):
         if not hasattr(running, "parent_trace") or not _is_of_values(running):
@@ -102,12 +107,12 @@ def _is_eager() -> bool:
 
 
 def _is_of_values(running: Any) -> bool:
-    """Whether a trace computes values along with derivatives or batches, and does not record a program."""
+    """Whether a trace evaluates operations (with derivatives or batches) instead of recording a program."""
     return type(running).__name__ in ("JVPTrace", "LinearizeTrace", "BatchTrace")
 
 
 def _is_same_jaxpr(a: Jaxpr, b: Jaxpr) -> bool:
-    """Whether two programs are the same but for the names of their variables."""
+    """Whether two programs are equal up to the names of their variables."""
     numbers: tuple[dict[Any, int], dict[Any, int]] = {}, {}
 
     def define(one: list[Any], other: list[Any]) -> bool:
@@ -136,13 +141,13 @@ def _is_same_jaxpr(a: Jaxpr, b: Jaxpr) -> bool:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether two parameters of operations are surely the same; False where that cannot be told."""
+    """Whether two parameters of operations are certainly equal; False if that is unknown."""
     if a is b:
         return True
     if type(a) is not type(b):
         return False
     if isinstance(a, ClosedJaxpr):
-        # Arrays inside of an inner program cannot be made arguments: they must be the very same.
+        # Arrays inside of an inner program cannot become arguments, so they must be identical objects.
         same_arrays = len(a.consts) == len(b.consts) and all(p is q for p, q in zip(a.consts, b.consts, strict=True))
         return same_arrays and _is_same_jaxpr(a.jaxpr, b.jaxpr)
     if isinstance(a, Jaxpr):
@@ -151,24 +156,24 @@ def _is_same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_is_same(a[name], b[name]) for name in a)
     if isinstance(a, tuple | list):
         return len(a) == len(b) and all(map(_is_same, a, b))
-    if isinstance(a, WrappedFun):  # what JAX makes of a rule of derivatives
+    if isinstance(a, WrappedFun):  # JAX's wrapper of a derivative rule
         return all(_is_same(getattr(a, name), getattr(b, name)) for name in ("f", "transforms", "params"))
     if isinstance(a, FunctionType):
         return _is_same_wrapper(a, b)
     if isinstance(a, float):
-        return a.hex() == b.hex()  # zeros have signs, and NaN is NaN
+        return a.hex() == b.hex()  # distinguishes 0.0 and -0.0, and NaN equals NaN
     try:
         return bool(a == b)
-    except Exception:  # of an array, or of a type without equality
+    except Exception:  # an array, or a type without equality
         return False
 
 
-# Variables of JAX's own wrappers of functions that hold what they have computed, not what they compute.
+# Closure variables of JAX's function wrappers that hold results, and do not affect what the wrapper computes.
 _STATE = frozenset({"cells", "sentinel", "self", "out_store", "store"})
 
 
 def _is_same_wrapper(a: FunctionType, b: FunctionType) -> bool:
-    """Whether two functions that JAX has made around others do the same; other functions must be the very same."""
+    """Whether two of JAX's function wrappers do the same. Other functions are equal only if they are identical."""
     if a.__code__ is not b.__code__ or not (a.__module__ or "").startswith("jax."):
         return False
     if not (_is_same(a.__defaults__, b.__defaults__) and _is_same(a.__kwdefaults__, b.__kwdefaults__)):

@@ -125,7 +125,7 @@ def args_from_config(config: FlowConfig) -> argparse.Namespace:
 def _check_says_the_same(args: argparse.Namespace, config: FlowConfig, settings: Settings) -> None:
     """Raises ValueError unless the flow of the options is that of the config."""
     if isinstance(config, ImageFlowConfig):
-        constants = {"mean": config.data.mean or (), "std": config.data.deviation or ()}
+        constants = {"mean": config.data.mean or (), "std": config.data.std or ()}
         tensors = {
             f"{NORMALIZATION}.{part}": np.asarray(values[: config.shape[-1]]) for part, values in constants.items()
         }
@@ -294,7 +294,7 @@ def _data_constants(tensors: Tensors, channels: int) -> Settings:
     others = channels - mean.size
     return {
         "data.mean": (*map(float, mean), *[0.0] * others),
-        "data.deviation": (*map(float, std), *[1.0] * others),
+        "data.std": (*map(float, std), *[1.0] * others),
     }
 
 

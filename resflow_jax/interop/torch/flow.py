@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.estimators import Estimator
 from resflow_jax.interop.torch.classifier import Classifier
-from resflow_jax.layers.bijector import Bijector
+from resflow_jax.layers.bijector import Bijector, join_diagnostics, own_condition, split_estimator, split_key
 from resflow_jax.layers.composition import MultiScale
 from resflow_jax.layers.shapes import Flatten
 from resflow_jax.models.blocks import Around
@@ -42,7 +43,7 @@ Shape = tuple[int, ...]
 class TorchImageConfig(ImageFlowConfig):
     """An `ImageFlowConfig` with the options that only files of the PyTorch implementation need.
 
-    With `scales.squeeze_first`, `data.mean` and `data.deviation` may have a number for each of the 4C channels after
+    With `scales.squeeze_first`, `data.mean` and `data.std` may have a number for each of the 4C channels after
     the squeeze, and are then applied there.
 
     Attributes:
@@ -111,11 +112,38 @@ class TorchFlow(ResidualFlow):
         with self._checked_input(x, are_data=True) as (x, _):
             return _logits(*nnx.split(self), x)
 
+    def forward_and_log_prob(
+        self,
+        x: Array,
+        *,
+        condition: Array | None = None,
+        key: Array | None = None,
+        estimator: Estimator | None = None,
+        return_diagnostics: bool = False,
+        return_logits: bool = False,
+    ) -> tuple[Array, ...]:
+        """As `Flow.forward_and_log_prob`; with `return_logits` also the logits [B, classes], as last, of the same pass.
+
+        They are those of `logits`, but where the flow pads x: there they are those of the noise that was drawn.
+
+        Cost: that of `forward`, and one convolution a scale for the logits.
+
+        Raises:
+          ValueError: as `forward`, and with `return_logits` for a flow whose config has no `classes`.
+        """
+        if not return_logits:
+            options = {"condition": condition, "key": key, "estimator": estimator}
+            return super().forward_and_log_prob(x, return_diagnostics=return_diagnostics, **options)
+        if self.classifier is None:
+            raise ValueError("classes: expected a flow whose config has classes, got none")
+        z, log_prob, diagnostics, logits = self._estimated(_forward_and_logits, x, condition, key, estimator)
+        return (z, log_prob, diagnostics, logits) if return_diagnostics else (z, log_prob, logits)
+
     def _run_initialize(self, x: Array, condition: Array | None) -> None:
         if self.classifier is None:
             super()._run_initialize(x, condition)
         else:
-            self.classifier.initialize(_features(self, x, lambda scale, x: scale.initialize(x)))
+            self.classifier.initialize(_features(self, x, lambda scale, x: scale.initialize(x))[0])
 
     @staticmethod
     def _build(config: TorchImageConfig, rngs: nnx.Rngs) -> Bijector:
@@ -153,11 +181,29 @@ def _fully_connected_blocks(
 @partial(jax.jit, static_argnames="graphdef")
 def _logits(graphdef, state, x):
     flow = nnx.merge(graphdef, state)
-    return flow.classifier(_features(flow, x.astype(flow.dtype), lambda scale, x: scale(x)))
+    return flow.classifier(_features(flow, x.astype(flow.dtype), lambda scale, x: scale(x))[0])
+
+
+def _forward_and_logits(graphdef, state, x, key, estimator, condition):
+    """(z, log_prob, diagnostics, logits) in one pass, with the keys that the flow's bijector gives to its layers."""
+    flow = nnx.merge(graphdef, state)
+    layers = list(flow.bijector.scales if isinstance(flow.bijector, MultiScale) else flow.bijector.bijectors)
+    inputs = zip(split_key(key, layers), split_estimator(estimator, layers), strict=True)
+    log_dets, diagnostics = [], []
+
+    def estimate(scale, x):
+        y, log_det, found = scale.estimate(x, *next(inputs), own_condition(scale, condition))
+        log_dets.append(log_det)
+        diagnostics.extend(found)
+        return y
+
+    features, z = _features(flow, x.astype(flow.dtype), estimate)
+    log_prob = flow.base.log_prob(z, flow._base_condition(condition)) + sum(log_dets)
+    return z, log_prob, join_diagnostics(diagnostics, x), flow.classifier(features)
 
 
 def _features(flow, x, apply):
-    """The features [B, H, W, C] of every scale by apply(scale, x); see `interop.torch.classifier`."""
+    """The features [B, H, W, C] of every scale by apply(scale, x), and z; see `interop.torch.classifier`."""
     *scales, last = flow.scales
     outputs, emitted = [], []
     for scale in scales:
@@ -168,6 +214,7 @@ def _features(flow, x, apply):
             emitted.append(part)
     outputs.append(apply(last, x))
     if isinstance(flow.bijector, MultiScale):
-        return [*emitted, emitted[-1]]
+        return [*emitted, emitted[-1]], flow.bijector._joined([*emitted, outputs[-1]])
     shapes = feature_shapes(flow.config)
-    return [output.reshape(-1, *shape) for output, shape in zip(outputs, shapes, strict=True)]
+    features = [output.reshape(-1, *shape) for output, shape in zip(outputs, shapes, strict=True)]
+    return features, outputs[-1].reshape(-1, flow.dim)

@@ -172,7 +172,7 @@ def _normalization(layer: Normalization, config: ImageFlowConfig, name: str) -> 
     found = []
     for part, variable, values, other in (
         ("mean", layer.mean, config.data.mean, 0.0),
-        ("std", layer.deviation, config.data.deviation, 1.0),
+        ("std", layer.std, config.data.std, 1.0),
     ):
         values = (*values, *[other] * (variable.shape[0] - len(values)))
         size = config.shape[-1]

@@ -114,7 +114,7 @@ class Transposed:
 class ActNormPart:
     """The weight or the bias of y = (x + bias) exp(weight): the log_scale of an `ActNorm`, and minus its center.
 
-    Reading sets the deviation to 1 and the shift to 0. Writing folds those of the flow into weight and bias.
+    Reading sets the std to 1 and the shift to 0. Writing folds those of the flow into weight and bias.
     """
 
     layer: ActNorm
@@ -126,7 +126,7 @@ class ActNormPart:
         layer = self.layer
         tensor = tensor if self.order is None else tensor[self.order]
         if self.part == "weight":
-            new = (layer.log_scale, tensor), (layer.deviation, np.ones_like(tensor))
+            new = (layer.log_scale, tensor), (layer.std, np.ones_like(tensor))
         else:
             new = (layer.center, -tensor), (layer.shift, np.zeros_like(tensor))
         for variable, values in new:
@@ -135,7 +135,7 @@ class ActNormPart:
 
     def take(self, canvas: Canvas) -> np.ndarray:
         layer = self.layer
-        variables = layer.center, layer.deviation, layer.log_scale, layer.shift
+        variables = layer.center, layer.std, layer.log_scale, layer.shift
         parts = [_row(canvas[variable], self.row) for variable in variables]
         center, std, log_scale, shift = (np.asarray(part, np.float64).ravel() for part in parts)
         if self.part == "weight":

@@ -51,7 +51,7 @@ UNUSUAL = replace(
     model=ImageFlowConfig(
         (8, 8, 3),
         blocks=(1, 2),
-        data=ImageTransform(logit_alpha=None, mean=(0.5, 0, 0.25), deviation=(1, 1, 0.5)),
+        data=ImageTransform(logit_alpha=None, mean=(0.5, 0, 0.25), std=(1, 1, 0.5)),
         norms=Norms("f12f"),
     ),
     estimator=Truncated(7, probe="gaussian", probes=2),

@@ -1,0 +1,163 @@
+"""The course of a training: losses in nats at its pauses, and a copy of the best weights until then."""
+
+import math
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
+from resflow_jax.models.flow import Flow
+from resflow_jax.training.evaluation import image_bits_per_dim, vector_log_prob
+from resflow_jax.training.examples import Examples
+from resflow_jax.training.history import Ending, History
+
+Array = jax.Array
+
+_EXACT_DIM = 32  # up to which an exact log-det costs less than a long roulette
+
+
+class FitResult(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+      flow: with the best weights, its norms converged, tightened (see `Flow.tighten`).
+      history: of the losses.
+    """
+
+    flow: Flow
+    history: History
+
+
+class FitProgress(NamedTuple):
+    """What the callback of `fit` is given at every pause.
+
+    Attributes:
+      step: steps done.
+      train: mean -log p in nats of the training batches since the pause before.
+      validation: mean -log p in nats of the validation examples, or None.
+      flow: with the present weights, averaged if `ema` says so, its norms converged; not yet tightened. The next step
+        may take its arrays over: it is for use during the call.
+    """
+
+    step: int
+    train: float
+    validation: float | None
+    flow: Flow
+
+    def __str__(self) -> str:
+        text = f"train {self.train:.3f}"
+        return f"{text} nats" if self.validation is None else f"{text}, validation {self.validation:.3f} nats"
+
+
+class FitDivergedError(FloatingPointError):
+    """Training or validation stopped being finite.
+
+    Attributes:
+      result: the `FitResult` with the weights that were best until then; those before training if there are none.
+    """
+
+    def __init__(self, message: str, result: FitResult):
+        super().__init__(message)
+        self.result = result
+
+
+class Scorer:
+    """The loss of held-out examples in nats, with the same noise every time."""
+
+    def __init__(
+        self,
+        flow: Flow,
+        examples: Examples | None,
+        levels: int | None,
+        key: Array,
+        estimator: Estimator | None,
+        batch_size: int,
+        mesh: Mesh | None,
+    ):
+        """estimator: by default `Exact` for flows of few dimensions, else a long `Roulette`.
+
+        Raises:
+          ValueError: for an estimator that is none.
+        """
+        if estimator is None:
+            estimator = Exact() if flow.dim <= _EXACT_DIM else Roulette(exact_terms=8)
+        try:
+            check_estimator(estimator)
+        except ValueError as error:
+            raise ValueError(f"evaluation_{error}") from error
+        self.examples, self.levels, self.key, self.dim = examples, levels, key, math.prod(flow.event_shape)
+        self._options = {"estimator": estimator, "draws": 1, "batch_size": batch_size, "mesh": mesh}
+
+    def nats(self, loss: float) -> float:
+        """-log p in nats of the loss of a training step: bits/dim for integer images, else nats."""
+        return loss if self.levels is None else (loss - math.log2(self.levels)) * math.log(2) * self.dim
+
+    def __call__(self, flow: Flow) -> float | None:
+        """Mean -log p; None without examples.
+
+        Raises:
+          FloatingPointError: if it is not finite.
+        """
+        if self.examples is None:
+            return None
+        x, condition = self.examples
+        if self.levels is None:
+            scores = -vector_log_prob(flow, x, self.key, condition=condition, **self._options)
+        else:
+            options = self._options | {"levels": self.levels, "condition": condition}
+            scores = image_bits_per_dim(flow, x, self.key, **options)
+        found = self.nats(float(scores.mean()))
+        if not math.isfinite(found):
+            raise FloatingPointError(f"the loss of the validation examples is {found}.")
+        return found
+
+
+class Course:
+    """What a training has shown so far.
+
+    Attributes:
+      losses: of the validation examples, at every pause; none without such examples.
+      best_step: steps after which the kept weights were found.
+    """
+
+    def __init__(self, flow: Flow, score: Scorer):
+        """flow: before training."""
+        self.losses: list[float] = []
+        self.best_step = 0
+        self._best, self._score, self._event_shape = _copied(flow), score, flow.event_shape
+        self._lines: list[tuple[int, float, float]] = []
+        self._began = time.perf_counter()
+
+    def add(self, step: int, loss: float, flow: Flow) -> FitProgress:
+        """Scores a flow at a pause, and keeps a copy if it is the best; without validation, in any case.
+
+        Raises:
+          FloatingPointError: if its score is not finite.
+        """
+        train, validation = self._score.nats(loss), self._score(flow)
+        self._lines.append((step, train, time.perf_counter() - self._began))
+        is_best = validation is None or validation < min(self.losses, default=math.inf)
+        if validation is not None:
+            self.losses.append(validation)
+        if is_best:
+            self._best, self.best_step = _copied(flow), step
+        return FitProgress(step, train, validation, flow)
+
+    def result(self, ended: Ending) -> FitResult:
+        """The best flow, tightened, and the history."""
+        self._best.tighten()
+        steps, train, seconds = (np.array([line[n] for line in self._lines]) for n in range(3))
+        validation = None if self._score.examples is None else np.array(self.losses)
+        rest = self.best_step, ended, self._score.levels, self._event_shape
+        return FitResult(self._best, History(steps.astype(int), train, validation, seconds, *rest))
+
+
+def _copied(flow: Flow) -> Flow:
+    """A flow with arrays of its own: those of a state are donated to the next step."""
+    graphdef, state = nnx.split(flow)
+    return nnx.merge(graphdef, jax.tree.map(jnp.copy, state))

@@ -1,0 +1,254 @@
+"""`fit`: a density of given examples by maximum likelihood, with validation and early stopping, in one call."""
+
+import math
+import signal
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from resflow_jax.data.images import dequantize
+from resflow_jax.functional.checks import (
+    as_key,
+    check_callable,
+    check_count,
+    check_finite,
+    check_open_interval,
+    check_positive,
+    check_type,
+)
+from resflow_jax.functional.estimators import Estimator, Roulette
+from resflow_jax.layers.actnorm import ActNorm
+from resflow_jax.models.flow import Flow
+from resflow_jax.training.course import Course, FitDivergedError, FitProgress, FitResult, Scorer
+from resflow_jax.training.examples import Examples, batches_on_device, divided_examples
+from resflow_jax.training.interrupts import deferred_signals
+from resflow_jax.training.loop import has_stopped_improving, run_steps
+from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
+from resflow_jax.training.parallel import DATA_AXIS, check_divisible
+from resflow_jax.training.placement import Placement
+from resflow_jax.training.step import Trainer
+
+Array = jax.Array
+
+_STEPS, _BATCH_SIZE, _LEARNING_RATE, _WARMUP = 3000, 256, 5e-3, 100
+_INITIAL = 10000  # examples that set ActNorm
+
+
+def fit(
+    flow: Flow,
+    x: Any,
+    *,
+    condition: Any = None,
+    key: Array | int = 0,
+    validation: Any = 0.1,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | optax.Schedule | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    estimator: Estimator | None = None,
+    evaluation_estimator: Estimator | None = None,
+    ema: float | None = None,
+    patience: int | None = 20,
+    validate_every: int | None = None,
+    initialize: bool | None = None,
+    levels: int | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+    callback: Callable[[FitProgress], Any] | None = None,
+) -> FitResult:
+    """Fits a flow to examples x by maximum likelihood, E[-log p(x | c)] in nats, and returns the best weights found.
+
+    The given flow stays as it is: training works on a copy. Steps are `training.Trainer`'s: a gradient of the estimated
+    log-likelihood, the optimiser, then one advance of every power iteration. The loss of the validation examples,
+    always with the same noise, chooses the weights. These have their norms converged and are tightened in the end, so
+    that `certify(flow).is_certified` holds where `Flow.tighten` can see to it; that changes their log-density by parts
+    of a per mille. All examples lie on the device.
+
+    Ctrl-C ends training after the step that runs, and `fit` returns what there is; a second one interrupts as usual.
+
+    Cost of a step: that of `log_prob` and its gradient on a batch; the first one compiles.
+
+    Args:
+      flow: a `Flow`, as `ResidualFlow`.
+      x: floats [N, *event_shape] of NumPy or JAX, images in [0, 1]; with `levels` integer images [N, H, W, C].
+      condition: of a conditional flow: floats [N, *condition_shape], one for each example.
+      key: PRNG key, or an integer seed, of everything random: the division of the examples, the order of the batches,
+        noise and estimates. The same key gives the same result.
+      validation: what to validate on: a share in (0, 1) of the examples, drawn at random; examples like x; of a
+        conditional flow a pair (x, condition); None for nothing. Then the last weights are returned.
+      steps: optimiser steps, at most. By default 3000.
+      epochs: passes over the training examples, at most, in the place of `steps`.
+      batch_size: examples a step; by default 256, or all if there are fewer.
+      learning_rate: of Adam: the peak, behind a linear warm-up of at most 100 steps and before a cosine decay to zero
+        over all steps; by default 0.005; or an optax schedule. The gradient is clipped to a global norm of 1.
+      optimizer: an optax transformation in the place of all that.
+      estimator: of the log-det in training; by default `Roulette()`, which is unbiased.
+      evaluation_estimator: of the log-det in validation; by default `Exact()` for at most 32 dimensions, else a
+        `Roulette` with eight exact terms.
+      ema: decay in (0, 1) of a moving average of the weights, which is then validated and returned; None for none.
+      patience: validations in a row without an improvement after which training stops; None for no such stop.
+      validate_every: steps between validations, and entries of the history; by default an epoch, but between a
+        fiftieth and a tenth of all steps.
+      initialize: whether to set ActNorm and running statistics from training examples first (`Flow.initialize`). By
+        default where none of them has been set, so that a trained flow is trained on from where it is.
+      levels: for integer images in {0..levels-1}: they are dequantised anew at every step, and the history has
+        bits/dim too.
+      mesh: devices of this process that share each batch (`training.make_mesh`); None for one device. The result is
+        the same, to rounding.
+      progress: whether to draw a progress bar, on stderr or in the notebook.
+      callback: called with a `FitProgress` at every pause; training stops where it returns True, and nothing else.
+
+    Returns:
+      (flow, history).
+
+    Raises:
+      ValueError: for a bad argument; the message names it.
+      FitDivergedError: where a loss or gradient is not finite; `error.result` has the best weights until then.
+
+    Example:
+      >>> import jax, numpy as np, resflow_jax as rf
+      >>> from flax import nnx
+      >>> x = np.random.default_rng(0).normal(size=(500, 2)) * [1.0, 0.1]
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(8,)), rngs=nnx.Rngs(0))
+      >>> fitted, history = rf.fit(flow, x, steps=20, progress=False)
+      >>> history.ended, len(history.step), bool(history.validation.min() < 1)
+      ('steps', 20, True)
+      >>> fitted.log_prob(x[:3], key=jax.random.key(1)).shape
+      (3,)
+    """
+    check_type("flow", flow, Flow)
+    if levels is not None:
+        check_count("levels", levels, 1)
+    split_key, init_key, train_key, validation_key = jax.random.split(as_key("key", key), 4)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(split_key)))
+    examples = Examples.of(flow, x, condition, levels)
+    training, held_out = divided_examples(flow, examples, validation, levels, rng)
+    if training.number < 2:
+        raise ValueError(f"x: expected at least 2 examples to train on, got {training.number}")
+    batch_size = _batch_size(batch_size, training.number, mesh)
+    steps = _steps(steps, epochs, training.number / batch_size)
+    every = _every(validate_every, steps, training.number / batch_size)
+    optimizer = _optimizer(optimizer, learning_rate, steps)
+    _check_others(ema, patience, initialize, progress, callback)
+
+    flow = nnx.clone(flow)  # the caller's stays as it is
+    if initialize or (initialize is None and not _is_initialized(flow)):
+        first = training.take(rng.permutation(training.number)[:_INITIAL])
+        flow.initialize(first.x if levels is None else dequantize(first.x, init_key, levels), first.condition)
+    loss = negative_log_likelihood() if levels is None else dequantized_bits_per_dim(levels)
+    trainer = Trainer(nnx.graphdef(flow), loss, optimizer, 0.0 if ema is None else ema)
+    state = trainer.create_state(flow, Roulette() if estimator is None else estimator)
+    devices = trainer if mesh is None else Placement(trainer, mesh)
+    score = Scorer(flow, held_out, levels, validation_key, evaluation_estimator, batch_size, mesh)
+    course = Course(flow, score)
+
+    with deferred_signals((signal.SIGINT,), "stopping after this step; once more to stop at once") as is_interrupted:
+        try:
+            for at in run_steps(
+                trainer.compiled_step() if mesh is None else devices.step,
+                state if mesh is None else devices.place(state),
+                batches_on_device(training, batch_size, rng, mesh),
+                train_key,
+                last=steps,
+                pauses_at=lambda step: step % every == 0,
+                stops_at=lambda step: is_interrupted(),
+                show_progress=progress,
+            ):
+                flow = devices.current_flow(at.state) if ema is None else devices.averaged_flow(at.state)
+                seen = course.add(at.step, float(at.metrics["loss"]), flow)
+                at.bar.set_postfix_str(str(seen))
+                if at.stopped:
+                    return course.result("interrupted")
+                answer = None if callback is None else callback(seen)
+                if isinstance(answer, bool | np.bool_) and answer:
+                    return course.result("callback")
+                if has_stopped_improving(course.losses, patience):
+                    return course.result("patience")
+        except FloatingPointError as error:
+            kept = f"the weights of step {course.best_step}" if course.best_step else "the weights before training"
+            raise FitDivergedError(f"{error} error.result has {kept}.", course.result("diverged")) from error
+    return course.result("steps")
+
+
+def _batch_size(batch_size: int | None, number: int, mesh: Mesh | None) -> int:
+    """Examples a step, of so many; of a mesh equal shares of them."""
+    shares = 1
+    if mesh is not None:
+        check_type("mesh", mesh, Mesh)
+        if DATA_AXIS not in mesh.shape or any(one.process_index != jax.process_index() for one in mesh.devices.flat):
+            raise ValueError(f'mesh: expected devices of this process along "{DATA_AXIS}", got {mesh}')
+        shares = mesh.shape[DATA_AXIS]
+    if batch_size is None:
+        batch_size = min(_BATCH_SIZE, number) // shares * shares
+    check_count("batch_size", batch_size, 1)
+    if batch_size > number:
+        raise ValueError(f"batch_size: expected at most {number}, the number of training examples, got {batch_size}")
+    if mesh is not None:
+        check_divisible(batch_size, mesh)
+    return batch_size
+
+
+def _steps(steps: int | None, epochs: float | None, epoch: float) -> int:
+    """Steps in all, with an epoch of so many."""
+    if steps is not None and epochs is not None:
+        raise ValueError(f"epochs: expected None beside steps={steps!r}, got {epochs!r}")
+    if epochs is not None:
+        check_finite("epochs", epochs)
+        check_positive("epochs", epochs)
+        return math.ceil(epochs * epoch)
+    check_count("steps", steps := _STEPS if steps is None else steps, 1)
+    return steps
+
+
+def _every(validate_every: int | None, steps: int, epoch: float) -> int:
+    """Steps between pauses."""
+    if validate_every is None:
+        return min(max(int(epoch), -(-steps // 50)), -(-steps // 10))
+    check_count("validate_every", validate_every, 1)
+    return validate_every
+
+
+def _optimizer(optimizer: Any, learning_rate: Any, steps: int) -> optax.GradientTransformation:
+    """The given one, or Adam with warm-up, cosine decay and clipping."""
+    if optimizer is not None:
+        if learning_rate is not None:
+            raise ValueError(f"learning_rate: expected None beside an optimizer, got {learning_rate!r}")
+        check_type("optimizer", optimizer, optax.GradientTransformation)
+        return optimizer
+    if learning_rate is None or isinstance(learning_rate, Real):
+        peak = _LEARNING_RATE if learning_rate is None else learning_rate
+        check_positive("learning_rate", peak)
+        learning_rate = optax.warmup_cosine_decay_schedule(0.0, peak, min(_WARMUP, steps // 10), steps)
+    elif not callable(learning_rate):
+        raise ValueError(f"learning_rate: expected a number or an optax schedule, got {type(learning_rate).__name__}")
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
+
+
+def _check_others(ema: Any, patience: Any, initialize: Any, progress: Any, callback: Any) -> None:
+    if ema is not None:
+        check_open_interval("ema", ema, 0, 1)
+    if patience is not None:
+        check_count("patience", patience, 1)
+    if initialize is not None:
+        check_type("initialize", initialize, bool)
+    check_type("progress", progress, bool)
+    if callback is not None:
+        check_callable("callback", callback)
+
+
+def _is_initialized(flow: Flow) -> bool:
+    """Whether an ActNorm or a running statistic differs from what it is made with."""
+    for _, node in nnx.iter_modules(flow):
+        if isinstance(node, ActNorm):
+            zeros = node.center, node.log_scale, node.shift
+            if any(np.any(part) for part in zeros) or np.any(np.asarray(node.deviation) != 1):
+                return True
+    statistics = map(np.asarray, jax.tree.leaves(nnx.state(flow, nnx.BatchStat)))
+    return not all(((values == 0) | (values == 1)).all() for values in statistics)

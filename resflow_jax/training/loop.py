@@ -1,0 +1,113 @@
+"""The loop around a training step: mean metrics, timing, a progress bar, and a stop where training diverges."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from resflow_jax.training.parallel import Step
+
+
+class Pause(NamedTuple):
+    """What the loop reports at a pause.
+
+    Attributes:
+      step: steps done.
+      state: the state after that step. The next step is donated it: copy what is to be kept.
+      metrics: means over the steps since the last pause, with the structure of a step's, on the host.
+      seconds: per step since the last pause.
+      waiting: the part of `seconds` that was spent waiting for batches.
+      stopped: whether the loop ends here because it was asked to.
+      bar: the progress bar, to write on.
+    """
+
+    step: int
+    state: Any
+    metrics: dict[str, Any]
+    seconds: float
+    waiting: float
+    stopped: bool
+    bar: tqdm
+
+
+def run_steps(
+    step: Step,
+    state: Any,
+    batches: Iterator[Any],
+    key: jax.Array,
+    *,
+    first: int = 0,
+    last: int,
+    together: int = 1,
+    pauses_at: Callable[[int], bool],
+    stops_at: Callable[[int], bool] = lambda step: False,
+    at_pause: Callable[[int, Any], Any] = lambda step, state: state,
+    show_progress: bool = True,
+) -> Iterator[Pause]:
+    """Runs the steps first + 1 ... last; yields at every pause and at the end. Nothing waits for a result in between.
+
+    Args:
+      step: (state, batch, key) -> (state, metrics), as `Trainer.compiled_step` or `Placement.step`.
+      state: as the step takes it.
+      batches: those of the steps, as the step takes them.
+      key: PRNG key of the run, the same for all steps.
+      first: steps done before.
+      last: steps done in the end.
+      together: steps that one call of `step` takes, those whose batches make an update.
+      pauses_at: whether to pause after a number of steps.
+      stops_at: whether the loop ends after a number of steps; called once an update.
+      at_pause: from the number of steps done and the state to the state that training goes on with; called before each
+        yield.
+      show_progress: whether to draw a progress bar, on stderr or in the notebook.
+
+    Raises:
+      FloatingPointError: at a pause, if a metric is not finite; no later state is yielded.
+    """
+    pending, waiting = [], 0.0
+    with tqdm(
+        total=last, initial=first, unit="step", mininterval=_seconds_between_draws(), disable=not show_progress
+    ) as bar:
+        began = time.perf_counter()
+        for done in range(first + together, last + 1, together):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waiting += time.perf_counter() - asked
+            state, values = step(state, batch, key)
+            pending.append(values)
+            bar.update(together)
+            stopped = stops_at(done)
+            if not (done == last or stopped or pauses_at(done)):
+                continue
+            metrics = _means(pending, done - together * len(pending) + 1, done)
+            state = at_pause(done, state)
+            taken = together * len(pending)
+            seconds = (time.perf_counter() - began) / taken
+            yield Pause(done, state, metrics, seconds, waiting / taken, stopped, bar)
+            if stopped:
+                return
+            pending, waiting, began = [], 0.0, time.perf_counter()
+
+
+def _means(pending: list[dict[str, Any]], begin: int, end: int) -> dict[str, Any]:
+    """Mean metrics of the steps from `begin` to `end`."""
+    metrics = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *jax.device_get(pending))
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(metrics)):
+        raise FloatingPointError(
+            f"training diverged between steps {begin} and {end}: loss {metrics['loss']}, gradient norm "
+            f"{metrics['gradient_norm']}. A smaller learning rate may help."
+        )
+    return metrics
+
+
+def _seconds_between_draws() -> int:
+    """Of the progress bar: often where it is looked at, seldom where it fills a log file."""
+    return 1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 20
+
+
+def has_stopped_improving(losses: Sequence[float], patience: int | None) -> bool:
+    """Whether the last `patience` of the validation losses have not improved on those before; never for None."""
+    return patience is not None and len(losses) > patience and min(losses[:-patience]) <= min(losses[-patience:])

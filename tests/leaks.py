@@ -1,0 +1,47 @@
+"""JAX's check for leaked tracers, in every test, while JAX's caches stay on.
+
+`jax.checking_leaks` does two things: it checks for leaks at the end of every trace, and it switches caches off, so that
+every call traces and compiles anew. The check alone is cheap. It finds the same leaks, because a program in a cache was
+checked when it was traced. Two measures get it:
+
+1. The module `jax._src.core`, which checks, reads that the flag is on. All other modules read the real flag.
+2. A finished trace often stays alive although none of its tracers does, for example in an unused rule of a
+   `jax.custom_jvp`. JAX then collects all garbage and looks through all objects of Python for references, which takes
+   0.2 s. Here it does so only if a tracer of the trace survives a collection of young objects.
+
+These are internal names of JAX. Where a new release has other ones nothing is checked, and `tests.test_leaks` fails.
+"""
+
+import gc
+from types import ModuleType, SimpleNamespace
+from weakref import WeakValueDictionary
+
+from jax._src import config, core
+
+
+def watch() -> bool:
+    """From now on a function that leaks a tracer raises an error. False if JAX has not the names that this needs."""
+    try:
+        create, find, _ = core.Tracer.__init__, core.maybe_find_leaked_tracers, core.config.check_tracer_leaks
+    except AttributeError:
+        return False
+    alive = WeakValueDictionary()  # tracers by their identity, as they have no hash
+
+    def create_and_note(tracer, *args, **kwargs):
+        create(tracer, *args, **kwargs)
+        alive[id(tracer)] = tracer
+
+    def has_tracers(trace) -> bool:
+        return any(tracer._trace is trace for tracer in alive.values())
+
+    def find_if_any(trace) -> list:
+        for generation in range(2):
+            if not has_tracers(trace):
+                return []
+            gc.collect(generation)
+        return find(trace) if has_tracers(trace) else []
+
+    core.Tracer.__init__, core.maybe_find_leaked_tracers = create_and_note, find_if_any
+    core.config = ModuleType(config.__name__)
+    vars(core.config).update(vars(config), check_tracer_leaks=SimpleNamespace(value=True))
+    return True

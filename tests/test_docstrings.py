@@ -1,0 +1,86 @@
+"""Every public name explains itself: a summary, what it takes, gives and raises, and an example that runs.
+
+The examples themselves are doctests, which pytest runs (see conftest.py).
+"""
+
+import inspect
+from dataclasses import is_dataclass
+
+import pytest
+
+import resflow_jax as rf
+
+BRIDGES = ("distrax", "flowjax", "numpyro", "stateless")
+# Values without a docstring: a dictionary and a union of types.
+PLAIN = {"ACTIVATIONS", "Estimator"}
+# Names whose docstring still lacks something. The set only shrinks.
+UNDONE: set[str] = set()
+
+
+def public_names() -> dict[str, object]:
+    """Every documented object by its name as a user writes it after `rf.`."""
+    found = {name: getattr(rf, name) for name in rf.__all__ if name not in PLAIN}
+    return found | {f"training.{name}": getattr(rf.training, name) for name in rf.training.__all__}
+
+
+def bridge_names(bridge: str) -> dict[str, object]:
+    """The public classes and functions that a bridge defines."""
+    module = getattr(rf.interop, bridge)
+    return {
+        f"interop.{bridge}.{name}": value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and callable(value) and getattr(value, "__module__", "") == module.__name__
+    }
+
+
+def lacking(value: object) -> list[str]:
+    """What the docstring of a public object lacks."""
+    text = inspect.getdoc(value) if not isinstance(value, type) else vars(value).get("__doc__")
+    if not text:
+        return ["a docstring"]
+    found = [] if ">>>" in text else ["an example with >>>"]
+    if inspect.isfunction(value):
+        found += [f"the section {section}" for section in ("Args", "Returns") if not has_section(text, section, value)]
+    return found + [f"the argument {name}" for name in settings(value) if f"{name}" not in words(text)]
+
+
+def has_section(text: str, section: str, function: object) -> bool:
+    """Whether the section is there, or there is nothing to say in it."""
+    signature = inspect.signature(function)
+    needless = signature.return_annotation in (None, "None") if section == "Returns" else not signature.parameters
+    return needless or f"{section}:" in text
+
+
+def settings(value: object) -> list[str]:
+    """The arguments that a docstring has to explain: of a function, or the fields of a dataclass or named tuple."""
+    if inspect.isfunction(value):
+        return [name for name in inspect.signature(value).parameters if name != "self"]
+    if isinstance(value, type) and is_dataclass(value):
+        return [name for name, field in value.__dataclass_fields__.items() if field.init]
+    return list(getattr(value, "_fields", ()))
+
+
+def words(text: str) -> set[str]:
+    """The identifiers in a text."""
+    return set("".join(letter if letter.isalnum() or letter == "_" else " " for letter in text).split())
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_public_name(name):
+    """Its docstring is complete, or it is among those to do; it leaves these when it is done."""
+    assert bool(lacking(public_names()[name])) == (name in UNDONE), (name, lacking(public_names()[name]))
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+def test_bridge(bridge):
+    """As for the names of the library."""
+    if bridge != "stateless":
+        pytest.importorskip(bridge)
+    for name, value in bridge_names(bridge).items():
+        assert bool(lacking(value)) == (name in UNDONE), (name, lacking(value))
+
+
+def test_names_to_do_are_names():
+    """A name that is no more is not to do."""
+    bridges = {name for name in UNDONE if name.startswith("interop.")}
+    assert UNDONE - bridges <= set(public_names())

@@ -1,0 +1,78 @@
+"""A tracer that leaks fails the test in which it does, in every kind of trace, and JAX's caches stay on."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests import conftest
+
+TRANSFORMATIONS = {
+    "jit": jax.jit,
+    "vmap": jax.vmap,
+    # alone, JAX 0.10 does not check them
+    "grad in jit": lambda f: jax.jit(jax.grad(lambda x: jnp.sum(f(x)))),
+    "linearize in jit": lambda f: jax.jit(lambda x: jax.linearize(f, x)[1](x)),
+    "checkpoint": jax.checkpoint,
+    "scan": lambda f: lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, length=2)[0],
+    "while_loop": lambda f: lambda x: jax.lax.while_loop(lambda c: jnp.all(c < 3), f, x),
+    "cond": lambda f: lambda x: jax.lax.cond(x[0] > 0, f, lambda x: x, x),
+    "vmap in jit": lambda f: jax.jit(lambda x: jax.vmap(f)(x) + 1),
+}
+
+
+def test_the_names_of_jax():
+    assert conftest.CHECKS_LEAKS, f"tests/leaks.py does not know JAX {jax.__version__}: no test looks for leaks"
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_a_leak_is_found(name):
+    leaked = []
+
+    def leaking(x):
+        leaked.append(2 * x)
+        return x + 1
+
+    with pytest.raises(Exception, match="Leaked trace"):
+        TRANSFORMATIONS[name](leaking)(jnp.ones(3))
+    assert leaked
+
+
+def test_a_leak_out_of_a_cycle_is_found():
+    """Also where only an object that refers to itself holds the tracer, and older than the youngest objects."""
+
+    class Module:
+        def __init__(self):
+            self.itself = self
+
+        def __call__(self, x):
+            self.last = x + 1
+            gc.collect()
+            return self.last
+
+    with pytest.raises(Exception, match="Leaked trace"):
+        jax.jit(Module())(jnp.ones(3))
+
+
+def test_unreachable_tracers_are_no_leak():
+    """A cycle that nobody knows is garbage."""
+
+    def f(x):
+        cycle = [x + 1]
+        cycle.append(cycle)
+        return 2 * x
+
+    assert jax.jit(f)(1.0) == 2
+
+
+def test_caches_stay_on():
+    traced = []
+
+    @jax.jit
+    def f(x):
+        traced.append(None)
+        return x + 1
+
+    f(1.0), f(2.0)
+    assert len(traced) == 1
