@@ -38,8 +38,7 @@ class Checkpoints:
     share the directory; all call the same methods, and each writes what lies on its devices.
 
     Example:
-      >>> import tempfile, optax, resflow_jax as rf
-      >>> from flax import nnx
+      >>> import tempfile, optax
       >>> from resflow_jax.training.checkpoints import Checkpoints
       >>> from resflow_jax.training.losses import negative_log_likelihood
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
