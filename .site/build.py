@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # of guides
     sys.path[:0] = [str(HERE), str(ROOT)]
+    shutil.rmtree(SITE / "html", ignore_errors=True)  # pages that are no more
     gather(SITE / "source")
     from sphinx.cmd.build import build_main  # needed from here on only
 

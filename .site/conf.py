@@ -45,6 +45,7 @@ nb_execution_timeout = 900
 nb_output_stderr = "remove"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath"]
+myst_fence_as_directive = ["math"]
 myst_heading_anchors = 4
 suppress_warnings = [
     "toc.empty_glob",  # a folder without a page

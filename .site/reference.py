@@ -36,7 +36,10 @@ TOPICS = {
     "fitting": Topic(
         "Fitting and evaluation",
         "A density of given examples in one call, and the likelihood of others.",
-        "fit FitResult FitProgress History FitDivergedError evaluate_bits_per_dim Estimate",
+        (
+            "fit FitResult FitProgress History FitDivergedError evaluate_bits_per_dim Estimate anomaly_score Anomaly "
+            "Typicality"
+        ),
     ),
     "bijectors": Topic(
         "Bijectors",
@@ -116,8 +119,8 @@ MODULES = {
 def write(folder: Path) -> None:
     """Writes one page a topic and one a module."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (name, topic) in enumerate(TOPICS.items()):
-        (folder / f"{number:02}_{name}.rst").write_text(page(LIBRARY, topic))
+    for name, topic in TOPICS.items():
+        (folder / f"{name}.rst").write_text(page(LIBRARY, topic))
     for name, topic in MODULES.items():
         (folder / f"{name}.rst").write_text(page(f"{LIBRARY}.{name}", topic))
 
@@ -135,8 +138,10 @@ def page(module: str, topic: Topic) -> str:
 def entry(name: str, value: Any) -> list[str]:
     """The directive that documents one name."""
     if inspect.isclass(value):
-        has_public_base = any(base.__name__ in import_module(LIBRARY).__all__ for base in value.__bases__)
-        return [f".. autoclass:: {name}", "   :members:", *["   :show-inheritance:"] * has_public_base, ""]
+        public = import_module(LIBRARY).__all__
+        options = ["   :members:", f"   :inherited-members: {', '.join(_documented_elsewhere(value, public))}"]
+        options += ["   :show-inheritance:"] * any(base.__name__ in public for base in value.__bases__)
+        return [f".. autoclass:: {name}", *options, ""]
     if inspect.isroutine(value):
         return [f".. autofunction:: {name}", ""]
     if _is_union(value):
@@ -144,6 +149,13 @@ def entry(name: str, value: Any) -> list[str]:
     else:
         text = f"A dict with the keys {', '.join(f'``{key}``' for key in value)}."
     return [f".. py:data:: {name}", "", f"   {text}", ""]
+
+
+def _documented_elsewhere(cls: type, public: list[str]) -> list[str]:
+    """Bases whose members the entry of a class leaves out: public ones, which have their own, and other libraries'."""
+    own = (base for base in cls.__mro__[1:] if base.__module__.startswith(LIBRARY) and base.__name__ != "Module")
+    private = {base for base in own if base.__name__ not in public}
+    return [base.__name__ for base in cls.__mro__[1:] if base not in private]
 
 
 def _is_union(value: Any) -> bool:

@@ -58,9 +58,12 @@ def test_every_name_of_a_module(name):
 def test_pages(tmp_path):
     """Each page names what it documents, by a directive that fits."""
     REFERENCE.write(tmp_path)
-    pages = {path.stem.partition("_")[2] or path.stem: path.read_text() for path in tmp_path.iterdir()}
+    pages = {path.stem: path.read_text() for path in tmp_path.iterdir()}
     assert pages.keys() == REFERENCE.TOPICS.keys() | REFERENCE.MODULES.keys()
-    assert ".. autoclass:: ResidualFlow\n   :members:\n   :show-inheritance:" in pages["flows"]
+    flow = re.search(r"autoclass:: Flow\n   :members:\n   :inherited-members: (.*)\n\n", pages["flows"])[1].split(", ")
+    private = [base.__name__ for base in rf.Flow.__mro__ if "sample" in vars(base) and base is not rf.Flow]
+    assert "Module" in flow and not set(private) & set(flow)
+    assert ":inherited-members: Flow, " in pages["flows"].partition("autoclass:: ResidualFlow")[2]
     assert ".. autofunction:: residual\n" in pages["functional"]
     assert ".. py:data:: Estimator\n\n   Any of :py:obj:`Exact`" in pages["estimators"]
     assert "``lipswish``" in pages["contractions"]
@@ -98,10 +101,11 @@ def test_links(tmp_path, monkeypatch):
     assert found == "x [`y`](b/README.md) [z](b/README.md#part) [f](c.py) [h](https://a.b/a) [i](#a) ![j](a)"
 
 
-def test_index_lists_every_guide():
-    index = (SITE / "index.md").read_text()
-    for path in (ROOT / "experiments" / "guides").glob("*.py"):
-        assert f"experiments/guides/{path.stem}\n" in index
+def test_index_lists_every_guide_and_page():
+    listed = (SITE / "index.md").read_text().split("\n")
+    guides = [f"experiments/guides/{path.stem}" for path in (ROOT / "experiments" / "guides").glob("*.py")]
+    pages = [f"reference/{name}" for name in REFERENCE.TOPICS.keys() | REFERENCE.MODULES.keys()]
+    assert {*guides, *pages} <= set(listed)
 
 
 def test_signature_of_a_module_of_flax():

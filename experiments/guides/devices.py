@@ -54,8 +54,8 @@ trainer = rf.training.Trainer(nnx.graphdef(flow), loss, optax.adam(1e-3), ema_de
 
 
 # %%
-def train(mesh, way="jit", parameters="replicated"):
-    placement = rf.training.Placement(trainer, mesh, way, parameters=parameters)
+def train(mesh, strategy="jit", parameters="replicated"):
+    placement = rf.training.Placement(trainer, mesh, strategy, parameters=parameters)
     state = placement.place(trainer.create_state(flow, rf.Roulette()))
     batches, losses = np.random.default_rng(1), []
     for _ in range(STEPS):

@@ -34,7 +34,7 @@ STEPS = 600
 # | `--vnorms 222f`, `--learn-p` | `norms=rf.Norms("222f")`, `norms=rf.Norms(learned=True)` |
 # | `--actnorm`, `--batchnorm` | `between=rf.BetweenBlocks(actnorm=True, batchnorm=True)` |
 # | `--factor-out`, `--squeeze-first` | `scales=rf.Scales(factor_out=True, squeeze_first=True)` |
-# | `--n-exact-terms 2`, `--n-dist poisson` | `rf.Roulette(rf.Poisson(2.0), exact_terms=2, krylov=0)` |
+# | `--n-exact-terms 2`, `--n-dist poisson` | `rf.Roulette(rf.Poisson(2.0), exact_terms=2, minres_steps=0)` |
 # | `--n-power-series 5` | `rf.Truncated(terms=5)` |
 # | `--neumann-grad True`, `--mem-eff True` | the default: memory does not depend on the length of the series |
 
@@ -71,7 +71,7 @@ print(f"log p of what was saved and of what was read differ by at most {same:.1e
 
 # %%
 print("certified:", rf.certify(flow).is_certified, "bounds:", rf.certify(flow).bounds.round(4))
-papers = rf.Roulette(rf.Poisson(2.0), exact_terms=2, krylov=0, probe="gaussian")
+papers = rf.Roulette(rf.Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")
 for name, estimator in {"the papers' estimator": papers, "the default": rf.Roulette()}.items():
     keys = jax.random.split(jax.random.key(0), 20)
     noise = jnp.stack([flow.log_prob(x[:200], key=key, estimator=estimator) for key in keys]).std(axis=0).mean()

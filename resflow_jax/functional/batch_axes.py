@@ -1,10 +1,10 @@
-"""Where a batch is divided among devices: along which named axes, and whose examples these are.
+"""The named axes along which a batch is divided among devices, and the numbers of a device's examples in the batch.
 
-Inside `jax.shard_map` (with check_vma, its default) the types of arrays tell over which axes of the mesh they differ.
-Inside `jax.pmap`, `jax.vmap` with an axis_name, and `jax.shard_map` without check_vma, they do not. There `batch_axes`
-names the axes along which a batch is divided, and gradients are a device's own until they are summed. Without it no
-axis is one of the batch, whatever its name: the lanes are independent. Where axes are named, these are all: a batch
-that differs over others of a checked shard_map, as an ensemble does, is not divided along them.
+Inside `jax.shard_map` (with check_vma, its default) the types of arrays tell which mesh axes they vary over, and a
+batch is divided along all axes that it varies over. Inside `jax.pmap`, `jax.vmap` with an axis_name, and
+`jax.shard_map` without check_vma, types do not tell. There the context `batch_axes` names the axes. Without it the
+lanes are independent, and gradients are those of one lane until they are summed. If `batch_axes` is used inside of a
+checked shard_map, a batch is divided only along the named axes; it may vary over others, as in an ensemble.
 """
 
 import math
@@ -19,24 +19,36 @@ from resflow_jax.functional.broadcasting import trailing
 
 Array = jax.Array
 
-_named_axes = jax.make_user_context(default_value=())  # part of the key of jit's caches
+_named_axes = jax.make_user_context(default_value=())  # jit's caches depend on its value
 
 
 def batch_axes(*names: str) -> AbstractContextManager[None]:
-    """In this context, a batch is divided among the lanes of the axes of these names, the first one outermost.
+    """A context in which a batch is divided among the lanes of the named axes.
 
-    Each example then draws its noise by its number in the whole batch, and statistics are those of the whole batch. To
-    be entered inside of the function that `jax.pmap`, `jax.vmap` or `jax.shard_map` without check_vma maps over a
-    batch; `jax.shard_map` with check_vma needs it not.
+    Enter it inside of the function that `jax.pmap`, `jax.vmap` or `jax.shard_map` without check_vma maps over the parts
+    of a batch. `jax.shard_map` with check_vma needs no context. In it, the noise of each example depends on the
+    example's number in the whole batch, and statistics are those of the whole batch: results are the same as without
+    the division. It costs nothing in the compiled program except the collectives of statistics.
 
-      @partial(jax.pmap, axis_name="devices", in_axes=(None, 0))
-      def loss(flow, x):
-          with rf.batch_axes("devices"):
-              return jax.lax.pmean(-flow.log_prob(x, key=key).mean(), "devices")
+    Args:
+      *names: names of mapped axes, the outermost first.
+
+    Returns:
+      A context manager.
 
     Raises:
-      ValueError: if a name is not a string; where the context is used, if no axis of the name is bound there, or if it
-        is one of a `jax.shard_map` with check_vma over which the batch does not differ.
+      ValueError: if a name is not a string. When the context is used: if no axis of the name is bound there, or if it
+        is an axis of a `jax.shard_map` with check_vma that the batch does not vary over.
+
+    Example:
+      >>> def log_det(x):   # of half of the batch
+      ...     with rf.batch_axes("devices"):
+      ...         return rf.residual(lambda w, x: jnp.sin(w * x), 0.5, x, key=jax.random.key(0))[1]
+      >>> x = jnp.arange(8.0).reshape(4, 2)
+      >>> halves = jax.vmap(log_det, axis_name="devices")(x.reshape(2, 2, 2))
+      >>> whole = rf.residual(lambda w, x: jnp.sin(w * x), 0.5, x, key=jax.random.key(0))[1]
+      >>> bool(jnp.allclose(halves.reshape(4), whole, atol=1e-5))
+      True
     """
     for name in names:
         if not isinstance(name, str):
@@ -45,25 +57,25 @@ def batch_axes(*names: str) -> AbstractContextManager[None]:
 
 
 def varying_axes(tree: Any) -> tuple[str, ...]:
-    """The mesh axes over which any array, or type of one, differs, inside a `jax.shard_map` that tracks them."""
+    """The mesh axes that any array of a tree varies over, as tracked inside a `jax.shard_map`. Leaves may be types."""
     types = (leaf if isinstance(leaf, jax.core.ShapedArray) else jax.typeof(leaf) for leaf in jax.tree.leaves(tree))
     varying = (type_.manual_axis_type.varying for type_ in types)
     return tuple(sorted(frozenset().union(*varying)))
 
 
 def axes_of_batch(tree: Any) -> tuple[str, ...]:
-    """The axes along which a batch is divided: those over which it varies, or those named by `batch_axes`."""
+    """The axes along which a batch is divided: those named by `batch_axes`, or else those that it varies over."""
     varying, named = varying_axes(tree), _named_axes.value
     if not named:
         return varying
     for axis in named:
         if _is_tracked(axis) and axis not in varying:
-            raise ValueError(f"batch_axes: expected axes over which the batch differs, of {varying}, got {axis!r}")
+            raise ValueError(f"batch_axes: expected an axis that the batch varies over, of {varying}, got {axis!r}")
     return named
 
 
 def _is_tracked(axis: str) -> bool:
-    """Whether the types of arrays tell if they differ over an axis."""
+    """Whether the types of arrays tell if they vary over an axis."""
     try:
         return bool(varying_axes(lax.axis_index(axis)))
     except NameError as error:
@@ -73,7 +85,7 @@ def _is_tracked(axis: str) -> bool:
 
 
 def vary_over(tree: Any, axes: tuple[str, ...]) -> Any:
-    """The same arrays, typed as differing over `axes` too, so that their gradients stay those of one device."""
+    """The same arrays with types that vary over `axes`, so that their gradients are not summed over devices."""
 
     def vary(x):
         missing = tuple(axis for axis in axes if axis not in varying_axes(x))
@@ -83,29 +95,30 @@ def vary_over(tree: Any, axes: tuple[str, ...]) -> Any:
 
 
 def vary_alike(*trees: Any) -> tuple[Any, ...]:
-    """The same arrays, typed as differing over the axes over which any of them does."""
+    """The same trees with types that vary over all axes that any of their arrays varies over."""
     axes = varying_axes(trees)
     return tuple(vary_over(tree, axes) for tree in trees)
 
 
 def mean_over_devices(tree: Any) -> Any:
-    """The means over the devices that share a batch, of what is computed from equal shares of it."""
+    """The means, over the devices that share a batch, of statistics of equal parts of it."""
     axes = axes_of_batch(tree)
     return lax.pmean(tree, axes) if axes else tree
 
 
 def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Mean and variance of x over axes, that of its batch among them: of the whole batch where x is a share of it."""
+    """Mean and variance of x over axes that include the batch axis; those of the whole batch if x is a part of it."""
     mean = mean_over_devices(jnp.mean(x, axes))
     return mean, mean_over_devices(jnp.mean(jnp.square(x - trailing(mean, x)), axes))
 
 
 def standardization(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Center and std of x over leading axes, of any unit, with which (x - center) / std is standardised.
+    """Mean and standard deviation of x over leading axes, with which (x - center) / std is standardised.
 
-    Mean and standard deviation of the whole batch, where x is a share of it. Nothing overflows or underflows on the
-    way: either is infinite only where it, or a difference of two numbers in x, is beyond the dtype. A deviation that
-    is within the rounding of x is replaced by the mean of |x|, or by 1 where x is zero. Neither has a derivative.
+    They are those of the whole batch if x is a part of it. Intermediate results neither overflow nor underflow: a
+    result is infinite only if it, or a difference of two numbers in x, exceeds the range of the dtype. A standard
+    deviation that is within the rounding of x is replaced by the mean of |x|, or by 1 where x is zero. Neither has a
+    derivative.
     """
     x = lax.stop_gradient(x)
     number = math.prod(x.shape[axis] for axis in axes)
@@ -114,7 +127,7 @@ def standardization(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
         return mean_over_devices(jnp.sum(values / number, axes, keepdims=True))
 
     center, size = mean(x), mean(jnp.abs(x))
-    center += mean(x - center)  # what a sum of very many numbers has lost
+    center += mean(x - center)  # corrects the rounding errors of a sum of very many numbers
     distance = x - center
     unit = mean(jnp.abs(distance))
     ratio = distance / jnp.where(unit > 0, unit, 1)
@@ -125,7 +138,7 @@ def standardization(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
 
 
 def sum_alike(cotangents: Any, primals: Any) -> Any:
-    """Cotangents summed over the devices over which the primals do not differ."""
+    """Cotangents summed over the mesh axes that their primals do not vary over."""
 
     def sum_leaf(cotangent, primal):
         missing = tuple(axis for axis in varying_axes(cotangent) if axis not in varying_axes(primal))
@@ -135,26 +148,26 @@ def sum_alike(cotangents: Any, primals: Any) -> Any:
 
 
 def example_keys(key: Array, x: Array) -> Array:
-    """A PRNG key for each example of x [B, ...], [B].
+    """PRNG keys [B], one for each example of x [B, ...].
 
-    A key goes by the example's number in the whole batch, of which x may be a device's share (see the module's head):
-    what is drawn with it does not depend on how the batch is divided along one axis. The keys are of JAX's kind
-    "threefry2x32", whatever that of `key`: a draw mapped over keys of another, as "rbg", depends on all of them.
+    A key depends on the example's number in the whole batch, of which x may be a device's part (see the module's head).
+    So draws do not depend on the division of the batch along one axis. The keys have JAX's implementation
+    "threefry2x32", whatever that of `key`, because under vmap a draw with an "rbg" key depends on the other keys.
     """
     return _fold_in(_as_threefry(key), _numbers(x))
 
 
 def shared_and_example_keys(key: Array, x: Array) -> tuple[Array, Array]:
-    """A PRNG key for what all examples share, and one for each as by `example_keys`, [B], independent of each other."""
+    """A PRNG key for draws that all examples share, and keys [B] for each example, all independent of each other."""
     key, numbers = _as_threefry(key), 1 + _numbers(x)
     if axes_of_batch(x):
         return jax.random.fold_in(key, 0), _fold_in(key, numbers)
-    keys = _fold_in(key, jnp.concatenate([jnp.zeros(1, jnp.int32), numbers]))  # one program of random numbers, not two
+    keys = _fold_in(key, jnp.concatenate([jnp.zeros(1, jnp.int32), numbers]))  # a single call compiles faster than two
     return keys[0], keys[1:]
 
 
 def _numbers(x: Array) -> Array:
-    """The number of each example in the whole batch, [B]."""
+    """The number of each example of x in the whole batch, int32 [B]."""
     first = jnp.int32(0)
     for axis in axes_of_batch(x):
         first = first * lax.axis_size(axis) + lax.axis_index(axis)
@@ -166,7 +179,7 @@ def _fold_in(key: Array, numbers: Array) -> Array:
 
 
 def _as_threefry(key: Array) -> Array:
-    """A key of JAX's default kind made of one of any kind, by hashes of its words alone; one of that kind as it is."""
+    """Converts a key of any implementation to "threefry2x32" by hashes of its words; such keys stay the same."""
     words = jax.random.key_data(key)
     if words.shape[-1] == 2:
         return key

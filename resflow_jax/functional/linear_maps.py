@@ -105,6 +105,10 @@ class DenseMap:
         """W^T u for one vector of `output_shape`."""
         return kernel @ u
 
+    def inner(self, kernel: Array, u: Array, v: Array) -> Array:
+        """<u, W v>, as one sum over the kernel, which compiles faster than two products, and so does its gradient."""
+        return jnp.sum(kernel * (v[:, None] * u[None]))
+
     def column_norms(self, kernel: Array, codomain: Order) -> Array:
         """||W e_j|| in the order `codomain` for every input j, [features_in, 1]. Differentiable in kernel and order."""
         return vector_norm(kernel, codomain, axis=1)[:, None]
@@ -224,6 +228,10 @@ class ConvMap:
         if self.is_pixelwise:
             return kernel[(0,) * len(self.size)] @ u
         return convolve(u[None], reflected_kernel(kernel), padding=self.padding)[0]
+
+    def inner(self, kernel: Array, u: Array, v: Array) -> Array:
+        """<u, W v> for one vector of `output_shape` and one of `input_shape`."""
+        return jnp.vdot(u, self.matvec(kernel, v))
 
     def column_norms(self, kernel: Array, codomain: Order) -> Array:
         """The largest ||W e_j|| over all pixels, in the order `codomain`, for each input channel: [channels_in, 1].

@@ -1,28 +1,23 @@
-"""Induced norms by power iteration, and the soft normalisation that uses them.
+"""Induced norms by power iteration, and the soft normalisation of kernels.
 
     ||W||_{p->q} = max_x ||W x||_q / ||x||_p
 
-Power iteration alternates u <- J_q(W v) and v <- J_p*(W^T u), where J are the
-dual maps of `vector_norms` (Boyd 1974, Linear Algebra Appl. 9; Higham 1992, doi
-10.1007/BF01396242; in residual flows Chen et al. 2019, arXiv 1906.02735, section on
-induced mixed norms). For p = q = 2 that is u <- W v / |W v|, v <- W^T u / |W^T u|.
+Power iteration alternates u <- J_q(W v) and v <- J_p*(W^T u), where J are the dual maps of `vector_norms` (Boyd 1974,
+Linear Algebra Appl. 9; Higham 1992, doi 10.1007/BF01396242; for residual flows Chen et al. 2019, arXiv 1906.02735,
+section on induced mixed norms). For p = q = 2 this is u <- W v / |W v|, v <- W^T u / |W^T u|.
 
-sigma = u^T W v grows monotonically, from below: for 2 -> 2 towards the largest
-singular value, otherwise towards a local maximum. From a positive start it is the
-global one if W is positive and p >= q. In general a p -> q norm is NP-hard: several
-starts raise the odds but prove nothing, and a bound from above has to come from
-elsewhere. p = 1 and q = inf have closed forms.
+sigma = u^T W v is a lower bound on the norm and never decreases. For 2 -> 2 it converges to the largest singular value,
+for other orders to a local maximum. From a positive start that is the global maximum if W is positive and p >= q. In
+general the computation of a p -> q norm is NP-hard. Several starts make a miss less likely but prove nothing; upper
+bounds are in `norm_bounds`. Norms with p = 1 or q = inf have closed forms.
 
-W is any linear map given as a callable, so for a convolution
-it is the zero-padded convolution on its real spatial size, never the reshaped
-kernel (Gouk et al. 2018, arXiv 1804.04368; Behrmann et al. 2019, arXiv 1811.00995,
-appendix D).
+W is any linear map, given as a callable. For a convolution it is the zero-padded convolution on its real spatial size,
+not the reshaped kernel (Gouk et al. 2018, arXiv 1804.04368; Behrmann et al. 2019, arXiv 1811.00995, appendix D).
 
-Soft normalisation W * min(1, c / sigma) leaves a map of norm below c alone. Where sigma is a largest norm
-of rows or of columns, each of them is normalised by its own, which is enough and shrinks W least.
-Gradients flow through sigma = u^T W v with u and v held fixed, which is the
-derivative of the norm at convergence, by the envelope theorem. For the orders p
-and q there is a loss of its own, with W and v held fixed.
+Soft normalisation W * min(1, c / sigma) does not change a map of norm below c. If sigma is the largest norm of rows or
+columns, each row or column is normalised by its own norm, which suffices and changes W least. Gradients flow through
+sigma = u^T W v with u and v held fixed. At convergence this is the derivative of the norm, by the envelope theorem.
+Learnable orders p and q have a separate loss, with W and v held fixed.
 """
 
 import math
@@ -46,7 +41,7 @@ from resflow_jax.functional.checks import (
     check_positive,
 )
 from resflow_jax.functional.linear_maps import LinearMap
-from resflow_jax.functional.starts import excludes_larger, mixed_start, unit
+from resflow_jax.functional.starts import excludes_larger, fixed_start, mixed_start, unit
 from resflow_jax.functional.texts import fields_text, span, values_of
 from resflow_jax.functional.vector_norms import Order, conjugate, dual_map, is_order, positive, vector_norm
 
@@ -55,16 +50,22 @@ LinearFunction = Callable[[Array], Array]
 
 
 class PowerIterationStatus(NamedTuple):
-    """How a power iteration ended. Scalars, or stacked under vmap.
+    """How a power iteration ended. The fields are scalars, or stacked under vmap.
 
     Attributes:
-      iterations: pairs of products (W v, W^T u) done; both chains of a restart do so many.
+      iterations: int32, number of pairs of products (W v, W^T u). With `restart` both chains do this number.
       residual: distance from stationarity at the last iterate before the final v. For domain 2 it is
-        |W^T u - sigma v| / sigma; for 2 -> 2 there is a singular value within residual * sigma of
-        sigma. For other orders it is such that residual^2 is about twice the gap in Holder's inequality
-        <W^T u, v> <= ||W^T u||_{p*} ||v||_p, relative to sigma (for domains 1 and inf the gap itself).
-      converged: whether the tolerances on sigma and on the residual were both met and, with `restart`,
-        the second chain excludes a 2 -> 2 norm more than 1 % above sigma (see `functional.starts`).
+        |W^T u - sigma v| / sigma; for 2 -> 2 there is a singular value within residual * sigma of sigma. For other
+        orders residual^2 is about twice the gap in Holder's inequality <W^T u, v> <= ||W^T u||_{p*} ||v||_p, relative
+        to sigma (for domains 1 and inf it is the gap itself).
+      converged: bool, whether the tolerances on sigma and on the residual were both met and, with `restart`, the second
+        chain excludes a 2 -> 2 norm more than 1 % above sigma (see `functional.starts`).
+
+    Example:
+      >>> w = jnp.diag(jnp.array([3.0, 1.0]))
+      >>> status = rf.power_iteration(lambda v: w @ v, jnp.ones(2), max_iterations=1).status
+      >>> status.iterations.item(), status.converged.item()
+      (1, False)
     """
 
     iterations: Array
@@ -85,7 +86,20 @@ class PowerIterationStatus(NamedTuple):
 
 
 class PowerIteration(NamedTuple):
-    """Result of `power_iteration`: sigma = u^T W v, u of unit dual codomain norm, v of unit domain norm, the status."""
+    """Result of `power_iteration`.
+
+    Attributes:
+      sigma: scalar u^T W v, a lower bound on the norm of W; equal to it at convergence for 2 -> 2.
+      u: of W's output shape, of unit norm in the norm dual to the codomain's.
+      v: of W's input shape, of unit norm in the domain.
+      status: `PowerIterationStatus`.
+
+    Example:
+      >>> w = jnp.array([[0.0, 2.0], [1.0, 0.0]])
+      >>> sigma, u, v, status = rf.power_iteration(lambda v: w @ v, jnp.ones(2), tolerance=1e-6)
+      >>> bool(jnp.isclose(sigma, 2.0)), bool(jnp.isclose(jnp.vdot(u, w @ v), sigma))
+      (True, True)
+    """
 
     sigma: Array
     u: Array
@@ -107,48 +121,46 @@ def power_iteration(
     restart: bool = True,
     scale: Array | None = None,
 ) -> PowerIteration:
-    """Estimates ||W||_{domain -> codomain}, by default the largest singular value, warm-started at v.
+    """Estimates ||W||_{domain -> codomain} from below, by default the largest singular value, starting from v.
 
-    For other orders the result can be a local maximum, below the norm: begin with `best_start`.
+    For orders other than 2 -> 2 the result can be a local maximum, below the norm: use `best_start` first.
 
-    It stops once the relative change of sigma over one iteration is at most `tolerance` and the
-    residual (see `PowerIterationStatus`) is at most `residual_tolerance`. Both are relative to the
-    whole vector; a test per element, as in the PyTorch implementation, is nearly vacuous for the
-    long vectors of a convolution. For 2 -> 2 sigma errs by about residual^2 / (relative gap of the
-    spectrum): a crowded spectrum, as of wide convolutions, asks for a tolerance of 1e-6 or less.
+    The iteration stops when the relative change of sigma in one iteration is at most `tolerance` and the residual (see
+    `PowerIterationStatus`) is at most `residual_tolerance`. For 2 -> 2 the relative error of sigma is about
+    residual^2 / (relative gap of the spectrum). Wide convolutions have small gaps: use a tolerance of 1e-6 or less.
 
-    A map with a symmetry keeps some v in a subspace for ever, in which sigma is too small. Two measures are against
-    it, neither of them random: results depend on the arguments alone.
+    If W has a symmetry, some v stay in a subspace where sigma is too small. Two deterministic measures prevent that:
 
-    1. A fixed direction, the hash of each index, is mixed into v; its length is a twentieth of `residual_tolerance`.
-       From call to call, as in training, what v lacks grows out of it.
-    2. With `restart` a second chain starts from that direction alone, beside the first in the same loop. The result is
-       that of the larger sigma; the loop goes on until the second chain excludes a norm more than 1 % above.
+    1. A fixed pseudo-random direction is added to v, with a length of a twentieth of `residual_tolerance`. Over many
+       warm-started calls, as in training, the components that v lacks grow from it.
+    2. With `restart`, a second chain starts from this direction, in the same loop. The result is the chain with the
+       larger sigma. The loop runs until the second chain excludes a norm more than 1 % above sigma.
+
+    Each iteration costs one product with W and one with W^T, for two vectors with `restart`. No g is evaluated.
 
     Args:
       matvec: v -> W v, linear, between arrays of any shapes.
-      v: start vector of matvec's input shape; need not be unit. From zero it starts at the fixed direction.
-      rmatvec: u -> W^T u, its transpose; by default JAX transposes matvec.
-      domain: order p of the norm of v, from one to infinity; an array strictly inside.
+      v: start vector, floats of matvec's input shape, of any length. Zero starts from the fixed direction.
+      rmatvec: the transpose u -> W^T u. None lets JAX transpose matvec.
+      domain: order p of the norm of v, a number in [1, inf] or an array strictly between.
       codomain: order q of the norm of W v, likewise.
-      tolerance: bound on the relative change of sigma; may be traced, like the next two.
-      residual_tolerance: bound on the residual; by default the square root of `tolerance`.
-      max_iterations: cap on the iterations; reaching it shows as `converged` False.
-      iterations: if given, exactly this many plain iterations from v are run, with nothing mixed in and without
-        restart, as with the fixed count of the papers' code. The status only reports, and knows nothing of what v
-        lacks.
-      restart: whether the second chain runs. Products are with two vectors at a time then, and a crowded spectrum takes
-        some hundred iterations, even from a v that has converged.
-      scale: for 2 -> 2, a scalar about as large as the norm of W or as its largest element, to a factor of 1e6. It
-        keeps squares within the float type; the result hardly depends on it. By default one more product finds it.
+      tolerance: bound on the relative change of sigma. This and the next two may be traced.
+      residual_tolerance: bound on the residual. None takes the square root of `tolerance`.
+      max_iterations: cap on the iterations; if it is reached, `converged` is False.
+      iterations: if given, exactly this number of plain iterations runs from v, without the fixed direction and without
+        restart, as in the code of Chen et al. (2019). The status then cannot detect that v misses the norm.
+      restart: whether the second chain runs. For a spectrum with small gaps it takes some hundred iterations, even if v
+        has converged.
+      scale: for 2 -> 2, a scalar within a factor of 1e6 of the norm of W or of its largest element. It keeps squares
+        within the range of the dtype, and hardly affects the result. None computes one with one more product.
 
     Returns:
-      `PowerIteration(sigma, u, v, status)`; where W is zero u is zero and v stays the start. Not differentiable
-      by itself: pass u and v to `spectral_norm`. A sigma that is not finite ends the loop, `converged` False.
+      `PowerIteration(sigma, u, v, status)`. If W is zero, u is zero and v stays the start. It has no derivative: pass u
+      and v to `spectral_norm`. If sigma is not finite, the loop ends with `converged` False.
 
     Raises:
-      ValueError: if a tolerance is not positive, a count is below one or an order is below one; values of traced
-        settings are not checked. If JAX cannot transpose matvec, as where it is not linear.
+      ValueError: if a tolerance is not positive, or a count or an order is below one; traced values are not checked.
+        If JAX cannot transpose matvec, for example because it is not linear.
 
     Example:
       >>> w = jnp.diag(jnp.array([3.0, 2.0]))
@@ -190,7 +202,7 @@ def power_iteration(
         return PowerIteration(sigma, u, v_new, PowerIterationStatus(old.status.iterations + 1, residual, converged))
 
     def judged(chains: PowerIteration) -> PowerIteration:
-        """The result so far: of two chains that of the larger sigma, converged only where the second lets it be."""
+        """The result so far: the chain with the larger sigma, converged only if the second chain excludes more."""
         if not restart:
             return chains
         first, second = (jax.tree.map(lambda leaf, n=n: leaf[n], chains) for n in (0, 1))
@@ -216,7 +228,7 @@ def power_iteration(
     w = jax.eval_shape(rmatvec, u)
     chains = PowerIteration(infinity, jnp.zeros(u.shape, u.dtype), v, status)
     if restart:
-        second = chains._replace(v=mixed_start(jnp.zeros_like(v), domain, residual_tolerance))
+        second = chains._replace(v=fixed_start(v.shape, v.dtype, domain))
         chains = jax.tree.map(lambda *leaves: jnp.stack(leaves), chains, second)
     start = jnp.asarray(True), chains
     start = vary_over(start, varying_axes((v, u, w, domain, codomain)))
@@ -227,7 +239,7 @@ def power_iteration(
 def check_settings(
     tolerance: float | Array, residual_tolerance: float | Array | None, max_iterations: int | Array
 ) -> None:
-    """Raises ValueError unless a `power_iteration` takes these: positive, the last at least one, or traced scalars."""
+    """Raises ValueError unless the settings of `power_iteration` are valid. Traced scalars are not checked."""
     settings = {"tolerance": tolerance, "residual_tolerance": residual_tolerance, "max_iterations": max_iterations}
     for name, value in settings.items():
         if isinstance(value, Array) and value.shape:
@@ -242,13 +254,13 @@ def check_settings(
 
 
 def _unit_and_norm(x: Array, _: Order) -> tuple[Array, Array]:
-    """`dual_map` of order 2, for an x whose square neither overflows nor vanishes."""
+    """`dual_map` of order 2, for an x whose squares neither overflow nor underflow."""
     norm = jnp.sqrt(jnp.sum(jnp.square(x)))
     return x / positive(norm), norm
 
 
 def _transposed(matvec: LinearFunction, rmatvec: LinearFunction | None, v: Array) -> LinearFunction:
-    """The transpose of matvec for None, else rmatvec, with a ValueError if what it returns has not the shape of v."""
+    """rmatvec with a check of its output shape, or the transpose of matvec if rmatvec is None."""
     check_callable("matvec", matvec)
     if rmatvec is None:
         return partial(_transpose, matvec, v.shape, v.dtype)
@@ -264,8 +276,8 @@ def _transposed(matvec: LinearFunction, rmatvec: LinearFunction | None, v: Array
 
 
 def _transpose(matvec: LinearFunction, shape: tuple[int, ...], dtype: jnp.dtype, u: Array) -> Array:
-    """W^T u, where W takes arrays of that shape."""
-    # An input that differs over the axes over which u does: otherwise its cotangent would be summed over them.
+    """W^T u, for a W that takes arrays of this shape and dtype."""
+    # The input varies over the mesh axes that u varies over. Otherwise its cotangent would be summed over them.
     v = vary_over(jnp.zeros(shape, dtype), varying_axes(u))
     try:
         return jax.linear_transpose(matvec, v)(u)[0]
@@ -279,10 +291,30 @@ def _transpose(matvec: LinearFunction, shape: tuple[int, ...], dtype: jnp.dtype,
 def best_start(
     matvec: LinearFunction, starts: Array, *, rmatvec: LinearFunction | None = None, **settings
 ) -> PowerIteration:
-    """The `power_iteration` that ends highest among those from starts [n, *input shape]; same settings.
+    """Runs `power_iteration` from several starts and returns the result with the largest sigma.
 
-    Random starts miss the global maximum rarely for tiny maps and more often for larger ones, and 2 -> 1
-    and inf -> q more often than orders in between. Without `restart`, unless it is asked for.
+    For orders other than 2 -> 2 a single start can end in a local maximum. Random starts miss the global maximum rarely
+    for small maps and more often for large ones, and more often for 2 -> 1 and inf -> q than for other orders. The
+    result is still only a lower bound on the norm. It costs as much as n power iterations, under vmap.
+
+    Args:
+      matvec: v -> W v, linear.
+      starts: floats [n, *input shape], for example random.
+      rmatvec: the transpose u -> W^T u. None lets JAX transpose matvec.
+      **settings: the other settings of `power_iteration`; `restart` is False by default.
+
+    Returns:
+      `PowerIteration` of one start, without the leading axis.
+
+    Raises:
+      ValueError: if starts are no float array [n, ...] with n >= 1, and as for `power_iteration`.
+
+    Example:
+      >>> w = jnp.array([[2.0, 1.0], [-1.0, 1.0]])
+      >>> starts = jax.random.normal(jax.random.key(0), (8, 2))
+      >>> found = rf.best_start(lambda v: w @ v, starts, domain=np.inf, codomain=1.0)
+      >>> round(float(found.sigma), 4)   # at the vertex v = (1, -1): |1| + |-2| = 3; at (1, 1): |3| + |0| = 3
+      3.0
     """
     settings = {"restart": False, "rmatvec": rmatvec, **settings}
     check_callable("matvec", matvec)
@@ -293,24 +325,27 @@ def best_start(
 
 
 def spectral_norm(matvec: LinearFunction, u: Array, v: Array) -> Array:
-    """sigma = u^T W v with u and v held fixed: differentiable in whatever matvec closes over.
+    """Computes sigma = u^T W v with u and v held fixed. It is differentiable in everything that matvec closes over.
 
-    With the vectors of a `power_iteration` that has converged it is the induced norm of W, and so is its derivative,
-    by the envelope theorem: the rank-one matrix u v^T for a dense W.
-
-      found = rf.power_iteration(lambda v: w @ v, jnp.ones(3))
-      gradient = jax.grad(lambda w: rf.spectral_norm(lambda v: w @ v, found.u, found.v))(w)
+    With the vectors of a converged `power_iteration` it is the norm of W, and its derivative is that of the norm, by
+    the envelope theorem: for a dense W the matrix u v^T. It costs one product with W.
 
     Args:
       matvec: v -> W v, linear.
-      u: of W's output shape, of unit norm (for orders other than 2, unit in the norm dual to the codomain's).
-      v: of W's input shape, of unit norm.
+      u: floats of W's output shape, of unit norm in the norm dual to the codomain's.
+      v: floats of W's input shape, of unit norm in the domain.
 
     Returns:
-      A scalar. It never exceeds the norm of W.
+      A scalar. For unit u and v it is at most the norm of W.
 
     Raises:
-      ValueError: if u or v is no float array, or if u has not the shape of matvec(v).
+      ValueError: if u or v is no float array, or if the shape of u differs from that of matvec(v).
+
+    Example:
+      >>> w, u, v = jnp.diag(jnp.array([3.0, 1.0])), jnp.array([1.0, 0.0]), jnp.array([1.0, 0.0])
+      >>> sigma, gradient = jax.value_and_grad(lambda w: rf.spectral_norm(lambda v: w @ v, u, v))(w)
+      >>> sigma.item(), gradient.tolist()
+      (3.0, [[1.0, 0.0], [0.0, 0.0]])
     """
     check_callable("matvec", matvec)
     u, v = as_float_array("u", u), as_float_array("v", v)
@@ -321,9 +356,10 @@ def spectral_norm(matvec: LinearFunction, u: Array, v: Array) -> Array:
 
 
 def needs_power_iteration(domain: Order, codomain: Order) -> bool:
-    """Whether a norm has no closed form: unless domain is 1 or codomain infinity, and not an array.
+    """Whether a norm has no closed form. It has one if domain is the number 1 or codomain is infinity.
 
-    Raises ValueError for an order below one.
+    Raises:
+      ValueError: for an order below one.
     """
     check_order("domain", domain)
     check_order("codomain", codomain)
@@ -333,11 +369,10 @@ def needs_power_iteration(domain: Order, codomain: Order) -> bool:
 def induced_norm(
     linear_map: LinearMap, kernel: Array, u: Array, v: Array, domain: Order = 2.0, codomain: Order = 2.0
 ) -> Array:
-    """||W||_{domain -> codomain} of a layer's map, differentiable in the kernel alone.
+    """||W||_{domain -> codomain} of a layer's map, a scalar, differentiable in the kernel only.
 
-    Where there is a closed form it is exact, and u and v do not matter; otherwise it is u^T W v with the
-    vectors of `power_iteration`, times the factor of a map that holds `copies` of W (it exceeds one for
-    domain > codomain only). Gradients in learnable orders come from `order_loss`.
+    If there is a closed form, it is exact and does not use u and v. Otherwise it is u^T W v with the vectors of
+    `power_iteration`, times the factor of `with_copies`. Gradients of learnable orders come from `order_loss`.
     """
     return jnp.max(channel_norms(linear_map, kernel, u, v, domain, codomain))
 
@@ -345,22 +380,23 @@ def induced_norm(
 def channel_norms(
     linear_map: LinearMap, kernel: Array, u: Array, v: Array, domain: Order = 2.0, codomain: Order = 2.0
 ) -> Array:
-    """Norms to be limited for the map's norm to be: their maximum is `induced_norm`.
+    """The norms that have to be limited to limit `induced_norm`, which is their maximum.
 
-    Of every output channel, [O], where the norm is the largest of rows (codomain inf); of every input channel, [I, 1],
-    where it is the largest of columns (domain 1); otherwise of the whole, a scalar. Broadcasts against the kernel.
+    They are [O], one for each output channel, if the norm is a maximum over rows (codomain inf); [I, 1], one for each
+    input channel, if it is a maximum over columns (domain 1); and otherwise the scalar norm of the whole map. They
+    broadcast against the kernel.
     """
     domain, codomain = (lax.stop_gradient(order) if isinstance(order, Array) else order for order in (domain, codomain))
     if not needs_power_iteration(domain, codomain):
         return _closed_form(linear_map, kernel, domain, codomain)
-    sigma = spectral_norm(partial(linear_map.matvec, kernel), u, v)
+    sigma = linear_map.inner(kernel, *lax.stop_gradient((u, v)))
     return with_copies(sigma, linear_map.copies, domain, codomain)
 
 
 def order_loss(linear_map: LinearMap, kernel: Array, v: Array, domain: Order, codomain: Order) -> Array:
-    """||W v||_codomain / ||v||_domain, differentiable in the orders alone, with W and v held fixed.
+    """||W v||_codomain / ||v||_domain with W and v held fixed, differentiable in the orders only.
 
-    At the maximiser v it is the norm, and its derivative is the norm's, by the envelope theorem.
+    At the maximiser v it is the norm, and its derivative is that of the norm, by the envelope theorem.
     """
     kernel, v = lax.stop_gradient((kernel, v))
     if not needs_power_iteration(domain, codomain):
@@ -370,20 +406,20 @@ def order_loss(linear_map: LinearMap, kernel: Array, v: Array, domain: Order, co
 
 
 def soft_normalize(kernel: Array, sigma: Array, coefficient: float) -> Array:
-    """kernel * min(1, coefficient / sigma): norm at most `coefficient` if sigma, as of `channel_norms`, is exact."""
+    """kernel * min(1, coefficient / sigma). Its norm is at most `coefficient` if sigma (`channel_norms`) is exact."""
     return kernel / trailing(jnp.maximum(1.0, sigma / coefficient), kernel)
 
 
 def _residual(w: Array, v: Array, sigma: Array, v_next: Array, sigma_next: Array, domain: Order) -> Array:
-    """How far v is from stationary, given w = W^T u and v_next = J_p*(w). See `PowerIterationStatus`.
+    """The distance of v from stationarity, given w = W^T u and v_next = J_p*(w). See `PowerIterationStatus`.
 
-    With z = w / sigma, <z, v> = <J_p(v), v> = 1 and <z, v_next> = ||z||_p* turn
+    Let z = w / sigma. Since <z, v> = <J_p(v), v> = 1 and <z, v_next> = ||z||_p*,
 
-        <z - J_p(v), v_next - v> = (||z||_p* - 1) + (1 - <J_p(v), v_next>)
+        <z - J_p(v), v_next - v> = (||z||_p* - 1) + (1 - <J_p(v), v_next>),
 
-    into a sum of two gaps in Holder's inequality; on the left each factor vanishes at a stationary
-    point, so that rounding errors do not hide the small gaps. Times ||z||_p* it is |z - v|^2 for p = 2.
-    For p = 1 and inf the gap of z alone is such a sum of small terms: v and v_next are vertices.
+    which is a sum of two gaps in Holder's inequality. Both factors on the left vanish at a stationary point, so
+    rounding errors do not hide the small gaps. For p = 2 the product with ||z||_p* is |z - v|^2. For p = 1 and inf, v
+    and v_next are vertices, and the gap of z alone is computed, by the same formula without J_p(v).
     """
     scale = positive(sigma)
     if is_order(domain, 2):
@@ -395,7 +431,7 @@ def _residual(w: Array, v: Array, sigma: Array, v_next: Array, sigma_next: Array
 
 
 def _closed_form(linear_map: LinearMap, kernel: Array, domain: Order, codomain: Order) -> Array:
-    """The norms of all columns, or of all rows."""
+    """The norms of all columns (domain 1) or of all rows."""
     if is_order(domain, 1):
         return linear_map.column_norms(kernel, codomain)
     return linear_map.row_norms(kernel, domain)

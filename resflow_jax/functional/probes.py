@@ -16,12 +16,16 @@ PROBES = ("rademacher", "gaussian", "orthogonal")
 def draw_seeds(probe: str, probes: int, keys: Array, x: Array) -> Array:
     """What `make_probes` makes the probes of each example of x from, [B, ...]; keys [B] has one PRNG key an example.
 
-    For Rademacher probes these are the random bits, so that the backward pass need not draw them again. For other
-    probes they are the keys.
+    For Rademacher probes these are random bits, so that the backward pass need not draw them again. For other probes
+    they are the keys. The two words of a key that nothing else is drawn with are random bits themselves: up to 64 signs
+    cost no program of random numbers.
     """
     if probe != "rademacher":
         return keys
     words = -(-probes * math.prod(x.shape[1:]) // 32)
+    own = jax.random.key_data(keys)
+    if words <= own.shape[-1]:
+        return own[:, :words]
     return jax.vmap(lambda key: jax.random.bits(key, (words,), jnp.uint32))(keys)
 
 

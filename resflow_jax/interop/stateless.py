@@ -146,7 +146,18 @@ def stateless(source: FlowConfig | MakeFlow) -> Stateless:
 
 
 def methods_of(kind: type[Flow]) -> tuple[str, ...]:
-    """Returns the names of the public methods of a class of flows, and `__call__`."""
+    """Returns the names that `Stateless.apply` takes.
+
+    Args:
+      kind: a class of flows.
+
+    Returns:
+      The names of its public methods, and "__call__".
+
+    Example:
+      >>> "log_prob" in rf.interop.stateless.methods_of(rf.Flow)
+      True
+    """
     bases = [base for base in kind.__mro__ if issubclass(base, Flow)]
     names = dict.fromkeys(name for base in reversed(bases) for name in vars(base))
     return tuple(n for n in names if (n == "__call__" or not n.startswith("_")) and callable(getattr(kind, n)))

@@ -94,10 +94,8 @@ def _arguments(value: Any) -> Iterator[tuple[str, Any]]:
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:
     """The parameters of a class's constructor, except `rngs`."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    is_any = (
-        inspect.Parameter.VAR_POSITIONAL,
-        inspect.Parameter.VAR_KEYWORD,
-    )  # a class without a constructor has these
+    # A class without a constructor has *args and **kwargs.
+    is_any = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {p.name: p for p in parameters if p.name != "rngs" and p.kind not in is_any}
 
 

@@ -106,7 +106,7 @@ def nested(flat: Mapping[Path, Any]) -> Variables:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{'/'.join(path)}: expected a collection at {'/'.join(parents)}, got an array")
+                raise ValueError(f"{'/'.join(path)}: expected a collection of arrays at {parent!r}, got an array")
         node[name] = array
     return variables
 

@@ -69,7 +69,7 @@ class BlockCertificate:
     is_proved: bool = True
 
     def __repr__(self) -> str:
-        known = self.bound, self.promised, self.order, self.lipschitz, self.inverse_lipschitz
+        known = self.bound, self.target_bound, self.order, self.lipschitz, self.inverse_lipschitz
         if not all(map(is_number, known)) or not isinstance(self.layers, tuple):
             return constructor(self)
         order = "" if self.order == 2 else f" in the norm of order {self.order:g}"
@@ -77,7 +77,7 @@ class BlockCertificate:
             reason = " on the user's word"
         else:
             norms = ", ".join(upper(layer.norm) for layer in self.layers[:8])
-            reason = f" (promised {upper(self.promised)}) from norms {norms}{', ...' if len(self.layers) > 8 else ''}"
+            reason = f" (target {upper(self.target_bound)}) from norms {norms}{', ...' if len(self.layers) > 8 else ''}"
         return (
             f"BlockCertificate: Lip(g) <= {upper(self.bound)}{order}{reason}; "
             f"Lip(f) <= {upper(self.lipschitz)}, Lip(f^-1) <= {upper(self.inverse_lipschitz)}"

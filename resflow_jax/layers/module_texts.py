@@ -23,8 +23,7 @@ from resflow_jax.functional.texts import constructor, count, listed, setting, up
 
 Shape = tuple[int, ...]
 
-_WIDTH = 84  # of a composition's text on one line
-_CUT = 100  # where the text of any other layer ends
+_WIDTH = 100  # of a line's text: longer compositions have lines for their parts, other layers are cut
 _DEEPEST = 6  # modules inside of modules on a line
 
 
@@ -159,7 +158,7 @@ def _rows(part: Part, depth: int) -> list[_Row]:
     if len(indent + text) > _WIDTH and hasattr(module, "_repr_parts"):
         parts = module._repr_parts(shape)
     if not parts:
-        text = text if len(text) <= _CUT else text[: _CUT - 3] + "..."
+        text = text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
         return [_Row(indent + text, _shapes(module, shape), parameters_text(module), _promise_text(module))]
     rows = [_Row(indent + parts.heading, _shapes(module, shape), parameters_text(module), "")]
     for inside in parts.parts:

@@ -183,7 +183,9 @@ class ResidualStack(Bijector):
         return found
 
     def _repr_text(self, text: Callable[[Any], str]) -> str:
-        return f"{type(self).__name__}({self.depth} x {text(self.steps)})"
+        step = text(self.steps)
+        step = step[len("Chain(") : -1] if step.startswith("Chain([") else step
+        return f"{type(self).__name__}({self.depth} x {step})"
 
     def _repr_parts(self, shape: Shape | None) -> Parts:
         inside = self.steps._repr_parts(shape) or Parts("", [Part(self.steps, shape)])

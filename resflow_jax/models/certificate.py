@@ -42,9 +42,9 @@ class Certificate:
         verdict = "every block is invertible" if self.is_certified else "NOT certified"
         lines = [f"Certificate of {count(number, 'residual block')}: {verdict}"]
         if proved:
-            promised = max(block.promised for block in self.blocks if block.is_proved)
+            target = max(block.target_bound for block in self.blocks if block.is_proved)
             bounds = ", ".join(map(upper, proved[:_SHOWN])) + (", ..." if len(proved) > _SHOWN else "")
-            lines.append(f"  Lip(g) <= {upper(max(proved))} (promised {upper(promised)}); of the blocks: {bounds}")
+            lines.append(f"  Lip(g) <= {upper(max(proved))} (target {upper(target)}); of the blocks: {bounds}")
         if beyond:
             lines.append(f"  no contraction by the bound: {_some(beyond)}")
         if self.unproved:

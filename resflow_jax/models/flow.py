@@ -27,6 +27,7 @@ from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.texts import count, setting
 from resflow_jax.functional.values import Domain, checked
 from resflow_jax.layers.bijector import Bijector, checked_estimator, join_diagnostics, join_statuses, own_condition
+from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.conditions import ConditionShape, as_condition, common_condition_shape
 from resflow_jax.layers.module_texts import Part, Parts
 from resflow_jax.models.bases import StandardNormal, as_base
@@ -99,8 +100,9 @@ class Flow(FlowSampling, FlowUpkeep):
 
     def _repr_parts(self, shape: Shape | None) -> Parts:
         others = {name: value for name, value in vars(self).items() if isinstance(value, nnx.Module)}
-        inside = others.pop("bijector")._repr_parts(self.event_shape)
-        parts = inside.parts if inside else [Part(self.bijector, self.event_shape)]
+        bijector = others.pop("bijector")
+        is_chain = isinstance(bijector, Chain) and len(bijector.bijectors) > 0
+        parts = bijector._repr_parts(self.event_shape).parts if is_chain else [Part(bijector, self.event_shape)]
         shapes = {"base": self.latent_shape}
         parts = parts + [Part(value, shapes.get(name), f"{name}: ") for name, value in others.items()]
         facts = [f"x {self.event_shape}, z {self.latent_shape}", count(self.blocks, "residual block"), f"{self.dtype}"]

@@ -248,7 +248,7 @@ def _is_initialized(flow: Flow) -> bool:
     for _, node in nnx.iter_modules(flow):
         if isinstance(node, ActNorm):
             zeros = node.center, node.log_scale, node.shift
-            if any(np.any(part) for part in zeros) or np.any(np.asarray(node.deviation) != 1):
+            if any(np.any(part) for part in zeros) or np.any(np.asarray(node.std) != 1):
                 return True
     statistics = map(np.asarray, jax.tree.leaves(nnx.state(flow, nnx.BatchStat)))
     return not all(((values == 0) | (values == 1)).all() for values in statistics)

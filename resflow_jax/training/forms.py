@@ -27,16 +27,17 @@ Array = jax.Array
 
 
 class SavedState(NamedTuple):
-    """A training state as a checkpoint has it. The names of the fields are names on disk; see `old_checkpoints`.
+    """A training state as a checkpoint has it. The names of the fields are names on disk: they cannot change.
 
     Attributes:
+      rest: `TrainState.non_params`.
       estimator: the arrays of the estimator, as a list. Its settings belong to the config, not to a checkpoint.
-      step, params, non_params, opt_state, ema, term_norms: as in `TrainState`.
+      step, params, opt_state, ema, term_norms: as in `TrainState`.
     """
 
     step: Any
     params: Any
-    non_params: Any
+    rest: Any
     opt_state: Any
     ema: Any
     estimator: list[Any]

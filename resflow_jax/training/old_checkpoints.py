@@ -1,10 +1,9 @@
-"""Reads training states that earlier versions wrote, whose arrays had other names or values.
+"""Reads training states of earlier versions: their arrays had other names, and some had other values.
 
-Before flows were compositions, arrays had other names and values; `io.upgrades` says which. Parameters, averages and
-moments of the optimiser carry the names of the flow's arrays and are renamed alike. The moments of an ActNorm's bias
-become those of its shift. The two differ in units, but Adam divides one moment by the root of the other.
-
-In the version after, some arrays and one part of the state had other names; see `io.renames` and `_FORMER_PARTS`.
+`io.upgrades` has the names and values of the time before flows were compositions, `io.renames` the names of the version
+after it. Parameters, averages and moments of the optimiser carry the names of the flow's arrays and are renamed alike.
+The moments of an ActNorm's bias become those of its shift. The two differ in units, but Adam divides one moment by the
+root of the other.
 """
 
 from collections.abc import Mapping
@@ -19,17 +18,15 @@ from resflow_jax.io.upgrades import CONSTANTS, is_old, old_names, shift_of
 Names = tuple[str, ...]
 
 _PARTS = ("scales", "bijector", "base", "classifier")  # attributes of a flow that have arrays, in all versions
-_FORMER_PARTS = {"non_params": "rest"}  # former names of the parts of a state, by their present names
-_FLOW = (("params",), ("rest",), ("non_params",))  # parts of a state with the arrays of the flow itself
+_FLOW = (("params",), ("rest",))  # the parts of a state that have the arrays of the flow itself
 _AVERAGE = ("ema", "ema")
 _BLOCK = {"promised": "target_bound"}  # of the certificate of a block
 
 
 def is_old_state(metadata: Any) -> bool:
-    """Whether an earlier version wrote a state. The metadata are a tree with the names of its arrays."""
+    """Whether a saved state is of an earlier version; the metadata are a tree with the names of its arrays."""
     paths = _named(metadata)
-    has_former_part = any(part in _FORMER_PARTS.values() for part in metadata.keys())  # noqa: SIM118 (orbax: no dict)
-    is_renamed = has_former_part or any(path[-1] in ARRAYS.values() for path in paths)
+    is_renamed = any(path[-1] in ARRAYS.values() for path in paths)
     return is_renamed or is_old(name for prefix, name in map(_split, paths) if prefix in _FLOW)
 
 
@@ -39,11 +36,10 @@ def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
     Args:
       old: nested containers of arrays with their old names.
       like: a present `forms.SavedState`.
-      ema_decay: decay of the state's average, which corrects its bias. Only states of before compositions need it.
+      ema_decay: decay of the state's average, which corrects its bias. Only states from before compositions need it.
 
     Raises:
-      ValueError: if the decay is needed and None, or if an array of the flow is missing or has another shape; the
-        message names it.
+      ValueError: if the decay is needed and None, or if arrays are not those of the flow; the message names them.
     """
     arrays, leaves = _named(old), _named(like)
     if not is_old(_of_flow(arrays)):
@@ -57,17 +53,12 @@ def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
 
 def _renamed_state(arrays: Mapping[Names, np.ndarray], leaves: Mapping[Names, Any], like: Any) -> Any:
     """A state in which no value has changed, but names."""
-    formers = {path: former_path(_former_part(path), arrays) for path in leaves}
+    formers = {path: former_path(path, arrays) for path in leaves}
     if others := set(formers.values()) ^ set(arrays):
         listed = ", ".join(sorted(map(".".join, others)))
         raise ValueError(f"state: expected the arrays of this flow in the checkpoint, got others: {listed}")
     found = [_as_leaf(path, leaf, np.asarray(arrays[formers[path]])) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(like), found)
-
-
-def _former_part(path: Names) -> Names:
-    """A path by the former name of its part of the state."""
-    return (_FORMER_PARTS.get(path[0], path[0]), *path[1:])
 
 
 def upgraded_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +70,7 @@ def upgraded_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
 def _value(
     path: Names, leaf: Any, names: Mapping[Names, Names | None], arrays: Mapping[Names, np.ndarray], ema_decay: float
 ) -> np.ndarray:
-    prefix, name = _split(_former_part(path))
+    prefix, name = _split(path)
     before = names[name] if name else name
     if before is None:
         return np.full(leaf.shape, CONSTANTS[name[-1]], leaf.dtype)
@@ -96,7 +87,7 @@ def _value(
 
 
 def _as_leaf(path: Names, leaf: Any, value: np.ndarray) -> np.ndarray:
-    """The value in the dtype of the leaf. Raises ValueError for another shape."""
+    """The value in the leaf's dtype; ValueError for another shape."""
     if value.shape != leaf.shape:
         raise ValueError(f"state: expected {'.'.join(path)} of shape {leaf.shape}, got {value.shape}")
     return value.astype(leaf.dtype)

@@ -182,5 +182,5 @@ def test_named_axes_alone_divide_a_batch():
     found = jax.jit(jax.shard_map(keys, mesh=mesh, in_specs=specs, out_specs=specs[0]))(x, key)
     expected = jax.random.key_data(example_keys(key, x[:2]))
     np.testing.assert_array_equal(found, expected[np.array([0, 0, 1, 1])])
-    with pytest.raises(ValueError, match=r"^batch_axes: expected axes over which the batch differs"):
+    with pytest.raises(ValueError, match=r"^batch_axes: expected an axis that the batch varies over"):
         spread(lambda x: keys(x, key), (WHOLE,), WHOLE)(x)

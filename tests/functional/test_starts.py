@@ -165,6 +165,20 @@ def test_what_is_mixed_in(order, dtype):
     np.testing.assert_allclose(again, direction / np.linalg.norm(direction.ravel(), order), rtol=1e-6)
 
 
+@pytest.mark.parametrize("order", [2.0, 1.5])
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16])
+def test_starts_of_any_size(dtype, order):
+    """The largest and the smallest floats of a dtype have the start of their multiple of a usual size."""
+    v = jnp.asarray(np.random.default_rng(0).normal(size=300), dtype)
+    v, finfo = v / jnp.max(jnp.abs(v)), jnp.finfo(dtype)
+    start = partial(jax.jit(mixed_start, static_argnums=1), residual_tolerance=jnp.asarray(1e-2, dtype))
+    expected = np.asarray(start(v, order), float)
+    np.testing.assert_allclose(np.linalg.norm(expected, order), 1, rtol=1e-2)
+    for size in (finfo.max, 64 * finfo.tiny):
+        found = start(v * jnp.asarray(float(size), dtype), order)
+        np.testing.assert_allclose(np.asarray(found, float), expected, atol=1e-2)
+
+
 @pytest.mark.parametrize("restart", [False, True])
 def test_from_a_zero_vector(restart):
     """A v of zeros is a start like another; the zero map keeps sigma, u at zero and v a start."""

@@ -46,11 +46,12 @@ def enumerate_draws(monkeypatch, net, estimator, lengths=(0,)):
             rows = (first + jnp.arange(probes * len(x))) % len(hadamard)
             return hadamard[rows].reshape(-1, *x.shape[1:])
 
-        for module in (direct_estimates, neumann):
-            monkeypatch.setattr(module, "make_probes", make_probes)
-        for law in (Geometric, Poisson, Defensive, Fitted):
-            monkeypatch.setattr(law, "sample", lambda self, key, shape: jnp.broadcast_to(length, shape))
-        return estimate(net, estimator, jax.random.key(0))
+        with monkeypatch.context() as patch:  # what it sets holds traced arrays
+            for module in (direct_estimates, neumann):
+                patch.setattr(module, "make_probes", make_probes)
+            for law in (Geometric, Poisson, Defensive, Fitted):
+                patch.setattr(law, "sample", lambda self, key, shape: jnp.broadcast_to(length, shape))
+            return estimate(net, estimator, jax.random.key(0))
 
     over_probes = jax.vmap(one, (None, 0))
     return jax.jit(jax.vmap(over_probes, (0, None)))(jnp.asarray(lengths), jnp.arange(len(hadamard)))

@@ -302,7 +302,10 @@ def test_missing_fields_have_their_defaults():
         (json.dumps(edited(coefficient=True)), "config.coefficient: expected float, got True"),
         (json.dumps(edited(coefficient="inf")), r"coefficient: expected a number in \(0, 1\), got inf"),
         (json.dumps(edited("tail", blocks=-1)), "tail.blocks: expected an integer of at least 0, got -1"),
-        (json.dumps(edited(format_version=99)), "format_version: expected at most [0-9]+, got 99; a later resflow_jax"),
+        (
+            json.dumps(edited(format_version=99)),
+            "format_version: .* got 99, written by a later version",
+        ),
         (json.dumps(edited(format_version="1")), "format_version: expected at most [0-9]+, got '1'"),
         (json.dumps({**FLAT_IMAGES, "depth": 3}), r"config: .* got others \(unknown: depth\)"),
         (json.dumps({**FLAT_IMAGES, "fc_norms": 2}), "config.tail.norms: expected str or .*, got 2"),

@@ -10,6 +10,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.layers.bijector import Bijector
+from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.models.bases import Base
 from tests.modes.calls import VECTORS, images, vectors
 
@@ -35,9 +36,8 @@ TABLE = """\
 Flow: x (6,), z (2, 3), condition (3,), 10 residual blocks, float64, 26,604 parameters
  layer event shape parameters promised Lip(g)
  ActNorm((6,)) (6,) 12
- ResidualStack: 8 x (6,) 26,496
- ResidualBlock(LipschitzMLP(6, hidden=(8, 8), condition_dim=3)) (6,) 26,400 0.940918
- ActNorm((6,)) (6,) 96
+ ResidualStack(8 x [ResidualBlock(LipschitzMLP(6, hidden=(8, 8), condition_dim=3)), ActNorm((6,))]) (6,) 26,496 \
+0.940918
  Invert(ResidualBlock(LipschitzMLP(6, hidden=(), activation=tanh, coefficient=0.5))) (6,) 42 0.5
  ResidualBlock(TrustedContraction(Linear(6, 6), 0.9)) (6,) 42 0.9, on your word
  Reshape((6,), (2, 3)) (6,) -> (2, 3) 0
@@ -51,9 +51,23 @@ def squeezed(text):
 def test_table(composed):
     assert squeezed(repr(composed)) == TABLE
     assert str(composed) == repr(composed)
-    assert max(map(len, repr(composed).splitlines())) <= 140
-    columns = {line.rindex("(6,)") for line in repr(composed).splitlines()[2:4]}
-    assert len(columns) == 1  # they are aligned
+    assert max(map(len, repr(composed).splitlines())) <= 150
+    starts = {line.index("(6,)", 100) for line in repr(composed).splitlines()[2:6]}
+    assert len(starts) == 1  # the columns are aligned
+
+
+@pytest.mark.parametrize("layers", [1, 8])
+def test_a_stack_alone(layers):
+    """The depth is there where the stack is the whole flow, on one line and on several."""
+
+    def step(rngs):
+        block = rf.ResidualBlock(rf.LipschitzMLP(3, (2,) * layers, rngs=rngs))
+        return rf.Chain([block, rf.ActNorm((3,))])
+
+    with deferred_norms():
+        flow = rf.Flow(rf.ResidualStack(step, 5, rngs=nnx.Rngs(0)))
+    assert ("ResidualStack(5 x [ResidualBlock(" if layers == 1 else "\n  ResidualStack: 5 x ") in repr(flow)
+    assert repr(flow.bijector).startswith("ResidualStack: 5 x: events (3,), ")
 
 
 def test_parameters_add_up(composed):
@@ -83,7 +97,7 @@ def test_flows_of_configs(name):
     assert f"{2 * total:,} parameters" in repr(nnx.merge(graphdef, stacked))
     assert repr(nnx.merge(graphdef, jax.tree.map(lambda _: object(), state))).startswith(type(flow).__name__)
     if name == "images":
-        assert "classifier: Classifier(" in text and "MultiScale" not in text and "(2, 2, 1) -> (1, 1, 4)" in text
+        assert "classifier: Classifier(" in text and "\n  MultiScale " in text and "(2, 2, 1) -> (1, 1, 4)" in text
     if name == "mixed norms":
         assert "norms=(inf, 1, inf)" in text
     if name == "learned norms":

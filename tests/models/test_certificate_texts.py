@@ -19,7 +19,7 @@ def test_layer_and_block():
     mixed = dataclasses.replace(LAYER, domain=math.inf, codomain=1.0)
     assert repr(mixed) == "LayerCertificate: norm from order inf to 1 <= 0.98 (coefficient 0.98)"
     assert repr(BLOCK) == (
-        "BlockCertificate: Lip(g) <= 0.940913 (promised 0.941192) from norms 0.98, 0.98, 0.98; Lip(f) <= 1.94092, "
+        "BlockCertificate: Lip(g) <= 0.940913 (target 0.941192) from norms 0.98, 0.98, 0.98; Lip(f) <= 1.94092, "
         "Lip(f^-1) <= 16.9236"
     )
     assert repr(WORD).startswith("BlockCertificate: Lip(g) <= 0.9 on the user's word; Lip(f) <= 1.9, Lip(f^-1) <= 10")
@@ -31,7 +31,7 @@ def test_layer_and_block():
 def test_certified():
     assert repr(rf.Certificate((BLOCK,) * 2, 3.7671, 286.41)) == (
         "Certificate of 2 residual blocks: every block is invertible\n"
-        "  Lip(g) <= 0.940913 (promised 0.941192); of the blocks: 0.940913, 0.940913\n"
+        "  Lip(g) <= 0.940913 (target 0.941192); of the blocks: 0.940913, 0.940913\n"
         "  Lip(f) <= 3.7671, Lip(f^-1) <= 286.41"
     )
     many = repr(rf.Certificate((BLOCK,) * 48, 1e30, 1e60)).splitlines()
@@ -42,7 +42,7 @@ def test_not_certified():
     """A bound of one or more, and the user's word, are named by the numbers of their blocks."""
     text = repr(rf.Certificate((BLOCK, FAILED, WORD, WORD), 3.0, math.inf))
     assert text.splitlines()[0] == "Certificate of 4 residual blocks: NOT certified"
-    assert "Lip(g) <= 1.02 (promised 0.941192); of the blocks: 0.940913, 1.02\n" in text
+    assert "Lip(g) <= 1.02 (target 0.941192); of the blocks: 0.940913, 1.02\n" in text
     assert "\n  no contraction by the bound: block 1\n" in text
     assert "\n  on the user's word: blocks 2, 3\n" in text
     assert text.endswith("Lip(f^-1) <= inf")

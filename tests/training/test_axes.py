@@ -158,7 +158,7 @@ def test_an_axis_that_arrays_tell_of():
     expected = log_prob(graphdef, state, X)
     for names in ((), ("data",)):
         np.testing.assert_allclose(spread(names), expected, rtol=1e-10)
-    with pytest.raises(ValueError, match=r"batch_axes: expected axes over which the batch differs, .*data.*got.*model"):
+    with pytest.raises(ValueError, match=r"batch_axes: .* that the batch varies over, .*data.*got.*model"):
         spread(("model",))
 
 

@@ -1,4 +1,4 @@
-"""Laws of lengths with P(N >= k) in closed form: geometric, Poisson, and a defensive mixture."""
+"""Laws of lengths with closed-form survival probabilities: geometric, Poisson, and a defensive mixture."""
 
 import math
 from dataclasses import dataclass
@@ -19,13 +19,24 @@ _static = partial(jax.tree_util.register_dataclass, data_fields=())
 @partial(_static, meta_fields=("p",))
 @dataclass(frozen=True)
 class Geometric:
-    """P(N >= k) = (1 - p)^(k - 1) for k >= 1, mean 1 / p: at least one term is always drawn.
+    """The geometric law on {1, 2, ...}: P(N >= k) = (1 - p)^(k - 1), with mean 1 / p. At least one term is drawn.
 
     The estimate's variance is finite if its terms decay faster than (1 - p)^(k/2): for every g with Lip(g) <= L if
-    p < 1 - L^2. `Defensive` guarantees it at a far smaller mean.
+    p < 1 - L^2. `Defensive` guarantees this with a much smaller mean.
+
+    Attributes:
+      p: probability of ending after each term, in (0, 1).
 
     Raises:
       ValueError: unless 0 < p < 1.
+
+    Example:
+      >>> law = rf.Geometric(0.5)
+      >>> [float(law.survival(k)) for k in (1, 2, 3)]
+      [1.0, 0.5, 0.25]
+      >>> lengths = law.sample(jax.random.key(0), (1000,))
+      >>> lengths.dtype.name, bool(abs(lengths.mean() - 2) < 0.2)
+      ('int32', True)
     """
 
     p: float = 0.5
@@ -34,32 +45,40 @@ class Geometric:
         check_open_interval("p", self.p, 0, 1)
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
-        """Draws lengths, int32 of `shape`, inside or outside jit."""
+        """Draws independent lengths, int32 of `shape`; it works under jit and vmap."""
         return draw_geometric(uniform(key, shape), math.log1p(-self.p))
 
     def survival(self, k: Array | int) -> Array:
-        """P(N >= k), a float of k's shape; one for k <= 1."""
+        """P(N >= k), floats of k's shape; 1 for k <= 1."""
         return _geometric_survival(math.log1p(-self.p), k)
 
     def tail_ratio(self) -> float:
-        """lim P(N >= k + 1) / P(N >= k)."""
+        """The limit of P(N >= k + 1) / P(N >= k) for large k."""
         return 1 - self.p
 
     def within(self, lipschitz: float | None) -> "Geometric":
-        """The law to use for a g of that Lipschitz constant: this one."""
+        """The law for a g with this Lipschitz constant: the same law."""
         return self
 
 
 @partial(_static, meta_fields=("rate",))
 @dataclass(frozen=True)
 class Poisson:
-    """P(N >= k) of the Poisson law of mean `rate` on {0, 1, ...}: the papers' choice, with rate 2.
+    """The Poisson law on {0, 1, ...} with mean `rate`, which Chen et al. (2019, arXiv 1906.02735) use with rate 2.
 
-    Its tail falls faster than that of any geometric series, so the estimate's variance is
-    infinite unless the series ends; see `Defensive`.
+    Its tail falls faster than every geometric series. So the estimate's variance is infinite, unless the terms of the
+    series fall as fast or end; `Defensive` does not have this problem.
+
+    Attributes:
+      rate: mean of N, positive.
 
     Raises:
       ValueError: unless rate is positive and finite.
+
+    Example:
+      >>> law = rf.Poisson(2.0)
+      >>> [round(float(law.survival(k)), 4) for k in (0, 1, 2)]   # 1, 1 - exp(-2), 1 - 3 exp(-2)
+      [1.0, 0.8647, 0.594]
     """
 
     rate: float = 2.0
@@ -68,31 +87,31 @@ class Poisson:
         check_open_interval("rate", self.rate, 0, math.inf)
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
-        """Draws lengths, int32 of `shape`, inside or outside jit: N = #{k >= 1: u < P(N >= k)} for a uniform u."""
+        """Draws independent lengths, int32 of `shape`, by inversion: N = #{k >= 1: u < P(N >= k)} for a uniform u."""
         table = self._table[1:].reshape(*[1] * len(shape), -1)
         return jnp.sum(uniform(key, shape)[..., None] < table, axis=-1, dtype=jnp.int32)
 
     def survival(self, k: Array | int) -> Array:
-        """P(N >= k), a float of k's shape; one for k <= 0. From a table down to 1e-300, in float32 zero below 1e-38."""
+        """P(N >= k), floats of k's shape; 1 for k <= 0. From a table down to 1e-300; in float32 zero below 1e-38."""
         return jnp.asarray(self._table)[jnp.clip(k, 0, len(self._table) - 1)]
 
     @property
     def _table(self) -> np.ndarray:
-        # JAX keeps an array that it has met, also where float64 has been switched off since.
+        # The dtype is chosen at every use, because float64 may have been switched on or off since.
         return np.asarray(_poisson_survival(self.rate), jnp.result_type(float))
 
     def tail_ratio(self) -> float:
-        """lim P(N >= k + 1) / P(N >= k)."""
+        """The limit of P(N >= k + 1) / P(N >= k) for large k."""
         return 0.0
 
     def within(self, lipschitz: float | None) -> "Poisson":
-        """The law to use for a g of that Lipschitz constant: this one."""
+        """The law for a g with this Lipschitz constant: the same law."""
         return self
 
 
 @lru_cache
 def _poisson_survival(rate: float) -> np.ndarray:
-    """P(N >= k) for k = 0, 1, ... down to 1e-300: sums of the tail's terms, which do not cancel."""
+    """P(N >= k) for k = 0, 1, ... down to 1e-300, as sums of the positive terms of the tail."""
     terms, log_term = [], -rate
     while log_term > -700 or len(terms) < rate:
         terms.append(math.exp(log_term))
@@ -104,19 +123,27 @@ def _poisson_survival(rate: float) -> np.ndarray:
 @partial(_static, meta_fields=("p", "share", "lipschitz"))
 @dataclass(frozen=True)
 class Defensive:
-    """A short geometric law mixed with a little of one that is long enough for the Lipschitz bound L.
+    """A mixture of a short geometric law with a small weight of a long one: finite variance at a low cost.
 
         P(N >= k) = (1 - share) (1 - p)^(k-1) + share * L^(k-1),   mean (1 - share) / p + share / (1 - L)
 
-    (with 1 - p in the place of L where that is larger). The variance is finite for every g with
-    Lip(g) <= L, since L^(2k) / L^k is summable, while the cost is close to that of Geometric(p).
-    Defensive mixtures: Hesterberg (1995, Technometrics 37).
+    L is replaced by 1 - p if that is larger. The variance is finite for every g with Lip(g) <= L, since L^(2k) / L^k is
+    summable, and the cost is close to that of Geometric(p). Source: defensive mixtures, Hesterberg (1995,
+    Technometrics 37). It is the default law of `Roulette`.
 
     Attributes:
-      p: of the short law.
-      share: mixture weight of the long law.
-      lipschitz: L; by default the bound of the residual block where the law is used, or 0.98 where
-        none is known.
+      p: parameter of the short law, in (0, 1).
+      share: mixture weight of the long law, in (0, 1).
+      lipschitz: L, in (0, 1). None takes the bound of the residual block where the law is used, or 0.98 if none is
+        known.
+
+    Raises:
+      ValueError: if a setting is outside of (0, 1).
+
+    Example:
+      >>> law = rf.Defensive(p=0.5, share=0.01, lipschitz=0.9)
+      >>> [round(float(law.survival(k)), 3) for k in (1, 2, 3)], law.tail_ratio()
+      ([1.0, 0.504, 0.256], 0.9)
     """
 
     p: float = 0.5
@@ -130,21 +157,21 @@ class Defensive:
             check_open_interval("lipschitz", self.lipschitz, 0, 1)
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
-        """Draws lengths, int32 of `shape`, inside or outside jit."""
+        """Draws independent lengths, int32 of `shape`; it works under jit and vmap."""
         choice, length = uniform(key, (2, *shape))
         return draw_geometric(length, jnp.where(choice < self.share, math.log(self.tail_ratio()), math.log1p(-self.p)))
 
     def survival(self, k: Array | int) -> Array:
-        """P(N >= k), a float of k's shape; one for k <= 1."""
+        """P(N >= k), floats of k's shape; 1 for k <= 1."""
         long = _geometric_survival(math.log(self.tail_ratio()), k)
         return (1 - self.share) * _geometric_survival(math.log1p(-self.p), k) + self.share * long
 
     def tail_ratio(self) -> float:
-        """lim P(N >= k + 1) / P(N >= k)."""
+        """The limit of P(N >= k + 1) / P(N >= k) for large k."""
         return max(UNKNOWN_LIPSCHITZ if self.lipschitz is None else self.lipschitz, 1 - self.p)
 
     def within(self, lipschitz: float | None) -> "Defensive":
-        """The law to use for a g of that Lipschitz constant: with its own, if it has one."""
+        """The law for a g with this Lipschitz constant, which replaces an unset `lipschitz` of the law."""
         return Defensive(self.p, self.share, lipschitz) if self.lipschitz is None else self
 
 

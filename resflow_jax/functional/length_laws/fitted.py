@@ -51,7 +51,7 @@ class Fitted:
             check_open_interval("lipschitz", self.lipschitz, 0, 1)
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
-        """Draws lengths, int32 of `shape`, inside or outside jit."""
+        """Draws independent lengths, int32 of `shape`; it works under jit and vmap."""
         table = jnp.asarray(self.table)
         u = uniform(key, shape).astype(table.dtype)
         inside = jnp.sum(u[..., None] < table.reshape(*[1] * len(shape), -1), axis=-1, dtype=jnp.int32)
