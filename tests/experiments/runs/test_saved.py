@@ -22,7 +22,7 @@ from experiments.runs.saved import saved_config, saved_flow
 from experiments.runs.setup import set_up, tightened_flow
 from experiments.runs.tasks.of_config import task_of
 from experiments.runs.workdir import claim_workdir
-from experiments.studies.trained import trained_flow, trained_runs
+from experiments.studies.parts.trained import trained_flow, trained_runs
 from resflow_jax import (
     Defensive,
     DenseTail,

@@ -10,8 +10,9 @@ import pytest
 
 from experiments.configs import CONFIGS
 from experiments.runs import train
-from experiments.studies import inverse, trained
+from experiments.studies import inverse
 from experiments.studies.inverse import InverseConfig
+from experiments.studies.parts import trained
 from resflow_jax import Anderson, FixedPoint, InverseStatus
 from tests.experiments import tiny
 
@@ -25,7 +26,7 @@ def small(monkeypatch):
     monkeypatch.setattr(inverse, "TOLERANCES", (1e-6,))  # one program
     monkeypatch.setattr(inverse, "PLOTTED_ITERATIONS", (2,))
     monkeypatch.setattr(inverse, "DRAWN_ITERATIONS", (2,))
-    monkeypatch.setitem(sys.modules, "experiments.studies.peers", SimpleNamespace(normflows_from=StandIn))
+    monkeypatch.setitem(sys.modules, "experiments.studies.parts.peers", SimpleNamespace(normflows_from=StandIn))
     for module in (train, inverse):
         monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
 
