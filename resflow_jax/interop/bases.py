@@ -48,7 +48,7 @@ def distrax_base(distribution: Any) -> ObjectBase:
     Example:
       >>> import distrax
       >>> prior = distrax.MultivariateNormalDiag(jnp.zeros(2), 3 * jnp.ones(2))
-      >>> flow = rf.Flow([rf.Affine((2,))], base=rf.interop.distrax.base(prior))
+      >>> flow = rf.Flow(rf.Affine((2,)), base=rf.interop.distrax.base(prior))
       >>> flow.sample(jax.random.key(0), 5).shape
       (5, 2)
     """
@@ -73,7 +73,7 @@ def numpyro_base(distribution: Any) -> ObjectBase:
     Example:
       >>> from numpyro.distributions import Normal
       >>> prior = Normal(jnp.zeros(2), 3.0).to_event(1)
-      >>> flow = rf.Flow([rf.Affine((2,))], base=rf.interop.numpyro.base(prior))
+      >>> flow = rf.Flow(rf.Affine((2,)), base=rf.interop.numpyro.base(prior))
       >>> flow.sample(jax.random.key(0), 5).shape
       (5, 2)
     """

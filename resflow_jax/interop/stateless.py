@@ -22,6 +22,7 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_key, check_type
 from resflow_jax.io.variables import Structure, Variables, flattened, split_variables
+from resflow_jax.layers.module import Module
 from resflow_jax.models.config import FlowConfig
 from resflow_jax.models.flow import Flow
 from resflow_jax.models.residual_flow import flow_from_config
@@ -158,7 +159,7 @@ def methods_of(kind: type[Flow]) -> tuple[str, ...]:
       >>> "log_prob" in rf.interop.stateless.methods_of(rf.Flow)
       True
     """
-    bases = [base for base in kind.__mro__ if issubclass(base, Flow)]
+    bases = [base for base in kind.__mro__ if not issubclass(Module, base)]  # Module's own methods are those of Flax
     names = dict.fromkeys(name for base in reversed(bases) for name in vars(base))
     return tuple(n for n in names if (n == "__call__" or not n.startswith("_")) and callable(getattr(kind, n)))
 
