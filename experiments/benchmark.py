@@ -1,4 +1,4 @@
-"""How fast: training, evaluation, sampling, compilation and memory, beside the PyTorch library normflows.
+"""How fast: training, evaluation, sampling and compilation, beside normflows.
 
     python -m experiments.benchmark [--cases 28x28 32x32] [--rounds N] [--workdir DIR] [--profile DIR]
 
@@ -19,16 +19,16 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
+from experiments.runs.command import Command, Output
 from experiments.runs.devices import number_of_cores
 from experiments.runs.workdir import write_atomically
-from experiments.studies.competitors import CASES, COMPETITORS
+from experiments.studies.parts.competitors import CASES, COMPETITORS
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.parallel import STRATEGIES, Strategy
 
@@ -40,7 +40,7 @@ class BenchmarkConfig:
     """What is measured.
 
     Attributes:
-      cases: names in `experiments.studies.competitors.CASES`.
+      cases: names in `experiments.studies.parts.competitors.CASES`.
       competitors: of "resflow_jax", "resflow_jax bfloat16" and "normflows"; the last is what others are compared with.
       rounds: of alternating measurements; every table entry is a median over them.
       steps: training steps a round.
@@ -74,7 +74,16 @@ class Worker:
 
     def __init__(self, case: str, competitor: str, cache: Path | None = None, strategy: Strategy = "jit"):
         environment = os.environ if cache is None else {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-        command = [sys.executable, "-W", "ignore", "-m", "experiments.studies.competitors", case, competitor, strategy]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "experiments.studies.parts.competitors",
+            case,
+            competitor,
+            strategy,
+        ]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
@@ -102,9 +111,34 @@ class Worker:
         self._process.stdout.close()
 
 
+def tiny(config: BenchmarkConfig) -> BenchmarkConfig:
+    """One round of a tiny flow."""
+    return replace(
+        config,
+        cases=("tiny",),
+        rounds=1,
+        steps=1,
+        compilation=False,
+        workdir=config.workdir.with_name("benchmark_tiny"),
+    )
+
+
+COMMAND = Command(
+    "experiments.benchmark",
+    __doc__,
+    BenchmarkConfig(),
+    tiny,
+    output=lambda config: (
+        Output(config.workdir, ("benchmark.json",))
+        if config.profile is None
+        else Output(config.profile, tuple(f"{case}/" for case in config.cases))
+    ),
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
-    run(tyro.cli(BenchmarkConfig, args=arguments, prog="python -m experiments.benchmark", description=__doc__))
+    COMMAND.call(run, arguments)
 
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Conditional residual flows: inference with simulators whose posterior is known, and digits by their class.
+"""Conditional flows: simulators of known posterior, and digits by their class.
 
     python -m experiments.conditional [--workdir DIR] [--steps N] [--digits.steps N] [--observations N] ...
 
@@ -12,7 +12,7 @@ observations. On the 8x8 digits a flow conditioned on the class trains beside on
 
 Under the work directory (runs/conditional) it writes two_moons.png and gaussian_linear.png (samples of the truth and of
 the flows at every observation), digits.png (samples, a row a class), metrics.jsonl and config.json; the same command
-again starts anew. `--help` lists every setting.
+again starts anew.
 
 About 2 minutes on 2 CPU cores, half of it compilation:
   two moons         above the posterior 0.071 +- 0.007 nats (flowjax 0.051), C2ST 0.507 (0.495; equal samples 0.503)
@@ -25,17 +25,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
-import tyro
 
 from experiments.configs.base import OptimizerConfig
 from experiments.runs import pictures
+from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache, use_xla_flags
 from experiments.runs.metrics_file import MetricsFile
-from experiments.runs.plane import ESTIMATORS
 from experiments.runs.tables import print_table
 from experiments.runs.workdir import claim_workdir
 from experiments.studies.conditioning import classes
@@ -51,8 +49,9 @@ from experiments.studies.conditioning.amortised import (
 from experiments.studies.conditioning.classes import DigitsConfig
 from experiments.studies.conditioning.posteriors import Fit, circle_of, compare, print_fits
 from experiments.studies.conditioning.simulators import GaussianLinear, Simulator, TwoMoons
-from resflow_jax import VectorFlowConfig, certify
+from resflow_jax import Estimator, Exact, Roulette, VectorFlowConfig, certify
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.estimators import check_estimator
 
 _MODEL = VectorFlowConfig(2, hidden=(32, 32), activation="elu", coefficient=0.97, condition_dim=2)
 
@@ -73,13 +72,13 @@ class TaskConfig:
     simulator: Simulator
     model: VectorFlowConfig
     steps: int = 3000
-    estimator: Literal["exact", "roulette"]
+    estimator: Estimator
     optimizer: OptimizerConfig
     flowjax: FlowjaxConfig = FlowjaxConfig()
 
     def __post_init__(self):
         check_count("steps", self.steps, 0)
-        check_choice("estimator", self.estimator, tuple(ESTIMATORS))
+        check_estimator(self.estimator)
         check_choice("optimizer.name", self.optimizer.name, ("adam",))
         if self.optimizer.accumulate != 1:
             raise ValueError(f"optimizer.accumulate: expected 1, got {self.optimizer.accumulate}")
@@ -97,7 +96,7 @@ class TwoMoonsConfig(TaskConfig):
 
     simulator: TwoMoons = TwoMoons()
     model: VectorFlowConfig = replace(_MODEL, blocks=16)
-    estimator: Literal["exact", "roulette"] = "exact"
+    estimator: Estimator = Exact()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-2, warmup=200)
 
 
@@ -107,7 +106,7 @@ class GaussianLinearConfig(TaskConfig):
 
     simulator: GaussianLinear = GaussianLinear()
     model: VectorFlowConfig = replace(_MODEL, dim=10, condition_dim=10, blocks=4)
-    estimator: Literal["exact", "roulette"] = "roulette"
+    estimator: Estimator = Roulette()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-2, warmup=200)
     flowjax: FlowjaxConfig = FlowjaxConfig(learning_rate=5e-3)
 
@@ -121,7 +120,8 @@ class ConditionalConfig:
       seed: of parameters, simulations and noise.
       batch_size: simulated pairs a step.
       simulations: pairs in all, for a fixed budget; None for new ones at every step.
-      two_moons, gaussian_linear: the tasks.
+      two_moons: the posterior of two moons.
+      gaussian_linear: that of the Gaussian linear model.
       digits: the flows on digits.
       observations: values of x at which posteriors are compared.
       samples: of every posterior, for the comparison.
@@ -155,10 +155,48 @@ class ConditionalConfig:
             check_count("simulations", self.simulations, 2)
 
 
+def tiny(config: ConditionalConfig) -> ConditionalConfig:
+    """A few steps of tiny flows, compared at two observations."""
+
+    def small(task: TaskConfig) -> TaskConfig:
+        return replace(
+            task,
+            model=replace(task.model, blocks=1, hidden=(8,)),
+            steps=11,
+            flowjax=replace(task.flowjax, layers=2, width=16, depth=1),
+        )
+
+    images = config.digits.model
+    images = replace(images, blocks=(1,), hidden_channels=4, tail=replace(images.tail, blocks=0))
+    return replace(
+        config,
+        workdir=Path("runs/conditional_tiny"),
+        batch_size=64,
+        two_moons=small(config.two_moons),
+        gaussian_linear=small(config.gaussian_linear),
+        digits=replace(config.digits, model=images, steps=2, batch_size=16, draws=1, images=4, samples=2),
+        observations=2,
+        samples=60,
+        pairs=50,
+        log_every=10,
+    )
+
+
+COMMAND = Command(
+    "experiments.conditional",
+    __doc__,
+    ConditionalConfig(),
+    tiny,
+    output=lambda config: Output(
+        config.workdir, ("two_moons.png", "gaussian_linear.png", "digits.png", "metrics.jsonl", "config.json")
+    ),
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
-    run(tyro.cli(ConditionalConfig, args=arguments, prog="python -m experiments.conditional", description=__doc__))
+    COMMAND.call(run, arguments)
 
 
 def run(config: ConditionalConfig) -> dict[str, dict]:
@@ -175,7 +213,7 @@ def run(config: ConditionalConfig) -> dict[str, dict]:
         results["digits"] = learn_digits(config, metrics)
     if not has_flowjax():
         print("flowjax is not installed: its flow is left out")
-    print_table({"time in all": f"{time.perf_counter() - began:.0f} s", "written to": str(config.workdir)})
+    print_table({"time in all": f"{time.perf_counter() - began:.0f} s"})
     return results
 
 
@@ -205,9 +243,7 @@ def train(
 ) -> list[Learner]:
     """The flows of a task, trained for the same time, ours in front; `write` takes the lines of metrics.jsonl."""
     first, optimizer = task.pairs(rng, 2000), settings.optimizer
-    learners: list[Learner] = [
-        ResidualLearner(settings.model, optimizer, ESTIMATORS[settings.estimator], first, config.seed)
-    ]
+    learners: list[Learner] = [ResidualLearner(settings.model, optimizer, settings.estimator, first, config.seed)]
     rates = [optimizer.learning_rate]
     if has_flowjax():
         learners.append(FlowjaxLearner(settings.flowjax, optimizer, first, config.seed))

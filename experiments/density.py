@@ -1,34 +1,38 @@
-"""Density estimation: trains a residual flow on images, vectors or toy densities and reports its likelihood.
+"""Density estimation: trains a residual flow on images, vectors or toy densities.
 
     python -m experiments.density [NAME] [--workdir DIR] [--steps N] [--batch-size B] [--seed S] ...
-    python -m experiments.density NAME --data.path IMAGES --model.shape H W C     on your own images
-    python -m experiments.density vectors --data.path FILE --model.dim D          on your own vectors
-    python -m experiments.density NAME --tiny                                     two updates of a tiny flow, no data
-    python -m experiments.density NAME --parallel shard_map                       devices share a batch (or jit, pmap)
-    python -m experiments.density NAME --distributed.auto                         one of several processes, on a cluster
+    python -m experiments.density images --data.path FOLDER     on your own images
+    python -m experiments.density vectors --data.path TABLE     on your own vectors
+    python -m experiments.density NAME --tiny                   two updates of a tiny flow, no data needed
+    python -m experiments.density NAME --estimator exact        the exact log-det (or roulette, truncated)
+    python -m experiments.density NAME --parallel shard_map     devices share a batch (or jit, pmap)
+    python -m experiments.density NAME --distributed.auto       one of several processes, on a cluster
 
-`--help` behind a name lists every setting. For images `--data.path` takes a folder of image files, a .npy or .npz file,
-or IDX files; for vectors a .npy, .npz or .csv file. The same command again resumes from the last checkpoint; Ctrl-C
-ends a run behind its step, with one. Under the work directory it writes report.html, with everything on one page,
-metrics.jsonl, the same as TensorBoard events in tensorboard/, samples.png, reconstructions.png, curves.png, pictures
-along training in training/, config.json, certificate.json and checkpoints/. The validation split chooses the
-checkpoint; the test split is read once, at the end.
+The likelihood of images is in bits/dim, that of vectors in nats: natural logarithms of the density of a vector.
+`--data.path` takes a folder of image files, a .npy or .npz file, or IDX files of images; of vectors a .npy, .npz or
+.csv file. The flow takes the size of its images or vectors from them. The same command again resumes from the last
+checkpoint; Ctrl-C ends a run after its step, with a checkpoint. Under the work directory it writes report.html, with
+everything on one page, metrics.jsonl, the same as TensorBoard events in tensorboard/, samples.png,
+reconstructions.png, curves.png, pictures along training in training/, config.json, certificate.json and checkpoints/.
+The validation split chooses the checkpoint; the test split is read once, at the end.
 """
 
-import sys
-
-from experiments.configs import CONFIGS
-from experiments.runs.command import named_config
+from experiments.configs import CONFIGS, SUMMARIES
+from experiments.configs.tiny import tiny
+from experiments.runs.command import NamedCommand
 from experiments.runs.devices import use_xla_flags
 from experiments.runs.launch import launch
+from experiments.runs.own_data import fitted_to_data
+
+COMMAND = NamedCommand(
+    "experiments.density", __doc__, CONFIGS, tiny, first="digits", summaries=SUMMARIES, infer=fitted_to_data
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    program = "python -m experiments.density"
-    launch(named_config(arguments, CONFIGS, prog=program, description=__doc__, default="digits"))
+    COMMAND.call(launch, arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What a trained flow is worth: bits/dim, reconstruction, certificate, and whether it tells other images apart.
+"""What a trained flow is worth: likelihood, reconstruction, certificate, outliers.
 
-    python -m experiments.evaluate RUN_DIR [--examples N] [--draws K] [--exact] [--other DATA ...] [--workdir OUT]
+    python -m experiments.evaluate RUN_DIR [--examples N] [--draws K] [--estimator exact] [--other DATA ...]
+        [--workdir OUT]
 
 RUN_DIR is the work directory of an `experiments.density` run, finished or still running. Without further settings the
-bits/dim of the test split (nats, of vectors) are those that the run itself printed. `--exact` takes the log-det of
-dense Jacobians in place of an estimate: for few images.
+bits/dim of the test split (nats, of vectors) are those that the run itself printed. `--estimator exact` takes the
+log-det of dense Jacobians in place of an estimate: for few images.
 
 Out-of-distribution detection (Nalisnick et al. 2019, arXiv 1810.09136): examples of other data should have a lower
 likelihood than test examples. The AUROC is the probability that of one example each the other data's has the lower,
@@ -25,9 +26,9 @@ validation examples that are less likely.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +38,14 @@ from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
 from experiments.runs import pictures
+from experiments.runs.choices import OfTheRun
+from experiments.runs.command import Command, Output
 from experiments.runs.devices import devices_for, use_all_cores, use_compilation_cache, use_xla_flags
 from experiments.runs.parts import over_parts
-from experiments.runs.saved import SavedFlow, Weights, saved_flow
+from experiments.runs.saved import MovedData, SavedFlow, Weights, saved_flow
 from experiments.runs.tables import certificate_rows, error_by_cause, print_table
 from experiments.runs.tasks.task import Task
+from experiments.runs.tiny_run import TINY_RUN, make_if_missing
 from experiments.runs.workdir import write_atomically
 from resflow_jax import Estimator, Exact, ResidualFlow, Typicality, certify
 from resflow_jax.functional.checks import check_count
@@ -63,24 +67,23 @@ class EvaluateConfig:
       weights: of the best validation, or of the latest checkpoint.
       examples: at most so many of a test split; by default as many as the run evaluates.
       draws: of dequantisation and estimate for each example; by default the run's.
-      exact: log-dets of dense Jacobians, in place of the run's estimator; the number of examples is to be given with
-        it.
+      estimator: of the log-det; by default the run's. The number of examples is to be given with `exact`.
       typicality: whether to judge each example by the test of typicality too, beside as many training examples and the
         validation split; typicality.csv has a line an example.
       other: paths or names of other data of the same shape.
       workdir: where everything is written; by default RUN_DIR/evaluation.
-      data: where the data of the run have been moved to, if they have.
+      data: where the data of the run are now, if they have been moved.
     """
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     weights: Weights = "best"
     examples: int | None = None
     draws: int | None = None
-    exact: bool = False
     typicality: bool = False
+    estimator: Estimator | OfTheRun = OfTheRun()
     other: tuple[str, ...] = ()
     workdir: Path | None = None
-    data: Path | None = None
+    data: MovedData = MovedData()
 
     def __post_init__(self):
         if self.examples is not None:
@@ -89,33 +92,57 @@ class EvaluateConfig:
             raise ValueError(f"other: expected names other than 'test' and 'file', got {self.other}; ./test is a path")
         if self.draws is not None:
             check_count("draws", self.draws, 1)
-        if self.exact and self.examples is None:
-            raise ValueError("examples: expected a number beside exact, each being so dear; got None")
+        if isinstance(self.estimator, Exact) and self.examples is None:
+            raise ValueError("examples: expected a number beside the exact estimator, which is dear; got None")
+
+    @property
+    def out(self) -> Path:
+        """The directory that is written to."""
+        return self.workdir or self.run_dir / "evaluation"
+
+
+def tiny(config: EvaluateConfig) -> EvaluateConfig:
+    """Eight images of a tiny run."""
+    return replace(config, run_dir=TINY_RUN, examples=8, draws=1)
+
+
+COMMAND = Command(
+    "experiments.evaluate",
+    __doc__,
+    EvaluateConfig(tyro.MISSING),
+    tiny,
+    output=lambda config: Output(config.out, ("evaluation.json", "scores.npz", "histograms.png")),
+    renamed={
+        "--exact": "--estimator exact",
+        "--data": "--data.path PATH for files of your own, --data.dir DIR for TensorFlow data sets",
+    },
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
     use_all_cores()
-    run(tyro.cli(EvaluateConfig, args=arguments, prog="python -m experiments.evaluate", description=__doc__))
+    COMMAND.call(run, arguments)
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measures, draws and prints; returns what evaluation.json holds."""
     use_compilation_cache()
+    make_if_missing(config.run_dir)
     saved = saved_flow(config.run_dir, config.weights, config.data)
     task, settings = saved.task, saved.config.evaluation
     test = task.splits.test[: config.examples or settings.examples]
     others = {name: task.other(name)[: len(test)] for name in config.other} or {PERMUTED: task.permuted(test)}
-    workdir = config.workdir or config.run_dir / "evaluation"
+    workdir = config.out
     workdir.mkdir(parents=True, exist_ok=True)
 
-    estimator = Exact() if config.exact else settings.estimator
+    estimator = settings.estimator if isinstance(config.estimator, OfTheRun) else config.estimator
     draws = config.draws or settings.draws
 
     def scores_of(examples: np.ndarray) -> np.ndarray:
         key = jax.random.key(saved.config.seed + 2)  # that of the run, so that its figures come back
-        batch_size = EXACT_BATCH_SIZE if config.exact else task.batch_size
+        batch_size = EXACT_BATCH_SIZE if isinstance(estimator, Exact) else task.batch_size
         return task.scores(saved.flow, examples, key, estimator, draws, batch_size)
 
     scores = {"test": scores_of(test)} | {name: scores_of(examples) for name, examples in others.items()}
@@ -153,7 +180,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     write_atomically(workdir / "evaluation.json", json.dumps(as_json(result), indent=2) + "\n")
     np.savez(workdir / "scores.npz", **means)
     draw(workdir, saved, means, result)
-    print_table({**rows(task, result), **certificate_rows(certificate), "written to": str(workdir)})
+    print_table({**rows(task, result), **certificate_rows(certificate)})
     return result
 
 

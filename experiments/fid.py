@@ -1,4 +1,4 @@
-"""The Frechet distance between samples of a trained flow and images of its data set, by the package torch-fidelity.
+"""The Frechet distance between samples of a flow and its data, by torch-fidelity.
 
     python -m experiments.fid RUN_DIR [--number N] [--against train|test] [--features inception|pixels]
         [--inception-weights PATH] [--temperature T] [--seed S] [--weights best|latest] [--workdir OUT]
@@ -25,19 +25,21 @@ Under OUT, by default RUN_DIR/fid, it writes fid.json. Needs `pip install 'resfl
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import tyro
 
+from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
 from experiments.runs.sampling import check_drawing, convergence, decoder, drawn_samples, to_bytes
-from experiments.runs.saved import Weights, saved_flow
+from experiments.runs.saved import MovedData, Weights, saved_flow
 from experiments.runs.tables import print_table
 from experiments.runs.tasks.images import ImageTask
+from experiments.runs.tiny_run import TINY_RUN, make_if_missing
 from experiments.runs.workdir import write_atomically
 from resflow_jax.data.images import Images, ImageSplits, to_unit_interval
 from resflow_jax.functional.checks import check_choice, check_count
@@ -67,10 +69,10 @@ class FidConfig:
       seed: of the latents, and of the choice of images.
       batch_size: samples at once, shared by all devices.
       workdir: where everything is written; by default RUN_DIR/fid.
-      data: where the data of the run have been moved to, if they have.
+      data: where the data of the run are now, if they have been moved.
     """
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     weights: Weights = "best"
     number: int | None = None
     against: Split = "train"
@@ -80,7 +82,7 @@ class FidConfig:
     seed: int = 0
     batch_size: int = 64
     workdir: Path | None = None
-    data: Path | None = None
+    data: MovedData = MovedData()
 
     def __post_init__(self):
         if self.number is not None:
@@ -94,18 +96,39 @@ class FidConfig:
                 raise ValueError(f"inception_weights: expected a file, got {self.inception_weights}")
         check_drawing(self.temperature, self.seed, self.batch_size)
 
+    @property
+    def out(self) -> Path:
+        """The directory that is written to."""
+        return self.workdir or self.run_dir / "fid"
+
+
+def tiny(config: FidConfig) -> FidConfig:
+    """Eight samples of a tiny run, by the means of their pixels, for which nothing is fetched."""
+    return replace(config, run_dir=TINY_RUN, number=8, features="pixels")
+
+
+COMMAND = Command(
+    "experiments.fid",
+    __doc__,
+    FidConfig(tyro.MISSING),
+    tiny,
+    output=lambda config: Output(config.out, ("fid.json",)),
+    renamed={"--data": "--data.path PATH for files of your own, --data.dir DIR for TensorFlow data sets"},
+)
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
     use_all_cores()
-    run(tyro.cli(FidConfig, args=arguments, prog="python -m experiments.fid", description=__doc__))
+    COMMAND.call(run, arguments)
 
 
 def run(config: FidConfig) -> dict[str, Any]:
     """Draws, measures and prints; returns what fid.json holds."""
     package = needed_package()
     use_compilation_cache()
+    make_if_missing(config.run_dir)
     saved = saved_flow(config.run_dir, config.weights, config.data)
     if not isinstance(saved.task, ImageTask):
         raise ValueError(f"run_dir: expected a run on images, got one on vectors ({saved.task.name})")
@@ -113,7 +136,7 @@ def run(config: FidConfig) -> dict[str, Any]:
     check_splits(data)
     number = config.number or len(data.test)
     chosen = {split: chosen_images(data, split, number, config.seed) for split in get_args(Split)}
-    workdir = config.workdir or config.run_dir / "fid"
+    workdir = config.out
     workdir.mkdir(parents=True, exist_ok=True)
 
     def distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -140,7 +163,7 @@ def run(config: FidConfig) -> dict[str, Any]:
         "torch_fidelity": package.__version__,
     }
     write_atomically(workdir / "fid.json", json.dumps(as_json(result), indent=2) + "\n")
-    print_table({**rows(result), "their solves": convergence(converged), "written to": str(workdir)})
+    print_table({**rows(result), "their solves": convergence(converged)})
     return result
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of the authors' PyTorch implementation as a run, which can be evaluated, sampled and gone on with.
+"""A checkpoint of the authors' PyTorch code as a run, to evaluate and go on with.
 
     python -m experiments.import_torch model.pth --workdir DIR [--data.name NAME | --data.path IMAGES] [--steps N]
     python -m experiments.evaluate DIR
@@ -17,7 +17,9 @@ import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 import optax
 import tyro
@@ -27,9 +29,10 @@ from experiments.configs import celebahq64, celebahq256, cifar10, imagenet32, im
 from experiments.configs.base import OPTIMIZERS, DataConfig, RunConfig
 from experiments.configs.published import OPTIMIZER, published
 from experiments.configs.toy import ToyConfig
+from experiments.runs.command import Command, Output
 from experiments.runs.tables import certificate_rows, print_table
 from experiments.runs.workdir import claim_workdir
-from resflow_jax import ImageFlowConfig, ResidualFlow, Truncated, certify
+from resflow_jax import DenseTail, ImageFlowConfig, ResidualFlow, Truncated, certify, save_torch_checkpoint
 from resflow_jax.functional.checks import check_count
 from resflow_jax.interop.torch.checkpoints import flow_of, parts_of
 from resflow_jax.interop.torch.files import read_torch_file
@@ -60,7 +63,7 @@ class ImportConfig:
       steps: of a run that goes on.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     workdir: Path
     data: DataConfig = DataConfig("")
     steps: int = 10_000
@@ -69,9 +72,29 @@ class ImportConfig:
         check_count("steps", self.steps, 1)
 
 
+TINY = Path("runs/import_torch_tiny")
+
+
+def tiny(config: ImportConfig) -> ImportConfig:
+    """A tiny flow for the digits, written as a file of PyTorch first."""
+    return replace(
+        config, checkpoint=TINY / "model.pth", workdir=TINY / "run", data=replace(config.data, name="digits"), steps=2
+    )
+
+
+COMMAND = Command(
+    "experiments.import_torch",
+    __doc__,
+    ImportConfig(tyro.MISSING, tyro.MISSING),
+    tiny,
+    output=lambda config: Output(config.workdir, ("config.json", "checkpoints/")),
+    renamed={"--data": "--data.name NAME or --data.path IMAGES"},
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
-    run(tyro.cli(ImportConfig, args=arguments, prog="python -m experiments.import_torch", description=__doc__))
+    COMMAND.call(run, arguments)
 
 
 def run(config: ImportConfig) -> Path:
@@ -83,6 +106,8 @@ def run(config: ImportConfig) -> Path:
     """
     if (config.workdir / "checkpoints").exists():
         raise FileExistsError(f"workdir: expected a directory without a run, got {config.workdir} with checkpoints")
+    if config.checkpoint == TINY / "model.pth":
+        write_tiny_checkpoint(config.checkpoint)
     content = read_torch_file(config.checkpoint)
     try:
         _, args = parts_of(content)
@@ -106,6 +131,16 @@ def run(config: ImportConfig) -> Path:
         }
     )
     return config.workdir
+
+
+def write_tiny_checkpoint(path: Path) -> None:
+    """A file as of PyTorch with a tiny flow, at its start, for the digits."""
+    sizes = {"blocks": (1,), "hidden_channels": 4, "kernels": (3, 3), "tail": DenseTail(0)}
+    model = ImageFlowConfig((8, 8, 1), preactivation="all", **sizes)
+    flow = ResidualFlow(model, rngs=nnx.Rngs(0))
+    flow.initialize(jax.random.uniform(jax.random.key(0), (8, *model.shape)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_torch_checkpoint(flow, path)
 
 
 def imported_state(settings: RunConfig, raw: ResidualFlow, averaged: ResidualFlow) -> TrainState:

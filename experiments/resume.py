@@ -1,18 +1,21 @@
-"""Goes on with a run of `experiments.density`, or one that `experiments.import_torch` wrote, by its own config.json.
+"""Goes on with a run of `experiments.density` or `experiments.import_torch`.
 
-    python -m experiments.resume RUN_DIR
+    python -m experiments.resume RUN_DIR [--tiny]
 
 The same as the run's own command once more, for those who no longer have it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from experiments.runs.command import Command
 from experiments.runs.devices import use_xla_flags
 from experiments.runs.launch import launch
 from experiments.runs.saved import saved_config
+from experiments.runs.tiny_run import TINY_RUN, make_if_missing
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,24 @@ class ResumeConfig:
       run_dir: work directory of the run.
     """
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+
+
+COMMAND = Command(
+    "experiments.resume", __doc__, ResumeConfig(tyro.MISSING), tiny=lambda config: replace(config, run_dir=TINY_RUN)
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
-    parsed = tyro.cli(ResumeConfig, args=arguments, prog="python -m experiments.resume", description=__doc__)
-    launch(saved_config(parsed.run_dir))
+    COMMAND.call(run, arguments)
+
+
+def run(config: ResumeConfig) -> None:
+    """Goes on with the run."""
+    make_if_missing(config.run_dir)
+    launch(saved_config(config.run_dir))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Samples of a trained flow, and interpolations between images in its latent space.
+"""Samples of a trained flow, and interpolations between images in latent space.
 
     python -m experiments.sample RUN_DIR [--number N] [--temperature T] [--seed S] [--format png npz]
         [--interpolate I J] [--workdir OUT]
@@ -21,9 +21,9 @@ interpolation.png. Of a flow of vectors samples.png shows the samples beside dat
 written all the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,14 @@ import tyro
 from PIL import Image
 
 from experiments.runs import pictures
+from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
 from experiments.runs.sampling import Decode, check_drawing, convergence, decoder, drawn_samples
-from experiments.runs.saved import SavedFlow, Weights, saved_flow
+from experiments.runs.saved import MovedData, SavedFlow, Weights, saved_flow
 from experiments.runs.tables import print_table
 from experiments.runs.tasks.images import ImageTask
 from experiments.runs.tasks.vectors import VectorTask
+from experiments.runs.tiny_run import TINY_RUN, make_if_missing
 from resflow_jax import ResidualFlow
 from resflow_jax.functional.checks import check_count
 
@@ -61,10 +63,10 @@ class SampleConfig:
       format: files of samples beside the grid; of vectors there are no PNG files.
       interpolate: numbers of two test images to interpolate between.
       workdir: where everything is written; by default RUN_DIR/sampling.
-      data: where the data of the run have been moved to, if they have.
+      data: where the data of the run are now, if they have been moved.
     """
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     weights: Weights = "best"
     number: int = 64
     temperature: float = 1.0
@@ -73,28 +75,56 @@ class SampleConfig:
     format: tuple[Literal["png", "npz"], ...] = ("png", "npz")
     interpolate: tuple[int, int] | None = None
     workdir: Path | None = None
-    data: Path | None = None
+    data: MovedData = MovedData()
 
     def __post_init__(self):
         check_count("number", self.number, 1)
         check_drawing(self.temperature, self.seed, self.batch_size)
+
+    @property
+    def out(self) -> Path:
+        """The directory that is written to."""
+        return self.workdir or self.run_dir / "sampling"
+
+
+def tiny(config: SampleConfig) -> SampleConfig:
+    """Four samples of a tiny run."""
+    return replace(config, run_dir=TINY_RUN, number=4, batch_size=4)
+
+
+def output(config: SampleConfig) -> Output:
+    """The files that may be written."""
+    pictures_of = () if config.interpolate is None else ("interpolation.png",)
+    files = {"png": "samples/*.png", "npz": "samples.npz"}
+    return Output(config.out, ("samples.png", *(files[kind] for kind in config.format), *pictures_of))
+
+
+COMMAND = Command(
+    "experiments.sample",
+    __doc__,
+    SampleConfig(tyro.MISSING),
+    tiny,
+    output,
+    renamed={"--data": "--data.path PATH for files of your own, --data.dir DIR for TensorFlow data sets"},
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
     use_all_cores()
-    run(tyro.cli(SampleConfig, args=arguments, prog="python -m experiments.sample", description=__doc__))
+    COMMAND.call(run, arguments)
 
 
 def run(config: SampleConfig) -> np.ndarray:
     """Draws, writes and prints; returns the samples, bytes [N, H, W, C] or vectors [N, D]."""
     use_compilation_cache()
+    make_if_missing(config.run_dir)
     saved = saved_flow(config.run_dir, config.weights, config.data)
     if isinstance(saved.task, ImageTask) and saved.task.splits.shape[-1] > 4 and "png" in config.format:
         raise ValueError(f"format: expected npz alone for images of {saved.task.splits.shape[-1]} channels")
     pair = None if config.interpolate is None else chosen_images(saved, config.interpolate)
-    workdir = config.workdir or config.run_dir / "sampling"
+    workdir = config.out
     workdir.mkdir(parents=True, exist_ok=True)
     decode = decoder(saved.flow, config.batch_size)
 
@@ -114,7 +144,7 @@ def run(config: SampleConfig) -> np.ndarray:
         pictures.save_strip(workdir / "interpolation.png", frames, t, title)
         rows["interpolation"] = "{} to {}, spherical".format(*config.interpolate)
         rows["its solves"] = convergence(converged)
-    print_table({**rows, "written to": str(workdir)})
+    print_table(rows)
     return samples
 
 

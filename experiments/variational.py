@@ -1,6 +1,6 @@
-"""Variational inference in the plane: fits a flow to an unnormalised density, from the flow's own samples alone.
+"""Variational inference in the plane: fits a flow to an unnormalised density.
 
-    python -m experiments.variational [--target ring | wave | banana] [--workdir DIR] [--steps N] ...
+    python -m experiments.variational [--target ring | wave | banana] [--estimator roulette] [--steps N] ...
 
     min over the flow of KL(flow || target) = E_x~flow[log p(x) - log q(x)] + log Z,   q = target up to Z
 
@@ -23,10 +23,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 
 from experiments.runs import pictures
+from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.metrics_file import MetricsFile
 from experiments.runs.plane import PlaneConfig, train_flow
@@ -68,6 +68,11 @@ class VariationalConfig(PlaneConfig):
         check_count("samples", self.samples, 2)
         check_count("cells", self.cells, 1)
 
+    @property
+    def out(self) -> Path:
+        """The directory that is written to."""
+        return self.workdir or Path("runs/variational") / self.target
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -88,16 +93,41 @@ class Divergence:
     sample_efficiency: float
 
 
+def tiny(config: VariationalConfig) -> VariationalConfig:
+    """Four steps of a tiny flow."""
+    return dataclasses.replace(
+        config,
+        workdir=Path("runs/variational_tiny"),
+        steps=4,
+        batch_size=32,
+        annealing=2,
+        log_every=2,
+        samples=200,
+        cells=40,
+        model=dataclasses.replace(config.model, blocks=2, hidden=(8,)),
+    )
+
+
+COMMAND = Command(
+    "experiments.variational",
+    __doc__,
+    VariationalConfig(),
+    tiny,
+    output=lambda config: Output(config.out, ("variational.png", "metrics.jsonl", "config.json")),
+    renamed={"--data": "--target NAME"},
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
-    run(tyro.cli(VariationalConfig, args=arguments, prog="python -m experiments.variational", description=__doc__))
+    COMMAND.call(run, arguments)
 
 
 def run(config: VariationalConfig) -> Divergence:
     """Trains, evaluates, draws."""
     began = time.perf_counter()
     use_compilation_cache()
-    config = dataclasses.replace(config, workdir=config.workdir or Path("runs/variational") / config.target)
+    config = dataclasses.replace(config, workdir=config.out)
     claim_workdir(config.workdir, config)
     metrics = MetricsFile(config.workdir / "metrics.jsonl", keep_until=0)
     flow, step_time = train(config, metrics)
@@ -168,9 +198,9 @@ def report(
             f"{log_normalizer:.4f} by a grid",
             "sample efficiency": f"{result.sample_efficiency:.3f} of the importance weights",
             **certificate_rows(certificate),
-            "time per step": f"{step_time * 1e3:.0f} ms, batches of {config.batch_size}, {config.estimator} log-det",
+            "time per step": f"{step_time * 1e3:.0f} ms, batches of {config.batch_size}, "
+            f"{type(config.estimator).__name__} log-det",
             "time in all": f"{time.perf_counter() - began:.0f} s, set-up and compilation included",
-            "written to": str(config.workdir),
         }
     )
     return result

@@ -270,7 +270,7 @@ def _axes(ax: Any) -> Any:
 
 
 def _elements(elements: Any, dim: int) -> tuple[int, int]:
-    """Two numbers of elements of vectors of so many."""
+    """Two numbers of elements, below dim."""
     if not isinstance(elements, Sequence) or len(elements) != 2:
         raise ValueError(f"elements: expected two numbers below {dim}, got {elements!r}")
     for element in elements:

@@ -11,6 +11,7 @@ from experiments.configs import (
     fashion_mnist,
     imagenet32,
     imagenet64,
+    images,
     mnist,
     photographs,
     svhn,
@@ -31,11 +32,13 @@ _MODULES = (
     imagenet64,
     celebahq64,
     celebahq256,
+    images,
     vectors,
 )
 SUMMARIES = {module.__name__.rpartition(".")[2]: module.__doc__.splitlines()[0] for module in _MODULES}
 CONFIGS = {name: module.CONFIG for name, module in zip(SUMMARIES, _MODULES, strict=True)}
-CONFIGS["fashion_mnist_small"], SUMMARIES["fashion_mnist_small"] = fashion_mnist.SMALL, SUMMARIES["fashion_mnist"]
+CONFIGS["fashion_mnist_small"] = fashion_mnist.SMALL
+SUMMARIES["fashion_mnist_small"] = "Fashion-MNIST with 2-2-2 blocks and 600 steps, the flow that studies measure."
 for module in (ablations, toy):
     CONFIGS |= module.CONFIGS
     SUMMARIES |= dict.fromkeys(module.CONFIGS, module.__doc__.splitlines()[0])

@@ -1,7 +1,7 @@
 """Eight toy densities in the plane.
 
 python -m experiments.density 8gaussians      (2spirals, checkerboard, rings, moons, pinwheel, swissroll, circles)
-python -m experiments.toy --data rings --estimator roulette      (in the place of the exact log-det)
+python -m experiments.toy rings --estimator roulette      (in place of the exact log-det)
 
 About 70 s with two CPU cores for 6000 steps of 8 ms. Test log_prob in nats, +- 0.007, beside minus the entropy
 of the data, the best possible:
@@ -12,6 +12,8 @@ of the data, the best possible:
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+import tyro
 
 from experiments.configs.base import EvaluationConfig, OptimizerConfig, RunConfig
 from resflow_jax import Estimator, Exact, VectorFlowConfig
@@ -50,7 +52,7 @@ class ToyConfig(RunConfig):
       model: the flow.
     """
 
-    data: Literal[TOY_DENSITIES]
+    data: tyro.conf.Suppress[tyro.conf.Fixed[Literal[TOY_DENSITIES]]]
     model: VectorFlowConfig = VectorFlowConfig(
         dim=2, blocks=32, hidden=(32, 32), activation="elu", preactivation="none", coefficient=0.995
     )

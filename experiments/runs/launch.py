@@ -2,10 +2,23 @@
 
 from experiments.configs.base import RunConfig
 from experiments.runs import train
+from experiments.runs.command import Output, say_what_will_be_written
 from experiments.runs.devices import cores_for, use_all_cores
-from experiments.runs.processes import all_end_with_one, check_same, join
+from experiments.runs.processes import all_end_with_one, check_same, is_first, join
 from experiments.runs.tasks.of_config import task_of
 from resflow_jax import Estimate
+
+FILES = (
+    "report.html",
+    "metrics.jsonl",
+    "curves.png",
+    "*.png of samples",
+    "training/",
+    "tensorboard/",
+    "config.json",
+    "certificate.json",
+    "checkpoints/",
+)
 
 
 def launch(config: RunConfig) -> None:
@@ -13,6 +26,8 @@ def launch(config: RunConfig) -> None:
     use_all_cores(cores_for_run(config))
     join(config.distributed)
     with all_end_with_one():
+        if is_first():
+            say_what_will_be_written(Output(config.workdir, FILES))
         run_config(config)
 
 

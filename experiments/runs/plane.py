@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,15 +13,14 @@ from flax import nnx
 from experiments.configs.base import OptimizerConfig
 from experiments.runs.loop import falls_due, training_loop
 from experiments.runs.metrics_file import MetricsFile
-from resflow_jax import Estimator, Exact, ResidualFlow, Roulette, VectorFlowConfig
+from resflow_jax import Estimator, Exact, ResidualFlow, VectorFlowConfig
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.estimators import check_estimator
 from resflow_jax.training.parallel import STRATEGIES, Strategy, make_mesh
 from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Loss, Trainer
 
 Array = jax.Array
-
-ESTIMATORS: dict[str, Estimator] = {"exact": Exact(), "roulette": Roulette()}
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class PlaneConfig:
     batch_size: int = 256
     seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-2, warmup=300, ema_decay=0.99)
-    estimator: Literal["exact", "roulette"] = "exact"
+    estimator: Estimator = Exact()
     model: VectorFlowConfig = VectorFlowConfig(
         dim=2, blocks=16, hidden=(32, 32), activation="elu", preactivation="none", coefficient=0.97
     )
@@ -57,7 +56,7 @@ class PlaneConfig:
         check_count("steps", self.steps, 1)
         check_count("batch_size", self.batch_size, 2)
         check_count("seed", self.seed, 0)
-        check_choice("estimator", self.estimator, tuple(ESTIMATORS))
+        check_estimator(self.estimator)
         if self.model.dim != 2:
             raise ValueError(f"model.dim: expected 2, got {self.model.dim}")
         check_count("log_every", self.log_every, 1)
@@ -92,7 +91,7 @@ def train_flow(
     step_times = []
     for at in training_loop(
         placement,
-        trainer.create_state(flow, ESTIMATORS[config.estimator]),
+        trainer.create_state(flow, config.estimator),
         jax.random.key(config.seed),
         lambda step: map(batch_at, count(step)),
         steps=config.steps,

@@ -63,6 +63,19 @@ _TYPES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class MovedData:
+    """Where the data of a run are now, if they have been moved since.
+
+    Attributes:
+      path: of images or vectors of your own, as `--data.path` of the run.
+      dir: of TensorFlow data sets, as `--data.dir` of the run.
+    """
+
+    path: Path | None = None
+    dir: Path | None = None
+
+
 class SavedFlow(NamedTuple):
     """A run's flow and what it belongs to.
 
@@ -79,13 +92,13 @@ class SavedFlow(NamedTuple):
     step: int
 
 
-def saved_flow(run_dir: Path, weights: Weights = "best", data: Path | None = None) -> SavedFlow:
+def saved_flow(run_dir: Path, weights: Weights = "best", data: MovedData = MovedData()) -> SavedFlow:
     """The flow of a run: of the best validation so far, or of the latest checkpoint.
 
     Args:
       run_dir: its work directory, wherever that has been moved to.
       weights: "best" or "latest".
-      data: where its data have been moved to: the new `--data.path`, or `--data.dir` if it had no path.
+      data: where its data are now.
 
     Raises:
       FileNotFoundError: if the directory holds no run, the run has no checkpoint yet, or its data are not found.
@@ -93,8 +106,7 @@ def saved_flow(run_dir: Path, weights: Weights = "best", data: Path | None = Non
     """
     check_choice("weights", weights, get_args(Weights))
     config = saved_config(run_dir)
-    if data is not None:
-        config = dataclasses.replace(config, data=_moved(config.data, data))
+    config = dataclasses.replace(config, data=_moved(config.data, data))
     directory = config.workdir / "checkpoints"
     none_yet = FileNotFoundError(
         f"run_dir: expected a run with a checkpoint, got {run_dir} without any; the first is written at step "
@@ -117,13 +129,17 @@ def saved_flow(run_dir: Path, weights: Weights = "best", data: Path | None = Non
     return SavedFlow(config, task, tightened_flow(trainer, state), step)
 
 
-def _moved(old: Any, to: Path) -> Any:
+def _moved(old: Any, to: MovedData) -> Any:
     """The data of a config, at another place."""
-    if isinstance(old, DataConfig | VectorDataConfig) and old.path is not None:
-        return dataclasses.replace(old, path=to)
-    if isinstance(old, DataConfig):
-        return dataclasses.replace(old, dir=str(to))
-    raise ValueError(f"data: expected a run on files, which can be moved, got one on {old}")
+    if to.path is not None:
+        if not isinstance(old, DataConfig | VectorDataConfig) or old.path is None:
+            raise ValueError(f"data.path: expected a run on files of your own, which can be moved, got one on {old}")
+        old = dataclasses.replace(old, path=to.path)
+    if to.dir is not None:
+        if not isinstance(old, DataConfig) or old.path is not None:
+            raise ValueError(f"data.dir: expected a run on a TensorFlow data set, got one on {old}")
+        old = dataclasses.replace(old, dir=str(to.dir))
+    return old
 
 
 def saved_config(run_dir: Path) -> RunConfig:

@@ -1,6 +1,6 @@
-"""The ablation of Chen et al. (2019, arXiv 1906.02735): what unbiasedness and LipSwish bring, over several seeds.
+"""Unbiasedness and LipSwish, the ablation of Chen et al. (2019, 1906.02735).
 
-    python -m experiments.studies.ablation [--data digits | mnist | cifar10] [--seeds 0 1 2] [--workdir DIR] ...
+    python -m experiments.studies.ablation [digits | mnist | cifar10] [--seeds 0 1 2] [--workdir DIR] ...
 
 trains three flows with each seed: an i-ResNet (ELU, five terms of the power series), a residual flow with ELU, and one
 with LipSwish, each as `experiments.density` does, under DIR/NAME/SEED (by default runs/ablation); finished runs
@@ -15,13 +15,15 @@ On digits and 2 CPU cores about a minute a run, the first of a kind two. Expecte
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-from experiments.configs import CONFIGS
+from experiments.configs import CONFIGS, SUMMARIES
 from experiments.configs.base import DensityConfig
+from experiments.configs.tiny import tiny as tiny_run
+from experiments.runs.command import NamedCommand, Output
 from experiments.runs.devices import cores_for, use_all_cores, use_xla_flags
 from experiments.runs.launch import run_config
 from experiments.runs.workdir import write_atomically
@@ -29,6 +31,7 @@ from resflow_jax.functional.checks import check_choice
 from resflow_jax.io.config_json import as_json
 from resflow_jax.training.parallel import STRATEGIES, Strategy
 
+DATASETS = ("digits", "mnist", "cifar10")
 VARIANTS = {
     "i-ResNet, ELU": "_truncated_elu",
     "Residual flow, ELU": "_elu",
@@ -41,20 +44,22 @@ class AblationConfig:
     """One run of `python -m experiments.studies.ablation`.
 
     Attributes:
-      data: which images.
+      dataset: which images.
       seeds: one run of each variant for each.
       workdir: where everything is written.
       data_dir: directory of TensorFlow data sets, as `--data.dir` of `experiments.density`.
       steps: of every run; by default those of the data's config.
       parallel: how a step is divided among devices, as in `experiments.density`.
+      small: whether the runs are those of `--tiny`.
     """
 
-    data: Literal["digits", "mnist", "cifar10"] = "digits"
+    dataset: tyro.conf.Suppress[tyro.conf.Fixed[Literal[DATASETS]]] = "digits"
     seeds: tuple[int, ...] = (0, 1, 2)
     workdir: Path = Path("runs/ablation")
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
     steps: int | None = None
     parallel: Strategy = "jit"
+    small: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
 
     def __post_init__(self):
         check_choice("parallel", self.parallel, STRATEGIES)
@@ -62,13 +67,40 @@ class AblationConfig:
             raise ValueError(f"seeds: expected two or more different numbers, got {self.seeds}")
 
 
+def tiny(config: AblationConfig) -> AblationConfig:
+    """Two updates of each flow, tiny, with two seeds."""
+    return replace(config, seeds=(0, 1), workdir=Path("runs/ablation_tiny"), small=True)
+
+
+def output(config: AblationConfig) -> Output:
+    """The table, and a directory a flow."""
+    return Output(config.workdir, ("ablation.json", *(f"{config.dataset}{suffix}/" for suffix in VARIANTS.values())))
+
+
+COMMAND = NamedCommand(
+    "experiments.studies.ablation",
+    __doc__,
+    {name: AblationConfig(name) for name in DATASETS},
+    tiny,
+    output,
+    renamed={
+        "--data": "the name alone, as in `python -m experiments.studies.ablation mnist`",
+        "--data-dir": "--data.dir DIR",
+    },
+    first="digits",
+    summaries=SUMMARIES,
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
-    config = tyro.cli(
-        AblationConfig, args=arguments, prog="python -m experiments.studies.ablation", description=__doc__
-    )
-    use_all_cores(cores_for(CONFIGS[config.data].batch_size))
+    COMMAND.call(start, arguments)
+
+
+def start(config: AblationConfig) -> None:
+    """Takes as many devices as can share a batch, and runs."""
+    use_all_cores(cores_for(settings(config, config.dataset, 0).batch_size))
     run(config)
 
 
@@ -76,7 +108,7 @@ def run(config: AblationConfig) -> dict[str, Any]:
     """Trains what is missing, prints and writes the table; returns it."""
     table = {}
     for title, suffix in VARIANTS.items():
-        name = config.data + suffix
+        name = config.dataset + suffix
         estimates = [run_config(settings(config, name, seed)) for seed in config.seeds]
         means = [estimate.mean for estimate in estimates]
         table[title] = {
@@ -86,7 +118,7 @@ def run(config: AblationConfig) -> dict[str, Any]:
             "runs": {str(seed): estimate._asdict() for seed, estimate in zip(config.seeds, estimates, strict=True)},
         }
     write_atomically(config.workdir / "ablation.json", json.dumps(as_json(table), indent=2) + "\n")
-    print(f"\n{'bits/dim of ' + config.data:<28}mean and deviation over seeds {', '.join(map(str, config.seeds))}")
+    print(f"\n{'bits/dim of ' + config.dataset:<28}mean and deviation over seeds {', '.join(map(str, config.seeds))}")
     for title, row in table.items():
         means = ", ".join(f"{estimate['mean']:.4f}" for estimate in row["runs"].values())
         print(f"{title:<28}{row['mean']:.4f} +- {row['deviation']:.4f}   ({means})")
@@ -95,7 +127,7 @@ def run(config: AblationConfig) -> dict[str, Any]:
 
 def settings(config: AblationConfig, name: str, seed: int) -> DensityConfig:
     """One run: that of a config of `experiments.density`, but for seed and places."""
-    base = CONFIGS[name]
+    base = tiny_run(CONFIGS[name]) if config.small else CONFIGS[name]
     return replace(
         base,
         data=replace(base.data, dir=config.data_dir),

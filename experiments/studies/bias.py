@@ -1,4 +1,4 @@
-"""Training with a biased log-det beside training without bias: the loss of each against the exact value.
+"""Training with a biased log-det beside training without bias, by the exact value.
 
     python -m experiments.studies.bias [--workdir DIR] [--steps N] [--truncated.terms N] [--model.coefficient C] ...
 
@@ -20,7 +20,7 @@ About 4 minutes on 2 CPU cores. Bits/dim at the end:
   truncated, 5 terms   training estimate 1.78, exact 2.60 +- 0.02, estimate - exact -0.749 +- 0.002
   roulette             training estimate 2.37, exact 2.37 +- 0.01, estimate - exact +0.002 +- 0.014
 
-`--help` lists every setting. Under the work directory (runs/bias) it writes bias.png, metrics.jsonl and
+Under the work directory (runs/bias) it writes bias.png, metrics.jsonl and
 config.json; the same command again starts anew.
 """
 
@@ -31,11 +31,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import tyro
 
 from experiments.configs import digits
 from experiments.configs.base import DensityConfig, OptimizerConfig
 from experiments.runs import pictures
+from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.loop import falls_due, training_loop
 from experiments.runs.metrics_file import MetricsFile
@@ -152,9 +152,33 @@ class Outcome(NamedTuple):
     certificate: Certificate
 
 
+def tiny(config: BiasConfig) -> BiasConfig:
+    """Four steps of a tiny flow."""
+    return replace(
+        config,
+        model=replace(config.model, blocks=(1,), hidden_channels=4),
+        workdir=Path("runs/bias_tiny"),
+        steps=4,
+        batch_size=8,
+        every=2,
+        draws=2,
+        images=20,
+        log_every=1,
+    )
+
+
+COMMAND = Command(
+    "experiments.studies.bias",
+    __doc__,
+    BiasConfig(),
+    tiny,
+    output=lambda config: Output(config.workdir, ("bias.png", "metrics.jsonl", "config.json")),
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
-    run(tyro.cli(BiasConfig, args=arguments, prog="python -m experiments.studies.bias", description=__doc__))
+    COMMAND.call(run, arguments)
 
 
 def run(config: BiasConfig) -> dict[str, Outcome]:
@@ -245,7 +269,6 @@ def report(config: BiasConfig, outcomes: dict[str, Outcome], metrics: list[dict]
     for name, (truncated, roulette) in columns.items():
         print(f"{name:<22}{truncated:<22}{roulette}")
     print(f"{'time in all':<22}{time.perf_counter() - began:.0f} s, set-up and compilation included")
-    print(f"{'written to':<22}{config.workdir}")
 
 
 if __name__ == "__main__":

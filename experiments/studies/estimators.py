@@ -1,4 +1,4 @@
-"""Compares estimators of the log-det: variance of the parameter gradient times cost, side by side.
+"""Estimators of the log-det: variance of the gradient times cost, side by side.
 
     python -m experiments.studies.estimators [--workdir DIR] [--targets synthetic digits fashion_mnist] [--keys N] ...
 
@@ -21,6 +21,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,10 +34,11 @@ from jax.flatten_util import ravel_pytree
 
 from experiments.configs.base import DensityConfig
 from experiments.runs import pictures
+from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.tasks.images import load
 from experiments.runs.workdir import write_atomically
-from experiments.studies.trained import NAMES, trained_flow, trained_runs
+from experiments.studies.parts.trained import NAMES, trained_flow, trained_runs
 from resflow_jax import (
     Diagnostics,
     Estimator,
@@ -89,6 +91,7 @@ class EstimatorsConfig:
       fashion_mnist: the same for fashion_mnist.
       seed: of batch, noise and keys.
       parallel: how steps are divided among devices where flows are trained, as in `experiments.density`.
+      small: whether one spectrum, three estimators and flows as of `--tiny` are enough.
     """
 
     workdir: Path = Path("runs/estimators")
@@ -100,6 +103,7 @@ class EstimatorsConfig:
     fashion_mnist: Path | None = None
     seed: int = 0
     parallel: Strategy = "jit"
+    small: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
 
     def __post_init__(self):
         check_choice("parallel", self.parallel, STRATEGIES)
@@ -109,6 +113,28 @@ class EstimatorsConfig:
         check_count("probes", self.probes, 2)
         check_count("batch_size", self.batch_size, 2)
         check_count("seed", self.seed, 0)
+
+
+def tiny(config: EstimatorsConfig) -> EstimatorsConfig:
+    """One spectrum and a tiny flow of the digits."""
+    return dataclasses.replace(
+        config,
+        workdir=Path("runs/estimators_tiny"),
+        targets=("synthetic", "digits"),
+        keys=20,
+        probes=2,
+        batch_size=4,
+        small=True,
+    )
+
+
+COMMAND = Command(
+    "experiments.studies.estimators",
+    __doc__,
+    EstimatorsConfig(),
+    tiny,
+    output=lambda config: Output(config.workdir, ("estimators.json", "estimators.png", *config.targets)),
+)
 
 
 class Target(NamedTuple):
@@ -154,9 +180,7 @@ class Measurement(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
-    run(
-        tyro.cli(EstimatorsConfig, args=arguments, prog="python -m experiments.studies.estimators", description=__doc__)
-    )
+    COMMAND.call(run, arguments)
 
 
 def run(config: EstimatorsConfig) -> dict[str, dict[str, Measurement]]:
@@ -187,7 +211,7 @@ def find_targets(config: EstimatorsConfig) -> Iterator[Target]:
         yield from synthetic_targets(config)
     names = [name for name in NAMES if name in config.targets]
     for run_config in trained_runs(
-        names, {name: getattr(config, name) for name in NAMES}, config.workdir, config.parallel
+        names, {name: getattr(config, name) for name in NAMES}, config.workdir, config.parallel, config.small
     ):
         batch_size = config.batch_size if run_config.data.name == "digits" else max(config.batch_size // 4, 2)
         yield flow_target(run_config, batch_size, config)
@@ -216,7 +240,8 @@ def spectra(dim: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
 def synthetic_targets(config: EstimatorsConfig) -> Iterator[Target]:
     """g(x) = J x with J as its parameter: the gradient of the mean log-det of a batch is that in J."""
     dim = 64
-    for name, jacobian in spectra(dim, np.random.default_rng(config.seed)).items():
+    chosen = spectra(dim, np.random.default_rng(config.seed)).items()
+    for name, jacobian in islice(chosen, 1 if config.small else None):
         params, x = jnp.asarray(jacobian, float), jnp.zeros((config.batch_size, dim))
         lipschitz = float(np.linalg.norm(jacobian, 2)) * (1 + 1e-6)
 
@@ -274,6 +299,8 @@ def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measureme
     moments: dict[tuple[int | None, str], tuple[np.ndarray, float]] = {}
     norms = None
     for name, estimator in ESTIMATORS.items():
+        if config.small and name not in (PAPERS, DEFAULT, FITTED):
+            continue
         if name == FITTED:
             estimator = dataclasses.replace(estimator, length=fit_lengths(norms, batch_size=target.batch_size))
         measured, found = measure(target, estimator, jax.random.key(config.seed))

@@ -1,4 +1,4 @@
-"""How exact and how fast f^-1 is: evaluations of g by every solver at equal error, error against iterations.
+"""How exact and how fast f^-1 is: every solver at equal error, by evaluations of g.
 
     python -m experiments.studies.inverse [--workdir DIR] [--targets digits fashion_mnist] [--samples N] [--peer] ...
 
@@ -21,7 +21,7 @@ import json
 import time
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,12 +34,13 @@ import tyro
 from flax import nnx
 
 from experiments.runs import pictures
+from experiments.runs.command import Command, Output
 from experiments.runs.devices import cores_for, use_all_cores, use_compilation_cache
 from experiments.runs.parts import number_of_parts, over_parts
 from experiments.runs.tables import certificate_rows, print_table
 from experiments.runs.tasks.images import load
 from experiments.runs.workdir import write_atomically
-from experiments.studies.trained import NAMES, trained_flow, trained_runs
+from experiments.studies.parts.trained import NAMES, trained_flow, trained_runs
 from resflow_jax import (
     Anderson,
     Broyden,
@@ -88,6 +89,7 @@ class InverseConfig:
       fashion_mnist: the same of fashion_mnist; left out if neither given nor its data found.
       seed: of the samples.
       parallel: how steps are divided among devices where flows are trained, as in `experiments.density`.
+      small: whether flows as of `--tiny` and a single tolerance are enough.
     """
 
     workdir: Path = Path("runs/inverse")
@@ -101,6 +103,7 @@ class InverseConfig:
     fashion_mnist: Path | None = None
     seed: int = 0
     parallel: Strategy = "jit"
+    small: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
 
     def __post_init__(self):
         check_choice("parallel", self.parallel, STRATEGIES)
@@ -111,6 +114,20 @@ class InverseConfig:
         check_count("part", self.part, 1)
         check_count("repeats", self.repeats, 1)
         check_count("seed", self.seed, 0)
+
+
+def tiny(config: InverseConfig) -> InverseConfig:
+    """Four samples of a tiny flow of the digits, at one tolerance."""
+    return replace(config, workdir=Path("runs/inverse_tiny"), targets=("digits",), samples=4, repeats=1, small=True)
+
+
+def output(config: InverseConfig) -> Output:
+    """The table, two pictures a flow, and the runs."""
+    of_flows = (f"{name}{end}" for name in config.targets for end in ("_errors.png", "_reconstructions.png", "/"))
+    return Output(config.workdir, ("inverse.json", *of_flows))
+
+
+COMMAND = Command("experiments.studies.inverse", __doc__, InverseConfig(), tiny, output)
 
 
 class Cost(NamedTuple):
@@ -134,32 +151,35 @@ class Cost(NamedTuple):
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_all_cores(cores_for(64))  # the batches of the flows, where they are trained
-    run(tyro.cli(InverseConfig, args=arguments, prog="python -m experiments.studies.inverse", description=__doc__))
+    COMMAND.call(run, arguments)
 
 
 def run(config: InverseConfig) -> dict[str, Any]:
     """Measures and draws every flow; returns what inverse.json holds."""
     use_compilation_cache()
     config.workdir.mkdir(parents=True, exist_ok=True)
-    results = {}
+    results, tolerances = {}, TOLERANCES[-1:] if config.small else TOLERANCES
     given = {name: getattr(config, name) for name in NAMES}
-    for run_config in trained_runs(config.targets, given, config.workdir, config.parallel):
+    for run_config in trained_runs(config.targets, given, config.workdir, config.parallel, config.small):
         name, data = run_config.data.name, load(run_config.data)
         flow = trained_flow(run_config)
         certificate = certify(flow)
         images = to_unit_interval(data.test[: config.samples], data.levels)
         z = jax.random.normal(jax.random.key(config.seed), (config.samples, flow.dim), flow.dtype)
 
-        costs = {solver: equal_error_cost(flow, certificate, z, config.error, SOLVERS[solver]) for solver in SOLVERS}
+        costs = {
+            solver: equal_error_cost(flow, certificate, z, config.error, SOLVERS[solver], tolerances)
+            for solver in SOLVERS
+        }
         solvers = {solver: replace(SOLVERS[solver], tolerance=cost.tolerance) for solver, cost in costs.items()}
         exact = {solver: {"error": cost.error, "tolerance": cost.tolerance} for solver, cost in costs.items()}
         peer = None
         if config.peer:
-            from experiments.studies.peers import normflows_from
+            from experiments.studies.parts.peers import normflows_from
 
             peer = normflows_from(flow)
             exact["normflows"] = {"error": peer_error(peer, z)}
-            cost = equal_error_cost(flow, certificate, z, exact["normflows"]["error"], SOLVERS[BEST])
+            cost = equal_error_cost(flow, certificate, z, exact["normflows"]["error"], SOLVERS[BEST], tolerances)
             solvers[AS_PEER] = replace(SOLVERS[BEST], tolerance=cost.tolerance)
             exact[AS_PEER] = {"error": cost.error, "tolerance": cost.tolerance}
         times = time_sampling(flow, z, solvers, peer, config)
@@ -171,20 +191,22 @@ def run(config: InverseConfig) -> dict[str, Any]:
     return results
 
 
-def equal_error_cost(flow: ResidualFlow, certificate: Certificate, z: Array, error: float, solver: Solver) -> Cost:
-    """The evaluations of g at the loosest of `TOLERANCES` whose samples have the reconstruction error asked for.
+def equal_error_cost(
+    flow: ResidualFlow, certificate: Certificate, z: Array, error: float, solver: Solver, tolerances: Sequence[float]
+) -> Cost:
+    """The evaluations of g at the loosest of the tolerances, descending, whose samples are exact enough.
 
-    Found by bisection; the tightest, if none has.
+    Their reconstruction error is then at most `error`. Found by bisection; the tightest, if none is exact enough.
     """
 
     @lru_cache
     def solve(n: int) -> tuple[float, InverseStatus]:
-        at = replace(solver, tolerance=TOLERANCES[n])
+        at = replace(solver, tolerance=tolerances[n])
         x, status = flow.inverse(z, solver=at, return_status=True)
         return reconstruction_error(flow, x, at), status
 
-    chosen = bisect_left(range(len(TOLERANCES) - 1), True, key=lambda n: solve(n)[0] <= error)
-    tolerance, (found, status) = TOLERANCES[chosen], solve(chosen)
+    chosen = bisect_left(range(len(tolerances) - 1), True, key=lambda n: solve(n)[0] <= error)
+    tolerance, (found, status) = tolerances[chosen], solve(chosen)
     counts, bounds = np.asarray(status.iterations), certificate.error_bounds(status)
     return Cost(tolerance, found, counts.mean(axis=1), counts.max(axis=1), float(bounds.max()))
 

@@ -1,4 +1,4 @@
-"""How time and memory of a training step grow with depth, width, batch and image size.
+"""How time and memory of a step grow with depth, width, batch and image size.
 
     python -m experiments.studies.scaling [--workdir DIR]
 
@@ -15,9 +15,10 @@ import numpy as np
 import tyro
 
 from experiments.runs import pictures
+from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
 from experiments.runs.workdir import write_atomically
-from experiments.studies.competitors import Case, Ours
+from experiments.studies.parts.competitors import CASES, Case, Ours
 from resflow_jax import DenseTail, ImageFlowConfig
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.parallel import STRATEGIES, Strategy
@@ -25,17 +26,18 @@ from resflow_jax.training.parallel import STRATEGIES, Strategy
 BASE = Case(ImageFlowConfig((16, 16, 1), blocks=(4,), hidden_channels=64, preactivation="all", tail=DenseTail(0)), 32)
 
 
-def varied(name: str, value: int) -> Case:
-    """The base case with one setting changed."""
+def varied(name: str, value: int, base: Case | None = None) -> Case:
+    """The base case, by default `BASE`, with one setting changed."""
+    base = base or BASE
     match name:
         case "depth":
-            return replace(BASE, config=replace(BASE.config, blocks=(value,)))
+            return replace(base, config=replace(base.config, blocks=(value,)))
         case "width":
-            return replace(BASE, config=replace(BASE.config, hidden_channels=value))
+            return replace(base, config=replace(base.config, hidden_channels=value))
         case "batch":
-            return replace(BASE, batch_size=value)
+            return replace(base, batch_size=value)
         case "side":
-            return replace(BASE, config=replace(BASE.config, shape=(value, value, 1)))
+            return replace(base, config=replace(base.config, shape=(value, value, 1)))
     raise ValueError(f"name: expected one of {', '.join(SERIES)}; got {name!r}")
 
 
@@ -52,6 +54,7 @@ class ScalingConfig:
       length: how many values of each, at least 2.
       workdir: where scaling.json and scaling.png are written.
       parallel: how a step is divided among cores, as in `experiments.density`.
+      small: whether the flow is that of `--tiny`.
     """
 
     steps: int = 7
@@ -59,6 +62,7 @@ class ScalingConfig:
     length: int = 4
     workdir: Path = Path("runs/scaling")
     parallel: Strategy = "jit"
+    small: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
 
     def __post_init__(self):
         check_choice("parallel", self.parallel, STRATEGIES)
@@ -68,22 +72,36 @@ class ScalingConfig:
         check_count("length", self.length, 2)
 
 
+def tiny(config: ScalingConfig) -> ScalingConfig:
+    """Two depths and two batches of a tiny flow."""
+    return replace(config, steps=2, series=("depth", "batch"), length=2, workdir=Path("runs/scaling_tiny"), small=True)
+
+
+COMMAND = Command(
+    "experiments.studies.scaling",
+    __doc__,
+    ScalingConfig(),
+    tiny,
+    output=lambda config: Output(config.workdir, ("scaling.json", "scaling.png")),
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
     use_all_cores()
     use_compilation_cache()
-    run(tyro.cli(ScalingConfig, args=arguments, prog="python -m experiments.studies.scaling", description=__doc__))
+    COMMAND.call(run, arguments)
 
 
 def run(config: ScalingConfig) -> dict[str, dict[str, list[float]]]:
     """Measures, prints, draws; returns values, seconds, bytes and the exponents of both, by setting."""
     config.workdir.mkdir(parents=True, exist_ok=True)
-    result = {}
+    result, base = {}, CASES["tiny"] if config.small else BASE
     print(f"{'':8}{'value':>8}{'ms a step':>12}{'MB a device':>14}")
     for name in config.series:
         values = SERIES[name][: config.length]
-        found = [measure(varied(name, value), config.steps, config.parallel) for value in values]
+        found = [measure(varied(name, value, base), config.steps, config.parallel) for value in values]
         for value, (seconds, size) in zip(values, found, strict=True):
             print(f"{name:8}{value:8}{1e3 * seconds:12.1f}{size / 1e6:14.2f}", flush=True)
         seconds, sizes = (list(column) for column in zip(*found, strict=True))

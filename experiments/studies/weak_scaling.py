@@ -1,4 +1,4 @@
-"""What data parallelism costs: the collectives of a training step on 1, 2, 4 and 8 devices, and an estimate for more.
+"""What data parallelism costs: collectives of a step on 1, 2, 4 and 8 devices.
 
     python -m experiments.studies.weak_scaling [--devices 1 2 4 8] [--per-device B] [--workdir DIR]
 
@@ -28,10 +28,18 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from experiments.runs.command import Command, Output
 from experiments.runs.devices import number_of_cores, use_all_cores, use_compilation_cache, use_xla_flags
 from experiments.runs.workdir import write_atomically
-from experiments.studies.collectives import collectives
-from experiments.studies.competitors import CASES, Case, evaluation_flops, make_flow, make_trainer, photograph_crops
+from experiments.studies.parts.collectives import collectives
+from experiments.studies.parts.competitors import (
+    CASES,
+    Case,
+    evaluation_flops,
+    make_flow,
+    make_trainer,
+    photograph_crops,
+)
 from resflow_jax import ResidualFlow, Roulette
 from resflow_jax.functional.checks import check_count
 from resflow_jax.io.config_json import as_json
@@ -85,6 +93,7 @@ class WeakScalingConfig:
       accelerators: numbers of devices of the estimate.
       images: images a device of the estimate.
       workdir: where weak_scaling.json is written.
+      small: whether the flow is that of `--tiny`.
     """
 
     devices: tuple[int, ...] = (1, 2, 4, 8)
@@ -93,6 +102,7 @@ class WeakScalingConfig:
     accelerators: tuple[int, ...] = (8, 64, 512)
     images: int = 8
     workdir: Path = Path("runs/weak_scaling")
+    small: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
 
     def __post_init__(self):
         for name in ("devices", "accelerators"):
@@ -104,15 +114,31 @@ class WeakScalingConfig:
             check_count(name, getattr(self, name), 1)
 
 
+def tiny(config: WeakScalingConfig) -> WeakScalingConfig:
+    """A tiny flow on one device and two."""
+    return replace(config, devices=(1, 2), per_device=2, steps=2, workdir=Path("runs/weak_scaling_tiny"), small=True)
+
+
+COMMAND = Command(
+    "experiments.studies.weak_scaling",
+    __doc__,
+    WeakScalingConfig(),
+    tiny,
+    output=lambda config: Output(config.workdir, ("weak_scaling.json",)),
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
-    config = tyro.cli(
-        WeakScalingConfig, args=arguments, prog="python -m experiments.studies.weak_scaling", description=__doc__
-    )
     use_xla_flags()
+    COMMAND.call(start, arguments)
+
+
+def start(config: WeakScalingConfig) -> None:
+    """Forces as many devices as are asked for, and runs."""
     use_all_cores(max(config.devices))
     use_compilation_cache()
-    run(config)
+    run(config, CASES["tiny" if config.small else "digits"])
 
 
 def run(config: WeakScalingConfig, case: Case = CASES["digits"]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import gzip
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,18 @@ def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
     return split(parts, bits=bits)
 
 
+def image_shape(path: str | Path) -> tuple[int, int, int]:
+    """(H, W, C) of the images under a path, as of `load_path`; of a folder only the first file is looked at.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_path`.
+    """
+    path = Path(path)
+    is_folder = path.is_dir() and not any((path / f"{_IDX_IMAGES['train']}{end}").exists() for end in ("", ".gz"))
+    first = min(_image_files(path), default=None) if is_folder else None
+    return load_path(path).shape if first is None else _shape(first)
+
+
 def split(parts: dict[str, Images], *, bits: int = 8) -> ImageSplits:
     """Makes all splits from a "train" split and optional "validation" and "test" splits of images of 8 bits."""
     parts = complete(parts, "images")
@@ -81,7 +94,7 @@ def _read_folder(path: Path) -> dict[str, Images]:
 
 def stored_files(folder: Path) -> Images:
     """The image files in a folder, at any depth, sorted by name. They are read at once if they are small."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(_image_files(folder))
     if not files:
         raise FileNotFoundError(f"path: expected image files ({', '.join(SUFFIXES)}) in {folder}, found none")
     first = _shape(files[0])
@@ -92,6 +105,11 @@ def stored_files(folder: Path) -> Images:
             )
     images = StoredImages(lambda numbers: np.stack([_decode(files[n]) for n in numbers]), np.arange(len(files)))
     return held_if_small(images)
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    """The image files of a folder, in any depth."""
+    return (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
 def _shape(file: Path) -> tuple[int, int, int]:

@@ -1,11 +1,10 @@
-"""The course of a training: losses in nats at its pauses, and a copy of the best weights until then."""
+"""What `fit` records while it trains: losses in nats, and the flow with the best weights."""
 
 import math
 import time
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -40,8 +39,8 @@ class FitProgress(NamedTuple):
       step: steps done.
       train: mean -log p in nats of the training batches since the pause before.
       validation: mean -log p in nats of the validation examples, or None.
-      flow: with the present weights, averaged if `ema` says so, its norms converged; not yet tightened. The next step
-        may take its arrays over: it is for use during the call.
+      flow: with the present weights, averaged if `ema` says so, its norms converged; not yet tightened. It may be
+        kept: training does not change it.
     """
 
     step: int
@@ -58,7 +57,7 @@ class FitDivergedError(FloatingPointError):
     """Training or validation stopped being finite.
 
     Attributes:
-      result: the `FitResult` with the weights that were best until then; those before training if there are none.
+      result: the `FitResult` with the best weights before that; the initial ones if no pause came before.
     """
 
     def __init__(self, message: str, result: FitResult):
@@ -118,23 +117,23 @@ class Scorer:
 
 
 class Course:
-    """What a training has shown so far.
+    """The losses and the best weights of a training so far.
 
     Attributes:
-      losses: of the validation examples, at every pause; none without such examples.
-      best_step: steps after which the kept weights were found.
+      losses: validation losses, one for each pause; empty without validation examples.
+      best_step: the step of the kept weights; 0 before the first pause.
     """
 
     def __init__(self, flow: Flow, score: Scorer):
         """flow: before training."""
         self.losses: list[float] = []
         self.best_step = 0
-        self._best, self._score, self._event_shape = _copied(flow), score, flow.event_shape
+        self._best, self._score = flow, score
         self._lines: list[tuple[int, float, float]] = []
         self._began = time.perf_counter()
 
     def add(self, step: int, loss: float, flow: Flow) -> FitProgress:
-        """Scores a flow at a pause, and keeps a copy if it is the best; without validation, in any case.
+        """Scores a flow at a pause, and keeps it if it is the best; without validation the latest is kept.
 
         Raises:
           FloatingPointError: if its score is not finite.
@@ -145,19 +144,14 @@ class Course:
         if validation is not None:
             self.losses.append(validation)
         if is_best:
-            self._best, self.best_step = _copied(flow), step
+            self._best, self.best_step = flow, step
         return FitProgress(step, train, validation, flow)
 
     def result(self, ended: Ending) -> FitResult:
         """The best flow, tightened, and the history."""
-        self._best.tighten()
+        best = nnx.clone(self._best)  # a callback may hold it
+        best.tighten()
         steps, train, seconds = (np.array([line[n] for line in self._lines]) for n in range(3))
         validation = None if self._score.examples is None else np.array(self.losses)
-        rest = self.best_step, ended, self._score.levels, self._event_shape
-        return FitResult(self._best, History(steps.astype(int), train, validation, seconds, *rest))
-
-
-def _copied(flow: Flow) -> Flow:
-    """A flow with arrays of its own: those of a state are donated to the next step."""
-    graphdef, state = nnx.split(flow)
-    return nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
+        rest = self.best_step, ended, self._score.levels, best.event_shape
+        return FitResult(best, History(steps.astype(int), train, validation, seconds, *rest))

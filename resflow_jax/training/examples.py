@@ -33,7 +33,7 @@ class Examples(NamedTuple):
 
     @classmethod
     def of(cls, flow: Flow, x: Any, condition: Any, levels: int | None) -> "Examples":
-        """Examples as the flow takes them: floats, or integer images of so many levels.
+        """Examples as the flow takes them: floats, or integer images with values in {0..levels-1}.
 
         Raises:
           ValueError: that names x or condition, as `Flow.log_prob`; for integer images as `evaluate_bits_per_dim`.
@@ -65,10 +65,10 @@ def divided_examples(
     Args:
       flow: whose examples they are.
       examples: to train on.
-      validation: a share in (0, 1) of the examples, drawn at random, which are then not trained on; other examples x,
-        or a pair (x, condition); None or 0 for none.
+      validation: a share in (0, 1) of the examples, drawn at random and left out of training; other examples x, or a
+        pair (x, condition); None or 0 for none.
       levels: as of `Examples.of`.
-      rng: what draws.
+      rng: draws the share.
 
     Raises:
       ValueError: that names validation.
@@ -98,7 +98,7 @@ def divided_examples(
 def row_numbers(number: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Batches of numbers 0 ... number - 1, without end, all of one size.
 
-    Every epoch has an order of its own. A batch may span two epochs, so that each number comes equally often.
+    Each epoch has a new order. A batch may span two epochs, so that all numbers come equally often.
     """
     left = np.empty(0, np.int32)
     while True:

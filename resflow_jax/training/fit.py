@@ -1,4 +1,4 @@
-"""`fit`: a density of given examples by maximum likelihood, with validation and early stopping, in one call."""
+"""`fit`: maximum likelihood for a flow and given examples, with validation and early stopping, in one call."""
 
 import math
 import signal
@@ -22,7 +22,7 @@ from resflow_jax.functional.checks import (
     check_positive,
     check_type,
 )
-from resflow_jax.functional.estimators import Estimator, Roulette
+from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.course import Course, FitDivergedError, FitProgress, FitResult, Scorer
@@ -65,15 +65,17 @@ def fit(
 ) -> FitResult:
     """Fits a flow to examples x by maximum likelihood, E[-log p(x | c)] in nats, and returns the best weights found.
 
-    The given flow stays as it is: training works on a copy. Steps are `training.Trainer`'s: a gradient of the estimated
-    log-likelihood, the optimiser, then one advance of every power iteration. The loss of the validation examples,
-    always with the same noise, chooses the weights. These have their norms converged and are tightened in the end, so
-    that `certify(flow).is_certified` holds where `Flow.tighten` can see to it; that changes their log-density by parts
-    of a per mille. All examples lie on the device.
+    The given flow does not change: training works on a copy. A step is that of `training.Trainer`: a gradient of the
+    estimated log-likelihood, an update by the optimiser, an advance of every power iteration. The weights with the
+    lowest validation loss are returned; every validation uses the same noise. Their norms are converged, and at the end
+    `Flow.tighten` rescales the kernels that exceed their certified bound, so that `certify(flow).is_certified` holds
+    unless the flow contains contractions on the user's word. This changes kernels by less than about a percent.
 
-    Ctrl-C ends training after the step that runs, and `fit` returns what there is; a second one interrupts as usual.
+    All examples lie on the device. Ctrl-C ends training after the current step, and `fit` returns what it has; a second
+    Ctrl-C interrupts as usual.
 
-    Cost of a step: that of `log_prob` and its gradient on a batch; the first one compiles.
+    Cost of a step: `Flow.log_prob` and its gradient on a batch, with 2.15 evaluations of vjps of g in each block on
+    average by default. The first step compiles it; a validation costs `Flow.log_prob` of the validation examples.
 
     Args:
       flow: a `Flow`, as `ResidualFlow`.
@@ -82,24 +84,24 @@ def fit(
       key: PRNG key, or an integer seed, of everything random: the division of the examples, the order of the batches,
         noise and estimates. The same key gives the same result.
       validation: what to validate on: a share in (0, 1) of the examples, drawn at random; examples like x; of a
-        conditional flow a pair (x, condition); None for nothing. Then the last weights are returned.
+        conditional flow a pair (x, condition); None for no validation: the last weights are then returned.
       steps: optimiser steps, at most. By default 3000.
-      epochs: passes over the training examples, at most, in the place of `steps`.
+      epochs: passes over the training examples, at most, instead of `steps`.
       batch_size: examples a step; by default 256, or all if there are fewer.
-      learning_rate: of Adam: the peak, behind a linear warm-up of at most 100 steps and before a cosine decay to zero
+      learning_rate: of Adam: the peak, after a linear warm-up of at most 100 steps and before a cosine decay to zero
         over all steps; by default 0.005; or an optax schedule. The gradient is clipped to a global norm of 1.
-      optimizer: an optax transformation in the place of all that.
+      optimizer: an optax transformation, instead of Adam, its learning rate and the clipping.
       estimator: of the log-det in training; by default `Roulette()`, which is unbiased.
       evaluation_estimator: of the log-det in validation; by default `Exact()` for at most 32 dimensions, else a
         `Roulette` with eight exact terms.
       ema: decay in (0, 1) of a moving average of the weights, which is then validated and returned; None for none.
       patience: validations in a row without an improvement after which training stops; None for no such stop.
-      validate_every: steps between validations, and entries of the history; by default an epoch, but between a
-        fiftieth and a tenth of all steps.
+      validate_every: steps between validations, and entries of the history; by default those of an epoch, but at
+        least a fiftieth and at most a tenth of all steps.
       initialize: whether to set ActNorm and running statistics from training examples first (`Flow.initialize`). By
-        default where none of them has been set, so that a trained flow is trained on from where it is.
-      levels: for integer images in {0..levels-1}: they are dequantised anew at every step, and the history has
-        bits/dim too.
+        default if none of them has been set yet: a trained flow goes on from its weights.
+      levels: for integer images in {0..levels-1}: they are dequantised with new noise at every step, and the history
+        has bits/dim too.
       mesh: devices of this process that share each batch (`training.make_mesh`); None for one device. The result is
         the same, to rounding.
       progress: whether to draw a progress bar, on stderr or in the notebook.
@@ -138,15 +140,18 @@ def fit(
     optimizer = _optimizer(optimizer, learning_rate, steps)
     _check_others(ema, patience, initialize, progress, callback)
 
-    flow = nnx.clone(flow)  # the caller's stays as it is
+    estimator = Roulette() if estimator is None else estimator
+    check_estimator(estimator)
+    score = Scorer(flow, held_out, levels, validation_key, evaluation_estimator, batch_size, mesh)
+
+    flow = nnx.clone(flow)  # the caller's does not change
     if initialize or (initialize is None and not _is_initialized(flow)):
         first = training.take(rng.permutation(training.number)[:_INITIAL])
         flow.initialize(first.x if levels is None else dequantize(first.x, init_key, levels), first.condition)
     loss = negative_log_likelihood() if levels is None else dequantized_bits_per_dim(levels)
     trainer = Trainer(nnx.graphdef(flow), loss, optimizer, 0.0 if ema is None else ema)
-    state = trainer.create_state(flow, Roulette() if estimator is None else estimator)
+    state = trainer.create_state(flow, estimator)
     devices = trainer if mesh is None else Placement(trainer, mesh)
-    score = Scorer(flow, held_out, levels, validation_key, evaluation_estimator, batch_size, mesh)
     course = Course(flow, score)
 
     with deferred_signals((signal.SIGINT,), "stopping after this step; once more to stop at once") as is_interrupted:
@@ -169,7 +174,7 @@ def fit(
                 answer = None if callback is None else callback(seen)
                 if isinstance(answer, bool | np.bool_) and answer:
                     return course.result("callback")
-                if has_stopped_improving(course.losses, patience):
+                if at.step < steps and has_stopped_improving(course.losses, patience):
                     return course.result("patience")
         except FloatingPointError as error:
             kept = f"the weights of step {course.best_step}" if course.best_step else "the weights before training"
@@ -178,7 +183,7 @@ def fit(
 
 
 def _batch_size(batch_size: int | None, number: int, mesh: Mesh | None) -> int:
-    """Examples a step, of so many; of a mesh equal shares of them."""
+    """Examples a step, at most `number`; a multiple of the devices of a mesh that share them."""
     shares = 1
     if mesh is not None:
         check_type("mesh", mesh, Mesh)
@@ -196,7 +201,7 @@ def _batch_size(batch_size: int | None, number: int, mesh: Mesh | None) -> int:
 
 
 def _steps(steps: int | None, epochs: float | None, epoch: float) -> int:
-    """Steps in all, with an epoch of so many."""
+    """Steps in all; epoch: steps of one epoch."""
     if steps is not None and epochs is not None:
         raise ValueError(f"epochs: expected None beside steps={steps!r}, got {epochs!r}")
     if epochs is not None:
@@ -208,7 +213,7 @@ def _steps(steps: int | None, epochs: float | None, epoch: float) -> int:
 
 
 def _every(validate_every: int | None, steps: int, epoch: float) -> int:
-    """Steps between pauses."""
+    """Steps between pauses; epoch: steps of one epoch."""
     if validate_every is None:
         return min(max(int(epoch), -(-steps // 50)), -(-steps // 10))
     check_count("validate_every", validate_every, 1)
@@ -244,7 +249,7 @@ def _check_others(ema: Any, patience: Any, initialize: Any, progress: Any, callb
 
 
 def _is_initialized(flow: Flow) -> bool:
-    """Whether an ActNorm or a running statistic differs from what it is made with."""
+    """Whether an ActNorm or a running statistic differs from its first value."""
     for _, node in nnx.iter_modules(flow):
         if isinstance(node, ActNorm):
             zeros = node.center, node.log_scale, node.shift

@@ -17,7 +17,7 @@ class Pause(NamedTuple):
 
     Attributes:
       step: steps done.
-      state: the state after that step. The next step is donated it: copy what is to be kept.
+      state: the state after that step. The next step is donated its arrays: copy what is to be kept.
       metrics: means over the steps since the last pause, with the structure of a step's, on the host.
       seconds: per step since the last pause.
       waiting: the part of `seconds` that was spent waiting for batches.

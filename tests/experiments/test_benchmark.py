@@ -8,7 +8,8 @@ import pytest
 
 from experiments import benchmark
 from experiments.runs import devices
-from experiments.studies import competitors, scaling
+from experiments.studies import scaling
+from experiments.studies.parts import competitors
 from resflow_jax import DenseTail, ImageFlowConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:length. Poisson:RuntimeWarning")  # the papers' law

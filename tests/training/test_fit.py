@@ -17,6 +17,7 @@ from resflow_jax.data.embedded import load_digits
 from resflow_jax.training import make_mesh
 from resflow_jax.training.evaluation import vector_log_prob
 from resflow_jax.training.examples import Examples, divided_examples, row_numbers
+from resflow_jax.training.loop import has_stopped_improving
 from tests.compilations import compilations
 from tests.io.flows import conditional_flow
 
@@ -83,7 +84,7 @@ def run():
 
 
 def test_the_best_weights_by_validation(run):
-    """They are those of the least loss, which is that of the validation examples; the arrays are the result's own."""
+    """They are those of the least loss, which is that of the validation examples."""
     (fitted, history), seen, states, validation = run
     best = int(np.argmin(history.validation))
     assert 0 < best < len(history.step) - 1, "a run that has its best in the midst"
@@ -92,6 +93,7 @@ def test_the_best_weights_by_validation(run):
         flow = nnx.merge(nnx.graphdef(FLOW), state)
         np.testing.assert_allclose(loss, -vector_log_prob(flow, validation, jax.random.key(0)).mean(), rtol=1e-12)
         assert progress.validation == loss
+        chex.assert_trees_all_equal(copied(nnx.state(progress.flow)), state)  # training leaves it alone
     expected = nnx.merge(nnx.graphdef(FLOW), states[best])
     expected.tighten()
     chex.assert_trees_all_close(nnx.state(fitted), nnx.state(expected), rtol=1e-12)
@@ -104,6 +106,14 @@ def test_early_stopping(run):
     best = int(np.argmin(history.validation))
     assert len(history.step) == best + 5 == len(seen)
     np.testing.assert_array_equal(history.step, 2 * np.arange(1, best + 6))
+
+
+def test_patience():
+    """It is spent once the last losses are no better than the best before."""
+    assert has_stopped_improving([3.0, 2.0, 2.5, 2.0], 2)
+    assert not has_stopped_improving([3.0, 2.0, 2.5], 2)
+    assert not has_stopped_improving([3.0, 2.0, 2.5, 1.9], 2)
+    assert not has_stopped_improving([3.0], 1) and not has_stopped_improving([1.0, 2.0, 3.0], None)
 
 
 def test_history(run):
@@ -197,18 +207,30 @@ def test_divergence():
     flow, history = caught.value.result
     assert history.ended == "diverged" and history.step.tolist() == [2]
     assert np.isfinite(flow.log_prob(TABLE, estimator=rf.Exact())).all()
+    far = np.full((2, 2), 1e200)
+    message = r"the loss of the validation examples is inf\. error.result has the weights before training"
+    with pytest.raises(rf.FitDivergedError, match=message) as caught:
+        rf.fit(FLOW, TABLE, validation=far, steps=1, **EXACT)
+    flow, history = caught.value.result
+    assert repr(history) == "History(no pause, ended: diverged)"
+    np.testing.assert_allclose(flow.bijector.bijectors[0].center, TABLE.mean(0))  # initialised
 
 
-def test_interruption(capsys):
-    """After Ctrl-C the step ends, and the result is returned; a callback can ask for the same. Nothing else is said."""
-    handler = signal.getsignal(signal.SIGINT)
+def test_interruption(capsys, monkeypatch):
+    """After Ctrl-C the step ends, and the result is returned, tightened; a callback can ask for the same.
+
+    Nothing else is printed.
+    """
+    handler, tightened = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(rf.Flow, "tighten", lambda self: tightened.append(self))
     options = {"steps": 50, "validate_every": 2, "validation": None} | EXACT
 
     def interrupt(progress):
         if progress.step == 4:
             signal.raise_signal(signal.SIGINT)
 
-    _, history = rf.fit(FLOW, TABLE, callback=interrupt, **options)
+    flow, history = rf.fit(FLOW, TABLE, callback=interrupt, **options)
+    assert len(tightened) == 1 and tightened[0] is flow
     assert history.ended == "interrupted" and history.step.tolist() == [2, 4, 5] and history.best_step == 5
     assert signal.getsignal(signal.SIGINT) is handler
     assert capsys.readouterr().out == "stopping after this step; once more to stop at once\n"

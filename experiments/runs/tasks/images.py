@@ -31,6 +31,8 @@ def load(config: DataConfig) -> ImageSplits:
     """The images that a config names."""
     if config.path is not None:
         return load_path(config.path, bits=config.bits)
+    if config.name == "images":
+        raise ValueError("data.path: expected a folder or a file of images, as --data.path FOLDER; got None")
     if config.name == "digits":
         return load_digits()
     if config.name == "photographs":

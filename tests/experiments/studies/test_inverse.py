@@ -10,8 +10,9 @@ import pytest
 
 from experiments.configs import CONFIGS
 from experiments.runs import train
-from experiments.studies import inverse, trained
+from experiments.studies import inverse
 from experiments.studies.inverse import InverseConfig
+from experiments.studies.parts import trained
 from resflow_jax import Anderson, FixedPoint, InverseStatus
 from tests.experiments import tiny
 
@@ -25,7 +26,7 @@ def small(monkeypatch):
     monkeypatch.setattr(inverse, "TOLERANCES", (1e-6,))  # one program
     monkeypatch.setattr(inverse, "PLOTTED_ITERATIONS", (2,))
     monkeypatch.setattr(inverse, "DRAWN_ITERATIONS", (2,))
-    monkeypatch.setitem(sys.modules, "experiments.studies.peers", SimpleNamespace(normflows_from=StandIn))
+    monkeypatch.setitem(sys.modules, "experiments.studies.parts.peers", SimpleNamespace(normflows_from=StandIn))
     for module in (train, inverse):
         monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
 
@@ -90,7 +91,7 @@ def test_bisection_finds_the_loosest_tolerance(monkeypatch):
     certificate = SimpleNamespace(error_bounds=lambda status: np.zeros(2))
     for error, expected in ((2e-4, 1e-4), (1.9e-4, 10**-4.25), (1.0, 1e-2), (1e-9, 1e-7)):
         solved.clear()
-        cost = inverse.equal_error_cost(Flow(), certificate, np.zeros((2, 2)), error, Anderson())
+        cost = inverse.equal_error_cost(Flow(), certificate, np.zeros((2, 2)), error, Anderson(), inverse.TOLERANCES)
         assert cost.tolerance == pytest.approx(expected) and cost.error == pytest.approx(2 * expected)
         assert len(solved) == len(set(solved)) <= 6
 

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 
 import resflow_jax as rf
 from experiments.studies import weak_scaling
-from experiments.studies.collectives import Collective, collectives
-from experiments.studies.competitors import Case
+from experiments.studies.parts.collectives import Collective, collectives
+from experiments.studies.parts.competitors import Case
 from experiments.studies.weak_scaling import WeakScalingConfig, estimate
 from resflow_jax.training.losses import negative_log_likelihood
 from resflow_jax.training.parallel import make_mesh

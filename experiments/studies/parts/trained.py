@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments.configs import CONFIGS
 from experiments.configs.base import DensityConfig
+from experiments.configs.tiny import tiny
 from experiments.runs.launch import run_config
 from experiments.runs.saved import saved_config, saved_flow
 from experiments.runs.tasks.images import load
@@ -18,12 +19,13 @@ _CONFIGS = {"digits": "digits", "fashion_mnist": "fashion_mnist_small"}  # of ex
 
 
 def trained_runs(
-    names: Sequence[str], given: dict[str, Path | None], workdir: Path, parallel: Strategy = "jit"
+    names: Sequence[str], given: dict[str, Path | None], workdir: Path, parallel: Strategy = "jit", small: bool = False
 ) -> Iterator[DensityConfig]:
     """The finished runs of the density configs of these names, or those in given directories, as they were made.
 
     A run without a given directory lies under `workdir`, and is made there unless it is finished, its steps divided
-    among devices as `parallel` says. One whose data are not on disk is left out, and that is printed.
+    among devices as `parallel` says; with `small` it is that of `--tiny`. One whose data are not on disk is left out,
+    and that is printed.
 
     Raises:
       ValueError: if a given directory holds no run.
@@ -33,7 +35,8 @@ def trained_runs(
         if directory is not None and not (directory / "checkpoints").is_dir():
             raise ValueError(f"{name}: expected the work directory of a run of this data set, got {directory}")
         if directory is None:
-            config = dataclasses.replace(CONFIGS[_CONFIGS[name]], workdir=workdir / name, parallel=parallel)
+            config = tiny(CONFIGS[_CONFIGS[name]]) if small else CONFIGS[_CONFIGS[name]]
+            config = dataclasses.replace(config, workdir=workdir / name, parallel=parallel)
         else:
             config = saved_config(directory)
         try:

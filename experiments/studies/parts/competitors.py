@@ -1,11 +1,12 @@
 """What `experiments.benchmark` times: one case by one competitor, in a process of its own.
 
-    python -m experiments.studies.competitors CASE COMPETITOR [jit | shard_map | pmap]
+    python -m experiments.studies.parts.competitors CASE COMPETITOR [jit | shard_map | pmap]
 
 answers each line of standard input, the name of a measure, by one line of JSON: seconds, and what comes with them.
 `compile` needs no data and takes the case's flow in the abstract.
 """
 
+import argparse
 import json
 import math
 import resource
@@ -28,7 +29,7 @@ from experiments.runs.parts import number_of_parts, over_devices, over_parts
 from resflow_jax import Anderson, DenseTail, ImageFlowConfig, ImageTransform, Poisson, ResidualFlow, Roulette
 from resflow_jax.layers.lipschitz import LipschitzLinear
 from resflow_jax.training.losses import dequantized_bits_per_dim
-from resflow_jax.training.parallel import Strategy, make_mesh
+from resflow_jax.training.parallel import STRATEGIES, Strategy, make_mesh
 from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Trainer
 
@@ -59,6 +60,7 @@ CASES = {
         ImageFlowConfig((32, 32, 3), blocks=(16, 16, 16), hidden_channels=512, data=ImageTransform(logit_alpha=0.05)),
         64,
     ),
+    "tiny": Case(ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=DenseTail(0)), 4),
     "cifar10_2": Case(
         ImageFlowConfig((32, 32, 3), blocks=(2, 2, 2), hidden_channels=512, data=ImageTransform(logit_alpha=0.05)), 64
     ),
@@ -226,7 +228,7 @@ class Normflows:
     """The same flow in normflows, on as many threads as PyTorch takes."""
 
     def __init__(self, case: Case):
-        from experiments.studies.peers import normflows_from
+        from experiments.studies.parts.peers import normflows_from
 
         self.images = photograph_crops(case.config.shape, case.batch_size)
         flow = make_flow(case, self.images)
@@ -265,14 +267,23 @@ def _timed(function: Callable[[], Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Serves the measures of one case and competitor until standard input ends."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.studies.parts.competitors",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("competitor", choices=COMPETITORS)
+    parser.add_argument("strategy", choices=STRATEGIES, nargs="?", default="jit")
+    given = parser.parse_args()
     answers, sys.stdout = sys.stdout, sys.stderr
-    case, name = CASES[sys.argv[1]], sys.argv[2]
+    case, name = CASES[given.case], given.competitor
     use_xla_flags()
     use_all_cores()
     use_compilation_cache()
     if name.endswith("bfloat16"):
         case = replace(case, config=replace(case.config, matmul_dtype="bfloat16"))
-    make = partial(Normflows, case) if name == "normflows" else partial(Ours, case, *sys.argv[3:])
+    make = partial(Normflows, case) if name == "normflows" else partial(Ours, case, given.strategy)
     competitor = None
     for line in sys.stdin:
         measure, *arguments = line.split()

@@ -16,7 +16,7 @@ pytest.importorskip("normflows", reason="needs the extra bench: torch and normfl
 
 import torch
 
-from experiments.studies.peers import normflows_from
+from experiments.studies.parts.peers import normflows_from
 
 SMALL = {"kernels": (3, 1), "hidden_channels": 4}
 SCALES = ImageFlowConfig((4, 4, 1), **SMALL, blocks=(2, 1), tail=DenseTail(1, hidden=4, layers=2))

@@ -1,0 +1,77 @@
+"""Values of a config that are one of several kinds, each with settings of its own, chosen by a flag.
+
+`--estimator exact --estimator.chunk-size 16` makes a field of the type `Estimator` an `Exact(chunk_size=16)`;
+`--estimator roulette --estimator.length poisson` does the same one level deeper. Where the flag names the kind that the
+config has already, its settings stay.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, get_type_hints
+
+from resflow_jax import Defensive, Estimator, Exact, Geometric, Poisson, Roulette, Truncated
+from resflow_jax.functional.length_laws import Law
+
+
+@dataclasses.dataclass(frozen=True)
+class OfTheRun:
+    """In place of an estimator: the one that the run itself is evaluated with."""
+
+
+ESTIMATORS: Mapping[str, type] = {"exact": Exact, "roulette": Roulette, "truncated": Truncated}
+LAWS: Mapping[str, type] = {"defensive": Defensive, "geometric": Geometric, "poisson": Poisson}
+_KINDS = (
+    (Estimator, ESTIMATORS, "estimator of the log-det"),
+    (Estimator | OfTheRun, {"run": OfTheRun, **ESTIMATORS}, "estimator of the log-det; `run`: that of the run"),
+    (Law, LAWS, "law of the random length of the roulette's series"),
+)
+
+
+class Choice(NamedTuple):
+    """A flag that chooses the kind of a value.
+
+    Attributes:
+      flag: its name without dashes, as "evaluation.estimator".
+      kinds: the classes by the words that name them.
+      chosen: the word of the value's class.
+      text: for the help.
+    """
+
+    flag: str
+    kinds: Mapping[str, type]
+    chosen: str
+    text: str
+
+
+def choose(config: Any, arguments: Sequence[str], prefix: str = "") -> tuple[Any, list[Choice]]:
+    """The config with the kinds that the arguments name, and all flags of this sort that it then has.
+
+    A word that names no kind changes nothing: the parser refuses it by the choices that are returned. The config does
+    not check itself: settings that go with the value may come later in the arguments. The parser makes another one.
+    """
+    choices, hints, made = [], get_type_hints(type(config)), copy.copy(config)
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        for hint, kinds, text in _KINDS:
+            if hints[field.name] == hint and type(value) in kinds.values():
+                cls = kinds.get(value_of(flag, arguments), type(value))
+                value = value if type(value) is cls else cls()
+                word = next(word for word, kind in kinds.items() if kind is cls)
+                choices.append(Choice(flag, kinds, word, text))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value, deeper = choose(value, arguments, f"{flag}.")
+            choices += deeper
+        if value is not getattr(config, field.name):
+            object.__setattr__(made, field.name, value)
+    return made, choices
+
+
+def value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value that the arguments give to a flag, named without dashes; the last, if it is there several times."""
+    found = None
+    for n, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == f"--{flag}":
+            found = value if equals else next(iter(arguments[n + 1 :]), None)
+    return found

@@ -1,0 +1,36 @@
+"""What follows for a flow from the user's own data: the shape of images, the dimension of vectors."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.configs.base import DensityConfig, RunConfig, VectorsConfig
+from experiments.runs.choices import value_of
+from resflow_jax import ImageFlowConfig
+from resflow_jax.data.files import image_shape
+from resflow_jax.data.vectors import load_vectors
+
+
+def fitted_to_data(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """The config with a model of the size of the data that `--data.path` names, if the arguments name some.
+
+    Raises:
+      FileNotFoundError, ValueError: as `image_shape` and `load_vectors`.
+    """
+    path = value_of("data.path", arguments)
+    if path is None:
+        return config
+    if isinstance(config, DensityConfig):
+        return replace(config, model=fitted_to_shape(config.model, image_shape(Path(path))))
+    if isinstance(config, VectorsConfig):
+        return replace(config, model=replace(config.model, dim=load_vectors(path).dim))
+    return config
+
+
+def fitted_to_shape(model: ImageFlowConfig, shape: tuple[int, int, int]) -> ImageFlowConfig:
+    """The model for images of a shape: with its first scales, as many as the shape can be squeezed for."""
+    squeezes_first = int(model.scales.squeeze_first)
+    scales = len(model.blocks)
+    while scales > 1 and any(side % 2 ** (scales - 1 + squeezes_first) for side in shape[:2]):
+        scales -= 1
+    return replace(model, shape=shape, blocks=model.blocks[:scales])
