@@ -166,7 +166,7 @@ class LipschitzLinear(Module):
         return tuple(float(order) for order in self.traced_orders())
 
     def limit(self) -> Array:
-        """The bound on the norm of the normalised kernel: the coefficient over the expansion of the activation before."""
+        """Bound on the norm of the normalised kernel: the coefficient over the expansion of the activation before."""
         expansion = vector_norm(jnp.asarray(self.slopes, self.kernel.dtype), self.traced_orders()[0])
         return self.coefficient / jnp.maximum(1, expansion)
 
