@@ -37,7 +37,7 @@ Array = jax.Array
 
 
 class _Composition(Bijector):
-    """What chains and multi-scale maps share: the attributes of their parts together."""
+    """The attributes that a chain or a multi-scale map takes from its parts."""
 
     def _take(self, name: str, parts: Sequence[Bijector]) -> None:
         for n, part in enumerate(parts):
@@ -50,14 +50,27 @@ class _Composition(Bijector):
 
 
 class Chain(_Composition):
-    """f = f_n o ... o f_1; the log-dets add up, the inverses run backwards. An empty chain is the identity.
+    """Composition f = f_n o ... o f_1 of bijectors.
+
+        y = f_n(... f_1(x)),   x = f_1^-1(... f_n^-1(y)),   log_det = sum of the log-dets of the f_i, at their own
+        inputs
+
+    An empty chain is the identity. Every layer must take the shape of events that the layer before it returns.
+
+    Args:
+      bijectors: f_1 to f_n.
+
+    Randomness: a key is split among the layers that need one. Cost: the sum over the layers.
 
     Raises:
-      ValueError: for parts that are no bijectors, where a layer does not take the events that the one before it puts
-        out, and where two layers take conditions of different shapes; the message names both.
+      ValueError: for parts that are no bijectors, where a layer does not take the events of the layer before it, and
+        where two layers take conditions of different shapes; the message names both.
 
     Example:
-      chain = rf.Chain([rf.ActNorm((6,)), rf.ResidualBlock(g), rf.Invert(rf.ResidualBlock(g2))])
+      >>> chain = rf.Chain([rf.ActNorm((6,)), rf.Permutation([5, 4, 3, 2, 1, 0]), rf.Reshape((6,), (2, 3))])
+      >>> y, log_det = chain.forward(jnp.ones((4, 6)))
+      >>> y.shape, log_det.shape, chain.inverse(y).shape
+      ((4, 2, 3), (4,), (4, 6))
     """
 
     def __init__(self, bijectors: Sequence[Bijector]):
@@ -160,18 +173,29 @@ class Chain(_Composition):
 
 
 class Invert(Bijector):
-    """f = g^-1 of a bijector g: y with g(y) = x, and log|det dy/dx| = -log|det dg/dy| at y.
+    """The inverse f = g^-1 of a bijector g.
 
-    Of a residual block, x -> y is then a solve and y -> x is explicit. An example whose solve does not converge becomes
-    NaN, unless the solver's `on_failure` is "warn": y is then the best guess.
+        y = g^-1(x),   x = g(y),   log|det dy/dx| = -log|det dg/dy| at y
 
-    What g takes from a batch when it is initialised, and its running statistics, stay as they are.
+    For a residual block, x -> y is then a solve and y -> x is explicit. An example whose solve does not converge
+    becomes NaN, unless the solver's `on_failure` is "warn": y is then the best guess. `initialize` and
+    `update_statistics` leave g as it is.
 
     Args:
-      bijector: g.
-      solver: of the residual blocks inside of g when f is applied; `Anderson(on_failure="raise")` by default.
+      bijector: g; it must not pad.
+      solver: of the residual blocks inside g when f is applied; `Anderson(on_failure="raise")` by default.
 
-    Cost of f: a solve of every residual block of g, and its log-det; of f^-1: one evaluation.
+    Randomness: as in g; the log-det estimate of `Roulette` is unbiased. Cost of f: a solve of every residual block of
+    g, and its log-det if asked for. Cost of f^-1: one evaluation of g.
+
+    Raises:
+      ValueError: for a bijector that is none or that pads, and for a solver that is none.
+
+    Example:
+      >>> log = rf.Invert(rf.Exp())
+      >>> y, log_det = log.forward(jnp.ones((2, 3)))
+      >>> y.shape, log_det.shape, log.inverse(y).tolist()[0]
+      ((2, 3), (2,), [1.0, 1.0, 1.0])
     """
 
     def __init__(self, bijector: Bijector, solver: Solver | None = None):

@@ -36,10 +36,10 @@ def gated(gate: Gate, x: Array) -> Array:
 
 
 class Conditioning(Module):
-    """The gates of several linear layers from a condition [B, *condition_shape], by one hidden layer of 64 units."""
+    """Maps a condition [B, *condition_shape] to the gates of several linear layers; one hidden layer of 64 units."""
 
     def __init__(self, condition_shape: tuple[int, ...], channels: Sequence[int], *, rngs: nnx.Rngs):
-        """channels: of the output of every linear layer."""
+        """channels: number of output channels of every linear layer."""
         for size in condition_shape:
             check_count("condition_shape", size, 1)
         dtype = jnp.result_type(float)

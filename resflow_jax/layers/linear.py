@@ -3,9 +3,8 @@
     y = x W,   W = P L U,   L = I + strictly lower,   U = diag(sign * exp(log_scale)) + strictly upper
     log_det = positions * sum(log_scale)
 
-Kingma & Dhariwal (2018, arXiv 1807.03039), section 3.2, equations 10 and 11: P and sign are fixed, all
-else is learned. W starts as a random orthogonal matrix. Cost: one product of C x C matrices and one
-with x; for the inverse two triangular solves, exact.
+Kingma & Dhariwal (2018, arXiv 1807.03039), section 3.2, equations 10 and 11: P and sign are fixed, the rest is
+learned. W starts as a random orthogonal matrix.
 """
 
 import math
@@ -22,7 +21,32 @@ Array = jax.Array
 
 
 class InvertibleLinear(Bijector):
-    """y = x W on the last axis; see the module's head. x: [B, ..., dim]."""
+    """Learnable invertible matrix on the last axis; on images [B, H, W, C] the invertible 1x1 convolution.
+
+        y = x W,   x = y W^-1,   log_det = positions * sum(log_scale),   W = P L U
+
+    P, L and U are a permutation, a unit lower and an upper triangular matrix (see `layers.linear`). W starts as a
+    random orthogonal matrix. `positions` is the number of elements of an event divided by `dim`.
+
+    Args:
+      dim: size of the last axis of x [B, ..., dim].
+      rngs: `rngs.params` draws W.
+
+    Randomness: `rngs` only; log_det is exact. Cost: one product of dim x dim matrices and one with x; for the inverse
+    two exact triangular solves.
+
+    Raises:
+      ValueError: for a dim below one; from `output_shape`, for events whose last axis is not `dim`.
+
+    Source: Kingma & Dhariwal (2018, arXiv 1807.03039), section 3.2, equations 10 and 11.
+
+    Example:
+      >>> layer = rf.InvertibleLinear(3, rngs=nnx.Rngs(0))
+      >>> x = jnp.arange(24.0).reshape(2, 2, 2, 3)
+      >>> y, log_det = layer.forward(x)
+      >>> y.shape, np.allclose(log_det, 0, atol=1e-4), np.allclose(layer.inverse(y), x, atol=1e-4)
+      ((2, 2, 2, 3), True, True)
+    """
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         check_count("dim", dim, 1)
