@@ -19,7 +19,6 @@ from tests.functional.contractions import (
 from tests.functional.inverses import every_solver, sine, with_status
 
 
-
 @pytest.mark.parametrize(
     ("net", "solver"),
     [

@@ -14,7 +14,6 @@ from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint
 from tests.functional.inverses import sine, with_status
 
 
-
 @pytest.mark.parametrize("wrap", [jax.jit, jax.vmap], ids=["jit", "vmap"])
 def test_too_few_iterations(wrap):
     """At the cap the status says so; where nothing can be said, nothing is, and the program calls nothing back."""

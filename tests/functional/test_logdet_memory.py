@@ -7,7 +7,6 @@ from resflow_jax.functional.estimators import Roulette, Truncated
 from resflow_jax.functional.logdet import residual
 
 
-
 def gradient_memory(estimator, blocks, batch=64, dim=8, hidden=512):
     """Bytes of temporaries of the gradient of a scan over blocks: parameters and their gradient are not among them."""
     params = jnp.zeros((blocks, dim, hidden)), jnp.zeros((blocks, hidden, dim))

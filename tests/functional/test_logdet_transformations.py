@@ -1,4 +1,4 @@
-"""`residual` under jit, vmap and scan; pytrees with integers, arrays that g closes over, float32, both kinds of keys."""
+"""`residual` under jit, vmap and scan; integers in pytrees, arrays that g closes over, float32, both kinds of keys."""
 
 import jax
 import jax.numpy as jnp

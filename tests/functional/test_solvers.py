@@ -15,7 +15,6 @@ from tests.functional.contractions import (
 from tests.functional.inverses import SOLVERS, every_solver, with_status
 
 
-
 def random_contraction(rng, lipschitz, dim):
     """g(x) = L U f(V x + b) with orthonormal U and V and f of slope at most one; also kinked, also linear."""
     u, v = (jnp.asarray(np.linalg.qr(rng.normal(size=(dim, dim)))[0]) for _ in range(2))

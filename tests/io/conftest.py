@@ -8,12 +8,12 @@ from tests.interop.flows import make_flow
 from tests.io.flows import conditional_flow, perturbed
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def flow():
     return make_flow()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def composed():
     return perturbed(conditional_flow(nnx.Rngs(0)))
 

@@ -5,6 +5,6 @@ import pytest
 from tests.models.flows import make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def vector_flow():
     return make("vectors")
