@@ -41,12 +41,6 @@ TINY = ConditionalConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    """Programs compiled by a run stay out of the home directory."""
-    monkeypatch.setattr(conditional, "use_compilation_cache", lambda: None)
-
-
 def test_a_tiny_run(tmp_path, capsys):
     """The files; the loss falls towards that of the posterior; metrics and table say what was returned."""
     results = conditional.run(replace(TINY, workdir=tmp_path / "run"))

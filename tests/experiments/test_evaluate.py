@@ -12,7 +12,6 @@ import pytest
 from experiments import evaluate
 from experiments.configs import CONFIGS
 from experiments.evaluate import EvaluateConfig
-from experiments.runs import train
 from experiments.runs.devices import data_mesh
 from experiments.runs.launch import run_config
 from experiments.runs.saved import saved_flow
@@ -33,13 +32,8 @@ SHARED = {"levels": 17, "mesh": data_mesh(jax.device_count())}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The directory of a run of two steps and its test bits/dim; it is loaded once.
-
-    Programs stay out of the home directory.
-    """
+    """The directory of a run of two steps and its test bits/dim; it is loaded once."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train, evaluate):
-            patch.setattr(module, "use_compilation_cache", lambda: None)
         patch.setattr(evaluate, "saved_flow", lru_cache(saved_flow))
         workdir = tmp_path_factory.mktemp("run")
         yield workdir, run_config(replace(CONFIG, workdir=workdir))
@@ -244,7 +238,6 @@ def test_an_ablation_of_two_steps_and_two_seeds(tmp_path, monkeypatch, capsys):
     """One variant, really trained; run again it is only judged again, and the table is the same. Here, for its programs
     are those of `finished`.
     """
-    monkeypatch.setattr(train, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(ablation, "VARIANTS", {"Residual flow, LipSwish": ""})
     monkeypatch.setitem(CONFIGS, "digits", CONFIG)
     config = AblationConfig(seeds=(0, 1), workdir=tmp_path)

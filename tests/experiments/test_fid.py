@@ -130,7 +130,6 @@ def run_dir(tmp_path_factory):
 
 def test_run(package, run_dir, monkeypatch, capsys):
     """What is written and printed, and that the distances are those between these images."""
-    monkeypatch.setattr(fid, "use_compilation_cache", lambda: None)
     pairs, distance = [], fid.frechet_distance
     monkeypatch.setattr(fid, "frechet_distance", lambda *args: pairs.append(args) or distance(*args))
     result = fid.run(FidConfig(run_dir, number=20, features="pixels", batch_size=20))
@@ -187,7 +186,6 @@ def test_data_that_have_no_distance(shape, numbers, message):
 def test_runs_on_vectors_are_refused(monkeypatch, tmp_path):
     """Before anything is written."""
     monkeypatch.setattr(fid, "needed_package", lambda: None)
-    monkeypatch.setattr(fid, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(fid, "saved_flow", lambda *_: SimpleNamespace(task=SimpleNamespace(name="power")))
     with pytest.raises(ValueError, match=r"run_dir: expected a run on images, got one on vectors \(power\)"):
         fid.run(FidConfig(tmp_path))

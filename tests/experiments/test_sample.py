@@ -21,7 +21,6 @@ from tests.experiments import tiny
 def run_dir(tmp_path_factory):
     """A run that is loaded once, and whose inverse is compiled once for each size of batches."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "use_compilation_cache", lambda: None)
         for name in ("saved_flow", "decoder"):
             patch.setattr(sample, name, lru_cache(getattr(sample, name)))
         workdir = tmp_path_factory.mktemp("run")

@@ -26,12 +26,6 @@ TINY = VariationalConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    """Programs compiled by a run stay out of the home directory."""
-    monkeypatch.setattr(variational, "use_compilation_cache", lambda: None)
-
-
 def test_a_tiny_run_learns_from_its_own_samples(tmp_path, capsys):
     """The files; the divergence falls, is positive, and is what the metrics and the table say."""
     result = variational.run(VariationalConfig(**{**vars(TINY), "workdir": tmp_path / "run"}))

@@ -1,4 +1,4 @@
-"""A run of `experiments.density digits` that takes seconds, one that was never trained, and one that is cut."""
+"""Runs of `experiments.density digits` that take seconds, one that was never trained, and one that is cut."""
 
 from dataclasses import replace
 from itertools import islice
@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from experiments.configs import CONFIGS
-from experiments.configs.base import DensityConfig, EvaluationConfig
+from experiments.configs.base import DensityConfig, EvaluationConfig, OptimizerConfig
 from experiments.runs.launch import run_config
 from experiments.runs.setup import set_up, tightened_flow
 from experiments.runs.tasks.of_config import task_of
@@ -23,6 +23,14 @@ DIGITS = replace(
     steps=2,
     batch_size=8,
     evaluation=EvaluationConfig(estimator=Roulette(), draws=1, examples=20, every=2),
+)
+TINY = replace(
+    DIGITS,
+    steps=6,
+    batch_size=16,
+    log_every=2,
+    optimizer=OptimizerConfig(warmup=2),
+    evaluation=EvaluationConfig(estimator=Roulette(), draws=2, examples=30, every=3),
 )
 
 

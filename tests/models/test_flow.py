@@ -1,82 +1,21 @@
-"""Whole flows, for images and vectors: exact log-dets, round trips, sampling, norms, transforms, logits, errors."""
-
-from dataclasses import replace
+"""Whole flows, for images and vectors: exact log-dets, round trips, sampling, norms, transforms, logits."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 
 import resflow_jax as rf
-from resflow_jax.interop.torch.flow import TorchFlow, TorchImageConfig
+from resflow_jax.interop.torch.flow import TorchFlow
 from resflow_jax.models.bases import standard_normal_log_prob
-from resflow_jax.models.residual_flow import flow_from_config
 from tests.functional.brute_force import enumerated_norm
-
-SMALL = {"hidden_channels": 4, "kernels": (3, 3), "data": rf.ImageTransform(logit_alpha=0.05)}
-TAIL = rf.DenseTail(1, hidden=4, layers=2)
-CLASSES = {"classes": 3, "classifier_channels": 2}
-CONFIGS = {
-    "images": rf.ImageFlowConfig((4, 4, 1), **SMALL, blocks=(2, 1), tail=TAIL),
-    "images, factored out": TorchImageConfig(
-        (4, 4, 2),
-        **CLASSES,
-        **SMALL,
-        blocks=(1, 1, 1),
-        between=rf.BetweenBlocks(feature_actnorm=True, centering="layers"),
-        tail=rf.DenseTail(0),
-        scales=rf.Scales(factor_out=True),
-    ),
-    "images, squeezed first": rf.ImageFlowConfig(
-        (4, 4, 1),
-        **SMALL,
-        blocks=(1, 2),
-        preactivation="all",
-        activation="elu",
-        tail=replace(TAIL, norms="2f2"),
-        scales=rf.Scales(squeeze_first=True),
-    ),
-    "images, one dense layer a block": TorchImageConfig(
-        (2, 2, 1),
-        **CLASSES,
-        blocks=(1, 1),
-        kernels=(3,),
-        fully_connected=True,
-        data=rf.ImageTransform(logit_alpha=None),
-        tail=rf.DenseTail(blocks=1, layers=1),
-    ),
-    "images, DenseNets": rf.ImageFlowConfig(
-        (4, 4, 1),
-        blocks=(1, 2),
-        activation="clipswish",
-        data=rf.ImageTransform(logit_alpha=None, mean=(0.4,), std=(0.3,)),
-        between=rf.BetweenBlocks(batchnorm=True, centering="blocks", invertible_linear=True),
-        tail=rf.DenseTail(blocks=1, densenet_first=3, densenet_growth=2),
-        densenet=rf.DenseNetBlocks(depth=1, growth=2),
-    ),
-    "vectors": rf.VectorFlowConfig(
-        dim=3, blocks=3, hidden=(5,), preactivation="none", between=rf.BetweenBlocks(actnorm=False)
-    ),
-}
-
-
-def make(name):
-    flow = flow_from_config(CONFIGS[name], rngs=nnx.Rngs(1))
-    x = jax.random.uniform(jax.random.key(2), (3, *flow.event_shape))
-    flow.initialize(x)
-    return flow, x
+from tests.models.flows import CONFIGS, make
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def flow_and_x(request):
     return make(request.param)
-
-
-@pytest.fixture(scope="module")
-def vector_flow():
-    return make("vectors")
 
 
 def test_log_det_is_that_of_the_whole_jacobian(flow_and_x):
@@ -179,38 +118,6 @@ def test_logits(flow_and_x):
         flow.logits(x + 1)
 
 
-def test_logits_without_classes():
-    """Only a flow with a classifier has them."""
-    flow = TorchFlow(TorchImageConfig((2, 2, 1), blocks=(1,), kernels=(1,), tail=rf.DenseTail(0)), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="classes: expected a flow whose config has classes, got none"):
-        flow.logits(jnp.zeros((1, 2, 2, 1)))
-
-
-def test_classifier_is_differentiable():
-    """Under jit: the gradient of a cross-entropy in the parameters of flow and heads, by central differences."""
-    flow, x = make("images, one dense layer a block")
-    graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
-
-    def loss(params):
-        return -jnp.mean(jax.nn.log_softmax(nnx.merge(graphdef, params, rest).logits(x))[:, 0])
-
-    loss_and_gradient = jax.jit(jax.value_and_grad(loss))
-    value, gradient = loss_and_gradient(params)
-    np.testing.assert_allclose(value, -jnp.mean(jax.nn.log_softmax(flow.logits(x))[:, 0]), rtol=1e-12)
-    flat, unravel = ravel_pytree(params)
-    for part in ("classifier", "bijector"):  # along a direction in the parameters of each
-        mask = jax.tree_util.tree_map_with_path(lambda path, p, k=part: jnp.full_like(p, is_of(path, k)), params)
-        mask, _ = ravel_pytree(mask)
-        step = 1e-6 * mask * np.random.default_rng(0).normal(size=flat.shape)
-        change = loss_and_gradient(unravel(flat + step))[0] - loss_and_gradient(unravel(flat - step))[0]
-        assert abs(change) > 1e-8
-        np.testing.assert_allclose(2 * ravel_pytree(gradient)[0] @ step, change, rtol=1e-6)
-
-
-def is_of(path, part):
-    return f"['{part}']" in jax.tree_util.keystr(path)
-
-
 def test_diagnostics_by_block(flow_and_x):
     """One entry a residual block, in order: each block's own law is the one that its estimate used."""
     flow, x = flow_and_x
@@ -268,27 +175,6 @@ def test_norms_are_right_without_any_update(flow_and_x):
         first, last = dense.bijectors[0].contraction.linears
         np.testing.assert_allclose(enumerated_norm(last.weights()[0].T, 2, domain=np.inf), 0.98, rtol=1e-6)
         assert (first.orders(), last.orders()) == ((2, np.inf), (np.inf, 2))
-
-
-def test_update_norms_follows_the_parameters():
-    """After a large change of the kernels the old vectors underestimate; updating restores the bound."""
-    flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=3, blocks=2, hidden=(8,)), rngs=nnx.Rngs(0))
-
-    def scramble(param):
-        noise = 5 * jax.random.normal(jax.random.key(param.size), param.shape)
-        return param + noise if param.ndim > 1 else param
-
-    nnx.update(flow, jax.tree.map(scramble, nnx.state(flow, nnx.Param)))
-    assert rf.certify(flow).norms.max() > 1.05
-    graphdef, state = nnx.split(flow)
-    in_jit = nnx.jit(lambda flow: flow.update_norms(tolerance=1e-8, max_iterations=5000))
-    status = in_jit(flow)
-    assert status.converged and status.iterations > 1
-    np.testing.assert_allclose(rf.certify(flow).norms.max(), 0.98, rtol=1e-4)
-    again = nnx.merge(graphdef, state)
-    again.update_norms(tolerance=1e-8, max_iterations=5000)
-    x = jnp.ones((1, 3))
-    np.testing.assert_allclose(again(x), flow(x), rtol=1e-10)
 
 
 def test_sampling(flow_and_x):
@@ -366,117 +252,7 @@ def test_float32():
     np.testing.assert_allclose(flow.inverse(flow(x32)), x32, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def padded_flow():
-    config = rf.ImageFlowConfig(
-        (4, 4, 1),
-        hidden_channels=4,
-        kernels=(3, 3),
-        blocks=(1,),
-        data=rf.ImageTransform(padding=rf.Padding(channels=1, noise="gaussian"), logit_alpha=0.05),
-        tail=rf.DenseTail(0),
-    )
-    return rf.ResidualFlow(config, rngs=nnx.Rngs(0))
-
-
-def test_padding(padded_flow):
-    """z has more elements than x; the noise needs a key, also with the exact log-det; the inverse drops it."""
-    flow, x, key = padded_flow, jax.random.uniform(jax.random.key(2), (3, 4, 4, 1)), jax.random.key(3)
-    assert (flow.event_shape, flow.dim) == ((4, 4, 1), 32)
-    assert flow(x).shape == (3, 32)
-    with pytest.raises(ValueError, match="key: expected a PRNG key to draw the padding's noise, got None"):
-        flow.log_prob(x, estimator=rf.Exact())
-    first, second = (flow.log_prob(x, key=k, estimator=rf.Exact()) for k in jax.random.split(key))
-    assert first.shape == (3,) and not np.allclose(first, second)
-    z, _ = flow.forward(x, key=key, estimator=rf.Exact())
-    np.testing.assert_allclose(flow.inverse(z), x, atol=1e-10)
-    assert flow.sample(key, 2).shape == (2, 4, 4, 1)
-    with pytest.raises(ValueError, match="flow: expected one without padding, which has no log p"):
-        flow.sample_and_log_prob(key, 2)
-
-
-def test_data_mean_and_deviation():
-    """With blocks of zeros and no ActNorm a flow is its entrance: (x - mean) / deviation."""
-    config = rf.VectorFlowConfig(
-        2,
-        1,
-        (3,),
-        data=rf.VectorTransform(mean=[1.0, -2.0], std=[0.5, 4.0]),
-        between=rf.BetweenBlocks(actnorm=False),
-    )
-    flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
-    nnx.update(flow, jax.tree.map(jnp.zeros_like, nnx.state(flow, nnx.Param)))
-    z, log_det = flow.forward(jnp.asarray([[2.0, 2.0]]), estimator=rf.Exact())
-    np.testing.assert_allclose(z, [[2.0, 1.0]], rtol=1e-12)
-    np.testing.assert_allclose(log_det, -np.log(2.0), rtol=1e-12)
-
-
-def test_latent_order():
-    """z holds the part factored out first in front, each part flattened in H, W, C order."""
-    config = rf.ImageFlowConfig(
-        (4, 4, 1), **SMALL, blocks=(1, 1), tail=rf.DenseTail(0), scales=rf.Scales(factor_out=True)
-    )
-    flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
-    # Blocks and ActNorms switched off: z is the squeezed logit of x, cut in two along the channels.
-    nnx.update(flow, jax.tree.map(jnp.zeros_like, nnx.state(flow, nnx.Param)))
-    x = jax.random.uniform(jax.random.key(0), (2, 4, 4, 1))
-    alpha = config.data.logit_alpha
-    y = jax.scipy.special.logit(alpha + (1 - 2 * alpha) * x)
-    squeezed = y.reshape(2, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(2, 2, 2, 4)
-    expected = np.concatenate([squeezed[..., 2:].reshape(2, -1), squeezed[..., :2].reshape(2, -1)], axis=1)
-    np.testing.assert_allclose(flow(x), expected, rtol=1e-9)
-
-
 def test_standard_normal_log_prob():
     """Against scipy's, summed over the last axis."""
     z = jax.random.normal(jax.random.key(0), (3, 5))
     np.testing.assert_allclose(standard_normal_log_prob(z), jax.scipy.stats.norm.logpdf(z).sum(-1), rtol=1e-12)
-
-
-BAD_INPUTS = {
-    "rank": (lambda x: x[0], r"x: expected a float array \[B, 4, 4, 1\], got shape \(4, 4, 1\)"),
-    "channels": (lambda x: jnp.tile(x, 3), r"x: expected .*\[B, 4, 4, 1\], got shape \(3, 4, 4, 3\)"),
-    "size": (lambda x: x[:, :2], r"x: expected .*, got shape \(3, 2, 4, 1\)"),
-    "integers": (lambda x: x.astype(int), "x: expected a float array .* got dtype int"),
-    "above one": (lambda x: 255 * x, r"x: expected values in \[0, 1\], got \[.*\]"),
-    "below zero": (lambda x: x - 1, r"x: expected values in \[0, 1\]"),
-    "not finite": (lambda x: x.at[0, 0, 0, 0].set(jnp.nan), "x: expected finite values, got 1 that are not"),
-    "no array": (lambda x: 0.5, "x: expected a float array .* got float"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_named(case):
-    """forward, log_prob, call and initialize name the argument, what was expected and what came."""
-    change, message = BAD_INPUTS[case]
-    flow = rf.ResidualFlow(CONFIGS["images"], rngs=nnx.Rngs(1))
-    x = change(jax.random.uniform(jax.random.key(0), (3, 4, 4, 1)))
-    for method in (flow, flow.initialize, flow.log_prob, lambda x: flow.forward(x, estimator=rf.Exact())):
-        with pytest.raises(ValueError, match=message):
-            method(x)
-
-
-def test_initialisation_needs_a_batch(vector_flow):
-    """One example has no variance: the error says so and none is no batch."""
-    flow, x = vector_flow
-    with pytest.raises(ValueError, match="x: expected at least 2 examples to take statistics over, got 1"):
-        flow.initialize(x[:1])
-    with pytest.raises(ValueError, match=r"x: expected at least one example, got shape \(0, 3\)"):
-        flow.log_prob(x[:0], estimator=rf.Exact())
-
-
-def test_bad_latents_are_named(vector_flow):
-    """inverse names z."""
-    flow, _ = vector_flow
-    with pytest.raises(ValueError, match=r"z: expected a float array \[B, 3\], got shape \(2, 4\)"):
-        flow.inverse(jnp.zeros((2, 4)))
-    with pytest.raises(ValueError, match="z: expected finite values, got 3 that are not"):
-        flow.inverse(jnp.full((1, 3), jnp.nan))
-
-
-def test_vectors_may_leave_the_unit_interval(vector_flow):
-    """Only images are confined to [0, 1]; vectors must be finite."""
-    flow, x = vector_flow
-    assert jnp.isfinite(flow.log_prob(10 * x, estimator=rf.Exact())).all()
-    with pytest.raises(ValueError, match="x: expected finite values, got 3 that are not"):
-        flow.log_prob(x.at[0].set(np.inf), estimator=rf.Exact())

@@ -1,7 +1,6 @@
 """Two real processes of two devices each: the run of one device, killed, stopped and resumed on other devices."""
 
 import dataclasses
-import json
 import os
 import re
 import socket
@@ -15,22 +14,21 @@ import pytest
 
 from experiments.configs import CONFIGS
 from experiments.configs.base import DistributedConfig, EvaluationConfig, MeshConfig, OptimizerConfig
-from experiments.runs import setup, train
+from experiments.runs import setup
 from experiments.runs.launch import cores_for_run, run_config
 from experiments.runs.metrics import NullMetrics
 from experiments.runs.metrics_file import MetricsFile
-from resflow_jax import DenseTail, ImageFlowConfig, Roulette
+from resflow_jax import DenseTail, Roulette
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.parallel import make_mesh
+from tests.experiments.outputs import read_metrics
 from tests.experiments.runs.worker import without_pictures
-from tests.experiments.tiny import run_and_cut
+from tests.experiments.tiny import DIGITS, run_and_cut
 from tests.paths import ROOT
 
 CONFIG = dataclasses.replace(
     CONFIGS["digits"],
-    model=ImageFlowConfig(
-        (8, 8, 1), blocks=(1,), hidden_channels=64, kernels=(3, 3), tail=DenseTail(blocks=0, hidden=64)
-    ),
+    model=dataclasses.replace(DIGITS.model, hidden_channels=64, tail=DenseTail(blocks=0, hidden=64)),
     steps=12,
     batch_size=24,
     log_every=1,
@@ -55,10 +53,9 @@ ARGUMENTS = [word for name, value in SETTINGS.items() for word in (f"--{name}", 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_pictures_and_cache():
-    """Tests compile for themselves and leave the user's cache alone; here they draw nothing."""
+def no_pictures():
+    """Nothing is drawn here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "use_compilation_cache", lambda: None)
         without_pictures(patch.setattr)
         yield
 
@@ -70,10 +67,6 @@ def on_one_device(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
         return run_config(config), read_metrics(config.workdir)
-
-
-def read_metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def start(workdir, *arguments, event=("none", 0, 0), each=((), ())):

@@ -15,10 +15,12 @@ from experiments.runs.tasks.images import ImageTask, load
 from experiments.runs.workdir import claim_workdir
 from experiments.studies import bias
 from experiments.studies.bias import BiasConfig
-from resflow_jax import DenseTail, Exact, ImageFlowConfig, Truncated, certify
+from resflow_jax import Exact, ImageFlowConfig, Truncated, certify
+from tests.experiments.outputs import read_metrics
+from tests.experiments.tiny import DIGITS
 
 TINY = BiasConfig(
-    model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=DenseTail(0)),
+    model=DIGITS.model,
     steps=5,
     batch_size=16,
     truncated=Truncated(terms=1),
@@ -30,30 +32,18 @@ TINY = BiasConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    """Programs compiled by a run stay out of the home directory."""
-    monkeypatch.setattr(bias, "use_compilation_cache", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Two runs of five steps, where the same command was cut before: their config and outcomes."""
     config = dataclasses.replace(TINY, workdir=tmp_path_factory.mktemp("run"))
     claim_workdir(config.workdir, config)
     (config.workdir / "metrics.jsonl").write_text('{"run": "truncated", "step": 1, "split": "train"}\n')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bias, "use_compilation_cache", lambda: None)
-        return config, bias.run(config)
+    return config, bias.run(config)
 
 
 @pytest.fixture(scope="module")
 def data():
     return load(bias.digits.CONFIG.data)
-
-
-def read_metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_files_and_metrics(finished):

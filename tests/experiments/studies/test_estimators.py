@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from experiments.configs import CONFIGS
-from experiments.runs import train
 from experiments.runs.tasks import images
 from experiments.studies import estimators
 from experiments.studies.estimators import DEFAULT, FITTED, PAPERS, EstimatorsConfig, Target
@@ -80,8 +79,6 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(estimators, "ESTIMATORS", kept)
     monkeypatch.setattr(estimators, "spectra", lambda dim, rng: {"saturated": -0.9 * np.eye(dim)})
     monkeypatch.setitem(CONFIGS, "digits", tiny.DIGITS)
-    for module in (train, estimators):
-        monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(images, "find_data_dir", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no such data")))
     config = EstimatorsConfig(tmp_path, keys=20, probes=2, batch_size=4)
     with jax.enable_x64(False):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from experiments.configs import CONFIGS
-from experiments.runs import train
 from experiments.studies import inverse
 from experiments.studies.inverse import InverseConfig
 from experiments.studies.parts import trained
@@ -19,7 +18,7 @@ from tests.experiments import tiny
 
 @pytest.fixture
 def small(monkeypatch):
-    """A tiny digits flow, not trained, few points, and programs that stay out of the home directory."""
+    """A tiny digits flow, not trained, and few points."""
     monkeypatch.setitem(CONFIGS, "digits", tiny.DIGITS)
     monkeypatch.setattr(trained, "run_config", tiny.save_run)
     monkeypatch.setattr(inverse, "SOLVERS", {name: inverse.SOLVERS[name] for name in (inverse.PLAIN, inverse.BEST)})
@@ -27,8 +26,6 @@ def small(monkeypatch):
     monkeypatch.setattr(inverse, "PLOTTED_ITERATIONS", (2,))
     monkeypatch.setattr(inverse, "DRAWN_ITERATIONS", (2,))
     monkeypatch.setitem(sys.modules, "experiments.studies.parts.peers", SimpleNamespace(normflows_from=StandIn))
-    for module in (train, inverse):
-        monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
 
 
 class StandIn:

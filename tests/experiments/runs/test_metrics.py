@@ -1,0 +1,54 @@
+"""Metrics on disk: a crash or a full disk spoils no line that was written."""
+
+import errno
+import json
+
+import pytest
+
+from experiments.runs.metrics import Metrics
+from experiments.runs.metrics_file import MetricsFile
+from experiments.runs.workdir import write_atomically
+from tests.experiments.outputs import events, read_metrics
+
+
+def test_a_full_disk(tmp_path):
+    """What cannot be written says which file; the one that was there stays whole, and nothing half is left."""
+    path = tmp_path / "config.json"
+    path.write_text("mine")
+    (tmp_path / "config.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left.*config\.json"):
+        write_atomically(path, "new")
+    assert path.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", keep_until=5)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
+        metrics.write(step=2, split="train")
+
+
+def test_events_on_a_full_disk(tmp_path, monkeypatch):
+    """An error that names the directory, not a run that waits for ever."""
+    with Metrics(tmp_path, keep_until=0) as metrics:
+        with monkeypatch.context() as patch:
+            patch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
+            for n in range(20):
+                with pytest.raises(OSError, match=r"No space left.*tensorboard"):
+                    metrics.write(step=n, split="train", bits_per_dim=3.0)
+        metrics.write(step=21, split="train", lipschitz=[0.5, float("inf")], orders=[float("nan")], none=float("nan"))
+    assert len(read_metrics(tmp_path)) == 21
+    assert read_metrics(tmp_path)[-1]["lipschitz"] == [0.5, None]
+    assert events(tmp_path)[1] == {"train/lipschitz"}
+
+
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_metrics_survive_a_half_written_line(tmp_path):
+    """A line cut off by a crash is dropped, complete ones stay."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "split": "train"}\n{"step": 2, "split": "train", "d": {"x": 1}')
+    metrics = MetricsFile(path, keep_until=5)
+    metrics.write(step=3, split="train")
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]

@@ -1,0 +1,74 @@
+"""Work directories that a run refuses, and what it leaves there."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.configs import CONFIGS
+from experiments.configs.base import VectorDataConfig
+from experiments.runs.launch import run_config
+from experiments.runs.workdir import claim_workdir
+from resflow_jax import (
+    VectorFlowConfig,
+)
+from tests.experiments.tiny import TINY
+
+
+def test_a_directory_that_is_not_of_a_run(tmp_path):
+    """Metrics that no config accounts for are not overwritten."""
+    (tmp_path / "metrics.jsonl").write_text('{"mine": 1}')
+    with pytest.raises(FileExistsError, match="workdir: expected a new directory or that of a run"):
+        run_config(dataclasses.replace(TINY, workdir=tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"mine": 1}'
+
+
+def test_images_of_another_shape(tmp_path):
+    """A model that does not fit the data says so before anything is written."""
+    model = dataclasses.replace(TINY.model, shape=(4, 4, 1))
+    with pytest.raises(ValueError, match=r"model.shape: expected \(8, 8, 1\).*got \(4, 4, 1\)"):
+        run_config(dataclasses.replace(TINY, model=model, workdir=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_workdir_that_is_a_file(tmp_path):
+    """The error names the argument and the file is left alone."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="workdir: expected a directory, got the file"):
+        run_config(dataclasses.replace(TINY, workdir=tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_start_that_failed_leaves_the_directory_free(tmp_path):
+    """Settings that cannot work say so before anything is written; where nothing was trained another config may run."""
+    config = dataclasses.replace(TINY, workdir=tmp_path / "run")
+    with pytest.raises(ValueError, match="batch_size: expected between 1 and 1347"):
+        run_config(dataclasses.replace(config, batch_size=5000))
+    assert not config.workdir.exists()
+    claim_workdir(config.workdir, dataclasses.replace(config, batch_size=8))
+    claim_workdir(config.workdir, config)
+    assert json.loads((config.workdir / "config.json").read_text())["batch_size"] == 16
+    (config.workdir / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"another config.*\n.*batch_size: 16 there, 8 now"):
+        claim_workdir(config.workdir, dataclasses.replace(config, batch_size=8))
+    (config.workdir / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"workdir: expected the config of a run in .*config\.json"):
+        claim_workdir(config.workdir, config)
+
+
+def test_too_few_examples_to_test_on(tmp_path):
+    """No standard error can be told of one."""
+    np.save(tmp_path / "few.npy", np.random.default_rng(0).normal(size=(12, 2)))
+    config = dataclasses.replace(
+        CONFIGS["vectors"], data=VectorDataConfig(tmp_path / "few.npy"), model=VectorFlowConfig(2), batch_size=4
+    )
+    with pytest.raises(ValueError, match="data: expected two or more examples to test on, got 1 in"):
+        run_config(config)
+
+
+def test_a_work_directory_that_cannot_be_made():
+    """The error names the argument and the path."""
+    with pytest.raises(OSError, match=r"workdir: could not make /proc/nowhere"):
+        run_config(dataclasses.replace(TINY, workdir=Path("/proc/nowhere")))
