@@ -234,7 +234,7 @@ def test_flags_of_before(command, arguments, instead, capsys):
 
 
 def test_names(capsys):
-    """The first argument is a name, or else the default is meant; a wrong one is refused with the program's own name."""
+    """The first argument is a name, or else the default is meant; a wrong one is refused by its program."""
     assert toy.COMMAND.parse(["rings", "--steps", "5"]).data == "rings" and toy.COMMAND.parse([]).data == "8gaussians"
     assert ablation.COMMAND.parse(["mnist", "--data.dir", "there"]).data_dir == "there"
     assert (
