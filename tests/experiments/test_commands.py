@@ -72,7 +72,7 @@ def test_no_command_is_imported_by_another():
 
 
 def test_every_file_in_the_two_places_is_a_command():
-    """What is none lies in a room of its own; no module in a room pretends to be one, but for the benchmark's worker."""
+    """What is none lies in a room of its own, where no module pretends to be one, but for the benchmark's worker."""
     for place in PLACES.values():
         files = {path.stem for path in place.glob("*.py")} - {"__init__", "__main__"}
         assert set(commands_in(place)) == files
@@ -96,7 +96,7 @@ def test_overviews(main, capsys):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_help(module, capsys, monkeypatch):
-    """Every command has it, within 120 columns however wide the terminal; the first page is no longer than two screens."""
+    """Every command has it, within 120 columns however wide the terminal; the first page has two screens at most."""
     monkeypatch.setenv("COLUMNS", "400")
     command = command_of(module)
     page = helped(command, "--help", capsys=capsys)
@@ -166,7 +166,8 @@ def test_groups_of_settings(capsys):
 def test_boxes():
     """The text that tyro prints, taken apart: usage, groups, settings in one line or two."""
     usage, boxes = boxes_of(
-        "usage: x [-h]\n\n \n options       \n -----------\n  -h, --help  show\n              this\n  --a INT     an a (default: 1)\n"
+        "usage: x [-h]\n\n \n options       \n -----------\n  -h, --help  show\n              this\n"
+        "  --a INT     an a (default: 1)\n"
         " \n m.n options\n ------\n  the n.\n  -----\n  --m.n.flag\n        yes (default: False)\n"
     )
     assert usage == "usage: x [-h]" and list(boxes) == ["options", "m.n"]
@@ -227,15 +228,13 @@ def test_choices_that_a_config_refuses(capsys):
 def test_flags_of_before(command, arguments, instead, capsys):
     """Are refused by the name of what there is now."""
     said = refused(command, *arguments, capsys=capsys)
-    assert (
-        f"{arguments[-2 if len(arguments) > 1 and arguments[-1][0] != '-' else -1].split('=')[0]}: there is no such"
-        in said
-    )
+    flag = next(argument for argument in arguments if argument.startswith("--")).partition("=")[0]
+    assert f"{flag}: there is no such setting any more" in said
     assert instead in said
 
 
 def test_names(capsys):
-    """The first argument is a name, or else the default is meant; a wrong one is refused with the program's own name."""
+    """The first argument is a name, or else the default is meant; a wrong one is refused by its program."""
     assert toy.COMMAND.parse(["rings", "--steps", "5"]).data == "rings" and toy.COMMAND.parse([]).data == "8gaussians"
     assert ablation.COMMAND.parse(["mnist", "--data.dir", "there"]).data_dir == "there"
     assert (

@@ -238,10 +238,8 @@ def test_data_that_were_moved():
             saved._moved(CONFIGS[config].data, MovedData(path=Path("new")))
         with pytest.raises(ValueError, match=r"data\.dir: expected a run on a TensorFlow data set"):
             saved._moved(CONFIGS[config].data, MovedData(dir=Path("new")))
-    for old, moved in (
-        (DataConfig("mnist"), MovedData(path=Path("new"))),
-        (DataConfig("own", Path("old")), MovedData(dir=Path("new"))),
-    ):
+    own, prepared = DataConfig("own", Path("old")), DataConfig("mnist")
+    for old, moved in ((prepared, MovedData(path=Path("new"))), (own, MovedData(dir=Path("new")))):
         with pytest.raises(ValueError, match="expected a run on"):
             saved._moved(old, moved)
     assert saved._moved(CONFIGS["rings"].data, MovedData()) == "rings"
