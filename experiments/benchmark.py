@@ -1,4 +1,4 @@
-"""How fast: training, evaluation, sampling, compilation and memory, beside the PyTorch library normflows.
+"""How fast: training, evaluation, sampling and compilation, beside normflows.
 
     python -m experiments.benchmark [--cases 28x28 32x32] [--rounds N] [--workdir DIR] [--profile DIR]
 

@@ -1,4 +1,4 @@
-"""Conditional residual flows: inference with simulators whose posterior is known, and digits by their class.
+"""Conditional flows: simulators of known posterior, and digits by their class.
 
     python -m experiments.conditional [--workdir DIR] [--steps N] [--digits.steps N] [--observations N] ...
 
@@ -51,6 +51,7 @@ from experiments.studies.conditioning.posteriors import Fit, circle_of, compare,
 from experiments.studies.conditioning.simulators import GaussianLinear, Simulator, TwoMoons
 from resflow_jax import Estimator, Exact, Roulette, VectorFlowConfig, certify
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.estimators import check_estimator
 
 _MODEL = VectorFlowConfig(2, hidden=(32, 32), activation="elu", coefficient=0.97, condition_dim=2)
 
@@ -77,6 +78,7 @@ class TaskConfig:
 
     def __post_init__(self):
         check_count("steps", self.steps, 0)
+        check_estimator(self.estimator)
         check_choice("optimizer.name", self.optimizer.name, ("adam",))
         if self.optimizer.accumulate != 1:
             raise ValueError(f"optimizer.accumulate: expected 1, got {self.optimizer.accumulate}")
@@ -118,7 +120,8 @@ class ConditionalConfig:
       seed: of parameters, simulations and noise.
       batch_size: simulated pairs a step.
       simulations: pairs in all, for a fixed budget; None for new ones at every step.
-      two_moons, gaussian_linear: the tasks.
+      two_moons: the posterior of two moons.
+      gaussian_linear: that of the Gaussian linear model.
       digits: the flows on digits.
       observations: values of x at which posteriors are compared.
       samples: of every posterior, for the comparison.
@@ -160,7 +163,7 @@ def tiny(config: ConditionalConfig) -> ConditionalConfig:
             task,
             model=replace(task.model, blocks=1, hidden=(8,)),
             steps=11,
-            flowjax=replace(task.flowjax, layers=1, width=8, depth=1, knots=3),
+            flowjax=replace(task.flowjax, layers=2, width=16, depth=1),
         )
 
     images = config.digits.model

@@ -1,4 +1,4 @@
-"""Density estimation: trains a residual flow on images, vectors or toy densities and reports its likelihood.
+"""Density estimation: trains a residual flow on images, vectors or toy densities.
 
     python -m experiments.density [NAME] [--workdir DIR] [--steps N] [--batch-size B] [--seed S] ...
     python -m experiments.density images --data.path FOLDER     on your own images

@@ -1,4 +1,4 @@
-"""What a trained flow is worth: bits/dim, reconstruction, certificate, and whether it tells other images apart.
+"""What a trained flow is worth: likelihood, reconstruction, certificate, outliers.
 
     python -m experiments.evaluate RUN_DIR [--examples N] [--draws K] [--estimator exact] [--other DATA ...]
         [--workdir OUT]

@@ -1,4 +1,4 @@
-"""The Frechet distance between samples of a trained flow and images of its data set, by the package torch-fidelity.
+"""The Frechet distance between samples of a flow and its data, by torch-fidelity.
 
     python -m experiments.fid RUN_DIR [--number N] [--against train|test] [--features inception|pixels]
         [--inception-weights PATH] [--temperature T] [--seed S] [--weights best|latest] [--workdir OUT]

@@ -1,4 +1,4 @@
-"""A checkpoint of the authors' PyTorch implementation as a run, which can be evaluated, sampled and gone on with.
+"""A checkpoint of the authors' PyTorch code as a run, to evaluate and go on with.
 
     python -m experiments.import_torch model.pth --workdir DIR [--data.name NAME | --data.path IMAGES] [--steps N]
     python -m experiments.evaluate DIR

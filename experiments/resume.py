@@ -1,4 +1,4 @@
-"""Goes on with a run of `experiments.density`, or one that `experiments.import_torch` wrote, by its own config.json.
+"""Goes on with a run of `experiments.density` or `experiments.import_torch`.
 
     python -m experiments.resume RUN_DIR [--tiny]
 

@@ -1,4 +1,4 @@
-"""Samples of a trained flow, and interpolations between images in its latent space.
+"""Samples of a trained flow, and interpolations between images in latent space.
 
     python -m experiments.sample RUN_DIR [--number N] [--temperature T] [--seed S] [--format png npz]
         [--interpolate I J] [--workdir OUT]

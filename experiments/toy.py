@@ -1,4 +1,4 @@
-"""Density estimation in the plane: `experiments.density` on a toy density, by its name.
+"""Density estimation in the plane: `experiments.density` on a toy density.
 
     python -m experiments.toy [NAME] [--estimator exact | roulette | truncated] [--workdir DIR] [--steps N] ...
 

@@ -1,4 +1,4 @@
-"""Variational inference in the plane: fits a flow to an unnormalised density, from the flow's own samples alone.
+"""Variational inference in the plane: fits a flow to an unnormalised density.
 
     python -m experiments.variational [--target ring | wave | banana] [--estimator roulette] [--steps N] ...
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import optax
 
@@ -10,8 +11,9 @@ from resflow_jax.data.images import check_bits
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval
 from resflow_jax.training.parallel import PARAMETERS, STRATEGIES, Parameters, Strategy
 
-OPTIMIZERS = ("adam", "adamax", "adamw", "sgd")
-SCHEDULES = ("cosine", "step", "constant")
+OptimizerName = Literal["adam", "adamax", "adamw", "sgd"]
+Schedule = Literal["cosine", "step", "constant"]
+OPTIMIZERS, SCHEDULES = get_args(OptimizerName), get_args(Schedule)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class OptimizerConfig:
       name: "adam", "adamax", "adamw" or "sgd" (with Nesterov momentum 0.9).
       learning_rate: peak, reached after the warm-up.
       warmup: updates of linear warm-up.
-      schedule: behind it: "cosine" to zero, "step" (times `decay` at each of `milestones`), or "constant".
+      schedule: after it: "cosine" to zero, "step" (times `decay` at each of `milestones`), or "constant".
       milestones: of "step": updates after which the rate falls, increasing.
       decay: of "step": factor of each fall, in (0, 1).
       b2: decay of Adam's second moment.
@@ -70,10 +72,10 @@ class OptimizerConfig:
       ema_decay: decay, an update, of the moving average of the parameters that evaluation uses.
     """
 
-    name: str = "adam"
+    name: OptimizerName = "adam"
     learning_rate: float = 1e-2
     warmup: int = 100
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     milestones: tuple[int, ...] = ()
     decay: float = 0.1
     b2: float = 0.99

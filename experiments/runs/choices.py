@@ -5,6 +5,7 @@
 config has already, its settings stay.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_type_hints
@@ -46,12 +47,10 @@ class Choice(NamedTuple):
 def choose(config: Any, arguments: Sequence[str], prefix: str = "") -> tuple[Any, list[Choice]]:
     """The config with the kinds that the arguments name, and all flags of this sort that it then has.
 
-    A word that names no kind changes nothing: the parser refuses it by the choices that are returned.
-
-    Raises:
-      ValueError: if the config does not take a value of this kind.
+    A word that names no kind changes nothing: the parser refuses it by the choices that are returned. The config does
+    not check itself: settings that go with the value may come later in the arguments. The parser makes another one.
     """
-    choices, hints = [], get_type_hints(type(config))
+    choices, hints, made = [], get_type_hints(type(config)), copy.copy(config)
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), prefix + field.name.replace("_", "-")
         for hint, kinds, text in _KINDS:
@@ -64,8 +63,8 @@ def choose(config: Any, arguments: Sequence[str], prefix: str = "") -> tuple[Any
             value, deeper = choose(value, arguments, f"{flag}.")
             choices += deeper
         if value is not getattr(config, field.name):
-            config = dataclasses.replace(config, **{field.name: value})
-    return config, choices
+            object.__setattr__(made, field.name, value)
+    return made, choices
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:

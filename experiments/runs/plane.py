@@ -15,6 +15,7 @@ from experiments.runs.loop import falls_due, training_loop
 from experiments.runs.metrics_file import MetricsFile
 from resflow_jax import Estimator, Exact, ResidualFlow, VectorFlowConfig
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.estimators import check_estimator
 from resflow_jax.training.parallel import STRATEGIES, Strategy, make_mesh
 from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Loss, Trainer
@@ -55,6 +56,7 @@ class PlaneConfig:
         check_count("steps", self.steps, 1)
         check_count("batch_size", self.batch_size, 2)
         check_count("seed", self.seed, 0)
+        check_estimator(self.estimator)
         if self.model.dim != 2:
             raise ValueError(f"model.dim: expected 2, got {self.model.dim}")
         check_count("log_every", self.log_every, 1)

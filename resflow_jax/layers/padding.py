@@ -16,6 +16,7 @@ space of e: there p(x) stands for p(x, e in that part) <= p(x), with equality wh
 """
 
 import math
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ from resflow_jax.layers.bijector import Bijector, Forward, Shape
 
 Array = jax.Array
 
-NOISES = ("uniform", "gaussian")
+Noise = Literal["uniform", "gaussian"]
+NOISES = get_args(Noise)
 
 
 class ChannelPadding(Bijector):

@@ -1,8 +1,9 @@
 """Frozen configurations of the flows. They hold sizes and names only, and check themselves."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from resflow_jax.functional.activations import ACTIVATIONS
+from resflow_jax.functional.activations import ACTIVATIONS, ActivationName
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval, check_type
 from resflow_jax.functional.orders import parse_norms
 from resflow_jax.functional.primitives.convolution import MATMUL_DTYPES
@@ -17,7 +18,8 @@ from resflow_jax.models.groups import (
     make_tuples,
 )
 
-PREACTIVATIONS = ("all_but_first", "all", "none")
+Preactivation = Literal["all_but_first", "all", "none"]
+PREACTIVATIONS = get_args(Preactivation)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class ImageFlowConfig:
       blocks: residual blocks of each scale; its length is the number of scales.
       hidden_channels: width of the convolutional blocks.
       kernels: kernel sizes of a block's convolutions, odd; their number is the block's depth.
-      activation: name of the activation, one of `functional.activations.ACTIVATIONS`.
+      activation: of the layers; see `functional.activations`.
       preactivation: which blocks start with an activation: "all_but_first", "all" or "none"; DenseNets never do.
       coefficient: bound on the norm of every linear layer, in (0, 1).
       condition_dim: numbers of a condition c, for p(x | c); None for p(x).
@@ -51,11 +53,11 @@ class ImageFlowConfig:
     blocks: tuple[int, ...] = (16, 16, 16)
     hidden_channels: int = 512
     kernels: tuple[int, ...] = (3, 1, 3)
-    activation: str = "lipswish"
-    preactivation: str = "all_but_first"
+    activation: ActivationName = "lipswish"
+    preactivation: Preactivation = "all_but_first"
     coefficient: float = 0.98
     condition_dim: int | None = None
-    matmul_dtype: str | None = None
+    matmul_dtype: Literal["bfloat16"] | None = None
     data: ImageTransform = ImageTransform()
     between: BetweenBlocks = BetweenBlocks()
     norms: Norms = Norms()
@@ -107,7 +109,7 @@ class VectorFlowConfig:
       dim: D, the number of elements of a vector.
       blocks: number of residual blocks.
       hidden: widths of a block's hidden layers.
-      activation: name of the activation, one of `functional.activations.ACTIVATIONS`.
+      activation: of the layers; see `functional.activations`.
       preactivation: which blocks start with an activation: "none", "all" or "all_but_first"; the last makes the first
         block a kind of its own, which takes XLA half as long again to compile.
       coefficient: bound on the norm of every linear layer, in (0, 1).
@@ -122,11 +124,11 @@ class VectorFlowConfig:
     dim: int
     blocks: int = 16
     hidden: tuple[int, ...] = (64, 64)
-    activation: str = "lipswish"
-    preactivation: str = "none"
+    activation: ActivationName = "lipswish"
+    preactivation: Preactivation = "none"
     coefficient: float = 0.98
     condition_dim: int | None = None
-    matmul_dtype: str | None = None
+    matmul_dtype: Literal["bfloat16"] | None = None
     data: VectorTransform = VectorTransform()
     between: BetweenBlocks = BetweenBlocks()
     norms: Norms = Norms()

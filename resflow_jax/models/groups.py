@@ -6,6 +6,7 @@ config of a flow, as "tail.blocks".
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from resflow_jax.functional.checks import (
     check_choice,
@@ -16,10 +17,11 @@ from resflow_jax.functional.checks import (
     check_type,
 )
 from resflow_jax.functional.orders import parse_norms
-from resflow_jax.layers.padding import NOISES
+from resflow_jax.layers.padding import NOISES, Noise
 
 CENTERINGS = (None, "blocks", "layers")
-ORDER_TIES = ("closed", "all", "none")
+OrderTies = Literal["closed", "all", "none"]
+ORDER_TIES = get_args(OrderTies)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Padding:
     """
 
     channels: int = 0
-    noise: str = "uniform"
+    noise: Noise = "uniform"
     scale: float = 1.0
     shift: float = 0.0
 
@@ -122,7 +124,7 @@ class BetweenBlocks:
     feature_actnorm: bool = False
     first_actnorm: bool = True
     batchnorm: bool = False
-    centering: str | None = None
+    centering: Literal["blocks", "layers"] | None = None
     invertible_linear: bool = False
 
     def __post_init__(self):
@@ -146,7 +148,7 @@ class Norms:
 
     orders: str | tuple[float, ...] | None = None
     learned: bool = False
-    ties: str = "closed"
+    ties: OrderTies = "closed"
 
     def __post_init__(self):
         check_flags(self, "norms.")

@@ -212,7 +212,7 @@ def test_a_flow_of_another_config(path, flow):
     with pytest.raises(ValueError, match=r"like: .*coefficient: expected 0.8, got 0.7$"):
         rf.load(path, like=other)
     with pytest.raises(
-        ValueError, match=r"like: expected a flow like that of the file, got Flow, of which .* structure"
+        ValueError, match=r"like: expected a flow like that of the file, got Flow, for which .* structure"
     ):
         rf.load(path, like=rf.Flow(rf.ActNorm((3,)), BASE))
 
