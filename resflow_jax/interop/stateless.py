@@ -159,8 +159,9 @@ def methods_of(kind: type[Flow]) -> tuple[str, ...]:
       >>> "log_prob" in rf.interop.stateless.methods_of(rf.Flow)
       True
     """
-    bases = [base for base in kind.__mro__ if not issubclass(Module, base)]  # Module's own methods are those of Flax
-    names = dict.fromkeys(name for base in reversed(bases) for name in vars(base))
+    own = [base for base in Flow.__mro__ if not issubclass(Module, base)]  # Module has the methods of Flax
+    added = [base for base in reversed(kind.__mro__) if base not in Flow.__mro__]
+    names = dict.fromkeys(name for base in (*own, *added) for name in vars(base))
     return tuple(n for n in names if (n == "__call__" or not n.startswith("_")) and callable(getattr(kind, n)))
 
 
