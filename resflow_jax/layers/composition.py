@@ -269,26 +269,38 @@ class Invert(Bijector):
 
 
 def _explicit(blocks: int, y: Array) -> InverseStatus:
-    """The status of blocks of which no solve was needed, [blocks, B]."""
+    """The status [blocks, B] of blocks whose inverse needs no solve."""
     zeros = jnp.zeros((blocks, y.shape[0]), y.dtype)
     return InverseStatus(zeros.astype(jnp.int32), zeros, zeros, zeros == 0)
 
 
 class MultiScale(_Composition):
-    """Scales one after the other; after each but the last, half of the channels leave for y.
+    """Multi-scale map: after each scale but the last, half of the channels go straight to y.
 
         x_1 = x,   [x_(s+1), part_s] = scales[s](x_s),   part_S = scales[S](x_S),   y = [part_1, ..., part_S]
+        log_det = sum of the log-dets of the scales
 
-    x: [B, *event_shape]; y: [B, D], the part that left first in front, each part flattened in row-major order. The
-    first half of the last axis goes on, the second leaves; a scale commonly ends in `Squeeze`. Dinh et al. (2017, arXiv
-    1605.08803), section 3.6.
+    x is [B, *shape]. y is [B, D]: the parts in the order of the scales, each flattened in row-major order. The first
+    half of the last axis continues to the next scale, the second half is the part. A scale commonly ends in `Squeeze`.
+    The inverse runs the scales backwards.
 
     Args:
       scales: the bijector of every scale.
-      shape: of one x.
+      shape: shape of one x.
+
+    Randomness: a key is split among the scales. Cost: the sum over the scales.
 
     Raises:
-      ValueError: for no scale, events that do not chain, and an odd number of channels to be halved.
+      ValueError: without scales, for events that do not chain, and for an odd number of channels to be halved.
+
+    Source: Dinh et al. (2017, arXiv 1605.08803), section 3.6.
+
+    Example:
+      >>> scales = [rf.Squeeze((4, 4, 1)), rf.Squeeze((2, 2, 2))]
+      >>> bijector = rf.MultiScale(scales, (4, 4, 1))
+      >>> y = bijector(jnp.arange(16.0).reshape(1, 4, 4, 1))
+      >>> y.shape, bijector.parts, bijector.inverse(y).shape
+      ((1, 16), ((2, 2, 2), (1, 1, 8)), (1, 4, 4, 1))
     """
 
     def __init__(self, scales: Sequence[Bijector], shape: Shape):
@@ -338,15 +350,15 @@ class MultiScale(_Composition):
         return self.scales[0].support
 
     def _leaving(self, n: int, x: Array) -> tuple[Array, Array]:
-        """What goes on from scale n, and the part of y that leaves; after the last scale all of it leaves."""
+        """The half that continues after scale n, and the part of y; after the last scale both are the whole."""
         return jnp.split(x, 2, axis=-1) if n < len(self.scales) - 1 else (x, x)
 
     def _entering(self, n: int, parts: Sequence[Array], x: Array | None) -> Array:
-        """What scale n put out, of its part of y and of what went on from it."""
+        """The output of scale n, from its part of y and from the half that continued."""
         return parts[n] if x is None else jnp.concatenate([x, parts[n]], axis=-1)
 
     def _joined(self, parts: Sequence[Array]) -> Array:
-        """y of its parts."""
+        """y from its parts."""
         return jnp.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=-1)
 
     def _parted(self, y: Array) -> list[Array]:
@@ -418,7 +430,7 @@ class MultiScale(_Composition):
 
 
 def _entrance(bijectors: Sequence[Bijector]) -> Shape | None:
-    """The shape of events that a chain takes, by the first layer that knows its own; None if none does."""
+    """The event shape of a chain, from the first layer that knows its own; None if none does."""
     for n, bijector in enumerate(bijectors):
         if bijector.event_shape is not None:
             shape = bijector.event_shape

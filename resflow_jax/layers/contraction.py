@@ -258,8 +258,8 @@ class Layered(Contraction):
         return None if self.conditioning is None else self.conditioning(condition)
 
     def weights(self) -> tuple[Array | None, list[tuple[Array, Array]], list[Params]]:
-        behind = self.linears[not self.preactivation :]
-        channels = [linear.linear_map.kernel_shape[-2] // self.activation.expansion for linear in behind]
+        following = self.linears[not self.preactivation :]
+        channels = [linear.linear_map.kernel_shape[-2] // self.activation.expansion for linear in following]
         activations = constrained(self.activation, self.activation_params, channels)
         linears = [linear.weights() for linear in self.linears]
         if self.centers:
