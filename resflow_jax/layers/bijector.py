@@ -269,6 +269,7 @@ class Bijector(Module):
         """
         x = as_float_batch("x", x, self.event_shape)
         check_key("key", key, optional=True)
+        check_events(self, x)
         estimator = checked_estimator(estimator, self.blocks)
         condition = as_condition(condition, self.condition_shape, x.shape[:1])
         y, log_det, diagnostics = self.estimate(x, key, estimator, condition)
@@ -310,6 +311,14 @@ def checked_estimator(estimator: Estimator | None, blocks: int) -> Estimator:
     estimator = Roulette() if estimator is None else estimator
     check_estimator(estimator)
     return with_rows(estimator, blocks)
+
+
+def check_events(bijector: Bijector, x: Array) -> None:
+    """Raises ValueError for a batch of events that the layer does not take: they could broadcast, to wrong log-dets."""
+    try:
+        bijector.output_shape(x.shape[1:])
+    except ValueError as error:
+        raise ValueError(f"x: {error}") from error
 
 
 def scaling_log_det(log_scale: Array, x: Array) -> Array:
