@@ -15,7 +15,6 @@ BRIDGES = ("distrax", "flowjax", "numpyro", "stateless")
 PLAIN = {"ACTIVATIONS", "Estimator"}
 # Names whose docstring still lacks something. The set only shrinks.
 UNDONE = {
-    "Estimate",
     "FitDivergedError",
     "FitProgress",
     "FitResult",

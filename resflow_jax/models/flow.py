@@ -223,11 +223,10 @@ class Flow(FlowSampling, FlowUpkeep):
           ValueError: as `forward` for x and condition.
 
         Example:
-          >>> scales = rf.Scales(factor_out=True)
-          >>> config = rf.ImageFlowConfig((4, 4, 1), blocks=(1, 1), hidden_channels=2, scales=scales)
-          >>> flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+          >>> scales = [rf.Squeeze((4, 4, 1)), rf.Squeeze((2, 2, 2))]
+          >>> flow = rf.Flow(rf.MultiScale(scales, (4, 4, 1)))
           >>> [part.shape for part in flow.features(jnp.full((3, 4, 4, 1), 0.5))]
-          [(3, 2, 2, 2), (3, 2, 2, 2)]
+          [(3, 2, 2, 2), (3, 1, 1, 8)]
         """
         return self.split_latent(self(x, condition))
 
