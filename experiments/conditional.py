@@ -1,6 +1,6 @@
 """Conditional flows: simulators of known posterior, and digits by their class.
 
-    python -m experiments.conditional [--workdir DIR] [--steps N] [--digits.steps N] [--observations N] ...
+    python -m experiments.conditional [--workdir DIR] [--two-moons.steps N] [--digits.steps N] [--observations N] ...
 
 For two moons and a Gaussian linear model (`experiments.studies.conditioning.simulators`) a flow learns q(theta | x) for
 all x at once, from simulated pairs alone. flowjax's conditional flow, a masked autoregressive flow of

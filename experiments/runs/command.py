@@ -164,7 +164,7 @@ def parse(
     call = make_dataclass("Settings", fields, frozen=True)
     call.__doc__ = ""
     if asked:
-        print(_help(program, text, call, asked[0], own=len(fields) - 1), end="")
+        print(_help(program, text, call, asked[0], own=len(fields)), end="")
         sys.exit(0)
     said = io.StringIO()
     try:
@@ -178,7 +178,7 @@ def parse(
 
 
 def _help(program: str, text: str, call: type, group: str | None, own: int) -> str:
-    """The text of `--help`; the settings that are no fields of the config, `own` in number, come last."""
+    """The text of `--help`; the settings that are no fields of the config, `own` in number with `--help`, come last."""
     printed = io.StringIO()
     with _columns(help.width()), contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         tyro.cli(call, args=["--help"], prog=program, description="", config=_MARKERS)

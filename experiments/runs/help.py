@@ -74,6 +74,10 @@ def boxes_of(printed: str) -> tuple[str, dict[str, Box]]:
             boxes[name if name in MAIN else name.removesuffix(" options")] = (paragraphs, settings)
         elif not boxes or re.fullmatch(r" +-+", line):
             continue
+        elif flag is not None and flag.count("{") > flag.count("}"):  # its choices go on
+            text = settings.pop(flag)
+            flag = f"{flag} {line.strip()}"
+            settings[flag] = text
         elif found := re.match(r"  (\S.*?)(?:  +(\S.*))?$", line) if _starts_setting(line) else None:
             flag = found[1]
             settings[flag] = found[2] or ""
@@ -99,7 +103,8 @@ def _shown(name: str, box: Box) -> str:
         if len(flag) <= COLUMN:
             lines.append(table_line(flag, text, COLUMN))
         else:
-            lines += [f"  {flag}", table_line("", text, COLUMN)]
+            names = textwrap.fill(flag, width(), initial_indent="  ", subsequent_indent=" " * 6, break_on_hyphens=False)
+            lines += [names, table_line("", text, COLUMN)]
     return "\n".join(lines) + "\n"
 
 

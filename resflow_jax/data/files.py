@@ -25,8 +25,7 @@ def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
 
       - a folder of image files, at any depth, or a folder with the subfolders train, test and optionally validation;
       - a .npy file of uint8 images [N, H, W, C] or [N, H, W]; a .npz file with one such array, or with the arrays
-      train,
-        test and optionally validation;
+        train, test and optionally validation;
       - an IDX file of images, or a folder with the files of MNIST (train-images-idx3-ubyte, t10k-images-idx3-ubyte),
         compressed by gzip or not.
 

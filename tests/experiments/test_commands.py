@@ -167,11 +167,15 @@ def test_boxes():
     """The text that tyro prints, taken apart: usage, groups, settings in one line or two."""
     usage, boxes = boxes_of(
         "usage: x [-h]\n\n \n options       \n -----------\n  -h, --help  show\n              this\n"
-        "  --a INT     an a (default: 1)\n"
+        "  --a INT     an a (default: 1)\n  --b {c,\n  d}\n        a b (default: c)\n"
         " \n m.n options\n ------\n  the n.\n  -----\n  --m.n.flag\n        yes (default: False)\n"
     )
     assert usage == "usage: x [-h]" and list(boxes) == ["options", "m.n"]
-    assert boxes["options"].settings == {"-h, --help": "show this", "--a INT": "an a (default: 1)"}
+    assert boxes["options"].settings == {
+        "-h, --help": "show this",
+        "--a INT": "an a (default: 1)",
+        "--b {c, d}": "a b (default: c)",
+    }
     assert boxes["m.n"] == ("the n.", {"--m.n.flag": "yes"})
 
 

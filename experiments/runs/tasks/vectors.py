@@ -22,8 +22,6 @@ from resflow_jax.training.losses import negative_log_likelihood
 Array = jax.Array
 
 SAMPLES = 1000  # in a sketch
-INTEGRAL_TOLERANCE = 0.01
-_PURPOSES = ("initialize", "train", "test", "picture", "validation")
 
 
 def load(config: VectorDataConfig) -> VectorSplits:
