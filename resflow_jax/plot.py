@@ -165,7 +165,7 @@ def curves(history: History, ax: Any = None, *, unit: str = "nats", **options: A
     The ordinate is cut where the first twentieth of the losses would hide the others.
 
     Args:
-      history: as of `fit(...).history`.
+      history: from `fit(...).history`.
       ax: Axes; by default the current ones.
       unit: "nats" or, for integer images, "bits/dim".
       options: for Axes.plot.
@@ -254,7 +254,7 @@ def density_on_grid(
     estimator: Estimator | None = None,
     key: Array | None = None,
 ) -> np.ndarray:
-    """p at the midpoints of cells x cells equal cells of a box, [y, x]. Arguments as of `density`."""
+    """p at the midpoints of cells x cells equal cells of a box, [y, x]. Arguments as in `density`."""
     points = grid_midpoints(low, high, cells).astype(flow.dtype)
     key = jax.random.key(0) if key is None else key
     options = {"condition": condition, "estimator": estimator, "batch_size": batch_size}

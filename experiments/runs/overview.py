@@ -1,4 +1,4 @@
-"""The commands of a directory, a line each, without an import of any."""
+"""Lists the commands of a directory, one line each, without importing them."""
 
 import ast
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def commands_in(directory: Path) -> dict[str, str]:
-    """The modules of a directory that `python -m` can run, with the first lines of their docstrings; no `__main__`."""
+    """The modules of a directory that `python -m` can run, except `__main__`, with the first line of each docstring."""
     texts = {path.stem: path.read_text() for path in sorted(directory.glob("*.py")) if path.stem != "__main__"}
     return {
         name: ast.get_docstring(ast.parse(text)).partition("\n")[0]
@@ -16,6 +16,6 @@ def commands_in(directory: Path) -> dict[str, str]:
 
 
 def print_room(directory: Path) -> None:
-    """A line for each command of a directory."""
+    """Prints a line for each command of a directory."""
     for name, summary in commands_in(directory).items():
         print(f"  {name:<14} {summary}")

@@ -1,4 +1,4 @@
-"""What experiments in the plane share: the settings of a run, and its training."""
+"""The common settings and the training of experiments in the plane."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ class PlaneConfig:
     """The settings that runs in the plane have in common.
 
     Attributes:
-      workdir: where everything is written; a directory under runs/ by default.
-      steps: optimiser steps in all.
-      batch_size: points a step.
-      seed: of parameters, points and noise.
+      workdir: directory that everything is written to; a directory under runs/ by default.
+      steps: total number of optimiser steps.
+      batch_size: points per step.
+      seed: random seed of parameters, points and noise.
       optimizer: learning rate, clipping, averaging.
-      estimator: of the log-det in the loss.
+      estimator: log-det estimator of the loss.
       model: the flow.
       log_every: steps between lines of metrics.jsonl.
       parallel: how a step is divided among devices, as in `experiments.density`.
@@ -77,10 +77,10 @@ def train_flow(
     unit: str,
     as_line: Callable[[float], dict[str, float]],
 ) -> tuple[ResidualFlow, float]:
-    """Runs all steps of a loss, in `unit`; as_line(loss) is what metrics.jsonl says of it.
+    """Runs all training steps on a loss in `unit`; as_line(loss) gives its entries in metrics.jsonl.
 
     Returns:
-      The flow with the averaged parameters, and the median seconds a step.
+      The flow with the averaged parameters, and the median seconds per step.
     """
     together = config.optimizer.accumulate
     trainer = Trainer(

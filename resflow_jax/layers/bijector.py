@@ -95,7 +95,7 @@ class Bijector(Module):
     takes_noise: bool = False
     pads: bool = False
 
-    # What a layer defines
+    # Methods that a layer defines
 
     def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
         """y = f(x) and its log-det, for a layer in closed form.
@@ -187,7 +187,7 @@ class Bijector(Module):
         """Lower and upper ends of the values of y, or None: the support of the inverse."""
         return None
 
-    # What a layer with residual blocks inside defines
+    # Methods that a layer with residual blocks inside defines
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
         """As `transform`, with the log-det of residual blocks exact or estimated with `key`.
@@ -233,7 +233,7 @@ class Bijector(Module):
           RuntimeError: if a block stays above its target bound after ten rounds.
         """
 
-    # What a layer is used by
+    # Methods for callers
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         """y = f(x) [B, ...], without the log-det and without checks; one evaluation of every g inside."""

@@ -26,7 +26,7 @@ class Bounds(NamedTuple):
         with np.errstate(over="ignore"):
             low, high = (np.asarray(end, float).astype(dtype).astype(float) for end in (low, high))
         if not (low < high).all():
-            raise ValueError(f"high: expected ends that {dtype} tells apart, got {high} above {low}")
+            raise ValueError(f"high: expected ends that differ in {dtype}, got {high} above {low}")
         return cls(low, high, dtype, like)
 
     @property

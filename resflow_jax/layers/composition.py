@@ -416,7 +416,7 @@ class MultiScale(_Composition):
         lipschitz = inverse = 1.0
         for n, scale in enumerate(self.scales):
             forward, backward = scale.certified_bounds(blocks)
-            if n > 0:  # what has left before stays as it is
+            if n > 0:  # the parts that left before are unchanged
                 forward, backward = max(1.0, forward), max(1.0, backward)
             lipschitz, inverse = lipschitz * forward, inverse * backward
         return lipschitz, inverse

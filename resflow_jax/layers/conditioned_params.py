@@ -13,7 +13,7 @@ from resflow_jax.layers.module import Linear, Module
 
 Array = jax.Array
 
-WIDTH = 64  # of the hidden layer of a network of a condition
+WIDTH = 64  # of the hidden layer of a condition's network
 BOUND = 4.0  # exp(4) = 55
 
 

@@ -23,8 +23,8 @@ Array = jax.Array
 _START = 2.0  # of a gate's argument: tanh(2) = 0.96
 
 
-# What a condition does to one linear layer: factor and shift of every channel, [B, channels]. A plain tuple, since
-# `nnx.tabulate` takes no named one.
+# The effect of a condition on one linear layer: factor and shift of every channel, [B, channels]. A plain tuple, since
+# `nnx.tabulate` does not accept a NamedTuple.
 Gate = tuple[Array, Array]
 
 

@@ -66,7 +66,7 @@ def as_condition(condition: Any, shape: ConditionShape, batch: tuple[int, ...]) 
     condition = as_float_array("condition", condition)
     if shape is ANY:
         own = condition.shape[len(batch) :]
-        remedy = "; where one is for all, tell its shape, as by ResidualBlock(module, condition_shape=...)"
+        remedy = "; to share one among all examples, give its shape, as in ResidualBlock(module, condition_shape=...)"
     else:
         own, remedy = tuple(shape), ""
         if condition.shape == own:

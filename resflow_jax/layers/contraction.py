@@ -32,7 +32,7 @@ from resflow_jax.layers.normalization import MovingCentering
 Array = jax.Array
 Params = dict[str, Array]
 
-_CACHED = 2**16  # numbers: a quarter of a MB in float32, a few of which the one or two MB of a core's L2 cache hold
+_CACHED = 2**16  # numbers in a layer's output: 256 KiB in float32; the L2 cache of a core, 1 or 2 MiB, holds several
 
 
 class Contraction(Module):
@@ -104,11 +104,11 @@ class Contraction(Module):
         super().__init_subclass__(**kwargs)
         if "__call__" in vars(cls) and "apply" not in vars(cls) and cls.apply is not Contraction.apply:
             raise TypeError(
-                f"{cls.__name__}: expected a method apply(weights, x, features) beside __call__, since log-dets go by "
-                "the one that is inherited; got none"
+                f"{cls.__name__}: expected a method apply(weights, x, features) beside __call__, since log-dets call "
+                "apply, and the inherited one belongs to another map; got none"
             )
         if "apply" in vars(cls) and "bound" not in vars(cls):
-            cls.bound = Contraction.bound  # an inherited one is that of another map
+            cls.bound = Contraction.bound  # an inherited bound belongs to another map
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         """g(x), or g(x; c), [B, ...] for x [B, ...] and c [B, *condition_shape]; one evaluation."""
@@ -152,7 +152,7 @@ class TrustedContraction(Contraction):
         if lipschitz is None:
             raise ValueError(
                 f"lipschitz: expected a bound on the Lipschitz constant of {type(module).__name__}, which is no "
-                "Contraction and cannot be certified, got None"
+                "Contraction with a bound of its own, got None"
             )
         check_open_interval("lipschitz", lipschitz, 0, 1)
         if condition_shape is None and _takes_condition(module):
@@ -181,11 +181,11 @@ def _called(module: nnx.Module, x: Array, condition: Any) -> Array:
     y = module(x) if condition is None else module(x, condition)
     params_after, state_after = _leaves(module)
     changed = [path for path, leaf in state.items() if state_after.get(path) is not leaf]
-    # A transformation of Flax inside, as nnx.jit, writes all variables back, parameters too, changed or not.
+    # A Flax transformation inside, as nnx.jit, writes back all variables, also unchanged ones and parameters.
     if changed and all(params_after.get(path) is leaf for path, leaf in params.items()):
         raise ValueError(
-            f"g: expected that calling {type(module).__name__} leaves its state as it is, got other values of "
-            f"{', '.join(changed)}; layers with batch statistics or dropout do so after module.eval()"
+            f"g: expected a call of {type(module).__name__} not to change its state, got other values of "
+            f"{', '.join(changed)}; for batch statistics or dropout call module.eval() first"
         )
     return y
 

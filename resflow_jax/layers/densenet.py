@@ -83,7 +83,7 @@ class DenseNetOfMaps(Contraction):
         return self.linears[-1].apply(linears[-1], x, gates[-1])
 
     def _repr_text(self, text: Callable[[Any], str]) -> str:
-        if type(self).__init__ is not DenseNetOfMaps.__init__:  # it has arguments of its own
+        if type(self).__init__ is not DenseNetOfMaps.__init__:  # a subclass with other arguments
             return constructor(self, text)
         kernels = [linear.linear_map.kernel_shape for linear in self.linears]
         depth = len(self.activation_params)

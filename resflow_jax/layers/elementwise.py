@@ -39,7 +39,7 @@ def largest(dtype: Any) -> float:
 
 
 def smallest(dtype: Any) -> float:
-    """The smallest normal number of a dtype: what is less may be flushed to zero."""
+    """The smallest normal number of a dtype: smaller numbers may be flushed to zero."""
     return float(jnp.finfo(dtype).tiny)
 
 

@@ -71,7 +71,7 @@ class InvertibleLinear(Bijector):
     def weight(self) -> Array:
         """W, [dim, dim]."""
         lower, upper = self._factors()
-        # Full precision also where an accelerator multiplies float32 coarsely: the solves of the inverse are exact.
+        # Full precision also on accelerators that multiply float32 coarsely, since the solves of the inverse are exact.
         product = jnp.matmul(lower, upper, precision="highest")
         return jnp.zeros_like(product).at[self.rows[...]].set(product, unique_indices=True)
 
@@ -86,7 +86,7 @@ class InvertibleLinear(Bijector):
         x = y.reshape(-1, y.shape[-1])
         x = jax.lax.linalg.triangular_solve(upper, x)
         x = jax.lax.linalg.triangular_solve(lower, x, lower=True, unit_diagonal=True)
-        # That was x[:, rows]: y = x W = x[:, rows] W[rows], and W[rows] = L U.
+        # The solution is x[:, rows], since y = x W = x[:, rows] W[rows] and W[rows] = L U.
         return jnp.zeros_like(x).at[:, self.rows[...]].set(x, unique_indices=True).reshape(y.shape)
 
     def lipschitz_bounds(self) -> tuple[float, float]:
@@ -97,7 +97,7 @@ class InvertibleLinear(Bijector):
         if not np.isfinite(size):
             return math.inf, math.inf
         singular_values = np.linalg.svd(product, compute_uv=False)
-        # What rounding may have done to the product and to its singular values (Higham 2002, sections 3.5 and 20.1).
+        # A bound on the rounding errors of the product and of its singular values (Higham 2002, sections 3.5 and 20.1).
         rounding = 8 * len(product) * np.finfo(np.float64).eps * size
         smallest = singular_values[-1] - rounding
         return float(singular_values[0] + rounding), float(1 / smallest) if smallest > 0 else math.inf

@@ -87,7 +87,8 @@ class Logit(Elementwise):
             low, high, width = (bounds.constant(value) for value in (bounds.low, bounds.high, bounds.width))
             from_low, from_high = (x - low) / width, (high - x) / width
         s = _positive(alpha + scale * from_low, least_low, slack_low)
-        # The maximum is never the bound. Without it XLA would make (1 + alpha) - x of alpha + (1 - x), and lose alpha.
+        # The bound of the maximum is never attained. It stops XLA from rewriting alpha + (1 - x) as (1 + alpha) - x,
+        # which loses alpha.
         rest = alpha + scale * jnp.maximum(from_high, -2 * (1 + alpha / scale))
         return jnp.log(s), jnp.log(_positive(rest, least_high, slack_high))
 
@@ -97,13 +98,13 @@ class Logit(Elementwise):
         return log_s - log_rest, self._log_scale(bounds) - log_s - log_rest
 
     def inverse_values(self, y: Array) -> tuple[Array, Array]:
-        # From y the slope is exact also where x is too close to an end of the interval to tell.
+        # Computed from y, the slope is exact even if x rounds to an end of the interval.
         bounds = Bounds.of(self.low, self.high, y)
         log_slopes = self._log_scale(bounds) + jax.nn.softplus(y) + jax.nn.softplus(-y)
         if self._is_unit:
             return self._share(y), log_slopes
         low, high, width = (bounds.constant(value) for value in (bounds.low, bounds.high, bounds.width))
-        # Each half from its own end: an end at zero is as accurate as that of [0, 1].
+        # Each half is computed from its nearer end, which keeps the relative accuracy near an end at zero.
         return jnp.where(y < 0, low + width * self._share(y), high - width * self._share(-y)), log_slopes
 
     def _share(self, y: Array) -> Array:
@@ -132,7 +133,7 @@ class Logit(Elementwise):
         return float(forward / width.min()), float(inverse * width.max())
 
 
-_SLACK = 8  # units of rounding by which x may be beyond the end of a logit's domain
+_SLACK = 8  # units of rounding by which x may lie outside the domain of a logit
 
 
 def logit_domain(alpha: float, dtype: Any, low: Any = 0.0, high: Any = 1.0) -> tuple[Any, Any]:

@@ -29,7 +29,7 @@ class _ModuleType(type(nnx.Module)):
             value = _original(value)
         if value is next((vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)), None):
             if name in vars(cls):
-                super().__delattr__(name)  # what a class inherits does not become its own
+                super().__delattr__(name)  # an inherited method must not become an attribute of the class
             return
         super().__setattr__(name, value)
 
@@ -39,7 +39,7 @@ def _recorded(recording: Callable[..., Any], original: Callable[..., Any]) -> Ca
 
     @wraps(original)
     def method(self, *args, **kwargs):
-        # An earlier summary that failed may have left its method behind: the present one calls it.
+        # An earlier summary that failed may have left its method in the class; the present summary then calls it.
         is_present = getattr(type(self), original.__name__) is method
         function = recording if is_present and hasattr(self, "_nnx_tabulate_id") else original
         return function(self, *args, **kwargs)

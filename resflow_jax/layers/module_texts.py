@@ -24,8 +24,8 @@ from resflow_jax.functional.texts import constructor, count, listed, setting, up
 
 Shape = tuple[int, ...]
 
-_WIDTH = 100  # of a line's text: longer compositions have lines for their parts, other layers are cut
-_DEEPEST = 6  # modules inside of modules on a line
+_WIDTH = 100  # of a line's text; a longer composition is split into lines for its parts, other layers are cut
+_DEEPEST = 6  # levels of nested modules that a line shows
 
 
 class Part(NamedTuple):
@@ -78,7 +78,7 @@ def module_text(module: nnx.Module) -> str:
     try:
         parts = module._repr_parts(getattr(module, "event_shape", None))
         return _table(module, parts) if parts and parts.parts else _line(module)
-    except Exception:  # a module may be half made, or hold anything in the place of its arrays
+    except Exception:  # a module may be incomplete, or hold something other than arrays
         return f"{type(module).__name__}(...)"
 
 

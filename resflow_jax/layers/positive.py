@@ -90,7 +90,7 @@ class Softplus(_ToPositive):
 def safe_exp(x: Array) -> Array:
     """exp(x), a positive normal number for every x."""
     low, high = smallest(x.dtype), largest(x.dtype)
-    # Rounding must not take exp(x) beyond the dtype: its derivative would be infinite, and that of x 0 * inf.
+    # Rounding must not take exp(x) out of the dtype's range: its derivative would be infinite, that of x 0 * inf = NaN.
     highest = math.log(high) * (1 - 4 * float(jnp.finfo(x.dtype).eps))
     return jnp.maximum(jnp.exp(jnp.clip(x, math.log(low), highest)), low)
 

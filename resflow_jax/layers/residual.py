@@ -196,7 +196,7 @@ class ResidualStack(Bijector):
             self.steps = nnx.vmap(make_step)(rngs.split(depth))
         check_type("make_step", self.steps, Bijector)
         if not norms_are_deferred():
-            update_norms(self.steps, TIGHT, restart=False)  # their vectors are random: they lack nothing
+            update_norms(self.steps, TIGHT, restart=False)  # random vectors need no restart
         self.blocks = depth * self.steps.blocks
         self.takes_noise = self.steps.takes_noise
         self.pads = self.steps.pads

@@ -18,7 +18,7 @@ from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowCon
 from resflow_jax.models.groups import Padding
 
 Shape = tuple[int, ...]
-# The blocks of one scale on images (H, W, C): the layers, and the shape of the event that they put out.
+# The blocks of one scale on images (H, W, C): the layers, and the shape of their output event.
 MakeBlocks = Callable[[ImageFlowConfig, int, Shape, nnx.Rngs], tuple[list[Bijector], Shape]]
 
 

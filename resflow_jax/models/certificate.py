@@ -42,7 +42,7 @@ class Certificate:
     def __repr__(self) -> str:
         try:
             return "\n".join(self._lines())
-        except Exception:  # something else stands in the place of the numbers, as while a tree is mapped
+        except Exception:  # fields may hold something other than numbers, as inside jax.tree.map
             return constructor(self)
 
     def _lines(self) -> list[str]:

@@ -171,7 +171,9 @@ class VectorFlowConfig:
             check_count("hidden", width, 1)
         _check_common(self, len(self.hidden) + 1)
         if self.between.feature_actnorm:
-            raise ValueError("between.feature_actnorm: expected False, for `actnorm` is one per feature, got True")
+            raise ValueError(
+                "between.feature_actnorm: expected False, since `actnorm` is per feature for vectors, got True"
+            )
         self.data.check_channels(self.dim)
 
 

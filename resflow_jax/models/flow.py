@@ -95,7 +95,7 @@ class Flow(FlowSampling, FlowUpkeep):
             event_shape = bijector.input_shape(tuple(base.event_shape))
         if event_shape is None:
             raise ValueError(
-                "event_shape: expected the shape of one x, which neither bijector nor base tells, got None; pass "
+                "event_shape: expected the shape of one x, since neither bijector nor base has one, got None; pass "
                 "event_shape=..., or a base with a shape, as StandardNormal((3,))"
             )
         event_shape = tuple(event_shape)
@@ -107,7 +107,7 @@ class Flow(FlowSampling, FlowUpkeep):
         self.base = StandardNormal(latent_shape) if base is None else as_base(base, latent_shape)
         if tuple(self.base.event_shape) != latent_shape:
             raise ValueError(
-                f"base: expected a distribution of events {latent_shape}, which the bijector makes of {event_shape}, "
+                f"base: expected a distribution of events {latent_shape}, as the bijector returns for {event_shape}, "
                 f"got one of {tuple(self.base.event_shape)}"
             )
         self.event_shape = event_shape
@@ -223,11 +223,10 @@ class Flow(FlowSampling, FlowUpkeep):
           ValueError: as `forward` for x and condition.
 
         Example:
-          >>> scales = rf.Scales(factor_out=True)
-          >>> config = rf.ImageFlowConfig((4, 4, 1), blocks=(1, 1), hidden_channels=2, scales=scales)
-          >>> flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+          >>> scales = [rf.Squeeze((4, 4, 1)), rf.Squeeze((2, 2, 2))]
+          >>> flow = rf.Flow(rf.MultiScale(scales, (4, 4, 1)))
           >>> [part.shape for part in flow.features(jnp.full((3, 4, 4, 1), 0.5))]
-          [(3, 2, 2, 2), (3, 2, 2, 2)]
+          [(3, 2, 2, 2), (3, 1, 1, 8)]
         """
         return self.split_latent(self(x, condition))
 
@@ -260,7 +259,7 @@ class Flow(FlowSampling, FlowUpkeep):
         arrays = [as_float_batch(f"parts[{n}]", *pair) for n, pair in enumerate(zip(parts, shapes, strict=True))]
         sizes = {array.shape[0] for array in arrays}
         if len(sizes) > 1:
-            raise ValueError(f"parts: expected one number of examples in all, got {sorted(sizes)}")
+            raise ValueError(f"parts: expected the same number of examples in all, got {sorted(sizes)}")
         z = jnp.concatenate([array.reshape(array.shape[0], -1) for array in arrays], axis=1)
         return z.reshape(-1, *self.latent_shape)
 

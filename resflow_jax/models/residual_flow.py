@@ -46,7 +46,10 @@ class ResidualFlow(Flow):
       (8,)
     """
 
-    config_types = (ImageFlowConfig, VectorFlowConfig)  # exactly; a subclass of a config has its own class of flows
+    config_types = (
+        ImageFlowConfig,
+        VectorFlowConfig,
+    )  # exactly these; a subclass of a config has its own class of flows
 
     def __init__(self, config: FlowConfig, *, rngs: nnx.Rngs):
         """Makes a flow with random parameters, the norm of each linear layer iterated to convergence.
@@ -66,7 +69,7 @@ class ResidualFlow(Flow):
         is_image = isinstance(config, ImageFlowConfig)
         super().__init__(bijector, event_shape=config.shape if is_image else (config.dim,))
         self.config = config
-        if has_mixed_norms(config):  # learned ones start at 2, where any start will do
+        if has_mixed_norms(config):  # learned orders start at 2, where no search is needed
             map_linears(self, lambda layer: layer.search_norm())
             self.converge_norms()
 
@@ -85,7 +88,7 @@ class ResidualFlow(Flow):
 
     def _domain(self, are_data: bool) -> Domain:
         is_image = isinstance(self.config, ImageFlowConfig)
-        if is_image and self.config.data.logit_alpha is None and are_data:  # without a logit samples may be anywhere
+        if is_image and self.config.data.logit_alpha is None and are_data:  # samples may lie outside
             return UNIT_INTERVAL
         return super()._domain(are_data)
 
@@ -114,7 +117,7 @@ def _creator(config, build):
     def create(key):
         with deferred_norms():
             bijector = build(config, nnx.Rngs(key))
-        update_norms(bijector, TIGHT, restart=False)  # their vectors are random: they lack nothing
+        update_norms(bijector, TIGHT, restart=False)  # random vectors need no restart
         static["graphdef"], state = nnx.split(bijector)
         return state
 

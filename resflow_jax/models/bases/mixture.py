@@ -117,7 +117,7 @@ class MixtureOfNormals(Base):
             return jnp.take_along_axis(values, index, axis=1)[:, 0]
 
         noise = jax.random.normal(noise_key, (num_samples, *self.event_shape), means.dtype)
-        # No weights, as of negative ones, choose no component: adding them makes the sample NaN too.
+        # NaN weights, as from negative ones, choose no component; adding NaN makes the sample NaN too.
         unknown = jnp.where(jnp.isnan(jnp.sum(weights, axis=-1)), jnp.nan, 0).astype(means.dtype)
         unknown = per_example(jnp.broadcast_to(unknown, (num_samples,)), noise)
         return of_chosen(means) + temperature * jnp.exp(of_chosen(log_stds)) * noise + unknown
@@ -128,6 +128,6 @@ def _log_weighted_sum(weights: Array, logs: Array) -> Array:
     is_positive = weights > 0
     terms = jnp.where(is_positive, jnp.log(jnp.where(is_positive, weights, 1)) + logs, -jnp.inf)
     largest = jax.lax.stop_gradient(jnp.max(terms, axis=-1, keepdims=True))
-    # A weight of zero adds nothing, but has a derivative: exp(logs - largest), cut where it would overflow.
+    # A weight of zero adds nothing, but its derivative is exp(logs - largest), clipped before it overflows.
     of_zero = weights * jnp.exp(jnp.minimum(logs - largest, _LARGEST_EXPONENT))
     return jnp.log(jnp.sum(jnp.where(is_positive, jnp.exp(terms - largest), of_zero), axis=-1)) + largest[..., 0]

@@ -86,7 +86,7 @@ class ObjectBase(Base):
         return type(self.distribution).__name__
 
     def _check_shapes(self, kind: type) -> None:
-        """Raises a ValueError unless both methods return what they should, of two examples."""
+        """Raises ValueError unless both methods return the expected shapes for two examples."""
         dtype = jnp.result_type(float)
 
         def two(key, condition):
@@ -131,7 +131,7 @@ class _Fixed:
             return self is other
         try:
             return bool((self.structure, self.is_array, self.others) == (other.structure, other.is_array, other.others))
-        except Exception:  # as of arrays inside of the structure
+        except Exception:  # as for arrays inside the structure
             return False
 
     def __hash__(self) -> int:
@@ -156,7 +156,7 @@ def _condition_shape(distribution: Any) -> ConditionShape:
 def _parameters(method: Any) -> set[str]:
     try:
         return set(inspect.signature(method).parameters)
-    except (TypeError, ValueError):  # of methods written in C
+    except (TypeError, ValueError):  # for methods written in C
         return set()
 
 
