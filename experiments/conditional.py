@@ -85,7 +85,7 @@ class TaskConfig:
         for name, expected in (("dim", self.simulator.dim), ("condition_dim", self.simulator.x_dim)):
             if getattr(self.model, name) != expected:
                 raise ValueError(
-                    f"model.{name}: expected {expected}, that of {type(self.simulator).__name__}, got "
+                    f"model.{name}: expected {expected}, as {type(self.simulator).__name__} has, got "
                     f"{getattr(self.model, name)}"
                 )
 

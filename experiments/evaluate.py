@@ -263,7 +263,7 @@ def rows(task: Task, result: dict[str, Any]) -> dict[str, str]:
     table = {
         f"test {task.label}": f"{test[task.metric]:.4f} +- {test['stderr']:.4f} ({test['examples']} examples, "
         f"weights of step {result['step']})",
-        "of which": f"{error_by_cause(test['data_stderr'], test['noise_stderr'])} ({result['draws']} draws, "
+        "standard error": f"{error_by_cause(test['data_stderr'], test['noise_stderr'])} ({result['draws']} draws, "
         f"{result['estimator']['type']})",
         "reconstruction error": f"{found['error']:.1e}, max |x - f^-1(f(x))| of {found['examples']} test examples"
         + (f"; {found['unconverged']} DID NOT CONVERGE" if found["unconverged"] else ""),

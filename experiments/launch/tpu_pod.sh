@@ -22,7 +22,7 @@
 #     experiments/launch/tpu_pod.sh start --seed 1
 #     experiments/launch/tpu_pod.sh follow             # the output of worker 0
 #     experiments/launch/tpu_pod.sh status             # finished, running, or stopped
-#     experiments/launch/tpu_pod.sh stop               # behind its step, with a checkpoint
+#     experiments/launch/tpu_pod.sh stop               # after its step, with a checkpoint
 #
 # Google calls the Cloud TPU API, which this uses, no longer under active development; on GKE see jobset.yaml.
 #

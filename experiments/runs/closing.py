@@ -61,7 +61,7 @@ def report(
     measured = f"{result.mean:.4f} +- {result.stderr:.4f}"
     rows = {
         f"test {task.label}": f"{measured} ({tested} examples, weights of step {step})",
-        "of which": error_by_cause(result.data_stderr, result.noise_stderr),
+        "standard error": error_by_cause(result.data_stderr, result.noise_stderr),
         **drawing.rows,
         **certificate_rows(certificate),
         "time per step": "no step taken: the run was finished before"

@@ -12,7 +12,7 @@ def certificate_rows(certificate: Certificate) -> dict[str, str]:
     return {
         "certified": f"{answer}: Lip(g) <= {worst.bound:.4f} in {len(certificate.blocks)} blocks (target "
         f"{worst.target_bound:.4f})",
-        "of the whole flow": f"Lip(f) <= {certificate.lipschitz:.1e}, Lip(f^-1) <= {certificate.inverse_lipschitz:.1e}",
+        "whole flow": f"Lip(f) <= {certificate.lipschitz:.1e}, Lip(f^-1) <= {certificate.inverse_lipschitz:.1e}",
     }
 
 
@@ -25,7 +25,7 @@ def print_table(rows: dict[str, str]) -> None:
 def error_by_cause(data_stderr: float, noise_stderr: float) -> str:
     """The text of a closing table on the two parts of a standard error."""
     noise = (
-        f"{noise_stderr:.4f} from noise" if math.isfinite(noise_stderr) else "of a single draw, so noise is not told"
+        f"{noise_stderr:.4f} from noise" if math.isfinite(noise_stderr) else "an unknown part from noise (single draw)"
     )
-    data = f"{data_stderr:.4f} from" if math.isfinite(data_stderr) else "not known is that from"
+    data = f"{data_stderr:.4f} from" if math.isfinite(data_stderr) else "an unknown part from"
     return f"{data} the choice of examples, {noise}"

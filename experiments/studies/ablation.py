@@ -1,15 +1,15 @@
-"""Unbiasedness and LipSwish, the ablation of Chen et al. (2019, 1906.02735).
+"""The ablation of unbiasedness and LipSwish of Chen et al. (2019, arXiv 1906.02735).
 
     python -m experiments.studies.ablation [digits | mnist | cifar10] [--seeds 0 1 2] [--workdir DIR] ...
 
 trains three flows with each seed: an i-ResNet (ELU, five terms of the power series), a residual flow with ELU, and one
-with LipSwish, each as `experiments.density` does, under DIR/NAME/SEED (by default runs/ablation); finished runs
-are only judged again, and one that was cut goes on. All are judged by the same unbiased estimate on the same images. It
-prints the table, bits/dim of the test split as mean and standard deviation over seeds, and writes it to
+with LipSwish. Each is trained by `experiments.density` under DIR/NAME/SEED; DIR is runs/ablation by default. Finished
+runs are only evaluated again, and interrupted runs are resumed. All are evaluated by the same unbiased estimator on the
+same images. The study prints the mean and standard deviation over seeds of the test bits/dim, and writes them to
 DIR/ablation.json with the figures of every run.
 
-On digits and 2 CPU cores about a minute a run, the first of a kind two. Expected: 1.910 +- 0.004, 1.868 +- 0.007,
-1.856 +- 0.001.
+On digits and 2 CPU cores a run takes about a minute; the first run of each variant takes two. Expected:
+1.910 +- 0.004, 1.868 +- 0.007, 1.856 +- 0.001.
 """
 
 import json
@@ -44,13 +44,13 @@ class AblationConfig:
     """One run of `python -m experiments.studies.ablation`.
 
     Attributes:
-      dataset: which images.
-      seeds: one run of each variant for each.
-      workdir: where everything is written.
+      dataset: name of the images.
+      seeds: random seeds; each variant is trained once with each.
+      workdir: directory that everything is written to.
       data_dir: directory of TensorFlow data sets, as `--data.dir` of `experiments.density`.
-      steps: of every run; by default those of the data's config.
+      steps: number of steps of every run; by default that of the config of the data.
       parallel: how a step is divided among devices, as in `experiments.density`.
-      small: whether the runs are those of `--tiny`.
+      small: whether to use the small runs of `--tiny`.
     """
 
     dataset: tyro.conf.Suppress[tyro.conf.Fixed[Literal[DATASETS]]] = "digits"
@@ -68,12 +68,12 @@ class AblationConfig:
 
 
 def tiny(config: AblationConfig) -> AblationConfig:
-    """Two updates of each flow, tiny, with two seeds."""
+    """Two updates of each tiny flow, with two seeds."""
     return replace(config, seeds=(0, 1), workdir=Path("runs/ablation_tiny"), small=True)
 
 
 def output(config: AblationConfig) -> Output:
-    """The table, and a directory a flow."""
+    """The table, and a directory for each flow."""
     return Output(config.workdir, ("ablation.json", *(f"{config.dataset}{suffix}/" for suffix in VARIANTS.values())))
 
 
@@ -99,13 +99,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def start(config: AblationConfig) -> None:
-    """Takes as many devices as can share a batch, and runs."""
+    """Runs on as many devices as can take equal shares of a batch."""
     use_all_cores(cores_for(settings(config, config.dataset, 0).batch_size))
     run(config)
 
 
 def run(config: AblationConfig) -> dict[str, Any]:
-    """Trains what is missing, prints and writes the table; returns it."""
+    """Trains the missing runs, prints and writes the table, and returns it."""
     table = {}
     for title, suffix in VARIANTS.items():
         name = config.dataset + suffix
@@ -126,7 +126,7 @@ def run(config: AblationConfig) -> dict[str, Any]:
 
 
 def settings(config: AblationConfig, name: str, seed: int) -> DensityConfig:
-    """One run: that of a config of `experiments.density`, but for seed and places."""
+    """The settings of one run: a config of `experiments.density` with another seed and other directories."""
     base = tiny_run(CONFIGS[name]) if config.small else CONFIGS[name]
     return replace(
         base,

@@ -1,27 +1,27 @@
-"""Training with a biased log-det beside training without bias, by the exact value.
+"""Compares training with a biased and with an unbiased log-det, by the exact test likelihood.
 
     python -m experiments.studies.bias [--workdir DIR] [--steps N] [--truncated.terms N] [--model.coefficient C] ...
 
 Trains one flow on the 8x8 digits twice, from the same parameters, on the same batches: with a truncated power
-series (Behrmann et al. 2019, arXiv 1811.00995) and with the roulette. Along the way it measures bits/dim of the
+series (Behrmann et al. 2019, arXiv 1811.00995) and with the roulette. During training it measures bits/dim of the
 test split with the exact log-det, and with the run's own estimator on the same images and dequantisation: the
-difference is the bias. After the comparison of biased and unbiased training by
-Chen et al. (2019, arXiv 1906.02735).
+difference is the bias. It follows the comparison of biased and unbiased training by Chen et al. (2019, arXiv
+1906.02735).
 
-The hyperparameters are those of `experiments.configs.digits`, but for 2000 steps of a flow of two blocks, each
-of two convolutions: in the twelve blocks of the default flow the bias is -0.01 bits/dim after 800 steps.
+The hyperparameters are those of `experiments.configs.digits`, except for 2000 steps and a flow of two blocks with two
+convolutions each: with the twelve blocks of the default flow the bias is only -0.01 bits/dim after 800 steps.
 
-What is measured are the weights of the step itself, not averaged ones, with the layers' norms iterated to
-convergence. While the learning rate is high, the norms that training uses lag behind by up to 6 %, and the training
-estimate of the truncated run lies below the estimate for the test images; that is not over-fitting, since with norms
-iterated to convergence images of the training set give no less. The test split is read all along and chooses nothing.
+It measures the current weights, not averaged ones, and iterates the norms of the layers to convergence. While the
+learning rate is high, the norms that training uses are up to 6 % too small. The training estimate of the truncated run
+is then below its estimate for the test images. That is not over-fitting: with converged norms, images of the training
+set give no lower estimate. The test split is measured during training, but no choice depends on it.
 
 About 4 minutes on 2 CPU cores. Bits/dim at the end:
   truncated, 5 terms   training estimate 1.78, exact 2.60 +- 0.02, estimate - exact -0.749 +- 0.002
   roulette             training estimate 2.37, exact 2.37 +- 0.01, estimate - exact +0.002 +- 0.014
 
-Under the work directory (runs/bias) it writes bias.png, metrics.jsonl and
-config.json; the same command again starts anew.
+Under the work directory (runs/bias) it writes bias.png, metrics.jsonl and config.json. Running the command again starts
+from the beginning.
 """
 
 import time
@@ -64,20 +64,20 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class BiasConfig:
-    """Two runs that differ in nothing but the estimator of the log-det in the loss.
+    """Two runs that differ only in the log-det estimator of the loss.
 
     Attributes:
       model: the flow.
-      workdir: where everything is written.
-      steps: optimiser steps of either run.
-      batch_size: images a step.
-      seed: of parameters, data order and noise.
+      workdir: directory that everything is written to.
+      steps: number of optimiser steps of each run.
+      batch_size: images per step.
+      seed: random seed of parameters, data order and noise.
       truncated: the biased estimator.
       roulette: the unbiased one.
       optimizer: learning rate and clipping.
       every: steps between measurements on the test split.
-      draws: dequantisations and estimates an image, at every measurement.
-      images: at most so many images of the test split.
+      draws: number of dequantisations and estimates per image, at every measurement.
+      images: maximum number of test images.
       log_every: steps between training lines of metrics.jsonl.
       parallel: how a step is divided among devices, as in `experiments.density`.
     """
@@ -97,9 +97,9 @@ class BiasConfig:
     parallel: Strategy = "jit"
 
     def __post_init__(self):
-        self.training(self.roulette)  # checks what is common to all training
+        self.training(self.roulette)  # checks the settings that are common to all training
         if self.model.shape != (8, 8, 1):
-            raise ValueError(f"model.shape: expected (8, 8, 1), that of the digits, got {self.model.shape}")
+            raise ValueError(f"model.shape: expected (8, 8, 1), the shape of the digits, got {self.model.shape}")
         check_count("every", self.every, 1)
         check_count("draws", self.draws, 2)
         check_count("images", self.images, 2)
@@ -121,13 +121,13 @@ class BiasConfig:
 
 
 class Measurement(NamedTuple):
-    """Bits/dim of the test images, and what an estimator makes of the same weights.
+    """Bits/dim of the test images, exact and by an estimator, with the same weights.
 
     Attributes:
-      exact: with the exact log-det.
-      stderr: of `exact`, from the choice of images.
-      gap: estimate minus exact, of the same dequantised images.
-      gap_stderr: of `gap`, for these images.
+      exact: bits/dim with the exact log-det.
+      stderr: standard error of `exact`, from the choice of images.
+      gap: estimate minus exact value, for the same dequantised images.
+      gap_stderr: standard error of `gap`, for these images.
     """
 
     exact: float
@@ -137,13 +137,13 @@ class Measurement(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
-      estimate: mean loss of the steps since the last measurement but one.
+      estimate: mean training loss between the last two measurements.
       test: the last measurement.
-      step_time: median seconds a step.
-      certificate: of the flow after the last step.
+      step_time: median seconds per step.
+      certificate: certificate of the flow after the last step.
     """
 
     estimate: float
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(config: BiasConfig) -> dict[str, Outcome]:
-    """Trains with either estimator, draws, prints the closing table."""
+    """Trains with each estimator, draws, and prints the closing table."""
     began = time.perf_counter()
     use_compilation_cache()
     data = load(digits.CONFIG.data)
@@ -197,7 +197,7 @@ def run(config: BiasConfig) -> dict[str, Outcome]:
 
 
 def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits, metrics: MetricsFile) -> Outcome:
-    """Runs all steps with one estimator, measuring along the way.
+    """Runs all steps with one estimator, and measures during training.
 
     Raises:
       FloatingPointError: if the loss or the gradient stops being finite.
@@ -232,16 +232,16 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
             metrics.write(run=name, step=at.step, split="test", **line, gap=test.gap, gap_stderr=test.gap_stderr)
             estimate, losses = float(np.mean(losses)), []
             at.bar.set_description(f"test {test.exact:.3f} bits/dim, estimate {test.gap:+.3f}")
-    # Not tightened: that would change the flow whose bias is measured.
+    # The flow is not tightened, which would change it and so its bias.
     certificate = certify(placement.current_flow(at.state))
     return Outcome(estimate, test, float(np.median(step_times)), certificate)
 
 
 def measure(config: BiasConfig, flow: ResidualFlow, data: ImageSplits, key: Array, estimator: Estimator) -> Measurement:
-    """Bits/dim of the test split, exactly and with an estimator, of the same dequantised images."""
+    """Measures bits/dim of the test split, exactly and with an estimator, on the same dequantised images."""
 
     def evaluate(estimator: Estimator, key: Array) -> Estimate:
-        # Small batches: the roulette draws one length for a whole batch, so the more batches, the less noise.
+        # Batches are small, since the roulette draws one length per batch: more batches give less noise.
         return evaluate_bits_per_dim(
             flow, data.test[: config.images], key, levels=data.levels, estimator=estimator, draws=1, batch_size=20
         )
@@ -254,7 +254,7 @@ def measure(config: BiasConfig, flow: ResidualFlow, data: ImageSplits, key: Arra
 
 
 def report(config: BiasConfig, outcomes: dict[str, Outcome], metrics: list[dict], began: float) -> None:
-    """Draws the picture, prints the closing table."""
+    """Draws the picture and prints the closing table."""
     titles = {"truncated": f"truncated, {config.truncated.terms} terms", "roulette": "roulette"}
     pictures.save_bias_curves(config.workdir / "bias.png", metrics, titles)
 

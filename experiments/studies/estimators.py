@@ -1,19 +1,18 @@
-"""Estimators of the log-det: variance of the gradient times cost, side by side.
+"""Compares log-det estimators by the variance of the gradient times its cost.
 
     python -m experiments.studies.estimators [--workdir DIR] [--targets synthetic digits fashion_mnist] [--keys N] ...
 
-The figure of merit is the work-normalised variance: the trace of the covariance of the full parameter
-gradient over the key, for one fixed batch, times the mean number of vjps of the series. It is measured twice:
-by drawing keys, as a training run would meet it, and by drawing probes only and summing over the lengths
-up to 24 with their probabilities, which shows the heavy tails that hundreds of draws miss. Targets:
+The figure of merit is the work-normalised variance: the trace of the covariance over keys of the full parameter
+gradient, for one fixed batch, times the mean number of vjps of the series. It is measured in two ways: by drawing keys,
+as a training run does, and by drawing only probes and summing over the lengths up to 24 with their probabilities. The
+sum shows heavy tails that hundreds of draws miss. Targets:
 
   synthetic       linear contractions of 64 dimensions with chosen spectra, batches of 64
   digits          the default flow, trained by `python -m experiments.density`
-  fashion_mnist   that of `python -m experiments.density fashion_mnist_small`; left out where the data are not found
+  fashion_mnist   the flow of `python -m experiments.density fashion_mnist_small`; left out if its data are not found
 
-The flows are trained first, under the work directory, unless they are there. Writes estimators.json and
-estimators.png, and prints a table. On 2 CPU cores: about 40 minutes, and 15 more where the flows are to be
-trained.
+Missing flows are trained first, under the work directory. Writes estimators.json and estimators.png, and prints a
+table. It takes about 40 minutes on 2 CPU cores, and 15 more to train the flows.
 """
 
 import dataclasses
@@ -82,16 +81,16 @@ class EstimatorsConfig:
     """One run of `python -m experiments.studies.estimators`.
 
     Attributes:
-      workdir: where everything is written.
-      targets: which of synthetic, digits and fashion_mnist.
-      keys: gradients drawn for each estimator on a flow; 50 times as many on a synthetic contraction.
-      probes: probes drawn where lengths are summed over.
-      batch_size: examples of a batch; a quarter of them for fashion_mnist, whose gradients take long.
-      digits: work directory of a run of `experiments.density digits`; by default trained under `workdir`.
+      workdir: directory that everything is written to.
+      targets: any of synthetic, digits and fashion_mnist.
+      keys: number of gradients drawn for each estimator on a flow; 50 times as many on a synthetic contraction.
+      probes: number of probes drawn for the sum over lengths.
+      batch_size: examples per batch; a quarter of them for fashion_mnist, whose gradients are slow.
+      digits: work directory of a run of `experiments.density digits`; by default it is trained under `workdir`.
       fashion_mnist: the same for fashion_mnist.
-      seed: of batch, noise and keys.
-      parallel: how steps are divided among devices where flows are trained, as in `experiments.density`.
-      small: whether one spectrum, three estimators and flows as of `--tiny` are enough.
+      seed: random seed of batch, noise and keys.
+      parallel: how training steps are divided among devices, as in `experiments.density`.
+      small: whether to use only one spectrum, three estimators and the flows of `--tiny`.
     """
 
     workdir: Path = Path("runs/estimators")
@@ -138,14 +137,14 @@ COMMAND = Command(
 
 
 class Target(NamedTuple):
-    """What gradients are drawn of.
+    """A function whose gradients are drawn.
 
     Attributes:
-      name: for the table.
+      name: name in the table.
       gradient: (key, estimator) -> (flat gradient [P], diagnostics).
-      keys: how many to draw.
-      lipschitz: bound on that of its residual blocks.
-      batch_size: examples that share a length.
+      keys: number of gradients to draw.
+      lipschitz: bound on the Lipschitz constants of its residual blocks.
+      batch_size: number of examples that share a length.
     """
 
     name: str
@@ -160,12 +159,11 @@ class Measurement(NamedTuple):
 
     Attributes:
       variance: trace of the covariance of the gradient, over keys.
-      variance_stderr: its standard error; meaningless, as the variance is, where the tail is heavy.
-      summed: the same with all lengths up to 24 terms summed over, one length for all blocks; None if
-        not computed.
-      cost: mean vjps of the series, probes counted.
+      variance_stderr: standard error of `variance`; both are meaningless if the tail is heavy.
+      summed: the variance by a sum over all lengths up to 24 terms, one length for all blocks; None if not computed.
+      cost: mean number of vjps of the series, summed over probes.
       work: variance * cost.
-      kurtosis: of the gradient along random directions, on average; 3 for a normal law.
+      kurtosis: mean kurtosis of the gradient along random directions; 3 for a normal distribution.
       milliseconds: median time of one gradient.
     """
 
@@ -206,7 +204,7 @@ def run(config: EstimatorsConfig) -> dict[str, dict[str, Measurement]]:
 
 
 def find_targets(config: EstimatorsConfig) -> Iterator[Target]:
-    """The targets asked for; a flow is trained when its turn comes."""
+    """The targets of the config; each flow is trained only when it is needed."""
     if "synthetic" in config.targets:
         yield from synthetic_targets(config)
     names = [name for name in NAMES if name in config.targets]
@@ -238,7 +236,7 @@ def spectra(dim: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def synthetic_targets(config: EstimatorsConfig) -> Iterator[Target]:
-    """g(x) = J x with J as its parameter: the gradient of the mean log-det of a batch is that in J."""
+    """Targets g(x) = J x with the parameter J: the gradient with respect to J of the mean log-det of a batch."""
     dim = 64
     chosen = spectra(dim, np.random.default_rng(config.seed)).items()
     for name, jacobian in islice(chosen, 1 if config.small else None):
@@ -267,7 +265,7 @@ def synthetic_targets(config: EstimatorsConfig) -> Iterator[Target]:
 
 
 def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsConfig) -> Target:
-    """The mean log-density of a batch of training images under a trained flow, in all parameters."""
+    """The gradient, in all parameters, of the mean log-density of a batch of training images under a trained flow."""
     data = load(run_config.data)
     flow = trained_flow(run_config)
     certificate = certify(flow)
@@ -294,7 +292,7 @@ def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsCo
 
 
 def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measurement]:
-    """Every estimator on one target, the fitted one with what was learned from the default's term norms."""
+    """Measures every estimator on one target; the fitted one is fitted to the term norms of the default."""
     results: dict[str, Measurement] = {}
     moments: dict[tuple[int | None, str], tuple[np.ndarray, float]] = {}
     norms = None
@@ -316,9 +314,9 @@ def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measureme
 
 
 def measure(target: Target, estimator: Roulette, key: Array) -> tuple[Measurement, Array]:
-    """Draws gradients; the measurement, and the mean norms of the first terms."""
+    """Draws gradients; returns the measurement, and the mean norms of the first terms."""
     draw = jax.jit(target.gradient)
-    jax.block_until_ready(draw(key, estimator))  # compiled before the clock runs
+    jax.block_until_ready(draw(key, estimator))  # compiles before the timing starts
     gradients, lengths, norms, seconds = [], [], [], []
     for subkey in jax.random.split(key, target.keys):
         began = time.perf_counter()
@@ -344,16 +342,16 @@ def measure(target: Target, estimator: Roulette, key: Array) -> tuple[Measuremen
 
 
 def length_moments(target: Target, estimator: Roulette, key: Array, probes: int) -> tuple[np.ndarray, float]:
-    """What the variance under any law of lengths follows from: E<d_k, d_k + 2 sum_{j>k} d_j>, and |E d|^2.
+    """The moments E<d_k, d_k + 2 sum_{j>k} d_j> and |E d|^2, which give the variance under any length distribution.
 
-    d_k is term k = 0..24 of the gradient's series, d their sum; the expectations are over the probes.
+    d_k is term k = 0..24 of the gradient's series, and d is their sum; expectations are over the probes.
     """
     draw = jax.jit(target.gradient)
     terms = np.arange(1, TERMS + 2)
     moments, sums = [], []
     for subkey in jax.random.split(key, probes):
         gradients = []
-        for number in range(TERMS + 1):  # a law that takes exactly `number` terms, without compiling anew
+        for number in range(TERMS + 1):  # this law gives exactly `number` terms without recompilation
             length = Fitted(jnp.asarray(np.where(terms <= number, 1.0, 1e-30), float))
             cut = dataclasses.replace(estimator, length=length, exact_terms=0)
             gradients.append(np.asarray(draw(subkey, cut)[0], np.float64))
@@ -372,14 +370,14 @@ def summed_variance(target: Target, estimator: Roulette, moments: np.ndarray, me
 
 
 def mean_kurtosis(centred: np.ndarray, directions: int = 64) -> float:
-    """Fourth moment over squared second of the centred gradients [keys, P] along random directions."""
+    """Mean kurtosis of the centred gradients [keys, P] along random directions: fourth moment over squared second."""
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(centred.shape[1], directions))
     along = centred @ signs.astype(centred.dtype)
     return float(np.mean((along**4).mean(axis=0) / (along**2).mean(axis=0) ** 2))
 
 
 def print_table(name: str, rows: dict[str, Measurement]) -> None:
-    """The measurements of one target; last, by how much less work than the papers' estimator each needs."""
+    """Prints the measurements of one target; the last columns divide the work of the papers' estimator by each work."""
     width = max(map(len, ESTIMATORS))
     columns = {"variance": 22, "all lengths": 13, "cost": 7, "kurtosis": 10, "ms": 8, "work": 11, "gain": 9}
     head = "".join(f"{column:>{size}}" for column, size in columns.items()) + f"{'all lengths':>13}"

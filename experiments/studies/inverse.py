@@ -1,20 +1,19 @@
-"""How exact and how fast f^-1 is: every solver at equal error, by evaluations of g.
+"""Accuracy and speed of f^-1: compares the solvers at equal error by evaluations of g.
 
     python -m experiments.studies.inverse [--workdir DIR] [--targets digits fashion_mnist] [--samples N] [--peer] ...
 
-The trained flows are tightened and certified first. For every solver the loosest tolerance is found at which the
-samples x = f^-1(z) have max |x - f^-1(f(x))| at most 1e-5 in float32, and the evaluations of g are counted at that
-tolerance, block by block. Times are medians of alternating runs: of samples alone, and of samples with their
-log-density by the default estimator and by a series as long as normflows takes, in parts on all devices, on a CPU on
-all cores (see `experiments.runs.parts`). `--peer` runs the same flow with the same weights in normflows beside it (`pip
-install -e '.[bench]'`), on the threads that PyTorch takes, and Anderson acceleration also with the tolerance whose
-error is normflows' at most; the lengths of its series and of ours differ by run. "noise" is the standard deviation of
-the estimates of log p. The flows are trained first, under the work directory, unless they are there.
+Missing flows are trained first, under the work directory; all are tightened and certified. For every solver the study
+finds the loosest tolerance at which the samples x = f^-1(z) have max |x - f^-1(f(x))| at most 1e-5 in float32, and
+counts the evaluations of g at that tolerance, block by block. Times are medians of alternating runs. They are measured
+for samples alone, for samples with their log-density by the default estimator, and with a series as long as that of
+normflows; batches are computed in parts on all devices (see `experiments.runs.parts`). `--peer` also times the same
+flow with the same weights in normflows (`pip install -e '.[bench]'`), with PyTorch's number of threads, and Anderson
+acceleration with the loosest tolerance whose error is at most that of normflows; the lengths of both series differ by
+run. "noise" is the standard deviation of the estimates of log p.
 
-Writes NAME_errors.png (error against iterations), NAME_reconstructions.png (after 1, 2, 4, ... iterations)
-and inverse.json, and prints tables. On 2 CPU cores: about 10 minutes,
-and 15 more where the flows are to be trained. Every tolerance is a program of its own: where the system limits
-memory maps, run one target at a time.
+Writes NAME_errors.png (error against iterations), NAME_reconstructions.png (after 1, 2, 4, ... iterations) and
+inverse.json, and prints tables. It takes about 10 minutes on 2 CPU cores, and 15 more to train the flows. Every
+tolerance compiles its own program: if the system limits memory maps, run one target at a time.
 """
 
 import json
@@ -60,16 +59,16 @@ from resflow_jax.training.parallel import STRATEGIES, Strategy
 
 Array = jax.Array
 
-# That of normflows' evaluation: 20 terms of the power series, then a geometric number of them.
+# The estimator of normflows in evaluation: 20 terms of the power series, then a geometric number of further terms.
 LONG_SERIES = Roulette(Geometric(0.5), exact_terms=20, minres_steps=0, probe="gaussian")
 SOLVERS: dict[str, Solver] = {"fixed point": FixedPoint(), "Anderson": Anderson(), "Broyden": Broyden()}
 PLAIN, BEST = "fixed point", "Anderson"
 AS_PEER = f"{BEST}, error of normflows"
-TOLERANCES = tuple(10.0 ** (-n / 4) for n in range(8, 29))  # ascending in exactness
+TOLERANCES = tuple(10.0 ** (-n / 4) for n in range(8, 29))  # from loose to tight
 DRAWN_ITERATIONS = (1, 2, 4)
 PLOTTED_ITERATIONS = (1, 2, 4, 6, 9, 13, 18, 24, 32)
-DRAWS = 8  # of log p, to judge its noise
-HARD = 0.9  # a block whose certified constant is above it
+DRAWS = 8  # estimates of log p that measure its noise
+HARD = 0.9  # blocks with a larger certified constant count as hard
 
 
 @dataclass(frozen=True)
@@ -77,19 +76,19 @@ class InverseConfig:
     """One run of `python -m experiments.studies.inverse`.
 
     Attributes:
-      workdir: where everything is written.
-      targets: which flows.
-      samples: drawn from each flow.
-      error: max |x - f^-1(f(x))| that every solver has to reach.
-      part: numbers in the samples that one device draws at a time, at most: as many as suit the
-        caches of a CPU core; an accelerator wants them all.
-      repeats: timed runs of each competitor.
+      workdir: directory that everything is written to.
+      targets: names of the flows.
+      samples: number of samples drawn from each flow.
+      error: largest max |x - f^-1(f(x))| that every solver has to reach.
+      part: maximum number of array elements of the samples that one device draws at a time. The default fits the
+        caches of a CPU core; for an accelerator set it to all elements.
+      repeats: number of timed runs of each competitor.
       peer: whether to time normflows as well.
-      digits: work directory of a run of `experiments.density digits`; made if not given.
-      fashion_mnist: the same of fashion_mnist; left out if neither given nor its data found.
-      seed: of the samples.
-      parallel: how steps are divided among devices where flows are trained, as in `experiments.density`.
-      small: whether flows as of `--tiny` and a single tolerance are enough.
+      digits: work directory of a run of `experiments.density digits`; by default it is trained under `workdir`.
+      fashion_mnist: the same for fashion_mnist; it is left out if it is not given and its data are not found.
+      seed: random seed of the samples.
+      parallel: how training steps are divided among devices, as in `experiments.density`.
+      small: whether to use the flows of `--tiny` and a single tolerance.
     """
 
     workdir: Path = Path("runs/inverse")
@@ -122,7 +121,7 @@ def tiny(config: InverseConfig) -> InverseConfig:
 
 
 def output(config: InverseConfig) -> Output:
-    """The table, two pictures a flow, and the runs."""
+    """The table, two pictures of each flow, and the runs."""
     of_flows = (f"{name}{end}" for name in config.targets for end in ("_errors.png", "_reconstructions.png", "/"))
     return Output(config.workdir, ("inverse.json", *of_flows))
 
@@ -131,14 +130,14 @@ COMMAND = Command("experiments.studies.inverse", __doc__, InverseConfig(), tiny,
 
 
 class Cost(NamedTuple):
-    """What a solver takes for the samples of a flow.
+    """The cost of a solver for the samples of a flow.
 
     Attributes:
-      tolerance: the loosest that reaches the error asked for, or the tightest tried.
+      tolerance: the loosest tolerance that reaches the required error, or the tightest one tried.
       error: max |x - f^-1(f(x))| of the samples.
       mean: evaluations of g in every block, mean over the samples, [blocks].
-      largest: the same, largest over the samples: what the batch waits for.
-      bound: largest certified bound on the error that one block's solve leaves.
+      largest: evaluations of g in every block, maximum over the samples, which the batch waits for, [blocks].
+      bound: largest certified error bound of the solve of one block.
     """
 
     tolerance: float
@@ -150,12 +149,12 @@ class Cost(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
-    use_all_cores(cores_for(64))  # the batches of the flows, where they are trained
+    use_all_cores(cores_for(64))  # the batch size that flows are trained with
     COMMAND.call(run, arguments)
 
 
 def run(config: InverseConfig) -> dict[str, Any]:
-    """Measures and draws every flow; returns what inverse.json holds."""
+    """Measures and draws every flow; returns the content of inverse.json."""
     use_compilation_cache()
     config.workdir.mkdir(parents=True, exist_ok=True)
     results, tolerances = {}, TOLERANCES[-1:] if config.small else TOLERANCES
@@ -194,9 +193,10 @@ def run(config: InverseConfig) -> dict[str, Any]:
 def equal_error_cost(
     flow: ResidualFlow, certificate: Certificate, z: Array, error: float, solver: Solver, tolerances: Sequence[float]
 ) -> Cost:
-    """The evaluations of g at the loosest of the tolerances, descending, whose samples are exact enough.
+    """The evaluations of g at the loosest tolerance whose samples have a reconstruction error of at most `error`.
 
-    Their reconstruction error is then at most `error`. Found by bisection; the tightest, if none is exact enough.
+    The tolerances are sorted from loose to tight and searched by bisection. If none reaches the error, the tightest is
+    used.
     """
 
     @lru_cache
@@ -217,13 +217,13 @@ def reconstruction_error(flow: ResidualFlow, x: Array, solver: Solver) -> float:
 
 
 def peer_error(peer: Any, z: Array) -> float:
-    """max |x - f^-1(f(x))| of the samples of normflows."""
+    """max |x - f^-1(f(x))| for the samples of normflows."""
     x = peer.samples(np.asarray(z))
     return float(np.abs(x - peer.samples(peer.forward(x))).max())
 
 
 def round_trips(flow: ResidualFlow, z: Array, images: Array) -> dict[str, float]:
-    """Largest errors of both round trips, in float32 and float64, by the default solver."""
+    """Maximum errors of both round trips, in float32 and float64, with the default solver."""
     errors = {}
     graphdef, state = nnx.split(flow)
     arrays = jax.device_get((state, images, z))
@@ -239,7 +239,7 @@ def round_trips(flow: ResidualFlow, z: Array, images: Array) -> dict[str, float]
 def time_sampling(
     flow: ResidualFlow, z: Array, solvers: dict[str, Solver], peer: Any, config: InverseConfig
 ) -> dict[str, Any]:
-    """Median seconds of samples alone and with their log-density, in alternating runs; the noise of log p."""
+    """Median seconds of alternating runs, for samples alone and with their log-density, and the noise of log p."""
     parts = number_of_parts(config.samples, max(1, config.part // flow.dim))
     size, z_parts = config.samples // parts, z.reshape(parts, -1, z.shape[-1])
     keys = jax.random.split(jax.random.key(config.seed), (config.repeats + 1, parts))
@@ -269,12 +269,12 @@ def time_sampling(
             "with log_prob": lambda _: peer.samples_and_log_prob(latent),
         }
     seconds = {name: {what: [] for what in functions} for name, functions in competitors.items()}
-    for repeat in range(config.repeats + 1):  # the first compiles
+    for repeat in range(config.repeats + 1):  # the first run compiles
         for name, functions in competitors.items():
             for what, function in functions.items():
                 began = time.perf_counter()
                 with warnings.catch_warnings():
-                    # normflows' law has no finite variance for all blocks of these constants: that is not the question.
+                    # normflows' length distribution has infinite variance for some blocks; only the time matters here.
                     warnings.filterwarnings("ignore", "length: Geometric", RuntimeWarning)
                     jax.block_until_ready(function(repeat))
                 if repeat:
@@ -296,7 +296,7 @@ def noise(draws: list[Array]) -> float:
 def report(
     name: str, certificate: Certificate, costs: dict[str, Cost], times: dict[str, Any], exactness: dict[str, float]
 ) -> dict[str, Any]:
-    """Prints the tables of a flow; the same as plain values."""
+    """Prints the tables of a flow; returns their content as plain values."""
     bounds = certificate.bounds
     print(f"\n{name}: {len(bounds)} blocks, evaluations of g at max |x - f^-1(f(x))| <= the error asked for")
     print(f"{'':<22}" + "".join(f"{solver:>24}" for solver in costs))
@@ -328,12 +328,12 @@ def _shown(what: str, value: float) -> str:
 
 
 def draw(workdir: Path, name: str, flow: ResidualFlow, images: Array) -> None:
-    """The pictures of a flow: error against iterations, and reconstructions after few of them."""
+    """Draws error against iterations, and reconstructions after few iterations."""
     z, shown = flow(images), images[:32]
     solvers = {solver: SOLVERS[solver] for solver in (PLAIN, BEST)}
 
     def reconstruct(solver: Solver, iterations: int) -> Array:
-        # A tolerance that is never met, so that every block takes all its iterations.
+        # No solve meets this tolerance, so every block takes all its iterations.
         solver = replace(solver, tolerance=1e-30, max_iterations=iterations)
         return flow.inverse(z, solver=solver, return_status=True)[0]
 
@@ -360,7 +360,7 @@ def _log_prob(flow: ResidualFlow, x: Array, key: Array) -> Array:
 
 @jax.jit
 def _transform(flow: ResidualFlow, x: Array) -> Array:
-    """f(x) also for images that the logit's alpha lets out of [0, 1], which `flow` itself rejects."""
+    """f(x) also for images outside [0, 1] within the margin of the logit's alpha, which the eager `flow` rejects."""
     return flow(x)
 
 

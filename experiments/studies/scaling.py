@@ -1,9 +1,10 @@
-"""How time and memory of a step grow with depth, width, batch and image size.
+"""Growth of time and memory of a step with depth, width, batch and image size.
 
     python -m experiments.studies.scaling [--workdir DIR]
 
-From one small flow, one setting at a time is doubled and doubled again; an exponent is the slope of a straight line
-through the logarithms. Prints the table and writes scaling.json and scaling.png. About 3 minutes on 2 CPU cores.
+The study starts from one small flow and doubles one setting at a time, repeatedly. An exponent is the slope of a
+straight line fitted to the logarithms. Prints the table and writes scaling.json and scaling.png. It takes about 3
+minutes on 2 CPU cores.
 """
 
 import json
@@ -46,15 +47,15 @@ SERIES = {"depth": (4, 8, 16, 32), "width": (64, 128, 256, 512), "batch": (32, 6
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """What is measured.
+    """The settings of the study.
 
     Attributes:
-      steps: timed a setting; the median counts.
+      steps: number of timed steps for each value; the median is reported.
       series: settings to vary.
-      length: how many values of each, at least 2.
-      workdir: where scaling.json and scaling.png are written.
+      length: number of values of each setting, at least 2.
+      workdir: directory that scaling.json and scaling.png are written to.
       parallel: how a step is divided among cores, as in `experiments.density`.
-      small: whether the flow is that of `--tiny`.
+      small: whether to use the flow of `--tiny`.
     """
 
     steps: int = 7
@@ -73,7 +74,7 @@ class ScalingConfig:
 
 
 def tiny(config: ScalingConfig) -> ScalingConfig:
-    """Two depths and two batches of a tiny flow."""
+    """Two depths and two batch sizes of a tiny flow."""
     return replace(config, steps=2, series=("depth", "batch"), length=2, workdir=Path("runs/scaling_tiny"), small=True)
 
 
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(config: ScalingConfig) -> dict[str, dict[str, list[float]]]:
-    """Measures, prints, draws; returns values, seconds, bytes and the exponents of both, by setting."""
+    """Measures, prints and draws; returns values, seconds, bytes and the exponents of both, by setting."""
     config.workdir.mkdir(parents=True, exist_ok=True)
     result, base = {}, CASES["tiny"] if config.small else BASE
     print(f"{'':8}{'value':>8}{'ms a step':>12}{'MB a device':>14}")
@@ -116,7 +117,7 @@ def run(config: ScalingConfig) -> dict[str, dict[str, list[float]]]:
 
 
 def measure(case: Case, steps: int, strategy: Strategy = "jit") -> tuple[float, float]:
-    """Median seconds of a training step, and bytes of its temporary memory on each device."""
+    """Median seconds of a training step, and its temporary memory in bytes per device."""
     ours = Ours(case, strategy)
     ours.train()
     seconds = float(np.median([ours.train()["seconds"] for _ in range(steps)]))

@@ -1,19 +1,20 @@
-"""What data parallelism costs: collectives of a step on 1, 2, 4 and 8 devices.
+"""The cost of data parallelism: collectives of a step on 1, 2, 4 and 8 devices.
 
     python -m experiments.studies.weak_scaling [--devices 1 2 4 8] [--per-device B] [--workdir DIR]
 
-The flow of `experiments.density digits` with the same number of images on each device, on CPU devices that are forced,
-however many cores there are: what devices send each other does not depend on how fast they are. Collectives, their
-number and bytes, are read from the compiled HLO of the step, for each way to run it, and once more with divided
-parameters on all devices. With as many devices as cores the time of a step is measured too.
+The study takes the flow of `experiments.density digits` with a fixed number of images per device. It forces the number
+of CPU devices, which may exceed the number of cores: what devices send each other does not depend on their speed. It
+reads the number and bytes of the collectives from the compiled HLO of the step, for each way to run it, and once more
+with parameters divided among all devices. If there is a core for each device, it also times a step.
 
-The estimate is for the papers' CIFAR-10 flow: the time of one all-reduce of its gradients,
+The estimate is for the papers' CIFAR-10 flow. It divides the time of one ring all-reduce of the gradients (Patarasuk &
+Yuan 2009),
 
     2 (n - 1) / n * bytes / bandwidth
 
-of a ring (Patarasuk & Yuan 2009), with the bandwidth of each direction that is published for the network, over the time
-of the step's matrix products at 30 % of the published peak, an assumption; nothing is overlapped. Prints two tables and
-writes weak_scaling.json. About 5 minutes on 2 CPU cores.
+with the network's published bandwidth per direction, by the time of the step's matrix products at 30 % of the published
+peak speed, which is an assumption. Communication and computation do not overlap. Prints two tables and writes
+weak_scaling.json. It takes about 5 minutes on 2 CPU cores.
 """
 
 import json
@@ -46,20 +47,20 @@ from resflow_jax.io.config_json import as_json
 from resflow_jax.training.parallel import STRATEGIES, make_mesh
 from resflow_jax.training.placement import Placement
 
-EVALUATIONS = 11  # of g in a training step, forward and backward, as `experiments.benchmark` counts them
+EVALUATIONS = 11  # evaluations of g in a training step, forward and backward, as `experiments.benchmark` counts them
 SHARE_OF_PEAK = 0.3
 
 
 @dataclass(frozen=True)
 class Network:
-    """Accelerators, and what is published of them and of the network between them.
+    """Published figures of accelerators and of the network between them.
 
     Attributes:
-      flops: peak operations a second of the products that JAX takes for float32.
-      near: bytes a second each way of a device, within `group` devices.
-      group: devices that the fast network joins.
-      far: bytes a second each way of all links that leave a group.
-      closed: devices from which on the network's axes are rings; on fewer half of the bandwidth is left.
+      flops: peak operations per second of the matrix products that JAX uses for float32.
+      near: bytes per second in each direction of one device, within `group` devices.
+      group: number of devices that the fast network joins.
+      far: bytes per second in each direction of all links that leave a group.
+      closed: smallest number of devices on which the axes of the network are rings; fewer have half of the bandwidth.
     """
 
     flops: float
@@ -84,16 +85,16 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class WeakScalingConfig:
-    """What is measured.
+    """The settings of the study.
 
     Attributes:
       devices: numbers of devices.
-      per_device: images on each.
-      steps: timed, where there are cores enough; the median counts.
+      per_device: number of images on each device.
+      steps: number of timed steps, if there are enough cores; the median is reported.
       accelerators: numbers of devices of the estimate.
-      images: images a device of the estimate.
-      workdir: where weak_scaling.json is written.
-      small: whether the flow is that of `--tiny`.
+      images: images per device of the estimate.
+      workdir: directory that weak_scaling.json is written to.
+      small: whether to use the flow of `--tiny`.
     """
 
     devices: tuple[int, ...] = (1, 2, 4, 8)
@@ -135,14 +136,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def start(config: WeakScalingConfig) -> None:
-    """Forces as many devices as are asked for, and runs."""
+    """Forces the largest requested number of devices, and runs."""
     use_all_cores(max(config.devices))
     use_compilation_cache()
     run(config, CASES["tiny" if config.small else "digits"])
 
 
 def run(config: WeakScalingConfig, case: Case = CASES["digits"]) -> dict[str, Any]:
-    """Measures and prints; returns what weak_scaling.json holds."""
+    """Measures and prints; returns the content of weak_scaling.json."""
     config.workdir.mkdir(parents=True, exist_ok=True)
     most = max(config.devices)
     layouts = [(number, 1, strategy, "replicated") for number in config.devices for strategy in STRATEGIES]
@@ -159,7 +160,7 @@ def run(config: WeakScalingConfig, case: Case = CASES["digits"]) -> dict[str, An
 def measure(
     case: Case, config: WeakScalingConfig, data: int, model: int, strategy: str, parameters: str
 ) -> dict[str, Any]:
-    """The collectives of a step on so many devices, and its time where each device has a core."""
+    """The collectives of a step on a number of devices, and its time if each device has a core."""
     case = replace(case, batch_size=data * config.per_device)
     images = photograph_crops(case.config.shape, case.batch_size)
     flow = make_flow(case, images)
@@ -193,10 +194,10 @@ def measure(
 
 
 def estimate(name: str, number: int, images: int) -> dict[str, Any]:
-    """Seconds of the all-reduce of CIFAR-10 gradients on so many devices, and of the products of a step."""
+    """Seconds of the all-reduce of CIFAR-10 gradients on `number` devices, and of the products of a step."""
     network = NETWORKS[name]
     size, flops = _cifar10()
-    # Beyond a group a ring runs through all its links at once; the slower of the two networks decides.
+    # Across groups a ring uses all links of a group at once; the slower network limits it.
     near = network.near if number >= network.closed else network.near / 2
     bandwidth = near if number <= network.group else min(near, network.far)
     return {
@@ -209,13 +210,13 @@ def estimate(name: str, number: int, images: int) -> dict[str, Any]:
 
 @cache
 def _cifar10() -> tuple[int, float]:
-    """Bytes of the gradients of the papers' flow, and operations of one evaluation of all its g."""
+    """Bytes of the gradients of the papers' flow, and operations of one evaluation of g in all its blocks."""
     flow = nnx.eval_shape(lambda: ResidualFlow(CASES["cifar10"].config, rngs=nnx.Rngs(0)))
     return sum(4 * leaf.size for leaf in jax.tree.leaves(nnx.state(flow, nnx.Param))), evaluation_flops(flow)
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """The table of what was compiled."""
+    """Prints the table of the compiled steps."""
     heads = f"{'collectives':>12}{'bytes':>12}{'of gradients':>14}{'ms':>8}  kinds"
     print(f"{'devices':>8} {'strategy':<10}{'parameters':<12}{heads}")
     for row in rows:
@@ -228,7 +229,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def print_estimates(rows: list[dict[str, Any]], images: int) -> None:
-    """The table of what is expected."""
+    """Prints the table of the estimate."""
     print(f"\nCIFAR-10 flow of the papers, {images} images a device, products at {SHARE_OF_PEAK:.0%} of the peak")
     print(f"{'':10}{'devices':>8}{'all-reduce, ms':>16}{'products, ms':>14}{'share':>8}")
     for row in rows:

@@ -207,11 +207,11 @@ def test_bits_per_dim_of_every_class():
         (lambda: replace(TINY, simulations=1), "simulations: expected an integer of at least 2, got 1"),
         (
             lambda: replace(TINY.two_moons, model=VectorFlowConfig(2)),
-            "model.condition_dim: expected 2, that of TwoMoons, got None",
+            "model.condition_dim: expected 2, as TwoMoons has, got None",
         ),
         (
             lambda: replace(TINY.gaussian_linear, model=VectorFlowConfig(3, condition_dim=2)),
-            "model.dim: expected 2, that of GaussianLinear, got 3",
+            "model.dim: expected 2, as GaussianLinear has, got 3",
         ),
         (
             lambda: replace(TINY.two_moons, optimizer=OptimizerConfig(name="sgd")),

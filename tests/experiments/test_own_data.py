@@ -63,7 +63,7 @@ def test_own_vectors(tmp_path):
     assert np.shape(orders) == (2, 4, 2) and orders[0] != orders[1]
     assert [len(line["lipschitz"]) for line in lines if "lipschitz" in line] == [2, 2]
     assert run_config(config) == result
-    with pytest.raises(ValueError, match=r"model\.dim: expected 3, that of the vectors, got 30"):
+    with pytest.raises(ValueError, match=r"model\.dim: expected 3, the dimension of the vectors, got 30"):
         run_config(dataclasses.replace(CONFIGS["vectors"], data=config.data, workdir=tmp_path / "other"))
     again = evaluate.run(EvaluateConfig(config.workdir, other=(str(tmp_path / "rows.csv"),)))
     assert again["test"]["log_prob"] == pytest.approx(result.mean, rel=1e-6)

@@ -116,7 +116,7 @@ def test_other_points_and_points_in_disorder(tiny):
     np.save(tiny.workdir.parent / "wide.npy", np.zeros((30, 3)))
     with pytest.raises(ValueError, match="other: expected vectors of dimension 2, like those of 8gaussians; got 3 in"):
         task.other(str(tiny.workdir.parent / "wide.npy"))
-    with pytest.raises(ValueError, match=r"model\.dim: expected 2, that of the vectors, got 3"):
+    with pytest.raises(ValueError, match=r"model\.dim: expected 2, the dimension of the vectors, got 3"):
         ToyTask(replace(tiny, model=rf.VectorFlowConfig(dim=3)))
 
 

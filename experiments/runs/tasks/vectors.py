@@ -43,7 +43,7 @@ class VectorTask(Task):
     def _set(self, config: RunConfig, splits: VectorSplits, name: str) -> None:
         super().__init__(config)
         if splits.dim != config.model.dim:
-            raise ValueError(f"model.dim: expected {splits.dim}, that of the vectors, got {config.model.dim}")
+            raise ValueError(f"model.dim: expected {splits.dim}, the dimension of the vectors, got {config.model.dim}")
         self.splits, self.name = splits, name
         self.loss = negative_log_likelihood(self.log_det_weight())
 

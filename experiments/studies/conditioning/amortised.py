@@ -3,12 +3,12 @@
     maximise E log q(theta | x),   theta from the prior,   x from the simulator
 
 (Papamakarios & Murray 2016, arXiv 1605.06376; Greenberg et al. 2019, arXiv 1905.07488, without truncation of the
-prior). Every step takes new simulations, or pairs of a fixed budget. theta and x are standardised by a pilot of
+prior). Every step uses new simulations, or pairs of a fixed budget. theta and x are standardised by a pilot of
 10000 simulations, or by the budget.
 
-Two learners have the same methods. They take turns: after some steps of the first, the second trains until its clock
-shows as much, so that both have the same share of a machine that others use too. The clocks leave out the first step,
-with its compilation, which is reported by itself. Both have Adam with the same warm-up, cosine decay and clipping.
+The two learners have the same interface and take turns: after some steps of the first, the second trains until its
+training time is the same. Load from other programs thus affects both alike. The times exclude the first step, with its
+compilation, which is reported separately. Both use Adam with the same warm-up, cosine decay and clipping.
 """
 
 import math
@@ -40,12 +40,12 @@ _SOLVER = Anderson(on_failure="raise")
 
 @dataclass(frozen=True)
 class Standardised:
-    """A simulator in standardised units: (theta - mean) / deviation, the same for x.
+    """A simulator in standardised units: (theta - mean) / std, and the same for x.
 
     Attributes:
-      simulator: in its own units.
-      moments: means and deviations of theta and of x.
-      budget: the pairs of all training; None for new ones at every step.
+      simulator: the simulator in its own units.
+      moments: means and standard deviations of theta and of x.
+      budget: all training pairs; None simulates new pairs at every step.
     """
 
     simulator: Simulator
@@ -54,14 +54,14 @@ class Standardised:
 
     @classmethod
     def of(cls, simulator: Simulator, rng: np.random.Generator, budget: int | None) -> "Standardised":
-        """Standardised by a pilot, or by `budget` simulations, which are then all there is."""
+        """Standardises by a pilot, or by `budget` simulations, which are then all training pairs."""
         theta = simulator.prior(rng, PILOT if budget is None else budget)
         x = simulator.simulate(rng, theta)
         moments = tuple((values.mean(axis=0), values.std(axis=0)) for values in (theta, x))
         return cls(simulator, moments, None if budget is None else (theta, x))
 
     def pairs(self, rng: np.random.Generator, number: int) -> Pairs:
-        """Pairs to train on."""
+        """Draws pairs to train on."""
         if self.budget is not None:
             rows = rng.integers(len(self.budget[0]), size=number)
             return self.standardise(self.budget[0][rows], self.budget[1][rows])
@@ -88,9 +88,9 @@ class Learner:
     """A conditional flow in training.
 
     Attributes:
-      name: for tables and pictures.
-      steps: done.
-      seconds: spent on all steps but the first.
+      name: name in tables and pictures.
+      steps: number of steps done.
+      seconds: time of all steps but the first.
       first_step: seconds of the first step, compilation included.
     """
 
@@ -100,7 +100,7 @@ class Learner:
     first_step = 0.0
 
     def step(self, pairs: Pairs, learning_rate: float) -> Array:
-        """One update; the loss in nats of standardised theta, perhaps not yet computed."""
+        """Makes one update; returns the loss in nats of standardised theta, without waiting for its computation."""
         raise NotImplementedError
 
     def log_prob(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -112,13 +112,13 @@ class Learner:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """To be called after the last step."""
+        """Call it after the last step."""
 
     def train(self, batches: Iterator[Pairs], learning_rate: float, number: int) -> float:
-        """Some steps, waiting for the last. Returns its loss.
+        """Trains for `number` steps, waits for the last, and returns its loss.
 
         Raises:
-          FloatingPointError: if that is not finite.
+          FloatingPointError: if the loss is not finite.
         """
         began = time.perf_counter()
         for _ in range(number):
@@ -156,7 +156,7 @@ class ResidualLearner(Learner):
     def __init__(
         self, model: VectorFlowConfig, optimizer: OptimizerConfig, estimator: Estimator, pairs: Pairs, seed: int
     ):
-        """pairs: set ActNorm."""
+        """Makes the flow; `pairs` initialise ActNorm."""
         self.flow = ResidualFlow(model, rngs=nnx.Rngs(seed))
         self.flow.initialize(*map(jnp.asarray, pairs))
 
@@ -187,12 +187,12 @@ class FlowjaxConfig:
     """The flow of flowjax.
 
     Attributes:
-      layers: masked autoregressive layers.
-      width: of the hidden layers of a layer's network.
-      depth: number of these.
-      knots: of a spline.
-      interval: outside of [-interval, interval] a spline is the identity.
-      learning_rate: peak. Of 0.001, 0.002, 0.005, 0.01 and 0.02 the default is best for two moons.
+      layers: number of masked autoregressive layers.
+      width: width of the hidden layers of each network.
+      depth: number of hidden layers of each network.
+      knots: number of knots of each spline.
+      interval: a spline is the identity outside [-interval, interval].
+      learning_rate: peak learning rate. The default is the best of 0.001, 0.002, 0.005, 0.01 and 0.02 for two moons.
     """
 
     layers: int = 6
@@ -209,7 +209,7 @@ def has_flowjax() -> bool:
 
 
 def promoting(function: Callable) -> Callable:
-    """The function where ranks and dtypes are promoted, as flowjax and optax do by themselves."""
+    """Wraps a function so that ranks and dtypes may be promoted, which flowjax and optax need."""
 
     def wrapped(*args):
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
@@ -280,7 +280,7 @@ class FlowjaxLearner(Learner):
 
 
 class Turn(NamedTuple):
-    """What `take_turns` reports after each turn: steps and seconds of each learner, and its last loss in nats."""
+    """The report of `take_turns` after each turn: steps and seconds of each learner, and its last loss in nats."""
 
     losses: dict[str, float]
     steps: dict[str, int]
@@ -298,9 +298,10 @@ def take_turns(
     every: int,
     seed: int,
 ) -> Iterator[Turn]:
-    """Trains the first learner for so many steps, the others for as long; yields after every `every` of its steps.
+    """Trains the first learner for `steps` steps, and the others for the same time.
 
-    `rates` are the peaks of the learning rates; what a learner's rate is goes by the part of the time that has passed.
+    It yields after every `every` steps of the first learner, when the others have had the same time. `rates` are the peak
+    learning rates; the schedule of each learner follows the fraction of the time that has passed.
     """
     streams = [_batches(task, batch_size, seed + n) for n in range(len(learners))]
     schedule = optimizer.learning_rates(steps)
@@ -329,7 +330,7 @@ def take_turns(
 
 
 def _catch_up(learner: Learner, seconds: float, train: Callable[[int], float]) -> float | None:
-    """Trains until the learner's clock shows so many seconds, to half a step; returns the last loss, if any."""
+    """Trains until the learner's training time is `seconds`, up to half a step; returns the last loss, if any."""
     loss = None
     while True:
         left = seconds - learner.seconds

@@ -1,9 +1,9 @@
 """Classifier two-sample test (Lopez-Paz & Oquab 2017, arXiv 1610.06545): can a classifier tell two samples apart?
 
-The score is the accuracy of a small neural network on points that it has not seen, by cross-validation: 0.5 where the
-samples are alike, 1 where they are disjoint. Lueckmann et al. (2021, arXiv 2101.04653) compare posteriors so. Here the
-network has two hidden layers of 64 units for every D, and is trained on fewer points for fewer epochs: it sees less,
-and scores are lower than theirs. Both samples are standardised by the first.
+The score is the cross-validated accuracy of a small neural network: 0.5 if the samples have one distribution, 1 if they
+are disjoint. Lueckmann et al. (2021, arXiv 2101.04653) compare posteriors in this way. Here the network has two hidden
+layers of 64 units for every D, and is trained on fewer points for fewer epochs. It detects fewer differences, so scores
+are lower than theirs. Both samples are standardised by the first.
 """
 
 import warnings
@@ -17,14 +17,14 @@ def c2st(reference: np.ndarray, samples: np.ndarray, *, seed: int = 0, folds: in
     """The accuracy of a classifier between samples [N, D] of two distributions, in [0, 1].
 
     Args:
-      reference: [N, D], of the truth.
-      samples: [N, D], as many.
-      seed: of folds and of the classifier.
-      folds: of the cross-validation, as many fits.
-      epochs: at most so many passes over the training points of a fold.
+      reference: exact samples [N, D].
+      samples: the same number of samples [N, D] to compare.
+      seed: random seed of the folds and of the classifier.
+      folds: number of folds of the cross-validation; each takes one fit.
+      epochs: maximum number of passes over the training points of a fold.
 
     Raises:
-      ValueError: for samples of other shapes, that are too few, or not finite.
+      ValueError: if the samples differ in shape, are too few, or are not finite.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -45,7 +45,7 @@ def c2st(reference: np.ndarray, samples: np.ndarray, *, seed: int = 0, folds: in
     labels = np.repeat([0, 1], len(reference))
     classifier = MLPClassifier((64, 64), max_iter=epochs, random_state=seed)
     split = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    # On matrices as small as these, threads wait for each other.
+    # Matrices are so small that threads would mostly wait for each other.
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)
         return float(np.mean(cross_val_score(classifier, points, labels, cv=split)))

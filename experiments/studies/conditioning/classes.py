@@ -2,7 +2,7 @@
 
     class(x) = argmax_c log p(x | c),    p(x) = 1/10 sum_c p(x | c)
 
-The classes are as frequent as each other, to 2 %. A flow whose condition did nothing would be right one time in ten.
+The classes are equally frequent, up to 2 %. A flow that ignored its condition would be right for one image in ten.
 """
 
 import math
@@ -35,7 +35,7 @@ Array = jax.Array
 
 CLASSES = 10
 LEVELS = 17
-_BATCH = 100  # images at once in evaluation
+_BATCH = 100  # images per batch in evaluation
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class DigitsConfig:
     """The two flows on digits.
 
     Attributes:
-      model: the flow of p(x); that of p(x | c) has the same sizes, a condition in every block, and a normal
-        distribution a class as its base.
-      steps: optimiser steps of either flow; 0 leaves the digits out.
-      batch_size: images a step.
+      model: the flow of p(x). The flow of p(x | c) has the same sizes, a condition in every block, and one normal
+        distribution per class as its base.
+      steps: number of optimiser steps of each flow; 0 leaves the digits out.
+      batch_size: images per step.
       optimizer: learning rate, clipping, averaging.
-      draws: dequantisations and estimates of every test image.
-      images: at most so many images of the test split.
-      samples: of every class in the picture.
+      draws: number of dequantisations and estimates of every test image.
+      images: maximum number of test images.
+      samples: number of samples of every class in the picture.
     """
 
     model: ImageFlowConfig = ImageFlowConfig(
@@ -70,7 +70,7 @@ class DigitsConfig:
 
     def __post_init__(self):
         if self.model.shape != (8, 8, 1):
-            raise ValueError(f"digits.model.shape: expected (8, 8, 1), that of the digits, got {self.model.shape}")
+            raise ValueError(f"digits.model.shape: expected (8, 8, 1), the shape of the digits, got {self.model.shape}")
         if self.model.condition_dim is not None:
             raise ValueError(
                 f"digits.model.condition_dim: expected None, for the classes are added, got {self.model.condition_dim}"
@@ -85,13 +85,13 @@ class DigitsConfig:
 
 
 class Scores(NamedTuple):
-    """What the test images tell.
+    """The results of a flow on the test images.
 
     Attributes:
-      bits_per_dim: of p(x | its class), or of p(x) for the flow without a condition.
+      bits_per_dim: bits/dim of p(x | class of x), or of p(x) for the flow without a condition.
       marginal: bits/dim of 1/10 sum_c p(x | c); None without a condition.
-      accuracy: of Bayes' rule; None without a condition.
-      seconds: of the training, compilation included.
+      accuracy: accuracy of Bayes' rule; None without a condition.
+      seconds: seconds of training, compilation included.
     """
 
     bits_per_dim: Estimate
@@ -101,12 +101,12 @@ class Scores(NamedTuple):
 
 
 def one_hot(labels: np.ndarray) -> np.ndarray:
-    """[..., 10] float32 for integers [...]."""
+    """One-hot vectors [..., 10], float32, of integer labels [...]."""
     return np.eye(CLASSES, dtype=np.float32)[labels]
 
 
 def make_flow(model: ImageFlowConfig, seed: int, *, conditional: bool) -> Flow:
-    """p(x), or p(x | c) for a one-hot c [10]."""
+    """The flow of p(x), or of p(x | c) for a one-hot c [10]."""
     rngs = nnx.Rngs(seed)
     if not conditional:
         return ResidualFlow(model, rngs=rngs)
@@ -115,7 +115,7 @@ def make_flow(model: ImageFlowConfig, seed: int, *, conditional: bool) -> Flow:
 
 
 def train(config: DigitsConfig, seed: int, *, conditional: bool) -> FitResult:
-    """A flow trained on all training images, without validation, and its history.
+    """Trains a flow on all training images, without validation; returns it with its history.
 
     Raises:
       FloatingPointError: if the loss stops being finite.
@@ -136,9 +136,9 @@ def train(config: DigitsConfig, seed: int, *, conditional: bool) -> FitResult:
 
 
 def class_bits_per_dim(flow: Flow, images: np.ndarray, key: Array, draws: int) -> np.ndarray:
-    """Bits/dim of images [N, 8, 8, 1] in each draw, given each class: [draws, N, 10], or [draws, N, 1] of p(x).
+    """Bits/dim of images [N, 8, 8, 1] in each draw, given each class: [draws, N, 10], or [draws, N, 1] for p(x).
 
-    Every class sees the same dequantised images, and the same noise of the estimate.
+    Every class has the same dequantised images, and the same noise of the estimate.
     """
     conditions = [None] if flow.condition_shape is None else list(np.eye(CLASSES, dtype=np.float32))
     columns = [
@@ -157,7 +157,7 @@ def evaluate(config: DigitsConfig, flow: Flow, seed: int, seconds: float) -> Sco
     nats = bits * math.log(2) * math.prod(flow.event_shape)
     marginal = -(logsumexp(-nats, axis=-1) - math.log(CLASSES)) / math.log(2) / math.prod(flow.event_shape)
     own = np.take_along_axis(bits, labels[None, :, None], axis=-1)[..., 0]
-    # The mean of the likelihood over draws is what Bayes' rule takes; with a single draw it is that of the draw.
+    # Bayes' rule uses the mean of the likelihood over draws.
     accuracy = float(np.mean(np.argmax(logsumexp(-nats, axis=0), axis=-1) == labels))
     return Scores(Estimate.from_scores(own), Estimate.from_scores(marginal), accuracy, seconds)
 
@@ -170,7 +170,7 @@ def sample_classes(flow: Flow, key: Array, number: int) -> np.ndarray:
 
 
 def digits_of_classes(number: int) -> np.ndarray:
-    """Test images [10 * number, 8, 8, 1] in [0, 1], class by class; a class with fewer begins again."""
+    """Test images [10 * number, 8, 8, 1] in [0, 1], class by class; a class with fewer images repeats them."""
     images, labels = load_digits().test, load_digit_labels()[2]
     rows = [np.resize(np.flatnonzero(labels == n), number) for n in range(CLASSES)]
     return images[np.concatenate(rows)] / (LEVELS - 1)

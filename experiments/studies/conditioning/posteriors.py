@@ -1,4 +1,4 @@
-"""Posteriors of flows beside the exact one: densities of new pairs, samples at several observations, a table."""
+"""Compares the posteriors of flows with the exact one, by densities of new pairs and samples at observations."""
 
 import math
 from collections.abc import Callable
@@ -16,19 +16,19 @@ TRUTH = "exact posterior"
 
 
 class Fit(NamedTuple):
-    """How well a flow does a task.
+    """The quality of a flow on a task.
 
     Attributes:
       nll: mean of -log q(theta | x) over new pairs, in nats of theta.
-      nll_stderr: its standard error.
+      nll_stderr: standard error of `nll`.
       excess: mean of log p(theta | x) - log q(theta | x) over the same pairs: the mean over x of KL(p || q).
-      excess_stderr: its standard error.
-      c2st: at each observation.
+      excess_stderr: standard error of `excess`.
+      c2st: score of the classifier two-sample test at each observation.
       normal_kl: for a normal posterior, mean over observations of KL(q || p) with a normal distribution fitted to
-        samples of q; None for others.
-      steps: of training; 0 for the posterior itself.
-      seconds: of training, without the first step.
-      first_step: seconds of the first step, with its compilation.
+        samples of q; None for other posteriors.
+      steps: number of training steps; 0 for the posterior itself.
+      seconds: seconds of training, without the first step.
+      first_step: seconds of the first step, compilation included.
     """
 
     nll: float
@@ -43,10 +43,10 @@ class Fit(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The exact posterior, under `TRUTH`, and those of the flows.
+    """The results of the exact posterior, named `TRUTH`, and of the flows.
 
     Attributes:
-      fits: by name.
+      fits: figures by name.
       samples: theta [N, D] at each observation, by name.
       observed: the observations, [K, X].
     """
@@ -68,12 +68,12 @@ def compare(
     """Measures trained learners.
 
     Args:
-      learners: whose posteriors.
+      learners: the learners.
       task: the simulator.
-      rng: of pairs, observations and exact samples; what a learner draws has keys of its own.
-      observations: values of x, from prior and simulator, at which samples are compared.
-      samples: of every posterior, at every observation.
-      pairs: new pairs for the log-densities.
+      rng: random generator of pairs, observations and exact samples; the samples of learners have keys of their own.
+      observations: number of values of x, from prior and simulator, at which samples are compared.
+      samples: number of samples of every posterior at every observation.
+      pairs: number of new pairs for the log-densities.
     """
     simulator = task.simulator
     theta = simulator.prior(rng, pairs)
@@ -98,7 +98,7 @@ def compare(
 
 
 def draw(learner: Learner, task: Standardised, x: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """theta [number, D] from q(theta | x), in its own units."""
+    """Draws theta [number, D] from q(theta | x), in its own units."""
     _, x = task.standardise(task.moments[0][0], x)
     return task.theta(learner.sample(jax.random.key(seed), number, x))
 
@@ -122,7 +122,7 @@ def normal_kl(simulator: Simulator, samples: list[np.ndarray], observed: np.ndar
 
 
 def circle_of(simulator: Simulator) -> Callable[[np.ndarray], tuple[np.ndarray, float]] | None:
-    """From x to the centre and the radius of the circle that holds 95 % of two elements of theta; None if unknown."""
+    """A function from x to centre and radius of the 95 % circle of two elements of theta; None if it is not known."""
     if not isinstance(simulator, GaussianLinear):
         return None
     radius = math.sqrt(-2 * math.log(0.05) * simulator.posterior_variance)
@@ -134,7 +134,7 @@ def _stderr(values: np.ndarray) -> float:
 
 
 def print_fits(title: str, fits: dict[str, Fit], certificate: Certificate) -> None:
-    """A table, a column a flow; `certificate` is that of the residual flow."""
+    """Prints a table with one column per flow; `certificate` is that of the residual flow."""
     rows = {
         title: list(fits),
         "-log q(theta | x)": [f"{fit.nll:.3f} +- {fit.nll_stderr:.3f} nats" for fit in fits.values()],

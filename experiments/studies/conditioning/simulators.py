@@ -1,7 +1,7 @@
-"""Simulators x ~ p(x | theta) with a known posterior p(theta | x), to test inference on. NumPy alone, float64.
+"""Simulators x ~ p(x | theta) with a known posterior p(theta | x), to test inference on; in NumPy and float64.
 
-Every simulator has a prior, p(x | theta) to sample from, and the posterior: exact samples and the exact density. All
-randomness is from the generator that a method is given.
+Every simulator samples its prior and p(x | theta), and has exact samples and the exact density of the posterior. All
+randomness comes from the generator that a method is given.
 """
 
 import math
@@ -23,14 +23,14 @@ class TwoMoons:
 
     The posterior follows from x: p(theta | x) is proportional to the density of p at (x_1 + |u|, x_2 - v) within the
     square, and zero elsewhere. Since theta -> (u, v) is a rotation and |u| takes each value twice, a sample of the
-    posterior is (|u|, v) = (p_1 - x_1, x_2 - p_2) of a p from the simulator, with either sign of u; it is rejected if
-    |u| < 0 or theta is outside of the square, which is the diamond |u| + |v| <= sqrt 2. The part that is kept
-    normalises the density.
+    posterior is (|u|, v) = (p_1 - x_1, x_2 - p_2) of a p from the simulator, with a random sign of u. It is rejected if
+    |u| < 0 or theta is outside the square, which is the diamond |u| + |v| <= sqrt 2. The fraction of samples that is
+    kept normalises the density.
 
-    r < 0, at ten standard deviations, is left out of account.
+    r < 0, which is ten standard deviations below the mean, is neglected.
 
     Attributes:
-      normalizer_draws: draws of p for the part that is kept.
+      normalizer_draws: number of draws of p that estimate the fraction that is kept.
     """
 
     normalizer_draws: int = 10000
@@ -91,7 +91,7 @@ class TwoMoons:
         return p[..., 0] - x[..., 0], x[..., 1] - p[..., 1]
 
     def _kept(self, x: np.ndarray) -> np.ndarray:
-        """The part of p that explains each x [N, 2], [N]."""
+        """The fraction of p that explains each x [N, 2], [N]."""
         p = self._noise(np.random.default_rng(0), self.normalizer_draws)
         return np.array([_is_possible(*self._inverted(p, one)).mean() for one in x])
 
@@ -102,7 +102,7 @@ def _rotated(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_possible(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Whether u is some |u| and theta is within the square."""
+    """Whether u >= 0, so that it can be |u|, and theta is within the square."""
     return (u >= 0) & (u + np.abs(v) <= math.sqrt(2))
 
 
@@ -134,11 +134,11 @@ class GaussianLinear:
 
     @property
     def posterior_variance(self) -> float:
-        """Of every element of theta, for every x."""
+        """The posterior variance of every element of theta, the same for every x."""
         return self.prior_variance * self.noise_variance / (self.prior_variance + self.noise_variance)
 
     def posterior_mean(self, x: np.ndarray) -> np.ndarray:
-        """[..., D] for x [..., D]."""
+        """The posterior mean [..., D] for x [..., D]."""
         return x * (self.prior_variance / (self.prior_variance + self.noise_variance))
 
     def prior(self, rng: Rng, number: int) -> np.ndarray:

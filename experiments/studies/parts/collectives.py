@@ -1,7 +1,7 @@
-"""What devices send each other in a compiled program: its collectives, read from the optimised HLO.
+"""Reads from the optimised HLO of a compiled program the collectives by which its devices communicate.
 
-A collective within loops counts as often as they turn, where XLA knows that; in a loop whose length is decided while it
-runs there must be none, or it would have no number.
+A collective in loops counts once for each iteration, if XLA knows their number. In a loop of unknown length it counts
+infinitely often, so such loops must have no collectives.
 """
 
 import math
@@ -25,8 +25,8 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: one of `KINDS`.
-      nbytes: of the arrays that it gives each device.
-      times: how often it runs in one call of the program; infinite in a loop of unknown length.
+      nbytes: bytes of the arrays that each device receives.
+      times: number of executions in one call of the program; infinite in a loop of unknown length.
     """
 
     kind: str
@@ -65,7 +65,7 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def _nbytes(shapes: str) -> int:
-    """Bytes of all arrays of an HLO type, as of (f32[2,3]{1,0}, s32[])."""
+    """Bytes of all arrays of an HLO type, such as (f32[2,3]{1,0}, s32[])."""
     total = 0
     for kind, sides in _SHAPE.findall(shapes):
         bits = _BITS.get(kind) or int(re.search(r"\d+", kind)[0])

@@ -1,9 +1,9 @@
-"""What `experiments.benchmark` times: one case by one competitor, in a process of its own.
+"""The process that `experiments.benchmark` times: one case by one competitor.
 
     python -m experiments.studies.parts.competitors CASE COMPETITOR [jit | shard_map | pmap]
 
-answers each line of standard input, the name of a measure, by one line of JSON: seconds, and what comes with them.
-`compile` needs no data and takes the case's flow in the abstract.
+reads names of measures, one per line of standard input, and answers each by one line of JSON with seconds and further
+figures. `compile` needs no data and makes no arrays.
 """
 
 import argparse
@@ -35,16 +35,16 @@ from resflow_jax.training.step import Trainer
 
 Array = jax.Array
 
-# The papers' setting, which is that of the peer.
+# The papers' estimator, which normflows uses too.
 TRAINING = Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")
 EVALUATION = Roulette(Poisson(2.0), exact_terms=20, minres_steps=0, probe="gaussian")
 LEARNING_RATE, CLIP = 1e-3, 1.0
-PART = 8192  # numbers of z that are inverted at a time on a core, as in `experiments.studies.inverse`
+PART = 8192  # array elements of z that a core inverts at a time, as in `experiments.studies.inverse`
 
 
 @dataclass(frozen=True)
 class Case:
-    """A flow, and how many images a batch has."""
+    """A flow and a batch size."""
 
     config: ImageFlowConfig
     batch_size: int
@@ -69,7 +69,7 @@ COMPETITORS = ("resflow_jax", "resflow_jax bfloat16", "normflows")
 
 
 def photograph_crops(shape: tuple[int, int, int], number: int) -> np.ndarray:
-    """Integers [number, *shape] of 256 levels: crops of the two photographs that scikit-learn ships."""
+    """Crops of the two photographs that scikit-learn ships: integers [number, *shape] with 256 levels."""
     from sklearn.datasets import load_sample_images
 
     height, width, channels = shape
@@ -85,14 +85,14 @@ def photograph_crops(shape: tuple[int, int, int], number: int) -> np.ndarray:
 def evaluation_flops(flow: ResidualFlow) -> float:
     """Floating-point operations of the matrix products in one evaluation of every block's g, for one example.
 
-    Of a flow in the abstract, as of `nnx.eval_shape`, too.
+    It also takes an abstract flow, made by `nnx.eval_shape`.
     """
     total = 0.0
     for _, layer in nnx.iter_modules(flow):
         if isinstance(layer, LipschitzLinear):
             linear_map = layer.linear_map
             pixels = math.prod(linear_map.example_shape[:-1])
-            total += 2.0 * pixels * math.prod(layer.kernel.shape)  # with the blocks of a stack
+            total += 2.0 * pixels * math.prod(layer.kernel.shape)  # includes the blocks of a stack
     return total
 
 
@@ -104,13 +104,13 @@ def make_flow(case: Case, images: np.ndarray) -> ResidualFlow:
 
 
 def make_trainer(graphdef: Any) -> Trainer:
-    """Adam with clipping, on bits/dim of 256 levels."""
+    """A trainer of bits/dim for 256 levels, with Adam and clipping."""
     optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(LEARNING_RATE))
     return Trainer(graphdef, dequantized_bits_per_dim(256), optimizer, ema_decay=0.99)
 
 
 def compile_step(case: Case) -> dict[str, float]:
-    """Seconds to trace and lower, and to compile, the training step of a flow that is never made; its memory."""
+    """Seconds to trace and lower, and to compile, the training step of an abstract flow, and its memory."""
     flow = nnx.eval_shape(lambda: ResidualFlow(case.config, rngs=nnx.Rngs(0)))
     trainer = make_trainer(nnx.split(flow)[0])
     state = jax.eval_shape(lambda flow: trainer.create_state(flow, TRAINING), flow)
@@ -127,7 +127,7 @@ def compile_step(case: Case) -> dict[str, float]:
 
 
 class Ours:
-    """resflow_jax, each core a device with its share of the batch; training steps in one of the `parallel` ways."""
+    """resflow_jax with one device per core, which share each batch; training steps are divided as `parallel` says."""
 
     def __init__(self, case: Case, strategy: Strategy = "jit"):
         self.case, self.strategy = case, strategy
@@ -165,14 +165,14 @@ class Ours:
         return over_devices(lambda flow, x, key: flow.log_prob(x, key=key, estimator=estimator), self.flow)
 
     def evaluate(self, estimator: Roulette = EVALUATION) -> dict[str, float]:
-        """log p of the batch with 20 terms and a roulette; `noise` is the deviation of an image's over keys."""
+        """log p of the batch with 20 terms and a roulette; `noise` is the standard deviation over keys."""
         x = (self.images + np.float32(0.5)) / 256
         self.key, *keys = jax.random.split(self.key, 3)
         results = [_timed(lambda key=key: self._log_prob(estimator)(x, key)) for key in keys]
         return {"seconds": min(r["seconds"] for r in results), "noise": _deviation(*(r["value"] for r in results))}
 
     def evaluate_default(self) -> dict[str, float]:
-        """The same with the library's default estimator, `Roulette()`."""
+        """log p of the batch with the library's default estimator, `Roulette()`."""
         return self.evaluate(Roulette())
 
     def _inverse(self, solver: Anderson) -> Callable[[Array], Array]:
@@ -189,11 +189,11 @@ class Ours:
         return {"seconds": result["seconds"], "error": float(np.abs(np.subtract(result["value"], x)).max())}
 
     def matmul(self) -> dict[str, float]:
-        """Operations a second of plain matrix products on all devices at once, the best of several shapes."""
+        """Operations per second of plain matrix products on all devices at once, the best of several shapes."""
         return {"flops_per_second": max(_matmul_speed(self.mesh, *shape, self.case) for shape in MATMULS)}
 
     def profile(self, directory: str) -> dict[str, float]:
-        """A trace of three training steps for TensorBoard or Perfetto."""
+        """Writes a trace of three training steps for TensorBoard or Perfetto."""
         self.train()
         with jax.profiler.trace(directory, create_perfetto_trace=True):
             return {"seconds": sum(self.train()["seconds"] for _ in range(3))}
@@ -225,7 +225,7 @@ def _matmul_speed(mesh: jax.sharding.Mesh, rows: int, inner: int, columns: int, 
 
 
 class Normflows:
-    """The same flow in normflows, on as many threads as PyTorch takes."""
+    """The same flow in normflows, with PyTorch's default number of threads."""
 
     def __init__(self, case: Case):
         from experiments.studies.parts.peers import normflows_from
@@ -243,7 +243,7 @@ class Normflows:
         return {"seconds": _timed(lambda: self._trained.train_step(self._x))["seconds"]}
 
     def evaluate(self) -> dict[str, float]:
-        """log p of the batch with 20 terms and a roulette; `noise` is the deviation of an image's."""
+        """log p of the batch with 20 terms and a roulette; `noise` is its standard deviation."""
         results = [_timed(lambda: self._papers.log_prob(self._x)) for _ in range(2)]
         return {"seconds": min(r["seconds"] for r in results), "noise": _deviation(*(r["value"] for r in results))}
 
@@ -255,7 +255,7 @@ class Normflows:
 
 
 def _deviation(a: np.ndarray, b: np.ndarray) -> float:
-    """Of one estimate of an image's log p, from two of every image."""
+    """Standard deviation of an estimate of an image's log p, from two estimates of every image."""
     return float(np.sqrt(np.mean(np.square(np.asarray(a) - np.asarray(b))) / 2))
 
 
@@ -266,7 +266,7 @@ def _timed(function: Callable[[], Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serves the measures of one case and competitor until standard input ends."""
+    """Answers the measures of one case and competitor until standard input ends."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.studies.parts.competitors",
         description=__doc__,

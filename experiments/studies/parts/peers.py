@@ -1,20 +1,20 @@
-"""A residual flow rebuilt in the PyTorch library normflows, with the same numbers, to be timed beside the original.
+"""Rebuilds a residual flow in the PyTorch library normflows, with the same weights, to compare times.
 
     flow = ResidualFlow(config, rngs=...);  peer = normflows_from(flow);  peer.forward(x) == flow(x)
 
-Everything that is timed is normflows' own: residual blocks with their fixed-point inverse and their estimate of the
-log-det, the layers inside them, ActNorm, squeeze and logit; only the flattening in H, W, C order is added here. Its
-linear layers get the kernels that ours apply, already normalised, and leave them as they are; with `papers` they get
-ours before normalisation, and its bound.
+All timed code is that of normflows: residual blocks with their fixed-point inverse and their log-det estimate, the
+layers inside them, ActNorm, squeeze and logit. Only the flattening in H, W, C order is added here. By default the
+linear layers of normflows get our normalised kernels, which they do not change; with `papers` they get our kernels
+before normalisation, and our norm bound.
 
-What normflows (1.7.3) does in evaluation mode; its tolerance and its 20 terms are no arguments of its blocks:
+In evaluation mode normflows (1.7.3) computes as follows; its tolerance and its 20 terms are not arguments:
 
-    inverse    x <- y - g(x) until (x - x_prev)^2 < 1e-5 (1 + |y|) everywhere in the batch: steps of 3e-3 and more pass;
-               some 1000 steps at most, without a word
+    inverse    x <- y - g(x) until (x - x_prev)^2 < 1e-5 (1 + |y|) everywhere in the batch, so steps of 3e-3 and more
+               may remain; it stops after about 1000 steps without a warning
     log-det    n + 20 terms of the power series, n >= 1 geometric with p = 1/2 for a whole batch (with `papers`,
-               Poisson(2)): 22 products with the Jacobian on average; one Gaussian probe an example; unbiased
+               Poisson(2)): 22 products with the Jacobian on average; one Gaussian probe per example; unbiased
 
-On cores that others use too, its threads wait for each other: one slow core delays all. Time on idle cores, or on one.
+Its threads wait for each other, so one busy core delays all of them: measure times on idle cores, or on one core.
 
 Its random numbers come from the global generators, `torch.manual_seed` and `np.random.seed`. Needs the extra `bench`.
 """
@@ -46,7 +46,7 @@ from resflow_jax.layers.shapes import Flatten, Squeeze
 class Peer:
     """A flow of normflows on NumPy arrays in the layout of `ResidualFlow`: x [B, H, W, C], z [B, D].
 
-    All methods but `train_step` are without gradients, on as many threads as PyTorch takes by default.
+    All methods but `train_step` compute no gradients. They use PyTorch's default number of threads.
 
     Attributes:
       model: the `normflows.NormalizingFlow`; its flows map z to x, in the order of sampling.
@@ -57,9 +57,9 @@ class Peer:
         self.model = model.to(self._dtype).eval()
 
     def samples(self, z: np.ndarray) -> np.ndarray:
-        """x with f(x) = z: the fixed-point iterations alone.
+        """x with f(x) = z, by the fixed-point iterations alone.
 
-        normflows' own `sample` and `forward` always estimate the log-det too; its blocks can do without.
+        The `sample` and `forward` of normflows always estimate the log-det too; its blocks can omit it.
         """
         with torch.no_grad():
             x = self._tensor(z)
@@ -68,7 +68,7 @@ class Peer:
         return _channels_last(x)
 
     def samples_and_log_prob(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(x, estimates of log p(x) [B]): what normflows' `sample` does with the z that it draws."""
+        """(x, estimates of log p(x) [B]), computed from z as in the `sample` of normflows."""
         with torch.no_grad():
             x = self._tensor(z)
             log_prob = self.model.q0.log_prob(x)
@@ -96,7 +96,7 @@ class Peer:
         self._optimizer = torch.optim.Adam(self.model.parameters(), learning_rate)
 
     def train_step(self, x: np.ndarray) -> float:
-        """Forward, backward, clipping by the global norm, Adam, five power iterations a layer; the loss in bits/dim."""
+        """Forward, backward, clipping by the global norm, Adam, five power iterations per layer. Loss in bits/dim."""
         self.model.train()
         self._optimizer.zero_grad()
         loss = self.model.forward_kld(self._images(x)) / (math.log(2) * x[0].size)
@@ -114,10 +114,11 @@ class Peer:
 
 
 def normflows_from(flow: ResidualFlow, *, papers: bool = False) -> Peer:
-    """The same image flow in normflows, with the numbers and the dtype of `flow`; ready to be timed.
+    """The same image flow in normflows, with the weights and the dtype of `flow`.
 
-    papers: lengths are drawn from the Poisson law of mean 2, as in the papers, not from normflows' geometric law, and
-      kernels are those before normalisation, with the norm bound of each layer: what training needs.
+    With `papers`, lengths are drawn from the Poisson distribution of mean 2, as in the papers, not from the geometric
+    distribution of normflows. Kernels are then those before normalisation, with the norm bound of each layer, as
+    training needs them.
 
     Raises:
       ValueError: for vectors, for factored-out channels, and for layers and activations other than those of
@@ -130,8 +131,8 @@ def normflows_from(flow: ResidualFlow, *, papers: bool = False) -> Peer:
     flows = [_converted(layer, (1, 1) if n < flat else (), papers) for n, layer in enumerate(layers)]
     base = nf.distributions.DiagGaussian(flow.dim, trainable=False)
     peer = Peer(nf.NormalizingFlow(base, flows[::-1]), flow.dtype)
-    peer.forward(np.full((1, *flow.event_shape), 0.5))  # convolutions learn the size of their images at the first call
-    if papers:  # the vectors of its dense layers are still those of the kernels that they were made with
+    peer.forward(np.full((1, *flow.event_shape), 0.5))  # convolutions set their image size at the first call
+    if papers:  # update the singular vectors of dense layers, which belong to the kernels before
         nf.utils.update_lipschitz(peer.model, 500)
     return peer
 
@@ -151,12 +152,12 @@ def _unrolled(bijector: Bijector) -> Iterator[Bijector]:
 
 
 def _converted(bijector: Bijector, pixel: tuple[int, ...], papers: bool) -> nf.flows.Flow:
-    """A layer's counterpart; `pixel` is what a parameter per channel has for height and width."""
+    """The counterpart of a layer; `pixel` gives the height and width dimensions of a parameter per channel."""
     match bijector:
         case Logit():
             return nf.transforms.Logit(bijector.alpha)
         case ActNorm() if bijector.shift.ndim == 1:
-            # y = (x - center) / d * exp(w) + shift, as the inverse of x = y * exp(s) + t; without data-dependent start
+            # y = (x - center) / d * exp(w) + shift, as the inverse of x = y * exp(s) + t, without initialisation
             affine = nf.flows.AffineConstFlow((bijector.shift.size, *pixel))
             s = jnp.log(bijector.std[...]) - bijector.log_scale[...]
             affine.s = _parameter(s.reshape(affine.s.shape))
@@ -164,7 +165,7 @@ def _converted(bijector: Bijector, pixel: tuple[int, ...], papers: bool) -> nf.f
             affine.t = _parameter(t.reshape(affine.t.shape))
             return affine
         case Squeeze():
-            return nf.flows.Squeeze()  # its channels are in our order
+            return nf.flows.Squeeze()  # its channel order is ours
         case Flatten():
             return _Flatten(bijector.shape)
         case ResidualBlock():
@@ -193,9 +194,9 @@ def _swish(beta: jax.Array) -> Swish:
 
 
 def _linear(layer: LipschitzLinear, *, raw: bool) -> InducedNormConv2d | InducedNormLinear:
-    """The layer with the kernel that it applies, of norm below one: a coefficient of one leaves that as it is.
+    """The layer with its normalised kernel, whose norm is below one, so that a coefficient of one does not change it.
 
-    raw: with the kernel before normalisation, and the layer's own coefficient.
+    With `raw` it has the kernel before normalisation and the layer's own coefficient.
     """
     kernel, bias = layer.weights()
     coefficient = 1.0

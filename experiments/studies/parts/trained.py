@@ -1,4 +1,4 @@
-"""The trained flows that studies are made of: those of given work directories, or trained when their turn comes."""
+"""The trained flows that studies measure: those of given work directories, or flows trained when needed."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -15,17 +15,17 @@ from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.parallel import Strategy
 
 NAMES = ("digits", "fashion_mnist")
-_CONFIGS = {"digits": "digits", "fashion_mnist": "fashion_mnist_small"}  # of experiments.density
+_CONFIGS = {"digits": "digits", "fashion_mnist": "fashion_mnist_small"}  # config names of experiments.density
 
 
 def trained_runs(
     names: Sequence[str], given: dict[str, Path | None], workdir: Path, parallel: Strategy = "jit", small: bool = False
 ) -> Iterator[DensityConfig]:
-    """The finished runs of the density configs of these names, or those in given directories, as they were made.
+    """Yields the config of the finished run of each name, as soon as that run is finished.
 
-    A run without a given directory lies under `workdir`, and is made there unless it is finished, its steps divided
-    among devices as `parallel` says; with `small` it is that of `--tiny`. One whose data are not on disk is left out,
-    and that is printed.
+    A run without a given directory is made under `workdir`, unless it is finished there; its steps are divided among
+    devices by `parallel`, and with `small` it is the run of `--tiny`. A run whose data are not on disk is skipped with
+    a printed message.
 
     Raises:
       ValueError: if a given directory holds no run.
@@ -50,7 +50,7 @@ def trained_runs(
 
 
 def trained_flow(config: DensityConfig) -> ResidualFlow:
-    """The flow of a run, of its best weights, tightened."""
+    """The flow of a run with its best weights, tightened."""
     return saved_flow(config.workdir).flow
 
 
