@@ -24,8 +24,7 @@ class DataConfig:
       name: "digits" or "photographs" (both shipped with scikit-learn), or the name of a prepared TensorFlow data set.
       path: your own images, used instead of `name`: a folder of image files, a .npy or .npz file, or IDX files; see
         `resflow_jax.data.files.load_path`.
-      dir: directory of TensorFlow data sets; by default the first of $TFDS_DATA_DIR,
-        ~/tensorflow_datasets and ../shared/tfds that holds it.
+      dir: directory of TensorFlow data sets; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       size: side of the crops of "photographs", in pixels.
       channels: channels of the crops of "photographs": 3 for colour, 1 for grey.
       bits: bits kept of each 8-bit pixel value, the most significant ones.

@@ -13,6 +13,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
@@ -103,7 +104,9 @@ class NamedCommand(Command):
             print(self.overview())
             sys.exit(0)
         if name is not None and name not in self.default:
-            _refuse(self.program, f"NAME: expected one of {', '.join(self.default)}; got {name!r}")
+            near = get_close_matches(name, self.default)
+            meant = f"; perhaps {' or '.join(near)}" if near else ""
+            _refuse(self.program, f"NAME: expected one of {', '.join(self.default)}; got {name!r}{meant}")
         chosen = name or self.first
         program = self.program if name is None else f"{self.program} {name}"
         return parse(

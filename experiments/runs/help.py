@@ -87,7 +87,10 @@ def boxes_of(printed: str) -> tuple[str, dict[str, Box]]:
             paragraphs.append(line[2:])
     for _, settings in boxes.values():
         for flag, text in settings.items():
-            settings[flag] = text.removesuffix("(default: False)").rstrip()
+            text = text.removesuffix("(default: False)").rstrip()
+            if re.search(r"(--|\.)no-[\w-]+$", flag):  # a switch that is on by default: the flag turns it off
+                text = f"turn off: {text.removesuffix('(default: True)').rstrip()}"
+            settings[flag] = text
     return usage, {name: Box("\n".join(text).strip(), settings) for name, (text, settings) in boxes.items()}
 
 

@@ -26,9 +26,11 @@ def launch(config: RunConfig) -> None:
     use_all_cores(cores_for_run(config))
     join(config.distributed)
     with all_end_with_one():
+        check_same(config)
+        task = task_of(config)  # bad settings and data are refused before anything is said of files
         if is_first():
             say_what_will_be_written(Output(config.workdir, FILES))
-        run_config(config)
+        train.run(config, task)
 
 
 def cores_for_run(config: RunConfig) -> int:

@@ -150,7 +150,7 @@ def _validate_and_save(
     checkpoints.save(pause.state, loss, found.certificate)
     if is_first():
         sketch(task, found.drawn, pause.step, metrics)
-    pause.bar.set_description(f"validation {task.sign * loss:.3f} {task.unit}")
+    pause.bar.set_description(f"validation {loss:.3f}")
 
 
 def _line(task: Task, pause: Pause) -> dict[str, Any]:

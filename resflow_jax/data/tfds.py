@@ -57,11 +57,11 @@ def load_tfds(name: str, data_dir: str | Path | None = None, *, bits: int = 8, v
     return split(parts, bits=bits)
 
 
-def find_data_dir(name: str, *others: Path) -> Path:
-    """The first of $TFDS_DATA_DIR, ~/tensorflow_datasets and `others` with the data set; if none has it, the first."""
+def find_data_dir(name: str) -> Path:
+    """The first of $TFDS_DATA_DIR and ~/tensorflow_datasets with the data set; if neither has it, the first."""
     home = Path.home() / "tensorflow_datasets"
     named = os.environ.get("TFDS_DATA_DIR")
-    candidates = [*([Path(named)] if named else []), home, *others]
+    candidates = [*([Path(named)] if named else []), home]
     return next((path for path in candidates if (path / name).is_dir()), candidates[0])
 
 

@@ -121,7 +121,9 @@ def residual(
     if chunk_size is not None:
         check_count("chunk_size", chunk_size, 1)
     if needs_key(estimator) and key is None:
-        raise ValueError(f"key: {type(original(estimator)).__name__} expected a PRNG key, got None")
+        raise ValueError(
+            f"key: {type(original(estimator)).__name__} expected a PRNG key, got None; estimator=Exact() needs none"
+        )
     estimator = as_tree(estimator)
     if isinstance(estimator, Roulette):
         estimator = replace(estimator, length=law_within(estimator.length, lipschitz))

@@ -216,7 +216,7 @@ class Typicality:
             return constructor(self)
         bits = float(self.entropy) / (self.dim * np.log(2))
         return (
-            f"Typicality by {count(self.scores.shape[0], 'held-out example')}: H = {number(self.entropy)} nats "
+            f"Typicality by {count(self.scores.shape[0], 'example')}: H = {number(self.entropy)} nats "
             f"({number(bits)} bits/dim of the density), deviation {number(self.deviation)} nats, {self.dim} dimensions"
         )
 

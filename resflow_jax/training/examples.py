@@ -57,7 +57,7 @@ class Examples(NamedTuple):
         return _rows(self, rows)
 
 
-def divided_examples(
+def split_validation(
     flow: Flow, examples: Examples, validation: Any, levels: int | None, rng: np.random.Generator
 ) -> tuple[Examples, Examples | None]:
     """Training and validation examples.

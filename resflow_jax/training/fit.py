@@ -26,7 +26,7 @@ from resflow_jax.functional.estimators import Estimator, Roulette, check_estimat
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.course import Course, FitDivergedError, FitProgress, FitResult, Scorer
-from resflow_jax.training.examples import Examples, batches_on_device, divided_examples
+from resflow_jax.training.examples import Examples, batches_on_device, split_validation
 from resflow_jax.training.interrupts import deferred_signals
 from resflow_jax.training.loop import has_stopped_improving, run_steps
 from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
@@ -131,7 +131,7 @@ def fit(
     split_key, init_key, train_key, validation_key = jax.random.split(as_key("key", key), 4)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(split_key)))
     examples = Examples.of(flow, x, condition, levels)
-    training, held_out = divided_examples(flow, examples, validation, levels, rng)
+    training, held_out = split_validation(flow, examples, validation, levels, rng)
     if training.number < 2:
         raise ValueError(f"x: expected at least 2 examples to train on, got {training.number}")
     batch_size = _batch_size(batch_size, training.number, mesh)

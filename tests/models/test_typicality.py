@@ -41,7 +41,7 @@ def test_entropy(typicality):
     np.testing.assert_allclose(typicality.deviation, log_probs(normals(0, 2000)).std(ddof=1), rtol=1e-10)
     np.testing.assert_allclose(typicality.log_probs, np.sort(log_probs(normals(1, 1999))), rtol=1e-12)
     assert typicality.dim == DIM and typicality.scores.shape == (1999,)
-    assert repr(typicality).startswith("Typicality by 1,999 held-out examples: H = 141") and "nats" in repr(typicality)
+    assert repr(typicality).startswith("Typicality by 1,999 examples: H = 141") and "nats" in repr(typicality)
 
 
 def test_against_counting(typicality):

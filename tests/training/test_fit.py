@@ -16,7 +16,7 @@ import resflow_jax as rf
 from resflow_jax.data.embedded import load_digits
 from resflow_jax.training import make_mesh
 from resflow_jax.training.evaluation import vector_log_prob
-from resflow_jax.training.examples import Examples, divided_examples, row_numbers
+from resflow_jax.training.examples import Examples, row_numbers, split_validation
 from resflow_jax.training.loop import has_stopped_improving
 from tests.compilations import compilations
 from tests.io.flows import conditional_flow
@@ -259,13 +259,13 @@ def test_rows():
 def test_division():
     """A share of the examples, with their conditions, is held out; the rest is trained on."""
     examples = Examples(jnp.arange(20.0).reshape(10, 2), jnp.arange(10.0))
-    train, held_out = divided_examples(FLOW, examples, 0.3, None, np.random.default_rng(0))
+    train, held_out = split_validation(FLOW, examples, 0.3, None, np.random.default_rng(0))
     assert train.number == 7 and held_out.number == 3
     for part in (train, held_out):
         np.testing.assert_array_equal(part.x[:, 0], 2 * part.condition)
     both = np.concatenate([train.condition, held_out.condition])
     np.testing.assert_array_equal(np.sort(both), np.arange(10))
-    assert divided_examples(FLOW, examples, None, None, np.random.default_rng(0)) == (examples, None)
+    assert split_validation(FLOW, examples, None, None, np.random.default_rng(0)) == (examples, None)
 
 
 BAD = {

@@ -37,7 +37,7 @@ def load(config: DataConfig) -> ImageSplits:
         return load_digits()
     if config.name == "photographs":
         return load_photographs(config.size, config.channels, bits=config.bits)
-    directory = config.dir or find_data_dir(config.name, Path("../shared/tfds"))
+    directory = config.dir or find_data_dir(config.name)
     return load_tfds(config.name, directory, bits=config.bits)
 
 
