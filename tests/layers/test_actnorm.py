@@ -119,7 +119,7 @@ def test_set_constants_keeps_the_map():
 
 
 def losses(dtype, scale, steps=30):
-    """Losses of Adam steps with weight decay, without the constant that the unit adds to the negative log-likelihood."""
+    """Losses of Adam steps with weight decay, without the constant that the unit adds to the loss."""
     flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=3, blocks=2, hidden=(8,)), rngs=nnx.Rngs(0))
     a, b, c = np.random.default_rng(0).normal(size=(3, 256))
     x = jnp.asarray(np.stack([a, a**2 + 0.3 * b, 0.1 * c - 2], axis=1).astype(dtype) * np.dtype(dtype).type(scale))

@@ -165,7 +165,7 @@ def test_shapes_that_do_not_fit():
         rf.Flow(chain, rf.StandardNormal((2,)))
     with pytest.raises(ValueError, match=r"bijector: bijectors\[0\] \(ActNorm\): expected events .* ends in \(3,\)"):
         rf.Flow(rf.Chain([rf.ActNorm((3,))]), event_shape=(2,))
-    with pytest.raises(ValueError, match="event_shape: expected the shape of one x, which neither"):
+    with pytest.raises(ValueError, match="event_shape: expected the shape of one x, since neither"):
         rf.Flow(rf.Logit(0.1))
     assert rf.Flow(rf.Logit(0.1), rf.StandardNormal((2, 2))).event_shape == (2, 2)
     flow = rf.Flow(chain)
