@@ -76,7 +76,7 @@ class Bijector(Module):
       >>> class Shift(rf.Bijector):
       ...     def __init__(self, dim):
       ...         self.event_shape = (dim,)
-      ...         self.shift = nnx.Param(jnp.ones(dim))
+      ...         self.shift = nnx.Param(jnp.ones((1, dim)))
       ...
       ...     def transform(self, x, condition=None):
       ...         return x + self.shift[...], jnp.zeros(x.shape[0], x.dtype)
