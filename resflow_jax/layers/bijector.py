@@ -76,7 +76,7 @@ class Bijector(Module):
       >>> class Shift(rf.Bijector):
       ...     def __init__(self, dim):
       ...         self.event_shape = (dim,)
-      ...         self.shift = nnx.Param(jnp.ones(dim))
+      ...         self.shift = nnx.Param(jnp.ones((1, dim)))
       ...
       ...     def transform(self, x, condition=None):
       ...         return x + self.shift[...], jnp.zeros(x.shape[0], x.dtype)
@@ -184,7 +184,7 @@ class Bijector(Module):
 
     @property
     def image(self) -> tuple[Any, Any] | None:
-        """Lower and upper ends of the values of y, or None: the support of the inverse."""
+        """Lower and upper end of the values of y, or None: the support of the inverse."""
         return None
 
     # Methods that a layer with residual blocks inside defines
@@ -336,12 +336,12 @@ def ends_in(shape: Shape, last: Shape) -> Shape:
 
 
 def no_log_det(x: Array) -> Array:
-    """[B] zeros: the log-dets of a map that keeps volumes."""
+    """[B] zeros: the log-dets of a map that preserves volume."""
     return jnp.zeros(x.shape[0], x.dtype)
 
 
 def scaling_bounds(log_scale: Array | np.ndarray) -> tuple[float, float]:
-    """Lipschitz constants of x * exp(log_scale) and of its inverse; infinite where float64 ends."""
+    """Lipschitz constants of x * exp(log_scale) and of its inverse; infinite if they overflow float64."""
     log_scale = np.asarray(log_scale, np.float64)
     with np.errstate(over="ignore"):
         return float(np.exp(log_scale.max())), float(np.exp(-log_scale.min()))
@@ -391,7 +391,7 @@ Apply = Callable[[Bijector, Array, Array | None], Array]  # of a layer to x and 
 
 
 def fold(bijectors: Sequence[Bijector], apply: Apply, x: Array, condition: Array | None) -> Array:
-    """Runs x through apply(bijector, x, condition) of every bijector."""
+    """Runs x through apply(bijector, x, condition) for every bijector in order."""
     for bijector in bijectors:
         x = apply(bijector, x, own_condition(bijector, condition))
     return x

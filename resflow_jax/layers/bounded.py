@@ -120,7 +120,7 @@ class Bounded(Elementwise):
         return x, log_slopes
 
     def _one_sided_domain(self, bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
-        """The least and the largest number of a dtype inside of every one-sided interval; infinite for the others."""
+        """The smallest and largest number of a dtype inside every one-sided interval; infinite for other columns."""
         _, lower, upper = self._kinds()
         most, step = largest(bounds.dtype), bounds.dtype.type(smallest(bounds.dtype))
         with np.errstate(over="ignore"):

@@ -40,10 +40,11 @@ class Bounds(NamedTuple):
 
 
 def as_bounds(low: Any, high: Any) -> tuple[Any, Any]:
-    """Both as Python's floats, or both as equal nested tuples of them: hashable, so that a layer may keep them.
+    """Checks the ends of intervals, and returns both as floats, or both as nested tuples of one shape, which are
+    hashable.
 
     Raises:
-      ValueError: for ends that do not broadcast, are NaN, or where low is not below high; it says where.
+      ValueError: for ends that do not broadcast, are NaN, or where low is not below high; it names the place.
     """
     ends = []
     for name, end in (("low", low), ("high", high)):

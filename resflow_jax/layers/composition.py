@@ -52,8 +52,7 @@ class _Composition(Bijector):
 class Chain(_Composition):
     """Composition f = f_n o ... o f_1 of bijectors.
 
-        y = f_n(... f_1(x)),   x = f_1^-1(... f_n^-1(y)),   log_det = sum of the log-dets of the f_i, at their own
-        inputs
+        y = f_n(... f_1(x)),   x = f_1^-1(... f_n^-1(y)),   log_det = sum of the log-dets of the f_i
 
     An empty chain is the identity. Every layer must take the shape of events that the layer before it returns.
 

@@ -1,4 +1,4 @@
-"""Parameters that depend on a condition c, for bases and affine layers. The dependence on c is not bounded."""
+"""Parameters of bases and affine layers that depend on a condition c, in any way."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class ConditionedParams(Module):
     def make(
         cls, condition_dim: int | None, shapes: Sequence[tuple[int, ...]], *, rngs: nnx.Rngs | None
     ) -> "ConditionedParams | None":
-        """None without a condition; it checks its arguments."""
+        """The network after checks of its arguments, or None if condition_dim is None."""
         if condition_dim is None:
             return None
         check_count("condition_dim", condition_dim, 1)

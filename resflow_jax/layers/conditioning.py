@@ -2,9 +2,9 @@
 
     h(x; c) = gate(c) * (W x) + b + shift(c),   gate = tanh(2 + a(c)),   |gate| <= 1
 
-An ordinary network, of any Lipschitz constant, gives a(c) and shift(c). A factor of modulus at most 1 shrinks every
-difference h(a; c) - h(b; c), and a shift cancels in it: the layer's norm in x is that of W at most, for every c and in
-every p-norm. At the start the gates are near 1.
+A network of any Lipschitz constant computes a(c) and shift(c). A factor of modulus at most 1 shrinks every difference
+h(a; c) - h(b; c), and a shift cancels in it. So the Lipschitz constant of the layer in x is at most the norm of W, for
+every c and in every p-norm. At the start the gates are near 1.
 """
 
 import math

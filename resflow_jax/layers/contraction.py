@@ -197,7 +197,7 @@ def _leaves(module: nnx.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _takes_condition(module: nnx.Module) -> bool:
-    """Whether a module is called as module(x, condition): by the name, or a second argument without a default."""
+    """Whether a module is called as module(x, condition): it names the argument, or requires a second one."""
     parameters = list(inspect.signature(module.__call__).parameters.values())
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p for p in by_position if p.default is p.empty]

@@ -151,9 +151,9 @@ class LipschitzLinear(Module):
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
-        """The leading axes of a stack of such layers, as in `ResidualStack`; () of one layer.
+        """The leading axes of a stack of such layers, as in `ResidualStack`; () for one layer.
 
-        The map says which shape the kernel of one layer has; all axes before it are those of stacks.
+        The map knows the kernel shape of one layer; all axes before it are axes of stacks.
         """
         return self.kernel.shape[: self.kernel.ndim - len(self.linear_map.kernel_shape)]
 
@@ -266,7 +266,7 @@ def _operator(linear_map, fixed, learned, kernel) -> tuple[Callable[[Array], Arr
 
 
 def split_orders(orders: tuple[float | Array, ...]) -> tuple[tuple[float | None, ...], tuple[Array | None, ...]]:
-    """The orders that are numbers and, where there is None, those that are arrays."""
+    """The fixed orders, with None for learned ones, and the learned orders, with None for fixed ones."""
     is_array = [isinstance(order, Array) for order in orders]
     fixed = tuple(None if learned else order for order, learned in zip(orders, is_array, strict=True))
     return fixed, tuple(order if learned else None for order, learned in zip(orders, is_array, strict=True))
@@ -310,7 +310,7 @@ def _mapped(function: Callable[[LipschitzLinear], Result], layers: LipschitzLine
 
 
 def _uniforms(key: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-    """Arrays of U(-1, 1) from a single draw: each draw costs XLA a tenth of a second to compile."""
+    """Arrays of U(-1, 1) from a single draw, since XLA needs a tenth of a second to compile each draw."""
     sizes = [math.prod(shape) for shape in shapes]
     parts = jnp.split(jax.random.uniform(key, (sum(sizes),), minval=-1, maxval=1), np.cumsum(sizes)[:-1])
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]

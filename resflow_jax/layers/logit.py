@@ -77,7 +77,7 @@ class Logit(Elementwise):
         return log_scale if self._is_unit else bounds.constant(log_scale - np.log(bounds.width))
 
     def _parts(self, x: Array, bounds: Bounds) -> tuple[Array, Array]:
-        """log s and log(1 - s), each accurate at its own end of the interval."""
+        """log s and log(1 - s), each accurate near its own end of the interval."""
         alpha, scale = self.alpha, 1 - 2 * self.alpha
         least_low, least_high = (bounds.constant(value) for value in _least(alpha, bounds))
         slack_low, slack_high = (bounds.constant(_SLACK * value) for value in _rounding(alpha, bounds))

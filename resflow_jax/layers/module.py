@@ -60,7 +60,7 @@ class Module(nnx.Module, metaclass=_ModuleType):
     """
 
     def _repr_parts(self, shape: Shape | None) -> Parts | None:
-        """The parts that may have lines of their own, for events x of this shape; None where there are none."""
+        """The parts that may have lines of their own, for events x of this shape; None if there are none."""
         return None
 
     def __repr__(self) -> str:

@@ -110,7 +110,7 @@ class _Inside(NamedTuple):
 
 
 def parameters_text(module: nnx.Module) -> str:
-    """The number of a module's parameters, those of all layers of a stack; "?" where sizes are not known."""
+    """The number of a module's parameters, for a stack of all its layers; "?" if sizes are unknown."""
     number = 0
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Param):

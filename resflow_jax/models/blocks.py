@@ -116,7 +116,7 @@ def _free_orders(layers: int) -> list[nnx.Param]:
 def densenet(
     config: FlowConfig, linear: MakeLinear, features: int, first: int | None, growth: int, kernel: int
 ) -> MakeContraction:
-    """DenseNets of `config.densenet.depth` dense layers, after one of width `first` if that is given."""
+    """DenseNets of `config.densenet.depth` dense layers, after a layer of width `first` if that is given."""
     activation = get_activation(config.activation)
     check_widths(activation, [growth])
 

@@ -193,7 +193,7 @@ def _check_norms(config: FlowConfig, name: str, norms: tuple[float, ...] | None)
 
 
 def _check_common(config: FlowConfig, layers: int) -> None:
-    """The settings that both kinds of flows have; `layers` of a plain block."""
+    """Checks the settings that both kinds of flows have; `layers` is the number of linear layers in a plain block."""
     check_choice("activation", config.activation, tuple(ACTIVATIONS))
     check_choice("preactivation", config.preactivation, PREACTIVATIONS)
     check_open_interval("coefficient", config.coefficient, 0, 1)

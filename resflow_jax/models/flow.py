@@ -297,7 +297,7 @@ class Flow(FlowSampling, FlowUpkeep):
     def _invert(
         self, z: Array, condition: Array | None, solver: Solver, return_status: bool, what: str
     ) -> Array | tuple[Array, InverseStatus]:
-        """`inverse` of a z that has been checked."""
+        """`inverse` of a z that has been checked already."""
         rule, limits = solver.split(self.dtype)
         x, status = _inverse(*nnx.split(self), z, rule, limits, condition)
         return (x, status) if return_status else reported(x, status, what, solver.on_failure)
@@ -341,7 +341,7 @@ class Flow(FlowSampling, FlowUpkeep):
 
         Returns:
           (z, log_prob) or (z, log_prob, diagnostics): z [B, *latent_shape] and log_prob [B] in nats are those of
-          `forward` and `log_prob` with the same key; see there for what is unbiased.
+          `forward` and `log_prob` with the same key; `log_prob` describes when it is unbiased.
 
         Cost: that of `forward`, and one evaluation of the base.
 
@@ -407,7 +407,7 @@ class Flow(FlowSampling, FlowUpkeep):
             yield batch, own
 
     def _finite(self, condition: Any) -> AbstractContextManager:
-        """Checks around a computation that a caller's condition, if there is one, has finite values."""
+        """A context that checks that the values of a caller's condition, if any, are finite."""
         return nullcontext() if condition is None else checked("condition", condition, self.dtype)
 
 

@@ -136,7 +136,7 @@ class Typicality:
         return cls(entropy, deviation, jnp.sort(held_out), jnp.sort(jnp.abs(-held_out - entropy)), dim)
 
     def score(self, log_prob: Array, *, unit: str = "nats") -> Array:
-        """|-log p(x) - H| [...] of log p(x) [...] in nats; large for atypical examples, too likely ones too.
+        """|-log p(x) - H| [...] from log p(x) [...] in nats; large for atypical examples, also for too likely ones.
 
         Args:
           log_prob: floats [...].
@@ -295,7 +295,7 @@ def anomaly_score(
 
 
 def _checked(name: str, log_prob: Any, least: int) -> Array:
-    """Log-densities [N]."""
+    """Log-densities [N], checked: at least `least` of them, and finite if concrete."""
     log_prob = as_float_array(name, log_prob)
     if log_prob.ndim != 1 or log_prob.shape[0] < least:
         raise ValueError(f"{name}: expected floats [N] of {least} or more examples, got shape {log_prob.shape}")

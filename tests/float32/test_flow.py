@@ -29,7 +29,7 @@ CONFIG = rf.ImageFlowConfig(
 
 @pytest.fixture(scope="module")
 def flow():
-    """Of images, initialised, with kernels at their bounds."""
+    """A flow of images, initialised, with kernels at their bounds."""
     flow = rf.ResidualFlow(CONFIG, rngs=nnx.Rngs(0))
     flow.initialize(jax.random.uniform(jax.random.key(0), (64, 4, 4, 1)))
     params = nnx.state(flow, nnx.Param)

@@ -123,7 +123,7 @@ def test_lipschitz_bounds_are_attained():
 
 
 def test_a_column_of_zero_to_one_is_the_plain_logit():
-    """Of scalar bounds [0, 1] to the last bit, of an array of them to rounding."""
+    """With scalar bounds [0, 1] the values are equal in every bit, with an array of bounds up to rounding."""
     x = jax.random.uniform(jax.random.key(0), (20, 3))
     y, log_det = rf.Logit(0.05).forward(x)
     for found in (rf.Logit(0.05, 0, 1).forward(x), rf.Logit(0.05, 0.0, 1.0).forward(x)):

@@ -14,7 +14,7 @@ def test_the_equations_of_the_paper(name):
     """h_i = c [eta1 h_(i-1), eta2 phi(W_i h_(i-1) + b_i)], with softplus weights on the unit circle."""
     contraction, x = make(name)
     linears, h = list(contraction.linears), np.asarray(x)
-    if "behind" in name:
+    if "after" in name:
         h = numpy_affine(linears.pop(0), h)
     for linear, params, raw in zip(
         linears[:-1], contraction.activation_params, np.asarray(contraction.concatenation[...]), strict=True
@@ -38,7 +38,7 @@ def test_weights_of_the_concatenation():
 @pytest.mark.parametrize("slope", [0.3, 1.0])
 def test_lipschitz_constant_of_a_concatenation(slope):
     """|[a x, b R x]| of an isometry R scaled by `slope` is exactly sqrt(a^2 + slope^2 b^2) |x|: the bound's formula."""
-    contraction, _ = make("DenseNet behind a layer")
+    contraction, _ = make("DenseNet after a layer")
     raw = np.asarray(contraction.concatenation[...])[0]
     a, b = 0.9 * normalized_concatenation(raw)
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]

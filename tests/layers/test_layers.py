@@ -95,7 +95,7 @@ def moved_layer(name):
     layer = make(nnx.Rngs(1))
     x = jax.random.uniform(jax.random.key(2), (3, *shape))
     layer.initialize(x)
-    # Parameters away from their initial values, so that no term of a log-det hides behind a zero.
+    # Parameters away from their initial values, so that no term of a log-det is zero.
     params = nnx.state(layer, nnx.Param)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(3), len(leaves))

@@ -197,7 +197,7 @@ def test_bad_settings(flow, bad):
 
 
 def test_converge_norms_warns_where_it_is_eager(flow):
-    """Of a kernel that is not finite; a compiled program holds no callback and only returns the status."""
+    """A kernel is not finite: an eager call warns; a compiled program has no callback and only returns the status."""
     graphdef, state = nnx.split(flow)
 
     def converge(state):

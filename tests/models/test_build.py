@@ -55,7 +55,7 @@ def test_noise_before_or_behind_the_logit(padding_first):
 
 @pytest.mark.parametrize("padding_first", [False, True])
 def test_data_mean_of_squeezed_channels(padding_first):
-    """One of every channel behind the squeeze, whose order is that of `Squeeze`; the noise is left as it is."""
+    """One mean for every channel after the squeeze, in the order of `Squeeze`; the noise is not changed."""
     mean, deviation = np.asarray([0.1, 0.2, 0.3, 0.4]), np.asarray([0.5, 2.0, 0.25, 4.0])
     data, scales = rf.ImageTransform(mean, deviation, PADDING, logit_alpha=None), rf.Scales(squeeze_first=True)
     chain = entrance(data=data, scales=scales, padding_first=padding_first)
@@ -140,7 +140,7 @@ def test_layers_in_order(case):
 
 
 def contractions(layers):
-    """Of every residual block, in order; those of a stack as one."""
+    """The contractions of all residual blocks, in order; a stack counts as one."""
     for layer in layers:
         if isinstance(layer, list):
             yield from contractions(layer)
@@ -149,7 +149,7 @@ def contractions(layers):
 
 
 def test_centering_of_layers_leaves_dense_blocks_alone():
-    """Inside convolutions one behind every linear layer, and before the activation of all but the first block."""
+    """Convolutional blocks have one after every linear layer, and all but the first one before the activation."""
     *convolutional, dense = contractions(
         built(rf.ImageFlowConfig(**TWO_SCALES, between=rf.BetweenBlocks(centering="layers"), tail=TAIL))
     )
@@ -193,8 +193,8 @@ def test_order_ties(ties):
     config = rf.VectorFlowConfig(3, 3, (4, 4), preactivation="all_but_first", norms=rf.Norms(learned=True, ties=ties))
     for n, contraction in enumerate(contractions(built(config))):
         linears = contraction.linears
-        for before, behind in itertools.pairwise(linears):
-            assert before.codomain is behind.domain
+        for before, after in itertools.pairwise(linears):
+            assert before.codomain is after.domain
         orders = [linears[0].domain, *(linear.codomain for linear in linears)]
         assert [next(m for m, q in enumerate(orders) if q is p) for p in orders] == TIES[ties]
         assert {order.shape for order in orders} == {() if n == 0 else (2,)}

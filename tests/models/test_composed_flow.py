@@ -160,12 +160,12 @@ def test_shapes_that_do_not_fit():
     chain = rf.Chain([rf.ActNorm((DIM,)), rf.ResidualBlock(contraction(nnx.Rngs(0)))])
     with pytest.raises(
         ValueError,
-        match=r"base: expected a distribution of events \(3,\), .* bijector for \(3,\), got one of \(2,\)",
+        match=r"base: expected a distribution of events \(3,\), .* bijector returns for \(3,\), got one of \(2,\)",
     ):
         rf.Flow(chain, rf.StandardNormal((2,)))
     with pytest.raises(ValueError, match=r"bijector: bijectors\[0\] \(ActNorm\): expected events .* ends in \(3,\)"):
         rf.Flow(rf.Chain([rf.ActNorm((3,))]), event_shape=(2,))
-    with pytest.raises(ValueError, match="event_shape: expected the shape of one x, which neither"):
+    with pytest.raises(ValueError, match="event_shape: expected the shape of one x, since neither"):
         rf.Flow(rf.Logit(0.1))
     assert rf.Flow(rf.Logit(0.1), rf.StandardNormal((2, 2))).event_shape == (2, 2)
     flow = rf.Flow(chain)
