@@ -300,8 +300,8 @@ def take_turns(
 ) -> Iterator[Turn]:
     """Trains the first learner for `steps` steps, and the others for the same time.
 
-    It yields after every `every` steps of the first learner, when the others have had the same time. `rates` are the peak
-    learning rates; the schedule of each learner follows the fraction of the time that has passed.
+    It yields after every `every` steps of the first learner, when the others have had the same time. `rates` are the
+    peak learning rates; the schedule of each learner follows the fraction of the time that has passed.
     """
     streams = [_batches(task, batch_size, seed + n) for n in range(len(learners))]
     schedule = optimizer.learning_rates(steps)
