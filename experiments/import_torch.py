@@ -1,16 +1,16 @@
-"""Imports a checkpoint of the authors' PyTorch code as a run that can be evaluated and resumed.
+"""Imports a checkpoint of the authors' PyTorch code as a run.
 
     python -m experiments.import_torch model.pth --workdir DIR [--data.name NAME | --data.path IMAGES] [--steps N]
     python -m experiments.evaluate DIR
     python -m experiments.sample DIR
     python -m experiments.resume DIR
 
-Reads a file of `train_img.py` or `train_toy.py`, without PyTorch and without executing anything in it, and writes
-config.json and checkpoints/ under DIR. The checkpoint is that of step 0: the raw weights, their moving average if the
-file has one, converged power iterations, and a new optimiser. Batch size, estimator, learning rate, warm-up, annealing
-and accumulation are those of the file; settings that cannot be imported are listed. A classifier is imported, but a
-resumed run trains the density alone. The imported weights count as the best until the first validation of a resumed
-run.
+The run can be evaluated, sampled and resumed. The command reads a file of `train_img.py` or `train_toy.py`, without
+PyTorch and without executing anything in it, and writes config.json and checkpoints/ under DIR. The checkpoint is that
+of step 0: the raw weights, their moving average if the file has one, converged power iterations, and a new optimiser.
+Batch size, estimator, learning rate, warm-up, annealing and accumulation are those of the file; settings that cannot be
+imported are listed. A classifier is imported, but a resumed run trains the density alone. The imported weights count as
+the best until the first validation of a resumed run.
 """
 
 import argparse

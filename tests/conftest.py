@@ -1,8 +1,8 @@
-"""Every test runs in float64, so that a wrong formula cannot hide behind rounding, and fails if a tracer leaks.
+"""Every test runs in float64, so that rounding cannot mask a wrong formula, and fails if a tracer leaks.
 
-The programs are tiny, compiled often and run once: most of XLA's optimisations cost more than they bring, and its
-older emitters of fusions compile in half of the time. Python's garbage collector, which looks at every traced program
-anew, runs rarely.
+The programs are tiny and usually run once. Most of XLA's optimisations would cost more time than they save, and its
+older emitters of fusions compile in half of the time. Python's garbage collector traverses all traced programs, so it
+runs rarely.
 """
 
 import gc
@@ -33,7 +33,7 @@ CHECKS_LEAKS = leaks.watch()
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Every compiled program holds memory maps, of which Linux allows 65530 a process: XLA crashes at the last."""
+    """Every compiled program holds memory maps. Linux allows 65530 per process, and XLA crashes beyond that."""
     yield
     if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 20_000:
         jax.effects_barrier()

@@ -1,4 +1,4 @@
-"""Compares training with a biased and with an unbiased log-det, by the exact test likelihood.
+"""Compares training with a biased and an unbiased log-det, by the exact value.
 
     python -m experiments.studies.bias [--workdir DIR] [--steps N] [--truncated.terms N] [--model.coefficient C] ...
 

@@ -1,4 +1,4 @@
-"""Accuracy and speed of f^-1: compares the solvers at equal error by evaluations of g.
+"""Compares the solvers of f^-1 at equal error, by evaluations of g and time.
 
     python -m experiments.studies.inverse [--workdir DIR] [--targets digits fashion_mnist] [--samples N] [--peer] ...
 

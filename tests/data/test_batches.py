@@ -23,7 +23,7 @@ def numbers(batch):
 
 
 def test_every_epoch_visits_every_image_once():
-    """In an order that differs between epochs and seeds and is the same again; a batch may span two epochs."""
+    """The order differs between epochs and seeds and is reproducible; a batch may span two epochs."""
     batches = Batches(IMAGES, seed=3, batch_size=4)
     drawn = list(itertools.chain(*(numbers(batches[step]) for step in range(5))))
     first, second = drawn[:10], drawn[10:]
@@ -34,7 +34,7 @@ def test_every_epoch_visits_every_image_once():
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_a_run_that_is_cut_goes_on_with_the_same_batches(threads):
-    """From step n on, read ahead by threads, they are those of an uncut run, also what is random in them."""
+    """Batches from step n on, read ahead by threads, are those of an uninterrupted run, with the same randomness."""
     noisy = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
     batches = Batches(noisy, seed=0, batch_size=4, augmentation=Augmentation(flip=True, crop=2))
     whole = list(itertools.islice(batches.starting_at(0, threads=threads), 9))
@@ -78,7 +78,7 @@ def test_vectors():
 
 
 def test_parts_of_a_batch():
-    """Put together in their order they are the whole batch, from any step on, also where it spans two epochs."""
+    """The concatenated parts are the whole batch, from any step on, also if it spans two epochs."""
     augmentation = Augmentation(flip=True)
     noisy = np.random.default_rng(0).integers(0, 256, (10, 2, 3, 1), np.uint8)
     whole = Batches(noisy, seed=1, batch_size=6, augmentation=augmentation)
@@ -92,7 +92,7 @@ def test_parts_of_a_batch():
 
 
 def test_stored_images_are_read_one_by_one():
-    """Only those of a batch are read."""
+    """Only the images of a batch are read."""
     read = []
     stored = StoredImages(lambda rows: read.append(rows.tolist()) or IMAGES[rows], np.arange(10))
     read.clear()
@@ -103,7 +103,7 @@ def test_stored_images_are_read_one_by_one():
 
 @pytest.mark.parametrize("batch_size", [0, 11])
 def test_bad_batch_sizes(batch_size):
-    """More images a batch than there are, or none, is an error."""
+    """A batch size of 0, or above the number of images, is an error."""
     with pytest.raises(ValueError, match="batch_size: expected between 1 and 10, the number of training examples"):
         Batches(IMAGES, seed=0, batch_size=batch_size)
 

@@ -25,7 +25,7 @@ def test_digits_are_split_once_and_for_all():
 
 
 def test_dequantisation_is_uniform_in_each_cell():
-    """x lies in [k/L, (k+1)/L] and is uniform there."""
+    """x is in [k/L, (k+1)/L] and is uniform there."""
     levels = jnp.full((100, 10, 10, 1), 16, jnp.uint8)
     x = images.dequantize(levels, jax.random.key(0), 17)
     assert x.min() >= 16 / 17 and x.max() <= 1
@@ -35,7 +35,7 @@ def test_dequantisation_is_uniform_in_each_cell():
 
 
 def test_highest_bits_are_kept():
-    """256 levels become 2^bits, each of as many neighbours; other numbers of bits are refused."""
+    """256 levels become 2^bits, each from equally many neighbours; other numbers of bits are refused."""
     pixels = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(images.reduce_bits(pixels, 5), np.repeat(np.arange(32), 8))
     np.testing.assert_array_equal(images.reduce_bits(pixels, 8), pixels)
@@ -178,7 +178,7 @@ def test_splits_of_tfds(tmp_path, monkeypatch, splits, lazily):
 
 
 def prepare(data_dir, feature="image", shape=(4, 4, 3), dtype=np.uint8, splits=("train", "test")):
-    """The folder of the data set "tiny", prepared by TFDS: 12 examples in every split, of which n is filled with n.
+    """The folder of the data set "tiny", prepared by TFDS: 12 examples in every split; example n is filled with n.
 
     A side None is 4 or 5.
     """

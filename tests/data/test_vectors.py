@@ -42,7 +42,7 @@ def test_files_without_splits(tmp_path, name):
 
 
 def test_splits_of_npz(tmp_path):
-    """Those of a file are taken as they are; without a validation split it comes from the training vectors."""
+    """Splits of a file are kept; a missing validation split is taken from the training vectors."""
     np.savez(tmp_path / "all.npz", train=VECTORS[:30], validation=VECTORS[30:35], test=VECTORS[35:])
     data = load_vectors(tmp_path / "all.npz")
     for name, rows in zip(SPLITS, np.split(VECTORS, [30, 35]), strict=True):
@@ -54,7 +54,7 @@ def test_splits_of_npz(tmp_path):
 
 
 def test_integers_become_floats(tmp_path):
-    """Of an array, and of a table of one column without names."""
+    """One array is loaded, and a table of one column without names."""
     np.save(tmp_path / "a.npy", np.arange(6)[:, None])
     (tmp_path / "a.csv").write_text("0\n1\n2\n3\n4\n5")
     for name in ("a.npy", "a.csv"):

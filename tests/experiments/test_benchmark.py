@@ -88,19 +88,19 @@ def test_compilation():
     ],
 )
 def test_bad_settings(options, message):
-    """Named, with what is expected."""
+    """The error names the setting and what is expected."""
     with pytest.raises(ValueError, match=message):
         benchmark.BenchmarkConfig(**options)
 
 
 def test_bad_series():
-    """Named before anything is measured."""
+    """The error comes before anything is measured."""
     with pytest.raises(ValueError, match=r"series: expected one of depth, .*; got 'height'"):
         scaling.ScalingConfig(series=("height",))
 
 
 def test_nobody_to_measure(monkeypatch, tmp_path):
-    """Said, where the only competitor is not installed."""
+    """An error says that the only competitor is not installed."""
     monkeypatch.setattr(benchmark, "_has_peer", lambda: False)
     config = benchmark.BenchmarkConfig(("digits",), ("normflows",), 1, 1, False, tmp_path)
     with pytest.raises(ValueError, match="competitors: expected at least one that can be measured"):
@@ -108,7 +108,7 @@ def test_nobody_to_measure(monkeypatch, tmp_path):
 
 
 def test_exponents(monkeypatch, tmp_path):
-    """Of measurements that follow a law, the law; with its picture."""
+    """Measurements that follow a power law give its exponents; a picture is written."""
     laws = {"depth": (1, 0), "width": (2, 1), "batch": (1, 0), "side": (2, 2)}
 
     def measure(case, steps, strategy):

@@ -229,7 +229,7 @@ def test_bad_settings_are_named(make, message):
 
 
 def test_without_flowjax(tmp_path, monkeypatch, capsys):
-    """Its flow is left out, and that is said."""
+    """Its flow is left out, with a message."""
     monkeypatch.setattr(conditional, "has_flowjax", lambda: False)
     config = replace(TINY, workdir=tmp_path / "run", digits=replace(TINY.digits, steps=0))
     config = replace(config, two_moons=replace(TINY.two_moons, steps=2))

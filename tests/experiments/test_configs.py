@@ -1,4 +1,4 @@
-"""What the configurations of experiments promise: sizes, published settings, optimisers."""
+"""The configurations of experiments have the promised sizes, published settings and optimisers."""
 
 import math
 
@@ -26,7 +26,7 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_number_of_parameters(name):
-    """Counted without making any."""
+    """The parameters are counted without making any."""
     config, expected = SIZES[name]
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(flow, nnx.Param))) == expected
@@ -34,7 +34,7 @@ def test_number_of_parameters(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_has_a_tiny_mode(name):
-    """Two updates of a flow of eight channels; of images on embedded ones of the same shape, bits and scales."""
+    """A tiny config makes two updates of a flow of eight channels, on embedded data of the same shape and bits."""
     config, small = CONFIGS[name], tiny_config(CONFIGS[name])
     assert small.steps == 2 * config.optimizer.accumulate and small.workdir != config.workdir
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(small.model, rngs=nnx.Rngs(0)))
@@ -53,7 +53,7 @@ def test_config_names_and_work_directories_are_their_own():
 
 
 def test_published_settings():
-    """What the authors' commands say: terms, batches, optimiser, logit."""
+    """Terms, batches, optimiser and logit are those of the authors' commands."""
     for name in ("mnist", "cifar10", "svhn", "imagenet32", "imagenet64", "celebahq64"):
         config = CONFIGS[name]
         assert config.estimator == rf.Roulette(rf.Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")
@@ -71,7 +71,7 @@ def test_published_settings():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_optimizers_descend(name, schedule, warmup):
-    """Every optimiser with every schedule lowers a square; behind the warm-up the rate is that of the schedule."""
+    """Every optimiser with every schedule lowers a square; after the warm-up the rate is that of the schedule."""
     settings = OptimizerConfig(
         name,
         0.05,
@@ -95,7 +95,7 @@ def test_optimizers_descend(name, schedule, warmup):
 
 
 def test_learning_rates():
-    """Linear in the warm-up, then as the schedule says, by updates."""
+    """The rate is linear in the warm-up and then follows the schedule, by updates."""
     step = OptimizerConfig(learning_rate=2.0, warmup=4, schedule="step", milestones=(6, 8), decay=0.5)
     rates = [float(step.learning_rates(20)(n)) for n in range(10)]
     np.testing.assert_allclose(rates, [0, 0.5, 1, 1.5, 2, 2, 1, 1, 0.5, 0.5])

@@ -89,7 +89,7 @@ def fitted(tmp_path_factory):
 
 
 def test_lengths_are_fitted_between_validations(fitted):
-    """The table of the law is kept in the checkpoint; before the first fit it is the default's."""
+    """The table of the length distribution is kept in the checkpoint; before the first fit it is the default's."""
     workdir, result = fitted
     assert np.isfinite(result.mean)
     config = dataclasses.replace(TINY, workdir=workdir, fit_lengths=True)
@@ -102,7 +102,7 @@ def test_lengths_are_fitted_between_validations(fitted):
 
 
 def test_checkpoints_hold_the_certificate_of_the_tightened_flow(finished):
-    """Of the averaged weights: what is restored and tightened is what the checkpoint says, and within its promise."""
+    """The saved certificate is that of the restored, averaged and tightened weights, and within the target bound."""
     workdir, _ = finished
     trainer, state = set_up(task_of(TINY))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -115,7 +115,7 @@ def test_checkpoints_hold_the_certificate_of_the_tightened_flow(finished):
 
 @pytest.mark.parametrize("fit_lengths", [False, True])
 def test_a_cut_run_resumes_exactly(finished, fitted, tmp_path, capsys, fit_lengths):
-    """A run cut behind its first checkpoint and started again ends as the uncut one, bit for bit."""
+    """A run that is interrupted after its first checkpoint and resumed ends as the uninterrupted one, bit for bit."""
     workdir, result = fitted if fit_lengths else finished
     config = dataclasses.replace(TINY, workdir=tmp_path, fit_lengths=fit_lengths)
     run_and_cut(config, batches=5)
@@ -126,7 +126,7 @@ def test_a_cut_run_resumes_exactly(finished, fitted, tmp_path, capsys, fit_lengt
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_asked_to_stop(finished, tmp_path, monkeypatch, capsys, number):
-    """The step is finished, saved and logged, the exit status is 0; the same command ends as the uncut run did."""
+    """The step is finished, saved and logged with exit status 0; the resumed run ends as the uninterrupted one."""
     workdir, result = finished
     config = dataclasses.replace(TINY, workdir=tmp_path)
     starting_at = Batches.starting_at
@@ -158,7 +158,7 @@ def test_a_run_that_is_asked_to_stop(finished, tmp_path, monkeypatch, capsys, nu
 
 
 def test_patience(tmp_path, monkeypatch, capsys):
-    """Two validations in a row without an improvement end the run; it is evaluated, and not gone on with."""
+    """Two successive validations without an improvement end the run; it is evaluated, and not resumed."""
     values = iter([3.0, 2.0, 2.5, 2.1, 1.0])
     monkeypatch.setattr(
         Task,
@@ -176,7 +176,7 @@ def test_patience(tmp_path, monkeypatch, capsys):
 
 
 def test_checkpoints_between_validations(tmp_path, monkeypatch):
-    """Are what a run that is cut goes on from; they are never the best, and go when newer ones come."""
+    """An interrupted run resumes from them; they are never the best, and newer ones replace them."""
     config = dataclasses.replace(TINY, workdir=tmp_path, save_every=2)
     save, saved = Checkpoints.save, []
     monkeypatch.setattr(
@@ -223,7 +223,7 @@ def test_in_float32(tmp_path):
 
 
 def test_fewer_steps_than_taken(finished):
-    """A run cannot be made shorter than it is; its config stays."""
+    """A run refuses fewer steps than it has taken, and keeps its config."""
     before = (finished[0] / "config.json").read_text()
     with pytest.raises(ValueError, match="steps: expected at least 6, as many as taken, got 4"):
         run_config(dataclasses.replace(TINY, workdir=finished[0], steps=4))

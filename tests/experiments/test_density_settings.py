@@ -97,7 +97,7 @@ def test_bad_optimizer_settings_are_named(arguments, message):
     ],
 )
 def test_bad_settings_of_a_run_are_named(settings, message):
-    """Settings that have no effect on a run of so many steps are refused."""
+    """Settings that have no effect on a run with its number of steps are refused."""
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **settings)
 

@@ -68,7 +68,7 @@ def test_figures_are_those_of_the_run(finished, capsys):
 
 
 def test_typicality_by_example(finished, tmp_path, capsys):
-    """A line an example, whose likelihood is that of scores.npz and whose p-value counts validation images."""
+    """Each example has a line with the likelihood of scores.npz and a p-value that counts validation images."""
     result = evaluate.run(EvaluateConfig(finished[0], typicality=True, workdir=tmp_path))
     header, *lines = (tmp_path / "typicality.csv").read_text().splitlines()
     assert header == "set,example,likelihood,score,p_value,quantile" and len(lines) == 40
@@ -93,7 +93,7 @@ def test_typicality_by_example(finished, tmp_path, capsys):
 
 
 def test_exact_log_dets_of_few_images(finished, saved, tmp_path):
-    """The mean is that of `Exact()` with the same noise, whose own error one draw cannot tell: written as a string."""
+    """The mean is that of `Exact()` with the same noise; the unknown error of a single draw is written as a string."""
     out = tmp_path / "a" / "b"
     result = evaluate.run(EvaluateConfig(finished[0], "latest", examples=3, draws=1, estimator=Exact(), workdir=out))
     assert (result["test"]["examples"], result["draws"], result["weights"]) == (3, 1, "latest")
@@ -130,9 +130,7 @@ def test_other_data_sets(finished, saved, tmp_path, monkeypatch):
 
 
 def test_where_other_data_are_looked_for(saved, tmp_path, monkeypatch):
-    """By name, in the run's directory, and never among own images; what can be made comes in the run's shape. Or by
-    a path.
-    """
+    """Other data are found by name in the run's data directory, or by path; embedded data have the run's shape."""
     asked = []
     config = replace(saved.config, data=replace(saved.config.data, path="images", dir="there"))
     monkeypatch.setattr(saved.task, "config", config)
@@ -164,12 +162,12 @@ def test_auroc_of_known_scores(test, other, expected):
 
 @pytest.mark.parametrize(("test", "other"), [([], [1.0]), ([1.0], []), ([1.0, np.nan], [2.0])])
 def test_auroc_that_is_not_known(test, other):
-    """Of no examples, and of a loss that is no number: NaN, and no certainty."""
+    """The AUROC is NaN without examples, and if a loss is NaN."""
     assert np.isnan(evaluate.auroc(np.array(test), np.array(other)))
 
 
 def test_permuted_images(saved):
-    """One order for all images and calls, another than their own; a pixel keeps its channels."""
+    """All images and calls have the same permutation, which is not the identity; a pixel keeps its channels."""
     numbers = np.arange(2 * 4 * 3).reshape(2, 4, 3)
     shown = np.stack([numbers, numbers + 100], axis=-1)[..., None, :].reshape(2, 4, 3, 2)
     shuffled = saved.task.permuted(shown)
@@ -181,7 +179,7 @@ def test_permuted_images(saved):
 
 
 def test_unconverged_reconstructions_are_counted(saved, monkeypatch):
-    """After one evaluation of g none has converged, the error is large, and the table says so."""
+    """After one evaluation of g no solve has converged, the error is large, and the table reports it."""
     examples = to_unit_interval(saved.task.splits.test[:6], 17)
     inverse = ResidualFlow.inverse
     short = Anderson(max_iterations=1)
@@ -217,7 +215,7 @@ def test_scores_of_single_images():
     ],
 )
 def test_bad_settings_are_named(setting, message, tmp_path):
-    """Each is refused before anything is read."""
+    """Each wrong setting is refused before anything is read."""
     with pytest.raises(ValueError, match=message):
         EvaluateConfig(tmp_path, **setting)
 
@@ -235,8 +233,9 @@ def test_command_line(monkeypatch, tmp_path):
 
 
 def test_an_ablation_of_two_steps_and_two_seeds(tmp_path, monkeypatch, capsys):
-    """One variant, really trained; run again it is only judged again, and the table is the same. Here, for its programs
-    are those of `finished`.
+    """One variant is trained; a second call only evaluates it again, with the same table.
+
+    The test is in this file since it shares compiled programs with `finished`.
     """
     monkeypatch.setattr(ablation, "VARIANTS", {"Residual flow, LipSwish": ""})
     monkeypatch.setitem(CONFIGS, "digits", CONFIG)
@@ -252,7 +251,7 @@ def test_an_ablation_of_two_steps_and_two_seeds(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_typicality_in_any_metric(sign):
-    """Where less of the metric is better, as of bits/dim, and where more is: quantiles are those of the density."""
+    """Quantiles are those of the density, whether a lower metric is better, as with bits/dim, or a higher one."""
 
     class AnyTask:
         pass

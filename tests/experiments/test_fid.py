@@ -21,7 +21,7 @@ from tests.experiments import tiny
 
 @pytest.fixture(scope="module")
 def package():
-    """Of the tests that compute."""
+    """Skips the tests that compute distances if torch-fidelity is not installed."""
     return pytest.importorskip("torch_fidelity", reason="needs the extra fid: pip install 'resflow_jax[fid]'")
 
 
@@ -47,7 +47,7 @@ def diagonal(seed, dimension):
 
 
 def of_statistics(package, m, a, n, b):
-    """What torch-fidelity makes of means and covariances."""
+    """The distance that torch-fidelity computes from means and covariances."""
     first, second = ({"mu": mean, "sigma": covariance} for mean, covariance in ((m, a), (n, b)))
     return package.metric_fid.fid_statistics_to_metric(first, second, False)[package.KEY_METRIC_FID]
 
@@ -66,7 +66,7 @@ def test_formula_on_general_gaussians(package, dimension):
 
 
 def test_formula_on_diagonal_gaussians(package):
-    """Of deviations s, t it is |m - n|^2 + |s - t|^2; between equal Gaussians 0."""
+    """For standard deviations s, t it is |m - n|^2 + |s - t|^2; between equal Gaussians it is 0."""
     (m, a), (n, b) = diagonal(0, 6), diagonal(1, 6)
     expected = np.sum((m - n) ** 2) + np.sum((np.sqrt(np.diag(a)) - np.sqrt(np.diag(b))) ** 2)
     np.testing.assert_allclose(of_statistics(package, m, a, n, b), expected, rtol=1e-10)
@@ -177,14 +177,14 @@ def test_bytes_of_images_are_those_of_levels(levels):
     ],
 )
 def test_data_that_have_no_distance(shape, numbers, message):
-    """Said with what came."""
+    """The error names what came."""
     train, test = (np.zeros((number, *shape), np.uint8) for number in numbers)
     with pytest.raises(ValueError, match=f"run_dir: expected a run on {message}"):
         fid.check_splits(ImageSplits(train, test, test, 256))
 
 
 def test_runs_on_vectors_are_refused(monkeypatch, tmp_path):
-    """Before anything is written."""
+    """The error comes before anything is written."""
     monkeypatch.setattr(fid, "needed_package", lambda: None)
     monkeypatch.setattr(fid, "saved_flow", lambda *_: SimpleNamespace(task=SimpleNamespace(name="power")))
     with pytest.raises(ValueError, match=r"run_dir: expected a run on images, got one on vectors \(power\)"):
@@ -201,7 +201,7 @@ def test_few_images_are_pointed_out():
 
 
 def test_missing_package(monkeypatch, tmp_path):
-    """It is said before anything is read, with how to install it."""
+    """The error comes before anything is read, and says how to install it."""
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ImportError, match=r"needs the extra fid, pip install 'resflow_jax\[fid\]'"):
         fid.run(FidConfig(tmp_path))

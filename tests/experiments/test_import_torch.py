@@ -39,7 +39,7 @@ def run_dir(tmp_path_factory):
 
 
 def test_the_flow_of_the_run_is_that_of_the_file(run_dir, capsys):
-    """The averaged one; and the state that goes on has the raw weights."""
+    """The flow has the averaged weights; the state that is resumed has the raw ones."""
     saved = saved_flow(run_dir)
     expected = rf.load_torch_checkpoint(run_dir.parent / "model.pth")
     x = jax.random.uniform(jax.random.key(1), (3, 8, 8, 1))
@@ -66,7 +66,7 @@ def test_it_goes_on(run_dir, monkeypatch):
 
 
 def test_the_settings_are_those_of_the_file(tmp_path):
-    """Of the authors' own files: images and toys."""
+    """The settings of the authors' own files, for images and toys, are imported."""
     for name, data in (("mnist_tiny", DataConfig("digits")), ("toy2d", DataConfig(""))):
         path = FIXTURES / f"reference_{name}.pth"
         args = read_torch_file(path)["args"]

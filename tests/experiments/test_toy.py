@@ -51,7 +51,7 @@ def tiny(tmp_path):
 
 @pytest.mark.parametrize("estimator", [rf.Exact(), rf.Roulette()])
 def test_a_tiny_run_writes_everything_and_its_density_integrates_to_one(estimator, tiny, capsys):
-    """Whatever the flow has learned, it is a density; and a few steps are better than none. Run again, it goes on."""
+    """The flow is a density after any training; a few steps improve it, and a second call resumes it."""
     result = run_config(replace(tiny, estimator=estimator))
     assert {path.name for path in tiny.workdir.iterdir()} == {
         *("config.json", "metrics.jsonl", "certificate.json", "checkpoints", "tensorboard", "training"),
@@ -106,7 +106,7 @@ def test_exact_log_prob_does_not_depend_on_the_batching(tiny):
 
 
 def test_other_points_and_points_in_disorder(tiny):
-    """Of another density or a file; elements that do not belong together keep their own distribution."""
+    """Other data are another density or a file; permuted elements keep their own distribution."""
     task = ToyTask(tiny)
     assert task.other("rings").shape == (500, 2)
     test = task.splits.test

@@ -35,7 +35,7 @@ TINY = replace(
 
 
 def run_and_cut(config: DensityConfig, batches: int) -> None:
-    """A run that comes to an abrupt end when it asks for more than so many batches."""
+    """A run that ends abruptly when it asks for more than the given number of batches."""
     starting_at = Batches.starting_at
 
     def cut(self, step, **options):
@@ -48,7 +48,7 @@ def run_and_cut(config: DensityConfig, batches: int) -> None:
 
 
 def save_run(config: DensityConfig, loss: float | None = 3.0) -> None:
-    """The files of a run at its last checkpoint, without its training: the weights are those of the start."""
+    """The files of a run at its last checkpoint without training: the weights are the initial ones."""
     claim_workdir(config.workdir, config)
     trainer, state = set_up(task_of(config))
     average = optax.EmaState(jnp.asarray(1), optax.tree.scale(1 - trainer.ema_decay, state.params))

@@ -1,4 +1,4 @@
-"""Metrics on disk: a crash or a full disk spoils no line that was written."""
+"""Metrics on disk: a crash or a full disk does not damage written lines."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ from tests.experiments.outputs import events, read_metrics
 
 
 def test_a_full_disk(tmp_path):
-    """What cannot be written says which file; the one that was there stays whole, and nothing half is left."""
+    """The error of a failed write names the file; the old file stays intact, and no partial file is left."""
     path = tmp_path / "config.json"
     path.write_text("mine")
     (tmp_path / "config.json.tmp").symlink_to("/dev/full")
@@ -28,7 +28,7 @@ def test_a_full_disk(tmp_path):
 
 
 def test_events_on_a_full_disk(tmp_path, monkeypatch):
-    """An error that names the directory, not a run that waits for ever."""
+    """A failed write raises an error that names the directory; the run does not wait forever."""
     with Metrics(tmp_path, keep_until=0) as metrics:
         with monkeypatch.context() as patch:
             patch.setattr("tensorboardX.record_writer.RecordWriter.write", full)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
 def test_parts_are_put_together_in_order(parts):
-    """Each part goes through the whole flow by itself; as many devices work as there are parts."""
+    """Each part passes through the whole flow on its own; as many devices work as there are parts."""
     flow = ResidualFlow(VectorFlowConfig(2, 1, (4,)), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (6, 2))
 

@@ -9,7 +9,7 @@ from experiments.runs import pictures
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
 def test_pictures_of_any_number_of_channels(channels, tmp_path):
-    """Of images that are neither grey nor in colour the first channels are shown."""
+    """The first channels are shown of images that are neither grey nor in colour."""
     images = np.full((3, 4, 5, channels), np.nan)
     images[:, 0] = np.linspace(0, 1, channels)
     pictures.save_grid(tmp_path / "grid.png", images, 2)

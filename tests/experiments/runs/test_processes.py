@@ -54,7 +54,7 @@ ARGUMENTS = [word for name, value in SETTINGS.items() for word in (f"--{name}", 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_pictures():
-    """Nothing is drawn here."""
+    """Switches pictures off."""
     with pytest.MonkeyPatch.context() as patch:
         without_pictures(patch.setattr)
         yield
@@ -62,7 +62,7 @@ def no_pictures():
 
 @pytest.fixture(scope="module")
 def on_one_device(tmp_path_factory):
-    """The run that all others are compared with: its result and the lines of metrics.jsonl."""
+    """The reference run: its result and the lines of metrics.jsonl."""
     config = dataclasses.replace(CONFIG, workdir=tmp_path_factory.mktemp("one"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
@@ -70,7 +70,7 @@ def on_one_device(tmp_path_factory):
 
 
 def start(workdir, *arguments, event=("none", 0, 0), each=((), ())):
-    """Two processes of `experiments.density`, with further arguments of both and of each."""
+    """Starts two processes of `experiments.density`, with further arguments for both and for each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,7 +100,7 @@ def start(workdir, *arguments, event=("none", 0, 0), each=((), ())):
 
 
 def ended(processes, seconds=240):
-    """Exit status, output and errors of each."""
+    """Exit status, output and errors of each process."""
     try:
         found = [process.communicate(timeout=seconds) for process in processes]
     finally:
@@ -110,7 +110,7 @@ def ended(processes, seconds=240):
 
 
 def check_same_run(workdir, expected):
-    """Every line, to rounding in float64."""
+    """Compares every line, up to rounding in float64."""
     _, expected_lines = expected
     lines = read_metrics(workdir)
     assert [(line["step"], line["split"]) for line in lines] == [(n, "train") for n in range(1, 13)] + [(12, "test")]
@@ -119,7 +119,7 @@ def check_same_run(workdir, expected):
 
 
 def test_killed_and_resumed_on_another_number_of_devices(on_one_device, tmp_path):
-    """Two processes, all parameters divided among four devices, killed; then one with eight; the run of one device."""
+    """Two processes with parameters divided among four devices are killed; one with eight resumes the reference run."""
     workdir = tmp_path / "run"
     processes = start(workdir, "--mesh.parameters", "full", event=("stall", 1, 7))
     deadline = time.monotonic() + 240
@@ -138,7 +138,7 @@ def test_killed_and_resumed_on_another_number_of_devices(on_one_device, tmp_path
 
 
 def test_kernels_that_stay_divided(on_one_device, tmp_path):
-    """Trained, validated and evaluated where no device has them whole: the run of one device, pictures drawn alike."""
+    """Training and evaluation with parameters divided among all devices give the reference run, with its pictures."""
     mesh = MeshConfig(model=4, parameters="model")
     result = run_config(dataclasses.replace(CONFIG, workdir=tmp_path / "run", mesh=mesh))
     np.testing.assert_allclose(result, on_one_device[0], rtol=1e-8)
@@ -146,9 +146,9 @@ def test_kernels_that_stay_divided(on_one_device, tmp_path):
 
 
 def test_stopped_by_a_signal_to_one_process(on_one_device, tmp_path):
-    """A run that was cut on eight devices, gone on with by pmap in two processes; SIGTERM to the second ends both.
+    """A run interrupted on eight devices is resumed by pmap in two processes; SIGTERM to the second ends both.
 
-    The signal comes before their first step. They go on, by shard_map, to the end.
+    The signal comes before their first step. They then resume by shard_map, to the end.
     """
     workdir = tmp_path / "run"
     run_and_cut(dataclasses.replace(CONFIG, workdir=workdir), batches=4)
@@ -169,7 +169,7 @@ def test_stopped_by_a_signal_to_one_process(on_one_device, tmp_path):
 
 
 def test_processes_with_different_configs(tmp_path):
-    """Both end before anything is made, and say what differs; where data lie, each knows for itself."""
+    """Both processes end before anything is made, and name the differences; paths of data may differ."""
     each = ("--data.dir", "here"), ("--data.dir", "there", "--seed", "3")
     first, second = ended(start(tmp_path / "run", each=each))
     assert first[0] == second[0] == 1 and not (tmp_path / "run").exists()
@@ -179,7 +179,7 @@ def test_processes_with_different_configs(tmp_path):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_process_that_never_joins(tmp_path, number):
-    """The other says so in time, coordinator or not."""
+    """The other process reports it in time, whether it is the coordinator or not."""
     processes = start(tmp_path / "run", "--distributed.timeout", "3")
     processes[1 - number].kill()
     began = time.monotonic()
@@ -190,7 +190,7 @@ def test_a_process_that_never_joins(tmp_path, number):
 
 
 def test_what_other_processes_keep(tmp_path):
-    """The lines of the first, which it decides by, and no file."""
+    """It keeps the lines of the first process, for its decisions, and writes no file."""
     line = {"step": 1, "split": "train", "loss": float("nan"), "norms": [1.0, float("inf")]}
     first = MetricsFile(tmp_path / "metrics.jsonl", keep_until=0)
     with NullMetrics(tmp_path, keep_until=0) as other:
@@ -228,7 +228,7 @@ def test_what_other_processes_keep(tmp_path):
     ],
 )
 def test_bad_settings_are_named(cls, settings, message):
-    """Each is refused before anything is made."""
+    """Each wrong setting is refused before anything is made."""
     with pytest.raises(ValueError, match=message):
         cls(**settings)
 
@@ -249,14 +249,14 @@ def test_bad_settings_are_named(cls, settings, message):
     ],
 )
 def test_devices_that_do_not_fit(tmp_path, settings, message):
-    """Said before anything is written."""
+    """The error comes before anything is written."""
     with pytest.raises(ValueError, match=message):
         run_config(dataclasses.replace(CONFIG, workdir=tmp_path / "run", **settings))
     assert not (tmp_path / "run").exists()
 
 
 def test_cores_for_a_run(monkeypatch):
-    """Without a word on the mesh as many cores as can share a batch; else as many CPU devices as the mesh has."""
+    """By default as many cores as can share a batch are used; otherwise as many CPU devices as the mesh has."""
     monkeypatch.setattr("experiments.runs.devices.number_of_cores", lambda: 12)
     for settings, expected in [
         ({"batch_size": 64}, 8),

@@ -82,7 +82,7 @@ def write(directory, config):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_comes_back(name, tmp_path):
-    """What a run writes is read as an equal config of the same types, but for where the run lies now."""
+    """A run's config is read back equal and with the same types, except for the present place of the run."""
     claim_workdir(tmp_path, CONFIGS[name])
     assert json.loads((tmp_path / "config.json").read_text())["format_version"] == FORMAT_VERSION
     config = saved_config(tmp_path)
@@ -92,7 +92,7 @@ def test_every_config_comes_back(name, tmp_path):
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path):
-    """Its flat config counts as what it is today, and what was not yet a setting as its default."""
+    """A flat config is read as a config of today; settings that did not exist yet have their defaults."""
     with zipfile.ZipFile(OLD / "run.zip") as archive:
         archive.extractall(tmp_path)
     config = saved_config(tmp_path)
@@ -161,7 +161,7 @@ def edited(*path, **fields):
     ],
 )
 def test_damaged_configs_are_named(config, message, tmp_path):
-    """The file, the field, what was expected and what came."""
+    """The error names the file, the field, what was expected and what came."""
     write(tmp_path, config)
     with pytest.raises(ValueError, match=rf"config\.json: expected the config of a run.*{message}"):
         saved_config(tmp_path)
@@ -169,7 +169,7 @@ def test_damaged_configs_are_named(config, message, tmp_path):
 
 @pytest.mark.parametrize("directory", ["", "nowhere", "config.json"])
 def test_a_directory_that_holds_no_run(directory, tmp_path):
-    """Empty, missing, or a file."""
+    """The directory is empty, missing, or a file."""
     if directory == "config.json":
         write(tmp_path, "{}")
     with pytest.raises(FileNotFoundError, match=r"run_dir: expected the work directory of a run, got .*config\.json"):
@@ -189,7 +189,7 @@ def test_a_run_without_a_checkpoint(makes_directory, tmp_path):
 
 
 def test_the_best_and_the_latest_weights(run_dir, tmp_path):
-    """Of a run that was moved: averaged, tightened, of the step asked for, and a certificate as was saved."""
+    """The flow of a moved run is averaged, tightened and of the requested step; its certificate is the saved one."""
     workdir = tmp_path / "moved"
     shutil.copytree(run_dir, workdir)
     config = saved_config(workdir)
@@ -214,13 +214,13 @@ def test_the_best_and_the_latest_weights(run_dir, tmp_path):
 
 
 def test_other_weights_are_refused(run_dir):
-    """There are two kinds."""
+    """Only two kinds of weights exist."""
     with pytest.raises(ValueError, match="weights: expected one of best, latest; got 'first'"):
         saved_flow(run_dir, "first")
 
 
 def test_an_unvalidated_checkpoint_is_the_latest_alone(tmp_path):
-    """As of a run that was stopped early: its best weights are not there, and the message says what is."""
+    """A run that was stopped early has no best weights; the message names the weights that it has."""
     tiny.save_run(replace(tiny.DIGITS, workdir=tmp_path), loss=None)
     with pytest.raises(
         FileNotFoundError, match=r"weights: expected a validated checkpoint, the only one in .* is of step 2"
@@ -230,7 +230,7 @@ def test_an_unvalidated_checkpoint_is_the_latest_alone(tmp_path):
 
 
 def test_data_that_were_moved():
-    """By their new path, or directory; what was never in a file cannot be."""
+    """Moved data are found by their new path or directory; embedded data cannot be moved."""
     assert saved._moved(DataConfig("own", path=Path("old")), MovedData(path=Path("new"))).path == Path("new")
     assert saved._moved(DataConfig("mnist", dir="old"), MovedData(dir=Path("new"))).dir == "new"
     for config in ("vectors", "rings"):
@@ -255,13 +255,13 @@ def test_studies_take_a_given_run_as_it_was_made(run_dir, tmp_path):
 
 @pytest.fixture
 def old_run(tmp_path):
-    """A run of before flows were compositions; its configs and arrays have other names."""
+    """A run from before flows were compositions; its config and arrays have other names."""
     shutil.unpack_archive(OLD / "run.zip", tmp_path / "run")
     return tmp_path / "run"
 
 
 def test_a_run_of_before_compositions(old_run):
-    """Its flow gives the densities that it gave then."""
+    """Its flow gives the same densities as it did then."""
     with np.load(OLD / "expected.npz") as file:
         expected = {key.removeprefix("run."): value for key, value in file.items() if key.startswith("run")}
     found = saved_flow(old_run)
@@ -271,7 +271,7 @@ def test_a_run_of_before_compositions(old_run):
 
 
 def test_a_state_of_before_compositions(old_run):
-    """Whole or divided among devices it is the same; averages and moments are renamed; the decay is needed."""
+    """Its state is restored whole or divided among devices; averages and moments are renamed; the decay is needed."""
     trainer, start = set_up(task_of(saved_config(old_run)))
     with Checkpoints(old_run / "checkpoints") as checkpoints:
         with pytest.raises(ValueError, match="ema_decay: expected that of the run, for a checkpoint of before"):

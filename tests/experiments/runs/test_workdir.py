@@ -26,7 +26,7 @@ def test_a_directory_that_is_not_of_a_run(tmp_path):
 
 
 def test_images_of_another_shape(tmp_path):
-    """A model that does not fit the data says so before anything is written."""
+    """A model that does not fit the data is refused before anything is written."""
     model = dataclasses.replace(TINY.model, shape=(4, 4, 1))
     with pytest.raises(ValueError, match=r"model.shape: expected \(8, 8, 1\).*got \(4, 4, 1\)"):
         run_config(dataclasses.replace(TINY, model=model, workdir=tmp_path / "new"))
@@ -42,7 +42,7 @@ def test_workdir_that_is_a_file(tmp_path):
 
 
 def test_a_start_that_failed_leaves_the_directory_free(tmp_path):
-    """Settings that cannot work say so before anything is written; where nothing was trained another config may run."""
+    """Impossible settings are refused before anything is written; an untrained run may be given another config."""
     config = dataclasses.replace(TINY, workdir=tmp_path / "run")
     with pytest.raises(ValueError, match="batch_size: expected between 1 and 1347"):
         run_config(dataclasses.replace(config, batch_size=5000))
@@ -59,7 +59,7 @@ def test_a_start_that_failed_leaves_the_directory_free(tmp_path):
 
 
 def test_too_few_examples_to_test_on(tmp_path):
-    """No standard error can be told of one."""
+    """One test example gives no standard error."""
     np.save(tmp_path / "few.npy", np.random.default_rng(0).normal(size=(12, 2)))
     config = dataclasses.replace(
         CONFIGS["vectors"], data=VectorDataConfig(tmp_path / "few.npy"), model=VectorFlowConfig(2), batch_size=4

@@ -1,10 +1,10 @@
-"""A process of `experiments.density` to which something happens while it trains.
+"""A process of `experiments.density` that is stalled or terminated while it trains.
 
     python -m tests.experiments.runs.worker EVENT PROCESS BATCH [arguments of experiments.density]
 
-As it reads its batch of number BATCH, counted from where it starts, the process PROCESS stalls for ever ("stall"), or
-is sent SIGTERM and reads slowly from there on ("terminate"). Its standard output is what Python prints: what libraries
-write there by themselves, as Gloo's threads do, one through the other, goes to standard error.
+When the process PROCESS reads batch number BATCH, counted from its start, it stalls forever ("stall"), or receives
+SIGTERM and reads slowly from then on ("terminate"). Only Python writes to its standard output; the output of libraries,
+such as the mixed lines of Gloo's threads, goes to standard error.
 """
 
 import os
@@ -21,7 +21,7 @@ from resflow_jax.data.batches import Batches
 
 
 def without_pictures(set_attribute) -> None:
-    """Leaves out what other tests look at and what takes programs of its own, but for which process would draw."""
+    """Omits what other tests check and what needs further compiled programs; records which process would draw."""
 
     def sketch(task, flow, prefix):
         prefix.with_name(f"process {jax.process_index()}").touch()
@@ -32,7 +32,7 @@ def without_pictures(set_attribute) -> None:
 
 
 def separate_python_output() -> None:
-    """Gives Python the standard output for itself."""
+    """Reserves standard output for Python."""
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

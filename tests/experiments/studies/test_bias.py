@@ -102,7 +102,7 @@ def test_the_gap_is_that_of_the_estimator(data):
 
 
 def test_measuring_leaves_the_state_alone(data):
-    """The flow measured has norms of its own."""
+    """The measured flow has its own norms."""
     trainer, state = set_up(ImageTask(TINY.training(TINY.roulette)))
     before = jax.device_get(jax.tree.leaves(state.non_params))
     flow = trainer.current_flow(state)

@@ -75,7 +75,7 @@ def test_end_to_end(small, tmp_path, capsys):
 
 
 def test_bisection_finds_the_loosest_tolerance(monkeypatch):
-    """Of errors that fall with the tolerance; the tightest where none is small enough."""
+    """The loosest sufficient tolerance is found if errors fall with it; the tightest if no error is small enough."""
     solved = []
 
     class Flow:

@@ -35,7 +35,7 @@ def compiled(function, *args):
 
 
 def test_collectives_of_known_programs():
-    """Bytes of what comes back, times the turns of loops; infinite where nobody knows how many."""
+    """Bytes of the results are counted once per loop iteration; infinitely often in loops of unknown length."""
     x = jnp.ones((8, 3, 5), jnp.float32)
     assert compiled(lambda x: x + lax.psum(x, "data"), x) == [Collective("all-reduce", 60, 1)]
     assert compiled(lambda x: lax.all_gather(x, "data")[:1, 0] + x, x) == [Collective("all-gather", 480, 1)]
@@ -56,7 +56,7 @@ def test_collectives_of_known_programs():
 
 
 def test_what_is_sent_in_a_step(tmp_path, capsys):
-    """One all-reduce a step, whatever way: not more than the gradients and the scalars of the metrics."""
+    """With each strategy a step has one all-reduce, of only the gradients and the scalars of the metrics."""
     config = WeakScalingConfig(devices=(2,), per_device=2, steps=1, workdir=tmp_path)
     result = weak_scaling.run(config, TINY)
     assert json.loads((tmp_path / "weak_scaling.json").read_text()) == result
@@ -75,7 +75,7 @@ def test_what_is_sent_in_a_step(tmp_path, capsys):
 
 @pytest.mark.parametrize("strategy", ["jit", "pmap"])
 def test_accumulated_gradients_are_sent_once(strategy):
-    """Three batches an update, one all-reduce of the mean gradient."""
+    """An update of three batches has one all-reduce of the mean gradient."""
     flow = rf.ResidualFlow(rf.VectorFlowConfig(4, blocks=1, hidden=(16,)), rngs=nnx.Rngs(0))
     trainer = Trainer(nnx.split(flow)[0], negative_log_likelihood(), optax.sgd(0.1), 0.9, accumulate=3)
     placement = Placement(trainer, make_mesh(), strategy)
@@ -88,7 +88,7 @@ def test_accumulated_gradients_are_sent_once(strategy):
 
 
 def test_estimates():
-    """Of a ring: no bytes for one device, twice all of them for many, at the speed of the slower network."""
+    """A ring sends no bytes on one device, and nearly twice all bytes on many, at the speed of the slower network."""
     size = 4 * 25_174_129  # parameters of the papers' flow
     nvlink, cards, open_torus = (estimate(*args, images=8) for args in (("H100", 8), ("H100", 512), ("TPU v5p", 8)))
     assert estimate("H100", 1, 8)["all_reduce"] == 0

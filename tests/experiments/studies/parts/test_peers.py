@@ -59,7 +59,7 @@ def test_without_dense_blocks():
 
 
 def test_kernels_are_left_as_they_are(example):
-    """Its normalisation finds nothing to do."""
+    """Its normalisation does not change the kernels."""
     layers = [module for module in example[0].model.modules() if hasattr(module, "compute_weight")]
     assert layers
     for layer in layers:
