@@ -20,6 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parent
 SITE = ROOT / "build" / "site"
+GUIDES = ROOT / "experiments" / "guides"
 FOLDERS = (".github", "experiments", "resflow_jax")  # of pages, pictures, guides, and files that pages refer to
 FILES = ("README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
 LINK = re.compile(r"(?<!!)\[([^][]*)\]\((?!\w+:|#)([^()#\s]+)(#[^()\s]*)?\)")  # [text](path#section), no address
@@ -58,17 +59,24 @@ def gather(source: Path) -> None:
         shutil.copy2(ROOT / file, source / file)
     shutil.copy2(HERE / "index.md", source / "index.md")
     for page in source.rglob("*.md"):
-        page.write_text(LINK.sub(lambda link, page=page: _to_page(link, page), page.read_text()))
+        page.write_text(LINK.sub(lambda link, page=page: _as_on_site(link, page, source), page.read_text()))
     reference.write(source / "reference")
 
 
-def _to_page(link: re.Match, page: Path) -> str:
-    """A link to a folder goes to its README, or becomes plain text where it has none: the site has no folders."""
+def _as_on_site(link: re.Match, page: Path, source: Path) -> str:
+    """A link of a page: to a folder it goes to its README, or becomes text where it has none; to code, to a copy."""
     text, path, section = link.groups()
-    folder = page.parent / path
-    if not folder.is_dir():
+    target = Path(os.path.normpath(page.parent / path))
+    if not target.is_relative_to(source):
         return link[0]
-    return f"[{text}]({path.rstrip('/')}/README.md{section or ''})" if (folder / "README.md").exists() else text
+    original = ROOT / target.relative_to(source)
+    if original.is_dir():
+        return f"[{text}]({path.rstrip('/')}/README.md{section or ''})" if (original / "README.md").exists() else text
+    if original.suffix == ".py" and original.is_file() and original.parent != GUIDES:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(original, target.with_name(f"{target.name}.txt"))
+        return f"[{text}]({path}.txt)"
+    return link[0]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""How fast: training, evaluation, sampling, compilation and memory, beside the PyTorch library normflows.
+"""Times training, evaluation, sampling and compilation, and compares with normflows.
 
     python -m experiments.benchmark [--cases 28x28 32x32] [--rounds N] [--workdir DIR] [--profile DIR]
 
-Every competitor has a process of its own, which does nothing while another is measured; rounds alternate between
-them, on the same images with the same weights, at the papers' setting: series of two terms and Poisson(2) more in
-training, of 20 and Poisson(2) more in evaluation. Prints medians and ratios, and writes benchmark.json. normflows needs
-the extra `bench`; without it the rest is measured.
+Each competitor runs in its own process, which is idle while another is measured. Rounds alternate between competitors,
+on the same images with the same weights and the papers' estimator: in training two exact terms and Poisson(2) further
+terms, in evaluation 20 and Poisson(2). Prints medians and ratios, and writes benchmark.json. normflows needs the extra
+`bench`; without it only the others are measured.
 
-Roofline: the time that the matrix products alone would take at the speed that plain products reach here, over the time
-of a step. `--profile` writes a trace of three training steps of each case for TensorBoard or Perfetto instead.
+The roofline is the time that the matrix products of a step would take at the measured speed of plain products, divided
+by the time of the step. `--profile` writes a trace of three training steps of each case for TensorBoard or Perfetto
+instead.
 """
 
 import contextlib
@@ -37,16 +38,16 @@ TOLERANCES = ("1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What is measured.
+    """The settings of the benchmark.
 
     Attributes:
       cases: names in `experiments.studies.parts.competitors.CASES`.
-      competitors: of "resflow_jax", "resflow_jax bfloat16" and "normflows"; the last is what others are compared with.
-      rounds: of alternating measurements; every table entry is a median over them.
-      steps: training steps a round.
-      compilation: also compile the CIFAR-10 step of the papers, cold and from the cache, and give its memory.
-      workdir: where benchmark.json is written.
-      profile: a directory for traces, instead of all that.
+      competitors: any of "resflow_jax", "resflow_jax bfloat16" and "normflows"; the last is the reference.
+      rounds: number of alternating rounds; every table entry is a median over them.
+      steps: training steps per round.
+      compilation: also compile the CIFAR-10 step of the papers, cold and from the cache, and report its memory.
+      workdir: directory that benchmark.json is written to.
+      profile: directory for traces; if it is given, only traces are written.
       parallel: how this library's training step is divided among cores, as in `experiments.density`.
     """
 
@@ -70,7 +71,7 @@ class BenchmarkConfig:
 
 
 class Worker:
-    """A competitor in its process."""
+    """A competitor in its own process."""
 
     def __init__(self, case: str, competitor: str, cache: Path | None = None, strategy: Strategy = "jit"):
         environment = os.environ if cache is None else {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
@@ -88,10 +89,10 @@ class Worker:
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def __call__(self, *measure: str) -> dict[str, Any]:
-        """One measurement.
+        """Makes one measurement.
 
         Raises:
-          RuntimeError: if the process ended; its own message stands on standard error.
+          RuntimeError: if the process ended; its own message is on standard error.
         """
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(" ".join(measure) + "\n")
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
-    """Measures, prints and writes; returns what is written."""
+    """Measures, prints and writes; returns the content of benchmark.json."""
     if config.profile is not None:
         for case in config.cases:
             with Worker(case, "resflow_jax", strategy=config.parallel) as worker:
@@ -169,7 +170,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """The processor, and how many cores of it."""
+    """The name of the processor and its number of cores."""
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return f"{number_of_cores()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
@@ -219,7 +220,7 @@ def _round(worker: Worker, name: str, steps: int, tolerance: str | None) -> dict
 
 
 def _tolerances(workers: dict[str, Worker]) -> dict[str, str]:
-    """The loosest tolerance whose error is a hundredth of the peer's, or 1e-6, the rounding error of float32."""
+    """The loosest tolerance whose error is at most a hundredth of the peer's, or at most float32 rounding, 1e-6."""
     if "normflows" not in workers or "resflow_jax" not in workers:
         return {}
     goal = max(1e-6, workers["normflows"]("sample")["error"] / 100)
@@ -230,7 +231,10 @@ def _tolerances(workers: dict[str, Worker]) -> dict[str, str]:
 
 
 def compilation() -> dict[str, float]:
-    """Seconds to trace and compile the papers' CIFAR-10 step, without and with a cache; bytes of it and of 2-2-2."""
+    """Seconds to trace and compile the papers' CIFAR-10 step, without and with a cache, and its memory in bytes.
+
+    The memory is also given for 2-2-2 blocks.
+    """
     with tempfile.TemporaryDirectory() as cache:
         answers = []
         for case in ("cifar10", "cifar10", "cifar10_2"):
@@ -262,7 +266,7 @@ ROWS = {
 
 
 def print_case(case: str, result: dict[str, dict[str, float]]) -> None:
-    """The table of one case: medians, and how many times less than the last competitor."""
+    """Prints the table of one case: medians, and the factor by which each is below that of the last competitor."""
     flow, batch = CASES[case].config, CASES[case].batch_size
     print(f"\n{case}: blocks {'-'.join(map(str, flow.blocks))}, {flow.hidden_channels} hidden channels, batch {batch}")
     print(f"{'':40}" + "".join(f"{name:>30}" for name in result))
@@ -285,7 +289,7 @@ def print_case(case: str, result: dict[str, dict[str, float]]) -> None:
 
 
 def print_compilation(result: dict[str, float]) -> None:
-    """The lines on the CIFAR-10 step."""
+    """Prints the lines on the CIFAR-10 step."""
     print("\nthe CIFAR-10 training step of the papers, 16-16-16 blocks, 512 hidden channels, batch 64, on one device")
     for name in ("cold", "warm"):
         trace, compile_ = result[f"{name}_trace"], result[f"{name}_compile"]

@@ -1,18 +1,18 @@
-"""Conditional residual flows: inference with simulators whose posterior is known, and digits by their class.
+"""Conditional flows: simulators of known posterior, and digits by their class.
 
     python -m experiments.conditional [--workdir DIR] [--steps N] [--digits.steps N] [--observations N] ...
 
 For two moons and a Gaussian linear model (`experiments.studies.conditioning.simulators`) a flow learns q(theta | x) for
-all x at once, from simulated pairs alone. Beside it, for the same time on the clock, trains flowjax's conditional flow,
-a masked autoregressive one of rational-quadratic splines (`experiments.studies.conditioning.amortised`); without the
-extra flowjax it is left out. Both are compared with the exact posterior: by the mean -log q(theta | x) of new pairs,
-whose least value is that of the posterior itself, and by a classifier two-sample test (C2ST, 0.5 is best) at several
-observations. On the 8x8 digits a flow conditioned on the class trains beside one that is not
-(`experiments.studies.conditioning.classes`).
+all x at once, from simulated pairs alone. flowjax's conditional flow, a masked autoregressive flow of
+rational-quadratic splines, is trained for the same wall-clock time (`experiments.studies.conditioning.amortised`);
+without the extra flowjax it is left out. Both are compared with the exact posterior in two ways: by the mean
+-log q(theta | x) of new pairs, which the posterior itself minimises, and by a classifier two-sample test (C2ST, 0.5 is
+best) at several observations. On the 8x8 digits, two flows are trained: one conditioned on the class, and one without
+a condition (`experiments.studies.conditioning.classes`).
 
-Under the work directory (runs/conditional) it writes two_moons.png and gaussian_linear.png (samples of the truth and of
-the flows at every observation), digits.png (samples, a row a class), metrics.jsonl and config.json; the same command
-again starts anew.
+Under the work directory (runs/conditional) it writes two_moons.png and gaussian_linear.png (samples of the exact
+posterior and of the flows at every observation), digits.png (samples, one row per class), metrics.jsonl and
+config.json. Running the command again starts from the beginning.
 
 About 2 minutes on 2 CPU cores, half of it compilation:
   two moons         above the posterior 0.071 +- 0.007 nats (flowjax 0.051), C2ST 0.507 (0.495; equal samples 0.503)
@@ -51,6 +51,7 @@ from experiments.studies.conditioning.posteriors import Fit, circle_of, compare,
 from experiments.studies.conditioning.simulators import GaussianLinear, Simulator, TwoMoons
 from resflow_jax import Estimator, Exact, Roulette, VectorFlowConfig, certify
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.estimators import check_estimator
 
 _MODEL = VectorFlowConfig(2, hidden=(32, 32), activation="elu", coefficient=0.97, condition_dim=2)
 
@@ -60,12 +61,12 @@ class TaskConfig:
     """How the posterior of one simulator is learned.
 
     Attributes:
-      simulator: which.
+      simulator: the simulator.
       model: the flow; its `condition_dim` is the number of elements of x.
       steps: optimiser steps of the residual flow; 0 leaves the task out.
-      estimator: of the log-det in the loss.
-      optimizer: Adam, with the learning rate of the residual flow, and the warm-up, schedule and clipping of both.
-      flowjax: the peer.
+      estimator: log-det estimator of the loss.
+      optimizer: Adam, with the residual flow's learning rate, and the warm-up, schedule and clipping of both flows.
+      flowjax: the flow of flowjax that it is compared with.
     """
 
     simulator: Simulator
@@ -77,6 +78,7 @@ class TaskConfig:
 
     def __post_init__(self):
         check_count("steps", self.steps, 0)
+        check_estimator(self.estimator)
         check_choice("optimizer.name", self.optimizer.name, ("adam",))
         if self.optimizer.accumulate != 1:
             raise ValueError(f"optimizer.accumulate: expected 1, got {self.optimizer.accumulate}")
@@ -114,16 +116,17 @@ class ConditionalConfig:
     """One run of `python -m experiments.conditional`.
 
     Attributes:
-      workdir: where everything is written.
-      seed: of parameters, simulations and noise.
-      batch_size: simulated pairs a step.
-      simulations: pairs in all, for a fixed budget; None for new ones at every step.
-      two_moons, gaussian_linear: the tasks.
-      digits: the flows on digits.
-      observations: values of x at which posteriors are compared.
-      samples: of every posterior, for the comparison.
-      pairs: new pairs for the mean log-density.
-      log_every: steps between training lines of metrics.jsonl, and between turns.
+      workdir: directory that everything is written to.
+      seed: random seed of parameters, simulations and noise.
+      batch_size: simulated pairs per step.
+      simulations: total number of pairs of a fixed budget; None simulates new pairs at every step.
+      two_moons: settings for the posterior of two moons.
+      gaussian_linear: settings for the posterior of the Gaussian linear model.
+      digits: settings of the flows on digits.
+      observations: number of values of x at which posteriors are compared.
+      samples: number of samples of every posterior in the comparison.
+      pairs: number of new pairs for the mean log-density.
+      log_every: steps between training lines of metrics.jsonl. The two flows train in turns of this number of steps.
     """
 
     workdir: Path = Path("runs/conditional")
@@ -160,7 +163,7 @@ def tiny(config: ConditionalConfig) -> ConditionalConfig:
             task,
             model=replace(task.model, blocks=1, hidden=(8,)),
             steps=11,
-            flowjax=replace(task.flowjax, layers=1, width=8, depth=1, knots=3),
+            flowjax=replace(task.flowjax, layers=2, width=16, depth=1),
         )
 
     images = config.digits.model
@@ -197,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(config: ConditionalConfig) -> dict[str, dict]:
-    """Does every part. Returns {task: {flow: `Fit`}} and {"digits": {flow: `Scores`}}."""
+    """Runs all parts. Returns {task: {flow: `Fit`}} together with {"digits": {flow: `Scores`}}."""
     began = time.perf_counter()
     use_compilation_cache()
     claim_workdir(config.workdir, config)
@@ -215,7 +218,7 @@ def run(config: ConditionalConfig) -> dict[str, dict]:
 
 
 def infer(config: ConditionalConfig, name: str, title: str, metrics: MetricsFile) -> dict[str, Fit]:
-    """Trains the flows of one task, compares them with the truth, draws, prints."""
+    """Trains the flows of one task, compares them with the exact posterior, draws and prints."""
     settings: TaskConfig = getattr(config, name)
     rng = np.random.default_rng((config.seed, 0))
     task = Standardised.of(settings.simulator, rng, config.simulations)
@@ -238,7 +241,7 @@ def train(
     rng: np.random.Generator,
     write: Callable[..., None],
 ) -> list[Learner]:
-    """The flows of a task, trained for the same time, ours in front; `write` takes the lines of metrics.jsonl."""
+    """Trains the flows of a task for the same time; returns ours first. `write` takes the lines of metrics.jsonl."""
     first, optimizer = task.pairs(rng, 2000), settings.optimizer
     learners: list[Learner] = [ResidualLearner(settings.model, optimizer, settings.estimator, first, config.seed)]
     rates = [optimizer.learning_rate]
@@ -253,7 +256,7 @@ def train(
 
 
 def learn_digits(config: ConditionalConfig, metrics: MetricsFile) -> dict[str, classes.Scores]:
-    """Trains the two flows on digits, measures them, draws, prints."""
+    """Trains the two flows on digits, measures them, draws and prints."""
     scores, settings = {}, config.digits
     for flow_name, conditional in (("p(x)", False), ("p(x | class)", True)):
         flow, history = classes.train(settings, config.seed, conditional=conditional)

@@ -1,4 +1,4 @@
-"""Density estimation: trains a residual flow on images, vectors or toy densities and reports its likelihood.
+"""Density estimation: trains a residual flow on images, vectors or toy densities.
 
     python -m experiments.density [NAME] [--workdir DIR] [--steps N] [--batch-size B] [--seed S] ...
     python -m experiments.density images --data.path FOLDER     on your own images
@@ -8,13 +8,13 @@
     python -m experiments.density NAME --parallel shard_map     devices share a batch (or jit, pmap)
     python -m experiments.density NAME --distributed.auto       one of several processes, on a cluster
 
-The likelihood of images is in bits/dim, that of vectors in nats: natural logarithms of the density of a vector.
-`--data.path` takes a folder of image files, a .npy or .npz file, or IDX files of images; of vectors a .npy, .npz or
-.csv file. The flow takes the size of its images or vectors from them. The same command again resumes from the last
-checkpoint; Ctrl-C ends a run after its step, with a checkpoint. Under the work directory it writes report.html, with
-everything on one page, metrics.jsonl, the same as TensorBoard events in tensorboard/, samples.png,
-reconstructions.png, curves.png, pictures along training in training/, config.json, certificate.json and checkpoints/.
-The validation split chooses the checkpoint; the test split is read once, at the end.
+The likelihood of images is in bits/dim, that of vectors in nats: the natural logarithm of the density of a vector.
+`--data.path` takes a folder of image files, a .npy or .npz file, or IDX files for images; for vectors it takes a .npy,
+.npz or .csv file. The flow gets its input size from these data. Running the command again resumes from the last
+checkpoint; Ctrl-C ends a run after the current step, with a checkpoint. Under the work directory it writes report.html,
+with everything on one page, metrics.jsonl, the same metrics as TensorBoard events in tensorboard/, samples.png,
+reconstructions.png, curves.png, pictures during training in training/, config.json, certificate.json and checkpoints/.
+The validation split chooses the checkpoint; the test split is evaluated once, at the end.
 """
 
 from experiments.configs import CONFIGS, SUMMARIES

@@ -1,27 +1,27 @@
-"""What a trained flow is worth: bits/dim, reconstruction, certificate, and whether it tells other images apart.
+"""Evaluates a trained flow: likelihood, reconstruction, certificate, outliers.
 
     python -m experiments.evaluate RUN_DIR [--examples N] [--draws K] [--estimator exact] [--other DATA ...]
         [--workdir OUT]
 
-RUN_DIR is the work directory of an `experiments.density` run, finished or still running. Without further settings the
-bits/dim of the test split (nats, of vectors) are those that the run itself printed. `--estimator exact` takes the
-log-det of dense Jacobians in place of an estimate: for few images.
+RUN_DIR is the work directory of an `experiments.density` run, finished or still running. With the default settings the
+bits/dim of the test split (nats for vectors) are those that the run itself printed. `--estimator exact` computes the
+log-det from dense Jacobians instead of estimating it; it is practical for few images.
 
 Out-of-distribution detection (Nalisnick et al. 2019, arXiv 1810.09136): examples of other data should have a lower
-likelihood than test examples. The AUROC is the probability that of one example each the other data's has the lower,
-ties counted half; 0.5 is chance, and below it the flow finds the other data likelier than its own. DATA is a path, as
-for `--data.path`, or the name of a data set, looked for where the run's was; crops of "photographs" are always there.
-Where none is named, it is the test split in disorder: images with their pixels permuted, all in one order, vectors with
-every element from a vector of its own.
+likelihood than test examples. The AUROC is the probability that a random example of the other data has a lower
+likelihood than a random test example; ties count half. 0.5 is chance; below 0.5 the flow gives the other data the
+higher likelihood. DATA is a path, as for `--data.path`, or the name of a data set, which is searched for in the
+directory of the run's data; crops of "photographs" are always available. Without DATA the test split is permuted: all
+images with the same permutation of pixels, vectors with each element permuted among the vectors.
 
-`--typicality` judges every example by how far its likelihood is from that of training examples, on either side
-(Nalisnick et al. 2019, arXiv 1906.02994; see `rf.Typicality`): a picture of one colour may be likelier than the run's
-own images. p-values are by the validation split.
+`--typicality` tests how far the likelihood of each example is from that of training examples, on either side
+(Nalisnick et al. 2019, arXiv 1906.02994; see `rf.Typicality`): an image of one colour may have a higher likelihood than
+the run's own images. p-values are computed from the validation split.
 
 Under OUT, by default RUN_DIR/evaluation, it writes evaluation.json, scores.npz (the likelihood of every example, means
-over draws), histograms.png and, with `--typicality`, typicality.csv. That has a line an example: the set and number,
-the likelihood in the unit of the run, its distance from that of training examples, the p-value, and the share of
-validation examples that are less likely.
+over draws), histograms.png and, with `--typicality`, typicality.csv. That file has a line for each example: its set and
+number, its likelihood in the unit of the run, its distance from that of training examples, its p-value, and the
+fraction of validation examples that are less likely.
 """
 
 import json
@@ -54,7 +54,7 @@ from resflow_jax.io.config_json import as_json
 Array = jax.Array
 
 RECONSTRUCTED = 64  # test examples
-EXACT_BATCH_SIZE = 4  # examples of which dense Jacobians are held at once
+EXACT_BATCH_SIZE = 4  # examples whose dense Jacobians are in memory at once
 PERMUTED = "permuted"
 
 
@@ -64,15 +64,15 @@ class EvaluateConfig:
 
     Attributes:
       run_dir: work directory of a run of `experiments.density`.
-      weights: of the best validation, or of the latest checkpoint.
-      examples: at most so many of a test split; by default as many as the run evaluates.
-      draws: of dequantisation and estimate for each example; by default the run's.
-      estimator: of the log-det; by default the run's. The number of examples is to be given with `exact`.
-      typicality: whether to judge each example by the test of typicality too, beside as many training examples and the
-        validation split; typicality.csv has a line an example.
+      weights: "best" uses the weights of the best validation, "latest" those of the latest checkpoint.
+      examples: maximum number of examples of each test split; by default that of the run.
+      draws: number of draws of dequantisation noise and log-det estimate for each example; by default that of the run.
+      estimator: log-det estimator; by default that of the run. With `exact`, give `examples` too.
+      typicality: whether to apply the typicality test to each example too. It uses as many training examples, and
+        the validation split; typicality.csv has a line for each example.
       other: paths or names of other data of the same shape.
-      workdir: where everything is written; by default RUN_DIR/evaluation.
-      data: where the data of the run are now, if they have been moved.
+      workdir: directory that everything is written to; by default RUN_DIR/evaluation.
+      data: present place of the run's data, if they have been moved.
     """
 
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
@@ -93,7 +93,7 @@ class EvaluateConfig:
         if self.draws is not None:
             check_count("draws", self.draws, 1)
         if isinstance(self.estimator, Exact) and self.examples is None:
-            raise ValueError("examples: expected a number beside the exact estimator, which is dear; got None")
+            raise ValueError("examples: expected a number with the exact estimator, whose cost is high; got None")
 
     @property
     def out(self) -> Path:
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Measures, draws and prints; returns what evaluation.json holds."""
+    """Measures, draws and prints; returns the content of evaluation.json."""
     use_compilation_cache()
     make_if_missing(config.run_dir)
     saved = saved_flow(config.run_dir, config.weights, config.data)
@@ -141,7 +141,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     draws = config.draws or settings.draws
 
     def scores_of(examples: np.ndarray) -> np.ndarray:
-        key = jax.random.key(saved.config.seed + 2)  # that of the run, so that its figures come back
+        key = jax.random.key(saved.config.seed + 2)  # the run's own key, so that the figures are the same
         batch_size = EXACT_BATCH_SIZE if isinstance(estimator, Exact) else task.batch_size
         return task.scores(saved.flow, examples, key, estimator, draws, batch_size)
 
@@ -189,7 +189,8 @@ def judge(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Score, p-value and quantile of every example of each set, from metrics of training and of validation examples.
 
-    The metric may be in any unit, as bits/dim: it falls as the log-density rises, or rises with it. Scores are in it.
+    The metric may have any unit, and may fall or rise with the log-density, like bits/dim or nats. Scores have its
+    unit.
     """
 
     def likelihoods(values: np.ndarray) -> Array:
@@ -204,7 +205,7 @@ def judge(
 
 
 def typicality_csv(means: dict[str, np.ndarray], judged: dict[str, dict[str, np.ndarray]]) -> str:
-    """One line an example."""
+    """The text of typicality.csv, one line for each example."""
     lines = ["set,example,likelihood,score,p_value,quantile"]
     for name, found in judged.items():
         columns = zip(means[name], *found.values(), strict=True)
@@ -215,7 +216,7 @@ def typicality_csv(means: dict[str, np.ndarray], judged: dict[str, dict[str, np.
 def auroc(test: np.ndarray, other: np.ndarray) -> float:
     """The probability that an example of the other data has a larger loss than a test example; ties count half.
 
-    NaN where it is not known: of no examples, or where a loss is NaN. Losses may be infinite.
+    It is NaN without examples, or if a loss is NaN. Losses may be infinite.
     """
     losses = np.concatenate([test, other])
     if not (len(test) and len(other)) or np.isnan(losses).any():
@@ -225,7 +226,7 @@ def auroc(test: np.ndarray, other: np.ndarray) -> float:
 
 
 def reconstruction(flow: ResidualFlow, examples: Array) -> tuple[float, int]:
-    """max |x - f^-1(f(x))| over examples x, and for how many of them the inverse did not converge."""
+    """max |x - f^-1(f(x))| over examples x, and the number of examples whose inverse did not converge."""
 
     def round_trip(flow: ResidualFlow, x: Array) -> tuple[Array, Array]:
         reconstructed, status = flow.inverse(flow(x), return_status=True)
@@ -237,13 +238,13 @@ def reconstruction(flow: ResidualFlow, examples: Array) -> tuple[float, int]:
 
 
 def summary(task: Task, scores: np.ndarray, estimator: Estimator) -> dict[str, float]:
-    """The figures of scores [draws, N]: how many examples, the mean metric and its standard errors."""
+    """The number of examples, the mean metric and its standard errors, from scores [draws, N]."""
     estimate = task.mean(scores, estimator)._asdict()
     return {"examples": scores.shape[1], task.metric: estimate.pop("mean"), **estimate}
 
 
 def draw(workdir: Path, saved: SavedFlow, means: dict[str, np.ndarray], result: dict[str, Any]) -> None:
-    """Histograms of the likelihoods of the examples of each set."""
+    """Draws histograms of the likelihoods of the examples of each set."""
     name, label = saved.task.name, saved.task.label
     labels = {"test": f"{name}, test split"}
     for other, found in result["other"].items():

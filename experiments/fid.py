@@ -1,4 +1,4 @@
-"""The Frechet distance between samples of a trained flow and images of its data set, by the package torch-fidelity.
+"""The Frechet distance between samples of a flow and its data, by torch-fidelity.
 
     python -m experiments.fid RUN_DIR [--number N] [--against train|test] [--features inception|pixels]
         [--inception-weights PATH] [--temperature T] [--seed S] [--weights best|latest] [--workdir OUT]
@@ -8,17 +8,17 @@ Heusel et al. 2017 (arXiv 1706.08500, eq. 6) between Gaussians with the means m,
 
     d^2 = |m - n|^2 + tr(A + B - 2 (A B)^(1/2))
 
-With `--features inception` it is the FID: features are the 2048 of the Inception network of that paper, whose weights
-(91 MB) torch-fidelity fetches on first use; where there is no network, give it their file, --inception-weights PATH.
-With `--features pixels` they are the means of pixels, in [0, 1], on a grid of 8 by 8 in each channel: this needs
-nothing fetched and sees no more than colours and rough shapes. Grey images are repeated to three channels for both, and
-so count three times in the distance of pixels. The samples are those of `experiments.sample` with the same seed and
-temperature; images are a random choice of the training or test split.
+With `--features inception` it is the FID: the features are the 2048 of that paper's Inception network, whose weights
+(91 MB) torch-fidelity downloads on first use. Without a network, name a file of them with --inception-weights PATH.
+With `--features pixels` the features are means of pixels, in [0, 1], on an 8 by 8 grid in each channel. They need no
+download and capture only colours and rough shapes. Grey images are repeated to three channels for both, and so count
+three times in the distance of pixels. The samples are those of `experiments.sample` with the same seed and temperature;
+the images are a random subset of the training or test split.
 
-The distance is biased, as a rule upwards, the more the fewer images there are (Binkowski et al. 2018, arXiv
-1801.01401): only figures from equal numbers can be compared, and with no more images than features the
-covariances are singular, which the closing table then says. What is left of the distance between images of one kind is
-the floor: the distance between as many training as test images, fewer only where a split has fewer.
+The distance is biased, usually upwards, and more so for fewer images (Binkowski et al. 2018, arXiv 1801.01401). Compare
+only figures from equal numbers of images. With no more images than features the covariances are singular; the closing
+table then says so. The floor is the distance between equal numbers of training and test images; a perfect flow would
+reach about this value. It uses fewer images than asked for only where a split has fewer.
 
 Under OUT, by default RUN_DIR/fid, it writes fid.json. Needs `pip install 'resflow_jax[fid]'`.
 """
@@ -48,7 +48,7 @@ from resflow_jax.io.config_json import as_json
 Split = Literal["train", "test"]
 Features = Literal["inception", "pixels"]
 
-GRID = 8  # a side, of the means of pixels
+GRID = 8  # means of pixels per side
 DIMENSIONS = {"inception": 2048, "pixels": 3 * GRID**2}
 KINDS = {"train": "training", "test": "test"}  # of images, in words
 
@@ -59,17 +59,17 @@ class FidConfig:
 
     Attributes:
       run_dir: work directory of a run of `experiments.density`.
-      weights: of the best validation, or of the latest checkpoint.
-      number: of samples, and of images where the split has so many; by default that of the test images.
+      weights: "best" uses the weights of the best validation, "latest" those of the latest checkpoint.
+      number: number of samples and of images, or all images of a smaller split; by default that of the test images.
       against: split of the images that samples are compared with.
-      features: of the Inception network, or means of pixels.
-      inception_weights: file of torch-fidelity's weights of the Inception network, in place of fetching it. It is a
+      features: features of the Inception network, or means of pixels.
+      inception_weights: file of torch-fidelity's weights of the Inception network, used instead of a download. It is a
         pickle, which can run any code.
-      temperature: deviation of the latents; 1 for samples of the flow's density, less for more typical images.
-      seed: of the latents, and of the choice of images.
-      batch_size: samples at once, shared by all devices.
-      workdir: where everything is written; by default RUN_DIR/fid.
-      data: where the data of the run are now, if they have been moved.
+      temperature: standard deviation of the latents. 1 samples the flow's density; less gives more typical images.
+      seed: random seed of the latents, and of the choice of images.
+      batch_size: samples per batch, divided among all devices.
+      workdir: directory that everything is written to; by default RUN_DIR/fid.
+      data: present place of the run's data, if they have been moved.
     """
 
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
@@ -86,7 +86,7 @@ class FidConfig:
 
     def __post_init__(self):
         if self.number is not None:
-            check_count("number", self.number, 2)  # that have a covariance
+            check_count("number", self.number, 2)  # the fewest with a covariance
         check_choice("against", self.against, get_args(Split))
         check_choice("features", self.features, get_args(Features))
         if self.inception_weights is not None:
@@ -103,7 +103,7 @@ class FidConfig:
 
 
 def tiny(config: FidConfig) -> FidConfig:
-    """Eight samples of a tiny run, by the means of their pixels, for which nothing is fetched."""
+    """Eight samples of a tiny run, compared by means of pixels, which need no download."""
     return replace(config, run_dir=TINY_RUN, number=8, features="pixels")
 
 
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(config: FidConfig) -> dict[str, Any]:
-    """Draws, measures and prints; returns what fid.json holds."""
+    """Draws, measures and prints; returns the content of fid.json."""
     package = needed_package()
     use_compilation_cache()
     make_if_missing(config.run_dir)
@@ -143,7 +143,7 @@ def run(config: FidConfig) -> dict[str, Any]:
         return frechet_distance(first, second, config.features, config.inception_weights)
 
     in_floor = min(map(len, chosen.values()))
-    floor = distance(chosen["train"][:in_floor], chosen["test"][:in_floor])  # first: it is soon known if this fails
+    floor = distance(chosen["train"][:in_floor], chosen["test"][:in_floor])  # first, so that errors show early
     decode = decoder(saved.flow, config.batch_size)
     samples, converged = drawn_samples(decode, saved, number, config.seed, config.temperature)
     images = chosen[config.against]
@@ -168,7 +168,7 @@ def run(config: FidConfig) -> dict[str, Any]:
 
 
 def needed_package() -> Any:
-    """The package torch-fidelity.
+    """Imports and returns the package torch-fidelity.
 
     Raises:
       ImportError: if it is not installed; the message says how to install it.
@@ -181,10 +181,10 @@ def needed_package() -> Any:
 
 
 def check_splits(data: ImageSplits) -> None:
-    """Images that torch-fidelity can take, and enough of them.
+    """Checks that torch-fidelity can take the images, and that there are enough of them.
 
     Raises:
-      ValueError: if they are neither grey nor RGB, or a split has not the two images that a covariance takes.
+      ValueError: if they are neither grey nor RGB, or a split has fewer than the two images that a covariance needs.
     """
     if data.shape[-1] not in (1, 3):
         raise ValueError(f"run_dir: expected a run on images of 1 or 3 channels, got shape {data.shape}")
@@ -196,7 +196,7 @@ def check_splits(data: ImageSplits) -> None:
 
 
 def chosen_images(data: ImageSplits, split: Split, number: int, seed: int) -> np.ndarray:
-    """So many images of a split, or all if it has fewer, in random order; as bytes like those of samples."""
+    """`number` images of a split, or all if it has fewer, in random order; as bytes like those of samples."""
     images: Images = getattr(data, split)
     rows = np.random.default_rng(seed).permutation(len(images))[:number]
     of_level = to_bytes(np.asarray(to_unit_interval(np.arange(data.levels), data.levels)), data.levels)
@@ -206,7 +206,7 @@ def chosen_images(data: ImageSplits, split: Split, number: int, seed: int) -> np
 def frechet_distance(
     first: np.ndarray, second: np.ndarray, features: Features, inception_weights: Path | None = None
 ) -> float:
-    """The distance, of eq. 6 and so squared, between images of bytes [N, H, W, 1 or 3].
+    """The distance d^2 of eq. 6 between two sets of images, uint8 [N, H, W, 1 or 3].
 
     Raises:
       OSError: if the weights of the Inception network were neither given nor could be fetched.
@@ -226,7 +226,7 @@ def frechet_distance(
             feature_extractor="inception-v3-compat" if features == "inception" else registered_pixels(),
             feature_extractor_weights_path=None if inception_weights is None else str(inception_weights),
             cuda=torch.cuda.is_available(),
-            save_cpu_ram=True,  # no worker processes: a process in which JAX runs is not to be forked
+            save_cpu_ram=True,  # no worker processes: a process that runs JAX must not be forked
             verbose=sys.stderr.isatty(),
         )
     except OSError as error:
@@ -243,7 +243,7 @@ def frechet_distance(
 
 @cache
 def registered_pixels() -> str:
-    """The name under which torch-fidelity then knows the means of pixels, computed in float64."""
+    """Registers the means of pixels, computed in float64, with torch-fidelity; returns their name there."""
     import torch
 
     package, name = needed_package(), "pixels"
@@ -261,7 +261,7 @@ def registered_pixels() -> str:
             return name
 
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
-            grid = [min(GRID, side) for side in images.shape[2:]]  # a smaller image is its own grid
+            grid = [min(GRID, side) for side in images.shape[2:]]  # a smaller image has one pixel per cell
             return (torch.nn.functional.adaptive_avg_pool2d(images.double() / 255, grid).flatten(1),)
 
     package.register_feature_extractor(name, Pixels)

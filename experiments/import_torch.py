@@ -1,4 +1,4 @@
-"""A checkpoint of the authors' PyTorch implementation as a run, which can be evaluated, sampled and gone on with.
+"""Imports a checkpoint of the authors' PyTorch code as a run that can be evaluated and resumed.
 
     python -m experiments.import_torch model.pth --workdir DIR [--data.name NAME | --data.path IMAGES] [--steps N]
     python -m experiments.evaluate DIR
@@ -6,11 +6,11 @@
     python -m experiments.resume DIR
 
 Reads a file of `train_img.py` or `train_toy.py`, without PyTorch and without executing anything in it, and writes
-config.json and checkpoints/ under DIR: at step 0 the raw weights, with the averaged ones as their moving average where
-the file has them, the power iteration converged, and a new optimiser. Batch size, estimator, learning rate, warm-up,
-annealing and accumulation are those of the file; what of its training is not carried over is listed. A classifier
-comes along, but a run that goes on learns the density alone. The imported weights count as the best until the first
-validation of a run that goes on.
+config.json and checkpoints/ under DIR. The checkpoint is that of step 0: the raw weights, their moving average if the
+file has one, converged power iterations, and a new optimiser. Batch size, estimator, learning rate, warm-up, annealing
+and accumulation are those of the file; settings that cannot be imported are listed. A classifier is imported, but a
+resumed run trains the density alone. The imported weights count as the best until the first validation of a resumed
+run.
 """
 
 import argparse
@@ -57,10 +57,10 @@ class ImportConfig:
     """One call of `python -m experiments.import_torch`.
 
     Attributes:
-      checkpoint: the file.
-      workdir: of the new run.
-      data: images that the run is judged by and goes on with; by default those that the file names.
-      steps: of a run that goes on.
+      checkpoint: checkpoint file of the authors' code.
+      workdir: work directory of the new run.
+      data: images that the run is evaluated and resumed with; by default those that the file names.
+      steps: number of steps of a resumed run.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
@@ -76,7 +76,7 @@ TINY = Path("runs/import_torch_tiny")
 
 
 def tiny(config: ImportConfig) -> ImportConfig:
-    """A tiny flow for the digits, written as a file of PyTorch first."""
+    """Imports a tiny flow for the digits, which is first written as a PyTorch file."""
     return replace(
         config, checkpoint=TINY / "model.pth", workdir=TINY / "run", data=replace(config.data, name="digits"), steps=2
     )
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(config: ImportConfig) -> Path:
-    """Writes the run, prints what it is, and returns its work directory.
+    """Writes the run, prints a summary, and returns its work directory.
 
     Raises:
       FileExistsError: if the work directory holds a run already.
@@ -134,7 +134,7 @@ def run(config: ImportConfig) -> Path:
 
 
 def write_tiny_checkpoint(path: Path) -> None:
-    """A file as of PyTorch with a tiny flow, at its start, for the digits."""
+    """Writes a file in the format of PyTorch with a tiny untrained flow for the digits."""
     sizes = {"blocks": (1,), "hidden_channels": 4, "kernels": (3, 3), "tail": DenseTail(0)}
     model = ImageFlowConfig((8, 8, 1), preactivation="all", **sizes)
     flow = ResidualFlow(model, rngs=nnx.Rngs(0))
@@ -144,7 +144,7 @@ def write_tiny_checkpoint(path: Path) -> None:
 
 
 def imported_state(settings: RunConfig, raw: ResidualFlow, averaged: ResidualFlow) -> TrainState:
-    """The state before the first step, with an average that has long forgotten its start."""
+    """The state before the first step, whose moving average has no bias towards its start."""
     decay = settings.optimizer.ema_decay
     trainer = Trainer(nnx.graphdef(raw), _no_loss, settings.optimizer.build(settings.steps), decay)
     state = trainer.create_state(raw, settings.estimator)
@@ -153,7 +153,7 @@ def imported_state(settings: RunConfig, raw: ResidualFlow, averaged: ResidualFlo
 
 
 def _with_constants_of(flow: ResidualFlow, other: ResidualFlow) -> ResidualFlow:
-    """The other flow with the centers and deviations of the first, as a state has one of each: the same map."""
+    """The other flow with the centers and standard deviations of the first, since a state has one set: the same map."""
     other = nnx.clone(other)
     for (_, theirs), (_, ours) in zip(nnx.iter_modules(other), nnx.iter_modules(flow), strict=True):
         if isinstance(theirs, ActNorm):
@@ -166,7 +166,7 @@ def _no_loss(*_):
 
 
 def not_carried_over(args: argparse.Namespace) -> list[str]:
-    """Settings of the file's training that a run here does not have, where they were in use."""
+    """The settings in use in the file's training that a run of this library does not have."""
     unused = {
         "task": "density",
         "dropout": 0,
@@ -185,7 +185,7 @@ def not_carried_over(args: argparse.Namespace) -> list[str]:
 
 
 def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfig) -> RunConfig:
-    """The settings of the file's training, as far as there are such here."""
+    """The config of a run with those settings of the file's training that this library has."""
     given = vars(args)
     if not isinstance(flow.config, ImageFlowConfig):
         return ToyConfig(

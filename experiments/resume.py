@@ -1,8 +1,8 @@
-"""Goes on with a run of `experiments.density`, or one that `experiments.import_torch` wrote, by its own config.json.
+"""Resumes a run of `experiments.density` or `experiments.import_torch`.
 
     python -m experiments.resume RUN_DIR [--tiny]
 
-The same as the run's own command once more, for those who no longer have it.
+Does the same as the run's original command, which need not be known.
 """
 
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(config: ResumeConfig) -> None:
-    """Goes on with the run."""
+    """Resumes the run."""
     make_if_missing(config.run_dir)
     launch(saved_config(config.run_dir))
 

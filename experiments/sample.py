@@ -1,24 +1,23 @@
-"""Samples of a trained flow, and interpolations between images in its latent space.
+"""Draws samples of a trained flow, and interpolates between images in latent space.
 
     python -m experiments.sample RUN_DIR [--number N] [--temperature T] [--seed S] [--format png npz]
         [--interpolate I J] [--workdir OUT]
 
 RUN_DIR is the work directory of an `experiments.density` run, finished or still running. A sample is x = f^-1(T e) with
-e from N(0, I), clipped to [0, 1] and quantised to the levels of the data; sample n depends on the seed, on n and on
-nothing else. `--interpolate` takes the numbers of two test images x and y, and goes from f(x) to f(y) along a great
+e from N(0, I), clipped to [0, 1] and quantised to the levels of the data; the noise of sample n depends only on the
+seed and on n. `--interpolate` takes the numbers of two test images x and y, and goes from f(x) to f(y) along a great
 circle (White 2016, arXiv 1609.04468):
 
     z(t) = (sin((1 - t) a) f(x) + sin(t a) f(y)) / sin(a),    a the angle between f(x) and f(y)
 
-so that latents in between are about as long as those of images; on the straight line they would be too short. The
-ends are the reconstructions f^-1(f(x)) and f^-1(f(y)).
+so that intermediate latents have about the norm of the latents of images; on the straight line their norm would be too
+small. The ends are the reconstructions f^-1(f(x)) and f^-1(f(y)).
 
-Under OUT, by default RUN_DIR/sampling, it writes samples.png (a grid of the first 64); with `--format png`
-samples/00000.png, 00001.png, ..., in place of those of an earlier call; with `--format npz` samples.npz, whose array
-`images` is uint8 [N, H, W, C] in 0..255, as programs that compute the FID read it; by default both; and
-interpolation.png. Of a flow of vectors samples.png shows the samples beside data, and samples.npz has the array
-`vectors`, floats [N, D]. Solves that did not converge are counted and named in the closing table; their samples are
-written all the same.
+Under OUT, by default RUN_DIR/sampling, it writes samples.png (a grid of the first 64 samples) and interpolation.png.
+`--format png` writes samples/00000.png, 00001.png, ... and removes those of an earlier call; `--format npz` writes
+samples.npz, whose array `images` is uint8 [N, H, W, C] in 0..255, as programs that compute the FID read it; the default
+is both. For a flow on vectors samples.png shows samples and data, and samples.npz has the array `vectors`, floats
+[N, D]. The closing table counts and lists solves that did not converge; their samples are written too.
 """
 
 from dataclasses import dataclass, replace
@@ -46,7 +45,7 @@ from resflow_jax.functional.checks import check_count
 Array = jax.Array
 
 SHOWN = 64  # samples in the grid
-FRAMES = 11  # of an interpolation
+FRAMES = 11  # images of an interpolation
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,15 @@ class SampleConfig:
 
     Attributes:
       run_dir: work directory of a run of `experiments.density`.
-      weights: of the best validation, or of the latest checkpoint.
-      number: of samples.
-      temperature: deviation of the latents; 1 for samples of the flow's density, less for more typical images.
-      seed: of the latents.
-      batch_size: samples at once, shared by all devices.
-      format: files of samples beside the grid; of vectors there are no PNG files.
+      weights: "best" uses the weights of the best validation, "latest" those of the latest checkpoint.
+      number: number of samples.
+      temperature: standard deviation of the latents. 1 samples the flow's density; less gives more typical images.
+      seed: random seed of the latents.
+      batch_size: samples per batch, divided among all devices.
+      format: file formats of the samples, in addition to the grid; vectors have no PNG files.
       interpolate: numbers of two test images to interpolate between.
-      workdir: where everything is written; by default RUN_DIR/sampling.
-      data: where the data of the run are now, if they have been moved.
+      workdir: directory that everything is written to; by default RUN_DIR/sampling.
+      data: present place of the run's data, if they have been moved.
     """
 
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
@@ -149,10 +148,10 @@ def run(config: SampleConfig) -> np.ndarray:
 
 
 def chosen_images(saved: SavedFlow, indices: tuple[int, int]) -> Array:
-    """The test images of these numbers, in [0, 1].
+    """The test images with these numbers, in [0, 1].
 
     Raises:
-      ValueError: if there is none of such a number, or the run is not on images.
+      ValueError: if there is no image with such a number, or the run is not on images.
     """
     if not isinstance(saved.task, ImageTask):
         raise ValueError(f"interpolate: expected a run on images, got one on vectors ({saved.task.name})")
@@ -172,9 +171,9 @@ def interpolation(decode: Decode, flow: ResidualFlow, pair: Array) -> tuple[np.n
 
 
 def spherical(start: Array, end: Array, t: Array) -> Array:
-    """The points [B, D] at t [B] of a great circle from start [D] to end [D], which are those at t = 0 and 1.
+    """The points [B, D] at t [B] on a great circle from start [D], at t = 0, to end [D], at t = 1.
 
-    Where these are parallel and no circle is singled out, of the straight line.
+    If start and end are parallel, which does not determine a circle, the points are on the straight line.
     """
     cosine = jnp.vdot(start, end) / jnp.maximum(jnp.linalg.norm(start) * jnp.linalg.norm(end), 1e-30)
     angle = jnp.arccos(jnp.clip(cosine, -1, 1))
@@ -185,7 +184,7 @@ def spherical(start: Array, end: Array, t: Array) -> Array:
 
 
 def write_vectors(workdir: Path, samples: np.ndarray, task: VectorTask, config: SampleConfig) -> None:
-    """The picture, and the file that the config may ask for."""
+    """Writes the picture, and samples.npz if the config asks for it."""
     title = f"{task.name}: data and samples at temperature {config.temperature:g}"
     pictures.save_scatter(workdir / "samples.png", task.splits.train[: len(samples)], samples, title)
     if "npz" in config.format:
@@ -193,7 +192,7 @@ def write_vectors(workdir: Path, samples: np.ndarray, task: VectorTask, config: 
 
 
 def write_images(workdir: Path, samples: np.ndarray, config: SampleConfig) -> None:
-    """The grid, and the files that the config asks for."""
+    """Writes the grid, and the files that the config asks for."""
     title = f"samples at temperature {config.temperature:g}"
     pictures.save_images(workdir / "samples.png", {title: samples[:SHOWN] / 255}, columns=8)
     if "npz" in config.format:

@@ -1,9 +1,9 @@
-"""Density estimation in the plane: `experiments.density` on a toy density, by its name.
+"""Density estimation in the plane: `experiments.density` on a toy density.
 
     python -m experiments.toy [NAME] [--estimator exact | roulette | truncated] [--workdir DIR] [--steps N] ...
 
-is `python -m experiments.density NAME [...]`, by default of 8gaussians. The likelihood is in nats: natural logarithms
-of the density of a point. See `experiments/configs/toy.py` for what to expect.
+is the same as `python -m experiments.density NAME [...]`; the default NAME is 8gaussians. The likelihood is in nats:
+the natural logarithm of the density of a point. `experiments/configs/toy.py` lists the expected results.
 """
 
 from experiments.configs import CONFIGS, SUMMARIES

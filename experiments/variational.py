@@ -1,17 +1,17 @@
-"""Variational inference in the plane: fits a flow to an unnormalised density, from the flow's own samples alone.
+"""Variational inference in the plane: fits a flow to an unnormalised density.
 
     python -m experiments.variational [--target ring | wave | banana] [--estimator roulette] [--steps N] ...
 
     min over the flow of KL(flow || target) = E_x~flow[log p(x) - log q(x)] + log Z,   q = target up to Z
 
-A sample is x = f^-1(z), so the gradient runs through the inverse, by the implicit function theorem, and
-through the log-det at the sample. No sample of the target is ever seen. The weight of log q rises from 0.01
-to 1 over the first steps (Rezende & Mohamed 2015, arXiv 1505.05770, section 6.1): this divergence, once in one
-mode of several, stays there. `--help` lists every setting.
+A sample is x = f^-1(z), so the gradient is taken through the inverse, by the implicit function theorem, and
+through the log-det at the sample. Training uses no samples of the target. The weight of log q rises from 0.01
+to 1 over the first steps (Rezende & Mohamed 2015, arXiv 1505.05770, section 6.1), since a flow that minimises this
+divergence may cover one of several modes and stay there. `--help` lists every setting.
 Under the work directory (runs/variational/NAME) it writes variational.png (target, learned density, samples),
-metrics.jsonl and config.json; the same command again starts anew.
+metrics.jsonl and config.json. Running the command again starts from the beginning.
 
-About two minutes on 2 CPU cores, 39 ms a step: KL 0.014 +- 0.001 nats for ring.
+It takes about two minutes on 2 CPU cores, 39 ms per step, and reaches KL 0.014 +- 0.001 nats for ring.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ from resflow_jax.training.losses import update_running_statistics, with_order_gr
 
 Array = jax.Array
 
-# The report, whose calls are eager, ends where a solve fails. Within the compiled step nothing can be raised: there the
-# status tells, and a derivative whose solve failed is NaN.
+# The eager calls of the report raise an error if a solve fails. The compiled step cannot raise: it reads the status,
+# and a derivative whose solve failed is NaN.
 SOLVER = Anderson(on_failure="raise")
 
 
@@ -50,10 +50,10 @@ class VariationalConfig(PlaneConfig):
     """One run of `python -m experiments.variational`, under runs/variational/NAME by default.
 
     Attributes:
-      target: which unnormalised density.
-      annealing: steps over which the weight of log q rises to 1.
-      samples: drawn for the evaluation.
-      cells: of the grid along each side, for the target's normaliser and the picture.
+      target: name of the unnormalised density.
+      annealing: number of steps over which the weight of log q rises to 1.
+      samples: number of samples drawn for the evaluation.
+      cells: number of grid cells along each side, for the target's normaliser and the picture.
     """
 
     target: Literal[POTENTIALS] = "ring"
@@ -79,8 +79,8 @@ class Divergence:
     """How far the flow is from its target.
 
     Attributes:
-      kl: KL(flow || target) in nats, by samples of the flow and the target's normaliser from a grid.
-      stderr: its standard error.
+      kl: KL(flow || target) in nats, from samples of the flow and the target's normaliser on a grid.
+      stderr: standard error of `kl`.
       log_normalizer: log Z of the target from the grid.
       estimated_log_normalizer: the same from importance weights of the flow's samples alone.
       sample_efficiency: effective sample size of these weights over the number of samples, in (0, 1].
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(config: VariationalConfig) -> Divergence:
-    """Trains, evaluates, draws."""
+    """Trains, evaluates and draws."""
     began = time.perf_counter()
     use_compilation_cache()
     config = dataclasses.replace(config, workdir=config.out)
@@ -135,7 +135,7 @@ def run(config: VariationalConfig) -> Divergence:
 
 
 def train(config: VariationalConfig, metrics: MetricsFile) -> tuple[ResidualFlow, float]:
-    """Runs all steps. Returns the flow with the averaged parameters, and the median seconds a step."""
+    """Runs all steps. Returns the flow with the averaged parameters, and the median seconds per step."""
 
     def loss(flow: ResidualFlow, z: Array, key: Array, estimator: Estimator, step: Array) -> tuple[Array, Diagnostics]:
         x, log_prob, diagnostics, status = flow.inverse_and_log_prob(
@@ -143,7 +143,7 @@ def train(config: VariationalConfig, metrics: MetricsFile) -> tuple[ResidualFlow
         )
         weight = jnp.minimum(1.0, 0.01 + step / max(config.annealing, 1))
         values = log_prob - weight * log_density(config.target, x)
-        # A wrong sample would be a wrong gradient. NaN ends the run.
+        # A wrong sample would give a wrong gradient; a NaN loss ends the run instead.
         values = jnp.where(status.converged.all(axis=0), values, jnp.nan)
         update_running_statistics(flow, x)
         return with_order_gradient(jnp.mean(values), flow), diagnostics
@@ -160,8 +160,8 @@ def train(config: VariationalConfig, metrics: MetricsFile) -> tuple[ResidualFlow
         return train_flow(config, flow, loss, latents_at, metrics, unit="nats (KL - log Z)", as_line=as_line)
     except FloatingPointError as error:
         raise FloatingPointError(
-            f"{error} The loss is nan too if a solve of the inverse did not converge, and the gradient if one of its "
-            "derivative did not."
+            f"{error} The loss is also nan if a solve of the inverse did not converge, and the gradient if a solve of "
+            "its derivative did not."
         ) from error
 
 

@@ -1,7 +1,12 @@
-"""Pictures of flows for matplotlib: samples, a density in the plane, the curves of a training.
+"""Pictures of flows for matplotlib: samples, a density in the plane, the loss curves of a training run.
 
-Every function draws on the Axes that it is given, by default the current ones, and returns them. matplotlib is an
-extra: pip install 'resflow_jax[plot]'.
+Every function draws on the given Axes, by default the current ones, and returns them. A function is deterministic for
+a given key. matplotlib is an extra: pip install 'resflow_jax[plot]'.
+
+Example:
+  >>> import matplotlib; matplotlib.use("Agg")
+  >>> rf.plot.samples(np.zeros((10, 2))).get_xlabel()
+  'element 0'
 """
 
 import math
@@ -37,19 +42,21 @@ def samples(
     """Draws samples: images as a grid, vectors as points of two of their elements, single numbers as a histogram.
 
     Args:
-      x: images [N, H, W, C] in [0, 1], vectors [N, D], or a flow to draw them from, by `Flow.sample`. Of two
-        channels the first is shown, of more than three the first three. Points that are not finite are left out; such
-        pixels are grey.
+      x: images [N, H, W, C] in [0, 1], vectors [N, D], or a flow to draw them from, by `Flow.sample`. With two channels
+        the first is shown, with more than three the first three. Points that are not finite are left out; such pixels
+        are grey.
       ax: Axes; by default the current ones.
       key: PRNG key, or an integer seed, of a flow's samples.
       number: of a flow's samples; by default 16 images, 1000 vectors.
-      condition: of a conditional flow, as of `Flow.sample`.
-      elements: of the vectors: those along the axes.
+      condition: for a conditional flow, as in `Flow.sample`.
+      elements: the two elements of the vectors that are drawn along the axes.
       columns: of the grid of images; by default about as many as rows.
       options: for Axes.imshow, Axes.plot or Axes.hist.
 
     Returns:
       The Axes.
+
+    Cost: none for given samples; `Flow.sample` for a flow.
 
     Raises:
       ValueError: for a bad argument; the message names it.
@@ -158,7 +165,7 @@ def curves(history: History, ax: Any = None, *, unit: str = "nats", **options: A
     The ordinate is cut where the first twentieth of the losses would hide the others.
 
     Args:
-      history: as of `fit(...).history`.
+      history: from `fit(...).history`.
       ax: Axes; by default the current ones.
       unit: "nats" or, for integer images, "bits/dim".
       options: for Axes.plot.
@@ -204,7 +211,7 @@ def curves(history: History, ax: Any = None, *, unit: str = "nats", **options: A
 
 
 def as_shown(images: np.ndarray) -> np.ndarray:
-    """Images [..., C] with one channel or three: of others the first, or the first three, stand for all."""
+    """Images [..., C] with one or three channels: with two channels the first, with more than three the first three."""
     channels = images.shape[-1]
     return images if channels in (1, 3) else images[..., : 1 if channels == 2 else 3]
 
@@ -247,7 +254,7 @@ def density_on_grid(
     estimator: Estimator | None = None,
     key: Array | None = None,
 ) -> np.ndarray:
-    """p at the midpoints of cells x cells equal cells of a box, [y, x]. Arguments as of `density`."""
+    """p at the midpoints of cells x cells equal cells of a box, [y, x]. Arguments as in `density`."""
     points = grid_midpoints(low, high, cells).astype(flow.dtype)
     key = jax.random.key(0) if key is None else key
     options = {"condition": condition, "estimator": estimator, "batch_size": batch_size}
@@ -256,7 +263,7 @@ def density_on_grid(
 
 
 def _axes(ax: Any) -> Any:
-    """The Axes to draw on."""
+    """The given Axes, or the current ones."""
     try:
         from matplotlib.axes import Axes
         from matplotlib.pyplot import gca
@@ -270,7 +277,7 @@ def _axes(ax: Any) -> Any:
 
 
 def _elements(elements: Any, dim: int) -> tuple[int, int]:
-    """Two numbers of elements, below dim."""
+    """Two element numbers below dim, checked."""
     if not isinstance(elements, Sequence) or len(elements) != 2:
         raise ValueError(f"elements: expected two numbers below {dim}, got {elements!r}")
     for element in elements:

@@ -13,82 +13,6 @@ import resflow_jax as rf
 BRIDGES = ("distrax", "flowjax", "numpyro", "stateless")
 # Values without a docstring: a dictionary and a union of types.
 PLAIN = {"ACTIVATIONS", "Estimator"}
-# Names whose docstring still lacks something. The set only shrinks.
-UNDONE = {
-    "ActNorm",
-    "Affine",
-    "Anomaly",
-    "Base",
-    "BetweenBlocks",
-    "Bijector",
-    "BlockCertificate",
-    "Bounded",
-    "Certificate",
-    "Chain",
-    "ChannelPadding",
-    "Constant",
-    "Contraction",
-    "DenseNet",
-    "DenseNetBlocks",
-    "DenseTail",
-    "DiagonalNormal",
-    "Estimate",
-    "Exp",
-    "FitDivergedError",
-    "FitProgress",
-    "FitResult",
-    "Flatten",
-    "Flow",
-    "ImageFlowConfig",
-    "ImageTransform",
-    "Invert",
-    "InvertibleLinear",
-    "LayerCertificate",
-    "LipschitzCNN",
-    "LipschitzConv",
-    "LipschitzDense",
-    "LipschitzMLP",
-    "Logit",
-    "MixtureOfNormals",
-    "MovingBatchNorm",
-    "MovingCentering",
-    "MultiScale",
-    "NormState",
-    "Normalization",
-    "Norms",
-    "Padding",
-    "Permutation",
-    "Reshape",
-    "ResidualBlock",
-    "ResidualFlow",
-    "ResidualStack",
-    "Scales",
-    "Softplus",
-    "Squeeze",
-    "StandardNormal",
-    "VectorFlowConfig",
-    "VectorTransform",
-    "certify",
-    "evaluate_bits_per_dim",
-    "interop",
-    "interop.distrax.FlowBijector",
-    "interop.distrax.bijector",
-    "interop.flowjax.FlowBijection",
-    "interop.flowjax.ResidualBijection",
-    "interop.flowjax.contractive",
-    "interop.numpyro.FlowDistribution",
-    "interop.numpyro.FlowTransform",
-    "interop.numpyro.flow_module",
-    "interop.stateless.Stateless",
-    "interop.stateless.methods_of",
-    "interop.stateless.stateless",
-    "load_torch_checkpoint",
-    "plot",
-    "save_torch_checkpoint",
-    "training",
-    "training.make_mesh",
-    "training.unreplicate",
-}
 
 
 def public_names() -> dict[str, object]:
@@ -142,20 +66,14 @@ def words(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", public_names())
 def test_public_name(name):
-    """Its docstring is complete, or it is among those to do; it leaves these when it is done."""
-    assert bool(lacking(public_names()[name])) == (name in UNDONE), (name, lacking(public_names()[name]))
+    """Its docstring is complete."""
+    assert lacking(public_names()[name]) == []
 
 
 @pytest.mark.parametrize("bridge", BRIDGES)
 def test_bridge(bridge):
-    """As for the names of the library."""
+    """The docstrings of a bridge are complete too."""
     if bridge != "stateless":
         pytest.importorskip(bridge)
     for name, value in bridge_names(bridge).items():
-        assert bool(lacking(value)) == (name in UNDONE), (name, lacking(value))
-
-
-def test_names_to_do_are_names():
-    """A name that is no more is not to do."""
-    bridges = {name for name in UNDONE if name.startswith("interop.")}
-    assert UNDONE - bridges <= set(public_names())
+        assert lacking(value) == [], name

@@ -90,15 +90,19 @@ def test_docstrings(text, expected):
     assert converted.strip().replace("\n\n\n", "\n\n") == expected.strip()
 
 
-def test_links(tmp_path, monkeypatch):
-    """Links to folders go to their pages, those to files and addresses stay."""
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "README.md").touch()
-    page = tmp_path / "README.md"
-    links = "[x](a) [`y`](b/) [z](b#part) [f](c.py) [h](https://a.b/a) [i](#a) ![j](a)"
-    found = BUILD.LINK.sub(lambda link: BUILD._to_page(link, page), links)
-    assert found == "x [`y`](b/README.md) [z](b/README.md#part) [f](c.py) [h](https://a.b/a) [i](#a) ![j](a)"
+def test_links(tmp_path):
+    """Links to folders go to their pages, those to code to copies, those to pages, guides and addresses stay."""
+    page = tmp_path / "experiments" / "README.md"
+    links = (
+        "[x](../tests) [`y`](guides/) [z](guides#part) [f](../tests/paths.py) [g](guides/table.py) [p](README.md#a) "
+        "[h](https://a.b/a) [i](#a) ![j](guides) [out](../../../a)"
+    )
+    expected = (
+        "x [`y`](guides/README.md) [z](guides/README.md#part) [f](../tests/paths.py.txt) [g](guides/table.py) "
+        "[p](README.md#a) [h](https://a.b/a) [i](#a) ![j](guides) [out](../../../a)"
+    )
+    assert BUILD.LINK.sub(lambda link: BUILD._as_on_site(link, page, tmp_path), links) == expected
+    assert (tmp_path / "tests" / "paths.py.txt").read_bytes() == (ROOT / "tests" / "paths.py").read_bytes()
 
 
 def test_index_lists_every_guide_and_page():

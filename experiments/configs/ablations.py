@@ -1,12 +1,12 @@
-"""The ablations of Chen et al. (2019, arXiv 1906.02735): what unbiasedness and LipSwish bring.
+"""The ablations of Chen et al. (2019, arXiv 1906.02735): the effects of unbiasedness and of LipSwish.
 
 python -m experiments.density digits_truncated_elu      (or mnist_..., cifar10_... --data.dir DIR)
 python -m experiments.density digits_elu
 
-NAME_truncated_elu is an i-ResNet (five terms of the power series, ELU), NAME_elu a residual flow with ELU, and NAME
-itself one with LipSwish; `python -m experiments.studies.ablation` makes them all, over seeds. Expected on digits, in
-this order: 1.910, 1.868, 1.856 test bits/dim. Published: MNIST 1.05, 1.00, 0.97; CIFAR-10 3.66 to 4.78, 3.32, 3.28. The
-runs on MNIST and CIFAR-10 have not been made with this library.
+NAME_truncated_elu is an i-ResNet (five terms of the power series, ELU), NAME_elu is a residual flow with ELU, and NAME
+is one with LipSwish; `python -m experiments.studies.ablation` trains all three with several seeds. Expected on digits,
+in this order: 1.910, 1.868, 1.856 test bits/dim. Published: MNIST 1.05, 1.00, 0.97; CIFAR-10 3.66 to 4.78, 3.32, 3.28.
+The runs on MNIST and CIFAR-10 have not been made with this library.
 """
 
 from dataclasses import replace

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import optax
 
@@ -10,27 +11,29 @@ from resflow_jax.data.images import check_bits
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval
 from resflow_jax.training.parallel import PARAMETERS, STRATEGIES, Parameters, Strategy
 
-OPTIMIZERS = ("adam", "adamax", "adamw", "sgd")
-SCHEDULES = ("cosine", "step", "constant")
+OptimizerName = Literal["adam", "adamax", "adamw", "sgd"]
+Schedule = Literal["cosine", "step", "constant"]
+OPTIMIZERS, SCHEDULES = get_args(OptimizerName), get_args(Schedule)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images.
+    """The images of a run.
 
     Attributes:
       name: "digits" or "photographs" (both shipped with scikit-learn), or the name of a prepared TensorFlow data set.
-      path: your own images in its place: a folder of image files, a .npy or .npz file, or IDX files; see
+      path: your own images, used instead of `name`: a folder of image files, a .npy or .npz file, or IDX files; see
         `resflow_jax.data.files.load_path`.
       dir: directory of TensorFlow data sets; by default the first of $TFDS_DATA_DIR,
         ~/tensorflow_datasets and ../shared/tfds that holds it.
-      size: side of the crops of "photographs".
-      channels: of these: 3, or 1 for grey.
-      bits: of the eight of a pixel, the highest that are kept.
-      flip: mirror training images left and right, half of the time.
-      crop: shift training images by up to so many pixels, continued by reflection.
-      threads: that read training images, in each worker.
-      workers: processes that read training images; 0 for this one, which is enough where they fit in memory.
+      size: side of the crops of "photographs", in pixels.
+      channels: channels of the crops of "photographs": 3 for colour, 1 for grey.
+      bits: bits kept of each 8-bit pixel value, the most significant ones.
+      flip: mirror each training image left to right with probability 1/2.
+      crop: maximum random shift of training images in pixels; the border is filled by reflection.
+      threads: number of threads that read training images, in each worker.
+      workers: number of processes that read training images. 0 reads them in this process, which is fast enough
+        where the images fit in memory.
     """
 
     name: str
@@ -58,22 +61,23 @@ class OptimizerConfig:
 
     Attributes:
       name: "adam", "adamax", "adamw" or "sgd" (with Nesterov momentum 0.9).
-      learning_rate: peak, reached after the warm-up.
-      warmup: updates of linear warm-up.
-      schedule: behind it: "cosine" to zero, "step" (times `decay` at each of `milestones`), or "constant".
-      milestones: of "step": updates after which the rate falls, increasing.
-      decay: of "step": factor of each fall, in (0, 1).
-      b2: decay of Adam's second moment.
-      weight_decay: of "adamw".
-      clip: bound on the gradient's global norm (bits/dim per unit of parameter).
-      accumulate: batches whose mean gradient makes an update.
-      ema_decay: decay, an update, of the moving average of the parameters that evaluation uses.
+      learning_rate: peak learning rate, reached after the warm-up.
+      warmup: number of updates of linear warm-up.
+      schedule: learning rate after the warm-up: "cosine" decay to zero, "step" (multiplied by `decay` at each of
+        `milestones`), or "constant".
+      milestones: update counts at which the "step" schedule decays, in increasing order.
+      decay: factor of the "step" schedule at each milestone, in (0, 1).
+      b2: decay rate of Adam's second moment.
+      weight_decay: weight decay of "adamw".
+      clip: maximum global norm of the gradient (bits/dim per unit of parameter).
+      accumulate: number of batches whose gradients are averaged for one update.
+      ema_decay: decay per update of the moving average of the parameters that evaluation uses.
     """
 
-    name: str = "adam"
+    name: OptimizerName = "adam"
     learning_rate: float = 1e-2
     warmup: int = 100
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     milestones: tuple[int, ...] = ()
     decay: float = 0.1
     b2: float = 0.99
@@ -105,7 +109,7 @@ class OptimizerConfig:
         check_open_interval("ema_decay", self.ema_decay, 0, 1)
 
     def build(self, steps: int) -> optax.GradientTransformation:
-        """The optimiser of a run of so many steps, a batch each, to be called once for every `accumulate` of them."""
+        """The optimiser of a run of `steps` batches, to be called once for every `accumulate` batches."""
         schedule = self.learning_rates(steps)
         optimizer = {
             "adam": lambda: optax.adam(schedule, b2=self.b2),
@@ -116,7 +120,7 @@ class OptimizerConfig:
         return optax.chain(optax.clip_by_global_norm(self.clip), optimizer)
 
     def learning_rates(self, steps: int) -> optax.Schedule:
-        """The learning rate by updates done, in a run of so many steps; the warm-up takes at most half of them."""
+        """The learning rate by number of updates, for a run of `steps` batches; warm-up is at most half of the run."""
         updates = max(1, steps // self.accumulate)
         warmup = min(self.warmup, updates // 2)
         if self.schedule == "cosine":
@@ -131,11 +135,12 @@ class EvaluationConfig:
     """How the likelihood is measured.
 
     Attributes:
-      estimator: of the log-det, unbiased and longer than in training.
-      draws: of dequantisation and estimate for each example of the test split.
-      examples: at most so many of a split.
+      estimator: log-det estimator of evaluation: unbiased, with more exact terms than in training.
+      draws: number of draws of dequantisation noise and log-det estimate for each test example.
+      examples: maximum number of examples of a split that are evaluated.
       every: steps between evaluations on the validation split (one draw), each with a checkpoint and pictures.
-      patience: so many of these in a row without an improvement end the training; None for no such end.
+      patience: training stops after this number of successive validations without an improvement; None never stops it
+        early.
     """
 
     estimator: Estimator = field(default_factory=lambda: Roulette(exact_terms=8))
@@ -157,10 +162,11 @@ class MeshConfig:
     """How the devices of all processes are divided.
 
     Attributes:
-      data: devices that share each batch; by default all that `model` leaves.
-      model: devices that share kernels and the products with them, with parameters "model".
-      parameters: "replicated", the same on all; "model", divided among the devices along `model`; "full", divided
-        among all, and gathered for each step: least memory between steps. The last two with "jit" alone.
+      data: number of devices that each batch is split over; by default all devices divided by `model`.
+      model: number of devices that kernels and their products are split over; above 1 only with parameters "model".
+      parameters: "replicated" keeps a copy on every device; "model" splits kernels over the devices along `model`;
+        "full" splits them over all devices and gathers them in each step, with least memory between steps. "model" and
+        "full" need `parallel` "jit".
     """
 
     data: int | None = None
@@ -184,11 +190,11 @@ class DistributedConfig:
     """How several processes find each other, on one host or many; by default there is one.
 
     Attributes:
-      auto: as the cluster says (Slurm, Open MPI, Kubernetes, Cloud TPU), by JAX's own detection.
-      coordinator: address of process 0, HOST:PORT, in its place.
-      num_processes: how many there are.
-      process_id: number of this one, from 0.
-      timeout: seconds to wait for the others.
+      auto: let JAX detect the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU).
+      coordinator: address of process 0, HOST:PORT, where `auto` is not used.
+      num_processes: total number of processes.
+      process_id: index of this process, from 0.
+      timeout: seconds to wait for the other processes.
     """
 
     auto: bool = False
@@ -215,7 +221,7 @@ class DistributedConfig:
             check_count("distributed.process_id", self.process_id, 0)
             if self.process_id >= self.num_processes:
                 raise ValueError(
-                    f"distributed.process_id: expected a number below {self.num_processes}, that of processes, got "
+                    f"distributed.process_id: expected less than num_processes, {self.num_processes}, got "
                     f"{self.process_id}"
                 )
         check_count("distributed.timeout", self.timeout, 1)
@@ -226,21 +232,21 @@ class RunConfig:
     """What all runs have in common.
 
     Attributes:
-      workdir: where everything is written.
-      steps: batches in all.
-      batch_size: examples a step.
-      seed: of parameters, data order and noise.
-      estimator: of the log-det in the loss.
-      fit_lengths: refit the law of each block's lengths at every validation (of a `Roulette` only).
-      annealing: steps in which the weight of the log-det in the gradient rises from 0 to 1; 0 for none.
+      workdir: directory that everything is written to.
+      steps: total number of training steps, one batch each.
+      batch_size: examples per step.
+      seed: random seed of parameters, data order and noise.
+      estimator: log-det estimator of the training loss.
+      fit_lengths: refit the distribution of each block's series length at every validation (needs a `Roulette`).
+      annealing: steps in which the weight of the log-det in the gradient rises from 0 to 1; 0 disables annealing.
       optimizer: learning rate, clipping, averaging.
       evaluation: how the likelihood is measured.
       log_every: steps between lines of metrics.jsonl.
-      save_every: steps between checkpoints, beside those at validations; None for these alone.
-      parallel: how a step is divided among devices: by the compiler, by `jax.shard_map` or by `jax.pmap`. The numbers
-        are those of one device, to rounding.
-      mesh: which devices share what.
-      distributed: other processes that take part.
+      save_every: steps between further checkpoints; None saves at validations only.
+      parallel: how a step is divided among devices: by the compiler ("jit"), by `jax.shard_map` or by `jax.pmap`. The
+        results are those of one device, up to rounding.
+      mesh: how batches and parameters are divided among devices.
+      distributed: how the processes of a multi-process run find each other.
     """
 
     workdir: Path
@@ -275,7 +281,7 @@ class RunConfig:
             )
         if any(milestone >= updates for milestone in self.optimizer.milestones):
             raise ValueError(
-                f"optimizer.milestones: expected numbers below {updates}, that of updates, got "
+                f"optimizer.milestones: expected numbers below {updates}, the number of updates, got "
                 f"{self.optimizer.milestones}"
             )
         if self.save_every is not None:
@@ -289,7 +295,7 @@ class DensityConfig(RunConfig):
     """One run of `python -m experiments.density` on images.
 
     Attributes:
-      data: which images.
+      data: the images.
       model: the flow.
     """
 
@@ -299,7 +305,7 @@ class DensityConfig(RunConfig):
 
 @dataclass(frozen=True)
 class VectorDataConfig:
-    """Which vectors.
+    """The vectors of a run.
 
     Attributes:
       path: a .npy, .npz or .csv file; see `resflow_jax.data.vectors.load_vectors`. By default 30 measurements
@@ -314,7 +320,7 @@ class VectorsConfig(RunConfig):
     """One run of `python -m experiments.density` on vectors.
 
     Attributes:
-      data: which vectors.
+      data: the vectors.
       model: the flow.
     """
 

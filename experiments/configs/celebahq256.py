@@ -2,8 +2,8 @@
 
 python -m experiments.density celebahq256 --data.dir DIR
 
-Eight exact terms, batches of 8, of which five make an update. Published: 0.992 bits/dim. This run has not been made
-with this library.
+The estimator has eight exact terms. Batches have 8 images, and an update takes five batches. Published: 0.992 bits/dim.
+This run has not been made with this library.
 """
 
 from dataclasses import replace

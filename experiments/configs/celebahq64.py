@@ -1,4 +1,4 @@
-"""CelebA-HQ at 64x64 with 5 bits, with the settings of the authors' `train_img.py` for its data and of ImageNet 64.
+"""CelebA-HQ at 64x64 with 5 bits; data settings of the authors' `train_img.py`, model settings of ImageNet 64.
 
 python -m experiments.density celebahq64 --data.dir DIR
 

@@ -1,9 +1,9 @@
-"""Fashion-MNIST at 28x28 with 256 levels, of a size for a CPU.
+"""Fashion-MNIST at 28x28 with 256 levels, with a flow small enough for a CPU.
 
 python -m experiments.density fashion_mnist --data.dir DIR
-python -m experiments.density mnist --data.name fashion_mnist --workdir runs/fashion_mnist_large   (of the papers' size)
+python -m experiments.density mnist --data.name fashion_mnist --workdir runs/fashion_mnist_large   (the papers' size)
 
-On 2 CPU cores: 0.34 s a step, 35 minutes in all. Expected: 2.964 +- 0.009 test bits/dim on all 10000 test images.
+On 2 CPU cores: 0.34 s per step, 35 minutes in total. Expected: 2.964 +- 0.009 test bits/dim on all 10000 test images.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ CONFIG = DensityConfig(
     evaluation=EvaluationConfig(every=500, draws=3),
 )
 
-# 2-2-2 blocks and 600 steps, 3.70 +- 0.04 test bits/dim: what `experiments.studies.estimators` and `inverse` study.
+# 2-2-2 blocks and 600 steps, 3.70 +- 0.04 test bits/dim. `experiments.studies.estimators` and `inverse` measure it.
 SMALL = replace(
     CONFIG,
     model=replace(CONFIG.model, blocks=(2, 2, 2)),

@@ -2,7 +2,7 @@
 
 python -m experiments.density imagenet32 --data.dir DIR
 
-Published: 4.010 bits/dim, of the validation split. This run has not been made with this library.
+Published: 4.010 bits/dim on the validation split. This run has not been made with this library.
 """
 
 from experiments.configs.base import DataConfig

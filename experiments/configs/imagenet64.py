@@ -1,8 +1,8 @@
-"""ImageNet at 64x64 with the sizes of Chen et al. (2019, arXiv 1906.02735): squeezed first, factored out.
+"""ImageNet at 64x64 with the sizes of Chen et al. (2019, arXiv 1906.02735): a first squeeze, factored-out channels.
 
 python -m experiments.density imagenet64 --data.dir DIR
 
-Published: 3.757 bits/dim, of the validation split. This run has not been made with this library.
+Published: 3.757 bits/dim on the validation split. This run has not been made with this library.
 """
 
 from experiments.configs.base import DataConfig

@@ -1,9 +1,9 @@
-"""16x16 crops in colour of the two photographs that scikit-learn ships, split by region; no network.
+"""16x16 colour crops of the two photographs that scikit-learn ships, split by region; needs no network.
 
 python -m experiments.density photographs
 
-On 2 CPU cores: about 4 minutes. Expected: 3.38 +- 0.08 test bits/dim (the test region is smoother than that of
-training, 4.0), colours and rough textures of the photographs in the samples.
+On 2 CPU cores: about 4 minutes. Expected: 3.38 +- 0.08 test bits/dim (4.0 in training, whose region is less smooth);
+the samples show colours and rough textures of the photographs.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""What the published runs of Chen et al. (2019, arXiv 1906.02735) have in common, as in the authors' `train_img.py`.
+"""The common settings of the published runs of Chen et al. (2019, arXiv 1906.02735), from the authors' `train_img.py`.
 
-Poisson(2) lengths behind two exact terms and Gaussian probes; Adam at 1e-3 behind 1000 steps of warm-up, b2 0.99,
-gradients clipped at norm 1, no weight decay, moving average 0.999; batches of 64. How many steps they took is
-not published; the numbers here are a choice. These are runs of days on accelerators.
+The estimator has two exact terms, Poisson(2) further terms and Gaussian probes. Adam has learning rate 1e-3 after 1000
+steps of warm-up, b2 0.99, gradients clipped at norm 1, no weight decay and moving average 0.999. Batches have 64
+examples. The number of steps is not published; those here are our choice. These runs take days on accelerators.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup=1000, schedule="constant"
 
 
 def published(data: DataConfig, model: ImageFlowConfig, **settings) -> DensityConfig:
-    """A run with the common settings, but for those that are given."""
+    """A run with the common settings; `settings` override them."""
     common = {
         "workdir": Path("runs") / data.name.replace("/", "_"),
         "steps": 300_000,

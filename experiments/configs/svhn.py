@@ -1,4 +1,4 @@
-"""SVHN, 32x32, with the sizes of Chen et al. (2019, arXiv 1906.02735), crops as in the authors' `train_img.py`.
+"""SVHN, 32x32, with the sizes of Chen et al. (2019, arXiv 1906.02735) and the crops of the authors' `train_img.py`.
 
 python -m experiments.density svhn --data.dir DIR
 

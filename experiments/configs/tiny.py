@@ -1,4 +1,4 @@
-"""A config of seconds for every config: the same code with a tiny flow and embedded data."""
+"""The tiny version of every config: the same code with a tiny flow and embedded data, done in seconds."""
 
 from dataclasses import replace
 
@@ -6,10 +6,10 @@ from experiments.configs.base import DensityConfig, RunConfig
 
 
 def tiny(config: RunConfig) -> RunConfig:
-    """A run of seconds to minutes through the same code: two updates of a tiny flow of the same kind.
+    """The config of a short run through the same code: two updates of a tiny flow of the same kind.
 
-    In the place of images that may not be there, crops of the embedded photographs of their shape and bits; in the
-    place of your own vectors the embedded ones.
+    Images that may not be on disk are replaced by crops of the embedded photographs with the same shape and bits, and
+    your own vectors by the embedded ones.
     """
     steps = 2 * config.optimizer.accumulate
     config = replace(

@@ -3,8 +3,8 @@
 python -m experiments.density 8gaussians      (2spirals, checkerboard, rings, moons, pinwheel, swissroll, circles)
 python -m experiments.toy rings --estimator roulette      (in place of the exact log-det)
 
-About 70 s with two CPU cores for 6000 steps of 8 ms. Test log_prob in nats, +- 0.007, beside minus the entropy
-of the data, the best possible:
+6000 steps of 8 ms take about 70 s on two CPU cores. Test log_prob in nats, +- 0.007; in brackets minus the entropy of
+the data, the highest possible value:
   8gaussians -2.83 (-2.84)   2spirals -2.55 (-2.55)   checkerboard -3.61 (-3.47)   rings -2.73 (-2.64)
   moons -2.38 (-2.39)        pinwheel -2.33 (-2.32)   swissroll -2.66 (-2.67)      circles -3.26 (-3.27)
 """
@@ -26,8 +26,8 @@ class ToyEvaluationConfig(EvaluationConfig):
     """How the likelihood is measured, and the density on a grid.
 
     Attributes:
-      samples: points drawn from the flow, for the picture and the extent of the grid.
-      cells: cells of the grid along each side.
+      samples: number of points drawn from the flow, for the picture and the extent of the grid.
+      cells: number of grid cells along each side.
     """
 
     estimator: Estimator = field(default_factory=Exact)
@@ -48,7 +48,7 @@ class ToyConfig(RunConfig):
     """One run of `python -m experiments.density` on a toy density.
 
     Attributes:
-      data: which density.
+      data: name of the density.
       model: the flow.
     """
 

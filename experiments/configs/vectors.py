@@ -2,7 +2,7 @@
 
 python -m experiments.density vectors --data.path FILE.csv --model.dim COLUMNS
 
-Without a file, on 2 CPU cores: 42 s. Expected: a test log_prob of 40.0 +- 2.4 nats, its patience spent at step 1500.
+Without a file, on 2 CPU cores: 42 s. Expected: a test log_prob of 40.0 +- 2.4 nats, stopped early at step 1500.
 """
 
 from pathlib import Path

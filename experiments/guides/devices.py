@@ -84,7 +84,7 @@ runs = {
 for name, (*_, losses) in runs.items():
     print(f"{name:35} loss {losses[-1]:.4f} nats")
 placement, state, _ = runs["one device"]
-averaged = placement.averaged_flow(placement.on_mesh(state))
+averaged = placement.averaged_flow(placement.to_checkpoint(state))
 averaged.tighten()
 print("the averaged flow is certified:", rf.certify(averaged).is_certified)
 

@@ -84,7 +84,7 @@ print(f"KL up to a constant: {value:.3f} nats; certified: {rf.certify(flow).is_c
 # checkerboard at a time.
 
 # %%
-phi, log_p = flow.sample_and_log_prob(jax.random.key(STEPS), 8 * FIELDS, estimator=rf.Exact())
+phi, log_p = flow.sample_and_log_prob(jax.random.key(STEPS), 32 * FIELDS, estimator=rf.Exact())
 weights = jax.nn.softmax(-action(phi) - log_p)
 print(f"effective sample size: {1 / (weights**2).sum() / len(phi):.0%}")
 shifted = flow.log_prob(jnp.roll(phi[:8], 3, axis=1), estimator=rf.Exact())

@@ -1,10 +1,11 @@
-"""Values of a config that are one of several kinds, each with settings of its own, chosen by a flag.
+"""Config fields that hold one of several classes, each with its own settings; a flag chooses the class.
 
-`--estimator exact --estimator.chunk-size 16` makes a field of the type `Estimator` an `Exact(chunk_size=16)`;
-`--estimator roulette --estimator.length poisson` does the same one level deeper. Where the flag names the kind that the
-config has already, its settings stay.
+`--estimator exact --estimator.chunk-size 16` sets a field of the type `Estimator` to `Exact(chunk_size=16)`;
+`--estimator roulette --estimator.length poisson` does the same for a nested field. If the flag names the class that the
+config has already, the config's settings are kept.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_type_hints
@@ -15,7 +16,7 @@ from resflow_jax.functional.length_laws import Law
 
 @dataclasses.dataclass(frozen=True)
 class OfTheRun:
-    """In place of an estimator: the one that the run itself is evaluated with."""
+    """Stands for the estimator that the run itself is evaluated with."""
 
 
 ESTIMATORS: Mapping[str, type] = {"exact": Exact, "roulette": Roulette, "truncated": Truncated}
@@ -28,13 +29,13 @@ _KINDS = (
 
 
 class Choice(NamedTuple):
-    """A flag that chooses the kind of a value.
+    """A flag that chooses the class of a value.
 
     Attributes:
-      flag: its name without dashes, as "evaluation.estimator".
+      flag: name of the flag without dashes, as "evaluation.estimator".
       kinds: the classes by the words that name them.
       chosen: the word of the value's class.
-      text: for the help.
+      text: description for the help.
     """
 
     flag: str
@@ -44,14 +45,12 @@ class Choice(NamedTuple):
 
 
 def choose(config: Any, arguments: Sequence[str], prefix: str = "") -> tuple[Any, list[Choice]]:
-    """The config with the kinds that the arguments name, and all flags of this sort that it then has.
+    """The config with the classes that the arguments name, and all flags of this sort that it then has.
 
-    A word that names no kind changes nothing: the parser refuses it by the choices that are returned.
-
-    Raises:
-      ValueError: if the config does not take a value of this kind.
+    An unknown word changes nothing here: the parser rejects it by the returned choices. The returned config is not
+    validated, since later arguments may set fields that the new class needs; the parser builds and validates another.
     """
-    choices, hints = [], get_type_hints(type(config))
+    choices, hints, made = [], get_type_hints(type(config)), copy.copy(config)
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), prefix + field.name.replace("_", "-")
         for hint, kinds, text in _KINDS:
@@ -64,12 +63,12 @@ def choose(config: Any, arguments: Sequence[str], prefix: str = "") -> tuple[Any
             value, deeper = choose(value, arguments, f"{flag}.")
             choices += deeper
         if value is not getattr(config, field.name):
-            config = dataclasses.replace(config, **{field.name: value})
-    return config, choices
+            object.__setattr__(made, field.name, value)
+    return made, choices
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """The value that the arguments give to a flag, named without dashes; the last, if it is there several times."""
+    """The value of a flag (named without dashes) in the arguments; the last one if the flag is repeated."""
     found = None
     for n, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")

@@ -20,7 +20,7 @@ from resflow_jax.io.config_json import as_json
 
 
 class StepTime(NamedTuple):
-    """Median seconds of a training step, and how many of them it waits for data."""
+    """Median seconds of a training step, and median seconds of it spent waiting for data."""
 
     seconds: float
     waiting: float
@@ -39,11 +39,11 @@ def report(
     All processes evaluate; the first one does the rest.
 
     Args:
-      task: what was learned.
+      task: the task of the run.
       chosen: the flow with the weights of the best validation.
       step: the step of these weights.
-      metrics: the lines of the run, to which that of the test is added.
-      step_time: what a step took; None if no step was taken.
+      metrics: the run's metrics; the test metric is added.
+      step_time: time per step; None if no step was taken.
       began: `time.perf_counter()` at the start of the run.
     """
     config, workdir = task.config, task.config.workdir
@@ -80,7 +80,7 @@ def report(
 
 
 def along_training(workdir: Path, at_most: int = 6) -> dict[str, Path]:
-    """Some of the pictures that were drawn along training, evenly among them, by caption."""
+    """Evenly spaced pictures drawn during training, by caption: at most `at_most` of each kind."""
     chosen = {}
     kinds = {path.stem.partition("_")[2] for path in (workdir / "training").glob("*.png")}
     for kind in sorted(kinds, reverse=True):

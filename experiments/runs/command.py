@@ -166,8 +166,15 @@ def parse(
     if asked:
         print(_help(program, text, call, asked[0], own=len(fields) - 1), end="")
         sys.exit(0)
-    with _columns(help.width()):
-        return tyro.cli(call, args=arguments, prog=program, description=text, config=_MARKERS).config
+    said = io.StringIO()
+    try:
+        with _columns(help.width()), contextlib.redirect_stderr(said):
+            return tyro.cli(call, args=arguments, prog=program, description=text, config=_MARKERS).config
+    except ValueError as error:
+        _refuse(program, str(error))
+    except SystemExit:
+        print(said.getvalue().replace("'config.", "'").rstrip(), file=sys.stderr)
+        raise
 
 
 def _help(program: str, text: str, call: type, group: str | None, own: int) -> str:

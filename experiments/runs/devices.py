@@ -15,10 +15,10 @@ def use_compilation_cache() -> None:
 
 
 def use_all_cores(number: int | None = None) -> None:
-    """Makes every CPU core a JAX device, or `number` of them; to be called before JAX does anything.
+    """Makes each CPU core a JAX device, or `number` of them. Call it before JAX starts.
 
-    XLA divides one small operation badly among cores; programs on parts of a batch run side by side. Where the user has
-    said how many CPU devices there are, there are so many.
+    XLA splits a small operation badly among cores; with one device per core, programs on parts of a batch run in
+    parallel. A number of CPU devices that the user has set is kept.
     """
     if jax.config.jax_num_cpu_devices < 0 and "xla_force_host_platform_device_count" not in os.environ.get(
         "XLA_FLAGS", ""
@@ -45,13 +45,12 @@ _XLA_FLAGS = {
 
 
 def use_xla_flags() -> None:
-    """Sets flags of XLA's CPU compiler, where the user has not, unless there is an accelerator.
+    """Sets those flags of XLA's CPU compiler that the user has not set, unless there is an accelerator.
 
-    To be called before JAX does anything.
+    Call it before JAX starts.
 
-    LLVM's first level of optimisation, loops that are not unrolled, and fusions with several outputs halve the time
-    that a step takes to compile, and those fusions make it a little faster. Where each core is a device, its
-    operations are not to be divided further.
+    LLVM's optimisation level 1, no loop unrolling, and fusions with several outputs halve the compilation time of a
+    step; the fusions also make the step a little faster. Each core is a device, so Eigen need not use several threads.
     """
     if not _is_for_cpu():
         return
@@ -63,7 +62,7 @@ def use_xla_flags() -> None:
 
 
 def _is_for_cpu() -> bool:
-    """Whether JAX will run on the CPU: there is nothing else, or the user says so. It must not start for that."""
+    """Whether JAX will run on the CPU: there is no other platform, or the user asks for it. Does not start JAX."""
     asked = os.environ.get("JAX_PLATFORMS", "")
     return asked == "cpu" if asked else not any(map(find_spec, ("jax_plugins", "libtpu")))
 
@@ -74,11 +73,11 @@ def devices_for(batch_size: int) -> int:
 
 
 def _most_sharing(batch_size: int, number: int) -> int:
-    """The most of so many that can take equal shares of a batch."""
+    """The largest count of at most `number` that divides the batch size."""
     return max(n for n in range(1, number + 1) if batch_size % n == 0)
 
 
 def data_mesh(batch_size: int) -> Mesh:
-    """The devices that share a batch which is no step of training, along the axis "data"; as many as can."""
+    """A mesh with the axis "data" for batches outside training: as many devices as can take equal shares."""
     number = devices_for(batch_size)
     return jax.make_mesh((number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number])

@@ -88,7 +88,7 @@ def boxes_of(printed: str) -> tuple[str, dict[str, Box]]:
 
 
 def _starts_setting(line: str) -> bool:
-    return re.match(r"  (-h, |--)\w|  [A-Z][A-Z_-]*(  |$)", line) is not None
+    return re.match(r"  (-h, )?--\w|  [A-Z][A-Z_-]*(  |$)", line) is not None
 
 
 def _shown(name: str, box: Box) -> str:

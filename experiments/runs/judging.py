@@ -1,4 +1,4 @@
-"""The flow that a run is judged by, its validation, and pictures of it along training."""
+"""The flow that a run is judged by, its validation, and pictures of it during training."""
 
 from typing import NamedTuple
 
@@ -14,11 +14,11 @@ from resflow_jax.training.step import TrainState
 
 
 class Judged(NamedTuple):
-    """The flow that a run is judged by: with the averaged weights, tightened.
+    """The flow that a run is judged by: the averaged weights, tightened.
 
     Attributes:
-      flow: to evaluate, by all processes together; its arrays lie as those of `Placement.averaged_flow`.
-      drawn: the same flow, to draw by the first process alone.
+      flow: the flow that all processes evaluate together; sharded as by `Placement.averaged_flow`.
+      drawn: the same flow, for pictures, which the first process draws alone.
       certificate: certificate of the flow.
     """
 
@@ -30,8 +30,8 @@ class Judged(NamedTuple):
 def judged(placement: Placement, state: TrainState) -> Judged:
     """The flow that a run is judged by, from a state in the checkpoint form; all processes call this together.
 
-    If its arrays are divided among devices they stay so, and the certificate is that of a copy on the host. The first
-    process draws from this copy, on its CPU, only if the devices belong to several processes.
+    Arrays that are divided among devices stay divided; the certificate is then computed from a copy on the host. If the
+    devices belong to several processes, the first process also draws from this copy, on its CPU.
     """
     flow = tightened(placement.averaged_flow(state))
     if mesh_of(flow) is None:
@@ -53,7 +53,7 @@ def validation_loss(task: Task, flow: ResidualFlow, step: int) -> float:
 
 
 def sketch(task: Task, flow: ResidualFlow, step: int, metrics: Metrics) -> None:
-    """Draws a flow along training."""
+    """Draws pictures of a flow during training."""
     directory = task.config.workdir / "training"
     directory.mkdir(exist_ok=True)
     for name, path in task.sketch(flow, directory / f"{step:07}").items():

@@ -32,9 +32,9 @@ def launch(config: RunConfig) -> None:
 
 
 def cores_for_run(config: RunConfig) -> int:
-    """As many CPU devices as the mesh has, or else as can take equal shares of a batch, in each process.
+    """The number of CPU devices of each process: that of the mesh, or the most that can take equal shares of a batch.
 
-    How many processes a cluster has is not known yet: on its CPUs $JAX_NUM_CPU_DEVICES says how many devices each has.
+    The number of processes of a detected cluster is not known yet; there $JAX_NUM_CPU_DEVICES sets the devices of each.
     """
     processes = config.distributed.num_processes or 1
     if config.mesh.data is not None:
@@ -44,6 +44,6 @@ def cores_for_run(config: RunConfig) -> int:
 
 
 def run_config(config: RunConfig) -> Estimate:
-    """Trains (or goes on training), evaluates, draws. Returns bits/dim of the test images, or nats of other data."""
+    """Trains or resumes, evaluates and draws. Returns test bits/dim of images, or nats of other data."""
     check_same(config)
     return train.run(config, task_of(config))

@@ -1,4 +1,4 @@
-"""The loop of a run: that of the library, `training.loop`, with a placement's step and batches read on the way."""
+"""The loop of a run: the library's `training.loop` with a placement's step and batches."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -14,7 +14,7 @@ from resflow_jax.training.step import TrainState
 
 
 def falls_due(step: int, every: int, together: int) -> bool:
-    """Whether one of the last `together` of so many steps is a multiple of `every`."""
+    """Whether a multiple of `every` is among the last `together` steps, of which `step` is the newest."""
     return step // every > (step - together) // every
 
 
@@ -30,13 +30,12 @@ def training_loop(
     at_pause: Callable[[int, TrainState], TrainState] = lambda step, state: state,
     stops_at: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[Pause]:
-    """Steps from state.step to `steps`; yields at every pause and at the end, which is where `stops_at` first says so.
+    """Runs the steps from state.step to `steps`; yields at every pause and at the end.
 
-    The state has the host or the checkpoint form. batches_from(n) iterates over what this process reads
-    of the batches of step n and the following, the first step being number 0. Where several batches make an update
-    their steps are taken at once. What changes the state between steps is `at_pause`, called with the number of steps
-    done and the state before each yield; it returns that state or another, in the checkpoint form too. `stops_at`
-    is called once an update.
+    The state has the host or the checkpoint form. batches_from(n) iterates over this process's part of the batches of
+    steps n, n + 1, ..., counted from 0. If an update takes several batches, their steps are taken together. Before each
+    yield `at_pause` is called with the number of steps done and the state in the checkpoint form; it returns this state
+    or a changed one, in the same form. `stops_at` is called once per update; the loop ends early when it returns True.
 
     Raises:
       FloatingPointError: at a pause, if a metric is not finite; no later state is yielded.

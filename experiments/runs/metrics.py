@@ -1,4 +1,4 @@
-"""What a run writes about itself while it trains: metrics.jsonl, and the same as TensorBoard events."""
+"""The metrics that a run writes while it trains: metrics.jsonl, and the same as TensorBoard events."""
 
 import time
 from pathlib import Path
@@ -12,17 +12,17 @@ from experiments.runs.workdir import could_not_write
 
 
 class Metrics:
-    """metrics.jsonl, and under tensorboard/ its numbers, the distributions of its lists, and pictures.
+    """Writes metrics.jsonl, and under tensorboard/ its numbers, histograms of its lists, and pictures.
 
-    Both are written at once, not by a thread, so that a full disk is an error here and now. A context manager, which
-    closes the events.
+    Both are written immediately, not in a thread, so that a full disk raises an error in the call that met it. As a
+    context manager it closes the event file.
 
     Raises:
       OSError: from every method, if a file cannot be written.
     """
 
     def __init__(self, workdir: Path, *, keep_until: int):
-        """Keeps what is there up to a step, for a run that goes on from there."""
+        """Keeps the metrics up to the step `keep_until`, for a run that resumes from there."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
@@ -30,7 +30,7 @@ class Metrics:
         self._directory = workdir / "tensorboard"
         self._directory.mkdir(exist_ok=True)
         self._events = EventsWriter(str(self._directory / "events"), f".{time.time_ns()}")
-        # From here on TensorBoard forgets what earlier files say of later steps.
+        # TensorBoard then drops later steps that earlier files contain.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(keep_until + 1, session_log=start)
 
@@ -40,7 +40,7 @@ class Metrics:
         return self._file.lines
 
     def write(self, *, step: int, split: str, **line: Any) -> None:
-        """Appends a line to metrics.jsonl and writes it as events, without what is not finite."""
+        """Appends a line to metrics.jsonl and writes its finite values as events."""
         from tensorboardX import summary
 
         self._file.write(step=step, split=split, **line)
@@ -78,7 +78,7 @@ class Metrics:
 
 
 class NullMetrics:
-    """What the other processes of a run have in the place of `Metrics`: they keep the same lines and write nothing."""
+    """`Metrics` of the processes other than the first: keeps the same lines and writes nothing."""
 
     def __init__(self, workdir: Path, *, keep_until: int):
         self.lines = kept_lines(workdir / "metrics.jsonl", keep_until)
@@ -88,7 +88,7 @@ class NullMetrics:
         self.lines.append(without_nan(line))
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """Nothing: pictures are drawn by the first process."""
+        """Does nothing: the first process draws the pictures."""
 
     def __enter__(self) -> "NullMetrics":
         return self
@@ -98,7 +98,7 @@ class NullMetrics:
 
 
 def _flat(name: str, value: Any):
-    """(name, number or list) of a dict of dicts."""
+    """Yields (name, number or list) for each leaf of nested dicts."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _flat(f"{name}/{key}", item)

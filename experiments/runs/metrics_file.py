@@ -9,10 +9,10 @@ from experiments.runs.workdir import could_not_write, write_atomically
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each with "step" and "split"."""
+    """metrics.jsonl: one JSON object per line, each with "step" and "split"."""
 
     def __init__(self, path: Path, *, keep_until: int):
-        """Keeps the training lines up to a step, for a run that goes on from there; drops the rest."""
+        """Keeps the training lines up to the step `keep_until`, for a run that resumes from there; drops the rest."""
         self._path = path
         self.lines = kept_lines(path, keep_until)
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -35,7 +35,7 @@ def kept_lines(path: Path, keep_until: int) -> list[dict[str, Any]]:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, but for a last one that was cut off."""
+    """The lines of a file, without an incomplete last line."""
     texts, lines = path.read_text().splitlines(), []
     for number, text in enumerate(texts, start=1):
         try:
@@ -47,7 +47,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def without_nan(value: Any) -> Any:
-    """A line's values, None where one is not finite: JSON has no word for it."""
+    """The values of a line, with None for those that are not finite, which JSON cannot express."""
     if isinstance(value, dict):
         return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What follows for a flow from the user's own data: the shape of images, the dimension of vectors."""
+"""Fits the model to the user's own data: to the shape of images, or the dimension of vectors."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from resflow_jax.data.vectors import load_vectors
 
 
 def fitted_to_data(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
-    """The config with a model of the size of the data that `--data.path` names, if the arguments name some.
+    """The config with its model fitted to the size of the data of `--data.path`, if the arguments have it.
 
     Raises:
       FileNotFoundError, ValueError: as `image_shape` and `load_vectors`.
@@ -28,7 +28,7 @@ def fitted_to_data(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
 
 def fitted_to_shape(model: ImageFlowConfig, shape: tuple[int, int, int]) -> ImageFlowConfig:
-    """The model for images of a shape: with its first scales, as many as the shape can be squeezed for."""
+    """The model for images of a shape, with as many of its first scales as the shape can be squeezed for."""
     squeezes_first = int(model.scales.squeeze_first)
     scales = len(model.blocks)
     while scales > 1 and any(side % 2 ** (scales - 1 + squeezes_first) for side in shape[:2]):

@@ -1,4 +1,4 @@
-"""A batch in parts: some at a time on each device, so that all cores work and a part's activations stay in cache."""
+"""Splits a batch into parts, so that all devices work and the activations of a part stay in cache."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 def number_of_parts(batch_size: int, largest: int) -> int:
-    """The fewest equal parts of at most `largest` examples that occupy all devices, or as many as can be."""
+    """The smallest number of equal parts of at most `largest` examples that occupies as many devices as possible."""
     devices = devices_for(batch_size)
     return next(
         n for n in range(devices, batch_size + 1, devices) if batch_size % n == 0 and batch_size // n <= largest
@@ -25,8 +25,8 @@ def number_of_parts(batch_size: int, largest: int) -> int:
 def over_parts(function: Callable[[ResidualFlow, Array], Any], flow: ResidualFlow) -> Callable[[Array], Any]:
     """Compiles function(flow, part) for all parts, an array [parts, ...].
 
-    Every device takes an equal share of the parts, one after the other. What `function` returns for each, arrays
-    [B, ...], comes back put together, [parts * B, ...].
+    Every device takes an equal share of the parts, one after the other. `function` returns arrays [B, ...] for a part;
+    they are concatenated to [parts * B, ...].
     """
     graphdef, state = nnx.split(flow)
 
@@ -48,9 +48,9 @@ def over_parts(function: Callable[[ResidualFlow, Array], Any], flow: ResidualFlo
 
 
 def over_devices(function: Callable[..., Array], flow: ResidualFlow) -> Callable[..., Array]:
-    """Compiles function(flow, x, *others) for x [B, ...]: each device takes an equal share of x, all the others whole.
+    """Compiles function(flow, x, *others) for x [B, ...]: each device takes an equal share of x, and `others` whole.
 
-    Its arrays [B, ...] come back put together. With the same key each example draws what it would on one device.
+    The returned arrays [B, ...] are concatenated. With the same key each example has the same draws as on one device.
     """
     graphdef, state = nnx.split(flow)
     whole, shares = PartitionSpec(), PartitionSpec("data")

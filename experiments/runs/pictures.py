@@ -18,7 +18,7 @@ from resflow_jax.plot import as_shown, image_grid
 
 
 def save_grid(path: Path, images: np.ndarray, columns: int) -> None:
-    """Writes images [N, H, W, C] in [0, 1] as one PNG, each pixel of small ones a square; what is no number is grey."""
+    """Writes images [N, H, W, C] in [0, 1] as one PNG; small images are enlarged, NaN is drawn grey."""
     grid = np.clip(np.nan_to_num(image_grid(np.asarray(images), columns), nan=0.5), 0, 1)
     grid = np.rint(255 * grid).astype(np.uint8)
     zoom = max(1, 600 // len(grid))
@@ -28,14 +28,14 @@ def save_grid(path: Path, images: np.ndarray, columns: int) -> None:
 
 
 def save_scatter(path: Path, data: np.ndarray, samples: np.ndarray, title: str) -> None:
-    """Draws data [N, D] and the finite of samples [M, D], every element against the next, of at most the first five."""
+    """Draws data [N, D] and the finite samples of [M, D], each of the first five elements against the next."""
     shown = min(data.shape[1], 5)
     pairs = [(n, n + 1) for n in range(shown - 1)] or [(0, 0)]
     figure, axes = plt.subplots(1, len(pairs), figsize=(3.6 * len(pairs), 3.9), squeeze=False, layout="constrained")
     for axis, (x, y) in zip(axes[0], pairs, strict=True):
         for points, label in ((data, "data"), (samples, "samples")):
             plot.samples(points, axis, elements=(x, y), label=label)
-        # by the data: samples of a young flow may lie far away
+        # Limits are set by the data: early in training samples may be far away.
         low, margin = data.min(axis=0), 0.3 * np.ptp(data, axis=0)
         high = low + np.ptp(data, axis=0)
         axis.set_xlim(low[x] - margin[x], high[x] + margin[x])
@@ -93,7 +93,7 @@ def save_curves(path: Path, metrics: list[dict], name: str, unit: str, title: st
 def save_bias_curves(path: Path, metrics: list[dict], titles: dict[str, str]) -> None:
     """Draws, for each titled run, the training estimate and the exact test value of bits/dim against the step.
 
-    Beside them the estimate minus the exact value, of the same test images.
+    A second panel shows the estimate minus the exact value, for the same test images.
     """
     figure, (axis, gaps) = plt.subplots(
         1, 2, figsize=(12, 4.6), layout="constrained", gridspec_kw={"width_ratios": (3, 2)}
@@ -153,7 +153,7 @@ def save_densities(
 
 
 def save_bars(path: Path, values: dict[str, dict[str, float]], title: str) -> None:
-    """Draws {group: {name: value}} as one panel of horizontal bars a group, on a common logarithmic axis."""
+    """Draws {group: {name: value}} as one panel of horizontal bars per group, on a common logarithmic axis."""
     figure, axes = plt.subplots(1, len(values), figsize=(3 + 2.6 * len(values), 4.2), sharex=True, layout="constrained")
     for axis, (group, bars) in zip(np.atleast_1d(axes), values.items(), strict=True):
         names = list(bars)
@@ -169,7 +169,7 @@ def save_bars(path: Path, values: dict[str, dict[str, float]], title: str) -> No
 
 
 def save_error_curves(path: Path, iterations: Sequence[int], errors: dict[str, list[float]], title: str) -> None:
-    """Draws errors against iterations, each curve named, the errors on a logarithmic axis."""
+    """Draws named curves of errors, on a logarithmic axis, against iterations."""
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, values in errors.items():
         axis.plot(iterations, values, "o-", ms=4, label=name)
@@ -192,7 +192,7 @@ def save_histograms(path: Path, scores: dict[str, np.ndarray], xlabel: str, titl
 
 
 def _trailing_mean(points: np.ndarray, width: int) -> np.ndarray:
-    """Points (step, value) [N, 2] with the mean of the last `width` values, [N - width + 1, 2]."""
+    """Trailing means over `width` values of points (step, value) [N, 2]: [N - width + 1, 2]."""
     smooth = np.convolve(points[:, 1], np.ones(width) / width, "valid")
     return np.stack([points[width - 1 :, 0], smooth], axis=1)
 
@@ -203,7 +203,7 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 
 def save_scaling(path: Path, result: dict[str, dict[str, Any]]) -> None:
-    """Time and memory of a training step against each setting, on logarithmic axes, with the fitted exponents."""
+    """Draws time and memory of a training step against each setting on logarithmic axes, with fitted exponents."""
     figure, axes = plt.subplots(2, len(result), figsize=(3.2 * len(result), 5.2), squeeze=False, layout="constrained")
     for column, (name, found) in enumerate(result.items()):
         rows = (("seconds", 1e3, "ms a step", "time"), ("bytes", 1e-6, "MB a device", "memory"))
@@ -228,9 +228,9 @@ def save_posteriors(
     title: str,
     circle: Callable[[np.ndarray], tuple[np.ndarray, float]] | None = None,
 ) -> None:
-    """Draws the first two elements of samples [N, D], a row for each name, a column for each x of `observed`.
+    """Draws the first two elements of samples [N, D], with a row for each name and a column for each x of `observed`.
 
-    The axes of a column are common, and go by the first row. circle(x): centre and radius of one to be drawn over.
+    Axis limits of a column are set by its first row. circle(x) gives the centre and radius of a circle to draw.
     """
     shape = len(samples), len(observed)
     figure, axes = plt.subplots(*shape, figsize=(2.2 * shape[1] + 0.4, 2.2 * shape[0] + 0.4), layout="constrained")

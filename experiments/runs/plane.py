@@ -1,4 +1,4 @@
-"""What experiments in the plane share: the settings of a run, and its training."""
+"""The common settings and the training of experiments in the plane."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from experiments.runs.loop import falls_due, training_loop
 from experiments.runs.metrics_file import MetricsFile
 from resflow_jax import Estimator, Exact, ResidualFlow, VectorFlowConfig
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.estimators import check_estimator
 from resflow_jax.training.parallel import STRATEGIES, Strategy, make_mesh
 from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Loss, Trainer
@@ -27,12 +28,12 @@ class PlaneConfig:
     """The settings that runs in the plane have in common.
 
     Attributes:
-      workdir: where everything is written; a directory under runs/ by default.
-      steps: optimiser steps in all.
-      batch_size: points a step.
-      seed: of parameters, points and noise.
+      workdir: directory that everything is written to; a directory under runs/ by default.
+      steps: total number of optimiser steps.
+      batch_size: points per step.
+      seed: random seed of parameters, points and noise.
       optimizer: learning rate, clipping, averaging.
-      estimator: of the log-det in the loss.
+      estimator: log-det estimator of the loss.
       model: the flow.
       log_every: steps between lines of metrics.jsonl.
       parallel: how a step is divided among devices, as in `experiments.density`.
@@ -55,6 +56,7 @@ class PlaneConfig:
         check_count("steps", self.steps, 1)
         check_count("batch_size", self.batch_size, 2)
         check_count("seed", self.seed, 0)
+        check_estimator(self.estimator)
         if self.model.dim != 2:
             raise ValueError(f"model.dim: expected 2, got {self.model.dim}")
         check_count("log_every", self.log_every, 1)
@@ -75,10 +77,10 @@ def train_flow(
     unit: str,
     as_line: Callable[[float], dict[str, float]],
 ) -> tuple[ResidualFlow, float]:
-    """Runs all steps of a loss, in `unit`; as_line(loss) is what metrics.jsonl says of it.
+    """Runs all training steps on a loss in `unit`; as_line(loss) gives its entries in metrics.jsonl.
 
     Returns:
-      The flow with the averaged parameters, and the median seconds a step.
+      The flow with the averaged parameters, and the median seconds per step.
     """
     together = config.optimizer.accumulate
     trainer = Trainer(

@@ -1,7 +1,7 @@
-"""Several processes of one run: how they meet, agree on what to do, and leave files to the first.
+"""Several processes of one run: they meet, agree on the config, and leave files to the first process.
 
-All processes run the same program in step. What only the first does (files, pictures, the progress bar) takes no part
-in computations on all devices, which would wait for the others.
+All processes run the same program in step. Only the first writes files, draws pictures and shows the progress bar; that
+work must use no computation on all devices, since such a computation would wait for the other processes.
 """
 
 import json
@@ -26,16 +26,16 @@ _OWN = ("distributed.process_id", "data.dir", "data.threads", "data.workers")
 
 
 def join(config: DistributedConfig) -> None:
-    """Waits for the other processes, if there are any; to be called before JAX does anything.
+    """Waits for the other processes, if there are any. Call it before JAX starts.
 
-    If they are not there in time, it says so and ends the program with exit status 1.
+    If they do not all connect in time, it prints an error and ends the program with exit status 1.
 
     Raises:
       ValueError: if no cluster is detected.
     """
     if not config.auto and config.coordinator is None:
         return
-    # JAX's own time-out ends the program without a word that helps, so it comes later.
+    # JAX's own time-out ends the program without a helpful message, so it is set to a later time.
     late = threading.Timer(config.timeout, _report_missing, (config,))
     late.daemon = True
     late.start()
@@ -44,7 +44,7 @@ def join(config: DistributedConfig) -> None:
             config.coordinator,
             config.num_processes,
             config.process_id,
-            # What is given holds: JAX would ask the cluster which devices are whose all the same.
+            # Given settings are used alone: JAX would still ask the cluster for the devices of each process.
             cluster_detection_method=None if config.auto else "deactivate",
             initialization_timeout=config.timeout + 60,
         )
@@ -72,15 +72,15 @@ def _report_missing(config: DistributedConfig) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes the files."""
+    """Whether this process is the first, which writes the files."""
     return jax.process_index() == 0
 
 
 def check_same(config: Any) -> None:
-    """Compares the config of a run with that of the first process, but for what is each process's own.
+    """Compares the config of a run with that of the first process, except for settings that differ by process.
 
     Raises:
-      ValueError: in all processes, if any has another; those that have list the differences.
+      ValueError: in all processes, if one has a different config; the message of that process lists the differences.
     """
     if jax.process_count() == 1:
         return
@@ -93,22 +93,22 @@ def check_same(config: Any) -> None:
     others = np.flatnonzero(multihost_utils.process_allgather(np.int32(len(differences))))
     if differences:
         raise ValueError(
-            f"config: expected in process {jax.process_index()} that of process 0, got other settings:\n  "
+            f"config: expected the config of process 0 in process {jax.process_index()}, got other settings:\n  "
             + "\n  ".join(differences)
         )
     if len(others):
         raise ValueError(
             f"config: expected the same in all processes, got other settings in {', '.join(map(str, others))} than in "
-            "0; they say which"
+            "0; those processes list them"
         )
 
 
 @contextmanager
 def all_end_with_one() -> Iterator[None]:
-    """Around what several processes do together: where one fails, it ends at once, and JAX ends the others.
+    """A context for the common work of several processes: a process that fails exits at once, and JAX ends the others.
 
-    They miss its heartbeat after 100 s at most. Waiting for them to come to an end, as JAX does at exit, it would keep
-    them waiting for itself.
+    The others notice the missing heartbeat after at most 100 s. A normal exit of JAX would wait for the other
+    processes, which in turn wait for this one.
     """
     try:
         yield
@@ -122,15 +122,15 @@ def all_end_with_one() -> Iterator[None]:
 
 
 def from_first(tree: Any) -> Any:
-    """The arrays of the first process, in all: what each computes for itself may differ in the last bits."""
+    """Gives all processes the arrays of the first; those that each computes by itself may differ in the last bits."""
     return jax.device_put(multihost_utils.broadcast_one_to_all(tree)) if jax.process_count() > 1 else tree
 
 
 def by_first(action: Callable[[], None]) -> None:
-    """Does something in the first process, before any other goes on.
+    """Runs an action in the first process; the others wait until it is done.
 
     Raises:
-      Exception: what the action raises; in the other processes RuntimeError.
+      Exception: in the first process, the exception of the action; in the others, RuntimeError.
     """
     error = None
     if is_first():
@@ -141,12 +141,12 @@ def by_first(action: Callable[[], None]) -> None:
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
         if failed and error is None:
-            raise RuntimeError("process 0 could not go on; it says why")
+            raise RuntimeError("process 0 failed; its error message says why")
     if error is not None:
         raise error
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once every process has come here."""
+    """Returns when every process has called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -1,4 +1,4 @@
-"""report.html: one page that holds all of a run, its pictures included, for a browser and without a network."""
+"""report.html: one self-contained page on a run with its pictures, to be read without a network."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Samples of a saved flow, in batches on all devices, and what is said of their solves."""
+"""Draws samples of a saved flow in batches on all devices, and reports the convergence of their solves."""
 
 from collections.abc import Callable, Iterator
 
@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 def check_drawing(temperature: float, seed: int, batch_size: int) -> None:
-    """Raises ValueError unless samples can be drawn so."""
+    """Raises ValueError for settings that samples cannot be drawn with."""
     if not 0 <= temperature < np.inf:
         raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
     check_count("seed", seed, 0)
@@ -30,9 +30,10 @@ Decode = Callable[[Latents, int], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 
 def decoder(flow: ResidualFlow, batch_size: int) -> Decode:
-    """A function of latents and how many, N: f^-1(z), images clipped to [0, 1], and whether each converged, in batches.
+    """A function of latents and their number N that gives f^-1(z) and whether each solve converged.
 
-    All batches have the same size, of which the last is cut to what is missing: the inverse is compiled once.
+    Images are clipped to [0, 1]. The inverse is computed in batches of one size, so that it is compiled once; the
+    surplus of the last batch is dropped.
     """
 
     def solve(flow: ResidualFlow, z: Array) -> tuple[Array, Array]:
@@ -55,7 +56,7 @@ def decoder(flow: ResidualFlow, batch_size: int) -> Decode:
 def drawn_samples(
     decode: Decode, saved: SavedFlow, number: int, seed: int, temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Samples, bytes [N, H, W, C] or vectors [N, D], and whether the solve of each converged."""
+    """Returns samples, bytes [N, H, W, C] or vectors [N, D], and whether the solve of each converged."""
     batches = decode(normal_latents(saved.flow, seed, temperature), number)
     if isinstance(saved.task, ImageTask):
         batches = ((to_bytes(x, saved.task.splits.levels), converged) for x, converged in batches)
@@ -64,7 +65,7 @@ def drawn_samples(
 
 
 def normal_latents(flow: ResidualFlow, seed: int, temperature: float) -> Latents:
-    """Draws of T N(0, I), each with a key of its own."""
+    """Latents T e with e from N(0, I) and the temperature T; each has its own key."""
 
     @jax.jit
     def latents(n: Array) -> Array:
@@ -75,13 +76,13 @@ def normal_latents(flow: ResidualFlow, seed: int, temperature: float) -> Latents
 
 
 def to_bytes(images: np.ndarray, levels: int) -> np.ndarray:
-    """Images in [0, 1] quantised to so many levels, these spread evenly over 0..255: uint8."""
+    """Quantises images in [0, 1] to `levels` levels, evenly spread over 0..255, as uint8."""
     quantized = np.minimum(np.floor(images * levels), levels - 1)
     return np.rint(quantized * (255 / (levels - 1))).astype(np.uint8)
 
 
 def convergence(converged: np.ndarray) -> str:
-    """What a closing table says of solves: whether all converged, or how many did not and the first of them."""
+    """The text of a closing table on solves: all converged, or how many did not, with the numbers of the first ten."""
     failed = np.flatnonzero(~converged)
     if not len(failed):
         return "all converged"

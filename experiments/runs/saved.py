@@ -1,4 +1,4 @@
-"""The flow of an `experiments.density` run, finished or still running, from its work directory alone.
+"""Loads the flow of an `experiments.density` run, finished or still running, from its work directory alone.
 
 The config is read back from config.json, in the format of `resflow_jax.io.config_json`.
 """
@@ -38,7 +38,7 @@ from resflow_jax.training.checkpoints import Checkpoints
 
 Weights = Literal["best", "latest"]
 
-# What a config.json may hold. `Fitted` is no setting: its table lies in the checkpoints.
+# The types that a config.json may hold. `Fitted` is not among them: its table is stored in the checkpoints.
 _TYPES = {
     cls.__name__: cls
     for cls in (
@@ -65,11 +65,11 @@ _TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class MovedData:
-    """Where the data of a run are now, if they have been moved since.
+    """The present place of a run's data, if they have been moved since.
 
     Attributes:
-      path: of images or vectors of your own, as `--data.path` of the run.
-      dir: of TensorFlow data sets, as `--data.dir` of the run.
+      path: path of images or vectors of your own, as `--data.path` of the run.
+      dir: directory of TensorFlow data sets, as `--data.dir` of the run.
     """
 
     path: Path | None = None
@@ -77,13 +77,13 @@ class MovedData:
 
 
 class SavedFlow(NamedTuple):
-    """A run's flow and what it belongs to.
+    """A run's flow with its config and task.
 
     Attributes:
-      config: of the run; its work directory is where the run was found.
-      task: what it was to learn, with its data.
-      flow: with the averaged weights, tightened, as the run itself evaluates it.
-      step: of the checkpoint.
+      config: config of the run; its `workdir` is the directory that the run was read from.
+      task: task of the run, with its data.
+      flow: the flow with the averaged weights, tightened, as the run itself evaluates it.
+      step: training step of the checkpoint.
     """
 
     config: RunConfig
@@ -93,12 +93,12 @@ class SavedFlow(NamedTuple):
 
 
 def saved_flow(run_dir: Path, weights: Weights = "best", data: MovedData = MovedData()) -> SavedFlow:
-    """The flow of a run: of the best validation so far, or of the latest checkpoint.
+    """Loads the flow of a run, from the checkpoint of the best validation so far or from the latest checkpoint.
 
     Args:
-      run_dir: its work directory, wherever that has been moved to.
+      run_dir: work directory of the run; it may have been moved.
       weights: "best" or "latest".
-      data: where its data are now.
+      data: present place of the run's data.
 
     Raises:
       FileNotFoundError: if the directory holds no run, the run has no checkpoint yet, or its data are not found.
@@ -118,19 +118,19 @@ def saved_flow(run_dir: Path, weights: Weights = "best", data: MovedData = Moved
         raise none_yet
     task = task_of(config)
     trainer, state = set_up(task)
-    with Checkpoints(directory) as checkpoints:  # now, for a run that goes on replaces them
+    with Checkpoints(directory) as checkpoints:  # read early, since a running run replaces its checkpoints
         step = checkpoints.best_step if weights == "best" else checkpoints.latest_step
         if step is None:
             raise FileNotFoundError(
                 f"weights: expected a validated checkpoint, the only one in {run_dir} is of step "
-                f"{checkpoints.latest_step}, before the first validation; 'latest' are its weights"
+                f"{checkpoints.latest_step}, before the first validation; weights 'latest' reads it"
             )
         state = checkpoints.restore(step, state, ema_decay=trainer.ema_decay)
     return SavedFlow(config, task, tightened_flow(trainer, state), step)
 
 
 def _moved(old: Any, to: MovedData) -> Any:
-    """The data of a config, at another place."""
+    """The data settings of a config with the data's present place."""
     if to.path is not None:
         if not isinstance(old, DataConfig | VectorDataConfig) or old.path is None:
             raise ValueError(f"data.path: expected a run on files of your own, which can be moved, got one on {old}")
@@ -143,11 +143,11 @@ def _moved(old: Any, to: MovedData) -> Any:
 
 
 def saved_config(run_dir: Path) -> RunConfig:
-    """The config of the run in a work directory, wherever that has been moved to.
+    """Reads the config of the run in a work directory, which may have been moved.
 
     Raises:
       FileNotFoundError: if the directory holds no config.json.
-      ValueError: if config.json is damaged, of another experiment, or has types or fields that this version of the
+      ValueError: if config.json is damaged, belongs to another experiment, has types or fields that this version of the
         code does not know, or lacks some; the message names them and the file.
     """
     path = Path(run_dir) / "config.json"

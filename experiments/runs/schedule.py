@@ -1,4 +1,4 @@
-"""At which steps a run logs, validates and saves, and when its patience is spent."""
+"""The steps at which a run logs, validates and saves, and the test for early stopping."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from resflow_jax.training.loop import has_stopped_improving
 
 
 class Schedule:
-    """The steps of a run at which something happens besides training. The arguments are numbers of steps done."""
+    """The steps of a run at which it logs, validates or saves. The methods take the number of steps done."""
 
     def __init__(self, config: RunConfig):
         self._config = config
@@ -19,7 +19,7 @@ class Schedule:
         return self._is_due(step, self._config.log_every)
 
     def validates_at(self, step: int) -> bool:
-        """Whether the averaged weights are validated, saved and drawn, and the lengths fitted where they are."""
+        """Whether the averaged weights are validated, saved and drawn, and the series lengths refitted, if at all."""
         return self._is_due(step, self._config.evaluation.every) or step == self._config.steps
 
     def saves_at(self, step: int) -> bool:
@@ -35,6 +35,6 @@ class Schedule:
 
 
 def is_patience_spent(task: Task, lines: list[dict[str, Any]]) -> bool:
-    """Whether the last validations, as many as the config has patience for, have not improved on those before."""
+    """Whether the last `patience` validations have not improved on the earlier ones."""
     found = [task.sign * line[name] for line in lines if (name := f"validation_{task.metric}") in line]
     return has_stopped_improving(found, task.config.evaluation.patience)

@@ -1,4 +1,4 @@
-"""What a run is made of before its first step, and the flow that a saved state stands for."""
+"""Builds the trainer and the first state of a run, and the flow of a saved state."""
 
 from flax import nnx
 
@@ -12,7 +12,7 @@ from resflow_jax.training.step import Trainer, TrainState, fit_estimator
 
 
 def set_up(task: Task) -> tuple[Trainer, TrainState]:
-    """The flow, initialised on training examples, with its optimiser; the state has the host form."""
+    """Builds the flow, initialised on training examples, and its optimiser; the state has the host form."""
     config = task.config
     flow = flow_from_config(config.model, rngs=nnx.Rngs(config.seed))
     flow.initialize(task.initial())
@@ -23,7 +23,7 @@ def set_up(task: Task) -> tuple[Trainer, TrainState]:
 
 
 def place_on_devices(trainer: Trainer, config: RunConfig) -> Placement:
-    """The step on the devices of all processes.
+    """Places the training step on the devices of all processes.
 
     Raises:
       ValueError: if the sizes of the mesh do not fit the devices, or these cannot share a batch.
@@ -35,7 +35,7 @@ def place_on_devices(trainer: Trainer, config: RunConfig) -> Placement:
 
 
 def tightened_flow(trainer: Trainer, state: TrainState) -> ResidualFlow:
-    """The flow that a run is judged by: with the averaged weights, tightened. The state has the host form."""
+    """The flow that a run is judged by: the averaged weights, tightened. The state has the host form."""
     flow = trainer.averaged_flow(state)
     flow.tighten()
     return flow

@@ -1,4 +1,4 @@
-"""A run that is asked to stop finishes its step and saves."""
+"""Stops a run on a signal, after it has finished its step and saved."""
 
 import os
 import signal
@@ -16,13 +16,13 @@ _ASK = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[int], bool]]:
-    """Within it a first SIGINT or SIGTERM does nothing but make the function that it gives return True.
+    """A context that yields a function, which returns True after the first SIGINT or SIGTERM.
 
-    The next of either does what it always does. In a thread that is not the main one, signals are left alone.
+    That signal has no other effect; the next one has its usual effect. Signals are handled in the main thread only.
 
-    The function is to be called with the number of steps done, behind every update. Of several processes a signal to
-    any, also an earlier one since they met, makes it return True in all, at the same step; a second SIGINT does what it
-    always does, a second SIGTERM nothing. They train in their main threads.
+    Call the function after every update with the number of steps done. With several processes, a signal to any of them
+    since they met makes the function return True in all of them at the same step. There a second SIGINT has its usual
+    effect, a second SIGTERM has none, and all processes must train in their main threads.
     """
     with _agreed_stop() if jax.process_count() > 1 else _own_stop() as stops_at:
         yield stops_at
@@ -30,18 +30,18 @@ def stop_on_signal() -> Iterator[Callable[[int], bool]]:
 
 @contextmanager
 def _agreed_stop() -> Iterator[Callable[[int], bool]]:
-    """Of several processes: JAX has taken over SIGTERM since they met, and lets them agree on a step."""
-    asked_for = 0  # JAX counts from there, also in a run that goes on at a later step
+    """`stop_on_signal` for several processes: JAX handles SIGTERM since they met, and lets them agree on a step."""
+    asked_for = 0  # JAX counts from 0, also in a run that resumes at a later step
 
     def stops_at(step: int) -> bool:
-        # The step that they agree on may be one of several that make an update. Orbax asks by the same numbers.
+        # The agreed step may be in the middle of an update of several steps. Orbax counts the same steps.
         nonlocal asked_for
         steps, asked_for = range(asked_for + 1, step + 1), step
         return any([multihost_utils.reached_preemption_sync_point(n) for n in steps])
 
     def ask(number: int, frame) -> None:
         signal.signal(signal.SIGINT, before)
-        tqdm.write("stopping behind a step that all processes agree on; once more to stop at once")
+        tqdm.write("stopping after a step that all processes agree on; repeat the signal to stop at once")
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGINT, ask)
@@ -53,5 +53,5 @@ def _agreed_stop() -> Iterator[Callable[[int], bool]]:
 
 @contextmanager
 def _own_stop() -> Iterator[Callable[[int], bool]]:
-    with deferred_signals(_ASK, "stopping behind this step, with a checkpoint; once more to stop at once") as is_asked:
+    with deferred_signals(_ASK, "stopping after this step, with a checkpoint; repeat to stop at once") as is_asked:
         yield lambda step: is_asked()

@@ -6,7 +6,7 @@ from resflow_jax.models.certificate import Certificate
 
 
 def certificate_rows(certificate: Certificate) -> dict[str, str]:
-    """The lines of a closing table that say what is certified, from above, of the flow."""
+    """The lines of a closing table with the certified upper bounds of the flow."""
     worst = max(certificate.blocks, key=lambda block: block.bound)
     answer = "every block is invertible" if certificate.is_certified else "NOT EVERY BLOCK IS INVERTIBLE"
     return {
@@ -17,13 +17,13 @@ def certificate_rows(certificate: Certificate) -> dict[str, str]:
 
 
 def print_table(rows: dict[str, str]) -> None:
-    """A closing table."""
+    """Prints a closing table."""
     for name, value in rows.items():
         print(f"{name:<24}{value}")
 
 
 def error_by_cause(data_stderr: float, noise_stderr: float) -> str:
-    """What a closing table says of the causes of a standard error."""
+    """The text of a closing table on the two parts of a standard error."""
     noise = (
         f"{noise_stderr:.4f} from noise" if math.isfinite(noise_stderr) else "of a single draw, so noise is not told"
     )

@@ -1,4 +1,4 @@
-"""The run that `--tiny` of commands on runs takes: that of `python -m experiments.density digits --tiny`."""
+"""The run that commands on runs use with `--tiny`: that of `python -m experiments.density digits --tiny`."""
 
 import subprocess
 import sys
@@ -11,10 +11,10 @@ TINY_RUN = tiny(CONFIGS["digits"]).workdir
 
 
 def make_if_missing(run_dir: Path) -> None:
-    """Makes the tiny run, in a process of its own, if this is its work directory and it is not there.
+    """Makes the tiny run in a separate process, if `run_dir` is its work directory and holds no run yet.
 
     Raises:
-      RuntimeError: if the process fails; its own message stands on standard error.
+      RuntimeError: if the process fails; its own message is on standard error.
     """
     if run_dir != TINY_RUN or (run_dir / "checkpoints").exists():
         return

@@ -1,6 +1,6 @@
-"""One run, whatever it learns: set-up, training with validation and checkpoints, and the closing report.
+"""One run of any task: set-up, training with validation and checkpoints, and the closing report.
 
-What is learned, and how it is judged and drawn, is a `Task`.
+A `Task` defines what is learned, and how it is judged and drawn.
 """
 
 import sys
@@ -30,13 +30,13 @@ from resflow_jax.training.step import TrainState, fit_estimator
 
 
 def run(config: RunConfig, task: Task) -> Estimate:
-    """Trains (or goes on training), evaluates, draws. Returns the metric of the test split.
+    """Trains or resumes, evaluates and draws. Returns the metric of the test split.
 
-    A first SIGINT or SIGTERM ends the run after the step that is running, with a checkpoint and exit status 0.
+    A first SIGINT or SIGTERM ends the run after the current step, with a checkpoint and exit status 0.
 
     Raises:
       FloatingPointError: if the loss, the gradient or the validation stops being finite.
-      OSError: if the work directory cannot be written; what was saved before is whole.
+      OSError: if the work directory cannot be written; earlier files stay intact.
       ValueError, FileExistsError: as `claim_workdir`.
     """
     began = time.perf_counter()
@@ -49,8 +49,8 @@ def run(config: RunConfig, task: Task) -> Estimate:
     shapes, shardings = jax.eval_shape(lambda state: state, start), placement.shardings(start)
     with Checkpoints(config.workdir / "checkpoints") as checkpoints:
         restored = partial(checkpoints.restore, like=shapes, shardings=shardings, ema_decay=trainer.ema_decay)
-        state = start if placement.strategy == "pmap" else placement.place(start)  # that of the first step is donated
-        del start  # one device had it whole
+        state = start if placement.strategy == "pmap" else placement.place(start)  # the first step donates its state
+        del start  # it occupied the memory of one device
         if checkpoints.latest_step is not None:
             state = restored(checkpoints.latest_step)
             say(f"resuming {config.workdir} at step {int(state.step)}")
@@ -69,7 +69,7 @@ def run(config: RunConfig, task: Task) -> Estimate:
 
 
 def _check_splits_and_steps(config: RunConfig, task: Task) -> None:
-    """Raises ValueError for splits that are too small, and for less steps than the run has taken."""
+    """Raises ValueError for splits that are too small, and for fewer steps than the run has taken."""
     if len(task.splits.test) < 2 or not len(task.splits.validation):
         raise ValueError(f"data: expected two or more examples to test on, got {len(task.splits.test)} in {task.name}")
     saved = (config.workdir / "checkpoints").glob("*")
@@ -79,7 +79,7 @@ def _check_splits_and_steps(config: RunConfig, task: Task) -> None:
 
 
 def say(line: str) -> None:
-    """Prints a line, once if there are several processes."""
+    """Prints a line in the first process only."""
     if is_first():
         print(line, flush=True)
 
@@ -87,11 +87,11 @@ def say(line: str) -> None:
 def train(
     task: Task, placement: Placement, state: TrainState, checkpoints: Checkpoints, metrics: Metrics | NullMetrics
 ) -> tuple[int, StepTime | None]:
-    """Runs the remaining steps; validates, saves and draws along the way.
+    """Runs the remaining steps; validates, saves and draws at the scheduled steps.
 
     Returns:
-      The number of steps done, less than those of the config if the run was asked to stop or its patience is spent;
-      and what a step took, if any was taken.
+      The number of steps done, which is below that of the config if the run was stopped by a signal or its patience;
+      and the time per step, None if no step was taken.
     """
     config, step, times = task.config, int(state.step), []
     if is_patience_spent(task, metrics.lines):
@@ -125,10 +125,10 @@ def train(
 
 
 def _with_fitted_lengths(placement: Placement, config: RunConfig, state: TrainState) -> TrainState:
-    """The state with laws of the series lengths fitted to what the run has seen, if the config says so."""
+    """The state with length distributions fitted to the measured term norms, if the config asks for it."""
     if not config.fit_lengths:
         return state
-    estimator, term_norms = placement.to_host((state.estimator, state.term_norms))  # all that the fit reads
+    estimator, term_norms = placement.to_host((state.estimator, state.term_norms))  # the fit reads only these
     fitted = fit_estimator(state._replace(estimator=estimator, term_norms=term_norms), config.batch_size)
     return state._replace(estimator=placement.to_checkpoint(placement.place(fitted.estimator)))
 
@@ -138,8 +138,8 @@ def _validate_and_save(
 ) -> None:
     """Validates the averaged weights, writes the metrics, saves the state and draws.
 
-    The line comes first. If the rest is cut off, the line is dropped on resuming; without the line, a checkpoint would
-    have a validation that the patience never counts.
+    The metrics line is written before the checkpoint. If the run is interrupted in between, resuming drops the line; in
+    the other order, early stopping would never count the validation of the checkpoint.
     """
     found = judged(placement, pause.state)
     loss = validation_loss(task, found.flow, pause.step)
@@ -154,7 +154,7 @@ def _validate_and_save(
 
 
 def _line(task: Task, pause: Pause) -> dict[str, Any]:
-    """What metrics.jsonl has of the steps since the last pause."""
+    """The line of metrics.jsonl for the steps since the last pause."""
     optimizer = task.config.optimizer
     updates = (pause.step - 1) // optimizer.accumulate
     return {

@@ -1,4 +1,4 @@
-"""The work directory of a run: its config.json, whether another run may use it, and files that are written whole."""
+"""The work directory of a run: its config.json, the check that a run may use it, and atomic writes of files."""
 
 import json
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from typing import Any
 from resflow_jax.io.config_json import as_document, as_json, completed, upgraded
 from resflow_jax.io.whole_files import whole_file
 
-# Settings that may differ when a run is resumed: they change neither the model nor what a step does, to rounding, but
-# for the number of steps, on which the schedule of the learning rate depends from then on.
+# Settings that may differ when a run is resumed. Up to rounding they change neither the model nor a step; only the
+# number of steps changes the learning-rate schedule from there on.
 MAY_CHANGE = (
     "steps",
     "workdir",
@@ -33,15 +33,15 @@ MAY_CHANGE = (
 
 
 def claim_workdir(workdir: Path, config: Any) -> None:
-    """Makes the directory and writes config.json, or checks that a run may go on there.
+    """Makes the directory and writes config.json, or checks that this run may resume there.
 
-    Where nothing has been trained yet, another config is as good.
+    If nothing has been trained there yet, another config replaces the old one.
 
     Raises:
       FileExistsError: if the directory holds metrics or checkpoints that no config.json accounts for.
       ValueError: if the directory holds a run of another config; the message lists the differences.
-      NotADirectoryError: if the path is taken by a file.
-      OSError: if it cannot be made or written to.
+      NotADirectoryError: if the path is a file.
+      OSError: if the directory cannot be made or written to.
     """
     if workdir.exists() and not workdir.is_dir():
         raise NotADirectoryError(f"workdir: expected a directory, got the file {workdir}")
@@ -67,14 +67,14 @@ def claim_workdir(workdir: Path, config: Any) -> None:
 
 
 def _has_results(workdir: Path) -> bool:
-    """Whether a run has got so far that something would be lost."""
+    """Whether a run has written results that would be lost."""
     metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
     has_lines = metrics.exists() and metrics.stat().st_size > 0
     return has_lines or (checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir()))
 
 
 def config_differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """Lines "name: old there, new now", one a setting, for two configs as JSON."""
+    """Lines "name: old there, new now", one for each setting that differs, for two configs as JSON."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             yield from config_differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
@@ -92,5 +92,5 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def could_not_write(error: OSError, path: Path) -> OSError:
-    """The error with the file that could not be written: a full disk does not say."""
-    return OSError(error.errno, f"{error.strerror}; could not write it, what was saved before is whole", str(path))
+    """The error with the name of the file that could not be written, which the error of a full disk lacks."""
+    return OSError(error.errno, f"{error.strerror}; could not write it, earlier files are intact", str(path))

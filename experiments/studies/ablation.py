@@ -1,4 +1,4 @@
-"""The ablation of Chen et al. (2019, arXiv 1906.02735): what unbiasedness and LipSwish bring, over several seeds.
+"""Unbiasedness and LipSwish, the ablation of Chen et al. (2019, 1906.02735).
 
     python -m experiments.studies.ablation [digits | mnist | cifar10] [--seeds 0 1 2] [--workdir DIR] ...
 

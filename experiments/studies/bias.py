@@ -1,4 +1,4 @@
-"""Training with a biased log-det beside training without bias: the loss of each against the exact value.
+"""Training with a biased log-det beside training without bias, by the exact value.
 
     python -m experiments.studies.bias [--workdir DIR] [--steps N] [--truncated.terms N] [--model.coefficient C] ...
 

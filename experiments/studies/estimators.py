@@ -1,4 +1,4 @@
-"""Compares estimators of the log-det: variance of the parameter gradient times cost, side by side.
+"""Estimators of the log-det: variance of the gradient times cost, side by side.
 
     python -m experiments.studies.estimators [--workdir DIR] [--targets synthetic digits fashion_mnist] [--keys N] ...
 

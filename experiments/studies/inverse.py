@@ -1,4 +1,4 @@
-"""How exact and how fast f^-1 is: evaluations of g by every solver at equal error, error against iterations.
+"""How exact and how fast f^-1 is: every solver at equal error, by evaluations of g.
 
     python -m experiments.studies.inverse [--workdir DIR] [--targets digits fashion_mnist] [--samples N] [--peer] ...
 

@@ -1,4 +1,4 @@
-"""How time and memory of a training step grow with depth, width, batch and image size.
+"""How time and memory of a step grow with depth, width, batch and image size.
 
     python -m experiments.studies.scaling [--workdir DIR]
 

@@ -1,4 +1,4 @@
-"""What data parallelism costs: the collectives of a training step on 1, 2, 4 and 8 devices, and an estimate for more.
+"""What data parallelism costs: collectives of a step on 1, 2, 4 and 8 devices.
 
     python -m experiments.studies.weak_scaling [--devices 1 2 4 8] [--per-device B] [--workdir DIR]
 

@@ -44,7 +44,7 @@ class StoredImages:
         rows = self._rows[index]
         images = self._read(np.atleast_1d(rows))
         if images.shape[1:] != self.shape[1:]:
-            raise ValueError(f"images: expected shape {self.shape[1:]}, that of the first, got {images.shape[1:]}")
+            raise ValueError(f"images: expected shape {self.shape[1:]} like the first image, got {images.shape[1:]}")
         return images if rows.ndim else images[0]
 
 

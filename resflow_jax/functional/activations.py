@@ -17,7 +17,7 @@ which is empty for most.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -203,6 +203,20 @@ def _plain(name: str, function: Callable[[Array], Array], group: int = 1) -> Act
     return Activation(name, lambda params, x: function(x), group=group)
 
 
+ActivationName = Literal[
+    "lipswish",
+    "clipswish",
+    "leakylipswish",
+    "elu",
+    "softplus",
+    "relu",
+    "tanh",
+    "sin",
+    "identity",
+    "lipschitz_cube",
+    "maxmin",
+    "fullsort",
+]  # the keys of the following, for command lines
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (

@@ -41,13 +41,15 @@ def batch_axes(*names: str) -> AbstractContextManager[None]:
         is an axis of a `jax.shard_map` with check_vma that the batch does not vary over.
 
     Example:
-      >>> def log_det(x):   # of half of the batch
+      >>> def log_det(x):
+      ...     options = {"key": jax.random.key(0), "estimator": rf.Truncated(1)}
+      ...     return rf.residual(lambda w, x: jnp.sin(x @ w), jnp.array([[0.1, 0.4], [0.4, 0.1]]), x, **options)[1]
+      >>> def log_det_of_half(x):
       ...     with rf.batch_axes("devices"):
-      ...         return rf.residual(lambda w, x: jnp.sin(w * x), 0.5, x, key=jax.random.key(0))[1]
+      ...         return log_det(x)
       >>> x = jnp.arange(8.0).reshape(4, 2)
-      >>> halves = jax.vmap(log_det, axis_name="devices")(x.reshape(2, 2, 2))
-      >>> whole = rf.residual(lambda w, x: jnp.sin(w * x), 0.5, x, key=jax.random.key(0))[1]
-      >>> bool(jnp.allclose(halves.reshape(4), whole, atol=1e-5))
+      >>> halves = jax.vmap(log_det_of_half, axis_name="devices")(x.reshape(2, 2, 2))
+      >>> bool(jnp.allclose(halves.reshape(4), log_det(x), atol=1e-5))
       True
     """
     for name in names:

@@ -110,7 +110,7 @@ def check_key(name: str, key: Any, *, optional: bool = False) -> None:
 
 
 def as_key(name: str, key: Any) -> jax.Array:
-    """One PRNG key as of `check_key`, or that of an integer seed."""
+    """Converts an integer seed to a PRNG key, and checks a PRNG key as `check_key` does."""
     if isinstance(key, Integral) and not isinstance(key, bool):
         return jax.random.key(key)
     check_key(name, key)

@@ -35,7 +35,7 @@ def as_condition(condition: Any, name: str, x: Array) -> Any:
             )
         return leaf
 
-    if hasattr(condition, "__jax_array__"):  # as a variable of Flax, which is a tree too
+    if hasattr(condition, "__jax_array__"):  # a variable of Flax, which is also a pytree
         return of_leaf((), condition)
     return jax.tree_util.tree_map_with_path(of_leaf, condition)
 
@@ -45,7 +45,7 @@ def check_map(g: Any, condition: Any) -> None:
     check_callable("g", g)
     try:
         signature = inspect.signature(g)
-    except (TypeError, ValueError):  # of a builtin, or of an object that does not tell
+    except (TypeError, ValueError):  # builtins and some objects have no signature
         return
     if condition is None and not _takes(signature, 2):
         if _takes(signature, 3):

@@ -100,7 +100,7 @@ def check_contraction(
     Example:
       >>> w = 0.9 * jnp.eye(2)
       >>> x = jax.random.normal(jax.random.key(0), (4, 2))
-      >>> found = rf.check_contraction(lambda w, x: jnp.sin(x @ w), w, x, jax.random.key(1))
+      >>> found = rf.check_contraction(lambda w, x: jnp.sin(x @ w), w, x, jax.random.key(1), samples=1)
       >>> found.is_refuted, bool(0.5 < found.lipschitz_lower_bound < 0.9)
       (False, True)
     """

@@ -62,7 +62,9 @@ class Truncated:
 
     Attributes:
       terms: number of terms of the series.
-      probe, gradient, probes: as in `Roulette`.
+      probe: law of the probes v, as in `Roulette`.
+      gradient: "neumann" or "autodiff", as in `Roulette`.
+      probes: probes an example, averaged; each costs the whole series.
 
     Raises:
       ValueError: for a count below 1, or an unknown probe or gradient.

@@ -109,7 +109,7 @@ def residual_inverse(
     check_solver(solver)
     y = vary_over(y, varying_axes((y, params, condition)))
     traced, closed_over = trace_residual(g, params, "y", *arguments(y, condition))
-    if missing := set(varying_axes(traced.out)) - set(varying_axes(y)):  # what g closes over differs over more axes
+    if missing := set(varying_axes(traced.out)) - set(varying_axes(y)):  # g closes over arrays that vary over more axes
         y = vary_over(y, tuple(sorted(missing)))
         traced, closed_over = trace_residual(g, params, "y", *arguments(y, condition))
     rule, limits = solver.split(y.dtype)
@@ -130,10 +130,10 @@ def _solve(
     solver = rule.with_limits(limits)
 
     def solve(equation, start):
-        # Not x - equation(x): its rounding would be added to that of y - g(x).
+        # Not x - equation(x), which would add further rounding errors to those of y - g(x).
         scale = jnp.maximum(1, example_max(y))
         x, status = iterate(lambda x: y - g(closed_over, params, x, condition), start, solver, scale)
-        wide = wide_dtype(y.dtype)  # custom_root wants float aux, and counts may pass 256
+        wide = wide_dtype(y.dtype)  # custom_root takes only floats as aux, and bfloat16 cannot count beyond 256
         return x, jax.tree.map(lambda leaf: leaf.astype(wide), status)
 
     def solve_linear(operator, b):

@@ -134,7 +134,7 @@ def residual(
         params = vary_over(params, varying_axes(batch))
     prepare, prepared_over = trace(_identity if prepare is None else prepare, params)
     traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes)
-    if missing := set(varying_axes(traced.out)) - set(varying_axes(batch)):  # g closes over what differs over more axes
+    if missing := set(varying_axes(traced.out)) - set(varying_axes(batch)):  # arrays that g closes over
         chunks = vary_over(chunks, tuple(sorted(missing)))
         traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes)
     g = traced

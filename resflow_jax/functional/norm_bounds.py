@@ -123,7 +123,7 @@ def induced_norm_bound(linear_map: LinearMap, kernel: Array | np.ndarray, domain
     else:
         inner = {a, b, min(max(a, 0.5), b)}  # 1 / r
         bound = min(n_in ** (c - a) * _interpolated_bound(linear_map, kernel, c, c) * n_out ** (b - c) for c in inner)
-    return _unscaled(bound * (1 + 64 * _EPSILON), exponent)  # for the powers
+    return _unscaled(bound * (1 + 64 * _EPSILON), exponent)  # the factor bounds the rounding errors of powers
 
 
 def gram_iteration_bound(linear_map: LinearMap, kernel: Array, iterations: int = 7) -> Array:

@@ -195,7 +195,7 @@ def power_iteration(
         u, sigma_half = dual(matvec(old.v) / scale, codomain)
         w = rmatvec(u) / scale
         v_new, sigma = dual(w, conjugate(domain))
-        v_new = jnp.where(sigma > 0, v_new, old.v)  # a zero map must not spoil the next warm start
+        v_new = jnp.where(sigma > 0, v_new, old.v)  # for a zero map v stays, as a start for the next call
         residual = _residual(w, old.v, sigma_half, v_new, sigma, domain)
         change = jnp.abs(sigma - old.sigma) / positive(sigma)
         converged = (change <= tolerance) & (residual <= residual_tolerance)

@@ -14,11 +14,17 @@ PROBES = ("rademacher", "gaussian", "orthogonal")
 
 
 def draw_seeds(probe: str, probes: int, keys: Array, x: Array) -> Array:
-    """What `make_probes` makes the probes of each example of x from, [B, ...]; keys [B] has one PRNG key an example.
+    """The seeds [B, ...] from which `make_probes` makes the probes of each example of x [B, ...].
 
-    For Rademacher probes these are random bits, so that the backward pass need not draw them again. For other probes
-    they are the keys. The two words of a key that nothing else is drawn with are random bits themselves: up to 64 signs
-    cost no program of random numbers.
+    For Rademacher probes they are random bits, so that the backward pass need not draw them again. Up to 64 bits are
+    the words of the key itself, which are random and which nothing else uses: that compiles faster than a draw. For
+    other probes the seeds are the keys.
+
+    Args:
+      probe: "rademacher", "gaussian" or "orthogonal".
+      probes: number of probes for each example.
+      keys: PRNG keys [B], one for each example.
+      x: floats [B, ...], for their shape.
     """
     if probe != "rademacher":
         return keys

@@ -58,8 +58,8 @@ def mixed_start(v: Array, order: Order, residual_tolerance: Array) -> Array:
     length. For v = 0 the result is the fixed direction.
     """
     direction = pseudo_random_direction(v.shape, v.dtype)
-    # Divided by the power of two next to its largest element, which rounds nothing, v has no square that overflows.
-    # The divisor is such that its reciprocal, by which XLA multiplies, and half of that are normal.
+    # v is divided by the power of two next to its largest element. This causes no rounding error, and then no square
+    # overflows. The divisor is clipped so that its reciprocal, by which XLA multiplies, and half of that are normal.
     half, tiny = 0.5 * jnp.max(jnp.abs(v)), float(jnp.finfo(v.dtype).tiny)
     v = 0.5 * v / lax.reduce_precision(jnp.clip(half, tiny, 0.25 / tiny), jnp.finfo(v.dtype).nexp, 0)
     share = jnp.minimum(residual_tolerance / 20, _LARGEST_SHARE) / (1.5 * v.size ** (1 / order))
@@ -72,7 +72,7 @@ def fixed_start(shape: tuple[int, ...], dtype: np.dtype, order: Order) -> Array:
 
 
 def _unit(v: Array, order: Order) -> Array:
-    """`unit`, for a v whose square neither overflows nor vanishes: fewer programs to compile."""
+    """`unit` for a v whose squares neither overflow nor underflow; it compiles faster."""
     return v / _length(v, order)
 
 

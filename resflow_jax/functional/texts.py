@@ -1,7 +1,7 @@
-"""Short texts of settings, numbers and arrays: what the `repr` of results and of layers is made of.
+"""Short texts of settings, numbers and arrays, for the `repr` of results and layers.
 
-Nothing here fails, whatever it is given: an array whose values are not known, as a traced one, is described by dtype
-and shape, any other object by its type. Numbers are rounded; bounds are rounded away from what they bound.
+These functions do not fail for any object. An array without known values, such as a traced one, is described by dtype
+and shape, and any other unknown object by its type. Numbers are rounded. Upper bounds are rounded up.
 """
 
 import dataclasses
@@ -15,54 +15,54 @@ import numpy as np
 
 from resflow_jax.functional.activations import Activation
 
-_LONGEST = 60  # characters of a setting that is no array, number, name or tuple of such
-_MOST = 8  # elements of a tuple that are all shown
+_LONGEST = 60  # largest number of characters for the text of an unknown object
+_MOST = 8  # largest number of elements of a tuple that is shown completely
 _SIX_DIGITS_UP = Context(prec=6, rounding=ROUND_CEILING)
-_IN_PLACE = {"event_shape", "condition_shape"}  # optional arguments that say what other arguments say too
+_IN_PLACE = {"event_shape", "condition_shape"}  # optional arguments that follow from other arguments
 _NO_SETTINGS = {"self", "rngs", "key"}
 
 
 def values_of(array: Any) -> np.ndarray | None:
-    """The values of an array or a number on the host, None where they are not known.
+    """The values of an array or a number on the host, or None if they are unknown.
 
-    That is so of a tracer, a shape without values, an array that was donated or lies on other processes, and an object
-    that is no array.
+    They are unknown for a tracer, a shape without values, an array that was donated or lies on other processes, and an
+    object that is no array.
     """
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array | np.ndarray | np.generic | float | int):
         return None
     try:
         values = np.asarray(array)
         return values if values.dtype == bool else values.astype(np.float64)
-    except Exception:  # the array is deleted, lies elsewhere, or holds what is no number, as PRNG keys
+    except Exception:  # the array is deleted, lies on another process, or has no numbers (PRNG keys)
         return None
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one number, and known."""
+    """Whether this is a single number with a known value."""
     values = values_of(value)
     return values is not None and values.ndim == 0
 
 
 def described(value: Any) -> str:
-    """dtype[shape] of anything that has both, as "float32[64,2]", or what the value is."""
+    """The dtype and shape of an array, as "float32[64,2]", or the text of another value."""
     if hasattr(value, "dtype") and isinstance(getattr(value, "shape", None), tuple):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     return f"<{type(value).__name__}>" if hasattr(value, "dtype") else setting(value)
 
 
 def fields_text(value: tuple) -> str:
-    """`Name(field=dtype[shape], ...)` of a named tuple whose values are not all known."""
+    """`Name(field=dtype[shape], ...)` for a named tuple with unknown values."""
     named = zip(value._fields, value, strict=True)
     return f"{type(value).__name__}({', '.join(f'{name}={described(field)}' for name, field in named)})"
 
 
 def number(value: float) -> str:
-    """Four significant digits."""
+    """A number with four significant digits."""
     return f"{float(value):.4g}"
 
 
 def upper(value: float) -> str:
-    """An upper bound with six significant digits, rounded up; below 1 also where that would give 1."""
+    """An upper bound with six significant digits, rounded up. A bound below 1 is shown as such, as "1 - 1e-07"."""
     value = float(value)
     text = f"{value:.6g}"
     if float(text) < value:
@@ -71,18 +71,18 @@ def upper(value: float) -> str:
 
 
 def span(values: np.ndarray, text: Callable[[float], str] = number) -> str:
-    """One number where all are equal in this text, else "least to largest"."""
+    """The range of values: one number if the texts of the least and the largest agree, else "least to largest"."""
     ends = [text(values.min()), text(values.max())]
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
 def count(number: int, what: str) -> str:
-    """A number of things, as "1 block" and "1,200 blocks"."""
+    """A number with a noun, as "1 block" and "1,200 blocks"."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def setting(value: Any) -> str:
-    """An argument of a constructor, on one line."""
+    """The text of a constructor's argument, on one line."""
     if isinstance(value, Activation):
         return value.name
     if isinstance(value, bool | int | str | type(None)):
@@ -99,7 +99,7 @@ def setting(value: Any) -> str:
             return described(value)
         if dataclasses.is_dataclass(value):
             text = constructor(value, sizes=False)
-        else:  # an address says nothing
+        else:  # the default repr has an address, which tells nothing
             text = (
                 f"<{type(value).__name__}>"
                 if type(value).__repr__ is object.__repr__
@@ -119,15 +119,15 @@ def listed(brackets: str, texts: Iterable[str], *, is_tuple: bool = False) -> st
 def constructor(
     value: Any, text: Callable[[Any], str] = setting, /, *, sizes: bool = True, **instead: str | None
 ) -> str:
-    """`Name(...)` of an object, from the arguments of its constructor that it has as attributes.
+    """`Name(...)` for an object, from the attributes that have the names of its constructor's arguments.
 
-    Arguments are there where they are not the default; with `sizes` whole numbers and tuples of them always.
+    Arguments are shown if they differ from their default.
 
     Args:
       value: the object.
-      text: of one argument.
-      sizes: whether sizes are always shown.
-      instead: texts of arguments by name, in the place of the attributes; None leaves one out.
+      text: function from the value of an argument to its text.
+      sizes: whether integers and tuples of integers are always shown.
+      instead: texts of arguments by name, which replace the attributes; None omits an argument.
     """
     texts, in_order = [], True
     for parameter in _parameters(type(value)):
@@ -142,7 +142,7 @@ def constructor(
 
 
 def _parameters(cls: type) -> list[inspect.Parameter]:
-    """The parameters of a class's constructor that can be settings."""
+    """The parameters of a class's constructor, except random streams and keys."""
     try:
         parameters = inspect.signature(cls.__init__).parameters.values()
     except (TypeError, ValueError):
@@ -152,10 +152,10 @@ def _parameters(cls: type) -> list[inspect.Parameter]:
 
 
 def _attribute_text(value: Any, parameter: inspect.Parameter, text: Callable[[Any], str], sizes: bool) -> str | None:
-    """The attribute of a parameter's name; None where there is none, or it is the default."""
+    """The text of the attribute with a parameter's name; None if it is missing or the default."""
     try:
         found = getattr(value, parameter.name)
-    except Exception:  # there is none, or it is a property of an object that is half made
+    except Exception:  # no such attribute, or a property of an incomplete object
         return None
     is_optional = parameter.default is not parameter.empty
     if is_optional and parameter.name in _IN_PLACE:
@@ -172,7 +172,7 @@ def _is_default(value: Any, default: Any) -> bool:
     if isinstance(value, bool | int | float | str | tuple | type(None)) or dataclasses.is_dataclass(value):
         try:
             return bool(value == default)
-        except Exception:  # of arrays inside
+        except Exception:  # a comparison of arrays inside
             return False
     return value is default
 

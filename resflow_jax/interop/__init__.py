@@ -1,14 +1,20 @@
-"""Bridges to other libraries: each a submodule that is imported at first use, most of them an optional extra.
+"""Bridges to other libraries. Each is a submodule that is imported when it is first used.
 
-    rf.interop.distrax     a flow as a bijector of distrax, and through it of TFP on JAX
-    rf.interop.numpyro     as a transform, a distribution and a variational family of NumPyro
-    rf.interop.flowjax     as a bijection of flowjax; residual blocks around networks of Equinox
-    rf.interop.stateless   as pure functions of parameters in a plain dict; needs no extra
+    rf.interop.distrax     A flow as a bijector of distrax, and through it of TFP on JAX.
+    rf.interop.numpyro     A flow as a transform, a distribution and a variational family of NumPyro.
+    rf.interop.flowjax     A flow as a bijection of flowjax, and residual blocks around networks of Equinox.
+    rf.interop.stateless   A flow as pure functions of parameters in a plain dict.
 
-Files of a flow are written by `rf.save` and read by `rf.load`. Checkpoints of the authors' PyTorch implementation are
-read by `rf.load_torch_checkpoint` and written by `rf.save_torch_checkpoint`; what only their flows have, as a
-classifier, is in `interop.torch.flow`. In the first three of these libraries the direction is that of sampling: forward
-maps z to x, where `Flow.forward` maps x to z.
+The first three need the extra of the same name. In these libraries forward is the direction of sampling: it maps z to
+x, where `Flow.forward` maps x to z.
+
+`rf.load_torch_checkpoint` reads checkpoints of the authors' PyTorch implementation, and `rf.save_torch_checkpoint`
+writes them. `interop.torch.flow` has what only their flows have, as a classifier. `rf.save` and `rf.load` write and
+read this library's own files.
+
+Example:
+  >>> sorted(rf.interop.__all__)
+  ['distrax', 'flowjax', 'numpyro', 'stateless']
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
 """Distributions of distrax and of NumPyro as base distributions of a flow: `rf.interop.distrax.base(distribution)`.
 
-One event of the distribution is one z. Its arrays become `Constant`: no training of the flow changes them.
+One event of the distribution is one z. Its arrays become `Constant`, which training of the flow does not change.
 """
 
 from typing import Any, NamedTuple
@@ -34,10 +34,23 @@ class _Numpyro(NamedTuple):
 
 
 def distrax_base(distribution: Any) -> ObjectBase:
-    """A `distrax.Distribution` of real vectors or arrays as a base.
+    """Makes a base of a `distrax.Distribution` of real vectors or arrays.
+
+    Args:
+      distribution: one distribution, of batch shape (). Its event shape is the shape of z.
+
+    Returns:
+      A base for `rf.Flow(bijector, base=...)`.
 
     Raises:
-      ValueError: for anything else, and for a batch of distributions.
+      ValueError: for any other object, and for a batch of distributions.
+
+    Example:
+      >>> import distrax
+      >>> prior = distrax.MultivariateNormalDiag(jnp.zeros(2), 3 * jnp.ones(2))
+      >>> flow = rf.Flow(rf.Affine((2,)), base=rf.interop.distrax.base(prior))
+      >>> flow.sample(jax.random.key(0), 5).shape
+      (5, 2)
     """
     import distrax
 
@@ -46,10 +59,23 @@ def distrax_base(distribution: Any) -> ObjectBase:
 
 
 def numpyro_base(distribution: Any) -> ObjectBase:
-    """A `numpyro.distributions.Distribution` of real vectors or arrays as a base.
+    """Makes a base of a `numpyro.distributions.Distribution` of real vectors or arrays.
+
+    Args:
+      distribution: one distribution, of batch shape (). Its event shape is the shape of z.
+
+    Returns:
+      A base for `rf.Flow(bijector, base=...)`.
 
     Raises:
-      ValueError: for anything else, and for a batch of distributions.
+      ValueError: for any other object, and for a batch of distributions.
+
+    Example:
+      >>> from numpyro.distributions import Normal
+      >>> prior = Normal(jnp.zeros(2), 3.0).to_event(1)
+      >>> flow = rf.Flow(rf.Affine((2,)), base=rf.interop.numpyro.base(prior))
+      >>> flow.sample(jax.random.key(0), 5).shape
+      (5, 2)
     """
     from numpyro.distributions import Distribution
 

@@ -2,10 +2,12 @@
 
     distrax.Transformed(base, rf.interop.distrax.bijector(flow, key))
 
-is the distribution of x that the flow models, for a base of events z like the flow's own: a standard normal of D
-elements, unless the flow was given another. So the bijector's forward is the flow's inverse, z -> x, and its inverse
-the flow, x -> z; `distrax.Inverse(bijector)` is the other way round. `base(distribution)` makes a distribution of
-distrax the base of a flow of this library: `rf.Flow(layers, base=rf.interop.distrax.base(distribution))`.
+is the distribution of x that the flow models. The base is the distribution of distrax that equals the flow's own: a
+standard normal of D elements, unless the flow was given another one. The bijector's forward is the flow's inverse,
+z -> x, and its inverse is the flow, x -> z; `distrax.Inverse(bijector)` has the opposite direction.
+
+`base(distribution)` goes the other way. It makes a distribution of distrax the base of a flow of this library, as in
+`rf.Flow(layers, base=rf.interop.distrax.base(distribution))`.
 """
 
 import jax
@@ -22,7 +24,7 @@ with needs_extra("distrax"):
 
 Array = jax.Array
 
-base = distrax_base  # a distribution as the base of a flow
+base = distrax_base
 
 
 def bijector(
@@ -33,42 +35,64 @@ def bijector(
     estimator: Estimator | None = None,
     solver: Solver = Anderson(),
 ) -> "FlowBijector":
-    """The flow as it is now, as a `distrax.Bijector` from z [..., *latent_shape] to x [..., *event_shape].
+    """Makes a `distrax.Bijector` of a flow as it is now, from z [..., *latent_shape] to x [..., *event_shape].
 
-    Any number of batch axes. Differentiable in z, x and the flow's parameters, under jit, grad and vmap: to train, make
-    the bijector inside of the loss, from the flow that is differentiated.
+    There may be any number of batch axes. The bijector is differentiable in z, x and the flow's parameters, under jit,
+    grad and vmap. To train, make the bijector inside the loss, from the flow that is differentiated, with a new key at
+    each step.
 
-      def loss(flow, x, key):
-          base = distrax.MultivariateNormalDiag(jnp.zeros(flow.dim), jnp.ones(flow.dim))
-          return -distrax.Transformed(base, rf.interop.distrax.bijector(flow, key)).log_prob(x).mean()
+    Randomness: the bijector keeps one key, so that its log-dets are deterministic functions (common random numbers).
+    Each is unbiased over keys. Example n of a batch has its own noise, by its number. Under `jax.vmap`, which
+    `distrax.Transformed.sample_and_log_prob` uses, all examples have the noise of number 0. The `log_prob` of a batch
+    of samples thus differs by noise from the log-density that came with them; `jax.vmap(log_prob)` gives the same. With
+    `Exact` all agree.
 
-      value, gradient = nnx.value_and_grad(loss)(flow, x, key)
-
-    Randomness: one key for the bijector's life, so that all its log-dets are deterministic functions (common random
-    numbers), each unbiased over keys: train with a new one each step. Example n of a batch has noise of its own, by its
-    number. Under `jax.vmap`, which `distrax.Transformed.sample_and_log_prob` uses, all examples share that of number 0.
-    So `log_prob` of a batch of samples differs by noise from what came with them, and `jax.vmap(log_prob)` gives it
-    again; with `Exact` all agree.
+    Cost: `forward` takes a solve; `inverse` takes one evaluation of every g; the log-det costs as in `Flow.forward`.
 
     Args:
-      flow: one without padding, which is no bijection.
-      key: PRNG key of the log-det's estimates; not needed by `Exact`.
-      condition: of a conditional flow; floats [*condition_shape], one for all, or with leading axes that broadcast with
-        those of z and x: the bijector is that of p(x | condition), and a batch of conditions gives samples their shape.
-      estimator: as in `Flow.forward`, `Roulette()` by default.
-      solver: of z -> x. Where it does not converge, an eager call warns or raises, as the solver's `on_failure` says.
-        Inside jit and vmap, and so in `distrax.Transformed.sample`, x is then the best guess ("warn") or NaN ("raise").
+      flow: a flow without padding; padding makes it no bijection.
+      key: PRNG key of the estimates of the log-det; `Exact` needs none.
+      condition: of a conditional flow: floats [*condition_shape], one for all, or with leading axes that broadcast with
+        those of z and x. The bijector is then that of p(x | condition), and a batch of conditions is a batch of
+        distributions.
+      estimator: estimator of the log-det, as in `Flow.forward`; by default `Roulette()`.
+      solver: solver of z -> x. If it does not converge, an eager call warns or raises, as its `on_failure` says. Inside
+        jit and vmap, and so in `distrax.Transformed.sample`, x is then the best guess ("warn") or NaN ("raise").
         Derivatives of such a solve are NaN.
+
+    Returns:
+      A bijector in nats, a pytree.
 
     Raises:
       ValueError: for a flow with padding, an unknown estimator, a missing key, and a condition that is missing or not
-        expected; of its methods, for wrong shapes and dtypes. Values are not checked: images beyond [0, 1] give NaN.
+        expected. Methods of the bijector raise it for wrong shapes and dtypes. Values are not checked: images outside
+        of [0, 1] give NaN.
+
+    Example:
+      >>> import distrax
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> base = distrax.MultivariateNormalDiag(jnp.zeros(2), jnp.ones(2))
+      >>> x = jax.random.normal(jax.random.key(0), (16, 2))
+      >>> def loss(flow, key):
+      ...     return -distrax.Transformed(base, rf.interop.distrax.bijector(flow, key)).log_prob(x).mean()
+      >>> value, gradient = nnx.value_and_grad(loss)(flow, jax.random.key(1))
+      >>> bool(jnp.isfinite(value))
+      True
     """
     return FlowBijector(SamplingMap.of(flow, key, estimator, solver, condition))
 
 
 class FlowBijector(distrax.Bijector):
-    """The bijector of `bijector`, a pytree. Behind a logit x may leave [0, 1] by alpha / (1 - 2 alpha)."""
+    """The bijector that `bijector` makes, a pytree.
+
+    The x of a flow with a logit may leave [0, 1] by alpha / (1 - 2 alpha).
+
+    Example:
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> bijector = rf.interop.distrax.bijector(flow, estimator=rf.Exact())
+      >>> isinstance(bijector, rf.interop.distrax.FlowBijector), bijector.inverse(jnp.ones((3, 2))).shape
+      (True, (3, 2))
+    """
 
     def __init__(self, sampling: SamplingMap):
         super().__init__(event_ndims_in=len(sampling.latent_shape), event_ndims_out=len(sampling.event_shape))
@@ -95,5 +119,5 @@ class FlowBijector(distrax.Bijector):
 
     @property
     def flow(self) -> Flow:
-        """The flow, made anew of the state that the bijector holds."""
+        """A new flow from the state that the bijector holds."""
         return self._sampling.flow

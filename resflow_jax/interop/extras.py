@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Around the imports of an optional library: an ImportError there says which extra of this package brings it."""
+    """Surrounds imports of an optional library. An ImportError then says which extra of this package installs it."""
     try:
         yield
     except ImportError as error:

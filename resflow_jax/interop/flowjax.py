@@ -4,17 +4,17 @@
     Invert(ResidualBijection(contractive(g), shape))                       a block around a network of Equinox
     Invert(ResidualBijection(g, shape, cond_shape=(2,)))                   the same with g(x, condition)
 
-The base of a flow is no part of its bijection: for a flow with another one than `StandardNormal`, take the distribution
-of flowjax that is the same.
+The base of a flow is not part of its bijection. For a flow with another base than `StandardNormal`, take the
+distribution of flowjax that equals it.
 
 flowjax's `transform` makes samples and its `inverse` takes data, so `FlowBijection.transform` is the inverse of
-`Flow.forward`. flowjax maps one event at a time, without randomness of its own, and vmaps: with a fixed key an
-estimate's noise would be the same in every example and step, and training would fit it. `Exact()` is the default here;
-it takes D vjps of each g, and suits the low dimensions that flowjax is for.
+`Flow.forward`. flowjax maps one event at a time, has no randomness of its own, and vmaps. With a fixed key the noise of
+an estimate would be the same in every example and step, and training would fit it. `Exact()` is therefore the default
+here. It takes D vjps of each g, which suits the low dimensions that flowjax is for.
 
-Its distributions vmap even in eager calls, and nothing can be said from inside of a vmap: where a solve does not
-converge, the event is then the best guess with a solver of on_failure="warn", and NaN with "raise". A method called
-eagerly by itself warns or raises. Derivatives of a solve that did not converge are NaN.
+The distributions of flowjax use vmap even in eager calls, and a program inside vmap can neither warn nor raise. If a
+solve does not converge there, the event is the best guess with a solver of on_failure="warn", and NaN with "raise". A
+method that is called eagerly by itself warns or raises. Derivatives of a solve that did not converge are NaN.
 """
 
 from collections.abc import Callable
@@ -46,21 +46,32 @@ _EXACT = Exact()
 
 
 class FlowBijection(AbstractBijection):
-    """z -> x of a whole flow. z has the shape of x: the flow's z, in its order, reshaped.
+    """The map z -> x of a whole flow. z has the shape of x: it is the flow's z, in its order, reshaped.
 
-    The flow's parameters are trainable leaves. Power-iteration vectors, running statistics and constants are
-    `paramax.NonTrainable`; as nothing in flowjax's loops would advance the vectors, every evaluation does, from where
-    they were when the bijection was made to the present parameters. `FlowBijection(bijection.to_flow())` starts the
-    next fit from converged ones.
+    The parameters of the flow are trainable leaves. Power-iteration vectors, running statistics and constants are
+    `paramax.NonTrainable`. Since flowjax's loops do not advance the vectors, every evaluation advances them to the
+    present parameters, from where they were when the bijection was made, and does not keep them.
+    `FlowBijection(bijection.to_flow())` starts the next fit from converged vectors.
+
+    Cost of an evaluation: that of `Flow.forward` or `Flow.inverse`, and at most `max_iterations` power iterations.
 
     Attributes:
-      params: `nnx.Param` of the flow.
+      params: the `nnx.Param` variables of the flow.
       non_params: its other variables.
-      key, estimator: of the log-det; see the module's head.
-      solver: of z -> x. For what does not converge see the module's head.
-      max_iterations: cap on the power iterations of an evaluation, which ends earlier where they converge.
-      shape: of x.
-      cond_shape: of one condition, that of the flow; None for none.
+      key: PRNG key of the estimates of the log-det; `Exact` needs none.
+      estimator: estimator of the log-det; see the module's head.
+      graphdef: structure of the flow.
+      solver: solver of z -> x. The module's head says what happens if it does not converge.
+      max_iterations: cap on the power iterations of an evaluation; convergence ends them earlier.
+      shape: shape of x.
+      cond_shape: shape of one condition, that of the flow; None if it takes none.
+
+    Example:
+      >>> from flowjax.distributions import StandardNormal, Transformed
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> distribution = Transformed(StandardNormal((2,)), rf.interop.flowjax.FlowBijection(flow))
+      >>> distribution.log_prob(jnp.ones((3, 2))).shape
+      (3,)
     """
 
     params: nnx.State
@@ -85,8 +96,8 @@ class FlowBijection(AbstractBijection):
         """Takes the flow as it is now.
 
         Raises:
-          ValueError: for a flow with padding, which is no bijection, a conditional flow that does not know the shape of
-            its condition, an unknown estimator, and a missing key.
+          ValueError: for a flow with padding, which makes it no bijection; for a conditional flow that does not know
+            the shape of its condition; for an unknown estimator, and for a missing key.
         """
         check_type("flow", flow, Flow)
         if flow.condition_shape is ...:
@@ -121,31 +132,45 @@ class FlowBijection(AbstractBijection):
         return z.reshape(self.shape), log_det
 
     def _sampling(self, condition: Array | None) -> SamplingMap:
-        """Of the unwrapped bijection."""
+        """The map of the flow with advanced vectors; `self` is the unwrapped bijection."""
         non_params = advance_norms(self.graphdef, self.params, self.non_params, self.max_iterations)
         flow = nnx.merge(self.graphdef, self.params, non_params)
-        condition = None if self.cond_shape is None else condition  # flowjax hands one to parts that take none
+        condition = None if self.cond_shape is None else condition  # flowjax gives one to bijections that take none
         return SamplingMap.of(flow, self.key, self.estimator, self.solver, condition)
 
     def to_flow(self) -> Flow:
-        """The flow with the present parameters, its norms iterated to convergence."""
+        """Returns the flow with the present parameters; its power iterations are run to convergence."""
         flow = nnx.merge(self.graphdef, self.params, self.non_params.tree, copy=True)
         flow.converge_norms()
         return flow
 
 
 class ResidualBijection(AbstractBijection):
-    """x -> x + g(x), or x + g(x, condition), for any contraction g of one event; the inverse is solved.
+    """The map x -> x + g(x), or x + g(x, condition), for a contraction g of one event; the inverse is solved.
 
-    `flowjax.bijections.Invert` of it takes data without a solve, as training by maximum likelihood wants it.
+    `flowjax.bijections.Invert` of it takes data without a solve, which suits training by maximum likelihood.
+
+    Cost: `transform` takes one evaluation of g, and the log-det D vjps with `Exact`; `inverse` takes a solve.
 
     Attributes:
-      g: any pytree that is a function of x [*shape] to the same shape, of Lipschitz constant below one, as of
-        `contractive`; with `cond_shape`, of x and a condition, and a contraction in x for every condition. That is the
-        caller's duty: where it fails, log-dets are wrong and solves do not converge.
-      key, estimator, solver: as in `FlowBijection`.
-      shape: of x.
-      cond_shape: of one condition; None for no condition.
+      g: a pytree that is a function from x [*shape] to the same shape, or from (x, condition) with `cond_shape`. Its
+        Lipschitz constant in x must be below one, as `contractive` makes it. The caller must guarantee this; otherwise
+        log-dets are wrong and solves do not converge.
+      key: PRNG key of the estimates of the log-det; `Exact` needs none.
+      estimator: estimator of the log-det, `Exact()` by default.
+      solver: solver of the inverse.
+      shape: shape of x.
+      cond_shape: shape of one condition; None if g takes none.
+
+    Source: Behrmann et al. (2019), arXiv 1811.00995.
+
+    Example:
+      >>> import equinox as eqx
+      >>> g = eqx.nn.MLP(2, 2, 8, depth=1, activation=jnp.tanh, key=jax.random.key(0))
+      >>> block = rf.interop.flowjax.ResidualBijection(rf.interop.flowjax.contractive(g), (2,))
+      >>> x = jnp.array([0.5, -1.0])
+      >>> bool(jnp.allclose(block.inverse(block.transform(x)), x, atol=1e-3))
+      True
     """
 
     g: Callable[..., Array]
@@ -165,7 +190,7 @@ class ResidualBijection(AbstractBijection):
         estimator: Estimator = _EXACT,
         solver: Solver = Anderson(),
     ):
-        """Raises ValueError for a g that is no function, an unknown estimator or solver, and a missing key."""
+        """Raises ValueError if g is no function, for an unknown estimator or solver, and for a missing key."""
         check_callable("g", g)
         check_estimator(estimator)
         check_solver(solver)
@@ -204,19 +229,20 @@ class ResidualBijection(AbstractBijection):
         return residual_inverse(g, params, y, solver=self.solver, **self._given(condition))
 
     def _given(self, condition: Array | None) -> dict[str, Array]:
-        """The condition of a batch of one; flowjax hands one to parts that take none."""
+        """The condition of a batch of one. flowjax gives a condition also to bijections that take none."""
         return {} if self.cond_shape is None else {"condition": jnp.asarray(condition)[None]}
 
     def _batched(self) -> tuple[Callable[..., Array], Any]:
-        """g as `residual` takes it: a function of its arrays and of x [B, *shape], and these arrays."""
+        """g as `residual` takes it, a function of its arrays and of x [B, *shape]; and these arrays."""
         params, static = eqx.partition(self.g, eqx.is_array)
         return lambda params, *inputs: jax.vmap(eqx.combine(params, static))(*inputs), params
 
 
 def _unwrapped(bijection: Any, x: Any, condition: Any) -> tuple[Any, Array, Array | None]:
-    """The unwrapped bijection, x and condition as arrays: what flowjax does by itself for methods with a log-det.
+    """The unwrapped bijection, and x and the condition as arrays.
 
-    The methods without one spare it: `Exact` takes D vjps of each g.
+    flowjax does this itself for methods with a log-det. The methods here spare the log-det, for which `Exact` takes D
+    vjps of each g.
     """
     x = jnp.asarray(x)
     if x.shape != bijection.shape:
@@ -232,11 +258,28 @@ def _unwrapped(bijection: Any, x: Any, condition: Any) -> tuple[Any, Array, Arra
 
 
 def contractive(module: Any, coefficient: float = 0.98) -> Any:
-    """An Equinox module whose `eqx.nn.Linear` layers W are min(1, coefficient / |W|_2) W, whatever their parameters.
+    """Bounds the weights of all `eqx.nn.Linear` layers of an Equinox module: W becomes min(1, coefficient / |W|_2) W.
 
-    With activations of Lipschitz constant one at most (relu, tanh, softplus, ...) a chain of such layers has a constant
-    of at most coefficient ** layers. |W|_2 is exact, of a singular value decomposition at each evaluation: there are no
-    vectors to keep up to date. The layers' weights become `paramax.Parameterize`; `paramax.unwrap` gives them back.
+    A chain of such layers, with activations whose Lipschitz constants are at most one (relu, tanh, softplus, ...), has
+    a Lipschitz constant of at most coefficient ** layers. The norm |W|_2 is exact: each evaluation takes a singular
+    value decomposition, and there are no vectors to keep up to date.
+
+    Args:
+      module: an Equinox module.
+      coefficient: bound on the norm of each layer, in (0, 1).
+
+    Returns:
+      The module with `paramax.Parameterize` in the place of the weights; `paramax.unwrap` gives the bounded weights.
+
+    Raises:
+      ValueError: for a coefficient outside of (0, 1).
+
+    Example:
+      >>> import equinox as eqx, paramax
+      >>> linear = eqx.nn.Linear(3, 3, key=jax.random.key(0))
+      >>> bounded = paramax.unwrap(rf.interop.flowjax.contractive(linear, 0.5))
+      >>> bool(jnp.linalg.norm(bounded.weight, 2) <= 0.5001)
+      True
     """
     check_open_interval("coefficient", coefficient, 0, 1)
 

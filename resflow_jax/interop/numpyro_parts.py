@@ -20,11 +20,11 @@ Array = jax.Array
 
 
 def base_distribution(base: Base, dtype: Any, condition: Array | None, batch_shape: tuple[int, ...]) -> Distribution:
-    """The base of a flow, of z [*batch_shape, *event_shape].
+    """The base of a flow as a distribution of NumPyro, of z [*batch_shape, *event_shape].
 
     Args:
-      base: of the flow.
-      dtype: of the flow.
+      base: the base.
+      dtype: dtype of the flow.
       condition: [*condition_shape], or [*batch_shape, *condition_shape].
       batch_shape: leading axes of the condition.
     """
@@ -36,7 +36,7 @@ def base_distribution(base: Base, dtype: Any, condition: Array | None, batch_sha
 
 
 class BaseDistribution(Distribution):
-    """A `Base`, as it is now, with its condition; a pytree. Samples are differentiable where those of the base are."""
+    """A `Base` as it is now, with its condition; a pytree. Its samples are differentiable if those of the base are."""
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
     reparametrized_params: list[str] = []  # noqa: RUF012
@@ -77,11 +77,11 @@ class BaseDistribution(Distribution):
 
 
 def support_constraint(support: tuple[Any, Any] | None, ndims: int) -> constraints.Constraint:
-    """The constraint of events of so many axes whose values are between the ends of a support, each of them included.
+    """The constraint of events whose values are between the two ends of a support, or equal to them.
 
     Args:
-      support: numbers, infinite ones included, or arrays of the last axes; None for all reals.
-      ndims: of one event.
+      support: (low, high), numbers or arrays of the last axes, which may be infinite; None for all reals.
+      ndims: number of axes of one event.
     """
     ends = (-np.inf, np.inf) if support is None else (np.asarray(end, float) for end in support)
     low, high = np.broadcast_arrays(*ends)
@@ -98,7 +98,7 @@ def support_constraint(support: tuple[Any, Any] | None, ndims: int) -> constrain
 
 
 class Columns(type(constraints.interval(0, 1))):
-    """Values between ends some of which are infinite: columns with bounds of their own."""
+    """Values between ends of which some are infinite, as in a table whose columns have different bounds."""
 
     def __repr__(self) -> str:
         return f"Columns(low={self.lower_bound}, high={self.upper_bound})"
@@ -108,7 +108,7 @@ class Columns(type(constraints.interval(0, 1))):
 
 
 class ToColumns(Transform):
-    """The reals to `Columns`: low + exp(x), high - exp(-x), low + (high - low) sigmoid(x), or x itself."""
+    """The map of the reals to `Columns`: low + exp(x), high - exp(-x), low + (high - low) sigmoid(x), or x itself."""
 
     domain = constraints.real
 
@@ -120,7 +120,7 @@ class ToColumns(Transform):
         return self.columns
 
     def _parts(self) -> tuple[Array, Array, Array, Array]:
-        """Ends, zero where they are infinite, and where they are finite."""
+        """(low, high, has_low, has_high): the ends, zero where they are infinite, and whether they are finite."""
         low, high = jnp.asarray(self.columns.lower_bound), jnp.asarray(self.columns.upper_bound)
         has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
         return jnp.where(has_low, low, 0), jnp.where(has_high, high, 0), has_low, has_high
@@ -136,7 +136,7 @@ class ToColumns(Transform):
         both = has_low & has_high
         from_low = jnp.where(has_low, y - low, 1)
         from_high = jnp.where(has_high, high - y, 1)
-        logs = jnp.log(from_low) - jnp.log(from_high)  # one of them is zero where one end alone is finite
+        logs = jnp.log(from_low) - jnp.log(from_high)  # one of the two is zero if one end alone is finite
         return jnp.where(both | has_low | has_high, logs, y)
 
     def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:

@@ -1,20 +1,20 @@
-"""A flow as the map that samples: z -> x and back, as pure functions of a pytree, for any leading axes.
+"""The map of a flow from z to x and back, as pure functions of a pytree, for any leading axes.
 
     x = f^-1(z),   log|det dx/dz| = -log|det df/dx| at x
 
-Libraries of distributions push a simple base distribution forward: what they call forward is the
-inverse of `Flow.forward`, which maps x to z. `SamplingMap` is what their interfaces are made of here.
+Libraries of distributions push a simple base distribution forward. What they call forward is the inverse of
+`Flow.forward`, which maps x to z. The bridges to these libraries are made of `SamplingMap`.
 
-Shapes: z [..., *latent_shape], x [..., *event_shape], log-dets [...] in nats. A condition c is part of the map: of
-shape [*condition_shape], one for all examples, or with leading axes that broadcast with those of z or x. For a flow
-whose `condition_shape` is `...` it is one for all. All leading axes make one batch, whose example n gets noise of its
-own, by its number. Under `jax.vmap` every example is number 0: all share one probe, and estimates of their log-dets are
-each unbiased, but not independent. So two estimates at the same point agree where its number in the batch is the same,
-and differ by noise elsewhere; with `Exact` they always agree.
+Shapes: z [..., *latent_shape], x [..., *event_shape], log-dets [...] in nats. A condition is part of the map. It is
+[*condition_shape], one for all examples, or has leading axes that broadcast with those of z or x. A flow whose
+`condition_shape` is `...` takes one condition for all. All leading axes make one batch, and example n has its own noise
+by its number in the batch. Under `jax.vmap` every example is number 0: all share one probe, and the estimates of their
+log-dets are each unbiased but not independent. Two estimates at the same point thus agree if its number in the batch is
+the same, and differ by noise otherwise; with `Exact` they always agree.
 
-Solves of z -> x that do not converge are reported as the solver's `on_failure` says. Eager calls warn or raise. Inside
-`jax.jit` and `jax.vmap`, which some of these libraries use even in eager calls, nothing can be said: the result is then
-the best guess ("warn"), or NaN for the example ("raise"). Derivatives of such a solve are NaN in any case.
+Solves of z -> x that do not converge are reported as the solver's `on_failure` says. Eager calls warn or raise.
+Programs inside `jax.jit` and `jax.vmap`, which some of these libraries use even in eager calls, can do neither: the
+result is then the best guess ("warn"), or NaN for the example ("raise"). Derivatives of such a solve are always NaN.
 """
 
 import math
@@ -46,18 +46,18 @@ _INVERSE = "the inverse of the flow"  # in messages
 )
 @dataclass(frozen=True)
 class SamplingMap:
-    """z -> x of one flow, with the key and the estimator of its log-det and the solver of its inverse; see `of`.
+    """The map of one flow from z to x, with the key and estimator of its log-det and the solver of its inverse.
 
-    Deterministic: the noise of an estimate is fixed by the key. Values are not checked: where x is outside of the
-    flow's domain, as for images beyond [0, 1] by more than the logit's alpha / (1 - 2 alpha), the result is NaN.
+    It is deterministic: the key fixes the noise of the estimates. Values are not checked. For x outside of the flow's
+    domain, as images beyond [0, 1] by more than the logit's alpha / (1 - 2 alpha), the result is NaN.
 
     Attributes:
-      state, graphdef: of the flow, from `nnx.split`.
+      state, graphdef: the flow, from `nnx.split`.
       key, estimator, solver: as `Flow.forward` and `Flow.inverse` take them.
       condition: [*condition_shape], or [..., *condition_shape]; None for a flow that takes none.
-      latent_shape: of one z.
-      event_shape: of one x.
-      condition_shape: of one condition; None for no condition.
+      latent_shape: shape of one z.
+      event_shape: shape of one x.
+      condition_shape: shape of one condition; None if the flow takes none.
     """
 
     state: Any
@@ -79,10 +79,10 @@ class SamplingMap:
         solver: Solver,
         condition: Array | None = None,
     ) -> "SamplingMap":
-        """The map of a flow as it is now: later changes of the flow do not reach it.
+        """Makes the map of a flow as it is now. Later changes of the flow do not change the map.
 
         Raises:
-          ValueError: for what is no `Flow`, a flow that pads x, an unknown estimator, a missing key, and a condition
+          ValueError: if flow is no `Flow`, for a flow that pads x, an unknown estimator, a missing key, and a condition
             that is missing, not expected, or does not end in the flow's condition shape.
         """
         check_type("flow", flow, Flow)
@@ -96,33 +96,33 @@ class SamplingMap:
             raise ValueError(
                 f"key: {type(estimator).__name__} expected a PRNG key, got None; estimator=Exact() needs none"
             )
-        graphdef, state = nnx.split(nnx.clone(flow))  # a mere split has the flow's own variables, not their values
+        graphdef, state = nnx.split(nnx.clone(flow))  # a split alone would share the variables of the flow
         condition, condition_shape = _checked_condition(flow, condition)
         shapes = flow.latent_shape, flow.event_shape, condition_shape
         return cls(state, key, estimator, condition, graphdef, solver, *shapes)
 
     @property
     def flow(self) -> Flow:
-        """The flow, made anew of its state."""
+        """A new flow from the state."""
         return nnx.merge(self.graphdef, self.state, copy=True)
 
     @property
     def condition_batch(self) -> tuple[int, ...]:
-        """The leading axes of the condition; none where it is one for all."""
+        """The leading axes of the condition; () if it is one for all."""
         return () if self.condition is None else self.condition.shape[: self.condition.ndim - len(self.condition_shape)]
 
     @property
     def support(self) -> tuple[Any, Any] | None:
-        """Lower and upper ends of x, or None: what the flow's bijector takes."""
+        """Lower and upper ends of the x that the bijector of the flow takes; None for all reals."""
         return self.flow.bijector.support
 
     def clip(self, x: Array) -> Array:
-        """x, clipped to the support as by `Flow.sample`."""
+        """Clips x to the support, as `Flow.sample` does."""
         ends = self.support
         return x if ends is None else jnp.clip(x, *(trailing(jnp.asarray(end, x.dtype), x) for end in ends))
 
     def generate(self, z: Array) -> Array:
-        """x [..., *event_shape] of z [..., *latent_shape]. For a solve that does not converge see the module's head."""
+        """x [..., *event_shape] of z [..., *latent_shape]. The module's head says what a failed solve gives."""
         z, batch = self._as_batch("z", z, self.latent_shape)
         x, status = _generate(*self._with_limits(batch), z)
         return _split_batch(reported(x, status, _INVERSE, self.solver.on_failure), batch)
@@ -144,7 +144,7 @@ class SamplingMap:
         return _split_batch(_encode_and_log_det(*self._with_limits(batch), x), batch)
 
     def _as_batch(self, name: str, x: Array, event: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
-        """x with all axes in front of its event's as one, [B, *event], and these axes, those of the condition too."""
+        """x as one batch [B, *event], and the leading axes that B stands for, those of the condition included."""
         if x.ndim < len(event):
             raise ValueError(f"{name}: expected at least {len(event)} axes, those of an event, got shape {x.shape}")
         batch, found = x.shape[: x.ndim - len(event)], x.shape[x.ndim - len(event) :]
@@ -154,7 +154,7 @@ class SamplingMap:
         return x.reshape(math.prod(whole), *found), whole
 
     def _broadcast(self, name: str, batch: tuple[int, ...]) -> tuple[int, ...]:
-        """The axes in front of an event, and of the condition."""
+        """The leading axes of events and of the condition, broadcast."""
         try:
             return jnp.broadcast_shapes(batch, self.condition_batch)
         except ValueError as error:
@@ -162,9 +162,10 @@ class SamplingMap:
             raise ValueError(f"condition: expected {expected}, got {self.condition_batch}") from error
 
     def _with_limits(self, batch: tuple[int, ...]) -> tuple["SamplingMap", tuple[float | None, int]]:
-        """The map without its solver's tolerance and cap, which a program is compiled for, and these, its arguments.
+        """The map without the tolerance and the cap of its solver, and these two.
 
-        The condition is that of the batch, [B, *condition_shape].
+        They are arguments of compiled programs, so that other values need no other program. The condition becomes
+        [B, *condition_shape].
         """
         solver, condition = self.solver, self.condition
         rule = replace(solver, tolerance=None, max_iterations=1)
@@ -176,31 +177,31 @@ class SamplingMap:
         return replace(self, solver=rule, condition=condition), (solver.tolerance, solver.max_iterations)
 
     def is_same(self, other: Any) -> bool:
-        """Whether both are surely equal: the very same arrays and settings. Works on traced arrays."""
+        """Whether both have the same settings and the very same arrays. It works on traced arrays."""
         (mine, structure), (theirs, other_structure) = map(jax.tree.flatten, (self, other))
         return structure == other_structure and all(a is b for a, b in zip(mine, theirs, strict=True))
 
 
 def _checked_condition(flow: Flow, condition: Any) -> tuple[Array | None, tuple[int, ...] | None]:
-    """The condition as an array of the flow's dtype, and the shape of one."""
+    """The condition as an array of the flow's dtype, and the shape of one condition."""
     shape = flow.condition_shape
     if shape is None:
         return as_condition(condition, None, ()), None
     if condition is None:
         text = "..." if shape is ... else ", ".join(map(str, shape))
         raise ValueError(f"condition: expected floats [{text}], one for all, or with leading axes, got None")
-    if shape is ...:  # whatever is given is one condition for all
+    if shape is ...:  # any array is one condition for all
         shape = jnp.shape(condition)
     leading = jnp.shape(condition)[: max(0, jnp.ndim(condition) - len(shape))]
     return as_condition(condition, shape, leading).astype(flow.dtype), tuple(shape)
 
 
 def _split_batch(outputs: Any, batch: tuple[int, ...]) -> Any:
-    """Arrays [B, ...] with the axes of `_as_batch` again."""
+    """Arrays [B, ...] with the leading axes that `_as_batch` made one."""
     return jax.tree.map(lambda output: output.reshape(*batch, *output.shape[1:]), outputs)
 
 
-# Traced, for the flow to leave the values of x alone: its own samples may lie outside of [0, 1] by a little.
+# Traced, so that the flow does not check the values of x: its own samples may lie a little outside of [0, 1].
 @jax.jit
 def _generate(sampling, limits, z):
     options = {"solver": sampling.solver.with_limits(limits), "condition": sampling.condition}

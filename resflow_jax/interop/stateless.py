@@ -1,15 +1,15 @@
 """Flows as pure functions of variables in a plain dict, as Flax Linen has them: `init` and `apply`.
 
-    model = rf.interop.stateless.stateless(config)                        # of a `ResidualFlow`
-    model = rf.interop.stateless.stateless(make_flow)                     # of any flow: make_flow(rngs) -> rf.Flow
+    model = rf.interop.stateless.stateless(config)                        # for the config of a `ResidualFlow`
+    model = rf.interop.stateless.stateless(make_flow)                     # for any flow: make_flow(rngs) -> rf.Flow
     variables = model.init(key, x)                                        # {"params": {...}, "norms": {...}}
     log_p = model.apply(variables, "log_prob", x, key=key)                # any method of the flow
-    variables, status = model.apply(variables, "update_norms")            # those that change a flow return variables
+    variables, status = model.apply(variables, "update_norms")            # methods that change a flow return variables
 
-Variables are nested dicts of arrays with string keys, by collection: "params", which training differentiates; "norms",
-power-iteration vectors; "batch_stats", running statistics; "constants", which training leaves alone, of data among
-them what ActNorm took from a batch. A flow has the collections that it needs. They pass through `jax.tree` functions,
-jit, grad, vmap, optax, `flax.serialization` and orbax as any dict does.
+Variables are nested dicts of arrays with string keys, by collection. "params" is what training differentiates, "norms"
+are power-iteration vectors, "batch_stats" are running statistics, and "constants" are what training does not change,
+such as the statistics that ActNorm took from a batch. A flow has only the collections that it needs. `jax.tree`
+functions, jit, grad, vmap, optax, `flax.serialization` and orbax take them as any dict.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +22,7 @@ from flax import nnx
 
 from resflow_jax.functional.checks import check_key, check_type
 from resflow_jax.io.variables import Structure, Variables, flattened, split_variables
+from resflow_jax.layers.module import Module
 from resflow_jax.models.config import FlowConfig
 from resflow_jax.models.flow import Flow
 from resflow_jax.models.residual_flow import flow_from_config
@@ -34,18 +35,31 @@ CHANGING = frozenset({"converge_norms", "initialize", "tighten", "update_norms",
 
 @dataclass(frozen=True)
 class Stateless:
-    """The flow of a config, or of a function that makes it, as pure functions; see the module's head."""
+    """The pure functions `init`, `apply` and `bind` of a flow, as `stateless` makes them.
+
+    Attributes:
+      source: the config of the flow, or the function that makes it.
+
+    Example:
+      >>> model = rf.interop.stateless.stateless(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)))
+      >>> variables = model.init(jax.random.key(0))
+      >>> model.bind(variables).event_shape
+      (2,)
+    """
 
     source: FlowConfig | MakeFlow
 
     def init(self, key: Array, x: Array | None = None, condition: Array | None = None) -> Variables:
-        """Variables of a new flow: as it is made, random, its norms iterated to convergence.
+        """Returns the variables of a new flow with random parameters; its power iterations are run to convergence.
 
         Args:
           key: PRNG key of the parameters.
-          x: batch [B, *event_shape] from which ActNorm and moving batch norm take their statistics; without it they are
+          x: batch [B, *event_shape] from which ActNorm and moving batch norm take their statistics. Without it both are
             the identity.
-          condition: with x, as of `Flow.initialize`.
+          condition: condition of x, as in `Flow.initialize`.
+
+        Raises:
+          ValueError: for a key that is none, and as `Flow.initialize` for x.
         """
         check_key("key", key)
         flow = _make(self.source, key)
@@ -54,15 +68,21 @@ class Stateless:
         return split_variables(flow)
 
     def apply(self, variables: Variables, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Runs a method of the flow with these variables, which stay as they are.
+        """Runs a method of the flow with these variables, which are not changed.
+
+        Args:
+          variables: from `init`, or from a method that changed them.
+          method: name of a public method of the flow, or "__call__".
+          *args: positional arguments of the method.
+          **kwargs: keyword arguments of the method.
 
         Returns:
-          What the method returns. Of a method that changes the flow, the new variables: alone from "initialize",
-          "update_statistics" and "tighten" (which runs on the host), and from any method that returns None; as
-          (variables, status) from "update_norms" and "converge_norms".
+          What the method returns. For a method that changes the flow, the new variables: alone for "initialize",
+          "update_statistics", "tighten" (which runs on the host) and any method that returns None; as
+          (variables, status) for "update_norms" and "converge_norms".
 
         Raises:
-          ValueError: for an unknown method, and for variables that are not those of this flow: the message names them.
+          ValueError: for an unknown method, and for variables that are not those of this flow; the message names them.
         """
         methods = methods_of(_structure(self.source).kind)
         if method not in methods:
@@ -74,7 +94,9 @@ class Stateless:
         return (split_variables(flow), result) if method in CHANGING else result
 
     def bind(self, variables: Variables) -> Flow:
-        """A flow with these variables, for what takes a flow, as `certify`; its changes do not reach them.
+        """Returns a flow with these variables, for functions that take a flow, as `certify`.
+
+        Changes of the flow do not change the variables.
 
         Raises:
           ValueError: as `apply`.
@@ -94,14 +116,28 @@ class Stateless:
 
 
 def stateless(source: FlowConfig | MakeFlow) -> Stateless:
-    """The pure functions `init`, `apply` and `bind` of a flow.
+    """Makes the pure functions `init`, `apply` and `bind` of a flow.
 
     Args:
-      source: the config of a `ResidualFlow`; or make_flow(rngs) -> flow, a function of `nnx.Rngs` to any `Flow`, which
+      source: the config of a `ResidualFlow`; or make_flow(rngs) -> flow, a function from `nnx.Rngs` to any `Flow`. It
         must make the same structure at every call. It is traced once for the structure, and called by `init`.
+
+    Returns:
+      An object with the three functions.
 
     Raises:
       ValueError: for a source that is neither.
+
+    Example:
+      >>> model = rf.interop.stateless.stateless(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)))
+      >>> variables, x = model.init(jax.random.key(0)), jnp.ones((3, 2))
+      >>> def loss(params):
+      ...     log_prob = model.apply({**variables, "params": params}, "log_prob", x, estimator=rf.Exact())
+      ...     return -log_prob.mean()
+      >>> gradient = jax.grad(loss)(variables["params"])
+      >>> variables, status = model.apply(variables, "update_norms")
+      >>> sorted(variables)
+      ['constants', 'norms', 'params']
     """
     if not isinstance(source, FlowConfig) and (isinstance(source, Flow) or not callable(source)):
         raise ValueError(
@@ -111,9 +147,21 @@ def stateless(source: FlowConfig | MakeFlow) -> Stateless:
 
 
 def methods_of(kind: type[Flow]) -> tuple[str, ...]:
-    """The public methods of a class of flows, and `__call__`."""
-    bases = [base for base in kind.__mro__ if issubclass(base, Flow)]
-    names = dict.fromkeys(name for base in reversed(bases) for name in vars(base))
+    """Returns the names that `Stateless.apply` takes.
+
+    Args:
+      kind: a class of flows.
+
+    Returns:
+      The names of its public methods, and "__call__".
+
+    Example:
+      >>> "log_prob" in rf.interop.stateless.methods_of(rf.Flow)
+      True
+    """
+    own = [base for base in Flow.__mro__ if not issubclass(Module, base)]  # Module has the methods of Flax
+    added = [base for base in reversed(kind.__mro__) if base not in Flow.__mro__]
+    names = dict.fromkeys(name for base in (*own, *added) for name in vars(base))
     return tuple(n for n in names if (n == "__call__" or not n.startswith("_")) and callable(getattr(kind, n)))
 
 
@@ -128,5 +176,5 @@ def _make(source: FlowConfig | MakeFlow, key: Array) -> Flow:
 
 @lru_cache(maxsize=16)
 def _structure(source: FlowConfig | MakeFlow) -> Structure:
-    """What the flow is made of, without making it."""
+    """The structure of the flow, found without making it."""
     return Structure.made_by(lambda: _make(source, jax.random.key(0)))

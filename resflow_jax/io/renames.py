@@ -1,7 +1,7 @@
-"""Names that files of earlier versions have for settings and arrays, and the present ones.
+"""Tables of settings and arrays that were renamed, for reading files of earlier versions.
 
 Configs (`io.config_upgrade`), structures and arrays (`io.files`) and training states (`training.old_checkpoints`) are
-read by these tables.
+read with these tables.
 """
 
 from collections.abc import Container, Iterable, Mapping
@@ -9,19 +9,19 @@ from typing import Any
 
 Names = tuple[str, ...]
 
-# By the type of an object: former and present names of its arguments.
+# By type of object: its arguments by former name, with their present names.
 ARGUMENTS = {
     "ImageTransform": {"deviation": "std"},
     "Normalization": {"deviation": "std"},
     "Roulette": {"krylov": "minres_steps"},
     "VectorTransform": {"deviation": "std"},
 }
-# The present last name of an array, and the former one.
+# Former names of arrays, by the last part of their present path.
 ARRAYS = {"std": "deviation"}
 
 
 def renamed_arguments(description: Any) -> Any:
-    """A structure (see `io.structure`) of before, with the present names of arguments."""
+    """Converts a structure (see `io.structure`) to the present names of arguments."""
     if isinstance(description, list):
         return [renamed_arguments(item) for item in description]
     if not isinstance(description, dict):
@@ -34,12 +34,12 @@ def renamed_arguments(description: Any) -> Any:
 
 
 def with_names(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The values under their present names."""
+    """The values by present names, given the present name for each former name."""
     return {names.get(name, name): value for name, value in values.items()}
 
 
 def former_path(path: Names, present: Container[Names]) -> Names:
-    """The path of an array among those of a file, `present`: the path itself or, if it is not there, its former one."""
+    """The path of an array among the paths `present` of a file: `path`, or its former path if only that is there."""
     if path in present or path[-1] not in ARRAYS:
         return path
     former = (*path[:-1], ARRAYS[path[-1]])
@@ -47,6 +47,6 @@ def former_path(path: Names, present: Container[Names]) -> Names:
 
 
 def renamed_arrays(paths: Iterable[Names], arrays: Mapping[Names, Any]) -> dict[Names, Any]:
-    """Arrays by the paths that a flow has now; those that it does not have keep theirs."""
+    """Arrays by the present paths of a flow. Arrays that the flow lacks keep their paths."""
     present = {former_path(path, arrays): path for path in paths}
     return {present.get(path, path): array for path, array in arrays.items()}

@@ -1,9 +1,9 @@
 """Converts arrays from the time before flows were compositions: their names and values.
 
-    then                                 now
-    scales.0.LAYER                       bijector.LAYER             of vectors
-    scales.N.LAYER                       bijector.bijectors.N.LAYER of images
-    scales.N.LAYER                       bijector.scales.N.LAYER    of images with factor-out
+    old name                             present name
+    scales.0.LAYER                       bijector.LAYER                (vectors)
+    scales.N.LAYER                       bijector.bijectors.N.LAYER    (images)
+    scales.N.LAYER                       bijector.scales.N.LAYER       (images with factor-out)
     ACTNORM.bias, ACTNORM.log_scale      ACTNORM.shift, .log_scale, with .center 0 and .std 1
 
 The old ActNorm was y = (x + bias) exp(log_scale). The present one, with these constants, is
@@ -19,7 +19,7 @@ from resflow_jax.io.renames import former_path
 
 Names = tuple[str, ...]
 
-CONSTANTS = {"center": 0, "std": 1}  # of an ActNorm that had none
+CONSTANTS = {"center": 0, "std": 1}  # the constants of an ActNorm that had none
 
 _PLACES = (("bijector", "scales", "{n}"), ("bijector", "bijectors", "{n}"), ("bijector",))
 

@@ -1,7 +1,7 @@
 """`Bijector`: the interface of an invertible layer.
 
-A bijector maps x [B, ...] to y = f(x), or f(x; c) with a condition c, and knows log|det dy/dx| [B] in nats. Its public
-methods are the same for every layer; `forward` and `inverse` check their arguments, the call does not:
+A bijector maps x [B, ...] to y = f(x), or to f(x; c) with a condition c, and computes log|det dy/dx| [B] in nats. Its
+public methods are the same for every layer. `forward` and `inverse` check their arguments, the call does not:
 
     y = bijector(x)                                    y = bijector(x, c)
     y, log_det = bijector.forward(x)                   y, log_det = block.forward(x, key=key, estimator=rf.Roulette())
@@ -40,34 +40,53 @@ Blocks = TypeVar("Blocks", Diagnostics, InverseStatus)
 
 
 class Constant(nnx.Variable):
-    """An array that is fixed when its layer is made or initialised: state that no training changes."""
+    """An array that is set when its layer is made or initialised, and that training does not change.
+
+    Optimisers of `nnx.Param` leave it alone. It is saved with the flow.
+
+    Args:
+      value: the array, of any shape and dtype.
+
+    Example:
+      >>> layer = rf.Normalization([1.0, 2.0], [1.0, 1.0])
+      >>> isinstance(layer.mean, rf.Constant), isinstance(layer.mean, nnx.Param)
+      (True, False)
+    """
 
 
 class Bijector(Module):
-    """Interface of an invertible layer on [B, ...]; see the module's head.
+    """Interface of an invertible layer y = f(x) on x [B, ...], with log|det dy/dx| [B] in nats.
 
-    To write a layer, define `transform` and `invert`; set `event_shape` where the layer takes events of one shape
-    alone, `condition_shape` where it takes a condition; define `output_shape` and `input_shape` where it changes the
-    shape.
+    To write a layer, define `transform` and `invert`. Set `event_shape` if the layer takes events of one shape only,
+    and `condition_shape` if it takes a condition. Define `output_shape` and `input_shape` if it changes the shape. The
+    author of a layer guarantees that `invert` is the inverse of `transform` and that the log-det is right: nothing here
+    checks them. Each example must be mapped independently of the others in the batch.
 
-    Example:
-      class Shift(rf.Bijector):
-          def __init__(self, dim):
-              self.event_shape = (dim,)
-              self.shift = nnx.Param(jnp.zeros(dim))
-
-          def transform(self, x, condition=None):
-              return x + self.shift[...], jnp.zeros(x.shape[0], x.dtype)
-
-          def invert(self, y, condition=None):
-              return y - self.shift[...]
+    Randomness: none, except in the log-det of residual blocks and in padding (see `forward`). Cost: that of the layer;
+    layers in closed form evaluate no contraction.
 
     Attributes:
-      event_shape: shape of one x, None where several fit.
-      condition_shape: shape of one condition; None for no condition, `...` for whatever is given.
+      event_shape: shape of one x; None if several shapes fit.
+      condition_shape: shape of one condition; None for no condition, `...` for any.
       blocks: number of residual blocks inside.
       takes_noise: whether the log-det is drawn with a key.
       pads: whether f appends noise to x, and so is no bijection (see `layers.padding`).
+
+    Example:
+      >>> class Shift(rf.Bijector):
+      ...     def __init__(self, dim):
+      ...         self.event_shape = (dim,)
+      ...         self.shift = nnx.Param(jnp.ones(dim))
+      ...
+      ...     def transform(self, x, condition=None):
+      ...         return x + self.shift[...], jnp.zeros(x.shape[0], x.dtype)
+      ...
+      ...     def invert(self, y, condition=None):
+      ...         return y - self.shift[...]
+      >>> layer = Shift(2)
+      >>> y, log_det = layer.forward(jnp.zeros((3, 2)))
+      >>> y[0].tolist(), log_det.tolist(), layer.inverse(y)[0].tolist()
+      ([1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0])
     """
 
     event_shape: Shape | None = None
@@ -76,65 +95,91 @@ class Bijector(Module):
     takes_noise: bool = False
     pads: bool = False
 
-    # What a layer defines
+    # Methods that a layer defines
 
     def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        """(y, log_det): y = f(x), and log|det dy/dx| [B] in nats."""
+        """y = f(x) and its log-det, for a layer in closed form.
+
+        Args:
+          x: floats [B, *event_shape], not checked.
+          condition: floats [B, *condition_shape], or None.
+
+        Returns:
+          (y, log_det): y [B, ...], and log|det dy/dx| [B] in nats.
+        """
         raise NotImplementedError(f"{type(self).__name__}: expected a method transform(x, condition), or estimate")
 
     def invert(self, y: Array, condition: Array | None = None) -> Array:
-        """x with f(x) = y."""
+        """x [B, ...] with f(x) = y, for y [B, ...] and a condition [B, *condition_shape] or None; not checked."""
         raise NotImplementedError(f"{type(self).__name__}: expected a method invert(y, condition), or solve")
 
     def invert_and_log_det(self, y: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        """(x, log_det): x with f(x) = y, and log|det dy/dx| there, which a layer may know better from y than from x."""
+        """(x, log_det): x [B, ...] with f(x) = y, and log|det dy/dx| [B] in nats at x.
+
+        By default `invert`, then `transform`. A layer that computes the log-det more accurately from y overrides this.
+        """
         x = self.invert(y, condition)
         return x, self.transform(x, condition)[1]
 
     def output_shape(self, shape: Shape) -> Shape:
-        """The shape of one y for events x of this shape. Raises ValueError for events that the layer does not take."""
+        """The shape of one y for events x of the given shape; no computation.
+
+        Raises:
+          ValueError: for events that the layer does not take.
+        """
         if self.event_shape is not None and tuple(shape) != tuple(self.event_shape):
             raise ValueError(f"expected events of shape {tuple(self.event_shape)}, got {tuple(shape)}")
         return tuple(shape)
 
     def input_shape(self, shape: Shape) -> Shape:
-        """The shape of one x for events y of this shape: what `output_shape` takes to it."""
+        """The shape of one x for events y of the given shape: the inverse of `output_shape`."""
         return tuple(shape)
 
     def part_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """The shapes of the parts that y is made of, each flattened, in order, for events x of this shape.
+        """The shapes of the parts that y consists of, each flattened, in order, for events x of the given shape.
 
-        Most layers put out one part, of the shape of y. `MultiScale` puts out one part a scale, and `Flatten` one part
-        of the shape that it flattens; in a `Chain` the layers that follow keep these as long as they keep the shape.
+        Most layers return one part, of the shape of y. `MultiScale` returns one part for each scale, `Flatten` one part
+        of the shape that it flattens. In a `Chain` later layers keep the parts as long as they keep the shape.
         """
         return (self.output_shape(shape),)
 
     def initialize(self, x: Array, condition: Array | None = None) -> Array:
-        """Sets data-dependent state from a batch, in place, and returns y = f(x)."""
+        """Sets data-dependent state from a batch, in place, and returns y = f(x) [B, ...] with the new state.
+
+        Args:
+          x: floats [B, ...], at least two examples; not checked. Under `shard_map` the statistics are of the whole
+            batch.
+          condition: floats [B, *condition_shape], or None.
+
+        Cost: one evaluation of f, without log-det.
+        """
         return self(x, condition)
 
     def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
-        """Moves running statistics, `nnx.BatchStat`, towards those of a batch, in place, and returns y = f(x)."""
+        """Moves running statistics (`nnx.BatchStat`) towards those of a batch, in place, and returns y = f(x) [B, ...].
+
+        Arguments and cost as in `initialize`.
+        """
         return self(x, condition)
 
     def lipschitz_bounds(self) -> tuple[float, float]:
-        """Upper bounds of the Lipschitz constants of f and of f^-1 in the 2-norm of one example; infinite if unknown.
+        """Upper bounds on (Lip(f), Lip(f^-1)) in the 2-norm of one example, for every condition; infinite if unknown.
 
-        Taken on the host in float64, so not under jit. They hold for every condition.
+        Computed on the host in float64, so not under jit.
         """
         return math.inf, math.inf
 
     def domain(self, dtype: Any) -> Domain:
-        """Where the values of x may be."""
+        """The intervals of values of x that f takes."""
         return ANYWHERE
 
     @property
     def support(self) -> tuple[Any, Any] | None:
-        """Lower and upper ends of what samples of x are clipped to, or None."""
+        """Lower and upper end of the interval that samples of x are clipped to, or None."""
         return None
 
     def codomain(self, dtype: Any) -> Domain:
-        """Where the values of y are: the domain of the inverse."""
+        """The intervals of values of y: the domain of the inverse."""
         return ANYWHERE
 
     @property
@@ -142,37 +187,56 @@ class Bijector(Module):
         """Lower and upper ends of the values of y, or None: the support of the inverse."""
         return None
 
-    # What a layer with residual blocks inside defines
+    # Methods that a layer with residual blocks inside defines
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
-        """(y, log_det, diagnostics): as `transform`, the log-det exact or estimated with `key`.
+        """As `transform`, with the log-det of residual blocks exact or estimated with `key`.
 
-        The diagnostics of all residual blocks in order, in one or more parts with leading axes. An estimator may hold
-        arrays with one row a residual block (the law `Fitted`); every layer is given its own rows.
+        An estimator may hold arrays with one row for each residual block (the law `Fitted`); every layer is given its
+        own rows.
+
+        Returns:
+          (y, log_det, diagnostics): as in `transform`, and the diagnostics of all residual blocks in order, in one or
+          more parts with a leading axis of blocks.
         """
         return *self.transform(x, condition), []
 
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
-        """(x, statuses) with f(x) = y; the statuses of all residual blocks in the order of `estimate`, in parts."""
+        """x with f(x) = y, with the iteration `solver` for residual blocks.
+
+        Returns:
+          (x, statuses): the statuses of all residual blocks in the order of `estimate`, in parts.
+        """
         return self.invert(y, condition), []
 
     def solve_and_estimate(
         self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
     ) -> InverseAndLogDet:
-        """(x, log_det, diagnostics, statuses) with f(x) = y, and log|det dy/dx| at x as of `estimate` with this key."""
+        """x with f(x) = y, and the log-det of f at x.
+
+        Returns:
+          (x, log_det, diagnostics, statuses): log_det and diagnostics are those that `estimate` returns at x for this
+          key.
+        """
         return *self.invert_and_log_det(y, condition), [], []
 
     def certified_bounds(self, blocks: list) -> tuple[float, float]:
-        """`lipschitz_bounds`; appends the certificates of all residual blocks inside, in order."""
+        """`lipschitz_bounds`; appends the certificate of every residual block inside to `blocks`, in order."""
         return self.lipschitz_bounds()
 
     def tighten(self) -> None:
-        """Rescales kernels, in place, until every residual block inside is certified within its target bound."""
+        """Rescales kernels, in place, until every residual block inside is certified within its target bound.
 
-    # What a layer is used by
+        On the host in float64. Blocks with a bound that the user states stay as they are.
+
+        Raises:
+          RuntimeError: if a block stays above its target bound after ten rounds.
+        """
+
+    # Methods for callers
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
-        """y = f(x), without the log-det."""
+        """y = f(x) [B, ...], without the log-det and without checks; one evaluation of every g inside."""
         return self.transform(x, condition)[0]
 
     def forward(
@@ -184,7 +248,7 @@ class Bijector(Module):
         estimator: Estimator | None = None,
         return_diagnostics: bool = False,
     ) -> tuple[Array, Array] | tuple[Array, Array, Diagnostics]:
-        """Maps x to y with the log-det of the map.
+        """Maps x to y, with the log-det of the map.
 
         Args:
           x: floats [B, *event_shape].
@@ -194,7 +258,11 @@ class Bijector(Module):
           return_diagnostics: whether to return the `Diagnostics` of the residual blocks, [blocks, ...], as well.
 
         Returns:
-          (y, log_det) or (y, log_det, diagnostics): y [B, ...], and log|det dy/dx| [B] in nats.
+          (y, log_det) or (y, log_det, diagnostics): y [B, ...], and log|det dy/dx| [B] in nats. For residual blocks
+          log_det is unbiased with `Roulette`, exact with `Exact`, biased with `Truncated`; y is never random, except
+          for padding.
+
+        Cost: for each residual block one evaluation of g, and the vector-Jacobian products of the estimator.
 
         Raises:
           ValueError: for a wrong shape or dtype, a condition that is missing or not expected, a missing key.
@@ -210,14 +278,25 @@ class Bijector(Module):
     def inverse(
         self, y: Array, *, condition: Array | None = None, solver: Solver = Anderson(), return_status: bool = False
     ) -> Array | tuple[Array, InverseStatus]:
-        """Maps y [B, ...] to x with f(x) = y.
+        """Maps y [B, ...] to x [B, ...] with f(x) = y.
 
         Args:
           y: floats [B, ...].
-          condition: as of `forward`.
+          condition: as in `forward`.
           solver: of the residual blocks.
           return_status: whether to return the `InverseStatus` of the residual blocks, [blocks, B], as well. Without it,
-            what does not converge is reported as by `residual_inverse`.
+            a solve that does not converge is reported as by `residual_inverse`.
+
+        Returns:
+          x, or (x, status).
+
+        Cost: for each residual block a solve, about log(tolerance) / log(Lip(g)) evaluations of g or fewer. Layers in
+        closed form cost one pass. No randomness.
+
+        Raises:
+          ValueError: for a wrong rank or dtype, a condition that is missing or not expected, and for a solver that is
+            none.
+          InverseError: from an eager call without status, if a solve fails and `solver.on_failure` is "raise".
         """
         y = as_float_batch("y", y)
         check_solver(solver)
@@ -228,7 +307,7 @@ class Bijector(Module):
 
 
 def checked_estimator(estimator: Estimator | None, blocks: int) -> Estimator:
-    """The estimator, or the default, with one row a residual block where it has arrays."""
+    """The estimator, or the default, with one row for each residual block where it has arrays."""
     estimator = Roulette() if estimator is None else estimator
     check_estimator(estimator)
     return with_rows(estimator, blocks)
@@ -243,13 +322,13 @@ def check_events(bijector: Bijector, x: Array) -> None:
 
 
 def scaling_log_det(log_scale: Array, x: Array) -> Array:
-    """[B] log-dets of x [B, ..., *shape] * exp(log_scale [*shape]): each scale counts once a position."""
+    """[B] log-dets of x [B, ..., *shape] * exp(log_scale [*shape]): each scale counts once for each position."""
     log_det = (math.prod(x.shape[1:]) // log_scale.size) * jnp.sum(log_scale)
     return jnp.broadcast_to(log_det, x.shape[:1])
 
 
 def ends_in(shape: Shape, last: Shape) -> Shape:
-    """`shape`, the events of a layer that has one number for each element of `last`: it must end in that."""
+    """`shape`, that of events of a layer with one number for each element of `last`; raises unless it ends so."""
     shape = tuple(shape)
     if shape[len(shape) - len(last) :] != last:
         raise ValueError(f"expected events whose shape ends in {last}, got {shape}")
@@ -279,7 +358,7 @@ def split_key(key: Array | None, bijectors: Sequence[Bijector]) -> list[Array | 
 
 
 def split_estimator(estimator: Estimator, bijectors: Sequence[Bijector]) -> list[Estimator]:
-    """One estimator a layer: with the rows of its residual blocks, where the estimator has rows."""
+    """One estimator for each layer, with the rows of its residual blocks if the estimator has rows."""
     ends = list(accumulate((bijector.blocks for bijector in bijectors), initial=0))
     return [jax.tree.map(lambda leaf: leaf[a:b], estimator) for a, b in pairwise(ends)]  # noqa: B023
 
@@ -295,14 +374,14 @@ def join_blocks(parts: list[Blocks]) -> Blocks:
 
 
 def join_diagnostics(parts: list[Diagnostics], x: Array) -> Diagnostics:
-    """`join_blocks`, also of no block at all; of a batch x."""
+    """`join_blocks` of diagnostics for a batch x; `parts` may be empty."""
     nothing = jnp.zeros((0,), x.dtype)
     empty = Diagnostics(nothing, jnp.zeros((0, DIAGNOSED_TERMS), x.dtype), nothing, nothing)
     return join_blocks(parts) if parts else empty
 
 
 def join_statuses(parts: list[InverseStatus], y: Array) -> InverseStatus:
-    """`join_blocks`, also of no block at all; of a batch y."""
+    """`join_blocks` of statuses for a batch y; `parts` may be empty."""
     shape = (0, y.shape[0])
     nothing = jnp.zeros(shape, y.dtype)
     return join_blocks(parts) if parts else InverseStatus(jnp.zeros(shape, jnp.int32), nothing, nothing, nothing == 0)

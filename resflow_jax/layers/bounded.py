@@ -1,4 +1,4 @@
-"""Data with bounds of the user's, each column with its own, to the reals: for tables and physical quantities."""
+"""A map from intervals to the reals, one interval for each column: for tables and physical quantities."""
 
 import math
 from typing import Any
@@ -19,29 +19,42 @@ Array = jax.Array
 
 
 class Bounded(Elementwise):
-    """Takes values between `low` and `high` to the reals; either end may be infinite, and each column has its own.
+    """Maps values between `low` and `high` to the reals; either end may be infinite, and each column has its own.
 
         both finite    y = Logit(alpha, low, high): x in [low, high], both ends included
-        low alone      y = log(x - low), or with one_sided="softplus" the inverse of the softplus, for x > low
-        high alone     y = -log(high - x), or likewise, for x < high
+        low only       y = log(x - low), or with one_sided="softplus" the inverse of the softplus, for x > low
+        high only      y = -log(high - x), or the same with the softplus, for x < high
         neither        y = x
 
-    Put it first in a chain; an `ActNorm` after it brings its output to mean zero and variance one. The logarithm knows
-    no unit, and suits values of many sizes; the softplus keeps large values as they are. Where the data attain an end,
-    as counts attain zero, give one a little beyond it, or make the interval finite.
+    The inverse is in closed form for each column, and log_det [B] = sum log|dy/dx| in nats.
 
-    The inverse always returns values that the layer takes again, also where rounding would reach or pass an end: the
-    nearest number inside of a one-sided interval. What is outside raises a ValueError that names the column, from a
-    flow; where it is traced it gives NaN.
+    Put it first in a chain; an `ActNorm` after it brings its output to mean zero and variance one. The logarithm
+    depends on no unit and suits values of many magnitudes; the softplus keeps large values as they are. If the data
+    attain an end, as counts attain zero, give an end a little outside, or make the interval finite.
+
+    The inverse always returns values that the layer takes again. Where rounding would reach or pass the end of a
+    one-sided interval, it returns the nearest number inside.
 
     Args:
-      low, high: ends; numbers, infinite ones included, or arrays of the last axes of x, as (C,) for one a column.
-      alpha: of the logit.
+      low: lower ends; a number, infinite or not, or an array of the last axes of x, as (C,) for one for each column.
+      high: upper ends, of the same kind.
+      alpha: of the logit, in (0, 1/2).
       one_sided: "log" or "softplus".
 
+    Randomness: none. Cost: one pass over x in each direction.
+
+    Raises:
+      ValueError: for NaN ends, ends that do not broadcast, low >= high, an unknown `one_sided`; the message names the
+        place. A flow raises it for values of x outside, and names the column. Traced values outside give NaN.
+
     Example:
-      low, high = [0, -np.inf, 0], [np.inf, np.inf, 100]     # a price, a difference, a percentage
-      flow = rf.Flow(rf.Chain([rf.Bounded(low, high), rf.ActNorm((3,)), rf.ResidualBlock(g)]))
+      >>> layer = rf.Bounded([0, -np.inf, 0], [np.inf, np.inf, 100])  # a price, a difference, a percentage
+      >>> x = jnp.array([[3.0, -5.0, 50.0]])
+      >>> y, log_det = layer.forward(x)
+      >>> np.round(np.asarray(y, float), 3).tolist(), log_det.shape
+      ([[1.099, -5.0, 0.0]], (1,))
+      >>> np.allclose(layer.inverse(y), x, atol=1e-4)
+      True
     """
 
     def __init__(self, low: Any, high: Any, *, alpha: float = 1e-6, one_sided: str = "log"):
@@ -53,7 +66,7 @@ class Bounded(Elementwise):
         self.logit = Logit(alpha, np.where(is_closed, self.low, 0.0), np.where(is_closed, self.high, 1.0))
 
     def _kinds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where both ends are finite, low alone, high alone."""
+        """Masks of the columns with both ends finite, with low only, with high only."""
         has_low, has_high = np.isfinite(self.low), np.isfinite(self.high)
         return has_low & has_high, has_low & ~has_high, ~has_low & has_high
 
@@ -61,7 +74,7 @@ class Bounded(Elementwise):
         return ends_in(shape, np.shape(self.low))
 
     def _one_sided(self, bounds: Bounds) -> tuple[Array, float | Array, float | Array]:
-        """Where one end alone is finite, that end, and 1 for a lower one or -1 for an upper one."""
+        """The columns with one finite end, that end, and the sign: 1 for a lower end, -1 for an upper one."""
         _, lower, upper = self._kinds()
         end = np.where(lower, bounds.low, np.where(upper, bounds.high, 0.0))
         return _mask(lower | upper, bounds), bounds.constant(end), bounds.constant(np.where(upper, -1.0, 1.0))

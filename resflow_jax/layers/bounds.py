@@ -1,4 +1,4 @@
-"""Ends of intervals: numbers, or one of each a column, as layers keep and apply them."""
+"""Ends of intervals, one pair for all columns or one for each, as layers store and apply them."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 class Bounds(NamedTuple):
-    """Ends of intervals as a dtype holds them, in NumPy's float64, to be used with an array of a rank."""
+    """Ends of intervals rounded to a dtype, as NumPy's float64, with a form that broadcasts with an array."""
 
     low: np.ndarray
     high: np.ndarray
@@ -26,7 +26,7 @@ class Bounds(NamedTuple):
         with np.errstate(over="ignore"):
             low, high = (np.asarray(end, float).astype(dtype).astype(float) for end in (low, high))
         if not (low < high).all():
-            raise ValueError(f"high: expected ends that {dtype} tells apart, got {high} above {low}")
+            raise ValueError(f"high: expected ends that differ in {dtype}, got {high} above {low}")
         return cls(low, high, dtype, like)
 
     @property
@@ -34,7 +34,7 @@ class Bounds(NamedTuple):
         return self.high - self.low
 
     def constant(self, value: Any) -> float | Array:
-        """Numbers, one for all or one a column, in a form that combines with the array of `like`."""
+        """Numbers, one for all or one for each column, in a form that combines with the array `like`."""
         value = np.asarray(value)
         return float(value) if value.ndim == 0 else trailing(jnp.asarray(value, self.dtype), self.like)
 
@@ -67,7 +67,7 @@ def as_bounds(low: Any, high: Any) -> tuple[Any, Any]:
 
 
 def as_text(low: Any, high: Any) -> str | np.ndarray:
-    """How errors call the intervals: "[0, 2]", "(0, inf)"; an array of such texts for arrays."""
+    """The intervals as errors show them: "[0, 2]", "(0, inf)"; an array of such texts for arrays."""
     low, high = np.asarray(low, float), np.asarray(high, float)
     is_closed = np.isfinite(low) & np.isfinite(high)
     texts = [

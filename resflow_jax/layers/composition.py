@@ -37,7 +37,7 @@ Array = jax.Array
 
 
 class _Composition(Bijector):
-    """What chains and multi-scale maps share: the attributes of their parts together."""
+    """The attributes that a chain or a multi-scale map takes from its parts."""
 
     def _take(self, name: str, parts: Sequence[Bijector]) -> None:
         for n, part in enumerate(parts):
@@ -50,14 +50,27 @@ class _Composition(Bijector):
 
 
 class Chain(_Composition):
-    """f = f_n o ... o f_1; the log-dets add up, the inverses run backwards. An empty chain is the identity.
+    """Composition f = f_n o ... o f_1 of bijectors.
+
+        y = f_n(... f_1(x)),   x = f_1^-1(... f_n^-1(y)),   log_det = sum of the log-dets of the f_i, at their own
+        inputs
+
+    An empty chain is the identity. Every layer must take the shape of events that the layer before it returns.
+
+    Args:
+      bijectors: f_1 to f_n.
+
+    Randomness: a key is split among the layers that need one. Cost: the sum over the layers.
 
     Raises:
-      ValueError: for parts that are no bijectors, where a layer does not take the events that the one before it puts
-        out, and where two layers take conditions of different shapes; the message names both.
+      ValueError: for parts that are no bijectors, where a layer does not take the events of the layer before it, and
+        where two layers take conditions of different shapes; the message names both.
 
     Example:
-      chain = rf.Chain([rf.ActNorm((6,)), rf.ResidualBlock(g), rf.Invert(rf.ResidualBlock(g2))])
+      >>> chain = rf.Chain([rf.ActNorm((6,)), rf.Permutation([5, 4, 3, 2, 1, 0]), rf.Reshape((6,), (2, 3))])
+      >>> y, log_det = chain.forward(jnp.ones((4, 6)))
+      >>> y.shape, log_det.shape, chain.inverse(y).shape
+      ((4, 2, 3), (4,), (4, 6))
     """
 
     def __init__(self, bijectors: Sequence[Bijector]):
@@ -160,18 +173,29 @@ class Chain(_Composition):
 
 
 class Invert(Bijector):
-    """f = g^-1 of a bijector g: y with g(y) = x, and log|det dy/dx| = -log|det dg/dy| at y.
+    """The inverse f = g^-1 of a bijector g.
 
-    Of a residual block, x -> y is then a solve and y -> x is explicit. An example whose solve does not converge becomes
-    NaN, unless the solver's `on_failure` is "warn": y is then the best guess.
+        y = g^-1(x),   x = g(y),   log|det dy/dx| = -log|det dg/dy| at y
 
-    What g takes from a batch when it is initialised, and its running statistics, stay as they are.
+    For a residual block, x -> y is then a solve and y -> x is explicit. An example whose solve does not converge
+    becomes NaN, unless the solver's `on_failure` is "warn": y is then the best guess. `initialize` and
+    `update_statistics` leave g as it is.
 
     Args:
-      bijector: g.
-      solver: of the residual blocks inside of g when f is applied; `Anderson(on_failure="raise")` by default.
+      bijector: g; it must not pad.
+      solver: of the residual blocks inside g when f is applied; `Anderson(on_failure="raise")` by default.
 
-    Cost of f: a solve of every residual block of g, and its log-det; of f^-1: one evaluation.
+    Randomness: as in g; the log-det estimate of `Roulette` is unbiased. Cost of f: a solve of every residual block of
+    g, and its log-det if asked for. Cost of f^-1: one evaluation of g.
+
+    Raises:
+      ValueError: for a bijector that is none or that pads, and for a solver that is none.
+
+    Example:
+      >>> log = rf.Invert(rf.Exp())
+      >>> y, log_det = log.forward(jnp.ones((2, 3)))
+      >>> y.shape, log_det.shape, log.inverse(y).tolist()[0]
+      ((2, 3), (2,), [1.0, 1.0, 1.0])
     """
 
     def __init__(self, bijector: Bijector, solver: Solver | None = None):
@@ -245,26 +269,38 @@ class Invert(Bijector):
 
 
 def _explicit(blocks: int, y: Array) -> InverseStatus:
-    """The status of blocks of which no solve was needed, [blocks, B]."""
+    """The status [blocks, B] of blocks whose inverse needs no solve."""
     zeros = jnp.zeros((blocks, y.shape[0]), y.dtype)
     return InverseStatus(zeros.astype(jnp.int32), zeros, zeros, zeros == 0)
 
 
 class MultiScale(_Composition):
-    """Scales one after the other; after each but the last, half of the channels leave for y.
+    """Multi-scale map: after each scale but the last, half of the channels go straight to y.
 
         x_1 = x,   [x_(s+1), part_s] = scales[s](x_s),   part_S = scales[S](x_S),   y = [part_1, ..., part_S]
+        log_det = sum of the log-dets of the scales
 
-    x: [B, *event_shape]; y: [B, D], the part that left first in front, each part flattened in row-major order. The
-    first half of the last axis goes on, the second leaves; a scale commonly ends in `Squeeze`. Dinh et al. (2017, arXiv
-    1605.08803), section 3.6.
+    x is [B, *shape]. y is [B, D]: the parts in the order of the scales, each flattened in row-major order. The first
+    half of the last axis continues to the next scale, the second half is the part. A scale commonly ends in `Squeeze`.
+    The inverse runs the scales backwards.
 
     Args:
       scales: the bijector of every scale.
-      shape: of one x.
+      shape: shape of one x.
+
+    Randomness: a key is split among the scales. Cost: the sum over the scales.
 
     Raises:
-      ValueError: for no scale, events that do not chain, and an odd number of channels to be halved.
+      ValueError: without scales, for events that do not chain, and for an odd number of channels to be halved.
+
+    Source: Dinh et al. (2017, arXiv 1605.08803), section 3.6.
+
+    Example:
+      >>> scales = [rf.Squeeze((4, 4, 1)), rf.Squeeze((2, 2, 2))]
+      >>> bijector = rf.MultiScale(scales, (4, 4, 1))
+      >>> y = bijector(jnp.arange(16.0).reshape(1, 4, 4, 1))
+      >>> y.shape, bijector.parts, bijector.inverse(y).shape
+      ((1, 16), ((2, 2, 2), (1, 1, 8)), (1, 4, 4, 1))
     """
 
     def __init__(self, scales: Sequence[Bijector], shape: Shape):
@@ -314,15 +350,15 @@ class MultiScale(_Composition):
         return self.scales[0].support
 
     def _leaving(self, n: int, x: Array) -> tuple[Array, Array]:
-        """What goes on from scale n, and the part of y that leaves; after the last scale all of it leaves."""
+        """The half that continues after scale n, and the part of y; after the last scale both are the whole."""
         return jnp.split(x, 2, axis=-1) if n < len(self.scales) - 1 else (x, x)
 
     def _entering(self, n: int, parts: Sequence[Array], x: Array | None) -> Array:
-        """What scale n put out, of its part of y and of what went on from it."""
+        """The output of scale n, from its part of y and from the half that continued."""
         return parts[n] if x is None else jnp.concatenate([x, parts[n]], axis=-1)
 
     def _joined(self, parts: Sequence[Array]) -> Array:
-        """y of its parts."""
+        """y from its parts."""
         return jnp.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=-1)
 
     def _parted(self, y: Array) -> list[Array]:
@@ -380,7 +416,7 @@ class MultiScale(_Composition):
         lipschitz = inverse = 1.0
         for n, scale in enumerate(self.scales):
             forward, backward = scale.certified_bounds(blocks)
-            if n > 0:  # what has left before stays as it is
+            if n > 0:  # the parts that left before are unchanged
                 forward, backward = max(1.0, forward), max(1.0, backward)
             lipschitz, inverse = lipschitz * forward, inverse * backward
         return lipschitz, inverse
@@ -394,7 +430,7 @@ class MultiScale(_Composition):
 
 
 def _entrance(bijectors: Sequence[Bijector]) -> Shape | None:
-    """The shape of events that a chain takes, by the first layer that knows its own; None if none does."""
+    """The event shape of a chain, from the first layer that knows its own; None if none does."""
     for n, bijector in enumerate(bijectors):
         if bijector.event_shape is not None:
             shape = bijector.event_shape

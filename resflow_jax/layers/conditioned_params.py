@@ -1,4 +1,4 @@
-"""Parameters that a condition c moves: of bases and of affine layers, which may depend on c in any way."""
+"""Parameters that depend on a condition c, for bases and affine layers. The dependence on c is not bounded."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from resflow_jax.layers.module import Linear, Module
 
 Array = jax.Array
 
-WIDTH = 64  # of the hidden layer of a network of a condition
+WIDTH = 64  # of the hidden layer of a condition's network
 BOUND = 4.0  # exp(4) = 55
 
 
 class ConditionedParams(Module):
-    """What an ordinary network of a condition [B, condition_dim] adds to parameters; zero at the start.
+    """A network that maps a condition [B, condition_dim] to summands for parameters; they are zero at the start.
 
-    One hidden layer of 64 units. The last layer has no bias: the parameters themselves are that.
+    One hidden layer of 64 units. The last layer has no bias, because the parameters themselves play that part.
     """
 
     def __init__(self, condition_dim: int, shapes: Sequence[tuple[int, ...]], *, rngs: nnx.Rngs):
-        """shapes: of one example's parameters."""
+        """shapes: one shape for each parameter of one example."""
         dtype = jnp.result_type(float)
         self.shapes = tuple(map(tuple, shapes))
         self.hidden = Linear(condition_dim, WIDTH, param_dtype=dtype, rngs=rngs)
@@ -48,12 +48,12 @@ class ConditionedParams(Module):
 
 
 def split_features(features: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-    """What a network puts out, [B, n], as arrays [B, *shape], one after the other."""
+    """The outputs [B, n] of a network as arrays [B, *shape], one after the other."""
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
     parts = jnp.split(features, ends, axis=-1)
     return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def bounded(a: Array) -> Array:
-    """4 tanh(a / 4): what a network may add to the log of a scale."""
+    """4 tanh(a / 4): the summand that a network may add to the log of a scale, bounded to [-4, 4]."""
     return BOUND * jnp.tanh(a / BOUND)

@@ -23,8 +23,8 @@ Array = jax.Array
 _START = 2.0  # of a gate's argument: tanh(2) = 0.96
 
 
-# What a condition does to one linear layer: factor and shift of every channel, [B, channels]. A plain tuple, since
-# `nnx.tabulate` takes no named one.
+# The effect of a condition on one linear layer: factor and shift of every channel, [B, channels]. A plain tuple, since
+# `nnx.tabulate` does not accept a NamedTuple.
 Gate = tuple[Array, Array]
 
 
@@ -36,10 +36,10 @@ def gated(gate: Gate, x: Array) -> Array:
 
 
 class Conditioning(Module):
-    """The gates of several linear layers from a condition [B, *condition_shape], by one hidden layer of 64 units."""
+    """Maps a condition [B, *condition_shape] to the gates of several linear layers; one hidden layer of 64 units."""
 
     def __init__(self, condition_shape: tuple[int, ...], channels: Sequence[int], *, rngs: nnx.Rngs):
-        """channels: of the output of every linear layer."""
+        """channels: number of output channels of every linear layer."""
         for size in condition_shape:
             check_count("condition_shape", size, 1)
         dtype = jnp.result_type(float)

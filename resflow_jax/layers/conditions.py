@@ -1,7 +1,7 @@
-"""Conditions c of p(x | c): which layers take one, of what shape, and how a caller may give it.
+"""Conditions c of p(x | c): which layers take one, of which shape, and in which shapes a caller may pass it.
 
-A layer's `condition_shape` is None where it takes no condition, the shape of one example's condition where that is
-known, and ANY where it takes whatever it is given, as a module of the user's does.
+A layer's `condition_shape` is None if it takes no condition, the shape of one example's condition if that is known,
+and ANY if any condition fits, as in a module of the user.
 """
 
 from collections.abc import Iterable
@@ -18,10 +18,10 @@ ConditionShape = tuple[int, ...] | EllipsisType | None
 
 
 def common_condition_shape(shapes: Iterable[tuple[str, ConditionShape]]) -> ConditionShape:
-    """The condition of a composition, from the names and the condition shapes of its parts.
+    """The condition shape of a composition, from the names and the condition shapes of its parts.
 
     Raises:
-      ValueError: where two parts take conditions of different shapes; it names both.
+      ValueError: if two parts take conditions of different shapes; it names both.
     """
     found: ConditionShape = None
     whose = ""
@@ -38,12 +38,12 @@ def common_condition_shape(shapes: Iterable[tuple[str, ConditionShape]]) -> Cond
 
 
 def as_condition(condition: Any, shape: ConditionShape, batch: tuple[int, ...]) -> jax.Array | None:
-    """A caller's condition as an array [*batch, *shape], or None where none is taken.
+    """A caller's condition as an array [*batch, *shape], or None if no part takes one.
 
     Args:
-      condition: floats [*shape], one for all examples, or [*batch, *shape], one each; an axis of one in the place of
-        an axis of the batch is broadcast.
-      shape: what the layers take.
+      condition: floats [*shape], one for all examples, or [*batch, *shape], one for each; a batch axis of size one is
+        broadcast.
+      shape: the condition shape of the layers.
       batch: leading axes of the examples.
 
     Raises:
@@ -66,7 +66,7 @@ def as_condition(condition: Any, shape: ConditionShape, batch: tuple[int, ...]) 
     condition = as_float_array("condition", condition)
     if shape is ANY:
         own = condition.shape[len(batch) :]
-        remedy = "; where one is for all, tell its shape, as by ResidualBlock(module, condition_shape=...)"
+        remedy = "; to share one among all examples, give its shape, as in ResidualBlock(module, condition_shape=...)"
     else:
         own, remedy = tuple(shape), ""
         if condition.shape == own:

@@ -2,9 +2,9 @@
 
     g = h_n o phi o ... o phi o h_1 (o phi with pre-activation),   Lip(g) <= prod_i |W_i| * prod_i Lip(phi_i)
 
-(Chen et al. 2019, arXiv 1906.02735, section 3.2 and appendix E; pre-activation as in He et al.
-2016). With mixed norms (section 3.3) layer i maps the norm of order p_i to that of order p_(i+1),
-and each activation acts in the norm of its place.
+(Chen et al. 2019, arXiv 1906.02735, section 3.2 and appendix E; pre-activation as in He et al. 2016). With mixed
+norms (section 3.3) layer i maps the norm of order p_i to the norm of order p_(i+1), and each activation is bounded in
+the norm at its place.
 """
 
 import inspect
@@ -32,34 +32,48 @@ from resflow_jax.layers.normalization import MovingCentering
 Array = jax.Array
 Params = dict[str, Array]
 
-_CACHED = 2**16  # numbers: a quarter of a MB in float32, a few of which the one or two MB of a core's L2 cache hold
+_CACHED = 2**16  # numbers in a layer's output: 256 KiB in float32; the L2 cache of a core, 1 or 2 MiB, holds several
 
 
 class Contraction(Module):
-    """Interface of g on [B, ...], which keeps the shape, treats each example by itself, and contracts x for every c.
+    """Interface of the contraction g of a residual block: |g(a; c) - g(b; c)| <= lipschitz * |a - b|, lipschitz < 1.
 
-    To write one, set `lipschitz`, and `event_shape` where it is known, and define `__call__(x)`, or `__call__(x,
-    condition)` with `condition_shape`. Its constant is then on the user's word. If the contraction also defines
-    `linears` and `bound`, it is proved, given that the formula of `bound` is right. A class that defines `apply` does
-    not inherit a `bound`.
+    g maps x [B, ...] to the same shape and dtype, and treats each example independently of the others.
 
-    For speed define `weights` and `apply` in place of `__call__`: the weights, as normalised kernels, are then computed
-    once for all evaluations of a log-det or of a solve.
+    To write one, set `lipschitz`, set `event_shape` if it is known, and define `__call__(x)`, or `__call__(x,
+    condition)` with `condition_shape`. The author then guarantees the constant: nothing here proves it, and
+    `check_contraction` can only refute it on data. If the contraction also defines `linears` and `bound`, `certify`
+    computes the constant from the kernels, given that the formula of `bound` is right. A class that defines `apply`
+    does not inherit a `bound`.
 
-    Example:
-      class Half(rf.Contraction):
-          lipschitz = 0.5
-
-          def __call__(self, x, condition=None):
-              return 0.5 * jnp.sin(x)
+    For speed define `weights` and `apply` in place of `__call__`. The weights, such as normalised kernels, are then
+    computed once for all evaluations of g in a log-det or in a solve.
 
     Attributes:
       lipschitz: bound on Lip(g), in (0, 1), for every condition.
-      is_contraction: whether it is one in a single norm. It is not where the orders of the norms of the first and of
-        the last layer differ, and the last is above the first: the bound then is that from one norm to the other.
-      event_shape: of one x; None where several fit.
-      condition_shape: of one condition; None for no condition, `...` for whatever is given.
-      linears: the Lipschitz layers inside, from the input to the output, which `bound` and `tighten` go by.
+      is_contraction: whether `lipschitz` holds in a single norm. It does not if the orders of the norms of the first
+        and of the last layer differ, and the last is above the first: the bound is then from one norm to the other.
+      event_shape: shape of one x; None if several fit.
+      condition_shape: shape of one condition; None for no condition, `...` for any.
+      linears: the Lipschitz layers inside, from the input to the output, for `bound` and `tighten`.
+
+    Randomness: none; a random g breaks the inverse. Cost: one call is one evaluation of g.
+
+    Raises:
+      TypeError: when a subclass of a contraction with `apply` defines `__call__` without an `apply` of its own.
+
+    Source: Behrmann et al. (2019, arXiv 1811.00995); Chen et al. (2019, arXiv 1906.02735).
+
+    Example:
+      >>> class Half(rf.Contraction):
+      ...     lipschitz = 0.5
+      ...
+      ...     def __call__(self, x, condition=None):
+      ...         return 0.5 * jnp.sin(x)
+      >>> block = rf.ResidualBlock(Half())
+      >>> y = block(jnp.ones((2, 3)))
+      >>> y.shape, np.allclose(block.inverse(y), 1, atol=1e-4)
+      ((2, 3), True)
     """
 
     lipschitz: float
@@ -70,44 +84,49 @@ class Contraction(Module):
 
     @property
     def chunk_size(self) -> int | None:
-        """How many examples to take at a time on a CPU, for its cache to hold a layer's output; None for all."""
+        """Number of examples to evaluate at a time on a CPU, so that a layer's output fits its cache; None for all."""
         sizes = [math.prod(linear.linear_map.example_shape) for linear in self.linears]
         return max(1, _CACHED // max(sizes)) if sizes else None
 
     def condition_features(self, condition: Array | None) -> Any:
-        """What `apply` takes for a condition [B, ...], computed once, however often g is evaluated: arrays [B, ...]."""
+        """Arrays [B, ...] that `apply` takes for a condition [B, ...]; computed once for all evaluations of g."""
         return condition
 
     def weights(self) -> Any:
-        """All parameters, in the form that `apply` takes; the same for every x."""
+        """All parameters, in the form that `apply` takes. They must not depend on x."""
         return nnx.state(self)
 
     def apply(self, weights: Any, x: Array, features: Any = None) -> Array:
-        """g(x) with given weights and features of the condition; depends on no parameter of the module itself."""
+        """g(x) [B, ...] with given weights and condition features; it reads no parameters of the module itself."""
         return _called(nnx.merge(nnx.graphdef(self), weights), x, features)
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if "__call__" in vars(cls) and "apply" not in vars(cls) and cls.apply is not Contraction.apply:
             raise TypeError(
-                f"{cls.__name__}: expected a method apply(weights, x, features) beside __call__, since log-dets go by "
-                "the one that is inherited; got none"
+                f"{cls.__name__}: expected a method apply(weights, x, features) beside __call__, since log-dets call "
+                "apply, and the inherited one belongs to another map; got none"
             )
         if "apply" in vars(cls) and "bound" not in vars(cls):
-            cls.bound = Contraction.bound  # an inherited one is that of another map
+            cls.bound = Contraction.bound  # an inherited bound belongs to another map
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
-        """g(x), or g(x; c)."""
+        """g(x), or g(x; c), [B, ...] for x [B, ...] and c [B, *condition_shape]; one evaluation."""
         features = self.condition_features(condition)
         return self.apply(self.weights(), x) if features is None else self.apply(self.weights(), x, features)
 
     def move_statistics(self, x: Array, condition: Array | None = None, rate: float | None = None) -> None:
-        """Moves running statistics inside towards those of a batch, in place, at their own rate or the given one."""
+        """Moves running statistics inside towards those of a batch, in place, at the given rate or at their own."""
 
     def bound(self, norms: Sequence[float], orders: Sequence[float]) -> float | None:
-        """Bound on Lip(g) from bounds on the norms of `linears`, layer i between orders i and i + 1; on the host.
+        """Upper bound on Lip(g) from upper bounds on the norms of `linears`; on the host.
 
-        None where g is not made of such layers alone: `lipschitz` is then the user's word.
+        Args:
+          norms: one for each layer; layer i maps order i to order i + 1.
+          orders: of the norms, one more than layers.
+
+        Returns:
+          The bound, or None if g has parts without a bound: the user then guarantees `lipschitz`.
         """
         return None
 
@@ -117,7 +136,7 @@ class Contraction(Module):
 
 
 class TrustedContraction(Contraction):
-    """Any module of Flax NNX as g, a contraction on the user's word; see `ResidualBlock`."""
+    """Any module of Flax NNX as g, with a Lipschitz constant that the user guarantees; see `ResidualBlock`."""
 
     def __init__(
         self,
@@ -133,7 +152,7 @@ class TrustedContraction(Contraction):
         if lipschitz is None:
             raise ValueError(
                 f"lipschitz: expected a bound on the Lipschitz constant of {type(module).__name__}, which is no "
-                "Contraction and cannot be certified, got None"
+                "Contraction with a bound of its own, got None"
             )
         check_open_interval("lipschitz", lipschitz, 0, 1)
         if condition_shape is None and _takes_condition(module):
@@ -155,24 +174,24 @@ def _called(module: nnx.Module, x: Array, condition: Any) -> Array:
     """module(x), or module(x, condition).
 
     Raises:
-      ValueError: if that changes the state of the module, as with batch statistics and streams of random numbers: what
-        it returns is then no function of one example, and the change would be lost.
+      ValueError: if the call changes the state of the module, as batch statistics and random streams do. The output is
+        then no function of one example, and the change would be lost.
     """
     params, state = _leaves(module)
     y = module(x) if condition is None else module(x, condition)
     params_after, state_after = _leaves(module)
     changed = [path for path, leaf in state.items() if state_after.get(path) is not leaf]
-    # A transformation of Flax inside, as nnx.jit, writes all variables back, parameters too, changed or not.
+    # A Flax transformation inside, as nnx.jit, writes back all variables, also unchanged ones and parameters.
     if changed and all(params_after.get(path) is leaf for path, leaf in params.items()):
         raise ValueError(
-            f"g: expected that calling {type(module).__name__} leaves its state as it is, got other values of "
-            f"{', '.join(changed)}; layers with batch statistics or dropout do so after module.eval()"
+            f"g: expected a call of {type(module).__name__} not to change its state, got other values of "
+            f"{', '.join(changed)}; for batch statistics or dropout call module.eval() first"
         )
     return y
 
 
 def _leaves(module: nnx.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays of a module by their place: parameters, and all others."""
+    """The arrays of a module by their path: parameters, and all others."""
     states = nnx.state(module, nnx.Param, ...)
     return tuple({keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(part)} for part in states)
 
@@ -188,8 +207,8 @@ def _takes_condition(module: nnx.Module) -> bool:
 class Layered(Contraction):
     """Lipschitz layers with an activation between any two, and before the first with pre-activation.
 
-    With centering a `MovingCentering` per channel stands before the first activation of a pre-activation, and behind
-    every linear layer.
+    With centering a `MovingCentering` per channel follows every linear layer, and one precedes the first activation of
+    a pre-activation.
     """
 
     def __init__(
@@ -239,8 +258,8 @@ class Layered(Contraction):
         return None if self.conditioning is None else self.conditioning(condition)
 
     def weights(self) -> tuple[Array | None, list[tuple[Array, Array]], list[Params]]:
-        behind = self.linears[not self.preactivation :]
-        channels = [linear.linear_map.kernel_shape[-2] // self.activation.expansion for linear in behind]
+        following = self.linears[not self.preactivation :]
+        channels = [linear.linear_map.kernel_shape[-2] // self.activation.expansion for linear in following]
         activations = constrained(self.activation, self.activation_params, channels)
         linears = [linear.weights() for linear in self.linears]
         if self.centers:
@@ -299,6 +318,6 @@ def learnable(activation: Activation, count: int) -> List:
 
 
 def constrained(activation: Activation, params: List, channels: Sequence[int]) -> list[Params]:
-    """What `learnable` made, broadcast to each input's number of channels: what `activation.function` takes."""
+    """The parameters from `learnable`, constrained and broadcast to each input's number of channels."""
     raw = [{name: by_name[name][...] for name, _ in activation.initial} for by_name in params]
     return [activation.constrain(*pair) for pair in zip(raw, channels, strict=True)]

@@ -31,7 +31,7 @@ _OFFSET = 0.1
 
 
 class DenseNetOfMaps(Contraction):
-    """g of dense layers with learnable concatenation, closed by a linear layer back to the shape of x."""
+    """g of dense layers with learnable concatenation, and a final linear layer that returns to the shape of x."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class DenseNetOfMaps(Contraction):
         condition_shape: tuple[int, ...] | None = None,
         rngs: nnx.Rngs,
     ):
-        """Maps of the layer before the dense ones (if any), of the dense layers, and of the last one.
+        """Takes the maps of the layer before the dense layers (if any), of the dense layers, and of the last layer.
 
         coefficient: bound on each linear layer's norm and on each dense layer's Lipschitz constant.
         """
@@ -83,7 +83,7 @@ class DenseNetOfMaps(Contraction):
         return self.linears[-1].apply(linears[-1], x, gates[-1])
 
     def _repr_text(self, text: Callable[[Any], str]) -> str:
-        if type(self).__init__ is not DenseNetOfMaps.__init__:  # it has arguments of its own
+        if type(self).__init__ is not DenseNetOfMaps.__init__:  # a subclass with other arguments
             return constructor(self, text)
         kernels = [linear.linear_map.kernel_shape for linear in self.linears]
         depth = len(self.activation_params)
@@ -103,7 +103,7 @@ class DenseNetOfMaps(Contraction):
 
 
 def normalized_concatenation(raw: Array) -> Array:
-    """(eta1, eta2) of unit length, [..., 2], from the learnable parameters [..., 2]; of NumPy's arrays too."""
+    """(eta1, eta2) of unit length, [..., 2], from the learnable parameters [..., 2]; for arrays of JAX or NumPy."""
     xp = np if isinstance(raw, np.ndarray) else jnp
     positive = xp.logaddexp(raw, 0) + _OFFSET
     return positive / xp.linalg.norm(positive, axis=-1, keepdims=True)

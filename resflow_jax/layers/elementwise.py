@@ -1,4 +1,4 @@
-"""Maps of every element by itself."""
+"""Bijectors that map each element independently of the others."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ Array = jax.Array
 
 
 class Elementwise(Bijector):
-    """A layer that maps each element by itself, and has no parameters; subclasses define both directions."""
+    """A layer without parameters that maps each element independently; subclasses define both directions."""
 
     def values(self, x: Array) -> tuple[Array, Array]:
         """f(x) and log|f'(x)| of every element, in the shape of x."""
@@ -39,7 +39,7 @@ def largest(dtype: Any) -> float:
 
 
 def smallest(dtype: Any) -> float:
-    """The smallest normal number of a dtype: what is less may be flushed to zero."""
+    """The smallest normal number of a dtype: smaller numbers may be flushed to zero."""
     return float(jnp.finfo(dtype).tiny)
 
 

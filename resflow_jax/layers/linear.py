@@ -3,9 +3,8 @@
     y = x W,   W = P L U,   L = I + strictly lower,   U = diag(sign * exp(log_scale)) + strictly upper
     log_det = positions * sum(log_scale)
 
-Kingma & Dhariwal (2018, arXiv 1807.03039), section 3.2, equations 10 and 11: P and sign are fixed, all
-else is learned. W starts as a random orthogonal matrix. Cost: one product of C x C matrices and one
-with x; for the inverse two triangular solves, exact.
+Kingma & Dhariwal (2018, arXiv 1807.03039), section 3.2, equations 10 and 11: P and sign are fixed, the rest is
+learned. W starts as a random orthogonal matrix.
 """
 
 import math
@@ -22,7 +21,32 @@ Array = jax.Array
 
 
 class InvertibleLinear(Bijector):
-    """y = x W on the last axis; see the module's head. x: [B, ..., dim]."""
+    """Learnable invertible matrix on the last axis; on images [B, H, W, C] the invertible 1x1 convolution.
+
+        y = x W,   x = y W^-1,   log_det = positions * sum(log_scale),   W = P L U
+
+    P, L and U are a permutation, a unit lower and an upper triangular matrix (see `layers.linear`). W starts as a
+    random orthogonal matrix. `positions` is the number of elements of an event divided by `dim`.
+
+    Args:
+      dim: size of the last axis of x [B, ..., dim].
+      rngs: `rngs.params` draws W.
+
+    Randomness: `rngs` only; log_det is exact. Cost: one product of dim x dim matrices and one with x; for the inverse
+    two exact triangular solves.
+
+    Raises:
+      ValueError: for a dim below one; from `output_shape`, for events whose last axis is not `dim`.
+
+    Source: Kingma & Dhariwal (2018, arXiv 1807.03039), section 3.2, equations 10 and 11.
+
+    Example:
+      >>> layer = rf.InvertibleLinear(3, rngs=nnx.Rngs(0))
+      >>> x = jnp.arange(24.0).reshape(2, 2, 2, 3)
+      >>> y, log_det = layer.forward(x)
+      >>> y.shape, np.allclose(log_det, 0, atol=1e-4), np.allclose(layer.inverse(y), x, atol=1e-4)
+      ((2, 2, 2, 3), True, True)
+    """
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         check_count("dim", dim, 1)
@@ -47,7 +71,7 @@ class InvertibleLinear(Bijector):
     def weight(self) -> Array:
         """W, [dim, dim]."""
         lower, upper = self._factors()
-        # Full precision also where an accelerator multiplies float32 coarsely: the solves of the inverse are exact.
+        # Full precision also on accelerators that multiply float32 coarsely, since the solves of the inverse are exact.
         product = jnp.matmul(lower, upper, precision="highest")
         return jnp.zeros_like(product).at[self.rows[...]].set(product, unique_indices=True)
 
@@ -62,7 +86,7 @@ class InvertibleLinear(Bijector):
         x = y.reshape(-1, y.shape[-1])
         x = jax.lax.linalg.triangular_solve(upper, x)
         x = jax.lax.linalg.triangular_solve(lower, x, lower=True, unit_diagonal=True)
-        # That was x[:, rows]: y = x W = x[:, rows] W[rows], and W[rows] = L U.
+        # The solution is x[:, rows], since y = x W = x[:, rows] W[rows] and W[rows] = L U.
         return jnp.zeros_like(x).at[:, self.rows[...]].set(x, unique_indices=True).reshape(y.shape)
 
     def lipschitz_bounds(self) -> tuple[float, float]:
@@ -73,7 +97,7 @@ class InvertibleLinear(Bijector):
         if not np.isfinite(size):
             return math.inf, math.inf
         singular_values = np.linalg.svd(product, compute_uv=False)
-        # What rounding may have done to the product and to its singular values (Higham 2002, sections 3.5 and 20.1).
+        # A bound on the rounding errors of the product and of its singular values (Higham 2002, sections 3.5 and 20.1).
         rounding = 8 * len(product) * np.finfo(np.float64).eps * size
         smallest = singular_values[-1] - rounding
         return float(singular_values[0] + rounding), float(1 / smallest) if smallest > 0 else math.inf

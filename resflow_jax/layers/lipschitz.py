@@ -2,10 +2,9 @@
 
     h(x) = W x * min(1, c / sigma) + b,   sigma = u^T W v
 
-u and v are the power-iteration vectors, explicit state beside the parameters (`NormState`).
-For norms in closed form sigma is that of every row or every column alone. The
-vectors are iterated to convergence when a layer is made, and advanced by `update_norm`, which is to be
-called whenever the kernel has changed; applying the layer never changes them.
+u and v are the power-iteration vectors, explicit state beside the parameters (`NormState`). For norms in closed form
+sigma is instead computed for each row or each column. The vectors are iterated to convergence when a layer is made.
+`update_norm` advances them, and must be called whenever the kernel has changed. Applying the layer never changes them.
 """
 
 import math
@@ -46,7 +45,7 @@ Order = float | nnx.Param  # of a norm: fixed, or learnable
 
 
 class NormSettings(NamedTuple):
-    """How far a power iteration goes; see `power_iteration`."""
+    """When a power iteration stops; see `power_iteration`."""
 
     tolerance: float | Array
     residual_tolerance: float | Array
@@ -56,7 +55,7 @@ class NormSettings(NamedTuple):
     def of(
         cls, tolerance: float | Array, residual_tolerance: float | Array | None, max_iterations: int | Array
     ) -> "NormSettings":
-        """What a user gave, checked by `check_settings`, as Python numbers unless traced: of one type for `jax.jit`."""
+        """A user's settings, checked by `check_settings`, as Python numbers unless traced: one type for `jax.jit`."""
         check_settings(tolerance, residual_tolerance, max_iterations)
         if residual_tolerance is None:
             residual_tolerance = tolerance**0.5
@@ -64,27 +63,38 @@ class NormSettings(NamedTuple):
         return cls(*(value if isinstance(value, jax.core.Tracer) else number(value) for number, value in numbers))
 
 
-# Singular values are told apart that differ by 0.2 %. From a random start 1000 iterations leave an expected error
-# of sigma below 0.44 log(n) / 999 for whatever spectrum and n numbers of v (Kuczynski and Wozniakowski 1992, SIAM J.
-# Matrix Anal. Appl. 13, theorem 3.1).
+# This distinguishes singular values that differ by 0.2 %. From a random start, 1000 iterations leave an expected
+# relative error of sigma below 0.44 log(n) / 999 for any spectrum, n the size of v (Kuczynski and Wozniakowski 1992,
+# SIAM J. Matrix Anal. Appl. 13, theorem 3.1).
 TIGHT = NormSettings(tolerance=1e-6, residual_tolerance=1e-5, max_iterations=1000)
 
 
 class NormState(nnx.Variable):
-    """A power-iteration vector: state that training carries along but does not differentiate."""
+    """A power-iteration vector u or v of a linear layer: state that training carries along but does not differentiate.
+
+    `flow.update_norms` and `LipschitzLinear.update_norm` advance it. It is saved with the flow.
+
+    Args:
+      value: floats, of the shape of the map's output (u) or input (v).
+
+    Example:
+      >>> layer = rf.LipschitzDense(3, 2, rngs=nnx.Rngs(0))
+      >>> isinstance(layer.v, rf.NormState), layer.u.shape, layer.v.shape
+      (True, (2,), (3,))
+    """
 
 
 _deferred = ContextVar("_deferred", default=False)
 
 
 def norms_are_deferred() -> bool:
-    """Whether layers are being made inside of `deferred_norms`."""
+    """Whether layers are being made inside `deferred_norms`."""
     return _deferred.get()
 
 
 @contextmanager
 def deferred_norms() -> Iterator[None]:
-    """Layers made inside keep random vectors: who makes a whole model calls `update_norms` on it once."""
+    """Layers made inside keep random vectors; the caller must then run `update_norms` once on the whole model."""
     token = _deferred.set(True)
     try:
         yield
@@ -93,16 +103,18 @@ def deferred_norms() -> Iterator[None]:
 
 
 class LipschitzLinear(Module):
-    """x -> linear_map(kernel * min(1, coefficient / sigma), x) + bias.
+    """Affine map of bounded norm: x -> linear_map(kernel * min(1, coefficient / sigma), x) + bias.
 
-    Starts from the uniform law U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for kernel and bias, with its norm iterated to
-    convergence from random vectors. After any change of the kernel, `update_norm()` finds the new norm.
+    Kernel and bias start from the uniform law U(-1/sqrt(fan_in), 1/sqrt(fan_in)), and the norm is iterated to
+    convergence from random vectors. After any change of the kernel, the caller must run `update_norm()`.
 
     Example:
-      layer = LipschitzLinear(DenseMap(64, 32), 0.9, rngs=nnx.Rngs(0))
-      layer.kernel[...] = kernel
-      layer.update_norm()
-      y = layer(x)                          # the norm of this affine map is at most 0.9
+      >>> layer = rf.LipschitzDense(3, 2, 0.9, rngs=nnx.Rngs(0))
+      >>> layer.kernel[...] = 5 * layer.kernel[...]
+      >>> bool(layer.update_norm().converged)
+      True
+      >>> layer(jnp.ones((4, 3))).shape
+      (4, 2)
     """
 
     def __init__(
@@ -117,8 +129,8 @@ class LipschitzLinear(Module):
     ):
         """coefficient: bound on the norm from the order `domain` to the order `codomain`, in (0, 1).
 
-        slopes: those of the activation in front (see `Activation`); where it expands in the norm of order
-        `domain`, the layer makes up for it.
+        slopes: of the activation before the layer (see `Activation`). If it expands in the norm of order `domain`, the
+        bound on this layer's norm is lower by that factor.
         """
         check_open_interval("coefficient", coefficient, 0, 1)
         shapes = linear_map.kernel_shape, linear_map.kernel_shape[-1:], linear_map.input_shape
@@ -135,7 +147,7 @@ class LipschitzLinear(Module):
         self.v = NormState(v)
         if not _deferred.get():
             self.search_norm()
-            self.update_norm(restart=False)  # v is random: it lacks nothing
+            self.update_norm(restart=False)  # v is random, so it has a component along every singular vector
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
@@ -146,7 +158,7 @@ class LipschitzLinear(Module):
         return self.kernel.shape[: self.kernel.ndim - len(self.linear_map.kernel_shape)]
 
     def norm(self) -> Array:
-        """sigma of the unnormalised kernel, with the stored vectors where it has no closed form; a scalar."""
+        """sigma of the unnormalised kernel, a scalar; without a closed form, from the stored vectors, a lower bound."""
         return induced_norm(self.linear_map, self.kernel[...], self.u[...], self.v[...], *self.traced_orders())
 
     def orders(self) -> tuple[float, float]:
@@ -154,12 +166,12 @@ class LipschitzLinear(Module):
         return tuple(float(order) for order in self.traced_orders())
 
     def limit(self) -> Array:
-        """What the norm is normalised to at most: the coefficient, less what the activation in front expands."""
+        """Bound on the norm of the normalised kernel: the coefficient over the expansion of the activation before."""
         expansion = vector_norm(jnp.asarray(self.slopes, self.kernel.dtype), self.traced_orders()[0])
         return self.coefficient / jnp.maximum(1, expansion)
 
     def traced_orders(self) -> tuple[float | Array, float | Array]:
-        """The same orders; those that are learned as arrays."""
+        """The orders of the norms on input and output; learnable ones as arrays."""
         orders = self.domain, self.codomain
         return tuple(learnable_order(order[...]) if isinstance(order, nnx.Param) else order for order in orders)
 
@@ -168,14 +180,14 @@ class LipschitzLinear(Module):
         return order_loss(self.linear_map, self.kernel[...], self.v[...], *self.traced_orders())
 
     def weights(self) -> tuple[Array, Array]:
-        """The softly normalised kernel, and the bias: what `apply` takes."""
+        """The softly normalised kernel and the bias, as `apply` takes them."""
         norms = channel_norms(self.linear_map, self.kernel[...], self.u[...], self.v[...], *self.traced_orders())
         return soft_normalize(self.kernel[...], norms, self.limit()), self.bias[...]
 
     def apply(self, weights: tuple[Array, Array], x: Array, gate: Gate | None = None) -> Array:
-        """The affine map with given weights; depends on no parameter of the layer itself.
+        """The affine map with given weights; it reads no parameter of the layer itself.
 
-        gate: what a condition does to the product, before the bias is added.
+        gate: factor and shift from a condition, applied to the product before the bias is added.
         """
         kernel, bias = weights
         y = self.linear_map(kernel, x)
@@ -193,10 +205,10 @@ class LipschitzLinear(Module):
         *,
         restart: bool = True,
     ) -> PowerIterationStatus:
-        """Advances u and v from where they are, in place, by default to the norm of any kernel within 1 %.
+        """Advances u and v from their present values, in place, by default until sigma of any kernel is within 1 %.
 
-        A norm of other orders than 2 -> 2 is a local maximum: where the kernel has changed much call `search_norm`
-        before. See `power_iteration` for the settings, cost and errors, and for when the status says `converged`.
+        For orders other than 2 -> 2 the iteration finds a local maximum: call `search_norm` first if the kernel has
+        changed much. See `power_iteration` for the settings, cost and errors, and for when the status says `converged`.
         """
         kernel, orders = self.kernel[...], self.traced_orders()
         if not needs_power_iteration(*orders):
@@ -209,7 +221,7 @@ class LipschitzLinear(Module):
     def search_norm(self, starts: int = 32) -> None:
         """Sets u and v to the best of several power iterations, from v and from random starts, in place.
 
-        For norms other than 2 -> 2, whose power iteration ends in local maxima; for 2 -> 2 it does nothing.
+        For norms other than 2 -> 2, where power iteration may end in a local maximum; for 2 -> 2 it does nothing.
         """
         orders = self.traced_orders()
         is_euclidean = all(is_order(order, 2) for order in orders)
@@ -218,11 +230,11 @@ class LipschitzLinear(Module):
             self.u[...], self.v[...] = result.u, result.v
 
     def rescale(self, factor: float) -> None:
-        """Replaces the kernel by `factor` <= 1 times the one that is applied, in place."""
+        """Replaces the kernel by `factor` <= 1 times the normalised kernel, in place."""
         self.kernel[...] = factor * self.weights()[0]
 
 
-# Compiled once for all layers of a shape, whatever their settings, also where they are used eagerly.
+# Compiled once for all layers of one shape, for any settings, also in eager use.
 @partial(jax.jit, static_argnums=(0, 1, 3))
 def advance(
     linear_map: LinearMap,
@@ -247,7 +259,7 @@ def _search(linear_map, fixed, learned, starts, kernel, v) -> PowerIteration:
 
 
 def _operator(linear_map, fixed, learned, kernel) -> tuple[Callable[[Array], Array], dict[str, Any]]:
-    """x -> W x, and what a power iteration of it takes beside: x -> W^T x, and the orders of its norm."""
+    """x -> W x, and the other arguments of its power iteration: x -> W^T x, and the orders of its norm."""
     domain, codomain = _join_orders(fixed, learned)
     options = {"rmatvec": partial(linear_map.rmatvec, kernel), "domain": domain, "codomain": codomain}
     return partial(linear_map.matvec, kernel), options
@@ -265,12 +277,12 @@ def _join_orders(fixed: tuple[float | None, ...], learned: tuple[Array | None, .
 
 
 def learned_order() -> nnx.Param:
-    """A learnable order of a norm, from 2; to be shared between the layer before and the layer behind it."""
+    """A learnable order of a norm, from 2; shared by the linear layers before and after it."""
     return nnx.Param(jnp.zeros(()))
 
 
 def linears_inside(module: nnx.Module) -> list[LipschitzLinear]:
-    """Every `LipschitzLinear` inside a module; the layers of a stack as one, of which `stack_shape` tells."""
+    """Every `LipschitzLinear` inside a module; the layers of a stack count as one, see `stack_shape`."""
     return [layer for _, layer in nnx.iter_modules(module) if isinstance(layer, LipschitzLinear)]
 
 

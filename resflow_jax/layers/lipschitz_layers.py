@@ -15,14 +15,30 @@ from resflow_jax.layers.lipschitz import LipschitzLinear, Order
 
 
 class LipschitzDense(LipschitzLinear):
-    """x [..., features_in] -> x @ kernel * min(1, coefficient / sigma) + bias [..., features_out].
+    """Dense layer of bounded norm: y = x @ kernel * min(1, coefficient / sigma) + bias, [..., features_in] -> [...,
+    features_out].
 
-    The bound holds for the last axis, and so for the whole where `domain` <= `codomain`. Initial values, norms and
-    their cost are those of `LipschitzLinear`; call `update_norm()` after any change of the kernel.
+    The bound holds on the last axis, and for a whole event if `domain` <= `codomain`. Kernel and bias start from
+    U(-1/sqrt(features_in), 1/sqrt(features_in)), and sigma is iterated to convergence. After any change of the kernel,
+    the caller must run `update_norm()`.
+
+    Args: see `__init__`.
+
+    Randomness: `rngs` only. Cost: one matrix product, and one product with the vector v for sigma.
+
+    Raises:
+      ValueError: for arguments outside their ranges, and when called for an x of another last axis.
+
+    Source: Miyato et al. (2018, arXiv 1802.05957) normalise always; Behrmann et al. (2019, arXiv 1811.00995) only where
+    sigma exceeds the coefficient, as here.
 
     Example:
-      layer = LipschitzDense(64, 32, 0.9, rngs=nnx.Rngs(0))
-      y = layer(jnp.ones((8, 10, 64)))      # [8, 10, 32]
+      >>> layer = rf.LipschitzDense(4, 3, 0.9, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((2, 5, 4))).shape
+      (2, 5, 3)
+      >>> kernel, _ = layer.weights()
+      >>> bool(jnp.linalg.norm(kernel, 2) <= 0.9 * 1.01)
+      True
     """
 
     def __init__(
@@ -40,15 +56,15 @@ class LipschitzDense(LipschitzLinear):
 
         Args:
           features_in: size of the last axis of x.
-          features_out: size of the last axis of what comes out.
+          features_out: size of the last axis of y.
           coefficient: bound on the norm from the order `domain` to the order `codomain`, in (0, 1).
           rngs: `rngs.params` draws kernel, bias and v.
           domain: order of the norm of x, at least 1.
-          codomain: order of the norm of what comes out, at least 1.
-          matmul_dtype: of the factors of products: None (that of x and kernel) or "bfloat16".
+          codomain: order of the norm of y, at least 1.
+          matmul_dtype: dtype that the factors of products are rounded to: None (no rounding) or "bfloat16".
 
         Raises:
-          ValueError: for an argument outside of these, and when called for an x of another last axis.
+          ValueError: for an argument outside these ranges.
         """
         linear_map = DenseMap(features_in, features_out, matmul_dtype)
         super().__init__(linear_map, coefficient, domain=domain, codomain=codomain, rngs=rngs)
@@ -67,15 +83,27 @@ class LipschitzDense(LipschitzLinear):
 
 
 class LipschitzConv(LipschitzLinear):
-    """x [B, *size, channels_in] -> convolve(x, kernel) * min(1, coefficient / sigma) + bias [B, *size, channels_out].
+    """Convolution of bounded norm: y = convolve(x, kernel) * min(1, coefficient / sigma) + bias.
 
-    In one, two or three dimensions, with zeros beyond the ends of the grid or, with `padding="periodic"`, the grid
-    again: the layer then commutes with shifts of the grid, as a lattice asks for. Initial values, norms and their cost
-    are those of `LipschitzLinear`; call `update_norm()` after any change of the kernel.
+    x [B, *size, channels_in] is mapped to y [B, *size, channels_out], in one, two or three dimensions. Beyond the edges
+    of the grid x is zero or, with `padding="periodic"`, repeats; the layer then commutes with shifts of the grid, as
+    for a lattice. Kernel and bias start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), and sigma, the norm of the whole
+    convolution, is iterated to convergence. After any change of the kernel, the caller must run `update_norm()`.
+
+    Args: see `__init__`.
+
+    Randomness: `rngs` only. Cost: one convolution of x, and one of the single example v for sigma.
+
+    Raises:
+      ValueError: for arguments outside their ranges, and when called for an x of another shape.
+
+    Source: Behrmann et al. (2019, arXiv 1811.00995); the power iteration of a convolution as in Gouk et al. (2018,
+    arXiv 1804.04368).
 
     Example:
-      layer = LipschitzConv((8, 8), 1, 16, padding="periodic", rngs=nnx.Rngs(0))
-      y = layer(jnp.ones((4, 8, 8, 1)))     # [4, 8, 8, 16]
+      >>> layer = rf.LipschitzConv((4, 4), 1, 2, padding="periodic", rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((3, 4, 4, 1))).shape
+      (3, 4, 4, 2)
     """
 
     def __init__(
@@ -97,17 +125,17 @@ class LipschitzConv(LipschitzLinear):
         Args:
           size: of the grid, a tuple of one to three sides.
           channels_in: number of channels of x.
-          channels_out: number of channels of what comes out.
+          channels_out: number of channels of y.
           kernel_size: odd side of the kernel on every axis, or a tuple of them; it may exceed the grid's.
           coefficient: bound on the norm from the order `domain` to the order `codomain`, in (0, 1).
           padding: "zero" or "periodic".
           rngs: `rngs.params` draws kernel, bias and v.
           domain: order of the norm of x, at least 1.
-          codomain: order of the norm of what comes out, at least 1.
-          matmul_dtype: of the factors of products: None (that of x and kernel) or "bfloat16".
+          codomain: order of the norm of y, at least 1.
+          matmul_dtype: dtype that the factors of products are rounded to: None (no rounding) or "bfloat16".
 
         Raises:
-          ValueError: for an argument outside of these, and when called for an x of another shape.
+          ValueError: for an argument outside these ranges.
         """
         linear_map = ConvMap(size, channels_in, channels_out, kernel_size, padding, matmul_dtype)
         super().__init__(linear_map, coefficient, domain=domain, codomain=codomain, rngs=rngs)

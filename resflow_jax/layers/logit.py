@@ -1,4 +1,4 @@
-"""The logit of values in an interval: [0, 1], as of images, or one of the user's for each column of a table."""
+"""The logit of values in an interval: [0, 1], as for images, or one given for each column of a table."""
 
 import math
 from typing import Any
@@ -17,19 +17,38 @@ Array = jax.Array
 
 
 class Logit(Elementwise):
-    """y = logit(s), s = alpha + (1 - 2 alpha) u, u = (x - low) / (high - low) (Dinh et al. 2017, section 4.1).
+    """Logit of values in an interval, applied to each element.
 
-    log_det = sum log(1 - 2 alpha) - log s - log(1 - s) - log(high - low). alpha > 0 keeps y finite at the ends of the
-    interval.
+        u = (x - low) / (high - low),   s = alpha + (1 - 2 alpha) u,   y = logit(s)
+        x = low + (high - low) (sigmoid(y) - alpha) / (1 - 2 alpha)
+        log_det = sum log(1 - 2 alpha) - log s - log(1 - s) - log(high - low)
 
-    s is in [0, 1] where u is in [-delta, 1 + delta], delta = alpha / (1 - 2 alpha): the inverse may return all of
-    these, the two ends included, for rounding takes s to 0 or 1 and x a little beyond. Such an x counts as the nearest
-    one inside that its dtype can tell from the end, so that y and log_det are finite, with derivatives of zero. What is
-    farther outside gives NaN.
+    alpha > 0 keeps y finite at the ends of the interval.
+
+    s is in [0, 1] for u in [-delta, 1 + delta], delta = alpha / (1 - 2 alpha). The inverse may return any of these
+    values. Rounding may take s to 0 or 1, and x slightly outside. Such an x counts as the nearest value inside that the
+    dtype distinguishes from the end, so that y and log_det are finite, with derivatives of zero.
 
     Args:
-      alpha: in (0, 1/2).
-      low, high: ends of the interval, finite; numbers, or arrays of the last axes of x, as (C,) for one a column.
+      alpha: in (0, 1/2), at least the smallest normal number of the dtype.
+      low: lower end, finite; a number, or an array of the last axes of x, as (C,) for one for each column.
+      high: upper end, of the same kind.
+
+    Randomness: none. Cost: one pass over x in each direction.
+
+    Raises:
+      ValueError: for alpha outside its range, ends that are not finite, low >= high. A flow raises it for values of x
+        farther outside than delta. Traced values there give NaN.
+
+    Source: Dinh et al. (2017, arXiv 1605.08803), section 4.1.
+
+    Example:
+      >>> layer = rf.Logit(1e-6)
+      >>> y, log_det = layer.forward(jnp.array([[0.0, 0.5, 1.0]]))
+      >>> bool(jnp.isfinite(y).all()), float(y[0, 1]), log_det.shape
+      (True, 0.0, (1,))
+      >>> np.allclose(layer.inverse(y), jnp.array([0.0, 0.5, 1.0]), atol=1e-6)
+      True
     """
 
     def __init__(self, alpha: float, low: Any = 0.0, high: Any = 1.0):
@@ -68,7 +87,8 @@ class Logit(Elementwise):
             low, high, width = (bounds.constant(value) for value in (bounds.low, bounds.high, bounds.width))
             from_low, from_high = (x - low) / width, (high - x) / width
         s = _positive(alpha + scale * from_low, least_low, slack_low)
-        # The maximum is never the bound. Without it XLA would make (1 + alpha) - x of alpha + (1 - x), and lose alpha.
+        # The bound of the maximum is never attained. It stops XLA from rewriting alpha + (1 - x) as (1 + alpha) - x,
+        # which loses alpha.
         rest = alpha + scale * jnp.maximum(from_high, -2 * (1 + alpha / scale))
         return jnp.log(s), jnp.log(_positive(rest, least_high, slack_high))
 
@@ -78,17 +98,17 @@ class Logit(Elementwise):
         return log_s - log_rest, self._log_scale(bounds) - log_s - log_rest
 
     def inverse_values(self, y: Array) -> tuple[Array, Array]:
-        # From y the slope is exact also where x is too close to an end of the interval to tell.
+        # Computed from y, the slope is exact even if x rounds to an end of the interval.
         bounds = Bounds.of(self.low, self.high, y)
         log_slopes = self._log_scale(bounds) + jax.nn.softplus(y) + jax.nn.softplus(-y)
         if self._is_unit:
             return self._share(y), log_slopes
         low, high, width = (bounds.constant(value) for value in (bounds.low, bounds.high, bounds.width))
-        # Each half from its own end: an end at zero is as accurate as that of [0, 1].
+        # Each half is computed from its nearer end, which keeps the relative accuracy near an end at zero.
         return jnp.where(y < 0, low + width * self._share(y), high - width * self._share(-y)), log_slopes
 
     def _share(self, y: Array) -> Array:
-        """u, the place of x in the interval."""
+        """u, the relative position of x in the interval."""
         return (jax.nn.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)
 
     def domain(self, dtype: Any) -> Domain:
@@ -113,14 +133,14 @@ class Logit(Elementwise):
         return float(forward / width.min()), float(inverse * width.max())
 
 
-_SLACK = 8  # units of rounding by which x may be beyond the end of a logit's domain
+_SLACK = 8  # units of rounding by which x may lie outside the domain of a logit
 
 
 def logit_domain(alpha: float, dtype: Any, low: Any = 0.0, high: Any = 1.0) -> tuple[Any, Any]:
-    """The ends of what the inverse of `Logit(alpha, low, high)` returns in a dtype, with rounding: f is finite there.
+    """The ends of the values that the inverse of `Logit(alpha, low, high)` returns in a dtype, with rounding.
 
     low - delta and high + delta, delta = alpha / (1 - 2 alpha) times the length of the interval, each moved outwards by
-    half of what the forward allows.
+    half of the slack that the forward map allows. f is finite between them.
     """
     bounds = Bounds.of(low, high, dtype)
     beyond = (bounds.width * (alpha + _SLACK / 2 * value) / (1 - 2 * alpha) for value in _rounding(alpha, bounds))
@@ -128,17 +148,17 @@ def logit_domain(alpha: float, dtype: Any, low: Any = 0.0, high: Any = 1.0) -> t
 
 
 def _rounding(alpha: float, bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
-    """What a rounding of x near either end moves s by: of [0, 1] by eps * alpha near 0 - delta, eps near 1 + delta."""
+    """The change of s by a rounding of x near either end: for [0, 1] eps * alpha near 0 - delta, eps near 1 + delta."""
     eps = float(jnp.finfo(bounds.dtype).eps)
     return tuple(eps * np.maximum(alpha, np.abs(end) / bounds.width) for end in (bounds.low, bounds.high))
 
 
 def _least(alpha: float, bounds: Bounds) -> list[np.ndarray]:
-    """An s, or a 1 - s, below half of a rounding is 0: it counts as this number."""
+    """The least s, and the least 1 - s: anything below half of a rounding counts as this number."""
     tiny = float(jnp.finfo(bounds.dtype).tiny)
     return [np.maximum(np.minimum(rounding, alpha) / 2, tiny) for rounding in _rounding(alpha, bounds)]
 
 
 def _positive(s: Array, least: float | Array, slack: float | Array) -> Array:
-    """s, but `least` where it is less; what is below -slack stays as it is, for a logarithm to make NaN of it."""
+    """s, raised to `least`. Values below -slack stay negative, so that their logarithm is NaN."""
     return jnp.where((-slack <= s) & (s < least), least, s)

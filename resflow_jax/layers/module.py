@@ -1,8 +1,9 @@
 """The modules of Flax NNX that layers are made of, safe under `nnx.tabulate`.
 
-`nnx.tabulate` replaces every public method of the classes of a module by one that records its calls, and puts them back
-at its end. If an error ends it, it does not, and every later call of a method of these classes fails. Here only
-`__call__` and `apply` are recorded, which take and return arrays, and only for the copy that is tabulated.
+`nnx.tabulate` replaces every public method of the classes of a module by one that records its calls, and restores
+them at its end. If an error ends it, it does not restore them, and every later call of a method of these classes
+fails. Here only `__call__` and `apply` are recorded, which take and return arrays, and only for the copy that is
+tabulated.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ _RECORDED = ("__call__", "apply")
 
 
 class _ModuleType(type(nnx.Module)):
-    """The type of classes that stay as they are for all objects but those that are tabulated."""
+    """The metaclass whose classes stay unchanged for all objects except the tabulated ones."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
         if getattr(getattr(value, "__code__", None), "co_filename", None) == summary.__file__:
@@ -28,7 +29,7 @@ class _ModuleType(type(nnx.Module)):
             value = _original(value)
         if value is next((vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)), None):
             if name in vars(cls):
-                super().__delattr__(name)  # what a class inherits does not become its own
+                super().__delattr__(name)  # an inherited method must not become an attribute of the class
             return
         super().__setattr__(name, value)
 
@@ -38,7 +39,7 @@ def _recorded(recording: Callable[..., Any], original: Callable[..., Any]) -> Ca
 
     @wraps(original)
     def method(self, *args, **kwargs):
-        # An earlier summary that failed may have left its method behind: the present one calls it.
+        # An earlier summary that failed may have left its method in the class; the present summary then calls it.
         is_present = getattr(type(self), original.__name__) is method
         function = recording if is_present and hasattr(self, "_nnx_tabulate_id") else original
         return function(self, *args, **kwargs)
@@ -54,8 +55,8 @@ def _original(value: Any) -> Any:
 class Module(nnx.Module, metaclass=_ModuleType):
     """`nnx.Module` with a short `repr`; see the head of this file, and `layers.module_texts`.
 
-    A class may define `_repr_text(text)`, its text on one line, where text(part) is that of a module or setting inside;
-    and `_repr_promise()`, what it promises of its Lipschitz constant.
+    A class may define `_repr_text(text)`, its text on one line, where text(part) returns the text of a module or
+    setting inside; and `_repr_promise()`, the bound on its Lipschitz constant that it promises.
     """
 
     def _repr_parts(self, shape: Shape | None) -> Parts | None:
@@ -69,7 +70,7 @@ class Module(nnx.Module, metaclass=_ModuleType):
         return repr(self)
 
     def __nnx_repr__(self) -> Iterator[reprlib.Object]:
-        """The same text inside of another module of Flax."""
+        """The same text inside another module of Flax."""
         yield reprlib.Object(type=repr(self), start="", end="")
 
 

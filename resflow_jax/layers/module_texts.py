@@ -5,11 +5,12 @@
       ActNorm((6,))                                             (6,)                 12
       ResidualBlock(LipschitzMLP(6, hidden=(64, 64)))           (6,)              5,000  0.941192
 
-A layer is shown by the arguments of its constructor. What fits on a line is one line, else its parts follow, indented.
-Nothing is computed but shapes and sizes: the network does not run, no array is read. The last column is what the
-coefficients of the contractions promise, which `certify` proves; of a stack the parameters are those of all layers.
+A layer is shown by the arguments of its constructor. A text that fits on a line is one line, else its parts follow,
+indented. Only shapes and sizes are computed: the network does not run, and no array is read. The last column is the
+bound that the coefficients of the contractions set, and that `certify` proves. The parameters of a stack are those of
+all its layers.
 
-A class of modules may define what `Module` says of `_repr_text`, `_repr_parts` and `_repr_promise`.
+A class of modules may define `_repr_text`, `_repr_parts` and `_repr_promise`, as `Module` describes.
 """
 
 import math
@@ -23,17 +24,17 @@ from resflow_jax.functional.texts import constructor, count, listed, setting, up
 
 Shape = tuple[int, ...]
 
-_WIDTH = 100  # of a line's text: longer compositions have lines for their parts, other layers are cut
-_DEEPEST = 6  # modules inside of modules on a line
+_WIDTH = 100  # of a line's text; a longer composition is split into lines for its parts, other layers are cut
+_DEEPEST = 6  # levels of nested modules that a line shows
 
 
 class Part(NamedTuple):
     """A module that has a line of its own in the table of another.
 
     Attributes:
-      module: what it is.
+      module: the module.
       shape: of the events that it takes, None if unknown.
-      label: what the line starts with.
+      label: start of the line.
     """
 
     module: Any
@@ -42,12 +43,12 @@ class Part(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What the table of a module is made of.
+    """The content of the table of a module.
 
     Attributes:
-      heading: the name that stands over the parts.
+      heading: the name above the parts.
       parts: the modules that have lines of their own.
-      facts: what the head of a table says of it, where that is more than the shapes of events.
+      facts: for the head of the table, in place of the shapes of events.
     """
 
     heading: str
@@ -56,7 +57,7 @@ class Parts(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """What is promised of Lip(g): `bound`, None for nothing; `is_word`: on the user's word, which is never proved."""
+    """The stated bound on Lip(g), None without one; `is_word`: the user states it, and it is never proved."""
 
     bound: float | None
     is_word: bool
@@ -77,7 +78,7 @@ def module_text(module: nnx.Module) -> str:
     try:
         parts = module._repr_parts(getattr(module, "event_shape", None))
         return _table(module, parts) if parts and parts.parts else _line(module)
-    except Exception:  # a module may be half made, or hold anything in the place of its arrays
+    except Exception:  # a module may be incomplete, or hold something other than arrays
         return f"{type(module).__name__}(...)"
 
 
@@ -100,7 +101,7 @@ def short_text(module: Any, depth: int = 0) -> str:
 
 
 class _Inside(NamedTuple):
-    """`short_text` of what is inside of a module at a depth."""
+    """`short_text` of a module inside another, at a depth."""
 
     depth: int
 
@@ -167,7 +168,7 @@ def _rows(part: Part, depth: int) -> list[_Row]:
 
 
 def _shapes(module: Any, shape: Shape | None) -> str:
-    """The shapes of events that go in and come out, as far as they are known; one where they are equal."""
+    """The shapes of events that enter and leave, as far as they are known; one shape if they are equal."""
     if shape is None:
         return "?" if hasattr(module, "output_shape") else ""
     after = attempt(module.output_shape, shape) if hasattr(module, "output_shape") else shape
@@ -176,7 +177,7 @@ def _shapes(module: Any, shape: Shape | None) -> str:
 
 
 def _promise_text(module: nnx.Module) -> str:
-    """The largest promise of the contractions inside; nothing where there are none."""
+    """The largest stated bound of the contractions inside; empty if there are none."""
     nodes = (node for _, node in nnx.iter_modules(module))
     found = [node._repr_promise() for node in nodes if hasattr(node, "_repr_promise")]
     found = [promise for promise in found if promise is not None]

@@ -1,7 +1,7 @@
 """The power iterations of all layers of a model at once.
 
-A loop costs XLA up to half a second to compile. Layers of one map and one pair of orders share one, wherever they are
-in the model; it goes on until the slowest of them has converged.
+XLA needs up to half a second to compile a loop. Layers with the same map and the same orders share one loop, wherever
+they are in the model. It ends when the slowest of them has converged.
 """
 
 import math
@@ -33,7 +33,7 @@ def update_norms(module: nnx.Module, settings: NormSettings, restart: bool) -> P
 
 
 def _update_alike(linear_map, fixed, layers: list[LipschitzLinear], settings, restart: bool) -> PowerIterationStatus:
-    """The layers may be stacks, of stacks too; their statuses, of every row of them."""
+    """The statuses [rows] of layers with one map and one pair of orders; the rows are all layers of all stacks."""
     inputs = [(split_orders(layer.traced_orders())[1], layer.kernel[...], layer.v[...]) for layer in layers]
     axes = [len(layer.stack_shape) for layer in layers]
     rows = [
@@ -55,7 +55,7 @@ def _update_alike(linear_map, fixed, layers: list[LipschitzLinear], settings, re
 
 
 def _with_one_axis(part: jax.Array, axes: int) -> jax.Array:
-    """An array whose first `axes` axes, those of stacks, are joined to one: the rows."""
+    """An array with its first `axes` axes, those of stacks, joined to one axis of rows."""
     if axes == 1:
         return part
     return part.reshape(-1, *part.shape[axes:]) if axes else part[None]

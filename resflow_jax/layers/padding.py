@@ -1,21 +1,22 @@
-"""Channels of noise beside those of x: an injective layer that gives a flow more room.
+"""Channels of noise appended to x: an injective layer that gives a flow more dimensions.
 
     y = [x, e],   e = shift + scale * n,   n ~ U(0, 1) or N(0, 1),   log_det = -log q(e)
 
-of every added element, q the density of e.
+for all appended elements, q the density of e.
 
 For a bijection f of [x, e], log N(f(x, e)) + log|det df| + log_det = log p(x, e) / q(e), with p(x, e)
 the density that f models:
 
     E_q[p(x, e) / q(e)] = p(x),   E_q[log p(x, e) / q(e)] <= log p(x)
 
-the first by integration over e, the second by Jensen's inequality: what a flow with this layer returns
-as log p(x) is a lower bound in expectation, and the mean of its exponential over draws of the noise is an
-unbiased estimate of p(x) (Huang et al. 2020, arXiv 2002.07101). Uniform noise covers only part of the
-space of e: there p(x) stands for p(x, e in that part) <= p(x), with equality where p(x, e) is zero outside.
+The first follows by integration over e, the second by Jensen's inequality. So the log p(x) of a flow with this layer
+is a lower bound in expectation, and the mean of its exponential over draws of the noise is an unbiased estimate of
+p(x) (Huang et al. 2020, arXiv 2002.07101). Uniform noise covers only part of the space of e. There p(x) is replaced by
+p(x, e in that part) <= p(x), with equality if p(x, e) is zero outside.
 """
 
 import math
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +28,44 @@ from resflow_jax.layers.bijector import Bijector, Forward, Shape
 
 Array = jax.Array
 
-NOISES = ("uniform", "gaussian")
+Noise = Literal["uniform", "gaussian"]
+NOISES = get_args(Noise)
 
 
 class ChannelPadding(Bijector):
-    """[B, ..., C] -> [B, ..., C + channels] by noise; its inverse drops it. See the module's head.
+    """Appends channels of noise to x: [B, ..., C] -> [B, ..., C + channels].
 
-    `forward` draws the noise with its key, whatever the estimator. `__call__` takes the noise's mean
-    in its place; `initialize` and `update_statistics` one fixed draw.
+        y = [x, e],   e = shift + scale * n,   x = y without the last channels,   log_det = -log q(e)
+
+    It is no bijection: see `layers.padding` for the density of a flow with this layer.
+
+    Args:
+      channels: number of channels to append.
+      noise: law of n: "uniform" on [0, 1] or "gaussian" (standard normal).
+      scale: positive factor on n.
+      shift: added to scale * n.
+
+    Randomness: `forward` draws the noise with its key, whatever the estimator. `__call__` appends the mean of the
+    noise; `initialize` and `update_statistics` use one fixed draw. log_det [B] in nats makes the flow's log p(x) a
+    lower bound in expectation. Cost: one draw for each appended element.
+
+    Raises:
+      ValueError: for fewer than one channel, an unknown noise, a scale that is not positive; from `forward` without
+        key.
+
+    Source: Huang et al. (2020, arXiv 2002.07101).
+
+    Example:
+      >>> layer = rf.ChannelPadding(2)
+      >>> y, log_det = layer.forward(jnp.zeros((3, 4)), key=jax.random.key(0))
+      >>> y.shape, log_det.tolist(), layer.inverse(y).shape
+      ((3, 6), [0.0, 0.0, 0.0], (3, 4))
     """
 
     takes_noise = True
     pads = True
 
     def __init__(self, channels: int, noise: str = "uniform", scale: float = 1.0, shift: float = 0.0):
-        """channels: how many are added; noise: of n, "uniform" on [0, 1] or standard "gaussian"."""
         check_count("channels", channels, 1)
         check_choice("noise", noise, NOISES)
         check_positive("scale", scale)
@@ -51,7 +75,7 @@ class ChannelPadding(Bijector):
         self.shift = shift
 
     def _draw(self, key: Array, x: Array) -> Array:
-        """n for every example."""
+        """n [B, ..., channels], from one key for each example."""
         draw = jax.random.uniform if self.noise == "uniform" else jax.random.normal
         shape = *x.shape[1:-1], self.channels
         return jax.vmap(lambda key: draw(key, shape, x.dtype))(example_keys(key, x))
@@ -85,7 +109,7 @@ class ChannelPadding(Bijector):
         return self.initialize(x)
 
     def lipschitz_bounds(self) -> tuple[float, float]:
-        """Of f for given noise, and of dropping it."""
+        """Bounds for f with given noise, and for its inverse, which drops the noise."""
         return 1.0, 1.0
 
     def _append(self, x: Array, noise: Array) -> Array:

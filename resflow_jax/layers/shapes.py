@@ -1,4 +1,4 @@
-"""Bijectors that change the shape or the order of an event's elements; volumes are kept.
+"""Bijectors that change the shape or the order of an event's elements, and preserve volume.
 
 Squeeze, reshape, flatten, permutation.
 """
@@ -18,17 +18,32 @@ Array = jax.Array
 
 
 class _Rearrangement(Bijector):
-    """A layer that moves elements; subclasses say where to."""
+    """A layer that moves elements; subclasses define how."""
 
     def lipschitz_bounds(self) -> tuple[float, float]:
         return 1.0, 1.0
 
 
 class Squeeze(_Rearrangement):
-    """[B, H, W, C] -> [B, H/2, W/2, 4C]: 2x2 space to depth, output channel = c * 4 + dy * 2 + dx.
+    """2x2 space to depth on images: [B, H, W, C] -> [B, H/2, W/2, 4C], output channel = c * 4 + dy * 2 + dx.
+
+    The inverse is depth to space; log_det = 0 [B].
 
     Args:
       shape: (H, W, C) of one x, H and W even.
+
+    Randomness: none. Cost: one copy of x.
+
+    Raises:
+      ValueError: for another rank, and for odd sides.
+
+    Source: Dinh et al. (2017, arXiv 1605.08803), section 3.6.
+
+    Example:
+      >>> layer = rf.Squeeze((2, 2, 1))
+      >>> y = layer(jnp.arange(4.0).reshape(1, 2, 2, 1))
+      >>> y.shape, y.ravel().tolist(), layer.inverse(y).shape
+      ((1, 1, 1, 4), [0.0, 1.0, 2.0, 3.0], (1, 2, 2, 1))
     """
 
     def __init__(self, shape: tuple[int, int, int]):
@@ -59,11 +74,22 @@ class Squeeze(_Rearrangement):
 
 
 class Reshape(_Rearrangement):
-    """[B, *shape] -> [B, *new_shape], in row-major order.
+    """[B, *shape] -> [B, *new_shape], in row-major order; log_det = 0 [B].
 
     Args:
-      shape: of one x.
-      new_shape: of one y, with as many elements.
+      shape: shape of one x.
+      new_shape: shape of one y, with the same number of elements.
+
+    Randomness: none. Cost: none, or one copy of x.
+
+    Raises:
+      ValueError: for sizes below one, and for another number of elements.
+
+    Example:
+      >>> layer = rf.Reshape((6,), (2, 3))
+      >>> y, log_det = layer.forward(jnp.zeros((4, 6)))
+      >>> y.shape, log_det.shape, layer.inverse(y).shape
+      ((4, 2, 3), (4,), (4, 6))
     """
 
     def __init__(self, shape: Shape, new_shape: Shape):
@@ -87,7 +113,22 @@ class Reshape(_Rearrangement):
 
 
 class Flatten(Reshape):
-    """[B, *shape] -> [B, D], in row-major order: H, W, C for images."""
+    """[B, *shape] -> [B, D], in row-major order: H, W, C for images; log_det = 0 [B].
+
+    Args:
+      shape: shape of one x.
+
+    Randomness: none. Cost: none, or one copy of x.
+
+    Raises:
+      ValueError: for sizes below one.
+
+    Example:
+      >>> layer = rf.Flatten((2, 2, 3))
+      >>> y = layer(jnp.zeros((4, 2, 2, 3)))
+      >>> y.shape, layer.inverse(y).shape
+      ((4, 12), (4, 2, 2, 3))
+    """
 
     def __init__(self, shape: Shape):
         shape = as_shape("shape", shape)
@@ -99,11 +140,24 @@ class Flatten(Reshape):
 
 
 class Permutation(_Rearrangement):
-    """y[..., i] = x[..., order[i]] along one axis of every event.
+    """y[..., i] = x[..., order[i]] along one axis of every event; log_det = 0 [B]. The inverse is the inverse
+    permutation.
 
     Args:
       order: every index of the axis once, as `np.random.default_rng(0).permutation(6)`.
-      axis: of the event: from the last, -1, or from the first, 0.
+      axis: of the event: counted from the last, -1, or from the first, 0.
+
+    Randomness: none. Cost: one copy of x.
+
+    Raises:
+      ValueError: for an order that is no permutation and an axis that is no integer; from `output_shape`, for events
+        with another number of elements along the axis.
+
+    Example:
+      >>> layer = rf.Permutation([2, 0, 1])
+      >>> y = layer(jnp.array([[10.0, 11.0, 12.0]]))
+      >>> y.tolist(), layer.inverse(y).tolist()
+      ([[12.0, 10.0, 11.0]], [[10.0, 11.0, 12.0]])
     """
 
     def __init__(self, order: Sequence[int], axis: int = -1):

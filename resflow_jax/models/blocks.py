@@ -1,4 +1,4 @@
-"""From a configuration to residual blocks: which layers g has, and what stands before and after every block."""
+"""Makes the residual blocks of a configuration: the layers of g, and the layers before and after every block."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ MakeContraction = Callable[[bool, nnx.Rngs], Contraction]  # with pre-activation
 
 @dataclass(frozen=True)
 class Around:
-    """The layers before and behind every residual block of a scale.
+    """The layers before and after every residual block of a scale.
 
     Attributes:
       config: of the flow.
-      actnorms: the shape of every ActNorm behind a block.
+      actnorms: the shape of every ActNorm after a block.
       channels: of the blocks' last axis.
-      invertible_linear: whether an invertible linear layer stands before a block.
+      invertible_linear: whether an invertible linear layer precedes a block.
     """
 
     config: FlowConfig
@@ -40,7 +40,7 @@ class Around:
     def before(self, rngs: nnx.Rngs) -> list[Bijector]:
         return [InvertibleLinear(self.channels, rngs=rngs)] if self.invertible_linear else []
 
-    def behind(self) -> list[Bijector]:
+    def after(self) -> list[Bijector]:
         layers: list[Bijector] = [ActNorm(shape) for shape in self.actnorms]
         if self.config.between.batchnorm:
             layers.append(MovingBatchNorm((self.channels,)))
@@ -52,11 +52,11 @@ class Around:
 def residual_blocks(
     config: FlowConfig, contraction: MakeContraction, around: Around, depth: int, *, first: bool, rngs: nnx.Rngs
 ) -> list[Bijector]:
-    """`depth` residual blocks, each with the layers around it, stacked as far as they are alike."""
+    """`depth` residual blocks, each with the layers around it; blocks of one structure are stacked."""
 
     def step(preactivation: bool) -> Callable[[nnx.Rngs], Chain]:
         def make(rngs: nnx.Rngs) -> Chain:
-            return Chain([*around.before(rngs), ResidualBlock(contraction(preactivation, rngs)), *around.behind()])
+            return Chain([*around.before(rngs), ResidualBlock(contraction(preactivation, rngs)), *around.after()])
 
         return make
 
@@ -75,7 +75,7 @@ def layered(
     norms: Sequence[float] | None,
     centering: bool,
 ) -> MakeContraction:
-    """Chains of layers; `hidden` are the widths behind the activations, some of which multiply the channels."""
+    """Chains of layers; `hidden` are the output widths of the activations, some of which multiply the channels."""
     activation = get_activation(config.activation)
     check_widths(activation, hidden)
     condition_shape = condition_shape_of(config)
@@ -95,7 +95,7 @@ def layered(
 
 
 def learned_orders(ties: str, layers: int) -> list[nnx.Param]:
-    """Learnable orders of the norms before, between and after the layers; `Norms.ties` says which are one."""
+    """Learnable orders of the norms before, between and after the layers; `Norms.ties` says which are shared."""
     return {"all": _one_order, "closed": _closed_orders, "none": _free_orders}[ties](layers)
 
 
@@ -104,7 +104,7 @@ def _one_order(layers: int) -> list[nnx.Param]:
 
 
 def _closed_orders(layers: int) -> list[nnx.Param]:
-    """The last is the first: g maps a space into itself."""
+    """The last order is the first, so that g maps a normed space into itself."""
     orders = [learned_order() for _ in range(layers)]
     return [*orders, orders[0]]
 

@@ -1,4 +1,4 @@
-"""From a configuration to the bijector of a flow: chains of layers, with the shape after each."""
+"""Makes the bijector of a configuration: chains of layers, with the shape after each."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowCon
 from resflow_jax.models.groups import Padding
 
 Shape = tuple[int, ...]
-# The blocks of one scale on images (H, W, C): the layers, and the shape of the event that they put out.
+# The blocks of one scale on images (H, W, C): the layers, and the shape of their output event.
 MakeBlocks = Callable[[ImageFlowConfig, int, Shape, nnx.Rngs], tuple[list[Bijector], Shape]]
 
 
@@ -30,7 +30,7 @@ def build_bijector(config: FlowConfig, rngs: nnx.Rngs) -> Bijector:
 
 
 def image_bijector(config: ImageFlowConfig, first: list[Bijector], blocks: MakeBlocks, rngs: nnx.Rngs) -> Bijector:
-    """The scales of a flow of images, joined to one bijector; `first` are the layers before all blocks."""
+    """Joins the scales of a flow of images to one bijector; `first` are the layers before all blocks."""
     scales = []
     for scale, shape in enumerate(_entrances(config)):
         layers = list(first) if scale == 0 else []
@@ -48,7 +48,7 @@ def image_bijector(config: ImageFlowConfig, first: list[Bijector], blocks: MakeB
 
 
 def feature_shapes(config: ImageFlowConfig) -> list[Shape]:
-    """(H, W, C) of the output of every scale, squeezed; where half of the channels leaves for z, of the other half."""
+    """(H, W, C) of the output of every scale after its squeeze; with factoring out, of the half that continues."""
     shape = _entrance(config)
     shapes = []
     for _ in config.blocks[1:]:
@@ -60,7 +60,7 @@ def feature_shapes(config: ImageFlowConfig) -> list[Shape]:
 
 
 def data_layers(config: ImageFlowConfig) -> list[Bijector]:
-    """What is done to images before the first block, the first squeeze included."""
+    """The layers before the first block: logit, normalisation, padding, and the first squeeze."""
     noise = padding_layers(config.data.padding)
     return [*logit(config), *normalization(config), *noise, *first_squeeze(config)]
 
@@ -95,7 +95,7 @@ def first_squeeze(config: ImageFlowConfig) -> list[Bijector]:
 def convolutional_blocks(
     config: ImageFlowConfig, scale: int, shape: Shape, rngs: nnx.Rngs
 ) -> tuple[list[Bijector], Shape]:
-    """Those of one scale: convolutions, with an ActNorm per channel, per feature, or both."""
+    """The convolutional blocks of one scale, with an ActNorm per channel, per feature, or both."""
     between = config.between
     actnorms = []
     if between.actnorm:
@@ -109,7 +109,7 @@ def convolutional_blocks(
 def blocks_of_scale(
     config: ImageFlowConfig, scale: int, contraction: MakeContraction, around: Around, rngs: nnx.Rngs
 ) -> list[Bijector]:
-    """The residual blocks of one scale, and in the first scale what stands before them."""
+    """The residual blocks of one scale, and for the first scale the ActNorms before them."""
     is_first = scale == 0
     layers: list[Bijector] = []
     if is_first and config.between.first_actnorm:
@@ -145,14 +145,14 @@ def _vector_chain(config: VectorFlowConfig, rngs: nnx.Rngs) -> Chain:
 
 
 def _squeeze_after(event: Shape, shape: Shape) -> list[Bijector]:
-    """From the event that blocks put out to the next scale: of images (H, W, C), which the event may have flattened."""
+    """From the output event of a scale's blocks to the next scale's (H, W, C); the event may be flat."""
     if event == shape:
         return [Squeeze(shape)]
     return [Reshape(event, shape), Squeeze(shape)]
 
 
 def _tail_after(config: ImageFlowConfig, event: Shape, rngs: nnx.Rngs) -> list[Bijector]:
-    """The tail, if any, on the event that the last convolutional blocks put out, flattened unless it is already."""
+    """The tail, if any, after the last convolutional blocks; it first flattens their output event if needed."""
     if not config.tail.blocks:
         return []
     flatten = [Flatten(event)] if len(event) > 1 else []
@@ -170,12 +170,12 @@ def _tail(config: ImageFlowConfig, dim: int, rngs: nnx.Rngs) -> list[Bijector]:
 
 
 def _entrances(config: ImageFlowConfig) -> list[Shape]:
-    """(H, W, C) of what every scale's blocks take."""
+    """(H, W, C) of the input of every scale's blocks."""
     return [_entrance(config), *feature_shapes(config)[:-1]]
 
 
 def _entrance(config: ImageFlowConfig) -> Shape:
-    """(H, W, C) of what the blocks of the first scale take."""
+    """(H, W, C) of the input of the first scale's blocks."""
     shape = (*config.shape[:2], config.shape[2] + config.data.padding.channels)
     return _squeezed(shape) if config.scales.squeeze_first else shape
 

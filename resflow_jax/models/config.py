@@ -1,8 +1,9 @@
 """Frozen configurations of the flows. They hold sizes and names only, and check themselves."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from resflow_jax.functional.activations import ACTIVATIONS
+from resflow_jax.functional.activations import ACTIVATIONS, ActivationName
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval, check_type
 from resflow_jax.functional.orders import parse_norms
 from resflow_jax.functional.primitives.convolution import MATMUL_DTYPES
@@ -17,45 +18,58 @@ from resflow_jax.models.groups import (
     make_tuples,
 )
 
-PREACTIVATIONS = ("all_but_first", "all", "none")
+Preactivation = Literal["all_but_first", "all", "none"]
+PREACTIVATIONS = get_args(Preactivation)
 
 
 @dataclass(frozen=True)
 class ImageFlowConfig:
-    """A multi-scale residual flow on images [B, H, W, C] with values in [0, 1].
+    """Configuration of a multi-scale residual flow on images [B, H, W, C] with values in [0, 1].
 
-    Chen et al. (2019, arXiv 1906.02735), appendix E: logit, then scales of residual blocks with a
-    2x2 squeeze between them, then residual blocks of dense layers on the flattened image.
+    A logit, then scales of residual blocks with a 2x2 squeeze between them, then residual blocks of dense layers on the
+    flattened image. It holds sizes and names only, is frozen and hashable, and has no randomness.
 
     Attributes:
-      shape: (H, W, C) of one image.
+      shape: (H, W, C) of one image; H and W divisible by 2 for every squeeze.
       blocks: residual blocks of each scale; its length is the number of scales.
       hidden_channels: width of the convolutional blocks.
       kernels: kernel sizes of a block's convolutions, odd; their number is the block's depth.
-      activation: name of the activation, one of `functional.activations.ACTIVATIONS`.
+      activation: name of the activation, one of `ACTIVATIONS`.
       preactivation: which blocks start with an activation: "all_but_first", "all" or "none"; DenseNets never do.
       coefficient: bound on the norm of every linear layer, in (0, 1).
-      condition_dim: numbers of a condition c, for p(x | c); None for p(x).
-      matmul_dtype: "bfloat16" rounds the factors of every matrix product and convolution in the blocks to it, and
-        adds up in float32; parameters, activations and norms stay as they are. None for no rounding. Rounded, g
-        is a contraction but for steps of 2^-8 of its values: inverse and log-det lose as much.
+      condition_dim: number of elements of a condition c, for p(x | c); None for p(x).
+      matmul_dtype: "bfloat16" rounds the factors of every matrix product and convolution in the blocks to bfloat16, and
+        sums in float32; parameters, activations and norms stay as they are. None for no rounding. With rounding g is a
+        contraction only up to relative steps of 2^-8 in its values: inverse and log-det lose the same accuracy.
       data: logit, normalisation and padding of the images.
       between: layers between the blocks.
       norms: orders of the norms between the linear layers.
       tail: dense blocks after the last scale.
       densenet: DenseNets in place of chains of layers, with `kernels` and `hidden_channels`.
       scales: squeezes and factoring out.
+
+    Cost: a `ResidualFlow` of it evaluates sum(blocks) + tail.blocks contractions for each pass.
+
+    Raises:
+      ValueError: for values outside their ranges, and settings that exclude each other; the message names the setting.
+
+    Source: Chen et al. (2019, arXiv 1906.02735), appendix E.
+
+    Example:
+      >>> config = rf.ImageFlowConfig((8, 8, 1), blocks=(2, 2), hidden_channels=16)
+      >>> config.kernels, config.tail.blocks
+      ((3, 1, 3), 4)
     """
 
     shape: tuple[int, int, int]
     blocks: tuple[int, ...] = (16, 16, 16)
     hidden_channels: int = 512
     kernels: tuple[int, ...] = (3, 1, 3)
-    activation: str = "lipswish"
-    preactivation: str = "all_but_first"
+    activation: ActivationName = "lipswish"
+    preactivation: Preactivation = "all_but_first"
     coefficient: float = 0.98
     condition_dim: int | None = None
-    matmul_dtype: str | None = None
+    matmul_dtype: Literal["bfloat16"] | None = None
     data: ImageTransform = ImageTransform()
     between: BetweenBlocks = BetweenBlocks()
     norms: Norms = Norms()
@@ -95,38 +109,52 @@ class ImageFlowConfig:
 
     @property
     def data_channels(self) -> int:
-        """How many channels `data.mean` is of."""
+        """The number of channels that `data.mean` and `data.std` have."""
         return self.shape[-1]
 
 
 @dataclass(frozen=True)
 class VectorFlowConfig:
-    """A residual flow on vectors [B, dim].
+    """Configuration of a residual flow on vectors [B, dim].
+
+    It holds sizes and names only, is frozen and hashable, and has no randomness.
 
     Attributes:
       dim: D, the number of elements of a vector.
       blocks: number of residual blocks.
       hidden: widths of a block's hidden layers.
-      activation: name of the activation, one of `functional.activations.ACTIVATIONS`.
-      preactivation: which blocks start with an activation: "none", "all" or "all_but_first"; the last makes the first
-        block a kind of its own, which takes XLA half as long again to compile.
+      activation: name of the activation, one of `ACTIVATIONS`.
+      preactivation: which blocks start with an activation: "none", "all" or "all_but_first". With the last, the first
+        block has another structure, and compilation takes half as long again.
       coefficient: bound on the norm of every linear layer, in (0, 1).
-      condition_dim: numbers of a condition c, for p(x | c); None for p(x).
+      condition_dim: number of elements of a condition c, for p(x | c); None for p(x).
       matmul_dtype: as in `ImageFlowConfig`.
       data: normalisation and padding of the vectors.
       between: layers between the blocks.
       norms: orders of the norms between the linear layers.
       densenet: DenseNets in place of chains of layers, with `hidden`.
+
+    Cost: a `ResidualFlow` of it evaluates `blocks` contractions for each pass.
+
+    Raises:
+      ValueError: for values outside their ranges, and settings that exclude each other; the message names the setting.
+
+    Source: Chen et al. (2019, arXiv 1906.02735), section 3 and appendix E.
+
+    Example:
+      >>> config = rf.VectorFlowConfig(dim=2, blocks=4, hidden=(16, 16))
+      >>> config.coefficient, config.between.actnorm
+      (0.98, True)
     """
 
     dim: int
     blocks: int = 16
     hidden: tuple[int, ...] = (64, 64)
-    activation: str = "lipswish"
-    preactivation: str = "none"
+    activation: ActivationName = "lipswish"
+    preactivation: Preactivation = "none"
     coefficient: float = 0.98
     condition_dim: int | None = None
-    matmul_dtype: str | None = None
+    matmul_dtype: Literal["bfloat16"] | None = None
     data: VectorTransform = VectorTransform()
     between: BetweenBlocks = BetweenBlocks()
     norms: Norms = Norms()
@@ -143,7 +171,9 @@ class VectorFlowConfig:
             check_count("hidden", width, 1)
         _check_common(self, len(self.hidden) + 1)
         if self.between.feature_actnorm:
-            raise ValueError("between.feature_actnorm: expected False, for `actnorm` is one per feature, got True")
+            raise ValueError(
+                "between.feature_actnorm: expected False, since `actnorm` is per feature for vectors, got True"
+            )
         self.data.check_channels(self.dim)
 
 
@@ -151,12 +181,12 @@ FlowConfig = ImageFlowConfig | VectorFlowConfig
 
 
 def has_mixed_norms(config: FlowConfig) -> bool:
-    """Whether norms of any block were given, of orders that may be other than 2."""
+    """Whether the config gives orders of norms, which may differ from 2."""
     return config.norms.orders is not None or (isinstance(config, ImageFlowConfig) and config.tail.norms is not None)
 
 
 def _check_norms(config: FlowConfig, name: str, norms: tuple[float, ...] | None) -> None:
-    """Raises for norms that were given beside others, or to blocks that have none."""
+    """Raises if orders of norms are given beside learned orders or DenseNets."""
     if norms is not None and (config.densenet.depth or config.norms.learned):
         other = "densenet.depth" if config.densenet.depth else "norms.learned"
         raise ValueError(f"{name}: expected None beside {other}, got {norms!r}")

@@ -2,8 +2,8 @@
 
     z = f(x; c),   log p(x | c) = log p_base(z | c) + log|det df/dx|
 
-Every public method but `tighten` is compiled once per structure and shape, and may be called inside jit, grad, vmap and
-scan.
+Every public method except `tighten` is compiled once per structure and shape, and may be called inside jit, grad, vmap
+and scan.
 """
 
 import math
@@ -39,22 +39,41 @@ Shape = tuple[int, ...]
 
 
 class Flow(FlowSampling, FlowUpkeep):
-    """The density of x = f^-1(z), z from a base distribution; see the module's head.
+    """Normalizing flow: the density of x = f^-1(z; c) for z from a base distribution.
 
-    The flow is a pytree (Flax NNX): its parameters are `nnx.Param`, its power-iteration vectors `NormState`, its
-    running statistics `nnx.BatchStat`, what a batch has set `Constant`. Nothing random is stored.
+        z = f(x; c),   log p(x | c) = log p_base(z | c) + log|det df/dx|,   in nats
+
+    The flow is a pytree (Flax NNX). Its parameters are `nnx.Param`, its power-iteration vectors `NormState`, its
+    running statistics `nnx.BatchStat`, its data-dependent constants `Constant`. It stores no random state: methods take
+    keys.
+
+    Before training call `initialize` with data. After every change of parameters call `update_norms`, and before
+    evaluation `converge_norms`, since the bounds of `Lipschitz...` layers hold only for converged norms.
 
     Attributes:
       bijector: f.
       base: the distribution of z.
-      event_shape: of one x.
-      condition_shape: of one condition; None for p(x), `...` for whatever is given.
+      event_shape: shape of one x.
+      condition_shape: shape of one condition; None for p(x), `...` for any.
+
+    Randomness: log-densities with `Roulette` are unbiased estimates drawn with a key; samples are drawn with a key.
+
+    Cost: one evaluation of every contraction g for f, a solve of every block for the inverse. Estimates add the
+    vector-Jacobian products of the estimator.
+
+    Source: Chen et al. (2019, arXiv 1906.02735).
 
     Example:
-      bijector = rf.Chain([rf.ActNorm((6,)), rf.ResidualBlock(rf.LipschitzMLP(6, (64, 64), rngs=rngs))])
-      flow = rf.Flow(bijector, base=rf.StandardNormal((6,)))
-      flow.initialize(x)                                  # ActNorm from a batch of data
-      log_p = flow.log_prob(x, estimator=rf.Exact())      # [B]
+      >>> class Half(rf.Contraction):
+      ...     lipschitz = 0.5
+      ...
+      ...     def __call__(self, x, condition=None):
+      ...         return 0.5 * x
+      >>> flow = rf.Flow(rf.Chain([rf.ActNorm((2,)), rf.ResidualBlock(Half())]), rf.StandardNormal((2,)))
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 5.0], [4.0, 1.0]])
+      >>> flow.initialize(x)
+      >>> flow.log_prob(x, estimator=rf.Exact()).shape, flow.sample(jax.random.key(0), 4).shape
+      ((3,), (4, 2))
     """
 
     def __init__(self, bijector: Bijector, base: Any = None, *, event_shape: Shape | None = None):
@@ -63,11 +82,11 @@ class Flow(FlowSampling, FlowUpkeep):
         Args:
           bijector: f, from x to z.
           base: of z: a `Base`, as `StandardNormal`, or any object with log_prob(z) [B] and sample(key, n) [n, ...]. By
-            default `StandardNormal` of what f puts out.
-          event_shape: of one x; only needed where neither f nor the base tells.
+            default `StandardNormal` of the shape that f returns.
+          event_shape: shape of one x; only needed if neither f nor the base knows it.
 
         Raises:
-          ValueError: where the shapes do not fit, or the conditions; the message names both sides.
+          ValueError: if the shapes or the conditions do not fit; the message names both sides.
         """
         check_type("bijector", bijector, Bijector)
         if event_shape is None:
@@ -76,7 +95,7 @@ class Flow(FlowSampling, FlowUpkeep):
             event_shape = bijector.input_shape(tuple(base.event_shape))
         if event_shape is None:
             raise ValueError(
-                "event_shape: expected the shape of one x, which neither bijector nor base tells, got None; pass "
+                "event_shape: expected the shape of one x, since neither bijector nor base has one, got None; pass "
                 "event_shape=..., or a base with a shape, as StandardNormal((3,))"
             )
         event_shape = tuple(event_shape)
@@ -88,7 +107,7 @@ class Flow(FlowSampling, FlowUpkeep):
         self.base = StandardNormal(latent_shape) if base is None else as_base(base, latent_shape)
         if tuple(self.base.event_shape) != latent_shape:
             raise ValueError(
-                f"base: expected a distribution of events {latent_shape}, which the bijector makes of {event_shape}, "
+                f"base: expected a distribution of events {latent_shape}, as the bijector returns for {event_shape}, "
                 f"got one of {tuple(self.base.event_shape)}"
             )
         self.event_shape = event_shape
@@ -132,7 +151,7 @@ class Flow(FlowSampling, FlowUpkeep):
 
     @property
     def dtype(self) -> np.dtype:
-        """The float dtype of the parameters, that of the first; JAX's default where there are none."""
+        """The float dtype of the first parameter; without parameters JAX's default."""
         for _, node in nnx.iter_graph(self):
             if isinstance(node, nnx.Param) and jnp.issubdtype(node.dtype, jnp.floating):
                 return node.dtype
@@ -147,73 +166,77 @@ class Flow(FlowSampling, FlowUpkeep):
         estimator: Estimator | None = None,
         return_diagnostics: bool = False,
     ) -> tuple[Array, Array] | tuple[Array, Array, Diagnostics]:
-        """Maps x to z with the log-det of the map.
+        """Maps x to z, with the log-det of the map.
 
         Args:
-          x: floats [B, *event_shape]; for images behind a logit in [0, 1], which `inverse` may leave by a little.
-          condition: floats [*condition_shape], one for all examples, or [B, *condition_shape], one each.
-          key: PRNG key of the estimate; not needed by `Exact`, but by a flow that pads x with noise.
-          estimator: how each block's log-det is found: `Exact()`, `Truncated(...)`, or
-            `Roulette(...)`, the default, which is unbiased. The law of its lengths may be a
-            `Fitted` with one row a residual block.
+          x: floats [B, *event_shape]; for a flow of images with a logit in [0, 1], or slightly outside as `inverse`
+            returns.
+          condition: floats [*condition_shape], one for all examples, or [B, *condition_shape], one for each.
+          key: PRNG key of the estimate; not needed by `Exact`, except by a flow that pads x with noise.
+          estimator: of each block's log-det: `Exact()`, `Truncated(...)`, or `Roulette(...)`, the default, which is
+            unbiased. The law of its lengths may be a `Fitted` with one row for each residual block.
           return_diagnostics: whether to return the estimates' `Diagnostics` as well.
 
         Returns:
-          (z, log_det) or (z, log_det, diagnostics): z [B, *latent_shape]; log_det [B] = log|det dz/dx| in nats, less
-          the log-density of the noise where x is padded (see `layers.padding`);
-          diagnostics with a leading axis of residual blocks, in the order of the flow.
+          (z, log_det) or (z, log_det, diagnostics): z [B, *latent_shape]; log_det [B] = log|det dz/dx| in nats, minus
+          the log-density of the noise if x is padded (see `layers.padding`); diagnostics with a leading axis of
+          residual blocks, in the order of the flow.
+
+        Cost: one evaluation of every g, and the vector-Jacobian products of the estimator.
 
         Raises:
-          ValueError: for a wrong rank, size or dtype, a condition that is missing or not expected, a missing key, and,
-            where x is concrete (not traced), for values that are not finite or, behind a logit, beyond what `inverse`
-            can return. Traced values beyond that give NaN.
+          ValueError: for a wrong rank, size or dtype, a condition that is missing or not expected, a missing key. Also,
+            if x is concrete (not traced), for values that are not finite or that lie outside the domain of f, as the
+            interval of a logit. Traced values outside give NaN.
         """
         z, log_det, diagnostics = self._estimated(_forward, x, condition, key, estimator)
         return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
-        """Maps x [B, *event_shape] to z [B, *latent_shape], without the log-det. Padding is by its noise's mean."""
+        """Maps x [B, *event_shape] to z [B, *latent_shape], without the log-det; padding appends the mean of its noise.
+
+        Deterministic. Cost: one evaluation of every g. Errors as in `forward`.
+        """
         with self._checked_input(x, condition) as (x, condition):
             return _transform(*nnx.split(self), x, condition)
 
     def features(self, x: Array, condition: Array | None = None) -> tuple[Array, ...]:
-        """The parts of z = f(x), each in the shape that it had in the flow: one part a scale, the finest first.
+        """The parts of z = f(x), each in the shape that it had in the flow: one part for each scale, the finest first.
 
-        Of a flow of images that factors channels out, these are what leaves after every scale and what the last scale
-        puts out, each [B, H, W, C]; of other flows of images the one part that z is flattened from; else z itself.
-        Dense blocks on a flattened part leave it in the shape that it was flattened from. The parts are
-        `split_latent(flow(x))`: their elements in order are z.
+        For a flow of images that factors channels out, the parts are the channels that leave after every scale and the
+        output of the last scale, each [B, H, W, C]. For other flows of images it is the one part that z is flattened
+        from, and for flows of vectors z itself. Dense blocks on a flattened part keep the shape that it was flattened
+        from. The parts are `split_latent(flow(x))`: their elements in order are z.
 
         Args:
           x: floats [B, *event_shape], as in `forward`.
           condition: as in `forward`.
 
         Returns:
-          A tuple of floats [B, *shape], one for each of `part_shapes`. Nothing in it is random: a flow that pads x
-          takes the mean of its noise.
+          A tuple of floats [B, *shape], one for each of `part_shapes`. They are deterministic: a flow that pads x
+          appends the mean of its noise.
 
-        Cost: one evaluation of every g, without log-dets. `split_latent` of the z that `forward_and_log_prob` returns
-        costs nothing beside that pass.
+        Cost: one evaluation of every g, without log-dets. To get features beside a log-density, call `split_latent` on
+        the z of `forward_and_log_prob`.
 
         Raises:
           ValueError: as `forward` for x and condition.
 
         Example:
-          >>> scales = rf.Scales(factor_out=True)
-          >>> config = rf.ImageFlowConfig((4, 4, 1), blocks=(1, 1), hidden_channels=2, scales=scales)
-          >>> flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+          >>> scales = [rf.Squeeze((4, 4, 1)), rf.Squeeze((2, 2, 2))]
+          >>> flow = rf.Flow(rf.MultiScale(scales, (4, 4, 1)))
           >>> [part.shape for part in flow.features(jnp.full((3, 4, 4, 1), 0.5))]
-          [(3, 2, 2, 2), (3, 2, 2, 2)]
+          [(3, 2, 2, 2), (3, 1, 1, 8)]
         """
         return self.split_latent(self(x, condition))
 
     @property
     def part_shapes(self) -> tuple[Shape, ...]:
-        """The shapes of the parts that one z is made of, in order (see `features`)."""
+        """The shapes of the parts of one z, in order (see `features`)."""
         return self.bijector.part_shapes(self.event_shape)
 
     def split_latent(self, z: Array) -> tuple[Array, ...]:
-        """The parts [B, *shape] of z [B, *latent_shape], one for each of `part_shapes`, in the order of z.
+        """Splits z [B, *latent_shape] into its parts [B, *shape], one for each of `part_shapes`, in the order of z.
 
         Raises:
           ValueError: for a z of another shape or dtype.
@@ -224,7 +247,8 @@ class Flow(FlowSampling, FlowUpkeep):
         return tuple(piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.part_shapes, strict=True))
 
     def join_latent(self, parts: Sequence[Array]) -> Array:
-        """z [B, *latent_shape] of its parts, in the order of `split_latent`, whose inverse it is.
+        """Joins parts [B, *shape], in the order of `part_shapes`, to z [B, *latent_shape]: the inverse of
+        `split_latent`.
 
         Raises:
           ValueError: for another number of parts than `part_shapes` has, and for a part of another shape or dtype.
@@ -235,7 +259,7 @@ class Flow(FlowSampling, FlowUpkeep):
         arrays = [as_float_batch(f"parts[{n}]", *pair) for n, pair in enumerate(zip(parts, shapes, strict=True))]
         sizes = {array.shape[0] for array in arrays}
         if len(sizes) > 1:
-            raise ValueError(f"parts: expected one number of examples in all, got {sorted(sizes)}")
+            raise ValueError(f"parts: expected the same number of examples in all, got {sorted(sizes)}")
         z = jnp.concatenate([array.reshape(array.shape[0], -1) for array in arrays], axis=1)
         return z.reshape(-1, *self.latent_shape)
 
@@ -246,18 +270,22 @@ class Flow(FlowSampling, FlowUpkeep):
 
         Args:
           z: floats [B, *latent_shape].
-          condition: as of `forward`.
+          condition: as in `forward`.
           solver: the iteration of every block, with its tolerance and cap: `Anderson`, `FixedPoint`, `Broyden`.
           return_status: whether to return the status as well.
 
         Returns:
-          x, or (x, `InverseStatus`) with fields [blocks, B] in the order of the flow. Without the status, an eager
-          call warns or raises where a solve did not converge, as the solver says; inside a compiled program x is then
-          the best guess, or NaN with on_failure="raise" (see `functional.inverse`). Differentiable in any mode, by
-          the implicit function theorem. Behind a logit x may leave [0, 1] by alpha / (1 - 2 alpha).
+          x, or (x, `InverseStatus`) with fields [blocks, B] in the order of the flow. Without the status, an eager call
+          warns or raises if a solve did not converge, as the solver says; inside a compiled program x is then the best
+          guess, or NaN with on_failure="raise" (see `functional.inverse`). x is deterministic, and differentiable in
+          any mode by the implicit function theorem. With a logit x may leave [0, 1] by alpha / (1 - 2 alpha).
+
+        Cost: for every block a solve, about log(tolerance) / log(Lip(g)) evaluations of g with `FixedPoint`, usually
+        fewer with `Anderson`.
 
         Raises:
-          ValueError: for a wrong rank, size or dtype, for concrete values that are not finite, if solver is none.
+          ValueError: for a wrong rank, size or dtype, for concrete values that are not finite, and for a solver that is
+            none.
           InverseError: from an eager call, if a solve did not converge and solver.on_failure is "raise".
         """
         z = as_float_batch("z", z, self.latent_shape)
@@ -283,10 +311,19 @@ class Flow(FlowSampling, FlowUpkeep):
         estimator: Estimator | None = None,
         return_diagnostics: bool = False,
     ) -> Array | tuple[Array, Diagnostics]:
-        """log p(x | c) [B] in nats, of the continuous density of x. Arguments and errors as in `forward`.
+        """log p(x | c) [B] in nats, of the continuous density of x.
 
-        Unbiased with `Roulette` (also its gradients), exact with `Exact`, biased with `Truncated`. Of a flow that
-        pads x with noise it is a lower bound in expectation (see `layers.padding`).
+        Unbiased with `Roulette`, as are its gradients; exact with `Exact`; biased with `Truncated`. For a flow that
+        pads x with noise it is a lower bound in expectation (see `layers.padding`). Arguments, cost and errors as in
+        `forward`.
+
+        Returns:
+          log_prob [B], or (log_prob, diagnostics).
+
+        Example:
+          >>> flow = rf.Flow(rf.ActNorm((2,)), rf.StandardNormal((2,)))
+          >>> np.allclose(flow.log_prob(jnp.zeros((3, 2))), -np.log(2 * np.pi))
+          True
         """
         log_prob, diagnostics = self._estimated(_log_prob, x, condition, key, estimator)
         return (log_prob, diagnostics) if return_diagnostics else log_prob
@@ -318,7 +355,7 @@ class Flow(FlowSampling, FlowUpkeep):
         return (z, log_prob, diagnostics) if return_diagnostics else (z, log_prob)
 
     def _estimated(self, function: Callable[..., Any], x: Any, condition: Any, key: Any, estimator: Any) -> Any:
-        """function(graphdef, state, x, key, estimator, condition) of what a caller gave, checked, as one program."""
+        """function(graphdef, state, x, key, estimator, condition) of checked arguments, as one compiled program."""
         check_key("key", key, optional=True)
         estimator = checked_estimator(estimator, self.blocks)
         with self._checked_input(x, condition) as (x, condition):
@@ -326,17 +363,22 @@ class Flow(FlowSampling, FlowUpkeep):
             return run(function, (graphdef,), state, x, key, estimator, condition)
 
     def base_log_prob(self, z: Array, condition: Array | None = None) -> Array:
-        """log p_base(z | c) [B] in nats of z [B, *latent_shape]."""
+        """log p_base(z | c) [B] in nats of z [B, *latent_shape]; condition as in `forward`. No contraction is
+        evaluated.
+
+        Raises:
+          ValueError: for a wrong shape or dtype, and a condition that is missing or not expected.
+        """
         z = as_float_batch("z", z, self.latent_shape)
         return self.base.log_prob(z, self._base_condition(self._condition(condition, z.shape[:1])))
 
     @property
     def support(self) -> tuple[Any, Any] | None:
-        """Lower and upper ends of what samples are clipped to, or None."""
+        """Lower and upper end of the interval that samples are clipped to, or None."""
         return self.bijector.support
 
     def _domain(self, are_data: bool) -> Domain:
-        """Where the values of x may be, as a flow's input, or as data."""
+        """The intervals of values of x, for an input of the flow or for data."""
         return self.bijector.domain(self.dtype)
 
     def _condition(self, condition: Any, batch: Shape, num_samples: int | None = None) -> Array | None:
@@ -356,7 +398,7 @@ class Flow(FlowSampling, FlowUpkeep):
     ) -> Iterator[tuple[Array, Array | None]]:
         """x and its condition as arrays of JAX, their values checked around a computation.
 
-        are_data: whether x must be what the flow models, or may be whatever it takes.
+        are_data: whether x must lie in the support of the data, or only in the domain of f.
         """
         batch = as_float_batch("x", x, self.event_shape)
         own = self._condition(condition, batch.shape[:1])

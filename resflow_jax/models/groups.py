@@ -1,11 +1,12 @@
-"""Groups of settings that the configs of flows have in common. Each is a small frozen dataclass that checks itself.
+"""Groups of settings that the configs of flows share. Each is a small frozen dataclass that checks itself.
 
-A group is never None: what is left out has zero blocks, depth or channels. Errors name a setting by its place in the
-config of a flow, as "tail.blocks".
+A group is never None: without its feature it has zero blocks, depth or channels. Errors name a setting by its path in
+the config of a flow, as "tail.blocks".
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from resflow_jax.functional.checks import (
     check_choice,
@@ -16,25 +17,37 @@ from resflow_jax.functional.checks import (
     check_type,
 )
 from resflow_jax.functional.orders import parse_norms
-from resflow_jax.layers.padding import NOISES
+from resflow_jax.layers.padding import NOISES, Noise
 
 CENTERINGS = (None, "blocks", "layers")
-ORDER_TIES = ("closed", "all", "none")
+OrderTies = Literal["closed", "all", "none"]
+ORDER_TIES = get_args(OrderTies)
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Channels of noise e appended to the data (elements, for vectors); the flow is then no bijection.
+    """Channels of noise e = shift + scale * n appended to the data (elements, for vectors); see `ChannelPadding`.
+
+    With padding the flow is no bijection, and log p(x) in nats is a lower bound in expectation.
 
     Attributes:
-      channels: how many; 0 for none.
-      noise: "uniform" on [0, 1] or "gaussian".
-      scale: factor of that.
-      shift: added to it: e = shift + scale * noise.
+      channels: number of channels; 0 for none.
+      noise: law of n: "uniform" on [0, 1] or "gaussian".
+      scale: positive factor on n.
+      shift: added to scale * n.
+
+    Raises:
+      ValueError: for values outside their ranges.
+
+    Source: Huang et al. (2020, arXiv 2002.07101).
+
+    Example:
+      >>> rf.Padding(channels=2).noise
+      'uniform'
     """
 
     channels: int = 0
-    noise: str = "uniform"
+    noise: Noise = "uniform"
     scale: float = 1.0
     shift: float = 0.0
 
@@ -48,12 +61,20 @@ class Padding:
 
 @dataclass(frozen=True)
 class VectorTransform:
-    """What a flow does to vectors before its first block.
+    """The fixed transform of vectors before a flow's first block: x -> (x - mean) / std, then padding.
 
     Attributes:
-      mean: mean of every element, to be subtracted; None for none.
+      mean: mean of every element, in the unit of x, to be subtracted; None for none.
       std: with `mean`, standard deviation of every element, to be divided by.
       padding: elements of noise appended to the result.
+
+    Raises:
+      ValueError: for only one of mean and std, numbers that are not finite, and a std that is not positive.
+
+    Example:
+      >>> transform = rf.VectorTransform(mean=(0.0, 5.0), std=(1.0, 2.0))
+      >>> rf.VectorFlowConfig(dim=2, data=transform).data.std
+      (1.0, 2.0)
     """
 
     mean: tuple[float, ...] | None = None
@@ -75,7 +96,7 @@ class VectorTransform:
             check_finite("data.std", value)
 
     def check_channels(self, channels: int) -> None:
-        """Raises unless mean and std have one number for each of `channels` channels."""
+        """Raises ValueError unless mean and std have one number for each of `channels` channels."""
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != channels:
@@ -84,13 +105,22 @@ class VectorTransform:
 
 @dataclass(frozen=True)
 class ImageTransform(VectorTransform):
-    """What a flow does to images before its first block: a logit, or normalisation by mean and std.
+    """The fixed transform of images before a flow's first block: a logit, or (x - mean) / std; then padding.
 
     Attributes:
       mean: without the logit, mean of every channel, to be subtracted; None for none.
       std: with `mean`, standard deviation of every channel, to be divided by.
       padding: channels of noise appended after that.
-      logit_alpha: alpha of the logit transform, at least the smallest normal number of the dtype; None leaves it out.
+      logit_alpha: alpha of the logit (see `Logit`), in (0, 1/2); None for no logit.
+
+    Raises:
+      ValueError: as `VectorTransform`, for alpha outside its range, and for a mean beside the logit.
+
+    Source: Dinh et al. (2017, arXiv 1605.08803), section 4.1, for the logit.
+
+    Example:
+      >>> rf.ImageTransform().logit_alpha, rf.ImageTransform(logit_alpha=None, mean=(0.5,), std=(0.2,)).mean
+      (1e-06, (0.5,))
     """
 
     logit_alpha: float | None = 1e-6
@@ -108,21 +138,29 @@ class BetweenBlocks:
     """The layers between residual blocks.
 
     Attributes:
-      actnorm: an ActNorm after every block: per channel of images, per feature after dense blocks and of vectors.
-      feature_actnorm: of images: an ActNorm per feature after every block, on top of `actnorm`.
+      actnorm: an ActNorm after every block: per channel of images, per feature after dense blocks and for vectors.
+      feature_actnorm: for images, an ActNorm per feature after every block, in addition to `actnorm`.
       first_actnorm: with `actnorm` or `feature_actnorm`, one also before the first block.
       batchnorm: a `MovingBatchNorm` per channel (per feature after dense blocks) after every block.
       centering: a `MovingCentering` per channel: "blocks" for one after every block (per feature after dense blocks),
         "layers" for one inside the blocks after every linear layer, and before the first activation; dense blocks of
-        images have none inside.
+        images have none inside. None for none.
       invertible_linear: an invertible linear layer over the channels before every block; the tail of images has none.
+
+    Raises:
+      ValueError: for flags that are no bool, and an unknown centering.
+
+    Example:
+      >>> between = rf.BetweenBlocks(invertible_linear=True)
+      >>> rf.VectorFlowConfig(dim=2, between=between).between.actnorm
+      True
     """
 
     actnorm: bool = True
     feature_actnorm: bool = False
     first_actnorm: bool = True
     batchnorm: bool = False
-    centering: str | None = None
+    centering: Literal["blocks", "layers"] | None = None
     invertible_linear: bool = False
 
     def __post_init__(self):
@@ -132,21 +170,30 @@ class BetweenBlocks:
 
 @dataclass(frozen=True)
 class Norms:
-    """Orders of the norms between the linear layers of a block (Chen et al. 2019, section 3.3).
+    """Orders of the norms between the linear layers of a block.
 
     Attributes:
       orders: one more than layers: a string like "f12f" (f for infinity) or a tuple of numbers; None for 2 throughout.
-        Of images they are those of the convolutional blocks, see `DenseTail.norms`. Where the last order is above the
-        first, as in "222f", the coefficients promise no contraction in any norm, the roulette knows no bound to adapt
-        to, and only `tighten` and the certificate make the block sure.
+        For images they are those of the convolutional blocks, see `DenseTail.norms`. If the last order is above the
+        first, as in "222f", the coefficients guarantee no contraction in any norm, and `Roulette` has no bound to adapt
+        to. Only `tighten` and the certificate then ensure that the block is invertible.
       learned: learn these orders, from 2; those of dense blocks too.
-      ties: which learned orders of a block are one: "closed" for the last and the first, "all", or "none", with which
-        g, as with norms that rise, need not be a contraction in any one norm.
+      ties: which learned orders of a block are equal: "closed" for the last and the first, "all", or "none". With
+        "none" g need not be a contraction in any one norm, as with orders that rise.
+
+    Raises:
+      ValueError: for orders below 1, orders beside `learned`, and unknown ties.
+
+    Source: Chen et al. (2019, arXiv 1906.02735), section 3.3.
+
+    Example:
+      >>> rf.Norms("f12f").orders
+      (inf, 1.0, 2.0, inf)
     """
 
     orders: str | tuple[float, ...] | None = None
     learned: bool = False
-    ties: str = "closed"
+    ties: OrderTies = "closed"
 
     def __post_init__(self):
         check_flags(self, "norms.")
@@ -162,12 +209,21 @@ class DenseTail:
     """Residual blocks of dense layers on the flattened image, after the last scale.
 
     Attributes:
-      blocks: how many; 0 for none.
+      blocks: number of blocks; 0 for none.
       hidden: width of the blocks.
       layers: linear layers in a block.
       norms: orders of the norms in a block, as `Norms.orders`.
       densenet_first: with DenseNets, width of the layer before the dense layers.
       densenet_growth: with DenseNets, features that each dense layer adds.
+
+    Raises:
+      ValueError: for numbers outside their ranges, and a wrong number of orders.
+
+    Source: Chen et al. (2019, arXiv 1906.02735), appendix E.
+
+    Example:
+      >>> rf.DenseTail(blocks=2).hidden
+      128
     """
 
     blocks: int = 4
@@ -187,7 +243,7 @@ class DenseTail:
 
 @dataclass(frozen=True)
 class DenseNetBlocks:
-    """Invertible DenseNets as residual blocks (Perugachi-Diaz et al. 2021, arXiv 2102.02694).
+    """Invertible DenseNets as residual blocks.
 
     A block is dense layers, each concatenated to its input, and a linear layer back to the shape of x. On images the
     dense layers are 3x3 convolutions and the last one is 1x1.
@@ -195,6 +251,15 @@ class DenseNetBlocks:
     Attributes:
       depth: dense layers in a block, in place of the chain of layers; 0 for that chain.
       growth: channels (features, of vectors) that each dense layer adds.
+
+    Raises:
+      ValueError: for numbers outside their ranges.
+
+    Source: Perugachi-Diaz et al. (2021, arXiv 2102.02694).
+
+    Example:
+      >>> rf.VectorFlowConfig(dim=2, densenet=rf.DenseNetBlocks(depth=3, growth=16)).densenet.depth
+      3
     """
 
     depth: int = 0
@@ -210,8 +275,17 @@ class Scales:
     """How a flow of images passes from scale to scale.
 
     Attributes:
-      squeeze_first: squeeze before the first scale.
-      factor_out: after each squeeze half of the channels passes straight to z.
+      squeeze_first: whether a 2x2 squeeze precedes the first scale.
+      factor_out: whether half of the channels passes straight to z after each squeeze (see `MultiScale`).
+
+    Raises:
+      ValueError: for values that are no bool.
+
+    Source: Dinh et al. (2017, arXiv 1605.08803), section 3.6, for factoring out.
+
+    Example:
+      >>> rf.Scales(factor_out=True).squeeze_first
+      False
     """
 
     squeeze_first: bool = False
@@ -222,7 +296,7 @@ class Scales:
 
 
 def make_tuples(config: object, *names: str, prefix: str = "") -> None:
-    """Turns iterables into tuples, in place: a config is hashable also if it was given lists, as from JSON."""
+    """Turns iterables into tuples, in place, so that a config made from lists, as from JSON, is hashable."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, Iterable):
@@ -231,7 +305,7 @@ def make_tuples(config: object, *names: str, prefix: str = "") -> None:
 
 
 def check_flags(config: object, prefix: str = "") -> None:
-    """Raises unless all that is on or off by default is a bool."""
+    """Raises ValueError unless every field with a bool as default is a bool."""
     for field in fields(config):
         if isinstance(field.default, bool):
             check_type(f"{prefix}{field.name}", getattr(config, field.name), bool)

@@ -1,4 +1,4 @@
-"""`ResidualFlow`: the flows of the papers, for images and for vectors, made from a config."""
+"""`ResidualFlow`: the residual flow of a config, for images and for vectors."""
 
 from functools import lru_cache, singledispatch
 from typing import Any
@@ -20,22 +20,39 @@ Array = jax.Array
 
 
 class ResidualFlow(Flow):
-    """The flow of a config: z [B, D] from N(0, I).
+    """The residual flow of a config: z = f(x; c) [B, D] from N(0, I).
 
-    The scales run in order; with factor-out, half of the channels leave for z after each of them (`MultiScale`).
-    z is ordered scale by scale, the part factored out first in front, each part flattened in
-    H, W, C order. Parameters have JAX's default float dtype.
+    The scales run in order. With factor-out, half of the channels go straight to z after each of them (`MultiScale`). z
+    is ordered by scales, the first scale first, each part flattened in H, W, C order. Parameters have JAX's default
+    float dtype. Methods, their costs and errors are those of `Flow`.
+
+    Args:
+      config: an `ImageFlowConfig` or a `VectorFlowConfig`.
+      rngs: `rngs.params` draws the parameters.
+
+    Randomness: as in `Flow`. Cost: construction iterates each linear layer's norm to convergence, in one compiled
+    program.
+
+    Raises:
+      ValueError: for another config, and for rngs without a stream for parameters.
+
+    Source: Chen et al. (2019, arXiv 1906.02735), appendix E.
 
     Example:
-      flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2), rngs=nnx.Rngs(0))
-      flow.initialize(x)                                  # ActNorm from a batch of data
-      log_p = flow.log_prob(x, estimator=rf.Exact())      # [B]
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> x = jax.random.normal(jax.random.key(0), (8, 2))
+      >>> flow.initialize(x)                                      # ActNorm from a batch of data
+      >>> flow.log_prob(x, estimator=rf.Exact()).shape            # in nats
+      (8,)
     """
 
-    config_types = (ImageFlowConfig, VectorFlowConfig)  # exactly; a subclass of a config has its own class of flows
+    config_types = (
+        ImageFlowConfig,
+        VectorFlowConfig,
+    )  # exactly these; a subclass of a config has its own class of flows
 
     def __init__(self, config: FlowConfig, *, rngs: nnx.Rngs):
-        """Makes a flow with random parameters, each linear layer's norm iterated to convergence.
+        """Makes a flow with random parameters, the norm of each linear layer iterated to convergence.
 
         Raises:
           ValueError: for another config, and for rngs without a stream for parameters.
@@ -52,13 +69,13 @@ class ResidualFlow(Flow):
         is_image = isinstance(config, ImageFlowConfig)
         super().__init__(bijector, event_shape=config.shape if is_image else (config.dim,))
         self.config = config
-        if has_mixed_norms(config):  # learned ones start at 2, where any start will do
+        if has_mixed_norms(config):  # learned orders start at 2, where no search is needed
             map_linears(self, lambda layer: layer.search_norm())
             self.converge_norms()
 
     @property
     def scales(self) -> list[Bijector]:
-        """The bijector of every scale."""
+        """The bijector of every scale, in order."""
         if isinstance(self.config, VectorFlowConfig):
             return [self.bijector]
         if isinstance(self.bijector, MultiScale):
@@ -71,7 +88,7 @@ class ResidualFlow(Flow):
 
     def _domain(self, are_data: bool) -> Domain:
         is_image = isinstance(self.config, ImageFlowConfig)
-        if is_image and self.config.data.logit_alpha is None and are_data:  # without a logit samples may be anywhere
+        if is_image and self.config.data.logit_alpha is None and are_data:  # samples may lie outside
             return UNIT_INTERVAL
         return super()._domain(are_data)
 
@@ -83,7 +100,7 @@ class ResidualFlow(Flow):
 
 @singledispatch
 def flow_from_config(config: FlowConfig, *, rngs: nnx.Rngs) -> ResidualFlow:
-    """The flow of any config that a flow has as `flow.config`: a `ResidualFlow`, or of the subclass that goes with it.
+    """The flow of any config that a flow has as `flow.config`: a `ResidualFlow`, or the subclass for that config.
 
     Raises:
       ValueError: as `ResidualFlow`.
@@ -93,14 +110,14 @@ def flow_from_config(config: FlowConfig, *, rngs: nnx.Rngs) -> ResidualFlow:
 
 @lru_cache(maxsize=16)
 def _creator(config, build):
-    """One compiled program that makes all parameters; what is not an array leaves it by the side."""
+    """A compiled program that makes all parameters, and a dict that receives the structure at its first call."""
     static = {}
 
     @jax.jit
     def create(key):
         with deferred_norms():
             bijector = build(config, nnx.Rngs(key))
-        update_norms(bijector, TIGHT, restart=False)  # their vectors are random: they lack nothing
+        update_norms(bijector, TIGHT, restart=False)  # random vectors need no restart
         static["graphdef"], state = nnx.split(bijector)
         return state
 

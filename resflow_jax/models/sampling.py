@@ -41,17 +41,32 @@ class FlowSampling(Module):
     ) -> Array | tuple[Array, InverseStatus]:
         """Draws x [*shape, *event_shape]: z from the base, then `inverse`.
 
-        Values with a bounded support, as images behind a logit, are clipped to it: that moves the part of the density
-        that the logit's alpha leaves outside of [0, 1].
+        Values with a bounded support, as images with a logit, are clipped to it. This moves the small part of the
+        density that the logit's alpha leaves outside [0, 1] to its ends.
 
         Args:
           key: PRNG key of z.
           shape: a number n of samples, or leading axes.
-          condition: floats [*condition_shape], one for all samples, or [*shape, *condition_shape], one each.
+          condition: floats [*condition_shape], one for all samples, or [*shape, *condition_shape], one for each.
           temperature: factor on the standard deviation of the base; see `Base.sample`.
           solver: of the inverse.
-          return_status: whether to return (x, status) as of `inverse`; without, what does not converge is reported as
-            there.
+          return_status: whether to return the status of `inverse` as well. Without it, a solve that does not converge
+            is reported as by `inverse`.
+
+        Returns:
+          x, or (x, `InverseStatus`) with fields [blocks, number of samples].
+
+        Cost: one sample of the base, and a solve of every block.
+
+        Raises:
+          ValueError: for a key that is none, a number below 1, a condition that is missing or not expected, a solver
+            that is none.
+          InverseError: as `inverse`.
+
+        Example:
+          >>> flow = rf.Flow(rf.ActNorm((2,)), rf.StandardNormal((2,)))
+          >>> flow.sample(jax.random.key(0), (3, 4)).shape
+          (3, 4, 2)
         """
         check_key("key", key)
         check_solver(solver)
@@ -82,19 +97,32 @@ class FlowSampling(Module):
     ) -> tuple[Array, Array] | tuple[Array, Array, Diagnostics]:
         """Draws x [*shape, *event_shape] with log p(x | c) [*shape] in nats, differentiable in the parameters.
 
-        With E[log p(x) - log q(x)] as the loss, the flow learns an unnormalised density q from its own
-        samples alone. The derivative is that of the path z -> x: z is fixed. Samples are not clipped.
+        With E[log p(x) - log q(x)] as the loss, the flow learns an unnormalised density q from its own samples alone.
+        The derivative is taken along the path z -> x with z fixed. Samples are not clipped. log p is unbiased with
+        `Roulette`.
 
         Args:
           key: PRNG key of z and of the estimate.
           shape: a number n of samples, or leading axes.
-          condition: as of `sample`.
+          condition: as in `sample`.
           estimator: of the log-dets, as in `forward`.
           solver: of the inverse.
           return_diagnostics: whether to return the estimates' `Diagnostics` as well, as third.
 
+        Returns:
+          (x, log_prob) or (x, log_prob, diagnostics).
+
+        Cost: that of `sample`, and of the estimator at x.
+
         Raises:
           ValueError: for a number below 1, a bad estimator, and for a flow that pads x: its log p needs noise.
+          InverseError: as `inverse`.
+
+        Example:
+          >>> flow = rf.Flow(rf.ActNorm((2,)), rf.StandardNormal((2,)))
+          >>> x, log_prob = flow.sample_and_log_prob(jax.random.key(0), 3)
+          >>> np.allclose(log_prob, flow.log_prob(x))
+          True
         """
         check_key("key", key)
         shape, num_samples = _sample_shape(shape)
@@ -118,23 +146,30 @@ class FlowSampling(Module):
         return_diagnostics: bool = False,
         return_status: bool = False,
     ) -> tuple[Array, ...]:
-        """Maps z [B, *latent_shape] to x [B, *event_shape] with log p(x | c) [B] in nats, differentiable in all of it.
+        """Maps z [B, *latent_shape] to x [B, *event_shape] with log p(x | c) [B] in nats, differentiable in z and
+        parameters.
 
-        As `sample_and_log_prob`, which draws z from the base; each example's noise goes by its number in z.
+        As `sample_and_log_prob`, but for a given z. The noise of each example depends on the key and on its index in z.
 
         Args:
           z: floats [B, *latent_shape].
-          condition: as of `forward`.
+          condition: as in `forward`.
           key: PRNG key of the estimate; not needed by `Exact`.
           estimator: of the log-dets, as in `forward`.
           solver: of the inverse.
           return_diagnostics: whether to return the estimates' `Diagnostics` as well.
-          return_status: whether to return the `InverseStatus` of the solves, [blocks, B], as last; without it, what
-            does not converge is reported as by `inverse`: inside a compiled program it can only be NaN, or nothing.
+          return_status: whether to return the `InverseStatus` of the solves, [blocks, B], as last. Without it, a solve
+            that does not converge is reported as by `inverse`.
+
+        Returns:
+          (x, log_prob), followed by diagnostics and status if asked for.
+
+        Cost: a solve of every block, and the estimator at x.
 
         Raises:
           ValueError: for a wrong rank, size or dtype, concrete values that are not finite, a bad estimator, and for a
             flow that pads x: its log p needs noise.
+          InverseError: as `inverse`.
         """
         found = self._solution(z, condition, key, estimator, solver)
         result = found.x, found.log_prob
@@ -146,7 +181,7 @@ class FlowSampling(Module):
         return (*result, found.status) if return_status else result
 
     def _solution(self, z: Any, condition: Any, key: Any, estimator: Any, solver: Any) -> "_Solution":
-        """x and log p(x | c) of z, of what a caller gave, checked."""
+        """x and log p(x | c) for z, after checks of a caller's arguments."""
         z = as_float_batch("z", z, self.latent_shape)
         check_key("key", key, optional=True)
         check_solver(solver)
@@ -162,7 +197,7 @@ class FlowSampling(Module):
 
 
 class _Solution(NamedTuple):
-    """What z is mapped to, with what the residual blocks tell of it."""
+    """x and log p(x | c) for z, with the reports of the residual blocks."""
 
     x: Array
     log_prob: Array

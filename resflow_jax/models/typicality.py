@@ -1,13 +1,13 @@
-"""Anomaly scores: how far the log-density of an example is from that of typical data, on either side.
+"""Anomaly scores: the distance of an example's log-density from that of typical data, on either side.
 
     score(x) = |-log p(x) - H|,   H = mean of -log p over training data, an estimate of the flow's entropy on data
 
 Nalisnick et al. (2019, arXiv 1906.02994): in many dimensions the data lie where log p is near -H, not where it is
-largest. An image of one colour may be likelier than every image of the data; its score is large all the same. Their
-test (algorithm 1) compares the score with those of held-out examples; so do the p-values here.
+largest. An image of one colour may be more likely than every image of the data, yet its score is large. Their test
+(algorithm 1) compares the score with those of held-out examples; so do the p-values here.
 
-Everything is in nats, as `log_prob` gives it. `unit="bits/dim"` divides scores by D log 2. The bits/dim of images have
-an offset for their levels as well, which cancels in a score.
+Everything is in nats, as returned by `log_prob`. `unit="bits/dim"` divides scores by D log 2. The bits/dim of images
+also have an offset for their levels, which cancels in a score.
 """
 
 from dataclasses import dataclass, field
@@ -38,11 +38,11 @@ UNITS = ("nats", "bits/dim")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Typicality:
-    """What the log-densities of typical examples are: a pytree of arrays, for use under jit and vmap.
+    """The distribution of log-densities of typical examples: a pytree of arrays, for use under jit and vmap.
 
-    Made by `Typicality.fit` from examples or by `Typicality.from_log_probs`. It does not hold the flow: its methods
-    take log p(x) in nats of any shape [...], as `log_prob` or `forward_and_log_prob` gave it, with the estimator that
-    the typical examples were given. NaN stays NaN.
+    `Typicality.fit` makes it from examples, `Typicality.from_log_probs` from their log-densities. It does not hold the
+    flow. Its methods take log p(x) in nats of any shape [...], from `log_prob` or `forward_and_log_prob` with the same
+    estimator as for the typical examples. NaN stays NaN.
 
     Attributes:
       entropy: H, mean of -log p over the training examples, [] in nats.
@@ -51,11 +51,15 @@ class Typicality:
       scores: their scores in ascending order, [N] in nats.
       dim: D, the number of elements of one example.
 
+    Randomness: `group_p_value` only, and the estimates of `fit`. Cost: no evaluation of g, except in `fit`.
+
+    Source: Nalisnick et al. (2019, arXiv 1906.02994), algorithm 1.
+
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (600, 50))
       >>> flow = rf.Flow(rf.ActNorm((50,)), rf.StandardNormal((50,)))
       >>> typicality = rf.Typicality.fit(flow, x[:300], x[300:])
-      >>> log_prob = flow.log_prob(jnp.zeros((1, 50)))   # the likeliest of all points
+      >>> log_prob = flow.log_prob(jnp.zeros((1, 50)))   # the point of highest density
       >>> bool(typicality.p_value(log_prob)[0] < 0.01), bool(typicality.quantile(log_prob)[0] > 0.99)
       (True, True)
     """
@@ -79,26 +83,26 @@ class Typicality:
         estimator: Estimator | None = None,
         batch_size: int = 256,
     ) -> "Typicality":
-        """Takes H from training examples and the law of scores from held-out ones.
+        """Computes H from training examples and the distribution of scores from held-out ones.
 
         Args:
           flow: the trained flow, its norms converged.
           x_train: floats [N, *event_shape] as `flow.log_prob` takes them, N >= 2; images are dequantised.
-          x_held_out: the same of examples that the flow has not been trained on. Without them x_train serves for both:
-            the p-values are then too small for a flow that knows its training examples by heart.
+          x_held_out: the same for examples that the flow has not been trained on. Without them x_train is used for
+            both. The p-values are then too small if the flow has overfitted.
           key: PRNG key of the log-det estimates, and of the noise of a flow that pads x; not needed by `Exact`.
-          condition: of a conditional flow, one for each of x_train, [N, *condition_shape], or one for all. The law of
-            log p(x | c) is that over the pairs (x, c) of the data.
+          condition: for a conditional flow, one for each of x_train, [N, *condition_shape], or one for all. The
+            distribution of log p(x | c) is that over the pairs (x, c) of the data.
           condition_held_out: the same for x_held_out.
           estimator: of the log-dets, as in `flow.log_prob`; use the same for the examples to be judged, since its noise
-            widens the law.
-          batch_size: examples at once.
+            widens the distribution.
+          batch_size: number of examples in one call of `log_prob`.
 
-        Cost: one `log_prob` of every example, compiled once; for a call outside of jit.
+        Cost: one `log_prob` of every example, compiled once; not for use under jit.
 
         Raises:
-          ValueError: as `flow.log_prob`; for fewer than two training examples, for a condition of held-out examples
-            that there are none of, and for log-densities that are not finite.
+          ValueError: as `flow.log_prob`; for fewer than two training examples, for a condition without held-out
+            examples, and for log-densities that are not finite.
         """
         check_type("flow", flow, Flow)
         check_key("key", key, optional=True)
@@ -115,7 +119,7 @@ class Typicality:
 
     @classmethod
     def from_log_probs(cls, log_prob: Array, held_out: Array | None = None, *, dim: int) -> "Typicality":
-        """The same of log-densities in nats that are known already.
+        """As `fit`, from log-densities in nats that are known already.
 
         Args:
           log_prob: of training examples, floats [N], N >= 2; may be traced.
@@ -146,12 +150,13 @@ class Typicality:
         return score / (self.dim * np.log(2).item()) if unit == "bits/dim" else score
 
     def p_value(self, log_prob: Array) -> Array:
-        """The p-value [...] in (0, 1] of each example by itself, of log p(x) [...] in nats: small for atypical ones.
+        """The p-value [...] in (0, 1] of each example, from log p(x) [...] in nats: small for atypical ones.
 
             p = (1 + number of held-out examples with this score or a larger one) / (N + 1)
 
-        If an example is drawn as the held-out examples are, P(p <= a) <= a for every a, and nearly equal: declaring it
-        atypical where p <= 0.01 is wrong for one in a hundred. The least value is 1 / (N + 1).
+        If an example is drawn as the held-out examples are, P(p <= a) <= a for every a, and nearly equal. So the rule
+        p <= 0.01 wrongly declares one in a hundred typical examples atypical. The smallest possible value is 1 / (N +
+        1).
         """
         score = self.score(log_prob)
         number = self.scores.shape[0]
@@ -160,10 +165,10 @@ class Typicality:
         return jnp.where(jnp.isnan(score), jnp.nan, p)
 
     def quantile(self, log_prob: Array) -> Array:
-        """The share [...] in [0, 1] of held-out examples that are less likely, of log p(x) [...] in nats.
+        """The fraction [...] in [0, 1] of held-out examples that are less likely, from log p(x) [...] in nats.
 
-        Ties count half. It tells the side on which an atypical example lies: near 0 it is too unlikely, near 1 too
-        likely, as an image of one colour.
+        Ties count half. The quantile shows on which side an atypical example lies: near 0 it is too unlikely, near 1
+        too likely, as an image of one colour.
         """
         log_prob = self._of(log_prob)
         ends = [jnp.searchsorted(self.log_probs, log_prob, side=side) for side in ("left", "right")]
@@ -171,20 +176,21 @@ class Typicality:
         return jnp.where(jnp.isnan(log_prob), jnp.nan, share)
 
     def group_p_value(self, log_prob: Array, key: Array, *, resamples: int = 1000) -> Array:
-        """The p-value [...] of groups of M examples each, of log p(x) [..., M] in nats, by the bootstrap of the paper.
+        """The p-value [...] of groups of M examples each, from log p(x) [..., M] in nats, by the bootstrap of the
+        paper.
 
             score = |mean over the group of -log p(x) - H|
 
-        is compared with the scores of groups of M that are drawn, with replacement, from the held-out examples: a group
-        tells far more than an example does. It takes a group of M that is small beside N, since the error of H and the
-        finite number of held-out examples count as much as M / N.
+        is compared with the scores of groups of M examples that are drawn, with replacement, from the held-out
+        examples. A group reveals far more than one example. M should be small compared with N, since the errors of H
+        and of the finite held-out set have a relative size of M / N.
 
         Args:
           log_prob: floats [..., M], the groups along the last axis.
-          key: PRNG key of the groups that are drawn; they are the same for all groups.
-          resamples: how many of them are drawn, R; the least p-value is 1 / (R + 1).
+          key: PRNG key of the drawn groups; the same draws serve all groups.
+          resamples: R, the number of groups to draw; the smallest possible p-value is 1 / (R + 1).
 
-        Cost: R * M numbers.
+        Cost: memory for R * M numbers; no evaluation of g.
 
         Raises:
           ValueError: for log_prob without an axis of examples, and for a number below one.
@@ -216,13 +222,20 @@ class Typicality:
 
 
 class Anomaly(NamedTuple):
-    """What `anomaly_score` says of each example, [B].
+    """The result of `anomaly_score` for each example, four floats [B].
 
     Attributes:
-      log_prob: log p(x) in nats.
+      log_prob: log p(x) in nats; unbiased with `Roulette`.
       score: |-log p(x) - H| in nats.
       p_value: of the score, in (0, 1]; small for atypical examples.
-      quantile: the share of held-out examples that are less likely; near 1 an example is too likely.
+      quantile: the fraction of held-out examples that are less likely; near 1 an example is too likely.
+
+    Example:
+      >>> flow = rf.Flow(rf.ActNorm((2,)), rf.StandardNormal((2,)))
+      >>> x = jnp.array([[0.0, 0.5], [1.0, 1.0], [0.5, -1.0]])
+      >>> found = rf.anomaly_score(flow, x, rf.Typicality.fit(flow, x))
+      >>> isinstance(found, rf.Anomaly), found.score.shape, found.p_value.shape
+      (True, (3,), (3,))
     """
 
     log_prob: Array
@@ -249,18 +262,18 @@ def anomaly_score(
     key: Array | None = None,
     estimator: Estimator | None = None,
 ) -> Anomaly:
-    """How atypical each example is for a flow, with its p-value.
+    """How atypical each example is under a flow, with its p-value.
 
     Args:
       flow: the flow that `typicality` was fitted to.
       x: floats [B, *event_shape], as `flow.log_prob` takes them; images are dequantised.
-      typicality: of training and held-out examples, as `Typicality.fit` makes it.
-      condition: as of `flow.log_prob`.
+      typicality: of training and held-out examples, from `Typicality.fit`.
+      condition: as in `flow.log_prob`.
       key: PRNG key of the log-det estimates; not needed by `Exact`.
-      estimator: that of `Typicality.fit`.
+      estimator: the one given to `Typicality.fit`.
 
     Returns:
-      `Anomaly`, all of it [B]; log_prob and score in nats of an example as a whole.
+      `Anomaly`, four floats [B]; log_prob and score in nats of an example as a whole.
 
     Cost: one `log_prob` of x. It works under jit, vmap and grad (of log_prob and score).
 
@@ -295,7 +308,7 @@ def _checked(name: str, log_prob: Any, least: int) -> Array:
 def _log_probs(
     name: str, flow: Flow, x: Any, condition: Any, key: Array | None, estimator: Estimator | None, batch_size: int
 ) -> Array:
-    """log p of the examples x [N, ...], [N]; the last batch is filled up, so that one program serves all."""
+    """log p of the examples x [N, ...], [N]; the last batch is padded, so that one compiled program serves all."""
     sizes = ", ".join(map(str, flow.event_shape))
     x = as_host_array(name, x, f"a float array [N, {sizes}]")
     least = 2 if name == "x_train" else 1

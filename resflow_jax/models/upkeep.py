@@ -1,6 +1,6 @@
-"""What is kept up in a flow beside its parameters: state that data initialise, norms of linear layers, statistics.
+"""Upkeep of a flow beside its parameters: data-dependent state, norms of linear layers, running statistics.
 
-Each method changes the flow in place and, but for `tighten`, is compiled once per structure and shape.
+Each method changes the flow in place. All except `tighten` are compiled once per structure and shape.
 """
 
 import warnings
@@ -26,11 +26,16 @@ class FlowUpkeep(Module):
     def initialize(self, x: Array, condition: Array | None = None) -> None:
         """Sets every ActNorm and running statistic from a batch x, in place, so that outputs are normalised.
 
-        At least two examples, better hundreds: each statistic is taken over the batch. With an ActNorm in front, as by
-        default, x may be in any unit, from 1e-20 to 1e20 and more in float32: training is the same.
+        Args:
+          x: floats [B, *event_shape], B >= 2, better hundreds, since statistics are taken over the batch. With an
+            ActNorm before the first block, the default, x may have any unit: from 1e-20 to 1e20 and more in float32,
+            training is the same.
+          condition: as in `forward`.
+
+        Cost: one evaluation of every g; a flow that pads uses a fixed draw of noise.
 
         Raises:
-          ValueError: for fewer examples, as `forward` for x and condition, for values outside of the support, and where
+          ValueError: for fewer examples, as `forward` for x and condition, for values outside the support, and if
             statistics overflow the dtype; the flow is then left as it was.
         """
         with self._checked_input(x, condition, are_data=True) as (x, condition):
@@ -53,19 +58,21 @@ class FlowUpkeep(Module):
     ) -> PowerIterationStatus:
         """Advances the power iteration of every linear layer, in place, warm-started.
 
-        To be called after a change of parameters, as after every optimiser step. Works under
-        `nnx.jit`. Before evaluation call `converge_norms`, which goes much further.
+        Call it after every change of parameters, as after each optimiser step. It works under `nnx.jit`. Before
+        evaluation call `converge_norms`, which runs far more iterations.
 
         Args:
-          tolerance: on the relative change of sigma; see `functional.norms.power_iteration`. New values of this and
-            of the next two compile nothing new, and may be traced.
+          tolerance: on the relative change of sigma; see `functional.norms.power_iteration`. A new value of this or of
+            the next two arguments does not recompile; they may be traced.
           residual_tolerance: on the residual; by default the square root of `tolerance`.
           max_iterations: cap on the iterations of each layer.
-          restart: whether a second chain makes sure that no layer's vectors miss its norm. Without it, what they lack
-            grows out from call to call.
+          restart: whether a second chain ensures that no layer's vectors miss its norm. Without it, a missing component
+            grows from call to call.
 
         Returns:
           The status of the slowest layer: most iterations, largest residual, whether all converged.
+
+        Cost: two products with a kernel for each iteration and layer, for one example; no evaluation of g.
 
         Raises:
           ValueError: for a tolerance that is not positive or a cap below one, unless it is traced.
@@ -76,12 +83,16 @@ class FlowUpkeep(Module):
         return status
 
     def converge_norms(self) -> PowerIterationStatus:
-        """Runs the power iteration of every linear layer far, in place; see `update_norms`.
+        """Runs the power iteration of every linear layer to convergence, in place; see `update_norms`.
 
-        To a residual of 1e-5 or for 1000 iterations, which tells singular values apart that differ by
-        0.2 %; sigma is low by less than that. A second chain of each layer makes sure that its vectors miss
-        nothing. An eager call waits for the result, and raises a RuntimeWarning if a layer's residual stays above
-        1e-2. Inside a compiled program there is no warning: look at the status that it returns.
+        It stops at a residual of 1e-5 or after 1000 iterations, which distinguishes singular values that differ by 0.2
+        %; sigma is low by less than that. A second chain for each layer ensures that its vectors miss no component. An
+        eager call waits for the result, and emits a RuntimeWarning if a layer's residual stays above 1e-2. Inside a
+        compiled program
+        there is no warning: look at the returned status.
+
+        Returns:
+          The status of the slowest layer, as `update_norms`.
         """
         status = self.update_norms(**TIGHT._asdict(), restart=True)
         if not isinstance(status.residual, jax.core.Tracer):
@@ -91,18 +102,23 @@ class FlowUpkeep(Module):
     def tighten(self) -> None:
         """Rescales kernels, in place, until every block is certified within the bound that its coefficients set.
 
-        Power iteration underestimates norms: after training some kernels exceed their coefficient by
-        parts of a percent. Each block that `certify` finds above its `target_bound` has its kernels
-        replaced by what is applied, each divided by its excess. On the host, at the cost of `certify`. Contractions on
-        the user's word stay as they are.
+        Power iteration underestimates norms: after training some kernels exceed their coefficient by a fraction of a
+        percent. Each block that `certify` finds above its `target_bound` gets its normalised kernels, each divided by
+        its excess. Contractions with a `lipschitz` that the user states stay as they are.
+
+        Cost: that of `certify`, on the host; not traceable.
+
+        Raises:
+          RuntimeError: if a block stays above its target bound after ten rounds.
         """
         self.bijector.tighten()
 
     def order_loss(self) -> Array:
         """Mean norm of the linear layers, differentiable in the learnable orders of these norms alone; a scalar.
 
-        Where it is small, kernels are shrunk least (Chen et al. 2019, section 3.3). To be added to the
-        training loss with a small weight, as `training.losses` does. Zero where there are no such layers.
+        Kernels are shrunk least where it is small (Chen et al. 2019, arXiv 1906.02735, section 3.3). Add it to the
+        training loss with a small weight, as `training.losses` does. Zero for a flow without linear layers. No
+        evaluation of g.
         """
         losses = map_linears(self, lambda layer: layer.order_loss())
         return jnp.mean(jnp.concatenate([loss.ravel() for loss in losses])) if losses else jnp.zeros((), self.dtype)
@@ -114,14 +130,23 @@ class FlowUpkeep(Module):
         return any(isinstance(order, nnx.Param) for order in orders)
 
     def norm_orders(self) -> np.ndarray:
-        """The orders of the norms before and behind every linear layer, given or learned, [layers, 2]; on the host."""
+        """The orders of the norms on input and output of every linear layer, float64 [layers, 2]; on the host."""
         orders = map_linears(self, lambda layer: jnp.stack([jnp.asarray(p, float) for p in layer.traced_orders()]))
         return np.concatenate([np.reshape(pair, (-1, 2)) for pair in [np.zeros((0, 2)), *orders]])
 
     def update_statistics(self, x: Array, condition: Array | None = None) -> None:
         """Moves all running statistics (`MovingBatchNorm`, `MovingCentering`) towards those of a batch x, in place.
 
-        To be called at every training step of a flow that has any; the log-density never does it.
+        Call it at every training step of a flow that has any; computing log-densities does not change them.
+
+        Args:
+          x: floats [B, *event_shape].
+          condition: as in `forward`.
+
+        Cost: one evaluation of every g.
+
+        Raises:
+          ValueError: as `forward` for x and condition.
         """
         with self._checked_input(x, condition) as (x, condition):
             state = _update_statistics(*nnx.split(self), x, condition)

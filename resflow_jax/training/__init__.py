@@ -1,4 +1,11 @@
-"""Training: one pure step, three strategies to run it on many devices, and the placement of its state and batches."""
+"""Training: one pure step, three strategies to run it on many devices, and the placement of its state and batches.
+
+`training.losses` has the losses, `training.evaluation` the evaluation and `training.checkpoints` the checkpoints.
+
+Example:
+  >>> "Trainer" in rf.training.__all__
+  True
+"""
 
 from resflow_jax.training.forms import replicate, unreplicate
 from resflow_jax.training.parallel import jit_train_step, make_mesh, pmap_train_step, shard_map_train_step

@@ -38,8 +38,7 @@ class Checkpoints:
     share the directory; all call the same methods, and each writes what lies on its devices.
 
     Example:
-      >>> import tempfile, optax, resflow_jax as rf
-      >>> from flax import nnx
+      >>> import tempfile, optax
       >>> from resflow_jax.training.checkpoints import Checkpoints
       >>> from resflow_jax.training.losses import negative_log_likelihood
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
@@ -156,7 +155,7 @@ class Checkpoints:
     def _restore_old(
         self, step: int, metadata: Any, like: TrainState, shardings: TrainState | None, ema_decay: float | None
     ) -> TrainState:
-        """`restore` of a checkpoint of an earlier version, which every process reads whole."""
+        """`restore` of a checkpoint of an earlier version; every process reads it whole."""
         target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), metadata)
         old = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
         state = upgraded_state(old, SavedState.of(like), ema_decay)

@@ -21,11 +21,18 @@ _EXACT_DIM = 32  # up to which an exact log-det costs less than a long roulette
 
 
 class FitResult(NamedTuple):
-    """What `fit` returns.
+    """What `fit` returns: a pair (flow, history).
 
     Attributes:
-      flow: with the best weights, its norms converged, tightened (see `Flow.tighten`).
-      history: of the losses.
+      flow: a `Flow` with the best weights. Its norms are converged and it is tightened (see `Flow.tighten`).
+      history: the `History` of the losses, in nats.
+
+    Example:
+      >>> x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> result = rf.fit(flow, x, steps=2, progress=False)
+      >>> result.flow.event_shape, result.history.ended
+      ((2,), 'steps')
     """
 
     flow: Flow
@@ -36,11 +43,17 @@ class FitProgress(NamedTuple):
     """What the callback of `fit` is given at every pause.
 
     Attributes:
-      step: steps done.
-      train: mean -log p in nats of the training batches since the pause before.
-      validation: mean -log p in nats of the validation examples, or None.
-      flow: with the present weights, averaged if `ema` says so, its norms converged; not yet tightened. It may be
-        kept: training does not change it.
+      step: number of steps done.
+      train: mean -log p in nats of the training batches since the previous pause.
+      validation: mean -log p in nats of the validation examples; None without these.
+      flow: a `Flow` with the present weights, or with their moving average if `fit` has `ema`. Its norms are converged;
+        it is not tightened yet. Training does not change it afterwards, so that a callback may keep it.
+
+    Example:
+      >>> x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> rf.fit(flow, x, steps=9, validate_every=3, callback=lambda at: at.step >= 6, progress=False).history.ended
+      'callback'
     """
 
     step: int
@@ -54,10 +67,23 @@ class FitProgress(NamedTuple):
 
 
 class FitDivergedError(FloatingPointError):
-    """Training or validation stopped being finite.
+    """A loss or gradient of `fit` was not finite.
+
+    Args:
+      message: what was not finite, and at which step.
+      result: the attribute.
 
     Attributes:
-      result: the `FitResult` with the best weights before that; the initial ones if no pause came before.
+      result: the `FitResult` with the best weights before that, or with the initial weights if there was no pause before.
+
+    Example:
+      >>> x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+      >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+      >>> try:
+      ...     rf.fit(flow, x, steps=9, learning_rate=1e30, progress=False)
+      ... except rf.FitDivergedError as error:
+      ...     print(error.result.history.ended)
+      diverged
     """
 
     def __init__(self, message: str, result: FitResult):

@@ -33,7 +33,6 @@ class Estimate(NamedTuple):
         is NaN for a single draw; stderr then leaves out the error that a batch has in common.
 
     Example:
-      >>> import numpy as np, resflow_jax as rf
       >>> scores = np.array([[3.0, 5.0, 4.0], [3.2, 5.2, 4.2]])  # two draws of three examples
       >>> estimate = rf.Estimate.from_scores(scores)
       >>> round(estimate.mean, 6), round(estimate.noise_stderr, 6)
@@ -130,13 +129,14 @@ def evaluate_bits_per_dim(
         among devices (see `Placement.averaged_flow`) is evaluated on its own mesh.
       condition: of a conditional flow: floats [*condition_shape], one for all images, or [N, *condition_shape].
 
+    Returns:
+      The mean and its standard errors, in bits/dim.
+
     Raises:
       ValueError: unless the images are integers in {0..levels-1} of the flow's shape, N > 0, and draws, levels and
         batch_size are at least 1.
 
     Example:
-      >>> import jax, numpy as np, resflow_jax as rf
-      >>> from flax import nnx
       >>> config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=rf.DenseTail(0))
       >>> flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
       >>> images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1))
@@ -166,8 +166,6 @@ def image_bits_per_dim(
     Arguments, cost and errors are those of `evaluate_bits_per_dim`, which returns the mean.
 
     Example:
-      >>> import jax, numpy as np, resflow_jax as rf
-      >>> from flax import nnx
       >>> from resflow_jax.training.evaluation import image_bits_per_dim
       >>> config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=rf.DenseTail(0))
       >>> flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
@@ -215,8 +213,6 @@ def vector_log_prob(
       ValueError: unless x is finite and [N, *event_shape] with N > 0, and draws and batch_size are at least 1.
 
     Example:
-      >>> import jax, numpy as np, resflow_jax as rf
-      >>> from flax import nnx
       >>> from resflow_jax.training.evaluation import vector_log_prob
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
       >>> vector_log_prob(flow, np.ones((5, 2)), jax.random.key(0)).shape

@@ -109,7 +109,6 @@ def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
       The tree with arrays [devices, ...].
 
     Example:
-      >>> import jax, jax.numpy as jnp, resflow_jax as rf
       >>> rf.training.replicate({"w": jnp.ones(3)}, jax.devices()[:1])["w"].shape
       (1, 3)
     """
@@ -125,8 +124,10 @@ def unreplicate(tree: Any, mesh: Mesh) -> Any:
       tree: arrays [devices, ...] that are equal along this axis, from `replicate` or from a step of `pmap_train_step`.
       mesh: mesh of the same devices, from `make_mesh`.
 
+    Returns:
+      The tree with arrays [...].
+
     Example:
-      >>> import jax.numpy as jnp, resflow_jax as rf
       >>> stacked = rf.training.replicate({"w": jnp.ones(3)})
       >>> rf.training.unreplicate(stacked, rf.training.make_mesh())["w"].shape
       (3,)

@@ -48,8 +48,6 @@ def dequantized_bits_per_dim(
     1906.02735, for the estimated log-det.
 
     Example:
-      >>> import jax, jax.numpy as jnp, resflow_jax as rf
-      >>> from flax import nnx
       >>> from resflow_jax.training.losses import dequantized_bits_per_dim
       >>> config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=rf.DenseTail(0))
       >>> flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
@@ -74,8 +72,6 @@ def negative_log_likelihood(log_det_weight: optax.Schedule | None = None, order_
       loss(flow, batch, key, estimator, steps done) -> (nats, diagnostics), as `Trainer` takes it.
 
     Example:
-      >>> import jax, resflow_jax as rf
-      >>> from flax import nnx
       >>> from resflow_jax.training.losses import negative_log_likelihood
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
       >>> x = jax.random.normal(jax.random.key(0), (16, 2))

@@ -17,7 +17,7 @@ from resflow_jax.io.upgrades import CONSTANTS, is_old, old_names, shift_of
 
 Names = tuple[str, ...]
 
-_PARTS = ("scales", "bijector", "base", "classifier")  # the attributes of a flow that have arrays, then and now
+_PARTS = ("scales", "bijector", "base", "classifier")  # attributes of a flow that have arrays, in all versions
 _FLOW = (("params",), ("rest",))  # the parts of a state that have the arrays of the flow itself
 _AVERAGE = ("ema", "ema")
 _BLOCK = {"promised": "target_bound"}  # of the certificate of a block

@@ -47,11 +47,13 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Dev
       model: number of devices that a kernel may be divided among.
       devices: devices of the mesh; by default all devices of all processes.
 
+    Returns:
+      A mesh whose rows are the slices of a batch. Each process has devices of equally many rows.
+
     Raises:
       ValueError: unless data * model is the number of devices, and every process reads an equal part of a batch.
 
     Example:
-      >>> import jax, resflow_jax as rf
       >>> mesh = rf.training.make_mesh()
       >>> dict(mesh.shape) == {"data": jax.device_count(), "model": 1}
       True
@@ -124,8 +126,7 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
       ValueError: if the layout is unknown; when called, if B is no multiple of the number of devices along "data".
 
     Example:
-      >>> import jax, optax, resflow_jax as rf
-      >>> from flax import nnx
+      >>> import optax
       >>> from resflow_jax.training.losses import negative_log_likelihood
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
       >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.1), ema_decay=0.9)
@@ -211,8 +212,7 @@ def shard_map_train_step(trainer: Trainer, mesh: Mesh) -> Step:
       ValueError: if the mesh has more than one device along "model", which only "jit" uses.
 
     Example:
-      >>> import jax, optax, resflow_jax as rf
-      >>> from flax import nnx
+      >>> import optax
       >>> from resflow_jax.training.losses import negative_log_likelihood
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
       >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.1), ema_decay=0.9)
@@ -242,8 +242,7 @@ def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = Non
       of devices. The state is donated.
 
     Example:
-      >>> import jax, optax, resflow_jax as rf
-      >>> from flax import nnx
+      >>> import optax
       >>> from resflow_jax.training.losses import negative_log_likelihood
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
       >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.1), ema_decay=0.9)

@@ -55,8 +55,7 @@ class Placement:
       part, parts: this process reads slice number `part` of every batch, which is cut into `parts` equal slices.
 
     Example:
-      >>> import jax, numpy as np, optax, resflow_jax as rf
-      >>> from flax import nnx
+      >>> import optax
       >>> from resflow_jax.training.losses import negative_log_likelihood
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
       >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.1), ema_decay=0.9)

@@ -48,8 +48,7 @@ class TrainState(NamedTuple):
       term_norms: `optax.ema` state of `Diagnostics.term_norms`, [blocks, 16].
 
     Example:
-      >>> import jax, optax, resflow_jax as rf
-      >>> from flax import nnx
+      >>> import optax
       >>> from resflow_jax.training.losses import negative_log_likelihood
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
       >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.1), ema_decay=0.9)
@@ -103,8 +102,7 @@ class Trainer(NamedTuple):
     Source: the training of Chen et al. (2019), arXiv 1906.02735, appendix E, with power iterations after every update.
 
     Example:
-      >>> import jax, optax, resflow_jax as rf
-      >>> from flax import nnx
+      >>> import optax
       >>> from resflow_jax.training.losses import negative_log_likelihood
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
       >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.adam(1e-2), ema_decay=0.9)
@@ -279,8 +277,7 @@ def fit_estimator(state: TrainState, batch_size: int) -> TrainState:
       ValueError: unless the estimator is a `Roulette` of less than 16 exact terms.
 
     Example:
-      >>> import optax, resflow_jax as rf
-      >>> from flax import nnx
+      >>> import optax
       >>> from resflow_jax.training.losses import negative_log_likelihood
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
       >>> trainer = rf.training.Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.1), ema_decay=0.9)

@@ -79,7 +79,7 @@ def test_stored_images_are_like_an_array():
     np.testing.assert_array_equal(stored[np.asarray([3, 0])], array[[5, 6]])
     np.testing.assert_array_equal(stored[:0], array[:0])
     ragged = images.StoredImages(lambda n: np.zeros((len(n), 2, 2 + int(n.max()), 1), np.uint8), np.arange(3))
-    with pytest.raises(ValueError, match=r"images: expected shape \(2, 2, 1\), that of the first, got \(2, 4, 1\)"):
+    with pytest.raises(ValueError, match=r"images: expected shape \(2, 2, 1\) like the first image, got \(2, 4, 1\)"):
         ragged[2]
     splits = images.ImageSplits(stored, stored, array, levels=256)
     assert splits.shape == (2, 3, 1)

@@ -67,7 +67,7 @@ def test_a_process_of_its_own(tmp_path):
         answer = worker("matmul")
         assert answer["flops_per_second"] > 1e8 and answer["peak_bytes"] > 1e7
     worker = benchmark.Worker("no such case", "resflow_jax")
-    with pytest.raises(RuntimeError, match="no such case resflow_jax jit: ended with 1 at train"):
+    with pytest.raises(RuntimeError, match="no such case resflow_jax jit: ended with 2 at train"):
         worker("train")
     worker.__exit__()
 

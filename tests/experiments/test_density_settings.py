@@ -92,7 +92,7 @@ def test_bad_optimizer_settings_are_named(arguments, message):
         ({"optimizer": OptimizerConfig(accumulate=7)}, "optimizer.accumulate: expected a divisor of 6, .* got 7"),
         (
             {"optimizer": OptimizerConfig(schedule="step", milestones=(2, 6))},
-            "optimizer.milestones: expected numbers below 6, that of updates, got .2, 6.",
+            "optimizer.milestones: expected numbers below 6, the number of updates, got .2, 6.",
         ),
     ],
 )

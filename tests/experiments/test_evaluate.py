@@ -95,7 +95,7 @@ def test_typicality_by_example(finished, tmp_path, capsys):
 def test_exact_log_dets_of_few_images(finished, saved, tmp_path):
     """The mean is that of `Exact()` with the same noise, whose own error one draw cannot tell: written as a string."""
     out = tmp_path / "a" / "b"
-    result = evaluate.run(EvaluateConfig(finished[0], "latest", examples=3, draws=1, exact=True, workdir=out))
+    result = evaluate.run(EvaluateConfig(finished[0], "latest", examples=3, draws=1, estimator=Exact(), workdir=out))
     assert (result["test"]["examples"], result["draws"], result["weights"]) == (3, 1, "latest")
     expected = evaluate_bits_per_dim(saved.flow, saved.task.splits.test[:3], KEY, estimator=Exact(), draws=1, levels=17)
     np.testing.assert_allclose(result["test"]["bits_per_dim"], expected.mean, rtol=1e-10)
@@ -213,7 +213,7 @@ def test_scores_of_single_images():
     [
         ({"examples": 1}, "examples: expected an integer of at least 2, got 1"),
         ({"draws": 0}, "draws: expected an integer of at least 1, got 0"),
-        ({"exact": True}, "examples: expected a number beside exact"),
+        ({"estimator": Exact()}, "examples: expected a number beside the exact estimator"),
     ],
 )
 def test_bad_settings_are_named(setting, message, tmp_path):
@@ -228,9 +228,9 @@ def test_command_line(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "run", configs.append)
     for name in ("use_xla_flags", "use_all_cores"):
         monkeypatch.setattr(evaluate, name, lambda: None)
-    evaluate.main([str(tmp_path), "--other", "mnist", "svhn", "--examples", "5", "--exact"])
+    evaluate.main([str(tmp_path), "--other", "mnist", "svhn", "--examples", "5", "--estimator", "exact"])
     evaluate.main([str(tmp_path), "--draws", "3", "--workdir", "out"])
-    assert configs[0] == EvaluateConfig(tmp_path, other=("mnist", "svhn"), examples=5, exact=True)
+    assert configs[0] == EvaluateConfig(tmp_path, other=("mnist", "svhn"), examples=5, estimator=Exact())
     assert (configs[1].draws, str(configs[1].workdir)) == (3, "out")
 
 

@@ -96,7 +96,7 @@ def test_a_file_with_a_classifier_keeps_it(tmp_path):
     assert jax.tree.leaves(shapes[0]) == jax.tree.leaves(shapes[1]) and type(made) is type(flow)
 
 
-def test_bad_input(run_dir, tmp_path):
+def test_bad_input(run_dir, tmp_path, monkeypatch, capsys):
     """A directory that holds a run stays as it is; nothing is written for a file that is no checkpoint."""
     with pytest.raises(FileExistsError, match=r"workdir: expected a directory without a run, got .* with checkpoints"):
         import_torch.run(ImportConfig(run_dir.parent / "model.pth", run_dir))
@@ -108,5 +108,9 @@ def test_bad_input(run_dir, tmp_path):
     assert import_torch.not_carried_over(args) == ["task=hybrid", "dropout=0.1", "optimizer=rmsprop"]
     with pytest.raises(ValueError, match="steps: expected"):
         ImportConfig(tmp_path / "text.pth", tmp_path / "run", steps=0)
-    with pytest.raises(FileNotFoundError, match="expected the work directory of a run"):
+    monkeypatch.setattr(resume, "use_xla_flags", lambda: None)
+    with pytest.raises(SystemExit):
         resume.main([str(tmp_path)])
+    assert "error: run_dir: expected the work directory of a run" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="expected the work directory of a run"):
+        resume.main([str(tmp_path), "--debug"])

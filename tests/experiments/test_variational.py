@@ -81,7 +81,7 @@ def test_a_solve_that_fails_stops_the_run(tmp_path, monkeypatch):
         ({"target": "square"}, "target: expected one of"),
         ({"steps": 0}, "steps: expected an integer of at least 1, got 0"),
         ({"annealing": -1}, "annealing: expected an integer of at least 0, got -1"),
-        ({"estimator": "truncated"}, "estimator: expected one of exact, roulette; got 'truncated'"),
+        ({"estimator": "truncated"}, "estimator: expected Exact, Truncated or Roulette, .* got 'truncated'"),
         ({"model": VectorFlowConfig(dim=3)}, "model.dim: expected 2, got 3"),
     ],
 )

@@ -57,9 +57,9 @@ def test_length_cap(law):
 
 def test_length_cap_beyond_the_limit():
     """A law too long to unroll is refused by name."""
-    with pytest.raises(ValueError, match=r"law: .*Geometric\(p=0.001\)"):
+    with pytest.raises(ValueError, match=r"length: .*Geometric\(p=0.001\)"):
         length_cap(Geometric(0.001))
-    with pytest.raises(ValueError, match="law: "):
+    with pytest.raises(ValueError, match=r"length: .*P\(N > 10\)"):
         length_cap(Geometric(0.5), limit=10)
 
 

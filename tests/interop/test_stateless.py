@@ -144,10 +144,10 @@ def test_errors_name_what_is_wrong(model, variables):
         model.bind({**variables, "state": {}})
     with pytest.raises(ValueError, match=r"arrays unknown: constants/scale$"):
         model.bind({**variables, "constants": {**variables["constants"], "scale": jnp.ones(1)}})
-    with pytest.raises(ValueError, match="arrays missing: constants/bijector/bijectors/0/std, "):
+    with pytest.raises(ValueError, match="arrays missing: constants/bijector/bijectors/0/mean, "):
         model.bind({**variables, "constants": {}})
     scalars = jax.tree.map(lambda leaf: leaf.ravel()[:1], variables["constants"])
-    with pytest.raises(ValueError, match=r"expected constants/bijector/bijectors/0/std of shape \(2,\), got \(1,\)"):
+    with pytest.raises(ValueError, match=r"expected constants/bijector/bijectors/0/mean of shape \(2,\), got \(1,\)"):
         model.bind({**variables, "constants": scalars})
     for source in (3, model.bind(variables)):
         with pytest.raises(

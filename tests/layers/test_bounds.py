@@ -265,7 +265,7 @@ def test_values_outside_of_an_array_of_bounds():
         (lambda: rf.Flow(rf.Bounded([0, 1], 2), rf.StandardNormal((3,))), r"shape ends in \(2,\), got \(3,\)"),
         (
             lambda: rf.Logit(0.1, 1.0, 1.0 + 1e-9)(jnp.ones((1, 1), jnp.float32)),
-            "high: expected ends that float32 tells apart",
+            "high: expected ends that differ in float32",
         ),
     ],
 )

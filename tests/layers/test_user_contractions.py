@@ -101,7 +101,7 @@ def test_a_module_that_changes_its_state_is_refused(name):
     block = rf.ResidualBlock(module, lipschitz=0.9)
     for use in (block, block.inverse, lambda x: block.forward(x, estimator=rf.Exact())):
         with pytest.raises(
-            ValueError, match=r"g: expected that calling Stateful leaves its state .* after module.eval"
+            ValueError, match=r"g: expected a call of Stateful not to change its state.* call module.eval"
         ):
             use(X)
     module.eval()

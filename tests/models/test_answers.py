@@ -211,5 +211,5 @@ def test_errors():
         flow.join_latent([part])
     with pytest.raises(ValueError, match=r"parts\[1\]: expected a float array \[B, 2, 2, 2\]"):
         flow.join_latent([part, part[0]])
-    with pytest.raises(ValueError, match=r"parts: expected one number of examples in all, got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"parts: expected the same number of examples in all, got \[2, 3\]"):
         flow.join_latent([part, part[:2]])

@@ -100,7 +100,7 @@ def test_states_of_another_flow_with_former_names(tmp_path):
         with pytest.raises(ValueError, match=r"state: .* got others: rest.bijector.center, rest.bijector.shift$"):
             arrays = {"std": jnp.zeros(2), "shift": jnp.zeros(2)}
             checkpoints.restore(1, state(0)._replace(non_params={"bijector": arrays}))
-        with pytest.raises(ValueError, match=r"state: expected non_params.bijector.std of shape \(1,\), got \(2,\)"):
+        with pytest.raises(ValueError, match=r"state: expected rest.bijector.std of shape \(1,\), got \(2,\)"):
             arrays = {"std": jnp.zeros(1), "center": jnp.zeros(2)}
             checkpoints.restore(1, state(0)._replace(non_params={"bijector": arrays}))
 
@@ -133,7 +133,7 @@ def test_what_cannot_be_written_says_where(tmp_path, monkeypatch):
             raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
         monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
-        with pytest.raises(OSError, match=rf"checkpoints: could not write to {tmp_path}; those before.*No space left"):
+        with pytest.raises(OSError, match=rf"checkpoints: could not write to {tmp_path}; earlier ones.*No space left"):
             checkpoints.save(state(2, rf.Roulette()), 2.0)
         assert int(checkpoints.restore(1, state(0, rf.Roulette())).step) == 1
 

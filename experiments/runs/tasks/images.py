@@ -1,4 +1,4 @@
-"""Runs on images: which, in batches, their bits/dim, and the pictures of a flow on them."""
+"""The task of image runs: the images, their batches, their bits/dim, and the pictures of a flow on them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +28,7 @@ COLUMNS = 8
 
 
 def load(config: DataConfig) -> ImageSplits:
-    """The images that a config names."""
+    """Loads the images that a config names."""
     if config.path is not None:
         return load_path(config.path, bits=config.bits)
     if config.name == "images":
@@ -42,7 +42,7 @@ def load(config: DataConfig) -> ImageSplits:
 
 
 class ImageTask(Task):
-    """The density of images, in bits/dim."""
+    """Density estimation of images, in bits/dim."""
 
     metric, unit, label, sign, batch_size = "bits_per_dim", "bits/dim", "bits/dim", 1, 100
 
@@ -56,7 +56,7 @@ class ImageTask(Task):
             )
         self.name = str(config.data.path or config.data.name)
         self.loss = dequantized_bits_per_dim(self.splits.levels, self.log_det_weight())
-        self._batches(0, 1)  # an error in its settings comes now
+        self._batches(0, 1)  # raises now for settings that make no batches
 
     def initial(self) -> Array:
         config, data = self.config, self.splits
@@ -93,13 +93,13 @@ class ImageTask(Task):
         return to_unit_interval(examples, self.splits.levels)
 
     def permuted(self, examples: np.ndarray) -> np.ndarray:
-        """Images [N, H, W, C] with their pixels in another order, the same for all; channels stay together."""
+        """Images [N, H, W, C] with their pixels permuted in one common order; the channels of a pixel stay together."""
         pixels = examples.reshape(len(examples), -1, examples.shape[-1])
         order = np.random.default_rng(0).permutation(pixels.shape[1])
         return pixels[:, order].reshape(examples.shape)
 
     def other(self, name: str) -> np.ndarray:
-        """The test images of another data set, or under a path; as `Task.other`."""
+        """The test images of another data set, by a name or a path; see `Task.other`."""
         own = self.splits
         height, _, channels = own.shape
         path = Path(name) if Path(name).exists() else None

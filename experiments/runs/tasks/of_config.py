@@ -1,4 +1,4 @@
-"""Which task a config describes."""
+"""Chooses the task of a config."""
 
 from experiments.configs.base import DensityConfig, RunConfig, VectorsConfig
 from experiments.configs.toy import ToyConfig
@@ -9,5 +9,5 @@ from experiments.runs.tasks.vectors import VectorTask
 
 
 def task_of(config: RunConfig) -> Task:
-    """What a config is to learn, with its data."""
+    """The task that a config describes, with its data."""
     return {DensityConfig: ImageTask, VectorsConfig: VectorTask, ToyConfig: ToyTask}[type(config)](config)

@@ -1,4 +1,4 @@
-"""What a run learns and how it is judged and drawn: the interface of every task."""
+"""The interface of tasks: the data of a run, its loss, its metric and its pictures."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ Split = Literal["validation", "test"]
 
 
 class Drawing(NamedTuple):
-    """What a task shows of a flow at the end of a run.
+    """The pictures and figures of a flow at the end of a run.
 
     Attributes:
       pictures: PNG files by caption.
@@ -30,17 +30,17 @@ class Drawing(NamedTuple):
 
 
 class Task(ABC):
-    """What a run learns and how it is judged.
+    """The data, loss and metric of a run.
 
     Attributes:
-      metric: name of the likelihood in metrics.jsonl; its loss is `sign` times it.
-      unit: of the metric.
-      label: the metric and its unit, for people.
-      sign: 1 where less of the metric is better, -1 where more is.
-      batch_size: examples at once where flows are judged.
-      name: of the data, for titles.
+      metric: name of the likelihood in metrics.jsonl; the loss is `sign` times the metric.
+      unit: unit of the metric.
+      label: metric and unit, for tables and titles.
+      sign: 1 if a lower metric is better, -1 if a higher one is.
+      batch_size: examples per batch in evaluation.
+      name: name of the data, for titles.
       splits: the data, with train, validation and test.
-      loss: of a training step.
+      loss: loss of a training step.
     """
 
     metric: ClassVar[str]
@@ -57,11 +57,11 @@ class Task(ABC):
 
     @abstractmethod
     def initial(self) -> Array:
-        """Examples to initialise a flow with, as it takes them."""
+        """Examples to initialise a flow with, in the form that it takes."""
 
     @abstractmethod
     def batches(self, step: int, part: int = 0, parts: int = 1) -> Iterator[Any]:
-        """The batches of step number `step`, counted from 0, and all that follow; of each, one of so many parts."""
+        """The batches from step number `step` on, counted from 0; of each batch, equal part `part` of `parts`."""
 
     @abstractmethod
     def scores(
@@ -71,27 +71,27 @@ class Task(ABC):
 
     @abstractmethod
     def inputs(self, examples: Any) -> Array:
-        """Examples as the flow takes them, without noise."""
+        """Examples in the form that the flow takes, without noise."""
 
     @abstractmethod
     def permuted(self, examples: Any) -> Any:
-        """Examples that differ from those of the data in how their elements belong together, and in nothing else."""
+        """The examples with permuted elements, which changes the joint distribution of elements alone."""
 
     @abstractmethod
     def other(self, name: str) -> Any:
-        """The test split of other data, whose examples the flow takes as well; by a name or a path.
+        """The test split of other data of the same shape, by a name or a path.
 
         Raises:
-          ValueError: if they have another shape than the task's.
+          ValueError: if the examples have another shape than the task's.
         """
 
     @abstractmethod
     def sketch(self, flow: ResidualFlow, prefix: Path) -> dict[str, Path]:
-        """Draws what the flow has learned so far; PNG files by name, whose paths start with the prefix."""
+        """Draws what the flow has learned so far; returns PNG files by name, whose paths start with the prefix."""
 
     @abstractmethod
     def draw(self, flow: ResidualFlow, result: Estimate) -> Drawing:
-        """Draws what the flow has learned in the end, under the work directory."""
+        """Draws what the flow has learned at the end of the run, under the work directory."""
 
     def estimate(self, flow: ResidualFlow, split: Split) -> Estimate:
         """The mean metric of a split, with the same noise every time; one draw in validation."""
@@ -107,21 +107,21 @@ class Task(ABC):
         return self.mean(scores, settings.estimator)
 
     def mean(self, scores: np.ndarray, estimator: Estimator) -> Estimate:
-        """The mean of scores [draws, N] that an estimator gave, with its standard errors."""
+        """The mean of an estimator's scores [draws, N], with its standard errors."""
         return Estimate.from_scores(scores)
 
     def log_det_weight(self) -> optax.Schedule | None:
-        """That of the log-det in the gradient, by steps done."""
+        """The schedule of the log-det's weight in the gradient, by number of steps; None without annealing."""
         steps = self.config.annealing
         return optax.linear_schedule(0.0, 1.0, steps) if steps else None
 
 
 def draw_samples(flow: ResidualFlow, seed: int, number: int) -> tuple[Array, InverseStatus]:
-    """As `flow.sample`, images not clipped, with the status of the solves in the place of a warning."""
+    """Draws samples like `flow.sample`, but without clipping, and returns the status of the solves with them."""
     return flow.inverse(jax.random.normal(jax.random.key(seed), (number, flow.dim), flow.dtype), return_status=True)
 
 
 def unconverged(status: InverseStatus) -> str:
-    """What a closing table says of solves that did not converge, if any."""
+    """The text of a closing table on solves that did not converge; empty if all did."""
     number = int((~status.converged.all(axis=0)).sum())
     return f"; {number} did not converge" if number else ""

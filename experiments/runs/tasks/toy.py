@@ -1,4 +1,4 @@
-"""Runs on a toy density in the plane: fresh points without end, and the learned density on a grid."""
+"""The task of runs on a toy density in the plane: fresh points in every batch, and the learned density on a grid."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class Grid:
     """A density on a grid.
 
     Attributes:
-      density: at the midpoints of the cells, [y, x].
+      density: density at the midpoints of the cells, [y, x].
       low: lower corner.
       high: upper corner.
-      integral: of the density over the grid.
+      integral: integral of the density over the grid.
     """
 
     density: np.ndarray
@@ -39,7 +39,7 @@ class Grid:
 
 
 class ToyTask(VectorTask):
-    """A toy density in the plane. Batches are fresh points, without end; so are the points that judge the flow."""
+    """A toy density in the plane. Every batch has fresh points; validation and test have points of their own."""
 
     def __init__(self, config: ToyConfig):
         number = config.evaluation.examples
@@ -56,9 +56,10 @@ class ToyTask(VectorTask):
         return (whole[part * own : (part + 1) * own] for whole in wholes)
 
     def draw(self, flow: ResidualFlow, result: Estimate) -> Drawing:
-        """The density on a grid too, which must integrate to 1 whatever was learned.
+        """Draws the data, the density on a grid and samples.
 
-        That holds the log-det to the map, and to the samples, which choose the grid's box.
+        The density must integrate to 1, however well it was learned. This checks that the log-det belongs to the map,
+        and to the samples, whose extent sets the grid's box.
         """
         config, path = self.config, self.config.workdir / "toy.png"
         z = jax.random.normal(jax.random.key(config.seed + 1), (config.evaluation.samples, 2), flow.dtype)
@@ -92,12 +93,12 @@ class ToyTask(VectorTask):
 
 
 def grid_of(flow: ResidualFlow, cells: int, *points: np.ndarray) -> Grid:
-    """The density of a flow in the plane in a box around point sets [N, 2]."""
+    """The density of a flow in the plane on a grid in a box around point sets [N, 2]."""
     low, high = box_around(*points)
     density = density_on_grid(flow, low, high, cells, 4000)
     return Grid(density, low, high, float(density.mean(dtype=np.float64) * np.prod(high - low)))
 
 
 def _rng(config: ToyConfig, purpose: str, step: int = 0) -> np.random.Generator:
-    """NumPy's generator for one purpose of a run, and one step, independent of the others."""
+    """The random generator of one purpose and one step of a run, independent of the others."""
     return np.random.default_rng((config.seed, _PURPOSES.index(purpose), step))

@@ -1,4 +1,4 @@
-"""Runs on vectors, from a file or a toy density in the plane: their log-likelihood in nats, and pictures of it."""
+"""The task of runs on vectors: their batches, their log-likelihood in nats, and pictures."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +27,12 @@ _PURPOSES = ("initialize", "train", "test", "picture", "validation")
 
 
 def load(config: VectorDataConfig) -> VectorSplits:
-    """The vectors that a config names."""
+    """Loads the vectors that a config names."""
     return load_cell_nuclei() if config.path is None else load_vectors(config.path)
 
 
 class VectorTask(Task):
-    """The density of vectors, in nats."""
+    """Density estimation of vectors, in nats."""
 
     metric, unit, label, sign, batch_size = "log_prob", "nats", "log_prob, nats", -1, 1000
     splits: VectorSplits
@@ -40,7 +40,7 @@ class VectorTask(Task):
     def __init__(self, config: VectorsConfig):
         """Raises ValueError if the vectors have another dimension than the model."""
         self._set(config, load(config.data), str(config.data.path or "cell nuclei"))
-        self._batches(0, 1)  # an error in its settings comes now
+        self._batches(0, 1)  # raises now for settings that make no batches
 
     def _set(self, config: RunConfig, splits: VectorSplits, name: str) -> None:
         super().__init__(config)
@@ -68,7 +68,10 @@ class VectorTask(Task):
         return vector_log_prob(flow, examples, key, estimator=estimator, draws=draws, batch_size=batch_size, mesh=mesh)
 
     def mean(self, scores: np.ndarray, estimator: Estimator) -> Estimate:
-        """Without noise where the estimator and the flow have none, which a single draw could not tell."""
+        """The mean with its standard errors; the noise is 0 where estimator and flow are deterministic.
+
+        A single draw cannot show that.
+        """
         found = super().mean(scores, estimator)
         is_exact = isinstance(estimator, Exact) and not self.config.model.data.padding.channels
         return found._replace(noise_stderr=0.0) if is_exact else found
@@ -77,11 +80,11 @@ class VectorTask(Task):
         return jnp.asarray(examples)
 
     def permuted(self, examples: np.ndarray) -> np.ndarray:
-        """Vectors [N, D] with every element from a vector of its own: as if elements did not go together."""
+        """Vectors [N, D] with each element permuted among the vectors on its own: elements become independent."""
         return np.random.default_rng(0).permuted(examples, axis=0)
 
     def other(self, name: str) -> np.ndarray:
-        """The test vectors of another file, or points of a toy density; as `Task.other`."""
+        """The test vectors of another file, or points of a toy density; see `Task.other`."""
         if name in TOY_DENSITIES:
             vectors = sample_toy(name, len(self.splits.test), np.random.default_rng(0))
         else:

@@ -1,8 +1,8 @@
 """Checkpoints of the authors' PyTorch implementation (rtqichen/residual-flows), read and written without PyTorch.
 
-The files of `train_img.py` and `train_toy.py` hold a state_dict, the options and, of images, the model's exponential
-moving averages. See `interop.torch.files` for the format and why reading it is safe, `interop.torch.config` for the
-options, and `interop.torch.layout` for the tensors.
+The files of `train_img.py` and `train_toy.py` hold a state_dict, the options and, for images, exponential moving
+averages of the parameters. See `interop.torch.files` for the format and why reading it is safe, `interop.torch.config`
+for the options, and `interop.torch.layout` for the tensors.
 """
 
 import argparse
@@ -41,28 +41,40 @@ def load_torch_checkpoint(
     weights: Literal["ema", "raw"] | None = None,
     norms: Literal["converged", "stored"] = "converged",
 ) -> ResidualFlow:
-    """The flow in a checkpoint of the authors' PyTorch implementation, in JAX's default float dtype.
+    """Reads the flow in a checkpoint of the authors' PyTorch implementation, in JAX's default float dtype.
 
-    z is ordered as by any flow here: each part flattened in H, W, C order, where the original has C, H, W. Images are
-    [B, H, W, C]; what the original's script does to them before the model (padding, the first squeeze) is part of the
-    flow. Nothing of the file is executed, and torch is not needed.
+    Images are [B, H, W, C]. What the original's script does to them before the model (padding, the first squeeze) is
+    part of the flow. z has the order of all flows here: each part is flattened in the order H, W, C, where the original
+    has C, H, W. Nothing in the file is executed, and torch is not needed.
 
-    Where the model has what only the original has, as a classifier, the flow is a `TorchFlow`, which has `logits`.
+    Cost: the power iterations of `norms="converged"`, at most 20000 for each layer.
 
     Args:
-      path: a file written by `train_img.py` or `train_toy.py`, in torch's present format or the one before 1.6.
-      weights: "ema" for the exponential moving averages, which the original evaluates, or "raw"; by default the
-        averages where the file has them.
-      norms: "converged" iterates the power iteration of every layer to convergence, from what is stored, so that the
-        flow is a valid one; for norms of orders other than 2, from random starts as well. "stored" keeps the
-        singular vectors of the file and so reproduces the original's map; beside them the raw weights may exceed
-        their coefficient, and the flow need not be invertible.
+      path: a file that `train_img.py` or `train_toy.py` wrote, in torch's present format or the one before 1.6.
+      weights: "ema" for the exponential moving averages, which the original evaluates, or "raw". By default the
+        averages if the file has them.
+      norms: "converged" runs the power iteration of every layer to convergence, from the stored vectors and, for norms
+        of other orders than 2, also from random starts; this gives a valid flow. "stored" keeps the vectors of the file
+        and reproduces the map of the original. The raw weights may then exceed their coefficient, and the flow need not
+        be invertible.
+
+    Returns:
+      A `ResidualFlow`. A model with parts that only the original has, as a classifier, is a `TorchFlow`, which has
+      `logits`.
 
     Raises:
-      FileNotFoundError: where there is no such file.
-      ValueError: for what is no checkpoint, or a truncated one; for anything in it beside tensors and containers, by
-        its name; for an option that cannot be carried over; for tensors that are missing, left over, of another shape
-        than the options say, or not finite; for averages that the file does not have.
+      FileNotFoundError: if there is no such file.
+      ValueError: for a file that is no checkpoint, or is cut off; for an object in it that is neither a tensor nor a
+        container, by its name; for an option that this library does not support; for tensors that are missing, left
+        over, of another shape than the options say, or not finite; for weights="ema" if the file has no averages.
+
+    Source: Chen et al. (2019), arXiv 1906.02735, and its code, github.com/rtqichen/residual-flows.
+
+    Example:
+      >>> config = rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,), preactivation="all")
+      >>> rf.save_torch_checkpoint(rf.ResidualFlow(config, rngs=nnx.Rngs(0)), "toy.pth")
+      >>> rf.load_torch_checkpoint("toy.pth").event_shape
+      (2,)
     """
     check_choice("weights", weights, (None, "ema", "raw"))
     check_choice("norms", norms, ("converged", "stored"))
@@ -77,19 +89,29 @@ def load_torch_checkpoint(
 
 
 def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: ResidualFlow | None = None) -> None:
-    """Writes a flow as a checkpoint that the authors' PyTorch implementation and `load_torch_checkpoint` take.
+    """Writes a flow as a checkpoint that the authors' PyTorch implementation and `load_torch_checkpoint` read.
 
-    In the flow's float dtype. `load_torch_checkpoint(path, norms="stored")` gives it back bit for bit; but to rounding
-    the factors of an invertible linear layer, which are found again from their product, and u of 1x1 convolutions
-    with mixed norms, which is rescaled.
+    The file has the float dtype of the flow. `load_torch_checkpoint(path, norms="stored")` gives the flow back bit for
+    bit, but for two things that are equal to rounding: the factors of an invertible linear layer, which are found again
+    from their product, and u of 1x1 convolutions with mixed norms, which is rescaled.
 
     Args:
-      flow: of a config that the options of the scripts can say.
-      path: of the file, which is replaced at once when all is written.
-      average: the flow of the exponential moving averages, for images; by default the same as `flow`.
+      flow: a flow whose config the options of the scripts can say.
+      path: path of the file. It is replaced as a whole when everything is written.
+      average: the flow with the exponential moving averages, for images; by default the same as `flow`.
 
     Raises:
-      ValueError: that names the part of the config which the scripts have no option for.
+      ValueError: for a setting of the config that the scripts have no option for, by its name; for an average of
+        another config.
+      OSError: if the file cannot be written.
+
+    Example:
+      >>> config = rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,), preactivation="all")
+      >>> flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+      >>> rf.save_torch_checkpoint(flow, "toy.pth")
+      >>> x = jnp.ones((3, 2))
+      >>> bool((rf.load_torch_checkpoint("toy.pth", norms="stored")(x) == flow(x)).all())
+      True
     """
     check_type("flow", flow, ResidualFlow)
     args = args_from_config(flow.config)
@@ -98,8 +120,8 @@ def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: Resi
         found = entries(_checked_average(flow, average))
         canvas = Canvas()
         shadow = {e.name: e.place.take(canvas) for e in found if e.is_parameter and e.averaged_name == e.name}
-        number = sum(tensor.size for tensor in shadow.values())
-        state = {"module": None, "decay": 0.999, "shadow_params": shadow, "nparams": number}
+        count = sum(tensor.size for tensor in shadow.values())
+        state = {"module": None, "decay": 0.999, "shadow_params": shadow, "nparams": count}
         content["ema"] = Stub("resflows.utils", "ExponentialMovingAverage", args=(), state=state)
     write_torch_file(path, content)
 
@@ -112,7 +134,7 @@ def _checked_average(flow: ResidualFlow, average: ResidualFlow | None) -> Residu
 
 
 def _tensors(flow: ResidualFlow) -> dict[str, Array]:
-    """The state_dict; vectors of 1x1 convolutions as the original, which measures one pixel alone, has them."""
+    """The state_dict. Vectors of 1x1 convolutions are those of the original, which measures a single pixel."""
     flow = nnx.clone(flow)
     found = entries(flow)
     norms = Canvas()
@@ -123,7 +145,7 @@ def _tensors(flow: ResidualFlow) -> dict[str, Array]:
 
 
 def parts_of(content: Any) -> tuple[dict[str, Array], argparse.Namespace]:
-    """The tensors and the options."""
+    """Returns the tensors and the options of what `read_torch_file` gave."""
     if not isinstance(content, dict) or not {"state_dict", "args"} <= content.keys():
         keys = f"a dict of {', '.join(map(brief, content))}" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"expected a checkpoint of the training scripts with 'state_dict' and 'args', got {keys}")
@@ -139,7 +161,7 @@ def parts_of(content: Any) -> tuple[dict[str, Array], argparse.Namespace]:
 
 
 def flow_of(content: Any, weights: str | None, norms: str) -> ResidualFlow:
-    """The flow of what `read_torch_file` gave; arguments and errors as of `load_torch_checkpoint`."""
+    """Returns the flow of what `read_torch_file` gave. Arguments and errors are those of `load_torch_checkpoint`."""
     tensors, args = parts_of(content)
     averages = _averages(content, weights)
     config = config_from_args(args, tensors)
@@ -167,7 +189,7 @@ def flow_of(content: Any, weights: str | None, norms: str) -> ResidualFlow:
 
 
 def _averages(content: dict[str, Any], weights: str | None) -> dict[str, Array] | None:
-    """The averaged parameters by name, or None for the raw ones."""
+    """The averaged parameters by name; None for the raw ones."""
     ema = content.get("ema")
     if weights == "raw" or (weights is None and ema is None):
         return None
@@ -202,7 +224,7 @@ def _put(entry: Entry, canvas: Canvas, tensor: Array) -> None:
 
 
 def _fill_unused(flow: ResidualFlow) -> None:
-    """Zeros for the vectors of layers whose norm has a closed form: the original has none."""
+    """Sets the vectors of layers whose norm has a closed form to zero, since the original has none."""
 
     def zeros(leaf):
         return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
@@ -211,7 +233,7 @@ def _fill_unused(flow: ResidualFlow) -> None:
 
 
 def _scale_vectors(flow: ResidualFlow, scale) -> None:
-    """Changes every u by what sigma counts for the pixels of a 1x1 convolution, and the original does not."""
+    """Rescales every u by the factor for the pixels of a 1x1 convolution, which sigma has here and not there."""
 
     def apply(layer: LipschitzLinear) -> None:
         layer.u[...] = scale(layer.u[...], with_copies(jnp.ones(()), layer.linear_map.copies, *layer.traced_orders()))
@@ -221,7 +243,7 @@ def _scale_vectors(flow: ResidualFlow, scale) -> None:
 
 
 def _converge(flow: ResidualFlow) -> None:
-    """Iterates every norm to the rounding of its dtype, or 20000 times."""
+    """Runs every power iteration until it changes by rounding alone, or 20000 times."""
     if has_mixed_norms(flow.config) or flow.config.norms.learned:
         map_linears(flow, lambda layer: layer.search_norm())
     tolerance = 4 * float(jnp.finfo(flow.dtype).eps)

@@ -2,8 +2,8 @@
 
     logits = W [h_1, ..., h_S] + b,   h_s = mean over pixels of relu(ActNorm(conv 3x3 (features of scale s)))
 
-The features of a scale are its output; where half of the channels leaves for z after it, they are that half, and the
-last scale, after which nothing leaves, is given those of the scale before once more, as in the authors' code.
+The features of a scale are its output. If half of the channels leaves for z after each scale, they are that half. The
+last scale, after which nothing leaves, then has the features of the scale before once more, as in the authors' code.
 """
 
 import math
@@ -22,10 +22,17 @@ Array = jax.Array
 
 
 class Classifier(Module):
-    """Logits [B, classes] of the features [B, H, W, C] of every scale; the cost is one convolution a scale."""
+    """Maps the features [B, H, W, C] of every scale to logits [B, classes]. It costs one convolution a scale."""
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], channels: int, classes: int, *, rngs: nnx.Rngs):
-        """shapes: (H, W, C) of the features of every scale; channels: of each convolution's output."""
+        """Makes random parameters.
+
+        Args:
+          shapes: shape (H, W, C) of the features of every scale.
+          channels: number of channels that each convolution gives.
+          classes: number of classes.
+          rngs: PRNG keys of the parameters.
+        """
         self.heads = List(Head(shape[-1], channels, rngs=rngs) for shape in shapes)
         self.kernel, self.bias = _affine((channels * len(shapes), classes), rngs)
 
@@ -35,13 +42,13 @@ class Classifier(Module):
         return logits + trailing(self.bias[...], logits)
 
     def initialize(self, features: Sequence[Array]) -> None:
-        """Sets every ActNorm from a batch, in place."""
+        """Sets every ActNorm from a batch of features, in place."""
         for head, x in zip(self.heads, features, strict=True):
             head.norm.initialize(head.convolution(x))
 
 
 class Head(Module):
-    """[B, H, W, C] -> [B, channels]."""
+    """The head of one scale, from features [B, H, W, C] to [B, channels]."""
 
     def __init__(self, channels_in: int, channels: int, *, rngs: nnx.Rngs):
         self.kernel, self.bias = _affine((3, 3, channels_in, channels), rngs)
@@ -56,7 +63,7 @@ class Head(Module):
 
 
 def _affine(shape: tuple[int, ...], rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:
-    """A kernel and a bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    """A kernel and a bias, drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = math.prod(shape[:-1]) ** -0.5
     return tuple(
         nnx.Param(jax.random.uniform(rngs.params(), part, minval=-bound, maxval=bound)) for part in (shape, shape[-1:])

@@ -1,13 +1,13 @@
-"""Files of torch.save, read without torch, and without executing anything that they say.
+"""Reads files of torch.save without torch, and without executing anything in them.
 
 torch.load runs a pickle, which may call any function that the file names. `read_torch_file` interprets the pickle
-instead (`interop.torch.pickle`), builds only what is on a list (`interop.torch.objects`) and checks that every tensor
-lies in its storage (`interop.torch.storages`). There are two formats, both with little-endian numbers:
+instead (`interop.torch.pickle`), builds only objects of a fixed list (`interop.torch.objects`) and checks that every
+tensor lies in its storage (`interop.torch.storages`). There are two formats, both with little-endian numbers:
 
-  - since torch 1.6, a zip archive of uncompressed records: PREFIX/data.pkl, the pickle, which refers to storages by
-    keys; PREFIX/data/KEY, the bytes of each; and perhaps PREFIX/byteorder, the word "little";
-  - before, five pickles and the storages in a row: a magic number, the version 1001, a dict about the system, the
-    object, and the list of keys; then for every key the number of elements as an int64, and the elements.
+  - Since torch 1.6 a file is a zip archive of uncompressed records: PREFIX/data.pkl, the pickle, which refers to
+    storages by keys; PREFIX/data/KEY, the bytes of each storage; and perhaps PREFIX/byteorder, the word "little".
+  - Before, a file has five pickles, then the storages. The pickles are a magic number, the version 1001, a dict about
+    the system, the object, and the list of keys. Each storage has its number of elements as an int64, then these.
 """
 
 import zipfile
@@ -26,16 +26,19 @@ _VERSION = 1001
 
 
 def read_torch_file(path: str | Path) -> Any:
-    """What torch.save wrote: dicts, lists, strings, numbers, ..., with tensors and parameters as numpy arrays.
+    """Reads what torch.save wrote: dicts, lists, strings, numbers, ..., with tensors and parameters as NumPy arrays.
 
-    Every array owns its elements; where the file has the same part of the same storage twice, as in a state_dict and
-    in its module, both are the same array. An object of a class of `resflows` or `torch.nn` is a `Stub`.
+    Every array owns its elements. If the file has the same part of the same storage twice, as in a state_dict and in
+    its module, both are the same array. An object of a class of `resflows` or `torch.nn` is a `Stub`.
+
+    Args:
+      path: path of the file.
 
     Raises:
       FileNotFoundError: if there is no such file.
       IsADirectoryError: if it is a folder.
-      ValueError: if the file is not of torch.save, names a class or function that is not allowed, or is damaged. The
-        message names the file. No part of it is returned.
+      ValueError: if torch.save did not write the file, if it names a class or function that is not allowed, or if it is
+        damaged. The message names the file. No part of it is returned.
     """
     path = Path(path)
     if not path.exists():
@@ -47,7 +50,7 @@ def read_torch_file(path: str | Path) -> Any:
             return _read(file, path.stat().st_size)
         except Refused as error:
             raise ValueError(f"{path}: {error}") from error
-        except Exception as error:  # also MemoryError and OSError: damaged lengths and offsets lead to them
+        except Exception as error:  # damaged lengths and offsets also give MemoryError and OSError
             raise ValueError(
                 f"{path}: expected a whole checkpoint of PyTorch, could not read it ({type(error).__name__}: {error})"
             ) from error
@@ -112,7 +115,7 @@ def _read_legacy(file: BinaryIO, nbytes: int) -> Any:
 
 
 def _limit(nbytes: int) -> int:
-    """Bytes of objects that a file of so many may become: a storage is part of several tensors of a checkpoint."""
+    """Bytes of objects that a file of `nbytes` may become, since several tensors may share a storage."""
     return 16 * nbytes + 2**27
 
 

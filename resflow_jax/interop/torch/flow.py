@@ -1,6 +1,6 @@
-"""Flows that only the authors' PyTorch implementation has: what an imported file may need beside `ImageFlowConfig`.
+"""Flows that only the authors' PyTorch implementation has. An imported file may need more than `ImageFlowConfig`.
 
-These are blocks of dense layers in every scale, noise that is appended before the logit, a normalisation after the
+They may have blocks of dense layers in every scale, noise that is appended before the logit, a normalisation after the
 first squeeze, and a classifier on the flow's features.
 """
 
@@ -47,12 +47,13 @@ class TorchImageConfig(ImageFlowConfig):
     the squeeze, and are then applied there.
 
     Attributes:
-      fully_connected: blocks of dense layers on the flattened image in every scale, as many as `kernels`, of width
-        `hidden_channels`; an ActNorm is then per feature, an invertible linear layer mixes all features.
-      padding_first: append the noise before the logit, through which it passes too. Noise beyond [0, 1] gives NaN, as
-        of the authors' Gaussian, of mean 1/2 and std 1/8, six values in 100000 do.
-      classes: of the classifier (see `interop.torch.classifier`); 0 for none.
-      classifier_channels: of the convolutions of the classifier.
+      fully_connected: whether every scale has blocks of dense layers on the flattened image. They have one layer for
+        each of `kernels`, of width `hidden_channels`. An ActNorm then acts on single features, and an invertible linear
+        layer mixes all features.
+      padding_first: whether the noise is appended before the logit and passes through it. Noise outside of [0, 1] gives
+        NaN; the authors' Gaussian, with mean 1/2 and standard deviation 1/8, leaves it six times in 100000.
+      classes: number of classes of the classifier (see `interop.torch.classifier`); 0 for no classifier.
+      classifier_channels: number of channels of the classifier's convolutions.
     """
 
     fully_connected: bool = False
@@ -79,7 +80,7 @@ class TorchImageConfig(ImageFlowConfig):
         return self.shape[-1] * (4 if self.squeezed_data else 1)
 
     def simplest(self) -> ImageFlowConfig:
-        """The same flow as a plain `ImageFlowConfig` where no option of this class matters, else this config."""
+        """The same flow as a plain `ImageFlowConfig` if no option of this class matters; this config otherwise."""
         pads_first = self.padding_first and self.data.padding.channels
         if self.fully_connected or pads_first or self.classes or self.squeezed_data:
             return self
@@ -87,10 +88,10 @@ class TorchImageConfig(ImageFlowConfig):
 
 
 class TorchFlow(ResidualFlow):
-    """The flow of a `TorchImageConfig`; `load_torch_checkpoint` gives it where a file needs one.
+    """The flow of a `TorchImageConfig`. `load_torch_checkpoint` gives one if the file needs it.
 
     Attributes:
-      classifier: the classifier on the flow's features; None without `classes`.
+      classifier: the classifier on the flow's features; None if there are no classes.
     """
 
     config_types = (TorchImageConfig,)
@@ -102,10 +103,18 @@ class TorchFlow(ResidualFlow):
         self.classifier = Classifier(*sizes, rngs=rngs) if config.classes else None
 
     def logits(self, x: Array) -> Array:
-        """Logits [B, classes] of the classifier on the flow's features (see `interop.torch.classifier`), for images x.
+        """Returns the logits of the classifier on the flow's features (see `interop.torch.classifier`).
 
-        Padding is by the mean of its noise. Costs one evaluation of every g. Raises ValueError for a flow whose config
-        has no `classes`, and as `forward` for x.
+        Padding has the value of the mean of its noise. Cost: one evaluation of every g.
+
+        Args:
+          x: images [B, H, W, C].
+
+        Returns:
+          Logits [B, classes].
+
+        Raises:
+          ValueError: for a flow whose config has no `classes`, and as `forward` for x.
         """
         if self.classifier is None:
             raise ValueError("classes: expected a flow whose config has classes, got none")
@@ -122,9 +131,9 @@ class TorchFlow(ResidualFlow):
         return_diagnostics: bool = False,
         return_logits: bool = False,
     ) -> tuple[Array, ...]:
-        """As `Flow.forward_and_log_prob`; with `return_logits` also the logits [B, classes], as last, of the same pass.
+        """As `Flow.forward_and_log_prob`; with `return_logits` the last value is the logits [B, classes] of this pass.
 
-        They are those of `logits`, but where the flow pads x: there they are those of the noise that was drawn.
+        They equal those of `logits`, unless the flow pads x: then they belong to the noise that was drawn.
 
         Cost: that of `forward`, and one convolution a scale for the logits.
 
@@ -157,7 +166,7 @@ def _(config: TorchImageConfig, *, rngs: nnx.Rngs) -> TorchFlow:
 
 
 def _data_layers(config: TorchImageConfig) -> list[Bijector]:
-    """As `build.data_layers`, in the order that the options say."""
+    """The layers of `build.data_layers`, in the order that the options say."""
     noise, squeeze = padding_layers(config.data.padding), first_squeeze(config)
     if config.squeezed_data:
         return [*noise, *squeeze, *normalization(config, 4 * config.data.padding.channels)]

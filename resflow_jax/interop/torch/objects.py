@@ -1,17 +1,17 @@
-"""What a PyTorch checkpoint may hold, and what is made of it: plain data, numpy arrays and stubs.
+"""The objects that a PyTorch checkpoint may have, and what is made of them: plain data, NumPy arrays and stubs.
 
-A pickle names functions and classes, and says what to call them with. A name is only looked up in the tables below;
-it is never imported, and nothing of the file is called:
+A pickle names functions and classes, and their arguments. Names are only looked up in the tables below. They are never
+imported, and nothing in the file is called:
 
-  - a tensor or a parameter becomes a numpy array;
-  - OrderedDict, set, frozenset, bytes, argparse.Namespace, numpy's numbers, torch.Size (a tuple) and torch's dtypes
-    (numpy's) become what they are;
-  - a class or a function of `resflows` (`lib`, before it was renamed) or `torch.nn`, and a torch.device, become a
-    `Stub`: what the file says of it, without any behaviour;
-  - every other name is refused.
+  - A tensor or a parameter becomes a NumPy array.
+  - OrderedDict, set, frozenset, bytes, argparse.Namespace and NumPy's numbers become such objects, torch.Size a tuple,
+    and torch's dtypes those of NumPy.
+  - A class or a function of `resflows` (formerly `lib`) or `torch.nn`, and a torch.device, become a `Stub`, which has
+    what the file says of it and no behaviour.
+  - Every other name is refused.
 
-An attribute can be given only to an object that was made for this file: a stub, a namespace, or an OrderedDict (its
-`_metadata`). So nothing of a file outlives what was read from it.
+Only objects that were made for the file can get attributes: a stub, a namespace, or an OrderedDict (its `_metadata`).
+So a file changes nothing but the objects that are read from it.
 """
 
 import argparse
@@ -30,14 +30,14 @@ _STUBBED = ("resflows", "lib", "torch.nn")  # the authors' package was named lib
 
 @dataclass(eq=False)
 class Stub:
-    """An object of a class that is not imported, or that class or function itself: only what the file says of it.
+    """An object of a class that is not imported, or the class or function itself, as the file describes it.
 
     Attributes:
-      module: where its class is defined.
-      name: the name of its class.
-      args: what its class is called with; None if the class or the function itself is meant.
+      module: module of its class.
+      name: name of its class.
+      args: arguments of its class; None for the class or the function itself.
       state: its attributes, as a rule a dict; None if it has none.
-      items: what was appended to it, a pair of key and value each if it is a mapping; None if nothing was.
+      items: the items that were appended to it, pairs (key, value) for a mapping; None if there were none.
     """
 
     module: str
@@ -48,7 +48,7 @@ class Stub:
 
 
 def look_up(module: Any, name: Any) -> Stub | np.dtype:
-    """What stands for a name in the file: a dtype, or the stub of a class or function itself."""
+    """Returns what a name in the file stands for: a dtype, or the stub of a class or function itself."""
     if type(module) is not str or type(name) is not str:
         raise Refused(f"expected names of classes and functions, got {brief(module)} and {brief(name)}")
     module = _NAMES.get(module, module)
@@ -68,7 +68,7 @@ def _is_stubbed(module: str, name: str) -> bool:
 
 
 def build(target: Any, args: Any) -> Any:
-    """What the file makes by calling a function or a class."""
+    """Returns what the file makes by calling a function or a class."""
     if not _is_stub(target, itself=True) or type(args) is not tuple:
         raise Refused(f"expected a class or a function and a tuple of arguments, got {brief(target)} and {brief(args)}")
     builder = _BUILDERS.get((target.module, target.name))
@@ -76,7 +76,7 @@ def build(target: Any, args: Any) -> Any:
 
 
 def size_of(made: Any) -> int:
-    """About how many bytes an object takes that was made by a call."""
+    """Returns about how many bytes an object takes that a call made."""
     if isinstance(made, np.ndarray):
         return made.nbytes
     if isinstance(made, tuple | set | frozenset | OrderedDict):
@@ -97,7 +97,7 @@ def set_state(instance: Any, state: Any) -> None:
 
 
 def extend(instance: Any, items: list) -> None:
-    """Appends to a list or a stub."""
+    """Appends items to a list or a stub."""
     if type(instance) is list:
         instance.extend(items)
     elif _is_stub(instance, itself=False):
@@ -108,7 +108,7 @@ def extend(instance: Any, items: list) -> None:
 
 
 def update(instance: Any, pairs: list[tuple[Any, Any]]) -> None:
-    """Sets items of a dict, or notes them in a stub."""
+    """Sets items of a dict, or adds them to those of a stub."""
     if type(instance) in (dict, OrderedDict):
         instance.update((check_key(key), value) for key, value in pairs)
     elif _is_stub(instance, itself=False):
@@ -118,14 +118,14 @@ def update(instance: Any, pairs: list[tuple[Any, Any]]) -> None:
 
 
 def add(instance: Any, elements: list) -> None:
-    """Adds to a set."""
+    """Adds elements to a set."""
     if type(instance) is not set:
         raise Refused(f"expected a set to add to, got {brief(instance)}")
     instance.update(map(check_key, elements))
 
 
 def check_key(key: Any) -> Any:
-    """A key of a dict or an element of a set: a scalar, a stub, or a tuple of these, so that no hash is nested."""
+    """Returns a key of a dict or an element of a set: a scalar, a stub or a tuple of these, not nested further."""
     for part in key if type(key) is tuple else (key,):
         if not isinstance(part, str | bytes | int | float | np.generic | Stub | None):
             raise Refused(f"expected keys that are strings, numbers or tuples of these, got {brief(key)}")
@@ -133,11 +133,11 @@ def check_key(key: Any) -> Any:
 
 
 def persistent(storages: dict[str, Storage], limit: int) -> Callable[[Any], Storage | Stub]:
-    """The loader of what lies outside of a pickle. It enters storages, of at most `limit` bytes each, into the dict."""
+    """Returns the loader of objects outside of a pickle. It adds storages of at most `limit` bytes to the dict."""
 
     def load(reference: Any) -> Storage | Stub:
         match reference:
-            case ("module", Stub() as definition, _, _):  # the source of a class comes along with it
+            case ("module", Stub() as definition, _, _):  # the source code of the class is part of the reference
                 return definition
             case ("storage", Stub() as kind, str(key), _, int(length), *view) if view in ([], [None]):
                 storage = _storage(kind, length)
@@ -163,7 +163,7 @@ def _storage(kind: Stub, length: int) -> Storage:
 
 
 def _is_stub(value: Any, itself: bool) -> bool:
-    """A stub that is a class or a function itself, or one that is not."""
+    """Whether a value is a stub: of a class or function itself, or else of an object."""
     return isinstance(value, Stub) and (value.args is None) is itself
 
 
@@ -178,7 +178,7 @@ def _tensor_v2(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hoo
 def _tensor_v3(
     storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, flags: Any = None
 ) -> np.ndarray:
-    """Whether it has a gradient and what hooks it has is of no use here; flags say it is, say, to be negated."""
+    """The array of a tensor. Gradients and hooks do not matter; flags, as for a negated view, are refused."""
     if type(storage) is not Storage or not isinstance(dtype, np.dtype) or storage.dtype not in (None, dtype) or flags:
         raise Refused(
             f"expected a tensor as it lies in a storage of numbers, got one of {brief(storage)} and {brief(dtype)} "
@@ -218,19 +218,19 @@ def _elements(elements: Any) -> list | tuple:
 
 
 def _bytes() -> bytes:
-    """Protocol 2 calls `bytes` for the empty ones only."""
+    """Protocol 2 calls `bytes` for empty bytes alone."""
     return b""
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """... and encodes text that has one character a byte for all others."""
+    """For all other bytes, protocol 2 encodes a text with one character for each byte."""
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
         raise Refused(f"expected bytes as latin1 text, got {brief(text)} as {brief(encoding)}")
     return text.encode("latin1")
 
 
 def _reconstructor(target: Any, base: Any, state: Any) -> Any:
-    """What protocols 0 and 1 make an object with."""
+    """The function by which protocols 0 and 1 make an object."""
     if not _is_stub(base, itself=True) or base.name != "object" or state is not None:
         raise Refused(f"expected an object of a class without a base, got {brief(base)} and {brief(state)}")
     return build(target, ())

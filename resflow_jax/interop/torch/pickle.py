@@ -1,9 +1,9 @@
-"""The pickles inside of PyTorch checkpoints, read by an interpreter that cannot call anything.
+"""An interpreter of the pickles in PyTorch checkpoints that cannot call anything.
 
-A pickle is a program for a machine with a stack and a memo. `pickle.Unpickler` runs it with real functions and
-classes, so that safety hangs on every object that it hands out. Here the instructions are parsed by `pickletools`,
-which executes nothing, and the few that torch.save writes (protocols 1 to 5) act on plain data; names, calls and
-attributes go to `interop.torch.objects`, which makes inert objects of them. Any other instruction is refused.
+A pickle is a program for a machine with a stack and a memo. `pickle.Unpickler` runs it with real functions and classes,
+so that its safety depends on every object that it can reach. Here `pickletools` parses the instructions, which executes
+nothing. The few instructions that torch.save writes (protocols 1 to 5) act on plain data. Names, calls and attributes
+go to `interop.torch.objects`, which makes inert objects of them. Any other instruction is refused.
 """
 
 import pickletools
@@ -23,15 +23,16 @@ _LITERALS = {
 
 
 def interpret(file: BinaryIO, limit: int, load_persistent: Callable[[Any], Any] | None = None) -> Any:
-    """The object of the pickle at the position of a file, which is then at the end of the pickle.
+    """Returns the object of the pickle at the position of a file. The position is then the end of the pickle.
 
     Args:
-      file: where to read.
-      limit: bytes, about, that all objects may take which are made by calls: of repeated ones a file may be small.
-      load_persistent: gives what lies outside of the pickle, for its reference; None if nothing does.
+      file: an open file.
+      limit: about how many bytes the objects may take that calls make; a small file may repeat them.
+      load_persistent: from a reference to the object outside of the pickle; None if there are none.
 
     Raises:
-      Refused: if the pickle names what is not allowed, holds what torch.save does not write, or is damaged.
+      Refused: if the pickle names an object that is not allowed, has an instruction that torch.save does not write, or
+        is damaged.
     """
     machine = _Machine(limit, load_persistent)
     try:
@@ -53,7 +54,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, name: str, argument: Any) -> None:
-        """One instruction."""
+        """Runs one instruction."""
         stack = self.stack
         if name in _LITERALS:
             stack.append(argument)
@@ -67,7 +68,7 @@ class _Machine:
             self._run_other(name, argument)
 
     def _run_other(self, name: str, argument: Any) -> None:
-        """One that reads the memo, makes objects, or changes the one on top of the stack."""
+        """Runs an instruction that reads the memo, makes objects, or changes the one on top of the stack."""
         match name:
             case "PROTO" | "FRAME" | "STOP":
                 pass

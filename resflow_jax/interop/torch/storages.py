@@ -1,9 +1,8 @@
-"""Numbers of a PyTorch checkpoint: a storage is a row of them, a tensor a strided part of a storage.
+"""Numbers of a PyTorch checkpoint. A storage is a row of numbers, and a tensor is a strided part of a storage.
 
-Element k of a tensor lies at offset + sum_i k_i stride_i, 0 <= k_i < size_i, of its storage: with non-negative strides
-the largest of these is at k_i = size_i - 1, and is compared with the length of the storage before an array is made.
-
-Files name tensors before the numbers come, so arrays are made empty, and `Storage.fill` fills them all at once.
+Element k of a tensor is at offset + sum_i k_i stride_i of its storage, 0 <= k_i < size_i. As strides are not negative,
+the last of these positions is at k_i = size_i - 1; it is compared with the length of the storage before an array is
+made. Files name tensors before their numbers, so arrays are made empty, and `Storage.fill` fills them all at once.
 """
 
 import math
@@ -27,29 +26,35 @@ STORAGES = {
     "ComplexDoubleStorage": "complex128",
     "ComplexFloatStorage": "complex64",
 }
-"""torch's name of the storage of each dtype that has one; the others lie in untyped storages."""
+"""The dtype of each of torch's typed storages. Numbers of other dtypes lie in untyped storages."""
 
 _EXTENSIONS = ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 DTYPES = {name: np.dtype(name) for name in (*STORAGES.values(), "uint16", "uint32", "uint64") if name != "bfloat16"}
 DTYPES |= {name: np.dtype(getattr(ml_dtypes, name)) for name in _EXTENSIONS}
-"""numpy's dtype for each of torch's, by its name."""
+"""NumPy's dtype for each of torch's dtypes, by the name of the latter."""
 
-_EXPANDED = 2**24  # a tensor with a stride of 0 may have this many elements, however short its storage
+_EXPANDED = 2**24  # most elements of a tensor that is larger than its storage, by a stride of 0
 
 
 class Refused(ValueError):
-    """What a file may not hold, or lacks. The message is complete but for the name of the file."""
+    """The file has something that it may not have, or lacks something. The message lacks the name of the file alone."""
 
 
 def brief(value: Any) -> str:
-    """A value for a message: scalars as they are, of all else its type, as a file may nest things without end."""
+    """A value for a message: scalars themselves, and the type of anything else, which a file may nest without end."""
     is_scalar = isinstance(value, str | bytes | int | float | np.generic | np.dtype | None)
     return f"{value!r:.80}" if is_scalar else f"a {type(value).__name__}"
 
 
 @dataclass(eq=False)
 class Storage:
-    """A row of numbers; `dtype` is None where each tensor has its own, `tensors` are the parts asked for so far."""
+    """A row of numbers.
+
+    Attributes:
+      dtype: dtype of the numbers; None if each tensor has its own.
+      nbytes: length in bytes.
+      tensors: the parts that were asked for.
+    """
 
     dtype: np.dtype | None
     nbytes: int
@@ -57,11 +62,11 @@ class Storage:
 
     @property
     def length(self) -> int:
-        """The number of its elements, or of bytes where no dtype is known."""
+        """Number of elements; number of bytes if the dtype is None."""
         return self.nbytes // (1 if self.dtype is None else self.dtype.itemsize)
 
     def tensor(self, offset: int, size: tuple[int, ...], stride: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array that owns its elements, empty until `fill`. The same part is the same array."""
+        """Returns an array that owns its elements, which `fill` sets. The same part is always the same array."""
         for name, numbers in {"offset": (offset,), "sizes": size, "strides": stride}.items():
             if type(numbers) is not tuple or any(type(n) is not int or n < 0 for n in numbers):
                 got = ", ".join(map(brief, numbers)) if type(numbers) is tuple else brief(numbers)
@@ -81,7 +86,7 @@ class Storage:
         return self.tensors[part]
 
     def fill(self, data: bytes) -> None:
-        """Copies the bytes of the storage, little-endian, into all of its tensors."""
+        """Copies the bytes of the storage, little-endian, into all its tensors."""
         if len(data) != self.nbytes:
             raise Refused(f"expected {self.nbytes} bytes of a storage, got {len(data)}")
         if not self.tensors:

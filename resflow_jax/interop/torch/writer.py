@@ -1,7 +1,7 @@
-"""Files that torch.load reads, written without torch: the zip format of `interop.torch.files`, a pickle of protocol 2.
+"""Writes files that torch.load reads, without torch: the zip format of `interop.torch.files`, a pickle of protocol 2.
 
-The records are uncompressed and their data start at multiples of 64 bytes, as torch.save aligns them for mmap. Objects
-of classes that are not at hand are written from their `Stub`s: torch.load imports the classes, calls their __new__
+The records are not compressed. Their data start at multiples of 64 bytes, as torch.save aligns them for mmap. Objects
+of classes that are not installed are written from their `Stub`s: torch.load imports the classes, calls their __new__
 with the arguments, and gives them their state.
 """
 
@@ -30,12 +30,12 @@ _EXPECTED = "a dict, OrderedDict, list, tuple, set, str, int, float, bool, None,
 
 
 def write_torch_file(path: str | Path, obj: Any) -> None:
-    """Writes what `torch.load(path)` then gives, with a tensor for every numpy array.
+    """Writes an object that `torch.load(path)` then returns, with a tensor for every NumPy array.
 
-    `obj` may be a dict, OrderedDict (with its `_metadata`), list, tuple, set, str, int, float, bool, None, numpy array,
-    argparse.Namespace, `Stub`, or any nesting of these. What is the same object in `obj`, is the same in torch; an
-    array is copied, so that arrays that only overlap become tensors that do not. The file appears as a whole or not
-    at all.
+    The object may be a dict, OrderedDict (with its `_metadata`), list, tuple, set, str, int, float, bool, None, NumPy
+    array, argparse.Namespace, `Stub`, or any nesting of these. The same object in two places is the same in torch.
+    Arrays are copied, so that arrays that only overlap become separate tensors. The file appears as a whole or not at
+    all.
 
     Raises:
       TypeError: if there is anything else in `obj`; the message says where.
@@ -52,7 +52,7 @@ def write_torch_file(path: str | Path, obj: Any) -> None:
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """A record, its data aligned by an extra field of zeros in its header."""
+    """Writes a record. An extra field of zeros in its header aligns its data."""
     record = zipfile.ZipInfo(f"archive/{name}")
     start = archive.start_dir + _LOCAL_HEADER + len(record.filename) + 4  # the field starts with its name and length
     padding = -start % _ALIGNMENT
@@ -61,7 +61,7 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 
 
 class _Pickler:
-    """Instructions of a pickle; `arrays` are the storages that they refer to."""
+    """Writes the instructions of a pickle; `arrays` are the storages that they refer to."""
 
     def __init__(self) -> None:
         self.arrays: list[np.ndarray] = []
@@ -74,7 +74,7 @@ class _Pickler:
         return bytes(self.out + pickle.STOP)
 
     def _save(self, obj: Any, where: str) -> None:
-        """Leaves the object on top of the stack."""
+        """Writes instructions that leave the object on top of the stack."""
         kind = type(obj)
         if obj is None or kind in (bool, int, float):
             self.out += pickle.dumps(obj, 2)[2:-1]  # without PROTO and STOP

@@ -1,4 +1,4 @@
-"""Base distributions of z: what a flow's bijector maps data to."""
+"""Base distributions of z, the image of the data under a flow's bijector."""
 
 from resflow_jax.models.bases.base import Base, StandardNormal, standard_normal_log_prob
 from resflow_jax.models.bases.mixture import MixtureOfNormals

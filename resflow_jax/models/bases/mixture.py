@@ -1,4 +1,4 @@
-"""A mixture of normal distributions with learnable weights, means and deviations.
+"""A mixture of normal distributions with learnable weights, means and standard deviations.
 
     p(z | c) = sum_k w_k(c) N(z; mean_k(c), diag(std_k(c)^2))
 
@@ -20,33 +20,38 @@ _LARGEST_EXPONENT = 60.0  # exp of it is finite in every float dtype but float16
 
 
 class MixtureOfNormals(Base):
-    """A mixture of K normals on events of a given shape, at the start around random means with deviations of one.
+    """Mixture of K normals with learnable parameters; it starts with random means and standard deviations of one.
+
+        p(z | c) = sum_k w_k(c) N(z; mean_k(c), diag(std_k(c)^2)),   log p [B] in nats
 
     Three kinds:
       - without a condition, all parameters are numbers;
-      - with `condition_dim` an ordinary network of c, which starts at zero, is added to means and logits, and, bounded
-        to [-4, 4], to the logs of the deviations (see `layers.conditioned_params`);
-      - class-conditional: the condition [B, K] holds non-negative weights of the components, of which only the ratios
-        count: w_k = c_k / sum_j c_j. A one-hot condition chooses one component, so that components are classes, and
-        log p(z | c) = log N_k(z); a row of the classes' frequencies gives the marginal density p(z). Negative weights,
-        and only zeros, give NaN. It is differentiable in c, also where c_k is zero.
-
-    Cost: K normals for the log-density, one for a sample.
+      - with `condition_dim` a network of c, which starts at zero, is added to means and logits, and, bounded to [-4,
+        4], to the logs of the standard deviations (see `layers.conditioned_params`);
+      - class-conditional: the condition [B, K] holds non-negative weights of the components, normalised to sum 1:
+        w_k = c_k / sum_j c_j. A one-hot condition chooses one component, so that components are classes, and
+        log p(z | c) = log N_k(z). A row of the classes' frequencies gives the marginal density p(z). Negative weights,
+        and only zeros, give NaN. log p is differentiable in c, also where c_k is zero.
 
     Args:
       components: K.
-      event_shape: of one z.
+      event_shape: shape of one z.
       class_conditional: whether the condition is [K] weights.
-      condition_dim: number of elements of a condition that moves all parameters; None for none.
-      rngs: of the means at the start, N(0, 1) each, and of the network.
+      condition_dim: number of elements of a condition that changes all parameters; None for none.
+      rngs: draws the means at the start, N(0, 1) each, and the network.
+
+    Randomness: `sample` draws component and noise with its key. Cost: K normals for the log-density, one for a sample.
 
     Raises:
-      ValueError: for sizes below one, for both kinds of condition, for no rngs.
+      ValueError: for sizes below one, both kinds of condition, and missing rngs.
+
+    Source: Izmailov et al. (2020, arXiv 1912.13025) for the class-conditional kind.
 
     Example:
-      base = rf.MixtureOfNormals(10, (64,), class_conditional=True, rngs=rngs)
-      flow = rf.Flow(bijector, base)
-      log_p = flow.log_prob(x, condition=jax.nn.one_hot(labels, 10), key=key)    # log p(x | class)
+      >>> base = rf.MixtureOfNormals(3, (2,), class_conditional=True, rngs=nnx.Rngs(0))
+      >>> labels = jax.nn.one_hot(jnp.array([0, 2, 1, 1]), 3)
+      >>> base.log_prob(jnp.zeros((4, 2)), labels).shape, base.sample(jax.random.key(0), 4, labels).shape
+      ((4,), (4, 2))
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class MixtureOfNormals(Base):
         self.condition_shape = None if size is None else (size,)
 
     def _parameters(self, condition: Array | None) -> tuple[Array, Array, Array]:
-        """Means and logs of deviations [1 or B, K, *event_shape]; weights, or log-weights, [1 or B, K]."""
+        """Means and logs of standard deviations [1 or B, K, *event_shape]; weights, or log-weights, [1 or B, K]."""
         means, log_stds = self.means[...][None], self.log_stds[...][None]
         if self.class_conditional:
             weights = jnp.where(condition >= 0, condition, jnp.nan)
@@ -112,7 +117,7 @@ class MixtureOfNormals(Base):
             return jnp.take_along_axis(values, index, axis=1)[:, 0]
 
         noise = jax.random.normal(noise_key, (num_samples, *self.event_shape), means.dtype)
-        # No weights, as of negative ones, choose no component: adding them makes the sample NaN too.
+        # NaN weights, as from negative ones, choose no component; adding NaN makes the sample NaN too.
         unknown = jnp.where(jnp.isnan(jnp.sum(weights, axis=-1)), jnp.nan, 0).astype(means.dtype)
         unknown = per_example(jnp.broadcast_to(unknown, (num_samples,)), noise)
         return of_chosen(means) + temperature * jnp.exp(of_chosen(log_stds)) * noise + unknown
@@ -123,6 +128,6 @@ def _log_weighted_sum(weights: Array, logs: Array) -> Array:
     is_positive = weights > 0
     terms = jnp.where(is_positive, jnp.log(jnp.where(is_positive, weights, 1)) + logs, -jnp.inf)
     largest = jax.lax.stop_gradient(jnp.max(terms, axis=-1, keepdims=True))
-    # A weight of zero adds nothing, but has a derivative: exp(logs - largest), cut where it would overflow.
+    # A weight of zero adds nothing, but its derivative is exp(logs - largest), clipped before it overflows.
     of_zero = weights * jnp.exp(jnp.minimum(logs - largest, _LARGEST_EXPONENT))
     return jnp.log(jnp.sum(jnp.where(is_positive, jnp.exp(terms - largest), of_zero), axis=-1)) + largest[..., 0]

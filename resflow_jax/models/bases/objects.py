@@ -21,22 +21,22 @@ _BRIDGES = ("distrax", "numpyro")
 
 
 class ObjectBase(Base):
-    """A distribution made by any object with log_prob(z) -> [B] and sample(key, n) -> [n, *event_shape].
+    """A base distribution from any object with log_prob(z) -> [B] and sample(key, n) -> [n, *event_shape].
 
-    Both methods must be functions of JAX: a flow compiles them. If the object is a module of Flax NNX, it is a part of
-    the flow, and its parameters are trained with it. If it is another pytree, its arrays become `Constant`, which no
-    training changes. Else it is part of the structure, and fixed.
+    Both methods must be functions of JAX, since a flow compiles them. If the object is a module of Flax NNX, it is a
+    part of the flow, and its parameters are trained with it. If it is another pytree, its arrays become `Constant`,
+    which training does not change. Any other object is part of the structure, and fixed.
 
-    The object is conditional if both methods have a parameter named `condition`, which is then given as [B, ...] or
-    [n, ...]. Its shape is the object's attribute `condition_shape` if there is one.
+    The object is conditional if both methods have a parameter named `condition`. They are then called with [B, ...] or
+    [n, ...]. The shape of one condition is the object's attribute `condition_shape` if there is one.
 
     Args:
       distribution: the object.
-      event_shape: of one z.
+      event_shape: shape of one z.
 
     Raises:
-      ValueError: for a method that is missing or returns another shape, or where only one method takes a condition. Of
-        `sample`, for a temperature other than 1: the object is not known to have a mean.
+      ValueError: for a method that is missing or returns another shape, and if only one method takes a condition. From
+        `sample`, for a temperature other than 1, since the mean of the object is unknown.
     """
 
     def __init__(self, distribution: Any, event_shape: Shape):
@@ -86,7 +86,7 @@ class ObjectBase(Base):
         return type(self.distribution).__name__
 
     def _check_shapes(self, kind: type) -> None:
-        """Raises a ValueError unless both methods return what they should, of two examples."""
+        """Raises ValueError unless both methods return the expected shapes for two examples."""
         dtype = jnp.result_type(float)
 
         def two(key, condition):
@@ -116,7 +116,7 @@ class ObjectBase(Base):
 
 
 class _Fixed:
-    """What of a pytree is no array; a static attribute of a module, compared by its contents where these allow it."""
+    """The leaves of a pytree that are no arrays: a static attribute of a module, compared by content if possible."""
 
     def __init__(self, structure: Any, is_array: tuple[bool, ...], others: tuple[Any, ...]):
         self.structure, self.is_array, self.others = structure, is_array, others
@@ -131,7 +131,7 @@ class _Fixed:
             return self is other
         try:
             return bool((self.structure, self.is_array, self.others) == (other.structure, other.is_array, other.others))
-        except Exception:  # as of arrays inside of the structure
+        except Exception:  # as for arrays inside the structure
             return False
 
     def __hash__(self) -> int:
@@ -139,7 +139,7 @@ class _Fixed:
 
 
 def _condition_shape(distribution: Any) -> ConditionShape:
-    """The object's `condition_shape`, or whatever is given, if both methods take a condition; None if neither does."""
+    """The object's `condition_shape`, or ANY, if both methods take a condition; None if neither does."""
     takes = {name: "condition" in _parameters(getattr(distribution, name)) for name in _SIGNATURES}
     if len(set(takes.values())) > 1:
         with_, without = sorted(takes, key=takes.get, reverse=True)
@@ -156,7 +156,7 @@ def _condition_shape(distribution: Any) -> ConditionShape:
 def _parameters(method: Any) -> set[str]:
     try:
         return set(inspect.signature(method).parameters)
-    except (TypeError, ValueError):  # of methods written in C
+    except (TypeError, ValueError):  # for methods written in C
         return set()
 
 

@@ -223,7 +223,7 @@ def test_what_other_processes_keep(tmp_path):
         (
             DistributedConfig,
             {"coordinator": "here:1", "num_processes": 2, "process_id": 2},
-            "distributed.process_id: expected a number below 2, that of processes, got 2",
+            "distributed.process_id: expected less than num_processes, 2, got 2",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from flax import nnx
 from experiments.configs import CONFIGS
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
 from experiments.runs import saved
-from experiments.runs.saved import saved_config, saved_flow
+from experiments.runs.saved import MovedData, saved_config, saved_flow
 from experiments.runs.setup import set_up, tightened_flow
 from experiments.runs.tasks.of_config import task_of
 from experiments.runs.workdir import claim_workdir
@@ -231,11 +231,18 @@ def test_an_unvalidated_checkpoint_is_the_latest_alone(tmp_path):
 
 def test_data_that_were_moved():
     """By their new path, or directory; what was never in a file cannot be."""
-    assert saved._moved(DataConfig("own", path=Path("old")), Path("new")).path == Path("new")
-    assert saved._moved(DataConfig("mnist", dir="old"), Path("new")).dir == "new"
+    assert saved._moved(DataConfig("own", path=Path("old")), MovedData(path=Path("new"))).path == Path("new")
+    assert saved._moved(DataConfig("mnist", dir="old"), MovedData(dir=Path("new"))).dir == "new"
     for config in ("vectors", "rings"):
-        with pytest.raises(ValueError, match="data: expected a run on files"):
-            saved._moved(CONFIGS[config].data, Path("new"))
+        with pytest.raises(ValueError, match=r"data\.path: expected a run on files of your own"):
+            saved._moved(CONFIGS[config].data, MovedData(path=Path("new")))
+        with pytest.raises(ValueError, match=r"data\.dir: expected a run on a TensorFlow data set"):
+            saved._moved(CONFIGS[config].data, MovedData(dir=Path("new")))
+    own, prepared = DataConfig("own", Path("old")), DataConfig("mnist")
+    for old, moved in ((prepared, MovedData(path=Path("new"))), (own, MovedData(dir=Path("new")))):
+        with pytest.raises(ValueError, match="expected a run on"):
+            saved._moved(old, moved)
+    assert saved._moved(CONFIGS["rings"].data, MovedData()) == "rings"
 
 
 def test_studies_take_a_given_run_as_it_was_made(run_dir, tmp_path):

@@ -21,7 +21,7 @@ def test_runs_and_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "run_config", run)
     for name in ("use_xla_flags", "use_all_cores"):
         monkeypatch.setattr(ablation, name, lambda *_: None)
-    ablation.main(["--data", "mnist", "--seeds", "0", "3", "--workdir", str(tmp_path), "--data-dir", "there"])
+    ablation.main(["mnist", "--seeds", "0", "3", "--workdir", str(tmp_path), "--data.dir", "there"])
     assert [config.seed for config in configs] == [0, 3] * 3
     assert len({config.workdir for config in configs}) == 6
     assert [config.model.activation for config in configs[::2]] == ["elu", "elu", "lipswish"]

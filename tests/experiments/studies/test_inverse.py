@@ -88,7 +88,7 @@ def test_bisection_finds_the_loosest_tolerance(monkeypatch):
     certificate = SimpleNamespace(error_bounds=lambda status: np.zeros(2))
     for error, expected in ((2e-4, 1e-4), (1.9e-4, 10**-4.25), (1.0, 1e-2), (1e-9, 1e-7)):
         solved.clear()
-        cost = inverse.equal_error_cost(Flow(), certificate, np.zeros((2, 2)), error, Anderson())
+        cost = inverse.equal_error_cost(Flow(), certificate, np.zeros((2, 2)), error, Anderson(), inverse.TOLERANCES)
         assert cost.tolerance == pytest.approx(expected) and cost.error == pytest.approx(2 * expected)
         assert len(solved) == len(set(solved)) <= 6
 
