@@ -74,7 +74,7 @@ class FitDivergedError(FloatingPointError):
       result: the attribute.
 
     Attributes:
-      result: the `FitResult` with the best weights before that, or with the initial weights if there was no pause before.
+      result: the `FitResult` with the best weights before that, or with the initial ones without a pause before.
 
     Example:
       >>> x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
