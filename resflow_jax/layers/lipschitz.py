@@ -22,19 +22,15 @@ from flax import nnx
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.linear_maps import LinearMap
-from resflow_jax.functional.norms import (
+from resflow_jax.functional.norms import channel_norms, induced_norm, needs_power_iteration, order_loss, soft_normalize
+from resflow_jax.functional.orders import learnable_order
+from resflow_jax.functional.power_iteration import (
     PowerIteration,
     PowerIterationStatus,
     best_start,
-    channel_norms,
     check_settings,
-    induced_norm,
-    needs_power_iteration,
-    order_loss,
     power_iteration,
-    soft_normalize,
 )
-from resflow_jax.functional.orders import learnable_order
 from resflow_jax.functional.vector_norms import is_order, vector_norm
 from resflow_jax.layers.conditioning import Gate, gated
 from resflow_jax.layers.module import Module

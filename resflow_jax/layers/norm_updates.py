@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.norms import PowerIteration, PowerIterationStatus, needs_power_iteration
+from resflow_jax.functional.norms import needs_power_iteration
+from resflow_jax.functional.power_iteration import PowerIteration, PowerIterationStatus
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormSettings, advance, linears_inside, split_orders
 
 

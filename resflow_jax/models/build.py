@@ -8,8 +8,9 @@ from flax import nnx
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector
-from resflow_jax.layers.composition import Chain, MultiScale
+from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.logit import Logit
+from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.normalization import Normalization
 from resflow_jax.layers.padding import ChannelPadding
 from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze

@@ -9,8 +9,8 @@ from flax import nnx
 from resflow_jax.functional.checks import check_type
 from resflow_jax.functional.values import UNIT_INTERVAL, Domain
 from resflow_jax.layers.bijector import Bijector
-from resflow_jax.layers.composition import MultiScale
 from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, map_linears
+from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models.build import build_bijector
 from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig, has_mixed_norms

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.norms import PowerIterationStatus
+from resflow_jax.functional.power_iteration import PowerIterationStatus
 from resflow_jax.layers.bijector import Constant, own_condition
 from resflow_jax.layers.lipschitz import TIGHT, NormSettings, linears_inside, map_linears
 from resflow_jax.layers.module import Module
@@ -62,7 +62,7 @@ class FlowUpkeep(Module):
         evaluation call `converge_norms`, which runs far more iterations.
 
         Args:
-          tolerance: on the relative change of sigma; see `functional.norms.power_iteration`. A new value of this or of
+          tolerance: on the relative change of sigma; see `rf.power_iteration`. A new value of this or of
             the next two arguments does not recompile; they may be traced.
           residual_tolerance: on the residual; by default the square root of `tolerance`.
           max_iterations: cap on the iterations of each layer.

@@ -123,7 +123,7 @@ def test_other_points_and_points_in_disorder(tiny):
 def test_the_command_line_reaches_the_config(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(launch, "run_config", seen.append)
-    toy.main(["--data", "moons", "--estimator", "roulette", "--model.blocks", "3", "--evaluation.cells", "10"])
+    toy.main(["moons", "--estimator", "roulette", "--model.blocks", "3", "--evaluation.cells", "10"])
     toy.main([])
     density.main(["rings", "--steps", "7"])
     assert (seen[0].data, seen[0].estimator) == ("moons", rf.Roulette())
@@ -131,5 +131,5 @@ def test_the_command_line_reaches_the_config(monkeypatch, capsys):
     assert seen[1] == CONFIGS["8gaussians"]
     assert (seen[2].data, seen[2].steps, seen[2].workdir.name) == ("rings", 7, "rings")
     with pytest.raises(SystemExit):
-        toy.main(["--data", "spiral"])
+        toy.main(["spiral"])
     assert "8gaussians" in capsys.readouterr().err

@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
-from resflow_jax.functional.norms import (
-    best_start,
-    induced_norm,
-    needs_power_iteration,
-    order_loss,
-    power_iteration,
-)
+from resflow_jax.functional.norms import induced_norm, needs_power_iteration, order_loss
+from resflow_jax.functional.power_iteration import best_start, power_iteration
 from resflow_jax.functional.vector_norms import conjugate, dual_map, vector_norm
 from tests.functional.brute_force import brute_force_norm, enumerated_norm
 from tests.functional.contractions import dense_matrix

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 import resflow_jax as rf
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
-from resflow_jax.functional.norms import best_start, power_iteration, soft_normalize, spectral_norm
+from resflow_jax.functional.norms import soft_normalize, spectral_norm
+from resflow_jax.functional.power_iteration import best_start, power_iteration
 from tests.functional.contractions import dense_norm
 
 SETTINGS = ("tolerance", "residual_tolerance", "max_iterations")

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from resflow_jax.functional.linear_maps import DenseMap
-from resflow_jax.functional.norms import power_iteration
+from resflow_jax.functional.power_iteration import power_iteration
 from resflow_jax.functional.starts import HIDDEN, excludes_larger, mixed_start, pseudo_random_direction
 
 

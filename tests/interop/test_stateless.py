@@ -13,7 +13,7 @@ from flax import nnx
 
 import resflow_jax as rf
 import resflow_jax.interop
-from resflow_jax.functional.norms import PowerIterationStatus
+from resflow_jax.functional.power_iteration import PowerIterationStatus
 from resflow_jax.interop import stateless
 from resflow_jax.training.step import optax_promotion
 from tests.interop.flows import bent

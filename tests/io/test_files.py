@@ -57,7 +57,7 @@ def test_a_composed_flow_comes_back(composed, composed_path):
 def test_nothing_is_computed(composed_path, monkeypatch):
     """Neither parameters nor norms of a loaded flow are made first."""
     monkeypatch.setattr("resflow_jax.layers.lipschitz.advance", None)
-    monkeypatch.setattr("resflow_jax.functional.norms.power_iteration", None)
+    monkeypatch.setattr("resflow_jax.functional.power_iteration.power_iteration", None)
     rf.load(composed_path)
 
 

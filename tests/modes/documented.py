@@ -11,41 +11,15 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.interop import bases, distrax, flowjax, numpyro, sampling, stateless
 from resflow_jax.training import make_mesh
-from tests.modes.calls import IMAGES, KEY, PIXELS, X, images, vectors
+from tests.modes.calls import IMAGES, KEY, PIXELS, X, images
+from tests.modes.documented_layers import LAYERS, RNGS, C, conditional, norm, on_vectors, padded
 
-RNGS = nnx.Rngs(0)
-C = np.ones(2)
 TABLE = np.array([[1.0, 0.5], [1.0, 0.4]])
 DENSE, KERNEL = rf.DenseMap(3, 2), np.ones((3, 2))
 
 
-def on_vectors():
-    return nnx.merge(*vectors())
-
-
 def on_images():
     return nnx.merge(*images())
-
-
-def conditional():
-    """A flow that needs a condition."""
-    return rf.Flow(rf.Affine((3,), condition_dim=2, rngs=RNGS))
-
-
-def padded():
-    return rf.Flow(rf.Chain([rf.ChannelPadding(1, "gaussian"), rf.ActNorm((4,))]), event_shape=(3,))
-
-
-def norm():
-    return rf.ActNorm((3,))
-
-
-def mlp(*args, **kwargs):
-    return rf.LipschitzMLP(*args, **kwargs, rngs=RNGS)
-
-
-def cnn(*args, **kwargs):
-    return rf.LipschitzCNN(*args, **kwargs, rngs=RNGS)
 
 
 def half(params, x):
@@ -58,24 +32,7 @@ def typicality():
 
 # name of what has the docstring: {the message: a call}
 ROWS = {
-    "rf.Affine": {
-        "event_shape: expected": lambda: rf.Affine((0,)),
-        "rngs: expected": lambda: rf.Affine((3,), condition_dim=2),
-    },
-    "rf.Bijector.forward": {
-        r"x: expected events whose shape ends in \(3,\), got \(1,\)": lambda: norm().forward(X[:, :1]),
-        "x: expected a float array": lambda: norm().forward(X.astype(int)),
-        "condition: expected None": lambda: norm().forward(X, condition=C),
-        "condition: expected floats": lambda: conditional().bijector.forward(X),
-        "key: expected a PRNG key": lambda: padded().bijector.forward(X),
-    },
-    "rf.Chain": {
-        r"bijectors\[0\]: expected Bijector": lambda: rf.Chain([3]),
-        r"bijectors\[1\] .*: expected events": lambda: rf.Chain([rf.Reshape((4,), (2, 2)), norm()]),
-        "condition: expected one shape": lambda: rf.Chain(
-            [rf.Affine((3,), condition_dim=n, rngs=RNGS) for n in (1, 2)]
-        ),
-    },
+    **LAYERS,
     "rf.ConvMap": {
         "channels_in: expected": lambda: rf.ConvMap((2, 2), 0, 1),
         "kernel_size: expected": lambda: rf.ConvMap((2, 2), 1, 1, 2),
@@ -87,21 +44,12 @@ ROWS = {
         "matmul_dtype: expected": lambda: rf.DenseMap(3, 2, "float16"),
         "x: expected": lambda: DENSE(KERNEL, X[:, :2]),
     },
-    "rf.DenseNet": {
-        "growth: expected": lambda: rf.DenseNet((3,), 2, 0, rngs=RNGS),
-        "kernel: expected": lambda: rf.DenseNet((4, 4, 1), 2, 2, kernel=2, rngs=RNGS),
-        "activation: expected widths that 2 divides": lambda: rf.DenseNet((3,), 2, 3, activation="maxmin", rngs=RNGS),
-    },
-    "rf.DiagonalNormal": {
-        "event_shape: expected": lambda: rf.DiagonalNormal((0,)),
-        "rngs: expected": lambda: rf.DiagonalNormal((3,), condition_dim=2),
-    },
     "rf.Defensive": {"p: expected": lambda: rf.Defensive(p=1.0), "share: expected": lambda: rf.Defensive(share=0.0)},
     "rf.Estimate.from_scores": {"scores: expected": lambda: rf.Estimate.from_scores(np.zeros(3))},
     "rf.Exact": {"chunk_size: expected": lambda: rf.Exact(0)},
     "rf.Fitted": {"lipschitz: expected": lambda: rf.Fitted(TABLE[0], 1.0)},
     "rf.Fitted.within": {"table: expected": lambda: rf.Fitted(TABLE).within(0.5)},
-    "rf.Flow.__init__": {
+    "rf.Flow": {
         "bijector: expected events": lambda: rf.Flow(norm(), rf.StandardNormal((2,))),
         "condition": lambda: rf.Flow(
             rf.Affine((3,), condition_dim=2, rngs=RNGS), rf.DiagonalNormal((3,), condition_dim=1, rngs=RNGS)
@@ -162,40 +110,7 @@ ROWS = {
         "memory: expected": lambda: rf.Broyden(memory=0),
         "tolerance: expected": lambda: rf.Broyden(tolerance=0),
     },
-    "rf.LipschitzCNN": {
-        "shape: expected": lambda: cnn((3,), (2,), (3, 3)),
-        "hidden: expected": lambda: cnn((2, 2, 1), (0,), (3, 3)),
-        "kernels: expected": lambda: cnn((2, 2, 1), (2,), (2, 3)),
-        "kernels: expected 3 sizes": lambda: cnn((2, 2, 1), (2, 2), (3, 3)),
-        "activation: expected widths that 2 divides": lambda: cnn((2, 2, 1), (3,), (3, 3), activation="maxmin"),
-        "norms: expected 3": lambda: cnn((2, 2, 1), (2,), (3, 3), norms=(2, 2)),
-    },
-    "rf.LipschitzConv.__init__": {
-        "coefficient: expected": lambda: rf.LipschitzConv((4,), 1, 2, 1, 1.0, rngs=RNGS),
-        "x: expected": lambda: rf.LipschitzConv((4,), 1, 2, 1, 0.5, rngs=RNGS)(np.ones((1, 3, 1))),
-    },
-    "rf.LipschitzDense.__init__": {
-        "coefficient: expected": lambda: rf.LipschitzDense(3, 2, 1.0, rngs=RNGS),
-        "x: expected": lambda: rf.LipschitzDense(3, 2, 0.5, rngs=RNGS)(X[:, :2]),
-    },
-    "rf.LipschitzMLP": {
-        "hidden: expected": lambda: mlp(3, (0,)),
-        "activation: expected widths that 2 divides": lambda: mlp(3, (3,), activation="maxmin"),
-        "norms: expected 3": lambda: mlp(3, (4,), norms=(2, 2)),
-    },
-    "rf.MixtureOfNormals": {
-        "components: expected": lambda: rf.MixtureOfNormals(0, (3,), rngs=RNGS),
-        "condition_dim: expected None": lambda: rf.MixtureOfNormals(
-            2, (3,), class_conditional=True, condition_dim=2, rngs=RNGS
-        ),
-        "rngs: expected": lambda: rf.MixtureOfNormals(2, (3,), rngs=None),
-    },
-    "rf.MultiScale": {
-        "scales: expected": lambda: rf.MultiScale([], (2, 2, 1)),
-        r"scales\[1\].*: expected events": lambda: rf.MultiScale([rf.Squeeze((2, 2, 1)), rf.ActNorm((3,))], (2, 2, 1)),
-        r"scales\[0\]: expected an even number": lambda: rf.MultiScale([norm(), norm()], (3,)),
-    },
-    "rf.ResidualFlow.__init__": {
+    "rf.ResidualFlow": {
         "config: expected": lambda: rf.ResidualFlow({}, rngs=RNGS),
         "rngs: expected": lambda: rf.ResidualFlow(rf.VectorFlowConfig(3), rngs=nnx.Rngs(dropout=0)),
     },
@@ -291,12 +206,12 @@ ROWS = {
         "condition: expected floats": lambda: distrax.bijector(conditional(), KEY),
         "condition: expected None": lambda: distrax.bijector(on_vectors(), KEY, condition=C),
     },
-    "interop.flowjax.FlowBijection.__init__": {
+    "interop.flowjax.FlowBijection": {
         "flow: expected one without padding": lambda: flowjax.FlowBijection(padded()),
         "estimator: expected": lambda: flowjax.FlowBijection(on_vectors(), estimator="exact"),
         "key: Roulette expected": lambda: flowjax.FlowBijection(on_vectors(), estimator=rf.Roulette()),
     },
-    "interop.numpyro.FlowTransform.__init__": {
+    "interop.numpyro.FlowTransform": {
         "flow: expected one without padding": lambda: numpyro.FlowTransform(padded(), KEY),
         "estimator: expected": lambda: numpyro.FlowTransform(on_vectors(), KEY, estimator="exact"),
         "key: Roulette expected": lambda: numpyro.FlowTransform(on_vectors()),
@@ -328,4 +243,11 @@ ROWS = {
     "interop.torch.flow.TorchFlow.forward_and_log_prob": {
         "x: expected": lambda: on_images().forward_and_log_prob(X, key=KEY)
     },
+    "interop.flowjax.contractive": {
+        r"coefficient: expected a number in \(0, 1\)": lambda: flowjax.contractive(None, coefficient=1.0)
+    },
+    "interop.stateless.Stateless.init": {
+        "key: expected": lambda: stateless.stateless(rf.VectorFlowConfig(3)).init(0),
+    },
+    "interop.torch.flow.TorchFlow.logits": {"x: expected": lambda: on_images().logits(X)},
 }

@@ -35,10 +35,11 @@ from resflow_jax import ImageFlowConfig, ResidualFlow
 from resflow_jax.functional.linear_maps import ConvMap
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector
-from resflow_jax.layers.composition import Chain, MultiScale
+from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.contraction import Contraction, Layered
 from resflow_jax.layers.lipschitz import LipschitzLinear
 from resflow_jax.layers.logit import Logit
+from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 from resflow_jax.layers.shapes import Flatten, Squeeze
 

@@ -16,7 +16,7 @@ from resflow_jax.functional.checks import check_count
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.interop.torch.classifier import Classifier
 from resflow_jax.layers.bijector import Bijector, join_diagnostics, own_condition, split_estimator, split_key
-from resflow_jax.layers.composition import MultiScale
+from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.shapes import Flatten
 from resflow_jax.models.blocks import Around
 from resflow_jax.models.build import (
