@@ -26,11 +26,7 @@ def launch(config: RunConfig) -> None:
     use_all_cores(cores_for_run(config))
     join(config.distributed)
     with all_end_with_one():
-        check_same(config)
-        task = task_of(config)  # bad settings and data are refused before anything is said of files
-        if is_first():
-            say_what_will_be_written(Output(config.workdir, FILES))
-        train.run(config, task)
+        run_config(config)
 
 
 def cores_for_run(config: RunConfig) -> int:
@@ -48,4 +44,7 @@ def cores_for_run(config: RunConfig) -> int:
 def run_config(config: RunConfig) -> Estimate:
     """Trains or resumes, evaluates and draws. Returns test bits/dim of images, or nats of other data."""
     check_same(config)
-    return train.run(config, task_of(config))
+    task = task_of(config)  # errors in settings and data come before the line about files
+    if is_first():
+        say_what_will_be_written(Output(config.workdir, FILES))
+    return train.run(config, task)
