@@ -43,7 +43,7 @@ def series(params, x, terms):
 
 
 def gradient(function, params, x, h=1e-5):
-    """Of a float of params and x, by central differences in float64, exact to 1e-9; flat, in the order of jax.tree."""
+    """The gradient of a scalar in params and x, by central differences in float64, exact to 1e-9, as a flat vector."""
     leaves, structure = jax.tree.flatten((params, x))
     flat = np.concatenate([leaf.ravel() for leaf in leaves])
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]

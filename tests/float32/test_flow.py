@@ -29,7 +29,7 @@ CONFIG = rf.ImageFlowConfig(
 
 @pytest.fixture(scope="module")
 def flow():
-    """Of images, initialised, with kernels at their bounds."""
+    """A flow of images, initialised, with kernels at their bounds."""
     flow = rf.ResidualFlow(CONFIG, rngs=nnx.Rngs(0))
     flow.initialize(jax.random.uniform(jax.random.key(0), (64, 4, 4, 1)))
     params = nnx.state(flow, nnx.Param)
@@ -39,7 +39,7 @@ def flow():
 
 
 def test_settings():
-    """What this folder stands for: two devices, float32, and nothing else set."""
+    """These tests run with two devices, float32, and no other settings."""
     assert jax.device_count() == 2 and not jax.config.jax_enable_x64
     assert not jax.config.read("jax_disable_most_optimizations") and "XLA_FLAGS" not in os.environ
 

@@ -1,6 +1,6 @@
-"""Contractions of every kind, with kernels so large that the normalisation matters, and how to spoil their norms.
+"""Contractions of every kind, with kernels so large that the normalisation matters.
 
-Their parts in NumPy too.
+Functions here also make their norms outdated, and compute their parts in NumPy.
 """
 
 import jax
@@ -18,7 +18,7 @@ from resflow_jax.layers.normalization import MovingCentering
 from tests.functional.contractions import dense_matrix
 
 DENSE = [DenseMap(4, 6), DenseMap(6, 4)]
-WIDENING = [DenseMap(8, 3), DenseMap(6, 4)]  # behind activations that double the channels
+WIDENING = [DenseMap(8, 3), DenseMap(6, 4)]  # after activations that double the channels
 CONV = [ConvMap((3, 2), 2, 3), ConvMap((3, 2), 3, 4, 1), ConvMap((3, 2), 4, 2)]
 INF = np.inf
 

@@ -67,7 +67,7 @@ def test_what_is_trained():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_constant_channels(dtype):
-    """A deviation within rounding is none: the size of the values stands for it, so that the unit does not matter."""
+    """A deviation within rounding is replaced by the size of the values, so that the unit does not matter."""
     with jax.enable_x64(dtype == "float64"):
         eps = np.finfo(dtype).eps
         constant = np.full((1000, 4), 0.1) * [1.0, -1e6, 1e-12, 0.0]
@@ -119,7 +119,7 @@ def test_set_constants_keeps_the_map():
 
 
 def losses(dtype, scale, steps=30):
-    """Of steps of Adam with decay of the weights, less what the unit adds to the negative log-likelihood."""
+    """Losses of steps of Adam with weight decay, minus what the unit adds to the negative log-likelihood."""
     flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=3, blocks=2, hidden=(8,)), rngs=nnx.Rngs(0))
     a, b, c = np.random.default_rng(0).normal(size=(3, 256))
     x = jnp.asarray(np.stack([a, a**2 + 0.3 * b, 0.1 * c - 2], axis=1).astype(dtype) * np.dtype(dtype).type(scale))
@@ -149,7 +149,7 @@ def losses(dtype, scale, steps=30):
     ("dtype", "scales", "tolerance"),
     [
         ("float64", (1e-20, 1e-6, 1e6, 1e20), 1e-9),
-        ("float32", (2.0**-66, 2.0**20, 2.0**66), 1e-4),  # rounds like 1; log(scale) has fewer digits behind the point
+        ("float32", (2.0**-66, 2.0**20, 2.0**66), 1e-4),  # rounds like 1; log(scale) has fewer digits after the point
         ("float32", (1e-20, 1e-6, 1e20), 2e-2),  # Adam's first steps go by the sign of gradients that are rounding
     ],
 )

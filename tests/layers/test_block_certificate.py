@@ -106,7 +106,7 @@ SPOILABLE = [name for name in CONTRACTIONS if name not in ("orders 121, clipswis
 @pytest.mark.parametrize("dtype", [jnp.float32])  # float64 in models/test_certificate.py
 @pytest.mark.parametrize("name", SPOILABLE)
 def test_tighten_restores_the_promise(name, dtype):
-    """Of spoilt vectors: above the promise before, within it behind, strictly; a second time nothing changes."""
+    """With outdated vectors the bound exceeds the target before and is strictly below it after; a repeat is neutral."""
     contraction, _ = make(name)
     nnx.update(contraction, jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.state(contraction)))
     for linear in contraction.linears:

@@ -63,7 +63,7 @@ def logit(alpha, x, low, high):
 
 
 def bounded(x, low, high, one_sided):
-    """Number by number, as in the docstring, with alpha = 0.05."""
+    """The formulas of the docstring for each number, with alpha = 0.05."""
     y, low, high = np.empty(x.shape), np.broadcast_to(low, x.shape), np.broadcast_to(high, x.shape)
     for place in np.ndindex(x.shape):
         a, b, value = low[place], high[place], x[place]
@@ -123,7 +123,7 @@ def test_lipschitz_bounds_are_attained():
 
 
 def test_a_column_of_zero_to_one_is_the_plain_logit():
-    """Of scalar bounds [0, 1] to the last bit, of an array of them to rounding."""
+    """Scalar bounds [0, 1] agree to the last bit, an array of bounds to rounding."""
     x = jax.random.uniform(jax.random.key(0), (20, 3))
     y, log_det = rf.Logit(0.05).forward(x)
     for found in (rf.Logit(0.05, 0, 1).forward(x), rf.Logit(0.05, 0.0, 1.0).forward(x)):

@@ -1,4 +1,4 @@
-"""Contractions with centering inside: where the centres stand, what moves them, and that they leave Lip(g) alone."""
+"""Contractions with centering inside: the places of the centres, their updates, and that Lip(g) does not change."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from resflow_jax.layers.normalization import MovingCentering
 from resflow_jax.layers.residual import ResidualBlock
 from tests.layers.blocks import WIDENING, layered, numpy_activation, numpy_affine, scramble_centers
 
-# name: (constructor from rngs, shape of one example, channels behind the linear layers)
+# name: (constructor from rngs, shape of one example, channels after the linear layers)
 CONV = [ConvMap((3, 2), 2, 3), ConvMap((3, 2), 3, 2, 1)]
 CENTRED = {
     "dense, preactivation": (layered(WIDENING, "clipswish", preactivation=True, centering=True), (4,), (3, 4)),
@@ -86,7 +86,7 @@ def test_means_move_step_by_step(name):
 
 @pytest.mark.parametrize("name", CENTRED)
 def test_places(name):
-    """One behind every linear layer, per channel, and one before the activation that comes before them all."""
+    """There is one after every linear layer, per channel, and one before the first activation."""
     contraction, x = make(name)
     channels = CENTRED[name][-1]
     assert [center.mean.shape for center in contraction.centers] == [(c,) for c in channels]

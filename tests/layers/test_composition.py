@@ -163,7 +163,7 @@ def test_certified_bounds(case):
 
 
 def test_gradients(case):
-    """Of log-det and y under `Exact`, in parameters, x and c, against finite differences in a random direction."""
+    """Gradients of log-det and y under `Exact`, in parameters, x and c, agree with finite differences."""
     bijector, x, condition = case
     graphdef, params, rest = nnx.split(bijector, nnx.Param, ...)
 

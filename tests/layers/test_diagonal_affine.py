@@ -43,7 +43,7 @@ def test_conditional(layer, size):
 
 
 def test_gradient_in_the_condition(layer):
-    """That of finite differences."""
+    """The gradient agrees with finite differences."""
     x, c = jax.random.normal(jax.random.key(2), (1, 2, 2)), jax.random.normal(jax.random.key(3), (1, 3))
 
     @jax.jit

@@ -95,7 +95,7 @@ def moved_layer(name):
     layer = make(nnx.Rngs(1))
     x = jax.random.uniform(jax.random.key(2), (3, *shape))
     layer.initialize(x)
-    # Parameters away from their initial values, so that no term of a log-det hides behind a zero.
+    # Parameters differ from their initial values, so that no term of a log-det is zero.
     params = nnx.state(layer, nnx.Param)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(3), len(leaves))
@@ -171,7 +171,7 @@ def test_chain_multiplies_lipschitz_bounds():
 
 
 def test_scales_beyond_float64_have_infinite_bounds():
-    """As of a flow that diverges: a bound, and no error."""
+    """A layer of a diverging flow has a bound and raises no error."""
     layer = ActNorm((2,))
     layer.log_scale[...] = jnp.asarray([-1e4, 0.0])
     assert layer.lipschitz_bounds() == (1, np.inf)

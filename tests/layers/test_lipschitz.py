@@ -62,7 +62,7 @@ def test_rows_and_columns_are_limited_by_their_own_norms(orders, linear_map):
     layer.kernel[...] *= trailing(channels[:, None] if by_input else channels, layer.kernel[...])
 
     def norms(kernel):
-        """Of the dense matrix: the largest of every channel."""
+        """The largest norm of every channel, from the dense matrix."""
         matrix = dense_matrix(linear_map, kernel)
         if by_input:
             return np.linalg.norm(matrix, orders[1], axis=0).reshape(-1, len(channels)).max(0)

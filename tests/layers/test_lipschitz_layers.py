@@ -144,7 +144,7 @@ def test_arguments_are_kept(name):
 
 
 def test_bad_arguments():
-    """Those of the map are named by it, those of the layer by the layer."""
+    """Errors in arguments of the map are raised by the map, those of the layer by the layer."""
     with pytest.raises(ValueError, match=r"^features_in: expected"):
         rf.LipschitzDense(0, 2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"^coefficient: expected"):

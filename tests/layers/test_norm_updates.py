@@ -59,7 +59,7 @@ def test_new_layers_of_a_stack():
 
 
 def changes(kernel):
-    """New kernels, some of which the vectors of the old one miss."""
+    """New kernels; the vectors of the old kernel miss the norm of some."""
     u, singular_values, v = np.linalg.svd(kernel)
     low, high = singular_values.copy(), singular_values.copy()
     low[0], high[-1] = 0.1 * low[-1], 20 * high[0]
@@ -197,7 +197,7 @@ def test_bad_settings(flow, bad):
 
 
 def test_converge_norms_warns_where_it_is_eager(flow):
-    """Of a kernel that is not finite; a compiled program holds no callback and only returns the status."""
+    """A kernel that is not finite gives a warning; a compiled program has no callback and only returns the status."""
     graphdef, state = nnx.split(flow)
 
     def converge(state):

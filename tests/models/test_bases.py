@@ -62,7 +62,7 @@ def components(base, c):
 
 @pytest.mark.parametrize("name", BASES)
 def test_log_prob(name):
-    """That of SciPy's normals, one by one, also under jit; each example with its own condition."""
+    """The log-density is that of SciPy's normals, also under jit; each example has its own condition."""
     base, z, c = make(name), 2 * jax.random.normal(jax.random.key(0), (5, *SHAPE)), conditions(name, 5)
     expected = []
     for n in range(5):
@@ -169,7 +169,7 @@ def test_classes():
 
 
 def test_weights_that_are_none_give_nan():
-    """Of the density and of samples; those beside them are as ever."""
+    """Invalid weights give NaN in the density and in samples; other examples do not change."""
     base = make("mixture of classes")
     weights = jnp.asarray([[0.0, 0.0, 0.0], [-1.0, 2.0, 0.0], [0.0, 1.0, 0.0]])
     z = base.sample(jax.random.key(0), 3, weights, temperature=0.0)

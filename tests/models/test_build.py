@@ -1,4 +1,4 @@
-"""From a configuration to layers: which stand where, of which sizes and norms, and what they do to data at first.
+"""From a configuration to layers: their order, sizes and norms, and their effect on data before training.
 
 Most of it on layers of shapes alone, which costs no compilation.
 """
@@ -55,7 +55,7 @@ def test_noise_before_or_behind_the_logit(padding_first):
 
 @pytest.mark.parametrize("padding_first", [False, True])
 def test_data_mean_of_squeezed_channels(padding_first):
-    """One of every channel behind the squeeze, whose order is that of `Squeeze`; the noise is left as it is."""
+    """There is one for every channel after the squeeze, in the order of `Squeeze`; the noise is not changed."""
     mean, deviation = np.asarray([0.1, 0.2, 0.3, 0.4]), np.asarray([0.5, 2.0, 0.25, 4.0])
     data, scales = rf.ImageTransform(mean, deviation, PADDING, logit_alpha=None), rf.Scales(squeeze_first=True)
     chain = entrance(data=data, scales=scales, padding_first=padding_first)
@@ -131,7 +131,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("case", LAYERS)
 def test_layers_in_order(case):
-    """What stands where in the scales, and around every block."""
+    """The order of the layers in the scales, and around every block."""
     settings, expected = LAYERS[case]
     scales = built(
         TorchImageConfig(**TWO_SCALES | {"between": rf.BetweenBlocks(actnorm=False), "tail": TAIL} | settings)
@@ -140,7 +140,7 @@ def test_layers_in_order(case):
 
 
 def contractions(layers):
-    """Of every residual block, in order; those of a stack as one."""
+    """The contractions of every residual block, in order; those of a stack as one."""
     for layer in layers:
         if isinstance(layer, list):
             yield from contractions(layer)
@@ -149,7 +149,7 @@ def contractions(layers):
 
 
 def test_centering_of_layers_leaves_dense_blocks_alone():
-    """Inside convolutions one behind every linear layer, and before the activation of all but the first block."""
+    """Inside convolutions one is after every linear layer, and before the activation of all but the first block."""
     *convolutional, dense = contractions(
         built(rf.ImageFlowConfig(**TWO_SCALES, between=rf.BetweenBlocks(centering="layers"), tail=TAIL))
     )

@@ -78,7 +78,7 @@ def target_bounds(certificate):
 
 
 def test_tighten_restores_every_promise(flows):
-    """Every block exceeds its promise before and keeps it behind; once more changes no bit."""
+    """Every block exceeds its target before, and is within it after; a repeat changes no bit."""
     _, before, flow = flows
     assert (before.bounds > target_bounds(before)).all() and not before.is_certified
     assert before.inverse_lipschitz == np.inf
@@ -192,7 +192,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_error_bounds(name):
-    """Each block's true error, after a loose solve of what was behind it, is within its bound, and visible."""
+    """Each block's true error, after a loose solve of the later blocks, is within its bound, and not negligible."""
     flow = rf.ResidualFlow(ERRORS[name], rngs=nnx.Rngs(1))
     kernels = nnx.state(flow, nnx.Param)
     nnx.update(flow, jax.tree.map(lambda leaf: leaf + 2 if leaf.ndim > 2 else leaf, kernels))

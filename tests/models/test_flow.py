@@ -95,8 +95,8 @@ def plain_logits(classifier, features):
 def test_logits(flow_and_x):
     """Against plain convolutions on what z holds; initialisation has normalised what stands before each relu.
 
-    A head sees the half that leaves behind its scale, the last the half of the one before; where nothing leaves, it
-    sees all that its scale puts out.
+    A head takes the half that is factored out after its scale, and the last head takes the half of the scale before. If
+    nothing is factored out, a head takes the whole output of its scale.
     """
     flow, x = flow_and_x
     if not isinstance(flow, TorchFlow):
@@ -122,7 +122,7 @@ def test_diagnostics_by_block(flow_and_x):
     """One entry a residual block, in order: each block's own law is the one that its estimate used."""
     flow, x = flow_and_x
     lengths = np.arange(1, flow.blocks + 1) % 4
-    table = jnp.where(np.arange(1, 7) <= lengths[:, None], 1.0, 1e-30)  # exactly so many terms
+    table = jnp.where(np.arange(1, 7) <= lengths[:, None], 1.0, 1e-30)  # exactly `lengths` terms
     estimator = rf.Roulette(rf.Fitted(table))
     z, log_det, diagnostics = flow.forward(x, key=jax.random.key(0), estimator=estimator, return_diagnostics=True)
     np.testing.assert_array_equal(diagnostics.length, lengths)
