@@ -50,7 +50,7 @@ IMPORTS = {module: set(imported(ast.parse(path.read_text()))) for module, path i
 
 
 def part_of(module: str) -> str:
-    """The part of the package that a module lies in; "" for the package itself."""
+    """The part of the package that contains a module; "" for the package itself."""
     return module.split(".")[1] if "." in module else ""
 
 

@@ -34,7 +34,9 @@ train, test = digits[:1500], digits[1500:]
 # them, and dense blocks on the flattened image. `certify` says what the blocks are bounded by.
 
 # %%
-config = rf.ImageFlowConfig(shape=(8, 8, 1), blocks=(BLOCKS, BLOCKS), hidden_channels=32, tail=rf.DenseTail(blocks=2, hidden=64))
+config = rf.ImageFlowConfig(
+    shape=(8, 8, 1), blocks=(BLOCKS, BLOCKS), hidden_channels=32, tail=rf.DenseTail(blocks=2, hidden=64)
+)
 flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
 flow, history = rf.fit(flow, train, levels=LEVELS, steps=STEPS, batch_size=64, learning_rate=3e-3, ema=0.99)
 print(history)

@@ -75,7 +75,7 @@ class FitDivergedError(FloatingPointError):
 
     Attributes:
           result: the `FitResult` with the best weights before that, or with the initial weights if no pause came before.
-    
+
     Example:
       >>> x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
       >>> flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))

@@ -39,7 +39,7 @@ def flow():
 
 
 def test_settings():
-    """What this folder stands for: two devices, float32, and nothing else set."""
+    """These tests run with two devices, float32, and no other settings."""
     assert jax.device_count() == 2 and not jax.config.jax_enable_x64
     assert not jax.config.read("jax_disable_most_optimizations") and "XLA_FLAGS" not in os.environ
 

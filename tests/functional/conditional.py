@@ -45,7 +45,7 @@ def dense_log_det(params, x, condition):
 
 
 def dense_series(terms, params, x, condition):
-    """Its power series up to so many terms, [B]."""
+    """Its power series up to a number of terms, [B]."""
     j = jacobians(params, x, condition)
     power, total = jnp.broadcast_to(jnp.eye(DIM), j.shape), 0.0
     for k in range(1, terms + 1):

@@ -1,4 +1,4 @@
-"""What the tests of the estimators share: nets with dense references, and estimates as one vector.
+"""Shared parts of the tests of estimators: nets with dense references, and estimates as one vector.
 
 An estimator is tested through the loss  sum_b c_b log_det_b + sum sin(3 y), with c of different size and sign: its
 value and its gradient in every parameter and every element of x, as one vector.

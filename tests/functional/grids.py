@@ -1,4 +1,4 @@
-"""What a convolution reads, by loops over pixels and taps: the reference for every formula about it."""
+"""The pixels that a convolution reads, by loops over pixels and taps: the reference of its formulas."""
 
 import itertools
 import math

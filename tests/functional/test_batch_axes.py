@@ -36,7 +36,7 @@ def test_keys_go_by_the_example():
 
 
 def test_axes():
-    """What a device shares with others, and what not; outside of shard_map nothing varies."""
+    """Axes along which a value varies between devices; outside of shard_map nothing varies."""
     assert varying_axes(jnp.zeros(2)) == ()
 
     def inside(x, shared):
@@ -169,7 +169,7 @@ def test_inverse_of_parameters_that_differ():
 
 
 def test_named_axes_alone_divide_a_batch():
-    """On a mesh of data and members, axes of which all differ, the batch is divided along those that are named."""
+    """On a mesh with axes for data and members, the batch is divided along the named axes only."""
     mesh = jax.make_mesh((2, 2), ("data", "member"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     x, key = jnp.zeros((4, 2)), jax.random.key(1)
 

@@ -59,7 +59,7 @@ def test_a_tree():
     ids=["linear", "one direction", "sine"],
 )
 def test_refuted(g, bound):
-    """A bound of one or more is said, and warned of."""
+    """A bound of one or more is reported, with a warning."""
     of_vectors = lambda p, x: g(p, x).reshape(x.shape)  # noqa: E731
     with pytest.warns(RuntimeWarning, match=r"^g: expected a contraction, got a map whose Lipschitz constant is at"):
         found = rf.check_contraction(of_vectors, None, X, KEY)
@@ -68,7 +68,7 @@ def test_refuted(g, bound):
 
 
 def test_a_jump_is_seen_between_examples():
-    """Its Jacobian is zero everywhere; difference quotients tell."""
+    """Its Jacobian is zero everywhere; difference quotients show that it is no contraction."""
     x = jnp.linspace(-0.1, 0.1, 6)[:, None]
     with pytest.warns(RuntimeWarning, match="at least"):
         found = rf.check_contraction(lambda p, x: jnp.sign(x), None, x, KEY)
@@ -121,7 +121,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_maps(name):
-    """What is wrong is said."""
+    """The error names the wrong argument."""
     g, message = BAD[name]
     with pytest.raises(ValueError) as error:
         rf.check_contraction(g, None, X, KEY)

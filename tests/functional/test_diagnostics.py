@@ -1,4 +1,4 @@
-"""What an estimate tells about itself: length, norms of the terms, moments of the log-det."""
+"""The diagnostics of an estimate: length, norms of the terms, moments of the log-det."""
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def power_norms(name, terms=8):
 
 
 def test_term_norms_of_a_truncated_series():
-    """With D orthogonal probes they are |J^k|_F^2 / D, and zero behind the last term."""
+    """With D orthogonal probes they are |J^k|_F^2 / D, and zero after the last term."""
     diagnosed = DIAGNOSED_TERMS
     for terms in (5, diagnosed + 2):
         norms = diagnose("nonsymmetric", Truncated(terms, "orthogonal", probes=8), keys=2).term_norms

@@ -63,7 +63,7 @@ def value_and_gradients(value, x):
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_value_and_gradient(name, chunk_size):
-    """Those of dense linear algebra on the rows."""
+    """Value and gradients are those of dense linear algebra on the rows."""
     log_det = partial(dense_series, terms=3) if name == "truncated" else dense_log_det
     options = {"key": jax.random.key(0), "estimator": ESTIMATORS[name], "chunk_size": chunk_size}
     (y, found), (params, x) = value_and_gradients(lambda p, x: residual(g, p, x, **options), as_graph(ROWS))

@@ -52,7 +52,7 @@ def test_gradient_of_gram_iteration(linear_map):
 
 
 def test_gram_iteration_of_a_stack():
-    """vmap gives every kernel what it gets alone, whatever the scales; the zero kernel has a finite gradient."""
+    """vmap gives every kernel its own result at any scale; the zero kernel has a finite gradient."""
     conv = MAPS[2]
     kernel = jnp.asarray(random_kernel(conv))
     stack = kernel[None] * jnp.asarray([1.0, 1e-150, 1e150, 0.0])[:, None, None, None, None]

@@ -1,4 +1,4 @@
-"""What did not converge is told: by the status, by a warning, by an error or by NaN."""
+"""Solves that did not converge are reported: by the status, by a warning, by an error or by NaN."""
 
 import warnings
 from functools import partial
@@ -16,7 +16,7 @@ from tests.functional.inverses import sine, with_status
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.vmap], ids=["jit", "vmap"])
 def test_too_few_iterations(wrap):
-    """At the cap the status says so; where nothing can be said, nothing is, and the program calls nothing back."""
+    """At the cap the status reports it; a compiled program cannot warn, and has no host callback."""
     y = jnp.array([[0.0, 0.0], [0.3, 0.2]])
     y = y[None] if wrap is jax.vmap else y
     options = {"solver": FixedPoint(max_iterations=5)}
@@ -33,7 +33,7 @@ def test_too_few_iterations(wrap):
 
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
 def test_an_unconverged_derivative(mode):
-    """It is NaN, since nothing in a compiled program can warn: y = 0 has x = 0 at once, where J = 0.9 I is hardest."""
+    """It is NaN, since a compiled program cannot warn. y = 0 has x = 0 at once, where J = 0.9 I is hardest."""
     y, solver = jnp.zeros((2, 3)), FixedPoint(max_iterations=5)
 
     def inverse(y):

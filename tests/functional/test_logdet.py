@@ -36,7 +36,7 @@ def test_the_nets_are_contractions():
 
 
 def test_the_nonsymmetric_net_is_not_easy():
-    """|J - J^T| > |J| / 2, and all eigenvalues differ: eight products for polynomials of J, and |J| is about 0.7."""
+    """|J - J^T| > |J| / 2, |J| is about 0.7, and all eigenvalues differ, so polynomials of J need eight products."""
     for j in dense_jacobians("nonsymmetric"):
         norm, eigenvalues = np.linalg.norm(j, 2), np.linalg.eigvals(j)
         assert 0.6 < norm < 0.75
@@ -207,6 +207,6 @@ def _double(params, x):
     ],
 )
 def test_bad_arguments(name, g, x, options):
-    """`residual` names the argument that is missing or wrong."""
+    """The error of `residual` names the argument that is missing or wrong."""
     with pytest.raises(ValueError, match=f"^{name}: .*expected"):
         residual(g, None, x((2, 3)), **options)

@@ -83,7 +83,7 @@ def test_warm_start(linear_map):
 
 @pytest.mark.parametrize("iterations", [1, 7])
 def test_fixed_number_of_iterations(iterations):
-    """Exactly `iterations` steps, the same as so many single ones, however small or large the tolerance."""
+    """Exactly `iterations` steps are made, equal to as many single steps, for any tolerance."""
     dense = MAPS[0]
     kernel, v = random_kernel(dense), start(dense)
     results = [iterate(dense, kernel, v, iterations=iterations, tolerance=t) for t in (1e-15, 10.0)]
@@ -105,7 +105,7 @@ def test_cap_is_reported():
 
 
 def test_residual_bounds_the_distance_to_a_singular_value():
-    """Some singular value lies within residual * sigma of sigma, as the status promises."""
+    """Some singular value is within residual * sigma of sigma, as the status promises."""
     dense = MAPS[0]
     kernel = random_kernel(dense)
     singular_values = np.linalg.svd(np.asarray(kernel), compute_uv=False)

@@ -113,7 +113,7 @@ class Bounded(Plain):
 @pytest.mark.parametrize("make", [Bounded, lambda: BoundedNode(jnp.array([1.0, 0.75, 0.5, 0.25, 0.0]))])
 @pytest.mark.parametrize("gradient", ["neumann", "autodiff"])
 def test_bounded_laws(make, gradient):
-    """Of exact terms and minimal-residual steps nothing is left after them, in chunks, eager, jitted and mapped."""
+    """Exact terms and minimal-residual steps leave no error here, in chunks, eager, jitted and mapped."""
     estimator = Roulette(make(), exact_terms=40, probe="orthogonal", probes=4, gradient=gradient, minres_steps=0)
     g, params, x = net_named("moderate")
     run = lambda key: flat_value_and_gradient(  # noqa: E731

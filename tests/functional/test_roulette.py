@@ -64,7 +64,7 @@ def test_length_cap_beyond_the_limit():
 
 
 def test_length_cap_of_a_traced_table():
-    """Of a `Fitted` law it depends on the size of the table alone, which may be traced."""
+    """For a `Fitted` law it depends only on the size of the table, which may be traced."""
     cap = length_cap(FITTED)
     assert cap == length_cap(Fitted(jnp.array([0.3, 0.2, 0.1, 0.1]), 0.6))
     assert jax.jit(lambda law: jnp.asarray(length_cap(law)))(FITTED) == cap

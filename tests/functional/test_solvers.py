@@ -1,4 +1,4 @@
-"""Solvers: an error bound that holds, no more evaluations than plain iteration, no claim without a solution."""
+"""Solvers: the error bound holds, they need no more evaluations than plain iteration, failures are reported."""
 
 from dataclasses import dataclass, replace
 
@@ -74,7 +74,7 @@ def test_fewer_evaluations(lipschitz):
 
 @dataclass(frozen=True)
 class Obstinate(FixedPoint):
-    """Proposes nonsense for ever: the worst rule there is."""
+    """A worst-case rule that always proposes nonsense."""
 
     nonsense: float = 0.0
 

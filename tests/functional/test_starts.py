@@ -1,4 +1,4 @@
-"""A power iteration finds the norm also where its start lies in an invariant subspace, and says truly if it has."""
+"""A power iteration finds the norm even if its start is in an invariant subspace, and its status is true."""
 
 import math
 from functools import partial
@@ -88,7 +88,7 @@ def test_stacked_layers():
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_slowly_moving_map(restart):
-    """One block overtakes the one in which v lies, as in training: a few warm calls later v has followed."""
+    """One block overtakes the block that contains v, as in training; v follows after a few warm calls."""
     blocks = [np.random.default_rng(seed).normal(size=(20, 20)) for seed in (0, 1)]
     first, second = (block / np.linalg.norm(block, 2) for block in blocks)
     matrices = np.stack([block_diagonal(first, (0.8 + 0.005 * min(n, 80)) * second) for n in range(120)])
@@ -108,7 +108,7 @@ def test_a_slowly_moving_map(restart):
 @pytest.mark.parametrize("size", [30, 400])
 @pytest.mark.parametrize("gap", [0.011, 0.015, 0.03, 0.1, 1.0])
 def test_converged_is_true(size, gap):
-    """One singular value just above a cluster of all others, in which v lies: no `converged` more than 1 % below."""
+    """v is in a cluster just below the largest singular value: `converged` is never more than 1 % too low."""
     spectrum = np.r_[np.ones(size - 1), 1 + gap]
     v = np.r_[np.random.default_rng(0).normal(size=size - 1), 0]
     for tolerance in (1e-1, 1e-3, 1e-6):
@@ -181,7 +181,7 @@ def test_starts_of_any_size(dtype, order):
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_from_a_zero_vector(restart):
-    """A v of zeros is a start like another; the zero map keeps sigma, u at zero and v a start."""
+    """A zero v works as a start; the zero map has zero sigma and u, and keeps v usable as a start."""
     matrix = np.random.default_rng(0).normal(size=(5, 4))
     result = iterate(matrix, jnp.zeros(4), tolerance=1e-10, restart=restart)
     np.testing.assert_allclose(result.sigma, np.linalg.norm(matrix, 2), rtol=1e-9)

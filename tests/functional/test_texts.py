@@ -67,7 +67,7 @@ def test_results():
 
 @pytest.mark.parametrize("result", RESULTS, ids=lambda result: type(result).__name__)
 def test_results_without_values(result):
-    """Tracers, shapes, deleted arrays and whatever stands in a tree have dtype and shape, or a type."""
+    """Tracers, shapes, deleted arrays and other leaves of a tree are shown by dtype and shape, or by type."""
     seen = []
 
     def look(result):
@@ -90,7 +90,7 @@ def test_results_without_values(result):
 
 
 def test_estimate_of_little():
-    """Of one image, one draw, no noise: what is not known is said."""
+    """The text says what is unknown for one image, one draw, or no noise."""
     assert "that of noise unknown" in repr(rf.Estimate(1.0, 0.5, 0.5, math.nan))
     assert repr(rf.Estimate(1.0, math.inf, math.inf, 0.1)).startswith("Estimate: 1.000 +- inf (inf from")
     assert repr(rf.Estimate(1.0, 0.0, 0.0, 0.0)).startswith("Estimate: 1.000 +- 0.000")

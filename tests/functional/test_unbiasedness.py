@@ -1,7 +1,7 @@
-"""The estimators' expectation is the exact value and gradient: in two ways.
+"""The estimators' expectation is the exact value and gradient.
 
-Exactly, by summing over all lengths and over probes v with mean(v v^T) = I, and by the mean over thousands of keys.
-What these tests must not let through, deliberate mistakes, is at the end.
+It is computed in two ways: exactly, by summing over all lengths and over probes v with mean(v v^T) = I, and by the mean
+over thousands of keys. The tests at the end check that deliberate mistakes are found.
 """
 
 import jax
@@ -225,7 +225,7 @@ def test_roulette_is_unbiased_for_convolutions(estimator):
     assert worst_z("conv", estimator, keys=1000) < 4
 
 
-# Power: what the tests above must not let through
+# Power: mistakes that the tests above must find
 
 
 def _cotangents(mutate):

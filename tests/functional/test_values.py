@@ -1,4 +1,4 @@
-"""Checks of values: at once of NumPy arrays, behind the computation of JAX arrays, also of those of many devices."""
+"""Checks of values: immediate for NumPy arrays, after the computation for JAX arrays, on one device or several."""
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def test_jax_arrays_are_judged_at_the_end(value, domain, message, place):
 
 @pytest.mark.parametrize("place", [pytest.param(np.asarray, id="host"), *PLACES])
 def test_good_values(place):
-    """Silent, for no values too; a little beyond [0, 1] behind a logit; anything finite where nothing is asked."""
+    """Good values raise nothing: also none, values a little outside [0, 1] with a logit, and any finite ones."""
     for x, domain in (
         (X, UNIT_INTERVAL),
         (X[:0], UNIT_INTERVAL),
@@ -100,7 +100,7 @@ def test_good_values(place):
 
 @needs_devices
 def test_nothing_is_fetched_before_the_end(monkeypatch):
-    """Of an array of several devices three numbers come to the host, of one that is not all here too; at the end."""
+    """The check brings three numbers to the host, also for an array on several devices or several processes."""
     fetched = []
     device_get = jax.device_get
 
@@ -115,7 +115,7 @@ def test_nothing_is_fetched_before_the_end(monkeypatch):
 
 
 def test_traced_arrays_have_no_values():
-    """Under jit and vmap nothing is checked; the array that a gradient is not of is."""
+    """Traced values are not checked; under grad, an array that is not differentiated is checked."""
 
     def twice(x, factor=2.0):
         with checked("x", x, x.dtype, UNIT_INTERVAL):

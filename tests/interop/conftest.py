@@ -1,4 +1,4 @@
-"""What the tests of bridges share."""
+"""Shared fixtures of the tests of bridges."""
 
 import jax
 import pytest

@@ -21,7 +21,7 @@ def make_flow(config=None, seed=0):
 
 
 def make_image_flow():
-    """A flow on images of 2x2 pixels, behind a logit that leaves much room beside [0, 1]."""
+    """A flow on images of 2x2 pixels with a logit of large alpha, which extends far beyond [0, 1]."""
     config = rf.ImageFlowConfig(
         (2, 2, 1),
         blocks=(1,),

@@ -32,7 +32,7 @@ STANDARD = dist.Normal(0.0, 1.0).expand((2,)).to_event(1)
 
 
 def log_likelihood(x):
-    """Of the model whose bent posterior the flow is trained on."""
+    """The log-density of the model whose bent posterior the flow is trained on."""
     return dist.Normal(x[..., 0] + x[..., 1] ** 2, 0.5).log_prob(1.0)
 
 

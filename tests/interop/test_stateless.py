@@ -88,7 +88,7 @@ def test_methods_that_change_a_flow_return_new_variables(model, variables):
     after, status = model.apply(scaled, "update_norms", max_iterations=3)
     assert differing(scaled, after) == ["norms"] and status.iterations > 1
     assert differing(variables, model.apply(variables, "update_statistics", 2 * X)) == ["batch_stats"]
-    # the first ActNorm undoes the scaling: batch norm behind it finds what it found before
+    # The first ActNorm undoes the scaling, so batch norm after it has the same input as before.
     assert differing(variables, model.apply(variables, "initialize", 2 * X)) == ["constants"]
     assert differing(variables, copy) == []
 
@@ -159,7 +159,7 @@ def test_errors_name_what_is_wrong(model, variables):
 
 
 def test_a_composed_conditional_flow():
-    """Of a function that makes it: init, methods and training in one compiled step; conditions are passed on."""
+    """From a function that makes the flow: init, methods and training in one compiled step, with conditions."""
     model, x = stateless.stateless(conditional_flow), jax.random.normal(jax.random.key(1), (8, 3))
     variables = model.init(jax.random.key(0), x, CONDITION)
     flow = conditional_flow(nnx.Rngs(jax.random.key(0)))

@@ -277,7 +277,7 @@ def edited(*path, **changes):
 
 
 def test_missing_fields_have_their_defaults():
-    """What was written before a field or a group was added can be read."""
+    """Files from before a field or a group was added can be read."""
     document = edited("tail", hidden=None, norms=None, densenet_first=None)
     assert from_document(document, rf.ImageFlowConfig, FLOW_TYPES).tail == rf.DenseTail(2, 128, 1, None, 64, 8)
     found = from_document(edited(scales=None, condition_dim=None), rf.ImageFlowConfig, FLOW_TYPES)

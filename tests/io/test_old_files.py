@@ -1,4 +1,4 @@
-"""Files of before compositions load, with the outputs that they had."""
+"""Files from before compositions existed are loaded, with the same outputs as then."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ def test_old_files(name, monkeypatch):
     with np.load(OLD / "expected.npz") as file:
         expected = {key.removeprefix(f"{name}."): value for key, value in file.items() if key.startswith(name)}
     draw = rf.ChannelPadding._draw
-    # Keys were split for every scale, and for all of the first scale's five layers, of which the padding is the second.
+    # Keys were split for every scale, and for all five layers of the first scale; the padding is the second of them.
     of_padding = jax.random.split(jax.random.split(KEY)[0], 5)[1]
     monkeypatch.setattr(rf.ChannelPadding, "_draw", lambda self, key, x: draw(self, of_padding, x))
     flow = rf.load(OLD / f"{name}.safetensors")

@@ -20,7 +20,7 @@ def step(rngs):
     return rf.Chain([rf.InvertibleLinear(2, rngs=rngs), rf.ActNorm((2,))])
 
 
-# Of every class, with arguments that are not the default.
+# An object of every class, with arguments that are not the default.
 MAKERS = {
     "ActNorm": lambda rngs: rf.ActNorm((3,)),
     "Affine": lambda rngs: rf.Affine((3,), condition_dim=2, rngs=rngs),

@@ -1,6 +1,6 @@
-"""Contractions of every kind, with kernels so large that the normalisation matters, and how to spoil their norms.
+"""Contractions of every kind, with kernels so large that the normalisation matters.
 
-Their parts in NumPy too.
+Functions here also make their norms outdated, and compute their parts in NumPy.
 """
 
 import jax

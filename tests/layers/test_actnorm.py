@@ -67,7 +67,7 @@ def test_what_is_trained():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_constant_channels(dtype):
-    """A deviation within rounding is none: the size of the values stands for it, so that the unit does not matter."""
+    """A deviation within rounding is replaced by the size of the values, so that the unit does not matter."""
     with jax.enable_x64(dtype == "float64"):
         eps = np.finfo(dtype).eps
         constant = np.full((1000, 4), 0.1) * [1.0, -1e6, 1e-12, 0.0]

@@ -63,7 +63,7 @@ def logit(alpha, x, low, high):
 
 
 def bounded(x, low, high, one_sided):
-    """Number by number, as in the docstring, with alpha = 0.05."""
+    """The formulas of the docstring for each number, with alpha = 0.05."""
     y, low, high = np.empty(x.shape), np.broadcast_to(low, x.shape), np.broadcast_to(high, x.shape)
     for place in np.ndindex(x.shape):
         a, b, value = low[place], high[place], x[place]

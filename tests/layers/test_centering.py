@@ -1,4 +1,4 @@
-"""Contractions with centering inside: where the centres stand, what moves them, and that they leave Lip(g) alone."""
+"""Contractions with centering inside: the places of the centres, their updates, and that Lip(g) does not change."""
 
 from functools import partial
 

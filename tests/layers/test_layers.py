@@ -171,7 +171,7 @@ def test_chain_multiplies_lipschitz_bounds():
 
 
 def test_scales_beyond_float64_have_infinite_bounds():
-    """As of a flow that diverges: a bound, and no error."""
+    """A layer of a diverging flow has a bound and raises no error."""
     layer = ActNorm((2,))
     layer.log_scale[...] = jnp.asarray([-1e4, 0.0])
     assert layer.lipschitz_bounds() == (1, np.inf)

@@ -59,7 +59,7 @@ def test_new_layers_of_a_stack():
 
 
 def changes(kernel):
-    """New kernels, some of which the vectors of the old one miss."""
+    """New kernels; the vectors of the old kernel miss the norm of some."""
     u, singular_values, v = np.linalg.svd(kernel)
     low, high = singular_values.copy(), singular_values.copy()
     low[0], high[-1] = 0.1 * low[-1], 20 * high[0]

@@ -1,4 +1,4 @@
-"""What a flow says beside the density: z with log p, and logits, in one pass; the parts of z by scale."""
+"""Further outputs of a flow in one pass: z with log p, and logits; the parts of z by scale."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""From a configuration to layers: which stand where, of which sizes and norms, and what they do to data at first.
+"""From a configuration to layers: their order, sizes and norms, and their effect on data before training.
 
 Most of it on layers of shapes alone, which costs no compilation.
 """
@@ -131,7 +131,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("case", LAYERS)
 def test_layers_in_order(case):
-    """What stands where in the scales, and around every block."""
+    """The order of the layers in the scales, and around every block."""
     settings, expected = LAYERS[case]
     scales = built(
         TorchImageConfig(**TWO_SCALES | {"between": rf.BetweenBlocks(actnorm=False), "tail": TAIL} | settings)

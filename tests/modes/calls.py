@@ -78,7 +78,7 @@ def images():
 
 
 def of_flow(split, method, *args, **kwargs):
-    """A call of a method of a copy of a flow, and the variables of the flow behind it."""
+    """A call of a method of a copy of a flow, and the variables of that copy after the call."""
 
     def call():
         flow = nnx.merge(*split, copy=True)
@@ -251,7 +251,7 @@ def of_flows():
 
 
 def _anomaly(flow):
-    """All that is said of examples beside those that a flow knows."""
+    """All calls that judge examples by those that a flow knows."""
     typicality = rf.Typicality.fit(flow, X, X[:3], key=KEY, batch_size=2)
     found = rf.anomaly_score(flow, X, typicality, key=KEY)
     return typicality, found, typicality.group_p_value(found.log_prob, KEY, resamples=5)

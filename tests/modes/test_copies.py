@@ -1,4 +1,4 @@
-"""Flows are pickled, copied and summed up in a table as any module of Flax NNX, and are none the worse for it."""
+"""Flows are pickled, copied and tabulated like any module of Flax NNX, and are not changed by it."""
 
 import copy
 import pickle
@@ -122,7 +122,7 @@ def test_tabulate_with_a_condition():
 
 @pytest.mark.parametrize("method", ["log_prob", "inverse"])
 def test_tabulate_another_method(method):
-    """Of any method that takes and returns arrays."""
+    """The table has any method that takes and returns arrays."""
     options = {"key": KEY} if method == "log_prob" else {}
     assert method in nnx.tabulate(flow_named("plain"), X, method=method, **options)
 
@@ -152,7 +152,7 @@ def test_tabulate_a_module_around_a_flow():
 
 
 def failing(flow):
-    """A module that fails behind the first layer of a flow; of a new class, since Flax leaves that one changed."""
+    """A module that fails after the first layer of a flow; it has a new class, since Flax leaves the class changed."""
 
     class Failing(nnx.Module):
         def __init__(self):

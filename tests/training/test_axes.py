@@ -72,7 +72,7 @@ def test_members_train_independently():
 
 
 def shares(map_over, named):
-    """log_prob of a batch of which each of two lanes has a half, in a context that names the axis or in none."""
+    """log_prob of a batch with one half in each of two lanes, with or without a context that names the axis."""
     graphdef, _, (state, _) = members()
 
     def of_lane(state, x):

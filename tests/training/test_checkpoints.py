@@ -40,7 +40,7 @@ def state(step, estimator=ROULETTE, w=None):
     "estimator", [rf.Exact(), rf.Roulette(), rf.Roulette(rf.Fitted(TABLE))], ids=["exact", "roulette", "fitted"]
 )
 def test_keeps_the_latest_and_the_best(tmp_path, estimator):
-    """Of four checkpoints the one with the lowest bits/dim and the newest stay, and restore exactly."""
+    """Four checkpoints are saved; the one with the lowest bits/dim and the newest are kept, and restore exactly."""
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step is None and checkpoints.best_step is None
         for step, value in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)]:

@@ -48,7 +48,7 @@ def run():
 
 
 def test_the_loss_is_that_of_the_pairs(run):
-    """Of both batches, each with its step's key, with statistics that move in between; every parameter has learned."""
+    """An update uses both batches, each with its step's key and updated statistics; every parameter has changed."""
     flow, _, start, end, metrics = run
     flow = nnx.clone(flow)
     losses = []

@@ -41,7 +41,7 @@ def on_one_device():
     flow = rf.ResidualFlow(WIDE, rngs=nnx.Rngs(0))
     trainer = Trainer(nnx.split(flow)[0], dequantized_bits_per_dim(4), optax.adam(0.1), 0.9)
     state = trainer.create_state(flow, rf.Roulette())
-    grown = jax.tree.map(lambda leaf: 0.3 * leaf, state.params)  # 3 times it, behind the correction for one step
+    grown = jax.tree.map(lambda leaf: 0.3 * leaf, state.params)  # 3 times it, after the correction for one step
     state = state._replace(ema=optax.EmaState(state.ema.count + 1, grown))
     flow = trainer.averaged_flow(state)
     flow.tighten()
@@ -61,7 +61,7 @@ def placed(layout):
 
 
 def bytes_on(device, arrays):
-    """Of all buffers of arrays there, each counted once."""
+    """The bytes of all buffers of arrays on a device, each counted once."""
     shards = [shard.data for leaf in arrays for shard in leaf.addressable_shards if shard.device == device]
     return sum({part.unsafe_buffer_pointer(): part.nbytes for part in shards if part.nbytes}.values())
 

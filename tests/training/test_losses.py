@@ -139,7 +139,7 @@ def test_a_step_moves_running_statistics(flow, steps):
     chex.assert_trees_all_close(found, new, rtol=1e-10)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         assert not np.allclose(a, b)
-    # The first block's layer sees y = x + g(x) behind the first ActNorm, with the moved means inside g.
+    # The first block's layer sees y = x + g(x) after the first ActNorm, with the moved means inside g.
     chain = flow.scales[0].bijectors
     y = chain[1].unstacked()[0].bijectors[0].update_statistics(chain[0](X))
     norm = chain[1].unstacked()[0].bijectors

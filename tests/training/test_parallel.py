@@ -1,4 +1,4 @@
-"""Eight devices, three ways: the steps of one, whatever shares batch and parameters."""
+"""Training on eight devices, in three ways, gives the steps of one device, however batch and parameters are divided."""
 
 import dataclasses
 from functools import cache
@@ -64,7 +64,7 @@ def batch_of(update, accumulate):
 
 
 def check_shardings(state, placement):
-    """Every array lies where it is said to."""
+    """Every array has the expected sharding."""
 
     def check(leaf, sharding):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
@@ -74,7 +74,7 @@ def check_shardings(state, placement):
 
 @cache
 def on_one_device(accumulate):
-    """Three updates on one device: the trainer, the state before, that behind and all metrics."""
+    """Three updates on one device: the trainer, the states before and after, and all metrics."""
     trainer, start = make_trainer(accumulate)
     step, state, metrics = jax.jit(trainer.step), start, []
     for update in range(3):
@@ -146,7 +146,7 @@ def test_checkpoints_go_from_layout_to_layout(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["shard_map", "pmap", "jit"])
 def test_initialisation_by_shares(strategy):
-    """ActNorm and running statistics are set from the whole batch, of which each device has a share."""
+    """ActNorm and running statistics are set from the whole batch, which is divided among the devices."""
     flow = rf.ResidualFlow(dataclasses.replace(CONFIG, hidden_channels=4), rngs=nnx.Rngs(0))
     x = jax.random.uniform(jax.random.key(1), (16, 4, 4, 1)) ** 2
     graphdef, state = nnx.split(flow)

@@ -35,7 +35,7 @@ def make(config=TINY, optimizer=None, levels=4):
 
 @pytest.fixture(scope="module")
 def run():
-    """Forty steps on one batch: the trainer, the compiled step, the states behind every step, the metrics."""
+    """Forty steps on one batch: the trainer, the compiled step, the states after every step, the metrics."""
     trainer, state = make()
     step = jax.jit(trainer.step)
     states, metrics = [state], []

@@ -1,4 +1,4 @@
-"""Fitted laws: the stated minimum, by brute force, and what it promises for any input."""
+"""Fitted laws: the stated minimum, by brute force, and its properties for any input."""
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def test_minimum_over_laws_where_norms_increase(norms):
 
 
 def test_more_cost_beside_the_terms_means_more_terms():
-    """A dearer step takes more terms; larger terms are cut less often."""
+    """A higher fixed cost gives more terms; larger terms are cut less often."""
     tables = [np.asarray(fit(0.5**K, fixed_cost=cost).table) for cost in (1.0, 4.0, 16.0)]
     assert np.all(tables[0] <= tables[1]) and np.all(tables[1] <= tables[2])
     assert tables[2].sum() > tables[0].sum() + 0.1

@@ -1,4 +1,4 @@
-"""What a pickle in a file of PyTorch can say, and what it must not do: nothing in it is ever executed."""
+"""Pickles in files of PyTorch: their values are read, and nothing in them is executed."""
 
 import argparse
 import os
@@ -110,7 +110,7 @@ def test_stubs_take_anything(tmp_path):
 
 
 def test_the_package_before_it_was_renamed(tmp_path):
-    """The authors' classes lay in `lib` when their models were released."""
+    """The authors' classes were in `lib` when their models were released."""
     ema = named("lib.utils", "ExponentialMovingAverage") + b")\x81" + literal({"decay": 0.999}) + b"b"
     assert_same(read_value(tmp_path, ema), Stub("lib.utils", "ExponentialMovingAverage", (), {"decay": 0.999}))
     with pytest.raises(ValueError, match=r"refused to build 'library\.x'"):
@@ -118,7 +118,7 @@ def test_the_package_before_it_was_renamed(tmp_path):
 
 
 def test_objects_that_grow_without_end(tmp_path):
-    """Of a file of a few kB: many large tensors of one repeated number, and many copies of one long text."""
+    """Files of a few kB that expand: many large tensors of one repeated number, and many copies of one long text."""
     expanded = [tensor(0, (2**24 - n,), (0,)) for n in range(3)]
     text = literal("x" * 2**16) + b"q\x07" + b"0"  # into the memo
     copies = [named("_codecs", "encode") + b"(h\x07" + literal("latin1") + b"tR" for _ in range(2**12)]
