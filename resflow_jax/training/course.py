@@ -74,7 +74,7 @@ class FitDivergedError(FloatingPointError):
       result: the attribute.
 
     Attributes:
-          result: the `FitResult` with the best weights before that, or with the initial weights if no pause came before.
+      result: the `FitResult` with the best weights before that; with the initial weights if no pause came before.
 
     Example:
       >>> x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
