@@ -52,7 +52,7 @@ CONTRACTIONS = {
     "convolutions": (layered(CONV, preactivation=True), (3, 2, 2)),
     "one 1x1 convolution": (layered([ConvMap((3, 2), 2, 2, 1)]), (3, 2, 2)),
     "DenseNet": (dense_net(None, [DenseMap(4, 2), DenseMap(8, 2)], DenseMap(12, 4)), (4,)),
-    "DenseNet behind a layer": (dense_net(DenseMap(4, 3), [DenseMap(3, 2)], DenseMap(5, 4), "lipswish"), (4,)),
+    "DenseNet after a layer": (dense_net(DenseMap(4, 3), [DenseMap(3, 2)], DenseMap(5, 4), "lipswish"), (4,)),
     "convolutional DenseNet": (dense_net(None, [ConvMap((3, 2), 2, 2)], ConvMap((3, 2), 6, 2, 1)), (3, 2, 2)),
     "orders f12f": (layered([DenseMap(4, 6), DenseMap(6, 5), DenseMap(5, 4)], norms=[INF, 1.0, 2.0, INF]), (4,)),
     "orders 1.5 3 1.5": (layered(norms=[1.5, 3.0, 1.5], preactivation=True), (4,)),

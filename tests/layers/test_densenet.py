@@ -38,7 +38,7 @@ def test_weights_of_the_concatenation():
 @pytest.mark.parametrize("slope", [0.3, 1.0])
 def test_lipschitz_constant_of_a_concatenation(slope):
     """|[a x, b R x]| of an isometry R scaled by `slope` is exactly sqrt(a^2 + slope^2 b^2) |x|: the bound's formula."""
-    contraction, _ = make("DenseNet behind a layer")
+    contraction, _ = make("DenseNet after a layer")
     raw = np.asarray(contraction.concatenation[...])[0]
     a, b = 0.9 * normalized_concatenation(raw)
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
