@@ -14,7 +14,7 @@ def test_the_equations_of_the_paper(name):
     """h_i = c [eta1 h_(i-1), eta2 phi(W_i h_(i-1) + b_i)], with softplus weights on the unit circle."""
     contraction, x = make(name)
     linears, h = list(contraction.linears), np.asarray(x)
-    if "behind" in name:
+    if "after" in name:
         h = numpy_affine(linears.pop(0), h)
     for linear, params, raw in zip(
         linears[:-1], contraction.activation_params, np.asarray(contraction.concatenation[...]), strict=True

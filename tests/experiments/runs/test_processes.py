@@ -174,7 +174,7 @@ def test_processes_with_different_configs(tmp_path):
     first, second = ended(start(tmp_path / "run", each=each))
     assert first[0] == second[0] == 1 and not (tmp_path / "run").exists()
     assert "config: expected the same in all processes, got other settings in 1 than in 0" in first[2]
-    assert "in process 1 that of process 0, got other settings:\n  seed: 0 there, 3 now\n" in second[2]
+    assert "the config of process 0 in process 1, got other settings:\n  seed: 0 there, 3 now\n" in second[2]
 
 
 @pytest.mark.parametrize("number", [0, 1])
