@@ -20,7 +20,7 @@ from jax._src import config, core
 
 
 def watch() -> bool:
-    """From now on a function that leaks a tracer raises an error. False if JAX has not the names that this needs."""
+    """Makes functions that leak a tracer raise an error. Returns False if JAX lacks the necessary internal names."""
     try:
         create, find, _ = core.Tracer.__init__, core.maybe_find_leaked_tracers, core.config.check_tracer_leaks
     except AttributeError:

@@ -56,7 +56,7 @@ def test_a_leak_out_of_a_cycle_is_found():
 
 
 def test_unreachable_tracers_are_no_leak():
-    """A cycle that nobody knows is garbage."""
+    """A cycle without outside references is garbage."""
 
     def f(x):
         cycle = [x + 1]

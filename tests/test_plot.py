@@ -1,4 +1,4 @@
-"""Pictures show what they are given, on the Axes that they are given."""
+"""Pictures show the given data on the given Axes."""
 
 import subprocess
 import sys
@@ -143,7 +143,7 @@ def test_bad_arguments(message):
 
 
 def test_bits_per_dim_of_vectors(ax):
-    """There are none."""
+    """An error says that there are none."""
     history = rf.History(HISTORY.step, LOSSES, None, HISTORY.seconds, 7, "steps", None, (2,))
     with pytest.raises(ValueError, match=r'unit: expected "nats", since the examples are no integer images'):
         rf.plot.curves(history, ax, unit="bits/dim")

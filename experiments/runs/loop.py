@@ -14,7 +14,7 @@ from resflow_jax.training.step import TrainState
 
 
 def falls_due(step: int, every: int, together: int) -> bool:
-    """Whether a multiple of `every` is among the last `together` steps, of which `step` is the newest."""
+    """Whether a multiple of `every` is among the last `together` steps up to `step`."""
     return step // every > (step - together) // every
 
 

@@ -64,7 +64,7 @@ def _report_missing(config: DistributedConfig) -> None:
         expected = "all processes of the cluster to start"
     else:
         expected = (
-            f"{config.num_processes} processes to meet at {config.coordinator}, of which this is number "
+            f"{config.num_processes} processes to meet at {config.coordinator}; this is number "
             f"{config.process_id}; one or more never came, or cannot reach that address"
         )
     print(f"distributed.timeout: expected within {config.timeout} s {expected}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A user's own images: every kind of file and folder gives the same images; what is not one is named."""
+"""A user's own images: every kind of file and folder gives the same images; errors name other files."""
 
 import gzip
 import struct

@@ -102,7 +102,7 @@ def test_only_integers_are_dequantised():
     ],
 )
 def test_bad_images_are_named(array, message):
-    """What is not a set of quantised images is refused at the boundary."""
+    """Arrays that are not quantised images are refused on entry."""
     good = np.zeros((2, 8, 8, 1), np.uint8)
     with pytest.raises(ValueError, match=message):
         images.ImageSplits(array, good, good, levels=17)

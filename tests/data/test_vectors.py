@@ -1,4 +1,4 @@
-"""A user's own vectors: every kind of file gives the same vectors; what is not finite numbers is named."""
+"""A user's own vectors: every kind of file gives the same vectors; errors name values that are not finite numbers."""
 
 import numpy as np
 import pytest

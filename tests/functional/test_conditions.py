@@ -19,7 +19,7 @@ from tests.functional.conditional import BATCH, DIM, dense_log_det, dense_series
 from tests.functional.contractions import check_two_orders, z_scores
 
 WEIGHTS = jnp.array([1.5, -0.7, 0.3, 1.1])
-# As many orthogonal probes as dimensions give exact traces, and many exact terms the whole series: no noise is left.
+# As many orthogonal probes as dimensions give exact traces, and many exact terms give the whole series, without noise.
 WHOLE = {"probe": "orthogonal", "probes": DIM}
 ESTIMATORS = {
     "exact": Exact(),
@@ -233,7 +233,7 @@ def test_shard_map(name, is_shared):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-11), found, expected)
 
 
-# What a condition may be
+# Types of conditions
 
 
 def test_any_tree():
@@ -279,7 +279,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_errors(name):
-    """Each names the argument, and both sides."""
+    """Each error names the argument, what was expected and what came."""
     bad, condition, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         residual(bad, None, np.ones((2, 3)), condition=condition, estimator=Exact())

@@ -130,7 +130,7 @@ class Odd:
 
 
 def test_constructor():
-    """Sizes always, others where they are not the default; what fails is left out or named by its type."""
+    """Sizes are always shown, other settings if not the default; failing values are omitted or shown by type."""
     assert constructor(Odd(2.5)) == "Odd(2.5, size=3)"
     assert (
         constructor(Odd(Fails(), own=(1.5,), array=np.zeros(2))) == "Odd(<Fails>, size=3, own=(1.5,), array=float64[2])"

@@ -99,7 +99,7 @@ def test_classes_of_the_user_need_a_flow_like_it(layer, tmp_path):
 
 
 def test_a_layer_that_is_used_twice(tmp_path):
-    """The file has its arrays once, and does not tell of both uses; the error names the remedy."""
+    """A file stores shared arrays once, without their uses, so loading is refused; the error names the remedy."""
     path = tmp_path / "flow.safetensors"
 
     def make():
@@ -135,7 +135,7 @@ def test_a_class_of_flows_of_the_user(tmp_path):
 
 
 def test_arguments_that_a_file_does_not_have_take_their_default(tmp_path):
-    """As of a file that was written before an argument was added."""
+    """A file from before an argument was added is loaded with its default."""
     path = tmp_path / "flow.safetensors"
     rf.save(path, rf.Flow(rf.Chain([rf.ActNorm((3,)), rf.MovingBatchNorm((3,), decay=0.2, epsilon=1e-3)]), BASE))
     restructure(path, lambda layers: layers[1]["arguments"].pop("epsilon"))

@@ -1,7 +1,7 @@
-"""The logit at the ends of its domain: exact for every alpha, finite for what its own inverse returns, loud beyond.
+"""The logit at the ends of its domain: exact for every alpha, finite for values of its own inverse, NaN beyond.
 
-In the float dtypes that users have, eagerly, and compiled with all of XLA's optimisations, which put constants together
-that the formula keeps apart.
+It is tested in the float dtypes that users have, eagerly, and compiled with all of XLA's optimisations, which combine
+constants that the formula keeps separate.
 """
 
 import jax

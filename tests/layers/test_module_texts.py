@@ -212,7 +212,7 @@ def test_modules_half_made(composed):
 
 
 def test_nothing_runs(composed, monkeypatch):
-    """A repr asks for shapes alone: no array is read, no layer applied."""
+    """A repr reads shapes only: no array is read, and no layer is applied."""
 
     def fail(*args, **kwargs):
         raise AssertionError
@@ -228,7 +228,7 @@ def test_nothing_runs(composed, monkeypatch):
 
 
 def test_display(composed, capsys):
-    """The ways in which Flax shows modules go on."""
+    """The displays of modules in Flax still work."""
     nnx.display(composed.bijector.bijectors[0])
     assert capsys.readouterr().out == "ActNorm((6,))  # 12 parameters\n"
     treescope = pytest.importorskip("treescope")

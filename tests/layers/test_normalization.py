@@ -69,7 +69,7 @@ def test_centering_moves_its_mean(shape):
 
 
 def test_updates_converge_to_the_statistics_of_the_data():
-    """Hundreds of updates forget where they started."""
+    """After hundreds of updates the initial statistics have no effect."""
     layer, x = MovingBatchNorm((2,)), batch((2,))
     for _ in range(300):
         layer.update_statistics(x)

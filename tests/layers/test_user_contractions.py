@@ -139,7 +139,7 @@ def test_shapes_of_a_module_are_checked():
 
 
 class OfFirst(rf.Contraction):
-    """Every point of a set moves with the first: with norm 1 in the order infinity, sqrt(points) in 2."""
+    """Every output point is the first point: the norm is 1 in order infinity, and sqrt(points) in order 2."""
 
     lipschitz = 0.9
     event_shape = (5, 2)
@@ -165,7 +165,7 @@ def test_bounds_of_whole_events_count_all_of_their_elements():
     lipschitz, inverse = block.lipschitz_bounds()
     assert singular_values[0] <= lipschitz < np.inf
     assert 1 / singular_values[-1] <= inverse < np.inf
-    block.contraction.event_shape = None  # unknown: nothing is known of the 2-norm
+    block.contraction.event_shape = None  # unknown, so there is no bound in the 2-norm
     assert block.lipschitz_bounds()[1] == np.inf
 
 

@@ -44,7 +44,7 @@ CONFIGS = {
 
 
 def spoilt_flow(name, dtype=jnp.float64):
-    """A flow whose kernels have grown far beyond what its power-iteration vectors know."""
+    """A flow whose kernels have grown since the last update of its power-iteration vectors."""
     flow = rf.ResidualFlow(CONFIGS[name], rngs=nnx.Rngs(1))
 
     def scramble(path, leaf):
@@ -93,7 +93,7 @@ def test_tighten_restores_every_promise(flows):
 
 
 def test_require_names_the_worst_block(flows):
-    """With its bound, the norms of its layers, and what to do."""
+    """The error names the block, its bound, the norms of its layers, and a remedy."""
     _, before, _ = flows
     worst = int(np.argmax(before.bounds))
     norms = ", ".join(f"{layer.norm:.6f}" for layer in before.blocks[worst].layers)

@@ -1,4 +1,4 @@
-"""Certificates in a few lines: bounds rounded up, and what is proved apart from what is not."""
+"""Texts of certificates: bounds are rounded up, and proved bounds are separate from assumed ones."""
 
 import dataclasses
 import math
@@ -53,7 +53,7 @@ def test_not_certified():
 
 @pytest.mark.parametrize("leaf", [object(), None, "x", (), jax.ShapeDtypeStruct((2,), float)])
 def test_other_values(leaf):
-    """Whatever stands in the fields, there is a text."""
+    """There is a text for any values of the fields."""
     for certificate in (LAYER, BLOCK, rf.Certificate((BLOCK,), 1.0, 1.0)):
         names = [field.name for field in dataclasses.fields(certificate)]
         for chosen in (names, names[:1]):

@@ -1,4 +1,4 @@
-"""Configurations that cannot be: the errors name the field, what was expected and what came."""
+"""Impossible configurations: the errors name the field, what was expected and what came."""
 
 import numpy as np
 import pytest
@@ -231,7 +231,7 @@ WIDTHS = {
 
 @pytest.mark.parametrize("case", WIDTHS)
 def test_flows_that_cannot_be_made_say_why(case):
-    """What shows only when the layers are built: at that moment, not at the first call."""
+    """Errors that need the layers come when the layers are built, not at the first call."""
     config, message = WIDTHS[case]
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
@@ -239,7 +239,7 @@ def test_flows_that_cannot_be_made_say_why(case):
 
 @pytest.mark.parametrize("activation", ["maxmin", "clipswish"])
 def test_even_widths_are_taken(activation):
-    """An odd number of data channels is no obstacle where no activation of pairs sees it."""
+    """An odd number of data channels is accepted if no activation of pairs is applied to them."""
     config = rf.VectorFlowConfig(dim=3, blocks=1, hidden=(4,), activation=activation, preactivation="all_but_first")
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
     linears = flow.scales[0].bijectors[1].bijectors[0].contraction.linears

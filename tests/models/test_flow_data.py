@@ -1,4 +1,4 @@
-"""What a flow makes of its data: padding, mean and deviation, the order of z; what it refuses."""
+"""The data transform of a flow: padding, mean and standard deviation, the order of z, refused data."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def test_padding(padded_flow):
 
 
 def test_data_mean_and_deviation():
-    """With blocks of zeros and no ActNorm a flow is its entrance: (x - mean) / deviation."""
+    """With zero blocks and no ActNorm a flow is its data transform: (x - mean) / std."""
     config = rf.VectorFlowConfig(
         2,
         1,
@@ -95,7 +95,7 @@ def test_bad_input_is_named(case):
 
 
 def test_initialisation_needs_a_batch(vector_flow):
-    """One example has no variance: the error says so and none is no batch."""
+    """One example has no variance, and none is no batch: errors say so."""
     flow, x = vector_flow
     with pytest.raises(ValueError, match="x: expected at least 2 examples to take statistics over, got 1"):
         flow.initialize(x[:1])
@@ -104,7 +104,7 @@ def test_initialisation_needs_a_batch(vector_flow):
 
 
 def test_bad_latents_are_named(vector_flow):
-    """inverse names z."""
+    """The error of inverse names z."""
     flow, _ = vector_flow
     with pytest.raises(ValueError, match=r"z: expected a float array \[B, 3\], got shape \(2, 4\)"):
         flow.inverse(jnp.zeros((2, 4)))

@@ -15,7 +15,7 @@ Z = jax.random.normal(jax.random.key(0), (4, 2))
 
 
 class Plain:
-    """Known to JAX as nothing at all."""
+    """A class that is not registered with JAX."""
 
     def log_prob(self, z):
         return jax.scipy.stats.laplace.logpdf(z).sum(-1)

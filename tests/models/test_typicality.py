@@ -74,7 +74,7 @@ def test_ties_count_as_atypical():
 
 
 def test_uniform_in_distribution(flow, typicality):
-    """Kolmogorov and Smirnov find nothing in 4000 p-values, and one in twenty is below 0.05."""
+    """A Kolmogorov-Smirnov test accepts 4000 p-values as uniform, and one in twenty is below 0.05."""
     p = np.sort(rf.anomaly_score(flow, normals(3, 4000), typicality).p_value)
     distance = np.abs(p - np.arange(1, 4001) / 4000).max()
     assert distance < 1.95 * np.sqrt(1 / 4000 + 1 / 2000)  # exceeded with probability 0.001
@@ -94,7 +94,7 @@ def test_out_of_distribution(flow, typicality, scale, side):
 
 
 def test_the_likelihood_alone_would_miss_constant_images():
-    """Images of one colour are likelier than noise under a flow of noise; the score sees them, a bound on log p no."""
+    """Images of one colour are likelier than noise under a flow of noise; the score finds them, a bound does not."""
     flow = rf.Flow(rf.Chain([rf.Logit(1e-3), rf.Flatten((6, 6, 1))]))
     z = jax.random.normal(jax.random.key(0), (1000, 36))
     x = flow.inverse(z)
@@ -136,7 +136,7 @@ def test_units(typicality):
 
 
 def test_values_that_are_no_numbers(typicality):
-    """NaN stays NaN; what has no density at all is as atypical as can be."""
+    """NaN stays NaN; an example of density zero has the largest score."""
     log_prob = jnp.asarray([jnp.nan, -jnp.inf, jnp.inf])
     for found in (typicality.p_value(log_prob), typicality.quantile(log_prob)):
         assert np.isnan(found[0]) and np.isfinite(found[1:]).all()
@@ -146,7 +146,7 @@ def test_values_that_are_no_numbers(typicality):
 
 
 def test_transformations(flow, typicality):
-    """Under jit and vmap, with the typicality as an argument, and in gradients, it is what it is without."""
+    """Results under jit and vmap, with the typicality as an argument, and in gradients, are those without."""
     x = normals(7, 6)
     expected = rf.anomaly_score(flow, x, typicality)
 

@@ -1,4 +1,4 @@
-"""Every public call of the library, in flows so small that each runs in no time: what has to work in every mode of JAX.
+"""Every public call of the library, with tiny flows; each has to work in every mode of JAX.
 
 A call takes nothing and returns arrays; those that change a flow work on a copy.
 """

@@ -25,7 +25,7 @@ def flow_named(name):
 
 
 def assert_unchanged(flow, name, expected):
-    """Its structure, its variables and its result are those of a flow that nothing was done to."""
+    """Checks that structure, variables and result are those of an unchanged flow."""
     graphdef, state = nnx.split(flow)
     other_graphdef, other = nnx.split(flow_named(name))
     assert graphdef == other_graphdef and hash(graphdef) == hash(other_graphdef)

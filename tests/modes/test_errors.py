@@ -1,6 +1,6 @@
-"""Every public argument, given what it cannot be: a ValueError that starts with the argument's name.
+"""An impossible value of any public argument raises a ValueError that starts with the argument's name.
 
-No case compiles anything: arguments are checked before.
+No case compiles anything, since arguments are checked first.
 """
 
 import jax
@@ -327,7 +327,7 @@ CASES = list(cases())
 
 @pytest.mark.parametrize(("argument", "call"), [case[::2] for case in CASES], ids=[" ".join(c[:2]) for c in CASES])
 def test_the_error_names_the_argument(argument, call):
-    """It says as well what was expected and what came."""
+    """The error also says what was expected and what came."""
     with pytest.raises(ValueError, match=rf"^{argument}(\[0\])?: .*expected") as found:
         call()
     assert "got" in str(found.value)

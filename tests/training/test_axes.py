@@ -1,4 +1,4 @@
-"""Axes of the batch are named by who maps over a batch: all others, whatever their names, are of independent lanes."""
+"""Only named axes divide a batch; all other mapped axes, whatever their names, have independent lanes."""
 
 from functools import partial
 
@@ -135,7 +135,7 @@ def test_statistics_of_the_whole_batch_by_any_name():
 
 @pytest.mark.parametrize("named", [("nowhere",), ("lanes", "nowhere")])
 def test_names_that_nothing_binds(named):
-    """The error tells which; so does one of what is no name."""
+    """The error names the axis, or the value that is not a name."""
     with pytest.raises(ValueError, match=r"batch_axes: expected the name of an axis .*, got 'nowhere'"):
         shares("vmap", named)
     with pytest.raises(ValueError, match=r"names: expected strings, .* got 3"):

@@ -20,7 +20,7 @@ ROULETTE = rf.Roulette()
 TABLE = jnp.asarray([[0.5, 0.1], [0.2, 0.2]])
 
 
-# As of a flow whose blocks are not all certified: with what JSON has no numbers for.
+# A certificate of a flow whose blocks are not all certified: it has values that JSON cannot express.
 LAYER = rf.LayerCertificate(norm=1.2, coefficient=0.9, domain=2.0, codomain=np.inf)
 BLOCK = rf.BlockCertificate(
     bound=1.2, target_bound=0.9, order=2.0, lipschitz=2.2, inverse_lipschitz=np.inf, layers=(LAYER,)
@@ -93,7 +93,7 @@ def test_states_with_former_names(tmp_path, former, present):
 
 
 def test_states_of_another_flow_with_former_names(tmp_path):
-    """What is on one side alone is named, as in the file or as expected; and a shape."""
+    """The error names arrays that are only in the file or only expected, and a wrong shape."""
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(FormerState(*state(1)._replace(non_params=FORMER)))
         checkpoints.wait()
@@ -124,7 +124,7 @@ def test_certificates_of_before_target_bounds(tmp_path):
 
 
 def test_what_cannot_be_written_says_where(tmp_path, monkeypatch):
-    """Whatever the library raises on a full disk comes as one error that names the directory; others stay whole."""
+    """Every exception of a full disk becomes one error that names the directory; other checkpoints stay intact."""
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state(1, rf.Roulette()), 3.0)
         checkpoints.wait()
@@ -140,9 +140,9 @@ def test_what_cannot_be_written_says_where(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of writes that orbax gives up
 def test_files_that_are_too_large(tmp_path):
-    """What the operating system refuses to those that write in the background is told by the next call; all is whole.
+    """The next call raises the error of a background write; earlier checkpoints stay intact.
 
-    Both latest and best stay known, as they are on disk.
+    The latest and the best step remain known, as they are on disk.
     """
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state(1), 3.0)
@@ -184,7 +184,7 @@ def test_a_directory_that_has_become_a_file(tmp_path):
     ids=repr,
 )
 def test_other_errors_come_as_they_are(tmp_path, monkeypatch, error):
-    """A bug and what a device refuses are no matter of files."""
+    """Bugs and errors of a device are not reported as errors of files."""
 
     def fail(*arguments, **options):
         raise error
@@ -197,7 +197,7 @@ def test_other_errors_come_as_they_are(tmp_path, monkeypatch, error):
 
 
 def test_an_error_of_the_background_comes_as_it_is(tmp_path, monkeypatch):
-    """What tensorstore cannot parse is no matter of files either; those before stay known."""
+    """Parse errors of tensorstore are not reported as errors of files; earlier checkpoints remain known."""
     monkeypatch.setattr(jnp, "copy", lambda leaf: leaf)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state(1), 3.0)
@@ -245,7 +245,7 @@ def test_what_would_not_be_saved_is_an_error(tmp_path):
 
 
 def test_a_step_that_orbax_skips_for_another_reason(tmp_path, monkeypatch):
-    """Nothing of that step is there: it says so."""
+    """An error says that there is no checkpoint of that step."""
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state(1), 3.0)
         monkeypatch.setattr("orbax.checkpoint.CheckpointManager.should_save", lambda self, step: False)

@@ -85,7 +85,7 @@ def test_the_flow_of_one_device(layout):
 
 @pytest.mark.parametrize("layout", ["full", "model"])
 def test_devices_keep_their_shares(layout):
-    """No device but the first, which stands for the host, has more than before, or than its share of a divided flow."""
+    """Only the first device, which acts as the host, holds more than before, or more than its share of the flow."""
     placement, state = placed(layout)
     others = jax.devices()[1:]
     before = [bytes_on(device, jax.live_arrays()) for device in others]

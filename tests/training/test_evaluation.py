@@ -23,7 +23,7 @@ def test_bits_per_dim_of_a_uniform_density():
 
 
 class KnownDensity(nnx.Module):
-    """log p(x) = mean level of the image: shows which images were counted, and how often."""
+    """log p(x) = mean level of the image, which shows how often each image was counted."""
 
     config = rf.VectorFlowConfig(dim=4)
     event_shape = (2, 2, 1)
@@ -69,7 +69,7 @@ def test_an_error_in_common_is_noise_and_not_data():
 
 @pytest.mark.parametrize("scores", [[[2.0], [2.1], [1.9]], [[2.0]]], ids=["three draws", "one draw"])
 def test_one_image_tells_nothing_of_others(scores):
-    """The data's part of the error is infinite, and so is the whole; that of the draws is theirs, or not known."""
+    """The data's part of the error is infinite, and so is the total; the part of the draws is finite or unknown."""
     estimate = Estimate.from_scores(np.asarray(scores))
     assert estimate.data_stderr == estimate.stderr == np.inf
     np.testing.assert_allclose(estimate.mean, 2.0)
@@ -81,7 +81,7 @@ def test_one_image_tells_nothing_of_others(scores):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_errors_of_scores_that_are_not_finite(draws, bad):
-    """Neither the mean nor any error is a number, in particular not 0."""
+    """The mean and all errors are NaN, in particular not 0."""
     scores = np.random.default_rng(0).normal(size=(draws, 4))
     scores[0, 2] = bad
     assert not np.isfinite(Estimate.from_scores(scores)).any()

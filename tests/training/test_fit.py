@@ -1,4 +1,4 @@
-"""`fit` trains as a loop of one's own does, and returns what the validation examples choose."""
+"""`fit` trains like a loop of one's own, and returns the weights that the validation examples choose."""
 
 import json
 import signal
@@ -70,7 +70,7 @@ def test_equals_a_loop_of_ones_own():
 
 @pytest.fixture(scope="module")
 def run():
-    """A run that goes up and down in validation: result, what the callback saw, copies of its flows' states."""
+    """A run whose validation loss goes up and down: its result, the callback's arguments, copies of flow states."""
     seen, states, train, validation = [], [], TABLE[::2], TABLE[1::2]
 
     def callback(progress):
@@ -84,7 +84,7 @@ def run():
 
 
 def test_the_best_weights_by_validation(run):
-    """They are those of the least loss, which is that of the validation examples."""
+    """The returned weights are those of the least validation loss."""
     (fitted, history), seen, states, validation = run
     best = int(np.argmin(history.validation))
     assert 0 < best < len(history.step) - 1, "a run that has its best in the midst"
@@ -109,7 +109,7 @@ def test_early_stopping(run):
 
 
 def test_patience():
-    """It is spent once the last losses are no better than the best before."""
+    """Patience ends when the last losses are no better than the best one before."""
     assert has_stopped_improving([3.0, 2.0, 2.5, 2.0], 2)
     assert not has_stopped_improving([3.0, 2.0, 2.5], 2)
     assert not has_stopped_improving([3.0, 2.0, 2.5, 1.9], 2)
@@ -117,7 +117,7 @@ def test_patience():
 
 
 def test_history(run):
-    """It prints what matters and becomes JSON."""
+    """The result prints its main figures and converts to JSON."""
     (_, history), seen, _, _ = run
     assert f"ended by patience; best at step {history.best_step}: train" in repr(history)
     found = json.loads(json.dumps(history.as_dict()))
@@ -154,7 +154,7 @@ def test_goes_on_from_a_trained_flow():
 
 
 def test_conditional():
-    """Pairs stay together, in training and validation: the condition tells where x is."""
+    """Pairs stay together in training and validation: the condition determines the place of x."""
     rng = np.random.default_rng(0)
     condition = rng.normal(size=(200, 2))
     x = np.concatenate([condition, condition[:, :1]], axis=1) + 0.1 * rng.normal(size=(200, 3))
@@ -189,7 +189,7 @@ def test_images():
 
 
 def test_many_devices():
-    """Two devices that share the batches find what one does."""
+    """Two devices that share the batches give the result of one."""
     options = {"steps": 3, "batch_size": 20, "validation": TABLE[:11]} | EXACT
     one = rf.fit(FLOW, TABLE[11:], **options)
     two = rf.fit(FLOW, TABLE[11:], mesh=make_mesh(devices=jax.devices()[:2]), **options)
@@ -200,7 +200,7 @@ def test_many_devices():
 
 
 def test_divergence():
-    """An error says where, and has the best weights until then."""
+    """The error names the step, and has the best weights so far."""
     rates = optax.piecewise_constant_schedule(1e-3, {2: 1e300})
     with pytest.raises(rf.FitDivergedError, match=r"diverged between steps .* has the weights of step 2") as caught:
         rf.fit(FLOW, TABLE, optimizer=optax.sgd(rates), steps=9, validate_every=2, **EXACT)
@@ -241,14 +241,14 @@ def test_interruption(capsys, monkeypatch):
 
 
 def test_progress_bar(capsys):
-    """On stderr, with the losses."""
+    """Progress is shown on stderr, with the losses."""
     rf.fit(FLOW, TABLE, estimator=rf.Exact(), steps=2, validate_every=1)
     printed = capsys.readouterr()
     assert printed.out == "" and "2/2" in printed.err and "validation" in printed.err and "nats" in printed.err
 
 
 def test_rows():
-    """All of one size; an epoch after the other has every number once."""
+    """All batches have one size; every epoch has every number once."""
     batches = row_numbers(10, 4, np.random.default_rng(0))
     rows = np.concatenate([next(batches) for _ in range(10)])
     epochs = rows.reshape(4, 10)
@@ -257,7 +257,7 @@ def test_rows():
 
 
 def test_division():
-    """A share of the examples, with their conditions, is held out; the rest is trained on."""
+    """A fraction of the examples, with their conditions, is held out; the rest is trained on."""
     examples = Examples(jnp.arange(20.0).reshape(10, 2), jnp.arange(10.0))
     train, held_out = split_validation(FLOW, examples, 0.3, None, np.random.default_rng(0))
     assert train.number == 7 and held_out.number == 3

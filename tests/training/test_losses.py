@@ -69,7 +69,7 @@ def steps(flow):
 
 
 def test_gradient_of_learned_orders(flow):
-    """Zero from the likelihood; else that of the weighted order loss. Value and other gradients are untouched."""
+    """The likelihood gives orders no gradient; only the weighted order loss does. Value and other gradients stay."""
     graphdef, params, non_params = nnx.split(flow, nnx.Param, ...)
 
     def of(function):
@@ -127,7 +127,7 @@ def test_training_moves_orders_and_keeps_them_shared(steps):
 
 
 def test_a_step_moves_running_statistics(flow, steps):
-    """By `decay` towards those of the batch, through the flow of before the step; log_prob leaves them alone."""
+    """Statistics move by `decay` towards those of the batch, in the flow before the step; log_prob keeps them."""
     _, states = steps
     graphdef, state = nnx.split(flow)
     expected = nnx.merge(graphdef, state, copy=True)
@@ -159,7 +159,7 @@ def test_a_step_moves_running_statistics(flow, steps):
 
 @pytest.mark.parametrize("running", [{"batchnorm": True}, {"centering": "blocks"}, {"centering": "layers"}])
 def test_each_kind_of_running_statistics_is_moved(running, monkeypatch):
-    """By the batch and its condition, whichever of them a flow has."""
+    """Statistics are moved by the batch and by its condition, as far as the flow has either."""
     seen = []
     config = rf.VectorFlowConfig(2, 1, (3,), condition_dim=1, between=rf.BetweenBlocks(**running))
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
@@ -172,7 +172,7 @@ def test_each_kind_of_running_statistics_is_moved(running, monkeypatch):
 
 
 def test_flows_with_neither_are_left_alone():
-    """No statistics, no learned orders: the loss is passed through."""
+    """Without statistics and learned orders the loss is not changed."""
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(rf.VectorFlowConfig(2, 1, (3,)), rngs=nnx.Rngs(0)))
     value = jnp.asarray(3.0)
     before = nnx.state(flow)
@@ -182,6 +182,6 @@ def test_flows_with_neither_are_left_alone():
 
 
 def test_a_weight_that_is_not_finite():
-    """It is named."""
+    """The error names the argument."""
     with pytest.raises(ValueError, match="order_weight: expected a finite number, got nan"):
         negative_log_likelihood(order_weight=float("nan"))

@@ -52,7 +52,7 @@ LAYOUTS = {
 
 
 def make_trainer(accumulate):
-    """Its gradients are clipped, and differ in size from share to share."""
+    """Its gradients are clipped, and their sizes differ between devices."""
     flow = rf.ResidualFlow(CONFIG, rngs=nnx.Rngs(0))
     optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, momentum=0.9))
     trainer = Trainer(nnx.split(flow)[0], dequantized_bits_per_dim(4), optimizer, 0.9, accumulate)
@@ -202,7 +202,7 @@ def test_steps_of_eight_devices_lower_for_accelerators(platform, make_step):
 
 
 def test_parts_of_a_batch_by_process():
-    """Device rows that lie together are one part; others would be none."""
+    """Contiguous rows of devices make one part; others are refused."""
 
     class Device:
         def __init__(self, process):

@@ -121,7 +121,7 @@ def test_the_step_lowers_for_accelerators(platform):
 
 
 def test_memory_of_a_block_is_what_it_keeps():
-    """28 more blocks of 64 hidden channels add four copies of their input, w and parameters; no hidden activation."""
+    """28 more blocks with 64 hidden channels add four copies of input, w and parameters, but no hidden activations."""
     of_one_kind = {
         "preactivation": "all",
         "between": rf.BetweenBlocks(first_actnorm=False),

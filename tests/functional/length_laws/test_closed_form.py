@@ -116,7 +116,7 @@ def test_mean_of_a_defensive_law(law):
 
 
 def test_within():
-    """Laws that know no Lipschitz constant take the one of the block; those that do, and the others, stay."""
+    """Laws without a Lipschitz constant take that of the block; all other laws do not change."""
     for unknown, known in [(Defensive(0.3, 0.2), Defensive(0.3, 0.2, 0.9)), (Fitted(jnp.ones(2)), None)]:
         within = unknown.within(0.9)
         assert type(within) is type(unknown)
@@ -287,7 +287,7 @@ def test_survival_has_the_precision_of_the_moment():
 
 @pytest.mark.parametrize("law", [Geometric(1e-4), Defensive(0.5, 0.9, 1 - 1e-6)], ids=str)
 def test_ratios_near_one_in_float32(law):
-    """A ratio that float32 rounds to one has its long lengths no less: their mean is the law's, |z| < 4."""
+    """A ratio that float32 rounds to one still gives long lengths, with the mean of the law, |z| < 4."""
     with jax.enable_x64(False):
         samples = np.asarray(law.sample(jax.random.key(0), (20_000,)), float)
     mean = 1e4 if isinstance(law, Geometric) else 0.1 * 2 + 0.9 * 1e6

@@ -92,8 +92,8 @@ def test_what_cannot_work_raises(name, wrap):
 def test_second_derivatives_after_the_residual_has_vanished(dim, dtype):
     """In D dimensions minimal residuals end after D steps; what follows is rounding, whose derivatives stay small.
 
-    The law has no chance: 12 terms are always taken, so that the value is exact up to the noise of the probes, which
-    in one dimension is none.
+    The length is fixed at 12 terms, so that the value is exact up to the noise of the probes, which is zero in one
+    dimension.
     """
     params, direction, x = problem(dim, dtype=dtype)
     estimator = Roulette(Geometric(0.9), exact_terms=12, probe="orthogonal", probes=dim, gradient="autodiff")

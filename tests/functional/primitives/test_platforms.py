@@ -24,7 +24,7 @@ def function(x):
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
 def test_values(transform):
-    """On the CPU, where the tests run, the CPU's, compiled or not."""
+    """On the CPU, where the tests run, the CPU's function is called, compiled or not."""
     out = transform(function)(X)
     np.testing.assert_allclose(out["sin"], np.sin(2 * X), rtol=1e-12)
     np.testing.assert_allclose(out["sum"], np.sum(X), rtol=1e-12)
@@ -59,7 +59,7 @@ def test_other_platforms_get_the_other_function():
 
 
 def test_only_what_is_lowered_is_traced():
-    """Compiling for a CPU never looks at the function for other platforms."""
+    """Compiling for a CPU does not trace the function for other platforms."""
 
     def default(x):
         raise AssertionError("traced")

@@ -56,7 +56,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_an_eager_call_compiles_once(name):
-    """Also for a new lambda with other arrays; and what it closes over is seen, not remembered."""
+    """A new lambda with other arrays uses the same program, with the present values of its closure."""
     call = CALLS[name]
     first = call(make(0.3))
     offset = jnp.array([0.7, 0.7, 0.7])
@@ -137,7 +137,7 @@ def test_arrays_of_the_batch_are_refused(options):
 
 
 def test_as_many_rows_as_the_batch_by_chance():
-    """Two chunks of two examples, each taken for two probes, have four rows: no less refused."""
+    """Two chunks of two examples, each repeated for two probes, have four rows; they are refused too."""
     condition = jnp.ones((4, 3))
     with pytest.raises(ValueError, match=r"^chunk_size, probes: expected a g that takes"):
         residual(

@@ -30,7 +30,7 @@ from tests.interop.torch.programs import (
 WRITERS = pytest.mark.parametrize("write", [write_zip, write_legacy])
 
 
-# What a file can say
+# Values in files
 
 
 @WRITERS
@@ -96,7 +96,7 @@ def test_protocols(tmp_path, protocol):
 
 
 def test_stubs_take_anything(tmp_path):
-    """Whatever a file does with a class: called, made, given a state, items or attributes with names of Python's."""
+    """A file may call a class, make it, or give it a state, items or attributes with names of Python's."""
     kind = named("resflows.x", "Y")
     assert_same(read_value(tmp_path, kind), Stub("resflows.x", "Y", None))
     assert_same(read_value(tmp_path, kind, literal((1, "a")), b"R"), Stub("resflows.x", "Y", (1, "a")))
@@ -128,7 +128,7 @@ def test_objects_that_grow_without_end(tmp_path):
 
 
 def test_nothing_is_imported(tmp_path, monkeypatch):
-    """Not even a package of the name that is there."""
+    """Nothing is imported, not even an installed package of that name."""
     package = tmp_path / "resflows"
     package.mkdir()
     (package / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
@@ -137,7 +137,7 @@ def test_nothing_is_imported(tmp_path, monkeypatch):
     assert "resflows" not in sys.modules and not (tmp_path / "imported").exists()
 
 
-# What a file must not do
+# Forbidden actions
 
 ATTACKS = {
     "os.system": lambda command, _: call("os", "system", (command,)),
@@ -177,7 +177,7 @@ def test_code_is_refused(tmp_path, write, name):
 
 
 def test_the_attacks_are_real(tmp_path):
-    """pickle.loads falls for what is refused here."""
+    """pickle.loads executes what is refused here."""
     target = tmp_path / "written"
     pickle.loads(program(ATTACKS["builtins.eval"]("", f"__import__('pathlib').Path({str(target)!r}).touch()")))
     assert target.exists()
