@@ -46,7 +46,10 @@ def training_loop(
     def batches() -> Iterator[Any]:
         rows = batches_from(first)
         while True:
-            yield placement.place_batch(next(rows) if together == 1 else np.stack(list(islice(rows, together))))
+            yield next(rows) if together == 1 else np.stack(list(islice(rows, together)))
+
+    def step(state: TrainState, rows: Any, key: jax.Array) -> Any:
+        return placement.step(state, placement.place_batch(rows), key)
 
     def next_state(step: int, placed: TrainState) -> TrainState:
         before = placement.to_checkpoint(placed)
@@ -54,7 +57,7 @@ def training_loop(
         return placed if after is before else placement.place(after)
 
     for at in run_steps(
-        placement.step,
+        step,
         placed,
         batches(),
         key,
