@@ -1,6 +1,6 @@
 """Every public name explains itself: a summary, what it takes, gives and raises, and an example that runs.
 
-The examples themselves are doctests, which pytest runs (see conftest.py).
+The examples themselves are doctests, which pytest runs (see resflow_jax/conftest.py).
 """
 
 import inspect

@@ -12,7 +12,7 @@ import pytest
 
 # Bridges to libraries that are not installed cannot be imported.
 collect_ignore_glob = [
-    f"resflow_jax/interop/{library}*.py" for library in ("distrax", "flowjax", "numpyro") if find_spec(library) is None
+    f"interop/{library}*.py" for library in ("distrax", "flowjax", "numpyro") if find_spec(library) is None
 ]
 
 
