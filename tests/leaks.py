@@ -25,14 +25,24 @@ def watch() -> bool:
         create, find, _ = core.Tracer.__init__, core.maybe_find_leaked_tracers, core.config.check_tracer_leaks
     except AttributeError:
         return False
-    alive = WeakValueDictionary()  # tracers by their identity, as they have no hash
+    # by the identity of a trace: its tracers by theirs, as they have no hash
+    alive: dict[int, WeakValueDictionary] = {}
+    most = 1000  # entries beyond which those without tracers are removed
 
     def create_and_note(tracer, *args, **kwargs):
+        nonlocal most
         create(tracer, *args, **kwargs)
-        alive[id(tracer)] = tracer
+        trace = id(tracer._trace)
+        if trace not in alive:
+            if len(alive) > most:
+                for ended in [key for key, tracers in alive.items() if not tracers]:
+                    del alive[ended]
+                most = 1000 + 2 * len(alive)
+            alive[trace] = WeakValueDictionary()
+        alive[trace][id(tracer)] = tracer
 
     def has_tracers(trace) -> bool:
-        return any(tracer._trace is trace for tracer in alive.values())
+        return any(tracer._trace is trace for tracer in alive.get(id(trace), {}).values())
 
     def find_if_any(trace) -> list:
         for generation in range(2):
