@@ -8,6 +8,8 @@ import pytest
 
 from tests import conftest
 
+pytestmark = pytest.mark.skipif(conftest.CHECKS_LEAKS is None, reason=f"JAX {jax.__version__} is not checked for leaks")
+
 TRANSFORMATIONS = {
     "jit": jax.jit,
     "vmap": jax.vmap,
