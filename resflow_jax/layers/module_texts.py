@@ -15,6 +15,7 @@ A class of modules may define `_repr_text`, `_repr_parts` and `_repr_promise`, a
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -94,19 +95,10 @@ def short_text(module: Any, depth: int = 0) -> str:
         return f"{type(module).__name__}(...)"
     text = getattr(module, "_repr_text", None)
     try:
-        inside = _Inside(depth + 1)
+        inside = partial(short_text, depth=depth + 1)
         return constructor(module, inside) if text is None else text(inside)
     except Exception:
         return f"{type(module).__name__}(...)"
-
-
-class _Inside(NamedTuple):
-    """`short_text` of a module inside another, at a depth."""
-
-    depth: int
-
-    def __call__(self, module: Any) -> str:
-        return short_text(module, self.depth)
 
 
 def parameters_text(module: nnx.Module) -> str:

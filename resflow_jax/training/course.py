@@ -14,6 +14,7 @@ from resflow_jax.models.flow import Flow
 from resflow_jax.training.evaluation import image_bits_per_dim, vector_log_prob
 from resflow_jax.training.examples import Examples
 from resflow_jax.training.history import Ending, History
+from resflow_jax.training.scores import log_prob_of_bits
 
 Array = jax.Array
 
@@ -120,7 +121,7 @@ class Scorer:
 
     def nats(self, loss: float) -> float:
         """-log p in nats of the loss of a training step: bits/dim for integer images, else nats."""
-        return loss if self.levels is None else (loss - math.log2(self.levels)) * math.log(2) * self.dim
+        return loss if self.levels is None else -log_prob_of_bits(loss, self.dim, self.levels)
 
     def __call__(self, flow: Flow) -> float | None:
         """Mean -log p; None without examples.

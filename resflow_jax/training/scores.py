@@ -30,6 +30,11 @@ def bits_per_dim(log_prob: Array, dim: int, levels: int) -> Array:
     return -log_prob / (dim * math.log(2)) + math.log2(levels)
 
 
+def log_prob_of_bits(bits: float, dim: int, levels: int) -> float:
+    """The log p(x) in nats for a number of bits/dim: the inverse of `bits_per_dim`."""
+    return (math.log2(levels) - bits) * dim * math.log(2)
+
+
 def as_pair(batch: Any) -> tuple[Any, Any]:
     """Returns x and the condition of a batch. The condition is None if the batch is x alone."""
     if not isinstance(batch, tuple | list):

@@ -116,8 +116,7 @@ class TorchFlow(ResidualFlow):
         Raises:
           ValueError: for a flow whose config has no `classes`, and as `forward` for x.
         """
-        if self.classifier is None:
-            raise ValueError("classes: expected a flow whose config has classes, got none")
+        self._check_classifier()
         with self._checked_input(x, are_data=True) as (x, _):
             return _logits(*nnx.split(self), x)
 
@@ -143,10 +142,13 @@ class TorchFlow(ResidualFlow):
         if not return_logits:
             options = {"condition": condition, "key": key, "estimator": estimator}
             return super().forward_and_log_prob(x, return_diagnostics=return_diagnostics, **options)
-        if self.classifier is None:
-            raise ValueError("classes: expected a flow whose config has classes, got none")
+        self._check_classifier()
         z, log_prob, diagnostics, logits = self._estimated(_forward_and_logits, x, condition, key, estimator)
         return (z, log_prob, diagnostics, logits) if return_diagnostics else (z, log_prob, logits)
+
+    def _check_classifier(self) -> None:
+        if self.classifier is None:
+            raise ValueError("classes: expected a flow whose config has classes, got none")
 
     def _run_initialize(self, x: Array, condition: Array | None) -> None:
         if self.classifier is None:
