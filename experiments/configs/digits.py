@@ -2,7 +2,7 @@
 
 python -m experiments.density digits
 
-On 2 CPU cores: about 2 minutes, compilation included. Expected: 1.86 +- 0.014 test bits/dim, reconstruction error
+On 2 CPU cores: about a minute, compilation included. Expected: 1.86 +- 0.014 test bits/dim, reconstruction error
 below 1e-5, every block certified with a Lipschitz constant of at most 0.9411.
 """
 
