@@ -36,6 +36,6 @@ CHECKS_LEAKS = leaks.watch() if jax.__version_info__ < (0, 12) else None
 def forget_programs():
     """Every compiled program holds memory maps. Linux allows 65530 per process, and XLA crashes beyond that."""
     yield
-    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 20_000:
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 8_000:
         jax.effects_barrier()
         jax.clear_caches()

@@ -9,20 +9,28 @@ checked when it was traced. Two measures get it:
    `jax.custom_jvp`. JAX then collects all garbage and looks through all objects of Python for references, which takes
    0.2 s. Here it does so only if a tracer of the trace survives a collection of young objects.
 
+The error names the tracers that leaked and where they come from. JAX also searches for what holds them, which takes
+minutes in a process with many compiled programs; `with jax.checking_leaks():` around the call shows that.
+
 These are internal names of JAX. Where a new release has other ones nothing is checked, and `tests.test_leaks` fails.
 """
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from weakref import WeakValueDictionary
 
 from jax._src import config, core
 
+FLAG = SimpleNamespace(value=True)
+
 
 def watch() -> bool:
     """Makes functions that leak a tracer raise an error. Returns False if JAX lacks the necessary internal names."""
     try:
-        create, find, _ = core.Tracer.__init__, core.maybe_find_leaked_tracers, core.config.check_tracer_leaks
+        create, find = core.Tracer.__init__, core.maybe_find_leaked_tracers
+        _ = core.config.check_tracer_leaks, core.leaked_tracer_error, core.Tracer._origin_msg
     except AttributeError:
         return False
     # by the identity of a trace: its tracers by theirs, as they have no hash
@@ -51,7 +59,21 @@ def watch() -> bool:
             gc.collect(generation)
         return find(trace) if has_tracers(trace) else []
 
-    core.Tracer.__init__, core.maybe_find_leaked_tracers = create_and_note, find_if_any
+    def error(name: str, trace, tracers: list) -> Exception:
+        listed = "\n".join(f"{tracer}{tracer._origin_msg()}" for tracer in tracers)
+        return Exception(f"Leaked {name} {trace}. Leaked tracer(s):\n{listed}")
+
+    core.Tracer.__init__, core.maybe_find_leaked_tracers, core.leaked_tracer_error = create_and_note, find_if_any, error
     core.config = ModuleType(config.__name__)
-    vars(core.config).update(vars(config), check_tracer_leaks=SimpleNamespace(value=True))
+    vars(core.config).update(vars(config), check_tracer_leaks=FLAG)
     return True
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Does not look for leaks: for a call in which JAX itself leaks. `tests.test_leaks` shows that it does."""
+    FLAG.value = False
+    try:
+        yield
+    finally:
+        FLAG.value = True

@@ -5,8 +5,9 @@ import gc
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
-from tests import conftest
+from tests import conftest, leaks
 
 pytestmark = pytest.mark.skipif(conftest.CHECKS_LEAKS is None, reason=f"JAX {jax.__version__} is not checked for leaks")
 
@@ -78,3 +79,14 @@ def test_caches_stay_on():
 
     f(1.0), f(2.0)
     assert len(traced) == 1
+
+
+def test_jax_itself_leaks_in_derivatives_of_shard_map():
+    """The reason why one test of `tests/functional/test_batch_axes.py` does not look for leaks."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    share, whole = PartitionSpec("data"), PartitionSpec()
+    f = jax.shard_map(lambda x: jax.lax.psum(jnp.sum(x**2), "data"), mesh=mesh, in_specs=share, out_specs=whole)
+    with pytest.raises(Exception, match="Leaked trace"):
+        jax.grad(jax.jit(f))(jnp.ones(2))
+    with leaks.unchecked():
+        assert jnp.all(jax.grad(jax.jit(f))(jnp.ones(2)) == 2)
