@@ -211,7 +211,7 @@ def test_scores_of_single_images():
     [
         ({"examples": 1}, "examples: expected an integer of at least 2, got 1"),
         ({"draws": 0}, "draws: expected an integer of at least 1, got 0"),
-        ({"estimator": Exact()}, "examples: expected a number beside the exact estimator"),
+        ({"estimator": Exact()}, "examples: expected a number with the exact estimator"),
     ],
 )
 def test_bad_settings_are_named(setting, message, tmp_path):
