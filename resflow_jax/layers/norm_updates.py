@@ -1,7 +1,9 @@
 """The power iterations of all layers of a model at once.
 
 XLA needs up to half a second to compile a loop. Layers with the same map and the same orders share one loop, wherever
-they are in the model. It ends when the slowest of them has converged.
+they are in the model. A dense map and a convolution with a single tap are the same map of one matrix. Small matrices of
+different shapes share one loop too: rows and columns of zeros make them of one shape, and change no norm. The loop ends
+when the slowest of its layers has converged.
 """
 
 import math
@@ -11,9 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from resflow_jax.functional.linear_maps import DenseMap, LinearMap
 from resflow_jax.functional.norms import needs_power_iteration
 from resflow_jax.functional.power_iteration import PowerIteration, PowerIterationStatus
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormSettings, advance, linears_inside, split_orders
+
+_SMALL = 128  # rows and columns of a matrix whose products take hardly any time
 
 
 def update_norms(module: nnx.Module, settings: NormSettings, restart: bool) -> PowerIterationStatus:
@@ -21,25 +26,43 @@ def update_norms(module: nnx.Module, settings: NormSettings, restart: bool) -> P
 
     Returns the status of the slowest: most iterations, largest residual, whether all converged.
     """
-    groups = defaultdict(list)
-    for layer in linears_inside(module):
-        fixed, _ = split_orders(layer.traced_orders())
-        if needs_power_iteration(*(2.0 if order is None else order for order in fixed)):
-            groups[layer.linear_map, fixed].append(layer)
-    statuses = [_update_alike(*alike, layers, settings, restart) for alike, layers in groups.items()]
+    statuses = [_update_alike(*alike, layers, settings, restart) for alike, layers in _groups(module).items()]
     if not statuses:  # every norm has a closed form
         return PowerIterationStatus(jnp.asarray(0), jnp.asarray(0.0), jnp.asarray(True))
     iterations, residuals, converged = (jnp.concatenate(leaves) for leaves in zip(*statuses, strict=True))
     return PowerIterationStatus(jnp.max(iterations), jnp.max(residuals), jnp.all(converged))
 
 
+def _groups(module: nnx.Module) -> dict[tuple[LinearMap, tuple[float | None, ...]], list[LipschitzLinear]]:
+    """The layers that share a loop, by the map that the loop iterates and the fixed orders of its norm."""
+    groups = defaultdict(list)
+    for layer in linears_inside(module):
+        fixed, _ = split_orders(layer.traced_orders())
+        if needs_power_iteration(*(2.0 if order is None else order for order in fixed)):
+            groups[_own_map(layer), fixed].append(layer)
+    small = defaultdict(list)
+    for linear_map, fixed in groups:
+        if isinstance(linear_map, DenseMap) and max(linear_map.kernel_shape) <= _SMALL:
+            small[fixed].append(linear_map)
+    for fixed, maps in small.items():
+        joint = DenseMap(max(m.features_in for m in maps), max(m.features_out for m in maps))
+        groups[joint, fixed] = [layer for linear_map in maps for layer in groups.pop((linear_map, fixed))]
+    return groups
+
+
+def _own_map(layer: LipschitzLinear) -> LinearMap:
+    """The map whose norm a layer has: a `DenseMap` if it is one matrix, for all pixels the same."""
+    linear_map = layer.linear_map
+    is_matrix = len(linear_map.input_shape) == 1
+    return DenseMap(*linear_map.input_shape, *linear_map.output_shape) if is_matrix else linear_map
+
+
 def _update_alike(linear_map, fixed, layers: list[LipschitzLinear], settings, restart: bool) -> PowerIterationStatus:
-    """The statuses [rows] of layers with one map and one pair of orders; the rows are all layers of all stacks."""
-    inputs = [(split_orders(layer.traced_orders())[1], layer.kernel[...], layer.v[...]) for layer in layers]
-    axes = [len(layer.stack_shape) for layer in layers]
-    rows = [
-        jax.tree.map(lambda part, n=n: _with_one_axis(part, n), parts) for parts, n in zip(inputs, axes, strict=True)
-    ]
+    """The statuses [rows] of layers with one pair of orders, whose maps are `linear_map` or, without zeros, part of it.
+
+    The rows are all layers of all stacks.
+    """
+    rows = [_rows(linear_map, layer) for layer in layers]
     inputs = jax.tree.map(lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *rows)
 
     def of_one(inputs) -> PowerIteration:
@@ -48,15 +71,26 @@ def _update_alike(linear_map, fixed, layers: list[LipschitzLinear], settings, re
 
     result = jax.vmap(of_one)(inputs)
     start = 0
-    for layer, n in zip(layers, axes, strict=True):
-        row = slice(start, start + math.prod(layer.stack_shape)) if n else start
-        layer.u[...], layer.v[...] = result.u[row].reshape(layer.u.shape), result.v[row].reshape(layer.v.shape)
-        start = row.stop if n else row + 1
+    for layer in layers:
+        row = slice(start, start + math.prod(layer.stack_shape))
+        for vector, found in ((layer.u, result.u), (layer.v, result.v)):
+            size = vector.shape[len(layer.stack_shape) :]
+            vector[...] = found[row, *map(slice, size)].reshape(vector.shape)
+        start = row.stop
     return result.status
 
 
-def _with_one_axis(part: jax.Array, axes: int) -> jax.Array:
-    """An array with its first `axes` axes, those of stacks, joined to one axis of rows."""
-    if axes == 1:
-        return part
-    return part.reshape(-1, *part.shape[axes:]) if axes else part[None]
+def _rows(linear_map: LinearMap, layer: LipschitzLinear) -> tuple[tuple[jax.Array | None, ...], jax.Array, jax.Array]:
+    """The learned orders, kernels and v of all layers of a stack, one in each row, with zeros to fit `linear_map`."""
+    learned = split_orders(layer.traced_orders())[1]
+    own, number, axes = _own_map(layer), math.prod(layer.stack_shape), len(layer.stack_shape)
+    kernel = layer.kernel[...].reshape(number, *own.kernel_shape)
+    v = layer.v[...].reshape(number, *own.input_shape)
+    learned = jax.tree.map(lambda order: order.reshape(number, *order.shape[axes:]), learned)
+    return learned, _padded(kernel, linear_map.kernel_shape), _padded(v, linear_map.input_shape)
+
+
+def _padded(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Rows [n, *smaller] with zeros up to [n, *shape]."""
+    widths = [(0, 0), *((0, size - own) for size, own in zip(shape, rows.shape[1:], strict=True))]
+    return jnp.pad(rows, widths) if rows.shape[1:] != shape else rows

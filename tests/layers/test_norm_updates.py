@@ -10,6 +10,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
+from resflow_jax.layers import norm_updates
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormSettings, NormState, advance, learned_order, map_linears
 from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models import upkeep
@@ -130,6 +131,11 @@ class Model(nnx.Module):
                 (DenseMap(3, 4), 3.0, 1.5),
                 (DENSE, 2.0, 2.0),
                 (DENSE, learned_order(), learned_order()),
+                (DenseMap(5, 2), learned_order(), learned_order()),
+                (DenseMap(5, 7), 2.0, 2.0),
+                (DenseMap(2, 13, "bfloat16"), 2.0, 2.0),
+                (ConvMap((4, 3), 3, 4, 1), 2.0, 2.0),
+                (DenseMap(4, 3), 3.0, 1.5),
             ]
         )
         self.other = make(rngs.split(2))
@@ -158,6 +164,29 @@ def test_all_layers_of_a_model():
     model.stack.kernel[...] += 0.1
     capped = update_norms(model, NormSettings(1e-12, 1e-7, 2), restart=False)
     assert capped.iterations == 2 and not capped.converged
+
+
+def test_layers_that_share_a_loop():
+    """Small matrices of any shapes share one loop for each pair of orders; large ones and convolutions do not."""
+    model = Model(nnx.Rngs(0))
+    model.large = nnx.List(LipschitzLinear(DenseMap(200, 90), 0.9, rngs=nnx.Rngs(0)) for _ in range(2))
+    shared = {key: len(layers) for key, layers in norm_updates._groups(model).items()}
+    assert shared == {
+        (DenseMap(12, 13), (2.0, 2.0)): 7,
+        (CONV, (2.0, 2.0)): 1,
+        (DenseMap(4, 4), (3.0, 1.5)): 2,
+        (DenseMap(12, 12), (None, None)): 2,
+        (DenseMap(200, 90), (2.0, 2.0)): 2,
+    }
+
+
+def test_a_matrix_of_zeros_beside_larger_ones():
+    """Its u is zero, and its vectors keep their shapes and stay finite."""
+    model = nnx.List(LipschitzLinear(DenseMap(3, n), 0.9, rngs=nnx.Rngs(n)) for n in (2, 5))
+    model[0].kernel[...] *= 0
+    status = update_norms(model, NormSettings(1e-6, 1e-3, 100), restart=False)
+    assert not model[0].u[...].any() and jnp.isfinite(model[0].v[...]).all() and jnp.isfinite(status.iterations)
+    np.testing.assert_allclose(model[1].norm(), np.linalg.norm(model[1].kernel[...], 2), rtol=1e-5)
 
 
 def test_a_model_of_closed_forms():
