@@ -21,6 +21,7 @@ from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_shape, check_open_interval
 from resflow_jax.functional.linear_maps import LinearMap
+from resflow_jax.functional.primitives.platforms import threads_per_cpu_device
 from resflow_jax.functional.texts import constructor
 from resflow_jax.layers.conditioning import Conditioning, Gate
 from resflow_jax.layers.conditions import ANY, ConditionShape
@@ -32,7 +33,9 @@ from resflow_jax.layers.normalization import MovingCentering
 Array = jax.Array
 Params = dict[str, Array]
 
-_CACHED = 2**16  # numbers in a layer's output: 256 KiB in float32; the L2 cache of a core, 1 or 2 MiB, holds several
+# Numbers in a layer's output. On one thread they are 256 KiB in float32: the L2 cache of a core, 1 or 2 MiB, holds
+# several. XLA divides among threads only what is larger, which then lies in the L3 cache.
+_CACHED_BY_ONE, _CACHED_PER_THREAD = 2**16, 2**18
 
 
 class Contraction(Module):
@@ -85,8 +88,16 @@ class Contraction(Module):
     @property
     def chunk_size(self) -> int | None:
         """Number of examples to evaluate at a time on a CPU, so that a layer's output fits its cache; None for all."""
-        sizes = [math.prod(linear.linear_map.example_shape) for linear in self.linears]
-        return max(1, _CACHED // max(sizes)) if sizes else None
+        if not self.linears:
+            return None
+        threads = threads_per_cpu_device()
+        cached = _CACHED_BY_ONE if threads == 1 else threads * _CACHED_PER_THREAD
+        return max(1, cached // self.widest)
+
+    @property
+    def widest(self) -> int:
+        """The numbers in the largest output of a layer for one example; 0 if there are no `linears`."""
+        return max((math.prod(linear.linear_map.example_shape) for linear in self.linears), default=0)
 
     def condition_features(self, condition: Array | None) -> Any:
         """Arrays [B, ...] that `apply` takes for a condition [B, ...]; computed once for all evaluations of g."""

@@ -32,6 +32,7 @@ from resflow_jax.layers.conditions import ConditionShape, as_condition, common_c
 from resflow_jax.layers.module_texts import Part, Parts
 from resflow_jax.models.bases import StandardNormal, as_base
 from resflow_jax.models.sampling import FlowSampling
+from resflow_jax.models.solve_parts import part_size, solve_in_parts
 from resflow_jax.models.upkeep import FlowUpkeep
 
 Array = jax.Array
@@ -281,7 +282,8 @@ class Flow(FlowSampling, FlowUpkeep):
           any mode by the implicit function theorem. With a logit x may leave [0, 1] by alpha / (1 - 2 alpha).
 
         Cost: for every block a solve, about log(tolerance) / log(Lip(g)) evaluations of g with `FixedPoint`, usually
-        fewer with `Anderson`.
+        fewer with `Anderson`. A call outside of any program solves a large batch in parts, one after the other, so that
+        its memory is bounded (see `models.solve_parts`).
 
         Raises:
           ValueError: for a wrong rank, size or dtype, for concrete values that are not finite, and for a solver that is
@@ -299,7 +301,14 @@ class Flow(FlowSampling, FlowUpkeep):
     ) -> Array | tuple[Array, InverseStatus]:
         """`inverse` of a z that has been checked already."""
         rule, limits = solver.split(self.dtype)
-        x, status = _inverse(*nnx.split(self), z, rule, limits, condition)
+        graphdef, state = nnx.split(self)
+
+        def solve(part):
+            z, condition = part
+            return _inverse(graphdef, state, z, rule, limits, condition)
+
+        size = part_size(self, state, (z, condition))
+        x, status = solve((z, condition)) if size is None else solve_in_parts(solve, (z, condition), size)
         return (x, status) if return_status else reported(x, status, what, solver.on_failure)
 
     def log_prob(

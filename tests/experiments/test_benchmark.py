@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ def tiny(monkeypatch):
 
     class InProcess:
         def __init__(self, case, competitor, cache=None, strategy="jit"):
-            self.ours = competitors.Ours(competitors.CASES[case], strategy)
+            self.ours = competitors.make_competitor(competitors.CASES[case], competitor, strategy)
 
         def __call__(self, measure, *arguments):
             return {**getattr(self.ours, measure)(*arguments), "peak_bytes": 1.0}
@@ -37,10 +38,12 @@ def tiny(monkeypatch):
     monkeypatch.setattr(competitors, "MATMULS", ((512, 512, 512),))  # few of them make up the operations timed
 
 
-def test_a_round(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("competitor", ["resflow_jax", "resflow_jax plain"])
+def test_a_round(competitor, tiny, tmp_path, capsys):
     """Every measure is positive, the inverse is right, and the table and the file tell the same."""
-    config = benchmark.BenchmarkConfig(("digits",), ("resflow_jax",), 1, 1, False, tmp_path)
-    result = benchmark.run(config)
+    config = benchmark.BenchmarkConfig(("digits",), (competitor,), 1, 1, False, tmp_path)
+    with jax.numpy_dtype_promotion("standard"):  # a plain script uses optax as it is
+        result = benchmark.run(config)
     assert json.loads((tmp_path / "benchmark.json").read_text()) == result
     (measured,) = result["cases"]["digits"].values()
     assert set(measured) == set(benchmark.ROWS) and all(value > 0 for value in measured.values())

@@ -65,7 +65,7 @@ CASES = {
         ImageFlowConfig((32, 32, 3), blocks=(2, 2, 2), hidden_channels=512, data=ImageTransform(logit_alpha=0.05)), 64
     ),
 }
-COMPETITORS = ("resflow_jax", "resflow_jax bfloat16", "normflows")
+COMPETITORS = ("resflow_jax", "resflow_jax plain", "resflow_jax bfloat16", "normflows")
 
 
 def photograph_crops(shape: tuple[int, int, int], number: int) -> np.ndarray:
@@ -105,8 +105,12 @@ def make_flow(case: Case, images: np.ndarray) -> ResidualFlow:
 
 def make_trainer(graphdef: Any) -> Trainer:
     """A trainer of bits/dim for 256 levels, with Adam and clipping."""
-    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(LEARNING_RATE))
-    return Trainer(graphdef, dequantized_bits_per_dim(256), optimizer, ema_decay=0.99)
+    return Trainer(graphdef, dequantized_bits_per_dim(256), make_optimizer(), ema_decay=0.99)
+
+
+def make_optimizer() -> optax.GradientTransformation:
+    """Adam with clipping."""
+    return optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(LEARNING_RATE))
 
 
 def compile_step(case: Case) -> dict[str, float]:
@@ -199,6 +203,50 @@ class Ours:
             return {"seconds": sum(self.train()["seconds"] for _ in range(3))}
 
 
+class Plain(Ours):
+    """resflow_jax as a plain script uses it: one device, no flags of XLA, jitted functions of the flow's arrays."""
+
+    @cached_property
+    def step(self) -> Callable[[Any, Array, Array], tuple[Any, dict[str, Any]]]:
+        optimizer = make_optimizer()
+        graphdef, params, others = nnx.split(self.flow, nnx.Param, ...)
+        self.state = params, others, optimizer.init(params)
+        self.batch = self._x
+
+        def loss(params, others, x, key):
+            flow = nnx.merge(graphdef, params, others)
+            log_prob, diagnostics = flow.log_prob(x, key=key, estimator=TRAINING, return_diagnostics=True)
+            return -jnp.mean(log_prob), diagnostics
+
+        @jax.jit
+        def step(state, x, key):
+            params, others, optimizer_state = state
+            gradient, diagnostics = jax.grad(loss, has_aux=True)(params, others, x, key)
+            updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+            flow = nnx.merge(graphdef, optax.apply_updates(params, updates), others)
+            flow.update_norms()
+            _, params, others = nnx.split(flow, nnx.Param, ...)
+            return (params, others, optimizer_state), {"diagnostics": diagnostics}
+
+        return step
+
+    @property
+    def _x(self) -> Array:
+        return jnp.asarray((self.images + np.float32(0.5)) / 256)
+
+    def _log_prob(self, estimator: Roulette) -> Callable[[Array, Array], Array]:
+        graphdef, state = nnx.split(self.flow)
+
+        @jax.jit
+        def log_prob(state, x, key):
+            return nnx.merge(graphdef, state).log_prob(x, key=key, estimator=estimator)
+
+        return lambda x, key: log_prob(state, x, key)
+
+    def _inverse(self, solver: Anderson) -> Callable[[Array], Array]:
+        return partial(self.flow.inverse, solver=solver)
+
+
 MATMULS = ((784, 128, 128), (1024, 512, 512), (2048, 2048, 2048))
 
 
@@ -265,6 +313,18 @@ def _timed(function: Callable[[], Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "value": value}
 
 
+def make_competitor(case: Case, name: str, strategy: Strategy = "jit") -> Ours | Normflows:
+    """One of `COMPETITORS`."""
+    match name:
+        case "normflows":
+            return Normflows(case)
+        case "resflow_jax plain":
+            return Plain(case)
+        case "resflow_jax bfloat16":
+            case = replace(case, config=replace(case.config, matmul_dtype="bfloat16"))
+    return Ours(case, strategy)
+
+
 def main() -> None:
     """Answers the measures of one case and competitor until standard input ends."""
     parser = argparse.ArgumentParser(
@@ -278,19 +338,17 @@ def main() -> None:
     given = parser.parse_args()
     answers, sys.stdout = sys.stdout, sys.stderr
     case, name = CASES[given.case], given.competitor
-    use_xla_flags()
-    use_all_cores()
+    if name != "resflow_jax plain":
+        use_xla_flags()
+        use_all_cores()
     use_compilation_cache()
-    if name.endswith("bfloat16"):
-        case = replace(case, config=replace(case.config, matmul_dtype="bfloat16"))
-    make = partial(Normflows, case) if name == "normflows" else partial(Ours, case, given.strategy)
     competitor = None
     for line in sys.stdin:
         measure, *arguments = line.split()
         if measure == "compile":
             answer = compile_step(case)
         else:
-            competitor = make() if competitor is None else competitor
+            competitor = make_competitor(case, name, given.strategy) if competitor is None else competitor
             answer = getattr(competitor, measure)(*arguments)
         answer["peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(json.dumps(answer), file=answers, flush=True)

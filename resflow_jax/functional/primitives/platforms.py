@@ -5,7 +5,9 @@ the program is lowered for its platform. Both are traced only if JAX differentia
 `jax.experimental.checkify` does not check inside of it.
 """
 
+import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -67,3 +69,16 @@ def _batch(leaves, axes, **params):
 
 ad.primitive_jvps[_by_platform_p] = _jvp
 batching.primitive_batchers[_by_platform_p] = _batch
+
+
+@cache
+def threads_per_cpu_device() -> int:
+    """The CPU cores that this process may use, divided by JAX's CPU devices; at least one. It starts JAX.
+
+    XLA divides a large operation of one CPU device among this number of threads.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        return max(1, cores // jax.local_device_count("cpu"))
+    except RuntimeError:  # JAX was started without CPUs
+        return 1

@@ -1,0 +1,62 @@
+"""Inverts a large batch in parts of one size, one after the other.
+
+Memory then does not grow with the batch, activations of a part stay in a CPU's cache, a part ends when its own slowest
+example has converged, and one compiled program serves all batches that are larger than a part.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.primitives.platforms import threads_per_cpu_device
+from resflow_jax.layers.contraction import Contraction
+
+Array = jax.Array
+
+_CPU_THREAD, _ACCELERATOR = 2**20, 2**26  # numbers in the largest output of a layer
+
+
+def part_size(module: nnx.Module, state: Any, batch: Any) -> int | None:
+    """The number of examples of a part, or None if the batch stays whole.
+
+    It stays whole if an array is traced or divided among devices, and if the batch is not larger than a part.
+
+    Args:
+      module: contains the contractions, which tell how large the outputs of their layers are.
+      state: pytree of the module's arrays.
+      batch: pytree of arrays [B, ...].
+    """
+    arrays = [leaf for leaf in jax.tree.leaves((batch, state)) if isinstance(leaf, jax.Array)]
+    if any(isinstance(array, jax.core.Tracer) or len(array.sharding.device_set) > 1 for array in arrays):
+        return None
+    contractions = (node for _, node in nnx.iter_modules(module) if isinstance(node, Contraction))
+    widest = max([contraction.widest for contraction in contractions] + [math.prod(arrays[0].shape[1:])])
+    (device,) = arrays[0].sharding.device_set
+    numbers = threads_per_cpu_device() * _CPU_THREAD if device.platform == "cpu" else _ACCELERATOR
+    size = max(1, numbers // widest)
+    return size if size < len(arrays[0]) else None
+
+
+def solve_in_parts(
+    solve: Callable[[Any], tuple[Array, InverseStatus]], batch: Any, size: int
+) -> tuple[Array, InverseStatus]:
+    """solve(batch) -> (x, status), for parts of `size` examples; copies of the last example fill the last part."""
+    number = len(jax.tree.leaves(batch)[0])
+    parts = [solve(_part(batch, start, size)) for start in range(0, number, size)]
+    x, statuses = zip(*parts, strict=True)
+    status = jax.tree.map(lambda *fields: jnp.concatenate(fields, axis=-1)[..., :number], *statuses)
+    return jnp.concatenate(x)[:number], status
+
+
+@partial(jax.jit, static_argnames="size")
+def _part(batch: Any, start: int, size: int) -> Any:
+    def of_leaf(leaf):
+        return leaf[jnp.minimum(start + jnp.arange(size), leaf.shape[0] - 1)]
+
+    return jax.tree.map(of_leaf, batch)
