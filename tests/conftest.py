@@ -1,8 +1,8 @@
 """Every test runs in float64, so that rounding cannot mask a wrong formula, and fails if a tracer leaks.
 
-The programs are tiny and usually run once. Most of XLA's optimisations would cost more time than they save, and its
-older emitters of fusions compile in half of the time. Python's garbage collector traverses all traced programs, so it
-runs rarely.
+The programs are tiny and usually run once. Most of XLA's optimisations would cost more time than they save, its older
+emitters of fusions compile in half of the time, and it should not divide the compilation of a program among threads,
+since every core runs tests. Python's garbage collector traverses all traced programs, so it runs rarely.
 """
 
 import gc
@@ -13,7 +13,8 @@ import jaxlib.version
 import pytest
 
 if jaxlib.version.__version__.startswith("0.10."):  # XLA ends a process for a flag that it does not know
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+    FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 gc.set_threshold(200_000, 20, 100)
 
 import jax  # noqa: E402
