@@ -3,6 +3,9 @@
 The derivative comes from the implicit function theorem: dx = (I + J)^-1 (dy - dg). The same solver applies (I + J)^-1,
 or its transpose in reverse mode, as the solution of u = b - J u. The iterations are not stored.
 
+Products in g have the full precision of their dtype (see `primitives.precision`): with the rounded factors that are the
+default of GPUs and TPUs no solve would reach a tolerance of 1e-6.
+
 A solve reports through its status. A compiled program never calls back to Python, since such a call can deadlock. If no
 status is requested, an example that has not converged is reported thus:
 
@@ -30,6 +33,7 @@ from resflow_jax.functional.checks import as_float_batch
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.events import Events, is_tree
 from resflow_jax.functional.iteration import InverseStatus, Solver, example_max, iterate, wide_dtype
+from resflow_jax.functional.primitives.precision import full_precision
 from resflow_jax.functional.primitives.tracing import Traced, run, trace_residual
 from resflow_jax.functional.solvers import Anderson
 
@@ -108,12 +112,14 @@ def residual_inverse(
     condition = as_condition(condition, "y", y)
     check_solver(solver)
     y = vary_over(y, varying_axes((y, params, condition)))
-    traced, closed_over = trace_residual(g, params, "y", *arguments(y, condition))
-    if missing := set(varying_axes(traced.out)) - set(varying_axes(y)):  # g closes over arrays that vary over more axes
-        y = vary_over(y, tuple(sorted(missing)))
+    with full_precision():
         traced, closed_over = trace_residual(g, params, "y", *arguments(y, condition))
-    rule, limits = solver.split(y.dtype)
-    x, status = run(_solve, (traced, rule), limits, closed_over, params, condition, y)
+        missing = set(varying_axes(traced.out)) - set(varying_axes(y))
+        if missing:  # g closes over arrays that vary over more axes
+            y = vary_over(y, tuple(sorted(missing)))
+            traced, closed_over = trace_residual(g, params, "y", *arguments(y, condition))
+        rule, limits = solver.split(y.dtype)
+        x, status = run(_solve, (traced, rule), limits, closed_over, params, condition, y)
     x = x if events is None else events.unpack(x)
     return (x, status) if return_status else reported(x, status, "residual_inverse", solver.on_failure)
 

@@ -13,6 +13,7 @@ bounds are in `norm_bounds`. Norms with p = 1 or q = inf have closed forms.
 
 W is any linear map, given as a callable. For a convolution it is the zero-padded convolution on its real spatial size,
 not the reshaped kernel (Gouk et al. 2018, arXiv 1804.04368; Behrmann et al. 2019, arXiv 1811.00995, appendix D).
+Products have the full precision of their dtype (see `primitives.precision`).
 """
 
 import math
@@ -34,6 +35,7 @@ from resflow_jax.functional.checks import (
     check_order,
     check_positive,
 )
+from resflow_jax.functional.primitives.precision import full_precision
 from resflow_jax.functional.starts import excludes_larger, fixed_start, mixed_start, unit
 from resflow_jax.functional.texts import fields_text, span, values_of
 from resflow_jax.functional.vector_norms import Order, conjugate, dual_map, is_order, positive
@@ -100,6 +102,7 @@ class PowerIteration(NamedTuple):
     status: PowerIterationStatus
 
 
+@full_precision()
 def power_iteration(
     matvec: LinearFunction,
     v: Array,

@@ -18,6 +18,7 @@ factor below two.
 is one of the two again, in its fast form, and needs only x and the kernel. With either padding, the transpose in x is
 the convolution with the reflected kernel and the same padding.
 
+Products have the precision of `jax.default_matmul_precision` at the time of tracing, and so have their derivatives.
 With `matmul_dtype` the factors of every product, also in derivatives, are rounded to that dtype (bfloat16: 8 bits), and
 sums are in float32.
 """
@@ -64,7 +65,8 @@ def convolve(x: Array, kernel: Array, *, padding: str = "zero", matmul_dtype: st
     check_choice("padding", padding, PADDINGS)
     check_choice("matmul_dtype", matmul_dtype, MATMUL_DTYPES)
     dtype = jnp.result_type(x, kernel)
-    return _convolve(x.astype(dtype), kernel.astype(dtype), False, padding, matmul_dtype)
+    precision = jax.config.jax_default_matmul_precision
+    return _convolve(x.astype(dtype), kernel.astype(dtype), False, padding, matmul_dtype, precision)
 
 
 def conv2d(x: Array, kernel: Array, *, matmul_dtype: str | None = None) -> Array:
@@ -86,14 +88,20 @@ _convolve_p = Primitive("convolve")
 _correlate_p = Primitive("correlate")
 
 
-def _convolve(x: Array, kernel: Array, reflected: bool, padding: str, matmul_dtype: str | None) -> Array:
+def _convolve(
+    x: Array, kernel: Array, reflected: bool, padding: str, matmul_dtype: str | None, precision: str | None
+) -> Array:
     x, kernel = vary_alike(x, kernel)
-    return _convolve_p.bind(x, kernel, reflected=reflected, padding=padding, matmul_dtype=matmul_dtype)
+    options = {"padding": padding, "matmul_dtype": matmul_dtype, "precision": precision}
+    return _convolve_p.bind(x, kernel, reflected=reflected, **options)
 
 
-def _correlate(x: Array, y: Array, sides: tuple[int, ...], padding: str, matmul_dtype: str | None) -> Array:
+def _correlate(
+    x: Array, y: Array, sides: tuple[int, ...], padding: str, matmul_dtype: str | None, precision: str | None
+) -> Array:
     x, y = vary_alike(x, y)
-    return _correlate_p.bind(x, y, sides=sides, padding=padding, matmul_dtype=matmul_dtype)
+    options = {"padding": padding, "matmul_dtype": matmul_dtype, "precision": precision}
+    return _correlate_p.bind(x, y, sides=sides, **options)
 
 
 def convolve_lax(
@@ -209,15 +217,25 @@ def _sum_dtype(a: Array, matmul_dtype: str | None):
     return a.dtype if matmul_dtype is None else jnp.float32
 
 
-def _convolve_aval(x, kernel, *, reflected, padding, matmul_dtype):
+def _convolve_aval(x, kernel, *, reflected, **_):
     return x.update(shape=(*x.shape[:-1], kernel.shape[-2 if reflected else -1]), weak_type=False)
 
 
-def _correlate_aval(x, y, *, sides, padding, matmul_dtype):
+def _correlate_aval(x, y, *, sides, **_):
     return x.update(shape=(*sides, x.shape[-1], y.shape[-1]), weak_type=False)
 
 
-_STATIC = "sides", "reflected", "padding", "matmul_dtype"
+_STATIC = "sides", "reflected", "padding", "matmul_dtype", "precision"
+
+
+def _at_precision(lowering):
+    """The lowering with the precision that JAX had when the operation was traced; by now it may have another one."""
+
+    def lower(*arguments, precision, **params):
+        with jax.default_matmul_precision(precision):
+            return lowering(*arguments, **params)
+
+    return lower
 
 
 def _at_once(compiled, cpu, default, *arguments, **params):
@@ -236,15 +254,17 @@ def _batch(cpu, default, arguments, axes, **params):
 def _batch_convolve(arguments, axes, **params):
     (x, kernel), (axis, kernel_axis) = arguments, axes
     if kernel_axis is not None:
-        return _batch(convolve_matmul, convolve_lax, arguments, axes, **params)
+        return _batch(*_convolve_lowerings, arguments, axes, **params)
     x = jnp.moveaxis(x, axis, 0)
     out = _convolve(x.reshape(-1, *x.shape[2:]), kernel, **params)
     return out.reshape(*x.shape[:2], *out.shape[1:]), 0
 
 
-for _primitive, _cpu, _default, _aval in (
-    (_convolve_p, convolve_matmul, convolve_lax, _convolve_aval),
-    (_correlate_p, correlate_matmul, correlate_lax, _correlate_aval),
+_convolve_lowerings = _at_precision(convolve_matmul), _at_precision(convolve_lax)
+_correlate_lowerings = _at_precision(correlate_matmul), _at_precision(correlate_lax)
+for _primitive, (_cpu, _default), _aval in (
+    (_convolve_p, _convolve_lowerings, _convolve_aval),
+    (_correlate_p, _correlate_lowerings, _correlate_aval),
 ):
     _primitive.def_impl(partial(_at_once, jax.jit(_primitive.bind, static_argnames=_STATIC), _cpu, _default))
     _primitive.def_abstract_eval(_aval)
@@ -254,18 +274,18 @@ for _primitive, _cpu, _default, _aval in (
 batching.primitive_batchers[_convolve_p] = _batch_convolve
 
 
-def _convolve_transpose_x(ct, x, kernel, *, reflected, padding, matmul_dtype):
-    return _convolve(ct, kernel, not reflected, padding, matmul_dtype)
+def _convolve_transpose_x(ct, x, kernel, *, reflected, **options):
+    return _convolve(ct, kernel, not reflected, **options)
 
 
-def _convolve_transpose_kernel(ct, x, kernel, *, reflected, padding, matmul_dtype):
+def _convolve_transpose_kernel(ct, x, kernel, *, reflected, **options):
     x, y = (ct, x) if reflected else (x, ct)
-    return _correlate(x, y, kernel.aval.shape[:-2], padding, matmul_dtype)
+    return _correlate(x, y, kernel.aval.shape[:-2], **options)
 
 
 ad.defbilinear(_convolve_p, _convolve_transpose_x, _convolve_transpose_kernel)
 ad.defbilinear(
     _correlate_p,
-    lambda ct, x, y, *, sides, padding, matmul_dtype: _convolve(y, ct, True, padding, matmul_dtype),
-    lambda ct, x, y, *, sides, padding, matmul_dtype: _convolve(x, ct, False, padding, matmul_dtype),
+    lambda ct, x, y, *, sides, **options: _convolve(y, ct, True, **options),
+    lambda ct, x, y, *, sides, **options: _convolve(x, ct, False, **options),
 )
