@@ -26,13 +26,13 @@ from resflow_jax.functional.primitives.tracing import run
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.texts import count, setting
 from resflow_jax.functional.values import Domain, checked
-from resflow_jax.layers.bijector import Bijector, checked_estimator, join_diagnostics, join_statuses, own_condition
+from resflow_jax.layers.bijector import Bijector, checked_estimator, join_diagnostics, own_condition
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.conditions import ConditionShape, as_condition, common_condition_shape
 from resflow_jax.layers.module_texts import Part, Parts
 from resflow_jax.models.bases import StandardNormal, as_base
 from resflow_jax.models.sampling import FlowSampling
-from resflow_jax.models.solve_parts import part_size, solve_in_parts
+from resflow_jax.models.solve_parts import solved
 from resflow_jax.models.upkeep import FlowUpkeep
 
 Array = jax.Array
@@ -300,15 +300,7 @@ class Flow(FlowSampling, FlowUpkeep):
         self, z: Array, condition: Array | None, solver: Solver, return_status: bool, what: str
     ) -> Array | tuple[Array, InverseStatus]:
         """`inverse` of a z that has been checked already."""
-        rule, limits = solver.split(self.dtype)
-        graphdef, state = nnx.split(self)
-
-        def solve(part):
-            z, condition = part
-            return _inverse(graphdef, state, z, rule, limits, condition)
-
-        size = part_size(self, state, (z, condition))
-        x, status = solve((z, condition)) if size is None else solve_in_parts(solve, (z, condition), size)
+        x, status = solved(self, z, condition, solver)
         return (x, status) if return_status else reported(x, status, what, solver.on_failure)
 
     def log_prob(
@@ -441,11 +433,3 @@ def _log_prob(graphdef, state, x, key, estimator, condition):
 def _transform(graphdef, state, x, condition):
     flow = nnx.merge(graphdef, state)
     return flow.bijector(x.astype(flow.dtype), own_condition(flow.bijector, condition))
-
-
-@partial(jax.jit, static_argnames=("graphdef", "rule"))
-def _inverse(graphdef, state, z, rule, limits, condition):
-    flow = nnx.merge(graphdef, state)
-    z = z.astype(flow.dtype)
-    x, statuses = flow.bijector.solve(z, rule.with_limits(limits), own_condition(flow.bijector, condition))
-    return x, join_statuses(statuses, z)

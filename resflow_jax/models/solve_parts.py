@@ -13,13 +13,34 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.iteration import InverseStatus, Solver
 from resflow_jax.functional.primitives.platforms import threads_per_cpu_device
+from resflow_jax.layers.bijector import join_statuses, own_condition
 from resflow_jax.layers.contraction import Contraction
 
 Array = jax.Array
 
 _CPU_THREAD, _ACCELERATOR = 2**20, 2**26  # numbers in the largest output of a layer
+
+
+def solved(flow: Any, z: Array, condition: Array | None, solver: Solver) -> tuple[Array, InverseStatus]:
+    """(x, status) of a `Flow` for z [B, *latent_shape] and conditions [B, ...], in parts where that is possible."""
+    rule, limits = solver.split(flow.dtype)
+    graphdef, state = nnx.split(flow)
+
+    def solve(batch):
+        return _solve(graphdef, state, *batch, rule, limits)
+
+    size = part_size(flow, state, (z, condition))
+    return solve((z, condition)) if size is None else solve_in_parts(solve, (z, condition), size)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "rule"))
+def _solve(graphdef, state, z, condition, rule, limits):
+    flow = nnx.merge(graphdef, state)
+    z = z.astype(flow.dtype)
+    x, statuses = flow.bijector.solve(z, rule.with_limits(limits), own_condition(flow.bijector, condition))
+    return x, join_statuses(statuses, z)
 
 
 def part_size(module: nnx.Module, state: Any, batch: Any) -> int | None:
