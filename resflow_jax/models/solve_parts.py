@@ -1,7 +1,8 @@
 """Inverts a large batch in parts of one size, one after the other.
 
-Memory then does not grow with the batch, activations of a part stay in a CPU's cache, a part ends when its own slowest
-example has converged, and one compiled program serves all batches that are larger than a part.
+Memory then does not grow with the batch, activations of a part stay in a CPU's cache, and a part ends when its own
+slowest example has converged. A batch of few parts is divided equally. One of many has parts of the largest size: then
+one compiled program serves all such batches.
 """
 
 import math
@@ -21,6 +22,7 @@ from resflow_jax.layers.contraction import Contraction
 Array = jax.Array
 
 _CPU_THREAD, _ACCELERATOR = 2**20, 2**26  # numbers in the largest output of a layer
+_MANY = 8  # parts, of which the last may be filled with copies at little cost
 
 
 def solved(flow: Any, z: Array, condition: Array | None, solver: Solver) -> tuple[Array, InverseStatus]:
@@ -60,8 +62,10 @@ def part_size(module: nnx.Module, state: Any, batch: Any) -> int | None:
     widest = max([contraction.widest for contraction in contractions] + [math.prod(arrays[0].shape[1:])])
     (device,) = arrays[0].sharding.device_set
     numbers = threads_per_cpu_device() * _CPU_THREAD if device.platform == "cpu" else _ACCELERATOR
-    size = max(1, numbers // widest)
-    return size if size < len(arrays[0]) else None
+    number, size = len(arrays[0]), max(1, numbers // widest)
+    if number <= size:
+        return None
+    return size if number > _MANY * size else math.ceil(number / math.ceil(number / size))
 
 
 def solve_in_parts(

@@ -24,7 +24,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(solve_parts, "threads_per_cpu_device", lambda: 1)
 
 
-@pytest.mark.parametrize("number", [3, 4, 5, 8, 11])
+@pytest.mark.parametrize("number", [3, 4, 5, 8, 11, 33])
 @pytest.mark.parametrize("of_each", [True, False])
 def test_parts_are_the_whole(flow, number, of_each, monkeypatch):
     """Samples, their status and a condition of each example, for numbers that parts of four divide and do not."""
@@ -40,11 +40,13 @@ def test_parts_are_the_whole(flow, number, of_each, monkeypatch):
 
 
 def test_one_program_for_all_numbers(flow):
-    """All numbers of samples above a part are parts of one size."""
-    condition = jnp.ones(1)
-    flow.sample(jax.random.key(0), 5, condition=condition)
+    """Many samples are parts of one size, whatever their number; few are divided equally."""
+    condition, state = jnp.ones(1), nnx.state(flow)
+    sizes = {n: solve_parts.part_size(flow, state, (jnp.zeros((n, 2)), None)) for n in (4, 5, 9, 32, 33, 34)}
+    assert sizes == {4: None, 5: 3, 9: 3, 32: 4, 33: 4, 34: 4}
+    flow.sample(jax.random.key(0), 33, condition=condition)
     before = solve_parts._solve._cache_size()
-    for number in (6, 9, 23):
+    for number in (35, 40, 57):
         assert flow.sample(jax.random.key(0), number, condition=condition).shape == (number, 2)
     assert solve_parts._solve._cache_size() == before
 
@@ -70,8 +72,8 @@ def test_wide_events_without_known_layers():
     """A flow whose contractions tell nothing of their layers: the event decides."""
     flow = rf.Flow(rf.ActNorm((12,)), rf.StandardNormal((12,)))
     state = nnx.state(flow)
-    assert solve_parts.part_size(flow, state, (jnp.zeros((9, 12)), None)) == 2
-    assert flow.sample(jax.random.key(0), 9).shape == (9, 12)
+    assert solve_parts.part_size(flow, state, (jnp.zeros((17, 12)), None)) == 2
+    assert flow.sample(jax.random.key(0), 17).shape == (17, 12)
 
 
 def test_an_example_that_fails_is_named(flow):
