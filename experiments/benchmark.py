@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from experiments.runs.command import Command, Output
-from experiments.runs.devices import number_of_cores
 from experiments.runs.workdir import write_atomically
 from experiments.studies.parts.competitors import CASES, COMPETITORS
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.primitives.platforms import number_of_cores
 from resflow_jax.training.parallel import STRATEGIES, Strategy
 
 TOLERANCES = ("1e-2", "1e-3", "1e-4", "1e-5", "1e-6")

@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 from jax.sharding import AxisType, Mesh
 
+from resflow_jax.functional.primitives.platforms import number_of_cores
+
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in $JAX_COMPILATION_CACHE_DIR or ~/.cache/resflow_jax for the next start."""
@@ -29,11 +31,6 @@ def use_all_cores(number: int | None = None) -> None:
 def cores_for(batch_size: int) -> int:
     """The most CPU cores that can take equal shares of a batch."""
     return _most_sharing(batch_size, number_of_cores())
-
-
-def number_of_cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 _XLA_FLAGS = {

@@ -30,7 +30,7 @@ import tyro
 from flax import nnx
 
 from experiments.runs.command import Command, Output
-from experiments.runs.devices import number_of_cores, use_all_cores, use_compilation_cache, use_xla_flags
+from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
 from experiments.runs.workdir import write_atomically
 from experiments.studies.parts.collectives import collectives
 from experiments.studies.parts.competitors import (
@@ -43,6 +43,7 @@ from experiments.studies.parts.competitors import (
 )
 from resflow_jax import ResidualFlow, Roulette
 from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.primitives.platforms import number_of_cores
 from resflow_jax.io.config_json import as_json
 from resflow_jax.training.parallel import STRATEGIES, make_mesh
 from resflow_jax.training.placement import Placement

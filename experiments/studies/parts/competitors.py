@@ -211,7 +211,7 @@ class Plain(Ours):
         optimizer = make_optimizer()
         graphdef, params, others = nnx.split(self.flow, nnx.Param, ...)
         self.state = params, others, optimizer.init(params)
-        self.batch = self._x
+        self.batch = jnp.asarray((self.images + np.float32(0.5)) / 256)
 
         def loss(params, others, x, key):
             flow = nnx.merge(graphdef, params, others)
@@ -229,10 +229,6 @@ class Plain(Ours):
             return (params, others, optimizer_state), {"diagnostics": diagnostics}
 
         return step
-
-    @property
-    def _x(self) -> Array:
-        return jnp.asarray((self.images + np.float32(0.5)) / 256)
 
     def _log_prob(self, estimator: Roulette) -> Callable[[Array, Array], Array]:
         graphdef, state = nnx.split(self.flow)

@@ -71,14 +71,18 @@ ad.primitive_jvps[_by_platform_p] = _jvp
 batching.primitive_batchers[_by_platform_p] = _batch
 
 
+def number_of_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @cache
 def threads_per_cpu_device() -> int:
-    """The CPU cores that this process may use, divided by JAX's CPU devices; at least one. It starts JAX.
+    """`number_of_cores`, divided by JAX's CPU devices; at least one. It starts JAX.
 
     XLA divides a large operation of one CPU device among this number of threads.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        return max(1, cores // jax.local_device_count("cpu"))
+        return max(1, number_of_cores() // jax.local_device_count("cpu"))
     except RuntimeError:  # JAX was started without CPUs
         return 1
