@@ -161,10 +161,10 @@ def example_keys(key: Array, x: Array) -> Array:
 
 def shared_and_example_keys(key: Array, x: Array) -> tuple[Array, Array]:
     """A PRNG key for draws that all examples share, and keys [B] for each example, all independent of each other."""
-    key, numbers = _as_threefry(key), 1 + _numbers(x)
+    key = _as_threefry(key)
     if axes_of_batch(x):
-        return jax.random.fold_in(key, 0), _fold_in(key, numbers)
-    keys = _fold_in(key, jnp.concatenate([jnp.zeros(1, jnp.int32), numbers]))  # a single call compiles faster than two
+        return jax.random.fold_in(key, 0), _fold_in(key, 1 + _numbers(x))
+    keys = _fold_in(key, jnp.arange(1 + x.shape[0], dtype=jnp.int32))  # a single call compiles faster than two
     return keys[0], keys[1:]
 
 

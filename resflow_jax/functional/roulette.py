@@ -18,8 +18,16 @@ Array = jax.Array
 
 
 def draw_lengths(law: LengthLaw, key: Array, num_lengths: int) -> Array:
-    """Draws independent lengths, int32 [num_lengths]; ValueError if the law does not return integers of this shape."""
-    lengths = jnp.asarray(law.sample(key, (num_lengths,)))
+    """Draws independent lengths, int32 [num_lengths]; ValueError if the law does not return integers of this shape.
+
+    The key must be random itself, as `jax.random.fold_in` returns it, and not be used elsewhere.
+    """
+    words = jax.random.key_data(key)
+    has_both = {"sample", "from_bits"} <= vars(type(law)).keys()  # inherited, `from_bits` may belong to another law
+    if num_lengths == 1 and words.shape == (2,) and has_both:
+        lengths = jnp.asarray(law.from_bits(words[:, None]))  # compiles faster than a draw
+    else:
+        lengths = jnp.asarray(law.sample(key, (num_lengths,)))
     if lengths.shape != (num_lengths,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"length: expected sample(key, {(num_lengths,)}) to return integers {(num_lengths,)}, got {lengths.dtype} "

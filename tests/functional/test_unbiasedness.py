@@ -51,6 +51,7 @@ def enumerate_draws(monkeypatch, net, estimator, lengths=(0,)):
                 patch.setattr(module, "make_probes", make_probes)
             for law in (Geometric, Poisson, Defensive, Fitted):
                 patch.setattr(law, "sample", lambda self, key, shape: jnp.broadcast_to(length, shape))
+                patch.setattr(law, "from_bits", lambda self, bits: jnp.broadcast_to(length, bits.shape[1:]))
             return estimate(net, estimator, jax.random.key(0))
 
     over_probes = jax.vmap(one, (None, 0))

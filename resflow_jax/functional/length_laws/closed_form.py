@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.checks import check_open_interval
-from resflow_jax.functional.length_laws.draws import UNKNOWN_LIPSCHITZ, draw_geometric, uniform
+from resflow_jax.functional.length_laws.draws import (
+    UNKNOWN_LIPSCHITZ,
+    draw_geometric,
+    event_and_uniform,
+    random_bits,
+    uniform,
+)
 
 Array = jax.Array
 
@@ -46,7 +52,11 @@ class Geometric:
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws independent lengths, int32 of `shape`; it works under jit and vmap."""
-        return draw_geometric(uniform(key, shape), math.log1p(-self.p))
+        return self.from_bits(random_bits(key, shape))
+
+    def from_bits(self, bits: Array) -> Array:
+        """Independent lengths, int32 [...], from random words, uint32 [2, ...]."""
+        return draw_geometric(uniform(bits), math.log1p(-self.p))
 
     def survival(self, k: Array | int) -> Array:
         """P(N >= k), floats of k's shape; 1 for k <= 1."""
@@ -87,9 +97,16 @@ class Poisson:
         check_open_interval("rate", self.rate, 0, math.inf)
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
-        """Draws independent lengths, int32 of `shape`, by inversion: N = #{k >= 1: u < P(N >= k)} for a uniform u."""
-        table = self._table[1:].reshape(*[1] * len(shape), -1)
-        return jnp.sum(uniform(key, shape)[..., None] < table, axis=-1, dtype=jnp.int32)
+        """Draws independent lengths, int32 of `shape`; it works under jit and vmap."""
+        return self.from_bits(random_bits(key, shape))
+
+    def from_bits(self, bits: Array) -> Array:
+        """Independent lengths, int32 [...], from random words, uint32 [2, ...].
+
+        They are found by inversion: N = #{k >= 1: u < P(N >= k)} for a uniform u.
+        """
+        u = uniform(bits)[..., None]
+        return jnp.sum(u < self._table[1:].reshape(*[1] * (u.ndim - 1), -1), axis=-1, dtype=jnp.int32)
 
     def survival(self, k: Array | int) -> Array:
         """P(N >= k), floats of k's shape; 1 for k <= 0. From a table down to 1e-300; in float32 zero below 1e-38."""
@@ -158,8 +175,12 @@ class Defensive:
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws independent lengths, int32 of `shape`; it works under jit and vmap."""
-        choice, length = uniform(key, (2, *shape))
-        return draw_geometric(length, jnp.where(choice < self.share, math.log(self.tail_ratio()), math.log1p(-self.p)))
+        return self.from_bits(random_bits(key, shape))
+
+    def from_bits(self, bits: Array) -> Array:
+        """Independent lengths, int32 [...], from random words, uint32 [2, ...]."""
+        is_long, u = event_and_uniform(bits, self.share)
+        return draw_geometric(u, jnp.where(is_long, math.log(self.tail_ratio()), math.log1p(-self.p)))
 
     def survival(self, k: Array | int) -> Array:
         """P(N >= k), floats of k's shape; 1 for k <= 1."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.checks import check_open_interval
-from resflow_jax.functional.length_laws.draws import UNKNOWN_LIPSCHITZ, uniform
+from resflow_jax.functional.length_laws.draws import UNKNOWN_LIPSCHITZ, random_bits, uniform
 
 Array = jax.Array
 
@@ -52,9 +52,13 @@ class Fitted:
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws independent lengths, int32 of `shape`; it works under jit and vmap."""
+        return self.from_bits(random_bits(key, shape))
+
+    def from_bits(self, bits: Array) -> Array:
+        """Independent lengths, int32 [...], from random words, uint32 [2, ...]."""
         table = jnp.asarray(self.table)
-        u = uniform(key, shape).astype(table.dtype)
-        inside = jnp.sum(u[..., None] < table.reshape(*[1] * len(shape), -1), axis=-1, dtype=jnp.int32)
+        u = uniform(bits).astype(table.dtype)
+        inside = jnp.sum(u[..., None] < table.reshape(*[1] * u.ndim, -1), axis=-1, dtype=jnp.int32)
         # N >= K + j where u < P(N >= K) * L^j
         after = jnp.ceil(jnp.log(u / table[-1]) / math.log(self.tail_ratio())) - 1
         return inside + jnp.maximum(after, 0).astype(jnp.int32)

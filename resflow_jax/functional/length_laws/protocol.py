@@ -32,6 +32,8 @@ class LengthLaw(Protocol):
       within(lipschitz) -> law: the law to use for a g with this Lipschitz constant (None if it is unknown).
       upper_bound() -> law: a law without traced arrays whose P(N >= k) is at least as large. gradient="autodiff" takes
         the longest series from it.
+      from_bits(bits) -> lengths [...] from independent random words, uint32 [2, ...], in a class that defines `sample`
+        too. A single length is then drawn from the two words of a key, which compiles faster.
       check(): raises ValueError if the values of the law are wrong. It is called before the law is used.
 
     The estimate is unbiased if `survival` is exactly the survival function of `sample`. See the head of this module for

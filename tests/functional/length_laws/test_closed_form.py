@@ -9,7 +9,8 @@ import pytest
 import scipy.stats
 
 from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, Poisson, check_variance
-from resflow_jax.functional.roulette import term_weight
+from resflow_jax.functional.length_laws.draws import event_and_uniform
+from resflow_jax.functional.roulette import draw_lengths, term_weight
 from tests.functional.contractions import z_scores
 
 K = np.arange(-2, 61)
@@ -292,3 +293,45 @@ def test_ratios_near_one_in_float32(law):
         samples = np.asarray(law.sample(jax.random.key(0), (20_000,)), float)
     mean = 1e4 if isinstance(law, Geometric) else 0.1 * 2 + 0.9 * 1e6
     assert abs(z_scores(samples, mean)) < 4
+
+
+def test_far_tails_are_drawn():
+    """Words close to a threshold give the lengths whose probability is the interval beside it, in both float types."""
+    law = Defensive(0.5, 0.25, 0.9)
+    first = np.array([0, 2**30 - 1, 2**30, 2**32 - 1], np.uint32)
+    bits = np.stack([first, np.array([0, 2**32 - 1, 0, 2**32 - 1], np.uint32)])
+    expected = [np.log(2.0**-63) / np.log(0.9), 1, np.log2(2**65 * 0.75), 1]
+    for is_wide in (True, False):
+        with jax.enable_x64(is_wide):
+            np.testing.assert_array_equal(law.from_bits(jnp.asarray(bits)), np.ceil(expected))
+
+
+@pytest.mark.parametrize("share", [2.0**-40, 0.3, 1 - 2.0**-40])
+def test_event_and_uniform(share):
+    """The event has its probability, and the float is uniform given it and given its opposite (Kolmogorov-Smirnov)."""
+    bits = np.random.default_rng(0).integers(2**32, size=(2, 100_000), dtype=np.uint32)
+    if share < 0.1:  # integers around the threshold of 2^24
+        bits = np.stack([np.zeros_like(bits[0]), bits[1] >> 7])
+    occurs, u = map(np.asarray, event_and_uniform(jnp.asarray(bits), share))
+    expected = 0.5 if share < 0.1 else share
+    assert abs(occurs.mean() - expected) < 5 * np.sqrt(expected * (1 - expected) / occurs.size) + 1e-12
+    for part in (u[occurs], u[~occurs] * (2.0**40 - 1 if share < 0.1 else 1)):
+        assert len(part) == 0 or scipy.stats.kstest(part, "uniform").pvalue > 1e-4
+
+
+class Longer(Geometric):
+    """A law that overrides `sample` alone."""
+
+    def sample(self, key, shape=()):
+        return 100 + super().sample(key, shape)
+
+
+def test_a_single_length_is_drawn_from_the_words_of_its_key():
+    """The fraction of lengths over many keys is the stated one; a subclass with its own `sample` keeps it."""
+    keys = jax.random.split(jax.random.key(3), 100_000)
+    for law in (Geometric(0.3), Poisson(2.0), Defensive(0.3, 0.2, 0.9), TABLES[0]):
+        lengths = np.asarray(jax.jit(jax.vmap(lambda key, law=law: draw_lengths(law, key, 1)[0]))(keys))
+        p = stated_survival(law, np.arange(1, 12))
+        fraction = np.mean(lengths[:, None] >= np.arange(1, 12), axis=0)
+        assert np.all(np.abs(fraction - p) <= 5 * np.sqrt(p * (1 - p) / keys.size))
+    assert draw_lengths(Longer(0.3), keys[0], 1) > 100
