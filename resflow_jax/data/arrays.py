@@ -1,4 +1,4 @@
-"""Reads the arrays of a .npy or .npz file, by splits."""
+"""Reads the arrays of a .npy or .npz file, by name or by split."""
 
 from pathlib import Path
 
@@ -6,12 +6,24 @@ import numpy as np
 
 from resflow_jax.data.splits import SPLITS
 
+# arrays of labels and of names of classes, which may stand beside images
+LABELS = frozenset({"labels", "names", *(f"{split}_labels" for split in SPLITS)})
+
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a file by split: its only array as "train", or the arrays train, test and (if any) validation.
 
     Raises:
       ValueError: if the file cannot be read, or has arrays with other names; the message names the file.
+    """
+    return by_split(read_named_arrays(path), path)
+
+
+def read_named_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a file by name; that of a .npy file has the name "train".
+
+    Raises:
+      ValueError: if the file cannot be read; the message names it.
     """
     try:
         with path.open("rb") as file:
@@ -22,6 +34,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):
             raise ValueError(f"path: expected a {path.suffix} file of arrays, got something else for {name} in {path}")
+    return arrays
+
+
+def by_split(arrays: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
+    """One array of any name as "train"; more as they are, if their names are those of splits, as in `read_arrays`."""
     if len(arrays) == 1:
         return {"train": next(iter(arrays.values()))}
     if "train" not in arrays or not set(arrays) <= set(SPLITS):

@@ -42,16 +42,48 @@ class Augmentation:
         return image
 
 
+@dataclass(frozen=True)
+class _LabelledRows:
+    """A sequence of pairs of a row and its label."""
+
+    rows: np.ndarray | StoredImages
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.int32]:
+        return self.rows[index], self.labels[index]
+
+
+@dataclass(frozen=True)
+class _AugmentationOfFirst:
+    """Changes the image of a pair and leaves its label."""
+
+    augmentation: Augmentation
+
+    def __call__(self, pair: tuple[np.ndarray, np.int32], rng: np.random.Generator) -> tuple[np.ndarray, np.int32]:
+        image, label = pair
+        return self.augmentation(image, rng), label
+
+
+Batch = np.ndarray | tuple[np.ndarray, np.ndarray]
+
+
 class Batches:
     """The batches of step 0, 1, 2, ..., without end. Each depends only on the settings and the step.
 
-    Every epoch visits all rows in a new random order. A batch may span two epochs.
+    Every epoch visits all rows in a new random order. A batch may span two epochs. With labels, a batch is a pair: the
+    rows, which are those of a batch without labels, and their labels.
 
     Example:
       >>> from resflow_jax.data.batches import Batches
       >>> batches = Batches(np.arange(10), seed=0, batch_size=5)
       >>> sorted([*batches[0].tolist(), *batches[1].tolist()])   # two batches are an epoch
       [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+      >>> rows, labels = Batches(np.arange(10), seed=0, batch_size=5, labels=np.arange(10) % 2)[0]
+      >>> np.array_equal(labels, rows % 2)
+      True
     """
 
     def __init__(
@@ -63,6 +95,7 @@ class Batches:
         augmentation: Augmentation | None = None,
         part: int = 0,
         parts: int = 1,
+        labels: np.ndarray | None = None,
     ):
         """Divides every batch into `parts` equal parts, one for each process, and reads part number `part`.
 
@@ -73,10 +106,11 @@ class Batches:
           augmentation: changes of images, or None.
           part: number of the part that this process reads, from 0.
           parts: number of parts.
+          labels: integers [N], one for each row, or None. They may be -1 for rows of an unknown class.
 
         Raises:
-          ValueError: if the batch is larger than the number of rows or not divisible by `parts`, or for an augmentation
-            of rows that are not images.
+          ValueError: if the batch is larger than the number of rows or not divisible by `parts`, for an augmentation of
+            rows that are not images, or for labels that are not integers [N].
         """
         import grain
 
@@ -86,18 +120,22 @@ class Batches:
             )
         if batch_size % parts:
             raise ValueError(f"batch_size: expected a multiple of {parts} parts, got {batch_size}")
-        dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+        source = rows if labels is None else _LabelledRows(rows, _as_labels(labels, len(rows)))
+        dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
         if augmentation is not None and (augmentation.flip or augmentation.crop):
             if len(rows.shape) != 4:
                 raise ValueError(f"augmentation: expected images [N, H, W, C] to augment, got shape {rows.shape}")
-            dataset = dataset.random_map(augmentation)
+            dataset = dataset.random_map(augmentation if labels is None else _AugmentationOfFirst(augmentation))
         self._dataset = dataset.batch(batch_size // parts, drop_remainder=True)[part::parts]
 
-    def __getitem__(self, step: int) -> np.ndarray:
-        """This process's part of the batch of a step, [batch_size / parts, ...] in the dtype of the rows."""
+    def __getitem__(self, step: int) -> Batch:
+        """This process's part of the batch of a step, [batch_size / parts, ...] in the dtype of the rows.
+
+        With labels, the pair of this array and of int32 labels [batch_size / parts].
+        """
         return self._dataset[step]
 
-    def starting_at(self, step: int, *, threads: int = 2, ahead: int = 4, workers: int = 0) -> Iterator[np.ndarray]:
+    def starting_at(self, step: int, *, threads: int = 2, ahead: int = 4, workers: int = 0) -> Iterator[Batch]:
         """Iterates over the batches from `step` on. The settings below affect the speed, not the batches.
 
         Args:
@@ -120,9 +158,17 @@ class Batches:
         return batches
 
 
-def _read_by_workers(dataset: Any, workers: int) -> Iterator[np.ndarray]:
+def _as_labels(labels: np.ndarray, number: int) -> np.ndarray:
+    labels = np.asarray(labels)
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (number,):
+        raise ValueError(f"labels: expected {number} integers, one for each row, got {labels.dtype} {labels.shape}")
+    return labels.astype(np.int32)
+
+
+def _read_by_workers(dataset: Any, workers: int) -> Iterator[Batch]:
     """Iterates over a grain IterDataset with worker processes, until the generator is closed."""
     import grain
+    import jax
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -130,7 +176,8 @@ def _read_by_workers(dataset: Any, workers: int) -> Iterator[np.ndarray]:
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers), _set_up_worker)
     with closing(iter(dataset)) as iterator:
         for batch in iterator:
-            yield np.array(batch)  # a copy: JAX could keep the shared memory in use as long as its array lives
+            # copies: JAX could keep the shared memory in use as long as its arrays live
+            yield jax.tree.map(np.array, batch)
 
 
 def _close(reference: weakref.ref) -> None:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from resflow_jax.data.images import ImageSplits, reduce_bits
+from resflow_jax.data.labels import LabelledImages, Labels, number_names
 from resflow_jax.data.vectors import VectorSplits
 from resflow_jax.functional.checks import check_count
 
@@ -33,6 +34,18 @@ def load_digit_labels() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits as load
 
     return tuple(_split_digits(load().target))
+
+
+def load_labelled_digits() -> LabelledImages:
+    """The images of `load_digits` with their classes, the digits "0" to "9".
+
+    Example:
+      >>> from resflow_jax.data.embedded import load_labelled_digits
+      >>> digits = load_labelled_digits()
+      >>> digits.images.test.shape, digits.labels.test.shape, digits.labels.classes
+      ((300, 8, 8, 1), (300,), 10)
+    """
+    return LabelledImages(load_digits(), Labels(*load_digit_labels(), names=number_names(10)))
 
 
 def _split_digits(values: np.ndarray) -> list[np.ndarray]:

@@ -1,19 +1,16 @@
 """Reads a user's images: a folder of image files, an array in a .npy or .npz file, or IDX files like those of MNIST."""
 
-import gzip
-import math
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from resflow_jax.data.arrays import read_arrays
+from resflow_jax.data.arrays import LABELS, by_split, read_named_arrays
+from resflow_jax.data.idx import idx_images, read_idx_images
 from resflow_jax.data.images import Images, ImageSplits, StoredImages, held_if_small, reduce_bits
 from resflow_jax.data.splits import SPLITS, complete
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-_IDX_IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 _SPLIT_LIKE = {*SPLITS, "val", "valid", "dev", "training", "testing"}
 _GREY = ("1", "L", "LA")  # modes of files with one channel
 
@@ -25,7 +22,7 @@ def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
 
       - a folder of image files, at any depth, or a folder with the subfolders train, test and optionally validation;
       - a .npy file of uint8 images [N, H, W, C] or [N, H, W]; a .npz file with one such array, or with the arrays
-        train, test and optionally validation;
+        train, test and optionally validation. Arrays of labels, as `load_labelled_path` takes, are ignored;
       - an IDX file of images, or a folder with the files of MNIST (train-images-idx3-ubyte, t10k-images-idx3-ubyte),
         compressed by gzip or not.
 
@@ -58,8 +55,8 @@ def image_shape(path: str | Path) -> tuple[int, int, int]:
       FileNotFoundError, ValueError: as `load_path`.
     """
     path = Path(path)
-    is_folder = path.is_dir() and not any((path / f"{_IDX_IMAGES['train']}{end}").exists() for end in ("", ".gz"))
-    first = min(_image_files(path), default=None) if is_folder else None
+    is_folder = path.is_dir() and not idx_images(path)
+    first = min(_find_images(path), default=None) if is_folder else None
     return load_path(path).shape if first is None else _shape(first)
 
 
@@ -76,26 +73,42 @@ def _of_bits(images: Images, bits: int) -> Images:
 
 
 def _read_folder(path: Path) -> dict[str, Images]:
-    idx = {name: path / file for name, file in _IDX_IMAGES.items()}
-    idx = {name: file if file.exists() else file.with_name(file.name + ".gz") for name, file in idx.items()}
-    if idx["train"].exists():
-        return {name: _read_idx(file) for name, file in idx.items() if file.exists()}
+    if idx := idx_images(path):
+        return {name: as_images(read_idx_images(file), file) for name, file in idx.items()}
+    return {name: stored_files(image_files(folder)) for name, folder in split_folders(path).items()}
+
+
+def split_folders(path: Path) -> dict[str, Path]:
+    """The subfolders of a folder by split; without subfolders named like splits, the folder itself as "train".
+
+    Raises:
+      ValueError: if there are subfolders named like splits, but not "train", or others beside them.
+    """
     folders = {folder.name for folder in path.iterdir() if folder.is_dir()}
     if not folders & _SPLIT_LIKE:
-        return {"train": stored_files(path)}
+        return {"train": path}
     if "train" not in folders or not folders <= set(SPLITS):
         raise ValueError(
             f"path: expected the folder train and, optionally, test and validation, got "
             f"{', '.join(sorted(folders))} in {path}"
         )
-    return {name: stored_files(path / name) for name in SPLITS if name in folders}
+    return {name: path / name for name in SPLITS if name in folders}
 
 
-def stored_files(folder: Path) -> Images:
-    """The image files in a folder, at any depth, sorted by name. They are read at once if they are small."""
-    files = sorted(_image_files(folder))
+def image_files(folder: Path) -> list[Path]:
+    """The image files in a folder, at any depth, sorted by name. Raises FileNotFoundError if there are none."""
+    files = sorted(_find_images(folder))
     if not files:
         raise FileNotFoundError(f"path: expected image files ({', '.join(SUFFIXES)}) in {folder}, found none")
+    return files
+
+
+def stored_files(files: list[Path]) -> Images:
+    """The images in some files, in this order. They are read at once if they are small.
+
+    Raises:
+      ValueError: if a file cannot be read, or has another shape than the first; the message names it.
+    """
     first = _shape(files[0])
     for file in files[1:]:
         if _shape(file) != first:
@@ -106,7 +119,7 @@ def stored_files(folder: Path) -> Images:
     return held_if_small(images)
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
+def _find_images(folder: Path) -> Iterator[Path]:
     """The image files of a folder, in any depth."""
     return (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
@@ -138,30 +151,20 @@ def _decode(file: Path) -> np.ndarray:
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
     if path.suffix.lower() not in (".npy", ".npz"):
-        return {"train": _read_idx(path)}
-    return {name: _as_images(array, path) for name, array in read_arrays(path).items()}
+        return {"train": as_images(read_idx_images(path), path)}
+    arrays = read_named_arrays(path)
+    images = by_split({name: array for name, array in arrays.items() if name not in LABELS} or arrays, path)
+    return {name: as_images(array, f"{name} of {path}" if len(images) > 1 else path) for name, array in images.items()}
 
 
-def _read_idx(path: Path) -> np.ndarray:
-    """uint8 images [N, H, W, 1] of an IDX file: bytes 0, 0, 8 and the number of axes, then the axes (big-endian)."""
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"path: could not decompress {path}: {error}") from error
-    if data[:4] not in (b"\0\0\x08\x03", b"\0\0\x08\x04") or len(data) < 4 + 4 * data[3]:
-        raise ValueError(f"path: expected a folder, .npy, .npz, or an IDX file of uint8 images, got {path}")
-    axes = np.frombuffer(data, ">u4", data[3], 4)
-    pixels = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
-    if pixels.size != math.prod(axes.tolist()):
-        raise ValueError(f"path: expected {math.prod(axes.tolist())} pixels in {path}, got {pixels.size}")
-    return _as_images(pixels.reshape(axes), path)
+def as_images(array: np.ndarray, place: str | Path) -> np.ndarray:
+    """uint8 images [N, H, W, C] of such an array, or of one [N, H, W]. Errors name the place of the array.
 
-
-def _as_images(array: np.ndarray, path: Path) -> np.ndarray:
+    Raises:
+      ValueError: for other arrays, and without images.
+    """
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.size == 0:
         raise ValueError(
-            f"path: expected uint8 images [N, H, W, C] or [N, H, W], got {array.dtype} {array.shape} in {path}"
+            f"path: expected uint8 images [N, H, W, C] or [N, H, W], got {array.dtype} {array.shape} in {place}"
         )
     return array[..., None] if array.ndim == 3 else array

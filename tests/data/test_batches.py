@@ -91,6 +91,54 @@ def test_parts_of_a_batch():
         Batches(noisy, seed=1, batch_size=6, part=0, parts=4)
 
 
+LABELS = np.arange(10) % 3  # of IMAGES
+
+
+@pytest.mark.parametrize("augmentation", [None, Augmentation(flip=True, crop=1)])
+def test_labels_stay_with_their_images(augmentation):
+    """A batch is a pair, of the images that come without labels and of their labels, whatever else is asked."""
+    images = IMAGES + np.arange(6, dtype=np.uint8).reshape(2, 3, 1) * 10  # augmentation can be seen, and n is kept
+    settings = {"seed": 1, "batch_size": 6, "augmentation": augmentation}
+    batches, unlabelled = Batches(images, labels=LABELS, **settings), Batches(images, **settings)
+    parts = [Batches(images, labels=LABELS, part=n, parts=2, **settings) for n in range(2)]
+    for step, (found, labels) in zip(range(2, 6), batches.starting_at(2), strict=False):
+        np.testing.assert_array_equal(found, unlabelled[step])
+        np.testing.assert_array_equal(labels, np.asarray(numbers(found), np.int32) % 10 % 3, strict=True)
+        for whole, *pieces in zip((found, labels), *(part[step] for part in parts), strict=True):
+            np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    assert isinstance(batches[0], tuple)
+
+
+def test_labels_from_a_worker_process():
+    """It gives the same pairs, of arrays that own their memory."""
+    batches = Batches(IMAGES, seed=0, batch_size=4, labels=LABELS, augmentation=Augmentation(flip=True))
+    with closing(batches.starting_at(2, threads=1, workers=1)) as iterator:
+        for step, batch in enumerate(itertools.islice(iterator, 3), 2):
+            assert isinstance(batch, tuple)
+            for found, expected in zip(batch, batches[step], strict=True):
+                assert type(found) is np.ndarray and found.flags.owndata
+                np.testing.assert_array_equal(found, expected, strict=True)
+
+
+def test_labels_of_stored_images_and_unknown_ones():
+    """-1 is a label too; other integer types become int32."""
+    stored = StoredImages(lambda rows: IMAGES[rows], np.arange(10))
+    labels = np.where(LABELS == 2, -1, LABELS).astype(np.int64)
+    images, found = Batches(stored, seed=0, batch_size=10, labels=labels)[0]
+    np.testing.assert_array_equal(found, labels[numbers(images)].astype(np.int32), strict=True)
+    assert -1 in found
+
+
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [(LABELS[:9], r"int64 \(9,\)"), (LABELS[:, None], r"int64 \(10, 1\)"), (LABELS / 2, r"float64 \(10,\)")],
+)
+def test_bad_labels(labels, got):
+    """The error says how many there should be, and what came."""
+    with pytest.raises(ValueError, match=f"labels: expected 10 integers, one for each row, got {got}"):
+        Batches(IMAGES, seed=0, batch_size=4, labels=labels)
+
+
 def test_stored_images_are_read_one_by_one():
     """Only the images of a batch are read."""
     read = []

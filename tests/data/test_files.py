@@ -77,6 +77,17 @@ def test_folders_with_splits(tmp_path):
     assert as_set(data.train, data.validation) == as_set(GREY[:30]) and len(data.validation) == 1
 
 
+def test_labels_beside_images_are_ignored(tmp_path):
+    """One file serves those who need labels and those who do not."""
+    np.savez(tmp_path / "plain.npz", COLOUR)
+    np.savez(tmp_path / "labelled.npz", images=COLOUR, labels=np.arange(40), names=["a", "b"])
+    np.savez(tmp_path / "split.npz", train=COLOUR[:20], test=COLOUR[20:], train_labels=[1], test_labels=[1])
+    plain, labelled = files.load_path(tmp_path / "plain.npz"), files.load_path(tmp_path / "labelled.npz")
+    for name in files.SPLITS:
+        np.testing.assert_array_equal(getattr(labelled, name), getattr(plain, name))
+    np.testing.assert_array_equal(files.load_path(tmp_path / "split.npz").test, COLOUR[20:])
+
+
 def test_large_folders_are_read_as_needed(tmp_path, monkeypatch):
     """The same splits, without holding the images."""
     write_folder(tmp_path, COLOUR)
@@ -153,6 +164,16 @@ BAD = {
     "none.npy": (lambda path: np.save(path, COLOUR[:0]), ValueError, r"expected uint8 images .*uint8 \(0, 6"),
     "one.npy": (lambda path: np.save(path, COLOUR[:1]), ValueError, "expected at least 2 images"),
     "names.npz": (lambda path: np.savez(path, a=COLOUR, b=COLOUR), ValueError, "named train, test and validation, got"),
+    "labels.npz": (
+        lambda path: np.savez(path, labels=COLOUR, train_labels=COLOUR),
+        ValueError,
+        "named train, test and validation, got labels, train_labels in",
+    ),
+    "float.npz": (
+        lambda path: np.savez(path, train=COLOUR, test=COLOUR / 2),
+        ValueError,
+        r"expected uint8 images .* got float64 \(40, 6, 4, 3\) in test of .*float.npz",
+    ),
     "idx": (lambda path: path.write_bytes(idx(GREY)[:-5]), ValueError, "path: expected 960 pixels in .*, got 955"),
     "labels": (lambda path: path.write_bytes(b"\0\0\x08\x01\0\0\0\1\5"), ValueError, "or an IDX file of uint8 images"),
     "cut.gz": (lambda path: path.write_bytes(gzip.compress(idx(GREY))[:50]), ValueError, "path: could not decompress"),
