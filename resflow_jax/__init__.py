@@ -31,12 +31,15 @@ from resflow_jax.layers.logit import Logit
 from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.networks import DenseNet, LipschitzCNN, LipschitzMLP
 from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
-from resflow_jax.layers.padding import ChannelPadding
+from resflow_jax.layers.padding import ChannelPadding, ZeroPadding
 from resflow_jax.layers.positive import Exp, Softplus
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 from resflow_jax.layers.shapes import Flatten, Permutation, Reshape, Squeeze
+from resflow_jax.layers.unconstrained import StridedBlock, UnconstrainedBlock
 from resflow_jax.models.bases import Base, DiagonalNormal, MixtureOfNormals, StandardNormal
 from resflow_jax.models.certificate import Certificate, certify
+from resflow_jax.models.classifier import Classifier
+from resflow_jax.models.classifier_config import ClassifierConfig
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.flow import Flow
 from resflow_jax.models.groups import (
@@ -49,7 +52,10 @@ from resflow_jax.models.groups import (
     Scales,
     VectorTransform,
 )
+from resflow_jax.models.heads import PooledHead
 from resflow_jax.models.residual_flow import ResidualFlow
+from resflow_jax.models.resnet import ResNetClassifier
+from resflow_jax.models.robustness import certified_radius
 from resflow_jax.models.typicality import Anomaly, Typicality, anomaly_score
 from resflow_jax.training.course import FitDivergedError, FitProgress, FitResult
 from resflow_jax.training.evaluation import Estimate, evaluate_bits_per_dim
@@ -74,6 +80,8 @@ __all__ = [
     "Certificate",
     "Chain",
     "ChannelPadding",
+    "Classifier",
+    "ClassifierConfig",
     "Constant",
     "Contraction",
     "ContractionCheck",
@@ -122,8 +130,10 @@ __all__ = [
     "Padding",
     "Permutation",
     "Poisson",
+    "PooledHead",
     "PowerIteration",
     "PowerIterationStatus",
+    "ResNetClassifier",
     "Reshape",
     "ResidualBlock",
     "ResidualFlow",
@@ -134,13 +144,17 @@ __all__ = [
     "Solver",
     "Squeeze",
     "StandardNormal",
+    "StridedBlock",
     "Truncated",
     "Typicality",
+    "UnconstrainedBlock",
     "VectorFlowConfig",
     "VectorTransform",
+    "ZeroPadding",
     "anomaly_score",
     "batch_axes",
     "best_start",
+    "certified_radius",
     "certify",
     "check_contraction",
     "evaluate_bits_per_dim",

@@ -67,7 +67,7 @@ class OptimizerConfig:
       milestones: update counts at which the "step" schedule decays, in increasing order.
       decay: factor of the "step" schedule at each milestone, in (0, 1).
       b2: decay rate of Adam's second moment.
-      weight_decay: weight decay of "adamw".
+      weight_decay: weight decay of "adamw" and "sgd"; of the latter it is added to the gradient, after clipping.
       clip: maximum global norm of the gradient (bits/dim per unit of parameter).
       accumulate: number of batches whose gradients are averaged for one update.
       ema_decay: decay per update of the moving average of the parameters that evaluation uses.
@@ -97,8 +97,10 @@ class OptimizerConfig:
         if any(b <= a for a, b in zip((0, *self.milestones), self.milestones, strict=False)):
             raise ValueError(f"milestones: expected positive numbers that increase, got {self.milestones}")
         check_count("accumulate", self.accumulate, 1)
-        if (self.weight_decay and self.name != "adamw") or not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay: expected 0, or a positive number with adamw, got {self.weight_decay}")
+        if (self.weight_decay and self.name not in ("adamw", "sgd")) or not self.weight_decay >= 0:
+            raise ValueError(
+                f"weight_decay: expected 0, or a positive number with adamw or sgd, got {self.weight_decay}"
+            )
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         check_count("warmup", self.warmup, 0)
@@ -114,7 +116,7 @@ class OptimizerConfig:
             "adam": lambda: optax.adam(schedule, b2=self.b2),
             "adamax": lambda: optax.adamax(schedule, b2=self.b2),
             "adamw": lambda: optax.adamw(schedule, b2=self.b2, weight_decay=self.weight_decay),
-            "sgd": lambda: optax.sgd(schedule, momentum=0.9, nesterov=True),
+            "sgd": lambda: _sgd(schedule, self.weight_decay),
         }[self.name]()
         return optax.chain(optax.clip_by_global_norm(self.clip), optimizer)
 
@@ -127,6 +129,11 @@ class OptimizerConfig:
         rise = optax.warmup_constant_schedule(0.0 if warmup else self.learning_rate, self.learning_rate, warmup)
         fall = optax.piecewise_constant_schedule(1.0, dict.fromkeys(self.milestones, self.decay))
         return lambda done: rise(done) * fall(done)
+
+
+def _sgd(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    sgd = optax.sgd(schedule, momentum=0.9, nesterov=True)
+    return optax.chain(optax.add_decayed_weights(weight_decay), sgd) if weight_decay else sgd
 
 
 @dataclass(frozen=True)

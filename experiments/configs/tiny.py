@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from experiments.configs.base import DensityConfig, RunConfig
+from experiments.configs.base import DataConfig, DensityConfig, RunConfig
+from experiments.configs.classification import ClassifyConfig
 
 
 def tiny(config: RunConfig) -> RunConfig:
@@ -19,6 +20,8 @@ def tiny(config: RunConfig) -> RunConfig:
         batch_size=8,
         evaluation=replace(config.evaluation, examples=8, draws=1, every=steps),
     )
+    if isinstance(config, ClassifyConfig):
+        return _tiny_classifier(config)
     if not isinstance(config, DensityConfig):
         return replace(config, model=replace(config.model, blocks=2, hidden=(8,)))
     model = replace(
@@ -34,6 +37,19 @@ def tiny(config: RunConfig) -> RunConfig:
         ),
         densenet=replace(config.model.densenet, growth=4),
     )
-    height, _, channels = model.shape
-    embedded = replace(config.data, name="photographs", size=height, channels=channels)
-    return replace(config, data=config.data if config.data.name == "digits" else embedded, model=model)
+    return replace(config, data=_embedded(config.data, model.shape), model=model)
+
+
+def _tiny_classifier(config: ClassifyConfig) -> ClassifyConfig:
+    """The embedded photographs have two classes, the temple and the flower."""
+    model, stages = config.model, len(config.model.blocks)
+    data = _embedded(config.data, model.shape)
+    classes = model.classes if data is config.data else 2
+    model = replace(model, blocks=(2,) + (1,) * (stages - 1), hidden_channels=(8,) * stages, classes=classes)
+    return replace(config, data=data, model=model)
+
+
+def _embedded(data: DataConfig, shape: tuple[int, int, int]) -> DataConfig:
+    """The digits, or crops of the photographs of this shape."""
+    height, _, channels = shape
+    return data if data.name == "digits" else replace(data, name="photographs", size=height, channels=channels)

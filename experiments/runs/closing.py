@@ -56,7 +56,8 @@ def report(
 
     drawing = task.draw(chosen.drawn, result)
     curves = workdir / "curves.png"
-    pictures.save_curves(curves, metrics.lines, task.metric, task.label, f"{task.name}: {task.label}")
+    names = {"metric": task.metric, "trained": task.trained, "label": task.label, "unit": task.unit}
+    pictures.save_curves(curves, metrics.lines, **names, title=f"{task.name}: {task.label}")
     tested = len(task.splits.test[: config.evaluation.examples])
     measured = f"{result.mean:.4f} +- {result.stderr:.4f}"
     rows = {

@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.configs.base import DensityConfig, RunConfig, VectorsConfig
+from experiments.configs.classification import ClassifyConfig
 from experiments.runs.choices import value_of
-from resflow_jax import ImageFlowConfig
+from resflow_jax import ClassifierConfig, ImageFlowConfig
 from resflow_jax.data.files import image_shape
+from resflow_jax.data.labelled_files import load_labelled_path
 from resflow_jax.data.vectors import load_vectors
 
 
@@ -22,9 +24,21 @@ def fitted_to_data(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
         return config
     if isinstance(config, DensityConfig):
         return replace(config, model=fitted_to_shape(config.model, image_shape(Path(path))))
+    if isinstance(config, ClassifyConfig):
+        data = load_labelled_path(Path(path))
+        return replace(config, model=_fitted_classifier(config.model, data.shape, data.labels.classes))
     if isinstance(config, VectorsConfig):
         return replace(config, model=replace(config.model, dim=load_vectors(path).dim))
     return config
+
+
+def _fitted_classifier(model: ClassifierConfig, shape: tuple[int, int, int], classes: int) -> ClassifierConfig:
+    """The network for images of a shape, with as many of its stages as the shape can be halved for."""
+    halvable = min(next((n for n in range(8) if side % 2 ** (n + 1)), 8) for side in shape[:2])
+    squeeze_first = model.squeeze_first and halvable >= len(model.blocks)
+    stages = max(1, min(len(model.blocks), halvable + 1 - squeeze_first))
+    sizes = {"blocks": model.blocks[:stages], "hidden_channels": model.hidden_channels[:stages]}
+    return replace(model, shape=shape, classes=classes, squeeze_first=squeeze_first, **sizes)
 
 
 def fitted_to_shape(model: ImageFlowConfig, shape: tuple[int, int, int]) -> ImageFlowConfig:

@@ -65,28 +65,62 @@ def save_strip(path: Path, images: np.ndarray, labels: Sequence[str], title: str
     _save(figure, path)
 
 
-def save_curves(path: Path, metrics: list[dict], name: str, unit: str, title: str) -> None:
-    """Draws a metric of training and validation against the step, and the final test value."""
-    judged = f"validation_{name}"
-    train = np.array([(m["step"], m[name]) for m in metrics if m["split"] == "train"], float).reshape(-1, 2)
+def save_curves(
+    path: Path, metrics: list[dict], *, metric: str, trained: str, label: str, unit: str, title: str
+) -> None:
+    """Draws a metric of training and validation against the step, and the final test value.
+
+    If training logs another metric than validation, it has a panel of its own.
+    """
+    judged = f"validation_{metric}"
+    train = np.array([(m["step"], m[trained]) for m in metrics if m["split"] == "train"], float).reshape(-1, 2)
     validation = np.array([(m["step"], m[judged]) for m in metrics if judged in m], float).reshape(-1, 2)
     test = [m for m in metrics if m["split"] == "test"]
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axis.plot(*train.T, color="C0", alpha=0.35, lw=0.8, label="train, batches")
+    panels = 1 + (trained != metric)
+    figure, axes = plt.subplots(panels, 1, figsize=(7, 4.2 if panels == 1 else 6), sharex=True, layout="constrained")
+    losses, axis = np.atleast_1d(axes)[0], np.atleast_1d(axes)[-1]
+    losses.plot(*train.T, color="C0", alpha=0.35, lw=0.8, label="train, batches")
     if len(train) >= 20:
         width = max(len(train) // 40, 2)
-        axis.plot(*_trailing_mean(train, width).T, color="C0", lw=1.5, label=f"train, mean of the last {width}")
+        losses.plot(*_trailing_mean(train, width).T, color="C0", lw=1.5, label=f"train, mean of the last {width}")
     axis.plot(*validation.T, "o-", color="C1", ms=3, label="validation, averaged weights")
     for m in test:
-        label = f"test, {m[name]:.3f} $\\pm$ {m[f'{name}_stderr']:.3f}"
-        axis.errorbar(m["step"], m[name], m[f"{name}_stderr"], fmt="*", color="C3", ms=9, label=label)
-    values = np.concatenate([train[len(train) // 20 :, 1], validation[:, 1]])
+        text = f"test, {m[metric]:.3f} $\\pm$ {m[f'{metric}_stderr']:.3f}"
+        axis.errorbar(m["step"], m[metric], m[f"{metric}_stderr"], fmt="*", color="C3", ms=9, label=text)
+    late = train[len(train) // 20 :, 1]
+    _set_limits(losses, late if panels == 2 else np.concatenate([late, validation[:, 1]]))
+    if panels == 2:
+        losses.set(ylabel=f"training loss, {unit}")
+    axis.set(xlabel="step", ylabel=label)
+    losses.set(title=title)
+    for panel in {losses, axis}:
+        panel.grid(alpha=0.3)
+        panel.legend()
+    _save(figure, path)
+
+
+def _set_limits(axis: plt.Axes, values: np.ndarray) -> None:
+    """Limits of the vertical axis around all values but the most extreme."""
     if len(values):
         low, high = np.percentile(values, [1, 99])
         axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-    axis.set(xlabel="step", ylabel=unit, title=title)
-    axis.grid(alpha=0.3)
-    axis.legend()
+
+
+def save_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, names: Sequence[str], title: str) -> None:
+    """Draws the number of examples by class (rows) and predicted class (columns); the diagonal is right."""
+    counts = np.zeros((len(names), len(names)), int)
+    np.add.at(counts, (labels, predicted), 1)
+    figure, axis = plt.subplots(figsize=(6.4, 6), layout="constrained")
+    axis.imshow(counts / np.maximum(1, counts.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 20:
+        ticks = {"ticks": range(len(names)), "labels": [name[:12] for name in names]}
+        axis.set_xticks(**ticks, rotation=90)
+        axis.set_yticks(**ticks)
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            share = counts[row, column] / counts[row].sum()
+            color = "white" if share > 0.5 else "black"
+            axis.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color=color)
+    axis.set(xlabel="predicted class", ylabel="class", title=f"{title}: {np.mean(labels != predicted):.2%} wrong")
     _save(figure, path)
 
 

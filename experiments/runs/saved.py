@@ -19,11 +19,13 @@ from experiments.configs.base import (
     VectorDataConfig,
     VectorsConfig,
 )
+from experiments.configs.classification import ClassifyConfig, HybridConfig, ImportedClassifyConfig
 from experiments.configs.toy import ToyConfig, ToyEvaluationConfig
 from experiments.runs.setup import set_up, tightened_flow
 from experiments.runs.tasks.of_config import task_of
 from experiments.runs.tasks.task import Task
 from resflow_jax import (
+    ClassifierConfig,
     Defensive,
     Exact,
     Geometric,
@@ -45,6 +47,10 @@ _TYPES = {
         DensityConfig,
         VectorsConfig,
         ToyConfig,
+        ClassifyConfig,
+        ImportedClassifyConfig,
+        HybridConfig,
+        ClassifierConfig,
         DataConfig,
         VectorDataConfig,
         OptimizerConfig,

@@ -7,7 +7,11 @@ from resflow_jax.models.certificate import Certificate
 
 def certificate_rows(certificate: Certificate) -> dict[str, str]:
     """The lines of a closing table with the certified upper bounds of the flow."""
+    if not certificate.blocks:
+        return {"certified": "nothing: there are no residual blocks"}
     worst = max(certificate.blocks, key=lambda block: block.bound)
+    if math.isinf(worst.target_bound):
+        return {"certified": f"nothing: {len(certificate.blocks)} blocks have no bound, and need not be invertible"}
     answer = "every block is invertible" if certificate.is_certified else "NOT EVERY BLOCK IS INVERTIBLE"
     return {
         "certified": f"{answer}: Lip(g) <= {worst.bound:.4f} in {len(certificate.blocks)} blocks (target "

@@ -105,7 +105,7 @@ def train(
             lambda step: task.batches(step, placement.part, placement.parts),
             steps=config.steps,
             pauses_at=schedule.pauses_at,
-            unit=task.unit if task.sign == 1 else f"{task.unit} (-{task.metric})",
+            unit=task.unit if task.sign == 1 else f"{task.unit} (-{task.trained})",
             at_pause=lambda step, state: (
                 _with_fitted_lengths(placement, config, state) if schedule.validates_at(step) else state
             ),
@@ -144,7 +144,7 @@ def _validate_and_save(
     found = judged(placement, pause.state)
     loss = validation_loss(task, found.flow, pause.step)
     line = {f"validation_{task.metric}": task.sign * loss, "lipschitz": found.certificate.bounds.tolist()}
-    if task.config.model.norms.learned:
+    if found.flow.learns_orders:
         line["orders"] = found.flow.norm_orders().tolist()
     metrics.write(step=pause.step, split="train", **_line(task, pause), **line)
     checkpoints.save(pause.state, loss, found.certificate)
@@ -158,7 +158,7 @@ def _line(task: Task, pause: Pause) -> dict[str, Any]:
     optimizer = task.config.optimizer
     updates = (pause.step - 1) // optimizer.accumulate
     return {
-        task.metric: task.sign * float(pause.metrics["loss"]),
+        task.trained: task.sign * float(pause.metrics["loss"]),
         "gradient_norm": float(pause.metrics["gradient_norm"]),
         "learning_rate": float(optimizer.learning_rates(task.config.steps)(updates)),
         "diagnostics": {name: value.tolist() for name, value in pause.metrics["diagnostics"]._asdict().items()},

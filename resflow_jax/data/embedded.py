@@ -68,6 +68,14 @@ def load_photographs(size: int = 16, channels: int = 3, *, bits: int = 8) -> Ima
     Raises:
       ValueError: for a size below 1, another number of channels, or a number of bits outside of 1..8.
     """
+    return load_labelled_photographs(size, channels, bits=bits).images
+
+
+def load_labelled_photographs(size: int = 16, channels: int = 3, *, bits: int = 8) -> LabelledImages:
+    """The crops of `load_photographs`, each with the photograph that it is from: "temple" or "flower".
+
+    Arguments and errors are those of `load_photographs`.
+    """
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -76,16 +84,20 @@ def load_photographs(size: int = 16, channels: int = 3, *, bits: int = 8) -> Ima
         raise ValueError(f"channels: expected 1 or 3, got {channels}")
     zoom = math.ceil(size / 64)
     parts = {"train": [], "validation": [], "test": []}
-    for array in load_sample_images().images:
+    labels = {name: [] for name in parts}
+    for number, array in enumerate(load_sample_images().images):
         photograph = Image.fromarray(array).convert("RGB" if channels == 3 else "L")
         photograph = photograph.resize((zoom * photograph.width, zoom * photograph.height))
         pixels = np.asarray(photograph).reshape(photograph.height, photograph.width, channels)
         ends = [0, int(_TRAIN * photograph.width), int(_VALIDATION * photograph.width), photograph.width]
         for (name, crops), left, right in zip(parts.items(), ends[:-1], ends[1:], strict=True):
             crops += _crops(pixels[:, left:right], size, max(1, size // 2) if name == "train" else size)
+            labels[name] += [number] * (len(crops) - len(labels[name]))
     rng = np.random.default_rng(0)
-    splits = {name: reduce_bits(rng.permutation(np.stack(crops)), bits) for name, crops in parts.items()}
-    return ImageSplits(**splits, levels=2**bits)
+    orders = {name: rng.permutation(len(crops)) for name, crops in parts.items()}
+    splits = {name: reduce_bits(np.stack(crops)[orders[name]], bits) for name, crops in parts.items()}
+    classes = {name: np.array(labels[name], np.int32)[orders[name]] for name in parts}
+    return LabelledImages(ImageSplits(**splits, levels=2**bits), Labels(**classes, names=("temple", "flower")))
 
 
 def load_cell_nuclei() -> VectorSplits:

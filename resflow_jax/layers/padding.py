@@ -25,6 +25,7 @@ from resflow_jax.functional.batch_axes import example_keys
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.layers.bijector import Bijector, Forward, Shape
+from resflow_jax.layers.without_log_det import NoBijection
 
 Array = jax.Array
 
@@ -114,3 +115,51 @@ class ChannelPadding(Bijector):
 
     def _append(self, x: Array, noise: Array) -> Array:
         return jnp.concatenate([x, self.shift + self.scale * noise], axis=-1)
+
+
+class ZeroPadding(NoBijection):
+    """Appends channels of zeros to x: [B, ..., C] -> [B, ..., C + channels]. An injective map, for classifiers.
+
+        y = [x, 0],   x = y without the last channels
+
+    Every x is recovered from y, but most y belong to no x: y has no density, and there is no log-det. `ChannelPadding`
+    appends noise in their place, for densities.
+
+    Args:
+      channels: number of channels to append.
+
+    Randomness: none. Cost: one copy of x.
+
+    Raises:
+      ValueError: for fewer than one channel; from `forward` and the log-densities of a flow, which do not exist.
+
+    Source: Behrmann et al. (2019, arXiv 1811.00995), section 4.1; injective padding: Jacobsen et al. (2018, arXiv
+    1802.07088).
+
+    Example:
+      >>> layer = rf.ZeroPadding(2)
+      >>> y = layer(jnp.ones((3, 1)))
+      >>> y[0].tolist(), layer.inverse(y)[0].tolist()
+      ([1.0, 0.0, 0.0], [1.0])
+    """
+
+    reason = "appended zeros make it an injective map, onto a set of volume zero; ChannelPadding has a density"
+
+    def __init__(self, channels: int):
+        check_count("channels", channels, 1)
+        self.channels = channels
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return *shape[:-1], shape[-1] + self.channels
+
+    def input_shape(self, shape: Shape) -> Shape:
+        return *shape[:-1], shape[-1] - self.channels
+
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.channels)])
+
+    def invert(self, y: Array, condition: Array | None = None) -> Array:
+        return y[..., : -self.channels]
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return 1.0, 1.0

@@ -63,7 +63,7 @@ class ResidualFlow(Flow):
         check_type("rngs", rngs, nnx.Rngs)
         if not hasattr(rngs, "params"):
             raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
-        create, static = _creator(config, type(self)._build)
+        create, static = compiled_creator(config, type(self)._build)
         state = create(rngs.params())
         bijector = nnx.merge(static["graphdef"], state)
         is_image = isinstance(config, ImageFlowConfig)
@@ -109,8 +109,12 @@ def flow_from_config(config: FlowConfig, *, rngs: nnx.Rngs) -> ResidualFlow:
 
 
 @lru_cache(maxsize=16)
-def _creator(config, build):
-    """A compiled program that makes all parameters, and a dict that receives the structure at its first call."""
+def compiled_creator(config, build):
+    """A compiled program that makes all parameters of a config's bijector, with converged norms.
+
+    Returns:
+      The program, key -> state, and a dict that receives the structure as "graphdef" at its first call.
+    """
     static = {}
 
     @jax.jit

@@ -33,8 +33,9 @@ class Task(ABC):
     """The data, loss and metric of a run.
 
     Attributes:
-      metric: name of the likelihood in metrics.jsonl; the loss is `sign` times the metric.
-      unit: unit of the metric.
+      metric: name in metrics.jsonl of what validation and test measure; the loss of a split is `sign` times the metric.
+      train_metric: name in metrics.jsonl of the training loss, times `sign`; by default that of the metric.
+      unit: unit of the training loss.
       label: metric and unit, for tables and titles.
       sign: 1 if a lower metric is better, -1 if a higher one is.
       batch_size: examples per batch in evaluation.
@@ -44,6 +45,7 @@ class Task(ABC):
     """
 
     metric: ClassVar[str]
+    train_metric: ClassVar[str | None] = None
     unit: ClassVar[str]
     label: ClassVar[str]
     sign: ClassVar[int]
@@ -54,6 +56,11 @@ class Task(ABC):
 
     def __init__(self, config: RunConfig):
         self.config = config
+
+    @property
+    def trained(self) -> str:
+        """The name in metrics.jsonl of the training loss."""
+        return self.train_metric or self.metric
 
     @abstractmethod
     def initial(self) -> Array:

@@ -95,13 +95,29 @@ class MixtureOfNormals(Base):
         return means, log_stds, jax.nn.log_softmax(logits, axis=-1)
 
     def log_prob(self, z: Array, condition: Array | None = None) -> Array:
+        if self.class_conditional:
+            weights, log_normals = self._log_normals(z, condition)
+            return _log_weighted_sum(weights, log_normals)
+        return jax.nn.logsumexp(self.log_joint(z, condition), axis=-1)
+
+    def log_joint(self, z: Array, condition: Array | None = None) -> Array:
+        """log p(z, k) [B, components] in nats, of z [B, *event_shape] and each component k.
+
+        Raises:
+          ValueError: for a class-conditional mixture, whose weights are the condition.
+        """
+        if self.class_conditional:
+            raise ValueError("class_conditional: expected a mixture with weights of its own, got True")
+        log_weights, log_normals = self._log_normals(z, condition)
+        return log_weights + log_normals
+
+    def _log_normals(self, z: Array, condition: Array | None) -> tuple[Array, Array]:
+        """Weights, or log-weights, [1 or B, K], and log p(z | k) [B, K]."""
         means, log_stds, weights = self._parameters(condition)
         axes = tuple(range(2, means.ndim))
         squares = ((z[:, None] - means) * jnp.exp(-log_stds)) ** 2
         log_normals = -jnp.sum(0.5 * squares + log_stds + 0.5 * jnp.log(2 * jnp.pi).astype(z.dtype), axis=axes)
-        if self.class_conditional:
-            return _log_weighted_sum(weights, log_normals)
-        return jax.nn.logsumexp(weights + log_normals, axis=-1)
+        return weights, log_normals
 
     def sample(
         self, key: Array, num_samples: int, condition: Array | None = None, temperature: float | Array = 1.0

@@ -1,0 +1,19 @@
+"""The 8x8 digits that scikit-learn ships, by class: the default run.
+
+python -m experiments.classify digits
+"""
+
+from pathlib import Path
+
+from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
+from experiments.configs.classification import ClassifyConfig
+from resflow_jax import ClassifierConfig
+
+CONFIG = ClassifyConfig(
+    data=DataConfig("digits"),
+    model=ClassifierConfig((8, 8, 1), 10, blocks=(3, 3), hidden_channels=(32, 64), padding=0, squeeze_first=True),
+    workdir=Path("runs/classify_digits"),
+    steps=1200,
+    optimizer=OptimizerConfig(learning_rate=5e-3),
+    evaluation=EvaluationConfig(every=200, draws=3),
+)

@@ -1,0 +1,95 @@
+"""Evaluation of classifiers: logits of a data set, and the calibration of their probabilities."""
+
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from resflow_jax.data.images import check_quantized, to_unit_interval
+from resflow_jax.functional.checks import as_host_array, check_count
+from resflow_jax.models.flow import Flow
+from resflow_jax.training.forms import divided_examples, mesh_of, on_all_devices
+
+Array = jax.Array
+
+
+def class_logits(
+    flow: Flow, images: np.ndarray, *, levels: int = 256, batch_size: int = 500, mesh: Mesh | None = None
+) -> np.ndarray:
+    """The logits [N, classes] of integer images [N, H, W, C], each pixel at the middle of its cell.
+
+    Args:
+      flow: a flow with a method `logits`, as `Classifier`.
+      images: integers in {0..levels-1}.
+      levels: number of values that a pixel can have.
+      batch_size: number of images that are evaluated at once.
+      mesh: devices that share each batch; None for one device.
+
+    Randomness: none. Cost: one evaluation of every g on N images.
+
+    Raises:
+      ValueError: unless the images are integers in {0..levels-1} of the flow's shape, and N > 0.
+
+    Example:
+      >>> from resflow_jax.training.class_evaluation import class_logits
+      >>> config = rf.ClassifierConfig((4, 4, 1), 3, blocks=(1,), hidden_channels=(4,), padding=0)
+      >>> flow = rf.ResNetClassifier(config, rngs=nnx.Rngs(0))
+      >>> class_logits(flow, np.zeros((5, 4, 4, 1), np.uint8)).shape
+      (5, 3)
+    """
+    check_count("levels", levels, 1)
+    check_count("batch_size", batch_size, 1)
+    images = as_host_array("images", images, "an array of integers [N, H, W, C]")
+    check_quantized("images", images, levels)
+    if images.shape[1:] != flow.event_shape:
+        raise ValueError(f"images: expected images {flow.event_shape}, those of the flow, got {images.shape[1:]}")
+    divided_among = mesh_of(flow)
+    mesh = mesh if divided_among is None else divided_among
+    if mesh is not None and divided_among is None:
+        flow = on_all_devices(flow, mesh)
+    devices = 1 if mesh is None else mesh.size
+    batch_size = devices * -(-min(batch_size, len(images)) // devices)
+    batches = -(-len(images) // batch_size)
+    padded = np.resize(images, (batches * batch_size, *images.shape[1:]))
+    parts = []
+    for n in range(batches):
+        batch = padded[n * batch_size : (n + 1) * batch_size]
+        parts.append(_logits(flow, batch if mesh is None else divided_examples(batch, mesh), levels, mesh))
+    return np.concatenate([np.asarray(jax.device_get(part)) for part in parts])[: len(images)]
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _logits(flow: Flow, images: Array, levels: Array, mesh: Mesh | None) -> Array:
+    found = flow.logits(to_unit_interval(images, levels))
+    # Every process reads all logits.
+    return found if mesh is None else jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec()))
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """The expected calibration error (ECE) of class probabilities [N, K] for labels [N], in [0, 1].
+
+    The examples are divided by their largest probability into bins of equal width. The error is the mean, over the
+    examples, of the distance between the accuracy of the bin and its mean largest probability.
+
+    Raises:
+      ValueError: for other shapes, and fewer than one bin.
+
+    Source: Guo et al. (2017, arXiv 1706.04599), equation 3.
+
+    Example:
+      >>> from resflow_jax.training.class_evaluation import calibration_error
+      >>> round(calibration_error(np.array([[0.9, 0.1], [0.9, 0.1]]), np.array([0, 1])), 3)
+      0.4
+    """
+    check_count("bins", bins, 1)
+    probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
+        raise ValueError(
+            f"labels: expected [N] beside probabilities [N, K], got {labels.shape} beside {probabilities.shape}"
+        )
+    confidence = probabilities.max(axis=1)
+    is_right = probabilities.argmax(axis=1) == labels
+    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(bin_of, is_right - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))

@@ -1,0 +1,101 @@
+"""Losses of classifiers: cross-entropy, alone or with the density of x.
+
+    loss = mean over labelled examples of -log p(y | x)  -  weight * mean of log p(x),   in nats
+
+The weight 0 trains a classifier, 1 the joint density p(x, y), and 1 / D lies between (Chen et al. 2019, arXiv
+1906.02735, section 5.4). Examples without a label have the label -1 and count in the second mean alone.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from resflow_jax.data.images import dequantize, to_unit_interval
+from resflow_jax.functional.checks import check_count, check_finite
+from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
+from resflow_jax.functional.estimators import Estimator
+from resflow_jax.models.classifier import Classifier
+from resflow_jax.models.flow import Flow
+from resflow_jax.training.losses import update_running_statistics, with_order_gradient
+from resflow_jax.training.scores import as_pair
+from resflow_jax.training.step import Loss, optax_promotion
+
+Array = jax.Array
+
+
+def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: float = 0.0) -> Loss:
+    """Returns the loss of a classifier of images, in nats.
+
+    A batch is a pair (images, labels): integer images [B, H, W, C] in {0..levels-1} and integer labels [B] in
+    {-1..classes-1}, -1 for none. With a density the images are dequantised; without, a pixel is the middle of its cell.
+
+    Args:
+      levels: number of values that a pixel can have.
+      density_weight: weight of log p(x), not negative.
+      dropout: of each g(x), as in `Classifier.logits`; only without a density.
+
+    Returns:
+      loss(flow, batch, key, estimator, steps done) -> (nats, diagnostics), as `Trainer` takes it. The flow has methods
+      `logits` and `forward_and_log_prob` as those of `Classifier`. Value and gradient are unbiased if those of the
+      estimator are; without a density they are exact, and the diagnostics zero.
+
+    Cost: one evaluation of every g and its gradient; with a density one `log_prob` of the batch.
+
+    Raises:
+      ValueError: for levels below one, a weight that is negative or not finite, a dropout outside of [0, 1) or beside a
+        weight; when called, for a batch of another form.
+
+    Source: Behrmann et al. (2019, arXiv 1811.00995), section 4.1; Chen et al. (2019, arXiv 1906.02735), section 5.4.
+
+    Example:
+      >>> from resflow_jax.training.class_losses import classification_loss
+      >>> config = rf.ClassifierConfig((4, 4, 1), 3, blocks=(1,), hidden_channels=(4,), padding=0)
+      >>> flow = rf.ResNetClassifier(config, rngs=nnx.Rngs(0))
+      >>> batch = jnp.full((2, 4, 4, 1), 128, jnp.uint8), jnp.array([0, 2])
+      >>> nats, _ = classification_loss(256, density_weight=1 / 16)(flow, batch, jax.random.key(0), rf.Exact(), 0)
+      >>> nats.shape
+      ()
+    """
+    check_count("levels", levels, 1)
+    check_finite("density_weight", density_weight)
+    if not density_weight >= 0:
+        raise ValueError(f"density_weight: expected 0 or a positive number, got {density_weight}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    if dropout and density_weight:
+        raise ValueError(f"dropout: expected 0 beside density_weight {density_weight}, got {dropout}")
+
+    def loss(flow: Flow, batch: Any, key: Array, estimator: Estimator, step: Array) -> tuple[Array, Diagnostics]:
+        images, labels = as_pair(batch)
+        if labels is None:
+            raise ValueError("batch: expected a pair (images, labels), got images alone")
+        if density_weight:
+            noise_key, key = jax.random.split(key)
+            x = dequantize(images, noise_key, levels)
+            options = {"key": key, "estimator": estimator, "return_diagnostics": True, "return_logits": True}
+            _, log_prob, diagnostics, logits = flow.forward_and_log_prob(x, **options)
+            nats = cross_entropy(logits, labels) - density_weight * jnp.mean(log_prob)
+        else:
+            x = to_unit_interval(images, levels)
+            options = {"key": key, "dropout": dropout} if dropout and isinstance(flow, Classifier) else {}
+            nats, diagnostics = cross_entropy(flow.logits(x, **options), labels), _no_diagnostics(flow)
+        update_running_statistics(flow, x)
+        return with_order_gradient(nats, flow), diagnostics
+
+    return loss
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Mean of -log p(y | x) in nats over the labelled examples, from logits [B, K] and labels [B]; 0 without any."""
+    is_labelled = labels >= 0
+    with optax_promotion():
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(is_labelled, labels, 0))
+    total = jnp.sum(jnp.where(is_labelled, losses, 0))
+    return total / jnp.maximum(1, jnp.sum(is_labelled)).astype(total.dtype)
+
+
+def _no_diagnostics(flow: Flow) -> Diagnostics:
+    zeros = jnp.zeros(flow.blocks, flow.dtype)
+    return Diagnostics(zeros, jnp.zeros((flow.blocks, DIAGNOSED_TERMS), flow.dtype), zeros, zeros)
