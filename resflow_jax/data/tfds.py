@@ -1,7 +1,7 @@
-"""Reads image sets of TensorFlow Datasets that are prepared on disk, without TensorFlow."""
+"""Reads image sets of TensorFlow Datasets that are prepared on disk, without TensorFlow, with labels if asked."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ import numpy as np
 
 from resflow_jax.data.files import split
 from resflow_jax.data.images import Images, ImageSplits, StoredImages, held_if_small, take
+from resflow_jax.data.labels import LabelledImages, Labels, number_names
+
+_CHUNK = 1024  # number of examples that are read at once for their labels
 
 
 def load_tfds(name: str, data_dir: str | Path | None = None, *, bits: int = 8, validation: int = 5000) -> ImageSplits:
@@ -33,6 +36,45 @@ def load_tfds(name: str, data_dir: str | Path | None = None, *, bits: int = 8, v
       ValueError: if it cannot be read, for example because it is damaged or prepared in another format; if it has no
         training split; or if its images are not of 8 bits and one shape.
     """
+    sources, directory = _open(name, data_dir)
+    return split(_images(sources, name, directory, validation), bits=bits)
+
+
+def load_labelled_tfds(
+    name: str, data_dir: str | Path | None = None, *, bits: int = 8, validation: int = 5000
+) -> LabelledImages:
+    """Reads a prepared image set with its labels; the images are those of `load_tfds`.
+
+    The labels are read at once, also those of images that are read as needed. No image is decoded for them.
+
+    Args:
+      name: name of the data set, as for `load_tfds`; it must have the feature "label" too, a class or an integer.
+      data_dir: directory with the data set, as for `load_tfds`.
+      bits: number of bits of a pixel that are kept, 1..8.
+      validation: number of training images, from the end, that become the validation split.
+
+    Returns:
+      `LabelledImages`, of uint8 images [N, H, W, C] with 2^bits levels. The classes have the names that the data set
+      gives them; if it gives none, they are the numbers up to the largest label.
+
+    Raises:
+      FileNotFoundError: as `load_tfds`.
+      ValueError: as `load_tfds`; also if the data set has no such labels, or images without a label.
+    """
+    import tensorflow_datasets as tfds
+
+    sources, directory = _open(name, data_dir)
+    names = _class_names(name, dict(sources["train"].dataset_info.features))
+    images = _images(sources, name, directory, validation)
+    undecoded, _ = _open(name, directory, decoders={"image": tfds.decode.SkipDecoding()})
+    labels = _by_split(undecoded, lambda source: _labels(source, name, directory), validation)
+    if names is None:
+        names = number_names(1 + max(int(numbers.max()) for numbers in labels.values()))
+    return LabelledImages(split(images, bits=bits), Labels(**labels, names=names))
+
+
+def _open(name: str, data_dir: str | Path | None, **options: Any) -> tuple[dict[str, Any], Path]:
+    """The data source of each split of an image set, and the directory in which it is. Options are those of TFDS."""
     import tensorflow_datasets as tfds
 
     directory = Path(data_dir) if data_dir is not None else find_data_dir(name)
@@ -42,19 +84,11 @@ def load_tfds(name: str, data_dir: str | Path | None = None, *, bits: int = 8, v
             f"by {_build(name, directory)}, or name its directory by --data.dir or $TFDS_DATA_DIR."
         )
     with _readable(name, directory):
-        sources = tfds.data_source(name, data_dir=str(directory), download=False)
+        sources = tfds.data_source(name, data_dir=str(directory), download=False, **options)
     if "train" not in sources:
         raise ValueError(f"name: expected a data set with the split 'train', got {', '.join(sources)} in {name!r}")
     _check_features(name, dict(sources["train"].dataset_info.features))
-    parts = {"train": _stored(sources["train"], name, directory)}
-    if "test" in sources or "validation" in sources:
-        parts["test"] = _stored(sources["test" if "test" in sources else "validation"], name, directory)
-    else:
-        parts["train"], parts["test"] = _cut(parts["train"], max(1, len(parts["train"]) // 10))
-    if not 0 < validation < len(parts["train"]):
-        raise ValueError(f"validation: expected between 1 and {len(parts['train']) - 1} images, got {validation}")
-    parts["train"], parts["validation"] = _cut(parts["train"], validation)
-    return split(parts, bits=bits)
+    return sources, directory
 
 
 def find_data_dir(name: str) -> Path:
@@ -93,6 +127,37 @@ def _check_features(name: str, features: dict[str, Any]) -> None:
         )
 
 
+def _class_names(name: str, features: dict[str, Any]) -> tuple[str, ...] | None:
+    """The names of the classes of the feature "label"; None if it is an integer without names."""
+    label = features.get("label")
+    if label is None or label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
+        raise ValueError(
+            f"name: expected a data set with labels, with the feature 'label' of one integer; got the features "
+            f"{features} of {name!r}"
+        )
+    names = getattr(label, "names", None)
+    return None if names is None else tuple(names)
+
+
+def _by_split(
+    sources: dict[str, Any], read: Callable[[Any], Images | np.ndarray], validation: int
+) -> dict[str, Images | np.ndarray]:
+    """What `read` reads of the data sources, by the splits that `load_tfds` describes."""
+    parts = {"train": read(sources["train"])}
+    if "test" in sources or "validation" in sources:
+        parts["test"] = read(sources["test" if "test" in sources else "validation"])
+    else:
+        parts["train"], parts["test"] = _cut(parts["train"], max(1, len(parts["train"]) // 10))
+    if not 0 < validation < len(parts["train"]):
+        raise ValueError(f"validation: expected between 1 and {len(parts['train']) - 1} images, got {validation}")
+    parts["train"], parts["validation"] = _cut(parts["train"], validation)
+    return parts
+
+
+def _images(sources: dict[str, Any], name: str, directory: Path, validation: int) -> dict[str, Images]:
+    return _by_split(sources, lambda source: _stored(source, name, directory), validation)
+
+
 def _stored(source: Any, name: str, directory: Path) -> Images:
     def read(numbers):
         with _readable(name, directory):
@@ -105,7 +170,16 @@ def _stored(source: Any, name: str, directory: Path) -> Images:
     return held_if_small(StoredImages(read, np.arange(len(source))))
 
 
-def _cut(images: Images, last: int) -> tuple[Images, Images]:
-    """Divides images into all but the last `last`, and these."""
-    rows = np.arange(len(images))
-    return take(images, rows[:-last]), take(images, rows[-last:])
+def _labels(source: Any, name: str, directory: Path) -> np.ndarray:
+    labels = []
+    with _readable(name, directory):
+        for start in range(0, len(source), _CHUNK):
+            numbers = range(start, min(start + _CHUNK, len(source)))
+            labels += [example["label"] for example in source.__getitems__(list(numbers))]
+    return np.asarray(labels)
+
+
+def _cut(values: Images | np.ndarray, last: int) -> tuple[Images | np.ndarray, Images | np.ndarray]:
+    """Divides images or labels into all but the last `last`, and these."""
+    rows = np.arange(len(values))
+    return take(values, rows[:-last]), take(values, rows[-last:])
