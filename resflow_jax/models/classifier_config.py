@@ -32,6 +32,8 @@ class ClassifierConfig:
         has no inverse that can be relied on, and no density.
       architecture: "invertible" halves the resolution by squeezes, which lose nothing; "standard" by strides, with
         convolutions of one pixel as shortcuts, to the same number of channels.
+      head_channels: channels that a linear map at every position of the features gives before the pooled head; None for
+        no such map.
       head: "pooled" for a linear layer on pooled features (`PooledHead`); "mixture" for Bayes' rule with a normal
         distribution of the output for each class (`MixtureOfNormals`).
       logit_alpha: alpha of a logit of the images, as densities use it; None for none.
@@ -59,6 +61,7 @@ class ClassifierConfig:
     coefficient: float | None = 0.9
     architecture: Architecture = "invertible"
     head: HeadName = "pooled"
+    head_channels: int | None = None
     logit_alpha: float | None = None
 
     def __post_init__(self):
@@ -94,6 +97,10 @@ class ClassifierConfig:
             check_open_interval("coefficient", self.coefficient, 0, 1)
         check_choice("architecture", self.architecture, ARCHITECTURES)
         check_choice("head", self.head, HEADS)
+        if self.head_channels is not None:
+            check_count("head_channels", self.head_channels, 1)
+            if self.head != "pooled":
+                raise ValueError(f"head_channels: expected None beside head {self.head!r}, got {self.head_channels}")
         if self.logit_alpha is not None:
             check_open_interval("logit_alpha", self.logit_alpha, 0, 0.5)
         if self.architecture == "standard" and self.coefficient is not None:

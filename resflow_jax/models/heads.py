@@ -20,11 +20,12 @@ Array = jax.Array
 class PooledHead(Module):
     """Logits from features h [B, ..., C]: normalisation, activation, mean over positions, a linear layer.
 
-        logits = W mean_positions(phi(ActNorm(h))) + b
+        logits = W mean_positions(phi(ActNorm(V h))) + b,   V a linear map of the channels, or nothing
 
     Args:
       shape: of one h: (H, W, C), or (C,) without positions.
       classes: K, the number of classes.
+      hidden: number of channels that V gives; None for no V.
       activation: phi, a name in `ACTIVATIONS` of one without parameters.
       rngs: draws W.
 
@@ -33,7 +34,8 @@ class PooledHead(Module):
     Raises:
       ValueError: for sizes below one, fewer than two classes, and an activation with parameters.
 
-    Source: Behrmann et al. (2019, arXiv 1811.00995), section 4.1.
+    Source: Behrmann et al. (2019, arXiv 1811.00995), section 4.1; V as in Chen et al. (2019, arXiv 1906.02735), section
+    5.4, which has a convolution 3x3 in its place.
 
     Example:
       >>> head = rf.PooledHead((4, 4, 8), 10, rngs=nnx.Rngs(0))
@@ -41,36 +43,53 @@ class PooledHead(Module):
       ((3, 10), (10, 10))
     """
 
-    def __init__(self, shape: Shape, classes: int, *, activation: str = "elu", rngs: nnx.Rngs):
+    def __init__(
+        self, shape: Shape, classes: int, *, hidden: int | None = None, activation: str = "elu", rngs: nnx.Rngs
+    ):
         self.shape = as_shape("shape", shape)
         check_count("classes", classes, 2)
+        if hidden is not None:
+            check_count("hidden", hidden, 1)
         found = get_activation(activation)
         if found.expansion != 1 or found.initial or found.group != 1:
             raise ValueError(f"activation: expected one without parameters that keeps the channels, got {activation!r}")
-        self.classes, self.activation = classes, activation
-        channels = self.shape[-1]
+        self.classes, self.hidden, self.activation = classes, hidden, activation
+        self.first = None if hidden is None else _uniform(rngs, (self.shape[-1], hidden))
+        channels = self.shape[-1] if hidden is None else hidden
         self.norm = ActNorm((channels,))
-        bound = channels**-0.5
-        self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (channels, classes), minval=-bound, maxval=bound))
+        self.kernel = _uniform(rngs, (channels, classes))
         self.bias = nnx.Param(jnp.zeros(classes))
 
     def __call__(self, h: Array) -> Array:
         """The logits [B, classes] of h [B, *shape]."""
-        active = get_activation(self.activation)({}, self.norm(h))
+        active = get_activation(self.activation)({}, self.norm(self._mixed(h)))
         logits = jnp.mean(active, axis=tuple(range(1, h.ndim - 1))) @ self.kernel[...]
         return logits + trailing(self.bias[...], logits)
 
     def initialize(self, h: Array) -> None:
         """Sets the normalisation from a batch of features, in place."""
-        self.norm.initialize(h)
+        self.norm.initialize(self._mixed(h))
+
+    def _mixed(self, h: Array) -> Array:
+        """V h."""
+        return h if self.first is None else h @ self.first[...]
 
     def lipschitz_bounds(self) -> np.ndarray:
         """Bounds on the Lipschitz constants of logit_a - logit_b in h, in the 2-norm: float64 [K, K], on the host.
 
-        The gradient by h at one position is diag(scale) (W_a - W_b) times slopes of phi of at most 1 over the number P
-        of positions, so its norm over all positions is at most |scale (W_a - W_b)| / sqrt(P).
+        The gradient by V h at one position is diag(scale) (W_a - W_b), times slopes of phi of at most 1, over the number
+        P of positions. So its norm over all positions is at most |scale (W_a - W_b)| / sqrt(P); V multiplies it by at
+        most |V|.
         """
         scale = np.exp(np.asarray(self.norm.log_scale[...], np.float64)) / np.asarray(self.norm.std[...], np.float64)
         rows = (np.asarray(self.kernel[...], np.float64) * scale[:, None]).T
         differences = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
-        return differences * get_activation(self.activation).lipschitz / math.sqrt(math.prod(self.shape[:-1]))
+        norm = 1.0 if self.first is None else np.linalg.norm(np.asarray(self.first[...], np.float64), 2)
+        slope = get_activation(self.activation).lipschitz
+        return differences * norm * slope / math.sqrt(math.prod(self.shape[:-1]))
+
+
+def _uniform(rngs: nnx.Rngs, shape: tuple[int, int]) -> nnx.Param:
+    """A matrix, drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = shape[0] ** -0.5
+    return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))

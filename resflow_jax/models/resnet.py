@@ -60,7 +60,8 @@ class ResNetClassifier(Classifier):
         if config.head == "mixture":
             base, head = MixtureOfNormals(config.classes, shape, rngs=rngs), None
         else:
-            base, head = None, PooledHead(shape, config.classes, activation=config.activation, rngs=rngs)
+            options = {"hidden": config.head_channels, "activation": config.activation}
+            base, head = None, PooledHead(shape, config.classes, **options, rngs=rngs)
         super().__init__(bijector, head, base, event_shape=config.shape)
         self.config = config
 

@@ -11,7 +11,15 @@ from resflow_jax import ClassifierConfig
 
 CONFIG = ClassifyConfig(
     data=DataConfig("digits"),
-    model=ClassifierConfig((8, 8, 1), 10, blocks=(3, 3), hidden_channels=(32, 64), padding=0, squeeze_first=True),
+    model=ClassifierConfig(
+        (8, 8, 1),
+        10,
+        blocks=(3, 3),
+        hidden_channels=(32, 64),
+        padding=0,
+        squeeze_first=True,
+        head_channels=64,
+    ),
     workdir=Path("runs/classify_digits"),
     steps=1200,
     optimizer=OptimizerConfig(learning_rate=5e-3),

@@ -11,7 +11,15 @@ from resflow_jax import ClassifierConfig
 
 CONFIG = ClassifyConfig(
     data=DataConfig("fashion_mnist", flip=True),
-    model=ClassifierConfig((28, 28, 1), 10, blocks=(4, 4), hidden_channels=(32, 64), padding=4, squeeze_first=True),
+    model=ClassifierConfig(
+        (28, 28, 1),
+        10,
+        blocks=(4, 4),
+        hidden_channels=(32, 64),
+        padding=12,
+        squeeze_first=True,
+        head_channels=128,
+    ),
     workdir=Path("runs/classify_fashion_mnist"),
     steps=6000,
     batch_size=128,

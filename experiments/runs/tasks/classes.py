@@ -1,4 +1,4 @@
-"""The task of runs that classify images: labelled batches, the error in %, and pictures of a network and its classes."""
+"""The task of runs that classify images: labelled batches, the error in %, and pictures of what is learned."""
 
 from collections.abc import Iterator
 from dataclasses import replace

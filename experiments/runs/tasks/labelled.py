@@ -9,8 +9,7 @@ from resflow_jax.data.embedded import load_labelled_digits, load_labelled_photog
 from resflow_jax.data.images import Images
 from resflow_jax.data.labelled_files import load_labelled_path
 from resflow_jax.data.labels import LabelledImages
-from resflow_jax.data.tfds import find_data_dir
-from resflow_jax.data.tfds import load_tfds as load_labelled_tfds
+from resflow_jax.data.tfds import find_data_dir, load_labelled_tfds
 
 
 class Rows(NamedTuple):
