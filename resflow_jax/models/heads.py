@@ -77,9 +77,9 @@ class PooledHead(Module):
     def lipschitz_bounds(self) -> np.ndarray:
         """Bounds on the Lipschitz constants of logit_a - logit_b in h, in the 2-norm: float64 [K, K], on the host.
 
-        The gradient by V h at one position is diag(scale) (W_a - W_b), times slopes of phi of at most 1, over the number
-        P of positions. So its norm over all positions is at most |scale (W_a - W_b)| / sqrt(P); V multiplies it by at
-        most |V|.
+        The gradient by V h at one position is diag(scale) (W_a - W_b), times slopes of phi of at most 1, over the
+        number P of positions. So its norm over all positions is at most |scale (W_a - W_b)| / sqrt(P). V multiplies it
+        by at most |V|.
         """
         scale = np.exp(np.asarray(self.norm.log_scale[...], np.float64)) / np.asarray(self.norm.std[...], np.float64)
         rows = (np.asarray(self.kernel[...], np.float64) * scale[:, None]).T
