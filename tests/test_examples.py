@@ -26,7 +26,7 @@ def as_a_user(tmp_path, monkeypatch):
 
 def test_page():
     """All examples that a composed flow must be able to do are there."""
-    assert len(SECTIONS) == 10 and PAGE.count("```python") == len(SECTIONS) + 2
+    assert len(SECTIONS) == 11 and PAGE.count("```python") == len(SECTIONS) + 2
     for name, code in (SECTIONS | {"loop": LOOP}).items():
         assert len(code.splitlines()) <= 25, name
 
