@@ -85,9 +85,9 @@ LAYERS = {
         ),
     },
     "rf.Classifier": {
-        "head: expected one, or None": lambda: rf.Classifier(norm()),
-        "head: expected PooledHead": lambda: rf.Classifier(norm(), norm()),
-        r"head: expected one for \(3,\)": lambda: rf.Classifier(norm(), head((2,), 3)),
+        "head: expected one, or None": lambda: rf.Classifier(norm(), event_shape=(3,)),
+        "head: expected PooledHead": lambda: rf.Classifier(norm(), norm(), event_shape=(3,)),
+        r"head: expected one for \(3,\)": lambda: rf.Classifier(norm(), head((2,), 3), event_shape=(3,)),
         "head: expected .* without a condition": lambda: rf.Classifier(
             norm(), base=rf.MixtureOfNormals(2, (3,), class_conditional=True, rngs=RNGS)
         ),
@@ -120,7 +120,9 @@ LAYERS = {
     "rf.certified_radius": {
         "flow: expected Classifier": lambda: rf.certified_radius(on_vectors(), X),
         "flow: expected a classifier with a head": lambda: rf.certified_radius(classifier(), X),
-        r"logits: expected .*3\]": lambda: rf.certified_radius(rf.Classifier(norm(), head((3,), 3)), X[:, :2]),
+        r"logits: expected .*3\]": lambda: rf.certified_radius(
+            rf.Classifier(norm(), head((3,), 3), event_shape=(3,)), X[:, :2]
+        ),
     },
     "rf.StridedBlock": {
         r"shape: expected \(H, W, C\)": lambda: rf.StridedBlock((4,), 2, 2, rngs=RNGS),
