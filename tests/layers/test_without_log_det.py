@@ -59,7 +59,7 @@ def test_zeros_are_appended_and_dropped():
 def test_what_needs_a_log_det_is_refused(density):
     """Densities and samples raise; the error says which layer has no log-det, and why."""
     flow = padded()
-    with pytest.raises(ValueError, match="ZeroPadding.*appended zeros make it an injective map"):
+    with pytest.raises(ValueError, match=r"ZeroPadding.*appended zeros make it an injective map"):
         density(flow, X[..., :1])
     np.testing.assert_array_equal(flow.inverse(flow(X[..., :1])), X[..., :1])
 

@@ -32,7 +32,7 @@ def test_channels(settings, channels):
     ],
 )
 def test_density(settings, reason):
-    """There is a density without padding and with a bound on every convolution; otherwise the reason names the setting."""
+    """There is a density without padding and with a bound on every convolution; else the reason names the setting."""
     config = rf.ClassifierConfig(**{**SMALL, **settings})
     assert config.no_density == reason and config.has_density == (reason is None)
 

@@ -1,4 +1,4 @@
-"""Certified radii: the formula, attacks that find nothing within them, and a linear classifier, where they are exact."""
+"""Certified radii: the formula, attacks that fail within them, and a linear classifier, where they are exact."""
 
 import jax
 import jax.numpy as jnp
