@@ -68,6 +68,15 @@ def test_inverse_of_an_unconstrained_block():
     assert not (np.asarray(status.converged[0]) & (np.abs(x - X).max(axis=(1, 2, 3)) < 1e-3)).any()
 
 
+def test_inverse_in_float32():
+    """To 1e-5 with small kernels."""
+    with jax.enable_x64(False):
+        block, x = unconstrained(0.3), X.astype(jnp.float32)
+        back, status = block.inverse(block(x), return_status=True)
+    assert back.dtype == jnp.float32 and status.converged.all()
+    np.testing.assert_allclose(back, x, atol=1e-5)
+
+
 def test_inverse_of_a_strided_block():
     """Pixels that S keeps come back nearly with a small g, exactly if the others are zero or there are none."""
     block = strided(0.05)

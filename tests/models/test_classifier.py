@@ -137,3 +137,19 @@ def test_networks(kind, tmp_path):
     assert len(certificate.blocks) == flow.blocks
     with pytest.raises(ValueError, match=r"x: expected values in \[0, 1\]"):
         flow.initialize(images + 1)
+
+
+@pytest.mark.parametrize("is_bounded", [True, False])
+def test_round_trip(is_bounded):
+    """Images come back from a network of large kernels with a bound; without one they do not, or the status says so."""
+    sizes = {"blocks": (1,), "hidden_channels": (2,), "padding": 1, "coefficient": 0.9 if is_bounded else None}
+    flow = rf.ResNetClassifier(rf.ClassifierConfig((2, 2, 1), 3, **sizes), rngs=nnx.Rngs(0))
+    params = nnx.state(flow.bijector, nnx.Param)
+    nnx.update(
+        flow.bijector, jax.tree_util.tree_map_with_path(lambda p, v: 20 * v if "kernel" in str(p) else v, params)
+    )
+    flow.converge_norms()
+    images = jax.random.uniform(KEY, (3, 2, 2, 1))
+    back, status = jax.jit(lambda x: flow.inverse(flow(x), return_status=True))(images)
+    is_right = np.asarray(status.converged.all(axis=0)) & (np.abs(back - images).max(axis=(1, 2, 3)) < 1e-5)
+    assert is_right.all() if is_bounded else not is_right.any()
