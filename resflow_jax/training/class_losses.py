@@ -19,6 +19,7 @@ from resflow_jax.functional.checks import as_array, check_count, check_finite
 from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.layers.without_log_det import WithoutLogDet
+from resflow_jax.models.classifier import Classifier
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.losses import update_running_statistics, with_order_gradient
 from resflow_jax.training.scores import as_pair
@@ -41,15 +42,15 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
 
     Returns:
       loss(flow, batch, key, estimator, steps done) -> (nats, diagnostics), as `Trainer` takes it. The flow has methods
-      `logits` and `forward_and_log_prob` as those of `Classifier`; another than a `Classifier` may take no dropout.
-      Value and gradient are unbiased if those of the estimator are; without a density they are exact, and the
-      diagnostics zero.
+      `logits` and `forward_and_log_prob` as those of `Classifier`; only a `Classifier` takes dropout. Value and
+      gradient are unbiased if those of the estimator are; without a density they are exact, and the diagnostics zero.
 
     Cost: one evaluation of every g and its gradient; with a density one `log_prob` of the batch.
 
     Raises:
       ValueError: for levels below one, a weight that is negative or not finite, a dropout outside of [0, 1) or beside a
-        weight; when called, for a batch of another form, and for labels that are not traced outside their range.
+        weight; when called, for a batch of another form, for labels that are not traced outside their range, and for
+        dropout with a flow that is no `Classifier`.
 
     Source: Behrmann et al. (2019, arXiv 1811.00995), section 4.1; Chen et al. (2019, arXiv 1906.02735), section 5.4.
 
@@ -74,6 +75,8 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
         images, labels = as_pair(batch)
         if labels is None:
             raise ValueError("batch: expected a pair (images, labels), got images alone")
+        if dropout and not isinstance(flow, Classifier):
+            raise ValueError(f"dropout: expected 0 for a {type(flow).__name__}, which has none, got {dropout}")
         if density_weight:
             noise_key, key = jax.random.split(key)
             x = dequantize(images, noise_key, levels)

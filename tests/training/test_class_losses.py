@@ -184,6 +184,13 @@ def test_bad_batches(flow, batch, message):
         classification_loss(4)(flow, batch, KEY, rf.Exact(), 0)
 
 
+def test_dropout_needs_a_classifier():
+    """Another flow would silently have none."""
+    with pytest.raises(ValueError, match=r"dropout: expected 0 for a Flow, which has none, got 0\.5"):
+        loss = classification_loss(4, dropout=0.5)
+        loss(rf.Flow(rf.ActNorm((1,)), event_shape=(2, 2, 1)), (IMAGES, LABELS), KEY, rf.Exact(), 0)
+
+
 def test_a_network_without_a_density():
     """A weight of the density is refused by the layer, with its reason."""
     flow = rf.Classifier(rf.ZeroPadding(1), rf.PooledHead((2, 2, 2), 3, rngs=nnx.Rngs(1)), event_shape=(2, 2, 1))
