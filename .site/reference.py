@@ -63,6 +63,14 @@ TOPICS = {
         "Distributions of z.",
         "Base StandardNormal DiagonalNormal MixtureOfNormals",
     ),
+    "classifiers": Topic(
+        "Classifiers",
+        "Flows that also give classes, the residual networks that they are compared with, and certified radii.",
+        (
+            "Classifier ResNetClassifier ClassifierConfig PooledHead ZeroPadding UnconstrainedBlock StridedBlock "
+            "certified_radius"
+        ),
+    ),
     "estimators": Topic(
         "Estimators",
         "How the log-determinant of a residual block is found, and the laws of the lengths of a roulette.",

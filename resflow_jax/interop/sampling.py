@@ -82,12 +82,14 @@ class SamplingMap:
         """Makes the map of a flow as it is now. Later changes of the flow do not change the map.
 
         Raises:
-          ValueError: if flow is no `Flow`, for a flow that pads x, an unknown estimator, a missing key, and a condition
-            that is missing, not expected, or does not end in the flow's condition shape.
+          ValueError: if flow is no `Flow`, for a flow that pads x or has no density, an unknown estimator, a missing
+            key, and a condition that is missing, not expected, or does not end in the flow's condition shape.
         """
         check_type("flow", flow, Flow)
         if flow.pads:
             raise ValueError("flow: expected one without padding, which makes it no bijection, got one that pads x")
+        if flow.no_density is not None:
+            raise ValueError(f"flow: expected one with a density, got one with {flow.no_density}")
         estimator = Roulette() if estimator is None else estimator
         check_estimator(estimator)
         check_solver(solver)

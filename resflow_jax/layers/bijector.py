@@ -71,6 +71,7 @@ class Bijector(Module):
       blocks: number of residual blocks inside.
       takes_noise: whether the log-det is drawn with a key.
       pads: whether f appends noise to x, and so is no bijection (see `layers.padding`).
+      no_density: why f has no log-det, as a layer and a clause; None if it has one (see `layers.without_log_det`).
 
     Example:
       >>> class Shift(rf.Bijector):
@@ -94,6 +95,7 @@ class Bijector(Module):
     blocks: int = 0
     takes_noise: bool = False
     pads: bool = False
+    no_density: str | None = None
 
     # Methods that a layer defines
 

@@ -59,13 +59,14 @@ class BlockCertificate:
     All numbers are Python floats without a unit.
 
     Attributes:
-      bound: L, upper bound on Lip(g) in the norm of order `order`; the block is invertible if L < 1.
+      bound: L, upper bound on Lip(g) in the norm of order `order`; the block is invertible if L < 1. It is infinite for
+        an `UnconstrainedBlock` and a `StridedBlock`.
       target_bound: the bound that the coefficients of its layers set, which `tighten` enforces.
       order: of the norm in which g has this constant.
       lipschitz: bound on Lip(f) in the 2-norm.
       inverse_lipschitz: bound on Lip(f^-1) in the 2-norm; infinite if the block is not certified.
-      layers: a `LayerCertificate` for each linear layer, from the input to the output; empty if `bound` is stated by
-        the user.
+      layers: a `LayerCertificate` for each linear layer, from the input to the output; empty if `bound` is infinite or
+        stated by the user.
       is_proved: whether the bound is computed from the kernels, by `Contraction.bound`; else the user states it.
 
     Source: Behrmann et al. (2019, arXiv 1811.00995), theorem 1 and lemma 2.
@@ -92,6 +93,8 @@ class BlockCertificate:
         order = "" if self.order == 2 else f" in the norm of order {self.order:g}"
         if not self.is_proved:
             reason = " on the user's word"
+        elif not self.layers:
+            reason = ""
         else:
             norms = ", ".join(upper(layer.norm) for layer in self.layers[:8])
             reason = f" (target {upper(self.target_bound)}) from norms {norms}{', ...' if len(self.layers) > 8 else ''}"

@@ -43,6 +43,7 @@ class Composition(Bijector):
         self.blocks = sum(part.blocks for part in parts)
         self.takes_noise = any(part.takes_noise for part in parts)
         self.pads = any(part.pads for part in parts)
+        self.no_density = next((part.no_density for part in parts if part.no_density is not None), None)
         named = ((f"{name}[{n}] ({type(part).__name__})", part.condition_shape) for n, part in enumerate(parts))
         self.condition_shape = common_condition_shape(named)
 
@@ -179,14 +180,14 @@ class Invert(Bijector):
     `update_statistics` leave g as it is.
 
     Args:
-      bijector: g; it must not pad.
+      bijector: g, a bijection: it must not pad, and must have a log-det.
       solver: of the residual blocks inside g when f is applied; `Anderson(on_failure="raise")` by default.
 
     Randomness: as in g; the log-det estimate of `Roulette` is unbiased. Cost of f: a solve of every residual block of
     g, and its log-det if asked for. Cost of f^-1: one evaluation of g.
 
     Raises:
-      ValueError: for a bijector that is none or that pads, and for a solver that is none.
+      ValueError: for a bijector that is none, that pads, or that has no log-det, and for a solver that is none.
 
     Example:
       >>> log = rf.Invert(rf.Exp())
@@ -203,6 +204,8 @@ class Invert(Bijector):
         self.blocks, self.takes_noise = bijector.blocks, bijector.takes_noise
         if bijector.pads:
             raise ValueError("bijector: expected one without padding, whose inverse would drop it, got one that pads")
+        if bijector.no_density is not None:
+            raise ValueError(f"bijector: expected a bijection, got one with {bijector.no_density}")
         self.condition_shape = bijector.condition_shape
         self.event_shape = None if bijector.event_shape is None else bijector.output_shape(bijector.event_shape)
 

@@ -200,6 +200,7 @@ class ResidualStack(Bijector):
         self.blocks = depth * self.steps.blocks
         self.takes_noise = self.steps.takes_noise
         self.pads = self.steps.pads
+        self.no_density = self.steps.no_density
         self.condition_shape = self.steps.condition_shape
         self.event_shape = self.steps.event_shape
         if self.event_shape is not None:

@@ -19,6 +19,7 @@ from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_shape, check_count
 from resflow_jax.functional.inverse import residual_inverse
+from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.primitives.convolution import conv2d
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Inverse, Shape
@@ -28,7 +29,7 @@ from resflow_jax.layers.without_log_det import NoBijection, WithoutLogDet
 
 Array = jax.Array
 
-_UNCERTIFIED = BlockCertificate(math.inf, math.inf, 2.0, math.inf, math.inf, (), is_proved=False)
+_NO_BOUND = BlockCertificate(math.inf, math.inf, 2.0, math.inf, math.inf, ())
 _STEPS = 100  # of the iteration of a `StridedBlock`, at most
 
 
@@ -81,7 +82,7 @@ class UnconstrainedBlock(NoBijection):
         return x + self.branch(x)
 
     def passed(self, x: Array, key: Array | None, without: WithoutLogDet) -> Array:
-        return without.estimate(self.branch, x, key)[0]
+        return x + without.dropped(self.branch(x), key)
 
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
         graphdef, state = nnx.split(self.branch)
@@ -90,7 +91,7 @@ class UnconstrainedBlock(NoBijection):
         return x, [jax.tree.map(lambda leaf: leaf[None], status)]
 
     def certified_bounds(self, blocks: list) -> tuple[float, float]:
-        blocks.append(_UNCERTIFIED)
+        blocks.append(_NO_BOUND)
         return math.inf, math.inf
 
 
@@ -100,7 +101,8 @@ class StridedBlock(NoBijection):
     S is a convolution with kernels of one pixel and the stride; the first convolution of g has the stride too. With a
     stride of 2, S drops three pixels of four, and y has in general fewer elements than x.
 
-    `inverse` iterates x <- S^+ (y - g(x)) with the pseudo-inverse S^+, which leaves dropped pixels at zero.
+    `inverse` iterates x <- S^+ (y - g(x)) with the pseudo-inverse S^+, which leaves dropped pixels at zero. Its status
+    says whether f(x) = y for the x that it found; that may be another x than the one that y was computed from.
 
     Args:
       shape: (H, W, C) of one x.
@@ -123,6 +125,7 @@ class StridedBlock(NoBijection):
       (3, 2, 2, 8)
     """
 
+    blocks = 1
     takes_noise = True
     reason = "a block that changes the shape of its input is no bijection"
 
@@ -160,8 +163,7 @@ class StridedBlock(NoBijection):
         return self._shortcut(x) + self.branch(x)
 
     def passed(self, x: Array, key: Array | None, without: WithoutLogDet) -> Array:
-        zeros = jnp.zeros((x.shape[0], *self.output_shape(x.shape[1:])), x.dtype)
-        return self._shortcut(x) + without.estimate(lambda _: self.branch(x), zeros, key)[0]
+        return self._shortcut(x) + without.dropped(self.branch(x), key)
 
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
         pseudo_inverse = jnp.linalg.pinv(self.shortcut[...])
@@ -170,8 +172,21 @@ class StridedBlock(NoBijection):
             rest = (y - self.branch(x)) @ pseudo_inverse
             return jnp.zeros_like(x).at[:, :: self.stride, :: self.stride].set(rest)
 
+        axes = varying_axes(y)
         start = jnp.zeros((y.shape[0], *self.shape), y.dtype)
-        return jax.lax.fori_loop(0, _STEPS, step, vary_over(start, varying_axes(y))), []
+        x = jax.lax.fori_loop(0, _STEPS, step, vary_over(start, axes))
+        rest = jnp.abs(y - self(x)).reshape(y.shape[0], -1)
+        residual, scale = jnp.max(rest, axis=1), jnp.max(jnp.abs(y), axis=(1, 2, 3))
+        tolerance = jnp.maximum(solver.tolerance_for(y.dtype), 64 * float(jnp.finfo(y.dtype).eps))
+        converged = residual <= tolerance.astype(y.dtype) * jnp.maximum(1, scale)
+        iterations = vary_over(jnp.full(y.shape[0], _STEPS, jnp.int32), axes)
+        return x, [
+            InverseStatus(iterations[None], residual[None], jnp.linalg.norm(rest, axis=1)[None], converged[None])
+        ]
+
+    def certified_bounds(self, blocks: list) -> tuple[float, float]:
+        blocks.append(_NO_BOUND)
+        return math.inf, math.inf
 
     def _shortcut(self, x: Array) -> Array:
         return x[:, :: self.stride, :: self.stride] @ self.shortcut[...]

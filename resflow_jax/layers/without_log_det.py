@@ -6,6 +6,7 @@ strided convolutions. They take part in a pass without log-dets, and refuse ever
 
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import jax
@@ -28,9 +29,16 @@ class WithoutLogDet:
     Attributes:
       dropout: probability, in [0, 1), with which each element of g(x) is set to zero; the others are divided by
         1 - dropout (Srivastava et al. 2014, JMLR 15). Each example draws with its own key.
+
+    Raises:
+      ValueError: for a dropout outside of [0, 1).
     """
 
     dropout: float = 0.0
+
+    def __post_init__(self):
+        if not isinstance(self.dropout, Real) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
 
     @property
     def needs_key(self) -> bool:
@@ -38,11 +46,14 @@ class WithoutLogDet:
 
     def estimate(self, g: Any, x: Array, key: Array | None) -> tuple[Array, Array]:
         """y like x, and zeros [B]; see `CustomEstimator`."""
-        g_x = g(x)
-        if self.dropout:
-            keep = partial(jax.random.bernoulli, p=1 - self.dropout, shape=x.shape[1:])
-            g_x = jnp.where(jax.vmap(keep)(example_keys(key, x)), g_x / (1 - self.dropout), 0)
-        return x + g_x, jnp.zeros(x.shape[0], x.dtype)
+        return x + self.dropped(g(x), key), no_log_det(x)
+
+    def dropped(self, g_x: Array, key: Array | None) -> Array:
+        """dropout(g(x)) of g(x) [B, ...]."""
+        if not self.dropout:
+            return g_x
+        keep = partial(jax.random.bernoulli, p=1 - self.dropout, shape=g_x.shape[1:])
+        return jnp.where(jax.vmap(keep)(example_keys(key, g_x)), g_x / (1 - self.dropout), 0)
 
 
 class NoBijection(Bijector):
@@ -53,6 +64,10 @@ class NoBijection(Bijector):
     """
 
     reason: str
+
+    @property
+    def no_density(self) -> str:
+        return f"{type(self).__name__}: {self.reason}"
 
     def passed(self, x: Array, key: Array | None, without: WithoutLogDet) -> Array:
         """f(x) in a pass without log-dets, with its dropout."""

@@ -51,7 +51,7 @@ class Certificate:
         beyond = [str(n) for n, block in enumerate(self.blocks) if not block.bound < 1]
         verdict = "every block is invertible" if self.is_certified else "NOT certified"
         lines = [f"Certificate of {count(number, 'residual block')}: {verdict}"]
-        if proved:
+        if any(block.layers for block in self.blocks):
             target = max(block.target_bound for block in self.blocks if block.is_proved)
             bounds = ", ".join(map(upper, proved[:_SHOWN])) + (", ..." if len(proved) > _SHOWN else "")
             lines.append(f"  Lip(g) <= {upper(max(proved))} (target {upper(target)}); of the blocks: {bounds}")
@@ -94,6 +94,10 @@ class Certificate:
             )
         if not self.is_certified:
             worst = int(np.argmax(self.bounds))
+            if not self.blocks[worst].layers:
+                raise ValueError(
+                    f"flow: expected every block certified with a Lipschitz bound below 1, got none for block {worst}"
+                )
             norms = ", ".join(f"{layer.norm:.6f}" for layer in self.blocks[worst].layers)
             raise ValueError(
                 f"flow: expected every block certified with a Lipschitz bound below 1, got {self.bounds[worst]:.6f} "

@@ -88,12 +88,13 @@ class Classifier(Flow):
           x: floats [B, *event_shape].
           condition: as in `forward`.
           key: PRNG key of the dropout, needed with dropout.
-          dropout: probability with which each element of each g(x) is set to zero, in training.
+          dropout: probability in [0, 1) with which each element of each g(x) is set to zero, in training; the others
+            are divided by 1 - dropout. A flow that pads x then draws its noise; without dropout it appends the mean.
 
         Cost: one evaluation of every g. No log-det is computed.
 
         Raises:
-          ValueError: as `forward` for x and condition, and for dropout without a key.
+          ValueError: as `forward` for x and condition, for a dropout outside of [0, 1), and for dropout without a key.
 
         Example:
           >>> base = rf.MixtureOfNormals(3, (2,), rngs=nnx.Rngs(0))
@@ -152,5 +153,6 @@ class Classifier(Flow):
 
 def _logits(graphdef, state, x, key, without, condition):
     flow = nnx.merge(graphdef, state)
-    z, _, _ = flow.bijector.estimate(x.astype(flow.dtype), key, without, own_condition(flow.bijector, condition))
+    x, condition = x.astype(flow.dtype), own_condition(flow.bijector, condition)
+    z = flow.bijector.estimate(x, key, without, condition)[0] if without.needs_key else flow.bijector(x, condition)
     return flow.class_logits(z)

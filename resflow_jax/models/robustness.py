@@ -9,7 +9,6 @@ most twice the largest constant of a single logit; r(x) is at least the margin o
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.checks import as_float_batch, check_type
@@ -51,11 +50,12 @@ def certified_radius(flow: Classifier, logits: Array) -> np.ndarray:
         raise ValueError(
             "flow: expected a classifier with a head, got one by Bayes' rule, whose logits are not Lipschitz"
         )
-    logits = np.asarray(as_float_batch("logits", jnp.asarray(logits), (flow.classes,)), np.float64)
-    constants = certify(flow).lipschitz * flow.head.lipschitz_bounds()
+    logits = np.asarray(as_float_batch("logits", logits, (flow.classes,)), np.float64)
+    of_flow, of_head = certify(flow).lipschitz, flow.head.lipschitz_bounds()
     best = logits.argmax(axis=1)
     margins = logits[np.arange(len(logits)), best][:, None] - logits
     with np.errstate(divide="ignore", invalid="ignore"):
+        constants = np.where(of_head > 0, of_flow * of_head, 0.0)  # infinity times zero is zero here
         radii = np.where(margins > 0, margins / constants[best], 0.0)
     radii[np.arange(len(logits)), best] = np.inf  # the class itself
     return radii.min(axis=1)

@@ -29,6 +29,15 @@ Shape = tuple[int, ...]
 class FlowSampling(Module):
     """The methods of `Flow` that map noise z to samples x."""
 
+    @property
+    def no_density(self) -> str | None:
+        """Why the flow has neither densities nor samples, as a layer and a clause; None if it has both."""
+        return self.bijector.no_density
+
+    def _require_density(self) -> None:
+        if self.no_density is not None:
+            raise ValueError(f"flow: expected one with a density, got one with {self.no_density}")
+
     def sample(
         self,
         key: Array,
@@ -60,7 +69,7 @@ class FlowSampling(Module):
 
         Raises:
           ValueError: for a key that is none, a number below 1, a condition that is missing or not expected, a solver
-            that is none.
+            that is none, and for a flow with layers that have no log-det.
           InverseError: as `inverse`.
 
         Example:
@@ -68,6 +77,7 @@ class FlowSampling(Module):
           >>> flow.sample(jax.random.key(0), (3, 4)).shape
           (3, 4, 2)
         """
+        self._require_density()
         check_key("key", key)
         check_solver(solver)
         shape, num_samples = _sample_shape(shape)
@@ -115,7 +125,8 @@ class FlowSampling(Module):
         Cost: that of `sample`, and of the estimator at x.
 
         Raises:
-          ValueError: for a number below 1, a bad estimator, and for a flow that pads x: its log p needs noise.
+          ValueError: for a number below 1, a bad estimator, for a flow that pads x, since its log p needs noise, and
+            for a flow with layers that have no log-det.
           InverseError: as `inverse`.
 
         Example:
@@ -124,6 +135,7 @@ class FlowSampling(Module):
           >>> np.allclose(log_prob, flow.log_prob(x))
           True
         """
+        self._require_density()
         check_key("key", key)
         shape, num_samples = _sample_shape(shape)
         condition = self._condition(condition, shape, num_samples)
@@ -167,8 +179,8 @@ class FlowSampling(Module):
         Cost: a solve of every block, and the estimator at x.
 
         Raises:
-          ValueError: for a wrong rank, size or dtype, concrete values that are not finite, a bad estimator, and for a
-            flow that pads x: its log p needs noise.
+          ValueError: for a wrong rank, size or dtype, concrete values that are not finite, a bad estimator, for a flow
+            that pads x, since its log p needs noise, and for a flow with layers that have no log-det.
           InverseError: as `inverse`.
         """
         found = self._solution(z, condition, key, estimator, solver)
@@ -185,6 +197,7 @@ class FlowSampling(Module):
         z = as_float_batch("z", z, self.latent_shape)
         check_key("key", key, optional=True)
         check_solver(solver)
+        self._require_density()
         if self.pads:
             raise ValueError(
                 "flow: expected one without padding, which has no log p(x) of its own, got one that pads x"

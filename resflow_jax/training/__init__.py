@@ -1,6 +1,7 @@
 """Training: one pure step, three strategies to run it on many devices, and the placement of its state and batches.
 
-`training.losses` has the losses, `training.evaluation` the evaluation and `training.checkpoints` the checkpoints.
+`training.losses` and `training.class_losses` have the losses of densities and of classifiers, `training.evaluation` and
+`training.class_evaluation` their evaluation, and `training.checkpoints` the checkpoints.
 
 Example:
   >>> "Trainer" in rf.training.__all__

@@ -13,6 +13,8 @@ from resflow_jax.training.forms import divided_examples, mesh_of, on_all_devices
 
 Array = jax.Array
 
+_ROUNDING = 1e-5  # of a probability in float32
+
 
 def class_logits(
     flow: Flow, images: np.ndarray, *, levels: int = 256, batch_size: int = 500, mesh: Mesh | None = None
@@ -72,8 +74,13 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
     The examples are divided by their largest probability into bins of equal width. The error is the mean, over the
     examples, of the distance between the accuracy of the bin and its mean largest probability.
 
+    Args:
+      probabilities: floats [N, K] in [0, 1], as softmax(logits).
+      labels: integers [N] in {0..K-1}.
+      bins: number of bins of [0, 1].
+
     Raises:
-      ValueError: for other shapes, and fewer than one bin.
+      ValueError: for other shapes, no example, values outside of [0, 1], and fewer than one bin.
 
     Source: Guo et al. (2017, arXiv 1706.04599), equation 3.
 
@@ -84,10 +91,12 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
     """
     check_count("bins", bins, 1)
     probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
-    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
         raise ValueError(
-            f"labels: expected [N] beside probabilities [N, K], got {labels.shape} beside {probabilities.shape}"
+            f"labels: expected [N] beside probabilities [N, K], N > 0, got {labels.shape} beside {probabilities.shape}"
         )
+    if not ((probabilities >= 0) & (probabilities <= 1 + _ROUNDING)).all():
+        raise ValueError(f"probabilities: expected numbers in [0, 1], got {probabilities.min()}..{probabilities.max()}")
     confidence = probabilities.max(axis=1)
     is_right = probabilities.argmax(axis=1) == labels
     bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)

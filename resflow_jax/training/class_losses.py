@@ -10,12 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from resflow_jax.data.images import dequantize, to_unit_interval
-from resflow_jax.functional.checks import check_count, check_finite
+from resflow_jax.functional.batch_axes import mean_over_devices
+from resflow_jax.functional.checks import as_array, check_count, check_finite
 from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.estimators import Estimator
+from resflow_jax.layers.without_log_det import WithoutLogDet
 from resflow_jax.models.classifier import Classifier
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.losses import update_running_statistics, with_order_gradient
@@ -29,7 +32,8 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
     """Returns the loss of a classifier of images, in nats.
 
     A batch is a pair (images, labels): integer images [B, H, W, C] in {0..levels-1} and integer labels [B] in
-    {-1..classes-1}, -1 for none. With a density the images are dequantised; without, a pixel is the middle of its cell.
+    {-1..classes-1}, -1 for none. Inside a compiled program other labels make the loss NaN. With a density the images
+    are dequantised; without, a pixel is the middle of its cell.
 
     Args:
       levels: number of values that a pixel can have.
@@ -38,14 +42,15 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
 
     Returns:
       loss(flow, batch, key, estimator, steps done) -> (nats, diagnostics), as `Trainer` takes it. The flow has methods
-      `logits` and `forward_and_log_prob` as those of `Classifier`. Value and gradient are unbiased if those of the
-      estimator are; without a density they are exact, and the diagnostics zero.
+      `logits` and `forward_and_log_prob` as those of `Classifier`; only a `Classifier` takes dropout. Value and
+      gradient are unbiased if those of the estimator are; without a density they are exact, and the diagnostics zero.
 
     Cost: one evaluation of every g and its gradient; with a density one `log_prob` of the batch.
 
     Raises:
       ValueError: for levels below one, a weight that is negative or not finite, a dropout outside of [0, 1) or beside a
-        weight; when called, for a batch of another form.
+        weight; when called, for a batch of another form, for labels that are not traced outside their range, and for
+        dropout with a flow that is no `Classifier`.
 
     Source: Behrmann et al. (2019, arXiv 1811.00995), section 4.1; Chen et al. (2019, arXiv 1906.02735), section 5.4.
 
@@ -62,8 +67,7 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
     check_finite("density_weight", density_weight)
     if not density_weight >= 0:
         raise ValueError(f"density_weight: expected 0 or a positive number, got {density_weight}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    WithoutLogDet(dropout)  # checks it
     if dropout and density_weight:
         raise ValueError(f"dropout: expected 0 beside density_weight {density_weight}, got {dropout}")
 
@@ -71,6 +75,8 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
         images, labels = as_pair(batch)
         if labels is None:
             raise ValueError("batch: expected a pair (images, labels), got images alone")
+        if dropout and not isinstance(flow, Classifier):
+            raise ValueError(f"dropout: expected 0 for a {type(flow).__name__}, which has none, got {dropout}")
         if density_weight:
             noise_key, key = jax.random.split(key)
             x = dequantize(images, noise_key, levels)
@@ -79,7 +85,7 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
             nats = cross_entropy(logits, labels) - density_weight * jnp.mean(log_prob)
         else:
             x = to_unit_interval(images, levels)
-            options = {"key": key, "dropout": dropout} if dropout and isinstance(flow, Classifier) else {}
+            options = {"key": key, "dropout": dropout} if dropout else {}
             nats, diagnostics = cross_entropy(flow.logits(x, **options), labels), _no_diagnostics(flow)
         update_running_statistics(flow, x)
         return with_order_gradient(nats, flow), diagnostics
@@ -88,12 +94,35 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Mean of -log p(y | x) in nats over the labelled examples, from logits [B, K] and labels [B]; 0 without any."""
-    is_labelled = labels >= 0
+    """Mean of -log p(y | x) in nats over the labelled examples, from logits [B, K] and labels [B]; 0 without any.
+
+    Under `shard_map` or `pmap` the sum over a device's examples is divided by the mean number of labelled examples on a
+    device, so that the mean over devices is that of the whole batch.
+
+    Raises:
+      ValueError: for labels that are not integers [B] in {-1..K-1}. Traced labels outside make value and gradient NaN.
+    """
+    labels = _checked_labels(labels, logits)
+    is_known = (labels >= -1) & (labels < logits.shape[-1])
+    is_labelled = is_known & (labels >= 0)
     with optax_promotion():
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(is_labelled, labels, 0))
-    total = jnp.sum(jnp.where(is_labelled, losses, 0))
-    return total / jnp.maximum(1, jnp.sum(is_labelled)).astype(total.dtype)
+    total = jnp.sum(losses * jnp.where(is_known, is_labelled.astype(losses.dtype), jnp.nan))
+    number = mean_over_devices(jnp.sum(is_labelled).astype(total.dtype))
+    return total / jnp.where(number > 0, number, 1)
+
+
+def _checked_labels(labels: Any, logits: Array) -> Array:
+    """The labels as signed integers; their values are checked unless they are traced."""
+    found = as_array("labels", labels, "integers [B]")
+    is_signed = jnp.issubdtype(found.dtype, jnp.signedinteger) or found.dtype in (jnp.uint8, jnp.uint16)
+    if not is_signed or found.shape != logits.shape[:1]:
+        raise ValueError(f"labels: expected signed integers {logits.shape[:1]}, got {found.dtype} {found.shape}")
+    if not isinstance(labels, jax.core.Tracer):
+        values = np.asarray(labels)
+        if values.min() < -1 or values.max() >= logits.shape[-1]:
+            raise ValueError(f"labels: expected -1 to {logits.shape[-1] - 1}, got {values.min()} to {values.max()}")
+    return found.astype(jnp.int32) if found.dtype.itemsize < 4 else found
 
 
 def _no_diagnostics(flow: Flow) -> Diagnostics:

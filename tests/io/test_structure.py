@@ -13,7 +13,7 @@ from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.layers.module import Module
 
 LOW, HIGH = [0, -np.inf, -1], [np.inf, np.inf, 1.0]
-ABSTRACT = {"Base", "Bijector", "Contraction", "Flow", "ResidualFlow"}
+ABSTRACT = {"Base", "Bijector", "Contraction", "Flow", "ResidualFlow", "ResNetClassifier"}
 
 
 def step(rngs):
@@ -27,6 +27,9 @@ MAKERS = {
     "Bounded": lambda rngs: rf.Bounded(LOW, HIGH, alpha=1e-3, one_sided="softplus"),
     "Chain": lambda rngs: rf.Chain([rf.ActNorm((4,)), rf.Reshape((4,), (2, 2))]),
     "ChannelPadding": lambda rngs: rf.ChannelPadding(2, "gaussian", 0.5, 0.1),
+    "Classifier": lambda rngs: rf.Classifier(
+        rf.ZeroPadding(1), rf.PooledHead((4,), 3, rngs=rngs), rf.DiagonalNormal((4,)), event_shape=(3,)
+    ),
     "DenseNet": lambda rngs: rf.DenseNet(
         (4, 4, 2), 2, 4, first=4, kernel=1, padding="periodic", condition_dim=2, activation="tanh", rngs=rngs
     ),
@@ -57,12 +60,20 @@ MAKERS = {
     "MultiScale": lambda rngs: rf.MultiScale([rf.Squeeze((2, 2, 1)), rf.ActNorm((2,))], (2, 2, 1)),
     "Normalization": lambda rngs: rf.Normalization([0.0, 1.0], [2.0, 3.0]),
     "Permutation": lambda rngs: rf.Permutation([1, 2, 0], axis=-2),
+    "PooledHead": lambda rngs: rf.PooledHead((2, 2, 3), 4, hidden=5, activation="tanh", rngs=rngs),
     "Reshape": lambda rngs: rf.Reshape((2, 2), (4, 1)),
     "ResidualBlock": lambda rngs: rf.ResidualBlock(rf.LipschitzMLP(3, (2,), rngs=rngs)),
     "ResidualStack": lambda rngs: rf.ResidualStack(step, 3, rngs=rngs),
     "Softplus": lambda rngs: rf.Softplus(),
     "Squeeze": lambda rngs: rf.Squeeze((2, 4, 1)),
     "StandardNormal": lambda rngs: rf.StandardNormal((3,)),
+    "StridedBlock": lambda rngs: rf.StridedBlock(
+        (2, 4, 1), 3, 2, stride=1, activation="tanh", preactivation=False, rngs=rngs
+    ),
+    "UnconstrainedBlock": lambda rngs: rf.UnconstrainedBlock(
+        (2, 4, 1), 2, activation="tanh", preactivation=False, rngs=rngs
+    ),
+    "ZeroPadding": lambda rngs: rf.ZeroPadding(2),
 }
 
 

@@ -12,7 +12,7 @@ import resflow_jax as rf
 from resflow_jax.interop import bases, distrax, flowjax, numpyro, sampling, stateless
 from resflow_jax.training import make_mesh
 from tests.modes.calls import IMAGES, KEY, PIXELS, X, images
-from tests.modes.documented_layers import LAYERS, RNGS, C, conditional, norm, on_vectors, padded
+from tests.modes.documented_layers import LAYERS, RNGS, C, conditional, norm, on_vectors, padded, unlikely
 
 TABLE = np.array([[1.0, 0.5], [1.0, 0.4]])
 DENSE, KERNEL = rf.DenseMap(3, 2), np.ones((3, 2))
@@ -224,6 +224,7 @@ ROWS = {
     "interop.sampling.SamplingMap.of": {
         "flow: expected Flow": lambda: sampling.SamplingMap.of(3, KEY, None, rf.Anderson()),
         "flow: expected one without padding": lambda: sampling.SamplingMap.of(padded(), KEY, None, rf.Anderson()),
+        "flow: expected one with a density": lambda: sampling.SamplingMap.of(unlikely(), KEY, None, rf.Anderson()),
         "estimator: expected": lambda: sampling.SamplingMap.of(on_vectors(), KEY, "exact", rf.Anderson()),
         "key: Roulette expected": lambda: sampling.SamplingMap.of(on_vectors(), None, None, rf.Anderson()),
         "condition: expected None": lambda: sampling.SamplingMap.of(on_vectors(), KEY, None, rf.Anderson(), C),

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 import resflow_jax as rf
-from tests.modes.calls import X, vectors
+from tests.modes.calls import KEY, PIXELS, X, vectors
 
 RNGS = nnx.Rngs(0)
 C = np.ones(2)
@@ -39,8 +39,22 @@ def padded():
     return rf.Flow(rf.Chain([rf.ChannelPadding(1, "gaussian"), rf.ActNorm((4,))]), event_shape=(3,))
 
 
+def unlikely():
+    """A flow without a density."""
+    return rf.Flow(rf.ZeroPadding(1), event_shape=(3,))
+
+
 def block(module, **options):
     return rf.ResidualBlock(module, **options)
+
+
+def head(*args, **options):
+    return rf.PooledHead(*args, **options, rngs=RNGS)
+
+
+def classifier():
+    """A classifier of vectors by a mixture."""
+    return rf.Classifier(norm(), base=rf.MixtureOfNormals(2, (3,), rngs=RNGS))
 
 
 class Narrowing(nnx.Module):
@@ -69,6 +83,75 @@ LAYERS = {
         "condition: expected one shape": lambda: rf.Chain(
             [rf.Affine((3,), condition_dim=n, rngs=RNGS) for n in (1, 2)]
         ),
+    },
+    "rf.Classifier": {
+        "head: expected one, or None": lambda: rf.Classifier(norm(), event_shape=(3,)),
+        "head: expected PooledHead": lambda: rf.Classifier(norm(), norm(), event_shape=(3,)),
+        r"head: expected one for \(3,\)": lambda: rf.Classifier(norm(), head((2,), 3), event_shape=(3,)),
+        "head: expected .* without a condition": lambda: rf.Classifier(
+            norm(), base=rf.MixtureOfNormals(2, (3,), class_conditional=True, rngs=RNGS)
+        ),
+    },
+    "rf.Classifier.logits": {
+        "x: expected": lambda: classifier().logits(X[:, :2]),
+        "condition: expected None": lambda: classifier().logits(X, condition=C),
+        r"dropout: expected a probability in \[0, 1\), got 1.0": lambda: classifier().logits(X, dropout=1.0),
+        "key: expected a PRNG key for dropout": lambda: classifier().logits(X, dropout=0.5),
+        "key: expected a PRNG key, as": lambda: classifier().logits(X, key=3),
+    },
+    "rf.Classifier.forward_and_log_prob": {"x: expected": lambda: classifier().forward_and_log_prob(X[:, :2])},
+    "rf.MixtureOfNormals.log_joint": {
+        "class_conditional: expected": lambda: rf.MixtureOfNormals(
+            2, (3,), class_conditional=True, rngs=RNGS
+        ).log_joint(X, C)
+    },
+    "rf.PooledHead": {
+        "shape: expected": lambda: head((0,), 2),
+        "classes: expected": lambda: head((3,), 1),
+        "hidden: expected": lambda: head((3,), 2, hidden=0),
+        "activation: expected": lambda: head((3,), 2, activation="lipswish"),
+    },
+    "rf.ResNetClassifier": {
+        "config: expected": lambda: rf.ResNetClassifier(rf.VectorFlowConfig(3), rngs=RNGS),
+        "rngs: expected a stream": lambda: rf.ResNetClassifier(
+            rf.ClassifierConfig((2, 2, 1), 3, (1,), (2,)), rngs=nnx.Rngs(dropout=0)
+        ),
+    },
+    "rf.certified_radius": {
+        "flow: expected Classifier": lambda: rf.certified_radius(on_vectors(), X),
+        "flow: expected a classifier with a head": lambda: rf.certified_radius(classifier(), X),
+        r"logits: expected .*3\]": lambda: rf.certified_radius(
+            rf.Classifier(norm(), head((3,), 3), event_shape=(3,)), X[:, :2]
+        ),
+    },
+    "rf.StridedBlock": {
+        r"shape: expected \(H, W, C\)": lambda: rf.StridedBlock((4,), 2, 2, rngs=RNGS),
+        "channels: expected": lambda: rf.StridedBlock((2, 2, 1), 0, 2, rngs=RNGS),
+        "hidden_channels: expected": lambda: rf.StridedBlock((2, 2, 1), 2, 0, rngs=RNGS),
+        "stride: expected 1 or 2": lambda: rf.StridedBlock((2, 2, 1), 2, 2, stride=3, rngs=RNGS),
+        "shape: expected sides": lambda: rf.StridedBlock((2, 3, 1), 2, 2, rngs=RNGS),
+        "activation: expected": lambda: rf.StridedBlock((2, 2, 1), 2, 2, activation="maxmin", rngs=RNGS),
+        "StridedBlock: expected a pass without": lambda: rf.StridedBlock((2, 2, 1), 2, 2, rngs=RNGS).forward(PIXELS),
+    },
+    "rf.UnconstrainedBlock": {
+        r"shape: expected \(H, W, C\)": lambda: rf.UnconstrainedBlock((4,), 2, rngs=RNGS),
+        "hidden_channels: expected": lambda: rf.UnconstrainedBlock((2, 2, 1), 0, rngs=RNGS),
+        "activation: expected": lambda: rf.UnconstrainedBlock((2, 2, 1), 2, activation="clipswish", rngs=RNGS),
+        "UnconstrainedBlock: expected a pass without": lambda: rf.UnconstrainedBlock((2, 2, 1), 2, rngs=RNGS).forward(
+            PIXELS
+        ),
+    },
+    "rf.ZeroPadding": {
+        "channels: expected": lambda: rf.ZeroPadding(0),
+        "ZeroPadding: expected a pass without": lambda: rf.ZeroPadding(1).forward(X),
+        "ZeroPadding: expected .*volume zero": lambda: rf.Flow(rf.ZeroPadding(1), event_shape=(3,)).log_prob(X),
+    },
+    "rf.Flow.sample": {"flow: expected one with a density": lambda: unlikely().sample(KEY, 2)},
+    "rf.Flow.sample_and_log_prob": {
+        "flow: expected one with a density": lambda: unlikely().sample_and_log_prob(KEY, 2)
+    },
+    "rf.Flow.inverse_and_log_prob": {
+        "flow: expected one with a density": lambda: unlikely().inverse_and_log_prob(np.ones((2, 4)), key=KEY)
     },
     "rf.DenseNet": {
         "growth: expected": lambda: rf.DenseNet((3,), 2, 0, rngs=RNGS),
@@ -150,6 +233,7 @@ LAYERS = {
     },
     "rf.Invert": {
         "bijector: expected Bijector": lambda: rf.Invert(3),
+        "bijector: expected a bijection, got one with ZeroPadding": lambda: rf.Invert(rf.ZeroPadding(1)),
         "bijector: expected .*pad": lambda: rf.Invert(rf.ChannelPadding(1)),
         "solver: expected": lambda: rf.Invert(norm(), solver="anderson"),
     },

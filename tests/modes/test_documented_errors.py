@@ -34,6 +34,7 @@ MODULES = {
 # name of what has the docstring: the tests of its errors, file and function
 ELSEWHERE = {
     "rf.BetweenBlocks": "modes/test_errors.py::test_the_error_names_the_argument",
+    "rf.ClassifierConfig": "models/test_classifier_config.py::test_bad_settings",
     "rf.DenseNetBlocks": "modes/test_errors.py::test_the_error_names_the_argument",
     "rf.DenseTail": "modes/test_errors.py::test_the_error_names_the_argument",
     "rf.ImageFlowConfig": "modes/test_errors.py::test_the_error_names_the_argument",
