@@ -52,7 +52,9 @@ def certified_radius(flow: Classifier, logits: Array) -> np.ndarray:
             "flow: expected a classifier with a head, got one by Bayes' rule, whose logits are not Lipschitz"
         )
     logits = np.asarray(as_float_batch("logits", jnp.asarray(logits), (flow.classes,)), np.float64)
-    constants = certify(flow).lipschitz * flow.head.lipschitz_bounds()
+    lipschitz = certify(flow).lipschitz
+    constants = np.inf if np.isinf(lipschitz) else lipschitz * flow.head.lipschitz_bounds()
+    constants = np.broadcast_to(constants, (flow.classes, flow.classes))  # not 0 times infinity for equal rows
     best = logits.argmax(axis=1)
     margins = logits[np.arange(len(logits)), best][:, None] - logits
     with np.errstate(divide="ignore", invalid="ignore"):
