@@ -1,4 +1,4 @@
-"""Resumes a run of `experiments.density` or `experiments.import_torch`.
+"""Resumes a run of `experiments.density`, `experiments.classify` or `experiments.import_torch`.
 
     python -m experiments.resume RUN_DIR [--tiny]
 
