@@ -70,6 +70,11 @@ class ClassifyConfig(RunConfig):
                 raise ValueError(
                     f"hybrid.weight: expected 0 for model.{self.model.no_density}, got {self.hybrid.weight}"
                 )
+            if self.model.architecture == "standard" and max(self.model.blocks) == 1:
+                raise ValueError(
+                    "model.blocks: expected two or more in a stage of the standard architecture, got "
+                    f"{self.model.blocks}"
+                )
             if self.model.head == "mixture" and not self.hybrid.weight:
                 raise ValueError("hybrid.weight: expected a positive number with model.head 'mixture', got 0")
 

@@ -115,7 +115,7 @@ def save_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, names:
     axis.imshow(counts / np.maximum(1, counts.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 20:
         ticks = {"ticks": range(len(names)), "labels": [name[:12] for name in names]}
-        axis.set_xticks(**ticks, rotation=90)
+        axis.set_xticks(**ticks, rotation=90 if max(map(len, names)) > 2 else 0)
         axis.set_yticks(**ticks)
         for row, column in zip(*np.nonzero(counts), strict=True):
             share = counts[row, column] / counts[row].sum()

@@ -149,7 +149,7 @@ class ClassTask(Task):
             path = directory / "samples.png"
             samples, columns = class_samples(flow, self.config.seed + 3), columns_of(flow)
             train = self.inputs(self.splits.train[: len(samples)])
-            of = "samples, each column of a class" if is_mixture(flow) else "samples of the flow"
+            of = "samples, a class in each column" if is_mixture(flow) else "samples of the flow"
             pictures.save_images(path, {of: samples, "images of the training set": train}, columns)
             drawn["samples, and images of the training set"] = path
         return Drawing(drawn, {**class_rows(self, found), "reconstruction error": error})

@@ -110,12 +110,13 @@ def class_rows(task: Any, found: Found) -> dict[str, str]:
     robustness = found["robustness"]
     if robustness is None:
         return rows
-    if not robustness["median_radius"]:
-        why = "no image has one" if robustness["is_bounded"] else "the network has no bound on its Lipschitz constant"
-        return rows | {"certified radius": f"none: {why}"}
+    if not robustness["is_bounded"]:
+        return rows | {"certified radius": "none: the network has no bound on its Lipschitz constant"}
     return rows | {
         "certified radius": f"{robustness['median_radius']:.2e}, median in the 2-norm of images in [0, 1]; at least "
-        f"that and right: {robustness['certified_at_median']:.1f} % of the test images",
+        f"that and right: {robustness['certified_at_median']:.1f} % of the test images"
+        if robustness["median_radius"]
+        else "none: no image is classified right",
         "gradient attack": f"{robustness['broken']} of {robustness['attacked']} images changed their class within "
         "their radius",
     }
@@ -128,8 +129,8 @@ def _robustness(task: Any, flow: Flow, test: Rows, logits: np.ndarray) -> Found 
     radii = certified_radius(flow if mesh_of(flow) is None else on_host(flow), logits)
     is_right = logits.argmax(axis=1) == test.labels
     median = float(np.median(radii[is_right])) if is_right.any() else 0.0
-    if not median:
-        return {"is_bounded": bool(radii.any()), "median_radius": 0.0}
+    if not radii.any():
+        return {"is_bounded": False, "median_radius": 0.0}
     number = min(ATTACKED, len(test))
     broken = broken_within(flow, to_unit_interval(test.images[:number], task.splits.levels), radii[:number])
     return {
