@@ -1,4 +1,4 @@
-"""Classification of images: trains an invertible residual network, or the same without a bound.
+"""Classification of images: trains a residual network, invertible or not.
 
     python -m experiments.classify [NAME] [--workdir DIR] [--steps N] [--batch-size B] [--seed S] ...
     python -m experiments.classify NAME_vanilla                 the same network without the bound
@@ -12,9 +12,9 @@ With a density (`--hybrid.weight`, for networks without padding) the loss is -lo
 bits/dim are reported too. `--model.head mixture` classifies by Bayes' rule, with a normal distribution for each class.
 Running the command again resumes from the last checkpoint; Ctrl-C ends a run after the current step, with a checkpoint.
 Under the work directory it writes report.html, metrics.jsonl, tensorboard/, reconstructions.png, confusion.png,
-curves.png, pictures during training in training/, config.json, certificate.json and checkpoints/. The validation split
-chooses the checkpoint; the test split is evaluated once, at the end. The last line is the test error in %, with its
-standard error.
+curves.png, with a density samples.png, pictures during training in training/, config.json, certificate.json and
+checkpoints/. The validation split chooses the checkpoint; the test split is evaluated once, at the end. The last line
+is the test error in %, with its standard error.
 """
 
 from experiments.configs.classes import CLASS_CONFIGS, CLASS_SUMMARIES

@@ -1,11 +1,11 @@
-"""Evaluates a trained flow: likelihood, reconstruction, certificate, outliers.
+"""Evaluates a trained flow or classifier: likelihood or error, certificate, outliers.
 
     python -m experiments.evaluate RUN_DIR [--examples N] [--draws K] [--estimator exact] [--other DATA ...]
         [--workdir OUT]
 
-RUN_DIR is the work directory of an `experiments.density` run, finished or still running. With the default settings the
-bits/dim of the test split (nats for vectors) are those that the run itself printed. `--estimator exact` computes the
-log-det from dense Jacobians instead of estimating it; it is practical for few images.
+RUN_DIR is the work directory of a run of `experiments.density` or `experiments.classify`, finished or still running.
+With the default settings the bits/dim of the test split (nats for vectors) are those that the run itself printed.
+`--estimator exact` computes the log-det from dense Jacobians instead of estimating it; it is practical for few images.
 
 Out-of-distribution detection (Nalisnick et al. 2019, arXiv 1810.09136): examples of other data should have a lower
 likelihood than test examples. The AUROC is the probability that a random example of the other data has a lower
@@ -22,6 +22,11 @@ Under OUT, by default RUN_DIR/evaluation, it writes evaluation.json, scores.npz 
 over draws), histograms.png and, with `--typicality`, typicality.csv. That file has a line for each example: its set and
 number, its likelihood in the unit of the run, its distance from that of training examples, its p-value, and the
 fraction of validation examples that are less likely.
+
+Of a classifier it measures the error in %, the cross-entropy, the calibration error, the certified radius with a
+gradient attack within it, and the AUROC by max p(y | x); with a density also the bits/dim and the AUROC by log p(x).
+Without a density `--draws`, `--estimator` and `--typicality` are refused. DATA needs no labels. scores.npz has the
+logits and labels of the test images, and max p(y | x) and the bits/dim of each image of each set.
 """
 
 import json
@@ -31,31 +36,37 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from scipy.stats import rankdata
-from sklearn.metrics import roc_auc_score
 
 from experiments.runs import pictures
 from experiments.runs.choices import OfTheRun
+from experiments.runs.class_evaluation import check_density_settings, evaluate_classes
 from experiments.runs.command import Command, Output
-from experiments.runs.devices import devices_for, use_all_cores, use_compilation_cache, use_xla_flags
-from experiments.runs.parts import over_parts
+from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
+from experiments.runs.likelihoods import (
+    PERMUTED,
+    RECONSTRUCTED,
+    auroc,
+    judge,
+    named,
+    reconstruction,
+    reconstruction_row,
+    typicality_csv,
+    typicality_rows,
+    typicality_summary,
+)
 from experiments.runs.saved import MovedData, SavedFlow, Weights, saved_flow
 from experiments.runs.tables import certificate_rows, error_by_cause, print_table
+from experiments.runs.tasks.classes import ClassTask
 from experiments.runs.tasks.task import Task
 from experiments.runs.tiny_run import TINY_RUN, make_if_missing
 from experiments.runs.workdir import write_atomically
-from resflow_jax import Estimator, Exact, ResidualFlow, Typicality, certify
+from resflow_jax import Estimator, Exact, certify
 from resflow_jax.functional.checks import check_count
 from resflow_jax.io.config_json import as_json
 
-Array = jax.Array
-
-RECONSTRUCTED = 64  # test examples
 EXACT_BATCH_SIZE = 4  # examples whose dense Jacobians are in memory at once
-PERMUTED = "permuted"
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class EvaluateConfig:
     """One run of `python -m experiments.evaluate`.
 
     Attributes:
-      run_dir: work directory of a run of `experiments.density`.
+      run_dir: work directory of a run of `experiments.density` or `experiments.classify`.
       weights: "best" uses the weights of the best validation, "latest" those of the latest checkpoint.
       examples: maximum number of examples of each test split; by default that of the run.
       draws: number of draws of dequantisation noise and log-det estimate for each example; by default that of the run.
@@ -134,11 +145,19 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     task, settings = saved.task, saved.config.evaluation
     test = task.splits.test[: config.examples or settings.examples]
     others = {name: task.other(name)[: len(test)] for name in config.other} or {PERMUTED: task.permuted(test)}
+    if isinstance(task, ClassTask):
+        asked = None if isinstance(config.estimator, OfTheRun) else config.estimator
+        check_density_settings(saved, typicality=config.typicality, estimator=asked, draws=config.draws)
     workdir = config.out
     workdir.mkdir(parents=True, exist_ok=True)
 
     estimator = settings.estimator if isinstance(config.estimator, OfTheRun) else config.estimator
     draws = config.draws or settings.draws
+
+    about = {"run": str(config.run_dir), "weights": config.weights, "step": saved.step}
+    if isinstance(task, ClassTask):
+        options = {"estimator": estimator, "draws": draws, "typicality": config.typicality}
+        return evaluate_classes(saved, test, others, **options, about=about, workdir=workdir)
 
     def scores_of(examples: np.ndarray) -> np.ndarray:
         key = jax.random.key(saved.config.seed + 2)  # the run's own key, so that the figures are the same
@@ -151,14 +170,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     judged = {}
     if config.typicality:
         references = [task.splits.train[: len(test)], task.splits.validation[: len(test)]]
-        judged = judge(task, saved.flow, [scores_of(examples).mean(axis=0) for examples in references], means)
+        references = [scores_of(examples).mean(axis=0) for examples in references]
+        judged = judge(task.sign, math.prod(saved.flow.event_shape), references, means)
         write_atomically(workdir / "typicality.csv", typicality_csv(means, judged))
     error, unconverged = reconstruction(saved.flow, task.inputs(test[:RECONSTRUCTED]))
     certificate = certify(saved.flow)
     result = {
-        "run": str(config.run_dir),
-        "weights": config.weights,
-        "step": saved.step,
+        **about,
         "estimator": as_json(estimator),
         "draws": draws,
         "test": summary(task, scores["test"], estimator),
@@ -170,71 +188,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         },
     }
     if judged:
-        result["typicality"] = {
-            name: {
-                "rejected_at_0.05": float((found["p_value"] <= 0.05).mean()),
-                "auroc": auroc(judged["test"]["score"], found["score"]),
-            }
-            for name, found in judged.items()
-        }
+        result["typicality"] = typicality_summary(judged)
     write_atomically(workdir / "evaluation.json", json.dumps(as_json(result), indent=2) + "\n")
     np.savez(workdir / "scores.npz", **means)
     draw(workdir, saved, means, result)
     print_table({**rows(task, result), **certificate_rows(certificate)})
     return result
-
-
-def judge(
-    task: Task, flow: ResidualFlow, references: list[np.ndarray], means: dict[str, np.ndarray]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Score, p-value and quantile of every example of each set, from metrics of training and of validation examples.
-
-    The metric may have any unit, and may fall or rise with the log-density, like bits/dim or nats. Scores have its
-    unit.
-    """
-
-    def likelihoods(values: np.ndarray) -> Array:
-        return jnp.asarray(-task.sign * values, jnp.result_type(float))
-
-    typicality = Typicality.from_log_probs(*map(likelihoods, references), dim=math.prod(flow.event_shape))
-    judged = {}
-    for name, values in means.items():
-        found = {what: getattr(typicality, what)(likelihoods(values)) for what in ("score", "p_value", "quantile")}
-        judged[name] = {what: np.asarray(array) for what, array in found.items()}
-    return judged
-
-
-def typicality_csv(means: dict[str, np.ndarray], judged: dict[str, dict[str, np.ndarray]]) -> str:
-    """The text of typicality.csv, one line for each example."""
-    lines = ["set,example,likelihood,score,p_value,quantile"]
-    for name, found in judged.items():
-        columns = zip(means[name], *found.values(), strict=True)
-        lines += [f"{name},{n}," + ",".join(f"{value:.9g}" for value in row) for n, row in enumerate(columns)]
-    return "\n".join(lines) + "\n"
-
-
-def auroc(test: np.ndarray, other: np.ndarray) -> float:
-    """The probability that an example of the other data has a larger loss than a test example; ties count half.
-
-    It is NaN without examples, or if a loss is NaN. Losses may be infinite.
-    """
-    losses = np.concatenate([test, other])
-    if not (len(test) and len(other)) or np.isnan(losses).any():
-        return math.nan
-    labels = np.repeat([0, 1], [len(test), len(other)])
-    return float(roc_auc_score(labels, rankdata(losses)))
-
-
-def reconstruction(flow: ResidualFlow, examples: Array) -> tuple[float, int]:
-    """max |x - f^-1(f(x))| over examples x, and the number of examples whose inverse did not converge."""
-
-    def round_trip(flow: ResidualFlow, x: Array) -> tuple[Array, Array]:
-        reconstructed, status = flow.inverse(flow(x), return_status=True)
-        return reconstructed, status.converged.all(axis=0)
-
-    parts = examples.reshape(devices_for(len(examples)), -1, *examples.shape[1:])
-    reconstructed, converged = over_parts(round_trip, flow)(parts)
-    return float(np.abs(np.asarray(examples) - np.asarray(reconstructed)).max()), int(jnp.sum(~converged))
 
 
 def summary(task: Task, scores: np.ndarray, estimator: Estimator) -> dict[str, float]:
@@ -248,11 +207,10 @@ def draw(workdir: Path, saved: SavedFlow, means: dict[str, np.ndarray], result: 
     name, label = saved.task.name, saved.task.label
     labels = {"test": f"{name}, test split"}
     for other, found in result["other"].items():
-        labels[other] = f"{_named(other)}: AUROC {found['auroc']:.3f}"
+        labels[other] = f"{named(other)}: AUROC {found['auroc']:.3f}"
     pictures.save_histograms(
         workdir / "histograms.png",
-        {labels[key]: values for key, values in means.items()},
-        xlabel=f"{label} of an example",
+        {f"{label} of an example": {labels[key]: values for key, values in means.items()}},
         title=f"a flow trained on {name}, step {result['step']}",
     )
 
@@ -265,21 +223,13 @@ def rows(task: Task, result: dict[str, Any]) -> dict[str, str]:
         f"weights of step {result['step']})",
         "standard error": f"{error_by_cause(test['data_stderr'], test['noise_stderr'])} ({result['draws']} draws, "
         f"{result['estimator']['type']})",
-        "reconstruction error": f"{found['error']:.1e}, max |x - f^-1(f(x))| of {found['examples']} test examples"
-        + (f"; {found['unconverged']} DID NOT CONVERGE" if found["unconverged"] else ""),
+        "reconstruction error": reconstruction_row(found),
     }
     for name, other in result["other"].items():
         table[f"AUROC, {name}"] = (
-            f"{other['auroc']:.4f}, of {_named(name)}: {other[task.metric]:.4f} +- {other['stderr']:.4f} {task.unit}"
+            f"{other['auroc']:.4f}, of {named(name)}: {other[task.metric]:.4f} +- {other['stderr']:.4f} {task.unit}"
         )
-    for name, found in result.get("typicality", {}).items():
-        share = f"p <= 0.05 for {found['rejected_at_0.05']:.1%} of the examples"
-        table[f"typicality, {name}"] = share if name == "test" else f"{share}; AUROC {found['auroc']:.4f}"
-    return table
-
-
-def _named(other: str) -> str:
-    return "the test split in disorder" if other == PERMUTED else f"{other}, test split"
+    return table | typicality_rows(result.get("typicality", {}))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python -m experiments.fid RUN_DIR [--number N] [--against train|test] [--features inception|pixels]
         [--inception-weights PATH] [--temperature T] [--seed S] [--weights best|latest] [--workdir OUT]
 
-RUN_DIR is the work directory of an `experiments.density` run, finished or still running. The distance is that of
-Heusel et al. 2017 (arXiv 1706.08500, eq. 6) between Gaussians with the means m, n and covariances A, B of features:
+RUN_DIR is the work directory of a run of `experiments.density`, or of `experiments.classify` with a density, finished
+or still running. The distance is that of Heusel et al. 2017 (arXiv 1706.08500, eq. 6) between Gaussians with the means
+m, n and covariances A, B of features:
 
     d^2 = |m - n|^2 + tr(A + B - 2 (A B)^(1/2))
 
@@ -35,10 +36,9 @@ import tyro
 
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
-from experiments.runs.sampling import check_drawing, convergence, decoder, drawn_samples, to_bytes
+from experiments.runs.sampling import check_drawing, convergence, decoder, drawn_samples, image_splits, to_bytes
 from experiments.runs.saved import MovedData, Weights, saved_flow
 from experiments.runs.tables import print_table
-from experiments.runs.tasks.images import ImageTask
 from experiments.runs.tiny_run import TINY_RUN, make_if_missing
 from experiments.runs.workdir import write_atomically
 from resflow_jax.data.images import Images, ImageSplits, to_unit_interval
@@ -58,7 +58,7 @@ class FidConfig:
     """One run of `python -m experiments.fid`.
 
     Attributes:
-      run_dir: work directory of a run of `experiments.density`.
+      run_dir: work directory of a run of `experiments.density`, or of `experiments.classify` with a density.
       weights: "best" uses the weights of the best validation, "latest" those of the latest checkpoint.
       number: number of samples and of images, or all images of a smaller split; by default that of the test images.
       against: split of the images that samples are compared with.
@@ -130,9 +130,9 @@ def run(config: FidConfig) -> dict[str, Any]:
     use_compilation_cache()
     make_if_missing(config.run_dir)
     saved = saved_flow(config.run_dir, config.weights, config.data)
-    if not isinstance(saved.task, ImageTask):
+    data = image_splits(saved.task)
+    if data is None:
         raise ValueError(f"run_dir: expected a run on images, got one on vectors ({saved.task.name})")
-    data = saved.task.splits
     check_splits(data)
     number = config.number or len(data.test)
     chosen = {split: chosen_images(data, split, number, config.seed) for split in get_args(Split)}

@@ -9,15 +9,17 @@ The run can be evaluated, sampled and resumed. The command reads a file of `trai
 PyTorch and without executing anything in it, and writes config.json and checkpoints/ under DIR. The checkpoint is that
 of step 0: the raw weights, their moving average if the file has one, converged power iterations, and a new optimiser.
 Batch size, estimator, learning rate, warm-up, annealing and accumulation are those of the file; settings that cannot be
-imported are listed. A classifier is imported, but a resumed run trains the density alone. The imported weights count as
-the best until the first validation of a resumed run.
+imported are listed. A file with a classifier becomes a run of `experiments.classify`: with its task "hybrid" the loss
+of a resumed run is -log p(y | x) - log p(x), or -log p(y | x) - log p(x) / D if its option scale_dim is set, as in the
+authors' code; with "classification" the density is neither trained nor evaluated. The imported weights count as the
+best until the first validation of a resumed run.
 """
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,8 @@ import tyro
 from flax import nnx
 
 from experiments.configs import celebahq64, celebahq256, cifar10, imagenet32, imagenet64, mnist, svhn
-from experiments.configs.base import OPTIMIZERS, DataConfig, RunConfig
+from experiments.configs.base import OPTIMIZERS, DataConfig, DensityConfig, RunConfig
+from experiments.configs.classification import ClassifyConfig, HybridConfig, ImportedClassifyConfig
 from experiments.configs.published import OPTIMIZER, published
 from experiments.configs.toy import ToyConfig
 from experiments.runs.command import Command, Output
@@ -126,7 +129,7 @@ def run(config: ImportConfig) -> Path:
             **certificate_rows(certificate),
             "not carried over": ", ".join(not_carried_over(args)) or "nothing",
             "to evaluate it": f"python -m experiments.evaluate {config.workdir}",
-            "to sample it": f"python -m experiments.sample {config.workdir}",
+            **({"to sample it": f"python -m experiments.sample {config.workdir}"} if has_density(settings) else {}),
             "to go on": f"python -m experiments.resume {config.workdir}",
         }
     )
@@ -168,7 +171,6 @@ def _no_loss(*_):
 def not_carried_over(args: argparse.Namespace) -> list[str]:
     """The settings in use in the file's training that a run of this library does not have."""
     unused = {
-        "task": "density",
         "dropout": 0,
         "wd": 0,
         "weight_decay": 0,
@@ -180,6 +182,8 @@ def not_carried_over(args: argparse.Namespace) -> list[str]:
         "exact_trace": False,
     }
     found = [f"{name}={getattr(args, name)}" for name, value in unused.items() if getattr(args, name, value) != value]
+    if is_classifier(args) and getattr(args, "annealing_iters", 0):
+        found.append(f"annealing_iters={args.annealing_iters}")
     optimizer = getattr(args, "optimizer", OPTIMIZER.name)
     return [*found, *([f"optimizer={optimizer}"] if optimizer not in OPTIMIZERS else [])]
 
@@ -205,7 +209,7 @@ def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfi
     )
     if not isinstance(estimator, Truncated):
         estimator = replace(estimator, minres_steps=0, probe="gaussian")
-    return published(
+    settings = published(
         data,
         flow.config,
         workdir=config.workdir,
@@ -215,6 +219,31 @@ def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfi
         estimator=estimator,
         optimizer=optimizer,
     )
+    if not is_classifier(args):
+        return settings
+    common = {field.name: getattr(settings, field.name) for field in fields(DensityConfig)} | {"annealing": 0}
+    return ImportedClassifyConfig(**common, hybrid=HybridConfig(density_weight(args)))
+
+
+def is_classifier(args: argparse.Namespace) -> bool:
+    """Whether the file's training had classes."""
+    return getattr(args, "task", "density") in ("classification", "hybrid")
+
+
+def density_weight(args: argparse.Namespace) -> float | Literal["1/D"]:
+    """The weight of log p(x) beside log p(y | x), both in nats.
+
+    The authors' loss is the cross-entropy in bits plus the bits of an image, or its bits/dim with scale_dim
+    (`train_img.py`, `train`).
+    """
+    if args.task == "classification":
+        return 0.0
+    return "1/D" if getattr(args, "scale_dim", False) else 1.0
+
+
+def has_density(settings: RunConfig) -> bool:
+    """Whether a resumed run has a density of x, and so samples."""
+    return not isinstance(settings, ClassifyConfig) or bool(settings.hybrid.weight)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Resumes a run of `experiments.density` or `experiments.import_torch`.
+"""Resumes a run of training, by any command, from its last checkpoint.
 
     python -m experiments.resume RUN_DIR [--tiny]
 

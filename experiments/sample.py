@@ -1,12 +1,13 @@
 """Draws samples of a trained flow, and interpolates between images in latent space.
 
-    python -m experiments.sample RUN_DIR [--number N] [--temperature T] [--seed S] [--format png npz]
+    python -m experiments.sample RUN_DIR [--number N] [--temperature T] [--seed S] [--label K] [--format png npz]
         [--interpolate I J] [--workdir OUT]
 
-RUN_DIR is the work directory of an `experiments.density` run, finished or still running. A sample is x = f^-1(T e) with
-e from N(0, I), clipped to [0, 1] and quantised to the levels of the data; the noise of sample n depends only on the
-seed and on n. `--interpolate` takes the numbers of two test images x and y, and goes from f(x) to f(y) along a great
-circle (White 2016, arXiv 1609.04468):
+RUN_DIR is the work directory of a run of `experiments.density`, or of `experiments.classify` with a density, finished
+or still running. A sample is x = f^-1(T e) with e from N(0, I), clipped to [0, 1] and quantised to the levels of the
+data; the noise of sample n depends only on the seed and on n. With `--model.head mixture` of `experiments.classify` it
+is x = f^-1(mean_k + T std_k e) of a random class k, or of the class `--label K`. `--interpolate` takes the numbers of
+two test images x and y, and goes from f(x) to f(y) along a great circle (White 2016, arXiv 1609.04468):
 
     z(t) = (sin((1 - t) a) f(x) + sin(t a) f(y)) / sin(a),    a the angle between f(x) and f(y)
 
@@ -33,13 +34,14 @@ from PIL import Image
 from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
-from experiments.runs.sampling import Decode, check_drawing, convergence, decoder, drawn_samples
+from experiments.runs.sampling import Decode, check_drawing, convergence, decoder, drawn_samples, image_splits
 from experiments.runs.saved import MovedData, SavedFlow, Weights, saved_flow
 from experiments.runs.tables import print_table
-from experiments.runs.tasks.images import ImageTask
+from experiments.runs.tasks.class_samples import is_mixture
 from experiments.runs.tasks.vectors import VectorTask
 from experiments.runs.tiny_run import TINY_RUN, make_if_missing
 from resflow_jax import ResidualFlow
+from resflow_jax.data.images import to_unit_interval
 from resflow_jax.functional.checks import check_count
 
 Array = jax.Array
@@ -53,13 +55,14 @@ class SampleConfig:
     """One run of `python -m experiments.sample`.
 
     Attributes:
-      run_dir: work directory of a run of `experiments.density`.
+      run_dir: work directory of a run of `experiments.density`, or of `experiments.classify` with a density.
       weights: "best" uses the weights of the best validation, "latest" those of the latest checkpoint.
       number: number of samples.
       temperature: standard deviation of the latents. 1 samples the flow's density; less gives more typical images.
       seed: random seed of the latents.
       batch_size: samples per batch, divided among all devices.
       format: file formats of the samples, in addition to the grid; vectors have no PNG files.
+      label: class of all samples, by number, of a run with model.head "mixture"; by default the classes of the mixture.
       interpolate: numbers of two test images to interpolate between.
       workdir: directory that everything is written to; by default RUN_DIR/sampling.
       data: present place of the run's data, if they have been moved.
@@ -72,6 +75,7 @@ class SampleConfig:
     seed: int = 0
     batch_size: int = 64
     format: tuple[Literal["png", "npz"], ...] = ("png", "npz")
+    label: int | None = None
     interpolate: tuple[int, int] | None = None
     workdir: Path | None = None
     data: MovedData = MovedData()
@@ -120,15 +124,17 @@ def run(config: SampleConfig) -> np.ndarray:
     use_compilation_cache()
     make_if_missing(config.run_dir)
     saved = saved_flow(config.run_dir, config.weights, config.data)
-    if isinstance(saved.task, ImageTask) and saved.task.splits.shape[-1] > 4 and "png" in config.format:
-        raise ValueError(f"format: expected npz alone for images of {saved.task.splits.shape[-1]} channels")
+    images = image_splits(saved.task)
+    if images is not None and images.shape[-1] > 4 and "png" in config.format:
+        raise ValueError(f"format: expected npz alone for images of {images.shape[-1]} channels")
+    check_label(saved, config.label)
     pair = None if config.interpolate is None else chosen_images(saved, config.interpolate)
     workdir = config.out
     workdir.mkdir(parents=True, exist_ok=True)
     decode = decoder(saved.flow, config.batch_size)
 
-    samples, converged = drawn_samples(decode, saved, config.number, config.seed, config.temperature)
-    if isinstance(saved.task, ImageTask):
+    samples, converged = drawn_samples(decode, saved, config.number, config.seed, config.temperature, config.label)
+    if images is not None:
         write_images(workdir, samples, config)
     else:
         write_vectors(workdir, samples, saved.task, config)
@@ -153,18 +159,29 @@ def chosen_images(saved: SavedFlow, indices: tuple[int, int]) -> Array:
     Raises:
       ValueError: if there is no image with such a number, or the run is not on images.
     """
-    if not isinstance(saved.task, ImageTask):
+    images = image_splits(saved.task)
+    if images is None:
         raise ValueError(f"interpolate: expected a run on images, got one on vectors ({saved.task.name})")
-    test = saved.task.splits.test
+    test = images.test
     for index in indices:
         if not 0 <= index < len(test):
             raise ValueError(f"interpolate: expected numbers of test images, 0..{len(test) - 1}, got {index}")
-    return saved.task.inputs(test[np.array(indices)])
+    return to_unit_interval(test[np.array(indices)], images.levels)
+
+
+def check_label(saved: SavedFlow, label: int | None) -> None:
+    """Raises ValueError for a label that the flow of a run has no component for."""
+    if label is None:
+        return
+    if not is_mixture(saved.flow):
+        raise ValueError(f"label: expected a run with model.head 'mixture', got {label} for a run without")
+    if not 0 <= label < saved.flow.base.components:
+        raise ValueError(f"label: expected a class in 0..{saved.flow.base.components - 1}, got {label}")
 
 
 def interpolation(decode: Decode, flow: ResidualFlow, pair: Array) -> tuple[np.ndarray, np.ndarray]:
     """Images from the first of a pair to the second, [FRAMES, H, W, C], and whether each solve converged."""
-    start, end = flow(pair)
+    start, end = flow(pair).reshape(2, flow.dim)
     batches = decode(lambda n: spherical(start, end, n / (FRAMES - 1)), FRAMES)
     frames, converged = map(np.concatenate, zip(*batches, strict=True))
     return frames, converged

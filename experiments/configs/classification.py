@@ -33,6 +33,9 @@ class HybridConfig:
 class ClassifyConfig(RunConfig):
     """One run of `python -m experiments.classify`.
 
+    Without a density the settings of estimators and `evaluation.draws` change nothing. `annealing` stays 0: the loss
+    has a weight of log p(x) as a whole, in `hybrid`.
+
     Attributes:
       data: the images, with labels.
       model: the network.
@@ -50,6 +53,12 @@ class ClassifyConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.annealing:
+            raise ValueError(
+                f"annealing: expected 0 for a classifier, whose loss has hybrid.weight, got {self.annealing}"
+            )
+        if self.fit_lengths and not self.hybrid.weight:
+            raise ValueError("fit_lengths: expected False without a density (hybrid.weight 0), got True")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         if self.dropout and self.hybrid.weight:
@@ -60,6 +69,11 @@ class ClassifyConfig(RunConfig):
             if self.hybrid.weight and not self.model.has_density:
                 raise ValueError(
                     f"hybrid.weight: expected 0 for model.{self.model.no_density}, got {self.hybrid.weight}"
+                )
+            if self.model.architecture == "standard" and max(self.model.blocks) == 1:
+                raise ValueError(
+                    "model.blocks: expected two or more in a stage of the standard architecture, got "
+                    f"{self.model.blocks}"
                 )
             if self.model.head == "mixture" and not self.hybrid.weight:
                 raise ValueError("hybrid.weight: expected a positive number with model.head 'mixture', got 0")
@@ -74,3 +88,10 @@ class ImportedClassifyConfig(ClassifyConfig):
     """
 
     model: TorchImageConfig
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.model.classes:
+            raise ValueError("model.classes: expected a flow with a classifier, got 0 classes")
+        if self.dropout:
+            raise ValueError(f"dropout: expected 0 for an imported flow, which has none, got {self.dropout}")

@@ -13,11 +13,13 @@ def tiny(config: RunConfig) -> RunConfig:
     your own vectors by the embedded ones.
     """
     steps = 2 * config.optimizer.accumulate
+    milestones = (1,) if config.optimizer.milestones else ()
     config = replace(
         config,
         workdir=config.workdir.with_name(f"{config.workdir.name}_tiny"),
         steps=steps,
         batch_size=8,
+        optimizer=replace(config.optimizer, milestones=milestones),
         evaluation=replace(config.evaluation, examples=8, draws=1, every=steps),
     )
     if isinstance(config, ClassifyConfig):

@@ -78,3 +78,8 @@ def data_mesh(batch_size: int) -> Mesh:
     """A mesh with the axis "data" for batches outside training: as many devices as can take equal shares."""
     number = devices_for(batch_size)
     return jax.make_mesh((number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number])
+
+
+def own_mesh() -> Mesh | None:
+    """The devices for what a process computes alone: all of them, or None, for one, if others have some of them."""
+    return data_mesh(jax.device_count()) if jax.process_count() == 1 else None

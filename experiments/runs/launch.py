@@ -6,19 +6,14 @@ from experiments.runs.command import Output, say_what_will_be_written
 from experiments.runs.devices import cores_for, use_all_cores
 from experiments.runs.processes import all_end_with_one, check_same, is_first, join
 from experiments.runs.tasks.of_config import task_of
+from experiments.runs.tasks.task import Task
 from resflow_jax import Estimate
 
-FILES = (
-    "report.html",
-    "metrics.jsonl",
-    "curves.png",
-    "*.png of samples",
-    "training/",
-    "tensorboard/",
-    "config.json",
-    "certificate.json",
-    "checkpoints/",
-)
+
+def files_of(task: Task) -> tuple[str, ...]:
+    """The files that a run writes."""
+    pages, state = ("report.html", "metrics.jsonl", "curves.png"), ("config.json", "certificate.json", "checkpoints/")
+    return *pages, *task.pictures, "training/", "tensorboard/", *state
 
 
 def launch(config: RunConfig) -> None:
@@ -42,9 +37,9 @@ def cores_for_run(config: RunConfig) -> int:
 
 
 def run_config(config: RunConfig) -> Estimate:
-    """Trains or resumes, evaluates and draws. Returns test bits/dim of images, or nats of other data."""
+    """Trains or resumes, evaluates and draws. Returns the metric of the test split."""
     check_same(config)
     task = task_of(config)  # errors in settings and data come before the line about files
     if is_first():
-        say_what_will_be_written(Output(config.workdir, FILES))
+        say_what_will_be_written(Output(config.workdir, files_of(task)))
     return train.run(config, task)

@@ -79,8 +79,9 @@ def save_curves(
     panels = 1 + (trained != metric)
     figure, axes = plt.subplots(panels, 1, figsize=(7, 4.2 if panels == 1 else 6), sharex=True, layout="constrained")
     losses, axis = np.atleast_1d(axes)[0], np.atleast_1d(axes)[-1]
-    losses.plot(*train.T, color="C0", alpha=0.35, lw=0.8, label="train, batches")
-    if len(train) >= 20:
+    few = len(train) < 20
+    losses.plot(*train.T, ".-" if few else "-", color="C0", alpha=0.35, lw=0.8, label="train, batches")
+    if not few:
         width = max(len(train) // 40, 2)
         losses.plot(*_trailing_mean(train, width).T, color="C0", lw=1.5, label=f"train, mean of the last {width}")
     axis.plot(*validation.T, "o-", color="C1", ms=3, label="validation, averaged weights")
@@ -114,7 +115,7 @@ def save_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, names:
     axis.imshow(counts / np.maximum(1, counts.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 20:
         ticks = {"ticks": range(len(names)), "labels": [name[:12] for name in names]}
-        axis.set_xticks(**ticks, rotation=90)
+        axis.set_xticks(**ticks, rotation=90 if max(map(len, names)) > 2 else 0)
         axis.set_yticks(**ticks)
         for row, column in zip(*np.nonzero(counts), strict=True):
             share = counts[row, column] / counts[row].sum()
@@ -213,15 +214,21 @@ def save_error_curves(path: Path, iterations: Sequence[int], errors: dict[str, l
     _save(figure, path)
 
 
-def save_histograms(path: Path, scores: dict[str, np.ndarray], xlabel: str, title: str) -> None:
-    """Draws the histogram of each named set of scores [N] on common bins, each as a density."""
-    edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), bins=60)
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, values in scores.items():
-        axis.hist(values, bins=edges, density=True, histtype="stepfilled", alpha=0.5, label=name)
-    axis.set(xlabel=xlabel, ylabel="density of examples", title=title)
-    axis.grid(alpha=0.3)
-    axis.legend()
+def save_histograms(path: Path, panels: dict[str, dict[str, np.ndarray]], title: str) -> None:
+    """Draws a panel for each quantity: the histogram of each named set of scores [N] on common bins, as a density."""
+    size = 7 * len(panels) ** 0.75, 4.2
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, (quantity, scores) in zip(axes[0], panels.items(), strict=True):
+        edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), bins=60)
+        for name, values in scores.items():
+            axis.hist(values, bins=edges, density=True, histtype="stepfilled", alpha=0.5, label=name)
+        axis.set(xlabel=quantity, ylabel="density of examples")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    if len(panels) == 1:
+        axes[0, 0].set_title(title)
+    else:
+        figure.suptitle(title)
     _save(figure, path)
 
 

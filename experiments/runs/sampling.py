@@ -10,9 +10,13 @@ from tqdm import tqdm
 from experiments.runs.devices import devices_for
 from experiments.runs.parts import over_parts
 from experiments.runs.saved import SavedFlow
+from experiments.runs.tasks.class_samples import is_mixture, of_classes
+from experiments.runs.tasks.classes import ClassTask
 from experiments.runs.tasks.images import ImageTask
-from resflow_jax import ImageFlowConfig, ResidualFlow
+from experiments.runs.tasks.task import Task
+from resflow_jax.data.images import ImageSplits
 from resflow_jax.functional.checks import check_count
+from resflow_jax.models.flow import Flow
 
 Array = jax.Array
 
@@ -29,16 +33,16 @@ Latents = Callable[[Array], Array]  # from numbers [B] to the latents z [B, D] o
 Decode = Callable[[Latents, int], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 
-def decoder(flow: ResidualFlow, batch_size: int) -> Decode:
+def decoder(flow: Flow, batch_size: int) -> Decode:
     """A function of latents and their number N that gives f^-1(z) and whether each solve converged.
 
     Images are clipped to [0, 1]. The inverse is computed in batches of one size, so that it is compiled once; the
     surplus of the last batch is dropped.
     """
 
-    def solve(flow: ResidualFlow, z: Array) -> tuple[Array, Array]:
-        x, status = flow.inverse(z, return_status=True)
-        x = jnp.clip(x, 0, 1) if isinstance(flow.config, ImageFlowConfig) else x
+    def solve(flow: Flow, z: Array) -> tuple[Array, Array]:
+        x, status = flow.inverse(z.reshape(-1, *flow.latent_shape), return_status=True)
+        x = x if flow.support is None else jnp.clip(x, *flow.support)
         return x, status.converged.all(axis=0)
 
     solve_parts = over_parts(solve, flow)
@@ -53,24 +57,50 @@ def decoder(flow: ResidualFlow, batch_size: int) -> Decode:
     return decode
 
 
+def image_splits(task: Task) -> ImageSplits | None:
+    """The images of a run, without labels; None for a run on vectors.
+
+    Raises:
+      ValueError: for a classifier without a density, which has no samples.
+    """
+    if not isinstance(task, ClassTask):
+        return task.splits if isinstance(task, ImageTask) else None
+    if not task.density_weight:
+        raise ValueError(
+            "run_dir: expected a run with a density of x, which has samples, got a classifier alone (hybrid.weight 0)"
+        )
+    return task.splits.images
+
+
 def drawn_samples(
-    decode: Decode, saved: SavedFlow, number: int, seed: int, temperature: float
+    decode: Decode, saved: SavedFlow, number: int, seed: int, temperature: float, label: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns samples, bytes [N, H, W, C] or vectors [N, D], and whether the solve of each converged."""
-    batches = decode(normal_latents(saved.flow, seed, temperature), number)
-    if isinstance(saved.task, ImageTask):
-        batches = ((to_bytes(x, saved.task.splits.levels), converged) for x, converged in batches)
+    images = image_splits(saved.task)
+    batches = decode(base_latents(saved.flow, seed, temperature, label), number)
+    if images is not None:
+        batches = ((to_bytes(x, images.levels), converged) for x, converged in batches)
     samples, converged = map(np.concatenate, zip(*batches, strict=True))
     return samples, converged
 
 
-def normal_latents(flow: ResidualFlow, seed: int, temperature: float) -> Latents:
-    """Latents T e with e from N(0, I) and the temperature T; each has its own key."""
+def base_latents(flow: Flow, seed: int, temperature: float, label: int | None = None) -> Latents:
+    """Latents [B, D] of the base with its deviations times the temperature, or of one class; each has its own key.
+
+    With a standard normal base they are T e, with e from N(0, I) and the temperature T.
+    """
 
     @jax.jit
     def latents(n: Array) -> Array:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), n)
-        return temperature * jax.vmap(lambda key: jax.random.normal(key, (flow.dim,), flow.dtype))(keys)
+        if is_mixture(flow) and label is None:
+            z = jax.vmap(lambda key: flow.base.sample(key, 1, None, temperature)[0])(keys)
+            return z.reshape(-1, flow.dim)
+        noise = jax.vmap(lambda key: jax.random.normal(key, (flow.dim,), flow.dtype))(keys)
+        if label is None:
+            return temperature * noise
+        z = of_classes(flow.base, jnp.full(n.shape, label), noise.reshape(-1, *flow.latent_shape), temperature)
+        return z.reshape(-1, flow.dim)
 
     return latents
 

@@ -1,4 +1,4 @@
-"""Loads the flow of an `experiments.density` run, finished or still running, from its work directory alone.
+"""Loads the flow of a run, finished or still running, from its work directory alone.
 
 The config is read back from config.json, in the format of `resflow_jax.io.config_json`.
 """
@@ -162,5 +162,5 @@ def saved_config(run_dir: Path) -> RunConfig:
     try:
         config = from_document(json.loads(path.read_text()), RunConfig, _TYPES)
     except ValueError as error:
-        raise ValueError(f"{path}: expected the config of a run of experiments.density; {error}") from error
+        raise ValueError(f"{path}: expected the config of a run of this version; {error}") from error
     return dataclasses.replace(config, workdir=Path(run_dir))

@@ -11,7 +11,8 @@ def certificate_rows(certificate: Certificate) -> dict[str, str]:
         return {"certified": "nothing: there are no residual blocks"}
     worst = max(certificate.blocks, key=lambda block: block.bound)
     if math.isinf(worst.target_bound):
-        return {"certified": f"nothing: {len(certificate.blocks)} blocks have no bound, and need not be invertible"}
+        number = "the block has" if len(certificate.blocks) == 1 else f"{len(certificate.blocks)} blocks have"
+        return {"certified": f"nothing: {number} no bound, and need not be invertible"}
     answer = "every block is invertible" if certificate.is_certified else "NOT EVERY BLOCK IS INVERTIBLE"
     return {
         "certified": f"{answer}: Lip(g) <= {worst.bound:.4f} in {len(certificate.blocks)} blocks (target "
@@ -23,7 +24,7 @@ def certificate_rows(certificate: Certificate) -> dict[str, str]:
 def print_table(rows: dict[str, str]) -> None:
     """Prints a closing table."""
     for name, value in rows.items():
-        print(f"{name:<24}{value}")
+        print(f"{name:<23} {value}")
 
 
 def error_by_cause(data_stderr: float, noise_stderr: float) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from resflow_jax.data.embedded import load_digits, load_labelled_digits
+from resflow_jax.data.embedded import load_digits, load_labelled_digits, load_labelled_photographs, load_photographs
 from resflow_jax.data.images import ImageSplits
 from resflow_jax.data.labels import LabelledImages, Labels, keep_labels
 
@@ -103,3 +103,22 @@ def test_numbers_of_labels_that_cannot_be_kept():
             keep_labels(np.arange(30) % 3, number, 3, seed=0)
     with pytest.raises(ValueError, match=r"labels: expected labels in 0\.\.2, got 3 in row 3"):
         keep_labels(np.arange(30), 3, 3, seed=0)
+
+
+@pytest.mark.parametrize(("size", "channels", "bits"), [(16, 3, 8), (8, 1, 5)])
+def test_labelled_photographs(size, channels, bits):
+    """The crops are those without labels; a crop has the label of the photograph that it is from."""
+    from sklearn.datasets import load_sample_images
+
+    found = load_labelled_photographs(size, channels, bits=bits)
+    plain = load_photographs(size, channels, bits=bits)
+    assert found.labels.names == ("temple", "flower") and found.levels == 2**bits
+    for name in ("train", "validation", "test"):
+        np.testing.assert_array_equal(getattr(found.images, name), getattr(plain, name))
+        assert set(getattr(found.labels, name)) == {0, 1}
+    if channels == 3:
+        photographs = load_sample_images().images
+        windows = [np.lib.stride_tricks.sliding_window_view(p, (size, size, 3))[:, :, 0] for p in photographs]
+        for image, label in list(zip(found.images.test, found.labels.test, strict=True))[:3]:
+            is_there = [(image == part[::size, :]).all((2, 3, 4)).any() for part in windows]
+            assert is_there == [label == 0, label == 1]

@@ -12,7 +12,7 @@ from PIL import Image
 
 import experiments.__main__ as overview_of_all
 import experiments.studies.__main__ as overview_of_studies
-from experiments import density, evaluate, sample, toy, variational
+from experiments import classify, density, evaluate, sample, toy, variational
 from experiments.configs import CONFIGS
 from experiments.configs.tiny import tiny
 from experiments.runs.choices import OfTheRun, choose, value_of
@@ -128,6 +128,7 @@ def test_every_setting_has_a_text(capsys):
     ]
     pages += [[ablation.COMMAND, "mnist", "--help", "all"], [toy.COMMAND, "rings", "--help", "all"]]
     pages += [[density.COMMAND, name, "--help", "all"] for name in ("digits", "vectors", "images")]
+    pages += [[classify.COMMAND, "digits", "--help", "all"]]
     for choice in (
         "exact",
         "truncated",
@@ -352,7 +353,7 @@ def test_what_is_written_is_said(tmp_path, capsys):
 
 def test_what_every_command_writes():
     """Each says so, but for those whose run does."""
-    silent = {"experiments.density", "experiments.toy", "experiments.resume"}
+    silent = {f"experiments.{name}" for name in ("density", "classify", "toy", "resume")}
     for module in MODULES:
         command = command_of(module)
         assert (command.output is None) == (module in silent)

@@ -143,7 +143,7 @@ def test_run(package, run_dir, monkeypatch, capsys):
     assert result["distance"] == distance(samples, images, "pixels") > result["floor"]["distance"] > 0
     assert result["floor"]["distance"] == distance(train, test, "pixels")
     saved = fid.saved_flow(run_dir)
-    z = sampling.normal_latents(saved.flow, 0, 1.0)(np.arange(20))
+    z = sampling.base_latents(saved.flow, 0, 1.0)(np.arange(20))
     np.testing.assert_array_equal(samples, fid.to_bytes(np.clip(saved.flow.inverse(z), 0, 1), 17))
     printed = capsys.readouterr().out
     assert "NO MORE IMAGES, 20, THAN FEATURES, 192" in printed and "20 training to as many test images" in printed

@@ -105,7 +105,11 @@ def test_bad_input(run_dir, tmp_path, monkeypatch, capsys):
         import_torch.run(ImportConfig(tmp_path / "text.pth", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     args = argparse.Namespace(task="hybrid", wd=0.0, dropout=0.1, optimizer="rmsprop", scheduler=False)
-    assert import_torch.not_carried_over(args) == ["task=hybrid", "dropout=0.1", "optimizer=rmsprop"]
+    assert import_torch.not_carried_over(args) == ["dropout=0.1", "optimizer=rmsprop"]
+    args.annealing_iters = 7
+    assert "annealing_iters=7" in import_torch.not_carried_over(args)
+    args.task = "density"
+    assert "annealing_iters=7" not in import_torch.not_carried_over(args)
     with pytest.raises(ValueError, match="steps: expected"):
         ImportConfig(tmp_path / "text.pth", tmp_path / "run", steps=0)
     monkeypatch.setattr(resume, "use_xla_flags", lambda: None)

@@ -64,7 +64,7 @@ def test_samples_depend_on_seed_and_number_alone(run_dir, drawn, saved, tmp_path
     sample.run(SampleConfig(run_dir, number=5, batch_size=4, workdir=tmp_path / "again"))
     assert again[0].read_bytes() == again[1].read_bytes()
     assert (sample.run(replace(config, seed=1)) != drawn[:3]).any((1, 2, 3)).all()
-    z = sampling.normal_latents(saved.flow, 0, 1.0)(jnp.arange(5))
+    z = sampling.base_latents(saved.flow, 0, 1.0)(jnp.arange(5))
     x = saved.flow.inverse(z)
     np.testing.assert_array_equal(drawn, sampling.to_bytes(np.clip(x, 0, 1), 17))
 
@@ -74,7 +74,7 @@ def test_temperature(run_dir, saved, tmp_path):
     config = SampleConfig(run_dir, number=3, batch_size=4, temperature=0.0, format=(), workdir=tmp_path)
     zero = sampling.to_bytes(np.clip(saved.flow.inverse(jnp.zeros((1, 64))), 0, 1), 17)
     np.testing.assert_array_equal(sample.run(config), np.tile(zero, (3, 1, 1, 1)))
-    cold, hot = (sampling.normal_latents(saved.flow, 0, t)(jnp.arange(400)) for t in (0.5, 2.0))
+    cold, hot = (sampling.base_latents(saved.flow, 0, t)(jnp.arange(400)) for t in (0.5, 2.0))
     np.testing.assert_allclose(4 * cold, hot, rtol=1e-12)
     assert abs(hot.std() - 2) < 0.05 and abs(hot.mean()) < 0.05
     assert np.abs(np.corrcoef(hot[:-1].ravel(), hot[1:].ravel())[0, 1]) < 0.05  # each has a key of its own

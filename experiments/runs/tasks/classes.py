@@ -1,22 +1,25 @@
 """The task of runs that classify images: labelled batches, the error in %, and pictures of what is learned."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.configs.classification import ClassifyConfig
 from experiments.runs import pictures
-from experiments.runs.devices import data_mesh
-from experiments.runs.tasks.judging_classes import class_rows
+from experiments.runs.devices import data_mesh, own_mesh
+from experiments.runs.likelihoods import PERMUTED
+from experiments.runs.tasks.class_samples import class_samples, columns_of, is_mixture
+from experiments.runs.tasks.images import other_images, permuted_pixels
+from experiments.runs.tasks.judging_classes import class_rows, measured
 from experiments.runs.tasks.labelled import LabelledSplits, Rows, load_labelled
 from experiments.runs.tasks.task import Drawing, Split, Task, unconverged
 from resflow_jax import Estimate, Estimator
 from resflow_jax.data.batches import Augmentation, Batches
-from resflow_jax.data.images import dequantize, to_unit_interval
+from resflow_jax.data.images import Images, dequantize, to_unit_interval
 from resflow_jax.data.labels import keep_labels
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.class_evaluation import class_logits
@@ -44,6 +47,11 @@ class ClassTask(Task):
             raise ValueError(f"model.shape: expected {data.shape}, the shape of the images, got {model.shape}")
         if len(data.names) != model.classes:
             raise ValueError(f"model.classes: expected {len(data.names)}, the classes of the data, got {model.classes}")
+        if config.labels is not None and not model.classes <= config.labels <= len(data.train):
+            raise ValueError(
+                f"labels: expected a number from {model.classes}, one for each class, to {len(data.train)}, that "
+                f"of the training images, got {config.labels}"
+            )
         self.name = str(config.data.path or config.data.name)
         self.density_weight = config.hybrid.of_dim(int(np.prod(data.shape)))
         options = {"density_weight": self.density_weight, "dropout": config.dropout}
@@ -51,6 +59,7 @@ class ClassTask(Task):
         self._labels = data.train.labels
         if config.labels is not None:
             self._labels = keep_labels(data.train.labels, config.labels, model.classes, config.seed)
+        self.pictures = ("reconstructions.png", "confusion.png") + ("samples.png",) * bool(self.density_weight)
         self._sources(0, 1)  # raises now for settings that make no batches
 
     def initial(self) -> Array:
@@ -88,17 +97,16 @@ class ClassTask(Task):
             Batches(train.images, labels=unlabelled, batch_size=size, **options),
         ]
 
-    def logits(self, flow: Flow, images: np.ndarray) -> np.ndarray:
-        """The logits [N, classes] of integer images."""
-        return class_logits(
-            flow, images, levels=self.splits.levels, batch_size=self.batch_size, mesh=data_mesh(jax.device_count())
-        )
+    def logits(self, flow: Flow, images: Images, mesh: Mesh | None) -> np.ndarray:
+        """The logits [N, classes] of integer images, on the devices of a mesh; None for one device."""
+        return class_logits(flow, images, levels=self.splits.levels, batch_size=self.batch_size, mesh=mesh)
 
     def scores(
         self, flow: Flow, examples: Rows, key: Array, estimator: Estimator, draws: int, batch_size: int
     ) -> np.ndarray:
         """100 for every example that is misclassified, and 0 for the others, [1, N]."""
-        return 100.0 * (self.logits(flow, examples.images).argmax(axis=1) != examples.labels)[None]
+        logits = self.logits(flow, examples.images, data_mesh(jax.device_count()))
+        return 100.0 * (logits.argmax(axis=1) != examples.labels)[None]
 
     def estimate(self, flow: Flow, split: Split) -> Estimate:
         """The error in % of a split. It has no noise."""
@@ -107,43 +115,44 @@ class ClassTask(Task):
     def inputs(self, examples: Rows) -> Array:
         return to_unit_interval(examples.images, self.splits.levels)
 
-    def permuted(self, examples: Rows) -> Rows:
-        """Images with their pixels permuted in one common order; the channels of a pixel stay together."""
-        pixels = examples.images.reshape(len(examples), -1, examples.images.shape[-1])
-        order = np.random.default_rng(0).permutation(pixels.shape[1])
-        return Rows(pixels[:, order].reshape(examples.images.shape), examples.labels)
+    def permuted(self, examples: Rows) -> np.ndarray:
+        """The images alone, with their pixels permuted in one common order."""
+        return permuted_pixels(examples.images)
 
-    def other(self, name: str) -> Rows:
-        """The test images of another data set with labels, by a name or a path; see `Task.other`."""
-        own = self.splits
-        height, _, channels = own.shape
-        path = Path(name) if Path(name).exists() else None
-        data = load_labelled(replace(self.config.data, name=name, path=path, size=height, channels=channels))
-        if (data.shape, data.levels) != (own.shape, own.levels):
-            raise ValueError(
-                f"other: expected images of shape {own.shape} with {own.levels} levels, like those of {self.name}; got "
-                f"shape {data.shape} with {data.levels} levels in {name}"
-            )
-        return data.test
+    def other(self, name: str) -> np.ndarray:
+        """The test images of another data set, which need no labels; see `Task.other`."""
+        return other_images(name, self.config.data, self.splits, self.name)
 
     def sketch(self, flow: Flow, prefix: Path) -> dict[str, Path]:
-        path = prefix.with_name(f"{prefix.name}_reconstructions.png")
-        self._draw_reconstructions(flow, path)
-        return {"reconstructions": path}
+        x = self.inputs(self.splits.validation[:SHOWN])
+        shown = {"reconstructions": flow.inverse(flow(x), return_status=True)[0]}
+        if self.density_weight:
+            shown["samples"] = class_samples(flow, self.config.seed + 3)
+        paths = {name: prefix.with_name(f"{prefix.name}_{name}.png") for name in shown}
+        for name, path in paths.items():
+            pictures.save_grid(path, shown[name], columns_of(flow) if name == "samples" else COLUMNS)
+        return paths
 
     def draw(self, flow: Flow, result: Estimate) -> Drawing:
         directory = self.config.workdir
         reconstructions, confusion = directory / "reconstructions.png", directory / "confusion.png"
         error = self._draw_reconstructions(flow, reconstructions)
         test = self.splits.test[: self.config.evaluation.examples]
-        logits = self.logits(flow, test.images)
+        logits = self.logits(flow, test.images, own_mesh())
         pictures.save_confusion(confusion, test.labels, logits.argmax(axis=1), self.splits.names, self.name)
-        rows = class_rows(self, flow, test, logits)
+        found, _ = measured(self, flow, test, {PERMUTED: self.permuted(test)}, logits)
         drawn = {
             "test images, and their reconstruction from the features by fixed-point iteration": reconstructions,
             "test images by class and predicted class": confusion,
         }
-        return Drawing(drawn, {**rows, "reconstruction error": error})
+        if self.density_weight:
+            path = directory / "samples.png"
+            samples, columns = class_samples(flow, self.config.seed + 3), columns_of(flow)
+            train = self.inputs(self.splits.train[: len(samples)])
+            of = "samples, a class in each column" if is_mixture(flow) else "samples of the flow"
+            pictures.save_images(path, {of: samples, "images of the training set": train}, columns)
+            drawn["samples, and images of the training set"] = path
+        return Drawing(drawn, {**class_rows(self, found), "reconstruction error": error})
 
     def _draw_reconstructions(self, flow: Flow, path: Path) -> str:
         """Draws test images with f^-1(f(x)); returns the text of the closing table."""
@@ -151,7 +160,7 @@ class ClassTask(Task):
         found, status = flow.inverse(flow(x), return_status=True)
         found = np.asarray(found)
         shown = np.clip(np.where(np.isfinite(found), found, 0.5), 0, 1)
-        pictures.save_images(path, {"test images": np.asarray(x), "f^-1(f(x))": shown}, COLUMNS)
+        pictures.save_images(path, {"test images x": np.asarray(x), "reconstructions $f^{-1}(f(x))$": shown}, COLUMNS)
         return f"{np.abs(np.asarray(x) - found).max():.1e}, max |x - f^-1(f(x))|{unconverged(status)}"
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,36 @@ def load(config: DataConfig) -> ImageSplits:
         return load_photographs(config.size, config.channels, bits=config.bits)
     directory = config.dir or find_data_dir(config.name)
     return load_tfds(config.name, directory, bits=config.bits)
+
+
+def permuted_pixels(images: np.ndarray) -> np.ndarray:
+    """Images [N, H, W, C] with their pixels permuted in one common order; the channels of a pixel stay together."""
+    pixels = images.reshape(len(images), -1, images.shape[-1])
+    order = np.random.default_rng(0).permutation(pixels.shape[1])
+    return pixels[:, order].reshape(images.shape)
+
+
+def other_images(name: str, config: DataConfig, own: Any, of: str) -> np.ndarray:
+    """The test images of another data set. They need no labels.
+
+    Args:
+      name: name or path of the other data.
+      config: the images of the run.
+      own: these images, with a shape and a number of levels.
+      of: their name, for messages.
+
+    Raises:
+      ValueError: if the images have another shape or other levels than those of the run.
+    """
+    height, _, channels = own.shape
+    path = Path(name) if Path(name).exists() else None
+    data = load(replace(config, name=name, path=path, size=height, channels=channels))
+    if (data.shape, data.levels) != (own.shape, own.levels):
+        raise ValueError(
+            f"other: expected images of shape {own.shape} with {own.levels} levels, like those of {of}; got shape "
+            f"{data.shape} with {data.levels} levels in {name}"
+        )
+    return data.test
 
 
 class ImageTask(Task):
@@ -93,23 +124,11 @@ class ImageTask(Task):
         return to_unit_interval(examples, self.splits.levels)
 
     def permuted(self, examples: np.ndarray) -> np.ndarray:
-        """Images [N, H, W, C] with their pixels permuted in one common order; the channels of a pixel stay together."""
-        pixels = examples.reshape(len(examples), -1, examples.shape[-1])
-        order = np.random.default_rng(0).permutation(pixels.shape[1])
-        return pixels[:, order].reshape(examples.shape)
+        return permuted_pixels(examples)
 
     def other(self, name: str) -> np.ndarray:
         """The test images of another data set, by a name or a path; see `Task.other`."""
-        own = self.splits
-        height, _, channels = own.shape
-        path = Path(name) if Path(name).exists() else None
-        data = load(replace(self.config.data, name=name, path=path, size=height, channels=channels))
-        if (data.shape, data.levels) != (own.shape, own.levels):
-            raise ValueError(
-                f"other: expected images of shape {own.shape} with {own.levels} levels, like those of "
-                f"{self.name}; got shape {data.shape} with {data.levels} levels in {name}"
-            )
-        return data.test
+        return other_images(name, self.config.data, self.splits, self.name)
 
     def sketch(self, flow: ResidualFlow, prefix: Path) -> dict[str, Path]:
         images = self.inputs(self.splits.validation[:SHOWN])

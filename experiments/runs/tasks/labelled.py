@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments.configs.base import DataConfig
 from resflow_jax.data.embedded import load_labelled_digits, load_labelled_photographs
-from resflow_jax.data.images import Images
+from resflow_jax.data.images import Images, ImageSplits
 from resflow_jax.data.labelled_files import load_labelled_path
 from resflow_jax.data.labels import LabelledImages
 from resflow_jax.data.tfds import find_data_dir, load_labelled_tfds
@@ -41,6 +41,11 @@ class LabelledSplits(NamedTuple):
     shape: tuple[int, int, int]
     levels: int
     names: tuple[str, ...]
+
+    @property
+    def images(self) -> ImageSplits:
+        """The images of all splits without labels."""
+        return ImageSplits(self.train.images, self.validation.images, self.test.images, self.levels)
 
     @classmethod
     def of(cls, data: LabelledImages) -> "LabelledSplits":

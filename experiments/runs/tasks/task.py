@@ -39,6 +39,7 @@ class Task(ABC):
       label: metric and unit, for tables and titles.
       sign: 1 if a lower metric is better, -1 if a higher one is.
       batch_size: examples per batch in evaluation.
+      pictures: PNG files that `draw` writes, for the line on what a run writes.
       name: name of the data, for titles.
       splits: the data, with train, validation and test.
       loss: loss of a training step.
@@ -50,6 +51,7 @@ class Task(ABC):
     label: ClassVar[str]
     sign: ClassVar[int]
     batch_size: ClassVar[int]
+    pictures: tuple[str, ...] = ("*.png of samples",)
     name: str
     splits: Any
     loss: Loss
