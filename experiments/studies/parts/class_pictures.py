@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -47,6 +47,47 @@ def save_iterations(path: Path, counts: Sequence[int], curves: dict[str, dict[st
     axis.grid(alpha=0.3)
     axis.legend()
     _save(figure, path)
+
+
+def save_comparison(path: Path, results: dict[str, dict[str, Any]], title: str) -> None:
+    """Draws a panel for each part of the study of classifiers: {part: {title: {"mean": ..., "stderr": ...}}}.
+
+    The architectures and few labels as errors in %, the hybrids as error against bits/dim; all with standard errors.
+    """
+    panels = {"architectures": _errors, "hybrid": _error_against_bits, "labels": _errors}
+    figure, axes = plt.subplots(1, len(results), figsize=(5.4 * len(results), 4.2), layout="constrained", squeeze=False)
+    for axis, (part, rows) in zip(axes[0], results.items(), strict=True):
+        panels[part](axis, rows)
+        axis.set_title(f"{title}: {part}")
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _errors(axis: plt.Axes, rows: dict[str, Any]) -> None:
+    """Points with error bars, one line for each network."""
+    for n, (name, row) in enumerate(rows.items()):
+        _point(axis, name, row["mean"]["error"], n, xerr=row["stderr"]["error"])
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("test error in %")
+
+
+def _error_against_bits(axis: plt.Axes, rows: dict[str, Any]) -> None:
+    """A point for each network with a finite density."""
+    for name, row in rows.items():
+        mean, stderr = row["mean"], row["stderr"]
+        if mean.get("bits_per_dim") is not None:
+            spread = {"xerr": stderr["bits_per_dim"], "yerr": stderr["error"]}
+            _point(axis, name, mean["bits_per_dim"], mean["error"], **spread)
+    axis.set(xlabel="test bits/dim", ylabel="test error in %")
+    axis.set_ylim(bottom=0)
+    axis.legend()
+
+
+def _point(axis: plt.Axes, name: str, x: float, y: float, **spread: float | None) -> None:
+    """A mean with its standard errors."""
+    axis.errorbar(x, y, fmt="o", ms=6, capsize=4, label=name, **spread)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -107,12 +107,12 @@ def _test_line(workdir: Path) -> dict[str, Any] | None:
     return next((line for line in lines if line["split"] == "test"), None)
 
 
-def test_error(workdir: Path) -> tuple[float, float]:
+def test_error(workdir: Path) -> list[float]:
     """The test error in % of a finished run, and its standard error from the choice of the images."""
     line = _test_line(workdir)
     if line is None:
         raise ValueError(f"workdir: expected a finished run, got {workdir} without a test error in metrics.jsonl")
-    return line["error"], line["error_stderr"]
+    return [line["error"], line["error_stderr"]]
 
 
 def measured(config: ClassifyConfig) -> dict[str, float | None]:
