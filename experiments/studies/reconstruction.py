@@ -120,7 +120,7 @@ class Network(NamedTuple):
     """
 
     flow: Flow
-    error: tuple[float, float]
+    error: list[float]
 
 
 class Recovered(NamedTuple):
@@ -313,7 +313,7 @@ def _said(figures: dict[str, Any]) -> str:
     )
 
 
-def _percent(error: tuple[float, float]) -> str:
+def _percent(error: list[float]) -> str:
     return f"{error[0]:.2f} ± {error[1]:.2f}"
 
 
