@@ -1,5 +1,6 @@
-"""Runs of `experiments.density digits` that take seconds, one that was never trained, and one that is cut."""
+"""Runs of `experiments.density digits` that take seconds, runs that were never trained, and one that is cut."""
 
+import json
 from dataclasses import replace
 from itertools import islice
 
@@ -9,6 +10,7 @@ import pytest
 
 from experiments.configs import CONFIGS
 from experiments.configs.base import DensityConfig, EvaluationConfig, OptimizerConfig
+from experiments.configs.classification import ClassifyConfig
 from experiments.runs.launch import run_config
 from experiments.runs.setup import set_up, tightened_flow
 from experiments.runs.tasks.of_config import task_of
@@ -55,3 +57,10 @@ def save_run(config: DensityConfig, loss: float | None = 3.0) -> None:
     state = state._replace(step=jnp.asarray(config.steps), ema=average)
     with Checkpoints(config.workdir / "checkpoints") as checkpoints:
         checkpoints.save(state, loss, certify(tightened_flow(trainer, state)))
+
+
+def finish_untrained(config: ClassifyConfig) -> None:
+    """The files of a finished run of a classifier, with the initial weights and a made-up test error."""
+    save_run(config)
+    line = {"step": config.steps, "split": "test", "error": 90.0, "error_stderr": 1.0}
+    (config.workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
