@@ -229,6 +229,21 @@ def test_networks_without_a_bound(change, tmp_path, capsys):
     assert printed.splitlines()[-1] == f"test error in % {result.mean:.4f} +- {result.stderr:.4f}"
 
 
+def without_pictures(monkeypatch):
+    """Omits what other tests check."""
+    monkeypatch.setattr(ClassTask, "sketch", lambda *_: {})
+    monkeypatch.setattr(ClassTask, "draw", lambda *_: Drawing({}, {}))
+
+
+def test_a_density_beside_a_pooled_head(tmp_path, monkeypatch):
+    """With the weight 1 the loss of an image is many nats; that of classes alone is about two."""
+    without_pictures(monkeypatch)
+    config = replace(PLAIN, workdir=tmp_path, hybrid=HybridConfig(1.0), estimator=Truncated(2))
+    check_metrics(tmp_path, run_config(config))
+    first = read_metrics(tmp_path)[0]
+    assert abs(first["loss"]) > 10 and np.isfinite(first["diagnostics"]["mean"]).all()
+
+
 def test_images_of_32_pixels(tmp_path, monkeypatch):
     """Colour, two stages, appended zeros, mirrored and shifted images, SGD with a step schedule, as for CIFAR-10."""
     cifar = CLASS_CONFIGS["cifar10_vanilla"]  # certificates of such sizes take their time
@@ -242,6 +257,5 @@ def test_images_of_32_pixels(tmp_path, monkeypatch):
         optimizer=replace(cifar.optimizer, milestones=(1,)),
         evaluation=replace(PLAIN.evaluation, examples=4),
     )
-    monkeypatch.setattr(ClassTask, "sketch", lambda *_: {})
-    monkeypatch.setattr(ClassTask, "draw", lambda *_: Drawing({}, {}))  # what other tests check
+    without_pictures(monkeypatch)
     check_metrics(tmp_path, run_config(config))
