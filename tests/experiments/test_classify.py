@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConf
 from experiments.configs.classes import CLASS_CONFIGS
 from experiments.configs.classification import HybridConfig
 from experiments.evaluate import EvaluateConfig
+from experiments.fid import FidConfig
 from experiments.runs import pictures
 from experiments.runs.launch import run_config
 from experiments.runs.sampling import base_latents
@@ -125,7 +127,7 @@ def test_a_classifier_is_evaluated(plain, tmp_path, capsys):
     assert (tmp_path / "histograms.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_needs_a_density(plain, tmp_path):
+def test_what_needs_a_density(plain, tmp_path, monkeypatch):
     """It is refused with the reason, before anything is written."""
     out = tmp_path / "out"
     for settings, name in (({"typicality": True}, "typicality"), ({"draws": 3}, "draws")):
@@ -136,18 +138,10 @@ def test_what_needs_a_density(plain, tmp_path):
     for settings in ({}, {"interpolate": (0, 1)}):
         with pytest.raises(ValueError, match=r"run_dir: expected a run with a density of x.*hybrid\.weight 0"):
             sample.run(SampleConfig(plain[0], workdir=out, **settings))
-    if fid_is_there():
-        with pytest.raises(ValueError, match=r"run_dir: expected a run with a density of x"):
-            fid.run(fid.FidConfig(plain[0], features="pixels", workdir=out))
+    monkeypatch.setattr(fid, "needed_package", lambda: None)
+    with pytest.raises(ValueError, match=r"run_dir: expected a run with a density of x"):
+        fid.run(FidConfig(plain[0], features="pixels", workdir=out))
     assert not out.exists()
-
-
-def fid_is_there():
-    """Whether torch-fidelity is installed."""
-    try:
-        return fid.needed_package() is not None
-    except ImportError:
-        return False
 
 
 def test_a_hybrid_run(mixture):
@@ -193,11 +187,17 @@ class Unlabelled:
         self.test, self.shape, self.levels = test, test.shape[1:], 17
 
 
-def test_samples_of_a_hybrid_run(mixture, tmp_path):
+def test_samples_of_a_hybrid_run(mixture, tmp_path, monkeypatch):
     """They are f^-1 of latents of all classes or of one, whose mean and deviations are those of its component."""
     options = {"number": 3, "batch_size": 3, "format": ("npz",)}
     drawn = sample.run(SampleConfig(mixture[0], workdir=tmp_path, **options))
     assert drawn.shape == (3, 8, 8, 1) and drawn.dtype == np.uint8
+    compared = []
+    monkeypatch.setattr(fid, "needed_package", lambda: SimpleNamespace(__version__="0"))
+    monkeypatch.setattr(fid, "frechet_distance", lambda *sets: compared.append(sets[:2]) or 1.0)
+    assert fid.run(FidConfig(mixture[0], number=3, batch_size=3, features="pixels", workdir=tmp_path))["distance"] == 1
+    np.testing.assert_array_equal(compared[-1][0], drawn)
+    assert [images.shape for images in compared[0]] == [(3, 8, 8, 1)] * 2
     of_class = sample.run(SampleConfig(mixture[0], workdir=tmp_path, label=4, interpolate=(0, 1), **options))
     assert (of_class != drawn).any() and (tmp_path / "interpolation.png").exists()
     flow = saved_flow(mixture[0]).flow
@@ -229,9 +229,24 @@ def test_networks_without_a_bound(change, tmp_path, capsys):
     assert printed.splitlines()[-1] == f"test error in % {result.mean:.4f} +- {result.stderr:.4f}"
 
 
+def without_pictures(monkeypatch):
+    """Omits what other tests check."""
+    monkeypatch.setattr(ClassTask, "sketch", lambda *_: {})
+    monkeypatch.setattr(ClassTask, "draw", lambda *_: Drawing({}, {}))
+
+
+def test_a_density_beside_a_pooled_head(tmp_path, monkeypatch):
+    """With the weight 1 the loss of an image is many nats; that of classes alone is about two."""
+    without_pictures(monkeypatch)
+    config = replace(PLAIN, workdir=tmp_path, hybrid=HybridConfig(1.0), estimator=Truncated(2))
+    check_metrics(tmp_path, run_config(config))
+    first = read_metrics(tmp_path)[0]
+    assert abs(first["loss"]) > 10 and np.isfinite(first["diagnostics"]["mean"]).all()
+
+
 def test_images_of_32_pixels(tmp_path, monkeypatch):
     """Colour, two stages, appended zeros, mirrored and shifted images, SGD with a step schedule, as for CIFAR-10."""
-    cifar = CLASS_CONFIGS["cifar10"]
+    cifar = CLASS_CONFIGS["cifar10_vanilla"]  # certificates of such sizes take their time
     config = replace(
         cifar,
         workdir=tmp_path,
@@ -242,6 +257,5 @@ def test_images_of_32_pixels(tmp_path, monkeypatch):
         optimizer=replace(cifar.optimizer, milestones=(1,)),
         evaluation=replace(PLAIN.evaluation, examples=4),
     )
-    monkeypatch.setattr(ClassTask, "sketch", lambda *_: {})
-    monkeypatch.setattr(ClassTask, "draw", lambda *_: Drawing({}, {}))  # what other tests check
+    without_pictures(monkeypatch)
     check_metrics(tmp_path, run_config(config))

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,6 +16,7 @@ from experiments.configs.base import DataConfig
 from experiments.configs.classes import CLASS_CONFIGS, CLASS_SUMMARIES
 from experiments.configs.classification import ClassifyConfig, HybridConfig, ImportedClassifyConfig
 from experiments.configs.tiny import tiny
+from experiments.runs.devices import own_mesh
 from experiments.runs.launch import files_of
 from experiments.runs.own_data import _fitted_classifier
 from experiments.runs.tasks.classes import ClassTask
@@ -200,3 +202,10 @@ def test_weights_of_the_density():
     assert classify.COMMAND.parse(["digits", "--hybrid.weight", "0.5"]).hybrid.weight == 0.5
     mixture = ["--model.head", "mixture", "--model.head-channels", "None", "--hybrid.weight", "1"]
     assert isinstance(classify.COMMAND.parse(["digits", *mixture]).model, rf.ClassifierConfig)
+
+
+def test_a_process_draws_on_its_own(monkeypatch):
+    """Where others have some of the devices, what one process computes alone uses one device."""
+    assert own_mesh().size == jax.device_count()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert own_mesh() is None

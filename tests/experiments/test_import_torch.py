@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,18 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from experiments import import_torch, resume
+from experiments import evaluate, import_torch, resume
 from experiments.configs import CONFIGS
-from experiments.configs.base import DataConfig, EvaluationConfig
+from experiments.configs.base import DataConfig, DensityConfig, EvaluationConfig
+from experiments.configs.classification import ImportedClassifyConfig
+from experiments.evaluate import EvaluateConfig
 from experiments.import_torch import ImportConfig
 from experiments.runs import launch
 from experiments.runs.saved import saved_config, saved_flow
+from experiments.runs.tasks.classes import ClassTask
 from experiments.runs.workdir import claim_workdir, write_atomically
+from resflow_jax.data.embedded import load_digits
+from resflow_jax.data.images import to_unit_interval
 from resflow_jax.interop.torch.files import read_torch_file
 from resflow_jax.interop.torch.flow import TorchImageConfig
 from resflow_jax.io.config_json import as_json
@@ -83,17 +88,58 @@ def test_the_settings_are_those_of_the_file(tmp_path):
             assert with_name.data == CONFIGS["mnist"].data
 
 
-def test_a_file_with_a_classifier_keeps_it(tmp_path):
-    """The run's config says so, and its flow has the classifier."""
+def test_a_file_with_a_classifier_becomes_a_run_of_one(tmp_path):
+    """The weight of the density is that of the file's task; the config is read back; other classes are named."""
     path = FIXTURES / "torch_hybrid.pth"
     flow = rf.load_torch_checkpoint(path, "raw", norms="stored")
-    config = import_torch.run_config(read_torch_file(path)["args"], flow, ImportConfig(path, tmp_path / "run"))
-    assert type(config.model) is TorchImageConfig and config.model.classes > 0
+    args = read_torch_file(path)["args"]
+    weights = {}
+    for task, scale_dim in (("hybrid", False), ("hybrid", True), ("classification", False)):
+        args.task, args.scale_dim = task, scale_dim
+        config = import_torch.run_config(args, flow, ImportConfig(path, tmp_path / "run"))
+        weights[task, scale_dim] = config.hybrid.weight
+        assert type(config) is ImportedClassifyConfig and import_torch.has_density(config) == (task == "hybrid")
+    assert weights == {("hybrid", False): 1.0, ("hybrid", True): "1/D", ("classification", False): 0.0}
+    assert type(config.model) is TorchImageConfig and config.model.classes == 10 and config.data.name == "cifar10"
     claim_workdir(tmp_path / "run", config)
     assert saved_config(tmp_path / "run") == config
     made = nnx.eval_shape(lambda: flow_from_config(config.model, rngs=nnx.Rngs(0)))
     shapes = [jax.tree.map(jnp.shape, nnx.state(found)) for found in (made, flow)]
     assert jax.tree.leaves(shapes[0]) == jax.tree.leaves(shapes[1]) and type(made) is type(flow)
+    photographs = replace(config, data=DataConfig("photographs", size=16))
+    with pytest.raises(ValueError, match=r"model\.classes: expected 2, the classes of the data, got 10"):
+        ClassTask(photographs)
+    del args.task
+    assert type(import_torch.run_config(args, flow, ImportConfig(path, tmp_path))) is DensityConfig
+
+
+def test_a_classifier_is_evaluated_and_goes_on(tmp_path, monkeypatch):
+    """The logits are those of the file's classifier; two steps train classes and density together."""
+    small = replace(tiny.DIGITS.model, preactivation="all")
+    model = TorchImageConfig(
+        **{f.name: getattr(small, f.name) for f in fields(small)}, classes=10, classifier_channels=3
+    )
+    flow = flow_from_config(model, rngs=nnx.Rngs(0))
+    flow.initialize(jax.random.uniform(jax.random.key(0), (8, 8, 8, 1)))
+    rf.save_torch_checkpoint(flow, tmp_path / "model.pth")
+    settings = ImportConfig(tmp_path / "model.pth", tmp_path / "run", data=DataConfig("digits"), steps=2)
+    run_dir = import_torch.run(settings)
+    config = saved_config(run_dir)
+    assert config.hybrid.weight == 1.0 and config.model.classes == 10
+    judged = EvaluationConfig(estimator=rf.Truncated(2), draws=1, examples=20, every=2)
+    config = replace(config, evaluation=judged, estimator=rf.Truncated(2), batch_size=8)
+    write_atomically(run_dir / "config.json", json.dumps(as_json(config)))
+    found = evaluate.run(EvaluateConfig(run_dir))
+    images = load_digits().test[:20]
+    expected = rf.load_torch_checkpoint(tmp_path / "model.pth").logits(to_unit_interval(images, 17))
+    with np.load(run_dir / "evaluation" / "scores.npz") as scores:
+        np.testing.assert_allclose(scores["test_logits"], expected, rtol=1e-5, atol=1e-6)
+    assert found["step"] == 0 and found["robustness"] is None and np.isfinite(found["test"]["bits_per_dim"])
+    monkeypatch.setattr(resume, "use_xla_flags", lambda: None)
+    monkeypatch.setattr(launch, "use_all_cores", lambda number: None)
+    resume.main([str(run_dir)])
+    assert (run_dir / "samples.png").exists() and (run_dir / "confusion.png").exists()
+    assert saved_flow(run_dir).step == 2
 
 
 def test_bad_input(run_dir, tmp_path, monkeypatch, capsys):

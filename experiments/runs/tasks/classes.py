@@ -34,7 +34,7 @@ COLUMNS = 8
 class ClassTask(Task):
     """Classification of images; the metric is the error in %, the loss of training is in nats."""
 
-    metric, unit, label, sign, batch_size = "error", "nats", "error in %", 1, 500
+    metric, unit, label, sign, batch_size = "error", "nats", "error in %", 1, 100
     train_metric = "loss"
     splits: LabelledSplits
 

@@ -20,3 +20,21 @@ def test_pictures_of_any_number_of_channels(channels, tmp_path):
     assert grid.shape == (11 * zoom, 13 * zoom) if channels < 3 else (11 * zoom, 13 * zoom, 3)
     last = grid[zoom + 1, zoom + 1] if channels < 3 else grid[zoom + 1, zoom + 1, 2]
     assert last == round(255 * (0 if channels < 3 else 2 / (channels - 1)))
+
+
+@pytest.mark.parametrize("names", [("temple", "a flower with a long name"), tuple(map(str, range(100)))])
+def test_confusion_of_few_and_of_many_classes(names, tmp_path):
+    """Names and numbers are written where there is room for them."""
+    labels = np.arange(300) % len(names)
+    pictures.save_confusion(tmp_path / "confusion.png", labels, (labels * 7) % len(names), names, "images")
+    assert np.asarray(Image.open(tmp_path / "confusion.png")).shape[:2] == (780, 832)
+
+
+@pytest.mark.parametrize("number", [0, 1, 30])
+def test_curves_with_a_panel_for_the_loss(number, tmp_path):
+    """Also of a run that has logged nothing yet, or one line."""
+    lines = [{"step": n, "split": "train", "loss": 2.0 - n / 30, "validation_error": 50.0 - n} for n in range(number)]
+    test = {"step": number, "split": "test", "error": 20.0, "error_stderr": 1.0}
+    names = {"metric": "error", "trained": "loss", "label": "error in %", "unit": "nats", "title": "digits"}
+    pictures.save_curves(tmp_path / "curves.png", [*lines, test], **names)
+    assert np.asarray(Image.open(tmp_path / "curves.png")).shape[:2] == (780, 910)

@@ -17,6 +17,8 @@ from flax import nnx
 
 from experiments.configs import CONFIGS
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig
+from experiments.configs.classes import CLASS_CONFIGS
+from experiments.configs.classification import HybridConfig
 from experiments.runs import saved
 from experiments.runs.saved import MovedData, saved_config, saved_flow
 from experiments.runs.setup import set_up, tightened_flow
@@ -60,6 +62,8 @@ UNUSUAL = replace(
 )
 CONFIGS = {
     **CONFIGS,
+    **{f"classify {name}": config for name, config in CLASS_CONFIGS.items()},
+    "classify few labels": replace(CLASS_CONFIGS["digits"], hybrid=HybridConfig("1/D"), labels=20),
     "unusual": UNUSUAL,
     **{
         type(law).__name__: replace(tiny.DIGITS, estimator=Roulette(law, exact_terms=2, minres_steps=0))
