@@ -1,4 +1,4 @@
-"""Compares classifiers over seeds: i-ResNets and others, with a density of x, and with few labels.
+"""Compares classifiers over seeds: architectures, hybrids with a density, few labels.
 
     python -m experiments.studies.classification [--data digits | fashion_mnist] [--part PART] [--seeds N] ...
 
@@ -77,7 +77,7 @@ class ClassificationConfig:
       small: whether to use the small runs of `--tiny`, and the last network of each part alone.
     """
 
-    data: str = "digits"
+    data: Literal[DATASETS] = "digits"
     part: Part = "all"
     seeds: int = 3
     labels: tuple[int, ...] = (100, 1000)
