@@ -216,7 +216,8 @@ def report(config: ClassificationConfig, part: str, rows: dict[str, Any]) -> Non
     """Prints the table of a part, in Markdown."""
     columns = COLUMNS[part]
     cells = [[title, *(_cell(row, *column) for column in columns)] for title, row in rows.items()]
-    print(f"\n{config.data}, {part}: means over {config.seeds} seeds, ± their standard error\n")
+    how = f"means over {config.seeds} seeds, ± their standard error" if config.seeds > 1 else "one seed"
+    print(f"\n{config.data}, {part}: {how}\n")
     print(markdown_table(["", *(title for _, title, *_ in columns)], cells))
     noise = max(row["mean"]["error_stderr"] for row in rows.values())
     print(f"\nThe choice of the test images, the same for all, has a standard error of its own, up to {noise:.2f} %.")
