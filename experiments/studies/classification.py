@@ -1,4 +1,4 @@
-"""Compares classifiers over seeds: i-ResNets and others, with a density of x, and with few labels.
+"""Compares classifiers over seeds: architectures, hybrids with a density, few labels.
 
     python -m experiments.studies.classification [--data digits | fashion_mnist] [--part PART] [--seeds N] ...
 
@@ -77,7 +77,7 @@ class ClassificationConfig:
       small: whether to use the small runs of `--tiny`, and the last network of each part alone.
     """
 
-    data: str = "digits"
+    data: Literal[DATASETS] = "digits"
     part: Part = "all"
     seeds: int = 3
     labels: tuple[int, ...] = (100, 1000)
@@ -216,7 +216,8 @@ def report(config: ClassificationConfig, part: str, rows: dict[str, Any]) -> Non
     """Prints the table of a part, in Markdown."""
     columns = COLUMNS[part]
     cells = [[title, *(_cell(row, *column) for column in columns)] for title, row in rows.items()]
-    print(f"\n{config.data}, {part}: means over {config.seeds} seeds, ± their standard error\n")
+    how = f"means over {config.seeds} seeds, ± their standard error" if config.seeds > 1 else "one seed"
+    print(f"\n{config.data}, {part}: {how}\n")
     print(markdown_table(["", *(title for _, title, *_ in columns)], cells))
     noise = max(row["mean"]["error_stderr"] for row in rows.values())
     print(f"\nThe choice of the test images, the same for all, has a standard error of its own, up to {noise:.2f} %.")

@@ -14,12 +14,14 @@ from scipy.special import log_softmax
 from experiments.configs.classes import CLASS_CONFIGS
 from experiments.configs.classification import ClassifyConfig
 from experiments.configs.tiny import tiny as tiny_run
+from experiments.runs.devices import own_mesh
 from experiments.runs.launch import run_config
+from experiments.runs.likelihoods import auroc
 from experiments.runs.loop import training_loop
 from experiments.runs.metrics_file import without_nan
 from experiments.runs.saved import SavedFlow, saved_flow
 from experiments.runs.setup import place_on_devices, set_up
-from experiments.runs.tasks.judging_classes import auroc, bits_of
+from experiments.runs.tasks.judging_classes import bits_of
 from experiments.runs.tasks.of_config import task_of
 from experiments.runs.workdir import claim_workdir, write_atomically
 from resflow_jax import certified_radius
@@ -142,7 +144,7 @@ def figures(saved: SavedFlow) -> dict[str, float]:
     config, task, flow, _ = saved
     test = task.splits.test[: config.evaluation.examples]
     disordered = task.permuted(test)
-    logits, others = (task.logits(flow, rows.images) for rows in (test, disordered))
+    logits, others = (task.logits(flow, images, own_mesh()) for images in (test.images, disordered))
     log_p, log_p_of_others = (log_softmax(values.astype(np.float64), axis=1) for values in (logits, others))
     is_right = logits.argmax(axis=1) == test.labels
     error, stderr = test_error(config.workdir)
@@ -158,7 +160,7 @@ def figures(saved: SavedFlow) -> dict[str, float]:
         radii = certified_radius(flow, logits)
         found["radius"] = float(np.median(radii[is_right])) if is_right.any() else math.nan
     if config.model.has_density:
-        bits, bits_of_others = (bits_of(task, flow, rows.images).mean(axis=0) for rows in (test, disordered))
+        bits, bits_of_others = (bits_of(task, flow, images).mean(axis=0) for images in (test.images, disordered))
         found["bits_per_dim"] = float(bits.mean())
         found["auroc_density"] = auroc(bits, bits_of_others) if np.isfinite([bits, bits_of_others]).all() else math.nan
     return found
