@@ -71,6 +71,8 @@ class ClassificationConfig:
       part: what is compared.
       seeds: number of random seeds, from 0 on, that every network is trained with.
       labels: numbers of labels of the part "labels".
+      networks: which networks of a part are compared, by the names of their directories before the seed and the number
+        of labels, as c0.9 and hybrid_1_over_d; by default all.
       workdir: directory that everything is written to, under the name of the images.
       steps: number of training steps of every run; by default that of the config of the data.
       data_dir: directory of TensorFlow data sets, as `--data.dir` of `experiments.classify`.
@@ -81,6 +83,7 @@ class ClassificationConfig:
     part: Part = "all"
     seeds: int = 3
     labels: tuple[int, ...] = (100, 1000)
+    networks: tuple[str, ...] = ()
     workdir: Path = Path("runs/classification")
     steps: int | None = None
     data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
@@ -163,8 +166,13 @@ def run(config: ClassificationConfig) -> dict[str, Any]:
 
 def variants(config: ClassificationConfig, part: str) -> list[Variant]:
     """The networks of a part; of a small study the last."""
-    found = {"architectures": _architectures, "hybrid": _hybrids, "labels": _with_few_labels}[part](config)
-    return list(found)[-1 if config.small else 0 :]
+    found = list({"architectures": _architectures, "hybrid": _hybrids, "labels": _with_few_labels}[part](config))
+    if config.networks:
+        names = {variant.name.partition("_labels")[0]: variant for variant in found}
+        if not names.keys() & set(config.networks):
+            raise ValueError(f"networks: expected some of {', '.join(names)} for {part}, got {config.networks}")
+        found = [variant for variant in found if variant.name.partition("_labels")[0] in config.networks]
+    return found[-1 if config.small else 0 :]
 
 
 def _architectures(config: ClassificationConfig) -> Iterator[Variant]:

@@ -50,6 +50,17 @@ def test_variants(data, small):
         assert len(of_directory) == 16 - shared
 
 
+def test_chosen_networks():
+    """A part may be restricted by names; a name that no network of the part has is an error with those that there are."""
+    config = ClassificationConfig(networks=("mixture_1_over_d", "c0.9"))
+    titles = [variant.title for variant in variants(config, "labels")]
+    assert titles == [
+        f"{number} labels: {kind}" for number in (100, 1000) for kind in ("supervised alone", "mixture, weight 1/D")
+    ]
+    with pytest.raises(ValueError, match=r"networks: expected some of standard, vanilla, c0.9, c0.5 for architectures"):
+        variants(replace(config, networks=("hybrid_1",)), "architectures")
+
+
 def test_results(tmp_path, figures_by_name, capsys):
     """Means and standard errors over seeds, in a file, a table and a picture; a later part keeps the others."""
     config = ClassificationConfig(workdir=tmp_path, seeds=2, labels=(50,), steps=7)
