@@ -51,7 +51,7 @@ def test_variants(data, small):
 
 
 def test_chosen_networks():
-    """A part may be restricted by names; a name that no network of the part has is an error with those that there are."""
+    """A part may be restricted by names; the error for a name that no network has lists those that there are."""
     config = ClassificationConfig(networks=("mixture_1_over_d", "c0.9"))
     titles = [variant.title for variant in variants(config, "labels")]
     assert titles == [
