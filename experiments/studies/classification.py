@@ -75,6 +75,7 @@ class ClassificationConfig:
         of labels, as c0.9 and hybrid_1_over_d; by default all.
       workdir: directory that everything is written to, under the name of the images.
       steps: number of training steps of every run; by default that of the config of the data.
+      examples: maximum number of test images; by default that of the config of the data.
       data_dir: directory of TensorFlow data sets, as `--data.dir` of `experiments.classify`.
       small: whether to use the small runs of `--tiny`, and the last network of each part alone.
     """
@@ -86,6 +87,7 @@ class ClassificationConfig:
     networks: tuple[str, ...] = ()
     workdir: Path = Path("runs/classification")
     steps: int | None = None
+    examples: int | None = None
     data_dir: Annotated[str | None, tyro.conf.arg(name="data.dir")] = None
     small: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
 
@@ -101,7 +103,8 @@ class ClassificationConfig:
     @property
     def common(self) -> Common:
         """What all runs have in common."""
-        return Common(self.data, self.workdir / self.data, self.steps, self.data_dir, self.small)
+        options = {"steps": self.steps, "data_dir": self.data_dir, "small": self.small, "examples": self.examples}
+        return Common(self.data, self.workdir / self.data, **options)
 
 
 def tiny(config: ClassificationConfig) -> ClassificationConfig:

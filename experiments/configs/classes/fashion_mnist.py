@@ -1,6 +1,8 @@
 """Fashion-MNIST by class, with a network small enough for a CPU.
 
 python -m experiments.classify fashion_mnist --data.dir DIR
+
+On one CPU core 20 minutes. Expected: FASHION_ERROR % test error.
 """
 
 from pathlib import Path
@@ -21,7 +23,7 @@ CONFIG = ClassifyConfig(
         head_channels=128,
     ),
     workdir=Path("runs/classify_fashion_mnist"),
-    steps=6000,
+    steps=4000,
     batch_size=128,
     optimizer=OptimizerConfig(learning_rate=5e-3, ema_decay=0.998),
     evaluation=EvaluationConfig(every=500, draws=1),

@@ -42,6 +42,7 @@ class Common:
       steps: of every run; None for those of the config.
       data_dir: directory of TensorFlow data sets; None for the default.
       small: whether to make the runs as small as those of `--tiny`.
+      examples: maximum number of images of a split that are evaluated; None for that of the config.
     """
 
     data: str
@@ -49,11 +50,14 @@ class Common:
     steps: int | None = None
     data_dir: str | None = None
     small: bool = False
+    examples: int | None = None
 
     def __post_init__(self):
         check_choice("data", self.data, DATASETS)
         if self.steps is not None:
             check_count("steps", self.steps, 1)
+        if self.examples is not None:
+            check_count("examples", self.examples, 2)
 
     @property
     def base(self) -> ClassifyConfig:
@@ -66,9 +70,11 @@ class Common:
             config = tiny_run(config)
             one_stage = replace(config.model, blocks=config.model.blocks[:1], hidden_channels=(4,))
             config = replace(config, model=one_stage)
+        examples = self.examples or config.evaluation.examples
         return replace(
             config,
             data=replace(config.data, dir=self.data_dir),
+            evaluation=replace(config.evaluation, examples=examples),
             workdir=self.directory / name,
             steps=self.steps or config.steps,
             seed=seed,
