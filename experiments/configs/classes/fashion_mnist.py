@@ -2,7 +2,7 @@
 
 python -m experiments.classify fashion_mnist --data.dir DIR
 
-On one CPU core 20 minutes. Expected: FASHION_ERROR % test error.
+On 2 CPU cores 180 ms a step, about 13 minutes. Expected: 10.2 +- 0.3 % test error; 8.75 +- 0.28 % without the bound.
 """
 
 from pathlib import Path
