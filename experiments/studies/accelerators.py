@@ -1,4 +1,4 @@
-"""What XLA's compiler for TPUs makes of a step: operations, memory traffic, a roofline.
+"""What XLA's TPU compiler makes of a step: operations, memory traffic, a roofline.
 
     python -m experiments.studies.accelerators [--configs cifar10 ...] [--what train evaluate sample] [--chips 1 8]
         [--kind v5e v5p] [--parameters replicated full] [--batch-size B] [--minutes M] [--again] [--workdir DIR]

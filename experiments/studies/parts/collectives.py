@@ -59,7 +59,7 @@ def _found(hlo: str | Program) -> list[tuple[Collective, bool]]:
         for name, number in times.items()
         if number
         for one in program[name].instructions.values()
-        if (kind := one.opcode.removesuffix("-start")) in KINDS
+        if (kind := one.opcode.removesuffix("-start")) in KINDS and not program[name].continues(one)
     ]
 
 

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 HBM, VMEM = 0, 1
+STARTS, ENDS = '"AsyncCollectiveStart"', '"AsyncCollectiveDone"'  # targets of the custom calls of such fusions
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -122,6 +123,11 @@ class Computation:
             for name in dict.fromkeys(one.operands):
                 users[name].append(one)
         return users
+
+    def continues(self, one: Instruction) -> bool:
+        """Whether this is a later part of a collective that another fusion has started, as TPU programs have them."""
+        started = any(user.attribute("custom_call_target") == STARTS for user in self.users[one.name])
+        return "chain_id=" in one.attributes and not started
 
     def shapes_of(self, one: Instruction) -> list[Shape]:
         """The arrays of all operands of an instruction."""

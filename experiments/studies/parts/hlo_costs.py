@@ -8,7 +8,7 @@
 
 Each instruction reads its operands and writes its results. A fusion is one instruction: what its inside passes on does
 not move. Of an operand that is only sliced the slices move, and of an array that is updated in place the update.
-Tuples, bitcasts, parameters and constants move nothing; an asynchronous copy moves when it starts. A loop counts as
+Tuples, bitcasts, parameters and constants move nothing; what is asynchronous moves when it starts. A loop counts as
 often as it turns, body and condition; a conditional as the costliest of its branches.
 """
 
@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from experiments.studies.parts.hlo import HBM, VMEM, Computation, Instruction, Program, Shape
+from experiments.studies.parts.hlo import ENDS, HBM, STARTS, VMEM, Computation, Instruction, Program, Shape
 
 # turns(computation with the loop, loop) -> how often it turns
 Turns = Callable[[Computation, Instruction], float]
@@ -150,8 +150,12 @@ def _moved(program: Program, computation: Computation, one: Instruction) -> list
 
 
 def _moved_by_fusion(program: Program, computation: Computation, one: Instruction) -> list[tuple[int, int]]:
-    inner = program[one.calls[0]]
-    moved = []
+    inner, moved = program[one.calls[0]], []
+    target = inner[inner.root].attribute("custom_call_target")
+    if target in (STARTS, ENDS):  # a collective moves its array when it starts
+        sent = computation.shapes_of(one)
+        received = one.shapes[len(sent) : 2 * len(sent)]
+        return [(shape.memory, shape.stored) for shape in (*sent, *received)] if target == STARTS else []
     for n, name in enumerate(one.operands):
         needed = _read(program, inner, inner.parameters[n])
         moved += [(shape.memory, min(shape.stored, needed)) for shape in computation[name].shapes]
@@ -165,16 +169,18 @@ def _read(program: Program, computation: Computation, name: str) -> float:
     """Bytes that the inside of a fusion needs of one of its arrays."""
     total = 0.0
     for user in computation.users[name]:
-        if user.opcode == "bitcast":
+        is_first = name not in user.operands[1:]
+        is_passed_on = user.opcode == "tuple" and user.name == computation.root
+        if is_passed_on or computation.continues(user) or (user.opcode == "dynamic-update-slice" and is_first):
+            continue
+        if user.opcode in _SLICES and is_first:
+            total += user.shapes[0].stored
+        elif user.opcode == "bitcast":
             total += _read(program, computation, user.name)
         elif user.opcode == "fusion":
             inner = program[user.calls[0]]
             places = [n for n, operand in enumerate(user.operands) if operand == name]
             total += sum(_read(program, inner, inner.parameters[n]) for n in places)
-        elif user.opcode in _SLICES and name not in user.operands[1:]:
-            total += user.shapes[0].stored
-        elif user.opcode == "dynamic-update-slice" and name not in user.operands[1:]:
-            total += 0
         else:
             return math.inf
     return math.inf if name == computation.root else total
@@ -183,6 +189,8 @@ def _read(program: Program, computation: Computation, name: str) -> float:
 def _written(program: Program, computation: Computation, name: str) -> float:
     """Bytes that a fusion writes of a result, which may be an array that it updates in place."""
     one = computation[name]
+    if one.opcode == "parameter" or computation.continues(one):
+        return 0
     if one.opcode == "bitcast":
         return _written(program, computation, one.operands[0])
     if one.opcode == "fusion" and len(one.shapes) == 1:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from experiments.studies.parts.collectives import Collective, collectives
 from experiments.studies.parts.hlo import known_turns, parse
 from experiments.studies.parts.hlo_costs import Cost, cost
 
@@ -36,6 +37,42 @@ ENTRY %main (stack: f32[4,8,128], x: f32[8,128], n: s32[]) -> f32[8,128] {
 }
 """
 
+# An all-gather in three parts: the second lies in a fusion that has work of its own.
+ASYNCHRONOUS = """
+%start (s0: f32[8,128]) -> (f32[8,128], f32[64,128], u32[]) {
+  %s0 = f32[8,128]{1,0} parameter(0)
+  %g0 = f32[64,128]{1,0} all-gather(%s0), channel_id=5, frontend_attributes={chain_id="7"}
+  ROOT %r0 = (f32[8,128], f32[64,128], u32[]) custom-call(%g0), custom_call_target="AsyncCollectiveStart"
+}
+
+%middle (s1: f32[8,128], t1: f32[64,128], x1: f32[3]) -> (f32[3], f32[8,128], f32[64,128], f32[64,128]) {
+  %s1 = f32[8,128]{1,0} parameter(0)
+  %t1 = f32[64,128]{1,0} parameter(1)
+  %x1 = f32[3]{0} parameter(2)
+  %g1 = f32[64,128]{1,0} all-gather(%s1), channel_id=5, frontend_attributes={chain_id="7"}
+  %y1 = f32[3]{0} add(%x1, %x1)
+  ROOT %r1 = (f32[3]{0}, f32[8,128]{1,0}, f32[64,128]{1,0}, f32[64,128]{1,0}) tuple(%y1, %s1, %t1, %g1)
+}
+
+%end (s2: f32[8,128], t2: f32[64,128]) -> f32[64,128] {
+  %s2 = f32[8,128]{1,0} parameter(0)
+  %t2 = f32[64,128]{1,0} parameter(1)
+  %g2 = f32[64,128]{1,0} all-gather(%s2), channel_id=5, frontend_attributes={chain_id="7"}
+  ROOT %r2 = f32[64,128]{1,0} custom-call(%s2, %t2, %g2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (s: f32[8,128], x: f32[3]) -> f32[64,128] {
+  %s = f32[8,128]{1,0} parameter(0)
+  %x = f32[3]{0} parameter(1)
+  %one = (f32[8,128]{1,0}, f32[64,128]{1,0:S(1)}, u32[]{:S(2)}) fusion(%s), calls=%start
+  %a = f32[8,128]{1,0} get-tuple-element(%one), index=0
+  %b = f32[64,128]{1,0:S(1)} get-tuple-element(%one), index=1
+  %two = (f32[3]{0}, f32[8,128]{1,0}, f32[64,128]{1,0:S(1)}, f32[64,128]{1,0:S(1)}) fusion(%a, %b, %x), calls=%middle
+  %c = f32[64,128]{1,0:S(1)} get-tuple-element(%two), index=2
+  ROOT %three = f32[64,128]{1,0:S(1)} fusion(%a, %c), calls=%end
+}
+"""
+
 
 def compiled(function, *args):
     return parse(jax.jit(function).lower(*args).compile().as_text())
@@ -50,6 +87,13 @@ def test_a_fusion_moves_what_it_needs():
     """A slice of a stack is read, a slice of it is written in place; copies to VMEM move once, when they start."""
     piece = 4 * 8 * 128
     assert cost(parse(FUSED)) == Cost(0, 0, hbm=piece + 2 * piece, vmem=piece + 2 * piece)
+
+
+def test_a_collective_in_parts():
+    """It is one, and moves its shard and the whole once."""
+    program = parse(ASYNCHRONOUS)
+    assert cost(program) == Cost(0, 0, hbm=4 * 8 * 128 + 2 * 12, vmem=4 * 64 * 128)
+    assert collectives(program) == [Collective("all-gather", 4 * 64 * 128, 1.0)]
 
 
 @pytest.mark.parametrize(
