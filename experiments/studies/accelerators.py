@@ -22,8 +22,9 @@ solves and power iterations use. It leaves out VMEM, element-wise work, latencie
 too narrow for the unit of 128x128 (v5e, v5p), so a step takes longer.
 
 Parameters "full" exist for training on several chips alone. Each program is compiled in a process of its own. Under
-DIR it writes accelerators.json, and for every program programs/NAME.json and programs/NAME.hlo.gz; a program that is
-there is not compiled again. A digits step takes a minute on one CPU core, one of cifar10 many.
+DIR it writes accelerators.json, and for every program programs/NAME.json and programs/NAME.hlo.gz. A program that is
+there with the same settings is not compiled again; after a change of code ask for that by --again. A digits step takes
+a minute on one CPU core, one of cifar10 many.
 """
 
 import gzip
@@ -50,6 +51,7 @@ from experiments.studies.parts.accelerator_steps import (
     What,
     environment,
     libtpu,
+    settings_of,
 )
 from experiments.studies.parts.collectives import collectives, collectives_in_loops
 from experiments.studies.parts.hlo import Computation, Instruction, Program, known_turns, parse
@@ -117,6 +119,21 @@ class AcceleratorsConfig:
             check_count("batch_size", self.batch_size, 1)
         if not self.minutes > 0:
             raise ValueError(f"minutes: expected a positive number, got {self.minutes}")
+        if not self.cases:
+            raise ValueError("parameters: expected replicated too, or training on several chips, got full alone")
+
+    @property
+    def cases(self) -> list[StepCase]:
+        """All programs that the settings ask for; layouts that make no difference are left out."""
+        return [
+            StepCase(name, what, kind, chips, layout, self.batch_size or CONFIGS[name].batch_size, self.small)
+            for name in self.configs
+            for what in self.what
+            for kind in self.kind
+            for chips in self.chips
+            for layout in self.parameters
+            if layout == "replicated" or (what == "train" and chips > 1)
+        ]
 
 
 def tiny(config: AcceleratorsConfig) -> AcceleratorsConfig:
@@ -140,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(config: AcceleratorsConfig) -> dict[str, Any]:
     """Compiles, reads and prints; returns the content of accelerators.json."""
-    cases = cases_of(config)
+    cases = config.cases
     if config.small and libtpu() is None:
         cases = [replace(case, kind="cpu") for case in cases]
         print("no package libtpu: compiled for the CPU, without a roofline")
@@ -158,23 +175,10 @@ def run(config: AcceleratorsConfig) -> dict[str, Any]:
     return result
 
 
-def cases_of(config: AcceleratorsConfig) -> list[StepCase]:
-    """All programs that the settings ask for; layouts that make no difference are left out."""
-    return [
-        StepCase(name, what, kind, chips, layout, config.batch_size or CONFIGS[name].batch_size, config.small)
-        for name in config.configs
-        for what in config.what
-        for kind in config.kind
-        for chips in config.chips
-        for layout in config.parameters
-        if layout == "replicated" or (what == "train" and chips > 1)
-    ]
-
-
 def compiled(case: StepCase, directory: Path, minutes: float, again: bool) -> str | None:
-    """Compiles a program in a process of its own, if it is not there. Returns why there is none, or None."""
-    path = directory / case.name
-    if directory.joinpath(f"{case.name}.json").exists() and not again:
+    """Compiles a program in a process of its own, unless it is there. Returns None, or why it could not."""
+    path, there = directory / case.name, directory / f"{case.name}.json"
+    if there.exists() and json.loads(there.read_text())["settings"] == settings_of(case) and not again:
         return None
     print(f"compiling {case.name}", file=sys.stderr, flush=True)
     module = "experiments.studies.parts.accelerator_steps"
@@ -193,6 +197,7 @@ def compiled(case: StepCase, directory: Path, minutes: float, again: bool) -> st
 def row_of(case: StepCase, directory: Path) -> dict[str, Any]:
     """The figures of a program that is compiled."""
     said = json.loads((directory / f"{case.name}.json").read_text())
+    del said["settings"]
     with gzip.open(directory / f"{case.name}.hlo.gz", "rt") as file:
         program = parse(file.read())
     means, loops, others = means_of(case), Counter(), set()

@@ -31,6 +31,7 @@ from experiments.configs.tiny import tiny
 from experiments.runs.devices import use_xla_flags
 from experiments.runs.workdir import write_atomically
 from resflow_jax import ResidualFlow
+from resflow_jax.io.config_json import as_json
 from resflow_jax.training.losses import dequantized_bits_per_dim
 from resflow_jax.training.parallel import make_mesh
 from resflow_jax.training.placement import Placement
@@ -80,6 +81,11 @@ class StepCase:
     def settings(self) -> DensityConfig:
         """The config that it names."""
         return tiny(CONFIGS[self.config]) if self.tiny else CONFIGS[self.config]
+
+
+def settings_of(case: StepCase) -> Any:
+    """Its settings as a JSON file has them."""
+    return json.loads(json.dumps(as_json(case.settings)))
 
 
 def libtpu() -> Path | None:
@@ -197,6 +203,7 @@ def compile_step(case: StepCase, path: Path) -> None:
         file.write(compiled.as_text())
     result = {
         "case": asdict(case),
+        "settings": settings_of(case),
         "seconds": {"lower": middle - began, "compile": end - middle},
         "memory": {
             name: getattr(memory, f"{name}_size_in_bytes") for name in ("temp", "argument", "output", "generated_code")

@@ -3,7 +3,8 @@
 import gzip
 import json
 import math
-from dataclasses import asdict
+import subprocess
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -11,7 +12,6 @@ import resflow_jax as rf
 from experiments.studies import accelerators
 from experiments.studies.accelerators import (
     AcceleratorsConfig,
-    cases_of,
     kind_of_loop,
     mean_terms,
     means_of,
@@ -20,7 +20,14 @@ from experiments.studies.accelerators import (
     row_of,
 )
 from experiments.studies.parts import accelerator_steps
-from experiments.studies.parts.accelerator_steps import StepCase, compile_step, environment, how_to_install, libtpu
+from experiments.studies.parts.accelerator_steps import (
+    StepCase,
+    compile_step,
+    environment,
+    how_to_install,
+    libtpu,
+    settings_of,
+)
 
 CASE = StepCase("digits", "train", "cpu", 1, "replicated", 4, tiny=True)
 SAID = {
@@ -75,8 +82,7 @@ def without_libtpu(monkeypatch, tmp_path):
 
 def test_tiny(tmp_path, capsys):
     """A process compiles the step for the CPU, and says so; a second call reads what is there."""
-    config = accelerators.tiny(AcceleratorsConfig(workdir=tmp_path))
-    config = accelerators.replace(config, workdir=tmp_path)
+    config = replace(accelerators.tiny(AcceleratorsConfig()), workdir=tmp_path)
     result = accelerators.run(config)
     assert json.loads((tmp_path / "accelerators.json").read_text()) == result
     (row,) = result["rows"]
@@ -106,7 +112,7 @@ def test_other_programs(what, tmp_path):
 def test_what_is_read(tmp_path, capsys):
     """Means of loops by their source, collectives in loops, callbacks; a failure has a line too."""
     case = StepCase("digits", "train", "v5e", 8, "full", 64)
-    (tmp_path / f"{case.name}.json").write_text(json.dumps(SAID | {"case": asdict(case)}))
+    (tmp_path / f"{case.name}.json").write_text(json.dumps(SAID | {"case": asdict(case), "settings": {}}))
     with gzip.open(tmp_path / f"{case.name}.hlo.gz", "wt") as file:
         file.write(LOOPS)
     row = row_of(case, tmp_path)
@@ -118,6 +124,26 @@ def test_what_is_read(tmp_path, capsys):
     print_rows([row, {"case": asdict(case), "failed": "not compiled within 1 minutes"}])
     printed = capsys.readouterr().out
     assert "nothing here is a measurement" in printed and "8 v5e, full" in printed and "not compiled within" in printed
+
+
+def test_compilations_that_fail(tmp_path, monkeypatch):
+    """They leave a line, and are tried again: nothing of them is kept."""
+
+    def late(command, timeout, **settings):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    def fails(command, **settings):
+        return subprocess.CompletedProcess(command, 1, "", "a warning\nRESOURCE_EXHAUSTED: 20G of 16G\n")
+
+    for run, said in ((late, "not compiled within 0.5 minutes"), (fails, "RESOURCE_EXHAUSTED: 20G of 16G")):
+        monkeypatch.setattr(accelerators.subprocess, "run", run)
+        assert accelerators.compiled(CASE, tmp_path, 0.5, again=False) == said
+    there = tmp_path / f"{CASE.name}.json"
+    there.write_text(json.dumps({"settings": settings_of(CASE)}))
+    assert accelerators.compiled(CASE, tmp_path, 0.5, again=False) is None
+    assert accelerators.compiled(CASE, tmp_path, 0.5, again=True) == said
+    there.write_text(json.dumps({"settings": settings_of(CASE) | {"seed": 7}}))
+    assert accelerators.compiled(CASE, tmp_path, 0.5, again=False) == said, "a program of other settings"
 
 
 def test_roofline():
@@ -152,10 +178,9 @@ def test_kinds_of_loops():
 
 def test_cases():
     """All combinations, but for layouts that make no difference; the batch is the config's, a chip."""
-    config = AcceleratorsConfig(
-        ("digits", "cifar10"), ("train", "sample"), ("v5e", "v5p"), (1, 8), ("replicated", "full")
-    )
-    cases = cases_of(config)
+    words = "--configs digits cifar10 --what train sample --kind v5e v5p --chips 1 8 --parameters replicated full"
+    config = accelerators.COMMAND.parse(words.split())
+    cases = config.cases
     assert len(cases) == len(set(case.name for case in cases)) == 2 * 2 * (2 + 2 + 1)
     assert {case.batch_size for case in cases} == {64} and all(case.settings.model for case in cases)
 
@@ -174,6 +199,10 @@ def test_libtpu_is_asked_for():
         ({"what": ()}, "what: expected one or more, got none"),
         ({"configs": ("rings",)}, "configs: expected some of digits, .*, got 'rings'"),
         ({"chips": (3,)}, "chips: expected some of 1, 4, 8, 16, 64, 256, got 3"),
+        (
+            {"parameters": ("full",)},
+            "parameters: expected replicated too, or training on several chips, got full alone",
+        ),
         ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
         ({"minutes": math.nan}, "minutes: expected a positive number, got nan"),
     ],
