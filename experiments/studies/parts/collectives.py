@@ -1,23 +1,16 @@
 """Reads from the optimised HLO of a compiled program the collectives by which its devices communicate.
 
-A collective in loops counts once for each iteration, if XLA knows their number. In a loop of unknown length it counts
+A collective in loops counts once for each iteration, if their number is known. In a loop of unknown length it counts
 infinitely often, so such loops must have no collectives.
 """
 
 import math
-import re
 from collections import defaultdict
 from typing import NamedTuple
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+from experiments.studies.parts.hlo import Computation, Instruction, Program, known_turns, parse
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
-_SHAPE = re.compile(r"\b([a-z]+\d*)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_BITS = {"pred": 8}
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
 
 class Collective(NamedTuple):
@@ -34,40 +27,46 @@ class Collective(NamedTuple):
     times: float
 
 
-def collectives(hlo: str) -> list[Collective]:
-    """The collectives of a program, from `compiled.as_text()`."""
-    found, calls, entry, name = defaultdict(list), defaultdict(list), None, None
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            name = header[2]
-            entry = name if header[1] else entry
-            continue
-        if collective := _COLLECTIVE.search(line):
-            found[name].append((collective[2], _nbytes(collective[1])))
-        turns = 1.0
-        if " while(" in line:
-            known = _TURNS.search(line)
-            turns = float(known[1]) if known else math.inf
-        called = _CALLED.findall(line)
-        for branches in _BRANCHES.findall(line):
-            called += re.findall(r"%?([\w.\-]+)", branches)
-        calls[name] += [(other, turns) for other in called]
-
-    times = defaultdict(float)
-
-    def visit(computation: str, number: float) -> None:
-        times[computation] += number
-        for other, turns in calls[computation]:
-            visit(other, number * turns)
-
-    visit(entry, 1.0)
-    return [Collective(kind, size, times[name]) for name, those in found.items() for kind, size in those if times[name]]
+def collectives(hlo: str | Program) -> list[Collective]:
+    """The collectives of a program, from `compiled.as_text()` or read already."""
+    return [found for found, _ in _found(hlo)]
 
 
-def _nbytes(shapes: str) -> int:
-    """Bytes of all arrays of an HLO type, such as (f32[2,3]{1,0}, s32[])."""
-    total = 0
-    for kind, sides in _SHAPE.findall(shapes):
-        bits = _BITS.get(kind) or int(re.search(r"\d+", kind)[0])
-        total += bits * math.prod(int(side) for side in sides.split(",") if side) // 8
-    return total
+def collectives_in_loops(hlo: str | Program) -> list[Collective]:
+    """Those of them that lie in a loop, whatever its length."""
+    return [found for found, is_in_loop in _found(hlo) if is_in_loop]
+
+
+def _found(hlo: str | Program) -> list[tuple[Collective, bool]]:
+    """The collectives, and whether each lies in a loop."""
+    program = parse(hlo) if isinstance(hlo, str) else hlo
+    times, in_loop = defaultdict(float), set()
+
+    def visit(name: str, number: float, is_in_loop: bool) -> None:
+        times[name] += number
+        in_loop.update({name} if is_in_loop else ())
+        for one in program[name].instructions.values():
+            turns, is_loop = 1.0, one.opcode == "while"
+            if is_loop:
+                known = known_turns(program, program[name], one)
+                turns = math.inf if known is None else float(known)
+            for other in one.calls:
+                visit(other, number * turns if turns else 0.0, is_in_loop or is_loop)
+
+    visit(program.entry, 1.0, False)
+    return [
+        (Collective(kind, received(program[name], one), number), name in in_loop)
+        for name, number in times.items()
+        if number
+        for one in program[name].instructions.values()
+        if (kind := one.opcode.removesuffix("-start")) in KINDS and not program[name].continues(one)
+    ]
+
+
+def received(computation: Computation, one: Instruction) -> int:
+    """Bytes of the arrays that a device receives. A collective that is only started may name its operands first."""
+    shapes = one.shapes
+    if one.opcode in ("all-gather-start", "collective-permute-start"):
+        sent = len(computation.shapes_of(one))
+        shapes = shapes[sent : 2 * sent]
+    return sum(shape.nbytes for shape in shapes)
