@@ -70,7 +70,7 @@ def test_command_line_overrides(monkeypatch):
         ({"b2": 1.0}, r"b2: expected a number in \(0, 1\), got 1.0"),
         ({"name": "lion"}, "name: expected one of adam, adamax, adamw, sgd; got 'lion'"),
         ({"schedule": "steps"}, "schedule: expected one of cosine, step, constant; got 'steps'"),
-        ({"weight_decay": 0.1}, "weight_decay: expected 0, or a positive number with adamw, got 0.1"),
+        ({"weight_decay": 0.1}, "weight_decay: expected 0, or a positive number with adamw or sgd, got 0.1"),
         ({"accumulate": 0}, "accumulate: expected an integer of at least 1, got 0"),
         ({"schedule": "step"}, 'milestones: expected some with the schedule "step", and none else, got .. with'),
         ({"milestones": (3,)}, "milestones: expected some with the schedule .* got .3,. with 'cosine'"),
