@@ -250,6 +250,14 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+def get_plain_activation(name: str) -> Activation:
+    """The activation of this name; ValueError unless it has no parameters and keeps the channels."""
+    found = get_activation(name)
+    if found.expansion != 1 or found.initial or found.group != 1:
+        raise ValueError(f"activation: expected one without parameters that keeps the channels, got {name!r}")
+    return found
+
+
 def get_activation(name: str) -> Activation:
     """The activation of this name; ValueError, with a list of the names, if there is none."""
     check_choice("activation", name, tuple(ACTIVATIONS))

@@ -8,13 +8,12 @@ a log-det. Their `inverse` runs the iteration of invertible blocks all the same,
 """
 
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.activations import get_activation
+from resflow_jax.functional.activations import get_plain_activation
 from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_shape, check_count
@@ -24,6 +23,7 @@ from resflow_jax.functional.primitives.convolution import conv2d
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import Inverse, Shape
 from resflow_jax.layers.block_certificate import BlockCertificate
+from resflow_jax.layers.initial import fan_in_uniform
 from resflow_jax.layers.module import List, Module
 from resflow_jax.layers.without_log_det import NoBijection, WithoutLogDet
 
@@ -149,7 +149,7 @@ class StridedBlock(NoBijection):
             raise ValueError(f"shape: expected sides divisible by the stride {stride}, got {self.shape}")
         self.channels, self.hidden_channels, self.stride = channels, hidden_channels, stride
         self.activation, self.preactivation = activation, preactivation
-        self.shortcut = nnx.Param(_uniform(rngs, (self.shape[-1], channels)))
+        self.shortcut = nnx.Param(fan_in_uniform(rngs, (self.shape[-1], channels)))
         self.branch = Branch(self.shape[-1], hidden_channels, channels, activation, preactivation, stride, rngs=rngs)
 
     def output_shape(self, shape: Shape) -> Shape:
@@ -206,12 +206,9 @@ class Branch(Module):
         *,
         rngs: nnx.Rngs,
     ):
-        found = get_activation(activation)
-        if found.expansion != 1 or found.initial or found.group != 1:
-            raise ValueError(f"activation: expected one without parameters that keeps the channels, got {activation!r}")
-        self.activation, self.preactivation, self.stride = found, preactivation, stride
+        self.activation, self.preactivation, self.stride = get_plain_activation(activation), preactivation, stride
         shapes = [(3, 3, channels_in, hidden), (1, 1, hidden, hidden), (3, 3, hidden, channels_out)]
-        self.kernels = List(nnx.Param(_uniform(rngs, shape)) for shape in shapes)
+        self.kernels = List(nnx.Param(fan_in_uniform(rngs, shape)) for shape in shapes)
         self.biases = List(nnx.Param(jnp.zeros(shape[-1:])) for shape in shapes)
 
     def __call__(self, x: Array) -> Array:
@@ -223,12 +220,6 @@ class Branch(Module):
                 x = x[:, :: self.stride, :: self.stride]
             x = x + trailing(bias[...], x)
         return x
-
-
-def _uniform(rngs: nnx.Rngs, shape: Sequence[int]) -> Array:
-    """A kernel, drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-    bound = math.prod(shape[:-1]) ** -0.5
-    return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
 
 
 def _image_shape(shape: Shape) -> Shape:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from resflow_jax.functional.activations import ACTIVATIONS, ActivationName
+from resflow_jax.functional.activations import ActivationName, get_plain_activation
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval
 from resflow_jax.models.groups import make_tuples
 
@@ -89,10 +89,7 @@ class ClassifierConfig:
                 f"shape: expected height and width divisible by {2**halvings}, for {len(self.blocks)} stages"
                 f"{' with squeeze_first' if self.squeeze_first else ''}, got {self.shape}"
             )
-        check_choice("activation", self.activation, tuple(ACTIVATIONS))
-        found = ACTIVATIONS[self.activation]
-        if found.expansion != 1 or found.initial or found.group != 1:
-            raise ValueError(f"activation: expected one without parameters that keeps the channels, got {found.name!r}")
+        get_plain_activation(self.activation)  # checks it
         if self.coefficient is not None:
             check_open_interval("coefficient", self.coefficient, 0, 1)
         check_choice("architecture", self.architecture, ARCHITECTURES)

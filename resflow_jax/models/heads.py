@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.activations import get_activation
+from resflow_jax.functional.activations import get_activation, get_plain_activation
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_shape, check_count
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Shape
+from resflow_jax.layers.initial import fan_in_uniform
 from resflow_jax.layers.module import Module
 
 Array = jax.Array
@@ -50,14 +51,12 @@ class PooledHead(Module):
         check_count("classes", classes, 2)
         if hidden is not None:
             check_count("hidden", hidden, 1)
-        found = get_activation(activation)
-        if found.expansion != 1 or found.initial or found.group != 1:
-            raise ValueError(f"activation: expected one without parameters that keeps the channels, got {activation!r}")
+        get_plain_activation(activation)  # checks it
         self.classes, self.hidden, self.activation = classes, hidden, activation
-        self.first = None if hidden is None else _uniform(rngs, (self.shape[-1], hidden))
+        self.first = None if hidden is None else nnx.Param(fan_in_uniform(rngs, (self.shape[-1], hidden)))
         channels = self.shape[-1] if hidden is None else hidden
         self.norm = ActNorm((channels,))
-        self.kernel = _uniform(rngs, (channels, classes))
+        self.kernel = nnx.Param(fan_in_uniform(rngs, (channels, classes)))
         self.bias = nnx.Param(jnp.zeros(classes))
 
     def __call__(self, h: Array) -> Array:
@@ -87,9 +86,3 @@ class PooledHead(Module):
         norm = 1.0 if self.first is None else np.linalg.norm(np.asarray(self.first[...], np.float64), 2)
         slope = get_activation(self.activation).lipschitz
         return differences * norm * slope / math.sqrt(math.prod(self.shape[:-1]))
-
-
-def _uniform(rngs: nnx.Rngs, shape: tuple[int, int]) -> nnx.Param:
-    """A matrix, drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-    bound = shape[0] ** -0.5
-    return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))

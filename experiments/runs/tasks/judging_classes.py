@@ -38,6 +38,7 @@ def measured(
     *,
     estimator: Estimator | None = None,
     draws: int | None = None,
+    with_density: bool | None = None,
 ) -> tuple[Found, Scores]:
     """The figures of a classifier, and the scores of single images.
 
@@ -49,6 +50,7 @@ def measured(
       logits: of the test images, [N, classes].
       estimator: of the log-det; by default that of the run.
       draws: of the bits/dim of each image; by default as many as in the run.
+      with_density: whether to measure the density of x; by default if the run has trained it.
 
     Returns:
       The figures on the test images, on robustness (None for a network without a head of this library) and on each set
@@ -75,7 +77,7 @@ def measured(
         sure[name] = log_softmax(task.logits(flow, images, own_mesh()).astype(np.float64), axis=1).max(axis=1)
         found["other"][name]["auroc_max_p"] = auroc(-sure["test"], -sure[name])
     scores = {f"{name}_max_p": np.exp(values) for name, values in sure.items()}
-    if task.density_weight:
+    if bool(task.density_weight) if with_density is None else with_density:
         bits = {
             name: bits_of(task, flow, images, estimator, draws)
             for name, images in {"test": test.images, **others}.items()

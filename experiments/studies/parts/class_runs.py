@@ -9,25 +9,22 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from scipy.special import log_softmax
 
 from experiments.configs.classes import CLASS_CONFIGS
 from experiments.configs.classification import ClassifyConfig
 from experiments.configs.tiny import tiny as tiny_run
 from experiments.runs.devices import own_mesh
 from experiments.runs.launch import run_config
-from experiments.runs.likelihoods import auroc
+from experiments.runs.likelihoods import PERMUTED
 from experiments.runs.loop import training_loop
 from experiments.runs.metrics_file import without_nan
 from experiments.runs.saved import SavedFlow, saved_flow
 from experiments.runs.setup import place_on_devices, set_up
-from experiments.runs.tasks.judging_classes import bits_of
+from experiments.runs.tasks import judging_classes
 from experiments.runs.tasks.of_config import task_of
 from experiments.runs.workdir import claim_workdir, write_atomically
-from resflow_jax import certified_radius
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.checkpoints import Checkpoints
-from resflow_jax.training.class_evaluation import calibration_error
 
 DATASETS = ("digits", "fashion_mnist")
 
@@ -148,28 +145,22 @@ def figures(saved: SavedFlow) -> dict[str, float]:
       network with a density also bits_per_dim and auroc_density, of the permuted images by log p(x).
     """
     config, task, flow, _ = saved
-    test = task.splits.test[: config.evaluation.examples]
-    disordered = task.permuted(test)
-    logits, others = (task.logits(flow, images, own_mesh()) for images in (test.images, disordered))
-    log_p, log_p_of_others = (log_softmax(values.astype(np.float64), axis=1) for values in (logits, others))
-    is_right = logits.argmax(axis=1) == test.labels
-    error, stderr = test_error(config.workdir)
-    found = {
-        "error": error,
-        "error_stderr": stderr,
-        "cross_entropy": float(-log_p[np.arange(len(test)), test.labels].mean()),
-        "ece": calibration_error(np.exp(log_p), test.labels),
-        "auroc_classes": auroc(-log_p.max(axis=1), -log_p_of_others.max(axis=1)),
+    test, model = task.splits.test[: config.evaluation.examples], config.model
+    logits, others = task.logits(flow, test.images, own_mesh()), {PERMUTED: task.permuted(test)}
+    found, _ = judging_classes.measured(task, flow, test, others, logits, with_density=model.has_density)
+    of_test, of_others = found["test"], found["other"][PERMUTED]
+    result = {
+        **dict(zip(("error", "error_stderr"), test_error(config.workdir), strict=True)),
+        "cross_entropy": of_test["cross_entropy"],
+        "ece": of_test["calibration_error"],
+        "auroc_classes": of_others["auroc_max_p"],
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(flow, nnx.Param))),
     }
-    if config.model.coefficient is not None and config.model.head == "pooled":
-        radii = certified_radius(flow, logits)
-        found["radius"] = float(np.median(radii[is_right])) if is_right.any() else math.nan
-    if config.model.has_density:
-        bits, bits_of_others = (bits_of(task, flow, images).mean(axis=0) for images in (test.images, disordered))
-        found["bits_per_dim"] = float(bits.mean())
-        found["auroc_density"] = auroc(bits, bits_of_others) if np.isfinite([bits, bits_of_others]).all() else math.nan
-    return found
+    if model.coefficient is not None and model.head == "pooled":
+        result["radius"] = found["robustness"]["median_radius"] or math.nan  # 0 if no image is classified rightly
+    if model.has_density:
+        result |= {"bits_per_dim": of_test["bits_per_dim"], "auroc_density": of_others["auroc_log_prob"]}
+    return result
 
 
 def step_seconds(config: ClassifyConfig, pauses: int = 5, every: int = 10) -> float:

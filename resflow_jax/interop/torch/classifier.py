@@ -16,6 +16,7 @@ from flax import nnx
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.primitives.convolution import conv2d
 from resflow_jax.layers.actnorm import ActNorm
+from resflow_jax.layers.initial import fan_in_uniform
 from resflow_jax.layers.module import List, Module
 
 Array = jax.Array
@@ -64,7 +65,5 @@ class Head(Module):
 
 def _affine(shape: tuple[int, ...], rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:
     """A kernel and a bias, drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-    bound = math.prod(shape[:-1]) ** -0.5
-    return tuple(
-        nnx.Param(jax.random.uniform(rngs.params(), part, minval=-bound, maxval=bound)) for part in (shape, shape[-1:])
-    )
+    fan_in = math.prod(shape[:-1])
+    return tuple(nnx.Param(fan_in_uniform(rngs, part, fan_in)) for part in (shape, shape[-1:]))
