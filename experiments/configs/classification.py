@@ -7,6 +7,7 @@ from experiments.configs.base import DataConfig, RunConfig
 from resflow_jax import ClassifierConfig
 from resflow_jax.functional.checks import check_count
 from resflow_jax.interop.torch.flow import TorchImageConfig
+from resflow_jax.layers.without_log_det import WithoutLogDet
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ class ClassifyConfig(RunConfig):
             )
         if self.fit_lengths and not self.hybrid.weight:
             raise ValueError("fit_lengths: expected False without a density (hybrid.weight 0), got True")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
+        WithoutLogDet(self.dropout)  # checks it
         if self.dropout and self.hybrid.weight:
             raise ValueError(f"dropout: expected 0 beside hybrid.weight {self.hybrid.weight}, got {self.dropout}")
         if self.labels is not None:
