@@ -35,7 +35,7 @@ Params = dict[str, Array]
 
 # Numbers in a layer's output. On one thread they are 256 KiB in float32: the L2 cache of a core, 1 or 2 MiB, holds
 # several. XLA divides among threads only what is larger, which then lies in the L3 cache.
-_CACHED_BY_ONE, _CACHED_PER_THREAD = 2**16, 2**18
+_CACHED_BY_ONE, _CACHED_PER_THREAD, _CACHED_AT_MOST = 2**16, 2**18, 2**22
 
 
 class Contraction(Module):
@@ -91,7 +91,7 @@ class Contraction(Module):
         if not self.linears:
             return None
         threads = threads_per_cpu_device()
-        cached = _CACHED_BY_ONE if threads == 1 else threads * _CACHED_PER_THREAD
+        cached = _CACHED_BY_ONE if threads == 1 else min(threads * _CACHED_PER_THREAD, _CACHED_AT_MOST)
         return max(1, cached // self.widest)
 
     @property

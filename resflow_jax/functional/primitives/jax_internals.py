@@ -3,14 +3,17 @@
 Primitive                           defines a new operation
 ad, batching, mlir                  the registries for the rules of an operation
 ClosedJaxpr, Jaxpr, Literal         traced programs, which `tracing` compares
-jaxpr_as_fun                        runs a traced program
+jaxpr_as_fun, jaxprs_in             runs a traced program; the programs inside of an operation's parameters
+is_divided                          whether the compiler divides a program among devices, which JAX tells no one else
 running_trace, EvalTrace            the trace that is running, for which there is no public interface
 WrappedFun                          JAX's wrapper of a derivative rule, which `tracing` compares
 """
 
+import math
 from typing import Any
 
 from jax._src import core
+from jax._src.core import jaxprs_in_params as jaxprs_in
 from jax._src.linear_util import WrappedFun
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
@@ -23,6 +26,17 @@ def running_trace() -> Any:
     return core.trace_ctx.trace
 
 
+def is_divided(context: Any) -> bool:
+    """Whether the compiler divides the operations of a program, of a lowering rule's context, among several devices.
+
+    It does so for `jax.jit` on several devices, but not inside of `jax.shard_map` over all of its mesh.
+    """
+    axes = context.module_context.axis_context
+    if hasattr(axes, "num_devices"):
+        return axes.num_devices > 1
+    return math.prod(size for name, size in axes.mesh.shape.items() if name not in axes.manual_axes) > 1
+
+
 __all__ = [
     "ClosedJaxpr",
     "EvalTrace",
@@ -32,7 +46,9 @@ __all__ = [
     "WrappedFun",
     "ad",
     "batching",
+    "is_divided",
     "jaxpr_as_fun",
+    "jaxprs_in",
     "mlir",
     "running_trace",
 ]

@@ -1,7 +1,7 @@
-"""Chooses between two implementations of a function, for a CPU and for accelerators, and traces only the one it needs.
+"""Chooses between implementations of a function, for a CPU and for accelerators, and traces only the one it needs.
 
-`lax.platform_dependent` traces both branches, which doubles the time to compile a program. Here a branch is traced when
-the program is lowered for its platform. Both are traced only if JAX differentiates or batches the operation.
+`lax.platform_dependent` traces all branches, which doubles the time to compile a program. Here a branch is traced when
+the program is lowered for its platform. The first two are traced if JAX differentiates or batches the operation.
 `jax.experimental.checkify` does not check inside of it.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from resflow_jax.functional.primitives.jax_internals import Primitive, ad, batching, mlir
+from resflow_jax.functional.primitives.jax_internals import Primitive, ad, batching, is_divided, mlir
 
 Flat = Callable[..., list[jax.Array]]
 
@@ -21,13 +21,21 @@ _by_platform_p = Primitive("by_platform")
 _by_platform_p.multiple_results = True
 
 
-def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any], out: Any) -> Any:
-    """Computes cpu(*args) on a CPU and default(*args) on other platforms.
+def by_platform(
+    *args: Any,
+    cpu: Callable[..., Any],
+    default: Callable[..., Any],
+    tpu: Callable[..., Any] | None = None,
+    out: Any,
+) -> Any:
+    """Computes cpu(*args) on a CPU, tpu(*args) on a TPU, and default(*args) on other platforms.
 
     Args:
       *args: pytrees of arrays. The functions must depend on nothing else, and must not close over traced arrays.
       cpu: a pure function.
       default: a pure function with the same result.
+      tpu: the same, for programs that the compiler does not divide among devices. `default` takes its place in programs
+        that are divided or batched, and if it is None.
       out: the types of the outputs, as `jax.typeof` gives them.
     """
     leaves, tree = jax.tree.flatten(args)
@@ -36,11 +44,12 @@ def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]
     def flat(function):
         return lambda *leaves: jax.tree.leaves(function(*tree.unflatten(leaves)))
 
-    return out_tree.unflatten(_by_platform_p.bind(*leaves, cpu=flat(cpu), default=flat(default), types=tuple(types)))
+    branches = {"cpu": flat(cpu), "default": flat(default), "tpu": flat(default if tpu is None else tpu)}
+    return out_tree.unflatten(_by_platform_p.bind(*leaves, **branches, types=tuple(types)))
 
 
-def _at_once(*leaves, cpu: Flat, default: Flat, types) -> list[jax.Array]:
-    """The operation with both branches traced, so that JAX can transform it."""
+def _at_once(*leaves, cpu: Flat, default: Flat, **_) -> list[jax.Array]:
+    """The operation with two branches traced, so that JAX can transform it."""
     return lax.platform_dependent(*leaves, cpu=cpu, default=default)
 
 
@@ -48,6 +57,14 @@ _by_platform_p.def_impl(_at_once)
 _by_platform_p.def_abstract_eval(lambda *leaves, types, **_: types)
 mlir.register_lowering(_by_platform_p, mlir.lower_fun(lambda *leaves, default, **_: default(*leaves)))
 mlir.register_lowering(_by_platform_p, mlir.lower_fun(lambda *leaves, cpu, **_: cpu(*leaves)), platform="cpu")
+
+
+def _lower_for_tpu(context, *leaves, default, tpu, **_):
+    function = default if is_divided(context) else tpu
+    return mlir.lower_fun(lambda *leaves, **_: function(*leaves))(context, *leaves)
+
+
+mlir.register_lowering(_by_platform_p, _lower_for_tpu, platform="tpu")
 
 
 def _jvp(primals, tangents, **params):
