@@ -122,7 +122,13 @@ def pullback_chunks(
         args_bar, x_bar = pullback(closed_over, args, *_first(chunks))
         return args_bar, jax.tree.map(lambda leaf: leaf[None], x_bar)
     return by_platform(
-        closed_over, args, *chunks, cpu=one_by_one, default=at_once, tpu=in_groups, out=jax.tree.map(jax.typeof, (args, x))
+        closed_over,
+        args,
+        *chunks,
+        cpu=one_by_one,
+        default=at_once,
+        tpu=in_groups,
+        out=jax.tree.map(jax.typeof, (args, x)),
     )
 
 

@@ -10,13 +10,17 @@ from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.estimators import Roulette
 from resflow_jax.functional.length_laws import Geometric
 from resflow_jax.functional.logdet import residual
+from resflow_jax.functional.primitives.tracing import trace
 from tests.functional.contractions import conv_net, dense_net
 
 
-@pytest.fixture(params=["cpu", "default"])
+@pytest.fixture(params=["cpu", "default", "tpu"])
 def platform(request, monkeypatch):
-    """Takes the branch of a platform, whatever the tests run on."""
+    """Takes the branch of a platform, whatever the tests run on; on a TPU up to three chunks together."""
     monkeypatch.setattr(chunks, "by_platform", lambda *args, out, **branches: branches[request.param](*args))
+    monkeypatch.setattr(
+        chunks, "_groups", lambda parts, _: chunks._split(parts, chunks._divisor(len(jax.tree.leaves(parts)[0]), 3))
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,7 +34,7 @@ def test_chunks_are_equal_and_few(batch, size, shape):
     np.testing.assert_array_equal(chunks.join_chunks(parts), x)
 
 
-@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("number", [1, 4])
 def test_map_and_pullback(platform, number):
     """Outputs are stacked in order; cotangents of what all chunks share are summed, those of x are their own."""
     rng = np.random.default_rng(0)
@@ -45,6 +49,21 @@ def test_map_and_pullback(platform, number):
     np.testing.assert_allclose(out, expected, rtol=1e-12)
     found = chunks.pullback_chunks(function, weights, x, others, bar)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, pullback(bar))
+
+
+@pytest.mark.parametrize(
+    ("elements", "groups"), [(10**6, (1, 6, 2, 4)), (150, (3, 2, 2, 4)), (100, (6, 1, 2, 4)), (1, (6, 1, 2, 4))]
+)
+def test_groups_on_a_tpu(monkeypatch, elements, groups):
+    """As many chunks go together as keep the largest array of the traced function, here in a loop, within a bound."""
+    monkeypatch.setattr(chunks, "_ELEMENTS_ON_A_TPU", elements)
+
+    def function(x):  # its largest array is [2, 4, 9]
+        return jax.lax.fori_loop(0, 2, lambda _, x: jnp.sum(jnp.tile(x[..., None], 9), axis=-1) / 9, x)
+
+    traced, _ = trace(function, jnp.zeros((2, 4)))
+    assert traced.largest == 2 * 4 * 9
+    assert chunks._groups(jnp.zeros((6, 2, 4)), traced).shape == groups
 
 
 @pytest.mark.parametrize("make", [dense_net, conv_net])

@@ -66,3 +66,24 @@ def test_only_what_is_lowered_is_traced():
 
     out = jax.jit(lambda x: by_platform(x, cpu=jnp.sin, default=default, out=jax.typeof(x)))(X)
     np.testing.assert_allclose(out, np.sin(X), rtol=1e-12)
+
+
+def on_a_tpu(x):
+    """tanh(x) on TPUs whose program is not divided, else cos(x)."""
+    return by_platform(x, cpu=jnp.cos, default=jnp.cos, tpu=jnp.tanh, out=jax.typeof(x))
+
+
+def test_a_tpu_has_its_own_function_unless_the_compiler_divides_the_program():
+    """jit on several devices takes the default, as does vmap; jit on one and shard_map take the function for TPUs."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    parts = jax.sharding.PartitionSpec("data")
+    sharding = jax.sharding.NamedSharding(mesh, parts)
+    x = jax.ShapeDtypeStruct((4,), jnp.float32)
+    for function, expected in [
+        (jax.jit(on_a_tpu), "tanh"),
+        (jax.jit(on_a_tpu, in_shardings=sharding), "cosine"),
+        (jax.jit(jax.vmap(on_a_tpu)), "cosine"),
+        (jax.jit(jax.shard_map(on_a_tpu, mesh=mesh, in_specs=parts, out_specs=parts)), "tanh"),
+    ]:
+        text = jax.export.export(function, platforms=["tpu"])(x).mlir_module()
+        assert [name for name in ("tanh", "cosine") if f"stablehlo.{name}" in text] == [expected]
