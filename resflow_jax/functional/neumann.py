@@ -20,7 +20,6 @@ from jax import lax
 from resflow_jax.functional.batch_axes import shared_and_example_keys, sum_alike
 from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chunks
 from resflow_jax.functional.diagnostics import Diagnostics
-from resflow_jax.functional.primitives.convolution import joined_products
 from resflow_jax.functional.primitives.derivatives import forward_only, reverse_only
 from resflow_jax.functional.probes import draw_seeds, make_probes
 from resflow_jax.functional.term_sums import draw_plan, repeat, sum_terms, with_log_det
@@ -90,8 +89,7 @@ def _backward(g, prepare, kept, cotangents):
         x, *condition = _combine(floats, others)
         v = make_probes(estimator.probe, estimator.probes, seeds, x)
         x_repeated, *condition = repeat((x, *condition), estimator.probes)
-        with joined_products():
-            value, product = jax.jvp(lambda x: g(closed_over, weights, x, *condition), (x_repeated,), (v,))
+        value, product = jax.jvp(lambda x: g(closed_over, weights, x, *condition), (x_repeated,), (v,))
         return value[: x.shape[0]], product
 
     per_example = log_det_bar.reshape(*log_det_bar.shape, *[1] * (y_bar.ndim - 2)) / estimator.probes

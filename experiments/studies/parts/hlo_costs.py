@@ -5,6 +5,7 @@
              "high", else 1
     hbm      bytes that instructions read from and write to HBM, with the padding of tiles
     vmem     the same for arrays that lie in VMEM
+    cycles   the compiler's own estimate of the cycles of a core, where a program has it
 
 Each instruction reads its operands and writes its results. A fusion is one instruction: what its inside passes on does
 not move. Of an operand that is only sliced the slices move, and of an array that is updated in place the update.
@@ -13,6 +14,7 @@ often as it turns, body and condition; a conditional as the costliest of its bra
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from functools import lru_cache
@@ -27,6 +29,7 @@ Turns = Callable[[Computation, Instruction], float]
 _PASSES = {"highest": 6, "high": 3}
 _NOTHING = {"get-tuple-element", "tuple", "bitcast", "parameter", "constant", "after-all", "opt-barrier", "domain"}
 _SLICES = ("dynamic-slice", "slice", "gather")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ALLOCATES = '"AllocateBuffer"'  # a custom call that only names memory
 
 
@@ -38,6 +41,7 @@ class Cost:
     passes: float = 0.0
     hbm: float = 0.0
     vmem: float = 0.0
+    cycles: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -69,7 +73,8 @@ def cost(program: Program, turns: Turns = lambda computation, loop: 1.0) -> Cost
         moved = {HBM: 0, VMEM: 0}
         for memory, nbytes in _moved(program, computation, one):
             moved[memory] = moved.get(memory, 0) + nbytes
-        return Cost(flops, passes, moved[HBM], moved[VMEM])
+        estimate = _CYCLES.search(one.attributes)
+        return Cost(flops, passes, moved[HBM], moved[VMEM], float(estimate[1]) if estimate else 0.0)
 
     return of(program.entry)
 

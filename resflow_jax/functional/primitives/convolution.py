@@ -24,9 +24,7 @@ sums are in float32.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -69,23 +67,6 @@ def convolve(x: Array, kernel: Array, *, padding: str = "zero", matmul_dtype: st
     dtype = jnp.result_type(x, kernel)
     precision = jax.config.jax_default_matmul_precision
     return _convolve(x.astype(dtype), kernel.astype(dtype), False, padding, matmul_dtype, precision)
-
-
-_joined = ContextVar("joined", default=False)
-
-
-@contextmanager
-def joined_products() -> Iterator[None]:
-    """Inside, `jax.jvp` convolves x and its tangent in one product, and so do the derivatives of the result.
-
-    That halves the number of products in a program. It suits a jvp that computes value and tangent together, and not
-    `jax.vjp` or `jax.linearize`, whose value would then wait for the tangent.
-    """
-    token = _joined.set(True)
-    try:
-        yield
-    finally:
-        _joined.reset(token)
 
 
 def conv2d(x: Array, kernel: Array, *, matmul_dtype: str | None = None) -> Array:
@@ -303,18 +284,6 @@ def _convolve_transpose_kernel(ct, x, kernel, *, reflected, **options):
 
 
 ad.defbilinear(_convolve_p, _convolve_transpose_x, _convolve_transpose_kernel)
-_bilinear_jvp = ad.primitive_jvps[_convolve_p]
-
-
-def _convolve_jvp(primals, tangents, **params):
-    (x, kernel), (x_dot, kernel_dot) = primals, tangents
-    if not _joined.get() or isinstance(x_dot, ad.Zero) or not isinstance(kernel_dot, ad.Zero):
-        return _bilinear_jvp(primals, tangents, **params)
-    out = _convolve(jnp.concatenate([x, x_dot]), kernel, **params)
-    return out[: x.shape[0]], out[x.shape[0] :]
-
-
-ad.primitive_jvps[_convolve_p] = _convolve_jvp
 ad.defbilinear(
     _correlate_p,
     lambda ct, x, y, *, sides, **options: _convolve(y, ct, True, **options),

@@ -14,7 +14,6 @@ from resflow_jax.functional.primitives.convolution import (
     convolve_matmul,
     correlate_lax,
     correlate_matmul,
-    joined_products,
     reflected_kernel,
 )
 from tests.functional.grids import reads
@@ -320,30 +319,3 @@ def test_bad_matmul_dtype():
     """None or bfloat16."""
     with pytest.raises(ValueError, match="matmul_dtype: expected one of None, bfloat16; got 'float16'"):
         conv2d(jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 2, 2)), matmul_dtype="float16")
-
-
-@pytest.mark.parametrize(("channels", "sides"), [((2, 3), (3, 3)), ((3, 2), (1, 1))])
-def test_joined_products(channels, sides):
-    """Value, jvp, and the derivatives of both are those of two products, from half as many."""
-    rng = np.random.default_rng(0)
-    x, v = (jnp.asarray(rng.normal(size=(2, 4, 4, channels[0]))) for _ in range(2))
-    kernel, bars = jnp.asarray(rng.normal(size=(*sides, *channels))), [rng.normal(size=(2, 4, 4, channels[1]))] * 2
-
-    def both(kernel, x, v):
-        return jax.jvp(lambda x: conv2d(jnp.sin(x), kernel), (x,), (v,))
-
-    def joined(*args):
-        with joined_products():
-            return both(*args)
-
-    def derivatives(function):
-        out, pullback = jax.vjp(function, kernel, x, v)
-        return out, pullback(tuple(map(jnp.asarray, bars)))
-
-    found, expected = (jax.jit(partial(derivatives, function))() for function in (joined, both))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
-    products = [str(jax.make_jaxpr(partial(derivatives, f))()).count(" = convolve") for f in (joined, both)]
-    assert products == [2, 4]
-    with joined_products():  # a tangent of the kernel has a product of its own
-        _, tangent = jax.jvp(lambda kernel: conv2d(x, kernel), (kernel,), (2 * kernel,))
-    np.testing.assert_allclose(tangent, 2 * conv2d(x, kernel), rtol=1e-12)
