@@ -1,9 +1,9 @@
-"""Evaluates a batch in chunks, so that activations stay in fast memory.
+"""Evaluates a batch in chunks, one after the other, so that activations stay in fast memory.
 
-On a CPU the chunks are computed one after the other. On a TPU groups of them are, whose largest array has 16 MiB in
-float32: the compiler then keeps activations in VMEM, 128 MiB on v5e and v5p, and an example's activations do not
-travel to HBM. A program that the compiler itself divides among TPUs computes all chunks at once, since a loop over a
-divided axis would run whole on every chip; inside of `jax.shard_map` it loops. Other platforms compute all at once.
+That is the cache on a CPU, and VMEM on a TPU, where the compiler then keeps activations that would go through HBM. A
+program that the compiler divides among TPUs computes all chunks at once, since each chip would turn through the whole
+loop; inside of `jax.shard_map` it has the loop. Chunks have the size for the platform that JAX runs on. So a program
+that is lowered for TPUs elsewhere computes all at once, unless in `platforms.compiling_for`. So do other platforms.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resflow_jax.functional.primitives.platforms import by_platform
-from resflow_jax.functional.primitives.tracing import Traced, trace
+from resflow_jax.functional.primitives.platforms import by_platform, target_platform
+from resflow_jax.functional.primitives.tracing import trace
 
 Array = jax.Array
-
-_ELEMENTS_ON_A_TPU = 2**22  # of the largest array of a group of chunks
 
 
 def split_chunks(batched: Any, chunk_size: int | None) -> Any:
@@ -31,24 +29,11 @@ def split_chunks(batched: Any, chunk_size: int | None) -> Any:
     batch = jax.tree.leaves(batched)[0].shape[0]
     if chunk_size is None or not isinstance(batch, int):
         return jax.tree.map(lambda leaf: leaf[None], batched)
-    return _split(batched, _divisor(batch, chunk_size))
-
-
-def _split(batched: Any, size: int) -> Any:
+    sizes = [n for n in range(1, batch + 1) if batch % n == 0]
+    size = max(n for n in sizes if n <= chunk_size)
+    if 4 * size < min(chunk_size, batch):
+        size = min(n for n in sizes if n > chunk_size)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batched)
-
-
-def _divisor(number: int, wanted: int) -> int:
-    """The largest divisor that is at most `wanted`, or the smallest above if that is less than a quarter of it."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    size = max(n for n in divisors if n <= wanted)
-    return min(n for n in divisors if n > wanted) if 4 * size < min(wanted, number) else size
-
-
-def _groups(chunks: Any, function: Traced) -> Any:
-    """Groups of the chunks, [groups, chunks of a group, ...], for a TPU."""
-    number = len(jax.tree.leaves(chunks)[0])
-    return _split(chunks, _divisor(number, max(1, _ELEMENTS_ON_A_TPU // max(1, function.largest))))
 
 
 def join_chunks(x: Array) -> Array:
@@ -62,18 +47,16 @@ def map_chunks(function: Callable[[Any], Any], chunks: Any) -> Any:
     if number == 1:
         return jax.tree.map(lambda leaf: leaf[None], function(_first(chunks)))
     function, closed_over = trace(function, _first(chunks))
+
+    def one_by_one(closed_over, chunks):
+        return lax.map(lambda chunk: function(closed_over, chunk), chunks)
+
     at_once = jax.vmap(function, (None, 0))
-
-    def in_groups(closed_over, chunks):
-        groups = _groups(chunks, function)
-        return jax.tree.map(join_chunks, lax.map(lambda group: at_once(closed_over, group), groups))
-
+    branches = {"cpu": one_by_one, "default": at_once, "tpu": one_by_one if target_platform() == "tpu" else None}
     return by_platform(
         closed_over,
         chunks,
-        cpu=lambda closed_over, chunks: lax.map(lambda chunk: function(closed_over, chunk), chunks),
-        default=at_once,
-        tpu=in_groups,
+        **branches,
         out=jax.tree.map(lambda type_: type_.update(shape=(number, *type_.shape)), function.out),
     )
 
@@ -109,27 +92,12 @@ def pullback_chunks(
         whole = jax.vmap(function, (None, None, 0, 0))
         return jax.vjp(lambda args, x: whole(closed_over, args, x, others), args, x)[1](cotangents)
 
-    def in_groups(closed_over, args, *chunks):
-        def add(total, group):
-            args_bar, x_bar = at_once(closed_over, args, *group)
-            return jax.tree.map(jnp.add, total, args_bar), x_bar
-
-        args_bar, x_bar = lax.scan(add, jax.tree.map(jnp.zeros_like, args), _groups(chunks, function))
-        return args_bar, jax.tree.map(join_chunks, x_bar)
-
     chunks = x, others, cotangents
     if len(jax.tree.leaves(x)[0]) == 1:
         args_bar, x_bar = pullback(closed_over, args, *_first(chunks))
         return args_bar, jax.tree.map(lambda leaf: leaf[None], x_bar)
-    return by_platform(
-        closed_over,
-        args,
-        *chunks,
-        cpu=one_by_one,
-        default=at_once,
-        tpu=in_groups,
-        out=jax.tree.map(jax.typeof, (args, x)),
-    )
+    branches = {"cpu": one_by_one, "default": at_once, "tpu": one_by_one if target_platform() == "tpu" else None}
+    return by_platform(closed_over, args, *chunks, **branches, out=jax.tree.map(jax.typeof, (args, x)))
 
 
 def _first(chunks: Any) -> Any:

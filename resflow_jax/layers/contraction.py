@@ -21,7 +21,7 @@ from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_shape, check_open_interval
 from resflow_jax.functional.linear_maps import LinearMap
-from resflow_jax.functional.primitives.platforms import threads_per_cpu_device
+from resflow_jax.functional.primitives.platforms import target_platform, threads_per_cpu_device
 from resflow_jax.functional.texts import constructor
 from resflow_jax.layers.conditioning import Conditioning, Gate
 from resflow_jax.layers.conditions import ANY, ConditionShape
@@ -36,6 +36,9 @@ Params = dict[str, Array]
 # Numbers in a layer's output. On one thread they are 256 KiB in float32: the L2 cache of a core, 1 or 2 MiB, holds
 # several. XLA divides among threads only what is larger, which then lies in the L3 cache.
 _CACHED_BY_ONE, _CACHED_PER_THREAD, _CACHED_AT_MOST = 2**16, 2**18, 2**22
+# 16 MiB in float32. VMEM, 128 MiB on v5e and v5p, holds the activations of a chunk, their slopes and those of the
+# tangents. With twice as many numbers XLA moves part of them through HBM.
+_IN_VMEM = 2**22
 
 
 class Contraction(Module):
@@ -87,9 +90,14 @@ class Contraction(Module):
 
     @property
     def chunk_size(self) -> int | None:
-        """Number of examples to evaluate at a time on a CPU, so that a layer's output fits its cache; None for all."""
+        """Number of examples to evaluate at a time on a CPU or a TPU, so that a layer's output fits its cache or VMEM.
+
+        None for all. Other platforms evaluate all.
+        """
         if not self.linears:
             return None
+        if target_platform() == "tpu":
+            return max(1, _IN_VMEM // self.widest)
         threads = threads_per_cpu_device()
         cached = _CACHED_BY_ONE if threads == 1 else min(threads * _CACHED_PER_THREAD, _CACHED_AT_MOST)
         return max(1, cached // self.widest)

@@ -1,26 +1,28 @@
 """A batch in chunks: the same numbers as at once, on the CPU's path and on that of other platforms."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from resflow_jax.functional import chunks
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.estimators import Roulette
 from resflow_jax.functional.length_laws import Geometric
 from resflow_jax.functional.logdet import residual
-from resflow_jax.functional.primitives.tracing import trace
+from resflow_jax.functional.primitives.platforms import compiling_for
+from resflow_jax.layers.networks import LipschitzCNN
 from tests.functional.contractions import conv_net, dense_net
 
 
 @pytest.fixture(params=["cpu", "default", "tpu"])
 def platform(request, monkeypatch):
-    """Takes the branch of a platform, whatever the tests run on; on a TPU up to three chunks together."""
+    """Takes the branch of a platform, whatever the tests run on."""
     monkeypatch.setattr(chunks, "by_platform", lambda *args, out, **branches: branches[request.param](*args))
-    monkeypatch.setattr(
-        chunks, "_groups", lambda parts, _: chunks._split(parts, chunks._divisor(len(jax.tree.leaves(parts)[0]), 3))
-    )
+    with compiling_for(request.param):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -51,19 +53,27 @@ def test_map_and_pullback(platform, number):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, pullback(bar))
 
 
-@pytest.mark.parametrize(
-    ("elements", "groups"), [(10**6, (1, 6, 2, 4)), (150, (3, 2, 2, 4)), (100, (6, 1, 2, 4)), (1, (6, 1, 2, 4))]
-)
-def test_groups_on_a_tpu(monkeypatch, elements, groups):
-    """As many chunks go together as keep the largest array of the traced function, here in a loop, within a bound."""
-    monkeypatch.setattr(chunks, "_ELEMENTS_ON_A_TPU", elements)
+def test_loops_on_tpus():
+    """Chunks loop on a TPU that they were made for, and not in a program from elsewhere or one that is divided."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
+    x = jax.ShapeDtypeStruct((3, 2, 4), jnp.float32)
 
-    def function(x):  # its largest array is [2, 4, 9]
-        return jax.lax.fori_loop(0, 2, lambda _, x: jnp.sum(jnp.tile(x[..., None], 9), axis=-1) / 9, x)
+    def loops(**options):
+        function = jax.jit(lambda x: chunks.map_chunks(jnp.sin, x), **options)
+        return "stablehlo.while" in jax.export.export(function, platforms=["tpu"])(x).mlir_module()
 
-    traced, _ = trace(function, jnp.zeros((2, 4)))
-    assert traced.largest == 2 * 4 * 9
-    assert chunks._groups(jnp.zeros((6, 2, 4)), traced).shape == groups
+    assert not loops()
+    with compiling_for("tpu"):
+        assert loops()
+        assert not loops(in_shardings=sharding)
+
+
+def test_sizes_for_tpus():
+    """A chunk for a TPU has 2^22 numbers in its widest layer, whatever the machine that compiles."""
+    g = LipschitzCNN((4, 4, 1), (2**12,), (3, 3), rngs=nnx.Rngs(0))
+    with compiling_for("tpu"):
+        assert g.chunk_size == 2**22 // (16 * 2**12)
 
 
 @pytest.mark.parametrize("make", [dense_net, conv_net])

@@ -31,6 +31,7 @@ from experiments.configs.tiny import tiny
 from experiments.runs.devices import use_xla_flags
 from experiments.runs.workdir import write_atomically
 from resflow_jax import ResidualFlow
+from resflow_jax.functional.primitives.platforms import compiling_for
 from resflow_jax.io.config_json import as_json
 from resflow_jax.training.losses import dequantized_bits_per_dim
 from resflow_jax.training.parallel import make_mesh
@@ -194,7 +195,8 @@ def _images(case: StepCase, mesh: Mesh, *batches: int) -> jax.ShapeDtypeStruct:
 def compile_step(case: StepCase, path: Path) -> None:
     """Lowers and compiles, and writes PATH.hlo.gz and then PATH.json."""
     began = time.perf_counter()
-    program = lowered(case)
+    with compiling_for("cpu" if case.kind == "cpu" else "tpu"):
+        program = lowered(case)
     middle = time.perf_counter()
     compiled = program.compile()
     end = time.perf_counter()

@@ -3,7 +3,7 @@
 Primitive                           defines a new operation
 ad, batching, mlir                  the registries for the rules of an operation
 ClosedJaxpr, Jaxpr, Literal         traced programs, which `tracing` compares
-jaxpr_as_fun, jaxprs_in             runs a traced program; the programs inside of an operation's parameters
+jaxpr_as_fun                        runs a traced program
 is_divided                          whether the compiler divides a program among devices, which JAX tells no one else
 running_trace, EvalTrace            the trace that is running, for which there is no public interface
 WrappedFun                          JAX's wrapper of a derivative rule, which `tracing` compares
@@ -13,7 +13,6 @@ import math
 from typing import Any
 
 from jax._src import core
-from jax._src.core import jaxprs_in_params as jaxprs_in
 from jax._src.linear_util import WrappedFun
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
@@ -48,7 +47,6 @@ __all__ = [
     "batching",
     "is_divided",
     "jaxpr_as_fun",
-    "jaxprs_in",
     "mlir",
     "running_trace",
 ]

@@ -6,7 +6,9 @@ the program is lowered for its platform. The first two are traced if JAX differe
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -86,6 +88,24 @@ def _batch(leaves, axes, **params):
 
 ad.primitive_jvps[_by_platform_p] = _jvp
 batching.primitive_batchers[_by_platform_p] = _batch
+
+
+_target: ContextVar[str | None] = ContextVar("target", default=None)
+
+
+def target_platform() -> str:
+    """The platform that programs are traced for, "cpu", "tpu", or another: JAX's own unless in `compiling_for`."""
+    return _target.get() or jax.default_backend()
+
+
+@contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Inside, the sizes in new programs are those for a platform, though JAX runs on another: to compile ahead."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
 
 
 def number_of_cores() -> int:

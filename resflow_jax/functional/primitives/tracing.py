@@ -23,7 +23,6 @@ from resflow_jax.functional.primitives.jax_internals import (
     Literal,
     WrappedFun,
     jaxpr_as_fun,
-    jaxprs_in,
     running_trace,
 )
 
@@ -35,7 +34,6 @@ class Traced:
 
     Attributes:
       out: the types of its outputs, as `jax.typeof` gives them, in the pytree that it returns.
-      largest: the number of elements of the largest array that it computes.
     """
 
     def __init__(self, jaxpr: Jaxpr, out: Any):
@@ -46,10 +44,6 @@ class Traced:
 
     def __call__(self, closed_over: list[Any], *args: Any) -> Any:
         return self._tree.unflatten(jaxpr_as_fun(ClosedJaxpr(self._jaxpr, closed_over))(*jax.tree.leaves(args)))
-
-    @property
-    def largest(self) -> int:
-        return _largest(self._jaxpr)
 
     def __hash__(self) -> int:
         return self._hash
@@ -115,13 +109,6 @@ def _is_eager() -> bool:
 def _is_of_values(running: Any) -> bool:
     """Whether a trace evaluates operations (with derivatives or batches) instead of recording a program."""
     return type(running).__name__ in ("JVPTrace", "LinearizeTrace", "BatchTrace")
-
-
-def _largest(jaxpr: Jaxpr) -> int:
-    """The number of elements of the largest result of an operation, also inside of loops and calls."""
-    results = (getattr(variable.aval, "size", 0) for eqn in jaxpr.eqns for variable in eqn.outvars)
-    inner = (_largest(inside) for eqn in jaxpr.eqns for inside in jaxprs_in(eqn.params))
-    return max((*results, *inner), default=0)
 
 
 def _is_same_jaxpr(a: Jaxpr, b: Jaxpr) -> bool:
