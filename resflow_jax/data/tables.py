@@ -1,0 +1,226 @@
+"""Reads a table of numbers from a .csv file, with its separator, decimal mark and encoding as the file shows them.
+
+pyarrow, which TensorFlow Datasets needs anyway, divides the text into cells: it is maintained, and reads 100 MB in a
+second. Each cell stays text until it is known to be a number. What pyarrow would forgive is refused here: text after a
+closing quote, a line break in quotes, an empty line between rows.
+"""
+
+import codecs
+import io
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_LARGEST_INTEGER = 2**53  # up to here float64 holds every integer
+_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+_WITH_COMMA = r"^[+-]?(\d*,\d+|\d+,)([eE][+-]?\d+)?$"
+_THOUSANDS = r"^[+-]?[1-9]\d{0,2},\d{3}$"
+_MARKS = {  # longer ones first: that of UTF-32 starts with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_NO_NAMES = {"NA", "na", "N/A", "n/a", "#N/A", "#NA", "NULL", "Null", "null", "NONE", "None", "none", "NIL", "nil"}
+_NO_NAMES |= {"NaT", "missing", "Missing", "MISSING"}
+_NO_NAMES |= {form for word in ("true", "false", "yes", "no") for form in (word, word.upper(), word.capitalize())}
+_SAMPLE = 100  # lines that the separator is determined from
+
+
+class Table(NamedTuple):
+    """The numbers of a file.
+
+    Attributes:
+      numbers: finite float64 [N, D].
+      first: number of the line of the first row, from 1.
+    """
+
+    numbers: np.ndarray
+    first: int
+
+
+def read_table(path: Path) -> Table:
+    """Reads a file of one row of D numbers a line, in float64.
+
+    The separator is a tab, a semicolon or a bar where one of them is in every line; else a comma; else spaces. Where it
+    is no comma, or numbers are in double quotes, the decimal mark may be a comma. The text is UTF-8, UTF-16 or UTF-32
+    with a byte order mark, or Windows-1252, of which Latin-1 is a part. The first line holds names if all of its cells
+    surely are no values: each has a letter, starts with no digit, and is no number, truth value or missing value.
+
+    Raises:
+      ValueError: for text that is no such table, rows of different lengths, cells that are no numbers, and numbers that
+        float64 does not hold: infinite ones, too small ones, integers beyond 2^53. The message names the file, the line
+        and the column.
+    """
+    text = _text(path).replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
+    if not text.strip():
+        raise _no_rows(path)
+    separator = _separator(text, path)
+    if separator == " ":
+        text = "\n".join(" ".join(line.split()) for line in text.split("\n"))
+    columns = _columns(text, separator, path)
+    first = 1 + all(_is_name(column[0].as_py()) for column in columns)
+    if len(columns[0]) < first:
+        raise _no_rows(path)
+    columns = _with_points([column.slice(first - 1) for column in columns], first, path)
+    return Table(np.stack([_numbers(column, n, first, path) for n, column in enumerate(columns)], axis=1), first)
+
+
+def place(path: Path, line: int, column: int) -> str:
+    """The words for a cell of a file; the line counts from 1, the column from 0."""
+    return f"in line {line}, column {column + 1} of {path}"
+
+
+def _no_rows(path: Path) -> ValueError:
+    return ValueError(f"path: expected lines of numbers, found none in {path}")
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        mark = next((mark for mark in _MARKS if data.startswith(mark)), None)
+        if mark is not None:
+            text = data.decode(_MARKS[mark])
+        else:
+            try:
+                text = data.decode("utf-8")
+            except UnicodeDecodeError:
+                text = data.decode("cp1252")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"path: expected a .csv file, could not read {path}: {error}") from error
+    if found := re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise ValueError(
+            f"path: expected a .csv file, could not read {path}: the character {found[0]!r} in line {line} is no text, "
+            "or that of an encoding without byte order mark"
+        )
+    return text
+
+
+def _quoted(separator: str) -> str:
+    """The pattern of a cell in quotes, with what is before and after it."""
+    return rf'(?m)(?:^|(?<={re.escape(separator)}))"(?:[^"\n]|"")*"(?=$|{re.escape(separator)})'
+
+
+def _separator(text: str, path: Path) -> str:
+    """The separator of cells; a comma for a table of one column."""
+    lines = [re.sub(r'"(?:[^"\n]|"")*"', '""', line) for line in text.split("\n", _SAMPLE)[:_SAMPLE] if line]
+    in_all = [mark for mark in "\t;|" if all(mark in line for line in lines)]
+    if len(in_all) > 1:
+        raise ValueError(f"path: expected cells separated by one character, got {in_all} in every line of {path}")
+    if in_all:
+        return in_all[0]
+    if not any("," in line for line in lines) and all(len(line.split()) > 1 for line in lines):
+        return " "
+    return ","
+
+
+def _columns(text: str, separator: str, path: Path) -> list[Any]:
+    """The cells of each column, as arrays of strings."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    bare = re.sub(_quoted(separator), "", text) if '"' in text else text
+    if '"' in bare:
+        line = bare.count("\n", 0, bare.index('"')) + 1
+        raise ValueError(f"path: expected a .csv file, could not read {path}: quotes in line {line} are unbalanced")
+    width = bare.partition("\n")[0].count(separator) + 1
+    data, wrong = f"{text}\n".encode(), []
+    try:
+        table = csv.read_csv(
+            io.BytesIO(data),
+            csv.ReadOptions(
+                use_threads=False, autogenerate_column_names=True, block_size=min(len(data) + 1, 2**31 - 1)
+            ),
+            csv.ParseOptions(
+                delimiter=separator,
+                ignore_empty_lines=False,
+                invalid_row_handler=lambda row: wrong.append(row) or "error",
+            ),
+            csv.ConvertOptions(
+                column_types={f"f{n}": pa.string() for n in range(width)}, null_values=[], strings_can_be_null=False
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        if wrong:
+            raise ValueError(
+                f"path: expected {wrong[0].expected_columns} numbers in line {wrong[0].number} of {path}, got "
+                f"{wrong[0].actual_columns}"
+            ) from error
+        raise ValueError(f"path: expected a .csv file, could not read {path}: {error}") from error
+    return [table[f"f{n}"] for n in range(width)]
+
+
+def _is_name(cell: str) -> bool:
+    """Whether a cell is surely the name of a column, not a value."""
+    cell = cell.strip()
+    try:
+        float(cell)  # also nan, inf, 1_000 and digits of other scripts
+    except ValueError:
+        starts_like_a_number = re.match(r"[+-]?[.,]?\d", cell)
+        return any(map(str.isalpha, cell)) and not starts_like_a_number and cell not in _NO_NAMES
+    return False
+
+
+def _with_points(columns: list[Any], first: int, path: Path) -> list[Any]:
+    """The trimmed cells of columns, with points in the place of decimal commas.
+
+    Raises:
+      ValueError: for numbers with points beside those with commas, and where commas may separate thousands.
+    """
+    import pyarrow.compute as pc
+
+    columns = [pc.ascii_trim_whitespace(column) for column in columns]
+    found = [(n, _first(pc.match_substring_regex(column, _WITH_COMMA))) for n, column in enumerate(columns)]
+    found = [(n, row) for n, row in found if row is not None]
+    if not found:
+        return columns
+    n, row = found[0]
+    where = f"{columns[n][row].as_py()!r} {place(path, first + row, n)}"
+    if not any(
+        pc.any(pc.and_(pc.match_substring(c, ","), pc.invert(pc.match_substring_regex(c, _THOUSANDS)))).as_py()
+        for c in columns
+    ):
+        raise ValueError(
+            f"path: expected numbers without separators of thousands, got {where}, which may be a decimal comma or not"
+        )
+    for m, column in enumerate(columns):
+        if (point := _first(pc.match_substring(column, "."))) is not None:
+            raise ValueError(
+                f"path: expected one decimal mark, got {where} and {column[point].as_py()!r:.40} "
+                f"{place(path, first + point, m)}"
+            )
+    return [pc.replace_substring(column, ",", ".") for column in columns]
+
+
+def _numbers(column: Any, number: int, first: int, path: Path) -> np.ndarray:
+    """The cells of one column as float64."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def fail(row: int, expected: str) -> ValueError:
+        return ValueError(
+            f"path: expected {expected}, got {column[row].as_py()!r:.40} {place(path, first + row, number)}"
+        )
+
+    if (row := _first(pc.invert(pc.match_substring_regex(column, _NUMBER)))) is not None:
+        raise fail(row, "a number")
+    values = column.cast(pa.float64()).to_numpy()
+    if len(rows := np.flatnonzero(~np.isfinite(values))):
+        raise fail(int(rows[0]), "finite numbers within float64")
+    is_not_zero = pc.match_substring_regex(column, r"^[^eE]*[1-9]").to_numpy()
+    if len(rows := np.flatnonzero((values == 0) & is_not_zero)):
+        raise fail(int(rows[0]), "numbers within float64")
+    is_integer = pc.match_substring_regex(column, r"^[+-]?\d+$").to_numpy()
+    if len(rows := np.flatnonzero((np.abs(values) >= _LARGEST_INTEGER) & is_integer)):
+        raise fail(int(rows[0]), "integers below 2^53 in size")
+    return values
+
+
+def _first(found: Any) -> int | None:
+    """The index of the first true element of an array of pyarrow; None if there is none."""
+    rows = np.flatnonzero(found.to_numpy())
+    return int(rows[0]) if len(rows) else None

@@ -1,0 +1,134 @@
+"""The shift and the scale of every column of vectors, computed in float64 before the vectors become float32.
+
+    x' = x - shift,   rounded to float32           y = (x' - mean) / std
+
+float32 keeps 24 bits of a number. Of a column far from zero, such as Unix times, few of them are left for the
+differences between rows. Such a column is shifted near zero first, in float64. A shift has no log-det: log p(x') in
+nats is log p(x), in the units of the data. The flow itself divides by the std (`rf.Normalization`), with its log-det.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+_FAR = 2.0**8  # standard deviations from zero beyond which a column is shifted: float32 then keeps 16 bits of one
+_FEW = 2.0**12  # steps of float32 in a standard deviation below which a column loses much
+_STDS = 1e-30, 1e30  # the smallest and the largest std: float32 ends at 1e-38 and 1e38
+
+
+class Units(NamedTuple):
+    """The units of vectors [N, D]: what is subtracted before they become float32, and their mean and std after it.
+
+    Attributes:
+      shift: D numbers, zero for a column near zero; None if all are zero.
+      mean: D means of the shifted columns, with six digits.
+      std: D standard deviations, with six digits.
+    """
+
+    shift: tuple[float, ...] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def units_of(train: np.ndarray, place: str) -> Units:
+    """The units of training vectors, finite floats [N, D].
+
+    Numbers are rounded where that changes nothing of importance, so that a config with them is short: a shift to a
+    tenth of the std. So float32 holds the numbers of a shifted column to 2^-20 of its std, as a rule.
+
+    Args:
+      train: the training vectors.
+      place: words for where they are from, for errors.
+
+    Raises:
+      ValueError: for a column with one value in all rows, which has no density, or with a std outside 1e-30..1e30. The
+        message names the column, counted from 1, and the place.
+
+    Example:
+      >>> from resflow_jax.data.units import units_of
+      >>> times = 1.7e9 + 3600.0 * np.arange(24)[:, None]
+      >>> units = units_of(times, "times")
+      >>> units.shift, round(units.std[0])
+      ((1700041000.0,), 24920)
+    """
+    train = np.asarray(train, np.float64)
+    center = train.mean(axis=0)
+    if not np.isfinite(center).all():
+        center = (train / len(train)).sum(axis=0)
+    with np.errstate(over="ignore"):
+        distance = train - center
+    unit = np.abs(distance).max(axis=0)
+    is_constant = (train == train[0]).all(axis=0)
+    if is_constant.any():
+        column = int(is_constant.argmax())
+        raise ValueError(
+            f"path: expected columns that vary, got {train[0, column]} in every training row of column {column + 1} of "
+            f"{place}; a constant has no density, leave it out"
+        )
+    std = unit * np.sqrt(np.square(distance / np.where(unit > 0, unit, 1)).mean(axis=0))
+    is_wrong = ~((std >= _STDS[0]) & (std <= _STDS[1]))
+    if is_wrong.any():
+        column = int(is_wrong.argmax())
+        raise ValueError(
+            f"path: expected standard deviations between {_STDS[0]} and {_STDS[1]}, got {std[column]} in "
+            f"column {column + 1} of {place}; take another unit"
+        )
+    is_far = np.abs(train).max(axis=0) > _FAR * std
+    shift = tuple(_rounded(c, s) if far else 0.0 for c, s, far in zip(center, std, is_far, strict=True))
+    mean = tuple(float(f"{value:.6g}") for value in center - np.asarray(shift))
+    return Units(shift if any(shift) else None, mean, tuple(float(f"{value:.6g}") for value in std))
+
+
+def _rounded(value: float, std: float) -> float:
+    """The value to the digit before that of its std."""
+    return round(float(value), 1 - math.floor(math.log10(std)))
+
+
+def shifted(vectors: np.ndarray, shift: tuple[float, ...] | None) -> np.ndarray:
+    """float32 vectors - shift, [N, D], with the difference in float64; None shifts nothing.
+
+    Raises:
+      ValueError: for another number of shifts, and for numbers that float32 does not hold.
+    """
+    if shift is not None:
+        _check_length(shift, vectors.shape[1])
+        vectors = np.asarray(vectors, np.float64) - np.asarray(shift)
+    with np.errstate(over="ignore"):
+        near = vectors.astype(np.float32)
+    if not np.isfinite(near).all():
+        row, column = np.argwhere(~np.isfinite(near))[0]
+        raise ValueError(
+            f"path: expected numbers within float32, got {vectors[row, column]} in column {column + 1}; take another "
+            "unit"
+        )
+    return near
+
+
+def in_own_units(vectors: np.ndarray, shift: tuple[float, ...] | None) -> np.ndarray:
+    """The inverse of `shifted`: float64 vectors + shift, or the vectors themselves without a shift."""
+    if shift is None:
+        return vectors
+    _check_length(shift, vectors.shape[1])
+    return np.asarray(vectors, np.float64) + np.asarray(shift)
+
+
+def rounded_columns(vectors: np.ndarray, shift: tuple[float, ...] | None) -> list[int]:
+    """The columns, from 0, of which `shifted` keeps less than 12 bits of a standard deviation, by its rounding.
+
+    Nothing is rounded of float32 vectors without a shift. Columns with one value do not count.
+    """
+    if shift is None and vectors.dtype == np.float32:
+        return []
+    varies = (vectors != vectors[0]).any(axis=0)
+    if shift is not None:
+        _check_length(shift, vectors.shape[1])
+        vectors = np.asarray(vectors, np.float64) - np.asarray(shift)
+    largest = np.abs(vectors).max(axis=0)
+    std = np.std(vectors / np.where(largest > 0, largest, 1), axis=0)
+    return np.flatnonzero(varies & (std < _FEW * np.finfo(np.float32).eps)).tolist()
+
+
+def _check_length(shift: tuple[float, ...], dim: int) -> None:
+    if len(shift) != dim:
+        raise ValueError(f"data.shift: expected {dim} numbers, one for each column, got {len(shift)}")
