@@ -76,7 +76,8 @@ def units_of(train: np.ndarray, place: str) -> Units:
         )
     is_far = np.abs(train).max(axis=0) > _FAR * std
     shift = tuple(_rounded(c, s) if far else 0.0 for c, s, far in zip(center, std, is_far, strict=True))
-    mean = tuple(float(f"{value:.6g}") for value in center - np.asarray(shift))
+    near = train - np.asarray(shift)  # their mean is finer than float64 at the place of the column
+    mean = tuple(float(f"{value:.6g}") for value in near.mean(axis=0))
     return Units(shift if any(shift) else None, mean, tuple(float(f"{value:.6g}") for value in std))
 
 
