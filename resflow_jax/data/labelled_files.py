@@ -7,6 +7,7 @@ import numpy as np
 from resflow_jax.data.arrays import read_named_arrays
 from resflow_jax.data.files import as_images, image_files, split, split_folders, stored_files
 from resflow_jax.data.idx import idx_images, idx_labels, read_idx_images, read_idx_labels
+from resflow_jax.data.image_files import is_visible
 from resflow_jax.data.images import Images
 from resflow_jax.data.labels import LabelledImages, Labels, number_names
 from resflow_jax.data.splits import SPLITS, complete
@@ -49,7 +50,7 @@ def load_labelled_path(path: str | Path, *, bits: int = 8) -> LabelledImages:
 
     Example:
       >>> from resflow_jax.data.labelled_files import load_labelled_path
-      >>> np.savez("digits.npz", images=np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 10)
+      >>> np.savez("digits.npz", images=np.full((40, 8, 8), 255, np.uint8), labels=np.arange(40) % 10)
       >>> digits = load_labelled_path("digits.npz")
       >>> digits.images.train.shape, digits.labels.train.shape, digits.labels.classes
       ((35, 8, 8, 1), (35,), 10)
@@ -90,7 +91,8 @@ def _class_names(folder: Path, files: list[Path]) -> list[str]:
         if file.parent == folder:
             raise ValueError(f"path: expected a subfolder of images for each class in {folder}, got the image {file}")
     names = [file.relative_to(folder).parts[0] for file in files]
-    for empty in sorted({child.name for child in folder.iterdir() if child.is_dir()} - set(names)):
+    classes = {child.name for child in folder.iterdir() if child.is_dir() and is_visible(child.name)}
+    for empty in sorted(classes - set(names)):
         raise FileNotFoundError(f"path: expected images in the subfolder of each class, found none in {folder / empty}")
     return names
 

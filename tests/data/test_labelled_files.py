@@ -163,7 +163,11 @@ BAD = {
     "loose": (loose, "expected a subfolder of images for each class in .*loose, got the image .*loose.png"),
     "empty": (empty, "expected images in the subfolder of each class, found none in .*owl"),
     "none": (lambda path: path.mkdir(), r"expected image files .* in .*none, found none"),
-    "val": (lambda path: [write_folders(path / name) for name in ("train", "val")], "expected the folder train .* val"),
+    "dev": (lambda path: [write_folders(path / name) for name in ("train", "dev")], "expected the folder train .* dev"),
+    "inside": (
+        lambda path: [write_folders(path / "all" / name) for name in ("train", "val")],
+        "expected the folders of splits in .*inside itself, got train, val in .*all",
+    ),
     "one": (
         lambda path: write_folders(path, LABELS == 0),
         "expected images of at least 2 classes, got the class cat in",
