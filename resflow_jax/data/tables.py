@@ -62,10 +62,12 @@ def read_table(path: Path) -> Table:
     if separator == " ":
         text = "\n".join(" ".join(line.split()) for line in text.split("\n"))
     columns = _columns(text, separator, path)
-    first = 1 + all(_is_name(column[0].as_py()) for column in columns)
+    heads = [column[0].as_py() for column in columns]
+    first = 1 + all(map(_is_name, heads))
     if len(columns[0]) < first:
         raise _no_rows(path)
     columns = _with_points([column.slice(first - 1) for column in columns], first, path)
+    _check_first_line(heads, path)
     return Table(np.stack([_numbers(column, n, first, path) for n, column in enumerate(columns)], axis=1), first)
 
 
@@ -163,6 +165,17 @@ def _is_name(cell: str) -> bool:
         starts_like_a_number = re.match(r"[+-]?[.,]?\d", cell)
         return any(map(str.isalpha, cell)) and not starts_like_a_number and cell not in _NO_NAMES
     return False
+
+
+def _check_first_line(heads: list[str], path: Path) -> None:
+    """Raises ValueError for a first line of names and of cells that are neither sure names nor numbers."""
+    others = [(n, head) for n, head in enumerate(heads) if not _is_name(head)]
+    if len(others) < len(heads):
+        for n, head in others:
+            if not re.match(_NUMBER, head.strip().replace(",", "."), re.ASCII):
+                raise ValueError(
+                    f"path: expected a number, or names in the whole line, got {head!r:.40} {place(path, 1, n)}"
+                )
 
 
 def _with_points(columns: list[Any], first: int, path: Path) -> list[Any]:

@@ -192,3 +192,31 @@ def test_bad_vectors_are_named(array, message):
     """What is not a set of finite vectors of one length is refused at the boundary."""
     with pytest.raises(ValueError, match=message):
         VectorSplits(VECTORS, VECTORS, array)
+
+
+@pytest.mark.parametrize("kind", ["csv", "npy"])
+def test_vectors_that_are_repeated(tmp_path, kind):
+    """They are kept, with a warning that names two of them."""
+    rows = np.concatenate([VECTORS[:20], VECTORS[[3]], VECTORS[20:], VECTORS[[3, 7]]])
+    if kind == "csv":
+        write_csv(tmp_path / "a.csv", rows, "x,y,z")
+        message = r"3 of the 43 vectors in .*a\.csv repeat an earlier one, first line 22 that of line 5:"
+    else:
+        np.save(tmp_path / "a.npy", rows)
+        message = r"3 of the 43 vectors in .*a\.npy repeat an earlier one, first row 20 that of row 3:"
+    with pytest.warns(UserWarning, match=message):
+        data = load_vectors(tmp_path / f"a.{kind}")
+    assert sum(map(len, (data.train, data.validation, data.test))) == 43
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f2", ">f4", ">f8", "u1", ">i2", "<i4", ">i8", "<u8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_numbers_are_those_of_the_array(tmp_path, dtype, order):
+    """Byte order, order of axes and dtype do not change a number."""
+    numbers = np.asarray(120 + 40 * VECTORS).astype(dtype)
+    np.save(tmp_path / "a.npy", np.asarray(numbers, order=order))
+    data = load_vectors(tmp_path / "a.npy")
+    expected = numbers.astype(np.float32 if "f" in dtype and "8" not in dtype else np.float64)
+    assert data.train.dtype == expected.dtype and data.train.flags.c_contiguous
+    found = np.concatenate([data.train, data.validation, data.test])
+    np.testing.assert_array_equal(np.sort(found, axis=0), np.sort(expected, axis=0))
