@@ -8,12 +8,13 @@ nats is log p(x), in the units of the data. The flow itself divides by the std (
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 
 _FAR = 2.0**8  # standard deviations from zero beyond which a column is shifted: float32 then keeps 16 bits of one
-_FEW = 2.0**12  # steps of float32 in a standard deviation below which a column loses much
+_PARTS = 4096  # of a standard deviation: a column that is rounded to more of it has lost much
 _STDS = 1e-30, 1e30  # the smallest and the largest std: float32 ends at 1e-38 and 1e38
 
 
@@ -42,8 +43,8 @@ def units_of(train: np.ndarray, place: str) -> Units:
       place: words for where they are from, for errors.
 
     Raises:
-      ValueError: for a column with one value in all rows, which has no density, or with a std outside 1e-30..1e30. The
-        message names the column, counted from 1, and the place.
+      ValueError: for fewer than two vectors, a column with one value in all rows, which has no density, or with a std
+        outside 1e-30..1e30. The message names the column, counted from 1, and the place.
 
     Example:
       >>> from resflow_jax.data.units import units_of
@@ -53,6 +54,8 @@ def units_of(train: np.ndarray, place: str) -> Units:
       ((1700041000.0,), 24920)
     """
     train = np.asarray(train, np.float64)
+    if len(train) < 2:
+        raise ValueError(f"path: expected at least 2 vectors to train on, got {len(train)} of {place}")
     center = train.mean(axis=0)
     if not np.isfinite(center).all():
         center = (train / len(train)).sum(axis=0)
@@ -114,20 +117,39 @@ def in_own_units(vectors: np.ndarray, shift: tuple[float, ...] | None) -> np.nda
     return np.asarray(vectors, np.float64) + np.asarray(shift)
 
 
-def rounded_columns(vectors: np.ndarray, shift: tuple[float, ...] | None) -> list[int]:
-    """The columns, from 0, of which `shifted` keeps less than 12 bits of a standard deviation, by its rounding.
+def rounded_columns(vectors: np.ndarray, shift: tuple[float, ...] | None = None) -> list[int]:
+    """The columns, from 0, that float32 minus the shift rounds to more than 1/4096 of their standard deviation.
 
-    Nothing is rounded of float32 vectors without a shift. Columns with one value do not count.
+    Float32 vectors without a shift are not rounded. Columns with one value do not count.
+
+    Example:
+      >>> from resflow_jax.data.units import rounded_columns
+      >>> times = 1.7e9 + 3600.0 * np.arange(24)[:, None]
+      >>> rounded_columns(times), rounded_columns(times, (1.7e9,))
+      ([0], [])
     """
-    if shift is None and vectors.dtype == np.float32:
-        return []
-    varies = (vectors != vectors[0]).any(axis=0)
     if shift is not None:
         _check_length(shift, vectors.shape[1])
         vectors = np.asarray(vectors, np.float64) - np.asarray(shift)
-    largest = np.abs(vectors).max(axis=0)
-    std = np.std(vectors / np.where(largest > 0, largest, 1), axis=0)
-    return np.flatnonzero(varies & (std < _FEW * np.finfo(np.float32).eps)).tolist()
+    if vectors.dtype == np.float32:
+        return []
+    with np.errstate(over="ignore", invalid="ignore"):
+        size = np.abs(vectors).max(axis=0)
+        unit = np.where(size > 0, size, 1)  # squares neither overflow nor underflow
+        error = np.sqrt(np.mean(np.square((vectors.astype(np.float32) - vectors) / unit), axis=0))
+        std = np.std(vectors / unit, axis=0)
+    return np.flatnonzero((vectors != vectors[0]).any(axis=0) & ~(error <= std / _PARTS)).tolist()
+
+
+def warn_if_rounded(name: str, x: np.ndarray) -> None:
+    """Warns of elements of events x, float64 [N, ...], whose differences float32 rounds much."""
+    if columns := rounded_columns(np.reshape(x, (len(x), -1))):
+        where = np.unravel_index(columns[0], x.shape[1:])
+        warnings.warn(
+            f"{name}: float32 rounds x[:, {', '.join(map(str, where))}] to more than 1/{_PARTS} of its standard "
+            "deviation; subtract its mean in float64, which changes no log-density, or take another unit",
+            stacklevel=4,
+        )
 
 
 def _check_length(shift: tuple[float, ...], dim: int) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from resflow_jax.data.units import in_own_units, rounded_columns, shifted, units_of
+from resflow_jax.data.units import in_own_units, rounded_columns, shifted, units_of, warn_if_rounded
 
 RNG = np.random.default_rng(0)
 
@@ -48,6 +48,7 @@ def test_squares_do_not_overflow(scale):
             [[1.0, 3.0], [2.0, 3.0]],
             r"columns that vary, got 3\.0 in every training row of column 2 of here",
         ),
+        ([[1.0, 3.0]], "at least 2 vectors to train on, got 1 of here"),
         ([[1e-40, 0.0], [2e-40, 1.0]], r"between 1e-30 and 1e\+30, got 5e-41 in column 1 of here; take another unit"),
     ],
 )
@@ -67,6 +68,17 @@ def test_rounded_columns():
     assert rounded_columns(x, (1e5, 1e5, 0.0)) == [0]
     with pytest.raises(ValueError, match=r"data\.shift: expected 3 numbers, one for each column, got 2"):
         rounded_columns(x, (0.0, 1.0))
+
+
+def test_events_that_are_rounded():
+    """The warning names the element, far from zero or below the range of float32; others are silent."""
+    x = RNG.normal(size=(60, 3, 2))
+    warn_if_rounded("x", x)
+    for change in (lambda a: a + 1e5, lambda a: a * 1e-42, lambda a: a * 1e39):
+        other = x.copy()
+        other[:, 1, 0] = change(other[:, 1, 0])
+        with pytest.warns(UserWarning, match=r"x: float32 rounds x\[:, 1, 0\] to more than 1/4096 of its standard"):
+            warn_if_rounded("x", other)
 
 
 def test_numbers_beyond_float32_are_named():
