@@ -179,7 +179,7 @@ def as_images(array: np.ndarray, place: str | Path) -> np.ndarray:
 
 def _warn_if_dark(images: Images, place: str | Path) -> None:
     """Warns of images that were perhaps not meant as parts of 255. Images that are not in memory are not looked at."""
-    if isinstance(images, np.ndarray) and images.max() < _DARK:
+    if isinstance(images, np.ndarray) and 0 < images.max() < _DARK:
         warnings.warn(
             f"pixels in {place} are at most {images.max()}, and are taken as parts of 255: scale them if they have "
             "fewer levels",

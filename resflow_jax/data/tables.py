@@ -45,8 +45,9 @@ class Table(NamedTuple):
 def read_table(path: Path) -> Table:
     """Reads a file of one row of D numbers a line, in float64.
 
-    The separator is a tab, a semicolon or a bar where one of them is in every line; else a comma; else spaces. Where it
-    is no comma, or numbers are in double quotes, the decimal mark may be a comma. The text is UTF-8, UTF-16 or UTF-32
+    The separator is a tab, a semicolon or a bar where one of them is in most lines; else spaces, if most lines have
+    some and no comma is beside them; else a comma. Where it is no comma, or numbers are in double quotes, the decimal
+    mark may be a comma. The text is UTF-8, UTF-16 or UTF-32
     with a byte order mark, or Windows-1252, of which Latin-1 is a part. The first line holds names if all of its cells
     surely are no values: each has a letter, starts with no digit, and is no number, truth value or missing value.
 
@@ -110,14 +111,14 @@ def _quoted(separator: str) -> str:
 def _separator(text: str, path: Path) -> str:
     """The separator of cells; a comma for a table of one column."""
     lines = [re.sub(r'"(?:[^"\n]|"")*"', '""', line) for line in text.split("\n", _SAMPLE)[:_SAMPLE] if line]
-    in_all = [mark for mark in "\t;|" if all(mark in line for line in lines)]
-    if len(in_all) > 1:
-        raise ValueError(f"path: expected cells separated by one character, got {in_all} in every line of {path}")
-    if in_all:
-        return in_all[0]
-    if not any("," in line for line in lines) and all(len(line.split()) > 1 for line in lines):
-        return " "
-    return ","
+    marks = [mark for mark in "\t;|" if 2 * sum(mark in line for line in lines) > len(lines)]
+    if len(marks) > 1:
+        raise ValueError(f"path: expected cells separated by one character, got {marks} in most lines of {path}")
+    if marks:
+        return marks[0]
+    has_spaces = 2 * sum(len(line.split()) > 1 for line in lines) > len(lines)
+    separates = any(re.search(r"(^|\s),|,(\s|$)", line) for line in lines)  # a comma that is no decimal mark
+    return " " if has_spaces and not separates else ","
 
 
 def _columns(text: str, separator: str, path: Path) -> list[Any]:

@@ -23,7 +23,7 @@ class Units(NamedTuple):
 
     Attributes:
       shift: D numbers, zero for a column near zero; None if all are zero.
-      mean: D means of the shifted columns, with six digits.
+      mean: D means of the shifted columns, to 1e-5 of the std.
       std: D standard deviations, with six digits.
     """
 
@@ -78,15 +78,15 @@ def units_of(train: np.ndarray, place: str) -> Units:
             f"column {column + 1} of {place}; take another unit"
         )
     is_far = np.abs(train).max(axis=0) > _FAR * std
-    shift = tuple(_rounded(c, s) if far else 0.0 for c, s, far in zip(center, std, is_far, strict=True))
+    shift = tuple(_rounded(c, s, 1) if far else 0.0 for c, s, far in zip(center, std, is_far, strict=True))
     near = train - np.asarray(shift)  # their mean is finer than float64 at the place of the column
-    mean = tuple(float(f"{value:.6g}") for value in near.mean(axis=0))
+    mean = tuple(_rounded(value, s, 5) for value, s in zip(near.mean(axis=0), std, strict=True))
     return Units(shift if any(shift) else None, mean, tuple(float(f"{value:.6g}") for value in std))
 
 
-def _rounded(value: float, std: float) -> float:
-    """The value to the digit before that of its std."""
-    return round(float(value), 1 - math.floor(math.log10(std)))
+def _rounded(value: float, std: float, digits: int) -> float:
+    """The value, with some digits after the first one of its std."""
+    return round(float(value), digits - math.floor(math.log10(std)))
 
 
 def shifted(vectors: np.ndarray, shift: tuple[float, ...] | None) -> np.ndarray:
