@@ -1,5 +1,6 @@
 """Reads a user's images with their classes: a folder for each class, arrays in a .npz file, or the files of MNIST."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ def load_labelled_path(path: str | Path, *, bits: int = 8) -> LabelledImages:
         names, which are the names of the subfolders;
       - a .npz file with uint8 images [N, H, W, C] or [N, H, W] and integers [N] in the arrays images and labels, or in
         the arrays train and train_labels and, optionally, those of test and validation. The classes are 0, 1, ... up to
-        the largest label, or as many as the strings in the array names, if there is one;
+        the largest label, or as many as the strings in the array names, if there is one. Without names, a class that no
+        training image has is a warning;
       - a folder with the files of MNIST (train-images-idx3-ubyte, train-labels-idx1-ubyte and, optionally, those of
         t10k), compressed by gzip or not.
 
@@ -121,7 +123,7 @@ def _read_arrays(path: Path) -> _Parts:
         name: _as_labels(arrays[array], len(images[name]), most, f"{array} of {path}")
         for name, (_, array) in pairs.items()
     }
-    return images, labels, _names(labels) if names is None else tuple(names.tolist())
+    return images, labels, _names(labels, path) if names is None else tuple(names.tolist())
 
 
 def _read_idx(path: Path) -> _Parts:
@@ -131,7 +133,7 @@ def _read_idx(path: Path) -> _Parts:
         name: _as_labels(read_idx_labels(file), len(images[name]), _MOST_CLASSES, str(file))
         for name, (_, file) in files.items()
     }
-    return images, labels, _names(labels)
+    return images, labels, _names(labels, path)
 
 
 def _as_labels(labels: np.ndarray, number: int, classes: int, place: str) -> np.ndarray:
@@ -147,5 +149,14 @@ def _as_labels(labels: np.ndarray, number: int, classes: int, place: str) -> np.
     return labels.astype(np.int32)
 
 
-def _names(labels: dict[str, np.ndarray]) -> tuple[str, ...]:
-    return number_names(1 + max(int(numbers.max()) for numbers in labels.values()))
+def _names(labels: dict[str, np.ndarray], path: Path) -> tuple[str, ...]:
+    """The numbers up to the largest label as names. Warns of numbers that no training image has."""
+    classes = 1 + max(int(numbers.max()) for numbers in labels.values())
+    missing = np.setdiff1d(np.arange(classes), labels["train"])
+    if len(missing):
+        warnings.warn(
+            f"{len(missing)} of the {classes} classes 0..{classes - 1} have no training image in {path}, first class "
+            f"{missing[0]}; labels count from 0",
+            stacklevel=4,
+        )
+    return number_names(classes)

@@ -47,9 +47,9 @@ def read_table(path: Path) -> Table:
 
     The separator is a tab, a semicolon or a bar where one of them is in most lines; else spaces, if most lines have
     some and no comma is beside them; else a comma. Where it is no comma, or numbers are in double quotes, the decimal
-    mark may be a comma. The text is UTF-8, UTF-16 or UTF-32
-    with a byte order mark, or Windows-1252, of which Latin-1 is a part. The first line holds names if all of its cells
-    surely are no values: each has a letter, starts with no digit, and is no number, truth value or missing value.
+    mark may be a comma. The text is UTF-8, UTF-16 or UTF-32 with a byte order mark, or Windows-1252, of which Latin-1
+    is a part. The first line holds names if all of its cells surely are no values: each has a letter, starts with no
+    digit, and is no number, truth value or missing value.
 
     Raises:
       ValueError: for text that is no such table, rows of different lengths, cells that are no numbers, and numbers that
@@ -67,9 +67,48 @@ def read_table(path: Path) -> Table:
     first = 1 + all(map(_is_name, heads))
     if len(columns[0]) < first:
         raise _no_rows(path)
-    columns = _with_points([column.slice(first - 1) for column in columns], first, path)
     _check_first_line(heads, path)
-    return Table(np.stack([_numbers(column, n, first, path) for n, column in enumerate(columns)], axis=1), first)
+    cells = _Cells.of([column.slice(first - 1) for column in columns], first, path)
+    return Table(np.ascontiguousarray(_numbers(_with_points(cells)).reshape(len(columns), -1).T), first)
+
+
+class _Cells(NamedTuple):
+    """The trimmed cells of a table without its header, one column after the other.
+
+    Attributes:
+      values: strings [D * N], a chunked array of pyarrow.
+      rows: N.
+      first: number of the line of the first row.
+      path: the file.
+    """
+
+    values: Any
+    rows: int
+    first: int
+    path: Path
+
+    @classmethod
+    def of(cls, columns: list[Any], first: int, path: Path) -> "_Cells":
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        values = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+        return cls(pc.ascii_trim_whitespace(values), len(columns[0]), first, path)
+
+    def matches(self, pattern: str) -> np.ndarray:
+        """Whether a regular expression is found in each cell, bool [D * N]."""
+        import pyarrow.compute as pc
+
+        return pc.match_substring_regex(self.values, pattern).to_numpy()
+
+    def first_of(self, found: np.ndarray) -> str | None:
+        """The words for the first cell, line by line, of those where `found` is true; None if there is none."""
+        numbers = np.flatnonzero(found)
+        if not len(numbers):
+            return None
+        column, row = min((divmod(int(n), self.rows) for n in numbers), key=lambda pair: pair[::-1])
+        cell = self.values[column * self.rows + row].as_py()
+        return f"{cell!r:.40} {place(self.path, self.first + row, column)}"
 
 
 def place(path: Path, line: int, column: int) -> str:
@@ -179,62 +218,39 @@ def _check_first_line(heads: list[str], path: Path) -> None:
                 )
 
 
-def _with_points(columns: list[Any], first: int, path: Path) -> list[Any]:
-    """The trimmed cells of columns, with points in the place of decimal commas.
+def _with_points(cells: _Cells) -> _Cells:
+    """The cells with points in the place of decimal commas.
 
     Raises:
       ValueError: for numbers with points beside those with commas, and where commas may separate thousands.
     """
     import pyarrow.compute as pc
 
-    columns = [pc.ascii_trim_whitespace(column) for column in columns]
-    found = [(n, _first(pc.match_substring_regex(column, _WITH_COMMA))) for n, column in enumerate(columns)]
-    found = [(n, row) for n, row in found if row is not None]
-    if not found:
-        return columns
-    n, row = found[0]
-    where = f"{columns[n][row].as_py()!r} {place(path, first + row, n)}"
-    if not any(
-        pc.any(pc.and_(pc.match_substring(c, ","), pc.invert(pc.match_substring_regex(c, _THOUSANDS)))).as_py()
-        for c in columns
-    ):
+    found = cells.matches(_WITH_COMMA)
+    if not found.any():
+        return cells
+    where = cells.first_of(found)
+    if not (cells.matches(",") & ~cells.matches(_THOUSANDS)).any():
         raise ValueError(
             f"path: expected numbers without separators of thousands, got {where}, which may be a decimal comma or not"
         )
-    for m, column in enumerate(columns):
-        if (point := _first(pc.match_substring(column, "."))) is not None:
-            raise ValueError(
-                f"path: expected one decimal mark, got {where} and {column[point].as_py()!r:.40} "
-                f"{place(path, first + point, m)}"
-            )
-    return [pc.replace_substring(column, ",", ".") for column in columns]
+    if (other := cells.first_of(cells.matches(r"\."))) is not None:
+        raise ValueError(f"path: expected one decimal mark, got {where} and {other}")
+    return cells._replace(values=pc.replace_substring(cells.values, ",", "."))
 
 
-def _numbers(column: Any, number: int, first: int, path: Path) -> np.ndarray:
-    """The cells of one column as float64."""
+def _numbers(cells: _Cells) -> np.ndarray:
+    """The cells as float64 [D * N]."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    def fail(row: int, expected: str) -> ValueError:
-        return ValueError(
-            f"path: expected {expected}, got {column[row].as_py()!r:.40} {place(path, first + row, number)}"
-        )
+    def check(wrong: np.ndarray, expected: str) -> None:
+        if (where := cells.first_of(wrong)) is not None:
+            raise ValueError(f"path: expected {expected}, got {where}")
 
-    if (row := _first(pc.invert(pc.match_substring_regex(column, _NUMBER)))) is not None:
-        raise fail(row, "a number")
-    values = column.cast(pa.float64()).to_numpy()
-    if len(rows := np.flatnonzero(~np.isfinite(values))):
-        raise fail(int(rows[0]), "finite numbers within float64")
-    is_not_zero = pc.match_substring_regex(column, r"^[^eE]*[1-9]").to_numpy()
-    if len(rows := np.flatnonzero((values == 0) & is_not_zero)):
-        raise fail(int(rows[0]), "numbers within float64")
-    is_integer = pc.match_substring_regex(column, r"^[+-]?\d+$").to_numpy()
-    if len(rows := np.flatnonzero((np.abs(values) >= _LARGEST_INTEGER) & is_integer)):
-        raise fail(int(rows[0]), "integers below 2^53 in size")
+    check(~cells.matches(_NUMBER), "a number")
+    values = cells.values.cast(pa.float64()).to_numpy()
+    check(~np.isfinite(values), "finite numbers within float64")
+    check((values == 0) & cells.matches("^[^eE]*[1-9]"), "numbers within float64")
+    if (is_large := np.abs(values) >= _LARGEST_INTEGER).any():
+        check(is_large & cells.matches(r"^[+-]?\d+$"), "integers below 2^53 in size")
     return values
-
-
-def _first(found: Any) -> int | None:
-    """The index of the first true element of an array of pyarrow; None if there is none."""
-    rows = np.flatnonzero(found.to_numpy())
-    return int(rows[0]) if len(rows) else None

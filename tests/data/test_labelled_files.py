@@ -222,3 +222,16 @@ def test_what_is_wrong_is_named(tmp_path, name):
     write_bad(tmp_path / name)
     with pytest.raises((ValueError, FileNotFoundError), match=f"path: .*{message}"):
         load_labelled_path(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["npz", "idx"])
+def test_labels_that_count_from_one(tmp_path, kind):
+    """The class 0 stays, without an image, with a warning that names the file."""
+    if kind == "npz":
+        np.savez(tmp_path / "one", images=IMAGES, labels=LABELS + 1)
+    else:
+        write_idx(tmp_path / "one", labels=LABELS + 1)
+    path = tmp_path / ("one.npz" if kind == "npz" else "one")
+    with pytest.warns(UserWarning, match=r"1 of the 4 classes 0\.\.3 have no training image in .*one.*, first class 0"):
+        data = load_labelled_path(path)
+    assert data.labels.names == ("0", "1", "2", "3") and data.labels.train.min() == 1
