@@ -10,7 +10,7 @@ from resflow_jax.data.arrays import LABELS, by_split, read_named_arrays
 from resflow_jax.data.idx import idx_images, read_idx_images
 from resflow_jax.data.image_files import SUFFIXES, decode, find_files, is_visible, shape_of
 from resflow_jax.data.images import Images, ImageSplits, StoredImages, held_if_small, reduce_bits
-from resflow_jax.data.split_names import by_split_name, look_like_splits, split_of
+from resflow_jax.data.split_names import by_split_name, look_like_splits, splits_among
 from resflow_jax.data.splits import SPLITS, complete
 
 _DARK = 32  # pixels that are all below are perhaps not meant as parts of 255
@@ -79,7 +79,14 @@ def _of_bits(images: Images, bits: int) -> Images:
 def _read_folder(path: Path) -> dict[str, Images]:
     if idx := idx_images(path):
         return {name: as_images(read_idx_images(file), file) for name, file in idx.items()}
-    return {name: stored_files(image_files(folder)) for name, folder in split_folders(path).items()}
+    files = {name: image_files(folder) for name, folder in split_folders(path).items()}
+    if len(files) == 1 and len(splits := splits_among(file.stem for file in files["train"])) > 1:
+        warnings.warn(
+            f"the names of the files in {path} have the words {', '.join(sorted(splits))}, and are taken together: put "
+            "splits into folders",
+            stacklevel=3,
+        )
+    return {name: stored_files(own) for name, own in files.items()}
 
 
 def split_folders(path: Path) -> dict[str, Path]:
@@ -110,7 +117,7 @@ def _check_no_splits_inside(path: Path) -> None:
     """Raises ValueError if a subfolder, at any depth, has folders of two or more splits."""
     for parent, names, _ in os.walk(path):
         names[:] = sorted(filter(is_visible, names))
-        if Path(parent) != path and len({split_of(name) for name in names} - {None}) > 1:
+        if Path(parent) != path and len(splits_among(names)) > 1:
             raise ValueError(
                 f"path: expected the folders of splits in {path} itself, got {', '.join(names)} in {parent}"
             )

@@ -13,7 +13,7 @@ _SPLITS = {
     "testing": "test",
 }
 _OTHERS = {"dev", "eval", "evaluation", "holdout"}  # meant for one split or another
-_BESIDE = {"set", "data", "image", "images", "img", "imgs", "split", "x", "samples"}
+_BESIDE = {"set", "data", "image", "images", "img", "imgs", "split", "samples"}
 
 
 def split_of(name: str) -> str | None:
@@ -34,6 +34,14 @@ def by_split_name(names: Iterable[str]) -> dict[str, str] | None:
     return found if len(found) == len(names) and "train" in found and None not in found else None
 
 
+def splits_among(names: Iterable[str]) -> set[str]:
+    """The splits that words in names are for, in whatever other words: of "digits_train" and "testA" train and test.
+
+    "dev", "eval" and "holdout" count as splits of their own.
+    """
+    return {_SPLITS.get(word, word) for name in names for word in _words(name) if word in _SPLITS or word in _OTHERS}
+
+
 def look_like_splits(names: Iterable[str]) -> bool:
     """Whether any of some names, as of folders side by side, is perhaps for a split.
 
@@ -45,11 +53,12 @@ def look_like_splits(names: Iterable[str]) -> bool:
       >>> look_like_splits(["bullet_train", "cats"]), look_like_splits(["train2017", "cats"])
       (False, True)
     """
-    kinds = set()
-    for name in names:
-        words = set(re.findall(r"[a-z]+", name.lower()))
-        kinds_here = {_SPLITS.get(word, word) for word in words if word in _SPLITS or word in _OTHERS}
-        if kinds_here and words <= _SPLITS.keys() | _OTHERS | _BESIDE:
-            return True
-        kinds |= kinds_here
-    return len(kinds) > 1
+    names = list(names)
+    own = _SPLITS.keys() | _OTHERS | _BESIDE
+    alone = (name for name in names if all(word in own or len(word) == 1 for word in _words(name)))
+    return bool(splits_among(alone)) or len(splits_among(names)) > 1
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name, as "train" and "a" of "trainA_2017"."""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]

@@ -25,7 +25,8 @@ _MARKS = {  # longer ones first: that of UTF-32 starts with that of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _NO_NAMES = {"NA", "na", "N/A", "n/a", "#N/A", "#NA", "NULL", "Null", "null", "NONE", "None", "none", "NIL", "nil"}
-_NO_NAMES |= {"NaT", "missing", "Missing", "MISSING"}
+_NO_NAMES |= {"NaT", "<NA>", "n.a.", "N.A.", "(null)"}
+_NO_NAMES |= {form for word in ("missing", "unknown", "undefined") for form in (word, word.upper(), word.capitalize())}
 _NO_NAMES |= {form for word in ("true", "false", "yes", "no") for form in (word, word.upper(), word.capitalize())}
 _SAMPLE = 100  # lines that the separator is determined from
 
@@ -49,7 +50,7 @@ def read_table(path: Path) -> Table:
     some and no comma is beside them; else a comma. Where it is no comma, or numbers are in double quotes, the decimal
     mark may be a comma. The text is UTF-8, UTF-16 or UTF-32 with a byte order mark, or Windows-1252, of which Latin-1
     is a part. The first line holds names if all of its cells surely are no values: each has a letter, starts with no
-    digit, and is no number, truth value or missing value.
+    digit, is no number, truth value or missing value, and differs from the others.
 
     Raises:
       ValueError: for text that is no such table, rows of different lengths, cells that are no numbers, and numbers that
@@ -64,7 +65,7 @@ def read_table(path: Path) -> Table:
         text = "\n".join(" ".join(line.split()) for line in text.split("\n"))
     columns = _columns(text, separator, path)
     heads = [column[0].as_py() for column in columns]
-    first = 1 + all(map(_is_name, heads))
+    first = 1 + _are_names(heads)
     if len(columns[0]) < first:
         raise _no_rows(path)
     _check_first_line(heads, path)
@@ -194,6 +195,14 @@ def _columns(text: str, separator: str, path: Path) -> list[Any]:
             ) from error
         raise ValueError(f"path: expected a .csv file, could not read {path}: {error}") from error
     return [table[f"f{n}"] for n in range(width)]
+
+
+def _are_names(cells: list[str]) -> bool:
+    """Whether the cells of a line are surely the names of columns: all names, all different, and not only T and F."""
+    cells = [cell.strip() for cell in cells]
+    letters = set("".join(cells).upper())
+    is_truth = len(cells) > 1 and set(map(len, cells)) == {1} and (letters <= set("TF") or letters <= set("YN"))
+    return all(map(_is_name, cells)) and len(set(cells)) == len(cells) and not is_truth
 
 
 def _is_name(cell: str) -> bool:

@@ -116,6 +116,15 @@ def test_files_that_are_no_images(tmp_path):
     np.testing.assert_array_equal(again.train, plain.train)
 
 
+def test_splits_in_names_of_files(tmp_path):
+    """They are no folders: the images are taken together, with a warning."""
+    for n, image in enumerate(COLOUR):
+        Image.fromarray(image).save(tmp_path / f"{'train' if n < 30 else 'test'}_{n:02}.png")
+    with pytest.warns(UserWarning, match=r"names of the files in .* have the words test, train, and are taken"):
+        data = files.load_path(tmp_path)
+    assert as_set(data.train, data.validation, data.test) == as_set(COLOUR)
+
+
 @pytest.mark.parametrize("kind", ["folder", "npy", "idx"])
 def test_dark_images_are_named(tmp_path, kind):
     """Pixels with fewer levels than 256 would be cut, or be worth few bits."""
@@ -204,6 +213,13 @@ BAD = {
         "expected the folder train and, .* got Valid, train, val in",
     ),
     "no-train": (folders("TEST", "Val"), ValueError, "expected the folder train and, .* got TEST, Val in"),
+    "letters": (folders("trainA", "testA"), ValueError, "expected the folder train and, .* got testA, trainA in"),
+    "sets": (folders("TestSet", "ValSet"), ValueError, "expected the folder train and, .* got TestSet, ValSet in"),
+    "deeper": (
+        folders("a/train_1", "a/test_1"),
+        ValueError,
+        "splits in .*deeper itself, got test_1, train_1",
+    ),
     "inside": (
         folders("cats/train", "cats/test", "dogs/train", "dogs/test"),
         ValueError,

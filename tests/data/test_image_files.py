@@ -55,6 +55,16 @@ def png(path, array, depth, colour, width=6):
     )
 
 
+def tif16(path, array):
+    """A file with colours of 16 bits, which Pillow cannot write."""
+    height, width, channels = array.shape
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14)]
+    tags += [(277, 3, 1, channels), (278, 3, 1, height), (279, 4, 1, array.nbytes)]
+    head = b"II*\0" + struct.pack("<I", 14 + array.nbytes) + struct.pack("<HHH", 16, 16, 16)
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    path.write_bytes(head + array.tobytes() + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
 @pytest.mark.parametrize("turn", TURNS)
 def test_orientation_is_applied(tmp_path, suffix, turn):
@@ -112,6 +122,7 @@ BAD = {
     "colour16.png": (lambda path: png(path, RNG.integers(0, 2**16, (4, 6, 3)).astype(">u2"), 16, 2), "mode RGB;16B in"),
     "alpha16.png": (lambda path: png(path, RNG.integers(0, 2**16, (4, 6, 4)).astype(">u2"), 16, 6), "mode RGBA;16B in"),
     "grey_alpha16.png": (lambda path: png(path, np.full((4, 6, 2), 65535, ">u2"), 16, 4), "mode LA;16B in"),
+    "colour16.tif": (lambda path: tif16(path, RNG.integers(0, 2**16, (4, 6, 3)).astype("<u2")), "mode RGB;16L in"),
     "float.tif": (lambda path: Image.fromarray(GREY[..., 0] / np.float32(255)).save(path), "got mode F in"),
     "int.tif": (lambda path: Image.fromarray(GREY[..., 0].astype(np.int32)).save(path), "got mode I in"),
     "cmyk.jpg": (lambda path: image_of(COLOUR).convert("CMYK").save(path), "grey or RGB images, got mode CMYK in"),

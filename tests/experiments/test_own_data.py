@@ -106,6 +106,7 @@ def test_training_does_not_depend_on_the_unit(tmp_path):
         samples[name] = sample.run(SampleConfig(config.workdir, number=8, batch_size=8))
         again = evaluate.run(EvaluateConfig(config.workdir, other=(str(tmp_path / f"{name}.csv"),)))
         assert again["test"]["log_prob"] == pytest.approx(results[name].mean, rel=1e-6)
+        assert again["other"][str(tmp_path / f"{name}.csv")]["auroc"] == pytest.approx(0.5, abs=1e-9)
         assert "likelihoods and samples" in (config.workdir / "report.html").read_text()
     log_det = 2 * np.log(1e6)
     assert len(curves["one"]) == 6 and curves["one"][-1] != curves["one"][0]
