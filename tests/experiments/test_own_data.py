@@ -135,3 +135,16 @@ def test_a_constant_column_is_refused(tmp_path):
         ValueError, match=r"columns that vary, got 7\.0 in every training row of column 2 of .*rows\.npy"
     ):
         fitted_to_data(CONFIGS["vectors"], ["--data.path", str(tmp_path / "rows.npy")])
+
+
+def test_units_are_those_of_the_training_split(tmp_path):
+    """Other splits do not change them."""
+    train = np.random.default_rng(0).normal(size=(50, 2)) + np.asarray([0.0, 1e7])
+    np.savez(tmp_path / "rows.npz", train=train, validation=train + 9, test=7 * train)
+    config = fitted_to_data(CONFIGS["vectors"], ["--data.path", str(tmp_path / "rows.npz")])
+    shift = np.asarray(config.data.shift)
+    np.testing.assert_allclose(config.model.data.mean + shift, train.mean(axis=0), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(config.model.data.std, train.std(axis=0), rtol=1e-5)
+    assert config.model.dim == 2 and shift[0] == 0
+    splits = load_vectors_of(dataclasses.replace(config.data, path=tmp_path / "rows.npz"))
+    np.testing.assert_allclose(splits.validation.astype(float) + shift, train + 9, rtol=0, atol=1e-5)
