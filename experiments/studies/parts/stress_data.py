@@ -121,6 +121,8 @@ def _wrong_cell(path: Path, rng: Random) -> str | None:
     cells, separator, has_names = _cells(rng, _numbers(rng))
     row, column = int(rng.integers(has_names, len(cells))), int(rng.integers(len(cells[0])))
     wrong = _NO_NUMBERS if separator != " " else [cell for cell in _NO_NUMBERS if len(cell.split()) == 1]
+    if len(cells[0]) == 1 and row == 0:
+        wrong = [cell for cell in wrong if cell != "x"]  # would be the name of the column
     cells[row][column] = str(rng.choice(wrong))
     path.write_text("\n".join(separator.join(row) for row in cells) + "\n", encoding="utf-8")
     if len(cells[0]) == 1 and cells[row] == [""] and row == len(cells) - 1:
