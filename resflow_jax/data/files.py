@@ -1,6 +1,5 @@
 """Reads a user's images: a folder of image files, an array in a .npy or .npz file, or IDX files like those of MNIST."""
 
-import os
 import warnings
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from resflow_jax.data.arrays import LABELS, by_split, read_named_arrays
 from resflow_jax.data.idx import idx_images, read_idx_images
-from resflow_jax.data.image_files import SUFFIXES, decode, find_files, is_visible, shape_of
+from resflow_jax.data.image_files import SUFFIXES, decode, find_files, is_visible, shape_of, visible_folders
 from resflow_jax.data.images import Images, ImageSplits, StoredImages, held_if_small, reduce_bits
 from resflow_jax.data.split_names import by_split_name, look_like_splits, splits_among
 from resflow_jax.data.splits import SPLITS, complete
@@ -115,9 +114,8 @@ def split_folders(path: Path) -> dict[str, Path]:
 
 def _check_no_splits_inside(path: Path) -> None:
     """Raises ValueError if a subfolder, at any depth, has folders of two or more splits."""
-    for parent, names, _ in os.walk(path):
-        names[:] = sorted(filter(is_visible, names))
-        if Path(parent) != path and len(splits_among(names)) > 1:
+    for parent, names, _ in visible_folders(path):
+        if parent != path and len(splits_among(names)) > 1:
             raise ValueError(
                 f"path: expected the folders of splits in {path} itself, got {', '.join(names)} in {parent}"
             )

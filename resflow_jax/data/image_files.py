@@ -4,6 +4,7 @@ Orientation of cameras (EXIF) is applied. Refused are files of more than 8 bits 
 without a word; more than one frame or page; pixels that are not opaque; and colours of other kinds than grey and RGB.
 """
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +25,31 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
     An image file is one whose name ends in one of `SUFFIXES`. Hidden files, those in hidden folders, and those that
     systems leave behind are neither.
+
+    Raises:
+      OSError: if a folder cannot be listed; the message names it.
     """
-    images, others = [], []
-    for file in sorted(folder.rglob("*")):
-        if all(map(is_visible, file.relative_to(folder).parts)) and not file.is_dir():
-            (images if file.suffix.lower() in SUFFIXES else others).append(file)
-    return images, others
+    files = sorted(parent / name for parent, _, names in visible_folders(folder) for name in names)
+    images = [file for file in files if file.suffix.lower() in SUFFIXES]
+    return images, [file for file in files if file.suffix.lower() not in SUFFIXES]
+
+
+def visible_folders(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """A folder and all below: each with the names of its own folders and of its files that are visible.
+
+    Links to folders are followed, except to one that the link lies in.
+
+    Raises:
+      OSError: as `find_files`.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for name, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        parent, here = Path(name), Path(name).resolve()
+        folders[:] = sorted(n for n in folders if is_visible(n) and not here.is_relative_to((parent / n).resolve()))
+        yield parent, folders, list(filter(is_visible, files))
 
 
 def is_visible(name: str) -> bool:

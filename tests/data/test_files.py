@@ -116,6 +116,19 @@ def test_files_that_are_no_images(tmp_path):
     np.testing.assert_array_equal(again.train, plain.train)
 
 
+def test_links_to_folders(tmp_path):
+    """They are followed, and one to a folder that it lies in is not."""
+    write_folder(tmp_path / "plain", COLOUR)
+    (tmp_path / "linked" / "more").mkdir(parents=True)
+    for name in ("0", "1"):
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "plain" / name)
+    (tmp_path / "linked" / "more" / "2").symlink_to(tmp_path / "plain" / "2")
+    (tmp_path / "linked" / "more" / "loop").symlink_to(tmp_path / "linked")
+    plain, linked = files.load_path(tmp_path / "plain"), files.load_path(tmp_path / "linked")
+    for name in files.SPLITS:
+        np.testing.assert_array_equal(getattr(linked, name), getattr(plain, name))
+
+
 def test_splits_in_names_of_files(tmp_path):
     """They are no folders: the images are taken together, with a warning."""
     for n, image in enumerate(COLOUR):
