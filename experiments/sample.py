@@ -203,7 +203,8 @@ def spherical(start: Array, end: Array, t: Array) -> Array:
 def write_vectors(workdir: Path, samples: np.ndarray, task: VectorTask, config: SampleConfig) -> None:
     """Writes the picture, and samples.npz if the config asks for it."""
     title = f"{task.name}: data and samples at temperature {config.temperature:g}"
-    pictures.save_scatter(workdir / "samples.png", task.splits.train[: len(samples)], samples, title)
+    data = task.in_own_units(task.splits.train[: len(samples)])
+    pictures.save_scatter(workdir / "samples.png", data, samples, title)
     if "npz" in config.format:
         np.savez(workdir / "samples.npz", vectors=samples)
 

@@ -316,9 +316,13 @@ class VectorDataConfig:
     Attributes:
       path: a .npy, .npz or .csv file; see `resflow_jax.data.vectors.load_vectors`. By default 30 measurements
         of 569 cell nuclei that scikit-learn ships.
+      shift: D numbers that are subtracted from the vectors, in float64, before they become float32; by default none.
+        Samples have it added. The command sets it for columns of `path` that are far from zero; see
+        `resflow_jax.data.units`.
     """
 
     path: Path | None = None
+    shift: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,10 @@
-"""Fits the model to the user's own data: to the shape of images, or the dimension of vectors."""
+"""Fits the model to the user's own data: to the shape of images, or the dimension and the units of vectors."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from experiments.configs.base import DensityConfig, RunConfig, VectorsConfig
 from experiments.configs.classification import ClassifyConfig
@@ -10,14 +12,18 @@ from experiments.runs.choices import value_of
 from resflow_jax import ClassifierConfig, ImageFlowConfig
 from resflow_jax.data.files import image_shape
 from resflow_jax.data.labelled_files import load_labelled_path
+from resflow_jax.data.units import units_of
 from resflow_jax.data.vectors import load_vectors
 
 
 def fitted_to_data(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """The config with its model fitted to the size of the data of `--data.path`, if the arguments have it.
 
+    A flow on vectors also gets the mean and the std of the training split, and its data the shift of columns that are
+    far from zero.
+
     Raises:
-      FileNotFoundError, ValueError: as `image_shape` and `load_vectors`.
+      FileNotFoundError, ValueError: as `image_shape`, `load_vectors` and `units_of`.
     """
     path = value_of("data.path", arguments)
     if path is None:
@@ -28,8 +34,15 @@ def fitted_to_data(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
         data = load_labelled_path(Path(path))
         return replace(config, model=_fitted_classifier(config.model, data.shape, data.labels.classes))
     if isinstance(config, VectorsConfig):
-        return replace(config, model=replace(config.model, dim=load_vectors(path).dim))
+        return fitted_to_vectors(config, load_vectors(path).train, path)
     return config
+
+
+def fitted_to_vectors(config: VectorsConfig, train: np.ndarray, place: str) -> VectorsConfig:
+    """The config with the dimension and the units of training vectors [N, D], as they were read from a place."""
+    units = units_of(train, place)
+    model = replace(config.model, dim=len(units.mean), data=replace(config.model.data, mean=units.mean, std=units.std))
+    return replace(config, model=model, data=replace(config.data, shift=units.shift))
 
 
 def _fitted_classifier(model: ClassifierConfig, shape: tuple[int, int, int], classes: int) -> ClassifierConfig:

@@ -75,13 +75,13 @@ def image_splits(task: Task) -> ImageSplits | None:
 def drawn_samples(
     decode: Decode, saved: SavedFlow, number: int, seed: int, temperature: float, label: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns samples, bytes [N, H, W, C] or vectors [N, D], and whether the solve of each converged."""
+    """Returns samples, bytes [N, H, W, C] or vectors [N, D] in the units of the data, and whether each converged."""
     images = image_splits(saved.task)
     batches = decode(base_latents(saved.flow, seed, temperature, label), number)
     if images is not None:
         batches = ((to_bytes(x, images.levels), converged) for x, converged in batches)
     samples, converged = map(np.concatenate, zip(*batches, strict=True))
-    return samples, converged
+    return samples if images is not None else saved.task.in_own_units(samples), converged
 
 
 def base_latents(flow: Flow, seed: int, temperature: float, label: int | None = None) -> Latents:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from resflow_jax.data.split_names import by_split_name, look_like_splits
 from resflow_jax.data.splits import SPLITS
 
 # arrays of labels and of names of classes, which may stand beside images
@@ -38,12 +39,16 @@ def read_named_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def by_split(arrays: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
-    """One array of any name as "train"; more as they are, if their names are those of splits, as in `read_arrays`."""
-    if len(arrays) == 1:
+    """One array as "train", unless its name is that of another split; more by their names, as in `read_arrays`.
+
+    Names of splits may be in any case, and short, as "val".
+    """
+    splits = by_split_name(arrays)
+    if splits is not None:
+        return {split: arrays[name] for split, name in splits.items()}
+    if len(arrays) == 1 and not look_like_splits(arrays):
         return {"train": next(iter(arrays.values()))}
-    if "train" not in arrays or not set(arrays) <= set(SPLITS):
-        raise ValueError(
-            f"path: expected one array, or arrays named train, test and validation, got "
-            f"{', '.join(arrays) or 'none'} in {path}"
-        )
-    return arrays
+    raise ValueError(
+        f"path: expected one array, or arrays named train, test and validation, got {', '.join(arrays) or 'none'} in "
+        f"{path}"
+    )

@@ -1,18 +1,18 @@
 """Reads a user's images: a folder of image files, an array in a .npy or .npz file, or IDX files like those of MNIST."""
 
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 from resflow_jax.data.arrays import LABELS, by_split, read_named_arrays
 from resflow_jax.data.idx import idx_images, read_idx_images
+from resflow_jax.data.image_files import SUFFIXES, decode, find_files, is_visible, shape_of, visible_folders
 from resflow_jax.data.images import Images, ImageSplits, StoredImages, held_if_small, reduce_bits
+from resflow_jax.data.split_names import by_split_name, look_like_splits, splits_among
 from resflow_jax.data.splits import SPLITS, complete
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-_SPLIT_LIKE = {*SPLITS, "val", "valid", "dev", "training", "testing"}
-_GREY = ("1", "L", "LA")  # modes of files with one channel
+_DARK = 32  # pixels that are all below are perhaps not meant as parts of 255
 
 
 def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
@@ -20,7 +20,9 @@ def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
 
     The path is one of
 
-      - a folder of image files, at any depth, or a folder with the subfolders train, test and optionally validation;
+      - a folder of image files, at any depth, or a folder with the subfolders train, test and optionally validation.
+        Files are read as `resflow_jax.data.image_files.decode` says; files that are no images by their names are left
+        out with a warning, hidden ones without;
       - a .npy file of uint8 images [N, H, W, C] or [N, H, W]; a .npz file with one such array, or with the arrays
         train, test and optionally validation. Arrays of labels, as `load_labelled_path` takes, are ignored;
       - an IDX file of images, or a folder with the files of MNIST (train-images-idx3-ubyte, t10k-images-idx3-ubyte),
@@ -38,8 +40,9 @@ def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
 
     Raises:
       FileNotFoundError: if nothing is at the path, or there is no image inside.
-      ValueError: if a file cannot be read, or images differ in shape; the message names the file. Also if a folder has
-        subfolders named like splits, but not those above.
+      ValueError: if a file cannot be read, has more than 8 bits a pixel can hold, or images differ in shape; the
+        message names the file. Also if a folder has subfolders named like splits, but not those above, or an array is
+        perhaps one image, or has its channels before its rows.
     """
     path = Path(path)
     if not path.exists():
@@ -56,8 +59,8 @@ def image_shape(path: str | Path) -> tuple[int, int, int]:
     """
     path = Path(path)
     is_folder = path.is_dir() and not idx_images(path)
-    first = min(_find_images(path), default=None) if is_folder else None
-    return load_path(path).shape if first is None else _shape(first)
+    found = find_files(path)[0] if is_folder else []
+    return shape_of(found[0]) if found else load_path(path).shape
 
 
 def split(parts: dict[str, Images], *, bits: int = 8) -> ImageSplits:
@@ -75,31 +78,62 @@ def _of_bits(images: Images, bits: int) -> Images:
 def _read_folder(path: Path) -> dict[str, Images]:
     if idx := idx_images(path):
         return {name: as_images(read_idx_images(file), file) for name, file in idx.items()}
-    return {name: stored_files(image_files(folder)) for name, folder in split_folders(path).items()}
+    files = {name: image_files(folder) for name, folder in split_folders(path).items()}
+    if len(files) == 1 and len(splits := splits_among(file.stem for file in files["train"])) > 1:
+        warnings.warn(
+            f"the names of the files in {path} have the words {', '.join(sorted(splits))}, and are taken together: put "
+            "splits into folders",
+            stacklevel=3,
+        )
+    return {name: stored_files(own) for name, own in files.items()}
 
 
 def split_folders(path: Path) -> dict[str, Path]:
     """The subfolders of a folder by split; without subfolders named like splits, the folder itself as "train".
 
+    Names of splits may be in any case, and short, as "val".
+
     Raises:
-      ValueError: if there are subfolders named like splits, but not "train", or others beside them.
+      ValueError: if there are subfolders named like splits, but not "train", others beside them, or image files beside
+        them; and if folders named like splits lie deeper.
     """
-    folders = {folder.name for folder in path.iterdir() if folder.is_dir()}
-    if not folders & _SPLIT_LIKE:
-        return {"train": path}
-    if "train" not in folders or not folders <= set(SPLITS):
+    folders = {folder.name: folder for folder in sorted(path.iterdir()) if folder.is_dir() and is_visible(folder.name)}
+    splits = by_split_name(folders)
+    if splits is None and look_like_splits(folders):
         raise ValueError(
-            f"path: expected the folder train and, optionally, test and validation, got "
-            f"{', '.join(sorted(folders))} in {path}"
+            f"path: expected the folder train and, optionally, test and validation, got {', '.join(folders)} in {path}"
         )
-    return {name: path / name for name in SPLITS if name in folders}
+    if splits is None:
+        _check_no_splits_inside(path)
+        return {"train": path}
+    loose = [file for file in sorted(path.iterdir()) if file.is_file() and file.suffix.lower() in SUFFIXES]
+    if loose and is_visible(loose[0].name):
+        raise ValueError(f"path: expected images in the folders {', '.join(folders)} alone, got {loose[0]}")
+    return {split: folders[splits[split]] for split in SPLITS if split in splits}
+
+
+def _check_no_splits_inside(path: Path) -> None:
+    """Raises ValueError if a subfolder, at any depth, has folders of two or more splits."""
+    for parent, names, _ in visible_folders(path):
+        if parent != path and len(splits_among(names)) > 1:
+            raise ValueError(
+                f"path: expected the folders of splits in {path} itself, got {', '.join(names)} in {parent}"
+            )
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder, at any depth, sorted by name. Raises FileNotFoundError if there are none."""
-    files = sorted(_find_images(folder))
+    """The image files in a folder, at any depth, sorted by name; see `resflow_jax.data.image_files.find_files`.
+
+    Warns of other files. Raises FileNotFoundError if there are no image files.
+    """
+    files, others = find_files(folder)
     if not files:
         raise FileNotFoundError(f"path: expected image files ({', '.join(SUFFIXES)}) in {folder}, found none")
+    if others:
+        warnings.warn(
+            f"{len(others)} of the files in {folder} are no images by their names and are left out, first {others[0]}",
+            stacklevel=4,
+        )
     return files
 
 
@@ -109,51 +143,21 @@ def stored_files(files: list[Path]) -> Images:
     Raises:
       ValueError: if a file cannot be read, or has another shape than the first; the message names it.
     """
-    first = _shape(files[0])
+    first = shape_of(files[0])
     for file in files[1:]:
-        if _shape(file) != first:
-            raise ValueError(
-                f"path: expected images of one shape, got {first} in {files[0]} and {_shape(file)} in {file}"
-            )
-    images = StoredImages(lambda numbers: np.stack([_decode(files[n]) for n in numbers]), np.arange(len(files)))
-    return held_if_small(images)
-
-
-def _find_images(folder: Path) -> Iterator[Path]:
-    """The image files of a folder, in any depth."""
-    return (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-
-
-def _shape(file: Path) -> tuple[int, int, int]:
-    """(H, W, C) of an image file, without decoding it. Grey images have one channel, all others three."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"path: expected images of 8 bits a pixel, got mode {image.mode} in {file}")
-            return image.height, image.width, 1 if image.mode in _GREY else 3
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"path: expected an image file, could not read {file}: {error}") from error
-
-
-def _decode(file: Path) -> np.ndarray:
-    """Decodes an image file to uint8 [H, W, C]. Transparency is ignored."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"path: expected an image file, could not read {file}: {error}") from error
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+        if (shape := shape_of(file)) != first:
+            raise ValueError(f"path: expected images of one shape, got {first} in {files[0]} and {shape} in {file}")
+    images = StoredImages(lambda numbers: np.stack([decode(files[n]) for n in numbers]), np.arange(len(files)))
+    images = held_if_small(images)
+    _warn_if_dark(images, files[0].parent)
+    return images
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
     if path.suffix.lower() not in (".npy", ".npz"):
         return {"train": as_images(read_idx_images(path), path)}
     arrays = read_named_arrays(path)
-    images = by_split({name: array for name, array in arrays.items() if name not in LABELS} or arrays, path)
+    images = by_split({name: array for name, array in arrays.items() if name.lower() not in LABELS} or arrays, path)
     return {name: as_images(array, f"{name} of {path}" if len(images) > 1 else path) for name, array in images.items()}
 
 
@@ -167,4 +171,22 @@ def as_images(array: np.ndarray, place: str | Path) -> np.ndarray:
         raise ValueError(
             f"path: expected uint8 images [N, H, W, C] or [N, H, W], got {array.dtype} {array.shape} in {place}"
         )
+    height, width, channels = array.shape[-3:]
+    if array.ndim == 3 and channels in (1, 3, 4) and min(height, width) >= 8:
+        raise ValueError(f"path: expected images [N, H, W], got shape {array.shape}, perhaps of one image, in {place}")
+    if array.ndim == 4 and height in (1, 3) and min(width, channels) > 4:
+        raise ValueError(
+            f"path: expected images [N, H, W, C], got shape {array.shape}, perhaps [N, C, H, W], in {place}"
+        )
+    _warn_if_dark(array, place)
     return array[..., None] if array.ndim == 3 else array
+
+
+def _warn_if_dark(images: Images, place: str | Path) -> None:
+    """Warns of images that were perhaps not meant as parts of 255. Images that are not in memory are not looked at."""
+    if isinstance(images, np.ndarray) and 0 < images.max() < _DARK:
+        warnings.warn(
+            f"pixels in {place} are at most {images.max()}, and are taken as parts of 255: scale them if they have "
+            "fewer levels",
+            stacklevel=5,
+        )

@@ -1,5 +1,6 @@
 """Reads a user's images with their classes: a folder for each class, arrays in a .npz file, or the files of MNIST."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from resflow_jax.data.arrays import read_named_arrays
 from resflow_jax.data.files import as_images, image_files, split, split_folders, stored_files
 from resflow_jax.data.idx import idx_images, idx_labels, read_idx_images, read_idx_labels
+from resflow_jax.data.image_files import is_visible
 from resflow_jax.data.images import Images
 from resflow_jax.data.labels import LabelledImages, Labels, number_names
 from resflow_jax.data.splits import SPLITS, complete
@@ -27,7 +29,8 @@ def load_labelled_path(path: str | Path, *, bits: int = 8) -> LabelledImages:
         names, which are the names of the subfolders;
       - a .npz file with uint8 images [N, H, W, C] or [N, H, W] and integers [N] in the arrays images and labels, or in
         the arrays train and train_labels and, optionally, those of test and validation. The classes are 0, 1, ... up to
-        the largest label, or as many as the strings in the array names, if there is one;
+        the largest label, or as many as the strings in the array names, if there is one. Without names, a class that no
+        training image has is a warning;
       - a folder with the files of MNIST (train-images-idx3-ubyte, train-labels-idx1-ubyte and, optionally, those of
         t10k), compressed by gzip or not.
 
@@ -49,7 +52,7 @@ def load_labelled_path(path: str | Path, *, bits: int = 8) -> LabelledImages:
 
     Example:
       >>> from resflow_jax.data.labelled_files import load_labelled_path
-      >>> np.savez("digits.npz", images=np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 10)
+      >>> np.savez("digits.npz", images=np.full((40, 8, 8), 255, np.uint8), labels=np.arange(40) % 10)
       >>> digits = load_labelled_path("digits.npz")
       >>> digits.images.train.shape, digits.labels.train.shape, digits.labels.classes
       ((35, 8, 8, 1), (35,), 10)
@@ -90,7 +93,8 @@ def _class_names(folder: Path, files: list[Path]) -> list[str]:
         if file.parent == folder:
             raise ValueError(f"path: expected a subfolder of images for each class in {folder}, got the image {file}")
     names = [file.relative_to(folder).parts[0] for file in files]
-    for empty in sorted({child.name for child in folder.iterdir() if child.is_dir()} - set(names)):
+    classes = {child.name for child in folder.iterdir() if child.is_dir() and is_visible(child.name)}
+    for empty in sorted(classes - set(names)):
         raise FileNotFoundError(f"path: expected images in the subfolder of each class, found none in {folder / empty}")
     return names
 
@@ -119,7 +123,7 @@ def _read_arrays(path: Path) -> _Parts:
         name: _as_labels(arrays[array], len(images[name]), most, f"{array} of {path}")
         for name, (_, array) in pairs.items()
     }
-    return images, labels, _names(labels) if names is None else tuple(names.tolist())
+    return images, labels, _names(labels, path) if names is None else tuple(names.tolist())
 
 
 def _read_idx(path: Path) -> _Parts:
@@ -129,7 +133,7 @@ def _read_idx(path: Path) -> _Parts:
         name: _as_labels(read_idx_labels(file), len(images[name]), _MOST_CLASSES, str(file))
         for name, (_, file) in files.items()
     }
-    return images, labels, _names(labels)
+    return images, labels, _names(labels, path)
 
 
 def _as_labels(labels: np.ndarray, number: int, classes: int, place: str) -> np.ndarray:
@@ -145,5 +149,14 @@ def _as_labels(labels: np.ndarray, number: int, classes: int, place: str) -> np.
     return labels.astype(np.int32)
 
 
-def _names(labels: dict[str, np.ndarray]) -> tuple[str, ...]:
-    return number_names(1 + max(int(numbers.max()) for numbers in labels.values()))
+def _names(labels: dict[str, np.ndarray], path: Path) -> tuple[str, ...]:
+    """The numbers up to the largest label as names. Warns of numbers that no training image has."""
+    classes = 1 + max(int(numbers.max()) for numbers in labels.values())
+    missing = np.setdiff1d(np.arange(classes), labels["train"])
+    if len(missing):
+        warnings.warn(
+            f"{len(missing)} of the {classes} classes 0..{classes - 1} have no training image in {path}, first class "
+            f"{missing[0]}; labels count from 0",
+            stacklevel=4,
+        )
+    return number_names(classes)

@@ -1,16 +1,17 @@
 """Reads a user's vectors: an array in a .npy or .npz file, or a table of numbers in a .csv file."""
 
-import csv
-from array import array
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
 from resflow_jax.data.arrays import read_arrays
 from resflow_jax.data.splits import SPLITS, complete
+from resflow_jax.data.tables import read_table
+
+_LARGEST_INTEGER = 2**53  # up to here float64 holds every integer
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class VectorSplits:
     """Vectors [N, D] in three splits.
 
     Attributes:
-      train, validation, test: finite float32 arrays with the same D.
+      train, validation, test: finite float32 or float64 arrays with the same D.
 
     Raises:
       ValueError: for arrays of another dtype or rank, of different D, or with numbers that are not finite.
@@ -42,34 +43,36 @@ class VectorSplits:
 
 
 def check_vectors(name: str, vectors: np.ndarray) -> None:
-    """Raises ValueError unless vectors are finite float32 numbers [N, D], N > 0 and D > 0."""
-    expected = f"{name}: expected a float32 array [N, D] with N > 0 and D > 0"
+    """Raises ValueError unless vectors are finite float32 or float64 numbers [N, D], N > 0 and D > 0."""
+    expected = f"{name}: expected a float32 or float64 array [N, D] with N > 0 and D > 0"
     if not isinstance(vectors, np.ndarray):
         raise ValueError(f"{expected}, got {type(vectors).__name__}")
-    if vectors.dtype != np.float32:
+    if vectors.dtype not in (np.float32, np.float64):
         raise ValueError(f"{expected}, got dtype {vectors.dtype}")
     if vectors.ndim != 2 or vectors.size == 0:
         raise ValueError(f"{expected}, got shape {vectors.shape}")
-    if (where := _first_not_finite(vectors)) is not None:
+    if (where := _first(~np.isfinite(vectors))) is not None:
         raise ValueError(f"{name}: expected finite numbers, got {vectors[where]} at {list(where)}")
 
 
 def load_vectors(path: str | Path) -> VectorSplits:
-    """Reads the vectors of a file, as float32.
+    """Reads the vectors of a file without rounding: float32 if the file has floats of at most 32 bits, else float64.
 
     The file is one of
 
-      - .npy: an array [N, D] of floats or integers;
+      - .npy: an array [N, D] of floats or integers, in any byte order;
       - .npz: one such array, or the arrays train, test and optionally validation;
-      - .csv: a line of D numbers separated by commas for each vector. The first line may hold names.
+      - .csv: a line of D numbers for each vector, as `resflow_jax.data.tables.read_table` reads it. The first line may
+        hold names.
 
     Without a test split, a tenth of the vectors, drawn with a fixed seed, becomes the test split. Without a validation
-    split, a twentieth of the remaining vectors becomes it.
+    split, a twentieth of the remaining vectors becomes it. Equal vectors are kept, with a warning: the density of
+    vectors that are repeated is not bounded, and one of them may be in the training and another in the test split.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file cannot be read, has values that are not finite numbers, or too few vectors for all splits.
-        The message names the file and the place in it.
+      ValueError: if the file cannot be read, has values that are not finite numbers or that float64 does not hold, as
+        integers beyond 2^53, or too few vectors for all splits. The message names the file and the place in it.
 
     Example:
       >>> from resflow_jax.data.vectors import load_vectors
@@ -85,7 +88,9 @@ def load_vectors(path: str | Path) -> VectorSplits:
     if kind not in (".npy", ".npz", ".csv") or path.is_dir():
         raise ValueError(f"path: expected a .npy, .npz or .csv file of vectors, got {path}")
     if kind == ".csv":
-        parts = {"train": _read_csv(path)}
+        table = read_table(path)
+        parts = {"train": table.numbers}
+        _warn_of_equal(table.numbers, lambda row: f"line {table.first + row}", str(path))
     else:
         arrays = read_arrays(path)
         label = "{name} of {path}" if len(arrays) > 1 else "{path}"
@@ -94,68 +99,44 @@ def load_vectors(path: str | Path) -> VectorSplits:
 
 
 def _as_vectors(numbers: np.ndarray, label: str) -> np.ndarray:
+    """The numbers as float32 or float64 in the machine's byte order, unchanged."""
     if numbers.dtype.kind not in "fiu" or numbers.ndim != 2 or numbers.size == 0:
         raise ValueError(
             f"path: expected floats or integers [N, D] with N > 0 and D > 0, got {numbers.dtype} {numbers.shape} in "
             f"{label}"
         )
-    return _to_float32(numbers, lambda row, column: f"at [{row}, {column}] of {label}")
-
-
-def _read_csv(path: Path) -> np.ndarray:
-    numbers, lines, width = array("d"), array("q"), 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for line, cells in _lines(file):
-                row = [_number(cell) for cell in cells]
-                is_header = not width and not any(number is not None for number in row)
-                width = width or len(cells)
-                if len(cells) != width:
-                    raise ValueError(f"path: expected {width} numbers in line {line} of {path}, got {len(cells)}")
-                if is_header:
-                    continue
-                if None in row:
-                    column = row.index(None)
-                    place = f"in line {line}, column {column + 1} of {path}"
-                    raise ValueError(f"path: expected a number, got {cells[column]!r:.40} {place}")
-                numbers.extend(row)
-                lines.append(line)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"path: expected a .csv file, could not read {path}: {error}") from error
-    if not numbers:
-        raise ValueError(f"path: expected lines of numbers, found none in {path}")
-    table = np.frombuffer(numbers).reshape(-1, width)
-    return _to_float32(table, lambda row, column: f"in line {lines[row]}, column {column + 1} of {path}")
-
-
-def _lines(file: TextIO) -> Iterator[tuple[int, list[str]]]:
-    """Yields (number, cells) for every line. An empty line is one empty cell; empty lines at the end are skipped."""
-    reader, empty = csv.reader(file, strict=True), []
-    for cells in reader:
-        if cells:
-            yield from empty
-            yield reader.line_num, cells
-            empty = []
-        else:
-            empty.append((reader.line_num, [""]))
-
-
-def _number(cell: str) -> float | None:
-    try:
-        return float(cell)
-    except ValueError:
-        return None
-
-
-def _to_float32(numbers: np.ndarray, place: Callable[[int, int], str]) -> np.ndarray:
-    """The numbers [N, D] as float32. For an error, place(row, column) tells where a number is."""
+    is_float = numbers.dtype.kind == "f"
     with np.errstate(over="ignore"):
-        vectors = numbers.astype(np.float32)
-    if (where := _first_not_finite(vectors)) is not None:
-        raise ValueError(f"path: expected finite numbers within float32, got {numbers[where]} {place(*where)}")
+        vectors = np.ascontiguousarray(numbers, np.float32 if is_float and numbers.itemsize <= 4 else np.float64)
+    wrong = ~np.isfinite(vectors)
+    if is_float and numbers.itemsize > 8:
+        wrong |= vectors != numbers
+    elif not is_float and numbers.itemsize == 8:
+        wrong |= (numbers > _LARGEST_INTEGER) | (numbers < -_LARGEST_INTEGER)
+    if (where := _first(wrong)) is not None:
+        raise ValueError(
+            f"path: expected finite numbers that float64 holds, got {numbers[where]} at {list(where)} of {label}"
+        )
+    _warn_of_equal(vectors, lambda row: f"row {row}", label)
     return vectors
 
 
-def _first_not_finite(vectors: np.ndarray) -> tuple[int, int] | None:
-    finite = np.isfinite(vectors)
-    return None if finite.all() else divmod(int(finite.argmin()), vectors.shape[1])
+def _warn_of_equal(vectors: np.ndarray, name: Callable[[int], str], label: str) -> None:
+    """Warns of vectors that are equal; name(row) tells where one is."""
+    rows = np.ascontiguousarray(vectors + 0.0)  # -0 becomes 0
+    _, first, inverse = np.unique(
+        rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).ravel(), return_index=True, return_inverse=True
+    )
+    repeated = np.flatnonzero(first[inverse] != np.arange(len(rows)))
+    if len(repeated):
+        row = int(repeated[0])
+        warnings.warn(
+            f"{len(repeated)} of the {len(rows)} vectors in {label} repeat an earlier one, first {name(row)} that of "
+            f"{name(int(first[inverse[row]]))}: their density is not bounded, and splits may share them",
+            stacklevel=4,
+        )
+
+
+def _first(wrong: np.ndarray) -> tuple[int, int] | None:
+    """Row and column of the first true element; None if there is none."""
+    return divmod(int(wrong.argmax()), wrong.shape[1]) if wrong.any() else None

@@ -188,8 +188,8 @@ class Normalization(Bijector):
     Randomness: none. Cost: one pass over x in each direction.
 
     Raises:
-      ValueError: for numbers that are not finite, a std that is not positive, or of another shape; from `output_shape`,
-        for events whose shape does not end in that of mean.
+      ValueError: for numbers that are not finite, a std that is not positive, or of another shape, all in JAX's default
+        float dtype; from `output_shape`, for events whose shape does not end in that of mean.
 
     Example:
       >>> layer = rf.Normalization([1.0, 2.0], [0.5, 4.0])
@@ -201,12 +201,12 @@ class Normalization(Bijector):
     """
 
     def __init__(self, mean: Any, std: Any):
-        mean, std = np.asarray(mean, float), np.asarray(std, float)
-        if not np.isfinite(mean).all():
+        mean, std, dtype = np.asarray(mean, float), np.asarray(std, float), jnp.finfo(jnp.result_type(float))
+        if not (np.abs(mean) <= dtype.max).all():
             raise ValueError(f"mean: expected finite numbers, got {mean}")
         if std.shape != mean.shape:
             raise ValueError(f"std: expected the shape {mean.shape} of mean, got {std.shape}")
-        if not (np.isfinite(std) & (std > 0)).all():
+        if not ((std <= dtype.max) & (std >= dtype.tiny)).all():  # smaller ones are zero on many devices
             raise ValueError(f"std: expected positive finite numbers, got {std}")
         self.mean = Constant(jnp.asarray(mean))
         self.std = Constant(jnp.asarray(std))

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.data.images import check_quantized
+from resflow_jax.data.units import warn_if_rounded
 from resflow_jax.functional.checks import as_host_array
 from resflow_jax.layers.conditions import as_condition
 from resflow_jax.models.flow import Flow
@@ -39,6 +40,8 @@ class Examples(NamedTuple):
           ValueError: that names x or condition, as `Flow.log_prob`; for integer images as `evaluate_bits_per_dim`.
         """
         if levels is None:
+            if isinstance(x, np.ndarray) and x.dtype == np.float64 and x.ndim > 1 and jnp.result_type(float) != x.dtype:
+                warn_if_rounded("x", x)
             with flow._checked_input(x, condition, are_data=True) as (x, condition):
                 return cls(x, condition)
         x = as_host_array("x", x, "an array of integers [N, H, W, C]")

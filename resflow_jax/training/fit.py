@@ -79,7 +79,8 @@ def fit(
 
     Args:
       flow: a `Flow`, as `ResidualFlow`.
-      x: floats [N, *event_shape] of NumPy or JAX, images in [0, 1]; with `levels` integer images [N, H, W, C].
+      x: floats [N, *event_shape] of NumPy or JAX, images in [0, 1]; with `levels` integer images [N, H, W, C]. A
+        warning names an element of float64 x of which float32 would lose the differences, as of one far from zero.
       condition: of a conditional flow: floats [N, *condition_shape], one for each example.
       key: PRNG key, or an integer seed, of everything random: the division of the examples, the order of the batches,
         noise and estimates. The same key gives the same result.

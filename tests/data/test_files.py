@@ -77,6 +77,75 @@ def test_folders_with_splits(tmp_path):
     assert as_set(data.train, data.validation) == as_set(GREY[:30]) and len(data.validation) == 1
 
 
+@pytest.mark.parametrize(
+    "names", [("Train", "Test"), ("TRAIN", "VAL", "TEST"), ("training", "testing"), ("train", "Validation", "test")]
+)
+def test_names_of_splits_in_any_case(tmp_path, names):
+    """Folders, and arrays of a .npz file, are the splits that their names are meant for."""
+    meant = {"tr": "train", "va": "validation", "te": "test"}
+    parts = dict(zip(names, np.split(COLOUR, [20, 30][: len(names) - 1]), strict=True))
+    for name, images in parts.items():
+        write_folder(tmp_path / "folder" / name, images)
+    np.savez(tmp_path / "file.npz", **parts)
+    for path in (tmp_path / "folder", tmp_path / "file.npz"):
+        data = files.load_path(path)
+        kept = {meant[name[:2].lower()]: images for name, images in parts.items()}
+        assert as_set(data.test) == as_set(kept["test"])
+        if len(names) == 3:
+            assert as_set(data.train) == as_set(kept["train"])
+            assert as_set(data.validation) == as_set(kept["validation"])
+        else:
+            assert as_set(data.train, data.validation) == as_set(kept["train"])
+
+
+def test_files_that_are_no_images(tmp_path):
+    """Hidden files and those of operating systems are nothing; others are left out with a warning that names one."""
+    write_folder(tmp_path / "plain", COLOUR)
+    write_folder(tmp_path / "more", COLOUR)
+    for hidden in (".ipynb_checkpoints", "__MACOSX", "1/.cache"):
+        (tmp_path / "more" / hidden).mkdir()
+        (tmp_path / "more" / hidden / "000.png").write_bytes(b"no image")
+    for name in ("._000.png", "0/.DS_Store", "Thumbs.db"):
+        (tmp_path / "more" / name).write_bytes(b"no image")
+    plain, more = files.load_path(tmp_path / "plain"), files.load_path(tmp_path / "more")
+    np.testing.assert_array_equal(more.train, plain.train)
+    (tmp_path / "more" / "0" / "a.heic").write_bytes(b"")
+    (tmp_path / "more" / "labels.csv").write_text("")
+    with pytest.warns(UserWarning, match=r"2 of the files in .*more are no images by their names .* first .*a\.heic"):
+        again = files.load_path(tmp_path / "more")
+    np.testing.assert_array_equal(again.train, plain.train)
+
+
+def test_links_to_folders(tmp_path):
+    """They are followed, and one to a folder that it lies in is not."""
+    write_folder(tmp_path / "plain", COLOUR)
+    (tmp_path / "linked" / "more").mkdir(parents=True)
+    for name in ("0", "1"):
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "plain" / name)
+    (tmp_path / "linked" / "more" / "2").symlink_to(tmp_path / "plain" / "2")
+    (tmp_path / "linked" / "more" / "loop").symlink_to(tmp_path / "linked")
+    plain, linked = files.load_path(tmp_path / "plain"), files.load_path(tmp_path / "linked")
+    for name in files.SPLITS:
+        np.testing.assert_array_equal(getattr(linked, name), getattr(plain, name))
+
+
+def test_splits_in_names_of_files(tmp_path):
+    """They are no folders: the images are taken together, with a warning."""
+    for n, image in enumerate(COLOUR):
+        Image.fromarray(image).save(tmp_path / f"{'train' if n < 30 else 'test'}_{n:02}.png")
+    with pytest.warns(UserWarning, match=r"names of the files in .* have the words test, train, and are taken"):
+        data = files.load_path(tmp_path)
+    assert as_set(data.train, data.validation, data.test) == as_set(COLOUR)
+
+
+@pytest.mark.parametrize("kind", ["folder", "npy", "idx"])
+def test_dark_images_are_named(tmp_path, kind):
+    """Pixels with fewer levels than 256 would be cut, or be worth few bits."""
+    path = write(kind, tmp_path / "images", GREY // 16)
+    with pytest.warns(UserWarning, match=r"pixels in .*images.* are at most 15, and are taken as parts of 255"):
+        files.load_path(path)
+
+
 def test_labels_beside_images_are_ignored(tmp_path):
     """One file serves those who need labels and those who do not."""
     np.savez(tmp_path / "plain.npz", COLOUR)
@@ -114,6 +183,11 @@ def deep(path):
     Image.fromarray(GREY[0, ..., 0].astype(np.uint16) * 256).save(path / "deep.png")
 
 
+def loose(path):
+    folders("train", "test")(path)
+    Image.fromarray(COLOUR[0]).save(path / "loose.png")
+
+
 def folders(*names):
     def write(path):
         for name in names:
@@ -130,16 +204,41 @@ def damaged_npz(path):
 
 
 BAD = {
-    "val": (
-        folders("train", "val", "test"),
+    "dev": (
+        folders("train", "dev", "test"),
         ValueError,
-        "expected the folder train and, .* got test, train, val in",
+        "expected the folder train and, .* got dev, test, train in",
     ),
-    "training": (
-        folders("training", "testing"),
+    "numbers": (
+        folders("train2017", "val2017"),
         ValueError,
-        "expected the folder .* got testing, training in",
+        "expected the folder .* got train2017, val2017 in",
     ),
+    "prefix": (
+        folders("mnist_test", "mnist_train"),
+        ValueError,
+        "expected the folder .* got mnist_test, mnist_train in",
+    ),
+    "twice": (folders("Train", "train"), ValueError, "expected the folder train and, .* got Train, train in"),
+    "vals": (
+        folders("train", "val", "Valid"),
+        ValueError,
+        "expected the folder train and, .* got Valid, train, val in",
+    ),
+    "no-train": (folders("TEST", "Val"), ValueError, "expected the folder train and, .* got TEST, Val in"),
+    "letters": (folders("trainA", "testA"), ValueError, "expected the folder train and, .* got testA, trainA in"),
+    "sets": (folders("TestSet", "ValSet"), ValueError, "expected the folder train and, .* got TestSet, ValSet in"),
+    "deeper": (
+        folders("a/train_1", "a/test_1"),
+        ValueError,
+        "splits in .*deeper itself, got test_1, train_1",
+    ),
+    "inside": (
+        folders("cats/train", "cats/test", "dogs/train", "dogs/test"),
+        ValueError,
+        "expected the folders of splits in .*inside itself, got test, train in .*cats",
+    ),
+    "loose": (loose, ValueError, r"expected images in the folders test, train alone, got .*loose.png"),
     "class": (folders("train", "cat"), ValueError, "expected the folder train and, .* got cat, train in"),
     "damaged.npz": (damaged_npz, ValueError, "path: expected a .npz file of arrays, could not read"),
     "empty.npz": (lambda path: path.touch(), ValueError, "path: expected a .npz file of arrays, could not read"),
@@ -163,6 +262,34 @@ BAD = {
     "float.npy": (lambda path: np.save(path, np.zeros((3, 2, 2))), ValueError, r"expected uint8 images .*float64 \(3"),
     "none.npy": (lambda path: np.save(path, COLOUR[:0]), ValueError, r"expected uint8 images .*uint8 \(0, 6"),
     "one.npy": (lambda path: np.save(path, COLOUR[:1]), ValueError, "expected at least 2 images"),
+    "image.npy": (
+        lambda path: np.save(path, RNG.integers(0, 256, (32, 32, 3), np.uint8)),
+        ValueError,
+        r"expected images \[N, H, W\], got shape \(32, 32, 3\), perhaps of one image, in .*image.npy",
+    ),
+    "first.npy": (
+        lambda path: np.save(path, RNG.integers(0, 256, (5, 3, 8, 8), np.uint8)),
+        ValueError,
+        r"got shape \(5, 3, 8, 8\), perhaps \[N, C, H, W\], in .*first.npy",
+    ),
+    "deep.npy": (
+        lambda path: np.save(path, COLOUR.astype(np.uint16)),
+        ValueError,
+        "expected uint8 images .* got uint16",
+    ),
+    "long.npy": (lambda path: np.save(path, COLOUR.astype(np.int64)), ValueError, "expected uint8 images .* got int64"),
+    "bool.npy": (lambda path: np.save(path, COLOUR > 9), ValueError, "expected uint8 images .* got bool"),
+    "test.npz": (lambda path: np.savez(path, test=COLOUR), ValueError, "named train, test and validation, got test in"),
+    "keras.npz": (
+        lambda path: np.savez(path, x_train=COLOUR, x_test=COLOUR),
+        ValueError,
+        "named train, test and validation, got x_train, x_test in",
+    ),
+    "int.idx": (
+        lambda path: path.write_bytes(struct.pack(">HBBIII", 0, 12, 3, 2, 1, 1) + bytes(8)),
+        ValueError,
+        "or an IDX file of uint8 images",
+    ),
     "names.npz": (lambda path: np.savez(path, a=COLOUR, b=COLOUR), ValueError, "named train, test and validation, got"),
     "labels.npz": (
         lambda path: np.savez(path, labels=COLOUR, train_labels=COLOUR),

@@ -163,7 +163,11 @@ BAD = {
     "loose": (loose, "expected a subfolder of images for each class in .*loose, got the image .*loose.png"),
     "empty": (empty, "expected images in the subfolder of each class, found none in .*owl"),
     "none": (lambda path: path.mkdir(), r"expected image files .* in .*none, found none"),
-    "val": (lambda path: [write_folders(path / name) for name in ("train", "val")], "expected the folder train .* val"),
+    "dev": (lambda path: [write_folders(path / name) for name in ("train", "dev")], "expected the folder train .* dev"),
+    "inside": (
+        lambda path: [write_folders(path / "all" / name) for name in ("train", "val")],
+        "expected the folders of splits in .*inside itself, got train, val in .*all",
+    ),
     "one": (
         lambda path: write_folders(path, LABELS == 0),
         "expected images of at least 2 classes, got the class cat in",
@@ -218,3 +222,16 @@ def test_what_is_wrong_is_named(tmp_path, name):
     write_bad(tmp_path / name)
     with pytest.raises((ValueError, FileNotFoundError), match=f"path: .*{message}"):
         load_labelled_path(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["npz", "idx"])
+def test_labels_that_count_from_one(tmp_path, kind):
+    """The class 0 stays, without an image, with a warning that names the file."""
+    if kind == "npz":
+        np.savez(tmp_path / "one", images=IMAGES, labels=LABELS + 1)
+    else:
+        write_idx(tmp_path / "one", labels=LABELS + 1)
+    path = tmp_path / ("one.npz" if kind == "npz" else "one")
+    with pytest.warns(UserWarning, match=r"1 of the 4 classes 0\.\.3 have no training image in .*one.*, first class 0"):
+        data = load_labelled_path(path)
+    assert data.labels.names == ("0", "1", "2", "3") and data.labels.train.min() == 1

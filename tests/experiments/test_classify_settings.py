@@ -171,7 +171,7 @@ def test_images_of_your_own(tmp_path, capsys):
     for n in range(12):
         folder = tmp_path / "good" / "abc"[n % 3]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 12, 3), n, np.uint8)).save(folder / f"{n}.png")
+        Image.fromarray(np.full((8, 12, 3), 20 * n, np.uint8)).save(folder / f"{n}.png")
     config = classify.COMMAND.parse(["images", "--data.path", str(tmp_path / "good"), "--seed", "3"])
     assert (config.model.shape, config.model.classes) == ((8, 12, 3), 3) and config.seed == 3
     task = ClassTask(replace(config, batch_size=4))

@@ -300,10 +300,14 @@ def test_images_of_your_own(tmp_path, capsys):
 
 
 def test_vectors_of_your_own(tmp_path, capsys):
-    """Their dimension is that of the flow."""
-    (tmp_path / "table.csv").write_text("a,b,c\n" + "\n".join(f"{n},{n + 1},0.5" for n in range(40)))
+    """Their dimension is that of the flow, which has their means and deviations; a shift that is given stays."""
+    (tmp_path / "table.csv").write_text("a,b,c\n" + "\n".join(f"{n},{n + 1},{n % 7 - 1e6}" for n in range(40)))
     config = density.COMMAND.parse(["vectors", "--data.path", str(tmp_path / "table.csv")])
     assert config.model.dim == 3 and config.data.path == tmp_path / "table.csv"
+    assert config.data.shift[:2] == (0, 0) and abs(config.data.shift[2] + 1e6 - 3) < 1
+    assert len(config.model.data.mean) == len(config.model.data.std) == 3
+    given = density.COMMAND.parse(["vectors", "--data.path", str(tmp_path / "table.csv"), "--data.shift", *"123"])
+    assert given.data.shift == (1, 2, 3)
     assert density.COMMAND.parse(["vectors"]).model.dim == 30
     (tmp_path / "bad.csv").write_text("1,2\n3\n")
     said = refused(density.COMMAND, "vectors", "--data.path", str(tmp_path / "bad.csv"), capsys=capsys)

@@ -11,7 +11,9 @@ from experiments.configs import CONFIGS
 from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConfig, VectorDataConfig
 from experiments.evaluate import EvaluateConfig
 from experiments.runs.launch import run_config
+from experiments.runs.own_data import fitted_to_data
 from experiments.runs.tasks.images import load
+from experiments.runs.tasks.vectors import load as load_vectors_of
 from experiments.sample import SampleConfig
 from resflow_jax import (
     Exact,
@@ -74,3 +76,75 @@ def test_own_vectors(tmp_path):
         np.testing.assert_array_equal(file["vectors"], samples)
     with pytest.raises(ValueError, match="interpolate: expected a run on images, got one on vectors"):
         sample.run(SampleConfig(config.workdir, interpolate=(0, 1)))
+
+
+def test_training_does_not_depend_on_the_unit(tmp_path):
+    """Numbers times 1e6 plus 1e9, as a .csv file: the same curve but for the log-det of the unit, samples in the unit.
+
+    All commands that read the run give likelihoods and samples in the unit of the file.
+    """
+    rows = np.random.default_rng(0).normal(size=(120, 2)) @ np.asarray([[1.0, 0.5], [0.0, 0.7]])
+    files = {"one": rows, "other": rows * 1e6 + 1e9}
+    results, curves, samples = {}, {}, {}
+    for name, numbers in files.items():
+        np.savetxt(tmp_path / f"{name}.csv", numbers, "%.17g", ",", header="a,b", comments="")
+        config = dataclasses.replace(
+            CONFIGS["vectors"],
+            model=VectorFlowConfig(2, blocks=1, hidden=(4,)),
+            data=VectorDataConfig(tmp_path / f"{name}.csv"),
+            workdir=tmp_path / name,
+            steps=6,
+            batch_size=16,
+            log_every=1,
+            optimizer=OptimizerConfig(learning_rate=1e-2, warmup=0),
+            evaluation=EvaluationConfig(estimator=Exact(), draws=1, every=3),
+        )
+        config = fitted_to_data(config, ["--data.path", str(tmp_path / f"{name}.csv")])
+        assert (config.data.shift is None) == (name == "one")
+        results[name] = run_config(config)
+        curves[name] = [line["log_prob"] for line in read_metrics(config.workdir) if line["split"] == "train"]
+        samples[name] = sample.run(SampleConfig(config.workdir, number=8, batch_size=8))
+        again = evaluate.run(EvaluateConfig(config.workdir, other=(str(tmp_path / f"{name}.csv"),)))
+        assert again["test"]["log_prob"] == pytest.approx(results[name].mean, rel=1e-6)
+        assert again["other"][str(tmp_path / f"{name}.csv")]["auroc"] == pytest.approx(0.5, abs=1e-9)
+        assert "likelihoods and samples" in (config.workdir / "report.html").read_text()
+    log_det = 2 * np.log(1e6)
+    assert len(curves["one"]) == 6 and curves["one"][-1] != curves["one"][0]
+    np.testing.assert_allclose(np.asarray(curves["other"]) + log_det, curves["one"], atol=1e-4)
+    assert results["other"].mean + log_det == pytest.approx(results["one"].mean, abs=1e-4)
+    assert samples["other"].dtype == np.float64
+    np.testing.assert_allclose((samples["other"] - 1e9) / 1e6, samples["one"], atol=1e-4)
+
+
+def test_vectors_that_float32_rounds(tmp_path):
+    """Without the command, which would set a shift, a warning names the column."""
+    rows = np.random.default_rng(0).normal(size=(60, 2)) + np.asarray([0.0, 1e6])
+    np.save(tmp_path / "rows.npy", rows)
+    with pytest.warns(UserWarning, match=r"data\.shift: expected a number near the mean of column 2 of .*rows\.npy"):
+        splits = load_vectors_of(VectorDataConfig(tmp_path / "rows.npy"))
+    assert splits.train.dtype == np.float32
+    near = load_vectors_of(VectorDataConfig(tmp_path / "rows.npy", shift=(0.0, 1e6)))
+    np.testing.assert_array_equal(near.train[:, 0], splits.train[:, 0])
+    assert np.ptp(near.train[:, 1]) < 10
+
+
+def test_a_constant_column_is_refused(tmp_path):
+    """The error names the file and the column, before anything is written."""
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(60, 2)) * np.asarray([1, 0]) + 7)
+    with pytest.raises(
+        ValueError, match=r"columns that vary, got 7\.0 in every training row of column 2 of .*rows\.npy"
+    ):
+        fitted_to_data(CONFIGS["vectors"], ["--data.path", str(tmp_path / "rows.npy")])
+
+
+def test_units_are_those_of_the_training_split(tmp_path):
+    """Other splits do not change them."""
+    train = np.random.default_rng(0).normal(size=(50, 2)) + np.asarray([0.0, 1e7])
+    np.savez(tmp_path / "rows.npz", train=train, validation=train + 9, test=7 * train)
+    config = fitted_to_data(CONFIGS["vectors"], ["--data.path", str(tmp_path / "rows.npz")])
+    shift = np.asarray(config.data.shift)
+    np.testing.assert_allclose(config.model.data.mean + shift, train.mean(axis=0), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(config.model.data.std, train.std(axis=0), rtol=1e-5)
+    assert config.model.dim == 2 and shift[0] == 0
+    splits = load_vectors_of(dataclasses.replace(config.data, path=tmp_path / "rows.npz"))
+    np.testing.assert_allclose(splits.validation.astype(float) + shift, train + 9, rtol=0, atol=1e-5)

@@ -113,7 +113,7 @@ def test_other_points_and_points_in_disorder(tiny):
     shuffled = task.permuted(test)
     np.testing.assert_array_equal(np.sort(shuffled, axis=0), np.sort(test, axis=0))
     assert (shuffled != test).mean() > 0.9
-    np.save(tiny.workdir.parent / "wide.npy", np.zeros((30, 3)))
+    np.save(tiny.workdir.parent / "wide.npy", np.arange(90.0).reshape(30, 3))
     with pytest.raises(ValueError, match="other: expected vectors of dimension 2, like those of 8gaussians; got 3 in"):
         task.other(str(tiny.workdir.parent / "wide.npy"))
     with pytest.raises(ValueError, match=r"model\.dim: expected 2, the dimension of the vectors, got 3"):

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
+from resflow_jax.training.examples import Examples
 from resflow_jax.training.losses import dequantized_bits_per_dim
 from resflow_jax.training.parallel import make_mesh
 from resflow_jax.training.placement import Placement
@@ -126,3 +127,21 @@ def test_vectors():
 
     losses = [float(train_step(flow, optimizer, jax.random.key(n))) for n in range(160)]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
+
+
+def test_examples_whose_differences_float32_loses():
+    """A fit to float64 examples far from zero warns; near zero it is silent."""
+    flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    assert Examples.of(flow, x, None, None).x.dtype == jnp.float32
+    with pytest.warns(UserWarning, match=r"x: float32 rounds x\[:, 1\] to more than 1/4096 of its standard deviation"):
+        Examples.of(flow, x + np.asarray([0, 1e6]), None, None)
+
+
+@pytest.mark.parametrize("std", [1e-42, 1e-46, 1e39])
+def test_scales_that_float32_does_not_hold(std):
+    """They are refused: zero would divide, and infinity would be no scale."""
+    with pytest.raises(ValueError, match="std: expected positive finite numbers, got"):
+        rf.Normalization([0.0], [std])
+    with pytest.raises(ValueError, match="mean: expected finite numbers, got"):
+        rf.Normalization([1e39], [1.0])

@@ -1,5 +1,10 @@
-"""The task of runs on vectors: their batches, their log-likelihood in nats, and pictures."""
+"""The task of runs on vectors: their batches, their log-likelihood in nats, and pictures.
 
+The flow takes vectors as float32, minus the shift of the config. The shift changes no density, so that likelihoods are
+those of the vectors in their own units.
+"""
+
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +19,9 @@ from experiments.runs.tasks.task import Drawing, Task, draw_samples, unconverged
 from resflow_jax import Estimate, Estimator, Exact, ResidualFlow
 from resflow_jax.data.batches import Batches
 from resflow_jax.data.embedded import load_cell_nuclei
+from resflow_jax.data.splits import SPLITS
 from resflow_jax.data.toy import TOY_DENSITIES, sample_toy
+from resflow_jax.data.units import in_own_units, rounded_columns, shifted
 from resflow_jax.data.vectors import VectorSplits, load_vectors
 from resflow_jax.training.evaluation import vector_log_prob
 from resflow_jax.training.losses import negative_log_likelihood
@@ -25,8 +32,19 @@ SAMPLES = 1000  # in a sketch
 
 
 def load(config: VectorDataConfig) -> VectorSplits:
-    """Loads the vectors that a config names."""
-    return load_cell_nuclei() if config.path is None else load_vectors(config.path)
+    """Loads the vectors that a config names: float32, minus its shift.
+
+    Warns of columns that float32 would round much.
+    """
+    loaded = load_cell_nuclei() if config.path is None else load_vectors(config.path)
+    if columns := rounded_columns(loaded.train, config.shift):
+        warnings.warn(
+            f"data.shift: expected a number near the mean of column {columns[0] + 1} of {config.path}, got "
+            f"{config.shift and config.shift[columns[0]]}; float32 rounds the column to more than 1/4096 of its "
+            "standard deviation",
+            stacklevel=2,
+        )
+    return VectorSplits(*(shifted(getattr(loaded, split), config.shift) for split in SPLITS))
 
 
 class VectorTask(Task):
@@ -39,6 +57,15 @@ class VectorTask(Task):
         """Raises ValueError if the vectors have another dimension than the model."""
         self._set(config, load(config.data), str(config.data.path or "cell nuclei"))
         self._batches(0, 1)  # raises now for settings that make no batches
+
+    @property
+    def shift(self) -> tuple[float, ...] | None:
+        """What has been subtracted from the vectors; None for nothing."""
+        return getattr(self.config.data, "shift", None)
+
+    def in_own_units(self, vectors: np.ndarray) -> np.ndarray:
+        """Vectors [N, D] as the flow takes or draws them, in the units of the data: float64 if they were shifted."""
+        return in_own_units(np.asarray(vectors), self.shift)
 
     def _set(self, config: RunConfig, splits: VectorSplits, name: str) -> None:
         super().__init__(config)
@@ -92,7 +119,7 @@ class VectorTask(Task):
                 f"other: expected vectors of dimension {self.splits.dim}, like those of {self.name}; got "
                 f"{vectors.shape[1]} in {name}"
             )
-        return vectors
+        return shifted(vectors, self.shift)
 
     def sketch(self, flow: ResidualFlow, prefix: Path) -> dict[str, Path]:
         path = prefix.with_name(f"{prefix.name}_samples.png")
@@ -105,9 +132,12 @@ class VectorTask(Task):
         test = self.inputs(self.splits.test[:SAMPLES])
         reconstructed, status = flow.inverse(flow(test), return_status=True)
         error = f"{np.abs(np.asarray(test) - np.asarray(reconstructed)).max():.1e}, max |x - f^-1(f(x))|"
-        return Drawing({"samples": path}, {"reconstruction error": error + unconverged(status)})
+        rows = {"reconstruction error": error + unconverged(status)}
+        if self.config.model.data.mean is not None:
+            rows["units"] = "those of the data, for likelihoods and samples; the flow standardises each column"
+        return Drawing({"samples": path}, rows)
 
     def _shown(self, flow: ResidualFlow) -> tuple[np.ndarray, np.ndarray]:
-        """Training vectors and samples."""
+        """Training vectors and samples, in the units of the data."""
         samples, _ = draw_samples(flow, self.config.seed + 3, SAMPLES)
-        return self.splits.train[:SAMPLES], np.asarray(samples)
+        return self.in_own_units(self.splits.train[:SAMPLES]), self.in_own_units(np.asarray(samples))
