@@ -19,7 +19,8 @@ given with every loop body counted once, and with the turns of loops. Turns that
 The roofline is the larger of two times: products at the published peak in bfloat16, and HBM traffic at the published
 bandwidth. A float32 product takes one pass of the bfloat16 unit by default, and six with precision "highest", which
 solves and power iterations use. It leaves out VMEM, element-wise work, latencies, the network, and products that are
-too narrow for the unit of 128x128 (v5e, v5p), so a step takes longer.
+too narrow for the unit of 128x128 (v5e, v5p), so a step takes longer. The compiler's own estimate of the cycles of each
+instruction has all of these but the network and what overlaps; it is given in milliseconds at the chip's clock.
 
 Parameters "full" exist for training on several chips alone. Each program is compiled in a process of its own. Under
 DIR it writes accelerators.json, and for every program programs/NAME.json and programs/NAME.hlo.gz. A program that is
@@ -66,14 +67,20 @@ SOLVES = {"digits": 104 / 12, "": 121 / 10}  # evaluations of g a block; "" for 
 
 
 class Peak(NamedTuple):
-    """Published peaks of a chip: operations per second in bfloat16, and bytes per second of HBM."""
+    """Published peaks of a chip: operations per second in bfloat16, bytes per second of HBM, and product units."""
 
     flops: float
     hbm: float
+    units: int
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second, each with one multiplication and one addition in every cell of the units of 128x128."""
+        return self.flops / (2 * 128**2 * self.units)
 
 
 # https://docs.cloud.google.com/tpu/docs/v5e and v5p
-PEAKS = {"v5e": Peak(197e12, 819e9), "v5p": Peak(459e12, 2765e9)}
+PEAKS = {"v5e": Peak(197e12, 819e9, 4), "v5p": Peak(459e12, 2765e9, 8)}
 
 
 @dataclass(frozen=True)
@@ -226,6 +233,7 @@ def row_of(case: StepCase, directory: Path) -> dict[str, Any]:
         },
         "host_callbacks": host_callbacks(program),
         "roofline": roofline(case.kind, total.flops, total.passes, total.hbm),
+        "estimated_seconds": total.cycles / PEAKS[case.kind].clock if case.kind in PEAKS else None,
     }
 
 
@@ -302,7 +310,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         figures = once["flops"] / 1e9, total["flops"] / 1e9, once["hbm"] / 1e6, total["hbm"] / 1e6, total["vmem"] / 1e6
         figures += *(size / 1e6 for size in sizes), seconds["lower"], seconds["compile"]
         _print_line(_title(row), *(f"{figure:.4g}" for figure in figures))
-    columns = "products ms", "HBM ms", "TFLOP/s a chip", "of the peak", "passes a product"
+    columns = "products ms", "HBM ms", "compiler's estimate ms", "TFLOP/s a chip", "of the peak", "passes a product"
     print()
     _print_line("step", *columns, "collectives", "MB", "in loops", "host callbacks")
     _print_line(*["---"] * (len(columns) + 5))
@@ -310,9 +318,10 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         if "failed" in row:
             continue
         bound, sent, total = row["roofline"], row["collectives"], row["with_turns"]
-        figures = [""] * 4
+        figures = [""] * 5
         if bound:
-            times = f"{1e3 * bound['products']:.4g}", f"{1e3 * bound['memory']:.4g}"
+            seconds = bound["products"], bound["memory"], row["estimated_seconds"]
+            times = (f"{1e3 * one:.4g}" for one in seconds)
             figures = *times, f"{bound['flops_per_second'] / 1e12:.4g}", f"{bound['share_of_peak']:.1%}"
         passes = f"{total['passes'] / total['flops']:.2f}" if total["flops"] else ""
         kinds = ", ".join(f"{number} {kind}" for kind, number in sent["kinds"].items()) or "none"

@@ -207,3 +207,31 @@ def test_sums():
     """Costs add and multiply; a part that never runs costs nothing, even in an endless loop."""
     one = Cost(1, 2, 3, 4)
     assert one + one == 2 * one == Cost(2, 4, 6, 8) and math.inf * Cost(1) == Cost(math.inf)
+
+
+def test_cycles_are_the_compilers_estimate():
+    """Each instruction's estimate counts as often as the loop around it turns; one without an estimate counts zero."""
+    text = """HloModule m, is_scheduled=true
+
+%body (s: (f32[8])) -> (f32[8]) {
+  %s = (f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%s), index=0
+  %y = f32[8]{0} copy(%x), backend_config={"flag_configs":[],"estimated_cycles":"70"}
+  ROOT %t = (f32[8]{0}) tuple(%y)
+}
+
+%condition (c: (f32[8])) -> pred[] {
+  %c = (f32[8]{0}) parameter(0)
+  ROOT %p = pred[] constant(true)
+}
+
+ENTRY %main (a: f32[8]) -> (f32[8]) {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[8]{0} copy(%a), backend_config={"estimated_cycles":"5"}
+  %c = f32[8]{0} copy(%b)
+  %i = (f32[8]{0}) tuple(%c)
+  ROOT %w = (f32[8]{0}) while(%i), condition=%condition, body=%body
+}
+"""
+    assert cost(parse(text)).cycles == 5 + 70
+    assert cost(parse(text), lambda computation, loop: 3.0).cycles == 5 + 3 * 70
