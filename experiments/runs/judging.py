@@ -48,7 +48,9 @@ def validation_loss(task: Task, flow: ResidualFlow, step: int) -> float:
     """
     estimate = task.estimate(flow, "validation")
     if not np.isfinite(estimate.mean):
-        raise FloatingPointError(f"{task.label} of the validation split is {estimate.mean} at step {step}")
+        raise FloatingPointError(
+            f"training diverged by step {step}: {task.label} of the validation split is {estimate.mean}."
+        )
     return task.sign * estimate.mean
 
 

@@ -20,7 +20,7 @@ def test_a_full_disk(tmp_path):
         write_atomically(path, "new")
     assert path.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["config.json"]
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", keep_until=5)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", keep_until=1)
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
@@ -46,9 +46,10 @@ def full(*arguments):
 
 
 def test_metrics_survive_a_half_written_line(tmp_path):
-    """A line cut off by a crash is dropped, complete ones stay."""
+    """A line cut off by a crash is dropped with a warning, complete ones stay."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "split": "train"}\n{"step": 2, "split": "train", "d": {"x": 1}')
-    metrics = MetricsFile(path, keep_until=5)
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: line 2, the last one, is incomplete and was dropped"):
+        metrics = MetricsFile(path, keep_until=1)
     metrics.write(step=3, split="train")
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
