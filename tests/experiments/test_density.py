@@ -207,11 +207,17 @@ def test_a_work_directory_of_another_config(finished):
 
 
 def test_divergence_is_reported(tmp_path):
-    """A loss that stops being finite ends the run with the steps, the values and what to do."""
+    """Without a good step the run goes back to its start as often as it may, and ends with what was not finite."""
     config = dataclasses.replace(TINY, workdir=tmp_path, optimizer=OptimizerConfig(learning_rate=1e200, warmup=0))
-    with pytest.raises(FloatingPointError, match="training diverged between steps"):
+    with pytest.raises(
+        FloatingPointError, match=r"training diverged by step 3: bits/dim of the val.* Gave up after 3 rollbacks"
+    ):
         run_config(config)
-    assert all(np.isfinite(line["bits_per_dim"]) for line in read_metrics(tmp_path))
+    lines = read_metrics(tmp_path)
+    end = [("skipped", 2), ("train", 2), ("skipped", 3)]
+    assert [(line["split"], line["step"]) for line in lines] == [("rollback", 0)] * 3 + end
+    assert [[one["step"] for one in line["skipped"]] for line in lines[:3]] == [[2, 3]] * 3
+    assert all(np.isfinite(line["bits_per_dim"]) for line in lines if line["split"] == "train")
 
 
 def test_in_float32(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints whose files have changed: each is noticed, and the one before it is taken."""
 
+import gc
 import shutil
 import warnings
 
@@ -100,6 +101,7 @@ def test_metrics_that_are_no_json(copy):
         chex.assert_trees_all_equal(checkpoints.restore_intact(LIKE, weights="best"), state(3))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of reads that orbax gives up
 def test_without_checksums(copy):
     """Checkpoints of earlier versions are restored; what cannot be read is skipped too."""
     for step in (2, 3):
@@ -109,6 +111,7 @@ def test_without_checksums(copy):
     (copy / "3" / "state" / "manifest.ocdbt").unlink()
     with Checkpoints(copy) as checkpoints, pytest.warns(UserWarning, match="checkpoint 3 is unreadable, .*step 2 is"):
         chex.assert_trees_all_equal(checkpoints.restore_intact(LIKE), state(2))
+    gc.collect()  # what they leave
 
 
 def test_another_flow_is_no_damage(copy):
