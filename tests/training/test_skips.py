@@ -108,10 +108,9 @@ def test_fit_goes_on_after_a_bad_batch():
     """Two batches of an epoch have a gradient that overflows; the weights are those of the others, and finite."""
     x = np.concatenate([X] * 4)
     x[3] = 1e160  # its square overflows
-    flow, history = rf.fit(
-        FLOW, x, batch_size=4, steps=24, validation=X, validate_every=8, initialize=False, progress=False
-    )
+    options = {"batch_size": 4, "steps": 24, "initialize": False, "progress": False}
+    flow, history = rf.fit(FLOW, x, validation=X, validate_every=8, **options)
     assert history.ended == "steps" and np.isfinite(history.train).all() and np.isfinite(history.validation).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(flow, nnx.Param)))
-    with pytest.raises(rf.FitDivergedError, match="11 updates|10 updates"):
-        rf.fit(FLOW, x * 1e155, batch_size=4, steps=24, validation=None, initialize=False, progress=False)
+    with pytest.raises(rf.FitDivergedError, match=r"steps 1 and \d+: .* updates in a row were skipped"):
+        rf.fit(FLOW, X * 1e160, validation=None, **options)
