@@ -84,9 +84,12 @@ COMMAND = Command(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parses the command line and runs."""
-    rows = COMMAND.call(run, arguments)
-    if rows is not None and not all(row.is_good for found in rows.values() for row in found):
+    """Parses the command line and runs; ends with status 1 if a row is not good."""
+    COMMAND.call(_checked, arguments)
+
+
+def _checked(config: StressConfig) -> None:
+    if not all(row.is_good for found in run(config).values() for row in found):
         sys.exit(1)
 
 
