@@ -29,7 +29,8 @@ from experiments.studies.parts.campaign import (
 )
 from resflow_jax.training.checkpoints import Checkpoints
 
-_DISK = 400  # KB of the disk that is full: too little for a run
+_DISK = 900  # KB of the small disk: enough for some checkpoints, too little for a run
+_FILE = 60_000  # bytes of the largest file: as much as events take before the end of a run
 
 
 def run(config: Any, directory: Path, deadline: Deadline) -> list[Row]:
@@ -112,14 +113,13 @@ def _metrics(reference: Path, copy: Path) -> list[Row]:
 
 def _full_disk(reference: Path, directory: Path) -> list[Row]:
     """Runs where the disk is full, and again where it is not."""
-    what = "a disk that becomes full"
-    with _small_disk(directory) as grow:
+    what, workdir = "a disk that becomes full", directory / "disk"
+    with _small_disk(workdir) as grow:
         if grow is None:
-            workdir, limit = directory / "run", (150_000, 150_000)
+            limit = (_FILE, _FILE)
             status, line = finish(workdir, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
             what = "a file that may not become large enough"
         else:
-            workdir = directory / "run"
             status, line = finish(workdir)
             grow()
         kept, told = checkpoints_of(workdir), line.partition(": error: ")[2]

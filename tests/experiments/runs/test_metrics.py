@@ -6,7 +6,7 @@ import json
 import pytest
 
 from experiments.runs.metrics import Metrics
-from experiments.runs.metrics_file import MetricsFile
+from experiments.runs.metrics_file import MetricsFile, kept_lines
 from experiments.runs.workdir import write_atomically
 from tests.experiments.outputs import events, read_metrics
 
@@ -53,3 +53,38 @@ def test_metrics_survive_a_half_written_line(tmp_path):
         metrics = MetricsFile(path, keep_until=1)
     metrics.write(step=3, split="train")
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+def test_metrics_that_are_missing(tmp_path):
+    """A run that resumes goes on without them, with a warning that says up to where."""
+    path = tmp_path / "metrics.jsonl"
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl is missing: the run goes on at step 5 without its lines"):
+        assert kept_lines(path, 5) == []
+    path.write_text('{"step": 1, "split": "train"}\n{"step": 3, "split": "train"}\n{"step": 9, "split": "train"}\n')
+    with pytest.warns(UserWarning, match=r"ends at step 3: the run goes on at step 5 without the lines between"):
+        assert [line["step"] for line in kept_lines(path, 5)] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "damaged", ['{"step": 1, "spl', "[1, 2]", '{"split": "train"}', '{"step": "1", "split": "train"}', "\xff", ""]
+)
+def test_metrics_that_are_damaged(tmp_path, damaged):
+    """The error names the file and the line, and what to do."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(
+        b'{"step": 1, "split": "train"}\n' + damaged.encode("latin1") + b'\n{"step": 3, "split": "train"}\n'
+    )
+    with pytest.raises(ValueError, match=r"a line of metrics in line 2 of .*metrics\.jsonl: .*correct it, or delete"):
+        kept_lines(path, 3)
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_metrics_go_back(tmp_path):
+    """Later lines are dropped on disk, too, and TensorBoard drops later events."""
+    with Metrics(tmp_path, keep_until=0) as metrics:
+        for step in (1, 2, 3):
+            metrics.write(step=step, split="train", loss=float(step))
+        metrics.rewind(1)
+        metrics.write(step=2, split="train", loss=7.0)
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 7.0)]
+    assert events(tmp_path)[0]["train/loss"] == {1: 1.0, 2: 7.0}
