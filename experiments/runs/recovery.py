@@ -17,7 +17,7 @@ from experiments.runs.metrics import Metrics, NullMetrics
 from experiments.runs.tasks.task import Task
 from resflow_jax import Certificate
 from resflow_jax.training.checkpoints import Checkpoints
-from resflow_jax.training.skips import Skipped
+from resflow_jax.training.skips import Skipped, TooManySkipsError
 from resflow_jax.training.step import TrainState
 
 _TOLD = 20  # skipped updates that the line of a rollback has
@@ -89,6 +89,8 @@ class Recovery:
         Raises:
           FloatingPointError: after too many rollbacks.
         """
+        if isinstance(error, TooManySkipsError):
+            self.log(error.skipped)  # the loop has not told them
         if self.number >= self._limit:
             raise FloatingPointError(f"{error} Gave up after {self.number} rollbacks.") from error
         self._checkpoints.wait()
@@ -98,6 +100,9 @@ class Recovery:
         state = self._restored(before=before) if steps else self._first()
         step = int(state.step)
         self._checkpoints.set_aside_after(step if steps else -1)
+        for line in self._metrics.lines:
+            if line["split"] == "rollback":  # they stay, so that a resumed run knows how often it has gone back
+                line["step"] = min(line["step"], step)
         self._metrics.rewind(step)
         self.number, self._last = self.number + 1, step
         self._metrics.write(step=step, split="rollback", number=self.number, reason=str(error), skipped=self._told)

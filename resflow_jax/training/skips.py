@@ -23,6 +23,27 @@ class Skipped(NamedTuple):
     gradient_norm: float
 
 
+class TooManySkipsError(FloatingPointError):
+    """Too many updates in a row were skipped.
+
+    Args:
+      message: which, and with what loss.
+      skipped: the attribute.
+
+    Attributes:
+      skipped: the skipped updates since the last pause.
+
+    Example:
+      >>> from resflow_jax.training.skips import Skipped, TooManySkipsError
+      >>> TooManySkipsError("diverged", (Skipped(3, float("nan"), 1.0),)).skipped[0].step
+      3
+    """
+
+    def __init__(self, message: str, skipped: tuple[Skipped, ...]):
+        super().__init__(message)
+        self.skipped = skipped
+
+
 class Window(NamedTuple):
     """The updates since the last pause.
 
@@ -60,7 +81,7 @@ def window(values: Sequence[dict[str, Any]], steps: Sequence[int], row: tuple[Sk
 
 
 def check_row(seen: Window, limit: int, together: int, *, is_last: bool) -> None:
-    """Raises FloatingPointError after too many skipped updates in a row.
+    """Raises TooManySkipsError after too many skipped updates in a row.
 
     Args:
       seen: the updates since the last pause.
@@ -72,7 +93,8 @@ def check_row(seen: Window, limit: int, together: int, *, is_last: bool) -> None
     if len(seen.row) < limit and not is_empty:
         return
     first, last = seen.row[0], seen.row[-1]
-    raise FloatingPointError(
+    raise TooManySkipsError(
         f"training diverged between steps {first.step - together + 1} and {last.step}: loss {last.loss}, gradient norm "
-        f"{last.gradient_norm}; {len(seen.row)} updates in a row were skipped. A smaller learning rate may help."
+        f"{last.gradient_norm}; {len(seen.row)} updates in a row were skipped. A smaller learning rate may help.",
+        seen.skipped,
     )

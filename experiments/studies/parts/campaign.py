@@ -57,7 +57,7 @@ class Campaign:
     run: Callable[..., list[Row]]
 
 
-SMALL_RUN = ("digits", "--tiny", "--steps", "16", "--log-every", "1", "--evaluation.every", "4", "--save-every", "2")
+SMALL_RUN = ("vectors", "--tiny", "--steps", "16", "--log-every", "1", "--evaluation.every", "4", "--save-every", "2")
 
 
 def start(workdir: Path, *arguments: str, **options) -> subprocess.Popen:

@@ -43,20 +43,22 @@ def run(config: Any, directory: Path, deadline: Deadline) -> list[Row]:
     if status:
         return [Row("a run that is left alone", 1, f"exit status {status}: {line}", False)]
     expected, kills, ends, redone = _end_of(reference), Counter(), [], []
-    while kills.total() < config.kills and not deadline.is_over:
+
+    def goes_on() -> bool:
+        return kills.total() < config.kills and deadline.left > 2 * seconds
+
+    while goes_on():
         workdir = directory / f"killed_{len(ends)}"
         shutil.rmtree(workdir, ignore_errors=True)
-        resumed_at = 0
         while True:
             newest = max(checkpoints_of(workdir), default=0)
             process = start(workdir)
             moment, is_reached = _moment(rng, seconds, workdir)
-            killed = kills.total() < config.kills and _kill(process, is_reached, deadline)
+            killed = _kill(process, is_reached if goes_on() else lambda: False, deadline)
             text = output_of(workdir).read_text(errors="replace")
             if f"resuming {workdir} at step" in text:
                 step = int(text.split(f"resuming {workdir} at step ")[1].split()[0])
                 redone.append(newest - step)
-                resumed_at = max(resumed_at, step)
             if not killed:
                 break
             kills[moment] += 1
