@@ -76,8 +76,8 @@ def run_steps(
       skips: skipped updates in a row at which the loop ends.
 
     Raises:
-      TooManySkipsError: a FloatingPointError, at a pause, if as many updates in a row were skipped, or at the end if all
-        since the last pause were; no later state is yielded.
+      TooManySkipsError: a FloatingPointError: at a pause, if as many updates in a row were skipped, or at the end, if
+        all since the last pause were. No later state is yielded.
     """
     pending, waiting, row = [], 0.0, ()
     with tqdm(
