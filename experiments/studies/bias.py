@@ -220,6 +220,7 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
         steps=config.steps,
         pauses_at=lambda step: falls_due(step, config.log_every, together) or measures_at(step),
         unit=f"bits/dim, {name}",
+        skips=1,
     ):
         losses.append(float(at.metrics["loss"]))
         step_times.append(at.seconds)

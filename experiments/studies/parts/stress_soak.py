@@ -5,7 +5,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ def run(config: Any, directory: Path, deadline: Deadline) -> list[Row]:
     """Trains the digits flow in a process of its own and looks at its memory, compilations and time per step."""
     path = directory / "soak.jsonl"
     directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "experiments.studies.parts.stress_soak", str(config.soak_steps), str(path)]
-    command += ["--tiny"] * config.small
+    call = f"measure({config.soak_steps}, Path({str(path)!r}), is_tiny={config.small})"
+    program = f"from pathlib import Path; from {__name__} import measure; {call}"
+    command = [sys.executable, "-c", program]
     try:
         status = subprocess.run(command, check=False, timeout=deadline.left or 1).returncode
     except subprocess.TimeoutExpired:
@@ -113,8 +113,3 @@ def _state(step: int, compilations: list[str]) -> tuple[float, ...]:
 
 
 CAMPAIGN = Campaign("memory, compilations and speed of a long run", run)
-
-if __name__ == "__main__":
-    began = time.monotonic()
-    measure(int(sys.argv[1]), Path(sys.argv[2]), is_tiny="--tiny" in sys.argv)
-    print(f"{time.monotonic() - began:.0f} s")
