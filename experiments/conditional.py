@@ -33,6 +33,7 @@ from experiments.configs.base import OptimizerConfig
 from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache, use_xla_flags
+from experiments.runs.lock import locked
 from experiments.runs.metrics_file import MetricsFile
 from experiments.runs.tables import print_table
 from experiments.runs.workdir import claim_workdir
@@ -203,7 +204,12 @@ def run(config: ConditionalConfig) -> dict[str, dict]:
     """Runs all parts. Returns {task: {flow: `Fit`}} together with {"digits": {flow: `Scores`}}."""
     began = time.perf_counter()
     use_compilation_cache()
-    claim_workdir(config.workdir, config)
+    with locked(config.workdir):
+        claim_workdir(config.workdir, config)
+        return _run_parts(config, began)
+
+
+def _run_parts(config: ConditionalConfig, began: float) -> dict[str, dict]:
     metrics = MetricsFile(config.workdir / "metrics.jsonl", keep_until=0)
     results = {}
     for name, title in (("two_moons", "two moons"), ("gaussian_linear", "Gaussian linear")):

@@ -17,6 +17,7 @@ best until the first validation of a resumed run.
 
 import argparse
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,6 +34,7 @@ from experiments.configs.classification import ClassifyConfig, HybridConfig, Imp
 from experiments.configs.published import OPTIMIZER, published
 from experiments.configs.toy import ToyConfig
 from experiments.runs.command import Command, Output
+from experiments.runs.lock import locked
 from experiments.runs.tables import certificate_rows, print_table
 from experiments.runs.workdir import claim_workdir
 from resflow_jax import DenseTail, ImageFlowConfig, ResidualFlow, Truncated, certify, save_torch_checkpoint
@@ -120,8 +122,9 @@ def run(config: ImportConfig) -> Path:
     except ValueError as error:
         raise ValueError(f"{config.checkpoint}: {error}") from error
     certificate = certify(averaged)
-    claim_workdir(config.workdir, settings)
-    with Checkpoints(config.workdir / "checkpoints") as checkpoints:
+    with locked(config.workdir), ExitStack() as stack:
+        claim_workdir(config.workdir, settings)
+        checkpoints = stack.enter_context(Checkpoints(config.workdir / "checkpoints"))
         checkpoints.save(imported_state(settings, raw, averaged), sys.float_info.max, certificate)
     print_table(
         {

@@ -28,6 +28,7 @@ from flax import nnx
 from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
+from experiments.runs.lock import locked
 from experiments.runs.metrics_file import MetricsFile
 from experiments.runs.plane import PlaneConfig, train_flow
 from experiments.runs.tables import certificate_rows, print_table
@@ -128,10 +129,11 @@ def run(config: VariationalConfig) -> Divergence:
     began = time.perf_counter()
     use_compilation_cache()
     config = dataclasses.replace(config, workdir=config.out)
-    claim_workdir(config.workdir, config)
-    metrics = MetricsFile(config.workdir / "metrics.jsonl", keep_until=0)
-    flow, step_time = train(config, metrics)
-    return report(config, flow, metrics, step_time, began)
+    with locked(config.workdir):
+        claim_workdir(config.workdir, config)
+        metrics = MetricsFile(config.workdir / "metrics.jsonl", keep_until=0)
+        flow, step_time = train(config, metrics)
+        return report(config, flow, metrics, step_time, began)
 
 
 def train(config: VariationalConfig, metrics: MetricsFile) -> tuple[ResidualFlow, float]:

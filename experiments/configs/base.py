@@ -233,6 +233,24 @@ class DistributedConfig:
         check_count("distributed.timeout", self.timeout, 1)
 
 
+@dataclass(frozen=True)
+class SafetyConfig:
+    """What a run does about losses and gradients that are not finite. Such updates are skipped and logged.
+
+    Attributes:
+      skips: number of skipped updates in a row after which the run goes back to its last good checkpoint, with new
+        random numbers. It also does so after a validation that is not finite, or not certified.
+      rollbacks: number of times that it goes back before it gives up.
+    """
+
+    skips: int = 10
+    rollbacks: int = 3
+
+    def __post_init__(self):
+        check_count("safety.skips", self.skips, 1)
+        check_count("safety.rollbacks", self.rollbacks, 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What all runs have in common.
@@ -249,6 +267,7 @@ class RunConfig:
       evaluation: how the likelihood is measured.
       log_every: steps between lines of metrics.jsonl.
       save_every: steps between further checkpoints; None saves at validations only.
+      safety: what is done about losses and gradients that are not finite.
       parallel: how a step is divided among devices: by the compiler ("jit"), by `jax.shard_map` or by `jax.pmap`. The
         results are those of one device, up to rounding.
       mesh: how batches and parameters are divided among devices.
@@ -266,6 +285,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log_every: int = 10
     save_every: int | None = None
+    safety: SafetyConfig = SafetyConfig()
     parallel: Strategy = "jit"
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()

@@ -32,7 +32,13 @@ class StepTime(NamedTuple):
 
 
 def report(
-    task: Task, chosen: Judged, step: int, metrics: Metrics | NullMetrics, step_time: StepTime | None, began: float
+    task: Task,
+    chosen: Judged,
+    step: int,
+    metrics: Metrics | NullMetrics,
+    step_time: StepTime | None,
+    began: float,
+    ended: str | None = None,
 ) -> Estimate:
     """Evaluates the chosen flow on the test split, draws the pictures, prints the closing table.
 
@@ -45,6 +51,7 @@ def report(
       metrics: the run's metrics; the test metric is added.
       step_time: time per step; None if no step was taken.
       began: `time.perf_counter()` at the start of the run.
+      ended: why training ended, if it gave up.
     """
     config, workdir = task.config, task.config.workdir
     result, certificate = task.estimate(chosen.flow, "test"), chosen.certificate
@@ -55,6 +62,7 @@ def report(
     metrics.write(step=step, split="test", **line, data_stderr=result.data_stderr, noise_stderr=result.noise_stderr)
 
     drawing = task.draw(chosen.drawn, result)
+    skipped, rollbacks = (sum(line["split"] == split for line in metrics.lines) for split in ("skipped", "rollback"))
     curves = workdir / "curves.png"
     names = {"metric": task.metric, "trained": task.trained, "label": task.label, "unit": task.unit}
     pictures.save_curves(curves, metrics.lines, **names, title=f"{task.name}: {task.label}")
@@ -63,8 +71,10 @@ def report(
     rows = {
         f"test {task.label}": f"{measured} ({tested} examples, weights of step {step})",
         "standard error": error_by_cause(result.data_stderr, result.noise_stderr),
+        **({} if ended is None else {"GAVE UP": ended}),
         **drawing.rows,
         **certificate_rows(certificate),
+        **({"not finite": f"{skipped} updates skipped, {rollbacks} rollbacks"} if skipped or rollbacks else {}),
         "time per step": "no step taken: the run was finished before"
         if step_time is None
         else f"{step_time.seconds * 1e3:.0f} ms, batches of {config.batch_size}; "

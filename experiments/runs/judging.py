@@ -46,9 +46,12 @@ def validation_loss(task: Task, flow: ResidualFlow, step: int) -> float:
     Raises:
       FloatingPointError: if it is not finite.
     """
-    estimate = task.estimate(flow, "validation")
+    with np.errstate(invalid="ignore"):  # the error of an infinite mean
+        estimate = task.estimate(flow, "validation")
     if not np.isfinite(estimate.mean):
-        raise FloatingPointError(f"{task.label} of the validation split is {estimate.mean} at step {step}")
+        raise FloatingPointError(
+            f"training diverged by step {step}: {task.label} of the validation split is {estimate.mean}."
+        )
     return task.sign * estimate.mean
 
 

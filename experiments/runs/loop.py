@@ -10,6 +10,7 @@ import numpy as np
 from experiments.runs.processes import is_first
 from resflow_jax.training.loop import Pause, run_steps
 from resflow_jax.training.placement import Placement
+from resflow_jax.training.skips import LIMIT
 from resflow_jax.training.step import TrainState
 
 
@@ -29,6 +30,7 @@ def training_loop(
     unit: str,
     at_pause: Callable[[int, TrainState], TrainState] = lambda step, state: state,
     stops_at: Callable[[int], bool] = lambda step: False,
+    skips: int = LIMIT,
 ) -> Iterator[Pause]:
     """Runs the steps from state.step to `steps`; yields at every pause and at the end.
 
@@ -38,7 +40,7 @@ def training_loop(
     or a changed one, in the same form. `stops_at` is called once per update; the loop ends early when it returns True.
 
     Raises:
-      FloatingPointError: at a pause, if a metric is not finite; no later state is yielded.
+      FloatingPointError: at a pause, if as many updates in a row as `skips` were not finite, as `run_steps`.
     """
     together, first, placed = placement.trainer.accumulate, int(state.step), placement.place(state)
     del state
@@ -68,6 +70,7 @@ def training_loop(
         stops_at=stops_at,
         at_pause=next_state,
         show_progress=is_first(),
+        skips=skips,
     ):
         at.bar.set_postfix_str(f"{at.metrics['loss']:.3f} {unit}")
         yield at._replace(state=placement.to_checkpoint(at.state))

@@ -10,6 +10,8 @@ from PIL import Image
 from experiments.runs.metrics_file import MetricsFile, kept_lines, without_nan
 from experiments.runs.workdir import could_not_write
 
+_SHOWN = ("train", "test")  # splits whose lines have numbers to be drawn
+
 
 class Metrics:
     """Writes metrics.jsonl, and under tensorboard/ its numbers, histograms of its lists, and pictures.
@@ -24,15 +26,12 @@ class Metrics:
     def __init__(self, workdir: Path, *, keep_until: int):
         """Keeps the metrics up to the step `keep_until`, for a run that resumes from there."""
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
 
         self._file = MetricsFile(workdir / "metrics.jsonl", keep_until=keep_until)
         self._directory = workdir / "tensorboard"
         self._directory.mkdir(exist_ok=True)
         self._events = EventsWriter(str(self._directory / "events"), f".{time.time_ns()}")
-        # TensorBoard then drops later steps that earlier files contain.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(keep_until + 1, session_log=start)
+        self._begin_at(keep_until + 1)
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -44,13 +43,24 @@ class Metrics:
         from tensorboardX import summary
 
         self._file.write(step=step, split=split, **line)
-        for name, value in _flat(split, line):
+        for name, value in _flat(split, line) if split in _SHOWN else ():
             finite = np.asarray(value, float)
             finite = finite[np.isfinite(finite)]
             if np.ndim(value) == 0 and finite.size:
                 self._add(step, summary=summary.scalar(name, finite[0]))
             elif finite.size:
                 self._add(step, summary=summary.histogram(name, finite, "auto"))
+
+    def rewind(self, step: int) -> None:
+        """Drops the metrics after a step, for a run that goes back there."""
+        self._file.rewind(step)
+        self._begin_at(step + 1)
+
+    def _begin_at(self, step: int) -> None:
+        """Lets TensorBoard drop this step and later ones that earlier events have."""
+        from tensorboardX.proto import event_pb2
+
+        self._add(step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Adds a PNG file to the events."""
@@ -86,6 +96,10 @@ class NullMetrics:
     def write(self, **line: Any) -> None:
         """Keeps a line."""
         self.lines.append(without_nan(line))
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines after a step."""
+        self.lines = [line for line in self.lines if line["step"] <= step]
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Does nothing: the first process draws the pictures."""

@@ -102,6 +102,7 @@ def save_curves(
 
 def _set_limits(axis: plt.Axes, values: np.ndarray) -> None:
     """Limits of the vertical axis around all values but the most extreme."""
+    values = values[np.isfinite(values)]
     if len(values):
         low, high = np.percentile(values, [1, 99])
         axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)

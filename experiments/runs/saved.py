@@ -16,6 +16,7 @@ from experiments.configs.base import (
     MeshConfig,
     OptimizerConfig,
     RunConfig,
+    SafetyConfig,
     VectorDataConfig,
     VectorsConfig,
 )
@@ -57,6 +58,7 @@ _TYPES = {
         EvaluationConfig,
         ToyEvaluationConfig,
         MeshConfig,
+        SafetyConfig,
         DistributedConfig,
         Exact,
         Truncated,
@@ -108,7 +110,9 @@ def saved_flow(run_dir: Path, weights: Weights = "best", data: MovedData = Moved
 
     Raises:
       FileNotFoundError: if the directory holds no run, the run has no checkpoint yet, or its data are not found.
-      ValueError: for other weights, and as `saved_config`.
+      ValueError: for other weights, if no checkpoint can be read, and as `saved_config`.
+
+    A checkpoint that is damaged is skipped, with a warning that names it and the one that is taken.
     """
     check_choice("weights", weights, get_args(Weights))
     config = saved_config(run_dir)
@@ -131,8 +135,8 @@ def saved_flow(run_dir: Path, weights: Weights = "best", data: MovedData = Moved
                 f"weights: expected a validated checkpoint, the only one in {run_dir} is of step "
                 f"{checkpoints.latest_step}, before the first validation; weights 'latest' reads it"
             )
-        state = checkpoints.restore(step, state, ema_decay=trainer.ema_decay)
-    return SavedFlow(config, task, tightened_flow(trainer, state), step)
+        state = checkpoints.restore_intact(state, ema_decay=trainer.ema_decay, weights=weights)
+    return SavedFlow(config, task, tightened_flow(trainer, state), int(state.step))
 
 
 def _moved(old: Any, to: MovedData) -> Any:

@@ -5,6 +5,7 @@ A `Task` defines what is learned, and how it is judged and drawn.
 
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,11 @@ from experiments.configs.base import RunConfig
 from experiments.runs.closing import StepTime, report
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.judging import judged, sketch, validation_loss
+from experiments.runs.lock import locked
 from experiments.runs.loop import training_loop
 from experiments.runs.metrics import Metrics, NullMetrics
 from experiments.runs.processes import by_first, from_first, is_first, wait_for_all
+from experiments.runs.recovery import Recovery, check_certificate, check_state
 from experiments.runs.schedule import Schedule, is_patience_spent
 from experiments.runs.setup import place_on_devices, set_up
 from experiments.runs.signals import stop_on_signal
@@ -35,7 +38,9 @@ def run(config: RunConfig, task: Task) -> Estimate:
     A first SIGINT or SIGTERM ends the run after the current step, with a checkpoint and exit status 0.
 
     Raises:
-      FloatingPointError: if the loss, the gradient or the validation stops being finite.
+      FloatingPointError: if the run gives up, since too much was not finite; see `runs.recovery`. If there is a
+        validated checkpoint, the report on it is written first.
+      BlockingIOError: if another run holds the work directory.
       OSError: if the work directory cannot be written; earlier files stay intact.
       ValueError, FileExistsError: as `claim_workdir`.
     """
@@ -45,25 +50,37 @@ def run(config: RunConfig, task: Task) -> Estimate:
     trainer, start = set_up(task)  # before anything is written
     start = from_first(start)
     placement = place_on_devices(trainer, config)
-    by_first(lambda: claim_workdir(config.workdir, config))
-    shapes, shardings = jax.eval_shape(lambda state: state, start), placement.shardings(start)
-    with Checkpoints(config.workdir / "checkpoints") as checkpoints:
-        restored = partial(checkpoints.restore, like=shapes, shardings=shardings, ema_decay=trainer.ema_decay)
+    with ExitStack() as stack:
+        by_first(lambda: stack.enter_context(locked(config.workdir)))
+        by_first(lambda: claim_workdir(config.workdir, config))
+        shapes, shardings = jax.eval_shape(lambda state: state, start), placement.shardings(start)
+        checkpoints = stack.enter_context(Checkpoints(config.workdir / "checkpoints"))
+        restored = partial(checkpoints.restore_intact, like=shapes, shardings=shardings, ema_decay=trainer.ema_decay)
         state = start if placement.strategy == "pmap" else placement.place(start)  # the first step donates its state
         del start  # it occupied the memory of one device
         if checkpoints.latest_step is not None:
-            state = restored(checkpoints.latest_step)
+            state = restored()
+            checkpoints.set_aside_after(int(state.step))
             say(f"resuming {config.workdir} at step {int(state.step)}")
-        with (Metrics if is_first() else NullMetrics)(config.workdir, keep_until=int(state.step)) as metrics:
-            step, step_time = train(task, placement, state, checkpoints, metrics)
-            checkpoints.wait()
-            if step < config.steps and not is_patience_spent(task, metrics.lines):
-                say(f"stopped at step {step} of {config.steps}; the same command goes on from there")
-                sys.exit(0)
-            if step == config.steps and f"validation_{task.metric}" not in metrics.lines[-1]:
-                raise ValueError(f"steps: expected more than {step}, where the run was stopped unvalidated, got {step}")
-            best = restored(checkpoints.best_step)
-            result = report(task, judged(placement, best), int(best.step), metrics, step_time, began)
+        metrics = stack.enter_context(
+            (Metrics if is_first() else NullMetrics)(config.workdir, keep_until=int(state.step))
+        )
+        recovery = Recovery(task, checkpoints, metrics, restored, lambda: placement.place(from_first(set_up(task)[1])))
+        try:
+            step, step_time = train(task, placement, state, checkpoints, metrics, recovery)
+        except FloatingPointError as error:
+            if checkpoints.best_step is not None:
+                best = restored(weights="best")
+                report(task, judged(placement, best), int(best.step), metrics, None, began, ended=str(error))
+            raise
+        checkpoints.wait()
+        if step < config.steps and not is_patience_spent(task, metrics.lines):
+            say(f"stopped at step {step} of {config.steps}; the same command goes on from there")
+            sys.exit(0)
+        if step == config.steps and checkpoints.validation_loss(step) is None:
+            raise ValueError(f"steps: expected more than {step}, where the run was stopped unvalidated, got {step}")
+        best = restored(weights="best")
+        result = report(task, judged(placement, best), int(best.step), metrics, step_time, began)
     wait_for_all("report")
     return result
 
@@ -85,23 +102,50 @@ def say(line: str) -> None:
 
 
 def train(
-    task: Task, placement: Placement, state: TrainState, checkpoints: Checkpoints, metrics: Metrics | NullMetrics
+    task: Task,
+    placement: Placement,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    metrics: Metrics | NullMetrics,
+    recovery: Recovery,
 ) -> tuple[int, StepTime | None]:
-    """Runs the remaining steps; validates, saves and draws at the scheduled steps.
+    """Runs the remaining steps; validates, saves and draws at the scheduled steps; rolls back where it must.
 
     Returns:
       The number of steps done, which is below that of the config if the run was stopped by a signal or its patience;
       and the time per step, None if no step was taken.
     """
-    config, step, times = task.config, int(state.step), []
+    times: list[tuple[float, float]] = []
     if is_patience_spent(task, metrics.lines):
-        return step, None
+        return int(state.step), None
+    while True:
+        try:
+            step = _train_from(task, placement, state, checkpoints, metrics, recovery, times)
+        except FloatingPointError as error:
+            del state
+            state = recovery.roll_back(error)
+            say(f"{error} Going back to step {int(state.step)} with a new key, for the {recovery.number}. time")
+            continue
+        return step, StepTime.of(times)
+
+
+def _train_from(
+    task: Task,
+    placement: Placement,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    metrics: Metrics | NullMetrics,
+    recovery: Recovery,
+    times: list[tuple[float, float]],
+) -> int:
+    """`train` without rollbacks. Returns the number of steps done; adds the time per step at each pause to `times`."""
+    config, step = task.config, int(state.step)
     schedule = Schedule(config)
     with stop_on_signal() as stops_at:
         for pause in training_loop(
             placement,
             state,
-            jax.random.key(config.seed),
+            recovery.key,
             lambda step: task.batches(step, placement.part, placement.parts),
             steps=config.steps,
             pauses_at=schedule.pauses_at,
@@ -110,18 +154,21 @@ def train(
                 _with_fitted_lengths(placement, config, state) if schedule.validates_at(step) else state
             ),
             stops_at=stops_at,
+            skips=config.safety.skips,
         ):
             step = pause.step
             times.append((pause.seconds, pause.waiting))
+            recovery.log(pause.skipped)
             if schedule.validates_at(step):
                 _validate_and_save(task, placement, pause, checkpoints, metrics)
             else:
                 metrics.write(step=step, split="train", **_line(task, pause))
-                if schedule.saves_at(step) or pause.stopped:
+                if (schedule.saves_at(step) and not pause.row) or pause.stopped:
+                    check_state(pause.state, step)
                     checkpoints.save(pause.state)
             if is_patience_spent(task, metrics.lines):
                 break
-    return step, StepTime.of(times)
+    return step
 
 
 def _with_fitted_lengths(placement: Placement, config: RunConfig, state: TrainState) -> TrainState:
@@ -136,20 +183,22 @@ def _with_fitted_lengths(placement: Placement, config: RunConfig, state: TrainSt
 def _validate_and_save(
     task: Task, placement: Placement, pause: Pause, checkpoints: Checkpoints, metrics: Metrics | NullMetrics
 ) -> None:
-    """Validates the averaged weights, writes the metrics, saves the state and draws.
+    """Validates the averaged weights, writes the metrics, draws and saves the state.
 
-    The metrics line is written before the checkpoint. If the run is interrupted in between, resuming drops the line; in
-    the other order, early stopping would never count the validation of the checkpoint.
+    The checkpoint comes last. If the run is interrupted before, resuming drops the line and does everything again; in
+    another order, early stopping would never count the validation of the checkpoint, or a picture would be missing.
     """
+    check_state(pause.state, pause.step)
     found = judged(placement, pause.state)
+    check_certificate(found.certificate, pause.step)
     loss = validation_loss(task, found.flow, pause.step)
     line = {f"validation_{task.metric}": task.sign * loss, "lipschitz": found.certificate.bounds.tolist()}
     if found.flow.learns_orders:
         line["orders"] = found.flow.norm_orders().tolist()
     metrics.write(step=pause.step, split="train", **_line(task, pause), **line)
-    checkpoints.save(pause.state, loss, found.certificate)
     if is_first():
         sketch(task, found.drawn, pause.step, metrics)
+    checkpoints.save(pause.state, loss, found.certificate)
     pause.bar.set_description(f"validation {loss:.3f}")
 
 

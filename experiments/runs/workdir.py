@@ -24,12 +24,29 @@ MAY_CHANGE = (
     "distributed.timeout",
     "log_every",
     "save_every",
+    "safety.skips",
+    "safety.rollbacks",
     "data.dir",
     "data.threads",
     "data.workers",
     "evaluation.draws",
     "evaluation.patience",
 )
+
+
+def make_workdir(workdir: Path) -> None:
+    """Makes the directory unless it is there.
+
+    Raises:
+      NotADirectoryError: if the path is a file.
+      OSError: if the directory cannot be made.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise NotADirectoryError(f"workdir: expected a directory, got the file {workdir}")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"workdir: could not make {workdir}: {error.strerror}") from error
 
 
 def claim_workdir(workdir: Path, config: Any) -> None:
@@ -43,12 +60,7 @@ def claim_workdir(workdir: Path, config: Any) -> None:
       NotADirectoryError: if the path is a file.
       OSError: if the directory cannot be made or written to.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise NotADirectoryError(f"workdir: expected a directory, got the file {workdir}")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, f"workdir: could not make {workdir}: {error.strerror}") from error
+    make_workdir(workdir)
     path = workdir / "config.json"
     if path.exists():
         try:

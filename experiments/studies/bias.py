@@ -37,6 +37,7 @@ from experiments.configs.base import DensityConfig, OptimizerConfig
 from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
+from experiments.runs.lock import locked
 from experiments.runs.loop import falls_due, training_loop
 from experiments.runs.metrics_file import MetricsFile
 from experiments.runs.setup import place_on_devices, set_up
@@ -186,13 +187,14 @@ def run(config: BiasConfig) -> dict[str, Outcome]:
     began = time.perf_counter()
     use_compilation_cache()
     data = load(digits.CONFIG.data)
-    claim_workdir(config.workdir, config)
-    metrics = MetricsFile(config.workdir / "metrics.jsonl", keep_until=0)
-    outcomes = {
-        "truncated": train(config, "truncated", config.truncated, data, metrics),
-        "roulette": train(config, "roulette", config.roulette, data, metrics),
-    }
-    report(config, outcomes, metrics.lines, began)
+    with locked(config.workdir):
+        claim_workdir(config.workdir, config)
+        metrics = MetricsFile(config.workdir / "metrics.jsonl", keep_until=0)
+        outcomes = {
+            "truncated": train(config, "truncated", config.truncated, data, metrics),
+            "roulette": train(config, "roulette", config.roulette, data, metrics),
+        }
+        report(config, outcomes, metrics.lines, began)
     return outcomes
 
 
@@ -218,6 +220,7 @@ def train(config: BiasConfig, name: str, estimator: Estimator, data: ImageSplits
         steps=config.steps,
         pauses_at=lambda step: falls_due(step, config.log_every, together) or measures_at(step),
         unit=f"bits/dim, {name}",
+        skips=1,
     ):
         losses.append(float(at.metrics["loss"]))
         step_times.append(at.seconds)

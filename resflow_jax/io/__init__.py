@@ -7,4 +7,5 @@ upgrades        the names of arrays in files and checkpoints of earlier versions
 config_json     converts configs to JSON and back
 config_upgrade  the format of configs in earlier versions
 whole_files     writes files atomically
+checksums       tells whether files or arrays have changed since they were written
 """

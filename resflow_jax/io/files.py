@@ -8,7 +8,9 @@ strings:
     version          version of this package
     config           for a `ResidualFlow`: its config as JSON
     structure        for another `Flow`: its layers and their arguments as JSON; see `io.structure`
+    sha256           checksum of the arrays and of the other metadata; see `io.checksums`
 
+A file whose checksum differs is damaged. Files without one are from earlier versions.
 Nothing in a file is executed, and no name in it is imported. Files without a format version are from a time before
 flows were compositions; they can be read too (see `io.upgrades`). Files of version 1 have other names for some settings
 and arrays (see `io.renames`).
@@ -26,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from resflow_jax.functional.checks import check_type
+from resflow_jax.io.checksums import digest_of_arrays
 from resflow_jax.io.config_json import config_from_json, config_to_json
 from resflow_jax.io.renames import renamed_arguments, renamed_arrays
 from resflow_jax.io.structure import UnknownClass, build, describe, difference
@@ -39,6 +42,7 @@ from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
 FORMAT = "resflow_jax"
 FORMAT_VERSION = 2
 
+_CHECKSUM = "sha256"
 _SHARED = "; a file does not tell which layers share arrays"
 _REMEDY = "; rf.load(path, like=flow) takes the structure from your flow and only the arrays from the file"
 
@@ -68,6 +72,7 @@ def save(path: str | Path, flow: Flow) -> None:
     check_type("flow", flow, Flow)
     arrays = {".".join(name): _as_saved(".".join(name), array) for name, array in flattened(split_variables(flow))}
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "version": _version(), **_description(flow)}
+    metadata[_CHECKSUM] = digest_of_arrays(arrays, metadata)
     with whole_file(path) as temporary:
         save_file(arrays, temporary, metadata=metadata)
 
@@ -110,6 +115,7 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
         raise ValueError(f"{path}: expected a file of safetensors, could not read it: {error}") from error
     try:
         _check_format(metadata)
+        _check_undamaged(arrays, metadata)
         structure = _structure(metadata) if like is None else _structure_of(like, metadata)
         return _filled(structure, arrays)
     except UnknownClass as error:
@@ -144,6 +150,16 @@ def _check_format(metadata: dict[str, str]) -> None:
         raise ValueError(
             f"format_version: expected at most {FORMAT_VERSION}, which version {_version()} of resflow_jax reads, got "
             f"{text}, written by version {metadata.get('version')}"
+        )
+
+
+def _check_undamaged(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Raises ValueError if the arrays or the metadata are not those that were saved; files without a checksum pass."""
+    rest = {name: text for name, text in metadata.items() if name != _CHECKSUM}
+    if _CHECKSUM in metadata and metadata[_CHECKSUM] != digest_of_arrays(arrays, rest):
+        raise ValueError(
+            "expected the arrays and metadata that were saved, got others: their SHA-256 differs from that in the "
+            "metadata. The file is damaged, or was changed by another program"
         )
 
 

@@ -1,38 +1,52 @@
-"""Checkpoints of a training run by orbax: the latest and the best, written atomically and in the background.
+"""Checkpoints of a training run by orbax: the latest two and the best, written atomically and in the background.
 
 A directory `checkpoints/STEP/` gets its name only when it is complete. A run that is cut off leaves the earlier
-checkpoints whole.
+checkpoints whole. Each has the SHA-256 of its files in checksums.json, since tensorstore does not notice every change
+of an array: whatever is restored is checked first. Checkpoints of earlier versions have no checksums and are restored
+unchecked.
 """
 
 import json
-import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from resflow_jax.functional.checks import check_choice
+from resflow_jax.io.checksums import damage, has_checksums, write_checksums
 from resflow_jax.models.certificate import Certificate
+from resflow_jax.training.checkpoint_errors import DamagedCheckpointError, is_of_files, listed, told
 from resflow_jax.training.forms import SavedState, from_host
 from resflow_jax.training.old_checkpoints import is_old_state, upgraded_certificate, upgraded_state
 from resflow_jax.training.step import TrainState
 
-# Orbax writes arrays by tensorstore, which raises errors of files as a ValueError. Its message starts with a status, or
-# has the error number of the operating system.
-_OF_FILES = re.compile(
-    r"(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|NOT_FOUND|ABORTED|DEADLINE_EXCEEDED|DATA_LOSS"
-    r"|FAILED_PRECONDITION|UNKNOWN): |.*os_error_code=",
-    re.DOTALL,
-)
+_KEPT = 2  # of the latest checkpoints: if the newest is damaged, there is the one before
+_ASIDE = "aside"
+_LATE = ("_CHECKPOINT_METADATA",)  # orbax adds the time to it at last; nothing that is restored depends on it
+_MOST = 2**31 - 1
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager; a checkpoint whose metrics cannot be read has none, and the others can be opened."""
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        try:
+            found = super().metrics(step)
+        except (ValueError, OSError):
+            return None
+        return found if isinstance(found, dict) and isinstance(found.get("loss"), int | float) else None
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step. It keeps the latest one and that of the lowest validation loss.
+    """The checkpoints of one run, by step. It keeps the latest two and that of the lowest validation loss.
 
     It is a context manager: leaving it, also by an exception, waits until everything is written. Several processes
     share the directory; all call the same methods, and each writes what lies on its devices.
@@ -60,19 +74,24 @@ class Checkpoints:
 
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
-                checkpoint_managers.LatestN(1),
+                checkpoint_managers.LatestN(_KEPT),
                 checkpoint_managers.BestN(
                     get_metric_fn=lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False
                 ),
             ]
         )
         # If a directory could not be made in the background, the threads of orbax would wait 20 minutes, also at exit.
-        here = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        # The callback runs when all files are written, before the checkpoint gets its name.
+        here = ocp.options.AsyncOptions(
+            create_directories_asynchronously=False, post_finalization_callback=self._write_checksums
+        )
+        self._saving = -1
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies, best_fn=lowest, best_mode="min", async_options=here
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "certificate": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(Path(directory).resolve(), options=options, item_handlers=handlers)
+        self._directory = Path(directory).resolve()
+        self._manager = _Manager(Path(directory).resolve(), options=options, item_handlers=handlers)
 
     @property
     def latest_step(self) -> int | None:
@@ -82,7 +101,17 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """Step of the checkpoint with the lowest validation loss; None if none was validated."""
-        return self._manager.best_step()
+        return next(iter(self._by_merit("best", _MOST)), None)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, in increasing order."""
+        return sorted(self._manager.all_steps())
+
+    def validation_loss(self, step: int) -> float | None:
+        """The validation loss that was saved at `step`; None if there was none."""
+        metrics = self._manager.metrics(step)
+        return None if metrics is None else metrics["loss"]
 
     def save(
         self, state: TrainState, validation_loss: float | None = None, certificate: Certificate | None = None
@@ -108,6 +137,8 @@ class Checkpoints:
         if certificate is not None:
             items["certificate"] = ocp.args.JsonSave(certificate.as_dict())
         with self._written():
+            self._manager.wait_until_finished()  # the checksums of the one before are of its step
+            self._saving = int(state.step)
             is_saved = self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
         if not is_saved:
             self._check_kept(state, metrics, certificate)
@@ -131,8 +162,85 @@ class Checkpoints:
             compositions, since their arrays have other names (see `training.old_checkpoints`).
 
         Raises:
+          DamagedCheckpointError: if a file has changed since it was written, or is missing.
           ValueError: if the checkpoint is that of another flow, or if it needs `ema_decay` and got None.
         """
+        self._check(step)
+        return self._restore(step, like, shardings, ema_decay)
+
+    def restore_intact(
+        self,
+        like: TrainState,
+        shardings: TrainState | None = None,
+        *,
+        ema_decay: float | None = None,
+        weights: Literal["latest", "best"] = "latest",
+        before: int | None = None,
+    ) -> TrainState:
+        """Returns the newest or the best state whose checkpoint is not damaged.
+
+        All processes call it together. One that cannot be read is skipped, with a warning that names it and the one
+        that is taken. Nothing is deleted.
+
+        Args:
+          like: as for `restore`.
+          shardings: as for `restore`.
+          ema_decay: as for `restore`.
+          weights: "latest" for the newest state, "best" for that of the lowest validation loss.
+          before: only checkpoints before this step are taken; None for all.
+
+        Raises:
+          DamagedCheckpointError: if there is no such checkpoint that can be read; the message says of each why.
+        """
+        check_choice("weights", weights, ("latest", "best"))
+        problems: dict[int, str] = {}
+        for step in self._by_merit(weights, _MOST if before is None else before):
+            try:
+                self._check(step)
+                state = self._restore(step, like, shardings, ema_decay)
+            except Exception as error:
+                if not (self._directory / str(step)).exists():  # a running run has replaced it
+                    self._manager.reload()
+                    return self.restore_intact(like, shardings, ema_decay=ema_decay, weights=weights, before=before)
+                is_unreadable = not has_checksums(self._directory / str(step)) and jax.process_count() == 1
+                if not isinstance(error, DamagedCheckpointError) and not is_unreadable:
+                    raise
+                problems[step] = told(error)
+                continue
+            if problems:
+                warnings.warn(
+                    f"checkpoints: in {self._directory} {listed(problems)}; that of step {step} is taken instead",
+                    stacklevel=2,
+                )
+            return state
+        found = listed(problems) or "there is none"
+        raise DamagedCheckpointError(
+            f"checkpoints: expected one that can be read in {self._directory}, got none: {found}. Nothing was deleted; "
+            "a copy of one of these directories brings the run back, a new work directory starts it anew"
+        )
+
+    def set_aside_after(self, step: int) -> None:
+        """Moves the checkpoints after `step` to aside/, so that training can save these steps again.
+
+        All processes call it together.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            for later in (other for other in self.steps if other > step):
+                place, number = self._directory / _ASIDE / str(later), 0
+                while place.exists():
+                    number += 1
+                    place = place.with_name(f"{later}-{number}")
+                place.parent.mkdir(exist_ok=True)
+                (self._directory / str(later)).rename(place)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("set_aside_after")
+        self._manager.reload()
+
+    def _restore(
+        self, step: int, like: TrainState, shardings: TrainState | None, ema_decay: float | None
+    ) -> TrainState:
+        """`restore` of a checkpoint that has been checked."""
         saved_like = SavedState.of(like)
         metadata = self._manager.item_metadata(step)
         if metadata is not None and is_old_state(metadata.state):
@@ -163,7 +271,12 @@ class Checkpoints:
         return state.as_state(like)
 
     def certificate(self, step: int) -> dict[str, Any]:
-        """Returns the `Certificate.as_dict` that was saved at `step`."""
+        """Returns the `Certificate.as_dict` that was saved at `step`.
+
+        Raises:
+          DamagedCheckpointError: if its file has changed since it was written, or is missing.
+        """
+        self._check(step, "certificate/")
         args = ocp.args.Composite(certificate=ocp.args.JsonRestore())
         return upgraded_certificate(self._manager.restore(step, args=args).certificate)
 
@@ -171,6 +284,42 @@ class Checkpoints:
         """Waits until everything is on disk. Raises OSError as `save` does."""
         with self._written():
             self._manager.wait_until_finished()
+
+    def _write_checksums(self) -> None:
+        """Writes those of the checkpoint that is being saved, in the first process."""
+        if jax.process_index() == 0:
+            name = str(self._saving)
+            for path in self._directory.glob(f"{name}*"):
+                if path.name == name or path.name.startswith(f"{name}.orbax-checkpoint-tmp"):
+                    write_checksums(path, without=_LATE)
+
+    def _check(self, step: int, below: str = "") -> None:
+        """Raises DamagedCheckpointError, in all processes, if the files of a checkpoint are not as they were written.
+
+        The first process reads them.
+        """
+        problem = damage(self._directory / str(step), below) if jax.process_index() == 0 else None
+        is_damaged = problem is not None
+        if jax.process_count() > 1:
+            is_damaged = bool(multihost_utils.broadcast_one_to_all(np.int32(is_damaged)))
+        if is_damaged:
+            problem = problem or "process 0 says why"
+            raise DamagedCheckpointError(
+                f"checkpoints: could not read checkpoint {step} in {self._directory}: it is damaged, {problem}", problem
+            )
+
+    def _by_merit(self, weights: str, before: int) -> list[int]:
+        """The steps of the checkpoints before a step, the newest or the best first; those without merit are left out.
+
+        A checkpoint whose metrics have changed has no loss.
+        """
+        steps = [step for step in reversed(self.steps) if step < before]
+        if weights == "latest":
+            return steps
+        losses = {step: self.validation_loss(step) for step in steps}
+        for step in [step for step in steps if damage(self._directory / str(step), "metrics/") is not None]:
+            losses[step] = np.inf  # it comes last, and is named
+        return sorted((step for step in steps if losses[step] is not None), key=lambda step: losses[step])
 
     def _check_kept(self, state: TrainState, metrics: dict[str, float] | None, certificate: Certificate | None) -> None:
         """Raises ValueError unless the state that orbax did not save is that of the checkpoint of its step."""
@@ -217,7 +366,7 @@ class Checkpoints:
         except Exception as error:
             with suppress(Exception):
                 self._manager.reload()  # orbax has forgotten the checkpoints that the failed one was to replace
-            if not isinstance(error, OSError) and not (isinstance(error, ValueError) and _OF_FILES.match(str(error))):
+            if not is_of_files(error):
                 raise
             directory = self._manager.directory
             raise OSError(f"checkpoints: could not write to {directory}; earlier ones are whole. {error}") from error

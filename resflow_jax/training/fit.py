@@ -71,6 +71,9 @@ def fit(
     `Flow.tighten` rescales the kernels that exceed their certified bound, so that `certify(flow).is_certified` holds
     unless the flow contains contractions on the user's word. This changes kernels by less than about a percent.
 
+    An update whose loss or gradient is not finite is skipped: weights, optimiser, averages and power iterations stay as
+    they are. Ten skipped updates in a row end training.
+
     All examples lie on the device. Ctrl-C ends training after the current step, and `fit` returns what it has; a second
     Ctrl-C interrupts as usual.
 
@@ -113,7 +116,9 @@ def fit(
 
     Raises:
       ValueError: for a bad argument; the message names it.
-      FitDivergedError: where a loss or gradient is not finite; `error.result` has the best weights until then.
+      FitDivergedError: after ten updates in a row whose loss or gradient is not finite, at the end if there has been no
+        other since the last pause, or where the loss of the validation examples is not finite; `error.result` has the
+        best weights until then.
 
     Example:
       >>> import jax, numpy as np, resflow_jax as rf
@@ -167,6 +172,8 @@ def fit(
                 stops_at=lambda step: is_interrupted(),
                 show_progress=progress,
             ):
+                if at.row and not at.stopped:
+                    continue  # the last update was not made: what led to it may be no good
                 flow = devices.current_flow(at.state) if ema is None else devices.averaged_flow(at.state)
                 seen = course.add(at.step, float(at.metrics["loss"]), flow)
                 at.bar.set_postfix_str(str(seen))

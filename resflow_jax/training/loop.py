@@ -1,4 +1,8 @@
-"""The loop around a training step: mean metrics, timing, a progress bar, and a stop where training diverges."""
+"""The loop around a training step: mean metrics, timing, a progress bar, and a stop where training diverges.
+
+A step skips an update that is not finite. The loop counts the skipped ones at its pauses, from the metrics that it
+reads there, and ends when too many have followed each other.
+"""
 
 import sys
 import time
@@ -6,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from tqdm.auto import tqdm
 
 from resflow_jax.training.parallel import Step
+from resflow_jax.training.skips import LIMIT, Skipped, check_row, window
 
 
 class Pause(NamedTuple):
@@ -18,11 +22,14 @@ class Pause(NamedTuple):
     Attributes:
       step: steps done.
       state: the state after that step. The next step is donated its arrays: copy what is to be kept.
-      metrics: means over the steps since the last pause, with the structure of a step's, on the host.
+      metrics: means over the updates since the last pause, without the skipped ones, with the structure of a step's, on
+        the host; NaN if all were skipped.
       seconds: per step since the last pause.
       waiting: the part of `seconds` that was spent waiting for batches.
       stopped: whether the loop ends here because it was asked to.
       bar: the progress bar, to write on.
+      skipped: the updates since the last pause that were not finite, and so were not made.
+      row: how many of the last updates before the pause were skipped in a row.
     """
 
     step: int
@@ -32,6 +39,8 @@ class Pause(NamedTuple):
     waiting: float
     stopped: bool
     bar: tqdm
+    skipped: tuple[Skipped, ...] = ()
+    row: int = 0
 
 
 def run_steps(
@@ -47,6 +56,7 @@ def run_steps(
     stops_at: Callable[[int], bool] = lambda step: False,
     at_pause: Callable[[int, Any], Any] = lambda step, state: state,
     show_progress: bool = True,
+    skips: int = LIMIT,
 ) -> Iterator[Pause]:
     """Runs the steps first + 1 ... last; yields at every pause and at the end. Nothing waits for a result in between.
 
@@ -63,11 +73,13 @@ def run_steps(
       at_pause: from the number of steps done and the state to the state that training goes on with; called before each
         yield.
       show_progress: whether to draw a progress bar, on stderr or in the notebook.
+      skips: skipped updates in a row at which the loop ends.
 
     Raises:
-      FloatingPointError: at a pause, if a metric is not finite; no later state is yielded.
+      TooManySkipsError: a FloatingPointError: at a pause, if as many updates in a row were skipped, or at the end, if
+        all since the last pause were. No later state is yielded.
     """
-    pending, waiting = [], 0.0
+    pending, waiting, row = [], 0.0, ()
     with tqdm(
         total=last, initial=first, unit="step", mininterval=_seconds_between_draws(), disable=not show_progress
     ) as bar:
@@ -82,25 +94,16 @@ def run_steps(
             stopped = stops_at(done)
             if not (done == last or stopped or pauses_at(done)):
                 continue
-            metrics = _means(pending, done - together * len(pending) + 1, done)
-            state = at_pause(done, state)
             taken = together * len(pending)
+            seen = window(jax.device_get(pending), range(done - taken + together, done + 1, together), row)
+            row = seen.row
+            check_row(seen, skips, together, is_last=done == last)
+            state = at_pause(done, state)
             seconds = (time.perf_counter() - began) / taken
-            yield Pause(done, state, metrics, seconds, waiting / taken, stopped, bar)
+            yield Pause(done, state, seen.means, seconds, waiting / taken, stopped, bar, seen.skipped, len(row))
             if stopped:
                 return
             pending, waiting, began = [], 0.0, time.perf_counter()
-
-
-def _means(pending: list[dict[str, Any]], begin: int, end: int) -> dict[str, Any]:
-    """Mean metrics of the steps from `begin` to `end`."""
-    metrics = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *jax.device_get(pending))
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(metrics)):
-        raise FloatingPointError(
-            f"training diverged between steps {begin} and {end}: loss {metrics['loss']}, gradient norm "
-            f"{metrics['gradient_norm']}. A smaller learning rate may help."
-        )
-    return metrics
 
 
 def _seconds_between_draws() -> int:

@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.functional.batch_axes import batch_axes
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.training.step import Gradient, Trainer, TrainState
+from resflow_jax.training.step import Gradient, Trainer, TrainState, unless_skipped
 
 Array = jax.Array
 Step = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Any]]]
@@ -162,9 +162,10 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
         state = as_stored(state)
         batch = constrain(batch, batches)
         found = gradient(with_whole_flow(state), batch, key)
-        state = as_stored(trainer.update(state, found))
-        state = with_whole_flow(state)
-        state = with_whole_flow(trainer.advance_norms(state))
+        after = as_stored(trainer.update(state, found))
+        after = with_whole_flow(after)
+        after = with_whole_flow(trainer.advance_norms(after))
+        state = unless_skipped(found.is_finite(), as_stored(after), state)
         return as_stored(state), constrain(found.metrics(), whole)
 
     return jax.jit(step, donate_argnums=0)

@@ -3,7 +3,8 @@
 The step has three parts. `Trainer.gradient` takes the mean gradient of a loss(flow, batch, key) over the batches of an
 update. `Trainer.update` applies the optax transformation and advances the moving average of the parameters.
 `Trainer.advance_norms` advances the power iteration of every linear layer to the new parameters. `training.parallel`
-runs the same functions on many devices.
+runs the same functions on many devices. An update whose loss or gradient is not finite is skipped: the state keeps all
+but its number of steps (`Gradient.is_finite`, `unless_skipped`).
 """
 
 from collections.abc import Callable
@@ -86,6 +87,14 @@ class Gradient(NamedTuple):
         norm = optax.tree.norm(self.gradient)
         return {"loss": self.loss, "gradient_norm": norm, "diagnostics": self.diagnostics}
 
+    def is_finite(self) -> Array:
+        """Whether the metrics and the flow's other variables are finite; a Boolean scalar, the same on all devices.
+
+        The norm of the gradient is finite only if every element is.
+        """
+        leaves = jax.tree.leaves((self.metrics(), nnx.filter_state(self.non_params, nnx.BatchStat)))
+        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
 
 class Trainer(NamedTuple):
     """The static side of training: what the pure functions of this class close over.
@@ -163,13 +172,15 @@ class Trainer(NamedTuple):
 
         Returns:
           The new state, and the metrics, which are means over the batches: "loss"; "gradient_norm", the norm of the
-          mean gradient before any clipping; "diagnostics", those of the log-det estimates, by block.
+          mean gradient before any clipping; "diagnostics", those of the log-det estimates, by block. If one of them is
+          not finite, the update is skipped: the new state is the old one with its number of steps raised. No device
+          waits for the host to decide this.
 
         Cost: the loss and its gradient for every batch, the optimiser, and one power iteration of every linear layer.
         """
         found = self.gradient(state, batch, key)
-        state = self.advance_norms(self.update(state, found))
-        return state, found.metrics()
+        after = self.advance_norms(self.update(state, found))
+        return unless_skipped(found.is_finite(), after, state), found.metrics()
 
     def gradient(self, state: TrainState, batch: Any, key: Array) -> Gradient:
         """The first part of a step: means over the batches of an update and over devices."""
@@ -234,6 +245,20 @@ class Trainer(NamedTuple):
         with optax_promotion():
             params = optax.tree.bias_correction(state.ema.ema, self.ema_decay, state.ema.count)
         return self.current_flow(state._replace(params=params))
+
+
+def unless_skipped(is_finite: Array, after: TrainState, before: TrainState) -> TrainState:
+    """The state after an update; where that is not finite the one before it, with the number of steps of `after`.
+
+    Args:
+      is_finite: a Boolean scalar, from `Gradient.is_finite`.
+      after: the state after the update.
+      before: the state before it, with the same shapes.
+    """
+    # The compiler fuses no `cond` with the update, so that the update rounds as it would without the choice.
+    leaves, structure = jax.tree.flatten(after)
+    chosen = jax.lax.cond(is_finite, lambda new, old: new, lambda new, old: old, leaves, jax.tree.leaves(before))
+    return jax.tree.unflatten(structure, chosen)._replace(step=after.step)
 
 
 def _mean_over_batches(

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from experiments.configs.base import OptimizerConfig
+from experiments.runs import train
 from experiments.runs.launch import run_config
+from experiments.runs.saved import saved_flow
 from experiments.runs.setup import set_up, tightened_flow
 from experiments.runs.tasks.of_config import task_of
 from experiments.runs.tasks.task import Task
@@ -20,6 +23,7 @@ from resflow_jax import (
     certify,
 )
 from resflow_jax.data.batches import Batches
+from resflow_jax.training.checkpoint_errors import DamagedCheckpointError
 from resflow_jax.training.checkpoints import Checkpoints
 from tests.experiments.outputs import events, read_metrics
 from tests.experiments.tiny import TINY, run_and_cut
@@ -124,6 +128,58 @@ def test_a_cut_run_resumes_exactly(finished, fitted, tmp_path, capsys, fit_lengt
     assert read_metrics(tmp_path) == read_metrics(workdir)
 
 
+def test_a_run_that_is_cut_while_it_draws(finished, tmp_path, monkeypatch):
+    """The checkpoint comes after the pictures: the resumed run draws them again, and ends as the other."""
+    workdir, result = finished
+    config, sketch = dataclasses.replace(TINY, workdir=tmp_path), train.sketch
+
+    def cut(task, flow, step, metrics):
+        if step == 6:
+            raise KeyboardInterrupt
+        sketch(task, flow, step, metrics)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "sketch", cut)
+        run_config(config)
+    assert not (tmp_path / "checkpoints" / "6").exists() and not list((tmp_path / "training").glob("*6*"))
+    assert run_config(config) == result
+    assert read_metrics(tmp_path) == read_metrics(workdir)
+    for path in (workdir / "training").iterdir():
+        assert (tmp_path / "training" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_damaged_checkpoint(finished, tmp_path):
+    """The run goes on from the one before, names both, and ends as before; if none is good, nothing is touched."""
+    workdir, result = finished
+    config = dataclasses.replace(TINY, workdir=tmp_path / "run")
+    shutil.copytree(workdir, config.workdir)
+    directory = config.workdir / "checkpoints"
+    (directory / "6" / "state" / "manifest.ocdbt").unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint 6 is damaged, its file state/manifest.ocdbt .* step 3 is taken"):
+        assert saved_flow(config.workdir, "latest").step == 3
+    with pytest.warns(UserWarning, match=r"checkpoint 6 is damaged, its file state/manifest.ocdbt .* step 3 is taken"):
+        assert run_config(config) == result
+    assert read_metrics(config.workdir) == read_metrics(workdir)
+    assert (directory / "aside" / "6" / "state" / "_METADATA").exists()
+    for step in ("3", "6"):
+        (directory / step / "state" / "_METADATA").write_text("{}")
+    before = sorted(path for path in config.workdir.rglob("*") if path.name != ".lock")
+    for call in (lambda: run_config(config), lambda: saved_flow(config.workdir)):
+        with pytest.raises(DamagedCheckpointError, match=r"got none: checkpoint .* is damaged.*Nothing was deleted"):
+            call()
+    assert sorted(path for path in config.workdir.rglob("*") if path.name != ".lock") == before
+
+
+def test_deleted_metrics(finished, tmp_path):
+    """A finished run gives its result again, with a warning."""
+    workdir, result = finished
+    config = dataclasses.replace(TINY, workdir=tmp_path / "run")
+    shutil.copytree(workdir, config.workdir)
+    (config.workdir / "metrics.jsonl").unlink()
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl is missing: the run goes on at step 6 without its earlier"):
+        assert run_config(config) == result
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_asked_to_stop(finished, tmp_path, monkeypatch, capsys, number):
     """The step is finished, saved and logged with exit status 0; the resumed run ends as the uninterrupted one."""
@@ -184,7 +240,7 @@ def test_checkpoints_between_validations(tmp_path, monkeypatch):
     )
     run_config(config)
     assert saved == [2, 3, 4, 6]
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()} <= {"3", "6"}
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()} <= {"3", "4", "6"}
 
 
 def test_a_finished_run_is_only_evaluated_again(finished, capsys):
@@ -207,11 +263,17 @@ def test_a_work_directory_of_another_config(finished):
 
 
 def test_divergence_is_reported(tmp_path):
-    """A loss that stops being finite ends the run with the steps, the values and what to do."""
+    """Without a good step the run goes back to its start as often as it may, and ends with what was not finite."""
     config = dataclasses.replace(TINY, workdir=tmp_path, optimizer=OptimizerConfig(learning_rate=1e200, warmup=0))
-    with pytest.raises(FloatingPointError, match="training diverged between steps"):
+    with pytest.raises(
+        FloatingPointError, match=r"training diverged by step 3: bits/dim of the val.* Gave up after 3 rollbacks"
+    ):
         run_config(config)
-    assert all(np.isfinite(line["bits_per_dim"]) for line in read_metrics(tmp_path))
+    lines = read_metrics(tmp_path)
+    end = [("skipped", 2), ("train", 2), ("skipped", 3)]
+    assert [(line["split"], line["step"]) for line in lines] == [("rollback", 0)] * 3 + end
+    assert [[one["step"] for one in line["skipped"]] for line in lines[:3]] == [[2, 3]] * 3
+    assert all(np.isfinite(line["bits_per_dim"]) for line in lines if line["split"] == "train")
 
 
 def test_in_float32(tmp_path):

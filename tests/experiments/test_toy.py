@@ -55,7 +55,7 @@ def test_a_tiny_run_writes_everything_and_its_density_integrates_to_one(estimato
     result = run_config(replace(tiny, estimator=estimator))
     assert {path.name for path in tiny.workdir.iterdir()} == {
         *("config.json", "metrics.jsonl", "certificate.json", "checkpoints", "tensorboard", "training"),
-        *("toy.png", "curves.png", "report.html"),
+        *("toy.png", "curves.png", "report.html", ".lock"),
     }
     assert (tiny.workdir / "toy.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tiny.workdir / "training").iterdir()) == [

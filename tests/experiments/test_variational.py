@@ -29,7 +29,12 @@ TINY = VariationalConfig(
 def test_a_tiny_run_learns_from_its_own_samples(tmp_path, capsys):
     """The files; the divergence falls, is positive, and is what the metrics and the table say."""
     result = variational.run(VariationalConfig(**{**vars(TINY), "workdir": tmp_path / "run"}))
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "variational.png"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "variational.png",
+    }
     assert (tmp_path / "run" / "variational.png").read_bytes().startswith(b"\x89PNG")
     *train, test = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in train] == [10, 20, 30, 40]

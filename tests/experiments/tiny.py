@@ -15,7 +15,7 @@ from experiments.runs.launch import run_config
 from experiments.runs.setup import set_up, tightened_flow
 from experiments.runs.tasks.of_config import task_of
 from experiments.runs.workdir import claim_workdir
-from resflow_jax import DenseTail, ImageFlowConfig, Roulette, certify
+from resflow_jax import DenseTail, ImageFlowConfig, Roulette, VectorFlowConfig, certify
 from resflow_jax.data.batches import Batches
 from resflow_jax.training.checkpoints import Checkpoints
 
@@ -33,6 +33,14 @@ TINY = replace(
     log_every=2,
     optimizer=OptimizerConfig(warmup=2),
     evaluation=EvaluationConfig(estimator=Roulette(), draws=2, examples=30, every=3),
+)
+
+VECTORS = replace(
+    CONFIGS["vectors"],
+    model=VectorFlowConfig(dim=30, blocks=1, hidden=(4,)),
+    steps=2,
+    batch_size=8,
+    evaluation=EvaluationConfig(estimator=Roulette(), draws=1, examples=8, every=8),
 )
 
 

@@ -40,17 +40,17 @@ def state(step, estimator=ROULETTE, w=None):
     "estimator", [rf.Exact(), rf.Roulette(), rf.Roulette(rf.Fitted(TABLE))], ids=["exact", "roulette", "fitted"]
 )
 def test_keeps_the_latest_and_the_best(tmp_path, estimator):
-    """Four checkpoints are saved; the one with the lowest bits/dim and the newest are kept, and restore exactly."""
+    """Five checkpoints are saved; the one with the lowest bits/dim and the newest two are kept, and restore exactly."""
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step is None and checkpoints.best_step is None
-        for step, value in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)]:
+        for step, value in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.2)]:
             certificate = dataclasses.replace(CERTIFICATE, lipschitz=float(step))
             checkpoints.save(state(step, estimator), value, certificate)
         checkpoints.wait()
-        assert (checkpoints.latest_step, checkpoints.best_step) == (4, 2)
+        assert (checkpoints.latest_step, checkpoints.best_step) == (5, 2)
     with Checkpoints(tmp_path / "checkpoints") as again:
-        assert (again.latest_step, again.best_step) == (4, 2)
-        for step in (2, 4):
+        assert (again.latest_step, again.best_step) == (5, 2)
+        for step in (2, 4, 5):
             restored = again.restore(step, jax.tree.map(jnp.zeros_like, state(0, estimator)))
             chex.assert_trees_all_equal(restored, state(step, estimator))
             certificate = again.certificate(step)
@@ -60,7 +60,7 @@ def test_keeps_the_latest_and_the_best(tmp_path, estimator):
             assert (block["bound"], block["target_bound"], block["inverse_lipschitz"]) == (1.2, 0.9, np.inf)
             assert block["layers"] == [{"norm": 1.2, "coefficient": 0.9, "domain": 2.0, "codomain": np.inf}]
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
-    assert kept == {"2", "4"}
+    assert kept == {"2", "4", "5"}
 
 
 class FormerState(NamedTuple):

@@ -77,6 +77,10 @@ class ClassTask(Task):
         sources = [source.starting_at(step, **options) for source in self._sources(part, parts)]
         return sources[0] if len(sources) == 1 else map(_interleaved, *sources)
 
+    def rows_at(self, step: int) -> list[int] | None:
+        """Without few labels as for other tasks; with them the halves of a batch have orders of their own."""
+        return super().rows_at(step) if self.config.labels is None else None
+
     def _sources(self, part: int, parts: int) -> list[Batches]:
         """The batches, or the halves of the batches, with and without labels."""
         config, train = self.config, self.splits.train

@@ -11,6 +11,7 @@ import optax
 
 from experiments.configs.base import RunConfig
 from resflow_jax import Estimate, Estimator, InverseStatus, ResidualFlow
+from resflow_jax.data.batches import Batches
 from resflow_jax.training.step import Loss
 
 Array = jax.Array
@@ -71,6 +72,11 @@ class Task(ABC):
     @abstractmethod
     def batches(self, step: int, part: int = 0, parts: int = 1) -> Iterator[Any]:
         """The batches from step number `step` on, counted from 0; of each batch, equal part `part` of `parts`."""
+
+    def rows_at(self, step: int) -> list[int] | None:
+        """The numbers of the training examples in the batch of step number `step`; None where they are drawn anew."""
+        rows = np.arange(len(self.splits.train))
+        return Batches(rows, seed=self.config.seed, batch_size=self.config.batch_size)[step].tolist()
 
     @abstractmethod
     def scores(

@@ -55,6 +55,9 @@ class ToyTask(VectorTask):
         wholes = (sample_toy(config.data, config.batch_size, _rng(config, "train", n)) for n in count(step))
         return (whole[part * own : (part + 1) * own] for whole in wholes)
 
+    def rows_at(self, step: int) -> None:
+        """None: every batch is drawn by the seed and the number of its step."""
+
     def draw(self, flow: ResidualFlow, result: Estimate) -> Drawing:
         """Draws the data, the density on a grid and samples.
 

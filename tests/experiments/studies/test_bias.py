@@ -49,7 +49,7 @@ def data():
 def test_files_and_metrics(finished):
     """All promised files exist; either run has a line a pause and one a measurement, with the promised fields."""
     config, outcomes = finished
-    assert {path.name for path in config.workdir.iterdir()} == {"bias.png", "config.json", "metrics.jsonl"}
+    assert {path.name for path in config.workdir.iterdir()} == {".lock", "bias.png", "config.json", "metrics.jsonl"}
     assert (config.workdir / "bias.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((config.workdir / "config.json").read_text())["truncated"]["terms"] == 1
     lines = read_metrics(config.workdir)

@@ -1,0 +1,136 @@
+"""Faults: what comes of kills, damaged storage, full disks and long runs.
+
+    python -m experiments.studies.stress [--campaigns kills storage soak] [--kills 30] [--soak-steps 20000]
+        [--seconds 3600] [--workdir DIR]
+
+Each campaign has a file `experiments/studies/parts/stress_NAME.py`. It starts small runs, does something bad to them,
+and compares what is left with a run that was left alone. The study prints a table, writes it to stress.json with all
+settings, and ends with status 1 if something was lost or went unnoticed. By default it takes a few minutes on 2 CPU
+cores. It ends after --seconds at the latest; what was not tried is said.
+"""
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments.runs.command import Command, Output
+from experiments.runs.devices import use_compilation_cache
+from experiments.runs.tables import print_table
+from experiments.runs.workdir import write_atomically
+from experiments.studies.parts import stress_kills, stress_soak, stress_storage
+from experiments.studies.parts.campaign import Campaign, Deadline, Row
+from resflow_jax.functional.checks import check_choice, check_count, check_positive
+from resflow_jax.io.config_json import as_json
+
+CAMPAIGNS: dict[str, Campaign] = {
+    "kills": stress_kills.CAMPAIGN,
+    "storage": stress_storage.CAMPAIGN,
+    "soak": stress_soak.CAMPAIGN,
+}
+
+
+@dataclass(frozen=True)
+class StressConfig:
+    """The settings of the study.
+
+    Attributes:
+      campaigns: what is tried.
+      kills: number of SIGKILLs.
+      flips: number of flipped bits and removed files.
+      soak_steps: number of steps of the long run.
+      seconds: time for everything, at most.
+      seed: of the random choices.
+      workdir: directory that stress.json and the runs are written to; what was there is deleted.
+      small: whether to use the runs of `--tiny`.
+    """
+
+    campaigns: tuple[str, ...] = tuple(CAMPAIGNS)
+    kills: int = 5
+    flips: int = 50
+    soak_steps: int = 1000
+    seconds: float = 900.0
+    seed: int = 0
+    workdir: Path = Path("runs/stress")
+    small: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
+
+    def __post_init__(self):
+        for name in self.campaigns:
+            check_choice("campaigns", name, tuple(CAMPAIGNS))
+        check_count("kills", self.kills, 1)
+        check_count("flips", self.flips, 1)
+        check_count("soak_steps", self.soak_steps, 100)
+        check_positive("seconds", self.seconds)
+        check_count("seed", self.seed, 0)
+
+
+def tiny(config: StressConfig) -> StressConfig:
+    """A few flips of bits of a tiny run."""
+    return replace(config, campaigns=("storage",), flips=4, workdir=Path("runs/stress_tiny"), small=True)
+
+
+COMMAND = Command(
+    "experiments.studies.stress",
+    __doc__,
+    StressConfig(),
+    tiny,
+    output=lambda config: Output(config.workdir, ("stress.json", *(f"{name}/" for name in config.campaigns))),
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line and runs; ends with status 1 if a row is not good."""
+    COMMAND.call(_checked, arguments)
+
+
+def _checked(config: StressConfig) -> None:
+    if not all(row.is_good for found in run(config).values() for row in found):
+        sys.exit(1)
+
+
+def run(config: StressConfig) -> dict[str, list[Row]]:
+    """Tries everything, prints and writes the table; returns its rows by campaign."""
+    began, deadline, rows = time.monotonic(), Deadline(config.seconds), {}
+    use_compilation_cache()
+    for name in config.campaigns:
+        directory = config.workdir / name
+        shutil.rmtree(directory, ignore_errors=True)
+        print(f"{name}: {CAMPAIGNS[name].summary}", flush=True)
+        rows[name] = _tried(CAMPAIGNS[name], config, directory, deadline)
+        print(markdown(rows[name]), flush=True)
+    content: dict[str, Any] = {
+        "settings": as_json(config),
+        **{name: [row._asdict() for row in rows[name]] for name in rows},
+    }
+    write_atomically(config.workdir / "stress.json", json.dumps(content, indent=2) + "\n")
+    bad = sum(not row.is_good for found in rows.values() for row in found)
+    took = f"{time.monotonic() - began:.0f} s"
+    print_table({"failed": f"{bad} of {sum(map(len, rows.values()))} rows", "time in all": took})
+    return rows
+
+
+def _tried(campaign: Campaign, config: StressConfig, directory: Path, deadline: Deadline) -> list[Row]:
+    """The rows of a campaign, or one that says that the time was over."""
+    try:
+        if not deadline.is_over:
+            return campaign.run(config, directory, deadline)
+    except TimeoutError as error:
+        return [Row(campaign.summary, 0, str(error), False)]
+    return [Row(campaign.summary, 0, "not tried: the time was over", True)]
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table of these rows."""
+    head = "| fault | tries | found | good |\n|---|---|---|---|"
+    return "\n".join(
+        [head, *(f"| {what} | {n} | {found} | {'yes' if ok else '**no**'} |" for what, n, found, ok in rows)]
+    )
+
+
+if __name__ == "__main__":
+    main()
