@@ -6,6 +6,7 @@ for the options, and `interop.torch.layout` for the tensors.
 """
 
 import argparse
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import check_choice, check_type
+from resflow_jax.functional.checks import check_choice, check_type, names_text, shown
 from resflow_jax.functional.norms import with_copies
 from resflow_jax.interop.torch.config import args_from_config, config_from_args
 from resflow_jax.interop.torch.files import read_torch_file
@@ -27,13 +28,14 @@ from resflow_jax.interop.torch.options import is_toy
 from resflow_jax.interop.torch.places import Canvas, Entry, Ignored, Norm
 from resflow_jax.interop.torch.storages import brief
 from resflow_jax.interop.torch.writer import write_torch_file
-from resflow_jax.layers.lipschitz import LipschitzLinear, map_linears
-from resflow_jax.models.config import VectorFlowConfig, has_mixed_norms
+from resflow_jax.layers.lipschitz import LipschitzLinear, deferred_norms, map_linears
+from resflow_jax.models.config import FlowConfig, VectorFlowConfig, has_mixed_norms
+from resflow_jax.models.least_arrays import check_arrays
 from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
 
 Array = np.ndarray
 
-_LISTED = 5  # names in an error
+_EXTRA = 2**26  # numbers of a flow beyond 16 times those of its file
 
 
 def load_torch_checkpoint(
@@ -147,7 +149,11 @@ def _tensors(flow: ResidualFlow) -> dict[str, Array]:
 def parts_of(content: Any) -> tuple[dict[str, Array], argparse.Namespace]:
     """Returns the tensors and the options of what `read_torch_file` gave."""
     if not isinstance(content, dict) or not {"state_dict", "args"} <= content.keys():
-        keys = f"a dict of {', '.join(map(brief, content))}" if isinstance(content, dict) else type(content).__name__
+        keys = (
+            f"a dict of {', '.join(map(brief, [*content][:5]))}"
+            if isinstance(content, dict)
+            else type(content).__name__
+        )
         raise ValueError(f"expected a checkpoint of the training scripts with 'state_dict' and 'args', got {keys}")
     tensors, args = content["state_dict"], content["args"]
     if not isinstance(args, argparse.Namespace):
@@ -165,19 +171,21 @@ def flow_of(content: Any, weights: str | None, norms: str) -> ResidualFlow:
     tensors, args = parts_of(content)
     averages = _averages(content, weights)
     config = config_from_args(args, tensors)
-    blocks = config.blocks if isinstance(config, VectorFlowConfig) else sum(config.blocks) + config.tail.blocks
-    if blocks > len(tensors):
-        raise ValueError(f"nblocks: expected no more blocks than the {len(tensors)} tensors of the file, got {blocks}")
-    flow = nnx.eval_shape(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
+    flow = _abstract_flow(config, tensors)
     found = entries(flow, dropout=bool(getattr(args, "dropout", 0)))
     _check_names("state_dict", {e.name for e in found}, tensors.keys())
     if averages is not None:
         _check_names("ema", {e.averaged_name for e in found if e.is_parameter}, averages.keys())
+    put = {e.name: averages[e.averaged_name] if averages and e.is_parameter else tensors[e.name] for e in found}
+    for entry in found:  # all of them first, so that nothing is made of another size than the file's
+        if entry.shape is not None and put[entry.name].shape != entry.shape:
+            raise ValueError(
+                f"{entry.name}: expected shape {entry.shape}, as args say, got {shown(put[entry.name].shape)}"
+            )
+    _check_numbers(flow, tensors)
     canvas = Canvas()
     for entry in found:
-        averaged = averages is not None and entry.is_parameter
-        tensor = averages[entry.averaged_name] if averaged else tensors[entry.name]
-        _put(entry, canvas, tensor)
+        _put(entry, canvas, put[entry.name])
         if not np.array_equal(tensors[entry.name], tensors[entry.averaged_name]):
             raise ValueError(f"{entry.name}: expected the same number as in {entry.averaged_name}, which is tied to it")
     canvas.commit()
@@ -186,6 +194,29 @@ def flow_of(content: Any, weights: str | None, norms: str) -> ResidualFlow:
     if norms == "converged":
         _converge(flow)
     return flow
+
+
+def _abstract_flow(config: FlowConfig, tensors: Mapping[str, Array]) -> ResidualFlow:
+    """The flow of a config with abstract arrays. Its blocks and layers are counted before it is made."""
+    number = len(tensors)
+    blocks = config.blocks if isinstance(config, VectorFlowConfig) else sum(config.blocks) + config.tail.blocks
+    if blocks > number:
+        raise ValueError(f"nblocks: expected no more blocks than the {number} tensors of the file, got {blocks}")
+    check_arrays(config, number)
+    with deferred_norms():
+        return nnx.eval_shape(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
+
+
+def _check_numbers(flow: ResidualFlow, tensors: Mapping[str, Array]) -> None:
+    """Raises ValueError if the flow has far more numbers than the file.
+
+    It may have more: the vectors of norms with a closed form, one number for each pixel and channel, are not in the
+    file.
+    """
+    needed = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(flow)))
+    given = sum(tensor.size for tensor in tensors.values())
+    if needed > 16 * given + _EXTRA:
+        raise ValueError(f"args: expected a flow of about the {given} numbers in the file, got one of {needed}")
 
 
 def _averages(content: dict[str, Any], weights: str | None) -> dict[str, Array] | None:
@@ -205,16 +236,12 @@ def _averages(content: dict[str, Any], weights: str | None) -> dict[str, Array] 
 
 
 def _check_names(what: str, expected: set[str], got: Mapping | set) -> None:
-    for kind, names in (("missing", sorted(expected - set(got))), ("left over", sorted(set(got) - expected))):
+    for kind, names in (("missing", expected - set(got)), ("left over", set(got) - expected)):
         if names:
-            others = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            listed = ", ".join(names[:_LISTED])
-            raise ValueError(f"{what}: expected the tensors that args say, got some {kind}: {listed}{others}")
+            raise ValueError(f"{what}: expected the tensors that args say, got some {kind}: {names_text(names)}")
 
 
 def _put(entry: Entry, canvas: Canvas, tensor: Array) -> None:
-    if entry.shape is not None and tensor.shape != entry.shape:
-        raise ValueError(f"{entry.name}: expected shape {entry.shape}, as args say, got {tensor.shape}")
     if not isinstance(entry.place, Ignored | Norm) and not np.isfinite(tensor).all():
         raise ValueError(f"{entry.name}: expected finite numbers, got {np.count_nonzero(~np.isfinite(tensor))} others")
     try:
