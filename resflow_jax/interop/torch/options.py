@@ -60,6 +60,27 @@ TOY_DEFAULTS = {
     "actnorm": False,
     "batchnorm": False,
 }
+TRAINING_DEFAULTS = {
+    "wd": 0.0,
+    "weight_decay": 0.0,
+    "dropout": 0.0,
+    "scheduler": False,
+    "add_noise": True,
+    "neumann_grad": True,
+    "var_reduc_lr": 0.0,
+    "brute_force": False,
+    "exact_trace": False,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "warmup_iters": 1000,
+    "update_freq": 1,
+    "batchsize": 64,
+    "annealing_iters": 0,
+    "task": "density",
+    "scale_dim": False,
+}
+"""Options of a training that a run takes over, or says that it does not."""
+
 _DIGITS = 9  # of a size
 _ACTIVATIONS = {
     "swish": "lipswish",
@@ -84,11 +105,19 @@ def checked_options(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[
         value, kind = options[name], type(default)
         right = value is None or isinstance(value, int) if default is None else isinstance(value, kind)
         if kind is float:
-            right = isinstance(value, int | float)
+            right = isinstance(value, int | float) and math.isfinite(_within_64_bits(name, value))
+        if isinstance(value, int):
+            _within_64_bits(name, value)
         if not right or (isinstance(value, bool) and kind is not bool):
             expected = "int or None" if default is None else kind.__name__
             raise ValueError(f"{name}: expected {expected}, got {brief(value)}")
     return options
+
+
+def _within_64_bits(name: str, value: float) -> float:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name}: expected a number within 64 bits, got {brief(value)}")
+    return value
 
 
 def data_levels(args: argparse.Namespace) -> int:
