@@ -1,5 +1,6 @@
 """`ResidualFlow`: the residual flow of a config, for images and for vectors."""
 
+from collections.abc import Callable
 from functools import lru_cache, singledispatch
 from typing import Any
 
@@ -64,7 +65,7 @@ class ResidualFlow(Flow):
         if not hasattr(rngs, "params"):
             raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
         try:
-            bijector = self._made(config, rngs)
+            bijector = made_bijector(config, type(self)._build, rngs)
         except OverflowError as error:
             raise ValueError(f"config: expected arrays of sizes within 64 bits, got {config}: {error}") from error
         is_image = isinstance(config, ImageFlowConfig)
@@ -73,14 +74,6 @@ class ResidualFlow(Flow):
         if has_mixed_norms(config) and not norms_are_deferred():  # learned orders start at 2, where no search is needed
             map_linears(self, lambda layer: layer.search_norm())
             self.converge_norms()
-
-    def _made(self, config: FlowConfig, rngs: nnx.Rngs) -> Bijector:
-        """The bijector with random parameters, and with converged norms unless those are deferred."""
-        if norms_are_deferred():  # the structure alone matters: the arrays come from a file
-            return self._build(config, rngs)
-        create, static = compiled_creator(config, type(self)._build)
-        state = create(rngs.params())
-        return nnx.merge(static["graphdef"], state)
 
     @property
     def scales(self) -> list[Bijector]:
@@ -115,6 +108,15 @@ def flow_from_config(config: FlowConfig, *, rngs: nnx.Rngs) -> ResidualFlow:
       ValueError: as `ResidualFlow`.
     """
     return ResidualFlow(config, rngs=rngs)
+
+
+def made_bijector(config: FlowConfig, build: Callable[[FlowConfig, nnx.Rngs], Bijector], rngs: nnx.Rngs) -> Bijector:
+    """The bijector of a config with random parameters, and with converged norms unless those are deferred."""
+    if norms_are_deferred():  # the structure alone matters: the arrays come from a file
+        return build(config, rngs)
+    create, static = compiled_creator(config, build)
+    state = create(rngs.params())
+    return nnx.merge(static["graphdef"], state)
 
 
 @lru_cache(maxsize=16)

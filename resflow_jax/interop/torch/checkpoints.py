@@ -6,7 +6,6 @@ for the options, and `interop.torch.layout` for the tensors.
 """
 
 import argparse
-import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -28,14 +27,12 @@ from resflow_jax.interop.torch.options import is_toy
 from resflow_jax.interop.torch.places import Canvas, Entry, Ignored, Norm
 from resflow_jax.interop.torch.storages import brief
 from resflow_jax.interop.torch.writer import write_torch_file
-from resflow_jax.layers.lipschitz import LipschitzLinear, deferred_norms, map_linears
+from resflow_jax.layers.lipschitz import LipschitzLinear, map_linears
 from resflow_jax.models.config import FlowConfig, VectorFlowConfig, has_mixed_norms
-from resflow_jax.models.least_arrays import check_arrays
-from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
+from resflow_jax.models.least_arrays import abstract_flow, check_numbers
+from resflow_jax.models.residual_flow import ResidualFlow
 
 Array = np.ndarray
-
-_EXTRA = 2**26  # numbers of a flow beyond 16 times those of its file
 
 
 def load_torch_checkpoint(
@@ -182,7 +179,7 @@ def flow_of(content: Any, weights: str | None, norms: str) -> ResidualFlow:
             raise ValueError(
                 f"{entry.name}: expected shape {entry.shape}, as args say, got {shown(put[entry.name].shape)}"
             )
-    _check_numbers(flow, tensors)
+    check_numbers(flow, sum(tensor.size for tensor in tensors.values()))
     canvas = Canvas()
     for entry in found:
         _put(entry, canvas, put[entry.name])
@@ -202,21 +199,7 @@ def _abstract_flow(config: FlowConfig, tensors: Mapping[str, Array]) -> Residual
     blocks = config.blocks if isinstance(config, VectorFlowConfig) else sum(config.blocks) + config.tail.blocks
     if blocks > number:
         raise ValueError(f"nblocks: expected no more blocks than the {number} tensors of the file, got {blocks}")
-    check_arrays(config, number)
-    with deferred_norms():
-        return nnx.eval_shape(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
-
-
-def _check_numbers(flow: ResidualFlow, tensors: Mapping[str, Array]) -> None:
-    """Raises ValueError if the flow has far more numbers than the file.
-
-    It may have more: the vectors of norms with a closed form, one number for each pixel and channel, are not in the
-    file.
-    """
-    needed = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(flow)))
-    given = sum(tensor.size for tensor in tensors.values())
-    if needed > 16 * given + _EXTRA:
-        raise ValueError(f"args: expected a flow of about the {given} numbers in the file, got one of {needed}")
+    return abstract_flow(config, number)
 
 
 def _averages(content: dict[str, Any], weights: str | None) -> dict[str, Array] | None:
