@@ -86,7 +86,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replaces a file as a whole, so that a crash leaves the old or the new one."""
     try:
         with whole_file(path) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise could_not_write(error, path) from error
 
