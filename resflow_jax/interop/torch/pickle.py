@@ -18,6 +18,7 @@ _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_S
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _BITS = 2**13  # of an integer
 _EMPTY_BYTES = 64  # of an empty list
+_EMPTY_SET_BYTES = 216
 _LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
@@ -65,7 +66,7 @@ class _Machine:
         elif name in _VALUES:
             stack.append(_VALUES[name])
         elif name in _EMPTY:
-            self._spend(_EMPTY_BYTES)
+            self._spend(_EMPTY_SET_BYTES if name == "EMPTY_SET" else _EMPTY_BYTES)
             stack.append(_EMPTY[name]())
         elif name in _TUPLES:
             stack.append(tuple(self._pop(_TUPLES[name])))
