@@ -36,7 +36,7 @@ from experiments.runs.command import Command, Output
 from experiments.runs.tables import certificate_rows, print_table
 from experiments.runs.workdir import claim_workdir
 from resflow_jax import DenseTail, ImageFlowConfig, ResidualFlow, Truncated, certify, save_torch_checkpoint
-from resflow_jax.functional.checks import check_count, names_text
+from resflow_jax.functional.checks import check_count, error_text, names_text
 from resflow_jax.interop.torch.checkpoints import flow_of, parts_of
 from resflow_jax.interop.torch.files import read_torch_file
 from resflow_jax.interop.torch.options import TRAINING_DEFAULTS, checked_options, data_levels, estimator_from_args
@@ -121,7 +121,7 @@ def run(config: ImportConfig) -> Path:
         settings = run_config(args, averaged, config)
         left_out = ", ".join(not_carried_over(args)) or "nothing"
     except ValueError as error:
-        raise ValueError(f"{config.checkpoint}: {error}") from error
+        raise ValueError(f"{config.checkpoint}: {error_text(error)}") from error
     certificate = certify(averaged)
     claim_workdir(config.workdir, settings)
     with Checkpoints(config.workdir / "checkpoints") as checkpoints:

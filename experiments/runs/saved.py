@@ -33,7 +33,7 @@ from resflow_jax import (
     Roulette,
     Truncated,
 )
-from resflow_jax.functional.checks import check_choice
+from resflow_jax.functional.checks import check_choice, error_text
 from resflow_jax.io.config_json import FLOW_TYPES, from_document, parsed
 from resflow_jax.training.checkpoints import Checkpoints
 
@@ -161,5 +161,5 @@ def saved_config(run_dir: Path) -> RunConfig:
     try:
         config = from_document(parsed(path.read_text()), RunConfig, _TYPES)
     except ValueError as error:
-        raise ValueError(f"{path}: expected the config of a run of this version; {error}") from error
+        raise ValueError(f"{path}: expected the config of a run of this version; {error_text(error)}") from error
     return dataclasses.replace(config, workdir=Path(run_dir))

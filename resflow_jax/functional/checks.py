@@ -11,6 +11,7 @@ import numpy as np
 
 _LARGEST = 2**63 - 1  # of the integers that JAX and NumPy have
 _LONGEST = 100  # characters of a name in an error
+_ERROR = 1000  # most characters of an error
 _SHOWN = 200  # most characters of a value in an error
 
 
@@ -21,6 +22,13 @@ def shown(value: Any) -> str:
     except (RecursionError, ValueError):  # nested as deep as Python can call, or an integer of thousands of digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def error_text(error: BaseException) -> str:
+    """The text of an error about a file, cut off where it is long, and without control characters of the file."""
+    text = str(error)[:_ERROR]
+    text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return text if len(str(error)) <= _ERROR else f"{text}..."
 
 
 def names_text(names: Iterable[str], most: int = 5) -> str:

@@ -25,7 +25,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from resflow_jax.functional.checks import check_type, names_text, shown
+from resflow_jax.functional.checks import check_type, error_text, names_text, shown
 from resflow_jax.io.config_json import config_from_json, config_to_json, parsed
 from resflow_jax.io.renames import renamed_arguments, renamed_arrays
 from resflow_jax.io.structure import UnknownClass, build, describe, difference, number_of_layers
@@ -108,18 +108,18 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path}: expected a file of safetensors, could not read it: {error}") from error
+        raise ValueError(f"{path}: expected a file of safetensors, could not read it: {error_text(error)}") from error
     try:
         _check_format(metadata)
         structure = _structure(metadata, len(arrays)) if like is None else _structure_of(like, metadata)
         return _filled(structure, arrays)
     except UnknownClass as error:
-        raise ValueError(f"{path}: {error}{_REMEDY}") from error
+        raise ValueError(f"{path}: {error_text(error)}{_REMEDY}") from error
     except OtherArrays as error:
         remedy = _SHARED + _REMEDY if like is None and "structure" in metadata else ""
-        raise ValueError(f"{path}: {error}{remedy}") from error
+        raise ValueError(f"{path}: {error_text(error)}{remedy}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error_text(error)}") from error
 
 
 def _description(flow: Flow) -> dict[str, str]:

@@ -73,9 +73,9 @@ def torch_zip(data: bytes, records: dict[str, bytes], compression: int = zipfile
 
 def _pickles() -> Iterator[tuple[str, bytes]]:
     keep, get = b"q\x01", b"h\x01"
-    yield "an empty set for every byte", program(b"(", b"\x8f" * 4_000_000, b"t")
-    yield "a mark for every byte", program(b"(" * 4_000_000)
-    yield "lists in lists in lists", program(b"]" * 1_000_000, b"a" * 999_999)
+    yield "an empty set for every byte", program(b"(", b"\x8f" * 1_000_000, b"t")
+    yield "a mark for every byte", program(b"(" * 2_500_000)
+    yield "lists in lists in lists", program(b"]" * 300_000, b"a" * 299_999)
     colliding = [b"(" + number(a) + number(b) + b"t" + number(0) for a, b in zip(range(N), range(N), strict=True)]
     yield "tuples as keys", program(b"}(", *colliding, b"u")
     long = b"\x8b" + struct.pack("<I", 500_000) + b"\x7f" * 500_000

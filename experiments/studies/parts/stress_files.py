@@ -96,7 +96,7 @@ def read(case: str, reader: Callable[[Path], Any], path: Path) -> Row:
     finally:
         signal.alarm(0)
     seconds, peak = time.monotonic() - start, max(0, _status("VmHWM") - before)
-    right = right and peak < TIMES * path.stat().st_size + BYTES
+    right = right and seconds < SECONDS and peak < TIMES * path.stat().st_size + BYTES
     return Row(case, f"{answer} ({seconds:.1f} s, {peak / 1e6:.0f} MB)", right)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import check_choice, check_type, names_text, shown
+from resflow_jax.functional.checks import check_choice, check_type, error_text, names_text, shown
 from resflow_jax.functional.norms import with_copies
 from resflow_jax.interop.torch.config import args_from_config, config_from_args
 from resflow_jax.interop.torch.files import read_torch_file
@@ -84,7 +84,7 @@ def load_torch_checkpoint(
     try:
         return flow_of(content, weights, norms)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error_text(error)}") from error
 
 
 def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: ResidualFlow | None = None) -> None:

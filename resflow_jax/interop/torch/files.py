@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from resflow_jax.functional.checks import error_text
 from resflow_jax.interop.torch.objects import Stub, persistent
 from resflow_jax.interop.torch.pickle import interpret
 from resflow_jax.interop.torch.storages import Refused, Storage, brief
@@ -49,11 +50,10 @@ def read_torch_file(path: str | Path) -> Any:
         try:
             return _read(file, path.stat().st_size)
         except Refused as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error_text(error)}") from error
         except Exception as error:  # damaged lengths and offsets also give MemoryError and OSError
-            raise ValueError(
-                f"{path}: expected a whole checkpoint of PyTorch, could not read it ({type(error).__name__}: {error})"
-            ) from error
+            what = f"{type(error).__name__}: {error_text(error)}"
+            raise ValueError(f"{path}: expected a whole checkpoint of PyTorch, could not read it ({what})") from error
 
 
 def _read(file: BinaryIO, nbytes: int) -> Any:

@@ -10,7 +10,17 @@ import pickletools
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from resflow_jax.interop.torch.objects import add, build, check_key, extend, look_up, set_state, size_of, update
+from resflow_jax.interop.torch.objects import (
+    add,
+    build,
+    check_key,
+    extend,
+    look_up,
+    set_state,
+    size_of,
+    size_of_arguments,
+    update,
+)
 from resflow_jax.interop.torch.storages import Refused, brief
 
 _VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -118,7 +128,9 @@ class _Machine:
             case "STACK_GLOBAL":
                 self.stack.append(look_up(*self._pop(2)))
             case "REDUCE" | "NEWOBJ":
-                made = build(*self._pop(2))
+                target, args = self._pop(2)
+                self._spend(size_of_arguments(args))
+                made = build(target, args)
                 self._spend(size_of(made))
                 self.stack.append(made)
             case "BUILD":
