@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from experiments.runs.command import Command, Output
 from experiments.runs.names import printable
 from experiments.runs.workdir import write_atomically
+from experiments.studies.parts.fuzzing import RESULT
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 
 ReaderName = Literal["torch", "pickle", "safetensors", "config", "structure", "npy", "npz", "csv", "idx", "run"]
@@ -96,12 +97,14 @@ def fuzz(reader: ReaderName, config: FuzzConfig) -> dict[str, Any]:
     """The result for one reader. A process that is ended, as by an endless input, is a fault too."""
     directory, seconds = config.workdir / reader, config.seconds / len(config.readers)
     command = [sys.executable, "-m", "experiments.studies.parts.fuzzing", reader, f"{seconds}", f"{config.seed}"]
+    (directory / RESULT).unlink(missing_ok=True)
     done = subprocess.run([*command, str(directory)], capture_output=True, text=True, errors="replace")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode == 0 and lines:
-        return json.loads(lines[-1])
-    last = printable(done.stderr[-500:])
-    return {"inputs": 0, "faults": {f"ended with status {done.returncode}: {last}": str(directory)}, "guided": True}
+    found = {"inputs": 0, "faults": {}, "guided": True}
+    if (directory / RESULT).exists():
+        found = json.loads((directory / RESULT).read_text())
+    if done.returncode or not found["inputs"]:
+        found["faults"][f"ended with status {done.returncode}: {done.stderr[-500:]}"] = str(directory)
+    return found
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m experiments.studies.parts.fuzzing READER SECONDS SEED DIRECTORY
 
 It runs in a process of its own. With atheris (`pip install .[fuzz]`) the mutations are guided by the branches that they
-reach; without it they are random. The first input of each fault is written to DIRECTORY, and the last line that is
-printed is JSON: the number of inputs, the faults, and whether they were guided.
+reach; without it they are random. The first input of each fault is written to
+DIRECTORY, with result.json: the number of inputs, the faults, and whether the mutations were guided.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+RESULT = "result.json"
 SECONDS = 30  # for one input
 INSTRUMENTED = ["resflow_jax.interop.torch", "resflow_jax.io", "resflow_jax.data", "experiments.runs.saved"]
 _TOKENS = (b"\0" * 8, b"\xff" * 8, b"9" * 30, b"-1", b"1e999", b"[" * 300, b"null", b"NaN", b'""', b"{}", b"[]")
@@ -107,9 +108,9 @@ def readers() -> dict[str, Reader]:
 class Target:
     """Reads inputs, and keeps the first of each kind of fault."""
 
-    def __init__(self, reader: Reader, directory: Path, scratch: Path):
+    def __init__(self, reader: Reader, directory: Path, scratch: Path, guided: bool):
         self.reader, self.directory, self.path = reader, directory, scratch / reader.name
-        self.inputs = 0
+        self.guided, self.inputs, self.written = guided, 0, time.monotonic()
         self.faults: dict[str, str] = {}
 
     def __call__(self, data: bytes) -> None:
@@ -119,6 +120,15 @@ class Target:
             path = self.directory / hashlib.sha256(data).hexdigest()[:16]
             path.write_bytes(data)
             self.faults[fault] = str(path)
+            self.write()
+        if time.monotonic() > self.written + 1:
+            self.write()
+
+    def write(self) -> None:
+        """Writes what is known, now and then, because libFuzzer ends the process without a word to Python."""
+        result = {"inputs": self.inputs, "faults": self.faults, "guided": self.guided}
+        (self.directory / RESULT).write_text(json.dumps(result))
+        self.written = time.monotonic()
 
     def _fault(self, data: bytes) -> str | None:
         """What is wrong with the answer to an input; None if nothing is."""
@@ -184,8 +194,6 @@ def run_random(target: Target, seconds: float, seed: int) -> None:
 
 def run_guided(target: Target, seconds: float, seed: int, scratch: Path) -> None:
     """Mutations guided by atheris for some seconds. It ends the process; an endless input ends it before."""
-    import atexit
-
     import atheris
 
     corpus = scratch / "corpus"
@@ -194,14 +202,8 @@ def run_guided(target: Target, seconds: float, seed: int, scratch: Path) -> None
         (corpus / str(n)).write_bytes(data)
     flags = [f"-max_total_time={int(seconds)}", f"-seed={seed + 1}", f"-timeout={SECONDS}", "-rss_limit_mb=6000"]
     flags += [f"-artifact_prefix={target.directory}/", "-max_len=20000", "-print_final_stats=0", "-verbosity=0"]
-    atexit.register(print_result, target, True)
     atheris.Setup(["fuzz", *flags, str(corpus)], target)
     atheris.Fuzz()
-
-
-def print_result(target: Target, guided: bool) -> None:
-    """The last line."""
-    print(json.dumps({"inputs": target.inputs, "faults": target.faults, "guided": guided}), flush=True)
 
 
 def main() -> None:
@@ -217,12 +219,12 @@ def main() -> None:
         found = readers()
     Path(directory).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        target = Target(found[name], Path(directory), Path(scratch))
+        target = Target(found[name], Path(directory), Path(scratch), guided)
         if guided:
             run_guided(target, float(seconds), int(seed), Path(scratch))
         else:
             run_random(target, float(seconds), int(seed))
-            print_result(target, False)
+            target.write()
 
 
 if __name__ == "__main__":
