@@ -70,6 +70,8 @@ def _read(path: Path, axes: tuple[int, ...], values: str, expected: str) -> np.n
                 raise ValueError(f"path: expected {expected}, got {path}")
             shape = np.frombuffer(sizes, ">u4").tolist()
             number = math.prod(shape)
+            if not number:
+                raise ValueError(f"path: expected some {values} in {path}, got axes of {shape}")
             if number > (limit := unpacked_limit(nbytes)):
                 raise ValueError(f"path: expected at most {limit} {values} in {path} of {nbytes} bytes, got {number}")
             data = file.read(number + 1)

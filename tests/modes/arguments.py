@@ -138,7 +138,14 @@ def _classes():
         "Flatten": {"shape": (2, 2, 1)},
         "Flow": {"bijector": rf.ActNorm((3,)), "base": None, "event_shape": (3,)},
         "Geometric": {"p": 0.5},
-        "ImageFlowConfig": {"shape": (4, 4, 1), "blocks": (1,), "hidden_channels": 2, "kernels": (3,), **config, **image},
+        "ImageFlowConfig": {
+            "shape": (4, 4, 1),
+            "blocks": (1,),
+            "hidden_channels": 2,
+            "kernels": (3,),
+            **config,
+            **image,
+        },
         "ImageTransform": {"mean": None, "std": None, "padding": rf.Padding(), "logit_alpha": 1e-6},
         "Invert": {"bijector": rf.ActNorm((3,)), "solver": None},
         "InvertibleLinear": {"dim": 3, "rngs": rngs()},
@@ -307,7 +314,9 @@ def calls():
     """Name of what is called: (the function, its valid arguments)."""
     found = {f"rf.{name}": (getattr(rf, name), arguments) for name, arguments in _classes().items()}
     for cls, made, name, arguments in _methods():
-        part = "training" if cls.__module__.startswith("resflow_jax.training") and not hasattr(rf, cls.__name__) else "rf"
+        part = (
+            "training" if cls.__module__.startswith("resflow_jax.training") and not hasattr(rf, cls.__name__) else "rf"
+        )
         found[f"{part}.{cls.__name__}.{name}"] = getattr(made, name), arguments
     for module, name, arguments in _functions():
         part = module.__name__.rpartition(".")[2].replace("resflow_jax", "rf")

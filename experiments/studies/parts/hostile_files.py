@@ -211,6 +211,7 @@ def image_files() -> Iterator[tuple[str, Case]]:
     most = 2**32 - 1
     for name, data in {
         "2^96 pixels": idx(most, most, most, data=bytes(100)),
+        "no image of 2^64 pixels": idx(0, most, most, data=bytes(100)),
         "4 GB": idx(1000, 2000, 2000, data=bytes(100)),
         "another number": idx(10, 5, 5, data=bytes(249)),
         "more than it says": idx(10, 5, 5, data=bytes(20_000_000)),
