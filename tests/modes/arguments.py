@@ -211,13 +211,14 @@ def _methods():
     for name in ("initialize", "update_statistics", "features"):
         yield rf.Flow, flow(), name, {"x": X, "condition": None}
     yield rf.Flow, flow(), "inverse", {"z": X, **inverse}
-    yield rf.Flow, residual_flow(), "inverse_and_log_prob", {"z": X, **inverse, **drawn}
+    yield rf.Flow, residual_flow(), "inverse_and_log_prob", {"z": X, **inverse, **drawn, "return_diagnostics": False}
     yield rf.Flow, flow(), "base_log_prob", of_z
     yield rf.Flow, flow(), "split_latent", {"z": X}
     yield rf.Flow, flow(), "join_latent", {"parts": [X]}
-    drawing = {"key": KEY, "shape": 2, "condition": None, "temperature": 1.0, "solver": rf.Anderson()}
-    yield rf.Flow, flow(), "sample", {**drawing, "return_status": False}
-    yield rf.Flow, residual_flow(), "sample_and_log_prob", {**drawing, "estimator": rf.Roulette()}
+    drawing = {"key": KEY, "shape": 2, "condition": None, "solver": rf.Anderson(), "return_status": False}
+    yield rf.Flow, flow(), "sample", {**drawing, "temperature": 1.0}
+    drawing |= {"estimator": rf.Roulette(), "return_diagnostics": False}
+    yield rf.Flow, residual_flow(), "sample_and_log_prob", drawing
     norms = {"tolerance": 1e-3, "residual_tolerance": None, "max_iterations": 2, "restart": False}
     yield rf.Flow, flow(), "update_norms", norms
     yield rf.Classifier, classifier(), "__call__", {"x": X, "condition": None}
