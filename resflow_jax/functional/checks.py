@@ -1,6 +1,7 @@
 """Checks of arguments. Each raises a ValueError of the form `name: expected ..., got ...`."""
 
-import math
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 _LARGEST = 2**63 - 1  # of the integers that JAX and NumPy have
 _LONGEST = 100  # characters of a name in an error
 _ERROR = 1000  # most characters of an error
+_LARGEST_FLOAT = sys.float_info.max
 _SHOWN = 200  # most characters of a value in an error
 
 
@@ -140,6 +142,8 @@ def check_key(name: str, key: Any, *, optional: bool = False) -> None:
 def as_key(name: str, key: Any) -> jax.Array:
     """Converts an integer seed to a PRNG key, and checks a PRNG key as `check_key` does."""
     if isinstance(key, Integral) and not isinstance(key, bool):
+        if not -_LARGEST <= key <= _LARGEST:
+            raise ValueError(f"{name}: expected a seed within 64 bits, got {shown(key)}")
         return jax.random.key(key)
     check_key(name, key)
     return key
@@ -150,6 +154,19 @@ def check_type(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise ValueError(f"{name}: expected {kind.__name__}, got {got}")
+
+
+def as_sequence(name: str, value: Any, expected: str) -> list[Any]:
+    """Converts an iterable to a list; ValueError, with what was expected, for anything else."""
+    if isinstance(value, str | bytes | type) or not hasattr(value, "__iter__"):
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
+    return list(value)
+
+
+def check_path(path: Any) -> None:
+    """Expects a path of a file, as text or as a path."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path: expected a path of a file, got {shown(path)}")
 
 
 def check_callable(name: str, value: Any) -> None:
@@ -199,9 +216,17 @@ def check_open_interval(name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"{name}: expected a number in ({low}, {high}), got {shown(value)}")
 
 
+def check_scalar(name: str, value: Any) -> None:
+    """Expects a number, or an array of one number. It may be traced."""
+    dtype = getattr(value, "dtype", None)
+    is_scalar = getattr(value, "shape", None) == () and dtype is not None and jnp.issubdtype(dtype, jnp.number)
+    if not (isinstance(value, Real) or is_scalar):
+        raise ValueError(f"{name}: expected a number, got {shown(value)}")
+
+
 def check_finite(name: str, value: Any) -> None:
     """Expects a number that is neither infinite nor NaN."""
-    if not isinstance(value, Real) or not math.isfinite(value):
+    if not isinstance(value, Real) or not (abs(value) <= _LARGEST_FLOAT):
         raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
 
 
@@ -214,5 +239,9 @@ def check_positive(name: str, value: Any) -> None:
 def check_order(name: str, value: Any) -> None:
     """Expects the order of a vector norm: a number in [1, inf], or a float array of shape []."""
     is_scalar = getattr(value, "shape", None) == () and jnp.issubdtype(value.dtype, jnp.floating)
-    if not (value >= 1 if isinstance(value, Real) else is_scalar):
+    if not (_is_order(value) if isinstance(value, Real) else is_scalar):
         raise ValueError(f"{name}: expected an order of at least 1 (or inf), got {shown(value)}")
+
+
+def _is_order(value: Real) -> bool:
+    return value >= 1 and (value <= _LARGEST or isinstance(value, float))

@@ -25,7 +25,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from resflow_jax.functional.checks import check_type, error_text, names_text, shown
+from resflow_jax.functional.checks import check_path, check_type, error_text, names_text, shown
 from resflow_jax.io.config_json import config_from_json, config_to_json, parsed
 from resflow_jax.io.renames import renamed_arguments, renamed_arrays
 from resflow_jax.io.structure import UnknownClass, build, describe, difference, number_of_layers
@@ -66,6 +66,7 @@ def save(path: str | Path, flow: Flow) -> None:
       >>> bool((rf.load("flow.safetensors").log_prob(x) == flow.log_prob(x)).all())
       True
     """
+    check_path(path)
     check_type("flow", flow, Flow)
     arrays = {".".join(name): _as_saved(".".join(name), array) for name, array in flattened(split_variables(flow))}
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "version": _version(), **_description(flow)}
@@ -101,6 +102,7 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
     """
     if like is not None:
         check_type("like", like, Flow)
+    check_path(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: expected a file of safetensors, got {path}")
     try:

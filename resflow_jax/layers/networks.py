@@ -13,7 +13,14 @@ from typing import Any
 from flax import nnx
 
 from resflow_jax.functional.activations import Activation, get_activation
-from resflow_jax.functional.checks import as_shape, check_count, check_open_interval, check_order, check_type
+from resflow_jax.functional.checks import (
+    as_sequence,
+    as_shape,
+    check_count,
+    check_open_interval,
+    check_order,
+    check_type,
+)
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap
 from resflow_jax.layers.contraction import Layered
 from resflow_jax.layers.densenet import DenseNetOfMaps
@@ -235,8 +242,9 @@ def _make_layered(contraction, maps, condition_dim, activation, coefficient, pre
     """`Layered.__init__` with checked arguments, which the contraction stores."""
     check_type("rngs", rngs, nnx.Rngs)
     check_open_interval("coefficient", coefficient, 0, 1)
+    check_type("preactivation", preactivation, bool)
     if norms is not None:
-        norms = tuple(norms)
+        norms = tuple(as_sequence("norms", norms, f"{len(maps) + 1} orders"))
         if len(norms) != len(maps) + 1:
             raise ValueError(f"norms: expected {len(maps) + 1} orders, one more than layers, got {norms}")
         for order in norms:

@@ -16,7 +16,7 @@ from flax import nnx
 from resflow_jax.functional.activations import get_plain_activation
 from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import as_shape, check_count
+from resflow_jax.functional.checks import as_shape, check_count, check_type
 from resflow_jax.functional.inverse import residual_inverse
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.primitives.convolution import conv2d
@@ -206,6 +206,8 @@ class Branch(Module):
         *,
         rngs: nnx.Rngs,
     ):
+        check_type("preactivation", preactivation, bool)
+        check_type("rngs", rngs, nnx.Rngs)
         self.activation, self.preactivation, self.stride = get_plain_activation(activation), preactivation, stride
         shapes = [(3, 3, channels_in, hidden), (1, 1, hidden, hidden), (3, 3, hidden, channels_out)]
         self.kernels = List(nnx.Param(fan_in_uniform(rngs, shape)) for shape in shapes)

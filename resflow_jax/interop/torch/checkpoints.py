@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import check_choice, check_type, error_text, names_text, shown
+from resflow_jax.functional.checks import check_choice, check_path, check_type, error_text, names_text, shown
 from resflow_jax.functional.norms import with_copies
 from resflow_jax.interop.torch.config import args_from_config, config_from_args
 from resflow_jax.interop.torch.files import read_torch_file
@@ -113,6 +113,7 @@ def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: Resi
       True
     """
     check_type("flow", flow, ResidualFlow)
+    check_path(path)
     args = args_from_config(flow.config)
     content: dict[str, Any] = {"args": args, "state_dict": OrderedDict(_tensors(flow))}
     if not is_toy(args):
@@ -127,6 +128,7 @@ def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: Resi
 
 def _checked_average(flow: ResidualFlow, average: ResidualFlow | None) -> ResidualFlow:
     average = flow if average is None else average
+    check_type("average", average, ResidualFlow)
     if average.config != flow.config:
         raise ValueError(f"average: expected a flow of the config {flow.config}, got {average.config}")
     return average
