@@ -228,6 +228,8 @@ class Normalization(Bijector):
 def _numbers(name: str, values: Any) -> np.ndarray:
     """Numbers as float64; ValueError for anything else."""
     try:
+        if np.iscomplexobj(values):
+            raise TypeError("complex numbers")
         return np.asarray(values, float)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name}: expected an array of numbers, got {shown(values)}") from error

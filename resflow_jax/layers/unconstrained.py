@@ -8,6 +8,7 @@ a log-det. Their `inverse` runs the iteration of invertible blocks all the same,
 """
 
 import math
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,7 @@ class StridedBlock(NoBijection):
         self.shape = self.event_shape = _image_shape(shape)
         check_count("channels", channels, 1)
         check_count("hidden_channels", hidden_channels, 1)
-        if stride not in (1, 2):
+        if not isinstance(stride, Integral) or isinstance(stride, bool) or stride not in (1, 2):
             raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
         if any(side % stride for side in self.shape[:2]):
             raise ValueError(f"shape: expected sides divisible by the stride {stride}, got {self.shape}")

@@ -203,7 +203,6 @@ def _methods():
     yield rf.Bijector, rf.ActNorm((3,)), "forward", {"x": X, **drawn, "return_diagnostics": False}
     inverse = {"condition": None, "solver": rf.Anderson(), "return_status": False}
     yield rf.Bijector, rf.ActNorm((3,)), "inverse", {"y": X, **inverse}
-    yield rf.Bijector, rf.ActNorm((3,)), "__call__", {"x": X, "condition": None}
     yield rf.ActNorm, rf.ActNorm((3,)), "set_constants", {"center": np.zeros(3), "std": np.ones(3)}
     yield rf.Flow, flow(), "__call__", {"x": X, "condition": None}
     for name in ("forward", "log_prob", "forward_and_log_prob"):
@@ -217,6 +216,7 @@ def _methods():
     yield rf.Flow, flow(), "join_latent", {"parts": [X]}
     drawing = {"key": KEY, "shape": 2, "condition": None, "solver": rf.Anderson(), "return_status": False}
     yield rf.Flow, flow(), "sample", {**drawing, "temperature": 1.0}
+    del drawing["return_status"]
     drawing |= {"estimator": rf.Roulette(), "return_diagnostics": False}
     yield rf.Flow, residual_flow(), "sample_and_log_prob", drawing
     norms = {"tolerance": 1e-3, "residual_tolerance": None, "max_iterations": 2, "restart": False}
@@ -304,9 +304,10 @@ def _functions():
     yield training, "replicate", {"tree": X, "devices": jax.devices()[:1]}
     yield training, "unreplicate", {"tree": X, "mesh": mesh}
     common = {"condition": None, "key": KEY}
-    yield plot, "samples", {"x": X, "ax": None, "number": 2, "elements": (0, 1), "columns": None, **common}
-    box = {"box": (0.0, 1.0), "cells": 2, "estimator": None}
-    yield plot, "density", {"flow": flow(), "ax": None, **box, **common}
+    yield plot, "samples", {"x": flow(), "ax": None, "number": 2, "elements": (0, 1), "columns": None, **common}
+    box = {"box": ((0.0, 1.0), (0.0, 1.0)), "cells": 2, "estimator": None}
+    plane = rf.Flow(rf.ActNorm((2,)), event_shape=(2,))
+    yield plot, "density", {"flow": plane, "ax": None, **box, **common}
     yield plot, "curves", {"history": history(), "ax": None, "unit": "nats"}
 
 

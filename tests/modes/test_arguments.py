@@ -31,7 +31,7 @@ INNER = {
         "averaged_flow",
         "advance_norms",
     ),
-    *("step", "gradient", "update", "error_bound", "of", "as_shown", "image_grid", "grid_midpoints", "box_around"),
+    *("step", "gradient", "update", "error_bound", "of", "as_shown", "image_grid"),
 }
 # Results, which users read and do not make, and interfaces.
 NOT_MADE = {
@@ -42,6 +42,8 @@ NOT_MADE = {
 }
 LAWS = {"rf.Defensive.sample", "rf.Fitted.sample", "rf.Geometric.sample", "rf.Poisson.sample", "rf.LengthLaw.sample"}
 OTHERS = {
+    "plot.box_around": "plot.density calls it",
+    "plot.grid_midpoints": "plot.density calls it",
     "plot.density_on_grid": "plot.density calls it",
     "rf.Certificate.error_bounds": "it takes a status, which is a result",
     "rf.batch_axes": "its names are checked where they are used: training/test_axes.py",
@@ -56,6 +58,9 @@ ANYTHING = {
         "rf.DiagonalNormal rngs",
         "rf.DenseNet padding",
         "rf.Fitted table",
+        "rf.Geometric.within lipschitz",
+        "rf.Poisson.within lipschitz",
+        "plot.samples columns",
         "rf.Flow.update_norms restart",
     ),
     *("rf.LipschitzConv domain", "rf.LipschitzConv codomain", "rf.LipschitzDense domain", "rf.LipschitzDense codomain"),

@@ -114,6 +114,8 @@ def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: Resi
     """
     check_type("flow", flow, ResidualFlow)
     check_path(path)
+    if average is not None:
+        check_type("average", average, ResidualFlow)
     args = args_from_config(flow.config)
     content: dict[str, Any] = {"args": args, "state_dict": OrderedDict(_tensors(flow))}
     if not is_toy(args):
@@ -128,7 +130,6 @@ def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: Resi
 
 def _checked_average(flow: ResidualFlow, average: ResidualFlow | None) -> ResidualFlow:
     average = flow if average is None else average
-    check_type("average", average, ResidualFlow)
     if average.config != flow.config:
         raise ValueError(f"average: expected a flow of the config {flow.config}, got {average.config}")
     return average
