@@ -38,10 +38,11 @@ from experiments.runs.lock import locked
 from experiments.runs.tables import certificate_rows, print_table
 from experiments.runs.workdir import claim_workdir
 from resflow_jax import DenseTail, ImageFlowConfig, ResidualFlow, Truncated, certify, save_torch_checkpoint
-from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.checks import check_count, error_text, names_text
 from resflow_jax.interop.torch.checkpoints import flow_of, parts_of
 from resflow_jax.interop.torch.files import read_torch_file
-from resflow_jax.interop.torch.options import data_levels, estimator_from_args
+from resflow_jax.interop.torch.options import TRAINING_DEFAULTS, checked_options, data_levels, estimator_from_args
+from resflow_jax.interop.torch.storages import brief
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.step import Trainer, TrainState
@@ -116,11 +117,13 @@ def run(config: ImportConfig) -> Path:
     content = read_torch_file(config.checkpoint)
     try:
         _, args = parts_of(content)
+        checked_options(args, TRAINING_DEFAULTS)
         print("converging the norms of the raw weights and of the averages", flush=True)
         raw, averaged = (flow_of(content, weights, "converged") for weights in ("raw", None))
         settings = run_config(args, averaged, config)
+        left_out = ", ".join(not_carried_over(args)) or "nothing"
     except ValueError as error:
-        raise ValueError(f"{config.checkpoint}: {error}") from error
+        raise ValueError(f"{config.checkpoint}: {error_text(error)}") from error
     certificate = certify(averaged)
     with locked(config.workdir), ExitStack() as stack:
         claim_workdir(config.workdir, settings)
@@ -130,7 +133,7 @@ def run(config: ImportConfig) -> Path:
         {
             "flow": f"{averaged.blocks} blocks, {averaged.dim} dimensions",
             **certificate_rows(certificate),
-            "not carried over": ", ".join(not_carried_over(args)) or "nothing",
+            "not carried over": left_out,
             "to evaluate it": f"python -m experiments.evaluate {config.workdir}",
             **({"to sample it": f"python -m experiments.sample {config.workdir}"} if has_density(settings) else {}),
             "to go on": f"python -m experiments.resume {config.workdir}",
@@ -184,11 +187,13 @@ def not_carried_over(args: argparse.Namespace) -> list[str]:
         "brute_force": False,
         "exact_trace": False,
     }
-    found = [f"{name}={getattr(args, name)}" for name, value in unused.items() if getattr(args, name, value) != value]
+    found = [
+        f"{name}={brief(getattr(args, name))}" for name, value in unused.items() if getattr(args, name, value) != value
+    ]
     if is_classifier(args) and getattr(args, "annealing_iters", 0):
         found.append(f"annealing_iters={args.annealing_iters}")
     optimizer = getattr(args, "optimizer", OPTIMIZER.name)
-    return [*found, *([f"optimizer={optimizer}"] if optimizer not in OPTIMIZERS else [])]
+    return [*found, *([f"optimizer={names_text([optimizer])}"] if optimizer not in OPTIMIZERS else [])]
 
 
 def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfig) -> RunConfig:

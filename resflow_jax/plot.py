@@ -72,6 +72,7 @@ def samples(
     if isinstance(x, Flow):
         if number is None:
             number = _IMAGES if len(x.event_shape) == 3 else _POINTS
+        check_count("number", number, 1)
         x = x.sample(as_key("key", key), number, condition=condition)
     elif number is not None or condition is not None:
         raise ValueError("x: expected a flow beside number or condition, got samples")

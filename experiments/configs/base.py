@@ -8,7 +8,7 @@ import optax
 
 from resflow_jax import Estimator, ImageFlowConfig, Roulette, VectorFlowConfig
 from resflow_jax.data.images import check_bits
-from resflow_jax.functional.checks import check_choice, check_count, check_open_interval
+from resflow_jax.functional.checks import check_choice, check_count, check_finite, check_open_interval, check_positive
 from resflow_jax.training.parallel import PARAMETERS, STRATEGIES, Parameters, Strategy
 
 OptimizerName = Literal["adam", "adamax", "adamw", "sgd"]
@@ -94,19 +94,21 @@ class OptimizerConfig:
                 f'milestones: expected some with the schedule "step", and none else, got {self.milestones} with '
                 f"{self.schedule!r}"
             )
+        for count in self.milestones:
+            check_count("milestones", count, 1)
         if any(b <= a for a, b in zip((0, *self.milestones), self.milestones, strict=False)):
             raise ValueError(f"milestones: expected positive numbers that increase, got {self.milestones}")
         check_count("accumulate", self.accumulate, 1)
+        check_finite("weight_decay", self.weight_decay)
         if (self.weight_decay and self.name not in ("adamw", "sgd")) or not self.weight_decay >= 0:
             raise ValueError(
                 f"weight_decay: expected 0, or a positive number with adamw or sgd, got {self.weight_decay}"
             )
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        check_positive("learning_rate", self.learning_rate)
+        check_finite("learning_rate", self.learning_rate)
         check_count("warmup", self.warmup, 0)
         check_open_interval("b2", self.b2, 0, 1)
-        if not self.clip > 0:
-            raise ValueError(f"clip: expected a positive number, got {self.clip}")
+        check_positive("clip", self.clip)
         check_open_interval("ema_decay", self.ema_decay, 0, 1)
 
     def build(self, steps: int) -> optax.GradientTransformation:

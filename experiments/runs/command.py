@@ -21,7 +21,9 @@ import tyro
 
 from experiments.runs import help
 from experiments.runs.choices import choose
+from experiments.runs.names import printable
 
+_LINES = "\n\t"  # what the text of an error may have beside what is printable
 _ROOT = Path(__file__).resolve().parents[2]
 _OURS = tuple(str(_ROOT / package) + os.sep for package in ("experiments", "resflow_jax"))
 _MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
@@ -232,7 +234,8 @@ def say_what_will_be_written(output: Output) -> None:
 
 
 def _listed(directory: Path, names: Sequence[str]) -> str:
-    return textwrap.fill(f"{directory}/: {', '.join(names)}", 110, subsequent_indent="  ", break_on_hyphens=False)
+    text = f"{printable(str(directory))}/: {', '.join(names)}"
+    return textwrap.fill(text, 110, subsequent_indent="  ", break_on_hyphens=False)
 
 
 @contextlib.contextmanager
@@ -248,7 +251,7 @@ def errors_in_a_line(program: str, *, debug: bool = False) -> Iterator[None]:
     except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         if debug or not _is_of_input(error):
             raise
-        print(f"{program}: error: {error}\n(--debug shows where)", file=sys.stderr)
+        print(f"{program}: error: {printable(str(error), keep=_LINES)}\n(--debug shows where)", file=sys.stderr)
         sys.exit(1)
 
 
@@ -260,5 +263,5 @@ def _is_of_input(error: BaseException) -> bool:
 
 
 def _refuse(program: str, message: str) -> NoReturn:
-    print(f"{program}: error: {message}\nsee {program} --help", file=sys.stderr)
+    print(f"{program}: error: {printable(message, keep=_LINES)}\nsee {program} --help", file=sys.stderr)
     sys.exit(2)

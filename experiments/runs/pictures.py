@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from experiments.runs.names import without_math
 from resflow_jax import plot
 from resflow_jax.plot import as_shown, image_grid
 
@@ -42,7 +43,7 @@ def save_scatter(path: Path, data: np.ndarray, samples: np.ndarray, title: str) 
         if x != y:
             axis.set_ylim(low[y] - margin[y], high[y] + margin[y])
     axes[0, 0].legend(markerscale=4)
-    figure.suptitle(title)
+    figure.suptitle(without_math(title))
     _save(figure, path)
 
 
@@ -61,7 +62,7 @@ def save_strip(path: Path, images: np.ndarray, labels: Sequence[str], title: str
     for axis, image, label in zip(axes[0], as_shown(images), labels, strict=True):
         axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[], xlabel=label)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(without_math(title), fontsize=10)
     _save(figure, path)
 
 
@@ -93,7 +94,7 @@ def save_curves(
     if panels == 2:
         losses.set(ylabel=f"training loss, {unit}")
     axis.set(xlabel="step", ylabel=label)
-    losses.set(title=title)
+    losses.set(title=without_math(title))
     for panel in {losses, axis}:
         panel.grid(alpha=0.3)
         panel.legend()
@@ -115,14 +116,15 @@ def save_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, names:
     figure, axis = plt.subplots(figsize=(6.4, 6), layout="constrained")
     axis.imshow(counts / np.maximum(1, counts.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 20:
-        ticks = {"ticks": range(len(names)), "labels": [name[:12] for name in names]}
+        ticks = {"ticks": range(len(names)), "labels": [without_math(name[:12]) for name in names]}
         axis.set_xticks(**ticks, rotation=90 if max(map(len, names)) > 2 else 0)
         axis.set_yticks(**ticks)
         for row, column in zip(*np.nonzero(counts), strict=True):
             share = counts[row, column] / counts[row].sum()
             color = "white" if share > 0.5 else "black"
             axis.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color=color)
-    axis.set(xlabel="predicted class", ylabel="class", title=f"{title}: {np.mean(labels != predicted):.2%} wrong")
+    title = f"{without_math(title)}: {np.mean(labels != predicted):.2%} wrong"
+    axis.set(xlabel="predicted class", ylabel="class", title=title)
     _save(figure, path)
 
 
@@ -222,14 +224,14 @@ def save_histograms(path: Path, panels: dict[str, dict[str, np.ndarray]], title:
     for axis, (quantity, scores) in zip(axes[0], panels.items(), strict=True):
         edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), bins=60)
         for name, values in scores.items():
-            axis.hist(values, bins=edges, density=True, histtype="stepfilled", alpha=0.5, label=name)
+            axis.hist(values, bins=edges, density=True, histtype="stepfilled", alpha=0.5, label=without_math(name))
         axis.set(xlabel=quantity, ylabel="density of examples")
         axis.grid(alpha=0.3)
         axis.legend()
     if len(panels) == 1:
-        axes[0, 0].set_title(title)
+        axes[0, 0].set_title(without_math(title))
     else:
-        figure.suptitle(title)
+        figure.suptitle(without_math(title))
     _save(figure, path)
 
 

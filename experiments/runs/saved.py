@@ -4,7 +4,6 @@ The config is read back from config.json, in the format of `resflow_jax.io.confi
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -35,8 +34,8 @@ from resflow_jax import (
     Roulette,
     Truncated,
 )
-from resflow_jax.functional.checks import check_choice
-from resflow_jax.io.config_json import FLOW_TYPES, from_document
+from resflow_jax.functional.checks import check_choice, error_text
+from resflow_jax.io.config_json import FLOW_TYPES, from_document, parsed
 from resflow_jax.training.checkpoints import Checkpoints
 
 Weights = Literal["best", "latest"]
@@ -164,7 +163,7 @@ def saved_config(run_dir: Path) -> RunConfig:
     if not path.is_file():
         raise FileNotFoundError(f"run_dir: expected the work directory of a run, got {run_dir} without config.json")
     try:
-        config = from_document(json.loads(path.read_text()), RunConfig, _TYPES)
+        config = from_document(parsed(path.read_text()), RunConfig, _TYPES)
     except ValueError as error:
-        raise ValueError(f"{path}: expected the config of a run of this version; {error}") from error
+        raise ValueError(f"{path}: expected the config of a run of this version; {error_text(error)}") from error
     return dataclasses.replace(config, workdir=Path(run_dir))

@@ -2,6 +2,7 @@
 
 import math
 
+from experiments.runs.names import printable
 from resflow_jax.models.certificate import Certificate
 
 
@@ -24,7 +25,8 @@ def certificate_rows(certificate: Certificate) -> dict[str, str]:
 def print_table(rows: dict[str, str]) -> None:
     """Prints a closing table."""
     for name, value in rows.items():
-        print(f"{name:<23} {value}")
+        shown = printable(str(value), keep="\n")
+        print(f"{name:<23} {shown}")
 
 
 def error_by_cause(data_stderr: float, noise_stderr: float) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from resflow_jax.io.config_json import as_document, as_json, completed, upgraded
+from resflow_jax.io.config_json import as_document, as_json, completed, parsed, upgraded
 from resflow_jax.io.whole_files import whole_file
 
 # Settings that may differ when a run is resumed. Up to rounding they change neither the model nor a step; only the
@@ -64,7 +64,7 @@ def claim_workdir(workdir: Path, config: Any) -> None:
     path = workdir / "config.json"
     if path.exists():
         try:
-            old = completed(upgraded(json.loads(path.read_text())), config)
+            old = completed(upgraded(parsed(path.read_text())), config)
         except ValueError as error:
             raise ValueError(f"workdir: expected the config of a run in {path}, could not read it: {error}") from error
         differences = [d for d in config_differences(old, as_json(config)) if d.split(":")[0] not in MAY_CHANGE]
@@ -98,7 +98,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replaces a file as a whole, so that a crash leaves the old or the new one."""
     try:
         with whole_file(path) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise could_not_write(error, path) from error
 

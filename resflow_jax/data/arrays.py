@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from resflow_jax.data.limits import check_zip
 from resflow_jax.data.split_names import by_split_name, look_like_splits
 from resflow_jax.data.splits import SPLITS
 
@@ -28,6 +29,7 @@ def read_named_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with path.open("rb") as file:
+            check_zip(file, path.stat().st_size)
             content = np.load(file, allow_pickle=False)
             arrays = {"train": content} if isinstance(content, np.ndarray) else {n: content[n] for n in content.files}
     except Exception as error:  # NumPy and zipfile raise many kinds of errors for a damaged file

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from resflow_jax.data.limits import unpacked_limit
+
 _IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 _LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
 
@@ -51,17 +53,31 @@ def read_idx_labels(path: Path) -> np.ndarray:
 
 
 def _read(path: Path, axes: tuple[int, ...], values: str, expected: str) -> np.ndarray:
-    """The array of a file: bytes 0, 0, 8 and the number of axes, then the axes (big-endian), then the values."""
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"path: could not decompress {path}: {error}") from error
-    if data[:4] not in [bytes([0, 0, 8, n]) for n in axes] or len(data) < 4 + 4 * data[3]:
-        raise ValueError(f"path: expected {expected}, got {path}")
-    shape = np.frombuffer(data, ">u4", data[3], 4)
-    array = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
-    if array.size != math.prod(shape.tolist()):
-        raise ValueError(f"path: expected {math.prod(shape.tolist())} {values} in {path}, got {array.size}")
-    return array.reshape(shape)
+    """The array of a file: bytes 0, 0, 8 and the number of axes, then the axes (big-endian), then the values.
+
+    The header is read first, so that a compressed file is not unpacked beyond what it says, nor a small one beyond the
+    limit of `data.limits`.
+    """
+    nbytes = path.stat().st_size
+    try:
+        with path.open("rb") as raw:
+            is_compressed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            file = gzip.GzipFile(fileobj=raw) if is_compressed else raw
+            head = file.read(4)
+            sizes = file.read(4 * head[3]) if head in [bytes([0, 0, 8, n]) for n in axes] else b""
+            if not sizes or len(sizes) < 4 * head[3]:
+                raise ValueError(f"path: expected {expected}, got {path}")
+            shape = np.frombuffer(sizes, ">u4").tolist()
+            number = math.prod(shape)
+            if not number:
+                raise ValueError(f"path: expected some {values} in {path}, got axes of {shape}")
+            if number > (limit := unpacked_limit(nbytes)):
+                raise ValueError(f"path: expected at most {limit} {values} in {path} of {nbytes} bytes, got {number}")
+            data = file.read(number + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"path: could not decompress {path}: {error}") from error
+    if len(data) != number:
+        got = "more" if len(data) > number else len(data)
+        raise ValueError(f"path: expected {number} {values} in {path}, got {got}")
+    return np.frombuffer(data, np.uint8).reshape(shape)

@@ -25,7 +25,16 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import check_choice, check_order
+from resflow_jax.functional.checks import (
+    as_sequence,
+    check_callable,
+    check_choice,
+    check_count,
+    check_finite,
+    check_order,
+    check_type,
+    shown,
+)
 
 Array = jax.Array
 
@@ -69,6 +78,19 @@ class Activation:
     slopes: tuple[float, ...] = (1.0,)
     initial: tuple[tuple[str, float], ...] = ()
     group: int = 1
+
+    def __post_init__(self):
+        check_type("name", self.name, str)
+        check_callable("function", self.function)
+        check_count("group", self.group, 1)
+        slopes = as_sequence("slopes", self.slopes, "a tuple of numbers")
+        for slope in slopes:
+            check_finite("slopes", slope)
+        if not slopes:
+            raise ValueError("slopes: expected at least one number, got none")
+        for pair in as_sequence("initial", self.initial, "pairs (name, value)"):
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise ValueError(f"initial: expected pairs (name, value), got {shown(pair)}")
 
     def __call__(self, params: dict[str, Array], x: Array) -> Array:
         return self.function(self.constrain(params, x.shape[-1]), x)

@@ -1,13 +1,43 @@
 """Checks of arguments. Each raises a ValueError of the form `name: expected ..., got ...`."""
 
-import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_LARGEST = 2**63 - 1  # of the integers that JAX and NumPy have
+_LONGEST = 100  # characters of a name in an error
+_ERROR = 1000  # most characters of an error
+_LARGEST_FLOAT = sys.float_info.max
+_SHOWN = 200  # most characters of a value in an error
+
+
+def shown(value: Any) -> str:
+    """The `repr` of a value for an error, cut off where it is long. It has no control characters."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested as deep as Python can call, or an integer of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def error_text(error: BaseException) -> str:
+    """The text of an error about a file, cut off where it is long, and without control characters of the file."""
+    text = str(error)[:_ERROR]
+    text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return text if len(str(error)) <= _ERROR else f"{text}..."
+
+
+def names_text(names: Iterable[str], most: int = 5) -> str:
+    """The first few names in alphabetical order, with their control characters escaped, and the number of others."""
+    names = sorted(names)
+    texts = [name if name.isprintable() and len(name) <= _LONGEST else f"{name[:_LONGEST]!r}" for name in names[:most]]
+    return ", ".join(texts) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def as_float_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None, *, least: int = 1) -> jax.Array:
@@ -112,6 +142,8 @@ def check_key(name: str, key: Any, *, optional: bool = False) -> None:
 def as_key(name: str, key: Any) -> jax.Array:
     """Converts an integer seed to a PRNG key, and checks a PRNG key as `check_key` does."""
     if isinstance(key, Integral) and not isinstance(key, bool):
+        if not -_LARGEST <= key <= _LARGEST:
+            raise ValueError(f"{name}: expected a seed within 64 bits, got {shown(key)}")
         return jax.random.key(key)
     check_key(name, key)
     return key
@@ -122,6 +154,19 @@ def check_type(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise ValueError(f"{name}: expected {kind.__name__}, got {got}")
+
+
+def as_sequence(name: str, value: Any, expected: str) -> list[Any]:
+    """Converts an iterable to a list; ValueError, with what was expected, for anything else."""
+    if isinstance(value, str | bytes | type) or not hasattr(value, "__iter__"):
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
+    return list(value)
+
+
+def check_path(path: Any) -> None:
+    """Expects a path of a file, as text or as a path."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path: expected a path of a file, got {shown(path)}")
 
 
 def check_callable(name: str, value: Any) -> None:
@@ -143,15 +188,17 @@ def check_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None) -
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """Expects an integer of at least `least`."""
+    """Expects an integer of at least `least`, within 64 bits."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {shown(value)}")
+    if value > _LARGEST:
+        raise ValueError(f"{name}: expected an integer within 64 bits, got {shown(value)}")
 
 
 def as_shape(name: str, value: Any) -> tuple[int, ...]:
     """Converts a tuple or list of positive integers to a tuple of Python integers."""
     if not isinstance(value, tuple | list):
-        raise ValueError(f"{name}: expected a tuple of sizes, as (3,), got {value!r}")
+        raise ValueError(f"{name}: expected a tuple of sizes, as (3,), got {shown(value)}")
     for size in value:
         check_count(name, size, 1)
     return tuple(map(int, value))
@@ -160,29 +207,41 @@ def as_shape(name: str, value: Any) -> tuple[int, ...]:
 def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
     """Expects one of the choices."""
     if not (value is None or isinstance(value, str)) or value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {shown(value)}")
 
 
 def check_open_interval(name: str, value: Any, low: float, high: float) -> None:
     """Expects a number strictly between `low` and `high`."""
     if not isinstance(value, Real) or not low < value < high:
-        raise ValueError(f"{name}: expected a number in ({low}, {high}), got {value!r}")
+        raise ValueError(f"{name}: expected a number in ({low}, {high}), got {shown(value)}")
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Expects a number, or an array of one number. It may be traced."""
+    dtype = getattr(value, "dtype", None)
+    is_scalar = getattr(value, "shape", None) == () and dtype is not None and jnp.issubdtype(dtype, jnp.number)
+    if not (isinstance(value, Real) or is_scalar):
+        raise ValueError(f"{name}: expected a number, got {shown(value)}")
 
 
 def check_finite(name: str, value: Any) -> None:
     """Expects a number that is neither infinite nor NaN."""
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if not isinstance(value, Real) or not (abs(value) <= _LARGEST_FLOAT):
+        raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
 
 
 def check_positive(name: str, value: Any) -> None:
     """Expects a positive number."""
     if not isinstance(value, Real) or not value > 0:
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        raise ValueError(f"{name}: expected a positive number, got {shown(value)}")
 
 
 def check_order(name: str, value: Any) -> None:
     """Expects the order of a vector norm: a number in [1, inf], or a float array of shape []."""
     is_scalar = getattr(value, "shape", None) == () and jnp.issubdtype(value.dtype, jnp.floating)
-    if not (value >= 1 if isinstance(value, Real) else is_scalar):
-        raise ValueError(f"{name}: expected an order of at least 1 (or inf), got {value!r}")
+    if not (_is_order(value) if isinstance(value, Real) else is_scalar):
+        raise ValueError(f"{name}: expected an order of at least 1 (or inf), got {shown(value)}")
+
+
+def _is_order(value: Real) -> bool:
+    return value >= 1 and (value <= _LARGEST or isinstance(value, float))

@@ -89,6 +89,7 @@ class DenseMap:
         return 1
 
     def __call__(self, kernel: Array, x: Array) -> Array:
+        _check_arrays(kernel, x)
         if x.ndim < 1 or x.shape[-1] != self.features_in:
             raise ValueError(f"x: expected [..., {self.features_in}], got shape {x.shape}")
         if self.matmul_dtype is None:
@@ -212,6 +213,7 @@ class ConvMap:
         return math.prod(self.size) if self.is_pixelwise else 1
 
     def __call__(self, kernel: Array, x: Array) -> Array:
+        _check_arrays(kernel, x)
         shape = *self.size, self.channels_in
         if x.shape[1:] != shape:
             raise ValueError(f"x: expected [B, {', '.join(map(str, shape))}], got shape {x.shape}")
@@ -280,3 +282,9 @@ def folded_kernel(kernel: Array | np.ndarray, size: Sequence[int]) -> Array | np
 
 
 LinearMap = DenseMap | ConvMap
+
+
+def _check_arrays(kernel: Array, x: Array) -> None:
+    for name, array in {"kernel": kernel, "x": x}.items():
+        if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+            raise ValueError(f"{name}: expected a float array, got {type(array).__name__}")

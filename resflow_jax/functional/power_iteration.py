@@ -34,6 +34,8 @@ from resflow_jax.functional.checks import (
     check_count,
     check_order,
     check_positive,
+    check_scalar,
+    check_type,
 )
 from resflow_jax.functional.primitives.precision import full_precision
 from resflow_jax.functional.starts import excludes_larger, fixed_start, mixed_start, unit
@@ -168,6 +170,11 @@ def power_iteration(
       2.9320 2
     """
     v = as_float_array("v", v)
+    if not v.size:
+        raise ValueError(f"v: expected at least one number, got shape {v.shape}")
+    check_type("restart", restart, bool)
+    if scale is not None:
+        check_scalar("scale", scale)
     rmatvec = _transposed(matvec, rmatvec, v)
     check_order("domain", domain)
     check_order("codomain", codomain)

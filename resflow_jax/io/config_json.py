@@ -13,7 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from resflow_jax.functional.checks import check_choice
+from resflow_jax.functional.checks import check_choice, names_text, shown
 from resflow_jax.interop.torch.flow import TorchImageConfig
 from resflow_jax.io.config_upgrade import STEPS, upgrade
 from resflow_jax.models import groups
@@ -21,6 +21,10 @@ from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowCon
 
 FORMAT_VERSION = len(STEPS)
 _VERSION = "format_version"
+_NESTED = dict | list
+# what steps of upgrades and constructors raise for values of types that they do not expect
+_UNEXPECTED = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+_DEEPEST = 200  # levels of lists and objects, which functions here descend by calling themselves
 
 # The configs of flows, and all dataclasses that may occur in them.
 FLOW_CONFIGS = {cls.__name__: cls for cls in (ImageFlowConfig, VectorFlowConfig, TorchImageConfig)}
@@ -59,12 +63,27 @@ def config_from_json(text: str) -> FlowConfig:
     """
     expected = f"config: expected JSON of a config of type {' or '.join(FLOW_CONFIGS)}"
     try:
-        document = json.loads(text)
+        document = parsed(text)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{expected}, got {text!r}") from error
+        raise ValueError(f"{expected}, got {shown(text)}") from error
     if not isinstance(document, dict) or document.get("type") not in tuple(FLOW_CONFIGS):
-        raise ValueError(f"{expected}, got {text!r}")
+        raise ValueError(f"{expected}, got {shown(text)}")
     return from_document(document, FlowConfig, FLOW_TYPES)
+
+
+def parsed(text: str) -> Any:
+    """Parses JSON of at most `_DEEPEST` levels; ValueError for text that is none or is nested more deeply."""
+    try:
+        document = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"expected JSON of at most {_DEEPEST} levels, got more") from error
+    level = [document]
+    for _ in range(_DEEPEST):
+        inner = (value.values() if isinstance(value, dict) else value for value in level if isinstance(value, _NESTED))
+        level = [item for items in inner for item in items]
+    if level:
+        raise ValueError(f"expected JSON of at most {_DEEPEST} levels, got more")
+    return document
 
 
 def as_json(config: Any) -> Any:
@@ -99,7 +118,10 @@ def from_document(document: Any, hint: Any, types: Mapping[str, type], name: str
     Raises:
       ValueError: as for `config_from_json`.
     """
-    return _read(upgraded(document), hint, types, name)
+    try:
+        return _read(upgraded(document), hint, types, name)
+    except _UNEXPECTED as error:
+        raise ValueError(f"{name}: expected {_named(hint)}, got a document that cannot be read: {error}") from error
 
 
 def upgraded(document: Any) -> Any:
@@ -107,11 +129,15 @@ def upgraded(document: Any) -> Any:
     if not isinstance(document, dict):
         return document
     version = document.get(_VERSION, 0)
-    if version not in range(FORMAT_VERSION + 1):
+    if type(version) is not int or version not in range(FORMAT_VERSION + 1):
         raise ValueError(
-            f"{_VERSION}: expected at most {FORMAT_VERSION}, got {version!r}, written by a later version of resflow_jax"
+            f"{_VERSION}: expected at most {FORMAT_VERSION}, got {shown(version)}, written by "
+            "a later version of resflow_jax"
         )
-    return upgrade({name: value for name, value in document.items() if name != _VERSION}, version)
+    try:
+        return upgrade({name: value for name, value in document.items() if name != _VERSION}, version)
+    except _UNEXPECTED as error:
+        raise ValueError(f"expected a document of format version {version}, could not read it: {error}") from error
 
 
 def completed(document: Any, config: Any) -> Any:
@@ -142,7 +168,7 @@ def _read(value: Any, hint: Any, types: Mapping[str, type], name: str) -> Any:
     elif value in ("inf", "-inf", "nan") and float in kinds:
         value = float(value)
     if not any(_is_of(value, kind) for kind in kinds):
-        raise ValueError(f"{name}: expected {' or '.join(map(_named, kinds))}, got {value!r}")
+        raise ValueError(f"{name}: expected {' or '.join(map(_named, kinds))}, got {shown(value)}")
     return value
 
 
@@ -154,7 +180,7 @@ def _dataclass(values: dict[str, Any], types: Mapping[str, type], name: str) -> 
     needed = {n for n, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING}
     found = values.keys() - {"type"}
     wrong = {"missing": needed - found, "unknown": found - fields.keys()}
-    listed = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names)
+    listed = "; ".join(f"{what}: {names_text(names)}" for what, names in wrong.items() if names)
     if listed:
         raise ValueError(f"{name}: expected the fields of {cls.__name__}, got others ({listed})")
     return cls(**{n: _read(values[n], hints[n], types, f"{name}.{n}") for n in fields if n in values})

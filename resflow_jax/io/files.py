@@ -27,16 +27,17 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from resflow_jax.functional.checks import check_type
+from resflow_jax.functional.checks import check_path, check_type, error_text, names_text, shown
 from resflow_jax.io.checksums import digest_of_arrays
-from resflow_jax.io.config_json import config_from_json, config_to_json
+from resflow_jax.io.config_json import config_from_json, config_to_json, parsed
 from resflow_jax.io.renames import renamed_arguments, renamed_arrays
-from resflow_jax.io.structure import UnknownClass, build, describe, difference
+from resflow_jax.io.structure import UnknownClass, build, describe, difference, number_of_layers
 from resflow_jax.io.upgrades import is_old, upgraded
 from resflow_jax.io.variables import OtherArrays, Structure, flattened, split_variables
 from resflow_jax.io.whole_files import whole_file
 from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.models.flow import Flow
+from resflow_jax.models.least_arrays import check_arrays
 from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
 
 FORMAT = "resflow_jax"
@@ -69,6 +70,7 @@ def save(path: str | Path, flow: Flow) -> None:
       >>> bool((rf.load("flow.safetensors").log_prob(x) == flow.log_prob(x)).all())
       True
     """
+    check_path(path)
     check_type("flow", flow, Flow)
     arrays = {".".join(name): _as_saved(".".join(name), array) for name, array in flattened(split_variables(flow))}
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "version": _version(), **_description(flow)}
@@ -105,6 +107,7 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
     """
     if like is not None:
         check_type("like", like, Flow)
+    check_path(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: expected a file of safetensors, got {path}")
     try:
@@ -112,19 +115,19 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path}: expected a file of safetensors, could not read it: {error}") from error
+        raise ValueError(f"{path}: expected a file of safetensors, could not read it: {error_text(error)}") from error
     try:
         _check_format(metadata)
         _check_undamaged(arrays, metadata)
-        structure = _structure(metadata) if like is None else _structure_of(like, metadata)
+        structure = _structure(metadata, len(arrays)) if like is None else _structure_of(like, metadata)
         return _filled(structure, arrays)
     except UnknownClass as error:
-        raise ValueError(f"{path}: {error}{_REMEDY}") from error
+        raise ValueError(f"{path}: {error_text(error)}{_REMEDY}") from error
     except OtherArrays as error:
         remedy = _SHARED + _REMEDY if like is None and "structure" in metadata else ""
-        raise ValueError(f"{path}: {error}{remedy}") from error
+        raise ValueError(f"{path}: {error_text(error)}{remedy}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error_text(error)}") from error
 
 
 def _description(flow: Flow) -> dict[str, str]:
@@ -142,14 +145,14 @@ def _is_of_config(flow: Flow) -> bool:
 def _check_format(metadata: dict[str, str]) -> None:
     """Raises ValueError unless this version of the package can read a file with these metadata."""
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"format: expected {FORMAT!r} in the metadata, got {metadata.get('format')!r}")
+        raise ValueError(f"format: expected {FORMAT!r} in the metadata, got {shown(metadata.get('format'))}")
     text = metadata.get("format_version", "0")
-    if not text.isdecimal():
-        raise ValueError(f"format_version: expected an integer, got {text!r}")
+    if not text.isdecimal() or len(text) > 9:
+        raise ValueError(f"format_version: expected an integer, got {shown(text)}")
     if int(text) > FORMAT_VERSION:
         raise ValueError(
             f"format_version: expected at most {FORMAT_VERSION}, which version {_version()} of resflow_jax reads, got "
-            f"{text}, written by version {metadata.get('version')}"
+            f"{text}, written by version {names_text([metadata.get('version', 'None')])}"
         )
 
 
@@ -163,14 +166,19 @@ def _check_undamaged(arrays: dict[str, np.ndarray], metadata: dict[str, str]) ->
         )
 
 
-def _structure(metadata: dict[str, str]) -> Structure:
-    """The structure of the flow that the metadata describe."""
+def _structure(metadata: dict[str, str], arrays: int) -> Structure:
+    """The structure of the flow that the metadata describe, in a file with this number of arrays."""
     if "config" in metadata:
         config = config_from_json(metadata["config"])
-        return Structure.made_by(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
+        check_arrays(config, arrays)
+        with deferred_norms():
+            return Structure.made_by(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
     description = _parsed(metadata)
     if description is None:
-        raise ValueError(f"expected the config or the structure of a flow in the metadata, got {sorted(metadata)}")
+        names = shown(sorted(metadata))
+        raise ValueError(f"expected the config or the structure of a flow in the metadata, got {names}")
+    if (layers := number_of_layers(description)) > (most := 8 * arrays + 1000):
+        raise ValueError(f"structure: expected at most {most} layers for {arrays} arrays, got {layers}")
 
     def make() -> Flow:
         with deferred_norms():
@@ -182,6 +190,8 @@ def _structure(metadata: dict[str, str]) -> Structure:
         return Structure.made_by(make)
     except RecursionError as error:
         raise ValueError("structure: expected layers nested as deep as Python can call, got more") from error
+    except OverflowError as error:
+        raise ValueError(f"structure: expected arrays of sizes within 64 bits, got others: {error}") from error
 
 
 def _structure_of(like: Flow, metadata: dict[str, str]) -> Structure:
@@ -206,9 +216,9 @@ def _structure_of(like: Flow, metadata: dict[str, str]) -> Structure:
 def _parsed(metadata: dict[str, str]) -> Any:
     """The structure in the metadata, or None."""
     try:
-        return renamed_arguments(json.loads(metadata["structure"])) if "structure" in metadata else None
+        return renamed_arguments(parsed(metadata["structure"])) if "structure" in metadata else None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"structure: expected JSON, got {metadata['structure'][:80]!r}...: {error}") from error
+        raise ValueError(f"structure: expected JSON, got {shown(metadata['structure'])}: {error}") from error
 
 
 def _filled(structure: Structure, arrays: dict[str, np.ndarray]) -> Flow:

@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.activations import ACTIVATIONS, Activation, get_activation
+from resflow_jax.functional.checks import names_text, shown
 from resflow_jax.layers.contraction import TrustedContraction
 from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.layers.module import Module
@@ -126,12 +127,12 @@ def build(description: Any, rngs: nnx.Rngs, name: str = "structure") -> Any:
     if keys == {"activation"}:
         return get_activation(description["activation"])
     if keys == {"unknown"}:
-        raise UnknownClass(f"{name}: expected a class of resflow_jax, got {description['unknown']}")
+        raise UnknownClass(f"{name}: expected a class of resflow_jax, got {_brief(description)}")
     if keys != {"type", "arguments"} or not isinstance(description["arguments"], dict):
-        raise ValueError(f"{name}: expected the type and the arguments of a layer, got the keys {sorted(keys)}")
+        raise ValueError(f"{name}: expected the type and the arguments of a layer, got the keys {names_text(keys)}")
     cls = classes().get(description["type"]) if isinstance(description["type"], str) else None
     if cls is None:
-        raise UnknownClass(f"{name}: expected a class of resflow_jax, got {description['type']!r}")
+        raise UnknownClass(f"{name}: expected a class of resflow_jax, got {shown(description['type'])}")
     return _call(cls, description["arguments"], rngs, name)
 
 
@@ -139,7 +140,7 @@ def _call(cls: type, arguments: dict[str, Any], rngs: nnx.Rngs, name: str) -> An
     """Makes an object of the class with these arguments."""
     parameters = {"step": None, "depth": None} if cls is ResidualStack else _parameters(cls)
     if unknown := arguments.keys() - parameters.keys():
-        raise ValueError(f"{name}: expected arguments of {cls.__name__}, got {', '.join(sorted(unknown))}")
+        raise ValueError(f"{name}: expected arguments of {cls.__name__}, got {names_text(unknown)}")
     if cls is ResidualStack:
         if lacking := parameters.keys() - arguments.keys():
             raise ValueError(f"{name}: expected the arguments step and depth, got none for {', '.join(lacking)}")
@@ -158,6 +159,16 @@ def _call(cls: type, arguments: dict[str, Any], rngs: nnx.Rngs, name: str) -> An
         if str(error).startswith(f"{name}."):
             raise
         raise ValueError(f"{name}: expected arguments that {cls.__name__} takes, got others: {error}") from error
+
+
+def number_of_layers(description: Any) -> int:
+    """The number of objects in a description that `build` makes by calling a class."""
+    found, left = 0, [description]
+    while left:
+        value = left.pop()
+        found += isinstance(value, dict) and "type" in value
+        left.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+    return found
 
 
 def difference(expected: Any, found: Any, name: str = "") -> str | None:
@@ -192,8 +203,9 @@ def _unlike(expected: Any, found: Any, name: str) -> str:
 
 def _brief(description: Any) -> str:
     if isinstance(description, dict):
-        return str(description.get("type") or description.get("unknown") or description)
-    return repr(description)
+        description = description.get("type") or description.get("unknown") or description
+        return description if isinstance(description, str) and description.isprintable() else shown(description)
+    return shown(description)
 
 
 def _plain(value: Any) -> Any:
@@ -207,7 +219,7 @@ def _plain(value: Any) -> Any:
 
 def _number(value: Any, name: str) -> float:
     if value not in ("inf", "-inf", "nan"):
-        raise ValueError(f"{name}: expected inf, -inf or nan, got {value!r}")
+        raise ValueError(f"{name}: expected inf, -inf or nan, got {shown(value)}")
     return float(value)
 
 

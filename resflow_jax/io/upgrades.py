@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from resflow_jax.functional.checks import names_text
 from resflow_jax.io.renames import former_path
 
 Names = tuple[str, ...]
@@ -41,9 +42,7 @@ def old_names(new: Iterable[Names], old: Iterable[Names]) -> dict[Names, Names |
     tries = [_old_names(new, old, place) for place in _PLACES]
     found = min(tries, key=lambda names: len(_unmatched(names, old)))
     if missing := _unmatched(found, old):
-        raise ValueError(
-            f"arrays: expected those of this flow, got others: {', '.join(map('.'.join, sorted(missing)))}"
-        )
+        raise ValueError(f"arrays: expected those of this flow, got others: {names_text(map('.'.join, missing))}")
     return found
 
 
@@ -79,6 +78,8 @@ def _unmatched(names: Mapping[Names, Names | None], old: set[Names]) -> set[Name
 
 def shift_of(bias: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
     """The shift of the present ActNorm that equals y = (x + bias) exp(log_scale)."""
+    if bias.shape != log_scale.shape:
+        raise ValueError(f"arrays: expected bias of shape {log_scale.shape}, as log_scale, got {bias.shape}")
     return bias * np.exp(log_scale)
 
 
@@ -95,11 +96,11 @@ def upgraded(leaves: Mapping[Names, Any], arrays: Mapping[Names, np.ndarray]) ->
     old = {path[1:]: array for path, array in arrays.items()}
     names = old_names([path[1:] for path in leaves], old)
     found = {}
-    for path, leaf in leaves.items():
+    for path in leaves:
         name = names[path[1:]]
         if name is None:
             scale = old[names[(*path[1:-1], "log_scale")]]
-            found[path] = np.full(leaf.shape, CONSTANTS[path[-1]], scale.dtype)
+            found[path] = np.full(scale.shape, CONSTANTS[path[-1]], scale.dtype)
         elif name[-1] == "bias" and path[-1] == "shift":
             found[path] = shift_of(old[name], old[(*name[:-1], "log_scale")])
         else:

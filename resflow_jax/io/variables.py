@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from resflow_jax.functional.checks import names_text
 from resflow_jax.layers.bijector import Constant
 from resflow_jax.layers.lipschitz import NormState
 from resflow_jax.models.flow import Flow
@@ -79,7 +80,7 @@ class Structure(NamedTuple):
         """
         for problem, names in (("missing", self.leaves.keys() - arrays), ("unknown", arrays.keys() - self.leaves)):
             if names:
-                listed = ", ".join(sorted(map("/".join, names)))
+                listed = names_text(map("/".join, names))
                 raise OtherArrays(f"{what}: expected {expected}; arrays {problem}: {listed}")
         for path, leaf in self.leaves.items():
             name, shape, dtype = "/".join(path), jnp.shape(arrays[path]), jnp.result_type(arrays[path])

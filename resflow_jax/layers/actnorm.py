@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.batch_axes import standardization
+from resflow_jax.functional.checks import as_float_array, as_shape
 from resflow_jax.layers.bijector import Bijector, Constant, Shape, ends_in, scaling_bounds, scaling_log_det
 
 Array = jax.Array
@@ -49,11 +50,11 @@ class ActNorm(Bijector):
     """
 
     def __init__(self, shape: tuple[int, ...]):
-        self.shape = tuple(shape)
-        self.center = Constant(jnp.zeros(shape))
-        self.std = Constant(jnp.ones(shape))
-        self.log_scale = nnx.Param(jnp.zeros(shape))
-        self.shift = nnx.Param(jnp.zeros(shape))
+        self.shape = as_shape("shape", shape)
+        self.center = Constant(jnp.zeros(self.shape))
+        self.std = Constant(jnp.ones(self.shape))
+        self.log_scale = nnx.Param(jnp.zeros(self.shape))
+        self.shift = nnx.Param(jnp.zeros(self.shape))
 
     def _total_log_scale(self) -> Array:
         return self.log_scale[...] - jnp.log(self.std[...])
@@ -82,6 +83,7 @@ class ActNorm(Bijector):
 
     def set_constants(self, center: Array, std: Array) -> None:
         """Replaces center and std, of the layer's `shape`, in place; the parameters change so that f stays the same."""
+        center, std = (as_float_array(*pair, self.shape) for pair in (("center", center), ("std", std)))
         # y is the same: (x - c) a + s = (x - c') a + s + (c' - c) a.
         self.shift[...] += (center - self.center[...]) * (jnp.exp(self.log_scale[...]) / self.std[...])
         self.log_scale[...] += jnp.log(std) - jnp.log(self.std[...])

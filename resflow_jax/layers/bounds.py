@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.broadcasting import trailing
+from resflow_jax.functional.checks import shown
 
 Array = jax.Array
 
@@ -49,9 +50,11 @@ def as_bounds(low: Any, high: Any) -> tuple[Any, Any]:
     ends = []
     for name, end in (("low", low), ("high", high)):
         try:
+            if np.iscomplexobj(end):
+                raise TypeError("complex numbers")
             ends.append(np.asarray(end, float))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: expected numbers, got {end!r}") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{name}: expected numbers, got {shown(end)}") from error
         if np.isnan(ends[-1]).any():
             raise ValueError(f"{name}: expected numbers, got NaN in {end!r}")
     try:

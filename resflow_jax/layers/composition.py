@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resflow_jax.functional.checks import check_type
+from resflow_jax.functional.checks import as_sequence, check_type
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
@@ -72,7 +72,7 @@ class Chain(Composition):
     """
 
     def __init__(self, bijectors: Sequence[Bijector]):
-        bijectors = list(bijectors)
+        bijectors = as_sequence("bijectors", bijectors, "a list of bijectors")
         self._take("bijectors", bijectors)
         self.bijectors = List(bijectors)
         self.event_shape = _entrance(bijectors)

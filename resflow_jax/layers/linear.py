@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.checks import check_count, check_type
 from resflow_jax.layers.bijector import Bijector, Constant, Shape, ends_in, scaling_log_det
 
 Array = jax.Array
@@ -50,6 +50,7 @@ class InvertibleLinear(Bijector):
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         check_count("dim", dim, 1)
+        check_type("rngs", rngs, nnx.Rngs)
         self.dim = dim
         rotation = jax.random.orthogonal(rngs.params(), dim)
         factors, _, rows = jax.lax.linalg.lu(rotation)  # rotation[rows] = L U

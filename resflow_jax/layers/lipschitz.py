@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import check_open_interval
+from resflow_jax.functional.checks import check_open_interval, check_type
 from resflow_jax.functional.linear_maps import LinearMap
 from resflow_jax.functional.norms import channel_norms, induced_norm, needs_power_iteration, order_loss, soft_normalize
 from resflow_jax.functional.orders import learnable_order
@@ -129,6 +129,7 @@ class LipschitzLinear(Module):
         bound on this layer's norm is lower by that factor.
         """
         check_open_interval("coefficient", coefficient, 0, 1)
+        check_type("rngs", rngs, nnx.Rngs)
         shapes = linear_map.kernel_shape, linear_map.kernel_shape[-1:], linear_map.input_shape
         kernel, bias, v = _uniforms(rngs.params(), shapes)
         bound = (bias.size / kernel.size) ** 0.5

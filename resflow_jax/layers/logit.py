@@ -52,11 +52,11 @@ class Logit(Elementwise):
     """
 
     def __init__(self, alpha: float, low: Any = 0.0, high: Any = 1.0):
-        check_open_interval("logit_alpha", alpha, 0, 0.5)
+        check_open_interval("alpha", alpha, 0, 0.5)
         dtype = jnp.result_type(float)
         if alpha < float(jnp.finfo(dtype).tiny):
             raise ValueError(
-                f"logit_alpha: expected a number that {dtype} holds, at least {jnp.finfo(dtype).tiny}, got {alpha!r}"
+                f"alpha: expected a number that {dtype} holds, at least {jnp.finfo(dtype).tiny}, got {alpha!r}"
             )
         self.alpha = alpha
         self.low, self.high = as_bounds(low, high)

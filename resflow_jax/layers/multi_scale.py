@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resflow_jax.functional.checks import as_shape
+from resflow_jax.functional.checks import as_sequence, as_shape
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.functional.values import Domain
@@ -60,7 +60,7 @@ class MultiScale(Composition):
     """
 
     def __init__(self, scales: Sequence[Bijector], shape: Shape):
-        scales = list(scales)
+        scales = as_sequence("scales", scales, "a list of bijectors")
         if not scales:
             raise ValueError("scales: expected at least one bijector, got none")
         self._take("scales", scales)

@@ -13,8 +13,17 @@ from typing import Any
 from flax import nnx
 
 from resflow_jax.functional.activations import Activation, get_activation
-from resflow_jax.functional.checks import as_shape, check_count, check_open_interval, check_order, check_type
+from resflow_jax.functional.checks import (
+    as_sequence,
+    as_shape,
+    check_choice,
+    check_count,
+    check_open_interval,
+    check_order,
+    check_type,
+)
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap
+from resflow_jax.functional.primitives.convolution import PADDINGS
 from resflow_jax.layers.contraction import Layered
 from resflow_jax.layers.densenet import DenseNetOfMaps
 
@@ -62,6 +71,7 @@ class LipschitzMLP(Layered):
         rngs: nnx.Rngs,
     ):
         check_count("dim", dim, 1)
+        check_type("preactivation", preactivation, bool)
         self.dim = dim
         self.hidden = as_shape("hidden", hidden)
         kernels = (1,) * (len(self.hidden) + 1)
@@ -113,6 +123,7 @@ class LipschitzCNN(Layered):
         rngs: nnx.Rngs,
     ):
         self.shape = as_shape("shape", shape)
+        check_type("preactivation", preactivation, bool)
         if len(self.shape) < 2:
             raise ValueError(f"shape: expected (*size, C), the channels last, got {self.shape}")
         self.hidden, self.kernels, self.padding = as_shape("hidden", hidden), as_shape("kernels", kernels), padding
@@ -236,7 +247,7 @@ def _make_layered(contraction, maps, condition_dim, activation, coefficient, pre
     check_type("rngs", rngs, nnx.Rngs)
     check_open_interval("coefficient", coefficient, 0, 1)
     if norms is not None:
-        norms = tuple(norms)
+        norms = tuple(as_sequence("norms", norms, f"{len(maps) + 1} orders"))
         if len(norms) != len(maps) + 1:
             raise ValueError(f"norms: expected {len(maps) + 1} orders, one more than layers, got {norms}")
         for order in norms:
@@ -263,6 +274,7 @@ def _dense(features_in: int, features_out: int, _: Any) -> DenseMap:
 
 
 def _convolution(size: tuple[int, ...], padding: str) -> MakeLinear:
+    check_choice("padding", padding, PADDINGS)
     # Zero padding is every map's default.
     options = {} if padding == "zero" else {"padding": padding}
     return lambda channels_in, channels_out, kernel: ConvMap(size, channels_in, channels_out, kernel, **options)

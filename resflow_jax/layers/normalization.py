@@ -17,7 +17,7 @@ from flax import nnx
 
 from resflow_jax.functional.batch_axes import moments
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import check_open_interval, check_positive
+from resflow_jax.functional.checks import as_shape, check_open_interval, check_positive, shown
 from resflow_jax.layers.bijector import (
     Bijector,
     Constant,
@@ -69,13 +69,13 @@ class MovingBatchNorm(Bijector):
     def __init__(self, shape: tuple[int, ...], decay: float = 0.1, epsilon: float = 1e-4):
         check_open_interval("decay", decay, 0, 1)
         check_positive("epsilon", epsilon)
-        self.shape = tuple(shape)
+        self.shape = as_shape("shape", shape)
         self.decay = decay
         self.epsilon = epsilon
-        self.bias = nnx.Param(jnp.zeros(shape))
-        self.log_scale = nnx.Param(jnp.zeros(shape))
-        self.mean = nnx.BatchStat(jnp.zeros(shape))
-        self.variance = nnx.BatchStat(jnp.ones(shape))
+        self.bias = nnx.Param(jnp.zeros(self.shape))
+        self.log_scale = nnx.Param(jnp.zeros(self.shape))
+        self.mean = nnx.BatchStat(jnp.zeros(self.shape))
+        self.variance = nnx.BatchStat(jnp.ones(self.shape))
 
     def _total_log_scale(self) -> Array:
         return self.log_scale[...] - 0.5 * jnp.log(self.variance[...] + self.epsilon)
@@ -140,10 +140,10 @@ class MovingCentering(Bijector):
 
     def __init__(self, shape: tuple[int, ...], decay: float = 0.1):
         check_open_interval("decay", decay, 0, 1)
-        self.shape = tuple(shape)
+        self.shape = as_shape("shape", shape)
         self.decay = decay
-        self.bias = nnx.Param(jnp.zeros(shape))
-        self.mean = nnx.BatchStat(jnp.zeros(shape))
+        self.bias = nnx.Param(jnp.zeros(self.shape))
+        self.mean = nnx.BatchStat(jnp.zeros(self.shape))
 
     def shift(self) -> Array:
         """The shift bias - mean, of the layer's `shape`, that is added to x."""
@@ -201,7 +201,8 @@ class Normalization(Bijector):
     """
 
     def __init__(self, mean: Any, std: Any):
-        mean, std, dtype = np.asarray(mean, float), np.asarray(std, float), jnp.finfo(jnp.result_type(float))
+        mean, std = (_numbers(*pair) for pair in (("mean", mean), ("std", std)))
+        dtype = jnp.finfo(jnp.result_type(float))
         if not (np.abs(mean) <= dtype.max).all():
             raise ValueError(f"mean: expected finite numbers, got {mean}")
         if std.shape != mean.shape:
@@ -223,3 +224,13 @@ class Normalization(Bijector):
 
     def lipschitz_bounds(self) -> tuple[float, float]:
         return scaling_bounds(-np.log(np.asarray(self.std[...], np.float64)))
+
+
+def _numbers(name: str, values: Any) -> np.ndarray:
+    """Numbers as float64; ValueError for anything else."""
+    try:
+        if np.iscomplexobj(values):
+            raise TypeError("complex numbers")
+        return np.asarray(values, float)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: expected an array of numbers, got {shown(values)}") from error

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from resflow_jax.functional.batch_axes import example_keys
-from resflow_jax.functional.checks import check_choice, check_count, check_positive
+from resflow_jax.functional.checks import check_choice, check_count, check_finite, check_positive
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.layers.bijector import Bijector, Forward, Shape
 from resflow_jax.layers.without_log_det import NoBijection
@@ -70,6 +70,7 @@ class ChannelPadding(Bijector):
         check_count("channels", channels, 1)
         check_choice("noise", noise, NOISES)
         check_positive("scale", scale)
+        check_finite("shift", shift)
         self.channels = channels
         self.noise = noise
         self.scale = scale

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.checks import check_count, check_open_interval, check_type
+from resflow_jax.functional.checks import check_callable, check_count, check_open_interval, check_type
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import residual_inverse
 from resflow_jax.functional.logdet import residual
@@ -189,6 +189,7 @@ class ResidualStack(Bijector):
     """
 
     def __init__(self, make_step: Callable[[nnx.Rngs], Bijector], depth: int, *, rngs: nnx.Rngs):
+        check_callable("make_step", make_step)
         check_count("depth", depth, 1)
         check_type("rngs", rngs, nnx.Rngs)
         self.depth = depth

@@ -8,6 +8,7 @@ a log-det. Their `inverse` runs the iteration of invertible blocks all the same,
 """
 
 import math
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from flax import nnx
 from resflow_jax.functional.activations import get_plain_activation
 from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import as_shape, check_count
+from resflow_jax.functional.checks import as_shape, check_count, check_type
 from resflow_jax.functional.inverse import residual_inverse
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.primitives.convolution import conv2d
@@ -143,7 +144,7 @@ class StridedBlock(NoBijection):
         self.shape = self.event_shape = _image_shape(shape)
         check_count("channels", channels, 1)
         check_count("hidden_channels", hidden_channels, 1)
-        if stride not in (1, 2):
+        if not isinstance(stride, Integral) or isinstance(stride, bool) or stride not in (1, 2):
             raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
         if any(side % stride for side in self.shape[:2]):
             raise ValueError(f"shape: expected sides divisible by the stride {stride}, got {self.shape}")
@@ -206,6 +207,8 @@ class Branch(Module):
         *,
         rngs: nnx.Rngs,
     ):
+        check_type("preactivation", preactivation, bool)
+        check_type("rngs", rngs, nnx.Rngs)
         self.activation, self.preactivation, self.stride = get_plain_activation(activation), preactivation, stride
         shapes = [(3, 3, channels_in, hidden), (1, 1, hidden, hidden), (3, 3, hidden, channels_out)]
         self.kernels = List(nnx.Param(fan_in_uniform(rngs, shape)) for shape in shapes)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from resflow_jax.functional.checks import check_key, check_type
+from resflow_jax.functional.checks import as_float_batch, check_key, check_type
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.primitives.tracing import run
 from resflow_jax.layers.bijector import Bijector, Shape, own_condition
@@ -143,6 +143,7 @@ class Classifier(Flow):
 
     def class_logits(self, z: Array) -> Array:
         """The logits [B, classes] from h = f(x), z [B, *latent_shape]; no g is evaluated."""
+        z = as_float_batch("z", z, self.latent_shape)
         return self.base.log_joint(z) if self.head is None else self.head(z)
 
     def _run_initialize(self, x: Array, condition: Array | None) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from resflow_jax.functional.activations import ActivationName, get_plain_activation
-from resflow_jax.functional.checks import check_choice, check_count, check_open_interval
+from resflow_jax.functional.checks import check_choice, check_count, check_open_interval, check_type
 from resflow_jax.models.groups import make_tuples
 
 Architecture = Literal["invertible", "standard"]
@@ -83,6 +83,7 @@ class ClassifierConfig:
         for width in self.hidden_channels:
             check_count("hidden_channels", width, 1)
         check_count("padding", self.padding, 0)
+        check_type("squeeze_first", self.squeeze_first, bool)
         halvings = len(self.blocks) - 1 + self.squeeze_first
         if any(side % 2**halvings for side in self.shape[:2]):
             raise ValueError(

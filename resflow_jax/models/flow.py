@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import as_float_batch, check_key, check_type
+from resflow_jax.functional.checks import as_float_batch, as_sequence, as_shape, check_key, check_type
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import check_solver, reported
@@ -99,7 +99,7 @@ class Flow(FlowSampling, FlowUpkeep):
                 "event_shape: expected the shape of one x, since neither bijector nor base has one, got None; pass "
                 "event_shape=..., or a base with a shape, as StandardNormal((3,))"
             )
-        event_shape = tuple(event_shape)
+        event_shape = as_shape("event_shape", event_shape)
         try:
             latent_shape = bijector.output_shape(event_shape)
         except ValueError as error:
@@ -254,7 +254,7 @@ class Flow(FlowSampling, FlowUpkeep):
         Raises:
           ValueError: for another number of parts than `part_shapes` has, and for a part of another shape or dtype.
         """
-        shapes, parts = self.part_shapes, list(parts)
+        shapes, parts = self.part_shapes, as_sequence("parts", parts, "a list of arrays")
         if len(parts) != len(shapes):
             raise ValueError(f"parts: expected {len(shapes)}, of the shapes {shapes}, got {len(parts)}")
         arrays = [as_float_batch(f"parts[{n}]", *pair) for n, pair in enumerate(zip(parts, shapes, strict=True))]

@@ -9,7 +9,7 @@ from flax import nnx
 
 from resflow_jax.functional.activations import get_activation, get_plain_activation
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import as_shape, check_count
+from resflow_jax.functional.checks import as_float_batch, as_shape, check_count, check_type
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Shape
 from resflow_jax.layers.initial import fan_in_uniform
@@ -49,6 +49,7 @@ class PooledHead(Module):
     ):
         self.shape = as_shape("shape", shape)
         check_count("classes", classes, 2)
+        check_type("rngs", rngs, nnx.Rngs)
         if hidden is not None:
             check_count("hidden", hidden, 1)
         get_plain_activation(activation)  # checks it
@@ -61,13 +62,14 @@ class PooledHead(Module):
 
     def __call__(self, h: Array) -> Array:
         """The logits [B, classes] of h [B, *shape]."""
+        h = as_float_batch("h", h, self.shape)
         active = get_activation(self.activation)({}, self.norm(self._mixed(h)))
         logits = jnp.mean(active, axis=tuple(range(1, h.ndim - 1))) @ self.kernel[...]
         return logits + trailing(self.bias[...], logits)
 
     def initialize(self, h: Array) -> None:
         """Sets the normalisation from a batch of features, in place."""
-        self.norm.initialize(self._mixed(h))
+        self.norm.initialize(self._mixed(as_float_batch("h", h, self.shape)))
 
     def _mixed(self, h: Array) -> Array:
         """V h."""

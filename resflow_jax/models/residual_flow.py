@@ -1,5 +1,6 @@
 """`ResidualFlow`: the residual flow of a config, for images and for vectors."""
 
+from collections.abc import Callable
 from functools import lru_cache, singledispatch
 from typing import Any
 
@@ -9,7 +10,7 @@ from flax import nnx
 from resflow_jax.functional.checks import check_type
 from resflow_jax.functional.values import UNIT_INTERVAL, Domain
 from resflow_jax.layers.bijector import Bijector
-from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, map_linears
+from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, map_linears, norms_are_deferred
 from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models.build import build_bijector
@@ -63,13 +64,14 @@ class ResidualFlow(Flow):
         check_type("rngs", rngs, nnx.Rngs)
         if not hasattr(rngs, "params"):
             raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
-        create, static = compiled_creator(config, type(self)._build)
-        state = create(rngs.params())
-        bijector = nnx.merge(static["graphdef"], state)
+        try:
+            bijector = made_bijector(config, type(self)._build, rngs)
+        except OverflowError as error:
+            raise ValueError(f"config: expected arrays of sizes within 64 bits, got {config}: {error}") from error
         is_image = isinstance(config, ImageFlowConfig)
         super().__init__(bijector, event_shape=config.shape if is_image else (config.dim,))
         self.config = config
-        if has_mixed_norms(config):  # learned orders start at 2, where no search is needed
+        if has_mixed_norms(config) and not norms_are_deferred():  # learned orders start at 2, where no search is needed
             map_linears(self, lambda layer: layer.search_norm())
             self.converge_norms()
 
@@ -106,6 +108,15 @@ def flow_from_config(config: FlowConfig, *, rngs: nnx.Rngs) -> ResidualFlow:
       ValueError: as `ResidualFlow`.
     """
     return ResidualFlow(config, rngs=rngs)
+
+
+def made_bijector(config: FlowConfig, build: Callable[[FlowConfig, nnx.Rngs], Bijector], rngs: nnx.Rngs) -> Bijector:
+    """The bijector of a config with random parameters, and with converged norms unless those are deferred."""
+    if norms_are_deferred():  # the structure alone matters: the arrays come from a file
+        return build(config, rngs)
+    create, static = compiled_creator(config, build)
+    state = create(rngs.params())
+    return nnx.merge(static["graphdef"], state)
 
 
 @lru_cache(maxsize=16)

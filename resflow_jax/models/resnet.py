@@ -19,7 +19,7 @@ from resflow_jax.models.bases import MixtureOfNormals
 from resflow_jax.models.classifier import Classifier
 from resflow_jax.models.classifier_config import ClassifierConfig
 from resflow_jax.models.heads import PooledHead
-from resflow_jax.models.residual_flow import compiled_creator, flow_from_config
+from resflow_jax.models.residual_flow import flow_from_config, made_bijector
 
 
 class ResNetClassifier(Classifier):
@@ -53,9 +53,7 @@ class ResNetClassifier(Classifier):
         check_type("rngs", rngs, nnx.Rngs)
         if not hasattr(rngs, "params"):
             raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
-        create, static = compiled_creator(config, _bijector)
-        state = create(rngs.params())
-        bijector = nnx.merge(static["graphdef"], state)
+        bijector = made_bijector(config, _bijector, rngs)
         shape = bijector.output_shape(config.shape)
         if config.head == "mixture":
             base, head = MixtureOfNormals(config.classes, shape, rngs=rngs), None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import as_float_batch, check_count, check_key
+from resflow_jax.functional.checks import as_float_batch, check_count, check_key, check_scalar
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import check_solver, reported
@@ -79,6 +79,7 @@ class FlowSampling(Module):
         """
         self._require_density()
         check_key("key", key)
+        check_scalar("temperature", temperature)
         check_solver(solver)
         shape, num_samples = _sample_shape(shape)
         own = self._condition(condition, shape, num_samples)

@@ -288,6 +288,7 @@ def anomaly_score(
       >>> (found.p_value < 0.01).tolist()
       [False, True]
     """
+    check_type("flow", flow, Flow)
     check_type("typicality", typicality, Typicality)
     log_prob = flow.log_prob(x, condition=condition, key=key, estimator=estimator)
     scores = typicality.score(log_prob), typicality.p_value(log_prob), typicality.quantile(log_prob)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.data.images import check_quantized
-from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type
+from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type, shown
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
 from resflow_jax.functional.texts import fields_text, is_number
 from resflow_jax.layers.conditions import as_condition
@@ -71,7 +71,10 @@ class Estimate(NamedTuple):
         Raises:
           ValueError: unless the scores are [draws, N] with at least one draw and one example.
         """
-        scores = np.asarray(scores, np.float64)
+        try:
+            scores = np.asarray(scores, np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"scores: expected numbers [draws, N], got {shown(scores)}") from error
         if scores.ndim != 2 or scores.size == 0:
             raise ValueError(f"scores: expected [draws, N] with at least one of each, got shape {scores.shape}")
         draws, examples = scores.shape

@@ -80,7 +80,7 @@ def split_validation(
         return examples, None
     if isinstance(validation, Real):
         number = examples.number
-        taken = max(1, round(number * validation))
+        taken = max(1, round(number * validation)) if 0 < validation < 1 else number
         if isinstance(validation, bool) or not 0 < validation < 1 or number - taken < 2:
             raise ValueError(
                 f"validation: expected a share in (0, 1) of {number} examples that leaves two or more to train on, "

@@ -238,6 +238,8 @@ def _optimizer(optimizer: Any, learning_rate: Any, steps: int) -> optax.Gradient
     if learning_rate is None or isinstance(learning_rate, Real):
         peak = _LEARNING_RATE if learning_rate is None else learning_rate
         check_positive("learning_rate", peak)
+        check_finite("learning_rate", peak)
+        peak = float(peak)
         learning_rate = optax.warmup_cosine_decay_schedule(0.0, peak, min(_WARMUP, steps // 10), steps)
     elif not callable(learning_rate):
         raise ValueError(f"learning_rate: expected a number or an optax schedule, got {type(learning_rate).__name__}")

@@ -20,7 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from resflow_jax.training.parallel import DATA_AXIS
+from resflow_jax.functional.checks import check_type
+from resflow_jax.training.parallel import DATA_AXIS, as_devices
 from resflow_jax.training.step import TrainState
 
 Array = jax.Array
@@ -112,7 +113,7 @@ def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
       >>> rf.training.replicate({"w": jnp.ones(3)}, jax.devices()[:1])["w"].shape
       (1, 3)
     """
-    mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), (DATA_AXIS,))
+    mesh = Mesh(np.asarray(jax.devices() if devices is None else as_devices(devices)), (DATA_AXIS,))
     stacked = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
     return jax.tree.map(lambda leaf: from_host(np.broadcast_to(leaf, (mesh.size, *np.shape(leaf))), stacked), tree)
 
@@ -132,6 +133,9 @@ def unreplicate(tree: Any, mesh: Mesh) -> Any:
       >>> rf.training.unreplicate(stacked, rf.training.make_mesh())["w"].shape
       (3,)
     """
+    check_type("mesh", mesh, Mesh)
+    for leaf in jax.tree.leaves(tree):
+        check_type("tree", leaf, jax.Array)
     whole = NamedSharding(mesh, PartitionSpec())
 
     def join(leaf):

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.functional.batch_axes import batch_axes
-from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.checks import as_sequence, check_choice, check_count, check_type
 from resflow_jax.training.step import Gradient, Trainer, TrainState, unless_skipped
 
 Array = jax.Array
@@ -58,7 +58,7 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Dev
       >>> dict(mesh.shape) == {"data": jax.device_count(), "model": 1}
       True
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = jax.devices() if devices is None else as_devices(devices)
     check_count("mesh.model", model, 1)
     if data is not None:
         check_count("mesh.data", data, 1)
@@ -82,6 +82,16 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Dev
             f"{model} with {len(devices)} devices, {jax.local_device_count()} of them in process {jax.process_index()}"
         )
     return mesh
+
+
+def as_devices(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Converts devices to a list; ValueError for anything else."""
+    found = as_sequence("devices", devices, "devices, as of jax.devices()")
+    for n, device in enumerate(found):
+        check_type(f"devices[{n}]", device, jax.Device)
+    if not found:
+        raise ValueError("devices: expected at least one, got none")
+    return found
 
 
 def _gives_every_process_a_part(mesh: Mesh) -> bool:
@@ -136,6 +146,7 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
       >>> int(state.step)
       1
     """
+    _check_parts(trainer, mesh)
     check_choice("parameters", parameters, PARAMETERS)
     whole, batches = NamedSharding(mesh, PartitionSpec()), batch_sharding(trainer, mesh)
     constrain = jax.lax.with_sharding_constraint
@@ -223,6 +234,7 @@ def shard_map_train_step(trainer: Trainer, mesh: Mesh) -> Step:
       >>> int(state.step)
       1
     """
+    _check_parts(trainer, mesh)
     check_data_alone("shard_map", mesh)
     whole = PartitionSpec()
     specs = whole, batch_sharding(trainer, mesh).spec, whole
@@ -253,6 +265,8 @@ def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = Non
       >>> state.step.shape == (jax.device_count(),), metrics["loss"].shape
       (True, ())
     """
+    check_type("trainer", trainer, Trainer)
+    devices = devices if devices is None else as_devices(devices)
     return jax.pmap(
         _with_batch_axis(trainer.step),
         axis_name=DATA_AXIS,
@@ -263,8 +277,14 @@ def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = Non
     )
 
 
+def _check_parts(trainer: Trainer, mesh: Mesh) -> None:
+    check_type("trainer", trainer, Trainer)
+    check_type("mesh", mesh, Mesh)
+
+
 def check_divisible(batch_size: int, mesh: Mesh) -> None:
     """Raises ValueError unless the devices along "data" can take equal slices of a batch."""
+    check_count("batch_size", batch_size, 1)
     if batch_size % mesh.shape[DATA_AXIS]:
         raise ValueError(
             f"batch_size: expected a multiple of {mesh.shape[DATA_AXIS]}, the number of devices that share a batch, "

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from resflow_jax.functional.checks import check_choice
+from resflow_jax.functional.checks import check_choice, check_type
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.forms import (
     from_host,
@@ -84,7 +84,9 @@ class Placement:
         Raises:
           ValueError: if the strategy is unknown, or if it supports neither the layout nor devices along "model".
         """
-        check_choice("parallel", strategy, STRATEGIES)
+        check_type("trainer", trainer, Trainer)
+        check_type("mesh", mesh, Mesh)
+        check_choice("strategy", strategy, STRATEGIES)
         if strategy != "jit" and parameters != "replicated":
             raise ValueError(f'mesh.parameters: expected "replicated" with {strategy}, got "{parameters}"')
         self.trainer, self.mesh, self.strategy, self.parameters = trainer, mesh, strategy, parameters

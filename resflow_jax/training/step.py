@@ -310,6 +310,8 @@ def fit_estimator(state: TrainState, batch_size: int) -> TrainState:
       >>> type(state.estimator.length).__name__
       'Fitted'
     """
+    check_type("state", state, TrainState)
+    check_count("batch_size", batch_size, 1)
     estimator, (count, norms) = state.estimator, state.term_norms
     if not isinstance(estimator, Roulette) or estimator.exact_terms >= DIAGNOSED_TERMS:
         raise ValueError(f"estimator: expected Roulette, less than {DIAGNOSED_TERMS} exact_terms, got {estimator}")

@@ -25,6 +25,7 @@ from resflow_jax.data.embedded import load_digits
 from resflow_jax.data.images import to_unit_interval
 from resflow_jax.interop.torch.files import read_torch_file
 from resflow_jax.interop.torch.flow import TorchImageConfig
+from resflow_jax.interop.torch.writer import write_torch_file
 from resflow_jax.io.config_json import as_json
 from resflow_jax.models.residual_flow import flow_from_config
 from tests.experiments import tiny
@@ -164,3 +165,26 @@ def test_bad_input(run_dir, tmp_path, monkeypatch, capsys):
     assert "error: run_dir: expected the work directory of a run" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="expected the work directory of a run"):
         resume.main([str(tmp_path), "--debug"])
+
+
+NESTED = [[[1] * 10] * 10] * 10
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((option, NESTED) for option in ("wd", "lr", "optimizer", "task", "scheduler", "warmup_iters", "dropout")),
+        ("wd", np.zeros(3, np.float32)),
+        ("lr", float("nan")),
+        ("batchsize", 2**100),
+        ("update_freq", 1.5),
+    ],
+)
+def test_options_of_training(option, value, tmp_path):
+    """They are checked before anything is written."""
+    content = read_torch_file(FIXTURES / "reference_toy2d.pth")
+    setattr(content["args"], option, value)
+    write_torch_file(tmp_path / "model.pth", content)
+    with pytest.raises(ValueError, match=rf"model\.pth: {option}: expected"):
+        import_torch.run(ImportConfig(tmp_path / "model.pth", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -259,7 +259,7 @@ def test_values_outside_of_an_array_of_bounds():
         (lambda: rf.Bounded([0, math.nan], 1), "low: expected numbers, got NaN"),
         (lambda: rf.Bounded("a", 1), "low: expected numbers, got 'a'"),
         (lambda: rf.Bounded(0, 1, one_sided="exp"), "one_sided: expected one of log, softplus; got 'exp'"),
-        (lambda: rf.Bounded(0, 1, alpha=0.7), "logit_alpha: expected a number in"),
+        (lambda: rf.Bounded(0, 1, alpha=0.7), "alpha: expected a number in"),
         (lambda: rf.Logit(0.1, 0, INF), "high: expected finite numbers, got inf; rf.Bounded takes infinite ones"),
         (lambda: rf.Logit(0.1, [0, -INF], 1), "low: expected finite numbers"),
         (lambda: rf.Flow(rf.Bounded([0, 1], 2), rf.StandardNormal((3,))), r"shape ends in \(2,\), got \(3,\)"),

@@ -326,7 +326,7 @@ def test_linear_rejects_coefficient(coefficient):
 @pytest.mark.parametrize("alpha", [0.0, 0.5, -1.0])
 def test_logit_rejects_alpha(alpha):
     """alpha outside (0, 0.5) is named in the error."""
-    with pytest.raises(ValueError, match="logit_alpha: expected a number in"):
+    with pytest.raises(ValueError, match="alpha: expected a number in"):
         Logit(alpha)
 
 

@@ -123,7 +123,7 @@ def neighbours(start, towards, number=60):
 def test_alpha_that_the_dtype_does_not_hold(dtype, alpha):
     """Below the smallest normal number it would be flushed to zero: refused by name, also by a flow."""
     with jax.enable_x64(dtype == "float64"):
-        message = f"logit_alpha: expected a number that {dtype} holds, at least .*, got {alpha}"
+        message = f"alpha: expected a number that {dtype} holds, at least .*, got {alpha}"
         with pytest.raises(ValueError, match=message):
             Logit(alpha)
     Logit(float(np.finfo(dtype).tiny))

@@ -230,7 +230,7 @@ def test_bad_layouts_are_named():
         with pytest.raises(ValueError, match=message):
             make_mesh(**sizes)
     for arguments, message in [
-        (("threads",), "parallel: expected one of jit, shard_map, pmap; got 'threads'"),
+        (("threads",), "strategy: expected one of jit, shard_map, pmap; got 'threads'"),
         (("jit", "halved"), "parameters: expected one of replicated, model, full; got 'halved'"),
         (("pmap", "full"), 'mesh.parameters: expected "replicated" with pmap, got "full"'),
     ]:

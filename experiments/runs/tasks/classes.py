@@ -12,6 +12,7 @@ from experiments.configs.classification import ClassifyConfig
 from experiments.runs import pictures
 from experiments.runs.devices import data_mesh, own_mesh
 from experiments.runs.likelihoods import PERMUTED
+from experiments.runs.names import printable
 from experiments.runs.tasks.class_samples import class_samples, columns_of, is_mixture
 from experiments.runs.tasks.images import other_images, permuted_pixels
 from experiments.runs.tasks.judging_classes import class_rows, measured
@@ -52,7 +53,7 @@ class ClassTask(Task):
                 f"labels: expected a number from {model.classes}, one for each class, to {len(data.train)}, that "
                 f"of the training images, got {config.labels}"
             )
-        self.name = str(config.data.path or config.data.name)
+        self.name = printable(str(config.data.path or config.data.name))
         self.density_weight = config.hybrid.of_dim(int(np.prod(data.shape)))
         options = {"density_weight": self.density_weight, "dropout": config.dropout}
         self.loss = classification_loss(data.levels, **options)

@@ -12,6 +12,7 @@ import numpy as np
 from experiments.configs.base import DataConfig, DensityConfig
 from experiments.runs import pictures
 from experiments.runs.devices import data_mesh
+from experiments.runs.names import printable
 from experiments.runs.tasks.task import Drawing, Task, draw_samples, unconverged
 from resflow_jax import Estimate, Estimator, ResidualFlow
 from resflow_jax.data.batches import Augmentation, Batches
@@ -85,7 +86,7 @@ class ImageTask(Task):
             raise ValueError(
                 f"model.shape: expected {self.splits.shape}, the shape of the images, got {config.model.shape}"
             )
-        self.name = str(config.data.path or config.data.name)
+        self.name = printable(str(config.data.path or config.data.name))
         self.loss = dequantized_bits_per_dim(self.splits.levels, self.log_det_weight())
         self._batches(0, 1)  # raises now for settings that make no batches
 

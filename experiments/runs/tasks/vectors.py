@@ -15,6 +15,7 @@ import numpy as np
 from experiments.configs.base import RunConfig, VectorDataConfig, VectorsConfig
 from experiments.runs import pictures
 from experiments.runs.devices import data_mesh
+from experiments.runs.names import printable
 from experiments.runs.tasks.task import Drawing, Task, draw_samples, unconverged
 from resflow_jax import Estimate, Estimator, Exact, ResidualFlow
 from resflow_jax.data.batches import Batches
@@ -55,7 +56,7 @@ class VectorTask(Task):
 
     def __init__(self, config: VectorsConfig):
         """Raises ValueError if the vectors have another dimension than the model."""
-        self._set(config, load(config.data), str(config.data.path or "cell nuclei"))
+        self._set(config, load(config.data), printable(str(config.data.path or "cell nuclei")))
         self._batches(0, 1)  # raises now for settings that make no batches
 
     @property

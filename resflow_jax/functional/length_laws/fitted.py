@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resflow_jax.functional.checks import check_open_interval
+from resflow_jax.functional.checks import check_count, check_open_interval
 from resflow_jax.functional.length_laws.draws import UNKNOWN_LIPSCHITZ, random_bits, uniform
 
 Array = jax.Array
@@ -97,6 +97,7 @@ class Fitted:
 
     def with_rows(self, blocks: int) -> "Fitted":
         """The law with one table row for each residual block; ValueError if it already has another number of rows."""
+        check_count("blocks", blocks, 1)
         table = jnp.asarray(self.table)
         if table.ndim == 1:
             table = jnp.broadcast_to(table[None], (blocks, table.size))

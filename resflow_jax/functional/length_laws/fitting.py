@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import as_float_array, check_count, check_open_interval, check_positive
+from resflow_jax.functional.checks import as_float_array, check_count, check_finite, check_open_interval, check_positive
 from resflow_jax.functional.length_laws.fitted import Fitted
 
 Array = jax.Array
@@ -61,6 +61,8 @@ def fit_lengths(
         raise ValueError(f"term_norms: expected finite numbers, got {term_norms}")
     check_count("batch_size", batch_size, 1)
     check_positive("fixed_cost", fixed_cost)
+    check_finite("fixed_cost", fixed_cost)
+    fixed_cost = float(fixed_cost)
     check_open_interval("share", share, 0, 1)
     norms = batch_size * _non_increasing(jnp.maximum(term_norms, 0))
     floor = share * Fitted(norms, lipschitz).tail_ratio() ** jnp.arange(norms.shape[-1], dtype=norms.dtype)

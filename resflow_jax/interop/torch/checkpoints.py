@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import check_choice, check_type
+from resflow_jax.functional.checks import check_choice, check_path, check_type, error_text, names_text, shown
 from resflow_jax.functional.norms import with_copies
 from resflow_jax.interop.torch.config import args_from_config, config_from_args
 from resflow_jax.interop.torch.files import read_torch_file
@@ -28,12 +28,11 @@ from resflow_jax.interop.torch.places import Canvas, Entry, Ignored, Norm
 from resflow_jax.interop.torch.storages import brief
 from resflow_jax.interop.torch.writer import write_torch_file
 from resflow_jax.layers.lipschitz import LipschitzLinear, map_linears
-from resflow_jax.models.config import VectorFlowConfig, has_mixed_norms
-from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
+from resflow_jax.models.config import FlowConfig, VectorFlowConfig, has_mixed_norms
+from resflow_jax.models.least_arrays import abstract_flow, check_numbers
+from resflow_jax.models.residual_flow import ResidualFlow
 
 Array = np.ndarray
-
-_LISTED = 5  # names in an error
 
 
 def load_torch_checkpoint(
@@ -85,7 +84,7 @@ def load_torch_checkpoint(
     try:
         return flow_of(content, weights, norms)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error_text(error)}") from error
 
 
 def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: ResidualFlow | None = None) -> None:
@@ -114,6 +113,9 @@ def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: Resi
       True
     """
     check_type("flow", flow, ResidualFlow)
+    check_path(path)
+    if average is not None:
+        check_type("average", average, ResidualFlow)
     args = args_from_config(flow.config)
     content: dict[str, Any] = {"args": args, "state_dict": OrderedDict(_tensors(flow))}
     if not is_toy(args):
@@ -147,7 +149,11 @@ def _tensors(flow: ResidualFlow) -> dict[str, Array]:
 def parts_of(content: Any) -> tuple[dict[str, Array], argparse.Namespace]:
     """Returns the tensors and the options of what `read_torch_file` gave."""
     if not isinstance(content, dict) or not {"state_dict", "args"} <= content.keys():
-        keys = f"a dict of {', '.join(map(brief, content))}" if isinstance(content, dict) else type(content).__name__
+        keys = (
+            f"a dict of {', '.join(map(brief, [*content][:5]))}"
+            if isinstance(content, dict)
+            else type(content).__name__
+        )
         raise ValueError(f"expected a checkpoint of the training scripts with 'state_dict' and 'args', got {keys}")
     tensors, args = content["state_dict"], content["args"]
     if not isinstance(args, argparse.Namespace):
@@ -165,19 +171,21 @@ def flow_of(content: Any, weights: str | None, norms: str) -> ResidualFlow:
     tensors, args = parts_of(content)
     averages = _averages(content, weights)
     config = config_from_args(args, tensors)
-    blocks = config.blocks if isinstance(config, VectorFlowConfig) else sum(config.blocks) + config.tail.blocks
-    if blocks > len(tensors):
-        raise ValueError(f"nblocks: expected no more blocks than the {len(tensors)} tensors of the file, got {blocks}")
-    flow = nnx.eval_shape(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
+    flow = _abstract_flow(config, tensors)
     found = entries(flow, dropout=bool(getattr(args, "dropout", 0)))
     _check_names("state_dict", {e.name for e in found}, tensors.keys())
     if averages is not None:
         _check_names("ema", {e.averaged_name for e in found if e.is_parameter}, averages.keys())
+    put = {e.name: averages[e.averaged_name] if averages and e.is_parameter else tensors[e.name] for e in found}
+    for entry in found:  # all of them first, so that nothing is made of another size than the file's
+        if entry.shape is not None and put[entry.name].shape != entry.shape:
+            raise ValueError(
+                f"{entry.name}: expected shape {entry.shape}, as args say, got {shown(put[entry.name].shape)}"
+            )
+    check_numbers(flow, sum(tensor.size for tensor in tensors.values()))
     canvas = Canvas()
     for entry in found:
-        averaged = averages is not None and entry.is_parameter
-        tensor = averages[entry.averaged_name] if averaged else tensors[entry.name]
-        _put(entry, canvas, tensor)
+        _put(entry, canvas, put[entry.name])
         if not np.array_equal(tensors[entry.name], tensors[entry.averaged_name]):
             raise ValueError(f"{entry.name}: expected the same number as in {entry.averaged_name}, which is tied to it")
     canvas.commit()
@@ -186,6 +194,15 @@ def flow_of(content: Any, weights: str | None, norms: str) -> ResidualFlow:
     if norms == "converged":
         _converge(flow)
     return flow
+
+
+def _abstract_flow(config: FlowConfig, tensors: Mapping[str, Array]) -> ResidualFlow:
+    """The flow of a config with abstract arrays. Its blocks and layers are counted before it is made."""
+    number = len(tensors)
+    blocks = config.blocks if isinstance(config, VectorFlowConfig) else sum(config.blocks) + config.tail.blocks
+    if blocks > number:
+        raise ValueError(f"nblocks: expected no more blocks than the {number} tensors of the file, got {blocks}")
+    return abstract_flow(config, number)
 
 
 def _averages(content: dict[str, Any], weights: str | None) -> dict[str, Array] | None:
@@ -205,16 +222,12 @@ def _averages(content: dict[str, Any], weights: str | None) -> dict[str, Array] 
 
 
 def _check_names(what: str, expected: set[str], got: Mapping | set) -> None:
-    for kind, names in (("missing", sorted(expected - set(got))), ("left over", sorted(set(got) - expected))):
+    for kind, names in (("missing", expected - set(got)), ("left over", set(got) - expected)):
         if names:
-            others = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            listed = ", ".join(names[:_LISTED])
-            raise ValueError(f"{what}: expected the tensors that args say, got some {kind}: {listed}{others}")
+            raise ValueError(f"{what}: expected the tensors that args say, got some {kind}: {names_text(names)}")
 
 
 def _put(entry: Entry, canvas: Canvas, tensor: Array) -> None:
-    if entry.shape is not None and tensor.shape != entry.shape:
-        raise ValueError(f"{entry.name}: expected shape {entry.shape}, as args say, got {tensor.shape}")
     if not isinstance(entry.place, Ignored | Norm) and not np.isfinite(tensor).all():
         raise ValueError(f"{entry.name}: expected finite numbers, got {np.count_nonzero(~np.isfinite(tensor))} others")
     try:

@@ -29,6 +29,7 @@ from resflow_jax.interop.torch.options import (
     orders_of,
     orders_text,
 )
+from resflow_jax.interop.torch.storages import brief
 from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.groups import BetweenBlocks, DenseTail, ImageTransform, Norms, Padding, Scales
 
@@ -191,16 +192,18 @@ def _from_settings(cls: type, settings: Settings, prefix: str = "") -> Any:
 def _image_config(args: argparse.Namespace, tensors: Tensors) -> TorchImageConfig:
     options = checked_options(args, IMAGE_DEFAULTS)
     if options["block"] != "resblock":
-        raise ValueError(f"block: expected 'resblock', got {options['block']!r}: coupling blocks are not supported")
+        raise ValueError(
+            f"block: expected 'resblock', got {brief(options['block'])}: coupling blocks are not supported"
+        )
     if options["data"] not in _CHANNELS:
-        raise ValueError(f"data: expected one of {', '.join(_CHANNELS)}; got {options['data']!r}")
+        raise ValueError(f"data: expected one of {', '.join(_CHANNELS)}; got {brief(options['data'])}")
     channels, size = _CHANNELS[options["data"]], options["imagesize"]
     if not 4 <= size <= _MAX_SIZE:
         raise ValueError(f"imagesize: expected a number from 4 to {_MAX_SIZE}, got {size}")
     blocks = numbers_of("nblocks", options["nblocks"])
     blocks = blocks[: _most_scales(size // 2 if options["squeeze_first"] else size)]
     if not blocks or min(blocks) < 1:
-        raise ValueError(f"nblocks: expected at least one block a scale, got {options['nblocks']!r}")
+        raise ValueError(f"nblocks: expected at least one block a scale, got {brief(options['nblocks'])}")
     smallest = size // 2 ** (len(blocks) - 1 + options["squeeze_first"])
     settings = {row.setting: row.read(options[row.option]) for row in _IMAGE}
     settings |= {"shape": (size, size, channels), "blocks": blocks}
@@ -245,7 +248,7 @@ def _kernels_and_norms(options: Options, smallest: int) -> Settings:
     if layers == 1 and not options["fc"]:  # the script builds a first and a last convolution of this size
         kernels = 2 * kernels
         if orders and orders[0] != orders[1]:
-            raise ValueError(f"vnorms: expected two equal orders for the one size in kernels, got {vnorms!r}")
+            raise ValueError(f"vnorms: expected two equal orders for the one size in kernels, got {brief(vnorms)}")
         conv_orders = orders and (*orders, orders[0])
     if options["fc"]:
         kernels = (1,) * layers  # only their number counts
@@ -301,7 +304,7 @@ def _data_constants(tensors: Tensors, channels: int) -> Settings:
 def _padding_law(noise: str, levels: int) -> Settings:
     """The script draws noise for integers from 0 to the number of levels, by which it divides."""
     if noise not in ("uniform", "gaussian"):
-        raise ValueError(f"padding_dist: expected uniform or gaussian, got {noise!r}")
+        raise ValueError(f"padding_dist: expected uniform or gaussian, got {brief(noise)}")
     scale, shift = (1 / levels, 0.0) if noise == "uniform" else (0.125, 0.5)
     return {"data.padding.noise": noise, "data.padding.scale": scale, "data.padding.shift": shift}
 
@@ -323,11 +326,11 @@ def _most_scales(size: int) -> int:
 def _vector_config(args: argparse.Namespace) -> VectorFlowConfig:
     options = checked_options(args, TOY_DEFAULTS)
     if options["arch"] != "iresnet":
-        raise ValueError(f"arch: expected 'iresnet', got {options['arch']!r}: coupling blocks are not supported")
+        raise ValueError(f"arch: expected 'iresnet', got {brief(options['arch'])}: coupling blocks are not supported")
     layers, given = len(numbers_of("dims", options["dims"])) + 1, len(options["vnorms"]) - 1
     if given < layers:
         raise ValueError(
-            f"vnorms: expected at least {layers + 1} orders for {layers} layers, got {options['vnorms']!r}"
+            f"vnorms: expected at least {layers + 1} orders for {layers} layers, got {brief(options['vnorms'])}"
         )
     orders, ties = None, "closed"
     if not options["learn_p"]:

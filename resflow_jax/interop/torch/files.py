@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from resflow_jax.functional.checks import error_text
 from resflow_jax.interop.torch.objects import Stub, persistent
 from resflow_jax.interop.torch.pickle import interpret
 from resflow_jax.interop.torch.storages import Refused, Storage, brief
@@ -49,11 +50,10 @@ def read_torch_file(path: str | Path) -> Any:
         try:
             return _read(file, path.stat().st_size)
         except Refused as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error_text(error)}") from error
         except Exception as error:  # damaged lengths and offsets also give MemoryError and OSError
-            raise ValueError(
-                f"{path}: expected a whole checkpoint of PyTorch, could not read it ({type(error).__name__}: {error})"
-            ) from error
+            what = f"{type(error).__name__}: {error_text(error)}"
+            raise ValueError(f"{path}: expected a whole checkpoint of PyTorch, could not read it ({what})") from error
 
 
 def _read(file: BinaryIO, nbytes: int) -> Any:
@@ -63,13 +63,15 @@ def _read(file: BinaryIO, nbytes: int) -> Any:
         with zipfile.ZipFile(file) as archive:
             return _read_zip(archive, nbytes)
     if head[:1] == b"\x80":  # a pickle says its protocol first
-        return _read_legacy(file, nbytes)
+        return _read_legacy(BytesIO(file.read()), nbytes)  # in memory, a length beyond the end allocates nothing
     got = f"a file that starts with {head!r}" if head else "an empty file"
     raise Refused(f"expected a checkpoint of PyTorch, a zip archive or a pickle, got {got}")
 
 
 def _read_zip(archive: zipfile.ZipFile, nbytes: int) -> Any:
     records = {info.filename: info for info in archive.infolist()}
+    if len(records) != len(archive.infolist()):
+        raise Refused("expected every record of the zip archive once, got one twice")
     prefixes = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl")]
     if len(prefixes) != 1:
         raise Refused(f"expected a zip archive of torch.save with one record data.pkl, got {len(prefixes)} of them")

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,7 @@ def _scale_entries(flow: ResidualFlow, scale: Chain, prefix: str, *, is_first: b
 def _actnorm(layer: ActNorm, row: int | None, name: str, image: tuple[int, int, int] | None) -> list[Entry]:
     shape = layer.shift.shape[row is not None :]
     if len(shape) == 3 or image:
-        name, order = f"{name}.fc_module", channels_last(image or shape)
+        name, order = f"{name}.fc_module", partial(channels_last, image or shape)
     else:
         order = None
     return _scale_and_bias(layer, row, name, math.prod(shape), order)
@@ -153,7 +154,7 @@ def _invertible_linear(
     layer: InvertibleLinear, row: int | None, name: str, image: tuple[int, int, int] | None
 ) -> list[Entry]:
     size = layer.lower.shape[-1]
-    order = channels_last(image) if image else None
+    order = partial(channels_last, image) if image else None
     name = f"{name}.fc_module.weight" if image else f"{name}.weight"
     return [Entry(name, (size, size), Factored(layer, row, order), is_parameter=True)]
 
@@ -205,10 +206,10 @@ def _block(
     for n, linear in enumerate(contraction.linears):
         if n == last and dropout:
             next(numbers)
-        order_in = channels_last(image) if image and n == 0 else None
+        order_in = partial(channels_last, image) if image and n == 0 else None
         if after_maxmin and (n or contraction.preactivation):
-            order_in = _maxima_beside_minima(linear.kernel.shape[-2])
-        order_out = channels_last(image) if image and n == last else None
+            order_in = partial(_maxima_beside_minima, linear.kernel.shape[-2])
+        order_out = partial(channels_last, image) if image and n == last else None
         found += _lipschitz_linear(linear, row, f"{prefix}.{next(numbers)}", order_in, order_out)
         if contraction.centers:
             found += _centering(contraction.centers[n], row, f"{prefix}.{next(numbers)}")
@@ -244,8 +245,8 @@ def _lipschitz_linear(
         found.append(Entry(f"{name}.initialized", (), Expected(np.asarray(1))))
         found.append(Entry(f"{name}.spatial_dims", (2,), Expected(np.asarray(size, np.float32))))
         if window != [1, 1]:
-            order_in, order_out = channels_last((*size, size_in)), channels_last((*size, size_out))
-            size_in, size_out = order_in.size, order_out.size
+            order_in, order_out = (partial(channels_last, (*size, channels)) for channels in (size_in, size_out))
+            size_in, size_out = math.prod(size) * size_in, math.prod(size) * size_out
     found.append(_vector(f"{name}.u", linear.u, row, size_out, order_out))
     found.append(_vector(f"{name}.v", linear.v, row, size_in, order_in))
     return found

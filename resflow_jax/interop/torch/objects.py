@@ -25,6 +25,10 @@ import numpy as np
 from resflow_jax.interop.torch.storages import DTYPES, STORAGES, Refused, Storage, brief
 
 _NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "numpy._core.multiarray": "numpy.core.multiarray"}
+_LONGEST_NAME = 1000  # characters
+_KEY_PARTS = 8
+_TUPLES = 256  # most keys of a dict with a tuple as key
+_OBJECT = 200  # bytes of an object without its elements
 _STUBBED = ("resflows", "lib", "torch.nn")  # the authors' package was named lib until 2023
 
 
@@ -49,7 +53,7 @@ class Stub:
 
 def look_up(module: Any, name: Any) -> Stub | np.dtype:
     """Returns what a name in the file stands for: a dtype, or the stub of a class or function itself."""
-    if type(module) is not str or type(name) is not str:
+    if type(module) is not str or type(name) is not str or len(module) + len(name) > _LONGEST_NAME:
         raise Refused(f"expected names of classes and functions, got {brief(module)} and {brief(name)}")
     module = _NAMES.get(module, module)
     if module == "torch" and name in DTYPES:
@@ -76,12 +80,17 @@ def build(target: Any, args: Any) -> Any:
 
 
 def size_of(made: Any) -> int:
-    """Returns about how many bytes an object takes that a call made."""
+    """Returns about how many bytes an object takes that a call made, or work on it."""
     if isinstance(made, np.ndarray):
-        return made.nbytes
-    if isinstance(made, tuple | set | frozenset | OrderedDict):
-        return 64 * len(made)
-    return len(made) if type(made) is bytes else 0
+        return made.nbytes + _OBJECT
+    if isinstance(made, tuple | set | frozenset | dict):
+        return _OBJECT + 64 * len(made)
+    return len(made) if type(made) is bytes else _OBJECT
+
+
+def size_of_arguments(args: Any) -> int:
+    """Returns about how much work a call is that reads all elements of its arguments."""
+    return sum(64 * len(arg) for arg in args if type(arg) in (list, tuple)) if type(args) is tuple else 0
 
 
 def set_state(instance: Any, state: Any) -> None:
@@ -110,7 +119,8 @@ def extend(instance: Any, items: list) -> None:
 def update(instance: Any, pairs: list[tuple[Any, Any]]) -> None:
     """Sets items of a dict, or adds them to those of a stub."""
     if type(instance) in (dict, OrderedDict):
-        instance.update((check_key(key), value) for key, value in pairs)
+        for key, value in pairs:
+            instance[_check_new(key, instance)] = value
     elif _is_stub(instance, itself=False):
         extend(instance, pairs)
     else:
@@ -121,19 +131,35 @@ def add(instance: Any, elements: list) -> None:
     """Adds elements to a set."""
     if type(instance) is not set:
         raise Refused(f"expected a set to add to, got {brief(instance)}")
-    instance.update(map(check_key, elements))
+    for element in elements:
+        instance.add(_check_new(check_key(element), instance))
 
 
 def check_key(key: Any) -> Any:
-    """Returns a key of a dict or an element of a set: a scalar, a stub or a tuple of these, not nested further."""
-    for part in key if type(key) is tuple else (key,):
-        if not isinstance(part, str | bytes | int | float | np.generic | Stub | None):
-            raise Refused(f"expected keys that are strings, numbers or tuples of these, got {brief(key)}")
+    """Returns a key of a dict or an element of a set: a scalar, a stub or a short tuple of these, not nested further.
+
+    A file could choose long numbers and tuples so that looking them up takes very long.
+    """
+    parts = key if type(key) is tuple else (key,)
+    if len(parts) > _KEY_PARTS or not all(isinstance(part, str | bytes | int | float | Stub | None) for part in parts):
+        raise Refused(f"expected keys that are strings, numbers or tuples of these, got {brief(key)}")
+    if any(isinstance(part, int) and abs(part) >= 2**60 for part in parts):
+        raise Refused(f"expected keys that are numbers below 2^60, got {brief(key)}")
+    return key
+
+
+def _check_new(key: Any, known: dict | set) -> Any:
+    """Returns a key that is to be added; a dict must not have it already, and few of its keys may be tuples."""
+    if isinstance(known, dict) and check_key(key) in known:
+        raise Refused(f"expected every key of a dict once, got {brief(key)} twice")
+    if type(key) is tuple and len(known) >= _TUPLES:
+        raise Refused(f"expected at most {_TUPLES} keys beside a tuple, got more")
     return key
 
 
 def persistent(storages: dict[str, Storage], limit: int) -> Callable[[Any], Storage | Stub]:
-    """Returns the loader of objects outside of a pickle. It adds storages of at most `limit` bytes to the dict."""
+    """Returns the loader of objects outside of a pickle. It adds storages of `limit` bytes in total to the dict."""
+    total = 0
 
     def load(reference: Any) -> Storage | Stub:
         match reference:
@@ -145,6 +171,11 @@ def persistent(storages: dict[str, Storage], limit: int) -> Callable[[Any], Stor
                 raise Refused(f"expected a storage, got a reference to {brief(reference)}")
         if not 0 <= storage.nbytes <= limit:
             raise Refused(f"expected storages no longer than the {limit} bytes of the file, got {storage.nbytes} bytes")
+        if key not in storages:
+            nonlocal total
+            total += storage.nbytes
+            if total > limit:
+                raise Refused(f"expected storages no longer than the {limit} bytes of the file in total, got {total}")
         known = storages.setdefault(key, storage)
         if (known.dtype, known.nbytes) != (storage.dtype, storage.nbytes):
             raise Refused(f"expected one dtype and length of storage {key!r:.80}, got {known} and {storage}")
@@ -200,7 +231,9 @@ def _ordered_dict(pairs: Any = ()) -> OrderedDict:
 
 
 def _set(elements: Any = ()) -> set:
-    return {check_key(element) for element in _elements(elements)}
+    made = set()
+    add(made, list(_elements(elements)))
+    return made
 
 
 def _frozenset(elements: Any = ()) -> frozenset:

@@ -60,6 +60,28 @@ TOY_DEFAULTS = {
     "actnorm": False,
     "batchnorm": False,
 }
+TRAINING_DEFAULTS = {
+    "wd": 0.0,
+    "weight_decay": 0.0,
+    "dropout": 0.0,
+    "scheduler": False,
+    "add_noise": True,
+    "neumann_grad": True,
+    "var_reduc_lr": 0.0,
+    "brute_force": False,
+    "exact_trace": False,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "warmup_iters": 1000,
+    "update_freq": 1,
+    "batchsize": 64,
+    "annealing_iters": 0,
+    "task": "density",
+    "scale_dim": False,
+}
+"""Options of a training that a run takes over, or says that it does not."""
+
+_DIGITS = 9  # of a size
 _ACTIVATIONS = {
     "swish": "lipswish",
     "lcube": "lipschitz_cube",
@@ -83,11 +105,19 @@ def checked_options(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[
         value, kind = options[name], type(default)
         right = value is None or isinstance(value, int) if default is None else isinstance(value, kind)
         if kind is float:
-            right = isinstance(value, int | float)
+            right = isinstance(value, int | float) and math.isfinite(_within_64_bits(name, value))
+        if isinstance(value, int):
+            _within_64_bits(name, value)
         if not right or (isinstance(value, bool) and kind is not bool):
             expected = "int or None" if default is None else kind.__name__
             raise ValueError(f"{name}: expected {expected}, got {brief(value)}")
     return options
+
+
+def _within_64_bits(name: str, value: float) -> float:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name}: expected a number within 64 bits, got {brief(value)}")
+    return value
 
 
 def data_levels(args: argparse.Namespace) -> int:
@@ -109,7 +139,9 @@ def numbers_of(name: str, text: str) -> tuple[int, ...]:
     """The numbers of an option that joins them by dashes, as "3-1-3"."""
     parts = text.split("-")
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"{name}: expected numbers joined by '-', got {text!r}")
+        raise ValueError(f"{name}: expected numbers joined by '-', got {brief(text)}")
+    if max(map(len, parts)) > _DIGITS:
+        raise ValueError(f"{name}: expected numbers of at most {_DIGITS} digits, got {brief(text)}")
     return tuple(map(int, parts))
 
 
@@ -122,7 +154,7 @@ def activation_of(option: str) -> str:
     """This library's name of an activation, for the option `act`."""
     if option not in _ACTIVATIONS:
         why = ": its slopes of up to 1.76 make no contraction" if option == "selu" else ""
-        raise ValueError(f"act: expected one of {', '.join(_ACTIVATIONS)}; got {option!r}{why}")
+        raise ValueError(f"act: expected one of {', '.join(_ACTIVATIONS)}; got {brief(option)}{why}")
     return _ACTIVATIONS[option]
 
 
@@ -137,9 +169,9 @@ def activation_option(name: str) -> str:
 def orders_of(text: str, layers: int) -> tuple[float, ...] | None:
     """The orders of norms in the option `vnorms`, one more than there are layers; None if all are 2."""
     if not text or not set(text) <= set("123456789f"):
-        raise ValueError(f"vnorms: expected digits from 1 to 9 and 'f' (infinity), got {text!r}")
+        raise ValueError(f"vnorms: expected digits from 1 to 9 and 'f' (infinity), got {brief(text)}")
     if len(text) != layers + 1:
-        raise ValueError(f"vnorms: expected {layers + 1} orders for {layers} layers, got {text!r}")
+        raise ValueError(f"vnorms: expected {layers + 1} orders for {layers} layers, got {brief(text)}")
     return None if set(text) == {"2"} else tuple(math.inf if letter == "f" else float(letter) for letter in text)
 
 
@@ -168,6 +200,6 @@ def check_closed_forms(vnorms: str, orders: tuple[float, ...] | None, kernels: t
     for domain, codomain, kernel in zip(orders or (), (orders or ())[1:], kernels, strict=False):
         closed = domain == 1 or codomain == math.inf
         if closed and (codomain if domain == 1 else domain) not in (1, 2, math.inf):
-            raise ValueError(f"vnorms: expected orders 1, 2 or f beside a norm from 1 or to f, got {vnorms!r}")
+            raise ValueError(f"vnorms: expected orders 1, 2 or f beside a norm from 1 or to f, got {brief(vnorms)}")
         if closed and kernel > smallest:
             raise ValueError(f"kernels: expected sizes that fit images of {smallest} pixels, got {kernel}")

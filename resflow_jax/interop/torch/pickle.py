@@ -10,12 +10,25 @@ import pickletools
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from resflow_jax.interop.torch.objects import add, build, check_key, extend, look_up, set_state, size_of, update
+from resflow_jax.interop.torch.objects import (
+    add,
+    build,
+    check_key,
+    extend,
+    look_up,
+    set_state,
+    size_of,
+    size_of_arguments,
+    update,
+)
 from resflow_jax.interop.torch.storages import Refused, brief
 
 _VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_BITS = 2**13  # of an integer
+_EMPTY_BYTES = 64  # of an empty list
+_EMPTY_SET_BYTES = 216
 _LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
@@ -57,10 +70,13 @@ class _Machine:
         """Runs one instruction."""
         stack = self.stack
         if name in _LITERALS:
+            if type(argument) is int and argument.bit_length() > _BITS:
+                raise Refused(f"expected integers of at most {_BITS} bits, got one of {argument.bit_length()}")
             stack.append(argument)
         elif name in _VALUES:
             stack.append(_VALUES[name])
         elif name in _EMPTY:
+            self._spend(_EMPTY_SET_BYTES if name == "EMPTY_SET" else _EMPTY_BYTES)
             stack.append(_EMPTY[name]())
         elif name in _TUPLES:
             stack.append(tuple(self._pop(_TUPLES[name])))
@@ -79,6 +95,7 @@ class _Machine:
             case "BINGET" | "LONG_BINGET":
                 self.stack.append(self.memo[argument])
             case "MARK":
+                self._spend(_EMPTY_BYTES)
                 self.below.append(self.stack)
                 self.stack = []
             case "POP":
@@ -111,13 +128,14 @@ class _Machine:
             case "STACK_GLOBAL":
                 self.stack.append(look_up(*self._pop(2)))
             case "REDUCE" | "NEWOBJ":
-                made = build(*self._pop(2))
-                self.left -= size_of(made)
-                if self.left < 0:
-                    raise Refused("expected objects about as large as the file, got some that grow without end")
+                target, args = self._pop(2)
+                self._spend(size_of_arguments(args))
+                made = build(target, args)
+                self._spend(size_of(made))
                 self.stack.append(made)
             case "BUILD":
                 (state,) = self._pop(1)
+                self._spend(size_of(state))
                 set_state(self.stack[-1], state)
             case "BINPERSID" if self.load_persistent is not None:
                 self.stack.append(self.load_persistent(*self._pop(1)))
@@ -130,6 +148,12 @@ class _Machine:
         if self.below:
             raise Refused("expected a whole pickle, got one with a mark that is left")
         return value
+
+    def _spend(self, size: int) -> None:
+        """Counts the memory and the work that the file asks for."""
+        self.left -= size
+        if self.left < 0:
+            raise Refused("expected objects about as large as the file, got some that grow without end")
 
     def _pop(self, number: int) -> list[Any]:
         if number > len(self.stack):

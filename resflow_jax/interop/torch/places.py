@@ -4,6 +4,7 @@ Each `Place` has `put`, which writes a tensor into variables, and `take`, which 
 work on a `Canvas`, which has copies of the variables on the host.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,11 +14,14 @@ import numpy as np
 import scipy.linalg
 from flax import nnx
 
+from resflow_jax.functional.checks import shown
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import LipschitzLinear
 
-Order = np.ndarray | None  # order of an axis: ours[i] = theirs[order[i]]; None where both have the same order
+# Order of an axis, ours[i] = theirs[order()[i]]; None where both have the same order. It is a function, because the
+# sizes of entries are compared with those in a file before anything of that size is made.
+Order = Callable[[], np.ndarray] | None
 
 
 class Canvas:
@@ -98,7 +102,7 @@ class Transposed:
     def put(self, canvas: Canvas, tensor: np.ndarray) -> None:
         tensor = tensor.transpose(self.axes)
         for axis, order in enumerate(self.orders):
-            tensor = tensor if order is None else np.take(tensor, order, axis)
+            tensor = tensor if order is None else np.take(tensor, order(), axis)
         ours = _row(canvas[self.variable], self.row)
         ours[...] = tensor.reshape(ours.shape)
 
@@ -106,7 +110,7 @@ class Transposed:
         ours = _row(canvas[self.variable], self.row)
         tensor = ours.reshape([self.shape[axis] for axis in self.axes])
         for axis, order in enumerate(self.orders):
-            tensor = tensor if order is None else np.take(tensor, np.argsort(order), axis)
+            tensor = tensor if order is None else np.take(tensor, np.argsort(order()), axis)
         return tensor.transpose(np.argsort(self.axes))
 
 
@@ -124,7 +128,7 @@ class ActNormPart:
 
     def put(self, canvas: Canvas, tensor: np.ndarray) -> None:
         layer = self.layer
-        tensor = tensor if self.order is None else tensor[self.order]
+        tensor = tensor if self.order is None else tensor[self.order()]
         if self.part == "weight":
             new = (layer.log_scale, tensor), (layer.std, np.ones_like(tensor))
         else:
@@ -143,7 +147,7 @@ class ActNormPart:
         else:
             tensor = np.where(shift == 0, -center, shift * np.exp(-log_scale) * std - center)
         tensor = tensor.astype(parts[0].dtype)
-        return tensor if self.order is None else tensor[np.argsort(self.order)]
+        return tensor if self.order is None else tensor[np.argsort(self.order())]
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,8 @@ class Factored:
     def put(self, canvas: Canvas, tensor: np.ndarray) -> None:
         weight = np.asarray(tensor, np.float64).T
         if self.order is not None:
-            weight = weight[self.order][:, self.order]
+            order = self.order()
+            weight = weight[order][:, order]
         permutation, lower, upper = scipy.linalg.lu(weight, p_indices=True)  # weight = (L U)[permutation]
         diagonal = np.diagonal(upper)
         if not (np.isfinite(diagonal).all() and diagonal.all()):
@@ -185,7 +190,7 @@ class Factored:
             np.triu(upper, 1) + np.diag(sign * np.exp(log_scale))
         )
         if self.order is not None:
-            back = np.argsort(self.order)
+            back = np.argsort(self.order())
             weight = weight[back][:, back]
         return weight.T
 
@@ -198,7 +203,7 @@ class Expected:
 
     def put(self, canvas: Canvas, tensor: np.ndarray) -> None:
         if not np.array_equal(tensor, self.value):
-            raise ValueError(f"expected {self.value.tolist()}, got {tensor.tolist()}")
+            raise ValueError(f"expected {shown(self.value.tolist())}, got {shown(tensor.tolist())}")
 
     def take(self, canvas: Canvas) -> np.ndarray:
         return self.value

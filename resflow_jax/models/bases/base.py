@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from resflow_jax.functional.checks import as_shape
+from resflow_jax.functional.checks import as_shape, check_batch, check_count, check_key, check_scalar
 from resflow_jax.layers.conditions import ConditionShape
 from resflow_jax.layers.module import Module
 
@@ -80,12 +80,21 @@ class StandardNormal(Base):
         self.event_shape = as_shape("event_shape", event_shape)
 
     def log_prob(self, z: Array, condition: Array | None = None) -> Array:
+        check_batch("z", z, self.event_shape)
         return standard_normal_log_prob(z)
 
     def sample(
         self, key: Array, num_samples: int, condition: Array | None = None, temperature: float | Array = 1.0
     ) -> Array:
+        check_draw(key, num_samples, temperature)
         return temperature * jax.random.normal(key, (num_samples, *self.event_shape), jnp.result_type(float))
+
+
+def check_draw(key: Array, num_samples: int, temperature: float | Array) -> None:
+    """Raises ValueError for what is no key, no number of samples, or no temperature."""
+    check_key("key", key)
+    check_count("num_samples", num_samples, 1)
+    check_scalar("temperature", temperature)
 
 
 def standard_normal_log_prob(z: Array) -> Array:

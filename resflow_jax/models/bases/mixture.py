@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.broadcasting import per_example
-from resflow_jax.functional.checks import as_shape, check_count, check_type
+from resflow_jax.functional.checks import as_shape, check_batch, check_count, check_type
 from resflow_jax.layers.conditioned_params import ConditionedParams, bounded
-from resflow_jax.models.bases.base import Base, Shape
+from resflow_jax.models.bases.base import Base, Shape, check_draw
 
 Array = jax.Array
 
@@ -65,6 +65,7 @@ class MixtureOfNormals(Base):
     ):
         check_count("components", components, 1)
         check_type("rngs", rngs, nnx.Rngs)
+        check_type("class_conditional", class_conditional, bool)
         if class_conditional and condition_dim is not None:
             raise ValueError(
                 f"condition_dim: expected None beside class_conditional, whose condition is the weights of the "
@@ -113,6 +114,7 @@ class MixtureOfNormals(Base):
 
     def _log_normals(self, z: Array, condition: Array | None) -> tuple[Array, Array]:
         """Weights, or log-weights, [1 or B, K], and log p(z | k) [B, K]."""
+        check_batch("z", z, self.event_shape)
         means, log_stds, weights = self._parameters(condition)
         axes = tuple(range(2, means.ndim))
         squares = ((z[:, None] - means) * jnp.exp(-log_stds)) ** 2
@@ -122,6 +124,7 @@ class MixtureOfNormals(Base):
     def sample(
         self, key: Array, num_samples: int, condition: Array | None = None, temperature: float | Array = 1.0
     ) -> Array:
+        check_draw(key, num_samples, temperature)
         means, log_stds, weights = self._parameters(condition)
         component_key, noise_key = jax.random.split(key)
         log_weights = jnp.log(weights) if self.class_conditional else weights

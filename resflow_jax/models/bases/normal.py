@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.checks import as_shape
+from resflow_jax.functional.checks import as_shape, check_batch
 from resflow_jax.layers.conditioned_params import ConditionedParams, bounded
-from resflow_jax.models.bases.base import Base, Shape, standard_normal_log_prob
+from resflow_jax.models.bases.base import Base, Shape, check_draw, standard_normal_log_prob
 
 Array = jax.Array
 
@@ -60,6 +60,7 @@ class DiagonalNormal(Base):
         return mean + a, log_std + bounded(b)
 
     def log_prob(self, z: Array, condition: Array | None = None) -> Array:
+        check_batch("z", z, self.event_shape)
         mean, log_std = self._moments(condition)
         log_stds = jnp.sum(log_std, axis=tuple(range(1, log_std.ndim)))
         return standard_normal_log_prob((z - mean) * jnp.exp(-log_std)) - log_stds
@@ -67,6 +68,7 @@ class DiagonalNormal(Base):
     def sample(
         self, key: Array, num_samples: int, condition: Array | None = None, temperature: float | Array = 1.0
     ) -> Array:
+        check_draw(key, num_samples, temperature)
         mean, log_std = self._moments(condition)
         noise = jax.random.normal(key, (num_samples, *self.event_shape), mean.dtype)
         return mean + temperature * jnp.exp(log_std) * noise

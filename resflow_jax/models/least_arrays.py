@@ -1,0 +1,59 @@
+"""Holds a config from a file against what the file has, before the flow is built.
+
+Blocks of one kind are stacked: their number costs nothing before arrays are made. Every layer in a block is made by
+itself and has its own kernel, so a config of more layers than the file has arrays is not that of the file.
+"""
+
+import math
+
+import jax
+from flax import nnx
+
+from resflow_jax.layers.lipschitz import deferred_norms
+from resflow_jax.models.classifier_config import ClassifierConfig
+from resflow_jax.models.config import FlowConfig, ImageFlowConfig
+from resflow_jax.models.flow import Flow
+from resflow_jax.models.residual_flow import flow_from_config
+
+_EXTRA = 2**26  # numbers that a flow may have beyond 16 for each number of its file
+
+
+def least_arrays(config: FlowConfig | ClassifierConfig) -> int:
+    """A lower bound on the number of arrays of the flow of a config. It is computed from the numbers alone."""
+    if isinstance(config, ClassifierConfig):
+        return len(config.blocks)
+    depth = config.densenet.depth
+    if not isinstance(config, ImageFlowConfig):
+        return (depth or len(config.hidden)) + 1
+    tail = (depth or config.tail.layers) if config.tail.blocks else 0
+    return len(config.blocks) * (depth or len(config.kernels)) + tail
+
+
+def check_arrays(config: FlowConfig | ClassifierConfig, arrays: int) -> None:
+    """Raises ValueError if the flow of a config has more layers than there are arrays for."""
+    if least_arrays(config) > arrays:
+        raise ValueError(
+            f"config: expected a flow of the {arrays} arrays in the file, got one of at least {least_arrays(config)}"
+        )
+
+
+def abstract_flow(config: FlowConfig | ClassifierConfig, arrays: int) -> Flow:
+    """The flow of a config with abstract arrays, as of `nnx.eval_shape`. Nothing of its size is made.
+
+    Raises:
+      ValueError: as `check_arrays`, and for sizes beyond 64 bits.
+    """
+    check_arrays(config, arrays)
+    with deferred_norms():
+        return nnx.eval_shape(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
+
+
+def check_numbers(flow: Flow, given: int) -> None:
+    """Raises ValueError if an abstract flow has far more numbers than its file.
+
+    It may have more: the vectors of norms with a closed form, one number for each pixel and channel, are not in the
+    files of PyTorch.
+    """
+    needed = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(flow)))
+    if needed > 16 * given + _EXTRA:
+        raise ValueError(f"config: expected a flow of about the {given} numbers in the file, got one of {needed}")
