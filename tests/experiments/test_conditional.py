@@ -45,7 +45,7 @@ def test_a_tiny_run(tmp_path, capsys):
     """The files; the loss falls towards that of the posterior; metrics and table say what was returned."""
     results = conditional.run(replace(TINY, workdir=tmp_path / "run"))
     written = {p.name for p in (tmp_path / "run").iterdir()}
-    assert written == {"config.json", "metrics.jsonl", "two_moons.png", "digits.png"}
+    assert written == {".lock", "config.json", "metrics.jsonl", "two_moons.png", "digits.png"}
     assert all((tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG") for name in written if "png" in name)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     fits, scores = results["two_moons"], results["digits"]

@@ -14,6 +14,7 @@ import numpy as np
 from experiments.studies.parts.campaign import Campaign, Deadline, Row
 
 _GROWTH = 1.0  # MB of memory in 1000 steps that are no longer noise
+_OF_VALIDATION = 5.0  # MB that a validation with its pictures and checkpoint may leave
 _SLOWER = 0.05  # share of the time of a step
 
 
@@ -38,7 +39,10 @@ def rows_of(lines: list[dict[str, float]]) -> list[Row]:
     """The rows for the measurements of a long run: lines with its step, cpu seconds, resident MB and compilations."""
     steps, cpu, memory, compiled = (np.array([line[name] for line in lines]) for name in _NAMES)
     first = len(lines) // 5  # the warm-up
-    slope = 1000 * np.polyfit(steps[first:], memory[first:], 1)[0]
+    grown, taken = np.diff(memory)[first:], np.diff(steps)[first:]
+    # Most measurements have no validation between them: the median is the growth by steps alone.
+    by_steps, by_all = 1000 * np.median(grown / taken), memory[-1] - memory[first]
+    by_validation = by_all / (_VALIDATIONS * (len(lines) - 1 - first) / _MARKS)
     seconds = np.diff(cpu) / np.diff(steps)
     start, end = (1e3 * np.median(part) for part in (seconds[first : 2 * first], seconds[-first:]))
     done, number = f"{int(steps[-1])} steps", int(steps[-1])
@@ -46,8 +50,9 @@ def rows_of(lines: list[dict[str, float]]) -> list[Row]:
         Row(
             f"{done}: memory",
             number,
-            f"{memory[first]:.0f} MB after a fifth, {memory[-1]:.0f} MB at the end, {slope:+.2f} MB in 1000 steps",
-            slope < _GROWTH,
+            f"{memory[first]:.0f} MB after a fifth, {memory[-1]:.0f} MB at the end: {by_steps:+.2f} MB in 1000 steps "
+            f"without a validation, {by_validation:+.1f} MB for each validation with pictures and checkpoint",
+            by_steps < _GROWTH and by_validation < _OF_VALIDATION,
         ),
         Row(
             f"{done}: compilations after a fifth",
@@ -65,7 +70,7 @@ def rows_of(lines: list[dict[str, float]]) -> list[Row]:
 
 
 _NAMES = ("step", "cpu", "memory", "compilations")
-_MARKS = 100  # measurements
+_MARKS, _VALIDATIONS = 100, 20  # measurements and validations of the long run
 
 
 def measure(steps: int, path: Path, *, is_tiny: bool) -> None:
@@ -90,7 +95,7 @@ def measure(steps: int, path: Path, *, is_tiny: bool) -> None:
         workdir=path.parent / "run",
         steps=steps,
         log_every=every,
-        evaluation=replace(config.evaluation, every=max(1, steps // 20), draws=1),
+        evaluation=replace(config.evaluation, every=max(1, steps // _VALIDATIONS), draws=1),
     )
 
     class Watched(Metrics):

@@ -63,7 +63,9 @@ def test_what_a_long_run_tells():
         return [row.is_good for row in stress_soak.rows_of(lines)]
 
     assert is_good() == [True] * 3
-    assert is_good(memory=500 + steps * 0.002 + noise) == [False, True, True]
+    assert is_good(memory=500 + steps * 0.02 + noise) == [False, True, True]
+    assert is_good(memory=500 + steps // 500 * 2.0) == [True] * 3
+    assert is_good(memory=500 + steps // 500 * 9.0) == [False, True, True]
     assert is_good(compilations=steps // 1000) == [True, False, True]
     assert is_good(cpu=steps * 0.02 * (1 + steps / 50_000)) == [True, True, False]
 
