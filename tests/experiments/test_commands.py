@@ -72,12 +72,14 @@ def test_no_command_is_imported_by_another():
 
 
 def test_every_file_in_the_two_places_is_a_command():
-    """What is none lies in a room of its own, where no module pretends to be one, but for two workers of commands."""
+    """What is none lies in a room of its own, where no module pretends to be one, but for workers of commands."""
     for place in PLACES.values():
         files = {path.stem for path in place.glob("*.py")} - {"__init__", "__main__"}
         assert set(commands_in(place)) == files
     rooms = [ROOT / room for room in ("runs", "runs/tasks", "configs", "studies/parts", "studies/conditioning")]
-    assert [name for room in rooms for name in commands_in(room)] == ["accelerator_steps", "competitors"]
+    assert [name for room in rooms for name in commands_in(room)] == [
+        *("accelerator_steps", "competitors", "fuzzing", "stress_files")
+    ]
     for module in MODULES:
         command = command_of(module)
         assert command.module == module and command.text == importlib.import_module(module).__doc__

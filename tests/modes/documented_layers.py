@@ -242,7 +242,7 @@ LAYERS = {
         "expected events": lambda: rf.InvertibleLinear(3, rngs=RNGS).output_shape((2,)),
     },
     "rf.Logit": {
-        "logit_alpha: expected": lambda: rf.Logit(0.5),
+        "alpha: expected": lambda: rf.Logit(0.5),
         "low: expected": lambda: rf.Logit(0.1, -np.inf, 1.0),
         "high: expected numbers above low": lambda: rf.Logit(0.1, 1.0, 1.0),
         "x: expected values": lambda: rf.Flow(rf.Logit(0.1), event_shape=(3,)).forward(X + 9),
