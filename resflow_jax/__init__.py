@@ -23,6 +23,11 @@ from resflow_jax.layers.block_certificate import BlockCertificate, LayerCertific
 from resflow_jax.layers.bounded import Bounded
 from resflow_jax.layers.composition import Chain, Invert
 from resflow_jax.layers.contraction import Contraction
+from resflow_jax.layers.couplings.affine import AdditiveCoupling, AffineCoupling
+from resflow_jax.layers.couplings.conditioners import CNNConditioner, MLPConditioner, ResNetConditioner
+from resflow_jax.layers.couplings.coupling import Coupling
+from resflow_jax.layers.couplings.mixture import MixtureCoupling
+from resflow_jax.layers.couplings.spline import SplineCoupling
 from resflow_jax.layers.diagonal_affine import Affine
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import NormState
@@ -68,7 +73,9 @@ __all__ = [
     "ACTIVATIONS",
     "ActNorm",
     "Activation",
+    "AdditiveCoupling",
     "Affine",
+    "AffineCoupling",
     "Anderson",
     "Anomaly",
     "Base",
@@ -77,6 +84,7 @@ __all__ = [
     "BlockCertificate",
     "Bounded",
     "Broyden",
+    "CNNConditioner",
     "Certificate",
     "Chain",
     "ChannelPadding",
@@ -86,6 +94,7 @@ __all__ = [
     "Contraction",
     "ContractionCheck",
     "ConvMap",
+    "Coupling",
     "CustomEstimator",
     "Defensive",
     "DenseMap",
@@ -120,6 +129,8 @@ __all__ = [
     "LipschitzDense",
     "LipschitzMLP",
     "Logit",
+    "MLPConditioner",
+    "MixtureCoupling",
     "MixtureOfNormals",
     "MovingBatchNorm",
     "MovingCentering",
@@ -134,6 +145,7 @@ __all__ = [
     "PowerIteration",
     "PowerIterationStatus",
     "ResNetClassifier",
+    "ResNetConditioner",
     "Reshape",
     "ResidualBlock",
     "ResidualFlow",
@@ -142,6 +154,7 @@ __all__ = [
     "Scales",
     "Softplus",
     "Solver",
+    "SplineCoupling",
     "Squeeze",
     "StandardNormal",
     "StridedBlock",
