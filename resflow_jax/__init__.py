@@ -18,10 +18,12 @@ from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch.checkpoints import load_torch_checkpoint, save_torch_checkpoint
 from resflow_jax.io.files import load, save
 from resflow_jax.layers.actnorm import ActNorm
+from resflow_jax.layers.autoregressive import MaskedAutoregressive
 from resflow_jax.layers.bijector import Bijector, Constant
 from resflow_jax.layers.block_certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.bounded import Bounded
 from resflow_jax.layers.composition import Chain, Invert
+from resflow_jax.layers.continuous import ContinuousBlock, VelocityField
 from resflow_jax.layers.contraction import Contraction
 from resflow_jax.layers.couplings.affine import AdditiveCoupling, AffineCoupling
 from resflow_jax.layers.couplings.conditioners import CNNConditioner, MLPConditioner, ResNetConditioner
@@ -91,6 +93,7 @@ __all__ = [
     "Classifier",
     "ClassifierConfig",
     "Constant",
+    "ContinuousBlock",
     "Contraction",
     "ContractionCheck",
     "ConvMap",
@@ -130,6 +133,7 @@ __all__ = [
     "LipschitzMLP",
     "Logit",
     "MLPConditioner",
+    "MaskedAutoregressive",
     "MixtureCoupling",
     "MixtureOfNormals",
     "MovingBatchNorm",
@@ -163,6 +167,7 @@ __all__ = [
     "UnconstrainedBlock",
     "VectorFlowConfig",
     "VectorTransform",
+    "VelocityField",
     "ZeroPadding",
     "anomaly_score",
     "batch_axes",
