@@ -43,16 +43,22 @@ from resflow_jax.layers.positive import Exp, Softplus
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 from resflow_jax.layers.shapes import Flatten, Permutation, Reshape, Squeeze
 from resflow_jax.layers.unconstrained import StridedBlock, UnconstrainedBlock
+from resflow_jax.models.autoregressive_flow import AutoregressiveFlow, AutoregressiveFlowConfig
 from resflow_jax.models.bases import Base, DiagonalNormal, MixtureOfNormals, StandardNormal
 from resflow_jax.models.certificate import Certificate, certify
 from resflow_jax.models.classifier import Classifier
 from resflow_jax.models.classifier_config import ClassifierConfig
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
+from resflow_jax.models.continuous_flow import ContinuousFlow, ContinuousFlowConfig
+from resflow_jax.models.coupling_config import CouplingFlowConfig, CouplingScales
+from resflow_jax.models.coupling_flow import CouplingFlow
+from resflow_jax.models.dequantization import VariationalDequantization
 from resflow_jax.models.flow import Flow
 from resflow_jax.models.groups import (
     BetweenBlocks,
     DenseNetBlocks,
     DenseTail,
+    Dequantization,
     ImageTransform,
     Norms,
     Padding,
@@ -80,6 +86,8 @@ __all__ = [
     "AffineCoupling",
     "Anderson",
     "Anomaly",
+    "AutoregressiveFlow",
+    "AutoregressiveFlowConfig",
     "Base",
     "BetweenBlocks",
     "Bijector",
@@ -94,16 +102,22 @@ __all__ = [
     "ClassifierConfig",
     "Constant",
     "ContinuousBlock",
+    "ContinuousFlow",
+    "ContinuousFlowConfig",
     "Contraction",
     "ContractionCheck",
     "ConvMap",
     "Coupling",
+    "CouplingFlow",
+    "CouplingFlowConfig",
+    "CouplingScales",
     "CustomEstimator",
     "Defensive",
     "DenseMap",
     "DenseNet",
     "DenseNetBlocks",
     "DenseTail",
+    "Dequantization",
     "Diagnostics",
     "DiagonalNormal",
     "Estimate",
@@ -165,6 +179,7 @@ __all__ = [
     "Truncated",
     "Typicality",
     "UnconstrainedBlock",
+    "VariationalDequantization",
     "VectorFlowConfig",
     "VectorTransform",
     "VelocityField",
