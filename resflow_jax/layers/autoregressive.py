@@ -26,6 +26,7 @@ from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.conditioned_params import bounded
 from resflow_jax.layers.conditioning import Conditioning, gated
 from resflow_jax.layers.contraction import learnable
+from resflow_jax.layers.couplings.networks import values_of
 from resflow_jax.layers.initial import fan_in_uniform
 from resflow_jax.layers.module import List, Module
 
@@ -100,8 +101,8 @@ class MaskedAutoregressive(Bijector):
         params = iter(self.activation_params)
         for n, (linear, mask, gate) in enumerate(zip(self.linears, masks, gates, strict=False)):
             if n:
-                values = {name: variable[...] for name, variable in next(params).items()}
-                x = ACTIVATIONS[self.activation](values, x)
+                activation = ACTIVATIONS[self.activation]
+                x = activation(values_of(activation, next(params)), x)
             x = linear(x, mask)
             x = x if gate is None else gated(gate, x)
         mean, a = jnp.split(x, 2, axis=-1)

@@ -28,8 +28,8 @@ class ContinuousFlowConfig:
     """Configuration of a continuous flow, on vectors [B, D] or images [B, H, W, C] with values in [0, 1].
 
     The preset `ffjord` is for either; its arguments are the shape and any fields that are to replace the preset's.
-    Every block has an `ActNorm` before it. With a convolutional network a 2x2 squeeze follows each scale but the last, and
-    half of the channels then leaves for z; with an `MLPConditioner` images are flattened.
+    Every block has an `ActNorm` before it. With a convolutional network a 2x2 squeeze follows each scale but the last,
+    and half of the channels then leaves for z; with an `MLPConditioner` images are flattened.
 
     It holds sizes and names only, is frozen and hashable, and has no randomness.
 

@@ -149,12 +149,7 @@ class CouplingFlowConfig:
 
     def fitted(self, shape: Shape) -> "CouplingFlowConfig":
         """The same settings for events of another shape, with as many squeezes as its sides allow."""
-        scales = self.scales
-        if not self.is_flat:
-            squeezes = halvings(shape, scales.squeezes)
-            has_pixels = shape[0] * shape[1] >= 2 * 4**squeezes
-            last = scales.last if squeezes or scales.last else self.couplings
-            scales = replace(scales, squeezes=squeezes, last=last if has_pixels else 0)
+        scales = self.scales if self.is_flat else _fitted(self.scales, shape, self.couplings)
         return replace(self, shape=tuple(shape), scales=scales)
 
     @classmethod
@@ -208,11 +203,20 @@ class CouplingFlowConfig:
 
 def _preset(cls: type, shape: Shape, settings: dict[str, Any], **preset: Any) -> CouplingFlowConfig:
     """The preset for a shape, with the settings that replace its own."""
-    values = {**preset, **settings}
-    scales = values.get("scales", CouplingScales())
-    fits = halvings(shape, scales.squeezes) == scales.squeezes
-    if fits or "scales" in settings:
-        return cls(tuple(shape), **values)
-    # A shape that fits, for the checks; then fewer squeezes.
-    side = 2**scales.squeezes * 2
-    return cls((side, side, shape[-1]), **values).fitted(shape)
+    config = cls((64, 64, 1) if len(shape) == 3 else (2,), **preset)
+    scales = config.scales if config.is_flat else _fitted(config.scales, shape, config.couplings)
+    return cls(tuple(shape), **{**preset, "scales": scales, **settings})
+
+
+def _fitted(scales: CouplingScales, shape: Shape, couplings: int) -> CouplingScales:
+    """The scales with as many squeezes as the sides of images allow; coupling layers on pixels where none is possible.
+
+    Args:
+      scales: settings for larger images.
+      shape: (H, W, C).
+      couplings: number of layers on pixels, where there is no squeeze.
+    """
+    squeezes = halvings(shape, scales.squeezes)
+    last = scales.last if squeezes else max(scales.last, couplings)
+    has_pixels = shape[0] * shape[1] >= 2 * 4**squeezes
+    return replace(scales, squeezes=squeezes, last=last if has_pixels else 0)

@@ -18,7 +18,7 @@ from resflow_jax.functional.primitives.convolution import convolve
 from resflow_jax.layers.conditioning import Conditioning, gated
 from resflow_jax.layers.contraction import learnable
 from resflow_jax.layers.initial import fan_in_uniform
-from resflow_jax.layers.module import List, Module
+from resflow_jax.layers.module import Dict, List, Module
 
 Array = jax.Array
 Shape = tuple[int, ...]
@@ -135,7 +135,7 @@ class Layers(PlainNetwork):
         last = len(self.linears) - 1
         for n, linear in enumerate(self.linears):
             if n or self.preactivation:
-                x = self.activation(_values(next(params)), x)
+                x = self.activation(values_of(self.activation, next(params)), x)
             x = linear(x)
             if gates is not None and n < max(1, last):
                 x = gated(gates[n], x)
@@ -173,7 +173,7 @@ class ResNet(PlainNetwork):
         gates = [None] * (len(self.inner) + 1) if gates is None else gates
 
         def activate(h):
-            return self.activation(_values(next(params)), h)
+            return self.activation(values_of(self.activation, next(params)), h)
 
         def opened(gate, h):
             return h if gate is None else gated(gate, h)
@@ -184,5 +184,6 @@ class ResNet(PlainNetwork):
         return self.last(activate(h))
 
 
-def _values(params) -> dict[str, Array]:
-    return {name: variable[...] for name, variable in params.items()}
+def values_of(activation: Activation, params: Dict) -> dict[str, Array]:
+    """The parameters of one activation, from `learnable`."""
+    return {name: params[name][...] for name, _ in activation.initial}
