@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 import tyro
 
 from experiments.runs import help
-from experiments.runs.choices import choose
+from experiments.runs.choices import choose, choose_model
 
 _ROOT = Path(__file__).resolve().parents[2]
 _OURS = tuple(str(_ROOT / package) + os.sep for package in ("experiments", "resflow_jax"))
@@ -153,7 +153,8 @@ def parse(
         if flag in renamed:
             _refuse(program, f"{flag}: there is no such setting any more; write {renamed[flag]}")
     try:
-        config = tiny(default) if is_tiny else default
+        config = choose_model(default, arguments)
+        config = tiny(config) if is_tiny else config
         config = config if infer is None else infer(config, arguments)
         config, choices = choose(config, arguments)
     except ValueError as error:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.configs.base import DensityConfig, RunConfig, VectorsConfig
+from experiments.configs.base import DensityConfig, ImageModel, RunConfig, VectorsConfig
 from experiments.configs.classification import ClassifyConfig
 from experiments.runs.choices import value_of
-from resflow_jax import ClassifierConfig, ImageFlowConfig
+from resflow_jax import ClassifierConfig, VectorFlowConfig
 from resflow_jax.data.files import image_shape
 from resflow_jax.data.labelled_files import load_labelled_path
 from resflow_jax.data.vectors import load_vectors
@@ -28,7 +28,9 @@ def fitted_to_data(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
         data = load_labelled_path(Path(path))
         return replace(config, model=_fitted_classifier(config.model, data.shape, data.labels.classes))
     if isinstance(config, VectorsConfig):
-        return replace(config, model=replace(config.model, dim=load_vectors(path).dim))
+        dim = load_vectors(path).dim
+        is_residual = isinstance(config.model, VectorFlowConfig)
+        return replace(config, model=replace(config.model, dim=dim) if is_residual else config.model.fitted((dim,)))
     return config
 
 
@@ -41,8 +43,10 @@ def _fitted_classifier(model: ClassifierConfig, shape: tuple[int, int, int], cla
     return replace(model, shape=shape, classes=classes, squeeze_first=squeeze_first, **sizes)
 
 
-def fitted_to_shape(model: ImageFlowConfig, shape: tuple[int, int, int]) -> ImageFlowConfig:
+def fitted_to_shape(model: ImageModel, shape: tuple[int, int, int]) -> ImageModel:
     """The model for images of a shape, with as many of its first scales as the shape can be squeezed for."""
+    if hasattr(model, "fitted"):
+        return model.fitted(shape)
     squeezes_first = int(model.scales.squeeze_first)
     scales = len(model.blocks)
     while scales > 1 and any(side % 2 ** (scales - 1 + squeezes_first) for side in shape[:2]):

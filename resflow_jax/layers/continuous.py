@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from resflow_jax.functional.batch_axes import varying_axes
 from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import as_float_batch, as_shape, check_choice, check_count, check_key, check_positive
 from resflow_jax.functional.estimators import Estimator
@@ -117,8 +118,8 @@ class ContinuousBlock(Bijector):
     Raises:
       ImportError: without diffrax.
       ValueError: for a field that is no module, numbers that are not positive, an unknown adjoint, and an event_shape
-        or condition_shape that is not that of the field; from `forward` for another estimator, a missing key, and a
-        field whose output is not like x.
+        or condition_shape that is not that of the field; from `forward` for another estimator, a missing key, a field
+        whose output is not like x, and in a `jax.shard_map`, whose types diffrax does not know.
 
     Source: Grathwohl et al. (2019, arXiv 1810.01367), section 3 (FFJORD).
 
@@ -133,6 +134,7 @@ class ContinuousBlock(Bijector):
     """
 
     takes_noise = True
+    runs_in_shard_map = False
     no_bound = "the Lipschitz constant of a vector field is not known"
 
     def __init__(
@@ -167,6 +169,11 @@ class ContinuousBlock(Bijector):
     ) -> "_Solution":
         """The state at the other end, the log-det of the forward map, and the status."""
         solver, wide = diffrax(), wide_dtype(x.dtype)
+        if axes := varying_axes(x):
+            raise ValueError(
+                f"ContinuousBlock: expected x outside of a jax.shard_map, in which diffrax cannot loop, got x that "
+                f"varies over {axes}; with jit the compiler divides a batch"
+            )
         graphdef, weights = nnx.split(self.field)
         probes = probes_for(estimator, key, x)
 
