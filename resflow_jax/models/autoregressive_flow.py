@@ -113,7 +113,7 @@ class AutoregressiveFlow(RecipeFlow):
       (4,)
     """
 
-    config_type = AutoregressiveFlowConfig
+    _config_type = AutoregressiveFlowConfig
 
     @staticmethod
     def _build(config: AutoregressiveFlowConfig, rngs: nnx.Rngs) -> Bijector:

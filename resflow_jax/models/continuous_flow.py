@@ -142,7 +142,7 @@ class ContinuousFlow(RecipeFlow):
       (4,)
     """
 
-    config_type = ContinuousFlowConfig
+    _config_type = ContinuousFlowConfig
 
     @staticmethod
     def _build(config: ContinuousFlowConfig, rngs: nnx.Rngs) -> Bijector:

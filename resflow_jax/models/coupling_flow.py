@@ -53,7 +53,7 @@ class CouplingFlow(RecipeFlow):
       ((8,), (3, 2))
     """
 
-    config_type = CouplingFlowConfig
+    _config_type = CouplingFlowConfig
 
     @staticmethod
     def _build(config: CouplingFlowConfig, rngs: nnx.Rngs) -> Bijector:

@@ -18,9 +18,9 @@ Shape = tuple[int, ...]
 
 
 class RecipeFlow(Flow):
-    """The flow of a config that has `shape` and `data`: a subclass defines `_build`, and gives `config_type`."""
+    """The flow of a config that has `shape` and `data`: a subclass defines `_build`, and gives `_config_type`."""
 
-    config_type: ClassVar[type]
+    _config_type: ClassVar[type]
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
         """Makes a flow with random parameters, in one compiled program.
@@ -28,8 +28,8 @@ class RecipeFlow(Flow):
         Raises:
           ValueError: for another config, and for rngs without a stream for parameters.
         """
-        if type(config) is not self.config_type:
-            raise ValueError(f"config: expected {self.config_type.__name__}, got {type(config).__name__}")
+        if type(config) is not self._config_type:
+            raise ValueError(f"config: expected {self._config_type.__name__}, got {type(config).__name__}")
         check_type("rngs", rngs, nnx.Rngs)
         if not hasattr(rngs, "params"):
             raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")

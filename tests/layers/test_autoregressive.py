@@ -66,3 +66,24 @@ def test_start_and_dtypes():
     np.testing.assert_array_equal(y, x)
     np.testing.assert_array_equal(layer.inverse(y), x)
     assert rf.certify(rf.Flow(layer)).unbounded[0][0] == "MaskedAutoregressive"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rf.MaskedAutoregressive(0, rngs=nnx.Rngs(0)), "dim: expected an integer of at least 1"),
+        (lambda: rf.MaskedAutoregressive(2, (0,), rngs=nnx.Rngs(0)), "hidden: expected an integer"),
+        (lambda: rf.MaskedAutoregressive(2, condition_dim=0, rngs=nnx.Rngs(0)), "condition_dim: expected"),
+        (lambda: rf.MaskedAutoregressive(2, activation="gelu", rngs=nnx.Rngs(0)), "activation: expected one of"),
+        (
+            lambda: rf.MaskedAutoregressive(2, activation="maxmin", rngs=nnx.Rngs(0)),
+            "activation: expected one that",
+        ),
+        (lambda: rf.MaskedAutoregressive(2, activation="fullsort", rngs=nnx.Rngs(0)), "activation: expected one that"),
+        (lambda: rf.MaskedAutoregressive(2, rngs=0), "rngs: expected"),
+        (lambda: rf.MaskedAutoregressive(2, rngs=nnx.Rngs(0)).forward(jnp.ones((1, 3))), "x: expected a float array"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
