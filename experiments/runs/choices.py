@@ -37,12 +37,14 @@ class Choice(NamedTuple):
       kinds: the classes by the words that name them.
       chosen: the word of the value's class.
       text: description for the help.
+      group: description of the group of its settings; None for that of the class.
     """
 
     flag: str
     kinds: Mapping[str, type]
     chosen: str
     text: str
+    group: str | None = None
 
 
 def choose(config: Any, arguments: Sequence[str], prefix: str = "") -> tuple[Any, list[Choice]]:
@@ -63,7 +65,8 @@ def choose(config: Any, arguments: Sequence[str], prefix: str = "") -> tuple[Any
         makers = MODELS.get(hints[field.name])
         if makers is not None:
             word = value_of(flag, arguments)
-            choices.append(Choice(flag, makers, word if word in makers else "residual", "model, see its own settings"))
+            word = word if word in makers else "residual"
+            choices.append(Choice(flag, makers, word, "kind of flow; each has its own settings", "the flow."))
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value, deeper = choose(value, arguments, f"{flag}.")
             choices += deeper
