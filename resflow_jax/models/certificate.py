@@ -122,7 +122,15 @@ class Certificate:
 
         Returns:
           float64 [blocks, B], in the unit of the block's input.
+
+        Raises:
+          ValueError: for a status with rows of other layers that iterate, as `MixtureCoupling`.
         """
+        if len(status.residual_norm) != len(self.blocks):
+            raise ValueError(
+                f"status: expected a row for each of the {len(self.blocks)} residual blocks, got "
+                f"{len(status.residual_norm)}; other layers that iterate have no bound"
+            )
         factors = np.array([block.inverse_lipschitz for block in self.blocks])[:, None]
         bounds = np.full(status.residual_norm.shape, math.inf)
         return np.multiply(factors, np.asarray(status.residual_norm, np.float64), out=bounds, where=factors < math.inf)

@@ -115,6 +115,24 @@ def test_a_flow_of_layers_is_saved_too(tmp_path):
     assert repr(again) == repr(flow)
 
 
+def test_certificates_beside_residual_blocks():
+    """A flow of both kinds: the blocks are certified, the other layers are named, the whole flow has no bound."""
+    block = rf.ResidualBlock(rf.LipschitzMLP(3, (4,), rngs=nnx.Rngs(0)))
+    layers = [rf.MixtureCoupling((3,), MLP, components=2, rngs=nnx.Rngs(0)), block]
+    flow = rf.Flow(rf.Chain(layers))
+    flow.tighten()
+    certificate = rf.certify(flow)
+    assert certificate.is_certified and certificate.lipschitz == np.inf
+    assert certificate.unbounded == (("MixtureCoupling", layers[0].no_bound),)
+    assert "every block is invertible" in repr(certificate) and "1 layer MixtureCoupling" in repr(certificate)
+    z = jax.random.normal(jax.random.key(0), (2, 3))
+    x, status = flow.inverse(z, return_status=True)
+    np.testing.assert_allclose(flow(x), z, atol=1e-8)
+    assert status.converged.shape == (2, 2)
+    with pytest.raises(ValueError, match="status: expected a row for each of the 1 residual blocks, got 2"):
+        certificate.error_bounds(status)
+
+
 def test_tabulate():
     """`nnx.tabulate` lists the networks, and leaves the flow as it was."""
     flow = rf.CouplingFlow(CONFIGS["glow of images"], rngs=nnx.Rngs(0))

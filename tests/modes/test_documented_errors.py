@@ -54,6 +54,7 @@ ELSEWHERE = {
     "rf.VariationalDequantization": "models/test_dequantization.py::test_bad_arguments",
     "rf.VelocityField": "layers/test_continuous.py::test_bad_arguments",
     "training.pmap_train_step": "training/test_slices.py::test_other_strategies",
+    "rf.Certificate.error_bounds": "models/test_recipes.py::test_certificates_beside_residual_blocks",
     "rf.BetweenBlocks": "modes/test_errors.py::test_the_error_names_the_argument",
     "rf.ClassifierConfig": "models/test_classifier_config.py::test_bad_settings",
     "rf.DenseNetBlocks": "modes/test_errors.py::test_the_error_names_the_argument",
