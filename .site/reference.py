@@ -50,6 +50,16 @@ TOPICS = {
             "Permutation ChannelPadding Constant"
         ),
     ),
+    "couplings": Topic(
+        "Coupling, autoregressive and continuous flows",
+        "Layers without a Lipschitz bound, the networks inside, and flows of the papers from their configs.",
+        (
+            "Coupling AdditiveCoupling AffineCoupling SplineCoupling MixtureCoupling MLPConditioner CNNConditioner "
+            "ResNetConditioner MaskedAutoregressive ContinuousBlock VelocityField CouplingFlow CouplingFlowConfig "
+            "CouplingScales AutoregressiveFlow AutoregressiveFlowConfig ContinuousFlow ContinuousFlowConfig "
+            "VariationalDequantization Dequantization"
+        ),
+    ),
     "contractions": Topic(
         "Contractions",
         "Networks g with a Lipschitz constant below 1, and the layers that they are made of.",

@@ -4,6 +4,7 @@
     python -m experiments.density images --data.path FOLDER     on your own images
     python -m experiments.density vectors --data.path TABLE     on your own vectors
     python -m experiments.density NAME --tiny                   two updates of a tiny flow, no data needed
+    python -m experiments.density NAME --model glow             another kind of flow, in the place of a residual flow
     python -m experiments.density NAME --estimator exact        the exact log-det (or roulette, truncated)
     python -m experiments.density NAME --parallel shard_map     devices share a batch (or jit, pmap)
     python -m experiments.density NAME --distributed.auto       one of several processes, on a cluster

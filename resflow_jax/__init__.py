@@ -18,11 +18,18 @@ from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, Solver
 from resflow_jax.interop.torch.checkpoints import load_torch_checkpoint, save_torch_checkpoint
 from resflow_jax.io.files import load, save
 from resflow_jax.layers.actnorm import ActNorm
+from resflow_jax.layers.autoregressive import MaskedAutoregressive
 from resflow_jax.layers.bijector import Bijector, Constant
 from resflow_jax.layers.block_certificate import BlockCertificate, LayerCertificate
 from resflow_jax.layers.bounded import Bounded
 from resflow_jax.layers.composition import Chain, Invert
+from resflow_jax.layers.continuous import ContinuousBlock, VelocityField
 from resflow_jax.layers.contraction import Contraction
+from resflow_jax.layers.couplings.affine import AdditiveCoupling, AffineCoupling
+from resflow_jax.layers.couplings.conditioners import CNNConditioner, MLPConditioner, ResNetConditioner
+from resflow_jax.layers.couplings.coupling import Coupling
+from resflow_jax.layers.couplings.mixture import MixtureCoupling
+from resflow_jax.layers.couplings.spline import SplineCoupling
 from resflow_jax.layers.diagonal_affine import Affine
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import NormState
@@ -36,16 +43,22 @@ from resflow_jax.layers.positive import Exp, Softplus
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 from resflow_jax.layers.shapes import Flatten, Permutation, Reshape, Squeeze
 from resflow_jax.layers.unconstrained import StridedBlock, UnconstrainedBlock
+from resflow_jax.models.autoregressive_flow import AutoregressiveFlow, AutoregressiveFlowConfig
 from resflow_jax.models.bases import Base, DiagonalNormal, MixtureOfNormals, StandardNormal
 from resflow_jax.models.certificate import Certificate, certify
 from resflow_jax.models.classifier import Classifier
 from resflow_jax.models.classifier_config import ClassifierConfig
 from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
+from resflow_jax.models.continuous_flow import ContinuousFlow, ContinuousFlowConfig
+from resflow_jax.models.coupling_config import CouplingFlowConfig, CouplingScales
+from resflow_jax.models.coupling_flow import CouplingFlow
+from resflow_jax.models.dequantization import VariationalDequantization
 from resflow_jax.models.flow import Flow
 from resflow_jax.models.groups import (
     BetweenBlocks,
     DenseNetBlocks,
     DenseTail,
+    Dequantization,
     ImageTransform,
     Norms,
     Padding,
@@ -68,30 +81,43 @@ __all__ = [
     "ACTIVATIONS",
     "ActNorm",
     "Activation",
+    "AdditiveCoupling",
     "Affine",
+    "AffineCoupling",
     "Anderson",
     "Anomaly",
+    "AutoregressiveFlow",
+    "AutoregressiveFlowConfig",
     "Base",
     "BetweenBlocks",
     "Bijector",
     "BlockCertificate",
     "Bounded",
     "Broyden",
+    "CNNConditioner",
     "Certificate",
     "Chain",
     "ChannelPadding",
     "Classifier",
     "ClassifierConfig",
     "Constant",
+    "ContinuousBlock",
+    "ContinuousFlow",
+    "ContinuousFlowConfig",
     "Contraction",
     "ContractionCheck",
     "ConvMap",
+    "Coupling",
+    "CouplingFlow",
+    "CouplingFlowConfig",
+    "CouplingScales",
     "CustomEstimator",
     "Defensive",
     "DenseMap",
     "DenseNet",
     "DenseNetBlocks",
     "DenseTail",
+    "Dequantization",
     "Diagnostics",
     "DiagonalNormal",
     "Estimate",
@@ -120,6 +146,9 @@ __all__ = [
     "LipschitzDense",
     "LipschitzMLP",
     "Logit",
+    "MLPConditioner",
+    "MaskedAutoregressive",
+    "MixtureCoupling",
     "MixtureOfNormals",
     "MovingBatchNorm",
     "MovingCentering",
@@ -134,6 +163,7 @@ __all__ = [
     "PowerIteration",
     "PowerIterationStatus",
     "ResNetClassifier",
+    "ResNetConditioner",
     "Reshape",
     "ResidualBlock",
     "ResidualFlow",
@@ -142,14 +172,17 @@ __all__ = [
     "Scales",
     "Softplus",
     "Solver",
+    "SplineCoupling",
     "Squeeze",
     "StandardNormal",
     "StridedBlock",
     "Truncated",
     "Typicality",
     "UnconstrainedBlock",
+    "VariationalDequantization",
     "VectorFlowConfig",
     "VectorTransform",
+    "VelocityField",
     "ZeroPadding",
     "anomaly_score",
     "batch_axes",

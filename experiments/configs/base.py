@@ -6,13 +6,24 @@ from typing import Literal, get_args
 
 import optax
 
-from resflow_jax import Estimator, ImageFlowConfig, Roulette, VectorFlowConfig
+from resflow_jax import (
+    AutoregressiveFlowConfig,
+    ContinuousFlowConfig,
+    CouplingFlowConfig,
+    Estimator,
+    ImageFlowConfig,
+    Roulette,
+    VectorFlowConfig,
+)
 from resflow_jax.data.images import check_bits
 from resflow_jax.functional.checks import check_choice, check_count, check_finite, check_open_interval, check_positive
 from resflow_jax.training.parallel import PARAMETERS, STRATEGIES, Parameters, Strategy
 
 OptimizerName = Literal["adam", "adamax", "adamw", "sgd"]
 Schedule = Literal["cosine", "step", "constant"]
+# The models of runs; `experiments.runs.models` has their names.
+ImageModel = ImageFlowConfig | CouplingFlowConfig | ContinuousFlowConfig
+VectorModel = VectorFlowConfig | CouplingFlowConfig | AutoregressiveFlowConfig | ContinuousFlowConfig
 OPTIMIZERS, SCHEDULES = get_args(OptimizerName), get_args(Schedule)
 
 
@@ -328,7 +339,7 @@ class DensityConfig(RunConfig):
     """
 
     data: DataConfig
-    model: ImageFlowConfig
+    model: ImageModel
 
 
 @dataclass(frozen=True)
@@ -357,4 +368,4 @@ class VectorsConfig(RunConfig):
     """
 
     data: VectorDataConfig
-    model: VectorFlowConfig
+    model: VectorModel

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 from experiments.configs.base import DataConfig, DensityConfig, RunConfig
 from experiments.configs.classification import ClassifyConfig
+from experiments.runs.models import tiny_model
+from resflow_jax import ImageFlowConfig, VectorFlowConfig
 
 
 def tiny(config: RunConfig) -> RunConfig:
@@ -24,6 +26,10 @@ def tiny(config: RunConfig) -> RunConfig:
     )
     if isinstance(config, ClassifyConfig):
         return _tiny_classifier(config)
+    if not isinstance(config.model, ImageFlowConfig | VectorFlowConfig):
+        model = tiny_model(config.model)
+        data = _embedded(config.data, model.shape) if isinstance(config, DensityConfig) else config.data
+        return replace(config, model=model, data=data)
     if not isinstance(config, DensityConfig):
         return replace(config, model=replace(config.model, blocks=2, hidden=(8,)))
     model = replace(

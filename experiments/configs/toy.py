@@ -15,7 +15,7 @@ from typing import Literal
 
 import tyro
 
-from experiments.configs.base import EvaluationConfig, OptimizerConfig, RunConfig
+from experiments.configs.base import EvaluationConfig, OptimizerConfig, RunConfig, VectorModel
 from resflow_jax import Estimator, Exact, VectorFlowConfig
 from resflow_jax.data.toy import TOY_DENSITIES
 from resflow_jax.functional.checks import check_choice, check_count
@@ -53,7 +53,7 @@ class ToyConfig(RunConfig):
     """
 
     data: tyro.conf.Suppress[tyro.conf.Fixed[Literal[TOY_DENSITIES]]]
-    model: VectorFlowConfig = VectorFlowConfig(
+    model: VectorModel = VectorFlowConfig(
         dim=2, blocks=32, hidden=(32, 32), activation="elu", preactivation="none", coefficient=0.995
     )
     steps: int = 6000

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
+from experiments.runs.models import MODELS, with_model
 from resflow_jax import Defensive, Estimator, Exact, Geometric, Poisson, Roulette, Truncated
 from resflow_jax.functional.length_laws import Law
 
@@ -36,12 +37,14 @@ class Choice(NamedTuple):
       kinds: the classes by the words that name them.
       chosen: the word of the value's class.
       text: description for the help.
+      group: description of the group of its settings; None for that of the class.
     """
 
     flag: str
     kinds: Mapping[str, type]
     chosen: str
     text: str
+    group: str | None = None
 
 
 def choose(config: Any, arguments: Sequence[str], prefix: str = "") -> tuple[Any, list[Choice]]:
@@ -59,12 +62,23 @@ def choose(config: Any, arguments: Sequence[str], prefix: str = "") -> tuple[Any
                 value = value if type(value) is cls else cls()
                 word = next(word for word, kind in kinds.items() if kind is cls)
                 choices.append(Choice(flag, kinds, word, text))
+        makers = MODELS.get(hints[field.name])
+        if makers is not None:
+            word = value_of(flag, arguments)
+            word = word if word in makers else "residual"
+            choices.append(Choice(flag, makers, word, "kind of flow; each has its own settings", "the flow."))
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value, deeper = choose(value, arguments, f"{flag}.")
             choices += deeper
         if value is not getattr(config, field.name):
             object.__setattr__(made, field.name, value)
     return made, choices
+
+
+def choose_model(config: Any, arguments: Sequence[str]) -> Any:
+    """The config of a run with the model that the arguments name, if it is another than a residual flow."""
+    makers = MODELS.get(get_type_hints(type(config)).get("model"))
+    return config if makers is None else with_model(config, makers, value_of("model", arguments))
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:

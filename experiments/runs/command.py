@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 import tyro
 
 from experiments.runs import help
-from experiments.runs.choices import choose
+from experiments.runs.choices import choose, choose_model
 from experiments.runs.names import printable
 
 _LINES = "\n\t"  # what the text of an error may have beside what is printable
@@ -155,7 +155,8 @@ def parse(
         if flag in renamed:
             _refuse(program, f"{flag}: there is no such setting any more; write {renamed[flag]}")
     try:
-        config = tiny(default) if is_tiny else default
+        config = choose_model(default, arguments)
+        config = tiny(config) if is_tiny else config
         config = config if infer is None else infer(config, arguments)
         config, choices = choose(config, arguments)
     except ValueError as error:
@@ -169,7 +170,8 @@ def parse(
     call = make_dataclass("Settings", fields, frozen=True)
     call.__doc__ = ""
     if asked:
-        print(_help(program, text, call, asked[0], own=len(fields)), end="")
+        groups = {choice.flag: choice.group for choice in choices if choice.group is not None}
+        print(_help(program, text, call, asked[0], own=len(fields), groups=groups), end="")
         sys.exit(0)
     said = io.StringIO()
     try:
@@ -182,14 +184,19 @@ def parse(
         raise
 
 
-def _help(program: str, text: str, call: type, group: str | None, own: int) -> str:
-    """The text of `--help`; the settings that are no fields of the config, `own` in number with `--help`, come last."""
+def _help(program: str, text: str, call: type, group: str | None, own: int, groups: Mapping[str, str]) -> str:
+    """The text of `--help`; the settings that are no fields of the config, `own` in number with `--help`, come last.
+
+    `groups` has first lines for the texts of groups.
+    """
     printed = io.StringIO()
     with _columns(help.width()), contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         tyro.cli(call, args=["--help"], prog=program, description="", config=_MARKERS)
     usage, boxes = help.boxes_of(printed.getvalue())
     main = list(boxes["options"].settings.items())
     boxes["options"] = boxes["options"]._replace(settings=dict(main[own:] + main[:own]))
+    for name, line in groups.items():
+        boxes[name] = boxes[name]._replace(text=f"{line}\n{boxes[name].text}")
     try:
         return help.page(usage.replace("[-h]", "[--help [GROUP]]", 1), text, boxes, group)
     except ValueError as error:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.configs.base import DensityConfig, RunConfig, VectorsConfig
+from experiments.configs.base import DensityConfig, ImageModel, RunConfig, VectorsConfig
 from experiments.configs.classification import ClassifyConfig
 from experiments.runs.choices import value_of
-from resflow_jax import ClassifierConfig, ImageFlowConfig
+from resflow_jax import ClassifierConfig, VectorFlowConfig
 from resflow_jax.data.files import image_shape
 from resflow_jax.data.labelled_files import load_labelled_path
 from resflow_jax.data.units import units_of
@@ -41,7 +41,9 @@ def fitted_to_data(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
 def fitted_to_vectors(config: VectorsConfig, train: np.ndarray, place: str) -> VectorsConfig:
     """The config with the dimension and the units of training vectors [N, D], as they were read from a place."""
     units = units_of(train, place)
-    model = replace(config.model, dim=len(units.mean), data=replace(config.model.data, mean=units.mean, std=units.std))
+    model, dim = config.model, len(units.mean)
+    model = replace(model, dim=dim) if isinstance(model, VectorFlowConfig) else model.fitted((dim,))
+    model = replace(model, data=replace(model.data, mean=units.mean, std=units.std))
     return replace(config, model=model, data=replace(config.data, shift=units.shift))
 
 
@@ -54,8 +56,10 @@ def _fitted_classifier(model: ClassifierConfig, shape: tuple[int, int, int], cla
     return replace(model, shape=shape, classes=classes, squeeze_first=squeeze_first, **sizes)
 
 
-def fitted_to_shape(model: ImageFlowConfig, shape: tuple[int, int, int]) -> ImageFlowConfig:
+def fitted_to_shape(model: ImageModel, shape: tuple[int, int, int]) -> ImageModel:
     """The model for images of a shape, with as many of its first scales as the shape can be squeezed for."""
+    if hasattr(model, "fitted"):
+        return model.fitted(shape)
     squeezes_first = int(model.scales.squeeze_first)
     scales = len(model.blocks)
     while scales > 1 and any(side % 2 ** (scales - 1 + squeezes_first) for side in shape[:2]):

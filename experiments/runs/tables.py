@@ -8,8 +8,9 @@ from resflow_jax.models.certificate import Certificate
 
 def certificate_rows(certificate: Certificate) -> dict[str, str]:
     """The lines of a closing table with the certified upper bounds of the flow."""
+    unbounded = "; no Lipschitz bound for ".join(["", *certificate.unbounded_texts()])
     if not certificate.blocks:
-        return {"certified": "nothing: there are no residual blocks"}
+        return {"certified": f"nothing: there are no residual blocks{unbounded}"}
     worst = max(certificate.blocks, key=lambda block: block.bound)
     if math.isinf(worst.target_bound):
         number = "the block has" if len(certificate.blocks) == 1 else f"{len(certificate.blocks)} blocks have"
@@ -18,7 +19,8 @@ def certificate_rows(certificate: Certificate) -> dict[str, str]:
     return {
         "certified": f"{answer}: Lip(g) <= {worst.bound:.4f} in {len(certificate.blocks)} blocks (target "
         f"{worst.target_bound:.4f})",
-        "whole flow": f"Lip(f) <= {certificate.lipschitz:.1e}, Lip(f^-1) <= {certificate.inverse_lipschitz:.1e}",
+        "whole flow": f"Lip(f) <= {certificate.lipschitz:.1e}, Lip(f^-1) <= {certificate.inverse_lipschitz:.1e}"
+        + unbounded,
     }
 
 

@@ -16,8 +16,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from resflow_jax.functional.checks import check_choice, names_text, shown
 from resflow_jax.interop.torch.flow import TorchImageConfig
 from resflow_jax.io.config_upgrade import STEPS, upgrade
+from resflow_jax.layers.couplings import conditioners
 from resflow_jax.models import groups
-from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig
+from resflow_jax.models.autoregressive_flow import AutoregressiveFlowConfig
+from resflow_jax.models.config import ImageFlowConfig, VectorFlowConfig
+from resflow_jax.models.continuous_flow import ContinuousFlowConfig
+from resflow_jax.models.coupling_config import CouplingFlowConfig, CouplingScales
 
 FORMAT_VERSION = len(STEPS)
 _VERSION = "format_version"
@@ -27,18 +31,24 @@ _UNEXPECTED = (TypeError, AttributeError, LookupError, ArithmeticError, Recursio
 _DEEPEST = 200  # levels of lists and objects, which functions here descend by calling themselves
 
 # The configs of flows, and all dataclasses that may occur in them.
-FLOW_CONFIGS = {cls.__name__: cls for cls in (ImageFlowConfig, VectorFlowConfig, TorchImageConfig)}
+FlowConfig = ImageFlowConfig | VectorFlowConfig | CouplingFlowConfig | AutoregressiveFlowConfig | ContinuousFlowConfig
+FLOW_CONFIGS = {cls.__name__: cls for cls in (*get_args(FlowConfig), TorchImageConfig)}
 FLOW_TYPES = FLOW_CONFIGS | {
     cls.__name__: cls
     for cls in (
         groups.BetweenBlocks,
         groups.DenseNetBlocks,
         groups.DenseTail,
+        groups.Dequantization,
         groups.ImageTransform,
         groups.Norms,
         groups.Padding,
         groups.Scales,
         groups.VectorTransform,
+        conditioners.CNNConditioner,
+        conditioners.MLPConditioner,
+        conditioners.ResNetConditioner,
+        CouplingScales,
     )
 }
 

@@ -6,7 +6,7 @@ strings:
     format           "resflow_jax"
     format_version   an integer, increased if earlier versions of this package cannot read the file
     version          version of this package
-    config           for a `ResidualFlow`: its config as JSON
+    config           for a flow of a config, as `ResidualFlow` or `CouplingFlow`: its config as JSON
     structure        for another `Flow`: its layers and their arguments as JSON; see `io.structure`
     sha256           checksum of the arrays and of the other metadata; see `io.checksums`
 
@@ -38,6 +38,7 @@ from resflow_jax.io.whole_files import whole_file
 from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.models.flow import Flow
 from resflow_jax.models.least_arrays import check_arrays
+from resflow_jax.models.recipe import RecipeFlow
 from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
 
 FORMAT = "resflow_jax"
@@ -139,7 +140,7 @@ def _description(flow: Flow) -> dict[str, str]:
 
 def _is_of_config(flow: Flow) -> bool:
     """Whether the config describes the flow completely. It does not for a user's subclass."""
-    return isinstance(flow, ResidualFlow) and type(flow).__module__.startswith(f"{FORMAT}.")
+    return isinstance(flow, ResidualFlow | RecipeFlow) and type(flow).__module__.startswith(f"{FORMAT}.")
 
 
 def _check_format(metadata: dict[str, str]) -> None:

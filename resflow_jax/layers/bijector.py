@@ -62,8 +62,7 @@ class Bijector(Module):
     author of a layer guarantees that `invert` is the inverse of `transform` and that the log-det is right: nothing here
     checks them. Each example must be mapped independently of the others in the batch.
 
-    Randomness: none, except in the log-det of residual blocks and in padding (see `forward`). Cost: that of the layer;
-    layers in closed form evaluate no contraction.
+    Randomness: none, except in log-dets of residual blocks and in padding (see `forward`). Cost: that of the layer.
 
     Attributes:
       event_shape: shape of one x; None if several shapes fit.
@@ -72,6 +71,7 @@ class Bijector(Module):
       takes_noise: whether the log-det is drawn with a key.
       pads: whether f appends noise to x, and so is no bijection (see `layers.padding`).
       no_density: why f has no log-det, as a layer and a clause; None if it has one (see `layers.without_log_det`).
+      no_bound: why f has no Lipschitz bound whatever its parameters, a clause, which `certify` repeats; else None.
 
     Example:
       >>> class Shift(rf.Bijector):
@@ -96,6 +96,7 @@ class Bijector(Module):
     takes_noise: bool = False
     pads: bool = False
     no_density: str | None = None
+    no_bound: str | None = None
 
     # Methods that a layer defines
 
@@ -207,7 +208,7 @@ class Bijector(Module):
         """x with f(x) = y, with the iteration `solver` for residual blocks.
 
         Returns:
-          (x, statuses): the statuses of all residual blocks in the order of `estimate`, in parts.
+          (x, statuses): of all residual blocks and other layers that iterate, in the order of `estimate`, in parts.
         """
         return self.invert(y, condition), []
 
@@ -285,9 +286,9 @@ class Bijector(Module):
         Args:
           y: floats [B, ...].
           condition: as in `forward`.
-          solver: of the residual blocks.
-          return_status: whether to return the `InverseStatus` of the residual blocks, [blocks, B], as well. Without it,
-            a solve that does not converge is reported as by `residual_inverse`.
+          solver: of the residual blocks, and of other layers that iterate.
+          return_status: whether to return the `InverseStatus` of these layers, [layers, B], as well. Without it, a
+            solve that does not converge is reported as by `residual_inverse`.
 
         Returns:
           x, or (x, status).

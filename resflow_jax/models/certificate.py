@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.texts import constructor, count, upper
@@ -25,6 +27,8 @@ class Certificate:
       blocks: a `BlockCertificate` for every residual block, in the order of the flow.
       lipschitz: bound on Lip(f) of the whole flow, in the 2-norm, for images in [0, 1].
       inverse_lipschitz: bound on Lip(f^-1) of the whole flow; infinite unless certified.
+      unbounded: the class and the reason of every layer that has no Lipschitz bound whatever its parameters, as a
+        coupling layer. Such layers are invertible by construction; how far they stretch is not bounded.
 
     Source: Behrmann et al. (2019, arXiv 1811.00995), theorem 1 and lemma 2.
 
@@ -38,6 +42,7 @@ class Certificate:
     blocks: tuple[BlockCertificate, ...]
     lipschitz: float
     inverse_lipschitz: float
+    unbounded: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
         try:
@@ -50,6 +55,7 @@ class Certificate:
         number, proved = len(self.blocks), [block.bound for block in self.blocks if block.is_proved]
         beyond = [str(n) for n, block in enumerate(self.blocks) if not block.bound < 1]
         verdict = "every block is invertible" if self.is_certified else "NOT certified"
+        verdict = verdict if number else "nothing to certify"
         lines = [f"Certificate of {count(number, 'residual block')}: {verdict}"]
         if any(block.layers for block in self.blocks):
             target = max(block.target_bound for block in self.blocks if block.is_proved)
@@ -59,6 +65,7 @@ class Certificate:
             lines.append(f"  no contraction by the bound: {_some(beyond)}")
         if self.unproved:
             lines.append(f"  on the user's word: {_some([*map(str, self.unproved)])}")
+        lines += [f"  no Lipschitz bound for {text}" for text in self.unbounded_texts()]
         return [*lines, f"  Lip(f) <= {upper(self.lipschitz)}, Lip(f^-1) <= {upper(self.inverse_lipschitz)}"]
 
     @property
@@ -115,10 +122,22 @@ class Certificate:
 
         Returns:
           float64 [blocks, B], in the unit of the block's input.
+
+        Raises:
+          ValueError: for a status with rows of other layers that iterate, as `MixtureCoupling`.
         """
+        if len(status.residual_norm) != len(self.blocks):
+            raise ValueError(
+                f"status: expected a row for each of the {len(self.blocks)} residual blocks, got "
+                f"{len(status.residual_norm)}; other layers that iterate have no bound"
+            )
         factors = np.array([block.inverse_lipschitz for block in self.blocks])[:, None]
         bounds = np.full(status.residual_norm.shape, math.inf)
         return np.multiply(factors, np.asarray(status.residual_norm, np.float64), out=bounds, where=factors < math.inf)
+
+    def unbounded_texts(self) -> list[str]:
+        """A text for each kind of layers without a bound, as "2 layers AffineCoupling: the network ..."."""
+        return [f"{count(n, 'layer')} {name}: {why}" for (name, why), n in Counter(self.unbounded).items()]
 
     def as_dict(self) -> dict[str, Any]:
         """The certificate as nested dicts of plain values; infinite numbers stay as they are."""
@@ -147,6 +166,7 @@ def certify(flow: Flow) -> Certificate:
 
     Returns:
       A `Certificate`. A block with a user's module counts with the stated `lipschitz`, and is listed as `unproved`.
+      Coupling layers and other layers that have no bound are listed as `unbounded`, a stack of them once.
 
     Randomness: none. Cost: singular value decompositions of all kernels, in float64 on the host; no evaluation of g.
     Not traceable.
@@ -168,4 +188,6 @@ def certify(flow: Flow) -> Certificate:
         raise ValueError(f"flow: expected a Flow, got {type(flow).__name__}")
     blocks: list[BlockCertificate] = []
     lipschitz, inverse = flow.bijector.certified_bounds(blocks)
-    return Certificate(tuple(blocks), lipschitz, inverse)
+    layers = [layer for _, layer in nnx.iter_modules(flow.bijector) if getattr(layer, "no_bound", None)]
+    unbounded = tuple((type(layer).__name__, layer.no_bound) for layer in layers)
+    return Certificate(tuple(blocks), lipschitz, inverse, unbounded)

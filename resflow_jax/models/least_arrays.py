@@ -9,19 +9,30 @@ import math
 import jax
 from flax import nnx
 
+from resflow_jax.layers.couplings.conditioners import ResNetConditioner
 from resflow_jax.layers.lipschitz import deferred_norms
+from resflow_jax.models.autoregressive_flow import AutoregressiveFlowConfig
 from resflow_jax.models.classifier_config import ClassifierConfig
 from resflow_jax.models.config import FlowConfig, ImageFlowConfig
+from resflow_jax.models.continuous_flow import ContinuousFlowConfig
+from resflow_jax.models.coupling_config import CouplingFlowConfig
 from resflow_jax.models.flow import Flow
 from resflow_jax.models.residual_flow import flow_from_config
+
+AnyConfig = FlowConfig | ClassifierConfig | AutoregressiveFlowConfig | CouplingFlowConfig | ContinuousFlowConfig
 
 _EXTRA = 2**26  # numbers that a flow may have beyond 16 for each number of its file
 
 
-def least_arrays(config: FlowConfig | ClassifierConfig) -> int:
+def least_arrays(config: AnyConfig) -> int:
     """A lower bound on the number of arrays of the flow of a config. It is computed from the numbers alone."""
     if isinstance(config, ClassifierConfig):
         return len(config.blocks)
+    if isinstance(config, AutoregressiveFlowConfig):
+        return len(config.hidden) + 1
+    if isinstance(config, CouplingFlowConfig | ContinuousFlowConfig):
+        network = config.conditioner
+        return network.depth if isinstance(network, ResNetConditioner) else len(network.hidden)
     depth = config.densenet.depth
     if not isinstance(config, ImageFlowConfig):
         return (depth or len(config.hidden)) + 1
@@ -29,7 +40,7 @@ def least_arrays(config: FlowConfig | ClassifierConfig) -> int:
     return len(config.blocks) * (depth or len(config.kernels)) + tail
 
 
-def check_arrays(config: FlowConfig | ClassifierConfig, arrays: int) -> None:
+def check_arrays(config: AnyConfig, arrays: int) -> None:
     """Raises ValueError if the flow of a config has more layers than there are arrays for."""
     if least_arrays(config) > arrays:
         raise ValueError(
@@ -37,7 +48,7 @@ def check_arrays(config: FlowConfig | ClassifierConfig, arrays: int) -> None:
         )
 
 
-def abstract_flow(config: FlowConfig | ClassifierConfig, arrays: int) -> Flow:
+def abstract_flow(config: AnyConfig, arrays: int) -> Flow:
     """The flow of a config with abstract arrays, as of `nnx.eval_shape`. Nothing of its size is made.
 
     Raises:

@@ -15,6 +15,7 @@ from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models.build import build_bijector
 from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig, has_mixed_norms
+from resflow_jax.models.dequantization import VariationalDequantization
 from resflow_jax.models.flow import Flow
 
 Array = jax.Array
@@ -71,6 +72,8 @@ class ResidualFlow(Flow):
         is_image = isinstance(config, ImageFlowConfig)
         super().__init__(bijector, event_shape=config.shape if is_image else (config.dim,))
         self.config = config
+        if is_image and config.data.dequantization.couplings:
+            self.dequantizer = VariationalDequantization.of(config, rngs=rngs)
         if has_mixed_norms(config) and not norms_are_deferred():  # learned orders start at 2, where no search is needed
             map_linears(self, lambda layer: layer.search_norm())
             self.converge_norms()

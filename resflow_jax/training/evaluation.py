@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.data.images import check_quantized
@@ -17,6 +18,7 @@ from resflow_jax.layers.conditions import as_condition
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.forms import divided_examples, mesh_of, on_all_devices
 from resflow_jax.training.scores import Score, bits_per_dim_of, negative_log_prob
+from resflow_jax.training.slices import over_slices
 
 Array = jax.Array
 
@@ -302,6 +304,6 @@ def _batch_scores(
         return scores(flow, batch, key, estimator)
     whole, slices = PartitionSpec(), PartitionSpec("data")
     if is_whole:
-        scores = jax.shard_map(scores, mesh=mesh, in_specs=(whole, slices, whole, whole), out_specs=slices)
+        scores = over_slices(scores, nnx.graphdef(flow), mesh, (whole, slices, whole, whole), slices)
     found = scores(flow, batch, key, estimator)
     return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, whole))  # every process reads it

@@ -64,7 +64,7 @@ def _renamed_state(arrays: Mapping[Names, np.ndarray], leaves: Mapping[Names, An
 def upgraded_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
     """What `Certificate.as_dict` gives now, of what it gave when a block's `target_bound` was named `promised`."""
     blocks = [{_BLOCK.get(name, name): value for name, value in block.items()} for block in certificate["blocks"]]
-    return {**certificate, "blocks": blocks}
+    return {"unbounded": [], **certificate, "blocks": blocks}
 
 
 def _value(

@@ -24,6 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.functional.batch_axes import batch_axes
 from resflow_jax.functional.checks import as_sequence, check_choice, check_count, check_type
+from resflow_jax.training.slices import check_runs_in_slices, over_slices
 from resflow_jax.training.step import Gradient, Trainer, TrainState, unless_skipped
 
 Array = jax.Array
@@ -154,7 +155,7 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
         gradient = _gradient_by_slices(trainer, mesh.shape[DATA_AXIS])
     else:
         specs = whole.spec, batches.spec, whole.spec
-        gradient = jax.shard_map(trainer.gradient, mesh=mesh, in_specs=specs, out_specs=whole.spec)
+        gradient = over_slices(trainer.gradient, trainer.graphdef, mesh, specs, whole.spec)
 
     def as_stored(state):
         """The layout between steps."""
@@ -238,6 +239,7 @@ def shard_map_train_step(trainer: Trainer, mesh: Mesh) -> Step:
     check_data_alone("shard_map", mesh)
     whole = PartitionSpec()
     specs = whole, batch_sharding(trainer, mesh).spec, whole
+    check_runs_in_slices("shard_map", trainer.graphdef)
     return jax.jit(jax.shard_map(trainer.step, mesh=mesh, in_specs=specs, out_specs=whole), donate_argnums=0)
 
 
@@ -254,6 +256,9 @@ def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = Non
       with accumulation, for the devices of this process. The key is the same on all devices; the metrics have no axis
       of devices. The state is donated.
 
+    Raises:
+      ValueError: for a flow with a `ContinuousBlock`.
+
     Example:
       >>> import optax
       >>> from resflow_jax.training.losses import negative_log_likelihood
@@ -267,6 +272,7 @@ def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = Non
     """
     check_type("trainer", trainer, Trainer)
     devices = devices if devices is None else as_devices(devices)
+    check_runs_in_slices("pmap", trainer.graphdef)
     return jax.pmap(
         _with_batch_axis(trainer.step),
         axis_name=DATA_AXIS,

@@ -2,8 +2,9 @@
 
     bits/dim = -(log p(x) - D log L) / (D log 2) = -log p(x) / (D log 2) + log2 L
 
-Here p is the density of x in [0, 1]^D, dequantised from L levels. Bits/dim are the number of bits that a code built on
-the model spends on one of the D values of an image. Losses and evaluations are means of scores.
+Here p is the density of x in [0, 1]^D, dequantised from L levels; with a flow's own noise q (`flow.dequantizer`, as
+`rf.VariationalDequantization`) log p(x) - log q(u) takes the place of log p(x). Bits/dim are the number of bits that a
+code built on the model spends on one of the D values of an image. Losses and evaluations are means of scores.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import Any
 
 import jax
 
-from resflow_jax.data.images import dequantize
+from resflow_jax.data.images import dequantize, to_unit_interval
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.models.flow import Flow
@@ -51,11 +52,21 @@ def bits_per_dim_of(levels: int) -> Score:
     def score(flow, batch, key, estimator, weight=None):
         images, condition = as_pair(batch)
         noise_key, flow_key = jax.random.split(key)
-        x = dequantize(images, noise_key, levels)
+        x, log_q = _dequantized(flow, images, noise_key, levels)
         log_prob, diagnostics = _log_prob(flow, x, condition, flow_key, estimator, weight)
+        log_prob = log_prob if log_q is None else log_prob - log_q
         return x, bits_per_dim(log_prob, math.prod(flow.event_shape), levels), diagnostics
 
     return score
+
+
+def _dequantized(flow: Flow, images: Array, key: Array, levels: int) -> tuple[Array, Array | None]:
+    """x [B, H, W, C] in [0, 1], and log q(u | images) [B] in nats of the noise u; None for uniform noise, of 0."""
+    dequantizer = getattr(flow, "dequantizer", None)
+    if dequantizer is None:
+        return dequantize(images, key, levels), None
+    noise, log_q = dequantizer.sample(to_unit_interval(images, levels), key)
+    return (images.astype(noise.dtype) + noise) / levels, log_q
 
 
 def negative_log_prob(flow, batch, key, estimator, weight=None):

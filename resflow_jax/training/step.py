@@ -46,7 +46,7 @@ class TrainState(NamedTuple):
       opt_state: state of the optax transformation.
       ema: `optax.ema` state of the parameters, without bias correction.
       estimator: estimator of the log-det. Its arrays, if any, are the fitted laws of the series lengths.
-      term_norms: `optax.ema` state of `Diagnostics.term_norms`, [blocks, 16].
+      term_norms: `optax.ema` state of `Diagnostics.term_norms`, [blocks, 16]; empty without residual blocks.
 
     Example:
       >>> import optax
@@ -155,7 +155,8 @@ class Trainer(NamedTuple):
         _, *parts = nnx.split(flow, nnx.Param, ...)
         params, non_params = jax.tree.map(jnp.copy, parts)
         ema = optax.ema(self.ema_decay).init(params)
-        term_norms = _TERM_NORMS.init(jnp.zeros((flow.blocks, DIAGNOSED_TERMS)))
+        # Without residual blocks there is no array, since a checkpoint holds none of size zero.
+        term_norms = _TERM_NORMS.init(jnp.zeros((flow.blocks, DIAGNOSED_TERMS)) if flow.blocks else ())
         return TrainState(jnp.asarray(0), params, non_params, self.optimizer.init(params), ema, estimator, term_norms)
 
     def step(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
@@ -199,7 +200,8 @@ class Trainer(NamedTuple):
             updates, opt_state = self.optimizer.update(found.gradient, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             _, ema = optax.ema(self.ema_decay).update(params, state.ema)
-            _, term_norms = _TERM_NORMS.update(found.diagnostics.term_norms, state.term_norms)
+            norms = found.diagnostics.term_norms if jax.tree.leaves(state.term_norms.ema) else ()
+            _, term_norms = _TERM_NORMS.update(norms, state.term_norms)
         steps = state.step + self.accumulate
         return TrainState(steps, params, found.non_params, opt_state, ema, state.estimator, term_norms)
 
@@ -299,7 +301,8 @@ def fit_estimator(state: TrainState, batch_size: int) -> TrainState:
       The state with the `Fitted` law in its estimator; all other arrays are the same.
 
     Raises:
-      ValueError: unless the estimator is a `Roulette` of less than 16 exact terms.
+      ValueError: unless the estimator is a `Roulette` of less than 16 exact terms, and for a flow without residual
+        blocks.
 
     Example:
       >>> import optax
@@ -315,6 +318,8 @@ def fit_estimator(state: TrainState, batch_size: int) -> TrainState:
     estimator, (count, norms) = state.estimator, state.term_norms
     if not isinstance(estimator, Roulette) or estimator.exact_terms >= DIAGNOSED_TERMS:
         raise ValueError(f"estimator: expected Roulette, less than {DIAGNOSED_TERMS} exact_terms, got {estimator}")
+    if not jax.tree.leaves(norms):
+        raise ValueError("state: expected that of a flow with residual blocks, whose lengths are fitted, got none")
     with optax_promotion():
         seen = optax.tree.bias_correction(norms, _DECAY, jnp.maximum(count, 1))
     law = fit_lengths(seen[:, estimator.exact_terms :], batch_size=batch_size)

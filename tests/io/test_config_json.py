@@ -45,6 +45,10 @@ IMAGES = rf.ImageFlowConfig(
 CONFIGS = {
     "images": IMAGES,
     "images of PyTorch": TorchImageConfig((4, 4, 1), fully_connected=True, padding_first=True, classes=3),
+    "couplings": rf.CouplingFlowConfig.flow_pp((8, 8, 3), condition_dim=2),
+    "couplings of vectors": rf.CouplingFlowConfig.nice((4,), conditioner=rf.MLPConditioner((3,), "elu", True, False)),
+    "autoregressive": rf.AutoregressiveFlowConfig.made((4,), data=rf.VectorTransform((0.0,) * 4, (2.0,) * 4)),
+    "continuous": rf.ContinuousFlowConfig.ffjord((8, 8, 1), adjoint="backsolve", time=0.5),
     "vectors": rf.VectorFlowConfig(2, norms=rf.Norms(learned=True, ties="none"), condition_dim=1),
 }
 
@@ -287,7 +291,7 @@ def test_missing_fields_have_their_defaults():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "config: expected JSON of a config of type ImageFlowConfig or VectorFlowConfig or Torch.*, got '{'"),
+        ("{", "config: expected JSON of a config of type ImageFlowConfig or VectorFlowConfig or .*Torch.*, got '{'"),
         ("[]", r"config: expected JSON of a config of type .*, got '\[\]'"),
         ('{"type": "Norms"}', "config: expected JSON of a config of type .*Norms"),
         ('{"type": ["Norms"]}', "config: expected JSON of a config of type .*Norms"),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from resflow_jax.functional.checks import check_choice
 from resflow_jax.interop.torch.flow import TorchImageConfig
 from resflow_jax.interop.torch.options import (
     IMAGE_DEFAULTS,
@@ -81,6 +82,7 @@ _IMAGE = (
     Row("fc", "fully_connected"),
     Row("padding", "data.padding.channels"),
     Row("cdim", "classifier_channels"),
+    Row("block", "block"),
 )
 _TOY = (
     *_COMMON,
@@ -191,10 +193,9 @@ def _from_settings(cls: type, settings: Settings, prefix: str = "") -> Any:
 
 def _image_config(args: argparse.Namespace, tensors: Tensors) -> TorchImageConfig:
     options = checked_options(args, IMAGE_DEFAULTS)
-    if options["block"] != "resblock":
-        raise ValueError(
-            f"block: expected 'resblock', got {brief(options['block'])}: coupling blocks are not supported"
-        )
+    check_choice("block", options["block"], ("resblock", "coupling"))
+    if options["block"] == "coupling":
+        options = _of_couplings(options)
     if options["data"] not in _CHANNELS:
         raise ValueError(f"data: expected one of {', '.join(_CHANNELS)}; got {brief(options['data'])}")
     channels, size = _CHANNELS[options["data"]], options["imagesize"]
@@ -213,6 +214,14 @@ def _image_config(args: argparse.Namespace, tensors: Tensors) -> TorchImageConfi
     if options["padding"]:
         settings |= _padding_law(options["padding_dist"], data_levels(args))
     return _from_settings(TorchImageConfig, settings)
+
+
+def _of_couplings(options: Options) -> dict[str, Any]:
+    """The options of a model of coupling blocks, without norms: its networks have no bound."""
+    if options["batchnorm"] and not options["fc"]:
+        raise ValueError("batchnorm: expected False beside coupling blocks, got True")
+    layers = len(numbers_of("kernels", options["kernels"]))
+    return {**options, "learn_p": False, "vnorms": "2" * (layers + 1)}
 
 
 def _image_options(config: TorchImageConfig) -> dict[str, Any]:
@@ -326,7 +335,10 @@ def _most_scales(size: int) -> int:
 def _vector_config(args: argparse.Namespace) -> VectorFlowConfig:
     options = checked_options(args, TOY_DEFAULTS)
     if options["arch"] != "iresnet":
-        raise ValueError(f"arch: expected 'iresnet', got {brief(options['arch'])}: coupling blocks are not supported")
+        raise ValueError(
+            f"arch: expected 'iresnet', got {brief(options['arch'])}: the script gives coupling blocks no network, and "
+            "writes no such file"
+        )
     layers, given = len(numbers_of("dims", options["dims"])) + 1, len(options["vnorms"]) - 1
     if given < layers:
         raise ValueError(

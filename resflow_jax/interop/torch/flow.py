@@ -1,20 +1,22 @@
 """Flows that only the authors' PyTorch implementation has. An imported file may need more than `ImageFlowConfig`.
 
-They may have blocks of dense layers in every scale, noise that is appended before the logit, a normalisation after the
-first squeeze, and a classifier on the flow's features.
+They may have coupling blocks, blocks of dense layers in every scale, noise that is appended before the logit, a
+normalisation after the first squeeze, and a classifier on the flow's features.
 """
 
 import math
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.interop.torch.classifier import Classifier
+from resflow_jax.interop.torch.couplings import coupling_bijector
 from resflow_jax.layers.bijector import Bijector, join_diagnostics, own_condition, split_estimator, split_key
 from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.shapes import Flatten
@@ -54,15 +56,20 @@ class TorchImageConfig(ImageFlowConfig):
         NaN; the authors' Gaussian, with mean 1/2 and standard deviation 1/8, leaves it six times in 100000.
       classes: number of classes of the classifier (see `interop.torch.classifier`); 0 for no classifier.
       classifier_channels: number of channels of the classifier's convolutions.
+      block: "resblock", or "coupling" for coupling blocks (see `interop.torch.couplings`).
     """
 
     fully_connected: bool = False
     padding_first: bool = False
     classes: int = 0
     classifier_channels: int = 256
+    block: Literal["resblock", "coupling"] = "resblock"
 
     def __post_init__(self):
         super().__post_init__()
+        check_choice("block", self.block, ("resblock", "coupling"))
+        if self.block == "coupling" and self.densenet.depth:
+            raise ValueError(f"block: expected 'resblock' beside densenet.depth {self.densenet.depth}, got 'coupling'")
         check_flags(self)
         check_count("classes", self.classes, 0)
         check_count("classifier_channels", self.classifier_channels, 1)
@@ -82,7 +89,7 @@ class TorchImageConfig(ImageFlowConfig):
     def simplest(self) -> ImageFlowConfig:
         """The same flow as a plain `ImageFlowConfig` if no option of this class matters; this config otherwise."""
         pads_first = self.padding_first and self.data.padding.channels
-        if self.fully_connected or pads_first or self.classes or self.squeezed_data:
+        if self.fully_connected or pads_first or self.classes or self.squeezed_data or self.block == "coupling":
             return self
         return ImageFlowConfig(**{field.name: getattr(self, field.name) for field in fields(ImageFlowConfig)})
 
@@ -158,6 +165,8 @@ class TorchFlow(ResidualFlow):
 
     @staticmethod
     def _build(config: TorchImageConfig, rngs: nnx.Rngs) -> Bijector:
+        if config.block == "coupling":
+            return coupling_bijector(config, _data_layers(config), rngs)
         blocks = _fully_connected_blocks if config.fully_connected else convolutional_blocks
         return image_bijector(config, _data_layers(config), blocks, rngs)
 

@@ -33,6 +33,7 @@ from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.contraction import Layered
+from resflow_jax.layers.couplings.coupling import Coupling
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import LipschitzLinear
 from resflow_jax.layers.normalization import MovingCentering, Normalization
@@ -108,6 +109,8 @@ def _scale_entries(flow: ResidualFlow, scale: Chain, prefix: str, *, is_first: b
             found += _invertible_linear(bijector, row, name, image)
         elif isinstance(bijector, ResidualBlock):
             found += _block(bijector.contraction, row, name, image, dropout)
+        elif isinstance(bijector, Coupling):
+            found += _coupling(bijector, name, dropout)
         elif isinstance(bijector, MovingCentering):
             found += _centering(bijector, row, name)
         elif isinstance(bijector, Normalization):
@@ -215,6 +218,30 @@ def _block(
             found += _centering(contraction.centers[n], row, f"{prefix}.{next(numbers)}")
         if n < last:
             activation()
+    return found
+
+
+def _coupling(layer: Coupling, name: str, dropout: bool) -> list[Entry]:
+    """The network of a coupling block; dense layers act on the flattened half of the channels."""
+    network = layer.network
+    prefix = f"{name}.nnet" if network.on_grid else f"{name}.nnet.nnet"
+    numbers, found, last = itertools.count(), [], len(network.linears) - 1
+    activations = iter(network.activation_params)
+    for n, linear in enumerate(network.linears):
+        if n or network.preactivation:
+            where = f"{prefix}.{next(numbers)}"
+            found += [_scalar(f"{where}.{part}", v, None, (1,)) for part, v in next(activations).items()]
+        if n == last and dropout:
+            next(numbers)
+        where = f"{prefix}.{next(numbers)}"
+        *window, size_in, size_out = linear.kernel.shape
+        flat_in, flat_out = not window and n == 0, not window and n == last
+        orders = [None] * len(window)
+        orders.append(channels_last(network.shape_in) if flat_in else None)
+        orders.append(channels_last(network.shape_out) if flat_out else None)
+        shape, axes = (size_out, size_in, *window), (2, 3, 1, 0) if window else (1, 0)
+        found.append(Entry(f"{where}.weight", shape, Transposed(linear.kernel, None, shape, axes, tuple(orders)), True))
+        found.append(_vector(f"{where}.bias", linear.bias, None, size_out, orders[-1]))
     return found
 
 

@@ -221,7 +221,10 @@ WEIGHT = "chain.1.nnet.1.weight"
             with_option("dims", "16-8"),
             r"chain\.1\.nnet\.3\.weight: expected shape \(8, 16\), as args say, got \(16, 16\)",
         ),
-        (with_option("arch", "realnvp"), "arch: expected 'iresnet', got 'realnvp': coupling blocks are not supported"),
+        (
+            with_option("arch", "realnvp"),
+            "arch: expected 'iresnet', got 'realnvp': the script gives coupling blocks no",
+        ),
         (with_option("act", "selu"), "act: expected one of swish, .*; got 'selu': its slopes"),
         (with_option("vnorms", "22"), "vnorms: expected at least 4 orders for 3 layers, got '22'"),
         (with_option("vnorms", "2x22"), "vnorms: expected digits from 1 to 9 and 'f'"),
@@ -280,7 +283,8 @@ IMAGES = {"data": "mnist", "imagesize": 8, "idim": 4, "nblocks": "1-1"}
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block": "coupling"}, "block: expected 'resblock', got 'coupling': coupling blocks are not supported"),
+        ({"block": "glow"}, "block: expected one of resblock, coupling; got 'glow'"),
+        ({"block": "coupling", "batchnorm": True}, "batchnorm: expected False beside coupling blocks, got True"),
         ({"data": "faces"}, "data: expected one of mnist, .*; got 'faces'"),
         ({"nblocks": "0-1"}, "nblocks: expected at least one block a scale, got '0-1'"),
         ({"kernels": "3", "vnorms": "2f"}, "vnorms: expected two equal orders for the one size in kernels, got '2f'"),

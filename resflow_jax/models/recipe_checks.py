@@ -1,0 +1,32 @@
+"""Checks that the configs of the other recipes share."""
+
+from typing import Any
+
+from resflow_jax.functional.checks import as_shape, check_count, check_type
+from resflow_jax.models.groups import ImageTransform, VectorTransform
+
+
+def check_shape_and_data(config: Any) -> None:
+    """Checks `shape`, `data` and `condition_dim` of a frozen config, in place.
+
+    A plain `VectorTransform()`, the default of `data`, stands for an `ImageTransform()` where the events are images.
+    """
+    object.__setattr__(config, "shape", as_shape("shape", config.shape))
+    if len(config.shape) not in (1, 3):
+        raise ValueError(f"shape: expected (D,) for vectors or (H, W, C) for images, got {config.shape}")
+    is_image = len(config.shape) == 3
+    if is_image and config.data == VectorTransform():
+        object.__setattr__(config, "data", ImageTransform())
+    check_type("data", config.data, ImageTransform if is_image else VectorTransform)
+    if not is_image and isinstance(config.data, ImageTransform):
+        raise ValueError("data: expected VectorTransform for vectors, got ImageTransform")
+    config.data.check_channels(config.shape[-1])
+    if config.condition_dim is not None:
+        check_count("condition_dim", config.condition_dim, 1)
+
+
+def halvings(shape: tuple[int, ...], most: int) -> int:
+    """How often both sides of an image can be halved, at most `most` times; 0 for vectors."""
+    if len(shape) != 3:
+        return 0
+    return next((n for n in range(most) if shape[0] % 2 ** (n + 1) or shape[1] % 2 ** (n + 1)), most)

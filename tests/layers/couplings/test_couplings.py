@@ -1,0 +1,232 @@
+"""Coupling layers: the inverse undoes them, the log-det is that of the dense Jacobian, what is kept is kept."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import resflow_jax as rf
+from resflow_jax.functional.logistic_mixtures import inverse_mixture_logit, mixture_logit, mixture_of
+from resflow_jax.functional.splines import inverse_spline, knots, spline
+from tests.layers.couplings.layers import CNN, IMAGE, KEEP, LAYERS, MLP, NET, dense_jacobians, made
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_inverse_and_log_det(name):
+    """f^-1(f(x)) = x, and the log-det in both directions is slogdet of the dense Jacobian. The layer stays as it is."""
+    layer, x, condition = made(name)
+    before = jax.tree.map(jnp.copy, nnx.state(layer))
+
+    @nnx.jit
+    def run(layer, x, condition):
+        y, log_det = layer.forward(x, condition=condition)
+        back, status = layer.inverse(y, condition=condition, return_status=True)
+        again = layer.solve_and_estimate(y, None, None, rf.Anderson(), condition)
+        return y, log_det, back, status, again[:2]
+
+    y, log_det, back, status, again = run(layer, x, condition)
+    np.testing.assert_allclose(back, x, rtol=1e-9, atol=1e-9)
+    assert not np.allclose(y, x, atol=0.1) and status.converged.all()
+    assert status.converged.shape == (int(name.startswith("mixture")), 3)
+    jacobians = dense_jacobians(layer, x, condition)
+    expected = np.linalg.slogdet(jacobians)[1]
+    np.testing.assert_allclose(log_det, expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(again[0], x, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(again[1], expected, rtol=1e-8, atol=1e-8)
+    chex.assert_trees_all_equal(nnx.state(layer), before)
+    assert layer.lipschitz_bounds() == (np.inf, np.inf)
+
+
+@pytest.mark.parametrize("name", ["affine by an array", "affine on pixels", "mixture on channels", "stack"])
+def test_the_condition_matters(name):
+    """Another condition gives another y; a missing one is an error."""
+    layer, x, condition = made(name)
+    assert not np.allclose(layer(x, condition), layer(x, condition + 1), atol=1e-3)
+    with pytest.raises(ValueError, match="condition: expected floats"):
+        layer.forward(x)
+
+
+@pytest.mark.parametrize(
+    ("mask", "shape", "network", "kept"),
+    [
+        ("halves", (5,), MLP, [1, 1, 0, 0, 0]),
+        ("checkerboard", (5,), MLP, [1, 0, 1, 0, 1]),
+        (KEEP, (5,), MLP, KEEP),
+        ("halves", (2, 2, 2), CNN, [[[1, 0]] * 2] * 2),
+        ("checkerboard", (2, 2, 2), CNN, [[[1, 1], [0, 0]], [[0, 0], [1, 1]]]),
+    ],
+)
+@pytest.mark.parametrize("flipped", [False, True])
+def test_what_is_kept(mask, shape, network, kept, flipped):
+    """These elements stay, bit for bit; all others move, and depend on no other moved element."""
+    layer = rf.AdditiveCoupling(shape, network, mask, flipped, rngs=nnx.Rngs(0))
+    nnx.update(layer, jax.tree.map(lambda p: p + 0.1, nnx.state(layer, nnx.Param)))
+    kept = np.asarray(kept, bool) ^ flipped
+    x = jnp.ones((1, *shape))
+    np.testing.assert_array_equal((layer(x) == x)[0], kept)
+    other = jnp.where(kept[None], x, 5 * x)
+    np.testing.assert_allclose(layer(other) - other, layer(x) - x, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [MLP, CNN, NET])
+def test_the_start_is_the_identity(settings):
+    """With a last layer of zeros; a mixture is near it, and its components differ in their gradients."""
+    shape = (4, 4, 2)
+    x = jax.random.normal(jax.random.key(0), (2, *shape))
+    for make in (rf.AdditiveCoupling, rf.AffineCoupling, rf.SplineCoupling):
+        y = jax.jit(lambda x, make=make: make(shape, settings, rngs=nnx.Rngs(0))(x))(x)
+        np.testing.assert_allclose(y, x, atol=1e-12)
+    layer = rf.MixtureCoupling(shape, settings, components=3, rngs=nnx.Rngs(0))
+    assert np.abs(layer(x) - x).max() < 0.2
+    graphdef, state = nnx.split(layer)
+    slopes = jax.jit(jax.grad(lambda s: jnp.sum(nnx.merge(graphdef, s).transform(x)[1])))(state)
+    bias = nnx.merge(graphdef, slopes).network
+    bias = (bias.last if settings is NET else bias.linears[-1]).bias[...]
+    means = bias.reshape(4, 4, 11, 1)[..., 5:8, 0].sum((0, 1)) if settings is MLP else bias.reshape(11, 1)[5:8, 0]
+    assert len(np.unique(np.round(means, 9))) == 3
+
+
+def test_spline_against_its_definition():
+    """Knots lie on the curve with their slopes, the map is increasing, and the identity outside; so is the inverse."""
+    theta = jax.random.normal(jax.random.key(0), (11, 1))
+    at = knots(theta, 4, 2.0)
+    np.testing.assert_array_equal(at.x[jnp.asarray([0, -1]), 0], [-2, 2])
+    y, log_slope = spline(at.x, jax.tree.map(lambda k: jnp.broadcast_to(k, (5, *k.shape)), at), 2.0)
+    np.testing.assert_allclose(y, at.y, atol=1e-12)
+    np.testing.assert_allclose(jnp.exp(log_slope), at.slopes, rtol=1e-9)
+    x = jnp.linspace(-3, 3, 301)[:, None]
+    every = jax.tree.map(lambda k: jnp.broadcast_to(k, (301, *k.shape)), at)
+    y, log_slope = jax.jit(spline)(x, every, 2.0)
+    assert (jnp.diff(y[:, 0]) > 0).all()
+    outside = np.abs(x) > 2
+    np.testing.assert_array_equal(y[outside], x[outside])
+    np.testing.assert_allclose(
+        jnp.exp(log_slope[:, 0]), jax.jit(jax.grad(lambda x: spline(x, every, 2.0)[0].sum()))(x)[:, 0]
+    )
+    back, other = jax.jit(inverse_spline)(y, every, 2.0)
+    np.testing.assert_allclose(back, x, atol=1e-11)
+    np.testing.assert_allclose(other, log_slope, atol=1e-9)
+
+
+def test_mixture_against_its_definition():
+    """logit of the weighted sum of sigmoids, and its slope; far in the tails too, where the sum rounds to 0 or 1."""
+    theta = jax.random.normal(jax.random.key(0), (1, 9, 1))
+    log_weights, means, log_scales = mixture = mixture_of(theta)
+    x = jnp.asarray([[0.3]])
+    cdf = jnp.sum(jnp.exp(log_weights) * jax.nn.sigmoid((x[..., None, :] - means) * jnp.exp(-log_scales)))
+    h, log_slope = mixture_logit(x, mixture)
+    np.testing.assert_allclose(h[0, 0], jnp.log(cdf / (1 - cdf)), rtol=1e-12)
+    np.testing.assert_allclose(jnp.exp(log_slope), jax.grad(lambda x: mixture_logit(x, mixture)[0][0, 0])(x))
+    far = jnp.asarray([[-300.0], [300.0]])
+    mixtures = jax.tree.map(lambda part: jnp.repeat(part, 2, axis=0), mixture)
+    h, log_slope = mixture_logit(far, mixtures)
+    assert jnp.isfinite(h).all() and jnp.isfinite(log_slope).all()
+    back, status = inverse_mixture_logit(h, mixtures, 1e-12, 200)
+    np.testing.assert_allclose(back, far, rtol=1e-10)
+    assert status.converged.all() and status.iterations.max() < 80
+
+
+def test_derivatives_of_the_inverse_of_a_mixture():
+    """First and second derivatives, in the value and in the mixture, against finite differences."""
+    theta = jax.random.normal(jax.random.key(0), (1, 9, 1))
+
+    @jax.jit
+    def root(scaled):
+        return inverse_mixture_logit(scaled[:1, None], mixture_of(scaled[1] * theta), 1e-13, 200)[0][0, 0]
+
+    chex.assert_numerical_grads(root, (jnp.asarray([0.4, 0.9]),), order=2, atol=1e-4, rtol=1e-4)
+
+
+def test_a_solve_that_does_not_finish():
+    """The status tells; an eager call without status warns, one with on_failure "raise" raises."""
+    layer, x, condition = made("mixture")
+    y = layer(x, condition)
+    solver = rf.FixedPoint(max_iterations=1)
+    _, status = layer.inverse(y, condition=condition, solver=solver, return_status=True)
+    assert not status.converged.any() and (status.iterations == 1).all() and (status.residual > 1e-6).all()
+    with pytest.warns(RuntimeWarning, match="MixtureCoupling: 3 of 3 examples did not converge"):
+        layer.inverse(y, condition=condition, solver=solver)
+    _, status = layer.inverse(y.at[0].set(jnp.nan), condition=condition, return_status=True)
+    assert status.converged.tolist() == [[False, True, True]] and status.iterations.max() < 80
+
+
+@pytest.mark.parametrize("name", ["affine on channels", "spline", "mixture"])
+def test_as_transformations(name):
+    """grad under jit is finite, vmap over batches gives the batches' values, float32 and bfloat16 keep their dtype."""
+    layer, x, condition = made(name)
+    graphdef, state = nnx.split(layer)
+
+    def log_det(state, x, condition):
+        return nnx.merge(graphdef, state).transform(x, condition)[1]
+
+    slopes = jax.jit(jax.grad(lambda *args: log_det(*args).sum(), argnums=(0, 1, 2)))(state, x, condition)
+    assert all(jnp.isfinite(leaf).all() and jnp.any(leaf != 0) for leaf in jax.tree.leaves(slopes[1:]))
+    twice = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), (x, condition))
+    batched = jax.jit(jax.vmap(log_det, in_axes=(None, 0, 0)))(state, *twice)
+    np.testing.assert_allclose(batched[1], jax.jit(log_det)(state, 2 * x, 2 * condition), rtol=1e-9)
+
+    @jax.jit
+    def there_and_back(state, x, condition):
+        layer = nnx.merge(graphdef, state)
+        y, found = layer.transform(x, condition)
+        return layer.invert(y, condition), y, found
+
+    for dtype, tolerance in ((jnp.float32, 1e-3), (jnp.bfloat16, 0.2)):
+        low = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), (state, x, condition))
+        back, y, found = there_and_back(*low)
+        assert back.dtype == y.dtype == found.dtype == dtype and jnp.isfinite(found).all()
+        np.testing.assert_allclose(back.astype(float), x, atol=tolerance * float(np.abs(x).max()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: rf.AffineCoupling((1,), MLP, rngs=nnx.Rngs(0)),
+            r"shape: expected at least 2 .*, got \(1,\), one elem",
+        ),
+        (lambda: rf.AffineCoupling((4, 4, 1), CNN, rngs=nnx.Rngs(0)), "shape: .*one channel; a checkerboard divides"),
+        (
+            lambda: rf.AffineCoupling((1, 1, 4), CNN, "checkerboard", rngs=nnx.Rngs(0)),
+            "shape: expected at least 2 pixels",
+        ),
+        (lambda: rf.AffineCoupling((1,), MLP, "checkerboard", rngs=nnx.Rngs(0)), "shape: .* 2 elements for a checker"),
+        (lambda: rf.AffineCoupling((2,), MLP, "channel", rngs=nnx.Rngs(0)), "mask: expected one of halves, checkerb"),
+        (lambda: rf.AffineCoupling((2,), MLP, np.ones(3, bool), rngs=nnx.Rngs(0)), r"mask: .* shape \(2,\); got bool"),
+        (lambda: rf.AffineCoupling((2,), MLP, np.ones(2, bool), rngs=nnx.Rngs(0)), "mask: .* got 2 of 2 kept"),
+        (lambda: rf.AffineCoupling((2,), MLP, np.zeros(2, bool), rngs=nnx.Rngs(0)), "mask: .* got 0 of 2 kept"),
+        (lambda: rf.AffineCoupling((2,), MLP), "rngs: expected nnx.Rngs beside the settings"),
+        (lambda: rf.AffineCoupling((2,), 3, rngs=nnx.Rngs(0)), "conditioner: expected the settings of a network"),
+        (lambda: rf.AffineCoupling((2,), CNN, rngs=nnx.Rngs(0)), "conditioner: expected events on a grid"),
+        (lambda: rf.AffineCoupling((0,), MLP, rngs=nnx.Rngs(0)), "shape: expected an integer of at least 1"),
+        (lambda: rf.AffineCoupling((2,), MLP, scale="tanh", rngs=nnx.Rngs(0)), "scale: expected one of exp, sigmoid"),
+        (lambda: rf.AffineCoupling((2,), MLP, condition_dim=0, rngs=nnx.Rngs(0)), "condition_dim: expected"),
+        (
+            lambda: rf.AffineCoupling(IMAGE, CNN, condition_dim=(2, 2, 1), rngs=nnx.Rngs(0)),
+            r"condition_dim: expected a number of elements, or a shape \(4, 2, K\)",
+        ),
+        (lambda: rf.SplineCoupling((2,), MLP, bins=1, rngs=nnx.Rngs(0)), "bins: expected an integer of at least 2"),
+        (lambda: rf.SplineCoupling((2,), MLP, bins=501, rngs=nnx.Rngs(0)), "bins: expected at most 500"),
+        (lambda: rf.SplineCoupling((2,), MLP, bound=0.0, rngs=nnx.Rngs(0)), "bound: expected a positive number"),
+        (lambda: rf.MixtureCoupling((2,), MLP, components=0, rngs=nnx.Rngs(0)), "components: expected"),
+        (
+            lambda: rf.AffineCoupling((2,), nnx.Linear(1, 3, param_dtype=float, rngs=nnx.Rngs(0)))(jnp.ones((1, 2))),
+            r"conditioner: expected an output of shape \(1, 2\) for x \(1, 2\), got \(1, 3\)",
+        ),
+        (lambda: rf.AffineCoupling((2,), MLP, rngs=nnx.Rngs(0)).forward(jnp.ones((1, 3))), "x: expected a float array"),
+        (lambda: rf.MLPConditioner((0,)), "hidden: expected an integer"),
+        (lambda: rf.MLPConditioner(activation="gelu"), "activation: expected one of"),
+        (lambda: rf.MLPConditioner((3,), "maxmin"), "activation: expected widths that 2 divides"),
+        (lambda: rf.CNNConditioner((4,), (3,)), "kernels: expected 2 sizes"),
+        (lambda: rf.CNNConditioner((4,), (3, 2)), "kernels: expected odd sizes, got 2"),
+        (lambda: rf.ResNetConditioner(4, kernel=2), "kernel: expected odd sizes, got 2"),
+        (lambda: rf.ResNetConditioner(0), "width: expected"),
+        (lambda: rf.ResNetConditioner(3, activation="maxmin"), "activation: expected widths"),
+    ],
+)
+def test_bad_arguments(make, message):
+    """The message starts with the name of the argument."""
+    with pytest.raises(ValueError, match=f"^{message}" if message[0].islower() else message):
+        make()

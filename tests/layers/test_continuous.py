@@ -1,0 +1,168 @@
+"""Continuous flows: the solution of a linear equation, dense Jacobians, the probes of the estimators, gradients."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from flax import nnx
+
+import resflow_jax as rf
+from resflow_jax.functional.batch_axes import shared_and_example_keys
+from resflow_jax.functional.probes import draw_seeds, make_probes
+from resflow_jax.layers.continuous import ADJOINTS
+
+pytest.importorskip("diffrax")
+
+MATRIX = np.asarray([[-0.3, 0.8, 0.1], [-0.5, 0.2, 0.3], [0.1, 0.4, -0.6]])
+X = jax.random.normal(jax.random.key(0), (4, 3))
+
+
+class Linear(nnx.Module):
+    """dx/dt = x A^T + c, whose solution and divergence are known."""
+
+    def __init__(self):
+        self.matrix = nnx.Param(jnp.asarray(MATRIX))
+
+    def __call__(self, t, x, condition=None):
+        y = x @ self.matrix[...].T
+        return y if condition is None else y + condition
+
+
+def velocity(**settings):
+    return rf.VelocityField((3,), rf.MLPConditioner((6,), "tanh", zero=False), **settings, rngs=nnx.Rngs(0))
+
+
+def test_a_linear_equation():
+    """y = exp(T A) x, log_det = T tr A; both directions; the status counts the steps."""
+    block = rf.ContinuousBlock(Linear(), time=1.5, tolerance=1e-10)
+    y, log_det, status = jax.jit(lambda x: block.forward_with_status(x, estimator=rf.Exact()))(X)
+    np.testing.assert_allclose(y, X @ scipy.linalg.expm(1.5 * MATRIX).T, atol=1e-8)
+    np.testing.assert_allclose(log_det, 1.5 * np.trace(MATRIX), atol=1e-8)
+    assert status.converged.all() and (status.iterations > 3).all() and (status.residual == 0).all()
+    back, status = block.inverse(y, return_status=True)
+    np.testing.assert_allclose(back, X, atol=1e-8)
+    assert status.converged.shape == (1, 4) and status.converged.all()
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_gradients(adjoint):
+    """d/dA of the sum of y and of the log-dets, by every adjoint, against the closed form."""
+    block = rf.ContinuousBlock(Linear(), tolerance=1e-10, adjoint=adjoint)
+    graphdef, state = nnx.split(block)
+
+    def total(state, x):
+        y, log_det = nnx.merge(graphdef, state).forward(x, estimator=rf.Exact())
+        return y.sum() + 2 * log_det.sum()
+
+    def expected(matrix, x):
+        return (x @ jax.scipy.linalg.expm(matrix).T).sum() + 2 * len(x) * jnp.trace(matrix)
+
+    found = jax.jit(jax.grad(total, argnums=(0, 1)))(state, X)
+    wanted = jax.jit(jax.grad(expected, argnums=(0, 1)))(jnp.asarray(MATRIX), X)
+    np.testing.assert_allclose(jax.tree.leaves(found[0])[0], wanted[0], atol=1e-7)
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-7)
+
+
+def test_log_det_of_a_network():
+    """Against the dense Jacobian, with a condition; `solve_and_estimate` gives the same at x."""
+    block = rf.ContinuousBlock(velocity(condition_dim=2), tolerance=1e-9, adjoint="direct")
+    condition = jax.random.normal(jax.random.key(1), (4, 2))
+
+    @jax.jit
+    def run(x, condition):
+        y, log_det = block.forward(x, condition=condition, estimator=rf.Exact(chunk_size=2))
+        at = jax.vmap(jax.jacfwd(lambda e, c: block(e[None], c[None])[0]))(x, condition)
+        return y, log_det, at, block.solve_and_estimate(y, None, rf.Exact(), rf.Anderson(), condition)
+
+    y, log_det, jacobians, (back, again, _, _) = run(X, condition)
+    np.testing.assert_allclose(log_det, np.linalg.slogdet(jacobians)[1], atol=1e-7)
+    np.testing.assert_allclose(again, log_det, atol=1e-7)
+    np.testing.assert_allclose(back, X, atol=1e-7)
+    assert not np.allclose(y, block(X, condition + 1), atol=1e-3)
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian", "orthogonal"])
+def test_hutchinson(probe):
+    """The estimate is v^T A v for the probes that a residual block draws with this key; D orthogonal ones are exact."""
+    key, number = jax.random.key(5), 3
+    block = rf.ContinuousBlock(Linear(), tolerance=1e-8)
+    log_det = block.forward(X, key=key, estimator=rf.Roulette(probe=probe, probes=number))[1]
+    keys = shared_and_example_keys(key, X)[1]
+    probes = make_probes(probe, number, draw_seeds(probe, number, keys, X), X).reshape(number, 4, 3)
+    np.testing.assert_allclose(log_det, np.einsum("nbi,ij,nbj->b", probes, MATRIX, probes) / number, atol=1e-6)
+    if probe == "orthogonal":
+        np.testing.assert_allclose(log_det, np.trace(MATRIX), atol=1e-6)
+
+
+def test_a_solve_that_does_not_finish():
+    """NaN and a status; an inverse without status warns."""
+    block = rf.ContinuousBlock(Linear(), tolerance=1e-12, max_steps=3)
+    y, log_det, status = block.forward_with_status(X, estimator=rf.Exact())
+    assert jnp.isnan(y).all() and jnp.isnan(log_det).all()
+    assert not status.converged.any() and jnp.isinf(status.residual).all()
+    with pytest.warns(RuntimeWarning, match="ContinuousBlock: 4 of 4 examples did not converge"):
+        block.inverse(X)
+
+
+def test_in_a_flow_of_float32():
+    """Stacked and in a chain with a residual block, with the keys of a flow; the density integrates to one in 1D."""
+
+    def step(rngs):
+        field = rf.VelocityField((1,), rf.MLPConditioner((4,), "tanh", zero=False), rngs=rngs)
+        return rf.Chain([rf.ContinuousBlock(field), rf.ActNorm((1,))])
+
+    with jax.enable_x64(False):
+        g = rf.LipschitzMLP(1, (4,), rngs=nnx.Rngs(1))
+        flow = rf.Flow(rf.Chain([rf.ResidualStack(step, 2, rngs=nnx.Rngs(0)), rf.ResidualBlock(g)]))
+        x = jnp.linspace(-8, 8, 2001)[:, None]
+        log_prob = flow.log_prob(x, estimator=rf.Exact())
+        assert log_prob.dtype == jnp.float32
+        np.testing.assert_allclose(np.exp(log_prob).sum() * 16 / 2000, 1, atol=1e-3)
+        noisy = flow.log_prob(x, key=jax.random.key(0), estimator=rf.Roulette(exact_terms=20))
+        np.testing.assert_allclose(noisy, log_prob, atol=1e-3)  # one element: v^2 = 1
+        z, status = flow.inverse(flow(x[:5]), return_status=True)
+        assert status.converged.shape == (3, 5) and status.converged.all()
+        np.testing.assert_allclose(z, x[:5], atol=1e-3)
+    assert [name for name, _ in rf.certify(flow).unbounded] == ["ContinuousBlock"]
+
+
+class Wrong(nnx.Module):
+    def __call__(self, t, x):
+        return x[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rf.ContinuousBlock(lambda t, x: x), "field: expected a module"),
+        (lambda: rf.ContinuousBlock(Linear(), time=0.0), "time: expected a positive number"),
+        (lambda: rf.ContinuousBlock(Linear(), tolerance=-1.0), "tolerance: expected a positive number"),
+        (lambda: rf.ContinuousBlock(Linear(), max_steps=0), "max_steps: expected"),
+        (lambda: rf.ContinuousBlock(Linear(), adjoint="none"), "adjoint: expected one of checkpointed, backsolve"),
+        (lambda: rf.ContinuousBlock(velocity(), event_shape=(2,)), r"event_shape: expected \(3,\), that of the field"),
+        (lambda: rf.ContinuousBlock(Linear()).forward(X), "key: expected a PRNG key for the probes"),
+        (lambda: rf.ContinuousBlock(Linear()).forward(X, estimator=Own()), "estimator: expected Exact, or Roulette"),
+        (lambda: rf.ContinuousBlock(Wrong())(X), r"field: expected an output float64 \(4, 3\) like x, got .*\(4, 1\)"),
+        (lambda: velocity(condition_dim=0), "condition_dim: expected"),
+        (lambda: rf.VelocityField((0,), rngs=nnx.Rngs(0)), "shape: expected"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+class Own:
+    needs_key = False
+
+    def estimate(self, g, x, key):
+        return x, x[:, 0]
+
+
+def test_without_diffrax(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffrax", None)
+    with pytest.raises(ImportError, match=r"needs the extra diffrax: pip install 'resflow_jax\[diffrax\]'"):
+        rf.ContinuousBlock(Linear())
