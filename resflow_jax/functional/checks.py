@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -161,6 +162,13 @@ def as_sequence(name: str, value: Any, expected: str) -> list[Any]:
     if isinstance(value, str | bytes | type) or not hasattr(value, "__iter__"):
         raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
     return list(value)
+
+
+def check_flags(config: Any, prefix: str = "") -> None:
+    """Raises ValueError unless every field with a bool as default is a bool."""
+    for field in fields(config):
+        if isinstance(field.default, bool):
+            check_type(f"{prefix}{field.name}", getattr(config, field.name), bool)
 
 
 def check_path(path: Any) -> None:

@@ -76,7 +76,13 @@ class VelocityField(Module):
         if condition_dim is not None:
             check_count("condition_dim", condition_dim, 1)
             self.condition_shape = (condition_dim,)
-        self.conditioner = MLPConditioner((64, 64, 64), "tanh") if conditioner is None else conditioner
+        conditioner = MLPConditioner((64, 64, 64), "tanh") if conditioner is None else conditioner
+        if isinstance(conditioner, type) or not hasattr(conditioner, "build"):
+            raise ValueError(
+                "conditioner: expected the settings of a network, as rf.MLPConditioner(), got "
+                f"{type(conditioner).__name__}"
+            )
+        self.conditioner = conditioner
         self.network = self.conditioner.build(self.shape, self.shape, (1 + (condition_dim or 0),), rngs=rngs)
 
     def __call__(self, t: Array, x: Array, condition: Array | None = None) -> Array:
@@ -157,6 +163,7 @@ class ContinuousBlock(Bijector):
         check_choice("adjoint", adjoint, ADJOINTS)
         own = {"event_shape": event_shape, "condition_shape": condition_shape}
         for name, given in own.items():
+            given = given if given is None or given is ... else as_shape(name, given)
             known = getattr(field, name, None)
             if known is not None and given is not None and tuple(known) != tuple(given):
                 raise ValueError(f"{name}: expected {known}, that of the field, got {given}")

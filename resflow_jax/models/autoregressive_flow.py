@@ -6,14 +6,14 @@ from typing import Any
 from flax import nnx
 
 from resflow_jax.functional.activations import ACTIVATIONS, ActivationName
-from resflow_jax.functional.checks import as_shape, check_choice, check_count
+from resflow_jax.functional.checks import as_shape, check_choice, check_count, check_flags
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.autoregressive import MaskedAutoregressive
 from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.residual import ResidualStack
 from resflow_jax.layers.shapes import Permutation
-from resflow_jax.models.groups import VectorTransform, check_flags
+from resflow_jax.models.groups import VectorTransform
 from resflow_jax.models.recipe import RecipeFlow, first_layers
 from resflow_jax.models.recipe_checks import check_shape_and_data
 from resflow_jax.models.residual_flow import flow_from_config
@@ -76,17 +76,17 @@ class AutoregressiveFlowConfig:
     def fitted(self, shape: tuple[int, ...]) -> "AutoregressiveFlowConfig":
         """The same settings for another number of elements."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return type(self)(**{**fields, "shape": tuple(shape)})
+        return type(self)(**{**fields, "shape": shape})
 
     @classmethod
     def made(cls, shape: tuple[int, ...], **settings: Any) -> "AutoregressiveFlowConfig":
         """One autoregressive layer."""
-        return cls(tuple(shape), **{"layers": 1, "actnorm": False, **settings})
+        return cls(shape, **{"layers": 1, "actnorm": False, **settings})
 
     @classmethod
     def maf(cls, shape: tuple[int, ...], **settings: Any) -> "AutoregressiveFlowConfig":
         """Five autoregressive layers, with an ActNorm in the place of each batch normalisation."""
-        return cls(tuple(shape), **settings)
+        return cls(shape, **settings)
 
 
 class AutoregressiveFlow(RecipeFlow):

@@ -16,7 +16,7 @@ from resflow_jax.layers.residual import ResidualStack
 from resflow_jax.layers.shapes import Flatten, Squeeze
 from resflow_jax.models.groups import ImageTransform, VectorTransform
 from resflow_jax.models.recipe import RecipeFlow, first_layers
-from resflow_jax.models.recipe_checks import check_shape_and_data, halvings
+from resflow_jax.models.recipe_checks import as_event_shape, check_shape_and_data, halvings
 from resflow_jax.models.residual_flow import flow_from_config
 
 Network = MLPConditioner | CNNConditioner | ResNetConditioner
@@ -103,17 +103,19 @@ class ContinuousFlowConfig:
 
     def fitted(self, shape: Shape) -> "ContinuousFlowConfig":
         """The same settings for events of another shape, with as many squeezes as its sides allow."""
+        shape = as_event_shape(shape)
         squeezes = 0 if self.is_flat else halvings(shape, self.squeezes)
-        return replace(self, shape=tuple(shape), squeezes=squeezes)
+        return replace(self, shape=shape, squeezes=squeezes)
 
     @classmethod
     def ffjord(cls, shape: Shape, **settings: Any) -> "ContinuousFlowConfig":
         """One block for vectors; for images convolutions of 32 channels, with up to two squeezes."""
+        shape = as_event_shape(shape)
         if len(shape) == 1:
-            return cls(tuple(shape), **settings)
+            return cls(shape, **settings)
         network = CNNConditioner((32, 32), (3, 3, 3), "softplus")
-        preset = {"conditioner": network, "squeezes": halvings(tuple(shape), 2)}
-        return cls(tuple(shape), **{**preset, **settings})
+        preset = {"conditioner": network, "squeezes": halvings(shape, 2)}
+        return cls(shape, **{**preset, **settings})
 
 
 class ContinuousFlow(RecipeFlow):

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.checks import check_choice, check_count, check_flags
 from resflow_jax.layers.couplings.affine import SCALES, Scale
 from resflow_jax.layers.couplings.conditioners import CNNConditioner, MLPConditioner, ResNetConditioner
-from resflow_jax.models.groups import Dequantization, ImageTransform, VectorTransform, check_flags
-from resflow_jax.models.recipe_checks import check_shape_and_data, halvings
+from resflow_jax.models.groups import Dequantization, ImageTransform, VectorTransform
+from resflow_jax.models.recipe_checks import as_event_shape, check_shape_and_data, halvings
 
 CouplingName = Literal["additive", "affine", "spline", "mixture"]
 COUPLINGS = get_args(CouplingName)
@@ -149,18 +149,21 @@ class CouplingFlowConfig:
 
     def fitted(self, shape: Shape) -> "CouplingFlowConfig":
         """The same settings for events of another shape, with as many squeezes as its sides allow."""
+        shape = as_event_shape(shape)
         scales = self.scales if self.is_flat else _fitted(self.scales, shape, self.couplings)
-        return replace(self, shape=tuple(shape), scales=scales)
+        return replace(self, shape=shape, scales=scales)
 
     @classmethod
     def nice(cls, shape: Shape, **settings: Any) -> "CouplingFlowConfig":
         """Four additive coupling layers with dense networks, and a learned scale at the end; no ActNorm between."""
+        shape = as_event_shape(shape)
         network = MLPConditioner((256, 256))
         return _preset(cls, shape, settings, coupling="additive", couplings=4, conditioner=network, actnorm=False)
 
     @classmethod
     def real_nvp(cls, shape: Shape, **settings: Any) -> "CouplingFlowConfig":
         """Affine coupling layers; on images four on pixels and four on channels a scale, and four on pixels last."""
+        shape = as_event_shape(shape)
         if len(shape) == 1:
             return _preset(cls, shape, settings)
         scales = CouplingScales(2, checkerboard=4, last=4)
@@ -169,6 +172,7 @@ class CouplingFlowConfig:
     @classmethod
     def glow(cls, shape: Shape, **settings: Any) -> "CouplingFlowConfig":
         """Steps of ActNorm, invertible 1x1 convolution and an affine coupling layer; on images three scales."""
+        shape = as_event_shape(shape)
         if len(shape) == 1:
             return _preset(cls, shape, settings, linear=True, scale="sigmoid")
         network = CNNConditioner((128, 128), (3, 1, 3))
@@ -182,6 +186,7 @@ class CouplingFlowConfig:
         On images four coupling layers on pixels, two on channels after a squeeze, four on pixels last. The networks
         are residual, without attention.
         """
+        shape = as_event_shape(shape)
         if len(shape) == 1:
             return _preset(cls, shape, settings, coupling="mixture", linear=True)
         options = {
@@ -195,6 +200,7 @@ class CouplingFlowConfig:
     @classmethod
     def neural_spline(cls, shape: Shape, **settings: Any) -> "CouplingFlowConfig":
         """Rational-quadratic splines between invertible linear layers; on images as `glow`."""
+        shape = as_event_shape(shape)
         if len(shape) == 1:
             return _preset(cls, shape, settings, coupling="spline", linear=True)
         options = {"conditioner": ResNetConditioner(48, 2), "linear": True, "scales": CouplingScales(3)}
@@ -205,7 +211,7 @@ def _preset(cls: type, shape: Shape, settings: dict[str, Any], **preset: Any) ->
     """The preset for a shape, with the settings that replace its own."""
     config = cls((64, 64, 1) if len(shape) == 3 else (2,), **preset)
     scales = config.scales if config.is_flat else _fitted(config.scales, shape, config.couplings)
-    return cls(tuple(shape), **{**preset, "scales": scales, **settings})
+    return cls(shape, **{**preset, "scales": scales, **settings})
 
 
 def _fitted(scales: CouplingScales, shape: Shape, couplings: int) -> CouplingScales:

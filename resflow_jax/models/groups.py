@@ -5,13 +5,14 @@ the config of a flow, as "tail.blocks".
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from resflow_jax.functional.checks import (
     check_choice,
     check_count,
     check_finite,
+    check_flags,
     check_open_interval,
     check_positive,
     check_type,
@@ -335,10 +336,3 @@ def make_tuples(config: object, *names: str, prefix: str = "") -> None:
         if not isinstance(value, Iterable):
             raise ValueError(f"{prefix}{name}: expected a tuple of numbers, got {value!r}")
         object.__setattr__(config, name, tuple(value))
-
-
-def check_flags(config: object, prefix: str = "") -> None:
-    """Raises ValueError unless every field with a bool as default is a bool."""
-    for field in fields(config):
-        if isinstance(field.default, bool):
-            check_type(f"{prefix}{field.name}", getattr(config, field.name), bool)

@@ -11,9 +11,7 @@ def check_shape_and_data(config: Any) -> None:
 
     A plain `VectorTransform()`, the default of `data`, stands for an `ImageTransform()` where the events are images.
     """
-    object.__setattr__(config, "shape", as_shape("shape", config.shape))
-    if len(config.shape) not in (1, 3):
-        raise ValueError(f"shape: expected (D,) for vectors or (H, W, C) for images, got {config.shape}")
+    object.__setattr__(config, "shape", as_event_shape(config.shape))
     is_image = len(config.shape) == 3
     if is_image and config.data == VectorTransform():
         object.__setattr__(config, "data", ImageTransform())
@@ -30,3 +28,11 @@ def halvings(shape: tuple[int, ...], most: int) -> int:
     if len(shape) != 3:
         return 0
     return next((n for n in range(most) if shape[0] % 2 ** (n + 1) or shape[1] % 2 ** (n + 1)), most)
+
+
+def as_event_shape(shape: Any) -> tuple[int, ...]:
+    """The shape of vectors or images as a tuple; ValueError for anything else."""
+    shape = as_shape("shape", shape)
+    if len(shape) not in (1, 3):
+        raise ValueError(f"shape: expected (D,) for vectors or (H, W, C) for images, got {shape}")
+    return shape

@@ -21,6 +21,7 @@ KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 IMAGES = np.zeros((6, 2, 2, 1), np.uint8)
 MAP, CONV = rf.DenseMap(3, 3), rf.ConvMap((2, 2), 1, 1)
+SMALL = rf.MLPConditioner((4,))
 KERNEL, TAPS = jnp.eye(3) / 2, jnp.ones((3, 3, 1, 1)) / 9
 
 
@@ -146,7 +147,8 @@ def _classes():
             **config,
             **image,
         },
-        "ImageTransform": {"mean": None, "std": None, "padding": rf.Padding(), "logit_alpha": 1e-6},
+        "ImageTransform": {"mean": None, "std": None, "padding": rf.Padding(), "logit_alpha": 1e-6}
+        | {"dequantization": rf.Dequantization()},
         "Invert": {"bijector": rf.ActNorm((3,)), "solver": None},
         "InvertibleLinear": {"dim": 3, "rngs": rngs()},
         "LipschitzCNN": {"shape": (2, 2, 1), "hidden": (2,), "kernels": (3, 3), "padding": "zero", **layered},
@@ -188,6 +190,50 @@ def _classes():
     }
 
 
+def _peers():
+    """Classes of coupling, autoregressive and continuous flows, with valid arguments."""
+    coupling = {"shape": (4,), "conditioner": None, "mask": "halves", "flipped": False, "condition_dim": None}
+    coupling |= {"rngs": rngs()}
+    network = {"activation": "relu", "zero": True}
+    data = {"condition_dim": None, "data": rf.VectorTransform()}
+    ode = {"time": 1.0, "tolerance": 1e-5, "max_steps": 9, "adjoint": "checkpointed"}
+    configs = {
+        "AutoregressiveFlow": {
+            "shape": (3,),
+            "layers": 1,
+            "hidden": (4,),
+            "activation": "relu",
+            "actnorm": True,
+            **data,
+        },
+        "ContinuousFlow": {"shape": (3,), "blocks": 1, "conditioner": SMALL, "squeezes": 0, **ode, **data},
+        "CouplingFlow": {
+            **{"shape": (4,), "coupling": "spline", "couplings": 1, "conditioner": SMALL, "scale": "exp", "pieces": 4},
+            **{"linear": True, "actnorm": True, "scales": rf.CouplingScales(), **data},
+        },
+    }
+    flows = {name: {"config": getattr(rf, f"{name}Config")(**of), "rngs": rngs()} for name, of in configs.items()}
+    return {
+        **flows,
+        **{f"{name}Config": of for name, of in configs.items()},
+        "AdditiveCoupling": coupling,
+        "AffineCoupling": {**coupling, "scale": "exp"},
+        "CNNConditioner": {"hidden": (4,), "kernels": (3, 3), "preactivation": True, **network},
+        "ContinuousBlock": {"field": Half(), "event_shape": (3,), "condition_shape": None, **ode},
+        "CouplingScales": {"squeezes": 1, "checkerboard": 1, "last": 0, "factor_out": True},
+        "Dequantization": {"couplings": 1, "width": 4},
+        "MLPConditioner": {"hidden": (4,), "preactivation": True, **network},
+        "MaskedAutoregressive": {
+            **{"dim": 3, "hidden": (4,), "condition_dim": None, "activation": "relu", "rngs": rngs()},
+        },
+        "MixtureCoupling": {**coupling, "components": 2},
+        "ResNetConditioner": {"width": 4, "depth": 1, "kernel": 3, **network},
+        "SplineCoupling": {**coupling, "bins": 4, "bound": 3.0},
+        "VariationalDequantization": {"shape": (2, 2, 1), "couplings": 1, "width": 4, "rngs": rngs()},
+        "VelocityField": {"shape": (3,), "conditioner": None, "condition_dim": None, "rngs": rngs()},
+    }
+
+
 class Half(nnx.Module):
     """A contraction."""
 
@@ -211,6 +257,8 @@ def _methods():
         yield rf.Flow, flow(), name, {"x": X, "condition": None}
     yield rf.Flow, flow(), "inverse", {"z": X, **inverse}
     yield rf.Flow, residual_flow(), "inverse_and_log_prob", {"z": X, **inverse, **drawn, "return_diagnostics": False}
+    block = rf.ContinuousBlock(Half(), event_shape=(3,))
+    yield rf.ContinuousBlock, block, "forward_with_status", {"x": X, **drawn}
     yield rf.Flow, flow(), "base_log_prob", of_z
     yield rf.Flow, flow(), "split_latent", {"z": X}
     yield rf.Flow, flow(), "join_latent", {"parts": [X]}
@@ -260,6 +308,17 @@ def _methods():
 def conv():
     with deferred_norms():
         return rf.LipschitzConv((2, 2), 1, 1, rngs=rngs())
+
+
+def _recipes():
+    """(config, method, valid arguments)."""
+    for name in ("nice", "real_nvp", "glow", "flow_pp", "neural_spline"):
+        yield rf.CouplingFlowConfig, name, {"shape": (4,)}
+    yield rf.ContinuousFlowConfig, "ffjord", {"shape": (4,)}
+    for name in ("made", "maf"):
+        yield rf.AutoregressiveFlowConfig, name, {"shape": (4,)}
+    for config in (rf.CouplingFlowConfig((4,)), rf.ContinuousFlowConfig((4,)), rf.AutoregressiveFlowConfig((4,))):
+        yield config, "fitted", {"shape": (3,)}
 
 
 def _functions():
@@ -314,12 +373,16 @@ def _functions():
 @cache
 def calls():
     """Name of what is called: (the function, its valid arguments)."""
-    found = {f"rf.{name}": (getattr(rf, name), arguments) for name, arguments in _classes().items()}
+    classes = {**_classes(), **_peers()}
+    found = {f"rf.{name}": (getattr(rf, name), arguments) for name, arguments in classes.items()}
     for cls, made, name, arguments in _methods():
         part = (
             "training" if cls.__module__.startswith("resflow_jax.training") and not hasattr(rf, cls.__name__) else "rf"
         )
         found[f"{part}.{cls.__name__}.{name}"] = getattr(made, name), arguments
+    for config, name, arguments in _recipes():
+        cls = config if isinstance(config, type) else type(config)
+        found[f"rf.{cls.__name__}.{name}"] = getattr(config, name), arguments
     for module, name, arguments in _functions():
         part = module.__name__.rpartition(".")[2].replace("resflow_jax", "rf")
         found[f"{part}.{name}"] = getattr(module, name), arguments

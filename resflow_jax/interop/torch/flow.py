@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.checks import check_choice, check_count, check_flags
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.interop.torch.classifier import Classifier
 from resflow_jax.interop.torch.couplings import coupling_bijector
@@ -34,7 +34,6 @@ from resflow_jax.models.build import (
     padding_layers,
 )
 from resflow_jax.models.config import ImageFlowConfig
-from resflow_jax.models.groups import check_flags
 from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
 
 Array = jax.Array

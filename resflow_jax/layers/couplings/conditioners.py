@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from resflow_jax.functional.activations import ACTIVATIONS, ActivationName
-from resflow_jax.functional.checks import as_shape, check_choice, check_count
+from resflow_jax.functional.checks import as_shape, check_choice, check_count, check_flags
 from resflow_jax.layers.couplings.networks import Layers, PlainNetwork, ResNet
 from resflow_jax.layers.networks import check_widths
 
@@ -49,6 +49,7 @@ class MLPConditioner:
     zero: bool = True
 
     def __post_init__(self):
+        check_flags(self)
         object.__setattr__(self, "hidden", as_shape("hidden", self.hidden))
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_widths(ACTIVATIONS[self.activation], self.hidden)
@@ -92,6 +93,7 @@ class CNNConditioner:
     zero: bool = True
 
     def __post_init__(self):
+        check_flags(self)
         for name in ("hidden", "kernels"):
             object.__setattr__(self, name, as_shape(name, getattr(self, name)))
         if len(self.kernels) != len(self.hidden) + 1:
@@ -145,6 +147,7 @@ class ResNetConditioner:
     zero: bool = True
 
     def __post_init__(self):
+        check_flags(self)
         check_count("width", self.width, 1)
         check_count("depth", self.depth, 1)
         check_odd("kernel", self.kernel)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.checks import as_shape
+from resflow_jax.functional.checks import as_shape, check_type
 from resflow_jax.layers.bijector import Bijector, Constant
 from resflow_jax.layers.couplings.conditioners import Conditioner, MLPConditioner
 from resflow_jax.layers.couplings.masks import Elements, Halves, check_mask, checkerboard
@@ -84,7 +84,8 @@ class Coupling(Bijector):
         self.shape = self.event_shape = as_shape("shape", shape)
         check_mask(self.shape, mask)
         self.mask = mask if isinstance(mask, str) else Constant(jnp.asarray(mask))
-        self.flipped = bool(flipped)
+        check_type("flipped", flipped, bool)
+        self.flipped = flipped
         self.condition_dim = condition_dim
         if condition_dim is not None:
             sizes = condition_dim if isinstance(condition_dim, tuple | list) else (condition_dim,)
