@@ -1,15 +1,17 @@
 """Faults: what comes of kills, damaged storage, full disks and long runs.
 
-    python -m experiments.studies.stress [--campaigns kills storage soak] [--kills 30] [--soak-steps 20000]
+    python -m experiments.studies.stress [--campaigns kills storage data files soak] [--kills 30] [--soak-steps 20000]
         [--seconds 3600] [--workdir DIR]
 
-Each campaign has a file `experiments/studies/parts/stress_NAME.py`. It starts small runs, does something bad to them,
-and compares what is left with a run that was left alone. The study prints a table, writes it to stress.json with all
+Each campaign has a file `experiments/studies/parts/stress_NAME.py`. Those of kills, storage and soak start small runs,
+do something bad to them, and compare what is left with a run that was left alone. The others read random data, and
+hostile files. The study prints a table, writes it to stress.json with all
 settings, and ends with status 1 if something was lost or went unnoticed. By default it takes a few minutes on 2 CPU
 cores. It ends after --seconds at the latest; what was not tried is said.
 """
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -25,12 +27,37 @@ from experiments.runs.tables import print_table
 from experiments.runs.workdir import write_atomically
 from experiments.studies.parts import stress_kills, stress_soak, stress_storage
 from experiments.studies.parts.campaign import Campaign, Deadline, Row
+from experiments.studies.parts.hostile_files import CASES
+from experiments.studies.parts.stress_data import data_campaign
+from experiments.studies.parts.stress_files import files_campaign
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 from resflow_jax.io.config_json import as_json
+
+_SECONDS_OF_DATA = 20.0
+
+
+def _data(config: "StressConfig", directory: Path, deadline: Deadline) -> list[Row]:
+    found = data_campaign(directory, seconds=min(_SECONDS_OF_DATA, deadline.left), seed=config.seed)
+    return [Row(case, int(re.search(r"\d+", answer)[0]), answer, ok) for case, answer, ok in found]
+
+
+def _files(config: "StressConfig", directory: Path, deadline: Deadline) -> list[Row]:
+    rows = []
+    for name in CASES:
+        if deadline.is_over:
+            return [*rows, Row(f"hostile files: {name}", 0, "not tried: the time was over", True)]
+        found = files_campaign(directory / name, (name,))
+        bad = next((f"{row.case}: {row.answer}" for row in found if not row.ok), None)
+        answer = bad or "each is read or refused by an error with its name, within its time and memory"
+        rows.append(Row(f"hostile files: {name}", len(found), answer, bad is None))
+    return rows
+
 
 CAMPAIGNS: dict[str, Campaign] = {
     "kills": stress_kills.CAMPAIGN,
     "storage": stress_storage.CAMPAIGN,
+    "data": Campaign("random data are read as they were given, or refused", _data),
+    "files": Campaign("hostile files are refused in bounded time and memory", _files),
     "soak": stress_soak.CAMPAIGN,
 }
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+# Pillow chooses the decoder by a file's content; that of PostScript would start another program.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 _GREY = ("1", "L", "LA", "La")  # modes of files with one channel
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
@@ -86,7 +88,7 @@ def _opened(file: Path) -> Iterator[Any]:
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=_FORMATS) as image:
             if (mode := _deep_mode(image)) is not None:
                 raise ValueError(f"path: expected images of 8 bits a pixel, got mode {mode} in {file}")
             if image.mode not in _GREY + _COLOUR:
