@@ -52,19 +52,19 @@ def rows_of(lines: list[dict[str, float]]) -> list[Row]:
             number,
             f"{memory[first]:.0f} MB after a fifth, {memory[-1]:.0f} MB at the end: {by_steps:+.2f} MB in 1000 steps "
             f"without a validation, {by_validation:+.1f} MB for each validation with pictures and checkpoint",
-            by_steps < _GROWTH and by_validation < _OF_VALIDATION,
+            bool(by_steps < _GROWTH and by_validation < _OF_VALIDATION),
         ),
         Row(
             f"{done}: compilations after a fifth",
             number,
             f"{int(compiled[-1] - compiled[first])} ({int(compiled[first])} before)",
-            compiled[-1] == compiled[first],
+            bool(compiled[-1] == compiled[first]),
         ),
         Row(
             f"{done}: time per step",
             number,
             f"{start:.1f} ms of CPU in the second fifth, {end:.1f} ms in the last ({end / start - 1:+.1%})",
-            end < start * (1 + _SLOWER),
+            bool(end < start * (1 + _SLOWER)),
         ),
     ]
 

@@ -60,7 +60,9 @@ def test_what_a_long_run_tells():
     def is_good(**changed):
         columns = good | changed
         lines = [{name: float(values[n]) for name, values in columns.items()} for n in range(100)]
-        return [row.is_good for row in stress_soak.rows_of(lines)]
+        rows = stress_soak.rows_of(lines)
+        assert json.dumps(rows)  # plain values, for stress.json
+        return [row.is_good for row in rows]
 
     assert is_good() == [True] * 3
     assert is_good(memory=500 + steps * 0.02 + noise) == [False, True, True]
