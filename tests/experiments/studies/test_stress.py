@@ -37,7 +37,7 @@ def test_the_table_and_the_status(campaigns, tmp_path, capsys):
     stress.main(["--campaigns", "kills", "--kills", "7", "--workdir", str(tmp_path)])
     assert "| a | fault | 7 | nothing | yes |" in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:
-        stress.main(["--workdir", str(tmp_path)])
+        stress.main(["--campaigns", "kills", "storage", "soak", "--workdir", str(tmp_path)])
     assert end.value.code == 1
     out = capsys.readouterr().out
     assert "| b | 1 | something | **no** |" in out and "2 of 3 rows" in out
@@ -47,7 +47,7 @@ def test_the_table_and_the_status(campaigns, tmp_path, capsys):
 
 def test_without_time_nothing_is_tried(campaigns, tmp_path):
     """It is said."""
-    rows = stress.run(stress.StressConfig(seconds=1e-9, workdir=tmp_path))
+    rows = stress.run(stress.StressConfig(campaigns=("kills", "storage", "soak"), seconds=1e-9, workdir=tmp_path))
     assert {found[0].found for found in rows.values()} == {"not tried: the time was over"}
 
 
