@@ -61,7 +61,7 @@ from experiments.runs.tables import certificate_rows, error_by_cause, print_tabl
 from experiments.runs.tasks.classes import ClassTask
 from experiments.runs.tasks.task import Task
 from experiments.runs.tiny_run import TINY_RUN, make_if_missing
-from experiments.runs.workdir import write_atomically
+from experiments.runs.workdir import write_arrays, write_atomically
 from resflow_jax import Estimator, Exact, certify
 from resflow_jax.functional.checks import check_count
 from resflow_jax.io.config_json import as_json
@@ -190,7 +190,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if judged:
         result["typicality"] = typicality_summary(judged)
     write_atomically(workdir / "evaluation.json", json.dumps(as_json(result), indent=2) + "\n")
-    np.savez(workdir / "scores.npz", **means)
+    write_arrays(workdir / "scores.npz", **means)
     draw(workdir, saved, means, result)
     print_table({**rows(task, result), **certificate_rows(certificate)})
     return result

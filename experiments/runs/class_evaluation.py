@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments.runs import pictures
 from experiments.runs.devices import own_mesh
 from experiments.runs.likelihoods import (
@@ -24,7 +22,7 @@ from experiments.runs.saved import SavedFlow
 from experiments.runs.tables import certificate_rows, print_table
 from experiments.runs.tasks.judging_classes import Found, Scores, bits_of, class_rows, measured
 from experiments.runs.tasks.labelled import Rows
-from experiments.runs.workdir import write_atomically
+from experiments.runs.workdir import write_arrays, write_atomically
 from resflow_jax import Estimator, certify
 from resflow_jax.data.images import Images
 from resflow_jax.io.config_json import as_json
@@ -84,7 +82,7 @@ def evaluate_classes(
         write_atomically(workdir / "typicality.csv", typicality_csv(means, judged))
         result["typicality"] = typicality_summary(judged)
     write_atomically(workdir / "evaluation.json", json.dumps(as_json(result), indent=2) + "\n")
-    np.savez(workdir / "scores.npz", test_logits=logits, test_labels=test.labels, **scores)
+    write_arrays(workdir / "scores.npz", test_logits=logits, test_labels=test.labels, **scores)
     _draw(workdir, saved, scores, found)
     measured_error = f"{found['test'][task.metric]:.4f} +- {found['test']['stderr']:.4f}"
     rows = {

@@ -34,9 +34,13 @@ class MetricsFile:
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def write(self, **line: Any) -> None:
-        """Appends a line."""
+        """Appends a line; where the file has vanished, writes all lines again, with a warning."""
         line = without_nan(line)
         self.lines.append(line)
+        if not self._path.exists():
+            warnings.warn(f"{self._path} vanished while the run went on; it is written again", stacklevel=3)
+            self._write_all()
+            return
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -24,7 +24,7 @@ from experiments.runs.schedule import Schedule, is_patience_spent
 from experiments.runs.setup import place_on_devices, set_up
 from experiments.runs.signals import stop_on_signal
 from experiments.runs.tasks.task import Task
-from experiments.runs.workdir import claim_workdir
+from experiments.runs.workdir import check_still_there, claim_workdir
 from resflow_jax import Estimate
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.loop import Pause
@@ -188,6 +188,7 @@ def _validate_and_save(
     The checkpoint comes last. If the run is interrupted before, resuming drops the line and does everything again; in
     another order, early stopping would never count the validation of the checkpoint, or a picture would be missing.
     """
+    by_first(lambda: check_still_there(task.config.workdir))
     check_state(pause.state, pause.step)
     found = judged(placement, pause.state)
     check_certificate(found.certificate, pause.step)

@@ -1,9 +1,12 @@
 """The work directory of a run: its config.json, the check that a run may use it, and atomic writes of files."""
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from resflow_jax.io.config_json import as_document, as_json, completed, parsed, upgraded
 from resflow_jax.io.whole_files import whole_file
@@ -78,6 +81,14 @@ def claim_workdir(workdir: Path, config: Any) -> None:
     write_atomically(path, json.dumps(as_document(config), indent=2) + "\n")
 
 
+def check_still_there(workdir: Path) -> None:
+    """Raises FileNotFoundError if the work directory of the run that goes on, or what is in it, has been removed."""
+    if not (workdir / "config.json").exists():
+        raise FileNotFoundError(
+            errno.ENOENT, "workdir: removed, or moved, while the run went on; nothing more is written", str(workdir)
+        )
+
+
 def _has_results(workdir: Path) -> bool:
     """Whether a run has written results that would be lost."""
     metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
@@ -103,6 +114,16 @@ def write_atomically(path: Path, text: str) -> None:
         raise could_not_write(error, path) from error
 
 
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Writes a .npz file, or replaces it as a whole."""
+    try:
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise could_not_write(error, path) from error
+
+
 def could_not_write(error: OSError, path: Path) -> OSError:
     """The error with the name of the file that could not be written, which the error of a full disk lacks."""
-    return OSError(error.errno, f"{error.strerror}; could not write it, earlier files are intact", str(path))
+    rest = "earlier files are intact" if path.parent.exists() else "its directory was removed while the run went on"
+    return OSError(error.errno, f"{error.strerror}; could not write it, {rest}", str(path))

@@ -40,7 +40,7 @@ def run(config: Any, directory: Path, deadline: Deadline) -> list[Row]:
     if status:
         return [Row("a run that is left alone", 1, f"exit status {status}: {line}", False)]
     rows = _flips(config, reference, directory / "flipped")
-    for campaign in (_metrics, _full_disk, _two_runs):
+    for campaign in (_metrics, _full_disk, _read_only, _vanished, _two_runs):
         if deadline.is_over:
             rows.append(Row(campaign.__name__.strip("_"), 0, "not tried: the time was over", True))
         else:
@@ -173,6 +173,58 @@ def _two_runs(reference: Path, directory: Path) -> list[Row]:
     same = status == 0 and files_of(workdir) == files_of(reference)
     found = "goes on" if same else f"exit status {status}: {last_error(workdir)}"
     return [*rows, Row("a run where another was killed", 1, found, same)]
+
+
+def _read_only(reference: Path, directory: Path) -> list[Row]:
+    """Goes on with a run in a directory that may only be read, and again where it may be written."""
+    workdir, what = directory / "run", "a read-only directory"
+    with _small_disk(workdir) as grow:
+        if grow is None:
+            return [Row(what, 0, "not tried: mounting is forbidden here", True)]
+        grow()
+        shutil.copytree(reference, workdir, dirs_exist_ok=True)
+        before = files_of(workdir)
+        _remount(workdir, "ro")
+        status, line = finish(workdir)
+        _remount(workdir, "rw")
+        same = files_of(workdir) == before
+        again, _ = finish(workdir)
+    told = line.partition(": error: ")[2].replace(str(directory.parent), "...")
+    is_clear = status == 1 and "Read-only" in told
+    return [Row(what, 1, f'"{told}", nothing changed: {same}', is_clear and same and again == 0)]
+
+
+def _remount(directory: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(directory)], check=True)
+
+
+def _vanished(reference: Path, directory: Path) -> list[Row]:
+    """Removes what a run has written while it goes on."""
+    rows = []
+    for what, name in (("all checkpoints", "checkpoints"), ("metrics.jsonl", "metrics.jsonl"), ("the directory", "")):
+        workdir = directory / f"without_{name or 'all'}"
+        process = start(workdir)
+        while not checkpoints_of(workdir) and process.poll() is None:
+            time.sleep(0.01)
+        _remove(workdir / name)
+        process.wait()
+        line, same = last_error(workdir), files_of(workdir) == files_of(reference)
+        goes_on = process.returncode == 0 and same
+        is_refused = process.returncode == 1 and "while the run went on" in line
+        found = "the run ends as if they were there" if goes_on else line.partition(": error: ")[2] or line
+        rows.append(
+            Row(f"{what} removed during a run", 1, found.replace(str(directory.parent), "..."), goes_on or is_refused)
+        )
+    return rows
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, or a directory to which something may be written meanwhile."""
+    while path.exists():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 CAMPAIGN = Campaign("damaged checkpoints and metrics, full disks, two runs in one directory", run)

@@ -87,3 +87,22 @@ def test_metrics_go_back(tmp_path):
         metrics.rewind(1)
         metrics.write(step=2, split="train", loss=7.0)
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 7.0)]
+
+
+def test_a_file_that_vanishes_is_written_again(tmp_path):
+    """All lines are in it, and a warning tells; without its directory an error does."""
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    file = MetricsFile(path, keep_until=0)
+    file.write(step=1, split="train", loss=2.0)
+    path.unlink()
+    with pytest.warns(UserWarning, match="metrics.jsonl vanished while the run went on"):
+        file.write(step=2, split="train", loss=1.0)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    path.unlink()
+    path.parent.rmdir()
+    with (
+        pytest.warns(UserWarning, match="vanished"),
+        pytest.raises(OSError, match="its directory was removed while the run went on"),
+    ):
+        file.write(step=3, split="train", loss=0.5)

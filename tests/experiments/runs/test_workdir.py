@@ -1,6 +1,7 @@
 """Work directories that a run refuses, and what it leaves there."""
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from experiments.configs import CONFIGS
 from experiments.configs.base import VectorDataConfig
 from experiments.runs.launch import run_config
-from experiments.runs.workdir import claim_workdir
+from experiments.runs.workdir import check_still_there, claim_workdir, write_arrays
 from resflow_jax import (
     VectorFlowConfig,
 )
@@ -72,3 +73,27 @@ def test_a_work_directory_that_cannot_be_made():
     """The error names the argument and the path."""
     with pytest.raises(OSError, match=r"workdir: could not make /proc/nowhere"):
         run_config(dataclasses.replace(TINY, workdir=Path("/proc/nowhere")))
+
+
+def test_a_work_directory_that_is_removed(tmp_path):
+    """A run notices it by its config.json."""
+    (tmp_path / "config.json").write_text("{}")
+    check_still_there(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="removed, or moved, while the run went on"):
+        check_still_there(tmp_path)
+
+
+def test_arrays_are_written_as_a_whole(tmp_path, monkeypatch):
+    """An error leaves the file that was there."""
+    path = tmp_path / "scores.npz"
+    write_arrays(path, a=np.arange(3))
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="could not write it, earlier files are intact"):
+        write_arrays(path, a=np.arange(4))
+    assert np.load(path)["a"].tolist() == [0, 1, 2] and [file.name for file in tmp_path.iterdir()] == ["scores.npz"]
