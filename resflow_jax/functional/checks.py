@@ -164,6 +164,12 @@ def as_sequence(name: str, value: Any, expected: str) -> list[Any]:
     return list(value)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Expects True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}: expected True or False, got {shown(value)}")
+
+
 def check_flags(config: Any, prefix: str = "") -> None:
     """Raises ValueError unless every field with a bool as default is a bool."""
     for field in fields(config):

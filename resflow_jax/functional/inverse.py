@@ -29,7 +29,7 @@ from jax import lax
 
 from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.broadcasting import per_example
-from resflow_jax.functional.checks import as_float_batch
+from resflow_jax.functional.checks import as_float_batch, check_flag
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.events import Events, is_tree
 from resflow_jax.functional.iteration import InverseStatus, Solver, example_max, iterate, wide_dtype
@@ -103,6 +103,7 @@ def residual_inverse(
       >>> bool(jnp.allclose(found, x, atol=1e-4)), status.converged.tolist()
       (True, [True, True, True])
     """
+    check_flag("return_status", return_status)
     check_map(g, condition)
     events = None
     if is_tree(y):

@@ -22,7 +22,14 @@ from typing import Any
 import jax
 
 from resflow_jax.functional.batch_axes import vary_over, varying_axes
-from resflow_jax.functional.checks import as_float_batch, check_callable, check_count, check_key, check_open_interval
+from resflow_jax.functional.checks import (
+    as_float_batch,
+    check_callable,
+    check_count,
+    check_flag,
+    check_key,
+    check_open_interval,
+)
 from resflow_jax.functional.chunks import join_chunks, split_chunks
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.diagnostics import Diagnostics
@@ -102,6 +109,7 @@ def residual(
       >>> y.shape, log_det.shape
       ((2, 3), (2,))
     """
+    check_flag("return_diagnostics", return_diagnostics)
     estimator = Roulette() if estimator is None else estimator
     check_map(g, condition)
     if prepare is not None:

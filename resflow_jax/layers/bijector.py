@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import as_float_batch, check_key
+from resflow_jax.functional.checks import as_float_batch, check_flag, check_key
 from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator, with_rows
 from resflow_jax.functional.inverse import check_solver, reported
@@ -270,12 +270,12 @@ class Bijector(Module):
         Raises:
           ValueError: for a wrong shape or dtype, a condition that is missing or not expected, a missing key.
         """
+        check_flag("return_diagnostics", return_diagnostics)
         x = as_float_batch("x", x, self.event_shape)
         check_key("key", key, optional=True)
         check_events(self, x)
-        estimator = checked_estimator(estimator, self.blocks)
         condition = as_condition(condition, self.condition_shape, x.shape[:1])
-        y, log_det, diagnostics = self.estimate(x, key, estimator, condition)
+        y, log_det, diagnostics = self.estimate(x, key, checked_estimator(estimator, self.blocks), condition)
         return (y, log_det, join_diagnostics(diagnostics, x)) if return_diagnostics else (y, log_det)
 
     def inverse(
@@ -301,10 +301,10 @@ class Bijector(Module):
             none.
           InverseError: from an eager call without status, if a solve fails and `solver.on_failure` is "raise".
         """
+        check_flag("return_status", return_status)
         y = as_float_batch("y", y)
         check_solver(solver)
-        condition = as_condition(condition, self.condition_shape, y.shape[:1])
-        x, statuses = self.solve(y, solver, condition)
+        x, statuses = self.solve(y, solver, as_condition(condition, self.condition_shape, y.shape[:1]))
         status = join_statuses(statuses, y)
         return (x, status) if return_status else reported(x, status, type(self).__name__, solver.on_failure)
 

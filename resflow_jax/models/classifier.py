@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from resflow_jax.functional.checks import as_float_batch, check_key, check_type
+from resflow_jax.functional.checks import as_float_batch, check_flag, check_key, check_type
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.primitives.tracing import run
 from resflow_jax.layers.bijector import Bijector, Shape, own_condition
@@ -136,6 +136,8 @@ class Classifier(Flow):
           >>> log_prob.shape, logits.shape
           ((5,), (5, 3))
         """
+        check_flag("return_diagnostics", return_diagnostics)
+        check_flag("return_logits", return_logits)
         z, log_prob, *found = super().forward_and_log_prob(
             x, condition=condition, key=key, estimator=estimator, return_diagnostics=return_diagnostics
         )

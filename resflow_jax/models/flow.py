@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import as_float_batch, as_sequence, as_shape, check_key, check_type
+from resflow_jax.functional.checks import as_float_batch, as_sequence, as_shape, check_flag, check_key, check_type
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import check_solver, reported
@@ -190,8 +190,7 @@ class Flow(FlowSampling, FlowUpkeep):
             if x is concrete (not traced), for values that are not finite or that lie outside the domain of f, as the
             interval of a logit. Traced values outside give NaN.
         """
-        z, log_det, diagnostics = self._estimated(_forward, x, condition, key, estimator)
-        return (z, log_det, diagnostics) if return_diagnostics else (z, log_det)
+        return self._estimated(_forward, x, condition, key, estimator, return_diagnostics)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         """Maps x [B, *event_shape] to z [B, *latent_shape], without the log-det; padding appends the mean of its noise.
@@ -290,6 +289,7 @@ class Flow(FlowSampling, FlowUpkeep):
             none.
           InverseError: from an eager call, if a solve did not converge and solver.on_failure is "raise".
         """
+        check_flag("return_status", return_status)
         z = as_float_batch("z", z, self.latent_shape)
         check_solver(solver)
         own = self._condition(condition, z.shape[:1])
@@ -326,8 +326,8 @@ class Flow(FlowSampling, FlowUpkeep):
           >>> np.allclose(flow.log_prob(jnp.zeros((3, 2))), -np.log(2 * np.pi))
           True
         """
-        log_prob, diagnostics = self._estimated(_log_prob, x, condition, key, estimator)
-        return (log_prob, diagnostics) if return_diagnostics else log_prob
+        found = self._estimated(_log_prob, x, condition, key, estimator, return_diagnostics)
+        return found if return_diagnostics else found[0]
 
     def forward_and_log_prob(
         self,
@@ -352,16 +352,16 @@ class Flow(FlowSampling, FlowUpkeep):
           >>> z.shape, log_prob.shape
           ((3, 2), (3,))
         """
-        z, log_prob, diagnostics = self._estimated(_forward_and_log_prob, x, condition, key, estimator)
-        return (z, log_prob, diagnostics) if return_diagnostics else (z, log_prob)
+        return self._estimated(_forward_and_log_prob, x, condition, key, estimator, return_diagnostics)
 
-    def _estimated(self, function: Callable[..., Any], x: Any, condition: Any, key: Any, estimator: Any) -> Any:
-        """function(graphdef, state, x, key, estimator, condition) of checked arguments, as one compiled program."""
+    def _estimated(self, function: Callable, x: Any, condition: Any, key: Any, estimator: Any, diagnosed: bool) -> Any:
+        """function(graphdef, state, x, key, estimator, condition), compiled; its last value only if `diagnosed`."""
+        check_flag("return_diagnostics", diagnosed)
         check_key("key", key, optional=True)
         estimator = checked_estimator(estimator, self.blocks)
         with self._checked_input(x, condition) as (x, condition):
             graphdef, state = nnx.split(self)
-            return run(function, (graphdef,), state, x, key, estimator, condition)
+            return run(function, (graphdef,), state, x, key, estimator, condition)[: None if diagnosed else -1]
 
     def base_log_prob(self, z: Array, condition: Array | None = None) -> Array:
         """log p_base(z | c) [B] in nats of z [B, *latent_shape]; condition as in `forward`. No contraction is

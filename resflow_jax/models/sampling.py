@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import as_float_batch, check_count, check_key, check_scalar
+from resflow_jax.functional.checks import as_float_batch, check_count, check_flag, check_key, check_scalar
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import check_solver, reported
@@ -77,6 +77,7 @@ class FlowSampling(Module):
           >>> flow.sample(jax.random.key(0), (3, 4)).shape
           (3, 4, 2)
         """
+        check_flag("return_status", return_status)
         self._require_density()
         check_key("key", key)
         check_scalar("temperature", temperature)
@@ -136,6 +137,7 @@ class FlowSampling(Module):
           >>> np.allclose(log_prob, flow.log_prob(x))
           True
         """
+        check_flag("return_diagnostics", return_diagnostics)
         self._require_density()
         check_key("key", key)
         shape, num_samples = _sample_shape(shape)
@@ -184,6 +186,8 @@ class FlowSampling(Module):
             that pads x, since its log p needs noise, and for a flow with layers that have no log-det.
           InverseError: as `inverse`.
         """
+        check_flag("return_diagnostics", return_diagnostics)
+        check_flag("return_status", return_status)
         found = self._solution(z, condition, key, estimator, solver)
         result = found.x, found.log_prob
         if not return_status:

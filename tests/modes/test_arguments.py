@@ -52,9 +52,9 @@ OTHERS = {
     "rf.Base.log_prob": "of the interface",
     "rf.Base.sample": "of the interface",
 }
-# Arguments that take anything: trees of parameters, flags by their truth, and what other settings make unused.
+# Arguments that take anything: trees of parameters, and what other settings make unused.
 ANYTHING = {
-    *("params", "return_diagnostics", "return_status", "return_logits", "progress", "tree", "ax"),
+    *("params", "tree", "ax"),
     *(
         "rf.Affine rngs",
         "rf.DiagonalNormal rngs",

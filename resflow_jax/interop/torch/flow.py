@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.checks import check_choice, check_count, check_flags
+from resflow_jax.functional.checks import check_choice, check_count, check_flag, check_flags
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.interop.torch.classifier import Classifier
 from resflow_jax.interop.torch.couplings import coupling_bijector
@@ -145,11 +145,13 @@ class TorchFlow(ResidualFlow):
         Raises:
           ValueError: as `forward`, and with `return_logits` for a flow whose config has no `classes`.
         """
+        check_flag("return_diagnostics", return_diagnostics)
+        check_flag("return_logits", return_logits)
         if not return_logits:
             options = {"condition": condition, "key": key, "estimator": estimator}
             return super().forward_and_log_prob(x, return_diagnostics=return_diagnostics, **options)
         self._check_classifier()
-        z, log_prob, diagnostics, logits = self._estimated(_forward_and_logits, x, condition, key, estimator)
+        z, log_prob, diagnostics, logits = self._estimated(_forward_and_logits, x, condition, key, estimator, True)
         return (z, log_prob, diagnostics, logits) if return_diagnostics else (z, log_prob, logits)
 
     def _check_classifier(self) -> None:
