@@ -83,7 +83,7 @@ class ActNorm(Bijector):
 
     def set_constants(self, center: Array, std: Array) -> None:
         """Replaces center and std, of the layer's `shape`, in place; the parameters change so that f stays the same."""
-        center, std = (as_float_array(*pair, self.shape) for pair in (("center", center), ("std", std)))
+        center, std = (as_float_array(*pair, self.center[...].shape) for pair in (("center", center), ("std", std)))
         # y is the same: (x - c) a + s = (x - c') a + s + (c' - c) a.
         self.shift[...] += (center - self.center[...]) * (jnp.exp(self.log_scale[...]) / self.std[...])
         self.log_scale[...] += jnp.log(std) - jnp.log(self.std[...])

@@ -13,22 +13,31 @@ from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.layers.module import Module
 
 LOW, HIGH = [0, -np.inf, -1], [np.inf, np.inf, 1.0]
-ABSTRACT = {"Base", "Bijector", "Contraction", "Flow", "ResidualFlow", "ResNetClassifier"}
+ABSTRACT = {"Base", "Bijector", "Contraction", "Coupling", "Flow", "ResidualFlow", "ResNetClassifier"}
+# Their files have their config.
+ABSTRACT |= {"AutoregressiveFlow", "ContinuousFlow", "CouplingFlow"}
 
 
 def step(rngs):
     return rf.Chain([rf.InvertibleLinear(2, rngs=rngs), rf.ActNorm((2,))])
 
 
+MLP = rf.MLPConditioner((4,), "tanh")
+
 # An object of every class, with arguments that are not the default.
 MAKERS = {
     "ActNorm": lambda rngs: rf.ActNorm((3,)),
+    "AdditiveCoupling": lambda rngs: rf.AdditiveCoupling((4,), MLP, np.arange(4) < 1, True, 2, rngs=rngs),
+    "AffineCoupling": lambda rngs: rf.AffineCoupling((4,), MLP, flipped=True, scale="sigmoid", rngs=rngs),
     "Affine": lambda rngs: rf.Affine((3,), condition_dim=2, rngs=rngs),
     "Bounded": lambda rngs: rf.Bounded(LOW, HIGH, alpha=1e-3, one_sided="softplus"),
     "Chain": lambda rngs: rf.Chain([rf.ActNorm((4,)), rf.Reshape((4,), (2, 2))]),
     "ChannelPadding": lambda rngs: rf.ChannelPadding(2, "gaussian", 0.5, 0.1),
     "Classifier": lambda rngs: rf.Classifier(
         rf.ZeroPadding(1), rf.PooledHead((4,), 3, rngs=rngs), rf.DiagonalNormal((4,)), event_shape=(3,)
+    ),
+    "ContinuousBlock": lambda rngs: rf.ContinuousBlock(
+        rf.VelocityField((3,), MLP, 2, rngs=rngs), time=0.5, tolerance=1e-3, max_steps=20, adjoint="direct"
     ),
     "DenseNet": lambda rngs: rf.DenseNet(
         (4, 4, 2), 2, 4, first=4, kernel=1, padding="periodic", condition_dim=2, activation="tanh", rngs=rngs
@@ -54,6 +63,12 @@ MAKERS = {
         rngs=rngs,
     ),
     "Logit": lambda rngs: rf.Logit(1e-3, -1.0, [1.0, 2.0]),
+    "MaskedAutoregressive": lambda rngs: rf.MaskedAutoregressive(
+        3, (4,), condition_dim=2, activation="tanh", rngs=rngs
+    ),
+    "MixtureCoupling": lambda rngs: rf.MixtureCoupling(
+        (2, 2, 1), rf.CNNConditioner((4,), (3, 1)), "checkerboard", components=2, rngs=rngs
+    ),
     "MixtureOfNormals": lambda rngs: rf.MixtureOfNormals(2, (3,), condition_dim=2, rngs=rngs),
     "MovingBatchNorm": lambda rngs: rf.MovingBatchNorm((3,), 0.2, 1e-3),
     "MovingCentering": lambda rngs: rf.MovingCentering((3,), 0.2),
@@ -65,6 +80,9 @@ MAKERS = {
     "ResidualBlock": lambda rngs: rf.ResidualBlock(rf.LipschitzMLP(3, (2,), rngs=rngs)),
     "ResidualStack": lambda rngs: rf.ResidualStack(step, 3, rngs=rngs),
     "Softplus": lambda rngs: rf.Softplus(),
+    "SplineCoupling": lambda rngs: rf.SplineCoupling(
+        (2, 2, 2), rf.ResNetConditioner(4, 1), bins=4, bound=2.0, rngs=rngs
+    ),
     "Squeeze": lambda rngs: rf.Squeeze((2, 4, 1)),
     "StandardNormal": lambda rngs: rf.StandardNormal((3,)),
     "StridedBlock": lambda rngs: rf.StridedBlock(
@@ -73,6 +91,8 @@ MAKERS = {
     "UnconstrainedBlock": lambda rngs: rf.UnconstrainedBlock(
         (2, 4, 1), 2, activation="tanh", preactivation=False, rngs=rngs
     ),
+    "VariationalDequantization": lambda rngs: rf.VariationalDequantization((2, 2, 1), 1, 4, rngs=rngs),
+    "VelocityField": lambda rngs: rf.VelocityField((3,), MLP, 2, rngs=rngs),
     "ZeroPadding": lambda rngs: rf.ZeroPadding(2),
 }
 

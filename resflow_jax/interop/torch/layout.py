@@ -237,8 +237,8 @@ def _coupling(layer: Coupling, name: str, dropout: bool) -> list[Entry]:
         *window, size_in, size_out = linear.kernel.shape
         flat_in, flat_out = not window and n == 0, not window and n == last
         orders = [None] * len(window)
-        orders.append(channels_last(network.shape_in) if flat_in else None)
-        orders.append(channels_last(network.shape_out) if flat_out else None)
+        orders.append(partial(channels_last, network.shape_in) if flat_in else None)
+        orders.append(partial(channels_last, network.shape_out) if flat_out else None)
         shape, axes = (size_out, size_in, *window), (2, 3, 1, 0) if window else (1, 0)
         found.append(Entry(f"{where}.weight", shape, Transposed(linear.kernel, None, shape, axes, tuple(orders)), True))
         found.append(_vector(f"{where}.bias", linear.bias, None, size_out, orders[-1]))

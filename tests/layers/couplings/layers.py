@@ -25,7 +25,9 @@ class Network(nnx.Module):
 
 def stack(rngs):
     def step(rngs):
-        layers = [rf.AffineCoupling((5,), MLP, flipped=flipped, condition_dim=2, rngs=rngs) for flipped in (0, 1)]
+        layers = [
+            rf.AffineCoupling((5,), MLP, flipped=flipped, condition_dim=2, rngs=rngs) for flipped in (False, True)
+        ]
         return rf.Chain([rf.InvertibleLinear(5, rngs=rngs), *layers])
 
     return rf.ResidualStack(step, 2, rngs=rngs)
