@@ -18,7 +18,6 @@ from resflow_jax.functional.checks import (
     check_callable,
     check_count,
     check_finite,
-    check_flag,
     check_open_interval,
     check_positive,
     check_type,
@@ -132,7 +131,6 @@ def fit(
       >>> fitted.log_prob(x[:3], key=jax.random.key(1)).shape
       (3,)
     """
-    check_flag("progress", progress)
     check_type("flow", flow, Flow)
     if levels is not None:
         check_count("levels", levels, 1)
