@@ -1,6 +1,6 @@
 """`AutoregressiveFlow` and its config: MADE and masked autoregressive flows of vectors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flax import nnx
@@ -15,12 +15,12 @@ from resflow_jax.layers.residual import ResidualStack
 from resflow_jax.layers.shapes import Permutation
 from resflow_jax.models.groups import VectorTransform
 from resflow_jax.models.recipe import RecipeFlow, first_layers
-from resflow_jax.models.recipe_checks import check_shape_and_data
+from resflow_jax.models.recipe_checks import OfEvents, check_shape_and_data
 from resflow_jax.models.residual_flow import flow_from_config
 
 
 @dataclass(frozen=True)
-class AutoregressiveFlowConfig:
+class AutoregressiveFlowConfig(OfEvents):
     """Configuration of a flow of masked autoregressive layers on vectors [B, D].
 
     The presets are `made`, one layer with Gaussian conditionals, and `maf`, five layers with reversed orders between
@@ -68,15 +68,9 @@ class AutoregressiveFlowConfig:
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_flags(self)
 
-    @property
-    def dim(self) -> int:
-        """D, the number of elements of one x."""
-        return self.shape[0]
-
     def fitted(self, shape: tuple[int, ...]) -> "AutoregressiveFlowConfig":
         """The same settings for another number of elements."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return type(self)(**{**fields, "shape": shape})
+        return replace(self, shape=shape)
 
     @classmethod
     def made(cls, shape: tuple[int, ...], **settings: Any) -> "AutoregressiveFlowConfig":

@@ -16,7 +16,7 @@ from resflow_jax.layers.residual import ResidualStack
 from resflow_jax.layers.shapes import Flatten, Squeeze
 from resflow_jax.models.groups import ImageTransform, VectorTransform
 from resflow_jax.models.recipe import RecipeFlow, first_layers
-from resflow_jax.models.recipe_checks import as_event_shape, check_shape_and_data, halvings
+from resflow_jax.models.recipe_checks import OfEvents, as_event_shape, check_shape_and_data, halvings
 from resflow_jax.models.residual_flow import flow_from_config
 
 Network = MLPConditioner | CNNConditioner | ResNetConditioner
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class ContinuousFlowConfig:
+class ContinuousFlowConfig(OfEvents):
     """Configuration of a continuous flow, on vectors [B, D] or images [B, H, W, C] with values in [0, 1].
 
     The preset `ffjord` is for either; its arguments are the shape and any fields that are to replace the preset's.
@@ -87,19 +87,6 @@ class ContinuousFlowConfig:
         if halvings(self.shape, self.squeezes) < self.squeezes:
             expected = f"height and width divisible by {2**self.squeezes}, for {self.squeezes} squeezes"
             raise ValueError(f"shape: expected {expected}, got {self.shape}")
-
-    @property
-    def dim(self) -> int:
-        """D, the number of elements of one x."""
-        size = 1
-        for side in self.shape:
-            size *= side
-        return size
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether the layers act on vectors."""
-        return len(self.shape) == 1 or isinstance(self.conditioner, MLPConditioner)
 
     def fitted(self, shape: Shape) -> "ContinuousFlowConfig":
         """The same settings for events of another shape, with as many squeezes as its sides allow."""

@@ -7,7 +7,7 @@ from resflow_jax.functional.checks import check_choice, check_count, check_flags
 from resflow_jax.layers.couplings.affine import SCALES, Scale
 from resflow_jax.layers.couplings.conditioners import CNNConditioner, MLPConditioner, ResNetConditioner
 from resflow_jax.models.groups import Dequantization, ImageTransform, VectorTransform
-from resflow_jax.models.recipe_checks import as_event_shape, check_shape_and_data, halvings
+from resflow_jax.models.recipe_checks import OfEvents, as_event_shape, check_shape_and_data, halvings
 
 CouplingName = Literal["additive", "affine", "spline", "mixture"]
 COUPLINGS = get_args(CouplingName)
@@ -47,7 +47,7 @@ class CouplingScales:
 
 
 @dataclass(frozen=True)
-class CouplingFlowConfig:
+class CouplingFlowConfig(OfEvents):
     """Configuration of a flow of coupling layers, on vectors [B, D] or images [B, H, W, C] with values in [0, 1].
 
     The presets `nice`, `real_nvp`, `glow`, `flow_pp` and `neural_spline` are the flows of the papers, at sizes for
@@ -133,19 +133,6 @@ class CouplingFlowConfig:
             raise ValueError(
                 f"scales.last: expected 0 where the last scale has one pixel, got {self.scales.last} for {self.shape}"
             )
-
-    @property
-    def dim(self) -> int:
-        """D, the number of elements of one x."""
-        size = 1
-        for side in self.shape:
-            size *= side
-        return size
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether the layers act on vectors."""
-        return len(self.shape) == 1 or isinstance(self.conditioner, MLPConditioner)
 
     def fitted(self, shape: Shape) -> "CouplingFlowConfig":
         """The same settings for events of another shape, with as many squeezes as its sides allow."""

@@ -1,9 +1,27 @@
-"""Checks that the configs of the other recipes share."""
+"""What the configs of the other recipes share: checks, and what follows from the shape of their events."""
 
+import math
 from typing import Any
 
 from resflow_jax.functional.checks import as_shape, check_count, check_type
+from resflow_jax.layers.couplings.conditioners import MLPConditioner
 from resflow_jax.models.groups import ImageTransform, VectorTransform
+
+
+class OfEvents:
+    """Base of a frozen config that has `shape`, the shape of one x: (D,) or (H, W, C)."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def dim(self) -> int:
+        """D, the number of elements of one x."""
+        return math.prod(self.shape)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the layers act on vectors."""
+        return len(self.shape) == 1 or isinstance(self.conditioner, MLPConditioner)
 
 
 def check_shape_and_data(config: Any) -> None:
