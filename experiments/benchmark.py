@@ -1,11 +1,13 @@
 """Times training, evaluation, sampling and compilation, and compares with normflows.
 
     python -m experiments.benchmark [--cases 28x28 32x32] [--rounds N] [--workdir DIR] [--profile DIR]
+    python -m experiments.benchmark --cases cifar10 --competitors "resflow_jax plain" authors --authors CHECKOUT
 
 Each competitor runs in its own process, which is idle while another is measured. Rounds alternate between competitors,
 on the same images with the same weights and the papers' estimator: in training two exact terms and Poisson(2) further
 terms, in evaluation 20 and Poisson(2). Prints medians and ratios, and writes benchmark.json. normflows needs the extra
-`bench`; without it only the others are measured.
+`bench`; without it only the others are measured. The authors' PyTorch code is measured if `--authors` gives a checkout
+of https://github.com/rtqichen/residual-flows; its weights are its own. All use a GPU if there is one.
 
 The roofline is the time that the matrix products of a step would take at the measured speed of plain products, divided
 by the time of the step. `--profile` writes a trace of three training steps of each case for TensorBoard or Perfetto
@@ -28,7 +30,7 @@ import numpy as np
 
 from experiments.runs.command import Command, Output
 from experiments.runs.workdir import write_atomically
-from experiments.studies.parts.competitors import CASES, COMPETITORS
+from experiments.studies.parts.competitors import CASES, COMPETITORS, PEERS
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.functional.primitives.platforms import number_of_cores
 from resflow_jax.training.parallel import STRATEGIES, Strategy
@@ -43,7 +45,9 @@ class BenchmarkConfig:
     Attributes:
       cases: names in `experiments.studies.parts.competitors.CASES`.
       competitors: any of "resflow_jax" (with a device a core and the flags of the experiments), "resflow_jax plain" (a
-        plain script: one device, no flags), "resflow_jax bfloat16" and "normflows"; the last is the reference.
+        plain script: one device, no flags), "resflow_jax bfloat16", "authors" and "normflows"; the last is the
+        reference.
+      authors: directory with a checkout of the authors' PyTorch code; without it they are left out.
       rounds: number of alternating rounds; every table entry is a median over them.
       steps: training steps per round.
       compilation: also compile the CIFAR-10 step of the papers, cold and from the cache, and report its memory.
@@ -54,6 +58,7 @@ class BenchmarkConfig:
 
     cases: tuple[str, ...] = ("28x28", "32x32")
     competitors: tuple[str, ...] = COMPETITORS
+    authors: Path | None = None
     rounds: int = 5
     steps: int = 3
     compilation: bool = True
@@ -74,8 +79,17 @@ class BenchmarkConfig:
 class Worker:
     """A competitor in its own process."""
 
-    def __init__(self, case: str, competitor: str, cache: Path | None = None, strategy: Strategy = "jit"):
-        environment = os.environ if cache is None else {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    def __init__(
+        self,
+        case: str,
+        competitor: str,
+        cache: Path | None = None,
+        strategy: Strategy = "jit",
+        authors: Path | None = None,
+    ):
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}  # workers share a GPU
+        if cache is not None:
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
         command = [
             sys.executable,
             "-W",
@@ -85,6 +99,7 @@ class Worker:
             case,
             competitor,
             strategy,
+            *(["--authors", str(authors)] if authors else []),
         ]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
@@ -151,8 +166,8 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
                 worker("profile", str(config.profile / case))
             print(f"traces of {case} in {config.profile / case}")
         return {}
-    competitors = [name for name in config.competitors if name != "normflows" or _has_peer()]
-    if len(competitors) < len(config.competitors):
+    competitors = [name for name in config.competitors if name not in PEERS or _has(name, config.authors)]
+    if "normflows" in config.competitors and "normflows" not in competitors:
         print("normflows is left out: it needs the extra bench, pip install -e '.[experiments,bench]'")
     if not competitors:
         raise ValueError(f"competitors: expected at least one that can be measured, got {config.competitors}")
@@ -160,7 +175,9 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"machine": machine(), "cases": {}}
     print(result["machine"])
     for case in config.cases:
-        result["cases"][case] = measure(case, competitors, config.rounds, config.steps, config.parallel)
+        result["cases"][case] = measure(
+            case, competitors, config.rounds, config.steps, config.parallel, config.authors
+        )
         print_case(case, result["cases"][case])
         write_atomically(config.workdir / "benchmark.json", json.dumps(result, indent=2) + "\n")
     if config.compilation:
@@ -171,16 +188,27 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """The name of the processor and its number of cores."""
+    """The name of the processor and its number of cores, and the accelerator that JAX uses, if any."""
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{number_of_cores()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+    name = names[0] if names else platform.processor() or platform.machine()
+    program = "import jax; print(len(jax.devices()), jax.devices()[0].device_kind, jax.__version__)"
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    number, *kind, version = answer.stdout.split()
+    accelerators = "" if kind == ["cpu"] else f", {number} {' '.join(kind)}"
+    return f"{number_of_cores()} cores of {name}{accelerators}, JAX {version}"
 
 
 def measure(
-    case: str, competitors: list[str], rounds: int, steps: int, strategy: Strategy = "jit"
+    case: str,
+    competitors: list[str],
+    rounds: int,
+    steps: int,
+    strategy: Strategy = "jit",
+    authors: Path | None = None,
 ) -> dict[str, dict[str, float]]:
     """Medians over alternating rounds, by competitor."""
-    workers = {name: Worker(case, name, strategy=strategy) for name in competitors}
+    workers = {name: Worker(case, name, strategy=strategy, authors=authors) for name in competitors}
     try:
         found: dict[str, dict[str, list[float]]] = {name: {} for name in competitors}
         tolerances = _tolerances(workers)
@@ -206,7 +234,7 @@ def _round(worker: Worker, name: str, steps: int, tolerance: str | None) -> dict
         "evaluate": [evaluate["seconds"]],
         "noise": [evaluate["noise"]],
     }
-    if name != "normflows":
+    if name not in PEERS:
         speed = worker("matmul")["flops_per_second"]
         values["matmul"] = [speed]
         values["roofline"] = [one["flops"] / speed / one["seconds"] for one in train]
@@ -221,14 +249,17 @@ def _round(worker: Worker, name: str, steps: int, tolerance: str | None) -> dict
 
 
 def _tolerances(workers: dict[str, Worker]) -> dict[str, str]:
-    """The loosest tolerance whose error is at most a hundredth of the peer's, or at most float32 rounding, 1e-6."""
-    if "normflows" not in workers or "resflow_jax" not in workers:
+    """The loosest tolerance whose error is at most a hundredth of a peer's, or at most float32 rounding, 1e-6."""
+    peers = [worker for name, worker in workers.items() if name in PEERS]
+    if not peers:
         return {}
-    goal = max(1e-6, workers["normflows"]("sample")["error"] / 100)
-    for tolerance in TOLERANCES:
-        if workers["resflow_jax"]("sample", tolerance)["error"] <= goal:
-            break
-    return {"resflow_jax": tolerance}
+    goal = max(1e-6, peers[-1]("sample")["error"] / 100)
+    found = {}
+    for name in set(workers) - {*PEERS, "resflow_jax bfloat16"}:
+        for found[name] in TOLERANCES:
+            if workers[name]("sample", found[name])["error"] <= goal:
+                break
+    return found
 
 
 def compilation() -> dict[str, float]:
@@ -299,8 +330,8 @@ def print_compilation(result: dict[str, float]) -> None:
     print(f"{'temporary memory':40}{deep / 1e6:.0f} MB; with 2-2-2 blocks {shallow / 1e6:.0f} MB")
 
 
-def _has_peer() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("torch", "normflows"))
+def _has(peer: str, authors: Path | None) -> bool:
+    return authors is not None if peer == "authors" else all(map(importlib.util.find_spec, ("torch", "normflows")))
 
 
 def _lines(path: str) -> list[str]:

@@ -104,7 +104,7 @@ def test_bad_series():
 
 def test_nobody_to_measure(monkeypatch, tmp_path):
     """An error says that the only competitor is not installed."""
-    monkeypatch.setattr(benchmark, "_has_peer", lambda: False)
+    monkeypatch.setattr(benchmark, "_has", lambda peer, authors: False)
     config = benchmark.BenchmarkConfig(("digits",), ("normflows",), 1, 1, False, tmp_path)
     with pytest.raises(ValueError, match="competitors: expected at least one that can be measured"):
         benchmark.run(config)

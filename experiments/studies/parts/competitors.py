@@ -1,6 +1,6 @@
 """The process that `experiments.benchmark` times: one case by one competitor.
 
-    python -m experiments.studies.parts.competitors CASE COMPETITOR [jit | shard_map | pmap]
+    python -m experiments.studies.parts.competitors CASE COMPETITOR [jit | shard_map | pmap] [--authors CHECKOUT]
 
 reads names of measures, one per line of standard input, and answers each by one line of JSON with seconds and further
 figures. `compile` needs no data and makes no arrays.
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -65,7 +66,8 @@ CASES = {
         ImageFlowConfig((32, 32, 3), blocks=(2, 2, 2), hidden_channels=512, data=ImageTransform(logit_alpha=0.05)), 64
     ),
 }
-COMPETITORS = ("resflow_jax", "resflow_jax plain", "resflow_jax bfloat16", "normflows")
+COMPETITORS = ("resflow_jax", "resflow_jax plain", "resflow_jax bfloat16", "authors", "normflows")
+PEERS = ("authors", "normflows")  # in PyTorch
 
 
 def photograph_crops(shape: tuple[int, int, int], number: int) -> np.ndarray:
@@ -194,7 +196,12 @@ class Ours:
 
     def matmul(self) -> dict[str, float]:
         """Operations per second of plain matrix products on all devices at once, the best of several shapes."""
-        return {"flops_per_second": max(_matmul_speed(self.mesh, *shape, self.case) for shape in MATMULS)}
+        shapes = MATMULS if jax.default_backend() == "cpu" else ACCELERATOR_MATMULS
+        return {"flops_per_second": max(_matmul_speed(self.mesh, *shape, self.case) for shape in shapes)}
+
+    def peak_bytes(self) -> int | None:
+        """The most memory of the accelerator that was in use; None on a CPU."""
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
     def profile(self, directory: str) -> dict[str, float]:
         """Writes a trace of three training steps for TensorBoard or Perfetto."""
@@ -244,6 +251,7 @@ class Plain(Ours):
 
 
 MATMULS = ((784, 128, 128), (1024, 512, 512), (2048, 2048, 2048))
+ACCELERATOR_MATMULS = (*MATMULS, (65536, 512, 512), (8192, 8192, 8192))
 
 
 def _matmul_speed(mesh: jax.sharding.Mesh, rows: int, inner: int, columns: int, case: Case) -> float:
@@ -297,6 +305,10 @@ class Normflows:
         result = _timed(lambda: self._peer.samples(z))
         return {"seconds": result["seconds"], "error": float(np.max(np.abs(result["value"] - self._x)))}
 
+    def peak_bytes(self) -> int | None:
+        """The most memory of the GPU that was in use; None on a CPU."""
+        return self._peer.peak_bytes()
+
 
 def _deviation(a: np.ndarray, b: np.ndarray) -> float:
     """Standard deviation of an estimate of an image's log p, from two estimates of every image."""
@@ -309,11 +321,16 @@ def _timed(function: Callable[[], Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "value": value}
 
 
-def make_competitor(case: Case, name: str, strategy: Strategy = "jit") -> Ours | Normflows:
-    """One of `COMPETITORS`."""
+def make_competitor(case: Case, name: str, strategy: Strategy = "jit", authors: Path | None = None) -> Any:
+    """One of `COMPETITORS`; `authors` is a checkout of the authors' repository."""
     match name:
         case "normflows":
             return Normflows(case)
+        case "authors":
+            from experiments.studies.parts.authors import Authors
+
+            images = photograph_crops(case.config.shape, case.batch_size)
+            return Authors(case.config, images, authors, LEARNING_RATE, CLIP)
         case "resflow_jax plain":
             return Plain(case)
         case "resflow_jax bfloat16":
@@ -331,6 +348,7 @@ def main() -> None:
     parser.add_argument("case", choices=CASES)
     parser.add_argument("competitor", choices=COMPETITORS)
     parser.add_argument("strategy", choices=STRATEGIES, nargs="?", default="jit")
+    parser.add_argument("--authors", type=Path)
     given = parser.parse_args()
     answers, sys.stdout = sys.stdout, sys.stderr
     case, name = CASES[given.case], given.competitor
@@ -344,9 +362,10 @@ def main() -> None:
         if measure == "compile":
             answer = compile_step(case)
         else:
-            competitor = make_competitor(case, name, given.strategy) if competitor is None else competitor
+            competitor = competitor or make_competitor(case, name, given.strategy, given.authors)
             answer = getattr(competitor, measure)(*arguments)
-        answer["peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        device = competitor and competitor.peak_bytes()
+        answer["peak_bytes"] = device or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -47,7 +47,8 @@ from resflow_jax.layers.shapes import Flatten, Squeeze
 class Peer:
     """A flow of normflows on NumPy arrays in the layout of `ResidualFlow`: x [B, H, W, C], z [B, D].
 
-    All methods but `train_step` compute no gradients. They use PyTorch's default number of threads.
+    All methods but `train_step` compute no gradients. They use PyTorch's default number of threads, or a GPU if PyTorch
+    sees one.
 
     Attributes:
       model: the `normflows.NormalizingFlow`; its flows map z to x, in the order of sampling.
@@ -55,7 +56,8 @@ class Peer:
 
     def __init__(self, model: nf.NormalizingFlow, dtype: np.dtype):
         self._dtype = torch.from_numpy(np.zeros((), dtype)).dtype
-        self.model = model.to(self._dtype).eval()
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model.to(self._device, self._dtype).eval()
 
     def samples(self, z: np.ndarray) -> np.ndarray:
         """x with f(x) = z, by the fixed-point iterations alone.
@@ -76,7 +78,7 @@ class Peer:
             for flow in self.model.flows:
                 x, log_det = flow(x)
                 log_prob = log_prob - log_det
-        return _channels_last(x.detach()), log_prob.numpy()
+        return _channels_last(x.detach()), log_prob.cpu().numpy()
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """z = f(x), without the log-det."""
@@ -84,12 +86,12 @@ class Peer:
             z = self._images(x)
             for flow in reversed(self.model.flows):
                 z = flow.iresblock.forward(z) if isinstance(flow, nf.flows.Residual) else flow.inverse(z)[0]
-        return z.numpy()
+        return z.cpu().numpy()
 
     def log_prob(self, x: np.ndarray) -> np.ndarray:
         """Estimates of log p(x) [B] with 20 terms and a roulette."""
         with torch.no_grad():
-            return self.model.eval().log_prob(self._images(x)).detach().numpy()
+            return self.model.eval().log_prob(self._images(x)).detach().cpu().numpy()
 
     def start_training(self, learning_rate: float, clip: float) -> None:
         """Makes the Adam optimiser of `train_step`."""
@@ -107,11 +109,15 @@ class Peer:
         nf.utils.update_lipschitz(self.model, 5)
         return float(loss.detach())
 
+    def peak_bytes(self) -> int | None:
+        """The most memory of the GPU that was in use; None on a CPU."""
+        return torch.cuda.max_memory_allocated() if self._device == "cuda" else None
+
     def _images(self, x: np.ndarray) -> torch.Tensor:
         return self._tensor(x).permute(0, 3, 1, 2).contiguous()
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.tensor(np.asarray(array), dtype=self._dtype)
+        return torch.tensor(np.asarray(array), dtype=self._dtype, device=self._device)
 
 
 def normflows_from(flow: ResidualFlow, *, papers: bool = False) -> Peer:
@@ -233,4 +239,4 @@ class _Flatten(nf.flows.Flow):
 
 
 def _channels_last(x: torch.Tensor) -> np.ndarray:
-    return x.permute(0, 2, 3, 1).numpy()
+    return x.permute(0, 2, 3, 1).cpu().numpy()
