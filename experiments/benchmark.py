@@ -175,9 +175,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"machine": machine(), "cases": {}}
     print(result["machine"])
     for case in config.cases:
-        result["cases"][case] = measure(
-            case, competitors, config.rounds, config.steps, config.parallel, config.authors
-        )
+        result["cases"][case] = measure(case, competitors, config.rounds, config.steps, config.parallel, config.authors)
         print_case(case, result["cases"][case])
         write_atomically(config.workdir / "benchmark.json", json.dumps(result, indent=2) + "\n")
     if config.compilation:

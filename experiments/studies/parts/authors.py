@@ -44,7 +44,7 @@ class Authors:
         torch.manual_seed(0)
         np.random.seed(0)
         x = torch.tensor((images.transpose(0, 3, 1, 2) + 0.5) / 256, dtype=torch.float32)
-        self._x = x.to(self._device)
+        self._x = x.contiguous().to(self._device)
         self._model, self._normed = _model(config, tuple(x.shape), checkout)
         self._model.to(self._device)
         self._model(self._x, 0)  # sets the ActNorms

@@ -222,6 +222,23 @@ def test_lowering_of_any_grid_per_platform(size, padding):
         assert exported.count("stablehlo.convolution") >= 3 and "stablehlo.dot_general" not in exported
 
 
+@pytest.mark.parametrize(("channels", "convolutions"), [((2, 18), 0), ((18, 2), 0), ((2, 17), 3), ((4, 4), 3)])
+def test_a_gpu_takes_products_for_thin_sides(channels, convolutions):
+    """If all taps of one side are no more channels than the other has; else value and gradients are convolutions."""
+    x, kernel = jnp.ones((1, 4, 4, channels[0])), jnp.ones((3, 3, *channels))
+    loss = jax.jit(jax.value_and_grad(lambda x, kernel: jnp.sum(conv2d(x, kernel) ** 2), (0, 1)))
+    text = loss.trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.convolution") == convolutions
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_a_kernel_for_each_example_gives_products(platform):
+    """vmap over kernels lowers to no grouped convolution on any platform."""
+    x, kernels = jnp.ones((2, 1, 4, 4, 3)), jnp.ones((2, 3, 3, 3, 3))
+    loss = jax.jit(jax.grad(lambda x, kernels: jnp.sum(jax.vmap(conv2d)(x, kernels) ** 2), (0, 1)))
+    assert "stablehlo.convolution" not in loss.trace(x, kernels).lower(lowering_platforms=(platform,)).as_text()
+
+
 def test_without_jit():
     """Eager calls under jax.disable_jit, and with a watch for leaked tracers."""
     x, kernel = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 1))), jnp.ones((5, 1, 1))
