@@ -23,8 +23,8 @@ class Authors:
     """Times the authors' code on one batch.
 
     Args:
-      config: a flow of LipSwish convolutions; only shape, blocks, hidden_channels, kernels, coefficient and the alpha of
-        the logit may differ from the defaults.
+      config: a flow of LipSwish convolutions. Its shape, blocks, hidden_channels, kernels, coefficient and the alpha of
+        its logit are taken over; other settings must be the defaults.
       images: integers with 256 levels [B, H, W, C].
       checkout: directory of the authors' repository.
       learning_rate: that of Adam.
