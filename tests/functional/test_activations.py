@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from resflow_jax.functional.activations import ACTIVATIONS, clipswish, get_activation, lipschitz_cube, lipswish, maxmin
+from resflow_jax.functional.primitives.platforms import compiling_for
 from tests.functional.contractions import check_two_orders
 
 GRID = jnp.linspace(-60.0, 60.0, 240_001)
@@ -209,3 +210,16 @@ def test_closed_form_derivatives_of_lipswish(beta):
     for found, expected in zip(derivatives(lipswish), derivatives(formula), strict=True):
         found, expected = (jax.jit(jax.vmap(f, (0, None)))(x, beta) for f in (found, expected))
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_gpu_sums_the_gradient_in_beta():
+    """The gradient for a beta of each channel is a matrix product on a CPU and a sum on a GPU, and the same."""
+    x, params = jnp.linspace(-3, 3, 24).reshape(2, 4, 3), {"beta": jnp.asarray(0.3)}
+    programs, found = [], []
+    for platform in ("cpu", "gpu"):
+        with compiling_for(platform):
+            gradient = jax.grad(lambda params: jnp.sum(jnp.cos(ACTIVATIONS["lipswish"](params, x))))
+            programs.append(str(jax.make_jaxpr(gradient)(params)))
+            found.append(gradient(params)["beta"])
+    assert "dot_general" in programs[0] and "dot_general" not in programs[1]
+    np.testing.assert_allclose(*found, rtol=1e-14)
