@@ -41,6 +41,7 @@ from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, N
 from resflow_jax.layers.padding import ChannelPadding, ZeroPadding
 from resflow_jax.layers.positive import Exp, Softplus
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
+from resflow_jax.layers.reversible import make_reversible
 from resflow_jax.layers.shapes import Flatten, Permutation, Reshape, Squeeze
 from resflow_jax.layers.unconstrained import StridedBlock, UnconstrainedBlock
 from resflow_jax.models.autoregressive_flow import AutoregressiveFlow, AutoregressiveFlowConfig
@@ -198,6 +199,7 @@ __all__ = [
     "interop",
     "load",
     "load_torch_checkpoint",
+    "make_reversible",
     "plot",
     "power_iteration",
     "residual",

@@ -82,6 +82,8 @@ class OptimizerConfig:
       clip: maximum global norm of the gradient (bits/dim per unit of parameter).
       accumulate: number of batches whose gradients are averaged for one update.
       ema_decay: decay per update of the moving average of the parameters that evaluation uses.
+      reversible: whether gradients recompute the inputs of stacked blocks by the inverse, which saves memory and costs
+        time, see `rf.make_reversible`.
     """
 
     name: OptimizerName = "adam"
@@ -95,6 +97,7 @@ class OptimizerConfig:
     clip: float = 1.0
     accumulate: int = 1
     ema_decay: float = 0.995
+    reversible: bool = False
 
     def __post_init__(self):
         check_choice("name", self.name, OPTIMIZERS)

@@ -4,7 +4,7 @@ from flax import nnx
 
 from experiments.configs.base import RunConfig
 from experiments.runs.tasks.task import Task
-from resflow_jax import ResidualFlow
+from resflow_jax import ResidualFlow, make_reversible
 from resflow_jax.models.least_arrays import abstract_flow, check_numbers
 from resflow_jax.models.residual_flow import flow_from_config
 from resflow_jax.training.parallel import make_mesh
@@ -18,6 +18,8 @@ def set_up(task: Task) -> tuple[Trainer, TrainState]:
     _check_size(config)
     flow = flow_from_config(config.model, rngs=nnx.Rngs(config.seed))
     flow.initialize(task.initial())
+    if config.optimizer.reversible:
+        make_reversible(flow)
     optimizer = config.optimizer.build(config.steps)
     trainer = Trainer(nnx.split(flow)[0], task.loss, optimizer, config.optimizer.ema_decay, config.optimizer.accumulate)
     state = trainer.create_state(flow, config.estimator)

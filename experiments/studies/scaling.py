@@ -1,6 +1,7 @@
 """Growth of time and memory of a step with depth, width, batch and image size.
 
     python -m experiments.studies.scaling [--workdir DIR]
+    python -m experiments.studies.scaling --series depth --depths 16 64 256 [--reversible]
 
 The study starts from one small flow and doubles one setting at a time, repeatedly. An exponent is the slope of a
 straight line fitted to the logarithms. Prints the table and writes scaling.json and scaling.png. It takes about 3
@@ -20,7 +21,7 @@ from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
 from experiments.runs.workdir import write_atomically
 from experiments.studies.parts.competitors import CASES, Case, Ours
-from resflow_jax import DenseTail, ImageFlowConfig
+from resflow_jax import DenseTail, ImageFlowConfig, make_reversible
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.parallel import STRATEGIES, Strategy
 
@@ -53,6 +54,8 @@ class ScalingConfig:
       steps: number of timed steps for each value; the median is reported.
       series: settings to vary.
       length: number of values of each setting, at least 2.
+      depths: numbers of blocks that the series "depth" takes.
+      reversible: whether gradients recompute the inputs of blocks, see `rf.make_reversible`.
       workdir: directory that scaling.json and scaling.png are written to.
       parallel: how a step is divided among cores, as in `experiments.density`.
       small: whether to use the flow of `--tiny`.
@@ -61,6 +64,8 @@ class ScalingConfig:
     steps: int = 7
     series: tuple[str, ...] = tuple(SERIES)
     length: int = 4
+    depths: tuple[int, ...] = SERIES["depth"]
+    reversible: bool = False
     workdir: Path = Path("runs/scaling")
     parallel: Strategy = "jit"
     small: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
@@ -71,6 +76,10 @@ class ScalingConfig:
         for name in self.series:
             check_choice("series", name, tuple(SERIES))
         check_count("length", self.length, 2)
+        for depth in self.depths:
+            check_count("depths", depth, 1)
+        if len(set(self.depths)) < 2:
+            raise ValueError(f"depths: expected two different numbers or more, got {self.depths}")
 
 
 def tiny(config: ScalingConfig) -> ScalingConfig:
@@ -101,8 +110,9 @@ def run(config: ScalingConfig) -> dict[str, dict[str, list[float]]]:
     result, base = {}, CASES["tiny"] if config.small else BASE
     print(f"{'':8}{'value':>8}{'ms a step':>12}{'MB a device':>14}")
     for name in config.series:
-        values = SERIES[name][: config.length]
-        found = [measure(varied(name, value, base), config.steps, config.parallel) for value in values]
+        values = (config.depths if name == "depth" else SERIES[name])[: config.length]
+        options = config.steps, config.parallel, config.reversible
+        found = [measure(varied(name, value, base), *options) for value in values]
         for value, (seconds, size) in zip(values, found, strict=True):
             print(f"{name:8}{value:8}{1e3 * seconds:12.1f}{size / 1e6:14.2f}", flush=True)
         seconds, sizes = (list(column) for column in zip(*found, strict=True))
@@ -116,9 +126,11 @@ def run(config: ScalingConfig) -> dict[str, dict[str, list[float]]]:
     return result
 
 
-def measure(case: Case, steps: int, strategy: Strategy = "jit") -> tuple[float, float]:
+def measure(case: Case, steps: int, strategy: Strategy = "jit", reversible: bool = False) -> tuple[float, float]:
     """Median seconds of a training step, and its temporary memory in bytes per device."""
     ours = Ours(case, strategy)
+    if reversible:
+        make_reversible(ours.flow)
     ours.train()
     seconds = float(np.median([ours.train()["seconds"] for _ in range(steps)]))
     return seconds, float(ours.step.memory_analysis().temp_size_in_bytes)

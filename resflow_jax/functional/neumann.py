@@ -10,12 +10,9 @@ The loop that computes w also computes the value, which is itself an unbiased es
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from resflow_jax.functional.batch_axes import shared_and_example_keys, sum_alike
 from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chunks
@@ -23,6 +20,7 @@ from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.primitives.derivatives import forward_only, reverse_only
 from resflow_jax.functional.probes import draw_seeds, make_probes
 from resflow_jax.functional.term_sums import draw_plan, repeat, sum_terms, with_log_det
+from resflow_jax.functional.trees import combine, float0, mapped_with, partition, zero_cotangents
 
 Array = jax.Array
 
@@ -43,7 +41,7 @@ def neumann_estimate(g, prepare, estimator, args, chunks, key):
     # Under vmap, custom_vjp sums the cotangents of an output over the lanes if that output is not mapped. But log_det
     # may be mapped (by the key) where y is not. So y is mapped wherever log_det is, here, and log_det wherever y is, in
     # `_forward`.
-    chunks = _mapped_with(chunks[0], (key, estimator)), *chunks[1:]
+    chunks = mapped_with(chunks[0], (key, estimator)), *chunks[1:]
     return _neumann(g, prepare, estimator, args, chunks, key, reverse_only((args, chunks)))
 
 
@@ -70,7 +68,7 @@ def _forward(g, prepare, estimator, args, chunks, key, token):
 
     keys = keys.reshape(*chunks[0].shape[:2], *keys.shape[1:])  # old-style keys are arrays of words
     y, log_det, w, norms, seeds = map_chunks(of_chunk, (chunks, keys))
-    log_det, w = forward_only((_mapped_with(log_det, y), w))
+    log_det, w = forward_only((mapped_with(log_det, y), w))
     diagnostics = Diagnostics.of(log_det, plan.length, jnp.mean(norms, axis=0))
     return (y, log_det, diagnostics), (estimator, args, chunks, seeds, w)
 
@@ -80,13 +78,13 @@ def _backward(g, prepare, kept, cotangents):
     params, prepared_over, closed_over = args
     y_bar, log_det_bar, _ = cotangents
     weights, pullback = jax.vjp(prepare, prepared_over, params)
-    differentiable, static = _partition((weights, closed_over))
-    floats, others = _partition(chunks)
+    differentiable, static = partition((weights, closed_over))
+    floats, others = partition(chunks)
 
     def value_and_product(differentiable, floats, others):
-        weights, closed_over = _combine(differentiable, static)
+        weights, closed_over = combine(differentiable, static)
         others, seeds = others
-        x, *condition = _combine(floats, others)
+        x, *condition = combine(floats, others)
         v = make_probes(estimator.probe, estimator.probes, seeds, x)
         x_repeated, *condition = repeat((x, *condition), estimator.probes)
         value, product = jax.jvp(lambda x: g(closed_over, weights, x, *condition), (x_repeated,), (v,))
@@ -97,44 +95,11 @@ def _backward(g, prepare, kept, cotangents):
     differentiable_bar, floats_bar = pullback_chunks(
         value_and_product, differentiable, floats, (others, seeds), (y_bar, w_bar)
     )
-    weights_bar, closed_over_bar = _combine(differentiable_bar, _float0(static))
-    x_bar, *condition_bar = _combine(floats_bar, _float0(others))
+    weights_bar, closed_over_bar = combine(differentiable_bar, float0(static))
+    x_bar, *condition_bar = combine(floats_bar, float0(others))
     prepared_over_bar, params_bar = pullback(weights_bar)
     args_bar = sum_alike((params_bar, prepared_over_bar, closed_over_bar), args)
-    return _zero_cotangents(estimator), args_bar, (x_bar + y_bar, *condition_bar), None, None
+    return zero_cotangents(estimator), args_bar, (x_bar + y_bar, *condition_bar), None, None
 
 
 _neumann.defvjp(_forward, _backward)
-
-
-def _mapped_with(x: Array, tree: Any) -> Array:
-    """x, mapped by every `jax.vmap` that maps an array of the tree. The compiled program does no work for it."""
-    for leaf in jax.tree.leaves(tree):
-        leaf = leaf if isinstance(leaf, Array) else jnp.asarray(leaf)
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        number = (jax.random.key_data(leaf) if is_key else leaf).reshape(-1)[0]
-        always = (number == number) | True
-        x = lax.select_n(always, lax.stop_gradient(x), x)  # XLA removes this operation
-    return x
-
-
-def _float0(tree):
-    """Cotangents for arrays that are not floats."""
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)
-
-
-def _zero_cotangents(tree):
-    differentiable, static = _partition(jax.tree.map(jnp.asarray, tree))
-    return _combine(jax.tree.map(jnp.zeros_like, differentiable), _float0(static))
-
-
-def _partition(tree):
-    """Two trees: the float leaves with None elsewhere, and the other leaves with None elsewhere."""
-    floats = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
-    differentiable = jax.tree.map(lambda leaf, is_float: leaf if is_float else None, tree, floats)
-    return differentiable, jax.tree.map(lambda leaf, is_float: None if is_float else leaf, tree, floats)
-
-
-def _combine(first, second):
-    """The tree whose two parts are the results of `_partition`."""
-    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)

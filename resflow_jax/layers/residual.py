@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import check_callable, check_count, check_open_interval, check_type
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import residual_inverse
 from resflow_jax.functional.logdet import residual
+from resflow_jax.functional.reversible import reversible_scan
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.functional.values import Domain
 from resflow_jax.layers.bijector import (
@@ -175,6 +177,9 @@ class ResidualStack(Bijector):
       depth: number of layers.
       rngs: gives every layer parameters of its own.
 
+    Attributes:
+      reversible: None, or a solver, which `rf.make_reversible` sets. Then gradients keep no layer's input.
+
     Randomness: a key is split among the layers. Cost: the sum over the layers.
 
     Raises:
@@ -193,6 +198,7 @@ class ResidualStack(Bijector):
         check_count("depth", depth, 1)
         check_type("rngs", rngs, nnx.Rngs)
         self.depth = depth
+        self.reversible: Solver | None = None
         with deferred_norms():
             self.steps = nnx.vmap(make_step)(rngs.split(depth))
         check_type("make_step", self.steps, Bijector)
@@ -254,15 +260,40 @@ class ResidualStack(Bijector):
         return keys, jax.tree.map(lambda rows: rows.reshape(self.depth, -1, *rows.shape[1:]), estimator)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        if self.reversible is not None:
+            return self._reversibly(lambda step, x, _, condition: (step(x, condition), [], []), x, None, condition)[0]
         return self._scan(lambda step, x, _: (step(x, condition), None), x)[0]
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
-        def body(step, x, inputs):
+        def apply(step, x, inputs, condition):
             x, log_det, diagnostics = step.estimate(x, *inputs, condition)
-            return x, (log_det, _joined(diagnostics))
+            return x, log_det, _joined(diagnostics)
 
-        x, (log_dets, diagnostics) = self._scan(body, x, self._inputs(key, estimator))
+        def body(step, x, inputs):
+            x, *rest = apply(step, x, inputs, condition)
+            return x, rest
+
+        inputs = self._inputs(key, estimator)
+        if self.reversible is not None:
+            x, log_dets, diagnostics = self._reversibly(apply, x, inputs, condition)
+        else:
+            x, (log_dets, diagnostics) = self._scan(body, x, inputs)
         return x, jnp.sum(log_dets, axis=0), _merged(diagnostics)
+
+    def _reversibly(self, apply, x: Array, inputs: Any, condition: Array | None) -> tuple[Array, Any, Any]:
+        """Scans apply(step, x, inputs, condition) -> (x, log_det, more); gradients recompute the input of each step."""
+        (graphdef, stacked), solver = nnx.split(self.steps), self.reversible
+
+        def apply_state(state, x, inputs, condition):
+            return apply(nnx.merge(graphdef, state), x, inputs, condition)
+
+        def invert(state, y, condition):
+            x, statuses = nnx.merge(graphdef, state).solve(y, solver, condition)
+            for status in statuses:
+                x = jnp.where(per_example(jnp.all(status.converged, axis=0), x), x, jnp.nan)
+            return x
+
+        return reversible_scan(apply_state, invert, stacked, x, inputs, condition)
 
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
         def body(step, y, _):

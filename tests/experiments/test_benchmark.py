@@ -100,6 +100,8 @@ def test_bad_series():
     """The error comes before anything is measured."""
     with pytest.raises(ValueError, match=r"series: expected one of depth, .*; got 'height'"):
         scaling.ScalingConfig(series=("height",))
+    with pytest.raises(ValueError, match=r"depths: expected two different numbers or more, got \(4, 4\)"):
+        scaling.ScalingConfig(depths=(4, 4))
 
 
 def test_nobody_to_measure(monkeypatch, tmp_path):
@@ -114,7 +116,8 @@ def test_exponents(monkeypatch, tmp_path):
     """Measurements that follow a power law give its exponents; a picture is written."""
     laws = {"depth": (1, 0), "width": (2, 1), "batch": (1, 0), "side": (2, 2)}
 
-    def measure(case, steps, strategy):
+    def measure(case, steps, strategy, reversible):
+        assert steps == 7 and not reversible
         config = case.config
         sizes = {
             "depth": config.blocks[0],

@@ -42,7 +42,7 @@ def image_flow():
 @cache
 def residual_flow():
     with deferred_norms():
-        return rf.ResidualFlow(rf.VectorFlowConfig(3, 1, (4,)), rngs=rngs())
+        return rf.ResidualFlow(rf.VectorFlowConfig(3, 2, (4,)), rngs=rngs())
 
 
 @cache
@@ -343,6 +343,7 @@ def _functions():
     yield rf, "induced_norm_bound", {"linear_map": MAP, "kernel": KERNEL, "domain": 2.0, "codomain": 2.0}
     yield rf, "spectral_norm_bound", {"linear_map": MAP, "kernel": KERNEL}
     yield rf, "load", {"path": Path("none"), "like": None}
+    yield rf, "make_reversible", {"flow": residual_flow(), "solver": None}
     yield rf, "load_torch_checkpoint", {"path": Path("none"), "weights": None, "norms": "stored"}
     yield rf, "save", {"path": Path("none"), "flow": flow()}
     yield rf, "save_torch_checkpoint", {"flow": residual_flow(), "path": Path("none"), "average": None}

@@ -1,0 +1,100 @@
+"""A scan of invertible layers whose gradient keeps no layer's input, and recomputes it from the layer's output.
+
+    forward:   x_1 -> x_2 -> ... -> x_(n+1);    kept: x_(n+1) and the layers
+    backward:  for n down to 1:  x_n = f_n^-1(x_(n+1)), then the vjp of f_n at x_n
+
+(Gomez et al. 2017, arXiv 1707.04585). The memory for activations does not depend on the number of layers; the time
+grows by an inverse and an evaluation of each layer. The gradient is that of a plain scan, up to the error of the
+inverses.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from resflow_jax.functional.batch_axes import vary_alike
+from resflow_jax.functional.trees import combine, float0, mapped_with, partition, zero_cotangents
+
+Array = jax.Array
+Apply = Callable[[Any, Array, Any, Any], tuple[Array, Array, Any]]
+Invert = Callable[[Any, Array, Any], Array]
+
+
+def reversible_scan(
+    apply: Apply, invert: Invert, layers: Any, x: Array, inputs: Any, shared: Any
+) -> tuple[Array, Array, Any]:
+    """Composes layers, as a scan that `jax.grad` runs backwards by their inverses.
+
+    It has first-order reverse mode, and forward mode over that; forward mode alone raises a TypeError.
+
+    Args:
+      apply: (layer, x, inputs of the layer, shared) -> (y like x, log_det [B] or a tree of such arrays, more); it must
+        close over no tracer.
+      invert: (layer, y, shared) -> x [B, ...], NaN for examples that are not found; it must have a derivative.
+      layers: tree of arrays with a leading axis of layers.
+      x: the first layer's input [B, ...].
+      inputs: tree of arrays with a leading axis of layers, for which there are no derivatives, as keys.
+      shared: tree of arrays that all layers take, as a condition.
+
+    Returns:
+      The last layer's output, log_dets [layers, B], and `more` with a leading axis of layers, without a derivative.
+    """
+    layers, x, shared = vary_alike(layers, x, shared)
+    x = mapped_with(x, (inputs, layers, shared))
+    return _scan(apply, invert, layers, x, inputs, shared)
+
+
+def _plain_scan(apply, layers, x, inputs, shared):
+    def body(x, of_layer):
+        layer, inputs = of_layer
+        y, log_det, more = apply(layer, x, inputs, shared)
+        return y, (jax.tree.map(lambda leaf: mapped_with(leaf, y), log_det), more)
+
+    y, (log_dets, more) = lax.scan(body, x, (layers, inputs))
+    return y, log_dets, jax.tree.map(lax.stop_gradient, more)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(apply, invert, layers, x, inputs, shared):
+    return _plain_scan(apply, layers, x, inputs, shared)
+
+
+def _forward(apply, invert, layers, x, inputs, shared):
+    out = _plain_scan(apply, layers, x, inputs, shared)
+    return out, (layers, out[0], inputs, shared)
+
+
+def _backward(apply, invert, kept, cotangents):
+    layers, y, inputs, shared = kept
+    y_bar, log_dets_bar, _ = cotangents
+    (layer_floats, layer_others), (shared_floats, shared_others) = partition(layers), partition(shared)
+
+    def body(carry, of_layer):
+        y, y_bar, shared_bar = carry
+        (floats, others), inputs, log_det_bar = of_layer
+        x = invert(combine(floats, others), y, shared)
+
+        def outputs(floats, x, shared_floats):
+            shared = combine(shared_floats, shared_others)
+            return apply(combine(floats, others), x, inputs, shared)[:2]
+
+        _, pullback = jax.vjp(outputs, floats, x, shared_floats)
+        floats_bar, x_bar, more_bar = pullback((y_bar, log_det_bar))
+        return (x, x_bar, jax.tree.map(jnp.add, shared_bar, more_bar)), floats_bar
+
+    first = y, y_bar, jax.tree.map(jnp.zeros_like, shared_floats)
+    of_layers = (layer_floats, layer_others), inputs, log_dets_bar
+    (_, x_bar, shared_bar), floats_bar = lax.scan(body, first, of_layers, reverse=True)
+    return (
+        combine(floats_bar, float0(layer_others)),
+        x_bar,
+        zero_cotangents(inputs),
+        combine(shared_bar, float0(shared_others)),
+    )
+
+
+_scan.defvjp(_forward, _backward)
