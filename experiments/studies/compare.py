@@ -19,8 +19,8 @@ compilation count, without a cache of compiled programs; imports, reading of dat
 All train alike: batches, clipping, Adam, and the moving average of the weights are those of the shipped config of the
 data. The learning rate rises over the first twentieth of the time for updates, and falls to 0 as half a cosine at its
 end. The averaged weights are validated twenty times, and the best of them are scored, so that all can stop early. For
-each model, two widths times two learning rates are tried first, for S minutes each with seed 0; those of least
-validation loss are used with all seeds. The test split is read once, at the end of a run.
+each model, two widths times two learning rates are tried first, each for S minutes of updates with seed 0, set-up not
+counted; those of least validation loss are used with all seeds. The test split is read once, at the end of a run.
 
 log p of the residual flow and of ffjord on images is an unbiased estimate, as in `experiments.density`. That of flow_pp
 on images is a lower bound, by its variational dequantisation. Failed and diverged runs stay in the table.

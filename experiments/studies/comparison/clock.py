@@ -2,7 +2,8 @@
 
 A run is one process on one core, with one thread of computation. On an idle core its CPU time is wall-clock time, and
 it does not count what other programs take. Building, initialisation on data and compilation count; imports, reading of
-data, validation and evaluation do not.
+data, validation and evaluation do not. Candidates of the search have their budget for updates alone: it is short, and
+compilation would leave little of it to tell settings apart.
 """
 
 import math
@@ -36,9 +37,14 @@ class Clock:
         """Seconds so far."""
         return self._before + (0.0 if self._began is None else self._now() - self._began)
 
-    def start_updates(self) -> None:
-        """Says that what has passed was the set-up, and that updates follow."""
+    def start_updates(self, *, set_up_counts: bool = True) -> None:
+        """Says that what has passed was the set-up, and that updates follow.
+
+        With `set_up_counts` the budget has to serve for both; else all of it is left for updates.
+        """
         self._start = self.elapsed
+        if not set_up_counts:
+            self.seconds += self._start
 
     @property
     def fraction(self) -> float:

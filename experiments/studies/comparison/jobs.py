@@ -22,7 +22,7 @@ class Job:
       data: name of the data set.
       model: name of the model.
       seed: random seed.
-      seconds: budget of CPU time.
+      seconds: budget of CPU time; of a candidate for updates alone, of a run with its set-up.
       width: factor on the widths of the networks.
       learning_rate: peak learning rate.
       is_search: whether it is a candidate, which never reads the test split.

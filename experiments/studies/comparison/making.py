@@ -36,7 +36,8 @@ def made(job: Job, data_dir: str | None = None) -> tuple[dict[str, Any], dict[st
             return float(task.sign * model.scores(examples, task.config.seed + 1, 1).mean())
 
     at_least = SMALL_STEPS if job.small else 0
-    trained = train(contender, batches_of(task), Clock(job.seconds), job.learning_rate, validate, at_least)
+    options = {"at_least": at_least, "set_up_counts": not job.is_search}
+    trained = train(contender, batches_of(task), Clock(job.seconds), job.learning_rate, validate, **options)
     result = {
         "error": None,
         "validation_loss": trained.loss,

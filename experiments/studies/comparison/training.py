@@ -80,6 +80,7 @@ def train(
     learning_rate: float,
     validate: Callable[[Model], float],
     at_least: int = 0,
+    set_up_counts: bool = True,
 ) -> Trained:
     """Trains until the budget is spent.
 
@@ -90,6 +91,7 @@ def train(
       learning_rate: peak of the schedule, `rate_factor` of the fraction of the time for updates.
       validate: from a model to its validation loss, which may be NaN.
       at_least: number of updates that are made however long they take.
+      set_up_counts: whether the budget is that of set-up and updates, or of updates alone.
 
     Raises:
       TimeoutError: if the set-up has taken the whole budget.
@@ -97,7 +99,7 @@ def train(
     with clock:
         batch = next(batches)
         contender.prepare(batch)
-        clock.start_updates()
+        clock.start_updates(set_up_counts=set_up_counts)
     set_up = clock.elapsed
     if clock.fraction >= 1 and not at_least:
         raise TimeoutError(f"the set-up took {set_up:.0f} s of CPU time, all of the budget of {clock.seconds:g} s")
