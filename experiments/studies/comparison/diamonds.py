@@ -1,10 +1,10 @@
-"""The table of the comparison: seven measurements of 53920 diamonds, which the wheel of plotnine ships.
+"""The table of the comparison: seven measurements of 53917 diamonds, which the wheel of plotnine ships.
 
     carat, depth (%), table (%), price (dollars), and the sides x, y, z (mm)
 
 The file rounds its values, and a density of rounded values has no bound. Each column gets uniform noise of the width of
 its resolution, drawn once with a fixed seed. `table` is given to 0.1, but 98 % of its values are whole, so that its
-noise has width 1. Rows with a side of 0 or above 20 mm hold no measurement; there are 20 and 2 of them. The rows are
+noise has width 1. Rows with a side of 0 or above 20 mm hold no measurement; there are 20 and 3 of them. The rows are
 divided by a fixed permutation, 80, 10 and 10 %, and the columns standardised by the training split. Densities are
 those of the standardised columns.
 """
