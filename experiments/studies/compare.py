@@ -46,6 +46,7 @@ from experiments.runs.command import NamedCommand, Output
 from experiments.runs.workdir import make_workdir, write_atomically
 from experiments.studies.comparison.contenders import MODELS, lack, models_for
 from experiments.studies.comparison.datasets import DEFAULTS, TABLE, config_of, names_in
+from experiments.studies.comparison.diamonds import RESOLUTIONS
 from experiments.studies.comparison.pictures import save_densities, save_image_rows
 from experiments.studies.comparison.plan import Plan
 from experiments.studies.comparison.running import cores, run_all
@@ -212,8 +213,10 @@ def _draw(config: CompareConfig) -> None:
         return
     if isinstance(config_of(config.names[0]), DensityConfig):
         save_image_rows(path, rows[config.data])
+    elif config.data == TABLE:
+        save_densities(path, rows, ((0, 3), (1, 2), (4, 6)), tuple(RESOLUTIONS))
     else:
-        save_densities(path, rows, ((0, 3), (1, 2), (4, 6)) if config.data == TABLE else ((0, 1),))
+        save_densities(path, rows)
 
 
 if __name__ == "__main__":

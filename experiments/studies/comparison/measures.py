@@ -16,7 +16,7 @@ NUMBER = 1000  # samples and examples that are timed
 PROBE = 20  # samples that are drawn first
 LONGEST = 100.0  # seconds that a timed draw of samples may take
 REPEATS = 3
-SHOWN = 2000  # vectors in a picture
+SHOWN = 8000  # vectors in a picture, if drawing them takes less than LONGEST seconds
 
 
 def timed(function: Callable[[int], Any], repeats: int = REPEATS) -> tuple[float, Any]:
@@ -65,6 +65,10 @@ def measure(
     estimate: Estimate = task.mean(model.scores(test, task.config.seed + 2, settings.draws), settings.estimator)
     x = np.asarray(task.inputs(np.resize(test, (number, *test.shape[1:]))))
     draws, samples = sampling(model, number)
+    shown = PROBE
+    if not isinstance(task.splits, ImageSplits):
+        shown = SHOWN if number == NUMBER and draws["sample_seconds"] * SHOWN / NUMBER < LONGEST else number
+        samples = model.sampler(shown)(0) if shown > len(samples) else samples
     error, unconverged = model.reconstruction(x[: min(number, RECONSTRUCTED)])
     figures = {
         "test": estimate.mean,
@@ -77,5 +81,5 @@ def measure(
         "reconstruction": error,
         "unconverged": unconverged,
     }
-    shown = PROBE if isinstance(task.splits, ImageSplits) else SHOWN
-    return figures, {"samples": samples[:shown].astype(np.float32), "data": x[:shown]}
+    data = np.asarray(task.inputs(test[:shown]))
+    return figures, {"samples": samples[:shown].astype(np.float32), "data": data}

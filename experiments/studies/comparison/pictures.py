@@ -21,13 +21,19 @@ def save_image_rows(path: Path, rows: Mapping[str, np.ndarray], number: int = 16
     save_rows(path, [Row(name, images[:number]) for name, images in rows.items()])
 
 
-def save_densities(path: Path, columns: Mapping[str, Mapping[str, np.ndarray]], elements: Sequence[tuple[int, int]]):
+def save_densities(
+    path: Path,
+    columns: Mapping[str, Mapping[str, np.ndarray]],
+    elements: Sequence[tuple[int, int]] = ((0, 1),),
+    names_of: Sequence[str] | None = None,
+) -> None:
     """Draws histograms of two elements of vectors [N, D]; a row for each name, columns for data sets and for pairs.
 
     Args:
       path: of the PNG file.
       columns: {data set: {name: vectors}}; its first entry sets the limits of a column.
       elements: the pairs of elements of each data set that are drawn.
+      names_of: names of the elements, for titles in the place of those of the data sets.
     """
     names = list(dict.fromkeys(name for rows in columns.values() for name in rows))
     panels = [(data, pair) for data in columns for pair in elements]
@@ -46,10 +52,9 @@ def save_densities(path: Path, columns: Mapping[str, Mapping[str, np.ndarray]], 
                 counts, _, _ = np.histogram2d(*points.T.astype(np.float64), bins=BINS, range=box)
                 axis.imshow(np.sqrt(counts).T, origin="lower", aspect="auto", cmap="viridis")
             if row == 0:
-                axis.set_title(data, fontsize=8)
+                title = data if names_of is None else f"{names_of[second]} against {names_of[first]}"
+                axis.set_title(title, fontsize=8)
             if column == 0:
                 axis.set_ylabel(name, fontsize=8)
-            if row == len(names) - 1 and len(elements) > 1:
-                axis.set_xlabel(f"elements {first + 1}, {second + 1}", fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
