@@ -14,8 +14,9 @@ from experiments.studies.comparison.datasets import batches_of, config_of, task_
 from experiments.studies.comparison.jobs import Job
 from experiments.studies.comparison.measures import measure
 from experiments.studies.comparison.training import Contender, Model, train
+from resflow_jax.data.images import ImageSplits
 
-VALIDATED = 2000  # examples of the validation split at most
+VALIDATED = {"images": 500, "vectors": 2000}  # examples of the validation split at most
 SMALL_STEPS = 2  # updates of a small job, whatever its budget
 
 
@@ -29,7 +30,8 @@ def made(job: Job, data_dir: str | None = None) -> tuple[dict[str, Any], dict[st
         import torch
 
         torch.set_num_threads(1)
-    examples = task.splits.validation[:VALIDATED]
+    kind = "images" if isinstance(task.splits, ImageSplits) else "vectors"
+    examples = task.splits.validation[: VALIDATED[kind]]
 
     def validate(model: Model) -> float:
         with np.errstate(all="ignore"):
