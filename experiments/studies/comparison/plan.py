@@ -79,4 +79,5 @@ class Plan:
 
     def _job(self, model: str, seed: int, seconds: float, candidate: Candidate, *, is_search: bool) -> Job:
         tried = candidate.width, candidate.learning_rate
-        return Job(self.data, model, seed, seconds, *tried, is_search, self.examples, self.small)
+        examples = None if is_search else self.examples
+        return Job(self.data, model, seed, seconds, *tried, is_search, examples, self.small)

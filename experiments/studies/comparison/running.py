@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,8 +92,8 @@ def _started(job: Job, workdir: Path, core: str, data_dir: str | None) -> Runnin
     with log.open("wb") as file:
         options = {"stdin": subprocess.PIPE, "stdout": file, "stderr": subprocess.STDOUT, "env": environment}
         process = subprocess.Popen(command, **options)
-    process.stdin.write((job.as_line() + "\n").encode())
-    process.stdin.close()
+    with suppress(BrokenPipeError), process.stdin as pipe:  # a process that ends at once reads nothing
+        pipe.write((job.as_line() + "\n").encode())
     return Running(job, core, process, log, time.monotonic())
 
 
