@@ -1,4 +1,4 @@
-"""Compares residual flows with other flows on one data set, with one budget of time on one core for each.
+"""Compares residual flows with other flows under one budget of time on one core.
 
     python -m experiments.studies.compare [digits | fashion_mnist | diamonds | toy | 8gaussians | ...] [--minutes M]
         [--seeds N] [--models NAME ...] [--search-minutes S] [--parallel-runs P] [--workdir DIR] ...

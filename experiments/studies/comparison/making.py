@@ -4,6 +4,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.configs.tiny import tiny
@@ -15,6 +16,7 @@ from experiments.studies.comparison.jobs import Job
 from experiments.studies.comparison.measures import measure
 from experiments.studies.comparison.training import Contender, Model, train
 from resflow_jax.data.images import ImageSplits
+from resflow_jax.functional.primitives.platforms import number_of_cores
 
 VALIDATED = {"images": 500, "vectors": 2000}  # examples of the validation split at most
 SMALL_STEPS = 2  # updates of a small job, whatever its budget
@@ -74,9 +76,15 @@ def contender_of(job: Job, data_dir: str | None = None) -> tuple[Task, Contender
     return task, FlaxContender(task)
 
 
-def machine() -> dict[str, str]:
-    """The processor, and the versions of what computes."""
-    found = {"processor": _processor(), "python": platform.python_version()}
+def machine() -> dict[str, Any]:
+    """The processor, how much of it this process has, and the versions of what computes."""
+    found = {
+        "processor": _processor(),
+        "cores": number_of_cores(),
+        "devices": jax.device_count(),
+        "cache": bool(jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir),
+        "python": platform.python_version(),
+    }
     for package in ("jax", "flax", "torch", "zuko", "normflows", "diffrax"):
         try:
             found[package] = version(package)
