@@ -123,7 +123,7 @@ def tiny(config: CompareConfig) -> CompareConfig:
     """Two updates of one tiny model, with one candidate and one seed."""
     models = config.models or ("nice",)
     directory = Path("runs/compare_tiny")
-    return replace(config, minutes=0.02, search_minutes=0.01, seeds=1, models=models, workdir=directory, small=True)
+    return replace(config, minutes=1e-6, search_minutes=1e-6, seeds=1, models=models, workdir=directory, small=True)
 
 
 def output(config: CompareConfig) -> Output:
