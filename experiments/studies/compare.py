@@ -50,7 +50,7 @@ from experiments.studies.comparison.diamonds import RESOLUTIONS
 from experiments.studies.comparison.pictures import save_densities, save_image_rows
 from experiments.studies.comparison.plan import Plan
 from experiments.studies.comparison.running import cores, run_all
-from experiments.studies.comparison.tables import NOTE, Results, grid, search_table, summary, table
+from experiments.studies.comparison.tables import NOTE, Results, compact, grid, search_table, summary, table
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 
 
@@ -167,7 +167,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
     write_atomically(config.workdir / config.data / "compare.json", json.dumps(document, indent=2) + "\n")
     if config.results is not None:
         config.results.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.results, json.dumps(kept | found, indent=1) + "\n")
+        write_atomically(config.results, json.dumps(compact(kept | found), indent=1) + "\n")
     _draw(config)
     return document
 

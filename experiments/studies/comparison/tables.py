@@ -85,6 +85,15 @@ def _cells(row: dict[str, Any], of: dict[str, list[dict[str, Any]]]) -> list[str
     ]
 
 
+def compact(results: Any) -> Any:
+    """The results without validation losses over time, with six digits: all that the tables need, for a file to keep."""
+    if isinstance(results, dict):
+        return {name: compact(value) for name, value in results.items() if name != "validation_losses"}
+    if isinstance(results, list):
+        return [compact(value) for value in results]
+    return float(f"{results:.6g}") if isinstance(results, float) else results
+
+
 def _number(value: float | None, form: str) -> str:
     return "not finite" if value is None else f"{value:{form}}"
 
