@@ -86,7 +86,7 @@ def _cells(row: dict[str, Any], of: dict[str, list[dict[str, Any]]]) -> list[str
 
 
 def compact(results: Any) -> Any:
-    """The results without validation losses over time, with six digits: all that the tables need, for a file to keep."""
+    """The results with six digits and without validation losses over time, for a file to keep; tables need no more."""
     if isinstance(results, dict):
         return {name: compact(value) for name, value in results.items() if name != "validation_losses"}
     if isinstance(results, list):
