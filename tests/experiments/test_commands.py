@@ -76,9 +76,9 @@ def test_every_file_in_the_two_places_is_a_command():
     for place in PLACES.values():
         files = {path.stem for path in place.glob("*.py")} - {"__init__", "__main__"}
         assert set(commands_in(place)) == files
-    rooms = [ROOT / room for room in ("runs", "runs/tasks", "configs", "studies/parts", "studies/conditioning")]
-    assert [name for room in rooms for name in commands_in(room)] == [
-        *("accelerator_steps", "competitors", "fuzzing", "stress_files")
+    rooms = ("runs", "runs/tasks", "configs", "studies/parts", "studies/conditioning", "studies/comparison")
+    assert [name for room in rooms for name in commands_in(ROOT / room)] == [
+        *("accelerator_steps", "competitors", "fuzzing", "stress_files", "worker")
     ]
     for module in MODULES:
         command = command_of(module)

@@ -1,0 +1,114 @@
+"""The models that are compared: which data they are for, what they need, and the settings that are tried for each.
+
+    residual                                     the residual flow of the shipped config of the data
+    nice, real_nvp, glow, flow_pp, neural_spline our coupling flows, as `--model` of `experiments.density`
+    made, maf                                    our autoregressive flows, of vectors
+    ffjord                                       our continuous flow, through diffrax
+    zuko_nsf, zuko_maf                           autoregressive flows of zuko; images are flattened
+    normflows_glow                               Glow of normflows, of images
+
+The search tries two widths and two learning rates, each a minute or so, and takes the pair of least validation loss.
+"""
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+from experiments.configs.base import DensityConfig, RunConfig
+from experiments.runs.models import IMAGES, LEARNING_RATE, VECTORS
+from resflow_jax import (
+    AutoregressiveFlowConfig,
+    CouplingFlowConfig,
+    ImageFlowConfig,
+    ResNetConditioner,
+    VectorFlowConfig,
+)
+
+WITNESSES = ("zuko_nsf", "zuko_maf", "normflows_glow")
+ON_IMAGES = (*IMAGES, *WITNESSES)
+ON_VECTORS = (*VECTORS, *WITNESSES[:2])
+MODELS = tuple(dict.fromkeys((*IMAGES, *VECTORS, *WITNESSES)))
+_NEEDS = {
+    "ffjord": ("diffrax", "diffrax"),
+    "zuko_nsf": ("zuko", "bench"),
+    "zuko_maf": ("zuko", "bench"),
+    "normflows_glow": ("normflows", "bench"),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings that the search tries.
+
+    Attributes:
+      width: factor on the widths of all networks.
+      learning_rate: peak learning rate.
+    """
+
+    width: float
+    learning_rate: float
+
+    def __str__(self) -> str:
+        return f"width x{self.width:g}, learning rate {self.learning_rate:g}"
+
+
+def models_for(config: RunConfig) -> tuple[str, ...]:
+    """The models for the data of a config."""
+    return ON_IMAGES if isinstance(config, DensityConfig) else ON_VECTORS
+
+
+def lack(model: str) -> str | None:
+    """What has to be installed for a model, in words; None if nothing is missing."""
+    package, extra = _NEEDS.get(model, (None, None))
+    if package is None or find_spec(package) is not None:
+        return None
+    return f"{model} needs {package}: pip install resflow_jax[{extra}]"
+
+
+def candidates(model: str, config: RunConfig) -> tuple[Candidate, ...]:
+    """Two widths, each with two learning rates.
+
+    The widths are those that ship, and on images half, on vectors double of them: networks of images are made for
+    longer runs on more cores, those of vectors are small. The learning rates are that which ships and a third of it.
+    """
+    base = config.optimizer.learning_rate
+    base = base if model == "residual" else min(LEARNING_RATE, base)
+    other = 0.5 if isinstance(config, DensityConfig) else 2.0
+    rates = base, float(f"{base / 3:.2g}")
+    return tuple(Candidate(width, rate) for width in (1.0, other) for rate in rates)
+
+
+def is_witness(model: str) -> bool:
+    """Whether a model comes from a library in PyTorch."""
+    return model in WITNESSES
+
+
+def with_contender(config: RunConfig, model: str, candidate: Candidate, seed: int) -> RunConfig:
+    """The config of a run of one of our models; of a witness the config with the residual flow, for its data."""
+    optimizer = replace(config.optimizer, learning_rate=candidate.learning_rate)
+    flow = config.model if is_witness(model) else widened(VECTORS[model](config.model), candidate.width)
+    return replace(config, model=flow, optimizer=optimizer, seed=seed)
+
+
+def widened(model: Any, factor: float) -> Any:
+    """The same flow with the widths of its networks times a factor."""
+
+    def times(widths: Any) -> Any:
+        if isinstance(widths, int):
+            return max(1, round(factor * widths))
+        return tuple(times(width) for width in widths)
+
+    match model:
+        case ImageFlowConfig():
+            tail = replace(model.tail, hidden=times(model.tail.hidden))
+            return replace(model, hidden_channels=times(model.hidden_channels), tail=tail)
+        case VectorFlowConfig() | AutoregressiveFlowConfig():
+            return replace(model, hidden=times(model.hidden))
+    network = model.conditioner
+    name = "width" if isinstance(network, ResNetConditioner) else "hidden"
+    model = replace(model, conditioner=replace(network, **{name: times(getattr(network, name))}))
+    dequantization = getattr(model.data, "dequantization", None)
+    if isinstance(model, CouplingFlowConfig) and dequantization is not None and dequantization.couplings:
+        noise = replace(dequantization, width=times(dequantization.width))
+        model = replace(model, data=replace(model.data, dequantization=noise))
+    return model

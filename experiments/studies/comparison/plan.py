@@ -1,0 +1,83 @@
+"""The jobs of the comparison on one data set: which there are, which are missing, what a search has chosen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.studies.comparison.contenders import Candidate, candidates
+from experiments.studies.comparison.datasets import config_of
+from experiments.studies.comparison.jobs import Job, found, is_good
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The comparison of some models on one data set.
+
+    Attributes:
+      data: name of the data set.
+      models: names of the models.
+      workdir: where results are.
+      seeds: number of runs of each model.
+      seconds: budget of a run.
+      search_seconds: budget of a candidate.
+      examples: maximum number of test examples; None for that of the config.
+      small: whether to try one candidate alone, with models as small as those of `--tiny`.
+    """
+
+    data: str
+    models: tuple[str, ...]
+    workdir: Path
+    seeds: int
+    seconds: float
+    search_seconds: float
+    examples: int | None = None
+    small: bool = False
+
+    def searches(self, model: str) -> list[Job]:
+        """The candidates of a model."""
+        tried = candidates(model, config_of(self.data))[-1 if self.small else 0 :]
+        return [self._job(model, 0, self.search_seconds, candidate, is_search=True) for candidate in tried]
+
+    def chosen(self, model: str) -> Candidate | None:
+        """The candidate of least validation loss; None if some are missing, or all have failed."""
+        results = [found(job, self.workdir) for job in self.searches(model)]
+        if None in results or not any(map(is_good, results)):
+            return None
+        losses = {
+            job.candidate: result["validation_loss"]
+            for job, result in zip(self.searches(model), results, strict=True)
+            if is_good(result)
+        }
+        return min(losses, key=losses.__getitem__)
+
+    def runs(self, model: str) -> list[Job]:
+        """The runs of a model with the chosen settings; none before its search has ended well."""
+        candidate = self.chosen(model)
+        if candidate is None:
+            return []
+        return [self._job(model, seed, self.seconds, candidate, is_search=False) for seed in range(self.seeds)]
+
+    def missing(self) -> list[Job]:
+        """The jobs without a result that can be started: candidates first."""
+        searches = [job for model in self.models for job in self.searches(model)]
+        waiting = [job for job in searches if found(job, self.workdir) is None]
+        runs = [job for model in self.models for job in self.runs(model)]
+        return waiting + [job for job in runs if found(job, self.workdir) is None]
+
+    def results(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
+        """{model: {"search": results, "runs": results}} of what there is."""
+        there = {}
+        for model in self.models:
+            kinds = {"search": self.searches(model), "runs": self.runs(model)}
+            of = {
+                kind: [result for job in jobs if (result := found(job, self.workdir)) is not None]
+                for kind, jobs in kinds.items()
+            }
+            if of["search"]:
+                there[model] = of
+        return there
+
+    def _job(self, model: str, seed: int, seconds: float, candidate: Candidate, *, is_search: bool) -> Job:
+        tried = candidate.width, candidate.learning_rate
+        examples = None if is_search else self.examples
+        return Job(self.data, model, seed, seconds, *tried, is_search, examples, self.small)

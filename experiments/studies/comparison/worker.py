@@ -1,0 +1,58 @@
+"""The process of one search candidate or one run of the comparison, on one core.
+
+    python -m experiments.studies.comparison.worker WORKDIR CORE [DATA_DIR] < JOB
+
+reads a job as a line of JSON, and writes its result under the work directory. It keeps to one core (CORE "-" leaves
+that open), with one JAX device, one thread in PyTorch, and no cache of compiled programs, since a first user has none.
+It ends when the process that has started it ends.
+"""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from experiments.studies.comparison.jobs import Job, save
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+def main() -> None:
+    """Does one job."""
+    workdir, core, *data_dir = sys.argv[1:]
+    parent = os.getppid()
+    keep_to(core)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    job = Job.from_line(sys.stdin.readline())
+    from experiments.studies.comparison.making import made  # starts JAX, on this core
+
+    save(job, Path(workdir), *made(job, data_dir[0] if data_dir else None))
+
+
+def keep_to(core: str) -> None:
+    """Restricts this process to one core and one thread, before any library starts threads."""
+    if core != "-":
+        os.sched_setaffinity(0, {int(core)})
+    os.environ.update(ENVIRONMENT)
+    from experiments.runs.devices import use_all_cores, use_xla_flags
+
+    use_xla_flags()
+    use_all_cores(1)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Which settings are tried for which model, on which data; the table of diamonds."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from experiments.runs.models import VECTORS
+from experiments.studies.comparison import contenders
+from experiments.studies.comparison.contenders import candidates, lack, models_for, widened, with_contender
+from experiments.studies.comparison.datasets import DEFAULTS, TOY, batches_of, config_of, names_in, task_for
+from experiments.studies.comparison.diamonds import RESOLUTIONS, dequantized, divided, load_diamonds, read
+from resflow_jax import Dequantization, ImageTransform
+
+CONFIG = config_of("digits")
+
+
+@pytest.mark.parametrize("data", [name for name in DEFAULTS if name != TOY])
+def test_settings_are_valid(data):
+    """Of all models, with all candidates; they change widths, learning rate and seed alone."""
+    config = config_of(data)
+    for model in models_for(config):
+        tried = candidates(model, config)
+        assert len(set(tried)) == 4
+        for candidate in tried:
+            found = with_contender(config, model, candidate, 3)
+            assert found.seed == 3 and found.optimizer.learning_rate == candidate.learning_rate
+            assert found.optimizer == replace(config.optimizer, learning_rate=candidate.learning_rate)
+            assert (found.batch_size, found.estimator) == (config.batch_size, config.estimator)
+    residual = with_contender(config, "residual", candidates("residual", config)[0], 0)
+    assert residual == config
+
+
+def test_widths():
+    """Of every kind of model; nothing else of it changes."""
+    model = CONFIG.model
+    half = widened(model, 0.5)
+    assert half == replace(model, hidden_channels=32, tail=replace(model.tail, hidden=32))
+    flow_pp = VECTORS["flow_pp"](model)
+    half = widened(flow_pp, 0.5)
+    assert half.conditioner.width == 16 and half.data == ImageTransform(dequantization=Dequantization(4, 8))
+    assert replace(half, conditioner=flow_pp.conditioner, data=flow_pp.data) == flow_pp
+    glow = VECTORS["glow"](model)
+    assert widened(glow, 0.5).conditioner.hidden == (64, 64)
+    assert widened(VECTORS["ffjord"](model), 2).conditioner.hidden == (64, 64)
+    vectors = config_of("moons").model
+    assert widened(vectors, 2).hidden == (64, 64)
+    assert widened(VECTORS["maf"](vectors), 2).hidden == (256, 256)
+    assert widened(VECTORS["nice"](vectors), 1e-9).conditioner.hidden == (1, 1)
+    assert widened(vectors, 1.0) == vectors
+
+
+def test_learning_rates():
+    """The shipped one and a third; networks without a bound start from at most 2e-3."""
+    assert {c.learning_rate for c in candidates("residual", CONFIG)} == {1e-2, 3.3e-3}
+    assert {c.learning_rate for c in candidates("glow", CONFIG)} == {2e-3, 6.7e-4}
+    assert {c.width for c in candidates("zuko_nsf", CONFIG)} == {1, 0.5}
+    assert {c.width for c in candidates("zuko_nsf", config_of("rings"))} == {1, 2}
+
+
+def test_what_is_missing(monkeypatch):
+    monkeypatch.setattr(contenders, "find_spec", lambda name: None)
+    assert lack("residual") is None and lack("ffjord") == "ffjord needs diffrax: pip install resflow_jax[diffrax]"
+    assert lack("zuko_nsf") == "zuko_nsf needs zuko: pip install resflow_jax[bench]"
+
+
+def test_names():
+    assert len(names_in(TOY)) == 8 and names_in("digits") == ("digits",)
+
+
+def test_batches():
+    """Every example once an epoch, in an order of the seed; fresh points of toy densities."""
+    task = task_for("digits", replace(CONFIG, batch_size=100))
+    batches = batches_of(task)
+    epoch = [next(batches) for _ in range(len(task.splits.train) // 100)]
+    rows = np.concatenate(epoch).reshape(-1, 64)
+    assert len(np.unique(rows, axis=0)) == len(np.unique(np.asarray(task.splits.train).reshape(-1, 64), axis=0)) - (
+        len(task.splits.train) - len(rows)
+    )
+    np.testing.assert_array_equal(next(batches_of(task)), epoch[0])
+    other = task_for("digits", replace(CONFIG, batch_size=100, seed=1))
+    assert (next(batches_of(other)) != epoch[0]).any()
+    points = batches_of(task_for("moons", config_of("moons")))
+    assert next(points).shape == (256, 2) and (next(points) != next(points)).any()
+
+
+def test_the_table(tmp_path):
+    """Rows that are no measurements are left out; noise of the resolution; standardised by the training rows."""
+    path = tmp_path / "diamonds.csv"
+    line = "{},Ideal,E,SI2,61.5,55,{},3.95,{},2.43\n"
+    lines = [line.format(n / 100, 300 + n, y) for n, y in enumerate([0, 58.9] + [3.98] * 50)]
+    path.write_text('"carat","cut","color","clarity","depth","table","price","x","y","z"\n' + "".join(lines))
+    table = read(path)
+    assert table.shape == (50, 7)
+    np.testing.assert_array_equal(table[0], [0.02, 61.5, 55, 302, 3.95, 3.98, 2.43])
+    noisy = dequantized(table)
+    widths = np.array(list(RESOLUTIONS.values()))
+    noise = (noisy - table) / widths
+    assert (np.abs(noise) <= 0.5).all() and (noise.min(axis=0) < -0.4).all() and (noise.max(axis=0) > 0.4).all()
+    np.testing.assert_array_equal(dequantized(table), noisy)
+    splits = divided(noisy)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [40, 5, 5]
+    np.testing.assert_allclose(splits.train.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(splits.train.std(axis=0), 1, atol=1e-5)
+    together = np.concatenate([splits.train, splits.validation, splits.test])
+    whole = (noisy - noisy.mean(axis=0)) / noisy.std(axis=0)
+    found = (together - together.mean(axis=0)) / together.std(axis=0)
+    np.testing.assert_allclose(np.sort(found, axis=0), np.sort(whole, axis=0), atol=1e-4)
+
+
+def test_the_table_of_plotnine(monkeypatch):
+    """Its size; and what to install without it."""
+    load_diamonds.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.studies.comparison.diamonds.find_spec", lambda name: None)
+        with pytest.raises(ImportError, match=r"diamonds: expected the wheel of plotnine, .*pip install plotnine"):
+            load_diamonds()
+    if contenders.find_spec("plotnine") is None:
+        pytest.skip("needs the wheel of plotnine")
+    splits = load_diamonds()
+    assert splits.train.shape == (43135, 7) and splits.validation.shape == splits.test.shape == (5391, 7)
