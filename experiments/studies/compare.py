@@ -76,7 +76,7 @@ class CompareConfig:
     data: tyro.conf.Suppress[tyro.conf.Fixed[Literal[tuple(DEFAULTS)]]] = "digits"
     minutes: float = DEFAULTS["digits"].minutes
     search_minutes: float = DEFAULTS["digits"].search_minutes
-    seeds: int = 3
+    seeds: int = DEFAULTS["digits"].seeds
     models: tuple[str, ...] = ()
     workdir: Path = Path("runs/compare")
     parallel_runs: int | None = None
@@ -134,7 +134,7 @@ def output(config: CompareConfig) -> Output:
 COMMAND = NamedCommand(
     "experiments.studies.compare",
     __doc__,
-    {name: CompareConfig(name, of.minutes, of.search_minutes) for name, of in DEFAULTS.items()},
+    {name: CompareConfig(name, of.minutes, of.search_minutes, of.seeds) for name, of in DEFAULTS.items()},
     tiny,
     output,
     first="digits",

@@ -23,20 +23,22 @@ class Defaults(NamedTuple):
     Attributes:
       minutes: of a run.
       search_minutes: of a candidate of the search.
+      seeds: number of runs of a model.
       summary: for the help.
     """
 
     minutes: float
     search_minutes: float
+    seeds: int
     summary: str
 
 
 DEFAULTS = {
-    "digits": Defaults(5, 1, "The 8x8 digits that scikit-learn ships: 5 minutes a run."),
-    "fashion_mnist": Defaults(20, 2, "Fashion-MNIST, 28x28: 20 minutes a run."),
-    TABLE: Defaults(10, 2, "A table of seven columns that plotnine ships: 10 minutes a run."),
-    TOY: Defaults(1, 0.2, "All eight toy densities in the plane: a minute a run."),
-    **{name: Defaults(1, 0.2, "A toy density in the plane: a minute a run.") for name in TOY_DENSITIES},
+    "digits": Defaults(5, 0.5, 3, "The 8x8 digits that scikit-learn ships: 5 minutes a run."),
+    "fashion_mnist": Defaults(20, 1, 1, "Fashion-MNIST, 28x28: 20 minutes a run."),
+    TABLE: Defaults(10, 0.5, 1, "A table of seven columns that plotnine ships: 10 minutes a run."),
+    TOY: Defaults(1, 0.1, 1, "All eight toy densities in the plane: a minute a run."),
+    **{name: Defaults(1, 0.1, 1, "A toy density in the plane: a minute a run.") for name in TOY_DENSITIES},
 }
 
 

@@ -19,6 +19,7 @@ from resflow_jax.data.images import ImageSplits
 from resflow_jax.functional.primitives.platforms import number_of_cores
 
 VALIDATED = {"images": 500, "vectors": 2000}  # examples of the validation split at most
+SEARCH_VALIDATIONS = 4
 SMALL_STEPS = 2  # updates of a small job, whatever its budget
 
 
@@ -41,6 +42,7 @@ def made(job: Job, data_dir: str | None = None) -> tuple[dict[str, Any], dict[st
 
     at_least = SMALL_STEPS if job.small else 0
     options = {"at_least": at_least, "set_up_counts": not job.is_search}
+    options |= {"validations": SEARCH_VALIDATIONS} if job.is_search else {}
     trained = train(contender, batches_of(task), Clock(job.seconds), job.learning_rate, validate, **options)
     result = {
         "error": None,

@@ -1,4 +1,4 @@
-"""Training against the clock: updates until the budget is spent, validated twenty times, the best weights kept."""
+"""Training against the clock: updates until the budget is spent, validated now and then, the best weights kept."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.studies.comparison.clock import Clock, rate_factor
 
-VALIDATIONS = 20
+VALIDATIONS = 20  # of a run
 
 
 class Model(Protocol):
@@ -81,6 +81,7 @@ def train(
     validate: Callable[[Model], float],
     at_least: int = 0,
     set_up_counts: bool = True,
+    validations: int = VALIDATIONS,
 ) -> Trained:
     """Trains until the budget is spent.
 
@@ -92,6 +93,7 @@ def train(
       validate: from a model to its validation loss, which may be NaN.
       at_least: number of updates that are made however long they take.
       set_up_counts: whether the budget is that of set-up and updates, or of updates alone.
+      validations: number of validations, at equal distances.
 
     Raises:
       TimeoutError: if the set-up has taken the whole budget.
@@ -109,8 +111,8 @@ def train(
             batch = batch if not steps else next(batches)
             skipped += not contender.step(batch, learning_rate * rate_factor(clock.fraction))
             steps += 1
-        reached = math.floor(VALIDATIONS * clock.fraction)
-        if reached >= due and (reached < VALIDATIONS or steps >= at_least):
+        reached = math.floor(validations * clock.fraction)
+        if reached >= due and (reached < validations or steps >= at_least):
             due = reached + 1
             model = contender.averaged()
             losses.append(validate(model))

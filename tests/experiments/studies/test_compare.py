@@ -52,7 +52,7 @@ def test_jobs_and_what_is_done_again(tmp_path, done, capsys):
     assert [job.is_search for job in done] == [True] * 4 + [False] * 2
     assert {(job.width, job.learning_rate) for job in done[:4]} == {(w, lr) for w in (1, 0.5) for lr in (2e-3, 6.7e-4)}
     assert [(job.seed, job.learning_rate, job.seconds) for job in done[4:]] == [(0, 6.7e-4, 300), (1, 6.7e-4, 300)]
-    assert {job.seconds for job in done[:4]} == {60}
+    assert {job.seconds for job in done[:4]} == {30}
     row = document["digits"]["nice"]["summary"]
     assert row["test"] == pytest.approx(2.05067) and row["test_spread"] == pytest.approx(0.05) and row["seeds"] == 2
     assert json.loads((tmp_path / "digits" / "compare.json").read_text()) == document
@@ -214,7 +214,7 @@ def test_bad_settings_are_named(settings, message):
 
 def test_the_command_line():
     """Each data set has its own budget; all models that the data allow, by default."""
-    assert COMMAND.parse(["fashion_mnist"]).minutes == 20 and COMMAND.parse(["toy"]).search_minutes == 0.2
+    assert COMMAND.parse(["fashion_mnist"]).minutes == 20 and COMMAND.parse(["toy"]).search_minutes == 0.1
     chosen = COMMAND.parse(["diamonds", "--models", "residual", "maf", "--seeds", "2", "--table-only"])
     assert chosen.models == ("residual", "maf") and chosen.minutes == 10 and chosen.table_only
     assert {*CompareConfig().allowed, *CompareConfig("rings").allowed} == set(MODELS)
