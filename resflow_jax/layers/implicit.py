@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from flax import nnx
-
+from resflow_jax.functional.checks import check_type
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.texts import constructor
 from resflow_jax.layers.composition import Chain, Invert
+from resflow_jax.layers.contraction import Contraction
 from resflow_jax.layers.residual import ResidualBlock
 
 
@@ -22,8 +22,7 @@ class ImplicitBlock(Chain):
     statuses and certificates have a row for each.
 
     Args:
-      g_x: a `Contraction`, as of `ResidualBlock`. Wrap another module as
-        `rf.Chain([rf.ResidualBlock(module, lipschitz=...), rf.Invert(rf.ResidualBlock(...))])`.
+      g_x: a `Contraction`. For other modules build the chain of `ResidualBlock(module, lipschitz=...)` yourself.
       g_y: a `Contraction` for events of the same shape.
       solver: of y when the map is applied; `Anderson(on_failure="raise")` by default, see `Invert`.
 
@@ -33,7 +32,7 @@ class ImplicitBlock(Chain):
     log-det adds the vector-Jacobian products of the estimator for both.
 
     Raises:
-      ValueError: as `ResidualBlock`, `Invert` and `Chain`.
+      ValueError: for other modules, for contractions of events of different shapes, and for a solver that is none.
 
     Source: Lu et al. (2021, arXiv 2103.09527).
 
@@ -46,16 +45,18 @@ class ImplicitBlock(Chain):
       (True, True)
     """
 
-    def __init__(self, g_x: nnx.Module, g_y: nnx.Module, *, solver: Solver | None = None):
+    def __init__(self, g_x: Contraction, g_y: Contraction, *, solver: Solver | None = None):
+        check_type("g_x", g_x, Contraction)
+        check_type("g_y", g_y, Contraction)
         super().__init__([ResidualBlock(g_x), Invert(ResidualBlock(g_y), solver)])
 
     @property
-    def g_x(self) -> nnx.Module:
+    def g_x(self) -> Contraction:
         """The contraction of x."""
         return self.bijectors[0].contraction
 
     @property
-    def g_y(self) -> nnx.Module:
+    def g_y(self) -> Contraction:
         """The contraction of y."""
         return self.bijectors[1].bijector.contraction
 

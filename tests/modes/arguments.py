@@ -171,6 +171,11 @@ def _classes():
         "PooledHead": {"shape": (3,), "classes": 2, "hidden": None, "activation": "elu", "rngs": rngs()},
         "ResNetClassifier": {"config": rf.ClassifierConfig((4, 4, 1), 2, (1,), (2,)), "rngs": rngs()},
         "Reshape": {"shape": (4,), "new_shape": (2, 2)},
+        "MonotoneBlock": {
+            **{"contraction": Half(), "lipschitz": 0.5, "event_shape": (3,), "condition_shape": None},
+            "solver": None,
+        },
+        "ImplicitBlock": {**dict.fromkeys(("g_x", "g_y"), rf.LipschitzMLP(3, (2,), rngs=rngs())), "solver": None},
         "ResidualBlock": {"contraction": Half(), "lipschitz": 0.5, "event_shape": (3,), "condition_shape": None},
         "ResidualFlow": {"config": rf.VectorFlowConfig(3, 1, (4,)), "rngs": rngs()},
         "ResidualStack": {"make_step": lambda rngs: rf.ActNorm((3,)), "depth": 2, "rngs": rngs()},
@@ -352,6 +357,9 @@ def _functions():
     yield rf, "residual", {"g": g, "params": None, "x": X, **block}
     inverse = {"condition": None, "solver": rf.Anderson(), "return_status": False}
     yield rf, "residual_inverse", {"g": g, "params": None, "y": X, **inverse}
+    both = {name: value for name, value in {**block, **inverse}.items() if name != "prepare"}
+    yield rf, "monotone", {"g": g, "params": None, "x": X, **both}
+    yield rf, "monotone_inverse", {"g": g, "params": None, "y": X, **inverse}
     yield rf, "spectral_norm", {"matvec": matvec, "u": X[0], "v": X[0]}
     mesh = training.make_mesh(1, devices=jax.devices()[:1])
     yield training, "Placement", {"trainer": trainer(), "mesh": mesh, "strategy": "jit", "parameters": "replicated"}
