@@ -197,17 +197,22 @@ def solve_and_recompute(
     Its derivatives are those of a Neumann estimate: first-order reverse mode, and forward mode over that.
     """
     token = reverse_only((closed_over, params, condition, y))
-    return _recomputing(g, rule, limits, closed_over, params, condition, y, token)
+    x, fields = _recomputing(g, rule, limits, closed_over, params, condition, y, token)
+    iterations, residual, residual_norm, converged = lax.stop_gradient(fields)
+    return x, InverseStatus(iterations.astype(jnp.int32), residual, residual_norm, converged > 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _recomputing(g, rule, limits, closed_over, params, condition, y, token):
-    return solve(g, rule, limits, closed_over, params, condition, y)
+    return _recomputing_forward(g, rule, limits, closed_over, params, condition, y, token)[0]
 
 
 def _recomputing_forward(g, rule, limits, closed_over, params, condition, y, token):
     x, status = solve(g, rule, limits, closed_over, params, condition, y)
-    return (x, status), (limits, closed_over, params, condition, x)
+    # Floats: under a derivative, outputs of other dtypes would have no rules for the operations that follow.
+    iterations, converged = (field.astype(jnp.float32) for field in (status.iterations, status.converged))
+    fields = status._replace(iterations=iterations, converged=converged)
+    return (x, fields), (limits, closed_over, params, condition, x)
 
 
 def _recomputing_backward(g, rule, kept, cotangents):
