@@ -98,7 +98,7 @@ def _classes():
     trusted = {"contraction": Half(), "lipschitz": 0.5, "event_shape": (3,), "condition_shape": None}
     config = {"activation": "elu", "preactivation": "all", "coefficient": 0.9, "condition_dim": None}
     config |= {"matmul_dtype": None, "between": rf.BetweenBlocks(), "norms": rf.Norms()}
-    config |= {"densenet": rf.DenseNetBlocks()}
+    config |= {"densenet": rf.DenseNetBlocks(), "block": "residual"}
     image = {"data": rf.ImageTransform(), "tail": rf.DenseTail(), "scales": rf.Scales()}
     return {
         "ActNorm": {"shape": (3,)},
