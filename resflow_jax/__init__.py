@@ -11,6 +11,7 @@ from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, LengthLaw, Poisson, fit_lengths
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.logdet import residual
+from resflow_jax.functional.monotone import monotone, monotone_inverse
 from resflow_jax.functional.norm_bounds import gram_iteration_bound, induced_norm_bound, spectral_norm_bound
 from resflow_jax.functional.norms import spectral_norm
 from resflow_jax.functional.power_iteration import PowerIteration, PowerIterationStatus, best_start, power_iteration
@@ -31,10 +32,12 @@ from resflow_jax.layers.couplings.coupling import Coupling
 from resflow_jax.layers.couplings.mixture import MixtureCoupling
 from resflow_jax.layers.couplings.spline import SplineCoupling
 from resflow_jax.layers.diagonal_affine import Affine
+from resflow_jax.layers.implicit import ImplicitBlock
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import NormState
 from resflow_jax.layers.lipschitz_layers import LipschitzConv, LipschitzDense
 from resflow_jax.layers.logit import Logit
+from resflow_jax.layers.monotone import MonotoneBlock
 from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.networks import DenseNet, LipschitzCNN, LipschitzMLP
 from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, Normalization
@@ -136,6 +139,7 @@ __all__ = [
     "History",
     "ImageFlowConfig",
     "ImageTransform",
+    "ImplicitBlock",
     "InverseError",
     "InverseStatus",
     "Invert",
@@ -151,6 +155,7 @@ __all__ = [
     "MaskedAutoregressive",
     "MixtureCoupling",
     "MixtureOfNormals",
+    "MonotoneBlock",
     "MovingBatchNorm",
     "MovingCentering",
     "MultiScale",
@@ -200,6 +205,8 @@ __all__ = [
     "load",
     "load_torch_checkpoint",
     "make_reversible",
+    "monotone",
+    "monotone_inverse",
     "plot",
     "power_iteration",
     "residual",

@@ -235,6 +235,18 @@ def save_histograms(path: Path, panels: dict[str, dict[str, np.ndarray]], title:
     _save(figure, path)
 
 
+def save_fits(path: Path, x: np.ndarray, target: np.ndarray, curves: dict[str, np.ndarray]) -> None:
+    """Draws each curve [N] over x [N] in a panel of its own, on the dashed target."""
+    figure, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 3.4), sharey=True, layout="constrained")
+    for axis, (title, values) in zip(np.atleast_1d(axes), curves.items(), strict=True):
+        axis.plot(x, target, "k--", linewidth=1, label="target")
+        axis.plot(x, values, linewidth=1.5, label="learned")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("x")
+    np.atleast_1d(axes)[0].legend()
+    _save(figure, path)
+
+
 def _trailing_mean(points: np.ndarray, width: int) -> np.ndarray:
     """Trailing means over `width` values of points (step, value) [N, 2]: [N - width + 1, 2]."""
     smooth = np.convolve(points[:, 1], np.ones(width) / width, "valid")

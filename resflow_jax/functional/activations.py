@@ -6,6 +6,7 @@ a map of vectors of channels, in every p-norm.
     lipswish        x * sigmoid(softplus(beta) * x) / 1.1            Chen et al. (2019, arXiv 1906.02735), section 3.2
     clipswish       [lipswish(x), lipswish(-x)] / 1.004              Perugachi-Diaz et al. (2021, arXiv 2102.02694)
     leakylipswish   a * x + (1 - a) * lipswish(x), a = sigmoid(alpha)                                   the same
+    cpila           [pila(x - 1/5), pila(-x - 1/5)] / 1.06           Ahn et al. (2022, arXiv 2210.08176)
     maxmin          neighbouring channels (2k, 2k + 1) in ascending order    Anil et al. (2019, arXiv 1811.05381)
     fullsort        all channels in ascending order                                                     the same
 
@@ -48,6 +49,14 @@ _SWISH_LIPSCHITZ = 1.0998393201288670
 # is largest at m = M, for every p at the same x. Divided by 1.1 * 1.004, the 2-norm is 0.99996... < 1.
 _CLIPSWISH_SLOPES = (_SWISH_LIPSCHITZ / 1.1 / 1.004, (_SWISH_LIPSCHITZ - 1) / 1.1 / 1.004)
 
+# The slope of pila is 1 for x >= 0, and P(u) = exp(u) (u^3 / 2 + u^2 / 2 - u + 1) at u = 5 x < 0. P grows from its
+# minimum P(-4) = -19 exp(-4) to P(0) = 1. The slopes of [pila(x - 1/5), pila(-x - 1/5)] are P(u - 1) and P(-u - 1) up
+# to sign. For |u| >= 1 one of them is 1 and the other at most 19 exp(-4) in size, attained at |u| = 3. For |u| < 1
+# their p-norm is largest at u = 0, where both are 2 / e, or at |u| = 1: `test_cpila_constants` has the grid in p and u.
+# Which x is the steepest depends on p; for the 2-norm it is |u| = 3, and the norm, divided by 1.06, is 0.9988... < 1.
+_CPILA_SLOPES = (1 / 1.06, 19 * math.exp(-4) / 1.06)
+_CPILA_MIDDLE = (2 / math.e / 1.06, 2 / math.e / 1.06)
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -60,9 +69,11 @@ class Activation:
       name: name of the activation, its key in `ACTIVATIONS`.
       function: (constrained params, x) -> y.
       slopes: |dy_j / dx_i| for the outputs of one channel, at the x where their p-norm is largest. This x must be the
-        same for every p >= 1. It is (1,) for functions that permute the channels.
+        same for every p >= 1, unless `other_slopes` has the slopes at the others. It is (1,) for functions that permute
+        the channels.
       initial: pairs (name, initial value) of the learnable scalar parameters.
       group: the number of channels must be a multiple of this.
+      other_slopes: the slopes at further x, so that for every p >= 1 the p-norm is largest at one of them.
 
     Example:
       >>> activation = rf.ACTIVATIONS["clipswish"]
@@ -79,6 +90,7 @@ class Activation:
     slopes: tuple[float, ...] = (1.0,)
     initial: tuple[tuple[str, float], ...] = ()
     group: int = 1
+    other_slopes: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self):
         check_type("name", self.name, str)
@@ -89,6 +101,12 @@ class Activation:
             check_finite("slopes", slope)
         if not slopes:
             raise ValueError("slopes: expected at least one number, got none")
+        for others in as_sequence("other_slopes", self.other_slopes, "tuples of numbers"):
+            others = as_sequence("other_slopes", others, "tuples of numbers")
+            for slope in others:
+                check_finite("other_slopes", slope)
+            if len(others) != len(slopes):
+                raise ValueError(f"other_slopes: expected {len(slopes)} numbers each, as in slopes, got {len(others)}")
         for pair in as_sequence("initial", self.initial, "pairs (name, value)"):
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise ValueError(f"initial: expected pairs (name, value), got {shown(pair)}")
@@ -110,6 +128,11 @@ class Activation:
         return {name: jnp.broadcast_to(_CONSTRAINTS[name](value), channels) for name, value in params.items()}
 
     @property
+    def steepest(self) -> tuple[tuple[float, ...], ...]:
+        """The slopes at all x where a p-norm may be largest."""
+        return self.slopes, *self.other_slopes
+
+    @property
     def expansion(self) -> int:
         """Number of output channels for each input channel."""
         return len(self.slopes)
@@ -120,13 +143,13 @@ class Activation:
         return self.lipschitz_in(2)
 
     def lipschitz_in(self, p: float) -> float:
-        """The Lipschitz constant from R^n to R^(expansion * n) in the p-norm, 1 <= p <= inf: |slopes|_p."""
+        """The Lipschitz constant from R^n to R^(expansion * n) in the p-norm, 1 <= p <= inf: the largest |slopes|_p."""
         # If the outputs f(x_i) depend on one channel x_i alone, |f(a) - f(b)|_p <= int_b^a |f'(t)|_p dt
         # <= |slopes|_p |a - b| for this channel. The sum of p-th powers over channels (for inf the maximum) gives
         # the bound for vectors. A sort is continuous and piecewise a permutation, which is an isometry of every
         # p-norm. It keeps the length of each piece of the segment from a to b, so its constant is 1.
         check_order("p", p)
-        return float(np.linalg.norm(self.slopes, p))
+        return max(float(np.linalg.norm(slopes, p)) for slopes in self.steepest)
 
 
 def lipswish(x: Array, beta: Array | float = 0.5) -> Array:
@@ -190,6 +213,45 @@ def clipswish(x: Array, beta: Array | float = 0.5) -> Array:
     return _clipswish(x, jax.nn.softplus(beta))
 
 
+# Derivatives in closed form: the linearisation stores one array. The slope of max(u, 0) + f(min(u, 0)) at 0 is the mean
+# of both sides, which are equal.
+@jax.custom_jvp
+def _pila(x: Array) -> Array:
+    """x for x >= 0, and (25 / 2 x^3 - 5 x^2 + x) exp(5 x) for x < 0; three times continuously differentiable."""
+    u = _negative(x)
+    return jnp.maximum(x, 0) + (u * u / 2 - u + 1) * u * jnp.exp(u) / 5
+
+
+@jax.custom_jvp
+def _pila_slope(x: Array) -> Array:
+    u = _negative(x)
+    return (u * u * (u + 1) / 2 - u + 1) * jnp.exp(u)
+
+
+def _negative(x: Array) -> Array:
+    """5 x within [-100, 0], within [-30, 0] in 16-bit floats: beyond, exp(u) counts as zero, and no power overflows."""
+    return jnp.clip(5 * x, -30 if jnp.finfo(x.dtype).bits == 16 else -100, 0)
+
+
+@_pila.defjvp
+def _pila_jvp(primals, tangents):
+    return _pila(*primals), _pila_slope(*primals) * tangents[0]
+
+
+@_pila_slope.defjvp
+def _pila_slope_jvp(primals, tangents):
+    u = _negative(*primals)
+    return _pila_slope(*primals), 5 * u * u * (u / 2 + 2) * jnp.exp(u) * tangents[0]
+
+
+def cpila(x: Array) -> Array:
+    """[pila(x - 1/5), pila(-x - 1/5)] / 1.06: [..., C] -> [..., 2C]; Lipschitz constant 0.9988...
+
+    pila(x) is x for x >= 0, and (25 / 2 x^3 - 5 x^2 + x) exp(5 x) for x < 0.
+    """
+    return _pila(jnp.concatenate([x, -x], axis=-1) - 0.2) / 1.06
+
+
 # The same functions of constrained parameters a in (0, 1) and b > 0.
 _CONSTRAINTS = {"alpha": jax.nn.sigmoid, "beta": jax.nn.softplus}
 
@@ -230,6 +292,7 @@ ActivationName = Literal[
     "lipswish",
     "clipswish",
     "leakylipswish",
+    "cpila",
     "elu",
     "softplus",
     "relu",
@@ -260,6 +323,7 @@ ACTIVATIONS: dict[str, Activation] = {
             lambda params, x: _leaky_lipswish(x, params["alpha"], params["beta"]),
             initial=(("alpha", -3.0), ("beta", 0.5)),
         ),
+        Activation("cpila", lambda params, x: cpila(x), slopes=_CPILA_SLOPES, other_slopes=(_CPILA_MIDDLE,)),
         _plain("elu", jax.nn.elu),
         _plain("softplus", jax.nn.softplus),
         _plain("relu", jax.nn.relu),

@@ -11,11 +11,11 @@ from resflow_jax.functional.batch_axes import shared_and_example_keys, vary_over
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.probes import draw_seeds, make_probes
-from resflow_jax.functional.term_sums import draw_plan, repeat, sum_terms_differentiably, with_log_det
+from resflow_jax.functional.term_sums import draw_plan, plan_of, repeat, sum_terms_differentiably, with_log_det
 
 
-def exact_estimate(g, chunk_size, args, x):
-    """y and log_det [B] for x [B, ...] and g(args, x), by an LU decomposition of each example's Jacobian."""
+def exact_estimate(g, chunk_size, form, args, x):
+    """y and log_det [B] for x [B, ...] and g(args, x), by LU decompositions of each example's Jacobian."""
     batch, event = x.shape[0], x.shape[1:]
     g_x, pullback = jax.vjp(partial(g, args), x)
     size = math.prod(event)
@@ -27,10 +27,17 @@ def exact_estimate(g, chunk_size, args, x):
     rows = lax.map(row, basis, batch_size=min(chunk_size, size))
     jacobian = rows.swapaxes(0, 1)
     # det(I + J) > 0: |tJ| < 1, so I + tJ is invertible for every t in [0, 1], and det(I + tJ) is 1 at t = 0.
-    matrices = jnp.eye(size, dtype=x.dtype)[None] + jacobian
-    matrices = matrices.astype(wide_dtype(x.dtype))  # LAPACK has no 16-bit floats
-    log_det = lax.platform_dependent(matrices, cpu=partial(lax.map, _log_abs_det), default=_log_abs_det)
+    log_det = _of_one_plus(jacobian)
+    if form == "cayley":
+        log_det = _of_one_plus(-jacobian) - log_det
     return x + g_x, log_det.astype(x.dtype)
+
+
+def _of_one_plus(jacobian):
+    """log|det(I + J)| [B] of [B, D, D]."""
+    matrices = jnp.eye(jacobian.shape[-1], dtype=jacobian.dtype)[None] + jacobian
+    matrices = matrices.astype(wide_dtype(jacobian.dtype))  # LAPACK has no 16-bit floats
+    return lax.platform_dependent(matrices, cpu=partial(lax.map, _log_abs_det), default=_log_abs_det)
 
 
 def _log_abs_det(matrices):
@@ -38,22 +45,27 @@ def _log_abs_det(matrices):
     return jnp.linalg.slogdet(matrices)[1]
 
 
-def series_estimate(g, longest, estimator, x, key):
+def series_estimate(g, longest, form, estimator, x, key):
     """y, log_det and diagnostics for x [B, ...], by the estimator's series, cut after `longest` terms.
 
     g takes the batch repeated for each probe, [probes * B, ...].
     """
     length_key, keys = shared_and_example_keys(key, x)
-    plan = draw_plan(estimator, length_key)
+    plan = plan_of(form, draw_plan(estimator, length_key))
     v = make_probes(estimator.probe, estimator.probes, draw_seeds(estimator.probe, estimator.probes, keys, x), x)
     g_x, pullback = jax.vjp(g, repeat(x, estimator.probes))
     sums = sum_terms_differentiably(plan, v, lambda u: pullback(u)[0], longest)
-    y, log_det = with_log_det(x, g_x, sums)
+    y, log_det = with_log_det(x, g_x, sums, plan.scale)
     return y, log_det, Diagnostics.of(log_det, plan.length, sums.norms)
 
 
-def custom_estimate(g, estimator, x, key):
+def custom_estimate(g, form, estimator, x, key):
     """y and log_det for x [B, ...] and g(x) from a user's estimator; shapes and dtypes are checked."""
+    if form == "cayley":
+        keys = (None, None) if key is None else jax.random.split(key)
+        _, of_minus = custom_estimate(lambda at: -g(at), "residual", estimator, x, keys[0])
+        y, log_det = custom_estimate(g, "residual", estimator, x, keys[1])
+        return y, of_minus - log_det
 
     def checked_g(at):
         if at.shape != x.shape or at.dtype != x.dtype:

@@ -33,6 +33,7 @@ from resflow_jax.functional.checks import as_float_batch, check_flag
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.events import Events, is_tree
 from resflow_jax.functional.iteration import InverseStatus, Solver, example_max, iterate, wide_dtype
+from resflow_jax.functional.primitives.derivatives import reverse_only
 from resflow_jax.functional.primitives.precision import full_precision
 from resflow_jax.functional.primitives.tracing import Traced, run, trace_residual
 from resflow_jax.functional.solvers import Anderson
@@ -112,17 +113,40 @@ def residual_inverse(
     y = as_float_batch("y", y, least=0)
     condition = as_condition(condition, "y", y)
     check_solver(solver)
+    x, status = solution(solve, g, params, y, condition, solver)
+    x = x if events is None else events.unpack(x)
+    return (x, status) if return_status else reported(x, status, "residual_inverse", solver.on_failure)
+
+
+def solution(
+    method: Callable[..., tuple[Array, InverseStatus]],
+    g: Callable[..., Array],
+    params: Any,
+    y: Array,
+    condition: Any,
+    solver: Solver,
+    name: str = "y",
+) -> tuple[Array, InverseStatus]:
+    """The solution x of x + g(params, x, *condition) = y and its status, by `solve` or `solve_and_recompute`.
+
+    Args:
+      method: one of these two functions, which differ in their derivatives.
+      g: as of `residual_inverse`, checked.
+      params: any pytree.
+      y: array [B, ...].
+      condition: as of `residual_inverse`, checked.
+      solver: a solver.
+      name: name of y, for errors.
+    """
     y = vary_over(y, varying_axes((y, params, condition)))
     with full_precision():
-        traced, closed_over = trace_residual(g, params, "y", *arguments(y, condition))
+        traced, closed_over = trace_residual(g, params, name, *arguments(y, condition))
         missing = set(varying_axes(traced.out)) - set(varying_axes(y))
         if missing:  # g closes over arrays that vary over more axes
             y = vary_over(y, tuple(sorted(missing)))
-            traced, closed_over = trace_residual(g, params, "y", *arguments(y, condition))
+            traced, closed_over = trace_residual(g, params, name, *arguments(y, condition))
         rule, limits = solver.split(y.dtype)
-        x, status = run(_solve, (traced, rule), limits, closed_over, params, condition, y)
-    x = x if events is None else events.unpack(x)
-    return (x, status) if return_status else reported(x, status, "residual_inverse", solver.on_failure)
+        return run(method, (traced, rule), limits, closed_over, params, condition, y)
 
 
 def check_solver(solver: Any) -> None:
@@ -131,34 +155,75 @@ def check_solver(solver: Any) -> None:
         raise ValueError(f"solver: expected Anderson(), FixedPoint() or Broyden(), got {solver!r}")
 
 
-def _solve(
+def solve(
     g: Traced, rule: Solver, limits: Any, closed_over: Any, params: Any, condition: Any, y: Array
 ) -> tuple[Array, InverseStatus]:
+    """The solution and its status. Its derivatives have any mode and order; reverse mode stores g's activations."""
     solver = rule.with_limits(limits)
 
-    def solve(equation, start):
+    def iterated(equation, start):
         # Not x - equation(x), which would add further rounding errors to those of y - g(x).
         scale = jnp.maximum(1, example_max(y))
         x, status = iterate(lambda x: y - g(closed_over, params, x, condition), start, solver, scale)
         wide = wide_dtype(y.dtype)  # custom_root takes only floats as aux, and bfloat16 cannot count beyond 256
         return x, jax.tree.map(lambda leaf: leaf.astype(wide), status)
 
-    def solve_linear(operator, b):
-        # operator(u) = u + J u, or its transpose in reverse mode. The solution is linear in b, so its
-        # accuracy must not depend on b's scale: the tolerance is relative to max |b|.
-        u, status = iterate(lambda u: b - (operator(u) - u), b, solver, example_max(b))
-        return _nan_where_unconverged(u, status.converged)
-
-    def tangent_solve(operator, b):
-        return lax.custom_linear_solve(operator, b, solve_linear, solve_linear)
-
     def equation(x):
         return x + g(closed_over, params, x, condition) - y
 
-    x, aux = lax.custom_root(equation, y, solve, tangent_solve, has_aux=True)
+    x, aux = lax.custom_root(equation, y, iterated, partial(_solve_linear, solver), has_aux=True)
     iterations, residual, residual_norm, converged = lax.stop_gradient(aux)
     residual, residual_norm = residual.astype(y.dtype), residual_norm.astype(y.dtype)
     return x, InverseStatus(iterations.astype(jnp.int32), residual, residual_norm, converged > 0)
+
+
+def _solve_linear(solver: Solver, operator: Callable[[Array], Array], b: Array) -> Array:
+    """The solution u of operator(u) = b for operator(u) = u + J u, or its transpose; NaN where it does not converge."""
+
+    def iterated(operator, b):
+        # The solution is linear in b, so its accuracy must not depend on b's scale: the tolerance is relative to
+        # max |b|.
+        u, status = iterate(lambda u: b - (operator(u) - u), b, solver, example_max(b))
+        return _nan_where_unconverged(u, status.converged)
+
+    return lax.custom_linear_solve(operator, b, iterated, iterated)
+
+
+def solve_and_recompute(
+    g: Traced, rule: Solver, limits: Any, closed_over: Any, params: Any, condition: Any, y: Array
+) -> tuple[Array, InverseStatus]:
+    """The same as `solve`, with a derivative for which only the solution is kept: g is evaluated again.
+
+    Its derivatives are those of a Neumann estimate: first-order reverse mode, and forward mode over that.
+    """
+    token = reverse_only((closed_over, params, condition, y))
+    x, fields = _recomputing(g, rule, limits, closed_over, params, condition, y, token)
+    iterations, residual, residual_norm, converged = lax.stop_gradient(fields)
+    return x, InverseStatus(iterations.astype(jnp.int32), residual, residual_norm, converged > 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recomputing(g, rule, limits, closed_over, params, condition, y, token):
+    return _recomputing_forward(g, rule, limits, closed_over, params, condition, y, token)[0]
+
+
+def _recomputing_forward(g, rule, limits, closed_over, params, condition, y, token):
+    x, status = solve(g, rule, limits, closed_over, params, condition, y)
+    # Floats: under a derivative, outputs of other dtypes would have no rules for the operations that follow.
+    iterations, converged = (field.astype(jnp.float32) for field in (status.iterations, status.converged))
+    fields = status._replace(iterations=iterations, converged=converged)
+    return (x, fields), (limits, closed_over, params, condition, x)
+
+
+def _recomputing_backward(g, rule, kept, cotangents):
+    limits, closed_over, params, condition, x = kept
+    _, transposed = jax.vjp(lambda x: g(closed_over, params, x, condition), x)
+    u = _solve_linear(rule.with_limits(limits), lambda u: u + transposed(u)[0], cotangents[0])
+    _, pullback = jax.vjp(lambda *args: -g(*args[:2], x, args[2]), closed_over, params, condition)
+    return None, *pullback(u), u, None
+
+
+_recomputing.defvjp(_recomputing_forward, _recomputing_backward)
 
 
 def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:

@@ -40,7 +40,7 @@ from resflow_jax.functional.length_laws import law_within
 from resflow_jax.functional.neumann import neumann_estimate
 from resflow_jax.functional.opaque import as_tree, original
 from resflow_jax.functional.primitives.tracing import Traced, run, trace, trace_residual
-from resflow_jax.functional.term_sums import longest_series, repeat
+from resflow_jax.functional.term_sums import Form, longest_series, repeat
 
 Array = jax.Array
 Residual = Callable[..., Array]
@@ -109,6 +109,26 @@ def residual(
       >>> y.shape, log_det.shape
       ((2, 3), (2,))
     """
+    options = {"condition": condition, "key": key, "estimator": estimator, "lipschitz": lipschitz, "prepare": prepare}
+    options |= {"chunk_size": chunk_size, "return_diagnostics": return_diagnostics}
+    return log_det_of_form("residual", g, params, x, **options)
+
+
+def log_det_of_form(
+    form: Form,
+    g: Residual,
+    params: Any,
+    x: Any,
+    *,
+    condition: Any,
+    key: Array | None,
+    estimator: Estimator | None,
+    lipschitz: float | None,
+    prepare: Callable[[Any], Any] | None,
+    chunk_size: int | None,
+    return_diagnostics: bool,
+) -> tuple[Any, Array] | tuple[Any, Array, Diagnostics]:
+    """`residual`, with the log-det of the given form of the Jacobian J of g at x in place of log|det(I + J)|."""
     check_flag("return_diagnostics", return_diagnostics)
     estimator = Roulette() if estimator is None else estimator
     check_map(g, condition)
@@ -118,9 +138,9 @@ def residual(
     check_estimator(estimator)
     if is_tree(x):
         events, rows = Events.of("x", x)
-        options = {"key": key, "estimator": estimator, "lipschitz": lipschitz, "prepare": prepare}
-        options |= {"chunk_size": chunk_size, "return_diagnostics": return_diagnostics}
-        y, *others = residual(events.wrap(g), params, rows, condition=condition, **options)
+        options = {"condition": condition, "key": key, "estimator": estimator, "lipschitz": lipschitz}
+        options |= {"prepare": prepare, "chunk_size": chunk_size, "return_diagnostics": return_diagnostics}
+        y, *others = log_det_of_form(form, events.wrap(g), params, rows, **options)
         return events.unpack(y), *others
     x = as_float_batch("x", x)
     condition = as_condition(condition, "x", x)
@@ -150,7 +170,7 @@ def residual(
     g = traced
     args = params, prepared_over, closed_over
     longest = longest_series(estimator) if is_series(estimator) and not has_rule else None
-    y, log_det, diagnostics = run(_estimate, (g, prepare, longest), estimator, args, chunks, key)
+    y, log_det, diagnostics = run(_estimate, (g, prepare, longest, form), estimator, args, chunks, key)
     y, log_det = join_chunks(y), join_chunks(log_det)
     return (y, log_det, diagnostics) if return_diagnostics else (y, log_det)
 
@@ -186,6 +206,7 @@ def _estimate(
     g: Traced,
     prepare: Traced,
     longest: int | None,
+    form: Form,
     estimator: Estimator,
     args: Any,
     chunks: tuple[Any, ...],
@@ -197,13 +218,14 @@ def _estimate(
       g: (closed_over, weights, x, *condition) -> array like x.
       prepare: (prepared_over, params) -> weights.
       longest: length of the longest series if JAX differentiates the series itself, else None.
+      form: of the log-det.
       estimator: any estimator.
       args: (params, prepared_over, closed_over).
       chunks: (x,) or (x, condition), with arrays [chunks, b, ...]. y and log_det have the same leading axes.
       key: PRNG key, or None.
     """
     if is_series(estimator) and longest is None:
-        return neumann_estimate(g, prepare, estimator, args, chunks, key)
+        return neumann_estimate(g, prepare, form, estimator, args, chunks, key)
     params, prepared_over, closed_over = args
     x, *condition = jax.tree.map(lambda leaf: leaf[0], chunks)
 
@@ -213,14 +235,15 @@ def _estimate(
 
     if isinstance(estimator, Exact):
         # The Jacobian is recomputed in the backward pass: a chain of blocks would store all Jacobians.
-        y, log_det = jax.checkpoint(partial(exact_estimate, g_of, estimator.chunk_size))((args, condition), x)
+        y, log_det = jax.checkpoint(partial(exact_estimate, g_of, estimator.chunk_size, form))((args, condition), x)
         diagnostics = Diagnostics.of(log_det, math.prod(x.shape[1:]))
     elif is_series(estimator):
         weights, repeated = prepare(prepared_over, params), repeat(condition, estimator.probes)
         of_x = lambda x: g(closed_over, weights, x, *repeated)  # noqa: E731
-        y, log_det, diagnostics = series_estimate(of_x, longest, estimator, x, key)
+        y, log_det, diagnostics = series_estimate(of_x, longest, form, estimator, x, key)
     else:
         weights = prepare(prepared_over, params)
-        y, log_det = custom_estimate(lambda x: g(closed_over, weights, x, *condition), original(estimator), x, key)
+        of_x = lambda x: g(closed_over, weights, x, *condition)  # noqa: E731
+        y, log_det = custom_estimate(of_x, form, original(estimator), x, key)
         diagnostics = Diagnostics.of(log_det, 0)
     return y[None], log_det[None], diagnostics

@@ -19,13 +19,13 @@ from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chun
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.primitives.derivatives import forward_only, reverse_only
 from resflow_jax.functional.probes import draw_seeds, make_probes
-from resflow_jax.functional.term_sums import draw_plan, repeat, sum_terms, with_log_det
+from resflow_jax.functional.term_sums import draw_plan, plan_of, repeat, sum_terms, with_log_det
 from resflow_jax.functional.trees import combine, float0, mapped_with, partition, zero_cotangents
 
 Array = jax.Array
 
 
-def neumann_estimate(g, prepare, estimator, args, chunks, key):
+def neumann_estimate(g, prepare, form, estimator, args, chunks, key):
     """y, log_det and diagnostics by the estimator's series, with the Neumann gradient.
 
     It has first-order reverse mode, and forward mode over that; other derivatives raise.
@@ -33,6 +33,7 @@ def neumann_estimate(g, prepare, estimator, args, chunks, key):
     Args:
       g: (closed_over, weights, x, *condition) -> array like x.
       prepare: (prepared_over, params) -> weights.
+      form: of the log-det, see `term_sums.Form`.
       estimator: `Truncated` or `Roulette`.
       args: (params, prepared_over, closed_over).
       chunks: (x,) or (x, condition), with arrays [chunks, b, ...]. y and log_det have the same leading axes.
@@ -42,20 +43,20 @@ def neumann_estimate(g, prepare, estimator, args, chunks, key):
     # may be mapped (by the key) where y is not. So y is mapped wherever log_det is, here, and log_det wherever y is, in
     # `_forward`.
     chunks = mapped_with(chunks[0], (key, estimator)), *chunks[1:]
-    return _neumann(g, prepare, estimator, args, chunks, key, reverse_only((args, chunks)))
+    return _neumann(g, prepare, form, estimator, args, chunks, key, reverse_only((args, chunks)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _neumann(g, prepare, estimator, args, chunks, key, token):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _neumann(g, prepare, form, estimator, args, chunks, key, token):
     """`neumann_estimate` with a token of `reverse_only`, which refuses forward mode."""
-    return _forward(g, prepare, estimator, args, chunks, key, token)[0]
+    return _forward(g, prepare, form, estimator, args, chunks, key, token)[0]
 
 
-def _forward(g, prepare, estimator, args, chunks, key, token):
+def _forward(g, prepare, form, estimator, args, chunks, key, token):
     params, prepared_over, closed_over = args
     weights = prepare(prepared_over, params)
     length_key, keys = shared_and_example_keys(key, join_chunks(chunks[0]))
-    plan = draw_plan(estimator, length_key)
+    plan = plan_of(form, draw_plan(estimator, length_key))
 
     def of_chunk(inputs):
         (x, *condition), keys = inputs
@@ -64,7 +65,7 @@ def _forward(g, prepare, estimator, args, chunks, key, token):
         x_repeated, *condition = repeat((x, *condition), estimator.probes)
         g_x, pullback = jax.vjp(lambda x: g(closed_over, weights, x, *condition), x_repeated)
         sums = sum_terms(plan, v, lambda u: pullback(u)[0])
-        return *with_log_det(x, g_x, sums), v + sums.w, sums.norms, seeds
+        return *with_log_det(x, g_x, sums, plan.scale), plan.scale * (v + sums.w), sums.norms, seeds
 
     keys = keys.reshape(*chunks[0].shape[:2], *keys.shape[1:])  # old-style keys are arrays of words
     y, log_det, w, norms, seeds = map_chunks(of_chunk, (chunks, keys))
@@ -73,7 +74,7 @@ def _forward(g, prepare, estimator, args, chunks, key, token):
     return (y, log_det, diagnostics), (estimator, args, chunks, seeds, w)
 
 
-def _backward(g, prepare, kept, cotangents):
+def _backward(g, prepare, form, kept, cotangents):
     estimator, args, chunks, seeds, w = kept
     params, prepared_over, closed_over = args
     y_bar, log_det_bar, _ = cotangents

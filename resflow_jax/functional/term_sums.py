@@ -8,19 +8,21 @@ A `Plan` is one draw of an estimator: the series, its number of terms n, and the
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from resflow_jax.functional.batch_axes import vary_alike
+from resflow_jax.functional.cayley_series import ParityPowerSeries, TwoSidedKrylov
 from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS
 from resflow_jax.functional.estimators import Roulette, Truncated
 from resflow_jax.functional.roulette import draw_lengths, length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Product, Term
 
 Array = jax.Array
+Form = Literal["residual", "cayley"]  # log|det(I + J)|, or log|det((I - J)(I + J)^-1)|
 
 
 class TermWeights(NamedTuple):
@@ -42,11 +44,13 @@ class Plan(NamedTuple):
       series: the series whose terms are summed.
       length: the number of terms, int32 [].
       weights: function from the number k >= 1 of a term to its weights.
+      scale: factor on the value and on w.
     """
 
-    series: PowerSeries | MinimalResidual
+    series: Any
     length: Array | int
     weights: Callable[[Array], TermWeights]
+    scale: float = 1.0
 
 
 class Sums(NamedTuple):
@@ -92,6 +96,14 @@ def draw_plan(estimator: Truncated | Roulette, key: Array) -> Plan:
 def _truncated_weights(terms: int, k: Array) -> TermWeights:
     # The derivative of tr(J^k) is k * tr(J^(k-1) dJ), so n terms of the value give powers 0 ... n - 1 in w.
     return TermWeights(value=jnp.ones(()), w=jnp.where(k < terms, 1.0, 0.0))
+
+
+def plan_of(form: Form, plan: Plan) -> Plan:
+    """The plan for a log-det of this form, with the length and the weights of a plan for log|det(I + J)|."""
+    if form == "residual":
+        return plan
+    is_power = isinstance(plan.series, PowerSeries)
+    return plan._replace(series=ParityPowerSeries() if is_power else TwoSidedKrylov(plan.series.steps), scale=-2.0)
 
 
 def longest_series(estimator: Truncated | Roulette) -> int:
@@ -147,7 +159,7 @@ def repeat(batch: Any, probes: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.tile(leaf, (probes, *[1] * (leaf.ndim - 1))), batch)
 
 
-def with_log_det(x: Array, g_x: Array, sums: Sums) -> tuple[Array, Array]:
-    """y and log_det [B] of x [B, ...], from g_x [probes * B, ...] and the sums of all probes."""
+def with_log_det(x: Array, g_x: Array, sums: Sums, scale: float = 1.0) -> tuple[Array, Array]:
+    """y and log_det [B] of x [B, ...], from g_x [probes * B, ...], and the sums of all probes times a plan's scale."""
     batch = x.shape[0]
-    return x + g_x[:batch], jnp.mean(sums.value.reshape(-1, batch), axis=0)
+    return x + g_x[:batch], scale * jnp.mean(sums.value.reshape(-1, batch), axis=0)

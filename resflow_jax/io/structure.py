@@ -26,9 +26,10 @@ from flax import nnx
 from resflow_jax.functional.activations import ACTIVATIONS, Activation, get_activation
 from resflow_jax.functional.checks import names_text, shown
 from resflow_jax.layers.contraction import TrustedContraction
+from resflow_jax.layers.contraction_block import ContractionBlock
 from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.layers.module import Module
-from resflow_jax.layers.residual import ResidualBlock, ResidualStack
+from resflow_jax.layers.residual import ResidualStack
 
 _MISSING = object()
 
@@ -77,12 +78,14 @@ def describe(value: Any) -> Any:
 
 def _arguments(value: Any) -> Iterator[tuple[str, Any]]:
     """The constructor's arguments for an object like this one, as pairs (name, value)."""
-    if isinstance(value, ResidualBlock):
+    if isinstance(value, ContractionBlock):
         contraction = value.contraction
         is_trusted = isinstance(contraction, TrustedContraction)
         yield "contraction", contraction.module if is_trusted else contraction
         if is_trusted:
             yield from ((n, getattr(contraction, n)) for n in ("lipschitz", "event_shape", "condition_shape"))
+        if hasattr(value, "solver"):
+            yield "solver", value.solver
     elif isinstance(value, ResidualStack):
         yield "step", value.unstacked()[0]
         yield "depth", value.depth

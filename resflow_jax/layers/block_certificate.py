@@ -3,13 +3,16 @@
     |g(a) - g(b)|_p <= L |a - b|_p,   L < 1:   f(x) = x + g(x) is invertible, with
     Lip(f) <= 1 + L,   Lip(f^-1) <= 1 / (1 - L)
 
-(Behrmann et al. 2019, arXiv 1811.00995, theorem 1 and lemma 2). Power iteration underestimates norms, the more the
-less it has converged. Here every norm is bounded from above (`functional.norm_bounds`), in float64 on the host, from
-the kernels as the layers apply them.
+(Behrmann et al. 2019, arXiv 1811.00995, theorem 1 and lemma 2). For a monotone block, x = (w + g(w)) / sqrt(2) and
+y = (w - g(w)) / sqrt(2), both constants are at most (1 + L) / (1 - L), in every norm (Ahn et al. 2022, arXiv
+2210.08176): |dy| <= (1 + L) |dw| / sqrt(2) and |dx| >= (1 - L) |dw| / sqrt(2), and the same for the inverse.
+
+Power iteration underestimates norms, the more the less it has converged. Here every norm is bounded from above
+(`functional.norm_bounds`), in float64 on the host, from the kernels as the layers apply them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -54,7 +57,7 @@ class LayerCertificate:
 
 @dataclass(frozen=True)
 class BlockCertificate:
-    """The certified Lipschitz bound of one residual block f(x) = x + g(x), as `certify` returns it.
+    """The certified Lipschitz bound of one residual or monotone block f, as `certify` returns it.
 
     All numbers are Python floats without a unit.
 
@@ -104,12 +107,25 @@ class BlockCertificate:
         )
 
 
-def certify_contraction(contraction: Contraction) -> BlockCertificate:
-    """The bounds of one contraction g, in its own norms and in the 2-norm, and the smaller of both."""
+def residual_bounds(bound: float) -> tuple[float, float]:
+    """(Lip(f), Lip(f^-1)) of f(x) = x + g(x) with Lip(g) <= bound, in the norm of g."""
+    return 1 + bound, 1 / (1 - bound) if bound < 1 else math.inf
+
+
+def monotone_bounds(bound: float) -> tuple[float, float]:
+    """(Lip(f), Lip(f^-1)) of the monotone map of g with Lip(g) <= bound, in the norm of g."""
+    both = (1 + bound) / (1 - bound) if bound < 1 else math.inf
+    return both, both
+
+
+def certify_contraction(
+    contraction: Contraction, bounds_of_map: Callable[[float], tuple[float, float]] = residual_bounds
+) -> BlockCertificate:
+    """The bounds of one contraction g and of f, in its own norms and in the 2-norm, and the smaller of both."""
     linears = list(contraction.linears)
     if not linears or contraction.bound([1.0] * len(linears), [2.0] * (len(linears) + 1)) is None:
         bound = contraction.lipschitz
-        return BlockCertificate(bound, bound, 2.0, 1 + bound, 1 / (1 - bound), (), is_proved=False)
+        return BlockCertificate(bound, bound, 2.0, *bounds_of_map(bound), (), is_proved=False)
     own = (linears[0].orders()[0], *(linear.orders()[1] for linear in linears))
     kernels = [np.asarray(linear.weights()[0], np.float64) for linear in linears]
     limits = [float(linear.limit()) for linear in linears]
@@ -123,10 +139,8 @@ def certify_contraction(contraction: Contraction) -> BlockCertificate:
         bound = _closed_bound(contraction, [layer.norm for layer in layers], orders)
         # |x|_2 <= D^max(0, 1/2 - 1/p) |x|_p and |x|_p <= D^max(0, 1/p - 1/2) |x|_2: one exponent is zero.
         to_two_norm = dim ** abs(0.5 - 1 / orders[0])
-        inverse = to_two_norm / (1 - bound) if bound < 1 else math.inf
-        candidates.append(
-            BlockCertificate(bound, contraction.lipschitz, orders[0], to_two_norm * (1 + bound), inverse, layers)
-        )
+        of_map = (to_two_norm * constant for constant in bounds_of_map(bound))
+        candidates.append(BlockCertificate(bound, contraction.lipschitz, orders[0], *of_map, layers))
     return replace(
         min(candidates, key=lambda block: block.bound),
         lipschitz=min(block.lipschitz for block in candidates),

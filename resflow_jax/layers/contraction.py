@@ -248,7 +248,7 @@ class Layered(Contraction):
         """
         self.coefficient = coefficient
         norms = [2.0] * (len(linear_maps) + 1) if norms is None else norms
-        slopes = [activation.slopes if n or preactivation else (1.0,) for n in range(len(linear_maps))]
+        slopes = [activation.steepest if n or preactivation else ((1.0,),) for n in range(len(linear_maps))]
         self.linears = List(
             LipschitzLinear(linear_map, coefficient, domain=p, codomain=q, slopes=s, rngs=rngs)
             for linear_map, p, q, s in zip(linear_maps, norms[:-1], norms[1:], slopes, strict=True)

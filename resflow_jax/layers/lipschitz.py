@@ -120,13 +120,13 @@ class LipschitzLinear(Module):
         *,
         domain: Order = 2.0,
         codomain: Order = 2.0,
-        slopes: tuple[float, ...] = (1.0,),
+        slopes: tuple[tuple[float, ...], ...] = ((1.0,),),
         rngs: nnx.Rngs,
     ):
         """coefficient: bound on the norm from the order `domain` to the order `codomain`, in (0, 1).
 
-        slopes: of the activation before the layer (see `Activation`). If it expands in the norm of order `domain`, the
-        bound on this layer's norm is lower by that factor.
+        slopes: of the activation before the layer (see `Activation.steepest`). If it expands in the norm of order
+        `domain`, the bound on this layer's norm is lower by that factor.
         """
         check_open_interval("coefficient", coefficient, 0, 1)
         check_type("rngs", rngs, nnx.Rngs)
@@ -164,7 +164,8 @@ class LipschitzLinear(Module):
 
     def limit(self) -> Array:
         """Bound on the norm of the normalised kernel: the coefficient over the expansion of the activation before."""
-        expansion = vector_norm(jnp.asarray(self.slopes, self.kernel.dtype), self.traced_orders()[0])
+        slopes, order = jnp.asarray(self.slopes, self.kernel.dtype), self.traced_orders()[0]
+        expansion = jnp.max(jnp.stack([vector_norm(vector, order) for vector in slopes]))
         return self.coefficient / jnp.maximum(1, expansion)
 
     def traced_orders(self) -> tuple[float | Array, float | Array]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.broadcasting import per_example
-from resflow_jax.functional.checks import check_callable, check_count, check_open_interval, check_type
+from resflow_jax.functional.checks import check_callable, check_count, check_type
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import residual_inverse
 from resflow_jax.functional.logdet import residual
@@ -26,9 +26,8 @@ from resflow_jax.layers.bijector import (
     Shape,
     join_blocks,
 )
-from resflow_jax.layers.block_certificate import certify_contraction, tighten_contraction
-from resflow_jax.layers.conditions import ConditionShape
-from resflow_jax.layers.contraction import Contraction, TrustedContraction
+from resflow_jax.layers.block_certificate import residual_bounds
+from resflow_jax.layers.contraction_block import ContractionBlock
 from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, norms_are_deferred
 from resflow_jax.layers.module_texts import Part, Parts
 from resflow_jax.layers.norm_updates import update_norms
@@ -36,7 +35,7 @@ from resflow_jax.layers.norm_updates import update_norms
 Array = jax.Array
 
 
-class ResidualBlock(Bijector):
+class ResidualBlock(ContractionBlock):
     """Residual block with a contraction g in x.
 
         y = x + g(x)  or  y = x + g(x; c),   x: the fixed point of x -> y - g(x)
@@ -74,41 +73,7 @@ class ResidualBlock(Bijector):
       (True, True, True)
     """
 
-    blocks = 1
-    takes_noise = True
-
-    def __init__(
-        self,
-        contraction: nnx.Module,
-        *,
-        lipschitz: float | None = None,
-        event_shape: Shape | None = None,
-        condition_shape: ConditionShape = None,
-    ):
-        if isinstance(contraction, Contraction):
-            given = {"lipschitz": lipschitz, "event_shape": event_shape, "condition_shape": condition_shape}
-            for name, value in given.items():
-                if value is not None:
-                    raise ValueError(f"{name}: expected None beside a Contraction, which knows its own, got {value!r}")
-            own = getattr(contraction, "lipschitz", None)
-            check_open_interval(f"{type(contraction).__name__}.lipschitz", own, 0, 1)
-        else:
-            contraction = TrustedContraction(contraction, lipschitz, event_shape, condition_shape)
-        self.contraction = contraction
-        self.event_shape = contraction.event_shape
-        self.condition_shape = contraction.condition_shape
-
-    def g(self, x: Array, condition: Array | None = None) -> Array:
-        """The contraction g(x), or g(x; c), [B, ...] for x [B, ...]; one evaluation.
-
-        Raises:
-          ValueError: if it changes the shape or the dtype of x.
-        """
-        g_x = self.contraction(x) if condition is None else self.contraction(x, condition)
-        if getattr(g_x, "shape", None) != x.shape or g_x.dtype != x.dtype:
-            got = f"{g_x.dtype} {g_x.shape}" if hasattr(g_x, "shape") else type(g_x).__name__
-            raise ValueError(f"g: expected an output {x.dtype} {x.shape} like x, got {got}")
-        return g_x
+    bounds_of_map = staticmethod(residual_bounds)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         return x + self.g(x, condition)
@@ -141,28 +106,6 @@ class ResidualBlock(Bijector):
         x, statuses = self.solve(y, solver, condition)
         _, log_det, diagnostics = self.estimate(x, key, estimator, condition)
         return x, log_det, diagnostics, statuses
-
-    def initialize(self, x: Array, condition: Array | None = None) -> Array:
-        self.contraction.move_statistics(x, condition, rate=1.0)
-        return self(x, condition)
-
-    def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
-        self.contraction.move_statistics(x, condition)
-        return self(x, condition)
-
-    def certified_bounds(self, blocks: list) -> tuple[float, float]:
-        try:
-            block = certify_contraction(self.contraction)
-        except ValueError as error:
-            raise ValueError(f"block {len(blocks)}: {error}") from error
-        blocks.append(block)
-        return block.lipschitz, block.inverse_lipschitz
-
-    def lipschitz_bounds(self) -> tuple[float, float]:
-        return self.certified_bounds([])
-
-    def tighten(self) -> None:
-        tighten_contraction(self.contraction)
 
 
 class ResidualStack(Bijector):

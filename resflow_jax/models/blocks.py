@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from flax import nnx
 
@@ -11,8 +12,10 @@ from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.contraction import Contraction, Layered
 from resflow_jax.layers.densenet import DenseNetOfMaps
+from resflow_jax.layers.implicit import ImplicitBlock
 from resflow_jax.layers.linear import InvertibleLinear
 from resflow_jax.layers.lipschitz import learned_order
+from resflow_jax.layers.monotone import MonotoneBlock
 from resflow_jax.layers.networks import MakeLinear, chain_of_maps, check_widths, densenet_maps
 from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
@@ -56,7 +59,8 @@ def residual_blocks(
 
     def step(preactivation: bool) -> Callable[[nnx.Rngs], Chain]:
         def make(rngs: nnx.Rngs) -> Chain:
-            return Chain([*around.before(rngs), ResidualBlock(contraction(preactivation, rngs)), *around.after()])
+            block = _block(config.block, partial(contraction, preactivation, rngs))
+            return Chain([*around.before(rngs), block, *around.after()])
 
         return make
 
@@ -64,6 +68,15 @@ def residual_blocks(
         return [ResidualStack(step(config.preactivation != "none"), depth, rngs=rngs)]
     head = step(False)(rngs)
     return [head] if depth == 1 else [head, ResidualStack(step(True), depth - 1, rngs=rngs)]
+
+
+def _block(name: str, contraction: Callable[[], Contraction]) -> Bijector:
+    """A block of the kind `name`, by default a residual one."""
+    if name == "monotone":
+        return MonotoneBlock(contraction())
+    if name == "implicit":
+        return ImplicitBlock(contraction(), contraction())
+    return ResidualBlock(contraction())
 
 
 def layered(

@@ -1,7 +1,7 @@
 """Frozen configurations of the flows. They hold sizes and names only, and check themselves."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from resflow_jax.functional.activations import ACTIVATIONS, ActivationName
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval, check_type
@@ -20,6 +20,7 @@ from resflow_jax.models.groups import (
 
 Preactivation = Literal["all_but_first", "all", "none"]
 PREACTIVATIONS = get_args(Preactivation)
+Block = Literal["residual", "monotone", "implicit"]
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,16 @@ class ImageFlowConfig:
       tail: dense blocks after the last scale.
       densenet: DenseNets in place of chains of layers, with `kernels` and `hidden_channels`.
       scales: squeezes and factoring out.
+      block: the kind of block: "residual", y = x + g(x); "monotone", see `MonotoneBlock`; or "implicit", which has two
+        contractions, see `ImplicitBlock`. The last two stretch more, and their map is a solve.
 
     Cost: a `ResidualFlow` of it evaluates sum(blocks) + tail.blocks contractions for each pass.
 
     Raises:
       ValueError: for values outside their ranges, and settings that exclude each other; the message names the setting.
 
-    Source: Chen et al. (2019, arXiv 1906.02735), appendix E.
+    Source: Chen et al. (2019, arXiv 1906.02735), appendix E; Ahn et al. (2022, arXiv 2210.08176) and Lu et al. (2021,
+    arXiv 2103.09527) for the other blocks.
 
     Example:
       >>> config = rf.ImageFlowConfig((8, 8, 1), blocks=(2, 2), hidden_channels=16)
@@ -76,6 +80,8 @@ class ImageFlowConfig:
     tail: DenseTail = DenseTail()
     densenet: DenseNetBlocks = DenseNetBlocks(growth=172)
     scales: Scales = Scales()
+    block: Block = "residual"
+    block_names: ClassVar[tuple[str, ...]] = get_args(Block)
 
     def __post_init__(self):
         make_tuples(self, "shape", "blocks", "kernels")
@@ -133,6 +139,8 @@ class VectorFlowConfig:
       between: layers between the blocks.
       norms: orders of the norms between the linear layers.
       densenet: DenseNets in place of chains of layers, with `hidden`.
+      block: the kind of block: "residual", y = x + g(x); "monotone", see `MonotoneBlock`; or "implicit", which has two
+        contractions, see `ImplicitBlock`. The last two stretch more, and their map is a solve.
 
     Cost: a `ResidualFlow` of it evaluates `blocks` contractions for each pass.
 
@@ -159,6 +167,8 @@ class VectorFlowConfig:
     between: BetweenBlocks = BetweenBlocks()
     norms: Norms = Norms()
     densenet: DenseNetBlocks = DenseNetBlocks()
+    block: Block = "residual"
+    block_names: ClassVar[tuple[str, ...]] = get_args(Block)
 
     def __post_init__(self):
         make_tuples(self, "hidden")
@@ -195,6 +205,7 @@ def _check_norms(config: FlowConfig, name: str, norms: tuple[float, ...] | None)
 def _check_common(config: FlowConfig, layers: int) -> None:
     """Checks the settings that both kinds of flows have; `layers` is the number of linear layers in a plain block."""
     check_choice("activation", config.activation, tuple(ACTIVATIONS))
+    check_choice("block", config.block, config.block_names)
     check_choice("preactivation", config.preactivation, PREACTIVATIONS)
     check_open_interval("coefficient", config.coefficient, 0, 1)
     if config.condition_dim is not None:

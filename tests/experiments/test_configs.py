@@ -1,6 +1,7 @@
 """The configurations of experiments have the promised sizes, published settings and optimisers."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ SIZES = {
     "residual flow of default sizes": (rf.ImageFlowConfig((32, 32, 3)), 25_174_129),
     "digits_densenet": (digits_densenet.CONFIG.model, 107_398),
     "digits": (digits.CONFIG.model, 107_361),
+    "cifar10_monotone": (CONFIGS["cifar10_monotone"].model, 24_894_430),
+    "digits_monotone": (CONFIGS["digits_monotone"].model, 107_362),
 }
 
 
@@ -49,7 +52,7 @@ def test_every_config_has_a_tiny_mode(name):
 
 def test_config_names_and_work_directories_are_their_own():
     """No two runs write to the same place; the help has a line for each."""
-    assert len({config.workdir for config in CONFIGS.values()}) == len(CONFIGS) == 29
+    assert len({config.workdir for config in CONFIGS.values()}) == len(CONFIGS) == 32
 
 
 def test_published_settings():
@@ -62,6 +65,9 @@ def test_published_settings():
     config = CONFIGS["celebahq256"]
     assert (config.batch_size, config.optimizer.accumulate, config.estimator.exact_terms) == (8, 5, 8)
     assert config.model.blocks == (16,) * 6 and config.model.activation == "elu" and config.data.bits == 5
+    config, blocks = CONFIGS["cifar10_monotone"], CONFIGS["cifar10_densenet"].model
+    assert config.model == replace(blocks, activation="cpila", block="monotone") and config.batch_size == 64
+    assert config.estimator == rf.Roulette(rf.Poisson(2.0), exact_terms=10, minres_steps=0, probe="gaussian")
     for data in ("digits", "mnist", "cifar10"):
         assert CONFIGS[f"{data}_truncated_elu"].estimator == rf.Truncated(terms=5)
         assert CONFIGS[f"{data}_elu"].estimator == CONFIGS[data].estimator

@@ -86,7 +86,7 @@ def dense_jacobians(name):
     return np.asarray(jax.jit(lambda: jacobians(g, params, x))())
 
 
-def worst_z(name, estimator, keys=4000):
+def worst_z(name, estimator, keys=4000, estimate=estimate, exact=exact):
     """The largest |z| of the mean over keys, over all components of value and gradient."""
     run = jax.jit(jax.vmap(lambda key: estimate(net_named(name), estimator, key)))
     return np.abs(z_scores(run(jax.random.split(jax.random.key(0), keys)), exact(name))).max()

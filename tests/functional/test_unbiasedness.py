@@ -32,7 +32,7 @@ from tests.functional.estimates import (
 # Expectations without sampling
 
 
-def enumerate_draws(monkeypatch, net, estimator, lengths=(0,)):
+def enumerate_draws(monkeypatch, net, estimator, lengths=(0,), estimate=estimate):
     """The estimate for every length and for D draws of orthogonal +-1 probes: [lengths, D, ...].
 
     In draw i, row n of the batch of probes is row (i + n) % D of a Hadamard matrix: each row of the batch sees them
@@ -88,14 +88,14 @@ def test_truncation_bias_shrinks():
     assert worst[0] > 3 * worst[1] > 90 * worst[2]
 
 
-def expectation(monkeypatch, name, estimator, longest):
+def expectation(monkeypatch, name, estimator, longest, estimate=estimate):
     """sum_n P(N = n) * (mean over probes), n = 0..longest, all longer ones counted as the longest.
 
     Every term up to `longest` thus has the weight one in expectation: what is left out is the rest of the series.
     """
     lengths = np.arange(longest + 1, dtype=np.int32)
     survival = np.append(estimator.length.survival(lengths), 0)
-    draws = enumerate_draws(monkeypatch, net_named(name), estimator, lengths)
+    draws = enumerate_draws(monkeypatch, net_named(name), estimator, lengths, estimate)
     return np.tensordot(survival[:-1] - survival[1:], np.asarray(draws).mean(axis=1), 1)
 
 
@@ -231,9 +231,9 @@ def test_roulette_is_unbiased_for_convolutions(estimator):
 
 def _cotangents(mutate):
     def replaced(original):
-        def backward(g, prepare, kept, cotangents):
-            y_bar, log_det_bar, diagnostics_bar = cotangents
-            return original(g, prepare, kept, (y_bar, mutate(kept[0], log_det_bar), diagnostics_bar))
+        def backward(*static_and_kept_and_cotangents):
+            *static, kept, (y_bar, log_det_bar, diagnostics_bar) = static_and_kept_and_cotangents
+            return original(*static, kept, (y_bar, mutate(kept[0], log_det_bar), diagnostics_bar))
 
         return backward
 

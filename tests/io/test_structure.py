@@ -45,6 +45,9 @@ MAKERS = {
     "DiagonalNormal": lambda rngs: rf.DiagonalNormal((3,), condition_dim=2, rngs=rngs),
     "Exp": lambda rngs: rf.Exp(),
     "Flatten": lambda rngs: rf.Flatten((2, 2)),
+    "ImplicitBlock": lambda rngs: rf.ImplicitBlock(
+        *(rf.LipschitzMLP(3, (n,), rngs=rngs) for n in (2, 3)), solver=rf.Broyden(memory=2)
+    ),
     "Invert": lambda rngs: rf.Invert(rf.ActNorm((3,)), rf.Broyden(tolerance=1e-3, memory=2)),
     "InvertibleLinear": lambda rngs: rf.InvertibleLinear(3, rngs=rngs),
     "LipschitzCNN": lambda rngs: rf.LipschitzCNN(
@@ -70,6 +73,7 @@ MAKERS = {
         (2, 2, 1), rf.CNNConditioner((4,), (3, 1)), "checkerboard", components=2, rngs=rngs
     ),
     "MixtureOfNormals": lambda rngs: rf.MixtureOfNormals(2, (3,), condition_dim=2, rngs=rngs),
+    "MonotoneBlock": lambda rngs: rf.MonotoneBlock(rf.LipschitzMLP(3, (2,), rngs=rngs), solver=rf.Broyden(memory=2)),
     "MovingBatchNorm": lambda rngs: rf.MovingBatchNorm((3,), 0.2, 1e-3),
     "MovingCentering": lambda rngs: rf.MovingCentering((3,), 0.2),
     "MultiScale": lambda rngs: rf.MultiScale([rf.Squeeze((2, 2, 1)), rf.ActNorm((2,))], (2, 2, 1)),

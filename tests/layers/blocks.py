@@ -46,6 +46,7 @@ CONTRACTIONS = {
     "elementwise, preactivation": (layered(preactivation=True, activation="elu"), (4,)),
     "clipswish": (layered([DenseMap(4, 3), DenseMap(6, 4)], "clipswish"), (4,)),
     "clipswish, preactivation": (layered(WIDENING, "clipswish", preactivation=True), (4,)),
+    "orders 121, cpila": (layered(WIDENING, "cpila", preactivation=True, norms=[1.0, 2.0, 1.0]), (4,)),
     "maxmin": (layered(activation="maxmin"), (4,)),
     "fullsort, preactivation, centred": (layered(activation="fullsort", preactivation=True, centering=True), (4,)),
     "identity": (layered([DenseMap(4, 4)], "identity"), (4,)),

@@ -74,6 +74,25 @@ def stack(rngs, condition_shape=None):
     return rf.ResidualStack(step, 2, rngs=rngs)
 
 
+def monotone(rngs, condition_shape=None):
+    return rf.MonotoneBlock(mlp(rngs, 4, condition_shape), solver=SOLVER)
+
+
+def implicit(rngs, condition_shape=None):
+    return rf.ImplicitBlock(mlp(rngs), mlp(rngs, 4, condition_shape), solver=SOLVER)
+
+
+def monotone_parts(rngs):
+    """A stack of monotone blocks, the inverse of one, and an implicit block."""
+    step = lambda rngs: rf.Chain([monotone(rngs), rf.ActNorm((4,))])  # noqa: E731
+    return rf.Chain([rf.ResidualStack(step, 2, rngs=rngs), rf.Invert(monotone(rngs), SOLVER), implicit(rngs)])
+
+
+def monotone_scales(rngs):
+    block = lambda size, channels: rf.MonotoneBlock(cnn(rngs, size, channels), solver=SOLVER)  # noqa: E731
+    return rf.MultiScale([rf.Chain([rf.Logit(0.05), block((4, 4), 1), rf.Squeeze(IMAGE)]), block((2, 2), 2)], IMAGE)
+
+
 # name: (bijector from rngs, shape of one event, of one condition)
 BIJECTORS = {
     "chain": (lambda rngs: rf.Chain([rf.ActNorm((4,)), rf.ResidualBlock(mlp(rngs)), Shift(4)]), (4,), None),
@@ -85,6 +104,15 @@ BIJECTORS = {
     "inverse of a chain, conditional": (lambda rngs: inverted(rngs, (2,)), (4,), (2,)),
     "multi-scale, conditional": (lambda rngs: multi_scale(rngs, (2, 1)), IMAGE, (2, 1)),
     "stack, conditional": (lambda rngs: stack(rngs, (3,)), (4,), (3,)),
+    "monotone parts": (monotone_parts, (4,), None),
+    "monotone, multi-scale": (monotone_scales, IMAGE, None),
+    "monotone block, conditional": (lambda rngs: monotone(rngs, (2,)), (4,), (2,)),
+    "implicit block, conditional": (lambda rngs: implicit(rngs, (2,)), (4,), (2,)),
+    "monotone module of the user's": (
+        lambda rngs: rf.MonotoneBlock(Rotation(rngs), lipschitz=0.8, solver=SOLVER),
+        (4,),
+        (2,),
+    ),
     "module of the user's": (lambda rngs: rf.ResidualBlock(Rotation(rngs), lipschitz=0.8), (4,), (2,)),
 }
 

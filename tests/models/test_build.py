@@ -139,6 +139,16 @@ def test_layers_in_order(case):
     assert names(scales) == expected
 
 
+@pytest.mark.parametrize(("block", "name"), [("monotone", "MonotoneBlock"), ("implicit", "ImplicitBlock")])
+def test_other_blocks(block, name):
+    """`block` replaces every residual block, also dense ones; an implicit block has two, in a chain."""
+    expected = [name] if block == "monotone" else [["ResidualBlock", "Invert"]]
+    scales = built(rf.ImageFlowConfig(**TWO_SCALES, between=rf.BetweenBlocks(actnorm=False), tail=TAIL, block=block))
+    assert names(scales) == [["Logit", expected, expected, "Squeeze"], [expected, "Flatten", expected]]
+    (stack,) = built(rf.VectorFlowConfig(3, 2, (4,), between=rf.BetweenBlocks(actnorm=False), block=block))
+    assert names(stack) == [expected]
+
+
 def contractions(layers):
     """The contractions of all residual blocks, in order; a stack counts as one."""
     for layer in layers:

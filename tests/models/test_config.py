@@ -10,6 +10,12 @@ from resflow_jax.interop.torch.flow import TorchImageConfig
 IMAGE_SHAPE = {"shape": (8, 8, 1)}
 SQUEEZED = {"scales": rf.Scales(squeeze_first=True)}
 BAD_CONFIGS = {
+    "block": (rf.VectorFlowConfig, {"dim": 2, "block": "x"}, "block: expected one of residual, monotone, implicit"),
+    "block of the original": (
+        TorchImageConfig,
+        {**IMAGE_SHAPE, "block": "monotone"},
+        "block: expected one of resblock, coupling",
+    ),
     "zero blocks": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "blocks": (2, 0)}, "blocks: expected an integer of at least 1"),
     "no scales": (rf.ImageFlowConfig, {**IMAGE_SHAPE, "blocks": ()}, "blocks: expected at least one scale"),
     "unsqueezable": (

@@ -94,13 +94,15 @@ def _classes():
     net = {"condition_dim": None, "activation": "lipswish", "coefficient": 0.9, "rngs": rngs()}
     layered = {**net, "preactivation": True, "norms": None}
     linear = {"coefficient": 0.9, "rngs": rngs(), "domain": 2.0, "codomain": 2.0, "matmul_dtype": None}
+    slopes = {"slopes": (1.0,), "other_slopes": ()}
+    trusted = {"contraction": Half(), "lipschitz": 0.5, "event_shape": (3,), "condition_shape": None}
     config = {"activation": "elu", "preactivation": "all", "coefficient": 0.9, "condition_dim": None}
     config |= {"matmul_dtype": None, "between": rf.BetweenBlocks(), "norms": rf.Norms()}
-    config |= {"densenet": rf.DenseNetBlocks()}
+    config |= {"densenet": rf.DenseNetBlocks(), "block": "residual"}
     image = {"data": rf.ImageTransform(), "tail": rf.DenseTail(), "scales": rf.Scales()}
     return {
         "ActNorm": {"shape": (3,)},
-        "Activation": {"name": "a", "function": lambda p, x: x, "slopes": (1.0,), "initial": (), "group": 1},
+        "Activation": {"name": "a", "function": lambda p, x: x, "initial": (), "group": 1, **slopes},
         "Affine": {"event_shape": (3,), **size},
         "Anderson": {**solver, "memory": 5},
         "BetweenBlocks": dict.fromkeys(("actnorm", "feature_actnorm", "first_actnorm", "batchnorm"), True)
@@ -171,7 +173,9 @@ def _classes():
         "PooledHead": {"shape": (3,), "classes": 2, "hidden": None, "activation": "elu", "rngs": rngs()},
         "ResNetClassifier": {"config": rf.ClassifierConfig((4, 4, 1), 2, (1,), (2,)), "rngs": rngs()},
         "Reshape": {"shape": (4,), "new_shape": (2, 2)},
-        "ResidualBlock": {"contraction": Half(), "lipschitz": 0.5, "event_shape": (3,), "condition_shape": None},
+        "MonotoneBlock": {**trusted, "solver": None},
+        "ImplicitBlock": {**dict.fromkeys(("g_x", "g_y"), rf.LipschitzMLP(3, (2,), rngs=rngs())), "solver": None},
+        "ResidualBlock": trusted,
         "ResidualFlow": {"config": rf.VectorFlowConfig(3, 1, (4,)), "rngs": rngs()},
         "ResidualStack": {"make_step": lambda rngs: rf.ActNorm((3,)), "depth": 2, "rngs": rngs()},
         "Roulette": {
@@ -353,6 +357,9 @@ def _functions():
     yield rf, "residual", {"g": g, "params": None, "x": X, **block}
     inverse = {"condition": None, "solver": rf.Anderson(), "return_status": False}
     yield rf, "residual_inverse", {"g": g, "params": None, "y": X, **inverse}
+    both = {name: value for name, value in {**block, **inverse}.items() if name != "prepare"}
+    yield rf, "monotone", {"g": g, "params": None, "x": X, **both}
+    yield rf, "monotone_inverse", {"g": g, "params": None, "y": X, **inverse}
     yield rf, "spectral_norm", {"matvec": matvec, "u": X[0], "v": X[0]}
     mesh = training.make_mesh(1, devices=jax.devices()[:1])
     yield training, "Placement", {"trainer": trainer(), "mesh": mesh, "strategy": "jit", "parameters": "replicated"}

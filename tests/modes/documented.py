@@ -195,6 +195,22 @@ ROWS = {
         "condition: expected": lambda: rf.residual_inverse(lambda p, x, c: 0.5 * x, None, X, condition=np.ones((3, 1))),
         "g: expected a function": lambda: rf.residual_inverse(half, None, X, condition=X),
     },
+    "rf.monotone": {
+        "x: expected": lambda: rf.monotone(half, None, X.astype(int), key=KEY),
+        "g: expected": lambda: rf.monotone(lambda p, x: x[:, :1], None, X, key=KEY),
+        "key: Roulette expected": lambda: rf.monotone(half, None, X),
+        "solver: expected": lambda: rf.monotone(half, None, X, key=KEY, solver="anderson"),
+        "estimator: expected": lambda: rf.monotone(half, None, X, key=KEY, estimator="exact"),
+        "condition: expected": lambda: rf.monotone(
+            lambda p, x, c: 0.5 * x, None, X, key=KEY, condition=np.ones((3, 1))
+        ),
+    },
+    "rf.monotone_inverse": {
+        "y: expected": lambda: rf.monotone_inverse(half, None, X.astype(int)),
+        "g: expected": lambda: rf.monotone_inverse(lambda p, x: x[:, :1], None, X),
+        "solver: expected": lambda: rf.monotone_inverse(half, None, X, solver="anderson"),
+        "g: expected a function": lambda: rf.monotone_inverse(half, None, X, condition=X),
+    },
     "rf.save": {"flow: expected Flow": lambda: rf.save("never-written", norm())},
     "training.make_mesh": {"mesh: expected sizes whose product is": lambda: make_mesh(data=jax.device_count() + 1)},
     "interop.bases.distrax_base": {"distribution: expected": lambda: bases.distrax_base(3)},

@@ -237,6 +237,18 @@ LAYERS = {
         "bijector: expected .*pad": lambda: rf.Invert(rf.ChannelPadding(1)),
         "solver: expected": lambda: rf.Invert(norm(), solver="anderson"),
     },
+    "rf.MonotoneBlock": {
+        "lipschitz: expected a bound": lambda: rf.MonotoneBlock(Narrowing()),
+        r"lipschitz: expected .*1.5": lambda: rf.MonotoneBlock(Narrowing(), lipschitz=1.5),
+        "lipschitz: expected None": lambda: rf.MonotoneBlock(mlp(3, (2,)), lipschitz=0.5),
+        "solver: expected": lambda: rf.MonotoneBlock(mlp(3, (2,)), solver="anderson"),
+    },
+    "rf.ImplicitBlock": {
+        "g_x: expected Contraction": lambda: rf.ImplicitBlock(Narrowing(), mlp(3, (2,))),
+        "g_y: expected Contraction": lambda: rf.ImplicitBlock(mlp(3, (2,)), Narrowing()),
+        "solver: expected": lambda: rf.ImplicitBlock(mlp(3, (2,)), mlp(3, (2,)), solver="anderson"),
+        r"bijectors\[1\] .*: expected events": lambda: rf.ImplicitBlock(mlp(3, (2,)), mlp(2, (2,))),
+    },
     "rf.InvertibleLinear": {
         "dim: expected": lambda: rf.InvertibleLinear(0, rngs=RNGS),
         "expected events": lambda: rf.InvertibleLinear(3, rngs=RNGS).output_shape((2,)),

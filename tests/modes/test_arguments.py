@@ -76,6 +76,8 @@ BESIDE = {
     "rf.Typicality.fit condition_held_out": "condition",
     "rf.check_contraction condition": "g",
     "rf.residual condition": "g",
+    "rf.monotone condition": "g",
+    "rf.monotone_inverse condition": "g",
     "rf.residual_inverse condition": "g",
     "rf.fit optimizer": "learning_rate",
 }

@@ -167,7 +167,10 @@ def _with_torch_settings(config: ImageFlowConfig) -> TorchImageConfig:
     """The same flow as a `TorchImageConfig`."""
     if isinstance(config, TorchImageConfig):
         return config
-    return TorchImageConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    if config.block != "residual":
+        raise ValueError(f"block: expected 'residual', which the original has an option for, got {config.block!r}")
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return TorchImageConfig(**settings | {"block": "resblock"})
 
 
 def _settings(config: Any, prefix: str = "") -> Settings:

@@ -7,13 +7,13 @@ normalisation after the first squeeze, and a classifier on the flow's features.
 import math
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.checks import check_choice, check_count, check_flag, check_flags
+from resflow_jax.functional.checks import check_count, check_flag, check_flags
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.interop.torch.classifier import Classifier
 from resflow_jax.interop.torch.couplings import coupling_bijector
@@ -63,10 +63,10 @@ class TorchImageConfig(ImageFlowConfig):
     classes: int = 0
     classifier_channels: int = 256
     block: Literal["resblock", "coupling"] = "resblock"
+    block_names: ClassVar[tuple[str, ...]] = ("resblock", "coupling")
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice("block", self.block, ("resblock", "coupling"))
         if self.block == "coupling" and self.densenet.depth:
             raise ValueError(f"block: expected 'resblock' beside densenet.depth {self.densenet.depth}, got 'coupling'")
         check_flags(self)
@@ -90,7 +90,8 @@ class TorchImageConfig(ImageFlowConfig):
         pads_first = self.padding_first and self.data.padding.channels
         if self.fully_connected or pads_first or self.classes or self.squeezed_data or self.block == "coupling":
             return self
-        return ImageFlowConfig(**{field.name: getattr(self, field.name) for field in fields(ImageFlowConfig)})
+        settings = {field.name: getattr(self, field.name) for field in fields(ImageFlowConfig)}
+        return ImageFlowConfig(**settings | {"block": "residual"})
 
 
 class TorchFlow(ResidualFlow):

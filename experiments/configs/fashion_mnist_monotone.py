@@ -1,0 +1,26 @@
+"""Fashion-MNIST with monotone blocks: invertible DenseNets with CPila, small enough for a CPU.
+
+python -m experiments.density fashion_mnist_monotone --data.dir DIR
+
+The blocks are those of Ahn et al. (2022, arXiv 2210.08176); they publish no run on this data set. Scales, steps,
+optimiser and estimator are those of `fashion_mnist`. This run has not been made.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.configs import fashion_mnist
+from resflow_jax import DenseNetBlocks
+
+MODEL = fashion_mnist.CONFIG.model
+CONFIG = replace(
+    fashion_mnist.CONFIG,
+    model=replace(
+        MODEL,
+        activation="cpila",
+        tail=replace(MODEL.tail, densenet_first=52, densenet_growth=24),
+        densenet=DenseNetBlocks(depth=3, growth=20),
+        block="monotone",
+    ),
+    workdir=Path("runs/fashion_mnist_monotone"),
+)

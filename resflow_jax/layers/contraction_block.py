@@ -1,0 +1,82 @@
+"""`ContractionBlock`: what all blocks made of one contraction g have in common."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from resflow_jax.functional.checks import check_open_interval
+from resflow_jax.layers.bijector import Bijector, Shape
+from resflow_jax.layers.block_certificate import certify_contraction, tighten_contraction
+from resflow_jax.layers.conditions import ConditionShape
+from resflow_jax.layers.contraction import Contraction, TrustedContraction
+
+Array = jax.Array
+
+
+class ContractionBlock(Bijector):
+    """Interface of a block made of a contraction g. A block defines the map, its log-det, its inverse and its bounds.
+
+    Attributes:
+      contraction: g.
+      bounds_of_map: function from L = Lip(g) to (Lip(f), Lip(f^-1)), infinite where they have no bound.
+    """
+
+    blocks = 1
+    takes_noise = True
+    bounds_of_map: Callable[[float], tuple[float, float]]
+
+    def __init__(
+        self,
+        contraction: nnx.Module,
+        *,
+        lipschitz: float | None = None,
+        event_shape: Shape | None = None,
+        condition_shape: ConditionShape = None,
+    ):
+        if isinstance(contraction, Contraction):
+            given = {"lipschitz": lipschitz, "event_shape": event_shape, "condition_shape": condition_shape}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(f"{name}: expected None beside a Contraction, which knows its own, got {value!r}")
+            own = getattr(contraction, "lipschitz", None)
+            check_open_interval(f"{type(contraction).__name__}.lipschitz", own, 0, 1)
+        else:
+            contraction = TrustedContraction(contraction, lipschitz, event_shape, condition_shape)
+        self.contraction = contraction
+        self.event_shape = contraction.event_shape
+        self.condition_shape = contraction.condition_shape
+
+    def g(self, x: Array, condition: Array | None = None) -> Array:
+        """The contraction g(x), or g(x; c), [B, ...] for x [B, ...]; one evaluation.
+
+        Raises:
+          ValueError: if it changes the shape or the dtype of x.
+        """
+        g_x = self.contraction(x) if condition is None else self.contraction(x, condition)
+        if getattr(g_x, "shape", None) != x.shape or g_x.dtype != x.dtype:
+            got = f"{g_x.dtype} {g_x.shape}" if hasattr(g_x, "shape") else type(g_x).__name__
+            raise ValueError(f"g: expected an output {x.dtype} {x.shape} like x, got {got}")
+        return g_x
+
+    def initialize(self, x: Array, condition: Array | None = None) -> Array:
+        self.contraction.move_statistics(x, condition, rate=1.0)
+        return self(x, condition)
+
+    def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
+        self.contraction.move_statistics(x, condition)
+        return self(x, condition)
+
+    def certified_bounds(self, blocks: list) -> tuple[float, float]:
+        try:
+            block = certify_contraction(self.contraction, self.bounds_of_map)
+        except ValueError as error:
+            raise ValueError(f"block {len(blocks)}: {error}") from error
+        blocks.append(block)
+        return block.lipschitz, block.inverse_lipschitz
+
+    def lipschitz_bounds(self) -> tuple[float, float]:
+        return self.certified_bounds([])
+
+    def tighten(self) -> None:
+        tighten_contraction(self.contraction)
