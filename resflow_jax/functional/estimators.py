@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
-from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.checks import check_choice, check_count, check_flag
 from resflow_jax.functional.length_laws import Defensive, Fitted, Law, check_law, check_values
 from resflow_jax.functional.opaque import Opaque, as_tree, original
 from resflow_jax.functional.probes import PROBES
@@ -116,9 +116,13 @@ class Roulette:
       minres_steps: number of minimal-residual steps (`functional.series.MinimalResidual`) before the series continues
         as the power series of their residual. None takes such steps throughout; 0 is the power series of the paper.
       probes: number of probes for each example, whose estimates are averaged; each costs the whole series.
+      second_order: whether the Neumann gradient has a reverse-mode derivative in its turn, unbiased and with constant
+        memory, for the Hessian-vector products of score matching or a Laplace approximation: `jax.grad` of `jax.grad`.
+        It costs another series and six evaluations of g. Forward mode then raises, also over reverse mode.
 
     Raises:
-      ValueError: for an object that is no law, a count that is too small, or an unknown probe or gradient.
+      ValueError: for an object that is no law, a count that is too small, an unknown probe or gradient, or
+        second_order with gradient="autodiff", which has all derivatives.
 
     Example:
       >>> estimator = rf.Roulette(rf.Geometric(0.5), exact_terms=2, probes=4)
@@ -136,6 +140,7 @@ class Roulette:
     gradient: Gradient = "neumann"
     minres_steps: int | None = field(default=None, kw_only=True)
     probes: int = field(default=1, kw_only=True)
+    second_order: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
         check_law("length", self.length)
@@ -143,10 +148,13 @@ class Roulette:
         if self.minres_steps is not None:
             check_count("minres_steps", self.minres_steps, 0)
         check_count("samples", self.samples, 1)
+        check_flag("second_order", self.second_order)
         _check_common(self)
+        if self.second_order and self.gradient != "neumann":
+            raise ValueError(f'second_order: expected False with gradient="{self.gradient}", got True')
 
 
-_ROULETTE_SETTINGS = ("exact_terms", "minres_steps", "samples", "probe", "probes", "gradient")
+_ROULETTE_SETTINGS = ("exact_terms", "minres_steps", "samples", "probe", "probes", "gradient", "second_order")
 
 
 def _flatten_roulette(roulette: Roulette) -> tuple[Any, Any]:

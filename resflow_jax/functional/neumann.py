@@ -53,6 +53,26 @@ def _neumann(g, prepare, form, estimator, args, chunks, key, token):
 
 
 def _forward(g, prepare, form, estimator, args, chunks, key, token):
+    y, log_det, diagnostics, w, seeds = estimate_with_w(g, prepare, form, estimator, args, chunks, key)
+    log_det, w = forward_only((mapped_with(log_det, y), w))
+    return (y, log_det, diagnostics), (estimator, args, chunks, seeds, w)
+
+
+def _backward(g, prepare, form, kept, cotangents):
+    estimator, args, chunks, seeds, w = kept
+    y_bar, log_det_bar, _ = cotangents
+    w_bar = weighted(w, log_det_bar, estimator.probes)
+    args_bar, chunks_bar = pull_back(
+        g, prepare, estimator.probes, args, chunks, probes_of(estimator), seeds, y_bar, w_bar
+    )
+    return zero_cotangents(estimator), args_bar, chunks_bar, None, None
+
+
+_neumann.defvjp(_forward, _backward)
+
+
+def estimate_with_w(g, prepare, form, estimator, args, chunks, key):
+    """y, log_det, diagnostics, w and the seeds of the probes v; arguments as of `neumann_estimate`."""
     params, prepared_over, closed_over = args
     weights = prepare(prepared_over, params)
     length_key, keys = shared_and_example_keys(key, join_chunks(chunks[0]))
@@ -69,15 +89,35 @@ def _forward(g, prepare, form, estimator, args, chunks, key, token):
 
     keys = keys.reshape(*chunks[0].shape[:2], *keys.shape[1:])  # old-style keys are arrays of words
     y, log_det, w, norms, seeds = map_chunks(of_chunk, (chunks, keys))
-    log_det, w = forward_only((mapped_with(log_det, y), w))
-    diagnostics = Diagnostics.of(log_det, plan.length, jnp.mean(norms, axis=0))
-    return (y, log_det, diagnostics), (estimator, args, chunks, seeds, w)
+    return y, log_det, Diagnostics.of(log_det, plan.length, jnp.mean(norms, axis=0)), w, seeds
 
 
-def _backward(g, prepare, form, kept, cotangents):
-    estimator, args, chunks, seeds, w = kept
+def probes_of(estimator):
+    """The function (x, seeds) -> v that makes the probes of an estimator again."""
+    return lambda x, seeds: make_probes(estimator.probe, estimator.probes, seeds, x)
+
+
+def weighted(w, log_det_bar, probes):
+    """w [chunks, probes * b, ...] times the cotangent log_det_bar [chunks, b] of its example, over the probes."""
+    per_example = log_det_bar.reshape(*log_det_bar.shape, *[1] * (w.ndim - 2)) / probes
+    return jax.vmap(lambda scale, w: repeat(scale, probes) * w)(per_example, w)
+
+
+def pull_back(g, prepare, probes, args, chunks, probes_from, seeds, y_bar, w_bar):
+    """The cotangents of args and chunks for y_bar of y = x + g(x) and w_bar of the products J v.
+
+    Args:
+      g: as of `neumann_estimate`.
+      prepare: the same.
+      probes: number of probes of an example.
+      args: the same.
+      chunks: the same.
+      probes_from: function (x, seeds) -> v [probes * b, ...] of one chunk.
+      seeds: a tree of arrays with the chunks along the leading axis; they have no cotangents.
+      y_bar: [chunks, b, ...].
+      w_bar: [chunks, probes * b, ...].
+    """
     params, prepared_over, closed_over = args
-    y_bar, log_det_bar, _ = cotangents
     weights, pullback = jax.vjp(prepare, prepared_over, params)
     differentiable, static = partition((weights, closed_over))
     floats, others = partition(chunks)
@@ -86,13 +126,11 @@ def _backward(g, prepare, form, kept, cotangents):
         weights, closed_over = combine(differentiable, static)
         others, seeds = others
         x, *condition = combine(floats, others)
-        v = make_probes(estimator.probe, estimator.probes, seeds, x)
-        x_repeated, *condition = repeat((x, *condition), estimator.probes)
+        v = probes_from(x, seeds)
+        x_repeated, *condition = repeat((x, *condition), probes)
         value, product = jax.jvp(lambda x: g(closed_over, weights, x, *condition), (x_repeated,), (v,))
         return value[: x.shape[0]], product
 
-    per_example = log_det_bar.reshape(*log_det_bar.shape, *[1] * (y_bar.ndim - 2)) / estimator.probes
-    w_bar = jax.vmap(lambda scale, w: repeat(scale, estimator.probes) * w)(per_example, w)
     differentiable_bar, floats_bar = pullback_chunks(
         value_and_product, differentiable, floats, (others, seeds), (y_bar, w_bar)
     )
@@ -100,7 +138,4 @@ def _backward(g, prepare, form, kept, cotangents):
     x_bar, *condition_bar = combine(floats_bar, float0(others))
     prepared_over_bar, params_bar = pullback(weights_bar)
     args_bar = sum_alike((params_bar, prepared_over_bar, closed_over_bar), args)
-    return zero_cotangents(estimator), args_bar, (x_bar + y_bar, *condition_bar), None, None
-
-
-_neumann.defvjp(_forward, _backward)
+    return args_bar, (x_bar + y_bar, *condition_bar)

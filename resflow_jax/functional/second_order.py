@@ -1,0 +1,166 @@
+"""The Neumann gradient with a reverse-mode derivative of its own: unbiased Hessian-vector products.
+
+With A = (I + J)^-1, the gradient along a direction a of parameters and x, and its derivative along a direction c, are
+
+    D_a log|det(I + J)|     = tr(A D_a J)                               = E[w^T (D_a J) v]
+    D_c D_a log|det(I + J)| = tr(A D_c D_a J) - tr(A (D_a J) A (D_c J)) = E[w^T (D_c D_a J) v] - E[w^T (D_a J) u]
+
+with E[v v^T] = I, E[w] = A^T v, and E[u] = A (D_c J) v for u of a series of its own length, which is independent of w.
+So this derivative is differentiated first and estimated then, as the gradient itself is (Chen et al. 2019, arXiv
+1906.02735, appendix C). It needs v, w and x again; nothing of either series is stored. As a function of a it is a sum
+of two vjps of (g, J v), the first of which is differentiated along c.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from resflow_jax.functional.batch_axes import shared_and_example_keys
+from resflow_jax.functional.chunks import join_chunks, map_chunks
+from resflow_jax.functional.neumann import estimate_with_w, pull_back, weighted
+from resflow_jax.functional.primitives.derivatives import forward_only
+from resflow_jax.functional.probes import draw_seeds, make_probes
+from resflow_jax.functional.term_sums import draw_plan, repeat, sum_terms
+from resflow_jax.functional.trees import combine, float0, mapped_with, partition, zero_cotangents
+
+
+def second_order_estimate(g, prepare, estimator, args, chunks, key):
+    """y, log_det and diagnostics as of `neumann.neumann_estimate`, with reverse mode of first and second order.
+
+    Forward mode raises, and so does reverse mode of third order.
+    """
+    chunks = mapped_with(chunks[0], (key, estimator)), *chunks[1:]
+    return _estimate(g, prepare, estimator, args, chunks, key)[:3]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _estimate(g, prepare, estimator, args, chunks, key):
+    y, log_det, diagnostics, w, _ = estimate_with_w(g, prepare, "residual", estimator, args, chunks, key)
+    return y, mapped_with(log_det, y), diagnostics, w
+
+
+def _forward(g, prepare, estimator, args, chunks, key):
+    found = _estimate(g, prepare, estimator, args, chunks, key)  # its outputs have this rule again
+    return found, _kept((estimator, args, chunks, key, found[3]))
+
+
+def _backward(g, prepare, kept, cotangents):
+    estimator, args, chunks, key, w = kept
+    y_bar, log_det_bar, *_ = cotangents
+    args_bar, chunks_bar = _gradient(g, prepare, estimator, args, chunks, key, w, y_bar, log_det_bar)
+    args_bar, chunks_bar = (combine(part, float0(partition(whole)[1])) for part, whole in
+                            ((args_bar, args), (chunks_bar, chunks)))  # fmt: skip
+    return zero_cotangents(estimator), args_bar, chunks_bar, None
+
+
+_estimate.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gradient(g, prepare, estimator, args, chunks, key, w, y_bar, log_det_bar):
+    """The floats of the cotangents of args and chunks. Its derivative along w is not its own, but that of E[w]."""
+    w_bar = weighted(w, log_det_bar, estimator.probes)
+    cotangents = pull_back(g, prepare, estimator.probes, args, chunks, *_probes(estimator, key, chunks), y_bar, w_bar)
+    return tuple(_floats_like(bar, whole) for bar, whole in zip(cotangents, (args, chunks), strict=True))
+
+
+def _kept(tree):
+    """The same arrays, for a rule to keep. Inside a scan JAX would confuse kept arguments, in second order."""
+    is_key = lambda leaf: jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)  # noqa: E731
+    data = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
+    data = lax.optimization_barrier(data)
+    return jax.tree.map(
+        lambda leaf, kept: jax.random.wrap_key_data(kept, impl=jax.random.key_impl(leaf)) if is_key(leaf) else kept,
+        tree,
+        data,
+    )
+
+
+def _floats_like(cotangents, primals):
+    floats, _ = partition(primals)
+    return jax.tree.map(
+        lambda float_, bar: None if float_ is None else bar, floats, cotangents, is_leaf=lambda leaf: leaf is None
+    )
+
+
+def _gradient_forward(g, prepare, estimator, args, chunks, key, w, y_bar, log_det_bar):
+    inputs = estimator, args, chunks, key, w, y_bar, log_det_bar
+    return _gradient(g, prepare, *inputs), _kept(inputs)
+
+
+def _gradient_backward(g, prepare, kept, directions):
+    estimator, args, chunks, key, w, y_bar, log_det_bar = kept
+    (args_floats, args_others), (floats, others) = partition(args), partition(chunks)
+
+    def gradient(args_floats, floats, y_bar, log_det_bar):
+        args, chunks = combine(args_floats, args_others), combine(floats, others)
+        return _gradient.__wrapped__(g, prepare, estimator, args, chunks, key, w, y_bar, log_det_bar)
+
+    _, pullback = jax.vjp(gradient, args_floats, floats, y_bar, log_det_bar)
+    args_bar, chunks_bar, y_bar_bar, log_det_bar_bar = pullback(directions)
+
+    u = _inverse_times(g, prepare, estimator, args, chunks, key, directions)
+    w_bar = -weighted(w, log_det_bar, estimator.probes)
+    through_w = pull_back(g, prepare, estimator.probes, args, chunks, lambda x, u: u, u, jnp.zeros_like(y_bar), w_bar)
+    args_more, chunks_more = (_floats_like(bar, whole) for bar, whole in zip(through_w, (args, chunks), strict=True))
+    return (
+        zero_cotangents(estimator),
+        combine(jax.tree.map(jnp.add, args_bar, args_more), float0(args_others)),
+        combine(jax.tree.map(jnp.add, chunks_bar, chunks_more), float0(others)),
+        None,
+        jnp.zeros_like(w),
+        y_bar_bar,
+        log_det_bar_bar,
+    )
+
+
+_gradient.defvjp(_gradient_forward, _gradient_backward)
+
+
+def _inverse_times(g, prepare, estimator, args, chunks, key, directions):
+    """u, an unbiased estimate of (I + J)^-1 (D_c J) v for c = directions, the floats of args and chunks."""
+    args_floats, args_others = partition(args)
+    floats, others = partition(chunks)
+    length_key, _ = shared_and_example_keys(key, join_chunks(chunks[0]))
+    probes_from, keys = _probes(estimator, key, chunks)
+    plan = draw_plan(estimator, jax.random.fold_in(length_key, 1))
+    weights_and_over, along = jax.jvp(partial(_prepared, prepare, args_others), (args_floats,), (directions[0],))
+    (weights_floats, weights_others), (along_floats, _) = partition(weights_and_over), partition(along)
+
+    def of_chunk(inputs):
+        floats, others, keys, direction = inputs
+        v = probes_from(combine(floats, others)[0], keys)
+
+        def map_of(weights_floats, floats):
+            weights, closed_over = combine(weights_floats, weights_others)
+            x, *condition = repeat(combine(floats, others), estimator.probes)
+            return (lambda x: g(closed_over, weights, x, *condition)), x
+
+        def product(weights_floats, floats):
+            function, x = map_of(weights_floats, floats)
+            return jax.jvp(function, (x,), (v,))[1]
+
+        _, r = jax.jvp(product, (weights_floats, floats), (along_floats, direction))
+        _, times = jax.linearize(*map_of(weights_floats, floats))
+        return r + sum_terms(plan, r, times).w
+
+    return forward_only(map_chunks(of_chunk, (floats, others, keys, directions[1])))
+
+
+def _probes(estimator, key, chunks):
+    """The function that draws the probes v of a chunk again, and the keys of all chunks that it takes."""
+    _, keys = shared_and_example_keys(key, join_chunks(chunks[0]))
+
+    def probes_from(x, keys):
+        seeds = draw_seeds(estimator.probe, estimator.probes, keys, x)
+        return make_probes(estimator.probe, estimator.probes, seeds, x)
+
+    return probes_from, keys.reshape(*chunks[0].shape[:2], *keys.shape[1:])
+
+
+def _prepared(prepare, args_others, args_floats):
+    """(weights, closed_over) of args."""
+    params, prepared_over, closed_over = combine(args_floats, args_others)
+    return prepare(prepared_over, params), closed_over

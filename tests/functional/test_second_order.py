@@ -1,0 +1,157 @@
+"""Hessian-vector products of the Neumann estimate: against exact ones, and unbiased over keys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import resflow_jax as rf
+
+pytestmark = pytest.mark.filterwarnings("ignore:length. Geometric:RuntimeWarning")  # short laws; J is small here
+RNG = np.random.default_rng(0)
+A, B = (jnp.asarray(0.85 * w / np.linalg.norm(w, 2)) for w in (RNG.normal(size=shape) for shape in ((3, 4), (4, 3))))
+X, CONDITION, CLOSED_OVER = (jnp.asarray(RNG.normal(size=shape)) for shape in ((5, 3), (5, 4), (3,)))
+KEY = jax.random.key(3)
+# With all probes of an orthogonal basis and this many exact terms the estimate is exact.
+ALL = {"exact_terms": 60, "probe": "orthogonal", "probes": 3, "second_order": True}
+EXACT = rf.Roulette(rf.Geometric(0.5), minres_steps=0, **ALL)
+
+
+def g(params, x, condition):
+    a, b = params
+    return jnp.tanh(x @ a + condition) @ b + 0.1 * jnp.sin(x) * CLOSED_OVER[None]
+
+
+def hessian_vector_product(estimator, key, chunk_size=None, function=lambda y, log_det: log_det, jit=jax.jit):
+    """The gradient of <gradient of the summed function, fixed directions> in params, x and condition."""
+
+    def loss(params, x, condition):
+        y, log_det = rf.residual(
+            g, params, x, condition=condition, key=key, estimator=estimator, chunk_size=chunk_size, lipschitz=0.9
+        )
+        return jnp.sum(function(y, log_det))
+
+    def along(*args):
+        gradients = jax.grad(loss, (0, 1, 2))(*args)
+        return sum(
+            jnp.vdot(jnp.cos(arg), part) for arg, part in zip(*map(jax.tree.leaves, (args, gradients)), strict=True)
+        )
+
+    return jit(jax.value_and_grad(along, (0, 1, 2)))((A, B), X, CONDITION)
+
+
+def check(found, expected, tolerance=1e-10):
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_exact_where_the_estimate_is(chunk_size):
+    """In params, x and condition at once, of a nonlinear function of y and log_det."""
+
+    def function(y, log_det):
+        return jnp.sin(log_det) + jnp.sum(jnp.cos(y), axis=1) * log_det
+
+    found = hessian_vector_product(EXACT, KEY, chunk_size, function)
+    check(found, hessian_vector_product(rf.Exact(), None, None, function))
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        rf.Roulette(second_order=True),
+        rf.Roulette(rf.Geometric(0.5), minres_steps=0, probe="gaussian", probes=2, second_order=True),
+        rf.Roulette(rf.Geometric(0.5), minres_steps=0, samples=2, second_order=True),
+    ],
+    ids=["default", "gaussian", "samples"],
+)
+def test_unbiased(estimator):
+    """The mean over 4000 keys is within five standard errors of the exact product, in every element."""
+
+    def of_key(key):
+        return hessian_vector_product(estimator, key, jit=lambda function: function)
+
+    draws = jax.jit(jax.vmap(of_key))(jax.random.split(KEY, 4000))
+    expected = hessian_vector_product(rf.Exact(), None)
+    for drawn, exact in zip(*map(jax.tree.leaves, (draws, expected)), strict=True):
+        error = jnp.std(drawn, axis=0) / np.sqrt(len(drawn))
+        assert np.all(np.abs(jnp.mean(drawn, axis=0) - exact) < 5 * error + 1e-12)
+        assert np.max(error) < 0.2 * np.max(np.abs(exact))  # the check has power
+
+
+def test_value_and_gradient_are_those_without():
+    """The same key gives the same value and first gradient as with second_order=False."""
+
+    def found(second_order):
+        estimator = rf.Roulette(second_order=second_order)
+        residual = jax.value_and_grad(
+            lambda x: jnp.sum(jnp.sin(rf.residual(g, (A, B), x, condition=CONDITION, key=KEY, estimator=estimator)[1]))
+        )
+        return jax.jit(residual)(X)
+
+    check(found(True), found(False), 1e-14)
+
+
+def test_memory_does_not_grow_with_the_series():
+    """The compiled product of long series needs as much temporary memory as that of short ones."""
+
+    def temporary(terms):
+        estimator = rf.Roulette(rf.Geometric(0.5), exact_terms=terms, minres_steps=0, second_order=True)
+
+        def along(x):
+            loss = lambda x: jnp.sum(rf.residual(wide, 0.5, x, key=KEY, estimator=estimator)[1])  # noqa: E731
+            return jnp.sum(jax.grad(loss)(x) * jnp.cos(x))
+
+        return jax.jit(jax.grad(along)).lower(jnp.ones((100, 50))).compile().memory_analysis().temp_size_in_bytes
+
+    def wide(scale, x):
+        return scale * jnp.sin(x)
+
+    assert temporary(40) == temporary(2)
+
+
+def test_flow():
+    """A whole flow: the score's squared norm, as in score matching, has the exact gradient in the parameters."""
+    flow = rf.ResidualFlow(rf.VectorFlowConfig(3, 3, (4,)), rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(flow)
+    state = jax.tree.map(
+        lambda leaf: leaf.astype("float64") if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, state
+    )
+
+    def loss(state, estimator):
+        flow = nnx.merge(graphdef, state)
+        score = jax.grad(lambda x: jnp.sum(flow.log_prob(x, key=KEY, estimator=estimator)))(X)
+        return jnp.mean(jnp.square(score))
+
+    found, expected = (
+        jax.jit(jax.grad(lambda state, estimator=estimator: loss(state, estimator), allow_int=True))(state)
+        for estimator in (EXACT, rf.Exact())
+    )
+    leaves = ([leaf for leaf in jax.tree.leaves(tree) if leaf.dtype != jax.dtypes.float0] for tree in (found, expected))
+    check(*leaves, 1e-8)
+
+
+def test_what_has_no_rule_raises():
+    """Forward mode, forward over reverse, and third order."""
+
+    def log_det(x):
+        return jnp.sum(
+            rf.residual(g, (A, B), x, condition=CONDITION, key=KEY, estimator=rf.Roulette(second_order=True))[1]
+        )
+
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(log_det, (X,), (X,))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(jax.grad(log_det), (X,), (X,))
+    twice = jax.grad(lambda x: jnp.sum(jax.grad(log_det)(x) * X))
+    with pytest.raises(ValueError, match="reverse-mode derivatives of second order"):
+        jax.grad(lambda x: jnp.sum(twice(x) * X))(X)
+
+
+def test_settings():
+    """Only the Neumann gradient needs it, and only the log-det of a residual map has it."""
+    with pytest.raises(ValueError, match='second_order: expected False with gradient="autodiff", got True'):
+        rf.Roulette(gradient="autodiff", second_order=True)
+    with pytest.raises(ValueError, match="estimator: expected second_order=False for a monotone map"):
+        rf.monotone(lambda p, x: p * x, 0.5, X, key=KEY, estimator=rf.Roulette(second_order=True))
