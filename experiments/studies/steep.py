@@ -16,8 +16,8 @@ et al. in one dimension. The other two blocks have no scale. g has one hidden la
 slopes reach L in both directions.
 
 On 2 CPU cores: a minute and a half. It prints the root mean square error (0.13, 0.12, 0.13, 0.03), the largest slope
-that was learned (3.0, 3.4, 6.4, 27) and the bound on it. Under the work directory (runs/steep) it writes steep.png, steep.json and config.json. Running the command again
-starts from the beginning.
+that was learned (3.0, 3.4, 6.4, 27) and the bound on it. Under the work directory (runs/steep) it writes steep.png,
+steep.json and config.json. Running the command again starts from the beginning.
 """
 
 import json
