@@ -22,7 +22,7 @@ class ContractionBlock(Bijector):
     blocks = 1
     takes_noise = True
 
-    def bounds_of_map(self, bound: float) -> tuple[float, float]:
+    def _bounds_of_map(self, bound: float) -> tuple[float, float]:
         """(Lip(f), Lip(f^-1)) for Lip(g) <= bound; infinite where they have no bound."""
         raise NotImplementedError
 
@@ -69,7 +69,7 @@ class ContractionBlock(Bijector):
 
     def certified_bounds(self, blocks: list) -> tuple[float, float]:
         try:
-            block = certify_contraction(self.contraction, self.bounds_of_map)
+            block = certify_contraction(self.contraction, self._bounds_of_map)
         except ValueError as error:
             raise ValueError(f"block {len(blocks)}: {error}") from error
         blocks.append(block)

@@ -61,7 +61,7 @@ class MonotoneBlock(ContractionBlock):
       (True, True, True)
     """
 
-    def bounds_of_map(self, bound: float) -> tuple[float, float]:
+    def _bounds_of_map(self, bound: float) -> tuple[float, float]:
         return monotone_bounds(bound)
 
     def __init__(

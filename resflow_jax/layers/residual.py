@@ -71,7 +71,7 @@ class ResidualBlock(ContractionBlock):
       (True, True, True)
     """
 
-    def bounds_of_map(self, bound: float) -> tuple[float, float]:
+    def _bounds_of_map(self, bound: float) -> tuple[float, float]:
         return residual_bounds(bound)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
