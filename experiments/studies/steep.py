@@ -15,9 +15,9 @@ reach unless a scale stretches all of the line, flat parts too, which g must the
 et al. in one dimension. The other two blocks have no scale. g has one hidden layer, with a sort as activation: its
 slopes reach L in both directions.
 
-On 2 CPU cores: a few minutes. It prints the root mean square error, the largest slope that was learned and the bound
-on it. Under the work directory (runs/steep) it writes steep.png, steep.json and config.json. Running the command again
-starts from the beginning.
+On 2 CPU cores: a minute and a half. It prints the root mean square error (0.13, 0.12, 0.13, 0.03), the largest slope
+that was learned (3.0, 3.4, 6.4, 27) and the bound on it. Under the work directory (runs/steep) it writes steep.png,
+steep.json and config.json. Running the command again starts from the beginning.
 """
 
 import json

@@ -17,9 +17,24 @@ import numpy as np
 from jax import lax
 
 from resflow_jax.functional.broadcasting import per_example
-from resflow_jax.functional.series import Product, Term, dot
+from resflow_jax.functional.series import Product, dot
 
 Array = jax.Array
+
+
+class Term(NamedTuple):
+    """A term as in `functional.series`, and the squared norm [B] of the residual after it.
+
+    Lengths are fitted from the residual, because powers of one parity are in w, and those of the other in the value.
+    """
+
+    w: Array
+    value: Array
+    residual: Array
+
+    def mean_square(self) -> Array:
+        """The mean square of the residual, as in `Diagnostics.term_norms`."""
+        return jnp.mean(self.residual) / self.w[0].size
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class ParityPowerSeries:
         power = product(power)
         is_odd = k % 2 == 1
         value = jnp.where(is_odd, dot(v, power) / jnp.asarray(k, v.dtype), 0)
-        return power, Term(jnp.where(is_odd, 0, power), value)
+        return power, Term(jnp.where(is_odd, 0, power), value, dot(power, power))
 
 
 class _Krylov(NamedTuple):
@@ -103,7 +118,8 @@ class TwoSidedKrylov:
         v_q, v_after = dot(v, q)[:, None], dot(v, after)[:, None]
         taken = of_q * v_q + of_before * state.taken
         value = jnp.sum((taken + zeta * v_after - state.zeta * v_q) * weights, axis=1)
-        return _Krylov(after, per_example(scale, q) * q, forward, backward, zeta, h, taken), Term(term, value)
+        residual = jnp.mean(jnp.square(zeta[:, :2]), axis=1) * dot(after, after)
+        return _Krylov(after, per_example(scale, q) * q, forward, backward, zeta, h, taken), Term(term, value, residual)
 
     def _choice(self, k: Array, v: Array, state: _Krylov, mq: Array) -> tuple[Array, Array]:
         """rho and beta of this step, [B] each."""

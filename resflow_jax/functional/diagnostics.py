@@ -23,7 +23,8 @@ class Diagnostics(NamedTuple):
     Attributes:
       length: [], number of vjps of g for each probe; for `Exact`, the dimension D.
       term_norms: [16], mean over batch and probes of |term k of w|^2 / D for k = 1..16, times the roulette weight of
-        the term. Because of the weight, the expectation does not depend on the law of lengths. Zeros for `Exact`.
+        the term. Because of the weight, the expectation does not depend on the law of lengths. Zeros for `Exact`. For
+        a monotone map, whose w has even powers alone, they are those of the residual after k products.
         `fit_lengths` takes their average.
       mean: [], mean of log_det over the batch, in nats.
       second_moment: [], mean of log_det^2 over the batch, in nats^2.

@@ -27,6 +27,10 @@ class Term(NamedTuple):
     w: Array
     value: Array
 
+    def mean_square(self) -> Array:
+        """The mean square of w, as in `Diagnostics.term_norms`."""
+        return jnp.mean(jnp.square(self.w))
+
 
 @dataclass(frozen=True)
 class PowerSeries:

@@ -70,7 +70,7 @@ class Sums(NamedTuple):
     def add(self, k: Array, term: Term, weights: TermWeights) -> "Sums":
         """The sums after adding term k with its weights."""
         value_weight, w_weight = (weight.astype(term.w.dtype) for weight in weights)
-        norm = value_weight * jnp.mean(jnp.square(term.w))
+        norm = value_weight * term.mean_square()
         is_kth = jnp.arange(1, DIAGNOSED_TERMS + 1, dtype=jnp.int32) == k
         return Sums(
             w=self.w + w_weight * term.w,

@@ -1,7 +1,5 @@
 """`ContractionBlock`: what all blocks made of one contraction g have in common."""
 
-from collections.abc import Callable
-
 import jax
 from flax import nnx
 
@@ -19,12 +17,14 @@ class ContractionBlock(Bijector):
 
     Attributes:
       contraction: g.
-      bounds_of_map: function from L = Lip(g) to (Lip(f), Lip(f^-1)), infinite where they have no bound.
     """
 
     blocks = 1
     takes_noise = True
-    bounds_of_map: Callable[[float], tuple[float, float]]
+
+    def _bounds_of_map(self, bound: float) -> tuple[float, float]:
+        """(Lip(f), Lip(f^-1)) for Lip(g) <= bound; infinite where they have no bound."""
+        raise NotImplementedError
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class ContractionBlock(Bijector):
 
     def certified_bounds(self, blocks: list) -> tuple[float, float]:
         try:
-            block = certify_contraction(self.contraction, self.bounds_of_map)
+            block = certify_contraction(self.contraction, self._bounds_of_map)
         except ValueError as error:
             raise ValueError(f"block {len(blocks)}: {error}") from error
         blocks.append(block)

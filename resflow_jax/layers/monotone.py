@@ -61,7 +61,8 @@ class MonotoneBlock(ContractionBlock):
       (True, True, True)
     """
 
-    bounds_of_map = staticmethod(monotone_bounds)
+    def _bounds_of_map(self, bound: float) -> tuple[float, float]:
+        return monotone_bounds(bound)
 
     def __init__(
         self,

@@ -73,7 +73,8 @@ class ResidualBlock(ContractionBlock):
       (True, True, True)
     """
 
-    bounds_of_map = staticmethod(residual_bounds)
+    def _bounds_of_map(self, bound: float) -> tuple[float, float]:
+        return residual_bounds(bound)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         return x + self.g(x, condition)

@@ -18,7 +18,6 @@ from resflow_jax.functional.estimators import Exact, Roulette, Truncated
 from resflow_jax.functional.inverse import InverseError
 from resflow_jax.functional.length_laws import Defensive, Geometric, Poisson
 from resflow_jax.functional.monotone import monotone, monotone_inverse
-from resflow_jax.functional.series import Term
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint
 from tests.functional import conditional
 from tests.functional.contractions import jacobians
@@ -176,8 +175,8 @@ MUTATIONS = {
     "one sign only": (neumann, "plan_of", _plan(scale=-1.0)),
     "unweighted gradient": (neumann, "plan_of", _unweighted),
     "no derivative through w": (monotone_module, "log_det_at", _through_w),
-    "size of w": (TwoSidedKrylov, "step", _terms(lambda k, term: Term(1.1 * term.w, term.value))),
-    "sign of the value": (TwoSidedKrylov, "step", _terms(lambda k, term: Term(term.w, -term.value))),
+    "size of w": (TwoSidedKrylov, "step", _terms(lambda k, term: term._replace(w=1.1 * term.w))),
+    "sign of the value": (TwoSidedKrylov, "step", _terms(lambda k, term: term._replace(value=-term.value))),
     "N > k": (term_sums, "term_weight", lambda original: lambda law, n, *args: original(law, n - 1, *args)),
 }
 
@@ -193,7 +192,7 @@ def test_mutations_are_caught(monkeypatch, mutation):
 
 def test_a_mutation_of_the_power_series_is_caught(monkeypatch):
     """The same for the power series with the weight 1/k missing."""
-    step = _terms(lambda k, term: Term(term.w, k.astype(term.value.dtype) * term.value))
+    step = _terms(lambda k, term: term._replace(value=k.astype(term.value.dtype) * term.value))
     monkeypatch.setattr(ParityPowerSeries, "step", step(ParityPowerSeries.step))
     result = expectation(monkeypatch, "moderate", Roulette(Geometric(0.4), minres_steps=0), 60, estimate)
     assert np.max(np.abs(result - exact("moderate"))) > 1e-3
@@ -309,3 +308,17 @@ def test_failures_are_reported():
         warnings.simplefilter("error")
         *_, status = monotone(g, params, x, estimator=EXACT, solver=warns, return_status=True)
     assert not status.converged.any()
+
+
+@pytest.mark.parametrize("minres_steps", [0, None])
+def test_diagnostics_for_fitted_lengths(minres_steps):
+    """term_norms do not vanish at odd terms and do not grow: for the power series they are |M^k v|^2 / D."""
+    g, params, x = net_named("nonsymmetric")
+    estimator = Roulette(Geometric(0.01), minres_steps=minres_steps, probe="orthogonal", probes=8)
+    *_, found = monotone(g, params, x, key=jax.random.key(0), estimator=estimator, return_diagnostics=True)
+    j = jax.vmap(jnp.transpose)(jacobians(g, params, newton(g, params, x)))
+    powers = [jnp.mean(jnp.sum(jnp.square(jnp.linalg.matrix_power(j, k)), axis=(1, 2))) / 8 for k in (1, 2, 3)]
+    weights = 0.99 ** -np.arange(3.0)
+    if minres_steps == 0:
+        np.testing.assert_allclose(found.term_norms[:3], weights * np.asarray(powers), rtol=1e-9)
+    assert np.all(found.term_norms[:3] <= weights * np.asarray(powers) * (1 + 1e-9)) and found.term_norms[2] > 1e-4

@@ -151,7 +151,13 @@ def of_functions():
     def inverted(solver, kernel, y):
         return jnp.sum(rf.residual_inverse(g, kernel, y, solver=solver))
 
+    def both_ways(estimator, kernel, x):
+        y, log_det = rf.monotone(g, kernel, x, key=KEY, estimator=estimator, chunk_size=2)
+        return jnp.sum(rf.monotone_inverse(g, kernel, 2 * y)) + jnp.sum(log_det)
+
     found = {}
+    for name in ("Exact", "Roulette", "Roulette, autodiff"):
+        found[f"monotone, {name}"] = lambda e=ESTIMATORS[name]: jax.grad(both_ways, (1, 2))(e, kernel, jnp.asarray(X))
     for name, estimator in ESTIMATORS.items():
         found[f"residual, {name}"] = lambda e=estimator: jax.grad(total, (1, 2))(e, kernel, jnp.asarray(X))
     for name, solver in SOLVERS.items():

@@ -335,6 +335,11 @@ def test_estimator(options, expected):
             "data.logit_alpha: expected 1e-06",
         ),
         (rf.ImageFlowConfig((8, 8, 1), blocks=(1,)), "preactivation: expected 'all'"),
+        (rf.ImageFlowConfig((8, 8, 1), blocks=(1,), block="implicit"), "block: expected 'residual', .* got 'implicit'"),
+        (
+            rf.VectorFlowConfig(2, preactivation="all", block="monotone"),
+            "block: expected 'residual', .* got 'monotone'",
+        ),
         (
             rf.ImageFlowConfig((8, 8, 1), blocks=(1, 1), densenet=rf.DenseNetBlocks(depth=1)),
             "densenet.depth: expected 0",
