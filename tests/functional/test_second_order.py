@@ -80,6 +80,21 @@ def test_unbiased(estimator):
         assert np.max(error) < 0.2 * np.max(np.abs(exact))  # the check has power
 
 
+def test_both_series_have_lengths_of_their_own():
+    """log(1 + p) of the map p x on the line: with one length for both series its second derivative would be -6, not -4.
+
+    At p = -1/2 the weighted terms of the power series are all 1, so the two sums are 1 + N for lengths N of mean 1 and
+    variance 2.
+    """
+    estimator = rf.Roulette(rf.Geometric(0.5), minres_steps=0, second_order=True)
+
+    def log_det(p, key):
+        return rf.residual(lambda p, x: p * x, p, jnp.ones((1, 1)), key=key, estimator=estimator)[1][0]
+
+    second = jax.jit(jax.vmap(jax.grad(jax.grad(log_det)), (None, 0)))(-0.5, jax.random.split(KEY, 20000))
+    assert abs(jnp.mean(second) + 4) < 5 * jnp.std(second) / np.sqrt(20000) < 0.5
+
+
 def test_value_and_gradient_are_those_without():
     """The same key gives the same value and first gradient as with second_order=False."""
 

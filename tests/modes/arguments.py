@@ -180,7 +180,7 @@ def _classes():
         "ResidualStack": {"make_step": lambda rngs: rf.ActNorm((3,)), "depth": 2, "rngs": rngs()},
         "Roulette": {
             **{"length": rf.Poisson(), "exact_terms": 1, "samples": 1, "probe": "rademacher"},
-            **{"gradient": "neumann", "minres_steps": 0, "probes": 1},
+            **{"gradient": "neumann", "minres_steps": 0, "probes": 1, "second_order": False},
         },
         "Scales": {"squeeze_first": False, "factor_out": False},
         "Squeeze": {"shape": (2, 2, 1)},
