@@ -45,9 +45,9 @@ TOPICS = {
         "Bijectors",
         "Invertible layers, and their compositions.",
         (
-            "Bijector Chain Invert MultiScale ResidualBlock ResidualStack ActNorm Affine InvertibleLinear "
-            "Normalization MovingBatchNorm MovingCentering Logit Bounded Exp Softplus Squeeze Flatten Reshape "
-            "Permutation ChannelPadding Constant"
+            "Bijector Chain Invert MultiScale ResidualBlock MonotoneBlock ImplicitBlock ResidualStack make_reversible "
+            "ActNorm Affine InvertibleLinear Normalization MovingBatchNorm MovingCentering Logit Bounded Exp Softplus "
+            "Squeeze Flatten Reshape Permutation ChannelPadding Constant"
         ),
     ),
     "couplings": Topic(
@@ -106,7 +106,7 @@ TOPICS = {
     "functional": Topic(
         "Pure functions",
         "Residual blocks of any function of parameters and a batch; no module of Flax is needed.",
-        "residual residual_inverse batch_axes",
+        "residual residual_inverse monotone monotone_inverse batch_axes",
     ),
     "files": Topic(
         "Files",

@@ -47,24 +47,24 @@ class BenchmarkConfig:
       competitors: any of "resflow_jax" (with a device a core and the flags of the experiments), "resflow_jax plain" (a
         plain script: one device, no flags), "resflow_jax bfloat16", "authors" and "normflows"; the last is the
         reference.
-      authors: directory with a checkout of the authors' PyTorch code; without it they are left out.
       rounds: number of alternating rounds; every table entry is a median over them.
       steps: training steps per round.
       compilation: also compile the CIFAR-10 step of the papers, cold and from the cache, and report its memory.
       workdir: directory that benchmark.json is written to.
       profile: directory for traces; if it is given, only traces are written.
       parallel: how this library's training step is divided among cores, as in `experiments.density`.
+      authors: directory with a checkout of the authors' PyTorch code; without it they are left out.
     """
 
     cases: tuple[str, ...] = ("28x28", "32x32")
     competitors: tuple[str, ...] = COMPETITORS
-    authors: Path | None = None
     rounds: int = 5
     steps: int = 3
     compilation: bool = True
     workdir: Path = Path("runs/benchmark")
     profile: Path | None = None
     parallel: Strategy = "jit"
+    authors: Path | None = None
 
     def __post_init__(self):
         check_choice("parallel", self.parallel, STRATEGIES)

@@ -40,3 +40,19 @@ def forget_programs():
     if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 8_000:
         jax.effects_barrier()
         jax.clear_caches()
+
+
+SLOW = (
+    "test_float32.py",
+    "test_processes.py",
+    "test_readme.py",
+    "test_guides.py",
+    "test_stress_files.py",
+    "test_conditional.py",
+    "studies/test_estimators.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts files with tests of tens of seconds first: a worker that got one of them last would end alone."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(SLOW))

@@ -25,7 +25,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(competitors.CASES, "digits", TINY)
 
     class InProcess:
-        def __init__(self, case, competitor, cache=None, strategy="jit"):
+        def __init__(self, case, competitor, cache=None, strategy="jit", authors=None):
             self.ours = competitors.make_competitor(competitors.CASES[case], competitor, strategy)
 
         def __call__(self, measure, *arguments):
@@ -171,3 +171,14 @@ def test_two_steps_of_two_sizes(monkeypatch, tmp_path):
     result = scaling.run(scaling.ScalingConfig(steps=2, series=("batch",), length=2, workdir=tmp_path))
     assert min(result["batch"]["seconds"]) > 0 and 0 < result["batch"]["bytes"][0] <= result["batch"]["bytes"][1]
     assert json.loads((tmp_path / "scaling.json").read_text()) == result
+
+
+def test_the_authors_code(tmp_path):
+    """Without a checkout it is left out; a directory that is none, and a flow that it does not have, are errors."""
+    assert not benchmark._has("authors", None) and benchmark._has("authors", tmp_path)
+    pytest.importorskip("torch", reason="needs the extra bench")
+    with pytest.raises(FileNotFoundError, match="authors: expected a checkout of rtqichen/residual-flows, got"):
+        competitors.make_competitor(competitors.CASES["28x28"], "authors", authors=tmp_path)
+    (tmp_path / "resflows").mkdir()
+    with pytest.raises(ValueError, match="config: expected the tail of the authors' code"):
+        competitors.make_competitor(TINY, "authors", authors=tmp_path)

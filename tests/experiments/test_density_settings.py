@@ -108,7 +108,10 @@ def test_bad_settings_of_a_run_are_named(settings, message):
         (["--steps", "0"], "steps: expected an integer of at least 1, got 0"),
         (["--model.blocks", "0"], "blocks: expected an integer of at least 1, got 0"),
         (["--steps", "x"], "steps"),
-        (["mnist2"], "NAME: expected one of digits, digits_densenet, photographs, mnist, fashion_mnist, cifar10,"),
+        (
+            ["mnist2"],
+            "NAME: expected one of digits, digits_densenet, digits_monotone, photographs, mnist,",
+        ),
         (["mnist2"], "; got 'mnist2'"),
     ],
 )

@@ -75,6 +75,7 @@ ELSEWHERE = {
     "rf.batch_axes": "training/test_axes.py",
     "rf.check_contraction": "functional/test_contraction_check.py::test_bad_maps",
     "rf.fit": "training/test_fit.py",
+    "rf.make_reversible": "layers/test_reversible.py::test_bad_arguments",
     "rf.load": "io/test_bad_files.py::test_bad_files",
     "rf.load_torch_checkpoint": "interop/torch/test_checkpoints.py",
     "rf.residual_inverse": "functional/test_inverse_status.py::test_raising",
