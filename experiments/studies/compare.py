@@ -18,9 +18,10 @@ compilation count, without a cache of compiled programs; imports, reading of dat
 
 All train alike: batches, clipping, Adam, and the moving average of the weights are those of the shipped config of the
 data. The learning rate rises over the first twentieth of the time for updates, and falls to 0 as half a cosine at its
-end. The averaged weights are validated twenty times, and the best of them are scored, so that all can stop early. For
-each model, two widths times two learning rates are tried first, each for S minutes of updates with seed 0, set-up not
-counted; those of least validation loss are used with all seeds. The test split is read once, at the end of a run.
+end. The averaged weights are validated twenty times. The best of them are scored, so a model that overfits is scored
+at its best. For each model, two widths times two learning rates are tried first, each for S minutes of updates with
+seed 0, set-up not counted; those of least validation loss are used with all seeds. The test split is read once, at the
+end of a run.
 
 log p of the residual flow and of ffjord on images is an unbiased estimate, as in `experiments.density`. That of flow_pp
 on images is a lower bound, by its variational dequantisation. Failed and diverged runs stay in the table.
@@ -46,7 +47,7 @@ from experiments.runs.command import NamedCommand, Output
 from experiments.runs.workdir import make_workdir, write_atomically
 from experiments.studies.comparison.contenders import MODELS, lack, models_for
 from experiments.studies.comparison.datasets import DEFAULTS, TABLE, config_of, names_in
-from experiments.studies.comparison.diamonds import RESOLUTIONS
+from experiments.studies.comparison.diamonds import RESOLUTIONS, load_diamonds
 from experiments.studies.comparison.pictures import save_densities, save_image_rows
 from experiments.studies.comparison.plan import Plan
 from experiments.studies.comparison.running import cores, run_all
@@ -150,6 +151,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run(config: CompareConfig) -> dict[str, Any]:
     """Does what is missing, prints, draws; returns the content of compare.json."""
     plans = config.plans()
+    if config.data == TABLE and not config.table_only:
+        load_diamonds()  # raises before any job if the table is not there
     for model in config.models or config.allowed:
         if (lacking := lack(model)) is not None:
             print(f"skipped: {lacking}", flush=True)

@@ -48,14 +48,24 @@ def reversible_scan(
     return _scan(apply, invert, layers, x, inputs, shared)
 
 
-def _plain_scan(apply, layers, x, inputs, shared):
+def _plain_scan(apply, layers, x, inputs, shared, *, by_rules=False):
+    """The scan; `by_rules` evaluates each layer by the rules of its derivatives, for forward mode over reverse mode."""
+
     def body(x, of_layer):
         layer, inputs = of_layer
-        y, log_det, more = apply(layer, x, inputs, shared)
+        if by_rules:
+            (y, log_det), _, more = jax.vjp(lambda x: _with_aux(apply(layer, x, inputs, shared)), x, has_aux=True)
+        else:
+            y, log_det, more = apply(layer, x, inputs, shared)
         return y, (jax.tree.map(lambda leaf: mapped_with(leaf, y), log_det), more)
 
     y, (log_dets, more) = lax.scan(body, x, (layers, inputs))
     return y, log_dets, jax.tree.map(lax.stop_gradient, more)
+
+
+def _with_aux(results):
+    y, log_det, more = results
+    return (y, log_det), more
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -64,7 +74,7 @@ def _scan(apply, invert, layers, x, inputs, shared):
 
 
 def _forward(apply, invert, layers, x, inputs, shared):
-    out = _plain_scan(apply, layers, x, inputs, shared)
+    out = _plain_scan(apply, layers, x, inputs, shared, by_rules=True)
     return out, (layers, out[0], inputs, shared)
 
 

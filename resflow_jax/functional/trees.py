@@ -37,6 +37,8 @@ def mapped_with(x: Array, tree: Any) -> Array:
     """x, mapped by every `jax.vmap` that maps an array of the tree. The compiled program does no work for it."""
     for leaf in jax.tree.leaves(tree):
         leaf = leaf if isinstance(leaf, Array) else jnp.asarray(leaf)
+        if not leaf.size:
+            continue
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         number = (jax.random.key_data(leaf) if is_key else leaf).reshape(-1)[0]
         always = (number == number) | True

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import resflow_jax as rf
 
@@ -93,6 +94,33 @@ def test_both_series_have_lengths_of_their_own():
 
     second = jax.jit(jax.vmap(jax.grad(jax.grad(log_det)), (None, 0)))(-0.5, jax.random.split(KEY, 20000))
     assert abs(jnp.mean(second) + 4) < 5 * jnp.std(second) / np.sqrt(20000) < 0.5
+
+
+def test_shard_map():
+    """Two devices that share a batch get the second derivative of one, in parameters and in x."""
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    x, condition = X[:4], CONDITION[:4]
+
+    def along(a, x, condition):
+        def loss(a, x):
+            estimator = rf.Roulette(second_order=True)
+            return jnp.sum(rf.residual(g, (a, B), x, condition=condition, key=KEY, estimator=estimator)[1])
+
+        return jnp.sum(jax.grad(loss, 1)(a, x) * jnp.cos(x))
+
+    def of_part(a, x, condition):
+        return jax.lax.psum(along(a, x, condition), "data")
+
+    batch = PartitionSpec("data")
+    parts = jax.shard_map(
+        jax.grad(of_part, (0, 1)),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), batch, batch),
+        out_specs=(PartitionSpec(), batch),
+    )
+    check(jax.jit(parts)(A, x, condition), jax.jit(jax.grad(along, (0, 1)))(A, x, condition), 1e-12)
 
 
 def test_value_and_gradient_are_those_without():

@@ -57,6 +57,18 @@ def test_gradients(pair, estimator):
     check(reversible, kept)
 
 
+@pytest.mark.parametrize("estimator", [ROULETTE, rf.Exact()], ids=["roulette", "exact"])
+def test_forward_over_reverse(pair, estimator):
+    """The jvp of the gradient in x, which goes through the rules of the estimate."""
+
+    def product(graphdef, state):
+        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(log_p(graphdef, state, x, CONDITION, estimator=estimator))))
+        return jax.jit(partial(jax.jvp, gradient))((X,), (jnp.cos(X),))
+
+    kept, reversible = (product(*split) for split in pair)
+    check(reversible, kept)
+
+
 def test_vmap_over_keys(pair):
     """log_det is mapped where x is not: the gradient is the sum over the lanes."""
     keys = jax.random.split(KEY, 3)
@@ -70,7 +82,7 @@ def test_vmap_over_keys(pair):
 
 
 def test_shard_map(pair):
-    """Devices that share a batch get the gradient of one device, with one all-reduce outside of the loops."""
+    """Devices that share a batch get the gradient of one device."""
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
@@ -107,7 +119,7 @@ def test_an_inverse_that_does_not_converge_gives_no_gradient(pair):
 
 
 def test_images_and_every_scale():
-    """All stacks of a multi-scale flow become reversible; diagnostics are unchanged; the flow is saved as before."""
+    """All stacks of a multi-scale flow become reversible; values and diagnostics are unchanged."""
     config = rf.ImageFlowConfig((4, 4, 1), blocks=(3, 2), hidden_channels=4, tail=rf.DenseTail(2, hidden=4))
     flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
     x, options = jnp.full((2, 4, 4, 1), 0.3, jnp.float32), {"key": KEY, "return_diagnostics": True}

@@ -7,7 +7,7 @@
     zuko_nsf, zuko_maf                           autoregressive flows of zuko; images are flattened
     normflows_glow                               Glow of normflows, of images
 
-The search tries two widths and two learning rates, each a minute or so, and takes the pair of least validation loss.
+The search tries two widths and two learning rates for a short time, and takes the pair of least validation loss.
 """
 
 from dataclasses import dataclass, replace
@@ -76,6 +76,11 @@ def candidates(model: str, config: RunConfig) -> tuple[Candidate, ...]:
     other = 0.5 if isinstance(config, DensityConfig) else 2.0
     rates = base, float(f"{base / 3:.2g}")
     return tuple(Candidate(width, rate) for width in (1.0, other) for rate in rates)
+
+
+def packages(model: str) -> tuple[str, ...]:
+    """The packages that a model needs besides those of this library."""
+    return _NEEDS[model][:1] if model in _NEEDS else ()
 
 
 def is_witness(model: str) -> bool:

@@ -36,7 +36,7 @@ def load_diamonds() -> VectorSplits:
 def _path() -> Path:
     found = find_spec("plotnine")
     if found is None:
-        raise ImportError("diamonds: expected the wheel of plotnine, which ships the table: pip install plotnine")
+        raise ImportError("diamonds: expected plotnine, which ships the table: pip install resflow_jax[bench]")
     return Path(found.origin).parent / "data" / "diamonds.csv"
 
 

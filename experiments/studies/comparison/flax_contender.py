@@ -30,12 +30,13 @@ class FlaxContender:
 
     def __init__(self, task: Task):
         self.task, self.config = task, task.config
+        self._first = jax.block_until_ready(task.initial())
 
     def prepare(self, batch: np.ndarray) -> None:
         """Builds the flow, initialises it on training examples, and compiles the step for batches like this one."""
         task, config = self.task, self.config
         flow = flow_from_config(config.model, rngs=nnx.Rngs(config.seed))
-        flow.initialize(task.initial())
+        flow.initialize(self._first)
         optimizer = optimizer_of(config.optimizer)
         self.trainer = Trainer(nnx.split(flow)[0], task.loss, optimizer, config.optimizer.ema_decay)
         self.key = jax.random.key(config.seed)

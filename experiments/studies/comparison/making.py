@@ -1,6 +1,7 @@
 """One job of the comparison: its model, its training against the clock, and its figures."""
 
 import platform
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from experiments.configs.tiny import tiny
 from experiments.runs.tasks.task import Task
 from experiments.studies.comparison.clock import Clock
-from experiments.studies.comparison.contenders import is_witness, with_contender
+from experiments.studies.comparison.contenders import is_witness, packages, with_contender
 from experiments.studies.comparison.datasets import batches_of, config_of, task_for
 from experiments.studies.comparison.jobs import Job
 from experiments.studies.comparison.measures import measure
@@ -68,6 +69,8 @@ def made(job: Job, data_dir: str | None = None) -> tuple[dict[str, Any], dict[st
 def contender_of(job: Job, data_dir: str | None = None) -> tuple[Task, Contender]:
     """The task of a job, with its data, and the model in training."""
     config = with_contender(config_of(job.data, data_dir), job.model, job.candidate, job.seed)
+    for package in packages(job.model):
+        import_module(package)  # before the clock starts
     task = task_for(job.data, tiny(config) if job.small else config)
     if is_witness(job.model):
         from experiments.studies.comparison.torch_contender import TorchContender

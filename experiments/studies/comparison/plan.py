@@ -1,4 +1,4 @@
-"""The jobs of the comparison on one data set: which there are, which are missing, what a search has chosen."""
+"""The jobs of the comparison on one data set: all of them, the missing ones, and the settings that a search chose."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -100,7 +100,7 @@ def _started(job: Job, workdir: Path, core: str, data_dir: str | None) -> Runnin
 def _finished(at: Running, workdir: Path) -> None:
     """Records a failure, and says what has become of the job."""
     result = found(at.job, workdir)
-    if at.process.returncode or result is None:
+    if result is None:
         result = {"error": _last_words(at)}
         save(at.job, workdir, result)
     words = result["error"] or f"validation loss {result['validation_loss']:.4f}, {result['steps']} steps"

@@ -12,7 +12,8 @@ BOUNDED = "flow_pp"  # its variational dequantisation of images gives a bound
 NOTE = (
     "One process on one core for each run. The budget is CPU time of this process: on an idle core this is wall-clock. "
     "Building, initialisation and compilation count, validation and evaluation do not. After ±: the standard error of "
-    "the mean over seeds; in brackets that from the choice of the test examples. Times are CPU seconds."
+    "the mean over seeds; in brackets: the standard error over test examples. Best after: the part of the time for "
+    "updates after which the scored weights were validated. Times are CPU seconds."
 )
 
 
@@ -22,7 +23,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     errors = [run["error"] for run in runs if run.get("error") is not None]
     if not good:
         return {"seeds": 0, "errors": errors}
-    names = ("test", "test_stderr", "parameters", "steps", "skipped", "step_seconds", "set_up_seconds")
+    names = ("test", "test_stderr", "parameters", "steps", "best_at", "skipped", "step_seconds", "set_up_seconds")
     names += ("sample_seconds", "sampled", "log_prob_1", "log_prob_1000")
     values = {name: [run[name] for run in good] for name in names}
     means = {name: float(np.mean(of)) if None not in of else None for name, of in values.items()}
@@ -44,7 +45,7 @@ def table(results: Results, unit: str, sign: int) -> str:
       unit: of the test score.
       sign: 1 if a lower score is better, -1 if a higher one is.
     """
-    head = ["model", f"test {unit}", "parameters", "steps", "ms a step", "set-up, s", "1000 samples, s"]
+    head = ["model", f"test {unit}", "parameters", "steps", "best after", "ms a step", "set-up, s", "1000 samples, s"]
     head += ["log p of 1, ms", "log p of 1000, s", "max abs(x - f^-1(f(x)))", "settings"]
     rows = {model: summary(of["runs"]) for model, of in results.items()}
     # The unit tells whether there are images, where the dequantisation of Flow++ makes its score a bound.
@@ -65,7 +66,7 @@ def _cells(row: dict[str, Any], of: dict[str, list[dict[str, Any]]]) -> list[str
     """The cells of a model after its name."""
     errors = [*row["errors"], *(found["error"] for found in of["search"] if not of["runs"] and found.get("error"))]
     if not row["seeds"]:
-        return [f"failed: {errors[0]}" if errors else "not yet run", *[""] * 9]
+        return [f"failed: {errors[0]}" if errors else "not yet run", *[""] * 10]
     failed = f"; {len(errors)} of {len(errors) + row['seeds']} failed: {errors[0]}" if errors else ""
     spread = "" if row["test_spread"] is None else f" ± {row['test_spread']:.4f}"
     skipped = f" ({row['skipped']:.0f} skipped)" if row["skipped"] else ""
@@ -75,6 +76,7 @@ def _cells(row: dict[str, Any], of: dict[str, list[dict[str, Any]]]) -> list[str
         f"{_number(row['test'], '.4f')}{spread} [{_number(row['test_stderr'], '.4f')}]{failed}",
         f"{row['parameters']:.0f}",
         f"{row['steps']:.0f}{skipped}",
+        f"{100 * row['best_at']:.0f} %",
         f"{1e3 * row['step_seconds']:.3g}",
         f"{row['set_up_seconds']:.1f}",
         f"{row['sample_seconds']:.3g}{timed}",

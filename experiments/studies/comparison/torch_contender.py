@@ -28,12 +28,13 @@ class TorchContender:
         self._model, self._width, self._small = model, width, small
         self.task, self.config = task, task.config
         self.loss = Loss(task)
+        self._first = np.asarray(task.initial())
 
     def prepare(self, batch: np.ndarray) -> None:
         """Builds the flow, and initialises it on training examples."""
         config = self.config
         torch.manual_seed(config.seed)
-        self.flow = flow_of(self._model, config, np.asarray(self.task.initial()), self._width, self._small)
+        self.flow = flow_of(self._model, config, self._first, self._width, self._small)
         settings = config.optimizer
         self._optimizer = torch.optim.Adam(self.flow.parameters(), lr=0.0, betas=(0.9, settings.b2))
         self._average = AveragedModel(self.flow, multi_avg_fn=bias_corrected(settings.ema_decay))
@@ -100,8 +101,8 @@ class TorchModel:
 
     def scores(self, examples: np.ndarray, seed: int, draws: int) -> np.ndarray:
         size = self._task.batch_size
-        torch.manual_seed(seed)
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # training goes on with its own noise
+            torch.manual_seed(seed)
             found = [
                 torch.cat([self._loss(self._flow, examples[n : n + size]) for n in range(0, len(examples), size)])
                 for _ in range(draws)
@@ -110,8 +111,8 @@ class TorchModel:
 
     def sampler(self, number: int) -> Callable[[int], np.ndarray]:
         def sample(seed: int) -> np.ndarray:
-            torch.manual_seed(seed)
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
                 return self._flow.sample(number).numpy()
 
         return sample

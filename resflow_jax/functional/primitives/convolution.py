@@ -112,7 +112,7 @@ def _correlate(
 def convolve_lax(
     x: Array, kernel: Array, *, reflected: bool = False, padding: str = "zero", matmul_dtype: str | None = None
 ) -> Array:
-    """`convolve` on a TPU: one convolution instruction, or a matrix product for a single tap."""
+    """`convolve` by one convolution instruction, as on TPUs, or by a matrix product for a single tap."""
     sides = kernel.shape[:-2]
     if math.prod(sides) == 1:
         return convolve_matmul(x, kernel, reflected=reflected, matmul_dtype=matmul_dtype)
@@ -131,7 +131,7 @@ def convolve_lax(
 def correlate_lax(
     x: Array, y: Array, *, sides: tuple[int, ...], padding: str = "zero", matmul_dtype: str | None = None
 ) -> Array:
-    """The derivative of `convolve` in the kernel on a TPU: a convolution over the batch, [*sides, I, O]."""
+    """The derivative of `convolve` in the kernel by a convolution over the batch, as on TPUs, [*sides, I, O]."""
     if math.prod(sides) == 1:
         return correlate_matmul(x, y, sides=sides, matmul_dtype=matmul_dtype)
     axes = "HWD"[: len(sides)]

@@ -38,14 +38,15 @@ def _is_float(leaf: Any) -> bool:
 def _refuse_forward(*_, **__):
     raise TypeError(
         "estimator: forward-mode derivatives (jvp, jacfwd) expected another estimator, got one with "
-        f'gradient="neumann"; {_REMEDY}. Forward over reverse, as jax.jvp of jax.grad, works with every estimator'
+        f'gradient="neumann"; {_REMEDY}. Forward over reverse, jax.jvp of jax.grad, works with a Neumann gradient too'
     )
 
 
 def _refuse_reverse(*_):
     raise ValueError(
         "estimator: reverse-mode derivatives of second order (grad of grad) expected another estimator, got one with "
-        f'gradient="neumann"; {_REMEDY}. Forward over reverse, as jax.jvp of jax.grad, works with every estimator'
+        f'gradient="neumann"; {_REMEDY}, or Roulette(second_order=True), whose derivatives end at the second. '
+        "Forward over reverse, jax.jvp of jax.grad, works with a Neumann gradient too"
     )
 
 

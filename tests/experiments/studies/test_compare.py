@@ -23,7 +23,14 @@ def result(job, **others):
     common = {"error": None, "validation_loss": loss, "validation_losses": [loss], "steps": 10, "parameters": 7}
     if job.is_search:
         return common | others
-    figures = {"test": loss, "test_stderr": 0.01, "skipped": 0, "step_seconds": 0.02, "set_up_seconds": 3.0}
+    figures = {
+        "test": loss,
+        "test_stderr": 0.01,
+        "best_at": 0.5,
+        "skipped": 0,
+        "step_seconds": 0.02,
+        "set_up_seconds": 3.0,
+    }
     figures |= {"sample_seconds": 0.5, "sampled": 1000, "log_prob_1": 1e-3, "log_prob_1000": 0.1}
     return common | figures | {"reconstruction": 1e-6, "unconverged": 0} | others
 
@@ -57,7 +64,10 @@ def test_jobs_and_what_is_done_again(tmp_path, done, capsys):
     assert row["test"] == pytest.approx(2.05067) and row["test_spread"] == pytest.approx(0.05) and row["seeds"] == 2
     assert json.loads((tmp_path / "digits" / "compare.json").read_text()) == document
     assert (tmp_path / "digits" / "samples.png").read_bytes().startswith(b"\x89PNG")
-    assert "| nice | 2.0507 ± 0.0500 [0.0100] | 7 | 10 | 20 | 3.0 | 0.5 | 1 | 0.1 | 1e-06 |" in capsys.readouterr().out
+    assert (
+        "| nice | 2.0507 ± 0.0500 [0.0100] | 7 | 10 | 50 % | 20 | 3.0 | 0.5 | 1 | 0.1 | 1e-06 |"
+        in capsys.readouterr().out
+    )
 
     done[4].path(tmp_path).unlink()
     compare.run(config)

@@ -113,7 +113,7 @@ def test_the_table_of_plotnine(monkeypatch):
     load_diamonds.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr("experiments.studies.comparison.diamonds.find_spec", lambda name: None)
-        with pytest.raises(ImportError, match=r"diamonds: expected the wheel of plotnine, .*pip install plotnine"):
+        with pytest.raises(ImportError, match=r"diamonds: expected plotnine, .*pip install resflow_jax\[bench\]"):
             load_diamonds()
     if contenders.find_spec("plotnine") is None:
         pytest.skip("needs the wheel of plotnine")
