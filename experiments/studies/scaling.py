@@ -1,7 +1,7 @@
 """Growth of time and memory of a step with depth, width, batch and image size.
 
     python -m experiments.studies.scaling [--workdir DIR]
-    python -m experiments.studies.scaling --series depth --depths 16 64 256 [--reversible]
+    python -m experiments.studies.scaling --series depth --depths 16 64 256 --side 32 --width 16 [--reversible]
 
 The study starts from one small flow and doubles one setting at a time, repeatedly. An exponent is the slope of a
 straight line fitted to the logarithms. Prints the table and writes scaling.json and scaling.png. It takes about 3
@@ -55,6 +55,9 @@ class ScalingConfig:
       series: settings to vary.
       length: number of values of each setting, at least 2.
       depths: numbers of blocks that the series "depth" takes.
+      side: height and width of the images of the flow that the study starts from.
+      width: its hidden channels.
+      batch: its images a step.
       reversible: whether gradients recompute the inputs of blocks, see `rf.make_reversible`.
       workdir: directory that scaling.json and scaling.png are written to.
       parallel: how a step is divided among cores, as in `experiments.density`.
@@ -65,6 +68,9 @@ class ScalingConfig:
     series: tuple[str, ...] = tuple(SERIES)
     length: int = 4
     depths: tuple[int, ...] = SERIES["depth"]
+    side: int = BASE.config.shape[0]
+    width: int = BASE.config.hidden_channels
+    batch: int = BASE.batch_size
     reversible: bool = False
     workdir: Path = Path("runs/scaling")
     parallel: Strategy = "jit"
@@ -76,6 +82,8 @@ class ScalingConfig:
         for name in self.series:
             check_choice("series", name, tuple(SERIES))
         check_count("length", self.length, 2)
+        for name in ("side", "width", "batch"):
+            check_count(name, getattr(self, name), 1)
         for depth in self.depths:
             check_count("depths", depth, 1)
         if len(set(self.depths)) < 2:
@@ -107,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(config: ScalingConfig) -> dict[str, dict[str, list[float]]]:
     """Measures, prints and draws; returns values, seconds, bytes and the exponents of both, by setting."""
     config.workdir.mkdir(parents=True, exist_ok=True)
-    result, base = {}, CASES["tiny"] if config.small else BASE
+    result, base = {}, CASES["tiny"] if config.small else _base(config)
     print(f"{'':8}{'value':>8}{'ms a step':>12}{'MB a device':>14}")
     for name in config.series:
         values = (config.depths if name == "depth" else SERIES[name])[: config.length]
@@ -124,6 +132,12 @@ def run(config: ScalingConfig) -> dict[str, dict[str, list[float]]]:
     write_atomically(config.workdir / "scaling.json", json.dumps(result, indent=2) + "\n")
     pictures.save_scaling(config.workdir / "scaling.png", result)
     return result
+
+
+def _base(config: ScalingConfig) -> Case:
+    """The case that the study starts from."""
+    base = varied("width", config.width, varied("side", config.side))
+    return varied("batch", config.batch, base)
 
 
 def measure(case: Case, steps: int, strategy: Strategy = "jit", reversible: bool = False) -> tuple[float, float]:
