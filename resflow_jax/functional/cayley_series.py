@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from resflow_jax.functional.broadcasting import per_example
-from resflow_jax.functional.series import Product, dot
+from resflow_jax.functional.series import Product, dot, ratio
 
 Array = jax.Array
 
@@ -127,8 +127,8 @@ class TwoSidedKrylov:
         floor = lax.stop_gradient((8 * float(jnp.finfo(v.dtype).eps)) ** 2 * dot(v, v))
         qq, pp, qp, q_mq, p_mq = dot(q, q), dot(p, p), dot(q, p), dot(q, mq), dot(p, mq)
         det, det_floor, zero = qq * pp - qp * qp, 1e-6 * qq * pp, jnp.zeros_like(qq)
-        rhos = [_ratio(pp * q_mq - qp * p_mq, det, det_floor), _ratio(q_mq, qq, floor), zero, zero]
-        betas = [_ratio(qq * p_mq - qp * q_mq, det, det_floor), zero, _ratio(p_mq, pp, floor), zero]
+        rhos = [ratio(pp * q_mq - qp * p_mq, det, 0, det_floor), ratio(q_mq, qq, 0, floor), zero, zero]
+        betas = [ratio(qq * p_mq - qp * q_mq, det, 0, det_floor), zero, ratio(p_mq, pp, 0, floor), zero]
         sizes = lax.stop_gradient(jnp.stack([_size(state, mq, *pair) for pair in zip(rhos, betas, strict=True)]))
         best = jnp.where(qq > floor, jnp.argmin(sizes, axis=0), 3)
         if self.steps is not None:
@@ -151,12 +151,6 @@ def _size(state: _Krylov, mq: Array, rho: Array, beta: Array) -> Array:
 def _of_choice(number: Array, values: list[Array]) -> Array:
     """values[number] of every example, [B]."""
     return jnp.take_along_axis(jnp.stack(values), number[None], axis=0)[0]
-
-
-def _ratio(numerator: Array, denominator: Array, floor: Array) -> Array:
-    """numerator / denominator, or 0 where the denominator is at most `floor`; all derivatives are finite."""
-    fine = denominator > floor
-    return jnp.where(fine, numerator / jnp.where(fine, denominator, 1), 0)
 
 
 @lru_cache(maxsize=4)

@@ -98,12 +98,12 @@ class MinimalResidual:
         mr = product(r)
         ap = p + mp
         ar, floor = r + mr, (8 * float(jnp.finfo(v.dtype).eps)) ** 2 * dot(v, v)
-        b = jnp.maximum(0, _ratio(-dot(ar, ap), dot(ap, ap), 0, floor))
+        b = jnp.maximum(0, ratio(-dot(ar, ap), dot(ap, ap), 0, floor))
         if self.steps is not None:
             b = jnp.where(k <= self.steps, b, 0)
         p, mp = r + per_example(b, r) * p, mr + per_example(b, r) * mp
         ap = p + mp
-        a = _ratio(dot(r, ap), dot(ap, ap), 1, floor)
+        a = ratio(dot(r, ap), dot(ap, ap), 1, floor)
         if self.steps is not None:
             a = jnp.where(k <= self.steps, a, 1)
         term = -per_example(a, r) * mp  # w_k + r_k - (w_{k-1} + r_{k-1})
@@ -127,7 +127,7 @@ def dot(a: Array, b: Array) -> Array:
     return jnp.sum(a * b, axis=tuple(range(1, a.ndim)))
 
 
-def _ratio(numerator: Array, denominator: Array, default: float, floor: Array) -> Array:
+def ratio(numerator: Array, denominator: Array, default: float, floor: Array) -> Array:
     """numerator / denominator, or the default where the denominator is at most `floor`; all derivatives are finite.
 
     A residual that consists of rounding errors, as after D steps in D dimensions, would have derivatives much larger

@@ -1,5 +1,8 @@
 """`ContractionBlock`: what all blocks made of one contraction g have in common."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -59,6 +62,22 @@ class ContractionBlock(Bijector):
             raise ValueError(f"g: expected an output {x.dtype} {x.shape} like x, got {got}")
         return g_x
 
+    def _estimated(self, log_det_of: Callable[..., Any], x: Array, key: Any, estimator: Any, condition: Any) -> Any:
+        """log_det_of(g, params, x, **options), a function like `residual`, of the contraction; with diagnostics."""
+        graphdef, state = nnx.split(self.contraction)
+        return log_det_of(
+            self.contraction.apply,
+            state,
+            x,
+            condition=self.contraction.condition_features(condition),
+            key=key,
+            estimator=jax.tree.map(lambda rows: rows[0], estimator),
+            lipschitz=self.contraction.lipschitz if self.contraction.is_contraction else None,
+            prepare=lambda state: nnx.merge(graphdef, state).weights(),
+            chunk_size=self.contraction.chunk_size,
+            return_diagnostics=True,
+        )
+
     def initialize(self, x: Array, condition: Array | None = None) -> Array:
         self.contraction.move_statistics(x, condition, rate=1.0)
         return self(x, condition)
@@ -80,3 +99,8 @@ class ContractionBlock(Bijector):
 
     def tighten(self) -> None:
         tighten_contraction(self.contraction)
+
+
+def as_row(tree: Any) -> Any:
+    """The diagnostics, or the status, of one block with a leading axis of blocks."""
+    return jax.tree.map(lambda leaf: leaf[None], tree)

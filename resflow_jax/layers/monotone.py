@@ -15,7 +15,7 @@ from resflow_jax.functional.texts import constructor
 from resflow_jax.layers.bijector import Forward, Inverse, InverseAndLogDet, Shape
 from resflow_jax.layers.block_certificate import monotone_bounds
 from resflow_jax.layers.conditions import ConditionShape
-from resflow_jax.layers.contraction_block import ContractionBlock
+from resflow_jax.layers.contraction_block import ContractionBlock, as_row
 
 Array = jax.Array
 
@@ -93,14 +93,14 @@ class MonotoneBlock(ContractionBlock):
 
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
         w, status = self._half_way(y, condition, solver, inverts=True)
-        return ROOT * w - y, [_row(scaled(status))]
+        return ROOT * w - y, [as_row(scaled(status))]
 
     def solve_and_estimate(
         self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
     ) -> InverseAndLogDet:
         w, status = self._half_way(y, condition, solver, inverts=True, recomputes=is_neumann(estimator))
         log_det, diagnostics = self._log_det_at(w, key, estimator, condition)
-        return ROOT * w - y, log_det, diagnostics, [_row(scaled(status))]
+        return ROOT * w - y, log_det, diagnostics, [as_row(scaled(status))]
 
     def _half_way(
         self, x: Array, condition: Array | None, solver: Solver, **options: bool
@@ -111,25 +111,8 @@ class MonotoneBlock(ContractionBlock):
     def _log_det_at(
         self, w: Array, key: Array | None, estimator: Estimator, condition: Array | None
     ) -> tuple[Array, list]:
-        graphdef, state = nnx.split(self.contraction)
-        log_det, diagnostics = log_det_at(
-            self.contraction.apply,
-            state,
-            w,
-            condition=self.contraction.condition_features(condition),
-            key=key,
-            estimator=jax.tree.map(lambda rows: rows[0], estimator),
-            lipschitz=self.contraction.lipschitz if self.contraction.is_contraction else None,
-            prepare=lambda state: nnx.merge(graphdef, state).weights(),
-            chunk_size=self.contraction.chunk_size,
-            return_diagnostics=True,
-        )
-        return log_det, [_row(diagnostics)]
+        log_det, diagnostics = self._estimated(log_det_at, w, key, estimator, condition)
+        return log_det, [as_row(diagnostics)]
 
     def _reported(self, y: Any, status: InverseStatus) -> Any:
         return reported(y, status, type(self).__name__, self.solver.on_failure)
-
-
-def _row(tree: Any) -> Any:
-    """The diagnostics, or the status, of one block with a leading axis of blocks."""
-    return jax.tree.map(lambda leaf: leaf[None], tree)

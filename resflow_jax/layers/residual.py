@@ -27,7 +27,7 @@ from resflow_jax.layers.bijector import (
     join_blocks,
 )
 from resflow_jax.layers.block_certificate import residual_bounds
-from resflow_jax.layers.contraction_block import ContractionBlock
+from resflow_jax.layers.contraction_block import ContractionBlock, as_row
 from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, norms_are_deferred
 from resflow_jax.layers.module_texts import Part, Parts
 from resflow_jax.layers.norm_updates import update_norms
@@ -80,26 +80,14 @@ class ResidualBlock(ContractionBlock):
         return x + self.g(x, condition)
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
-        graphdef, state = nnx.split(self.contraction)
-        y, log_det, diagnostics = residual(
-            self.contraction.apply,
-            state,
-            x,
-            condition=self.contraction.condition_features(condition),
-            key=key,
-            estimator=jax.tree.map(lambda rows: rows[0], estimator),
-            lipschitz=self.contraction.lipschitz if self.contraction.is_contraction else None,
-            prepare=lambda state: nnx.merge(graphdef, state).weights(),
-            chunk_size=self.contraction.chunk_size,
-            return_diagnostics=True,
-        )
-        return y, log_det, [jax.tree.map(lambda leaf: leaf[None], diagnostics)]
+        y, log_det, diagnostics = self._estimated(residual, x, key, estimator, condition)
+        return y, log_det, [as_row(diagnostics)]
 
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
         g, weights = self.contraction.apply, self.contraction.weights()
         features = self.contraction.condition_features(condition)
         x, status = residual_inverse(g, weights, y, condition=features, solver=solver, return_status=True)
-        return x, [jax.tree.map(lambda leaf: leaf[None], status)]
+        return x, [as_row(status)]
 
     def solve_and_estimate(
         self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
