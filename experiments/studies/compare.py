@@ -19,9 +19,10 @@ compilation count, without a cache of compiled programs; imports, reading of dat
 All train alike: batches, clipping, Adam, and the moving average of the weights are those of the shipped config of the
 data. The learning rate rises over the first twentieth of the time for updates, and falls to 0 as half a cosine at its
 end. The averaged weights are validated twenty times. The best of them are scored, so a model that overfits is scored
-at its best. For each model, two widths times two learning rates are tried first, each for S minutes of updates with
-seed 0, set-up not counted; those of least validation loss are used with all seeds. The test split is read once, at the
-end of a run.
+at its best. For each model, a search comes first: the learning rate that ships, a third of it and three times it, and
+with the best of them two other widths, each for S minutes of updates with seed 0, set-up not counted. The settings of
+least validation loss are used with all seeds. The toy densities share one search, on the checkerboard. The test split
+is read once, at the end of a run.
 
 log p of the residual flow and of ffjord on images is an unbiased estimate, as in `experiments.density`. That of flow_pp
 on images is a lower bound, by its variational dequantisation. Failed and diverged runs stay in the table.
@@ -29,11 +30,12 @@ on images is a lower bound, by its variational dequantisation. Failed and diverg
 It prints Markdown tables, and writes them as DIR/NAME/compare.json and samples.png. Finished jobs are JSON files, which
 are only read: a command that was stopped goes on with what is missing. To repeat a job, remove its file. `--table-only`
 makes tables and picture of what there is. `--results FILE` also keeps the figures of all data sets in one JSON file,
-and takes from there what DIR does not have.
+and the command goes on from the jobs in it. Without this option, all is trained anew in an empty DIR.
 
 On two cores all models take about 2 hours on the digits, 4 on diamonds and on the toy densities, 8 on fashion_mnist.
 """
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,8 +48,9 @@ from experiments.configs.base import DensityConfig
 from experiments.runs.command import NamedCommand, Output
 from experiments.runs.workdir import make_workdir, write_atomically
 from experiments.studies.comparison.contenders import MODELS, lack, models_for
-from experiments.studies.comparison.datasets import DEFAULTS, TABLE, config_of, names_in
+from experiments.studies.comparison.datasets import DEFAULTS, TABLE, config_of, names_in, searched_on
 from experiments.studies.comparison.diamonds import RESOLUTIONS, load_diamonds
+from experiments.studies.comparison.jobs import restore
 from experiments.studies.comparison.pictures import save_densities, save_image_rows
 from experiments.studies.comparison.plan import Plan
 from experiments.studies.comparison.running import cores, run_all
@@ -70,7 +73,7 @@ class CompareConfig:
       examples: maximum number of test examples; by default that of the config of the data.
       data_dir: directory of TensorFlow data sets, as `--data.dir` of `experiments.density`.
       table_only: whether to make tables and picture of what there is, without any run.
-      results: a JSON file of all data sets that the figures are kept in besides.
+      results: a JSON file of all data sets that the figures are kept in besides, and whose jobs are not done again.
       small: whether to use the small runs of `--tiny`.
     """
 
@@ -157,10 +160,10 @@ def run(config: CompareConfig) -> dict[str, Any]:
         if (lacking := lack(model)) is not None:
             print(f"skipped: {lacking}", flush=True)
     make_workdir(config.workdir / config.data)
+    kept = _kept(config.results, config.workdir)
     if not config.table_only:
         places = cores(config.parallel_runs)
         run_all(lambda: [job for plan in plans for job in plan.missing()], config.workdir, places, config.data_dir)
-    kept = _kept(config.results)
     found = {plan.data: kept.get(plan.data, {}) | plan.results() for plan in plans}
     _report(config, found)
     document = {
@@ -175,13 +178,17 @@ def run(config: CompareConfig) -> dict[str, Any]:
     return document
 
 
-def _kept(path: Path | None) -> dict[str, Results]:
-    """What a file of `--results` has; nothing if it is not there yet."""
+def _kept(path: Path | None, workdir: Path) -> dict[str, Results]:
+    """What a file of `--results` has, its jobs restored in the work directory; nothing if it is not there yet."""
     if path is None or not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        kept = dict(json.loads(path.read_text()))
+        for of in kept.values():
+            for kinds in of.values():
+                restore(itertools.chain(*kinds.values()), workdir)
+        return kept
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"results: expected a file that this command has written, got {path}: {error}") from error
 
 
@@ -191,7 +198,8 @@ def _report(config: CompareConfig, found: dict[str, Results]) -> None:
     unit, sign = ("bits/dim", 1) if of_images else ("nats", -1)
     for name, results in found.items():
         print(f"\n{name}: {config.minutes:g} minutes a run\n\n{table(results, unit, sign)}")
-        print(f"\nSearch, {config.search_minutes:g} minutes a candidate:\n\n{search_table(results, unit)}")
+    for name, results in {searched_on(name): results for name, results in found.items()}.items():
+        print(f"\nSearch on {name}, {config.search_minutes:g} minutes a candidate:\n\n{search_table(results, unit)}")
     if len(found) > 1:
         print(f"\nTest log p in nats:\n\n{grid(found)}")
     print(f"\n{NOTE}", flush=True)

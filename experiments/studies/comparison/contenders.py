@@ -7,7 +7,8 @@
     zuko_nsf, zuko_maf                           autoregressive flows of zuko; images are flattened
     normflows_glow                               Glow of normflows, of images
 
-The search tries two widths and two learning rates for a short time, and takes the pair of least validation loss.
+The search tries three learning rates with the widths that ship, and then two other widths with the best of them, each
+for a short time.
 """
 
 from dataclasses import dataclass, replace
@@ -65,17 +66,20 @@ def lack(model: str) -> str | None:
     return f"{model} needs {package}: pip install resflow_jax[{extra}]"
 
 
-def candidates(model: str, config: RunConfig) -> tuple[Candidate, ...]:
-    """Two widths, each with two learning rates.
-
-    The widths are those that ship, and on images half, on vectors double of them: networks of images are made for
-    longer runs on more cores, those of vectors are small. The learning rates are that which ships and a third of it.
-    """
+def with_rates(model: str, config: RunConfig) -> tuple[Candidate, ...]:
+    """The learning rate that ships, a third of it, and three times it, with the widths that ship."""
     base = config.optimizer.learning_rate
     base = base if model == "residual" else min(LEARNING_RATE, base)
-    other = 0.5 if isinstance(config, DensityConfig) else 2.0
-    rates = base, float(f"{base / 3:.2g}")
-    return tuple(Candidate(width, rate) for width in (1.0, other) for rate in rates)
+    return tuple(Candidate(1.0, float(f"{rate:.2g}")) for rate in (base, base / 3, 3 * base))
+
+
+def with_widths(best: Candidate, config: RunConfig) -> tuple[Candidate, ...]:
+    """The best of `with_rates` with other widths: on images a half and a quarter, on vectors double and four times.
+
+    Networks of images are made for longer runs on more cores, those of vectors are small.
+    """
+    widths = (0.5, 0.25) if isinstance(config, DensityConfig) else (2.0, 4.0)
+    return tuple(replace(best, width=width) for width in widths)
 
 
 def packages(model: str) -> tuple[str, ...]:

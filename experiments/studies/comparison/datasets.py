@@ -15,6 +15,7 @@ from experiments.studies.comparison.diamonds import load_diamonds
 from resflow_jax.data.toy import TOY_DENSITIES
 
 TABLE, TOY = "diamonds", "toy"
+SEARCHED = "checkerboard"  # the toy density that settings are searched on, for all of them
 
 
 class Defaults(NamedTuple):
@@ -45,6 +46,11 @@ DEFAULTS = {
 def names_in(data: str) -> tuple[str, ...]:
     """The data sets that a name stands for."""
     return TOY_DENSITIES if data == TOY else (data,)
+
+
+def searched_on(name: str) -> str:
+    """The data set that the settings for another are searched on: itself, or one toy density for all of them."""
+    return SEARCHED if name in TOY_DENSITIES else name
 
 
 def config_of(name: str, data_dir: str | None = None) -> RunConfig:

@@ -6,6 +6,7 @@ the name. A file of other settings is replaced.
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,15 @@ def save(job: Job, workdir: Path, result: dict[str, Any], arrays: dict[str, Any]
     if arrays is not None:
         write_arrays(path.with_suffix(".npz"), **arrays)
     write_atomically(path, json.dumps(finite({"job": asdict(job), **result}), indent=2) + "\n")
+
+
+def restore(results: Iterable[dict[str, Any]], workdir: Path) -> None:
+    """Writes the files of jobs from results that were kept elsewhere; files that are there stay."""
+    for result in results:
+        path = Job(**result["job"]).path(workdir)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(result, indent=2) + "\n")
 
 
 def finite(value: Any) -> Any:

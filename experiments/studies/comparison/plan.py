@@ -1,11 +1,12 @@
 """The jobs of the comparison on one data set: all of them, the missing ones, and the settings that a search chose."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.studies.comparison.contenders import Candidate, candidates
-from experiments.studies.comparison.datasets import config_of
+from experiments.studies.comparison.contenders import Candidate, with_rates, with_widths
+from experiments.studies.comparison.datasets import config_of, searched_on
 from experiments.studies.comparison.jobs import Job, found, is_good
 
 
@@ -34,21 +35,15 @@ class Plan:
     small: bool = False
 
     def searches(self, model: str) -> list[Job]:
-        """The candidates of a model."""
-        tried = candidates(model, config_of(self.data))[-1 if self.small else 0 :]
-        return [self._job(model, 0, self.search_seconds, candidate, is_search=True) for candidate in tried]
+        """The candidates of a model that can be tried: those with other widths come once the best rate is known."""
+        config = config_of(self.data)
+        rates = self._searches(model, with_rates(model, config)[: 1 if self.small else None])
+        best = None if self.small else self._best(rates)
+        return rates if best is None else rates + self._searches(model, with_widths(best, config))
 
     def chosen(self, model: str) -> Candidate | None:
         """The candidate of least validation loss; None if some are missing, or all have failed."""
-        results = [found(job, self.workdir) for job in self.searches(model)]
-        if None in results or not any(map(is_good, results)):
-            return None
-        losses = {
-            job.candidate: result["validation_loss"]
-            for job, result in zip(self.searches(model), results, strict=True)
-            if is_good(result)
-        }
-        return min(losses, key=losses.__getitem__)
+        return self._best(self.searches(model))
 
     def runs(self, model: str) -> list[Job]:
         """The runs of a model with the chosen settings; none before its search has ended well."""
@@ -77,7 +72,23 @@ class Plan:
                 there[model] = of
         return there
 
+    def _searches(self, model: str, tried: Sequence[Candidate]) -> list[Job]:
+        return [self._job(model, 0, self.search_seconds, candidate, is_search=True) for candidate in tried]
+
+    def _best(self, searches: Sequence[Job]) -> Candidate | None:
+        """The candidate of least validation loss; None if some are missing, or all have failed."""
+        results = [found(job, self.workdir) for job in searches]
+        if None in results:
+            return None
+        losses = {
+            job.candidate: result["validation_loss"]
+            for job, result in zip(searches, results, strict=True)
+            if is_good(result)
+        }
+        return min(losses, key=losses.__getitem__, default=None)
+
     def _job(self, model: str, seed: int, seconds: float, candidate: Candidate, *, is_search: bool) -> Job:
         tried = candidate.width, candidate.learning_rate
         examples = None if is_search else self.examples
-        return Job(self.data, model, seed, seconds, *tried, is_search, examples, self.small)
+        data = searched_on(self.data) if is_search else self.data
+        return Job(data, model, seed, seconds, *tried, is_search, examples, self.small)

@@ -18,8 +18,8 @@ JOB = Job("digits", "nice", 0, 300.0, 1.0, 2e-3, is_search=False)
 
 
 def result(job, **others):
-    """What a job of a test leaves: the smaller learning rate is the better one, and later seeds are worse."""
-    loss = 2 + job.learning_rate + job.seed / 10
+    """What a job of a test leaves: smaller learning rates and widths are better, and later seeds are worse."""
+    loss = 2 + job.learning_rate + job.width / 100 + job.seed / 10
     common = {"error": None, "validation_loss": loss, "validation_losses": [loss], "steps": 10, "parameters": 7}
     if job.is_search:
         return common | others
@@ -53,44 +53,53 @@ def done(monkeypatch):
 
 
 def test_jobs_and_what_is_done_again(tmp_path, done, capsys):
-    """Four candidates, then runs of the best with every seed; a second call does what is missing, and no more."""
+    """Three rates, two widths with the best of them, then runs of the best of all with every seed.
+
+    A second call does what is missing, and no more.
+    """
     config = CompareConfig(models=("nice",), seeds=2, workdir=tmp_path)
     document = compare.run(config)
-    assert [job.is_search for job in done] == [True] * 4 + [False] * 2
-    assert {(job.width, job.learning_rate) for job in done[:4]} == {(w, lr) for w in (1, 0.5) for lr in (2e-3, 6.7e-4)}
-    assert [(job.seed, job.learning_rate, job.seconds) for job in done[4:]] == [(0, 6.7e-4, 300), (1, 6.7e-4, 300)]
-    assert {job.seconds for job in done[:4]} == {30}
+    assert [job.is_search for job in done] == [True] * 5 + [False] * 2
+    tried = [(job.width, job.learning_rate) for job in done[:5]]
+    assert tried == [(1, 2e-3), (1, 6.7e-4), (1, 6e-3), (0.5, 6.7e-4), (0.25, 6.7e-4)]
+    assert [(job.seed, job.width, job.learning_rate, job.seconds) for job in done[5:]] == [
+        (0, 0.25, 6.7e-4, 300),
+        (1, 0.25, 6.7e-4, 300),
+    ]
+    assert {job.seconds for job in done[:5]} == {30}
     row = document["digits"]["nice"]["summary"]
-    assert row["test"] == pytest.approx(2.05067) and row["test_spread"] == pytest.approx(0.05) and row["seeds"] == 2
+    assert row["test"] == pytest.approx(2.05317) and row["test_spread"] == pytest.approx(0.05) and row["seeds"] == 2
     assert json.loads((tmp_path / "digits" / "compare.json").read_text()) == document
     assert (tmp_path / "digits" / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert (
-        "| nice | 2.0507 ± 0.0500 [0.0100] | 7 | 10 | 50 % | 20 | 3.0 | 0.5 | 1 | 0.1 | 1e-06 |"
+        "| nice | 2.0532 ± 0.0500 [0.0100] | 7 | 10 | 50 % | 20 | 3.0 | 0.5 | 1 | 0.1 | 1e-06 |"
         in capsys.readouterr().out
     )
 
-    done[4].path(tmp_path).unlink()
+    done[5].path(tmp_path).unlink()
     compare.run(config)
-    assert done[6:] == [done[4]]
+    assert done[7:] == [done[5]]
     compare.run(replace(config, seeds=3))
-    assert [job.seed for job in done[7:]] == [2]
+    assert [job.seed for job in done[8:]] == [2]
     compare.run(replace(config, minutes=1, seeds=1))
-    assert [(job.seed, job.seconds) for job in done[8:]] == [(0, 60)]
+    assert [(job.seed, job.seconds) for job in done[9:]] == [(0, 60)]
     compare.run(replace(config, seeds=3, table_only=True, examples=9))
-    assert len(done) == 9
+    assert len(done) == 10
 
 
 def test_all_toy_densities(tmp_path, done, capsys):
-    """A table each, one of all, and one picture with a column each."""
+    """A table each, one of all, and one picture with a column each; they share one search."""
     document = compare.run(CompareConfig("toy", models=("nice", "made"), seeds=1, workdir=tmp_path, minutes=1))
-    assert len(document) == 8 and len(done) == 8 * 2 * 5 and set(document["rings"]) == {"nice", "made"}
+    assert len(document) == 8 and len(done) == 2 * 5 + 8 * 2 and set(document["rings"]) == {"nice", "made"}
     printed = capsys.readouterr().out
-    assert "| model | 8gaussians | 2spirals | checkerboard |" in printed and printed.count("Search, ") == 8
+    assert "| model | 8gaussians | 2spirals | checkerboard |" in printed and printed.count("Search on checker") == 1
+    searched = {job.data for job in done if job.is_search}
+    assert searched == {"checkerboard"} and len({job.data for job in done if not job.is_search}) == 8
     assert (tmp_path / "toy" / "samples.png").exists()
 
 
 def test_figures_that_are_kept(tmp_path, done, capsys):
-    """In one file of all data sets; it serves for what the work directory lacks."""
+    """In one file of all data sets; jobs in it are not done again, and those of the work directory come first."""
     store = tmp_path / "kept" / "all.json"
     config = CompareConfig(models=("nice",), seeds=1, workdir=tmp_path / "a", results=store)
     first = compare.run(config)
@@ -99,10 +108,14 @@ def test_figures_that_are_kept(tmp_path, done, capsys):
     again = compare.run(replace(config, models=("glow",), workdir=tmp_path / "b", table_only=True))
     assert again["digits"]["nice"]["summary"] == first["digits"]["nice"]["summary"]
     assert "validation_losses" not in store.read_text()
-    assert "| nice | 2.0007 [0.0100]" in capsys.readouterr().out.rpartition("digits: ")[2]
-    store.write_text("{")
-    with pytest.raises(ValueError, match=r"results: expected a file that this command has written, got .*all.json"):
-        compare.run(config)
+    assert "| nice | 2.0032 [0.0100]" in capsys.readouterr().out.rpartition("digits: ")[2]
+    before = len(done)
+    compare.run(replace(config, seeds=2, workdir=tmp_path / "c"))
+    assert [(job.seed, job.is_search) for job in done[before:]] == [(1, False)]
+    for text in ("{", "3", '{"digits": 3}', '{"digits": {"nice": {"runs": [{}]}}}'):
+        store.write_text(text)
+        with pytest.raises(ValueError, match=r"results: expected a file that this command has written, got .*all.json"):
+            compare.run(config)
 
 
 def test_what_is_not_installed(tmp_path, done, monkeypatch, capsys):
@@ -125,14 +138,14 @@ def test_failures_stay_in_the_table():
         "infinite": {"search": search, "runs": [{"job": vars(JOB), **result(JOB, test=None, reconstruction=None)}]},
     }
     lines = table(results, "bits/dim", 1).splitlines()
-    assert "| some | 2.0020 [0.0100]; 1 of 2 failed: ended by SIGKILL | 7 |" in lines[2]
+    assert "| some | 2.0120 [0.0100]; 1 of 2 failed: ended by SIGKILL | 7 |" in lines[2]
     assert lines[3].startswith("| worse | 5.0000 [0.0100] | 7 | 10 (3 skipped) |") and "(from 20)" in lines[3]
     assert any(line.startswith("| none | failed: ended by SIGKILL |") for line in lines)
     assert any(line.startswith("| search | failed: diverged |") for line in lines)
     assert any(line.startswith("| infinite | not finite [0.0100]") for line in lines)
     assert table(results, "nats", -1).splitlines()[2].startswith("| worse |")
     assert summary(runs)["test_spread"] is None
-    assert "width x1, learning rate 0.002: **2.0020**" in search_table(results, "bits/dim")
+    assert "width x1, learning rate 0.002: **2.0120**" in search_table(results, "bits/dim")
     assert "| search | width x1, learning rate 0.002: failed |" in search_table(results, "bits/dim")
     bound = table({"flow_pp": results["some"]}, "bits/dim", 1)
     assert "| flow_pp (a bound) |" in bound
@@ -148,7 +161,11 @@ def test_a_search_that_fails(tmp_path):
         save(job, tmp_path, result(job))
     assert plan.chosen("nice") is None and plan.missing() == others[-1:]
     save(others[-1], tmp_path, {"error": "diverged"})
-    assert plan.chosen("nice") == min(others[:-1], key=lambda job: job.learning_rate).candidate
+    wider = plan.searches("nice")[len(others) + 1 :]
+    assert plan.missing() == wider and len(wider) == 2
+    for job in wider:
+        save(job, tmp_path, {"error": "diverged"})
+    assert plan.chosen("nice") == others[0].candidate
     assert [job.is_search for job in plan.missing()] == [False]
     for job in others:
         save(job, tmp_path, {"error": "diverged"})
