@@ -156,19 +156,25 @@ def example_keys(key: Array, x: Array) -> Array:
     So draws do not depend on the division of the batch along one axis. The keys have JAX's implementation
     "threefry2x32", whatever that of `key`, because under vmap a draw with an "rbg" key depends on the other keys.
     """
-    return _fold_in(_as_threefry(key), _numbers(x))
+    return _fold_in(_as_threefry(key), example_numbers(x))
 
 
 def shared_and_example_keys(key: Array, x: Array) -> tuple[Array, Array]:
     """A PRNG key for draws that all examples share, and keys [B] for each example, all independent of each other."""
     key = _as_threefry(key)
     if axes_of_batch(x):
-        return jax.random.fold_in(key, 0), _fold_in(key, 1 + _numbers(x))
+        return jax.random.fold_in(key, 0), _fold_in(key, 1 + example_numbers(x))
     keys = _fold_in(key, jnp.arange(1 + x.shape[0], dtype=jnp.int32))  # a single call compiles faster than two
     return keys[0], keys[1:]
 
 
-def _numbers(x: Array) -> Array:
+def whole_batch_size(x: Array) -> int | None:
+    """The number of examples in the whole batch that x is a part of; None if it is symbolic."""
+    number = x.shape[0] * math.prod(lax.axis_size(axis) for axis in axes_of_batch(x))
+    return number if isinstance(number, int) else None
+
+
+def example_numbers(x: Array) -> Array:
     """The number of each example of x in the whole batch, int32 [B]."""
     first = jnp.int32(0)
     for axis in axes_of_batch(x):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resflow_jax.functional.batch_axes import shared_and_example_keys, vary_over, varying_axes
+from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.iteration import wide_dtype
-from resflow_jax.functional.probes import draw_seeds, make_probes
+from resflow_jax.functional.probes import draw_seeds, make_probes, seed_keys
 from resflow_jax.functional.term_sums import draw_plan, plan_of, repeat, sum_terms_differentiably, with_log_det
 
 
@@ -50,9 +50,10 @@ def series_estimate(g, longest, form, estimator, x, key):
 
     g takes the batch repeated for each probe, [probes * B, ...].
     """
-    length_key, keys = shared_and_example_keys(key, x)
-    plan = plan_of(form, draw_plan(estimator, length_key))
-    v = make_probes(estimator.probe, estimator.probes, draw_seeds(estimator.probe, estimator.probes, keys, x), x)
+    settings = estimator.probe, estimator.probes
+    shared_key, keys = seed_keys(*settings, key, x)
+    plan = plan_of(form, draw_plan(estimator, shared_key))
+    v = make_probes(*settings, draw_seeds(*settings, keys, x), x)
     g_x, pullback = jax.vjp(g, repeat(x, estimator.probes))
     sums = sum_terms_differentiably(plan, v, lambda u: pullback(u)[0], longest)
     y, log_det = with_log_det(x, g_x, sums, plan.scale)

@@ -14,7 +14,7 @@ from resflow_jax.functional.length_laws import Defensive, Fitted, Law, check_law
 from resflow_jax.functional.opaque import Opaque, as_tree, original
 from resflow_jax.functional.probes import PROBES
 
-Probe = Literal["rademacher", "gaussian", "orthogonal"]
+Probe = Literal["rademacher", "gaussian", "orthogonal", "hadamard"]
 Gradient = Literal["neumann", "autodiff"]
 
 _GRADIENTS = ("neumann", "autodiff")
@@ -97,8 +97,9 @@ class Roulette:
     minimal-residual steps the value contains a quadrature, whose error is about 1e-12 for L <= 0.999. All examples of a
     batch share the length N; the probes v are independent for each example.
 
-    It costs exact_terms + max_i N_i vjps of g for each probe, 2.15 on average with the defaults and Lip(g) <= 0.94,
-    and for the gradient one vjp of (g, J v). The variance is finite if the law's tail is long enough; see `LengthLaw`.
+    It costs exact_terms + max_i N_i / subsample vjps of g for each probe, 2.15 on average with the defaults and
+    Lip(g) <= 0.94, and for the gradient one vjp of (g, J v). The variance is finite if the law's tail is long enough;
+    see `LengthLaw`.
 
     The setting of Chen et al. (2019) is Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian").
 
@@ -108,14 +109,19 @@ class Roulette:
       exact_terms: m >= 0, the number of terms that are always taken.
       samples: number of lengths N_i whose weights are averaged; the longest one is taken.
       probe: distribution of the probes v: "rademacher" (entries +-1; of independent entries they have the least
-        variance), "gaussian", or "orthogonal" (the probes of an example are orthogonal, and D of them give the exact
-        trace).
+        variance), "gaussian", "orthogonal" (the probes of an example are orthogonal, and D of them give the exact
+        trace), or "hadamard" (as "rademacher" for each example, but the probes of different examples are orthogonal,
+        as far as the batch size allows, so that their errors cancel in means over a batch).
       gradient: "neumann" has constant memory, first-order reverse mode, and forward mode over that. "autodiff"
         differentiates the estimate itself, in any order and mode; its memory grows with the longest possible series.
         That is some hundreds of terms for `Defensive`: prefer `Geometric` there.
       minres_steps: number of minimal-residual steps (`functional.series.MinimalResidual`) before the series continues
         as the power series of their residual. None takes such steps throughout; 0 is the power series of the paper.
       probes: number of probes for each example, whose estimates are averaged; each costs the whole series.
+      subsample: r >= 1. After the exact terms the series goes on for one example of every r, with a random start, and
+        their terms count r times. So a longer series costs the same. Its terms are averaged over fewer examples, but
+        a batch's mean depends less on the shared length. r is replaced by the largest divisor of the batch size, or of
+        a chunk or a device's part of it, that is at most r.
       second_order: whether the Neumann gradient has a reverse-mode derivative in its turn, unbiased and with constant
         memory, for the Hessian-vector products of score matching or a Laplace approximation: `jax.grad` of `jax.grad`.
         It costs another series and six evaluations of g. Forward mode then raises, also over reverse mode.
@@ -140,6 +146,7 @@ class Roulette:
     gradient: Gradient = "neumann"
     minres_steps: int | None = field(default=None, kw_only=True)
     probes: int = field(default=1, kw_only=True)
+    subsample: int = field(default=1, kw_only=True)
     second_order: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
@@ -148,13 +155,25 @@ class Roulette:
         if self.minres_steps is not None:
             check_count("minres_steps", self.minres_steps, 0)
         check_count("samples", self.samples, 1)
+        check_count("subsample", self.subsample, 1)
         check_flag("second_order", self.second_order)
         _check_common(self)
         if self.second_order and self.gradient != "neumann":
             raise ValueError(f'second_order: expected False with gradient="{self.gradient}", got True')
+        if self.subsample > 1 and self.gradient != "neumann":
+            raise ValueError(f'subsample: expected 1 with gradient="{self.gradient}", got {self.subsample}')
 
 
-_ROULETTE_SETTINGS = ("exact_terms", "minres_steps", "samples", "probe", "probes", "gradient", "second_order")
+_ROULETTE_SETTINGS = (
+    "exact_terms",
+    "minres_steps",
+    "samples",
+    "probe",
+    "probes",
+    "subsample",
+    "gradient",
+    "second_order",
+)
 
 
 def _flatten_roulette(roulette: Roulette) -> tuple[Any, Any]:

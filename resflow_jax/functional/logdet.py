@@ -39,9 +39,9 @@ from resflow_jax.functional.events import Events, is_tree
 from resflow_jax.functional.length_laws import law_within
 from resflow_jax.functional.neumann import neumann_estimate
 from resflow_jax.functional.opaque import as_tree, original
-from resflow_jax.functional.primitives.tracing import Traced, run, trace, trace_residual
+from resflow_jax.functional.primitives.tracing import Traced, TracedForSizes, run, trace, trace_residual
 from resflow_jax.functional.second_order import second_order_estimate
-from resflow_jax.functional.term_sums import Form, longest_series, repeat
+from resflow_jax.functional.term_sums import Form, longest_series, part_size, repeat
 
 Array = jax.Array
 Residual = Callable[..., Array]
@@ -168,10 +168,11 @@ def log_det_of_form(
     if has_rule:
         params = vary_over(params, varying_axes(batch))
     prepare, prepared_over = trace(_identity if prepare is None else prepare, params)
-    traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes)
+    parts = part_size(estimator, chunks[0].shape[1]) if has_rule else 1
+    traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes, parts)
     if missing := set(varying_axes(traced.out)) - set(varying_axes(batch)):  # arrays that g closes over
         chunks = vary_over(chunks, tuple(sorted(missing)))
-        traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes)
+        traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes, parts)
     g = traced
     args = params, prepared_over, closed_over
     longest = longest_series(estimator) if is_series(estimator) and not has_rule else None
@@ -185,15 +186,19 @@ def _identity(params: Any) -> Any:
 
 
 def _trace_g(
-    g: Residual, weights: Any, batch: tuple[Any, ...], chunks: tuple[Any, ...], probes: int
-) -> tuple[Traced, list[Any]]:
-    """Traces g on the batch that it will be called with: a chunk of the examples, repeated for each probe."""
+    g: Residual, weights: Any, batch: tuple[Any, ...], chunks: tuple[Any, ...], probes: int, parts: int
+) -> tuple[Traced | TracedForSizes, Any]:
+    """Traces g on the batches that it will be called with: a chunk repeated for each probe, and one of its parts."""
     x, chunk = batch[0], jax.tree.map(lambda leaf: leaf[0], chunks)
     part = repeat(chunk, probes)
     try:
         if chunk[0].shape != x.shape:
             trace_residual(g, weights, "x", *chunk)  # after repetition, the part may have as many rows as x
-        return trace_residual(g, weights, "x", *part)
+        whole = trace_residual(g, weights, "x", *part)
+        if parts == 1:
+            return whole
+        part = jax.tree.map(lambda leaf: leaf[: len(leaf) // parts], part)
+        return TracedForSizes.of(whole, trace_residual(g, weights, "x", *part))
     except (TypeError, ValueError) as error:
         if chunk[0].shape == part[0].shape == x.shape:
             raise
@@ -201,14 +206,15 @@ def _trace_g(
         trace_residual(g, weights, "x", *batch)
         raise ValueError(
             f"chunk_size, probes: expected a g that takes {part[0].shape[0]} examples at once in place of {x.shape[0]} "
-            "(a chunk of the batch, repeated for every probe), got an error. If g closes over an array with one row "
-            "for each example, pass it as the condition. Otherwise use chunk_size=None and probes=1. "
+            "(a chunk or a subsample of the batch, repeated for every probe), got an error. If g closes over an array "
+            "with one row for each example, pass it as the condition. Otherwise use chunk_size=None, probes=1, "
+            "subsample=1. "
             f"{type(error).__name__}: {error}"
         ) from error
 
 
 def _estimate(
-    g: Traced,
+    g: Traced | TracedForSizes,
     prepare: Traced,
     longest: int | None,
     form: Form,

@@ -14,12 +14,20 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from resflow_jax.functional.batch_axes import shared_and_example_keys, sum_alike
+from resflow_jax.functional.batch_axes import sum_alike
 from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chunks
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.primitives.derivatives import forward_only, reverse_only
-from resflow_jax.functional.probes import draw_seeds, make_probes
-from resflow_jax.functional.term_sums import draw_plan, plan_of, repeat, sum_terms, with_log_det
+from resflow_jax.functional.probes import draw_seeds, make_probes, seed_keys
+from resflow_jax.functional.term_sums import (
+    draw_part,
+    draw_plan,
+    plan_of,
+    repeat,
+    sum_terms,
+    sum_terms_of_part,
+    with_log_det,
+)
 from resflow_jax.functional.trees import combine, float0, mapped_with, partition, zero_cotangents
 
 Array = jax.Array
@@ -75,26 +83,53 @@ def estimate_with_w(g, prepare, form, estimator, args, chunks, key):
     """y, log_det, diagnostics, w and the seeds of the probes v; arguments as of `neumann_estimate`."""
     params, prepared_over, closed_over = args
     weights = prepare(prepared_over, params)
-    length_key, keys = shared_and_example_keys(key, join_chunks(chunks[0]))
-    plan = plan_of(form, draw_plan(estimator, length_key))
+    shared_key, keys = seed_keys_of(estimator, key, chunks)
+    plan = plan_of(form, draw_plan(estimator, shared_key))
+    part = draw_part(estimator, jax.random.fold_in(shared_key, 2), chunks[0].shape[1])
 
     def of_chunk(inputs):
         (x, *condition), keys = inputs
         seeds = draw_seeds(estimator.probe, estimator.probes, keys, x)
         v = make_probes(estimator.probe, estimator.probes, seeds, x)
-        x_repeated, *condition = repeat((x, *condition), estimator.probes)
-        g_x, pullback = jax.vjp(lambda x: g(closed_over, weights, x, *condition), x_repeated)
-        sums = sum_terms(plan, v, lambda u: pullback(u)[0])
+        batch = repeat((x, *condition), estimator.probes)
+        g_x, product = linearized(batch)
+        if part is None:
+            sums = sum_terms(plan, v, product)
+        else:
+            sums = sum_terms_of_part(plan, v, product, part, linearized(part.of(batch))[1])
         return *with_log_det(x, g_x, sums, plan.scale), plan.scale * (v + sums.w), sums.norms, seeds
 
-    keys = keys.reshape(*chunks[0].shape[:2], *keys.shape[1:])  # old-style keys are arrays of words
+    def linearized(batch):
+        x, *condition = batch
+        g_x, pullback = jax.vjp(lambda x: g(closed_over, weights, x, *condition), x)
+        return g_x, lambda u: pullback(u)[0]
+
     y, log_det, w, norms, seeds = map_chunks(of_chunk, (chunks, keys))
-    return y, log_det, Diagnostics.of(log_det, plan.length, jnp.mean(norms, axis=0)), w, seeds
+    length = plan.length
+    if part is not None:
+        length = plan.exact_terms + (length - plan.exact_terms) / part.every
+    return y, log_det, Diagnostics.of(log_det, length, jnp.mean(norms, axis=0)), w, seeds
+
+
+def seed_keys_of(estimator, key, chunks):
+    """A key that all examples share, and what `draw_seeds` takes for the examples of each chunk, [chunks, b, ...]."""
+    shared_key, keys = seed_keys(estimator.probe, estimator.probes, key, join_chunks(chunks[0]))
+    return shared_key, keys.reshape(*chunks[0].shape[:2], *keys.shape[1:])  # old-style keys are arrays of words
 
 
 def probes_of(estimator):
     """The function (x, seeds) -> v that makes the probes of an estimator again."""
     return lambda x, seeds: make_probes(estimator.probe, estimator.probes, seeds, x)
+
+
+def probes_from_keys(estimator):
+    """The function (x, keys) -> v that draws the probes v of a chunk, from the keys of `seed_keys_of`."""
+
+    def probes_from(x, keys):
+        settings = estimator.probe, estimator.probes
+        return make_probes(*settings, draw_seeds(*settings, keys, x), x)
+
+    return probes_from
 
 
 def weighted(w, log_det_bar, probes):

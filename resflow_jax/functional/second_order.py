@@ -17,11 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resflow_jax.functional.batch_axes import shared_and_example_keys
-from resflow_jax.functional.chunks import join_chunks, map_chunks
-from resflow_jax.functional.neumann import estimate_with_w, pull_back, weighted
+from resflow_jax.functional.chunks import map_chunks
+from resflow_jax.functional.neumann import estimate_with_w, probes_from_keys, pull_back, seed_keys_of, weighted
 from resflow_jax.functional.primitives.derivatives import forward_only
-from resflow_jax.functional.probes import draw_seeds, make_probes
 from resflow_jax.functional.term_sums import draw_plan, repeat, sum_terms
 from resflow_jax.functional.trees import combine, float0, mapped_with, partition, zero_cotangents
 
@@ -62,7 +60,9 @@ _estimate.defvjp(_forward, _backward)
 def _gradient(g, prepare, estimator, args, chunks, key, w, y_bar, log_det_bar):
     """The floats of the cotangents of args and chunks. Its derivative along w is not its own, but that of E[w]."""
     w_bar = weighted(w, log_det_bar, estimator.probes)
-    cotangents = pull_back(g, prepare, estimator.probes, args, chunks, *_probes(estimator, key, chunks), y_bar, w_bar)
+    _, keys = seed_keys_of(estimator, key, chunks)
+    probes_from = probes_from_keys(estimator)
+    cotangents = pull_back(g, prepare, estimator.probes, args, chunks, probes_from, keys, y_bar, w_bar)
     return tuple(_floats_like(bar, whole) for bar, whole in zip(cotangents, (args, chunks), strict=True))
 
 
@@ -123,9 +123,9 @@ def _inverse_times(g, prepare, estimator, args, chunks, key, directions):
     """u, an unbiased estimate of (I + J)^-1 (D_c J) v for c = directions, the floats of args and chunks."""
     args_floats, args_others = partition(args)
     floats, others = partition(chunks)
-    length_key, _ = shared_and_example_keys(key, join_chunks(chunks[0]))
-    probes_from, keys = _probes(estimator, key, chunks)
-    plan = draw_plan(estimator, jax.random.fold_in(length_key, 1))
+    shared_key, keys = seed_keys_of(estimator, key, chunks)
+    probes_from = probes_from_keys(estimator)
+    plan = draw_plan(estimator, jax.random.fold_in(shared_key, 1))
     weights_and_over, along = jax.jvp(partial(_prepared, prepare, args_others), (args_floats,), (directions[0],))
     (weights_floats, weights_others), (along_floats, _) = partition(weights_and_over), partition(along)
 
@@ -147,17 +147,6 @@ def _inverse_times(g, prepare, estimator, args, chunks, key, directions):
         return r + sum_terms(plan, r, times).w
 
     return forward_only(map_chunks(of_chunk, (floats, others, keys, directions[1])))
-
-
-def _probes(estimator, key, chunks):
-    """The function that draws the probes v of a chunk again, and the keys of all chunks that it takes."""
-    _, keys = shared_and_example_keys(key, join_chunks(chunks[0]))
-
-    def probes_from(x, keys):
-        seeds = draw_seeds(estimator.probe, estimator.probes, keys, x)
-        return make_probes(estimator.probe, estimator.probes, seeds, x)
-
-    return probes_from, keys.reshape(*chunks[0].shape[:2], *keys.shape[1:])
 
 
 def _prepared(prepare, args_others, args_floats):

@@ -45,12 +45,41 @@ class Plan(NamedTuple):
       length: the number of terms, int32 [].
       weights: function from the number k >= 1 of a term to its weights.
       scale: factor on the value and on w.
+      exact_terms: the number of terms that are always taken.
     """
 
     series: Any
     length: Array | int
     weights: Callable[[Array], TermWeights]
     scale: float = 1.0
+    exact_terms: int = 0
+
+
+class Part(NamedTuple):
+    """One example of every `every`, from number `first` on, of a batch that is divisible by `every`.
+
+    Attributes:
+      every: r.
+      first: int32 [] below r.
+    """
+
+    every: int
+    first: Array
+
+    def of(self, tree: Any) -> Any:
+        """The part [B / r, ...] of every array [B, ...]."""
+
+        def part(leaf: Array) -> Array:
+            rows = leaf.reshape(-1, self.every, *leaf.shape[1:])
+            return lax.dynamic_index_in_dim(rows, self.first, 1, keepdims=False)
+
+        return jax.tree.map(part, tree)
+
+    def placed(self, part: Array) -> Array:
+        """[B, ...]: the array `part` [B / r, ...] in its place, and zeros elsewhere."""
+        is_here = jnp.arange(self.every, dtype=jnp.int32) == self.first
+        is_here = is_here.reshape(1, -1, *[1] * (part.ndim - 1))
+        return jnp.where(is_here, part[:, None], 0).reshape(-1, *part.shape[1:])
 
 
 class Sums(NamedTuple):
@@ -90,7 +119,19 @@ def draw_plan(estimator: Truncated | Roulette, key: Array) -> Plan:
         weight = term_weight(estimator.length, lengths, estimator.exact_terms, k)
         return TermWeights(value=weight, w=weight)
 
-    return Plan(series, estimator.exact_terms + jnp.max(lengths), weights)
+    return Plan(series, estimator.exact_terms + jnp.max(lengths), weights, exact_terms=estimator.exact_terms)
+
+
+def part_size(estimator: Truncated | Roulette, batch: Any) -> int:
+    """The r of `Roulette.subsample` for a batch of this size: the largest divisor of it that is at most `subsample`."""
+    wanted = getattr(estimator, "subsample", 1)
+    return max(r for r in range(1, wanted + 1) if batch % r == 0) if isinstance(batch, int) else 1
+
+
+def draw_part(estimator: Truncated | Roulette, key: Array, batch: Any) -> Part | None:
+    """The examples whose series go on after the exact terms; None for all."""
+    every = part_size(estimator, batch)
+    return Part(every, jax.random.randint(key, (), 0, every, jnp.int32)) if every > 1 else None
 
 
 def _truncated_weights(terms: int, k: Array) -> TermWeights:
@@ -121,14 +162,45 @@ def sum_terms(plan: Plan, v: Array, product: Product) -> Sums:
       v: probes [probes * B, ...].
       product: u -> J^T u, for all probes at once.
     """
+    return _continued(plan, v, product, 0, *_start(plan, v), plan.length)[1]
+
+
+def sum_terms_of_part(plan: Plan, v: Array, product: Product, part: Part, product_of_part: Product) -> Sums:
+    """The sums over the exact terms of all probes, and over further terms of the examples of a part.
+
+    Args:
+      plan: of `draw_plan`.
+      v: probes [probes * B, ...].
+      product: u -> J^T u, for all probes at once.
+      part: the examples whose terms go on; B is divisible by its `every`.
+      product_of_part: the same as `product`, for probes of these examples.
+    """
+    start = _start(plan, v)
+    if plan.exact_terms == 1:  # compiles faster than a loop
+        state, sums = _add_term(plan, v, product, jnp.int32(1), *start)
+    else:
+        state, sums = _continued(plan, v, product, 0, *start, plan.exact_terms)
+    v = part.of(v)
+    start = vary_alike(part.of(state), Sums.zero(v))
+    _, more = _continued(plan, v, product_of_part, plan.exact_terms, *start, plan.length)
+    return Sums(
+        w=sums.w + part.every * part.placed(more.w),
+        value=sums.value + part.every * part.placed(more.value),
+        norms=sums.norms + more.norms,
+    )
+
+
+def _continued(
+    plan: Plan, v: Array, product: Product, done: int, state: Any, sums: Sums, last: Array | int
+) -> tuple[Any, Sums]:
+    """State and sums after the terms `done` + 1 to `last`."""
 
     def advance(carry):
         k, state, sums = carry
         return k + 1, *_add_term(plan, v, product, k, state, sums)
 
-    start = jnp.int32(1), *_start(plan, v)
-    _, _, sums = lax.while_loop(lambda carry: carry[0] <= plan.length, advance, start)
-    return sums
+    _, state, sums = lax.while_loop(lambda carry: carry[0] <= last, advance, (jnp.int32(done + 1), state, sums))
+    return state, sums
 
 
 def sum_terms_differentiably(plan: Plan, v: Array, product: Product, longest: int) -> Sums:

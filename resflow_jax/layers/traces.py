@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resflow_jax.functional.batch_axes import shared_and_example_keys
 from resflow_jax.functional.estimators import Estimator, Exact, is_series
 from resflow_jax.functional.opaque import original
-from resflow_jax.functional.probes import draw_seeds, make_probes
+from resflow_jax.functional.probes import draw_seeds, make_probes, seed_keys
 from resflow_jax.layers.without_log_det import WithoutLogDet
 
 Array = jax.Array
@@ -41,8 +40,8 @@ def probes_for(estimator: Estimator, key: Array | None, x: Array) -> Array | Non
         )
     if key is None:
         raise ValueError("key: expected a PRNG key for the probes of the trace, got None; Exact() takes none")
-    _, keys = shared_and_example_keys(key, x)
     settings = estimator.probe, estimator.probes
+    _, keys = seed_keys(*settings, key, x)
     return make_probes(*settings, draw_seeds(*settings, keys, x), x).reshape(estimator.probes, *x.shape)
 
 

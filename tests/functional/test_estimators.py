@@ -98,7 +98,9 @@ def test_bad_estimators(name, make):
         ({"minres_steps": -1}, "minres_steps: expected an integer of at least 0, got -1"),
         ({"exact_terms": -1}, "exact_terms: expected an integer of at least 0, got -1"),
         ({"probes": 0}, "probes: expected an integer of at least 1, got 0"),
-        ({"probe": "hadamard"}, "probe: expected one of rademacher, gaussian, orthogonal; got 'hadamard'"),
+        ({"probe": "normal"}, "probe: expected one of rademacher, gaussian, orthogonal, hadamard; got 'normal'"),
+        ({"subsample": 0}, "subsample: expected an integer of at least 1, got 0"),
+        ({"subsample": 2, "gradient": "autodiff"}, 'subsample: expected 1 with gradient="autodiff", got 2'),
         (
             {"length": 3},
             "length: expected Defensive, Geometric, .* got 3 without sample, survival, tail_ratio",

@@ -190,6 +190,8 @@ def test_roulette_autodiff_is_unbiased(name, law, exact_terms, samples, probe):
         ("nonsymmetric", Roulette(FITTED, minres_steps=0, samples=3, probe="orthogonal", probes=3)),
         ("saturated", Roulette(Poisson(2.0), probe="gaussian")),  # four eigenvalues: the series ends
         ("small", Roulette(Poisson(2.0), 2, minres_steps=1, samples=3, probe="orthogonal")),
+        ("nonsymmetric", Roulette(SAFE, 1, probe="hadamard", subsample=3)),
+        ("nonsymmetric", Roulette(FITTED, minres_steps=0, samples=3, probe="hadamard", probes=2, subsample=3)),
     ],
     ids=str,
 )
@@ -218,6 +220,7 @@ def test_minimal_residual_roulette_autodiff_is_unbiased(name, estimator):
         Roulette(Geometric(0.3), 0, minres_steps=0, samples=3, probe="gaussian"),
         Roulette(Defensive(lipschitz=0.8), probe="orthogonal", probes=2),
         Roulette(FITTED, 2, minres_steps=2, probe="gaussian"),
+        Roulette(Defensive(lipschitz=0.8), 1, probe="hadamard", subsample=3),
     ],
     ids=str,
 )
@@ -291,6 +294,7 @@ MINIMAL_RESIDUAL_MUTATIONS = {
     "unweighted gradient": (neumann, "draw_plan", _no_roulette_in_gradient),
     "first cotangent for all": (neumann._neumann, "bwd", first_for_all),
     "sum over probes in the gradient": (neumann._neumann, "bwd", no_mean),
+    "subsample not weighted": (term_sums.Part, "placed", lambda original: lambda *args: original(*args) / 3),
 }
 
 
@@ -307,4 +311,5 @@ def test_mutations_of_minimal_residuals_are_caught(monkeypatch, mutation):
     """The same for minimal residuals and two probes, with half the keys and a shorter law."""
     owner, name, mutate = MINIMAL_RESIDUAL_MUTATIONS[mutation]
     monkeypatch.setattr(owner, name, mutate(getattr(owner, name)))
-    assert worst_z("nonsymmetric", Roulette(Defensive(0.7, 0.1, 0.75), probes=2), keys=2000) > 6
+    estimator = Roulette(Defensive(0.7, 0.1, 0.75), probes=2, subsample=3 if mutation.startswith("subsample") else 1)
+    assert worst_z("nonsymmetric", estimator, keys=2000) > 6

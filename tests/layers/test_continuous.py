@@ -10,8 +10,7 @@ import scipy.linalg
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.functional.batch_axes import shared_and_example_keys
-from resflow_jax.functional.probes import draw_seeds, make_probes
+from resflow_jax.functional.probes import draw_seeds, make_probes, seed_keys
 from resflow_jax.layers.continuous import ADJOINTS
 
 pytest.importorskip("diffrax")
@@ -84,13 +83,13 @@ def test_log_det_of_a_network():
     assert not np.allclose(y, block(X, condition + 1), atol=1e-3)
 
 
-@pytest.mark.parametrize("probe", ["rademacher", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian", "orthogonal", "hadamard"])
 def test_hutchinson(probe):
     """The estimate is v^T A v for the probes that a residual block draws with this key; D orthogonal ones are exact."""
     key, number = jax.random.key(5), 3
     block = rf.ContinuousBlock(Linear(), tolerance=1e-8)
     log_det = block.forward(X, key=key, estimator=rf.Roulette(probe=probe, probes=number))[1]
-    keys = shared_and_example_keys(key, X)[1]
+    keys = seed_keys(probe, number, key, X)[1]
     probes = make_probes(probe, number, draw_seeds(probe, number, keys, X), X).reshape(number, 4, 3)
     np.testing.assert_allclose(log_det, np.einsum("nbi,ij,nbj->b", probes, MATRIX, probes) / number, atol=1e-6)
     if probe == "orthogonal":

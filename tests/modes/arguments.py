@@ -181,6 +181,7 @@ def _classes():
         "Roulette": {
             **{"length": rf.Poisson(), "exact_terms": 1, "samples": 1, "probe": "rademacher"},
             **{"gradient": "neumann", "minres_steps": 0, "probes": 1, "second_order": False},
+            "subsample": 1,
         },
         "Scales": {"squeeze_first": False, "factor_out": False},
         "Squeeze": {"shape": (2, 2, 1)},

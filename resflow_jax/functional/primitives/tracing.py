@@ -9,6 +9,7 @@ reads when it runs.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any
@@ -52,6 +53,35 @@ class Traced:
         if not isinstance(other, Traced):
             return NotImplemented
         return self is other or (self._tree == other._tree and _is_same_jaxpr(self._jaxpr, other._jaxpr))
+
+
+@dataclass(frozen=True)
+class TracedForSizes:
+    """Traces of one function g(params, x, *condition) for two batch sizes of x, called as a `Traced` is.
+
+    Attributes:
+      whole: the trace for the larger batch.
+      part: the other trace.
+      size: of the larger batch.
+    """
+
+    whole: Traced
+    part: Traced
+    size: int
+
+    @classmethod
+    def of(cls, whole: tuple[Traced, list[Any]], part: tuple[Traced, list[Any]]) -> tuple["TracedForSizes", Any]:
+        """The traces, and what both close over together, from two results of `trace`."""
+        return cls(whole[0], part[0], whole[0].out.shape[0]), (whole[1], part[1])
+
+    @property
+    def out(self) -> Any:
+        """The type of the output for the larger batch."""
+        return self.whole.out
+
+    def __call__(self, closed_over: Any, params: Any, x: Any, *condition: Any) -> Any:
+        number = int(x.shape[0] != self.size)
+        return (self.whole, self.part)[number](closed_over[number], params, x, *condition)
 
 
 def trace(function: Callable[..., Any], *args: Any) -> tuple[Traced, list[Any]]:

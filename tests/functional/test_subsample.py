@@ -1,0 +1,150 @@
+"""`Roulette.subsample`: further terms for some examples; averaged over which ones, the same estimate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType
+
+from resflow_jax.functional import neumann
+from resflow_jax.functional.batch_axes import batch_axes
+from resflow_jax.functional.estimators import Roulette
+from resflow_jax.functional.length_laws import Defensive, Geometric
+from resflow_jax.functional.logdet import residual
+from resflow_jax.functional.monotone import monotone
+from resflow_jax.functional.term_sums import Part, part_size
+from tests.functional.contractions import conv_net, dense_net
+
+KEY = jax.random.key(4)
+SERIES = {
+    "power series": {"exact_terms": 2, "minres_steps": 0},
+    "minimal residuals": {"exact_terms": 1, "probes": 2},
+    "no exact terms": {"exact_terms": 0, "minres_steps": 2, "probe": "hadamard"},
+}
+
+
+def everything(function, net, estimator, size=None, part=None, patch=None):
+    """Log-dets, y and the gradients of a loss of both as one vector; with a given part in the place of a drawn one."""
+    g, params, x = net
+
+    def loss(params, x):
+        options = {"key": KEY, "estimator": estimator, "chunk_size": size, "lipschitz": 0.7}
+        y, log_det = function(g, params, x, **options)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(jnp.arange(1.0, 1 + len(x))) * log_det), (y, log_det)
+
+    def all_of():
+        return ravel_pytree(jax.grad(loss, (0, 1), has_aux=True)(params, x))[0]
+
+    def all_of_part(part):
+        with patch.context() as context:  # what it sets holds traced arrays
+            context.setattr(neumann, "draw_part", lambda *_: Part(estimator.subsample, part))
+            return all_of()
+
+    return jax.jit(all_of)() if part is None else jax.jit(jax.vmap(all_of_part))(part)
+
+
+@pytest.mark.parametrize("size", [None, 4], ids=["whole", "chunks"])
+@pytest.mark.parametrize("series", SERIES)
+@pytest.mark.parametrize("make", [dense_net, conv_net])
+def test_the_mean_over_parts_is_the_estimate_without(monkeypatch, make, series, size):
+    """Averaged over the r parts, value and gradient are those of the same key without subsampling, to 1e-10."""
+    net, law = make(0.7, batch=8), Geometric(0.3)
+    every = 4 if size is None else 2
+    plain = everything(residual, net, Roulette(law, **SERIES[series]), size)
+    estimator = Roulette(law, subsample=every, **SERIES[series])
+    found = everything(residual, net, estimator, size, jnp.arange(every, dtype=jnp.int32), monkeypatch)
+    np.testing.assert_allclose(found.mean(axis=0), plain, rtol=1e-10, atol=1e-10)
+    assert np.abs(found[0] - plain).max() > 1e-4
+
+
+def test_the_mean_over_parts_of_a_monotone_map(monkeypatch):
+    """The same for log|det((I - J)(I + J)^-1)|."""
+    net, options = dense_net(0.7, batch=6), {"exact_terms": 1, "probes": 2}
+    plain = everything(monotone, net, Roulette(Geometric(0.3), **options))
+    estimator = Roulette(Geometric(0.3), subsample=3, **options)
+    found = everything(monotone, net, estimator, None, jnp.arange(3, dtype=jnp.int32), monkeypatch)
+    np.testing.assert_allclose(found.mean(axis=0), plain, rtol=1e-9, atol=1e-9)
+
+
+def test_parts():
+    """Every r-th row, from a row that is drawn: all rows are equally likely."""
+    x = jnp.arange(24.0).reshape(12, 2)
+    part = Part(3, jnp.int32(1))
+    np.testing.assert_array_equal(part.of(x), x[1::3])
+    placed = part.placed(part.of(x))
+    np.testing.assert_array_equal(placed[1::3], x[1::3])
+    assert not placed[0::3].any() and not placed[2::3].any()
+    draw = jax.vmap(lambda key: neumann.draw_part(Roulette(subsample=3), key, 12).first)
+    counts = np.bincount(draw(jax.random.split(KEY, 3000)), minlength=3)
+    assert counts.size == 3 and np.sum((counts - 1000) ** 2 / 1000) < 14
+
+
+@pytest.mark.parametrize(("batch", "size"), [(8, 4), (6, 3), (7, 1), (1, 1), (10, 2), (4, 4), (2, 2)])
+def test_sizes(batch, size):
+    """The largest divisor of the batch that is at most `subsample`."""
+    assert part_size(Roulette(subsample=4), batch) == size
+    assert part_size(Roulette(), batch) == 1
+
+
+def test_length():
+    """The diagnostics have the mean number of products of an example."""
+    g, params, x = dense_net(0.7, batch=8)
+    options = {"key": KEY, "return_diagnostics": True}
+    lengths = [
+        residual(g, params, x, estimator=Roulette(Geometric(0.1), 2, subsample=r), **options)[2].length for r in (1, 4)
+    ]
+    assert lengths[0] > 3 and lengths[1] == 2 + (lengths[0] - 2) / 4
+
+
+def test_one_example_needs_all_terms():
+    """With one example, as under vmap over examples, nothing is left out."""
+    g, params, x = dense_net(0.7, batch=4)
+    keys = jax.random.split(KEY, 4)
+
+    def log_det(x, key, r):
+        return residual(g, params, x[None], key=key, estimator=Roulette(Geometric(0.3), 1, subsample=r))[1][0]
+
+    found, expected = (jax.vmap(lambda x, key, r=r: log_det(x, key, r))(x, keys) for r in (4, 1))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("divided", ["named axes", "shard_map"])
+def test_divided_batches(divided):
+    """The estimate is that of the whole batch, if its parts have the same r."""
+    g, params, x = dense_net(0.7, batch=8)
+    estimator = Roulette(Defensive(0.3), 1, subsample=2, probe="hadamard")
+
+    def log_det(x):
+        return residual(g, params, x, key=KEY, estimator=estimator, lipschitz=0.7)[1]
+
+    def named(x):
+        with batch_axes("devices"):
+            return log_det(x)
+
+    if divided == "named axes":
+        found = jax.vmap(named, axis_name="devices")(x.reshape(2, 4, *x.shape[1:])).reshape(8)
+    else:
+        mesh, spec = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2]), jax.P("data")
+        found = jax.jit(jax.shard_map(log_det, mesh=mesh, in_specs=spec, out_specs=spec))(x)
+    np.testing.assert_allclose(found, jax.jit(log_det)(x), rtol=1e-12)
+
+
+def test_less_noise_of_a_mean():
+    """For one linear map the mean of a batch has a small part of the variance, at the same cost."""
+    matrix = 0.9 * jnp.diag(jnp.linspace(-1, 1, 4)) + 0.05
+    x = jnp.zeros((8, 4))
+
+    def moments(estimator):
+        def draw(key):
+            _, log_det, found = residual(
+                lambda w, x: x @ w, matrix, x, key=key, estimator=estimator, lipschitz=0.96, return_diagnostics=True
+            )
+            return log_det.mean(), found.length
+
+        values, lengths = jax.jit(jax.vmap(draw))(jax.random.split(KEY, 2000))
+        return float(jnp.var(values)), float(lengths.mean())
+
+    plain, cost = moments(Roulette())
+    spread, spread_cost = moments(Roulette(Defensive(0.25), 1, subsample=4, probe="hadamard"))
+    assert spread_cost < 1.1 * cost and spread < plain / 5
