@@ -5,22 +5,22 @@
 The figure of merit is the work-normalised variance: the trace of the covariance over keys of the full parameter
 gradient, for one fixed batch, times the mean number of vjps of the series. It is measured in two ways: by drawing keys,
 as a training run does, and by drawing only probes and summing over the lengths up to 24 with their probabilities. The
-sum shows heavy tails that hundreds of draws miss. Targets:
+sum shows heavy tails that hundreds of draws miss. Besides, it prints variance times time in four senses: of the whole
+gradient, of the gradient along its mean, of the mean log p of the batch, and of log p of one example. Targets:
 
   synthetic       linear contractions of 64 dimensions with chosen spectra, batches of 64
   digits          the default flow, trained by `python -m experiments.density`
   fashion_mnist   the flow of `python -m experiments.density fashion_mnist_small`; left out if its data are not found
 
 Missing flows are trained first, under the work directory. Writes estimators.json and estimators.png, and prints a
-table. It takes about 40 minutes on 2 CPU cores, and 15 more to train the flows.
+table. It takes about an hour on 2 CPU cores, and 15 more to train the flows.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,38 +28,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
-from jax.flatten_util import ravel_pytree
 
-from experiments.configs.base import DensityConfig
 from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
-from experiments.runs.tasks.images import load
 from experiments.runs.workdir import write_atomically
-from experiments.studies.parts.trained import NAMES, trained_flow, trained_runs
-from resflow_jax import (
-    Diagnostics,
-    Estimator,
-    Fitted,
-    Geometric,
-    Poisson,
-    Roulette,
-    certify,
-    fit_lengths,
-    residual,
-)
-from resflow_jax.data.batches import Batches
-from resflow_jax.data.images import dequantize
+from experiments.studies.parts.estimator_targets import Target, flow_target, synthetic_targets
+from experiments.studies.parts.trained import NAMES, trained_runs
+from resflow_jax import Defensive, Fitted, Geometric, Poisson, Roulette, fit_lengths
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.parallel import STRATEGIES, Strategy
 
 Array = jax.Array
-Gradient = Callable[[Array, Estimator], tuple[Array, Diagnostics]]
 
 PAPERS = "papers: power series, Poisson(2) + 2, Gaussian"
 DEFAULT = "default: Roulette()"
 FITTED = "default with fitted lengths"
+SPREAD = "Hadamard, 1 exact term, Defensive(0.4) for 1 of 4"
 REFERENCE = "no roulette: 40 terms (noise of the probes)"
 TERMS = 24
 ESTIMATORS: dict[str, Roulette] = {
@@ -71,9 +56,19 @@ ESTIMATORS: dict[str, Roulette] = {
     FITTED: Roulette(),
     "default, 2 probes": Roulette(probes=2),
     "default, 2 orthogonal probes": Roulette(probe="orthogonal", probes=2),
+    "default with Hadamard probes": Roulette(probe="hadamard"),
+    SPREAD: Roulette(Defensive(0.4), exact_terms=1, subsample=4, probe="hadamard"),
+    "the same, 2 exact terms": Roulette(Defensive(0.4), exact_terms=2, subsample=4, probe="hadamard"),
     REFERENCE: Roulette(Geometric(0.999), exact_terms=39),
 }
 TARGETS = ("synthetic", "digits", "fashion_mnist")
+# The variances that a user can notice, as fields of a measurement, and their heads in the table.
+SENSES = {
+    "variance": "  whole gradient",
+    "along_mean": "  along its mean",
+    "mean_value": "  mean of a batch",
+    "one_value": "  of one example",
+}
 
 
 @dataclass(frozen=True)
@@ -136,24 +131,6 @@ COMMAND = Command(
 )
 
 
-class Target(NamedTuple):
-    """A function whose gradients are drawn.
-
-    Attributes:
-      name: name in the table.
-      gradient: (key, estimator) -> (flat gradient [P], diagnostics).
-      keys: number of gradients to draw.
-      lipschitz: bound on the Lipschitz constants of its residual blocks.
-      batch_size: number of examples that share a length.
-    """
-
-    name: str
-    gradient: Gradient
-    keys: int
-    lipschitz: float
-    batch_size: int
-
-
 class Measurement(NamedTuple):
     """One estimator on one target.
 
@@ -165,6 +142,9 @@ class Measurement(NamedTuple):
       work: variance * cost.
       kurtosis: mean kurtosis of the gradient along random directions; 3 for a normal distribution.
       milliseconds: median time of one gradient.
+      along_mean: variance of the gradient along its mean, the direction that all examples have in common.
+      mean_value: variance of the batch's mean of log p or of the log-det.
+      one_value: variance of log p or of the log-det of one example, averaged over the batch.
     """
 
     variance: float
@@ -174,6 +154,9 @@ class Measurement(NamedTuple):
     work: float
     kurtosis: float
     milliseconds: float
+    along_mean: float
+    mean_value: float
+    one_value: float
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -206,89 +189,13 @@ def run(config: EstimatorsConfig) -> dict[str, dict[str, Measurement]]:
 def find_targets(config: EstimatorsConfig) -> Iterator[Target]:
     """The targets of the config; each flow is trained only when it is needed."""
     if "synthetic" in config.targets:
-        yield from synthetic_targets(config)
+        yield from synthetic_targets(config.batch_size, 50 * config.keys, config.seed, 1 if config.small else None)
     names = [name for name in NAMES if name in config.targets]
     for run_config in trained_runs(
         names, {name: getattr(config, name) for name in NAMES}, config.workdir, config.parallel, config.small
     ):
         batch_size = config.batch_size if run_config.data.name == "digits" else max(config.batch_size // 4, 2)
-        yield flow_target(run_config, batch_size, config)
-
-
-def spectra(dim: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Jacobians [D, D] of norm below one: {name: J}."""
-
-    def symmetric(eigenvalues: np.ndarray) -> np.ndarray:
-        q = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
-        return (q * eigenvalues) @ q.T
-
-    def random(norm: float) -> np.ndarray:
-        j = rng.normal(size=(dim, dim))
-        return norm * j / np.linalg.norm(j, 2)
-
-    return {
-        "symmetric, spectrum in [-0.9, -0.1]": symmetric(np.linspace(-0.9, -0.1, dim)),
-        "saturated, half of the spectrum at -0.98": symmetric(np.where(np.arange(dim) % 2, -0.98, 0.49)),
-        "symmetric, spectrum in [-0.98, 0.98]": symmetric(np.linspace(-0.98, 0.98, dim)),
-        "random, norm 0.9": random(0.9),
-        "random, norm 0.3": random(0.3),
-    }
-
-
-def synthetic_targets(config: EstimatorsConfig) -> Iterator[Target]:
-    """Targets g(x) = J x with the parameter J: the gradient with respect to J of the mean log-det of a batch."""
-    dim = 64
-    chosen = spectra(dim, np.random.default_rng(config.seed)).items()
-    for name, jacobian in islice(chosen, 1 if config.small else None):
-        params, x = jnp.asarray(jacobian, float), jnp.zeros((config.batch_size, dim))
-        lipschitz = float(np.linalg.norm(jacobian, 2)) * (1 + 1e-6)
-
-        def gradient(
-            key: Array, estimator: Estimator, params: Array = params, x: Array = x, lipschitz: float = lipschitz
-        ):
-            def loss(params):
-                _, log_det, diagnostics = residual(
-                    lambda j, x: x @ j.T,
-                    params,
-                    x,
-                    key=key,
-                    estimator=estimator,
-                    lipschitz=lipschitz,
-                    return_diagnostics=True,
-                )
-                return jnp.mean(log_det), diagnostics
-
-            gradient, diagnostics = jax.grad(loss, has_aux=True)(params)
-            return gradient.ravel(), diagnostics
-
-        yield Target(name, gradient, 50 * config.keys, lipschitz, config.batch_size)
-
-
-def flow_target(run_config: DensityConfig, batch_size: int, config: EstimatorsConfig) -> Target:
-    """The gradient, in all parameters, of the mean log-density of a batch of training images under a trained flow."""
-    data = load(run_config.data)
-    flow = trained_flow(run_config)
-    certificate = certify(flow)
-    norms = certificate.norms
-    print(
-        f"{run_config.data.name}: layer norms {norms.min():.3f} to {norms.max():.3f}, median {np.median(norms):.3f} "
-        f"(coefficient {run_config.model.coefficient})"
-    )
-    images = Batches(data.train, seed=config.seed, batch_size=batch_size)[0]
-    x = dequantize(jnp.asarray(images), jax.random.key(config.seed), data.levels)
-    graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
-
-    def gradient(key: Array, estimator: Estimator):
-        def loss(params):
-            flow = nnx.merge(graphdef, params, rest)
-            log_prob, diagnostics = flow.log_prob(x, key=key, estimator=estimator, return_diagnostics=True)
-            return jnp.mean(log_prob), diagnostics
-
-        gradient, diagnostics = jax.grad(loss, has_aux=True)(params)
-        return ravel_pytree(gradient)[0], diagnostics
-
-    lipschitz = max(block.target_bound for block in certificate.blocks)
-    return Target(f"{run_config.data.name} flow, batch {batch_size}", gradient, config.keys, lipschitz, batch_size)
+        yield flow_target(run_config, batch_size, config.keys, config.seed)
 
 
 def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measurement]:
@@ -304,7 +211,7 @@ def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measureme
         measured, found = measure(target, estimator, jax.random.key(config.seed))
         if name == DEFAULT:
             norms = found
-        if estimator.probes == 1 and name not in (REFERENCE, FITTED):
+        if estimator.probes == estimator.subsample == 1 and name not in (REFERENCE, FITTED):
             series = estimator.minres_steps, estimator.probe
             if series not in moments:
                 moments[series] = length_moments(target, estimator, jax.random.key(config.seed + 1), config.probes)
@@ -317,16 +224,18 @@ def measure(target: Target, estimator: Roulette, key: Array) -> tuple[Measuremen
     """Draws gradients; returns the measurement, and the mean norms of the first terms."""
     draw = jax.jit(target.gradient)
     jax.block_until_ready(draw(key, estimator))  # compiles before the timing starts
-    gradients, lengths, norms, seconds = [], [], [], []
+    gradients, values, lengths, norms, seconds = [], [], [], [], []
     for subkey in jax.random.split(key, target.keys):
         began = time.perf_counter()
-        gradient, diagnostics = jax.block_until_ready(draw(subkey, estimator))
+        gradient, value, diagnostics = jax.block_until_ready(draw(subkey, estimator))
         seconds.append(time.perf_counter() - began)
         gradients.append(np.asarray(gradient))
+        values.append(np.asarray(value, np.float64))
         lengths.append(np.mean(diagnostics.length))
         norms.append(diagnostics.term_norms)
     centred = np.stack(gradients)
-    centred -= centred.mean(axis=0)
+    mean = centred.mean(axis=0)
+    centred -= mean
     squares = np.square(centred).sum(axis=1, dtype=np.float64) * target.keys / (target.keys - 1)
     cost = float(np.mean(lengths)) * estimator.probes
     measurement = Measurement(
@@ -337,6 +246,9 @@ def measure(target: Target, estimator: Roulette, key: Array) -> tuple[Measuremen
         work=float(squares.mean()) * cost,
         kurtosis=mean_kurtosis(centred),
         milliseconds=1e3 * float(np.median(seconds)),
+        along_mean=float(np.var(centred @ (mean / np.linalg.norm(mean)), ddof=1)),
+        mean_value=float(np.var(np.mean(values, axis=1), ddof=1)),
+        one_value=float(np.var(values, axis=0, ddof=1).mean()),
     )
     return measurement, jnp.mean(jnp.stack(norms), axis=0)
 
@@ -391,6 +303,16 @@ def print_table(name: str, rows: dict[str, Measurement]) -> None:
             f"{estimator:<{width}}{variance:>22}{summed:>13}{m.cost:>7.2f}{m.kurtosis:>10.1f}{m.milliseconds:>8.1f}"
             f"{m.work:>11.4g}{papers.work / m.work:>9.3g}{summed_gain:>13}"
         )
+    print(f"\nvariance times time, how many times smaller than the papers'\n{'':<{width}}" + "".join(SENSES.values()))
+    for estimator, m in rows.items():
+        cells = (f"{_gain(papers, m, sense):>{len(head)}.3g}" for sense, head in SENSES.items())
+        print(f"{estimator:<{width}}" + "".join(cells))
+
+
+def _gain(papers: Measurement, m: Measurement, sense: str) -> float:
+    """How many times smaller a variance times the time of a gradient is than that of the papers' estimator."""
+    work = getattr(m, sense) * m.milliseconds
+    return getattr(papers, sense) * papers.milliseconds / work if work else float("inf")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from experiments.configs import CONFIGS
 from experiments.runs.tasks import images
 from experiments.studies import estimators
 from experiments.studies.estimators import DEFAULT, FITTED, PAPERS, EstimatorsConfig, Target
+from experiments.studies.parts import estimator_targets
 from resflow_jax import Diagnostics, Geometric, Roulette
 from tests.experiments import tiny
 
@@ -27,7 +28,7 @@ def known_target(ratio):
         weights = jnp.where(k == 0, 1.0, (length >= k).astype(float) / estimator.length.survival(k))
         values = jnp.stack([jnp.sum(weights * ratio ** k.astype(float)), jax.random.normal(noise_key)])
         norms = jnp.zeros(16)
-        return values, Diagnostics(length.astype(float), norms, jnp.zeros(()), jnp.zeros(()))
+        return values, values[:1], Diagnostics(length.astype(float), norms, jnp.zeros(()), jnp.zeros(()))
 
     return Target("known", gradient, keys=2000, lipschitz=ratio, batch_size=1)
 
@@ -50,6 +51,9 @@ def test_measured_and_summed_variance():
     assert abs(measured.variance - expected) < 4 * measured.variance_stderr < 0.3 * expected
     assert measured.work == measured.variance * measured.cost and abs(measured.cost - 2.5) < 0.1
     assert norms.shape == (16,)
+    values = known_variance(law, 0.5, 60)
+    assert measured.one_value == measured.mean_value and abs(measured.mean_value / values - 1) < 0.3
+    assert abs(measured.along_mean / values - 1) < 0.3  # the noise has mean zero
     moments, mean_square = estimators.length_moments(target, Roulette(law), jax.random.key(1), probes=3)
     of_lengths = estimators.summed_variance(target, Roulette(law), moments, moments.sum())
     np.testing.assert_allclose(of_lengths, expected - 1, rtol=1e-4)  # what the probes add is taken off
@@ -77,7 +81,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     """One spectrum and a tiny digits flow, which is trained once: tables, JSON and picture; the default wins."""
     kept = {name: estimators.ESTIMATORS[name] for name in (PAPERS, DEFAULT, FITTED)}
     monkeypatch.setattr(estimators, "ESTIMATORS", kept)
-    monkeypatch.setattr(estimators, "spectra", lambda dim, rng: {"saturated": -0.9 * np.eye(dim)})
+    monkeypatch.setattr(estimator_targets, "spectra", lambda dim, rng: {"saturated": -0.9 * np.eye(dim)})
     monkeypatch.setitem(CONFIGS, "digits", tiny.DIGITS)
     monkeypatch.setattr(images, "find_data_dir", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no such data")))
     config = EstimatorsConfig(tmp_path, keys=20, probes=2, batch_size=4)
@@ -96,6 +100,8 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert saturated[DEFAULT].work < saturated[PAPERS].work / 2
     printed = capsys.readouterr().out
     assert "fashion_mnist: left out, no such data" in printed and "all lengths" in printed
+    assert "whole gradient  along its mean  mean of a batch  of one example" in printed
+    assert saturated[DEFAULT].mean_value < 1e-6 * saturated[PAPERS].mean_value
     assert (tmp_path / "estimators.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "estimators.json").read_text())["digits flow, batch 4"][PAPERS]["cost"] > 0
 
