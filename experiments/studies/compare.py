@@ -50,7 +50,7 @@ from experiments.runs.workdir import make_workdir, write_atomically
 from experiments.studies.comparison.contenders import MODELS, lack, models_for
 from experiments.studies.comparison.datasets import DEFAULTS, TABLE, config_of, names_in, searched_on
 from experiments.studies.comparison.diamonds import RESOLUTIONS, load_diamonds
-from experiments.studies.comparison.jobs import restore
+from experiments.studies.comparison.jobs import found, restore
 from experiments.studies.comparison.pictures import save_densities, save_image_rows
 from experiments.studies.comparison.plan import Plan
 from experiments.studies.comparison.running import cores, run_all
@@ -164,16 +164,16 @@ def run(config: CompareConfig) -> dict[str, Any]:
     if not config.table_only:
         places = cores(config.parallel_runs)
         run_all(lambda: [job for plan in plans for job in plan.missing()], config.workdir, places, config.data_dir)
-    found = {plan.data: kept.get(plan.data, {}) | plan.results() for plan in plans}
-    _report(config, found)
+    results = {plan.data: kept.get(plan.data, {}) | plan.results() for plan in plans}
+    _report(config, results)
     document = {
-        name: {model: of | {"summary": summary(of["runs"])} for model, of in results.items()}
-        for name, results in found.items()
+        name: {model: of | {"summary": summary(of["runs"])} for model, of in models.items()}
+        for name, models in results.items()
     }
     write_atomically(config.workdir / config.data / "compare.json", json.dumps(document, indent=2) + "\n")
     if config.results is not None:
         config.results.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.results, json.dumps(compact(kept | found), indent=1) + "\n")
+        write_atomically(config.results, json.dumps(compact(kept | results), indent=1) + "\n")
     _draw(config)
     return document
 
@@ -211,7 +211,8 @@ def _draw(config: CompareConfig) -> None:
     for plan in config.plans():
         drawn = {}
         for model in plan.models:
-            paths = [job.path(config.workdir).with_suffix(".npz") for job in plan.runs(model)]
+            done = [job for job in plan.runs(model) if found(job, config.workdir) is not None]
+            paths = [job.path(config.workdir).with_suffix(".npz") for job in done]
             there = [path for path in paths if path.exists()]
             if there:
                 with np.load(there[0]) as arrays:
