@@ -1,5 +1,6 @@
 """Every guide runs with a few steps, as it is written, and leaves a picture; it opens as a notebook."""
 
+import os
 import re
 
 import jax
@@ -76,6 +77,7 @@ def test_guide(name, tmp_path, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # what a guide sets is not for other tests
     code = compile(in_small(GUIDES[name].read_text()), GUIDES[name], "exec")
     modes = jax.enable_x64(False), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
     with modes[0], modes[1], modes[2]:

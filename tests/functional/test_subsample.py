@@ -44,9 +44,10 @@ def everything(function, net, estimator, size=None, part=None, patch=None):
     return jax.jit(all_of)() if part is None else jax.jit(jax.vmap(all_of_part))(part)
 
 
-@pytest.mark.parametrize("size", [None, 4], ids=["whole", "chunks"])
-@pytest.mark.parametrize("series", SERIES)
-@pytest.mark.parametrize("make", [dense_net, conv_net])
+@pytest.mark.parametrize(
+    ("make", "series", "size"),
+    [(dense_net, series, size) for series in SERIES for size in (None, 4)] + [(conv_net, "minimal residuals", None)],
+)
 def test_the_mean_over_parts_is_the_estimate_without(monkeypatch, make, series, size):
     """Averaged over the r parts, value and gradient are those of the same key without subsampling, to 1e-10."""
     net, law = make(0.7, batch=8), Geometric(0.3)

@@ -18,6 +18,7 @@ from experiments.studies.comparison.jobs import Job, save
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "JAX_NUM_CPU_DEVICES": "1",
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",

@@ -7,8 +7,23 @@ import pytest
 
 from experiments.runs.models import VECTORS
 from experiments.studies.comparison import contenders
-from experiments.studies.comparison.contenders import candidates, lack, models_for, widened, with_contender
-from experiments.studies.comparison.datasets import DEFAULTS, TOY, batches_of, config_of, names_in, task_for
+from experiments.studies.comparison.contenders import (
+    lack,
+    models_for,
+    widened,
+    with_contender,
+    with_rates,
+    with_widths,
+)
+from experiments.studies.comparison.datasets import (
+    DEFAULTS,
+    TOY,
+    batches_of,
+    config_of,
+    names_in,
+    searched_on,
+    task_for,
+)
 from experiments.studies.comparison.diamonds import RESOLUTIONS, dequantized, divided, load_diamonds, read
 from resflow_jax import Dequantization, ImageTransform
 
@@ -20,14 +35,15 @@ def test_settings_are_valid(data):
     """Of all models, with all candidates; they change widths, learning rate and seed alone."""
     config = config_of(data)
     for model in models_for(config):
-        tried = candidates(model, config)
-        assert len(set(tried)) == 4
+        rates = with_rates(model, config)
+        tried = rates + with_widths(rates[2], config)
+        assert len(set(tried)) == 5
         for candidate in tried:
             found = with_contender(config, model, candidate, 3)
             assert found.seed == 3 and found.optimizer.learning_rate == candidate.learning_rate
             assert found.optimizer == replace(config.optimizer, learning_rate=candidate.learning_rate)
             assert (found.batch_size, found.estimator) == (config.batch_size, config.estimator)
-    residual = with_contender(config, "residual", candidates("residual", config)[0], 0)
+    residual = with_contender(config, "residual", with_rates("residual", config)[0], 0)
     assert residual == config
 
 
@@ -51,11 +67,17 @@ def test_widths():
 
 
 def test_learning_rates():
-    """The shipped one and a third; networks without a bound start from at most 2e-3."""
-    assert {c.learning_rate for c in candidates("residual", CONFIG)} == {1e-2, 3.3e-3}
-    assert {c.learning_rate for c in candidates("glow", CONFIG)} == {2e-3, 6.7e-4}
-    assert {c.width for c in candidates("zuko_nsf", CONFIG)} == {1, 0.5}
-    assert {c.width for c in candidates("zuko_nsf", config_of("rings"))} == {1, 2}
+    """The shipped one, a third and three times it; for networks without a bound the shipped one is at most 2e-3."""
+    assert [c.learning_rate for c in with_rates("residual", CONFIG)] == [1e-2, 3.3e-3, 3e-2]
+    assert [c.learning_rate for c in with_rates("glow", CONFIG)] == [2e-3, 6.7e-4, 6e-3]
+    best = with_rates("zuko_nsf", CONFIG)[1]
+    assert with_widths(best, CONFIG) == (replace(best, width=0.5), replace(best, width=0.25))
+    assert [c.width for c in with_widths(best, config_of("rings"))] == [2, 4]
+
+
+def test_toy_densities_share_a_search():
+    assert {searched_on(name) for name in names_in(TOY)} == {"checkerboard"}
+    assert searched_on("digits") == "digits" and searched_on("diamonds") == "diamonds"
 
 
 def test_what_is_missing(monkeypatch):
