@@ -95,7 +95,7 @@ class Roulette:
     (Chen et al. 2019, arXiv 1906.02735, equation 6, for the power series.) Value and gradient are unbiased over the
     key, except for lengths with a probability below 2^-64, which are never drawn (2^-24 with gradient="autodiff"). With
     minimal-residual steps the value contains a quadrature, whose error is about 1e-12 for L <= 0.999. All examples of a
-    batch share the length N; the probes v are independent for each example.
+    batch share the length N; the probes v are independent for each example, unless they are Hadamard probes.
 
     It costs exact_terms + max_i N_i / subsample vjps of g for each probe, 2.15 on average with the defaults and
     Lip(g) <= 0.94, and for the gradient one vjp of (g, J v). The variance is finite if the law's tail is long enough;

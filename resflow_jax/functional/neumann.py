@@ -85,7 +85,7 @@ def estimate_with_w(g, prepare, form, estimator, args, chunks, key):
     weights = prepare(prepared_over, params)
     shared_key, keys = seed_keys_of(estimator, key, chunks)
     plan = plan_of(form, draw_plan(estimator, shared_key))
-    part = draw_part(estimator, jax.random.fold_in(shared_key, 2), chunks[0].shape[1])
+    part = draw_part(estimator, shared_key, chunks[0].shape[1])
 
     def of_chunk(inputs):
         (x, *condition), keys = inputs

@@ -1,6 +1,6 @@
 """Random probes v with E[v v^T] = I, for the trace estimate tr(A) = E[v^T A v] (Hutchinson 1990).
 
-Hadamard probes are Rademacher probes that are independent of each other in pairs, but not all together. Row n of a
+Hadamard probes are Rademacher probes that depend on each other: one of them determines the others. Row n of a
 Hadamard matrix has the signs (-1)^popcount(n & c_j) for the code c_j of element j. The probe of example n is this row
 times signs that the batch shares: so each probe alone has the law of a Rademacher probe. Over 2^q examples with all
 codes below 2^q, the mean of v v^T is exactly the identity. Then the part of A that the examples have in common

@@ -131,7 +131,9 @@ def part_size(estimator: Truncated | Roulette, batch: Any) -> int:
 def draw_part(estimator: Truncated | Roulette, key: Array, batch: Any) -> Part | None:
     """The examples whose series go on after the exact terms; None for all."""
     every = part_size(estimator, batch)
-    return Part(every, jax.random.randint(key, (), 0, every, jnp.int32)) if every > 1 else None
+    if every == 1:
+        return None
+    return Part(every, jax.random.randint(jax.random.fold_in(key, 2), (), 0, every, jnp.int32))
 
 
 def _truncated_weights(terms: int, k: Array) -> TermWeights:
