@@ -24,6 +24,7 @@ SIZES = {
     "digits": (digits.CONFIG.model, 107_361),
     "cifar10_monotone": (CONFIGS["cifar10_monotone"].model, 24_894_430),
     "digits_monotone": (CONFIGS["digits_monotone"].model, 107_362),
+    "digits_variational": (CONFIGS["digits_variational"].model, 40_394),
 }
 
 
@@ -52,7 +53,7 @@ def test_every_config_has_a_tiny_mode(name):
 
 def test_config_names_and_work_directories_are_their_own():
     """No two runs write to the same place; the help has a line for each."""
-    assert len({config.workdir for config in CONFIGS.values()}) == len(CONFIGS) == 32
+    assert len({config.workdir for config in CONFIGS.values()}) == len(CONFIGS) == 33
 
 
 def test_published_settings():

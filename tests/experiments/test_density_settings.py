@@ -110,7 +110,7 @@ def test_bad_settings_of_a_run_are_named(settings, message):
         (["--steps", "x"], "steps"),
         (
             ["mnist2"],
-            "NAME: expected one of digits, digits_densenet, digits_monotone, photographs, mnist,",
+            "NAME: expected one of digits, digits_densenet, digits_monotone, digits_variational, photographs,",
         ),
         (["mnist2"], "; got 'mnist2'"),
     ],

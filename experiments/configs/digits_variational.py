@@ -1,0 +1,33 @@
+"""The 8x8 digits with variational dequantisation, smaller blocks with CPila, and quieter gradients.
+
+python -m experiments.density digits_variational
+
+The figure is a bound: the true bits/dim are at most as many. Further terms of the log-det series are for one example of
+four, with probes that are orthogonal over a batch: at the same cost, gradients are quieter than with the default.
+
+On 2 CPU cores: one and a half minutes, compilation included. Expected: 1.77 to 1.79 +- 0.013 test bits/dim; `digits`
+has 1.85 on the same images in about the same time.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.configs import digits
+from experiments.configs.base import OptimizerConfig
+from resflow_jax import Defensive, DenseTail, Dequantization, ImageTransform, Roulette
+
+CONFIG = replace(
+    digits.CONFIG,
+    model=replace(
+        digits.CONFIG.model,
+        hidden_channels=32,
+        activation="cpila",
+        preactivation="all",
+        data=ImageTransform(dequantization=Dequantization(couplings=2, width=8)),
+        tail=DenseTail(hidden=32),
+    ),
+    estimator=Roulette(Defensive(0.4), exact_terms=1, subsample=4, probe="hadamard"),
+    optimizer=OptimizerConfig(learning_rate=0.03),
+    steps=900,
+    workdir=Path("runs/digits_variational"),
+)
