@@ -5,16 +5,15 @@ python -m experiments.density digits_variational
 The figure is a bound: the true bits/dim are at most as many. Further terms of the log-det series are for one example of
 four, with probes that are orthogonal over a batch: at the same cost, gradients are quieter than with the default.
 
-On 2 CPU cores: one and a half minutes, compilation included. Expected: 1.77 to 1.79 +- 0.013 test bits/dim; `digits`
-has 1.85 on the same images in about the same time.
+On 2 CPU cores: 76 to 111 s, compilation included. Expected: 1.77 to 1.79 +- 0.013 test bits/dim; `digits`
+has 1.85 on the same images in 95 s.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
 from experiments.configs import digits
-from experiments.configs.base import OptimizerConfig
-from resflow_jax import Defensive, DenseTail, Dequantization, ImageTransform, Roulette
+from resflow_jax import Defensive, Dequantization, ImageTransform, Roulette
 
 CONFIG = replace(
     digits.CONFIG,
@@ -24,10 +23,10 @@ CONFIG = replace(
         activation="cpila",
         preactivation="all",
         data=ImageTransform(dequantization=Dequantization(couplings=2, width=8)),
-        tail=DenseTail(hidden=32),
+        tail=replace(digits.CONFIG.model.tail, hidden=32),
     ),
     estimator=Roulette(Defensive(0.4), exact_terms=1, subsample=4, probe="hadamard"),
-    optimizer=OptimizerConfig(learning_rate=0.03),
+    optimizer=replace(digits.CONFIG.optimizer, learning_rate=0.03),
     steps=900,
     workdir=Path("runs/digits_variational"),
 )
