@@ -10,7 +10,7 @@ from experiments.configs import (
     digits,
     digits_densenet,
     digits_monotone,
-    digits_variational,
+    digits_uniform,
     fashion_mnist,
     fashion_mnist_monotone,
     imagenet32,
@@ -25,9 +25,9 @@ from experiments.configs import (
 
 _MODULES = (
     digits,
+    digits_uniform,
     digits_densenet,
     digits_monotone,
-    digits_variational,
     photographs,
     mnist,
     fashion_mnist,

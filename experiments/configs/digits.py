@@ -2,17 +2,32 @@
 
 python -m experiments.density digits
 
-On 2 CPU cores: about a minute, compilation included. Expected: 1.86 +- 0.014 test bits/dim, reconstruction error
+The dequantisation is variational, so the figure is a bound: the true bits/dim are at most as many. Further terms of the
+log-det series are for one example of four, with probes that are orthogonal over a batch: at the same cost, gradients
+are quieter than with the library's estimator.
+
+On 2 CPU cores: 76 to 111 s, compilation included. Expected: 1.77 to 1.79 +- 0.013 test bits/dim, reconstruction error
 below 1e-5, every block certified with a Lipschitz constant of at most 0.9411.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
-from experiments.configs.base import DataConfig, DensityConfig
-from resflow_jax import DenseTail, ImageFlowConfig
+from experiments.configs import digits_uniform
+from resflow_jax import Defensive, Dequantization, ImageTransform, Roulette
 
-CONFIG = DensityConfig(
-    data=DataConfig("digits"),
-    model=ImageFlowConfig(shape=(8, 8, 1), blocks=(4, 4), hidden_channels=64, tail=DenseTail(hidden=64)),
+CONFIG = replace(
+    digits_uniform.CONFIG,
+    model=replace(
+        digits_uniform.CONFIG.model,
+        hidden_channels=32,
+        activation="cpila",
+        preactivation="all",
+        data=ImageTransform(dequantization=Dequantization(couplings=2, width=8)),
+        tail=replace(digits_uniform.CONFIG.model.tail, hidden=32),
+    ),
+    estimator=Roulette(Defensive(0.4), exact_terms=1, subsample=4, probe="hadamard"),
+    optimizer=replace(digits_uniform.CONFIG.optimizer, learning_rate=0.03),
+    steps=900,
     workdir=Path("runs/digits"),
 )

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from experiments.configs.base import DataConfig, DensityConfig, RunConfig
 from experiments.configs.classification import ClassifyConfig
-from experiments.runs.models import tiny_model
+from experiments.runs.models import tiny_model, tiny_transform
 from resflow_jax import ImageFlowConfig, VectorFlowConfig
 
 
@@ -44,6 +44,7 @@ def tiny(config: RunConfig) -> RunConfig:
             densenet_growth=4,
         ),
         densenet=replace(config.model.densenet, growth=4),
+        data=tiny_transform(config.model.data),
     )
     return replace(config, data=_embedded(config.data, model.shape), model=model)
 

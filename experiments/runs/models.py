@@ -5,7 +5,8 @@
     made, maf                                    autoregressive flows of vectors, see `rf.AutoregressiveFlowConfig`
     ffjord                                       a continuous flow, which needs diffrax; see `rf.ContinuousFlowConfig`
 
-Each takes shape, data transform and condition of the residual flow. A run then has the name of its model in its work
+Each takes shape, data transform and condition of the residual flow, but has the dequantisation of its own config. A run
+then has the name of its model in its work
 directory, and a learning rate of at most 2e-3, since these networks have no bound that would keep steps small.
 """
 
@@ -20,6 +21,7 @@ from resflow_jax import (
     ContinuousFlowConfig,
     CouplingFlowConfig,
     ImageFlowConfig,
+    ImageTransform,
     MLPConditioner,
     ResNetConditioner,
     VectorFlowConfig,
@@ -38,7 +40,7 @@ def _instead(preset: Callable[..., Any]) -> Make:
         shape = model.shape if isinstance(model, ImageFlowConfig) else (model.dim,)
         data = model.data
         config = preset(shape, condition_dim=model.condition_dim)
-        if isinstance(model, ImageFlowConfig) and not data.dequantization.couplings:
+        if isinstance(model, ImageFlowConfig):
             data = replace(data, dequantization=config.data.dequantization)
         return replace(config, data=data)
 
@@ -80,10 +82,15 @@ def tiny_model(model: Any) -> Any:
     if isinstance(model, ContinuousFlowConfig):
         return replace(model, squeezes=min(1, model.squeezes), tolerance=1e-2)
     scales = {name: min(1, getattr(model.scales, name)) for name in ("squeezes", "checkerboard", "last")}
-    data = model.data
-    if len(model.shape) == 3 and data.dequantization.couplings:
-        data = replace(data, dequantization=replace(data.dequantization, couplings=1, width=4))
+    data = tiny_transform(model.data) if len(model.shape) == 3 else model.data
     return replace(model, couplings=1, pieces=2, scales=replace(model.scales, **scales), data=data)
+
+
+def tiny_transform(data: ImageTransform) -> ImageTransform:
+    """The same transform of images, with a variational dequantisation as small as it can be, if it has one."""
+    if not data.dequantization.couplings:
+        return data
+    return replace(data, dequantization=replace(data.dequantization, couplings=1, width=4))
 
 
 def _tiny_network(network: MLPConditioner | CNNConditioner | ResNetConditioner) -> Any:

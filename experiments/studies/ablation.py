@@ -39,6 +39,12 @@ VARIANTS = {
 }
 
 
+def config_name(dataset: str, variant: str) -> str:
+    """The name of the config of a variant in `experiments.density`."""
+    suffix = VARIANTS[variant] or ("_uniform" if dataset == "digits" else "")
+    return f"{dataset}{suffix}"
+
+
 @dataclass(frozen=True)
 class AblationConfig:
     """One run of `python -m experiments.studies.ablation`.
@@ -74,7 +80,8 @@ def tiny(config: AblationConfig) -> AblationConfig:
 
 def output(config: AblationConfig) -> Output:
     """The table, and a directory for each flow."""
-    return Output(config.workdir, ("ablation.json", *(f"{config.dataset}{suffix}/" for suffix in VARIANTS.values())))
+    names = (config_name(config.dataset, variant) for variant in VARIANTS)
+    return Output(config.workdir, ("ablation.json", *(f"{name}/" for name in names)))
 
 
 COMMAND = NamedCommand(
@@ -107,8 +114,8 @@ def start(config: AblationConfig) -> None:
 def run(config: AblationConfig) -> dict[str, Any]:
     """Trains the missing runs, prints and writes the table, and returns it."""
     table = {}
-    for title, suffix in VARIANTS.items():
-        name = config.dataset + suffix
+    for title in VARIANTS:
+        name = config_name(config.dataset, title)
         estimates = [run_config(settings(config, name, seed)) for seed in config.seeds]
         means = [estimate.mean for estimate in estimates]
         table[title] = {

@@ -12,8 +12,8 @@ given with every loop body counted once, and with the turns of loops. Turns that
 
     series of the log-det   the mean number of its terms; 2.15 for `Roulette()` with Lip(g) <= 0.94
     power iteration         1: a training step advances it once
-    solve of the inverse    8.7 on digits, else 12.1: evaluations of g in a block, measured on trained flows of digits
-                            and Fashion-MNIST (`experiments.studies.inverse`), of the slowest example
+    solve of the inverse    8.7 on digits_uniform, else 12.1: evaluations of g in a block for the slowest
+                            example, measured on trained flows (`experiments.studies.inverse`)
     any other               1; the results list the files that such loops come from
 
 The roofline is the larger of two times: products at the published peak in bfloat16, and HBM traffic at the published
@@ -24,8 +24,8 @@ instruction has all of these but the network and what overlaps; it is given in m
 
 Parameters "full" exist for training on several chips alone. Each program is compiled in a process of its own. Under
 DIR it writes accelerators.json, and for every program programs/NAME.json and programs/NAME.hlo.gz. A program that is
-there with the same settings is not compiled again; after a change of code ask for that by --again. A digits step takes
-a minute on one CPU core, one of cifar10 seven minutes on two.
+there with the same settings is not compiled again; after a change of code ask for that by --again. A step of
+digits_uniform takes a minute on one CPU core, one of cifar10 seven minutes on two.
 """
 
 import gzip
@@ -63,7 +63,7 @@ from resflow_jax.io.config_json import as_json
 
 NOTE = "What XLA's compiler says of its programs, and published peaks: nothing here is a measurement."
 LIPSCHITZ = 0.94  # of the flows, for the law of lengths
-SOLVES = {"digits": 104 / 12, "": 121 / 10}  # evaluations of g a block; "" for other configs
+SOLVES = {"digits_uniform": 104 / 12, "": 121 / 10}  # evaluations of g a block; "" for other configs
 
 
 class Peak(NamedTuple):
@@ -145,7 +145,9 @@ class AcceleratorsConfig:
 
 def tiny(config: AcceleratorsConfig) -> AcceleratorsConfig:
     """The training step of a tiny flow of digits."""
-    return replace(config, configs=("digits",), batch_size=4, workdir=Path("runs/accelerators_tiny"), small=True)
+    return replace(
+        config, configs=("digits_uniform",), batch_size=4, workdir=Path("runs/accelerators_tiny"), small=True
+    )
 
 
 COMMAND = Command(

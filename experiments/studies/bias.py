@@ -8,8 +8,8 @@ test split with the exact log-det, and with the run's own estimator on the same 
 difference is the bias. It follows the comparison of biased and unbiased training by Chen et al. (2019, arXiv
 1906.02735).
 
-The hyperparameters are those of `experiments.configs.digits`, except for 2000 steps and a flow of two blocks with two
-convolutions each: with the twelve blocks of the default flow the bias is only -0.01 bits/dim after 800 steps.
+The hyperparameters are those of `experiments.configs.digits_uniform`, except for 2000 steps and a flow of two blocks
+with two convolutions each: with its twelve blocks the bias is only -0.01 bits/dim after 800 steps.
 
 It measures the current weights, not averaged ones, and iterates the norms of the layers to convergence. While the
 learning rate is high, the norms that training uses are up to 6 % too small. The training estimate of the truncated run
@@ -32,7 +32,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments.configs import digits
+from experiments.configs import digits_uniform
 from experiments.configs.base import DensityConfig, OptimizerConfig
 from experiments.runs import pictures
 from experiments.runs.command import Command, Output
@@ -83,14 +83,14 @@ class BiasConfig:
       parallel: how a step is divided among devices, as in `experiments.density`.
     """
 
-    model: ImageFlowConfig = replace(digits.CONFIG.model, blocks=(2,), kernels=(3, 3), tail=DenseTail(0))
+    model: ImageFlowConfig = replace(digits_uniform.CONFIG.model, blocks=(2,), kernels=(3, 3), tail=DenseTail(0))
     workdir: Path = Path("runs/bias")
     steps: int = 2000
-    batch_size: int = digits.CONFIG.batch_size
-    seed: int = digits.CONFIG.seed
+    batch_size: int = digits_uniform.CONFIG.batch_size
+    seed: int = digits_uniform.CONFIG.seed
     truncated: Truncated = field(default_factory=lambda: Truncated(terms=5))
     roulette: Roulette = field(default_factory=Roulette)
-    optimizer: OptimizerConfig = digits.CONFIG.optimizer
+    optimizer: OptimizerConfig = digits_uniform.CONFIG.optimizer
     every: int = 200
     draws: int = 8
     images: int = 300
@@ -108,7 +108,7 @@ class BiasConfig:
     def training(self, estimator: Estimator) -> DensityConfig:
         """The settings of a run."""
         return DensityConfig(
-            data=digits.CONFIG.data,
+            data=digits_uniform.CONFIG.data,
             model=self.model,
             workdir=self.workdir,
             steps=self.steps,
@@ -186,7 +186,7 @@ def run(config: BiasConfig) -> dict[str, Outcome]:
     """Trains with each estimator, draws, and prints the closing table."""
     began = time.perf_counter()
     use_compilation_cache()
-    data = load(digits.CONFIG.data)
+    data = load(digits_uniform.CONFIG.data)
     with locked(config.workdir):
         claim_workdir(config.workdir, config)
         metrics = MetricsFile(config.workdir / "metrics.jsonl", keep_until=0)

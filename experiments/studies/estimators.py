@@ -9,7 +9,7 @@ sum shows heavy tails that hundreds of draws miss. Besides, it prints variance t
 gradient, of the gradient along its mean, of the mean log p of the batch, and of log p of one example. Targets:
 
   synthetic       linear contractions of 64 dimensions with chosen spectra, batches of 64
-  digits          the default flow, trained by `python -m experiments.density`
+  digits          the flow of `python -m experiments.density digits_uniform`
   fashion_mnist   the flow of `python -m experiments.density fashion_mnist_small`; left out if its data are not found
 
 Missing flows are trained first, under the work directory. Writes estimators.json and estimators.png, and prints a
@@ -81,7 +81,7 @@ class EstimatorsConfig:
       keys: number of gradients drawn for each estimator on a flow; 50 times as many on a synthetic contraction.
       probes: number of probes drawn for the sum over lengths.
       batch_size: examples per batch; a quarter of them for fashion_mnist, whose gradients are slow.
-      digits: work directory of a run of `experiments.density digits`; by default it is trained under `workdir`.
+      digits: work directory of a run of `experiments.density digits_uniform`; by default it is trained under `workdir`.
       fashion_mnist: the same for fashion_mnist.
       seed: random seed of batch, noise and keys.
       parallel: how training steps are divided among devices, as in `experiments.density`.

@@ -84,7 +84,7 @@ class InverseConfig:
         caches of a CPU core; for an accelerator set it to all elements.
       repeats: number of timed runs of each competitor.
       peer: whether to time normflows as well.
-      digits: work directory of a run of `experiments.density digits`; by default it is trained under `workdir`.
+      digits: work directory of a run of `experiments.density digits_uniform`; by default it is trained under `workdir`.
       fashion_mnist: the same for fashion_mnist; it is left out if it is not given and its data are not found.
       seed: random seed of the samples.
       parallel: how training steps are divided among devices, as in `experiments.density`.

@@ -2,10 +2,10 @@
 
     python -m experiments.studies.weak_scaling [--devices 1 2 4 8] [--per-device B] [--workdir DIR]
 
-The study takes the flow of `experiments.density digits` with a fixed number of images per device. It forces the number
-of CPU devices, which may exceed the number of cores: what devices send each other does not depend on their speed. It
-reads the number and bytes of the collectives from the compiled HLO of the step, for each way to run it, and once more
-with parameters divided among all devices. If there is a core for each device, it also times a step.
+The study takes the flow of `experiments.density digits_uniform` with a fixed number of images per device. It forces the
+number of CPU devices, which may exceed the number of cores: what devices send each other does not depend on their
+speed. It reads the number and bytes of the collectives from the compiled HLO of the step, for each way to run it, and
+once more with parameters divided among all devices. If there is a core for each device, it also times a step.
 
 The estimate is for the papers' CIFAR-10 flow. It divides the time of one ring all-reduce of the gradients (Patarasuk &
 Yuan 2009),

@@ -371,4 +371,4 @@ def test_what_every_command_writes():
 def test_lengths_of_the_default_are_kept():
     """A flag that names the kind that is there changes nothing."""
     config = density.COMMAND.parse(["digits", "--estimator", "roulette", "--estimator.length", "defensive"])
-    assert config == CONFIGS["digits"] and config.estimator.length == Defensive()
+    assert config == CONFIGS["digits"] and config.estimator.length == Defensive(0.4)

@@ -16,7 +16,6 @@ from resflow_jax import (
     ImageTransform,
     Norms,
     Padding,
-    Roulette,
     Scales,
     VectorTransform,
 )
@@ -44,12 +43,12 @@ def test_command_line_overrides(monkeypatch):
     assert grouped.model == dataclasses.replace(
         CONFIGS["digits"].model,
         condition_dim=3,
-        data=ImageTransform(padding=Padding(2)),
+        data=dataclasses.replace(CONFIGS["digits"].model.data, padding=Padding(2)),
         between=BetweenBlocks(actnorm=False),
         norms=Norms("f12f"),
-        tail=DenseTail(0, hidden=64),
+        tail=DenseTail(0, hidden=32),
     )
-    assert grouped.estimator == Roulette(Defensive(p=0.25))
+    assert grouped.estimator == dataclasses.replace(CONFIGS["digits"].estimator, length=Defensive(p=0.25))
     assert celebahq.model.tail == DenseTail(2) and celebahq.model.scales == Scales(factor_out=True)
     assert celebahq.model.data == ImageTransform(padding=Padding(scale=2.0), logit_alpha=0.05)
     assert vectors.model.norms == Norms(learned=True) and vectors.model.data == VectorTransform((1.0, 2.0), (3.0, 4.0))
@@ -110,7 +109,7 @@ def test_bad_settings_of_a_run_are_named(settings, message):
         (["--steps", "x"], "steps"),
         (
             ["mnist2"],
-            "NAME: expected one of digits, digits_densenet, digits_monotone, digits_variational, photographs,",
+            "NAME: expected one of digits, digits_uniform, digits_densenet, digits_monotone, photographs,",
         ),
         (["mnist2"], "; got 'mnist2'"),
     ],

@@ -238,12 +238,12 @@ def test_an_ablation_of_two_steps_and_two_seeds(tmp_path, monkeypatch, capsys):
     The test is in this file since it shares compiled programs with `finished`.
     """
     monkeypatch.setattr(ablation, "VARIANTS", {"Residual flow, LipSwish": ""})
-    monkeypatch.setitem(CONFIGS, "digits", CONFIG)
+    monkeypatch.setitem(CONFIGS, "digits_uniform", CONFIG)
     config = AblationConfig(seeds=(0, 1), workdir=tmp_path)
     table = ablation.run(config)
     (row,) = table.values()
     assert np.isfinite(row["mean"]) and row["deviation"] > 0
-    assert (tmp_path / "digits" / "1" / "report.html").exists()
+    assert (tmp_path / "digits_uniform" / "1" / "report.html").exists()
     capsys.readouterr()
     assert ablation.run(config) == table
     assert capsys.readouterr().out.count("no step taken") == 2

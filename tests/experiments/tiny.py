@@ -1,4 +1,4 @@
-"""Runs of `experiments.density digits` that take seconds, runs that were never trained, and one that is cut."""
+"""Runs of `experiments.density digits_uniform` that take seconds, runs that were never trained, and one that is cut."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ from resflow_jax.data.batches import Batches
 from resflow_jax.training.checkpoints import Checkpoints
 
 DIGITS = replace(
-    CONFIGS["digits"],
+    CONFIGS["digits_uniform"],
     model=ImageFlowConfig((8, 8, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=DenseTail(0)),
     steps=2,
     batch_size=8,

@@ -129,7 +129,7 @@ def normflows_from(flow: ResidualFlow, *, papers: bool = False) -> Peer:
 
     Raises:
       ValueError: for vectors, for factored-out channels, and for layers and activations other than those of
-        `experiments.configs.digits`.
+        `experiments.configs.digits_uniform`.
     """
     if not isinstance(flow.config, ImageFlowConfig) or isinstance(flow.bijector, MultiScale):
         raise ValueError(f"flow: expected one of images without factor_out, got {flow.config}")

@@ -19,7 +19,7 @@ _SLOWER = 0.05  # share of the time of a step
 
 
 def run(config: Any, directory: Path, deadline: Deadline) -> list[Row]:
-    """Trains the digits flow in a process of its own and looks at its memory, compilations and time per step."""
+    """Trains `digits_uniform` in a process of its own and looks at its memory, compilations and time per step."""
     path = directory / "soak.jsonl"
     directory.mkdir(parents=True, exist_ok=True)
     call = f"measure({config.soak_steps}, Path({str(path)!r}), is_tiny={config.small})"
@@ -31,7 +31,7 @@ def run(config: Any, directory: Path, deadline: Deadline) -> list[Row]:
         status = None
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if len(lines) < 10:
-        return [Row(f"{config.soak_steps} steps of digits", 0, f"ended early, exit status {status}", False)]
+        return [Row(f"{config.soak_steps} steps of digits_uniform", 0, f"ended early, exit status {status}", False)]
     return rows_of(lines)
 
 
@@ -87,7 +87,7 @@ def measure(steps: int, path: Path, *, is_tiny: bool) -> None:
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compilations.append(name) if name.endswith("backend_compile_duration") else None
     )
-    config = CONFIGS["digits"]
+    config = CONFIGS["digits_uniform"]
     config = tiny(config) if is_tiny else config
     every = max(1, steps // _MARKS)
     config = replace(

@@ -15,7 +15,7 @@ from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.parallel import Strategy
 
 NAMES = ("digits", "fashion_mnist")
-_CONFIGS = {"digits": "digits", "fashion_mnist": "fashion_mnist_small"}  # config names of experiments.density
+_CONFIGS = {"digits": "digits_uniform", "fashion_mnist": "fashion_mnist_small"}  # config names of experiments.density
 
 
 def trained_runs(

@@ -47,11 +47,12 @@ def test_settings_of_a_model(tmp_path):
     """They are those of its config; `--data.path` gives it the shape; tiny or not, the word says the kind."""
     config = parsed("digits", "--model", "glow", "--model.couplings", "3", "--model.conditioner.hidden", "8", "8")
     assert config.model.couplings == 3 and config.model.conditioner.hidden == (8, 8)
+    assert not config.model.data.dequantization.couplings  # its own, not that of the residual flow
     table = tmp_path / "table.npy"
     np.save(table, np.random.default_rng(0).normal(size=(100, 4)))
     config = parsed("vectors", "--tiny", "--model", "maf", "--data.path", str(table))
     assert config.model.shape == (4,) and config.model.layers == 1
-    residual = parsed("digits", "--model.data.dequantization.couplings", "2")
+    residual = parsed("digits_uniform", "--model.data.dequantization.couplings", "2")
     assert residual.model.data.dequantization == rf.Dequantization(2, 32)
 
 

@@ -27,7 +27,7 @@ from tests.experiments.tiny import DIGITS, run_and_cut
 from tests.paths import ROOT
 
 CONFIG = dataclasses.replace(
-    CONFIGS["digits"],
+    CONFIGS["digits_uniform"],
     model=dataclasses.replace(DIGITS.model, hidden_channels=64, tail=DenseTail(blocks=0, hidden=64)),
     steps=12,
     batch_size=24,
@@ -35,7 +35,7 @@ CONFIG = dataclasses.replace(
     optimizer=OptimizerConfig(warmup=2),
     evaluation=EvaluationConfig(estimator=Roulette(), draws=2, examples=30, every=3),
 )
-SETTINGS = {  # of CONFIG, where it differs from that of digits
+SETTINGS = {  # of CONFIG, where it differs from that of digits_uniform
     "model.blocks": 1,
     "model.hidden-channels": 64,
     "model.tail.blocks": 0,
@@ -87,7 +87,7 @@ def start(workdir, *arguments, event=("none", 0, 0), each=((), ())):
         subprocess.Popen(
             [
                 *(sys.executable, "-W", "ignore", "-m", "tests.experiments.runs.worker", *map(str, event)),
-                *("digits", *own, "--distributed.process-id", str(n), *each[n]),
+                *("digits_uniform", *own, "--distributed.process-id", str(n), *each[n]),
             ],
             cwd=ROOT,
             env=environment,

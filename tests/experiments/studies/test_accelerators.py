@@ -29,7 +29,7 @@ from experiments.studies.parts.accelerator_steps import (
     settings_of,
 )
 
-CASE = StepCase("digits", "train", "cpu", 1, "replicated", 4, tiny=True)
+CASE = StepCase("digits_uniform", "train", "cpu", 1, "replicated", 4, tiny=True)
 SAID = {
     "seconds": {"lower": 1.0, "compile": 2.0},
     "memory": {"temp": 1, "argument": 2, "output": 3, "generated_code": 4},
@@ -95,13 +95,13 @@ def test_tiny(tmp_path, capsys):
     before = (tmp_path / "programs" / f"{CASE.name}.json").stat().st_mtime_ns
     assert accelerators.run(config) == result
     assert (tmp_path / "programs" / f"{CASE.name}.json").stat().st_mtime_ns == before
-    assert "| digits (tiny) train, 4 images, 1 cpu |" in capsys.readouterr().out
+    assert "| digits_uniform (tiny) train, 4 images, 1 cpu |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["evaluate", "sample"])
 def test_other_programs(what, tmp_path):
     """They compile, and have the loops that one expects."""
-    case = StepCase("digits", what, "cpu", 2, "replicated", 2, tiny=True)
+    case = StepCase("digits_uniform", what, "cpu", 2, "replicated", 2, tiny=True)
     compile_step(case, tmp_path / case.name)
     row = row_of(case, tmp_path)
     assert set(row["means"]) == {"evaluate": {"series"}, "sample": {"solve"}}[what]
@@ -111,7 +111,7 @@ def test_other_programs(what, tmp_path):
 
 def test_what_is_read(tmp_path, capsys):
     """Means of loops by their source, collectives in loops, callbacks; a failure has a line too."""
-    case = StepCase("digits", "train", "v5e", 8, "full", 64)
+    case = StepCase("digits_uniform", "train", "v5e", 8, "full", 64)
     (tmp_path / f"{case.name}.json").write_text(json.dumps(SAID | {"case": asdict(case), "settings": {}}))
     with gzip.open(tmp_path / f"{case.name}.hlo.gz", "wt") as file:
         file.write(LOOPS)
@@ -178,7 +178,9 @@ def test_kinds_of_loops():
 
 def test_cases():
     """All combinations, but for layouts that make no difference; the batch is the config's, a chip."""
-    words = "--configs digits cifar10 --what train sample --kind v5e v5p --chips 1 8 --parameters replicated full"
+    words = (
+        "--configs digits_uniform cifar10 --what train sample --kind v5e v5p --chips 1 8 --parameters replicated full"
+    )
     config = accelerators.COMMAND.parse(words.split())
     cases = config.cases
     assert len(cases) == len(set(case.name for case in cases)) == 2 * 2 * (2 + 2 + 1)

@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data():
-    return load(bias.digits.CONFIG.data)
+    return load(bias.digits_uniform.CONFIG.data)
 
 
 def test_files_and_metrics(finished):

@@ -82,7 +82,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     kept = {name: estimators.ESTIMATORS[name] for name in (PAPERS, DEFAULT, FITTED)}
     monkeypatch.setattr(estimators, "ESTIMATORS", kept)
     monkeypatch.setattr(estimator_targets, "spectra", lambda dim, rng: {"saturated": -0.9 * np.eye(dim)})
-    monkeypatch.setitem(CONFIGS, "digits", tiny.DIGITS)
+    monkeypatch.setitem(CONFIGS, "digits_uniform", tiny.DIGITS)
     monkeypatch.setattr(images, "find_data_dir", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no such data")))
     config = EstimatorsConfig(tmp_path, keys=20, probes=2, batch_size=4)
     with jax.enable_x64(False):

@@ -19,7 +19,7 @@ from tests.experiments import tiny
 @pytest.fixture
 def small(monkeypatch):
     """A tiny digits flow, not trained, and few points."""
-    monkeypatch.setitem(CONFIGS, "digits", tiny.DIGITS)
+    monkeypatch.setitem(CONFIGS, "digits_uniform", tiny.DIGITS)
     monkeypatch.setattr(trained, "run_config", tiny.save_run)
     monkeypatch.setattr(inverse, "SOLVERS", {name: inverse.SOLVERS[name] for name in (inverse.PLAIN, inverse.BEST)})
     monkeypatch.setattr(inverse, "TOLERANCES", (1e-6,))  # one program
