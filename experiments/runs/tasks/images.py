@@ -158,7 +158,9 @@ class ImageTask(Task):
             COLUMNS,
         )
         error = f"{np.abs(np.asarray(images) - np.asarray(reconstructions)).max():.1e}, max |x - f^-1(f(x))|"
-        return Drawing(shown, {"reconstruction error": error + unconverged(status)})
+        bound = {"dequantisation": "variational: a bound, the true bits/dim are at most as many"}
+        rows = bound if hasattr(flow, "dequantizer") else {}
+        return Drawing(shown, rows | {"reconstruction error": error + unconverged(status)})
 
     def _samples(self, flow: ResidualFlow) -> Array:
         return jnp.clip(draw_samples(flow, self.config.seed + 3, SHOWN)[0], 0, 1)

@@ -69,6 +69,17 @@ def test_a_run(tmp_path, capsys):
     assert 2 < result.mean < 5
     printed = capsys.readouterr().out
     assert "nothing: there are no residual blocks; no Lipschitz bound for 1 layer AdditiveCoupling" in printed
+    assert "a bound" not in printed
     found = saved_flow(tmp_path, "latest")
     assert isinstance(found.flow, rf.CouplingFlow) and found.config.model.coupling == "additive"
     assert {"report.html", "samples.png", "certificate.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_default_run(tmp_path, capsys):
+    """Its dequantisation is variational: it says that its figure is a bound, also when it is read back."""
+    small = ("--tiny", "--model.blocks", "1", "--model.tail.blocks", "0", "--workdir", str(tmp_path))
+    result = run_config(parsed(*small))
+    assert 2 < result.mean < 6
+    assert "a bound, the true bits/dim are at most as many" in capsys.readouterr().out
+    found = saved_flow(tmp_path, "latest").flow
+    assert hasattr(found, "dequantizer") and found.config.data.dequantization == rf.Dequantization(1, 4)
