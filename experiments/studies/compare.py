@@ -25,7 +25,8 @@ least validation loss are used with all seeds. The toy densities share one searc
 is read once, at the end of a run.
 
 log p of the residual flow and of ffjord on images is an unbiased estimate, as in `experiments.density`. That of flow_pp
-on images is a lower bound, by its variational dequantisation. Failed and diverged runs stay in the table.
+on images, and of the residual flow of the digits, is a lower bound, by a variational dequantisation. Failed and
+diverged runs stay in the table.
 
 It prints Markdown tables, and writes them as DIR/NAME/compare.json and samples.png. Finished jobs are JSON files, which
 are only read: a command that was stopped goes on with what is missing. To repeat a job, remove its file. `--table-only`
@@ -47,7 +48,7 @@ import tyro
 from experiments.configs.base import DensityConfig
 from experiments.runs.command import NamedCommand, Output
 from experiments.runs.workdir import make_workdir, write_atomically
-from experiments.studies.comparison.contenders import MODELS, lack, models_for
+from experiments.studies.comparison.contenders import MODELS, gives_bound, lack, models_for
 from experiments.studies.comparison.datasets import DEFAULTS, TABLE, config_of, names_in, searched_on
 from experiments.studies.comparison.diamonds import RESOLUTIONS, load_diamonds
 from experiments.studies.comparison.jobs import found, restore
@@ -197,7 +198,8 @@ def _report(config: CompareConfig, found: dict[str, Results]) -> None:
     of_images = isinstance(config_of(config.names[0]), DensityConfig)
     unit, sign = ("bits/dim", 1) if of_images else ("nats", -1)
     for name, results in found.items():
-        print(f"\n{name}: {config.minutes:g} minutes a run\n\n{table(results, unit, sign)}")
+        bounds = {model for model in results if gives_bound(model, config_of(name))}
+        print(f"\n{name}: {config.minutes:g} minutes a run\n\n{table(results, unit, sign, bounds)}")
     for name, results in {searched_on(name): results for name, results in found.items()}.items():
         print(f"\nSearch on {name}, {config.search_minutes:g} minutes a candidate:\n\n{search_table(results, unit)}")
     if len(found) > 1:

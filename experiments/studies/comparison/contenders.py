@@ -19,8 +19,8 @@ from experiments.configs.base import DensityConfig, RunConfig
 from experiments.runs.models import IMAGES, LEARNING_RATE, VECTORS
 from resflow_jax import (
     AutoregressiveFlowConfig,
-    CouplingFlowConfig,
     ImageFlowConfig,
+    ImageTransform,
     ResNetConditioner,
     VectorFlowConfig,
 )
@@ -82,6 +82,16 @@ def with_widths(best: Candidate, config: RunConfig) -> tuple[Candidate, ...]:
     return tuple(replace(best, width=width) for width in widths)
 
 
+def gives_bound(model: str, config: RunConfig) -> bool:
+    """Whether the log p of a model is a lower bound, by a variational dequantisation of images."""
+    return not is_witness(model) and _is_variational(VECTORS[model](config.model))
+
+
+def _is_variational(model: Any) -> bool:
+    data = getattr(model, "data", None)
+    return isinstance(data, ImageTransform) and data.dequantization.couplings > 0
+
+
 def packages(model: str) -> tuple[str, ...]:
     """The packages that a model needs besides those of this library."""
     return _NEEDS[model][:1] if model in _NEEDS else ()
@@ -107,6 +117,9 @@ def widened(model: Any, factor: float) -> Any:
             return max(1, round(factor * widths))
         return tuple(times(width) for width in widths)
 
+    if _is_variational(model):
+        noise = replace(model.data.dequantization, width=times(model.data.dequantization.width))
+        model = replace(model, data=replace(model.data, dequantization=noise))
     match model:
         case ImageFlowConfig():
             tail = replace(model.tail, hidden=times(model.tail.hidden))
@@ -115,9 +128,4 @@ def widened(model: Any, factor: float) -> Any:
             return replace(model, hidden=times(model.hidden))
     network = model.conditioner
     name = "width" if isinstance(network, ResNetConditioner) else "hidden"
-    model = replace(model, conditioner=replace(network, **{name: times(getattr(network, name))}))
-    dequantization = getattr(model.data, "dequantization", None)
-    if isinstance(model, CouplingFlowConfig) and dequantization is not None and dequantization.couplings:
-        noise = replace(dequantization, width=times(dequantization.width))
-        model = replace(model, data=replace(model.data, dequantization=noise))
-    return model
+    return replace(model, conditioner=replace(network, **{name: times(getattr(network, name))}))

@@ -1,5 +1,6 @@
 """The tables of the comparison, in Markdown, from the results of one data set as `Plan.results` gives them."""
 
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,6 @@ from experiments.studies.comparison.contenders import Candidate
 from experiments.studies.parts.class_runs import markdown_table
 
 Results = dict[str, dict[str, list[dict[str, Any]]]]
-BOUNDED = "flow_pp"  # its variational dequantisation of images gives a bound
 NOTE = (
     "One process on one core for each run. The budget is CPU time of this process: on an idle core this is wall-clock. "
     "Building, initialisation and compilation count, validation and evaluation do not. After ±: the standard error of "
@@ -37,19 +37,18 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return means | own | {"settings": settings, "errors": errors}
 
 
-def table(results: Results, unit: str, sign: int) -> str:
+def table(results: Results, unit: str, sign: int, bounds: Container[str] = ()) -> str:
     """A row for each model, the best test score first.
 
     Args:
       results: of one data set.
       unit: of the test score.
       sign: 1 if a lower score is better, -1 if a higher one is.
+      bounds: models whose scores are bounds; the table says so.
     """
     head = ["model", f"test {unit}", "parameters", "steps", "best after", "ms a step", "set-up, s", "1000 samples, s"]
     head += ["log p of 1, ms", "log p of 1000, s", "max abs(x - f^-1(f(x)))", "settings"]
     rows = {model: summary(of["runs"]) for model, of in results.items()}
-    # The unit tells whether there are images, where the dequantisation of Flow++ makes its score a bound.
-    bound = " (a bound)" if unit == "bits/dim" else ""
 
     def order(model: str) -> float:
         test = rows[model].get("test")
@@ -57,7 +56,7 @@ def table(results: Results, unit: str, sign: int) -> str:
 
     cells = []
     for model in sorted(rows, key=order):
-        name = model + (bound if model == BOUNDED else "")
+        name = f"{model} (a bound)" if model in bounds else model
         cells.append([name, *_cells(rows[model], results[model])])
     return markdown_table(head, cells)
 
