@@ -31,7 +31,8 @@ diverged runs stay in the table.
 It prints Markdown tables, and writes them as DIR/NAME/compare.json and samples.png. Finished jobs are JSON files, which
 are only read: a command that was stopped goes on with what is missing. To repeat a job, remove its file. `--table-only`
 makes tables and picture of what there is. `--results FILE` also keeps the figures of all data sets in one JSON file,
-and the command goes on from the jobs in it. Without this option, all is trained anew in an empty DIR.
+and the command goes on from the jobs in it, but for those of an earlier config of their model. Without this option,
+all is trained anew in an empty DIR.
 
 On two cores all models take about 2 hours on the digits, 4 on diamonds and on the toy densities, 8 on fashion_mnist.
 """
@@ -48,7 +49,7 @@ import tyro
 from experiments.configs.base import DensityConfig
 from experiments.runs.command import NamedCommand, Output
 from experiments.runs.workdir import make_workdir, write_atomically
-from experiments.studies.comparison.contenders import MODELS, gives_bound, lack, models_for
+from experiments.studies.comparison.contenders import MODELS, fingerprint, gives_bound, lack, models_for
 from experiments.studies.comparison.datasets import DEFAULTS, TABLE, config_of, names_in, searched_on
 from experiments.studies.comparison.diamonds import RESOLUTIONS, load_diamonds
 from experiments.studies.comparison.jobs import found, restore
@@ -180,17 +181,34 @@ def run(config: CompareConfig) -> dict[str, Any]:
 
 
 def _kept(path: Path | None, workdir: Path) -> dict[str, Results]:
-    """What a file of `--results` has, its jobs restored in the work directory; nothing if it is not there yet."""
+    """What a file of `--results` has, its jobs restored in the work directory; nothing if it is not there yet.
+
+    Results of an earlier config of a model are left out.
+    """
     if path is None or not path.exists():
         return {}
     try:
-        kept = dict(json.loads(path.read_text()))
+        kept = {data: _current(data, of) for data, of in dict(json.loads(path.read_text())).items()}
         for of in kept.values():
             for kinds in of.values():
                 restore(itertools.chain(*kinds.values()), workdir)
         return kept
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"results: expected a file that this command has written, got {path}: {error}") from error
+
+
+def _current(data: str, of: Results) -> Results:
+    """The results of a data set whose models are those of today."""
+    config = config_of(data)
+    prints = {model: fingerprint(model, config) for model in of}
+    current = {
+        model: {
+            kind: [found for found in results if found["job"].get("config") == prints[model]]
+            for kind, results in kinds.items()
+        }
+        for model, kinds in of.items()
+    }
+    return {model: kinds for model, kinds in current.items() if any(kinds.values())}
 
 
 def _report(config: CompareConfig, found: dict[str, Results]) -> None:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resflow_jax.functional.batch_axes import vary_alike, vary_over, varying_axes
-from resflow_jax.functional.iteration import InverseStatus, example_max, example_norm
+from resflow_jax.functional.iteration import InverseStatus, example_max, example_norm, wide_dtype
 
 Array = jax.Array
 Mixture = tuple[Array, Array, Array]  # log pi, mu and s, [B, ..., K, C]
@@ -63,7 +63,8 @@ def inverse_mixture_logit(
       tolerance: on the residual and on the step.
       max_iterations: cap on the evaluations of h.
     """
-    limits = jnp.asarray(tolerance, w.dtype), jnp.asarray(max_iterations, w.dtype)
+    counts = wide_dtype(w.dtype)  # bfloat16 cannot count beyond 256
+    limits = jnp.asarray(tolerance, w.dtype), jnp.asarray(max_iterations, counts)
     x, *report = _root(w, mixture, limits)
     iterations, residual, is_done = (lax.stop_gradient(part).reshape(w.shape[0], -1) for part in report)
     status = InverseStatus(
@@ -88,7 +89,7 @@ class _State(NamedTuple):
 
 @jax.custom_jvp
 def _root(w: Array, mixture: Mixture, limits: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
-    """The root x, and in its shape and dtype: evaluations of h, the residual, whether it has converged (1 or 0)."""
+    """The root x, and in its shape, as floats: evaluations of h, the residual, whether it has converged (1 or 0)."""
     w, mixture, limits = vary_alike(w, mixture, limits)
     tolerance, cap = limits
     _, means, log_scales = mixture
@@ -99,10 +100,11 @@ def _root(w: Array, mixture: Mixture, limits: tuple[Array, Array]) -> tuple[Arra
     margin = 8 * eps * (jnp.abs(low) + jnp.abs(high)) + float(jnp.finfo(w.dtype).tiny)
     low, high = low - margin, high + margin
     zeros = vary_over(jnp.zeros(w.shape, w.dtype), varying_axes((w, mixture, limits)))
-    start = _State(low, high, 0.5 * low + 0.5 * high, zeros + jnp.inf, zeros, zeros)
+    start = _State(low, high, 0.5 * low + 0.5 * high, zeros + jnp.inf, zeros.astype(cap.dtype), zeros)
 
     def is_open(state):
-        return jnp.any((state.is_done == 0) & (state.iterations < cap) & jnp.isfinite(state.x))
+        is_possible = jnp.isfinite(state.x) & ~jnp.isnan(state.residual)
+        return jnp.any((state.is_done == 0) & (state.iterations < cap) & is_possible)
 
     def turn(state):
         h, log_slope = mixture_logit(state.x, mixture)

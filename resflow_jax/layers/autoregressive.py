@@ -45,7 +45,8 @@ class MaskedAutoregressive(Bijector):
 
     Args:
       dim: D, the number of elements.
-      hidden: output widths of the activations.
+      hidden: output widths of the activations. With fewer than D - 1 units an output sees the elements up to some
+        element before it, not all of them.
       condition_dim: number of elements of a condition [condition_dim], which gives every hidden unit a gate and a
         shift; None for none. With D = 1 the layer depends on the condition alone.
       activation: name of the activation, one of `ACTIVATIONS` that neither pairs nor doubles channels.
@@ -79,9 +80,7 @@ class MaskedAutoregressive(Bijector):
     ):
         check_count("dim", dim, 1)
         check_type("rngs", rngs, nnx.Rngs)
-        check_choice("activation", activation, tuple(ACTIVATIONS))
-        if ACTIVATIONS[activation].group > 1 or ACTIVATIONS[activation].expansion > 1 or activation == "fullsort":
-            raise ValueError(f"activation: expected one that acts on single channels, got {activation!r}")
+        check_activation(activation)
         self.dim, self.hidden, self.activation, self.condition_dim = dim, as_shape("hidden", hidden), activation, None
         self.event_shape = (dim,)
         if condition_dim is not None:
@@ -119,7 +118,8 @@ class MaskedAutoregressive(Bijector):
             mean, log_scale = self._network(x, condition)
             return jnp.where((numbers == number)[None], y * jnp.exp(log_scale) + mean, x), None
 
-        return jax.lax.scan(find_next, jnp.zeros_like(y), numbers)[0]
+        x = jnp.zeros(y.shape, jnp.result_type(y, self.linears[0].kernel[...]))
+        return jax.lax.scan(find_next, x, numbers)[0]
 
 
 class MaskedLinear(Module):
@@ -137,12 +137,26 @@ class MaskedLinear(Module):
         return y + trailing(self.bias[...], y)
 
 
+def check_activation(activation: str) -> None:
+    """Raises ValueError for the name of an activation that is unknown, or mixes channels, which masks could not cut."""
+    check_choice("activation", activation, tuple(ACTIVATIONS))
+    if ACTIVATIONS[activation].group > 1 or ACTIVATIONS[activation].expansion > 1 or activation == "fullsort":
+        raise ValueError(f"activation: expected one that acts on single channels, got {activation!r}")
+
+
 def autoregressive_masks(dim: int, hidden: Sequence[int]) -> list[np.ndarray]:
     """The masks [inputs, outputs] of every layer, bool; the outputs are m_1, ..., m_D, s_1, ..., s_D.
 
-    Hidden units take the degrees 1 to D - 1 in turn; for D = 1 they have degree 0, and see nothing.
+    Hidden units take the degrees 1 to D - 1 in turn, or where there are fewer units, degrees spread evenly over them.
+    For D = 1 they have degree 0, and see nothing.
     """
-    inner = [np.arange(width) % max(1, dim - 1) + min(1, dim - 1) for width in hidden]
+    inner = [_hidden_degrees(dim, width) for width in hidden]
     degrees = [np.arange(1, dim + 1), *inner]
     masks = [b[None] >= a[:, None] for a, b in pairwise(degrees)]
     return [*masks, np.tile(degrees[0], 2)[None] > degrees[-1][:, None]]
+
+
+def _hidden_degrees(dim: int, width: int) -> np.ndarray:
+    if width >= dim - 1:
+        return np.arange(width) % max(1, dim - 1) + min(1, dim - 1)
+    return np.linspace(dim - 1, 1, width).round().astype(int)[::-1]  # a single unit sees all but the last element

@@ -297,12 +297,12 @@ class Bijector(Module):
         closed form cost one pass. No randomness.
 
         Raises:
-          ValueError: for a wrong rank or dtype, a condition that is missing or not expected, and for a solver that is
+          ValueError: for a wrong shape or dtype, a condition that is missing or not expected, and for a solver that is
             none.
           InverseError: from an eager call without status, if a solve fails and `solver.on_failure` is "raise".
         """
         check_flag("return_status", return_status)
-        y = as_float_batch("y", y)
+        y = as_float_batch("y", y, None if self.event_shape is None else self.output_shape(self.event_shape))
         check_solver(solver)
         x, statuses = self.solve(y, solver, as_condition(condition, self.condition_shape, y.shape[:1]))
         status = join_statuses(statuses, y)

@@ -14,7 +14,15 @@ from flax import nnx
 
 from resflow_jax.functional.batch_axes import varying_axes
 from resflow_jax.functional.broadcasting import per_example
-from resflow_jax.functional.checks import as_float_batch, as_shape, check_choice, check_count, check_key, check_positive
+from resflow_jax.functional.checks import (
+    as_float_batch,
+    as_shape,
+    check_choice,
+    check_count,
+    check_finite,
+    check_key,
+    check_positive,
+)
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.iteration import InverseStatus, wide_dtype
 from resflow_jax.functional.solvers import Solver
@@ -98,13 +106,16 @@ class ContinuousBlock(Bijector):
     It needs the package diffrax, which the extra `diffrax` installs. It is invertible for every f with a Lipschitz
     constant, which need not be known: forward and inverse agree up to the tolerance.
 
-    An example whose solve takes more than `max_steps` becomes NaN in `forward`. `inverse` reports it as any solve:
-    `return_status=True` returns a row of the status, whose iterations are the steps of the solver, and whose residual
-    is 0, or infinite where it did not finish. `forward_with_status` returns the same for the forward direction.
+    The batch shares its steps, so an example depends on the others, up to the tolerance. If the solve takes more than
+    `max_steps`, all examples become NaN in `forward`. An example that is not finite, or whose condition is not, becomes
+    NaN alone. `inverse` reports both as any solve: `return_status=True` returns a row of the status, whose iterations
+    are the steps of the solver, and whose residual is 0, or infinite where there is no solution. `forward_with_status`
+    returns the same for the forward direction.
 
     Args:
       field: f, a module of Flax NNX that is called as f(t, x) or f(t, x, condition) for t [] and x [B, ...], and
-        treats each example independently; `VelocityField`, for one.
+        treats each example independently; `VelocityField`, for one. In the place of an example that is not finite it
+        gets zeros.
       event_shape: shape of one x, if the field does not know it.
       condition_shape: shape of one condition, if the field takes one and does not know it.
       time: length of the interval.
@@ -157,8 +168,7 @@ class ContinuousBlock(Bijector):
         diffrax()
         if not isinstance(field, nnx.Module):
             raise ValueError(f"field: expected a module of Flax NNX, called as field(t, x), got {type(field).__name__}")
-        for name, value in (("time", time), ("tolerance", tolerance)):
-            check_positive(name, value)
+        check_times(time, tolerance)
         check_count("max_steps", max_steps, 1)
         check_choice("adjoint", adjoint, ADJOINTS)
         own = {"event_shape": event_shape, "condition_shape": condition_shape}
@@ -181,6 +191,11 @@ class ContinuousBlock(Bijector):
                 f"ContinuousBlock: expected x outside of a jax.shard_map, in which diffrax cannot loop, got x that "
                 f"varies over {axes}; with jit the compiler divides a batch"
             )
+        is_given = _are_finite(x)
+        x = jnp.where(per_example(is_given, x), x, 0)
+        if condition is not None:
+            is_given &= _are_finite(condition)
+            condition = jnp.where(per_example(_are_finite(condition), condition), condition, 0)
         graphdef, weights = nnx.split(self.field)
         probes = probes_for(estimator, key, x)
 
@@ -201,7 +216,7 @@ class ContinuousBlock(Bijector):
             max_steps=self.max_steps,
             throw=False,
         )
-        is_done = jnp.broadcast_to(found.result == solver.RESULTS.successful, x.shape[:1])
+        is_done = is_given & (found.result == solver.RESULTS.successful)
         y, total = (jnp.where(per_example(is_done, leaf[-1]), leaf[-1], jnp.nan) for leaf in found.ys)
         log_det = -total if backwards else total
         residual = jnp.where(is_done, 0, jnp.inf).astype(x.dtype)
@@ -285,9 +300,22 @@ def _largest_error(tree: Any) -> Array:
     """The root mean square of each example's errors, of the example where it is largest."""
     leaves = jax.tree.leaves(tree)
     total = sum(jnp.sum(jnp.square(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in leaves)
-    # The derivative of a norm is not defined at zero.
     mean = jnp.max(total) / sum(leaf[0].size for leaf in leaves)
-    return jnp.where(mean > 0, jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
+    # The derivative of a norm is not defined at zero. A step to values that are not finite has to be repeated.
+    root = jnp.sqrt(jnp.where((mean > 0) & jnp.isfinite(mean), mean, 1))
+    return jnp.where(mean > 0, jnp.where(jnp.isfinite(mean), root, jnp.inf), jnp.where(mean == 0, 0, jnp.inf))
+
+
+def check_times(time: float, tolerance: float) -> None:
+    """Raises ValueError unless both are positive and finite."""
+    for name, value in (("time", time), ("tolerance", tolerance)):
+        check_positive(name, value)
+        check_finite(name, value)
+
+
+def _are_finite(batch: Array) -> Array:
+    """Whether all elements of each example are finite, [B]."""
+    return jnp.isfinite(batch).reshape(batch.shape[0], -1).all(axis=1)
 
 
 def _adjoint(solver: Any, name: str, limits: dict[str, float]) -> Any:

@@ -5,11 +5,11 @@ from typing import Any, get_args
 
 from flax import nnx
 
-from resflow_jax.functional.checks import check_choice, check_count, check_positive
+from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.composition import Chain
-from resflow_jax.layers.continuous import ADJOINTS, Adjoint, ContinuousBlock, VelocityField
+from resflow_jax.layers.continuous import ADJOINTS, Adjoint, ContinuousBlock, VelocityField, check_times
 from resflow_jax.layers.couplings.conditioners import CNNConditioner, MLPConditioner, ResNetConditioner
 from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.residual import ResidualStack
@@ -72,8 +72,7 @@ class ContinuousFlowConfig(OfEvents):
         check_shape_and_data(self)
         check_count("blocks", self.blocks, 1)
         check_count("squeezes", self.squeezes, 0)
-        check_positive("time", self.time)
-        check_positive("tolerance", self.tolerance)
+        check_times(self.time, self.tolerance)
         check_count("max_steps", self.max_steps, 1)
         check_choice("adjoint", self.adjoint, ADJOINTS)
         if not isinstance(self.conditioner, get_args(Network)):
@@ -99,6 +98,8 @@ class ContinuousFlowConfig(OfEvents):
         """One block for vectors; for images convolutions of 32 channels, with up to two squeezes."""
         shape = as_event_shape(shape)
         if len(shape) == 1:
+            return cls(shape, **settings)
+        if isinstance(settings.get("conditioner"), MLPConditioner):
             return cls(shape, **settings)
         network = CNNConditioner((32, 32), (3, 3, 3), "softplus")
         preset = {"conditioner": network, "squeezes": halvings(shape, 2)}

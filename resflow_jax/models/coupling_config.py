@@ -1,5 +1,6 @@
 """The settings of flows of coupling layers, with those of the papers as presets."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -120,6 +121,8 @@ class CouplingFlowConfig(OfEvents):
                 name = type(self.conditioner).__name__
                 raise ValueError(f"conditioner: expected MLPConditioner for vectors, got {name}")
             return
+        if math.prod(self.shape[:2]) < 2:
+            raise ValueError(f"shape: expected images of at least 2 pixels, or MLPConditioner, got {self.shape}")
         found = halvings(self.shape, self.scales.squeezes)
         if found < self.scales.squeezes:
             raise ValueError(
@@ -196,7 +199,10 @@ class CouplingFlowConfig(OfEvents):
 
 def _preset(cls: type, shape: Shape, settings: dict[str, Any], **preset: Any) -> CouplingFlowConfig:
     """The preset for a shape, with the settings that replace its own."""
-    config = cls((64, 64, 1) if len(shape) == 3 else (2,), **preset)
+    if isinstance(settings.get("conditioner"), MLPConditioner):
+        preset.pop("scales", None)  # it takes the image as one vector
+    own = {name: settings[name] for name in ("couplings", "conditioner") if name in settings}
+    config = cls((64, 64, 1) if len(shape) == 3 else (2,), **{**preset, **own})
     scales = config.scales if config.is_flat else _fitted(config.scales, shape, config.couplings)
     return cls(shape, **{**preset, "scales": scales, **settings})
 

@@ -96,8 +96,8 @@ def fit(
         over all steps; by default 0.005; or an optax schedule. The gradient is clipped to a global norm of 1.
       optimizer: an optax transformation, instead of Adam, its learning rate and the clipping.
       estimator: of the log-det in training; by default `Roulette()`, which is unbiased.
-      evaluation_estimator: of the log-det in validation; by default `Exact()` for at most 32 dimensions, else a
-        `Roulette` with eight exact terms.
+      evaluation_estimator: of the log-det in validation; by default `Exact()` for at most 32 dimensions, else
+        that of `evaluate_bits_per_dim`.
       ema: decay in (0, 1) of a moving average of the weights, which is then validated and returned; None for none.
       patience: validations in a row without an improvement after which training stops; None for no such stop.
       validate_every: steps between validations, and entries of the history; by default those of an epoch, but at

@@ -56,8 +56,15 @@ def test_masks_leave_no_other_path():
     np.testing.assert_array_equal(paths > 0, expected)
 
 
+@pytest.mark.parametrize("widths", [(4, 4), (3, 9)])
+def test_narrow_networks(widths):
+    """With fewer units than elements, the last output depends on all elements before it, and none on later ones."""
+    paths = np.linalg.multi_dot([mask.astype(int) for mask in autoregressive_masks(12, widths)])
+    assert not np.triu(paths[:, :12].T > 0).any() and (paths[:11, [11, 23]] > 0).all()
+
+
 def test_start_and_dtypes():
-    """The start is the identity; float32 stays, and is finite for large inputs."""
+    """The start is the identity; float32 stays, is finite for large inputs, and takes bfloat16 in both directions."""
     layer = rf.MaskedAutoregressive(3, (8,), rngs=nnx.Rngs(0))
     x = jnp.asarray([[1.0, -2.0, 3e4]], jnp.float32)
     layer = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), layer)
@@ -65,6 +72,9 @@ def test_start_and_dtypes():
     assert y.dtype == log_det.dtype == layer.inverse(y).dtype == jnp.float32
     np.testing.assert_array_equal(y, x)
     np.testing.assert_array_equal(layer.inverse(y), x)
+    low = jnp.ones((1, 3), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        assert layer.inverse(low).dtype == layer.forward(low)[0].dtype == jnp.float32
     assert rf.certify(rf.Flow(layer)).unbounded[0][0] == "MaskedAutoregressive"
 
 

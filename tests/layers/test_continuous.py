@@ -106,6 +106,49 @@ def test_a_solve_that_does_not_finish():
         block.inverse(X)
 
 
+class Waves(nnx.Module):
+    def __call__(self, t, x, condition=None):
+        return 6 * jnp.sin(3 * x[:, ::-1]) + (0 if condition is None else condition)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_example_that_is_not_finite(bad):
+    """It becomes NaN alone, in both directions; the steps of the others are those without it."""
+    block = rf.ContinuousBlock(Waves(), tolerance=1e-6)
+    x = jax.random.normal(jax.random.key(0), (4, 2))
+    run = jax.jit(lambda x: block.forward_with_status(x, estimator=rf.Exact()))
+    y, log_det, status = run(x.at[0, 0].set(bad))
+    expected, wanted, clean = run(x.at[0].set(0.0))
+    np.testing.assert_array_equal(y[1:], expected[1:])
+    np.testing.assert_array_equal(log_det[1:], wanted[1:])
+    np.testing.assert_array_equal(status.iterations, clean.iterations)
+    assert jnp.isnan(y[0]).all() and jnp.isnan(log_det[0]) and jnp.isinf(status.residual[0])
+    assert status.converged.tolist() == [False, True, True, True] and clean.converged.all()
+    back, status = block.inverse(y.at[0].set(bad), return_status=True)
+    np.testing.assert_allclose(back[1:], x[1:], atol=1e-3)
+    assert status.converged.tolist() == [[False, True, True, True]] and jnp.isnan(back[0]).all()
+
+
+def test_a_condition_that_is_not_finite():
+    block = rf.ContinuousBlock(Waves(), condition_shape=(2,))
+    condition = jnp.zeros((3, 2)).at[1, 1].set(jnp.nan)
+    y = block(jnp.ones((3, 2)), condition)
+    assert jnp.isnan(y[1]).all() and jnp.isfinite(y[::2]).all()
+
+
+class Above(nnx.Module):
+    """Decays to 1, and is NaN below, where the stages of a long step are."""
+
+    def __call__(self, t, x):
+        return jnp.where(x >= 1, -30 * (x - 1), jnp.nan)
+
+
+def test_a_step_that_leaves_the_domain_is_repeated():
+    block = rf.ContinuousBlock(Above(), tolerance=1e-2)
+    y, _, status = block.forward_with_status(jnp.full((1, 1), 2.0), estimator=rf.Exact())
+    assert status.converged.all() and 1 <= float(y[0, 0]) < 1.01
+
+
 def test_in_a_flow_of_float32():
     """Stacked and in a chain with a residual block, with the keys of a flow; the density integrates to one in 1D."""
 
@@ -138,6 +181,8 @@ class Wrong(nnx.Module):
     [
         (lambda: rf.ContinuousBlock(lambda t, x: x), "field: expected a module"),
         (lambda: rf.ContinuousBlock(Linear(), time=0.0), "time: expected a positive number"),
+        (lambda: rf.ContinuousBlock(Linear(), time=np.inf), "time: expected a finite number"),
+        (lambda: rf.ContinuousBlock(Linear(), tolerance=np.inf), "tolerance: expected a finite number"),
         (lambda: rf.ContinuousBlock(Linear(), tolerance=-1.0), "tolerance: expected a positive number"),
         (lambda: rf.ContinuousBlock(Linear(), max_steps=0), "max_steps: expected"),
         (lambda: rf.ContinuousBlock(Linear(), adjoint="none"), "adjoint: expected one of checkpointed, backsolve"),

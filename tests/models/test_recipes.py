@@ -97,6 +97,15 @@ def test_presets_build_for_every_shape(preset, shape):
     assert nnx.eval_shape(lambda: flow_from_config(config.fitted(other), rngs=nnx.Rngs(0))).event_shape == other
 
 
+def test_settings_in_the_place_of_those_of_a_preset():
+    """Layers on pixels where no squeeze is possible are as many as asked for; a dense network takes the whole image."""
+    assert Coupling.glow((7, 7, 1), couplings=32) == Coupling.glow((8, 8, 1), couplings=32).fitted((7, 7, 1))
+    assert Coupling.glow((7, 7, 1), couplings=32).scales.last == 32
+    for preset in (Coupling.real_nvp, Coupling.glow, Coupling.flow_pp, Coupling.neural_spline):
+        assert preset((8, 8, 1), conditioner=MLP).scales == Scales()
+    assert rf.ContinuousFlowConfig.ffjord((8, 8, 1), conditioner=MLP).squeezes == 0
+
+
 def test_a_flow_of_layers_is_saved_too(tmp_path):
     """Composed of coupling layers by hand, stacked, with a mask that is an array."""
 
@@ -166,6 +175,12 @@ def test_tabulate():
         (lambda: rf.AutoregressiveFlowConfig(IMAGE), r"shape: expected \(D,\)"),
         (lambda: rf.AutoregressiveFlowConfig((3,), 0), "layers: expected"),
         (lambda: rf.AutoregressiveFlowConfig((3,), activation="gelu"), "activation: expected one of"),
+        (
+            lambda: rf.AutoregressiveFlowConfig((3,), activation="maxmin"),
+            "activation: expected one that acts",
+        ),
+        (lambda: Coupling.glow((1, 1, 3)), "shape: expected images of at least 2 pixels"),
+        (lambda: Coupling.glow((7, 7, 1), couplings="3"), "couplings: expected"),
         (lambda: rf.ContinuousFlowConfig((3,), 0), "blocks: expected"),
         (lambda: rf.ContinuousFlowConfig((3,), conditioner=CNN), "conditioner: expected MLPConditioner for vectors"),
         (lambda: rf.ContinuousFlowConfig((3,), conditioner=3), "conditioner: expected MLPConditioner or CNN"),

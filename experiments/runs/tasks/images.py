@@ -76,7 +76,7 @@ def other_images(name: str, config: DataConfig, own: Any, of: str) -> np.ndarray
 class ImageTask(Task):
     """Density estimation of images, in bits/dim."""
 
-    metric, unit, label, sign, batch_size = "bits_per_dim", "bits/dim", "bits/dim", 1, 100
+    metric, unit, label, sign, batch_size = "bits_per_dim", "bits/dim", "bits/dim", 1, 128
 
     def __init__(self, config: DensityConfig):
         """Raises ValueError if the images have another shape than the model."""

@@ -11,6 +11,8 @@ The search tries three learning rates with the widths that ship, and then two ot
 for a short time.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -19,11 +21,14 @@ from experiments.configs.base import DensityConfig, RunConfig
 from experiments.runs.models import IMAGES, LEARNING_RATE, VECTORS
 from resflow_jax import (
     AutoregressiveFlowConfig,
+    Exact,
     ImageFlowConfig,
     ImageTransform,
     ResNetConditioner,
+    Roulette,
     VectorFlowConfig,
 )
+from resflow_jax.io.config_json import as_json
 
 WITNESSES = ("zuko_nsf", "zuko_maf", "normflows_glow")
 ON_IMAGES = (*IMAGES, *WITNESSES)
@@ -103,10 +108,25 @@ def is_witness(model: str) -> bool:
 
 
 def with_contender(config: RunConfig, model: str, candidate: Candidate, seed: int) -> RunConfig:
-    """The config of a run of one of our models; of a witness the config with the residual flow, for its data."""
+    """The config of a run of one of our models; of a witness the config with the residual flow, for its data.
+
+    The estimator of the config is that of its residual flow. Others take `Roulette()` in its place, unless it is exact.
+    """
     optimizer = replace(config.optimizer, learning_rate=candidate.learning_rate)
     flow = config.model if is_witness(model) else widened(VECTORS[model](config.model), candidate.width)
-    return replace(config, model=flow, optimizer=optimizer, seed=seed)
+    estimator = config.estimator if model == "residual" or isinstance(config.estimator, Exact) else Roulette()
+    return replace(config, model=flow, optimizer=optimizer, estimator=estimator, seed=seed)
+
+
+def fingerprint(model: str, config: RunConfig) -> str:
+    """A hash of what a model is and how it trains, but for what a `Candidate` and a job set.
+
+    Results with another fingerprint are of an earlier config, and are not used.
+    """
+    run = with_contender(config, model, Candidate(1.0, 1.0), 0)
+    flow = getattr(run.model.data, "logit_alpha", None) if is_witness(model) else run.model
+    settings = {"model": flow, "estimator": run.estimator, "optimizer": run.optimizer, "batch_size": run.batch_size}
+    return hashlib.sha256(json.dumps(as_json(settings), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def widened(model: Any, factor: float) -> Any:

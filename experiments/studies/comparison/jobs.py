@@ -29,6 +29,7 @@ class Job:
       is_search: whether it is a candidate, which never reads the test split.
       examples: maximum number of test examples; None for that of the config.
       small: whether the model is as small as those of `--tiny`.
+      config: what `contenders.fingerprint` says of the other settings of the model and its training.
     """
 
     data: str
@@ -40,6 +41,7 @@ class Job:
     is_search: bool
     examples: int | None = None
     small: bool = False
+    config: str = ""
 
     @property
     def candidate(self) -> Candidate:

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from experiments.studies.comparison.contenders import Candidate, with_rates, with_widths
+from experiments.studies.comparison.contenders import Candidate, fingerprint, with_rates, with_widths
 from experiments.studies.comparison.datasets import config_of, searched_on
 from experiments.studies.comparison.jobs import Job, found, is_good
 
@@ -91,4 +92,9 @@ class Plan:
         tried = candidate.width, candidate.learning_rate
         examples = None if is_search else self.examples
         data = searched_on(self.data) if is_search else self.data
-        return Job(data, model, seed, seconds, *tried, is_search, examples, self.small)
+        return Job(data, model, seed, seconds, *tried, is_search, examples, self.small, _fingerprint(data, model))
+
+
+@lru_cache
+def _fingerprint(data: str, model: str) -> str:
+    return fingerprint(model, config_of(data))

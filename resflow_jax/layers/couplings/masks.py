@@ -85,6 +85,8 @@ def check_mask(shape: Shape, mask: Any) -> None:
       shape: of one event.
       mask: "halves", "checkerboard", or a bool array; traced arrays are checked by shape alone.
     """
+    if not shape:
+        raise ValueError("shape: expected at least one axis to divide, got ()")
     if isinstance(mask, str):
         if mask not in MASKS:
             raise ValueError(f"mask: expected one of {', '.join(MASKS)}, or a bool array; got {mask!r}")

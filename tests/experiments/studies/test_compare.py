@@ -1,5 +1,6 @@
 """The comparison of flows: settings, jobs and their files, tables. What a job does is tested in `comparison`."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -112,6 +113,14 @@ def test_figures_that_are_kept(tmp_path, done, capsys):
     before = len(done)
     compare.run(replace(config, seeds=2, workdir=tmp_path / "c"))
     assert [(job.seed, job.is_search) for job in done[before:]] == [(1, False)]
+    old = json.loads(store.read_text())
+    for one in itertools.chain(*old["digits"]["nice"].values()):
+        one["job"]["config"] = "an earlier one"
+    store.write_text(json.dumps(old))
+    before = len(done)
+    assert "digits" in compare.run(replace(config, models=("glow",), workdir=tmp_path / "d", table_only=True))
+    compare.run(replace(config, workdir=tmp_path / "d"))
+    assert len(done[before:]) == 6 and {job.model for job in done[before:]} == {"nice"}
     for text in ("{", "3", '{"digits": 3}', '{"digits": {"nice": {"runs": [{}]}}}'):
         store.write_text(text)
         with pytest.raises(ValueError, match=r"results: expected a file that this command has written, got .*all.json"):

@@ -33,6 +33,14 @@ def stack(rngs):
     return rf.ResidualStack(step, 2, rngs=rngs)
 
 
+def stack_of_mixtures(rngs):
+    def step(rngs):
+        spline = rf.SplineCoupling((5,), MLP, "checkerboard", bins=3, condition_dim=2, rngs=rngs)
+        return rf.Chain([spline, rf.MixtureCoupling((5,), MLP, components=2, condition_dim=2, rngs=rngs)])
+
+    return rf.ResidualStack(step, 2, rngs=rngs)
+
+
 # name: (constructor from rngs, shape of one example)
 LAYERS = {
     "additive": (lambda rngs: rf.AdditiveCoupling((5,), MLP, rngs=rngs), (5,)),
@@ -55,6 +63,7 @@ LAYERS = {
         IMAGE,
     ),
     "stack": (stack, (5,)),
+    "stack of splines and mixtures": (stack_of_mixtures, (5,)),
 }
 
 

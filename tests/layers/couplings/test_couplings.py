@@ -29,7 +29,8 @@ def test_inverse_and_log_det(name):
     y, log_det, back, status, again = run(layer, x, condition)
     np.testing.assert_allclose(back, x, rtol=1e-9, atol=1e-9)
     assert not np.allclose(y, x, atol=0.1) and status.converged.all()
-    assert status.converged.shape == (int(name.startswith("mixture")), 3)
+    iterative = 2 if name == "stack of splines and mixtures" else int(name.startswith("mixture"))
+    assert status.converged.shape == (iterative, 3)
     jacobians = dense_jacobians(layer, x, condition)
     expected = np.linalg.slogdet(jacobians)[1]
     np.testing.assert_allclose(log_det, expected, rtol=1e-9, atol=1e-9)
@@ -152,6 +153,23 @@ def test_a_solve_that_does_not_finish():
     assert status.converged.tolist() == [[False, True, True]] and status.iterations.max() < 80
 
 
+def test_a_search_in_low_precision_ends():
+    """Also for an element whose residual becomes NaN, and after more steps than bfloat16 can count."""
+    w, far = jnp.asarray([[0.3]], jnp.bfloat16), jnp.asarray([0.0, 0.5, -100.0], jnp.bfloat16)
+    search = jax.jit(inverse_mixture_logit, static_argnums=3)
+    _, status = search(w, mixture_of(far[None, :, None]), 1e-2, 1000)
+    assert not status.converged.any() and status.iterations.max() < 1000
+    near = mixture_of(jnp.asarray([0.0, 0.5, 1.0], jnp.bfloat16)[None, :, None])
+    assert search(w, near, 1e-2, 1000)[1].converged.all()
+
+
+def test_events_of_another_shape():
+    """An inverse refuses them: an array as a mask would broadcast."""
+    layer = rf.AffineCoupling((3,), MLP, np.asarray([True, False, True]), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^y: expected a float array \[B, 3\], got .*\(4, 1\)"):
+        layer.inverse(jnp.ones((4, 1)))
+
+
 @pytest.mark.parametrize("name", ["affine on channels", "spline", "mixture"])
 def test_as_transformations(name):
     """grad under jit is finite, vmap over batches gives the batches' values, float32 and bfloat16 keep their dtype."""
@@ -197,6 +215,10 @@ def test_as_transformations(name):
         (lambda: rf.AffineCoupling((2,), MLP, np.ones(3, bool), rngs=nnx.Rngs(0)), r"mask: .* shape \(2,\); got bool"),
         (lambda: rf.AffineCoupling((2,), MLP, np.ones(2, bool), rngs=nnx.Rngs(0)), "mask: .* got 2 of 2 kept"),
         (lambda: rf.AffineCoupling((2,), MLP, np.zeros(2, bool), rngs=nnx.Rngs(0)), "mask: .* got 0 of 2 kept"),
+        (
+            lambda: rf.AffineCoupling((), MLP, rngs=nnx.Rngs(0)),
+            r"shape: expected at least one axis to divide, got \(\)",
+        ),
         (lambda: rf.AffineCoupling((2,), MLP), "rngs: expected nnx.Rngs beside the settings"),
         (lambda: rf.AffineCoupling((2,), 3, rngs=nnx.Rngs(0)), "conditioner: expected the settings of a network"),
         (lambda: rf.AffineCoupling((2,), CNN, rngs=nnx.Rngs(0)), "conditioner: expected events on a grid"),

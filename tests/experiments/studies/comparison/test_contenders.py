@@ -9,6 +9,7 @@ from experiments.runs.models import VECTORS
 from experiments.studies.comparison import contenders
 from experiments.studies.comparison.contenders import (
     MODELS,
+    fingerprint,
     gives_bound,
     lack,
     models_for,
@@ -27,7 +28,7 @@ from experiments.studies.comparison.datasets import (
     task_for,
 )
 from experiments.studies.comparison.diamonds import RESOLUTIONS, dequantized, divided, load_diamonds, read
-from resflow_jax import Dequantization, ImageTransform
+from resflow_jax import Dequantization, Exact, ImageTransform, Roulette
 
 CONFIG = config_of("digits")
 
@@ -44,7 +45,8 @@ def test_settings_are_valid(data):
             found = with_contender(config, model, candidate, 3)
             assert found.seed == 3 and found.optimizer.learning_rate == candidate.learning_rate
             assert found.optimizer == replace(config.optimizer, learning_rate=candidate.learning_rate)
-            assert (found.batch_size, found.estimator) == (config.batch_size, config.estimator)
+            own = model == "residual" or isinstance(config.estimator, Exact)
+            assert (found.batch_size, found.estimator) == (config.batch_size, config.estimator if own else Roulette())
     residual = with_contender(config, "residual", with_rates("residual", config)[0], 0)
     assert residual == config
 
@@ -67,6 +69,18 @@ def test_widths():
     assert widened(VECTORS["maf"](vectors), 2).hidden == (256, 256)
     assert widened(VECTORS["nice"](vectors), 1e-9).conditioner.hidden == (1, 1)
     assert widened(vectors, 1.0) == vectors
+
+
+def test_fingerprints():
+    """They change with the settings of a model, not with what a candidate or a job sets."""
+    other = replace(CONFIG, seed=3, steps=7, optimizer=replace(CONFIG.optimizer, learning_rate=1.0))
+    deeper = replace(CONFIG, model=replace(CONFIG.model, blocks=(1, 1)))
+    larger = replace(CONFIG, batch_size=7)
+    for model in models_for(CONFIG):
+        own = fingerprint(model, CONFIG)
+        assert fingerprint(model, other) == own != fingerprint(model, larger)
+        assert (fingerprint(model, deeper) == own) == (model != "residual")
+    assert len({fingerprint(model, CONFIG) for model in VECTORS if model in models_for(CONFIG)}) == 7
 
 
 def test_bounds():
