@@ -160,14 +160,17 @@ def test_bad_images_are_named():
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs the eight CPU devices of conftest.py, not another platform")
 def test_two_devices_give_the_evaluation_of_one():
-    """The same noise by example, also where the last batch is ragged; an odd batch is rounded up."""
+    """The same noise by example, also where the last batch is ragged; an odd batch is rounded up.
+
+    A device's share is a multiple of the estimator's subsample, which is 4 by default.
+    """
     config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=rf.DenseTail(0))
     flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
     images = np.random.default_rng(0).integers(0, 16, (10, 4, 4, 1))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     arguments = {"levels": 16, "draws": 2}
-    one = rf.evaluate_bits_per_dim(flow, images, jax.random.key(1), batch_size=4, **arguments)
-    for batch_size in (3, 4):
+    one = rf.evaluate_bits_per_dim(flow, images, jax.random.key(1), batch_size=8, **arguments)
+    for batch_size in (7, 8):
         two = rf.evaluate_bits_per_dim(flow, images, jax.random.key(1), batch_size=batch_size, mesh=mesh, **arguments)
         np.testing.assert_allclose(two, one, rtol=1e-10)
 
