@@ -223,6 +223,7 @@ def rows(task: Task, result: dict[str, Any]) -> dict[str, str]:
         f"weights of step {result['step']})",
         "standard error": f"{error_by_cause(test['data_stderr'], test['noise_stderr'])} ({result['draws']} draws, "
         f"{result['estimator']['type']})",
+        **task.notes,
         "reconstruction error": reconstruction_row(found),
     }
     for name, other in result["other"].items():

@@ -6,8 +6,8 @@
     ffjord                                       a continuous flow, which needs diffrax; see `rf.ContinuousFlowConfig`
 
 Each takes shape, data transform and condition of the residual flow, but has the dequantisation of its own config. A run
-then has the name of its model in its work
-directory, and a learning rate of at most 2e-3, since these networks have no bound that would keep steps small.
+then has the name of its model in its work directory, and a learning rate of at most 2e-3, since these networks have no
+bound that would keep steps small.
 """
 
 from collections.abc import Callable, Mapping

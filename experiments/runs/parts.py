@@ -14,12 +14,15 @@ from resflow_jax import ResidualFlow
 Array = jax.Array
 
 
-def number_of_parts(batch_size: int, largest: int) -> int:
-    """The smallest number of equal parts of at most `largest` examples that occupies as many devices as possible."""
+def number_of_parts(batch_size: int, largest: int, multiple: int = 1) -> int:
+    """The smallest number of equal parts of at most `largest` examples that occupies as many devices as possible.
+
+    The size of a part is a multiple of `multiple`, if there is such a number.
+    """
     devices = devices_for(batch_size)
-    return next(
-        n for n in range(devices, batch_size + 1, devices) if batch_size % n == 0 and batch_size // n <= largest
-    )
+    numbers = range(devices, batch_size + 1, devices)
+    fitting = [n for n in numbers if batch_size % n == 0 and batch_size // n <= largest]
+    return next((n for n in fitting if batch_size // n % multiple == 0), fitting[0])
 
 
 def over_parts(function: Callable[[ResidualFlow, Array], Any], flow: ResidualFlow) -> Callable[[Array], Any]:

@@ -12,7 +12,8 @@ from resflow_jax.io.config_json import as_document, as_json, completed, parsed, 
 from resflow_jax.io.whole_files import whole_file
 
 # Settings that may differ when a run is resumed. Up to rounding they change neither the model nor a step; only the
-# number of steps changes the learning-rate schedule from there on.
+# number of steps changes the learning-rate schedule from there on, and a device's share of a batch that the estimator's
+# `subsample` does not divide changes which examples go on after the exact terms.
 MAY_CHANGE = (
     "steps",
     "workdir",

@@ -9,7 +9,7 @@ difference is the bias. It follows the comparison of biased and unbiased trainin
 1906.02735).
 
 The hyperparameters are those of `experiments.configs.digits_uniform`, except for 2000 steps and a flow of two blocks
-with two convolutions each: with its twelve blocks the bias is only -0.01 bits/dim after 800 steps.
+with two convolutions each: with the twelve blocks of that flow the bias is only -0.01 bits/dim after 800 steps.
 
 It measures the current weights, not averaged ones, and iterates the norms of the layers to convergence. While the
 learning rate is high, the norms that training uses are up to 6 % too small. The training estimate of the truncated run

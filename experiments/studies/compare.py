@@ -31,14 +31,15 @@ diverged runs stay in the table.
 It prints Markdown tables, and writes them as DIR/NAME/compare.json and samples.png. Finished jobs are JSON files, which
 are only read: a command that was stopped goes on with what is missing. To repeat a job, remove its file. `--table-only`
 makes tables and picture of what there is. `--results FILE` also keeps the figures of all data sets in one JSON file,
-and the command goes on from the jobs in it, but for those of an earlier config of their model. Without this option,
-all is trained anew in an empty DIR.
+and the command goes on from the jobs in it. It leaves out jobs whose model had another config then. Without this
+option, all is trained anew in an empty DIR.
 
 On two cores all models take about 2 hours on the digits, 4 on diamonds and on the toy densities, 8 on fashion_mnist.
 """
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,7 +53,7 @@ from experiments.runs.workdir import make_workdir, write_atomically
 from experiments.studies.comparison.contenders import MODELS, fingerprint, gives_bound, lack, models_for
 from experiments.studies.comparison.datasets import DEFAULTS, TABLE, config_of, names_in, searched_on
 from experiments.studies.comparison.diamonds import RESOLUTIONS, load_diamonds
-from experiments.studies.comparison.jobs import found, restore
+from experiments.studies.comparison.jobs import Job, found, restore
 from experiments.studies.comparison.pictures import save_densities, save_image_rows
 from experiments.studies.comparison.plan import Plan
 from experiments.studies.comparison.running import cores, run_all
@@ -162,7 +163,8 @@ def run(config: CompareConfig) -> dict[str, Any]:
         if (lacking := lack(model)) is not None:
             print(f"skipped: {lacking}", flush=True)
     make_workdir(config.workdir / config.data)
-    kept = _kept(config.results, config.workdir)
+    stored = _stored(config.results)
+    kept = _kept(stored, config)
     if not config.table_only:
         places = cores(config.parallel_runs)
         run_all(lambda: [job for plan in plans for job in plan.missing()], config.workdir, places, config.data_dir)
@@ -175,40 +177,52 @@ def run(config: CompareConfig) -> dict[str, Any]:
     write_atomically(config.workdir / config.data / "compare.json", json.dumps(document, indent=2) + "\n")
     if config.results is not None:
         config.results.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.results, json.dumps(compact(kept | results), indent=1) + "\n")
+        write_atomically(config.results, json.dumps(compact(_joined(stored, results)), indent=1) + "\n")
     _draw(config)
     return document
 
 
-def _kept(path: Path | None, workdir: Path) -> dict[str, Results]:
-    """What a file of `--results` has, its jobs restored in the work directory; nothing if it is not there yet.
-
-    Results of an earlier config of a model are left out.
-    """
+def _stored(path: Path | None) -> dict[str, Results]:
+    """The content of a file of `--results`; nothing if it is not there yet."""
     if path is None or not path.exists():
         return {}
     try:
-        kept = {data: _current(data, of) for data, of in dict(json.loads(path.read_text())).items()}
-        for of in kept.values():
-            for kinds in of.values():
-                restore(itertools.chain(*kinds.values()), workdir)
-        return kept
+        stored = dict(json.loads(path.read_text()))
+        for found in _all_of(stored):
+            Job(**found["job"])
+        return stored
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"results: expected a file that this command has written, got {path}: {error}") from error
 
 
-def _current(data: str, of: Results) -> Results:
-    """The results of a data set whose models are those of today."""
-    config = config_of(data)
-    prints = {model: fingerprint(model, config) for model in of}
-    current = {
-        model: {
-            kind: [found for found in results if found["job"].get("config") == prints[model]]
-            for kind, results in kinds.items()
-        }
-        for model, kinds in of.items()
-    }
-    return {model: kinds for model, kinds in current.items() if any(kinds.values())}
+def _all_of(stored: dict[str, Results]) -> Iterator[dict[str, Any]]:
+    for of in stored.values():
+        for kinds in of.values():
+            yield from itertools.chain(*kinds.values())
+
+
+def _kept(stored: dict[str, Results], config: CompareConfig) -> dict[str, Results]:
+    """The stored results whose models have the config of today, their jobs restored in the work directory."""
+    kept: dict[str, Results] = {}
+    for data, of in stored.items():
+        kept[data] = {}
+        for model, kinds in of.items():
+            print_of_today = fingerprint(model, config_of(data))
+            current = {
+                kind: [found for found in results if found["job"].get("config") == print_of_today]
+                for kind, results in kinds.items()
+            }
+            if any(current.values()):
+                kept[data][model] = current
+            elif data in config.names:
+                print(f"left out of {config.results}: {model} on {data}, which had another config", flush=True)
+    restore(_all_of(kept), config.workdir)
+    return {data: of for data, of in kept.items() if of}
+
+
+def _joined(stored: dict[str, Results], results: dict[str, Results]) -> dict[str, Results]:
+    """All that was stored, with new results in the place of those of the same model."""
+    return stored | {data: stored.get(data, {}) | of for data, of in results.items()}
 
 
 def _report(config: CompareConfig, found: dict[str, Results]) -> None:

@@ -103,7 +103,8 @@ def _root(w: Array, mixture: Mixture, limits: tuple[Array, Array]) -> tuple[Arra
     start = _State(low, high, 0.5 * low + 0.5 * high, zeros + jnp.inf, zeros.astype(cap.dtype), zeros)
 
     def is_open(state):
-        is_possible = jnp.isfinite(state.x) & ~jnp.isnan(state.residual)
+        is_stuck = jnp.isnan(state.residual) & (state.x == 0.5 * state.low + 0.5 * state.high)
+        is_possible = jnp.isfinite(state.x) & ~is_stuck
         return jnp.any((state.is_done == 0) & (state.iterations < cap) & is_possible)
 
     def turn(state):

@@ -45,8 +45,8 @@ class MaskedAutoregressive(Bijector):
 
     Args:
       dim: D, the number of elements.
-      hidden: output widths of the activations. With fewer than D - 1 units an output sees the elements up to some
-        element before it, not all of them.
+      hidden: output widths of the activations. With fewer than D - 1 units, some outputs see only the first of
+        the elements before them.
       condition_dim: number of elements of a condition [condition_dim], which gives every hidden unit a gate and a
         shift; None for none. With D = 1 the layer depends on the condition alone.
       activation: name of the activation, one of `ACTIVATIONS` that neither pairs nor doubles channels.
@@ -118,8 +118,8 @@ class MaskedAutoregressive(Bijector):
             mean, log_scale = self._network(x, condition)
             return jnp.where((numbers == number)[None], y * jnp.exp(log_scale) + mean, x), None
 
-        x = jnp.zeros(y.shape, jnp.result_type(y, self.linears[0].kernel[...]))
-        return jax.lax.scan(find_next, x, numbers)[0]
+        dtype = jax.eval_shape(self._network, y, condition)[0].dtype
+        return jax.lax.scan(find_next, jnp.zeros(y.shape, jnp.promote_types(y.dtype, dtype)), numbers)[0]
 
 
 class MaskedLinear(Module):

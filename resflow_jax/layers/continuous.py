@@ -115,7 +115,7 @@ class ContinuousBlock(Bijector):
     Args:
       field: f, a module of Flax NNX that is called as f(t, x) or f(t, x, condition) for t [] and x [B, ...], and
         treats each example independently; `VelocityField`, for one. In the place of an example that is not finite it
-        gets zeros.
+        gets the first finite one.
       event_shape: shape of one x, if the field does not know it.
       condition_shape: shape of one condition, if the field takes one and does not know it.
       time: length of the interval.
@@ -191,11 +191,9 @@ class ContinuousBlock(Bijector):
                 f"ContinuousBlock: expected x outside of a jax.shard_map, in which diffrax cannot loop, got x that "
                 f"varies over {axes}; with jit the compiler divides a batch"
             )
-        is_given = _are_finite(x)
-        x = jnp.where(per_example(is_given, x), x, 0)
-        if condition is not None:
-            is_given &= _are_finite(condition)
-            condition = jnp.where(per_example(_are_finite(condition), condition), condition, 0)
+        is_given = _are_finite(x) if condition is None else _are_finite(x) & _are_finite(condition)
+        x = _with_finite(x, is_given)
+        condition = None if condition is None else _with_finite(condition, is_given)
         graphdef, weights = nnx.split(self.field)
         probes = probes_for(estimator, key, x)
 
@@ -311,6 +309,12 @@ def check_times(time: float, tolerance: float) -> None:
     for name, value in (("time", time), ("tolerance", tolerance)):
         check_positive(name, value)
         check_finite(name, value)
+
+
+def _with_finite(batch: Array, is_given: Array) -> Array:
+    """The batch with its first example that is given in the place of those that are not."""
+    first = batch[jnp.argmax(is_given)]
+    return jnp.where(per_example(is_given, batch), batch, jnp.where(jnp.isfinite(first), first, 0))
 
 
 def _are_finite(batch: Array) -> Array:

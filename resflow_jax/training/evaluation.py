@@ -23,7 +23,7 @@ from resflow_jax.training.slices import over_slices
 
 Array = jax.Array
 
-# Of little noise in means over batches: what examples have in common is almost free of the length's noise.
+# Its means over a batch have little noise, since the shared length hardly changes them.
 MEAN_ESTIMATOR = Roulette(Defensive(0.4), exact_terms=2, subsample=4, probe="hadamard")
 
 
@@ -128,16 +128,17 @@ def evaluate_bits_per_dim(
       images: integers [N, H, W, C] in {0..levels-1}.
       key: PRNG key of the dequantisation and of the estimates.
       levels: number of values that a pixel can have.
-      estimator: estimator of the log-det; by default `MEAN_ESTIMATOR`, a roulette with two exact terms that goes on for
-        one image of four, with Hadamard probes. `Exact()` leaves only the noise of dequantisation; it takes D vjps of
-        every block and D^2 numbers an image, so use a small batch size.
+      estimator: estimator of the log-det; by default
+        Roulette(Defensive(0.4), exact_terms=2, subsample=4, probe="hadamard"), whose mean over a batch has little noise
+        for its cost; the log-det of a single image is as noisy as with other roulettes. `Exact()` leaves only the noise
+        of dequantisation; it takes D vjps of every block and D^2 numbers an image, so use a small batch size.
       draws: number of independent passes over the images, from which the noise is judged.
       batch_size: number of images that are evaluated at once.
       mesh: devices along the axis "data" that share each batch; None for one device. The batch size is rounded up to a
-        multiple of their number. The result is the same if it is one already, and each device's share is a multiple of
-        `estimator.subsample`. Devices of several processes may be part
-        of the mesh; all processes then make the same call and get the same result. A flow whose arrays are divided
-        among devices (see `Placement.averaged_flow`) is evaluated on its own mesh.
+        multiple of their number times `estimator.subsample`, so that a batch size which is such a multiple already
+        gives the same result on any devices. Devices of several processes may be part of the mesh; all processes then
+        make the same call and get the same result. A flow whose arrays are divided among devices (see
+        `Placement.averaged_flow`) is evaluated on its own mesh.
       condition: of a conditional flow: floats [*condition_shape], one for all images, or [N, *condition_shape].
 
     Returns:
@@ -280,8 +281,8 @@ def _scores(
         key, estimator = on_all_devices((key, estimator), mesh)
     if mesh is not None and divided_among is None:
         flow = on_all_devices(flow, mesh)
-    devices = 1 if mesh is None else mesh.size
-    batch_size = devices * -(-min(batch_size, count) // devices)
+    unit = (1 if mesh is None else mesh.size) * getattr(estimator, "subsample", 1)  # each device has whole parts
+    batch_size = unit * -(-min(batch_size, count) // unit)
     batches = -(-count // batch_size)
     padded = jax.tree.map(lambda leaf: np.resize(leaf, (batches * batch_size, *leaf.shape[1:])), examples)
 

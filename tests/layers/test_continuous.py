@@ -143,6 +143,12 @@ class Above(nnx.Module):
         return jnp.where(x >= 1, -30 * (x - 1), jnp.nan)
 
 
+def test_an_example_that_is_not_finite_beside_a_domain():
+    """The field gets a finite example in its place, where it is defined."""
+    y = rf.ContinuousBlock(Above(), tolerance=1e-2)(jnp.asarray([[jnp.nan], [2.0], [3.0]]))
+    assert jnp.isnan(y[0]).all() and jnp.isfinite(y[1:]).all()
+
+
 def test_a_step_that_leaves_the_domain_is_repeated():
     block = rf.ContinuousBlock(Above(), tolerance=1e-2)
     y, _, status = block.forward_with_status(jnp.full((1, 1), 2.0), estimator=rf.Exact())

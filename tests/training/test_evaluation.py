@@ -160,9 +160,9 @@ def test_bad_images_are_named():
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs the eight CPU devices of conftest.py, not another platform")
 def test_two_devices_give_the_evaluation_of_one():
-    """The same noise by example, also where the last batch is ragged; an odd batch is rounded up.
+    """The same noise by example, also where the last batch is ragged; other batches are rounded up.
 
-    A device's share is a multiple of the estimator's subsample, which is 4 by default.
+    The estimator goes on for one example of four by default, so that each device has a multiple of four.
     """
     config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=rf.DenseTail(0))
     flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
@@ -170,7 +170,7 @@ def test_two_devices_give_the_evaluation_of_one():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     arguments = {"levels": 16, "draws": 2}
     one = rf.evaluate_bits_per_dim(flow, images, jax.random.key(1), batch_size=8, **arguments)
-    for batch_size in (7, 8):
+    for batch_size in (4, 7, 8):
         two = rf.evaluate_bits_per_dim(flow, images, jax.random.key(1), batch_size=batch_size, mesh=mesh, **arguments)
         np.testing.assert_allclose(two, one, rtol=1e-10)
 

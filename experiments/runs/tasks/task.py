@@ -61,6 +61,11 @@ class Task(ABC):
         self.config = config
 
     @property
+    def notes(self) -> dict[str, str]:
+        """Lines of closing tables that say what the metric is."""
+        return {}
+
+    @property
     def trained(self) -> str:
         """The name in metrics.jsonl of the training loss."""
         return self.train_metric or self.metric

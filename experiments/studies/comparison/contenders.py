@@ -89,7 +89,8 @@ def with_widths(best: Candidate, config: RunConfig) -> tuple[Candidate, ...]:
 
 def gives_bound(model: str, config: RunConfig) -> bool:
     """Whether the log p of a model is a lower bound, by a variational dequantisation of images."""
-    return not is_witness(model) and _is_variational(VECTORS[model](config.model))
+    own = [name for name in models_for(config) if not is_witness(name)]
+    return model in own and _is_variational(VECTORS[model](config.model))
 
 
 def _is_variational(model: Any) -> bool:
@@ -119,9 +120,10 @@ def with_contender(config: RunConfig, model: str, candidate: Candidate, seed: in
 
 
 def fingerprint(model: str, config: RunConfig) -> str:
-    """A hash of what a model is and how it trains, but for what a `Candidate` and a job set.
+    """A hash of the settings of a model and its training that neither a `Candidate` nor a job sets.
 
-    Results with another fingerprint are of an earlier config, and are not used.
+    Results with another fingerprint are of an earlier config, and are not used. Of a witness it has only data and
+    training, since its sizes are in `torch_flows`.
     """
     run = with_contender(config, model, Candidate(1.0, 1.0), 0)
     flow = getattr(run.model.data, "logit_alpha", None) if is_witness(model) else run.model

@@ -107,7 +107,7 @@ class FlaxModel:
 
     def evaluator(self, x: np.ndarray) -> Callable[[int], np.ndarray]:
         """A function from seeds to log p of floats x, compiled. Which seed it is does not matter."""
-        parts = number_of_parts(len(x), self._task.batch_size)
+        parts = number_of_parts(len(x), self._task.batch_size, getattr(self._estimator, "subsample", 1))
         key = jax.random.key(0)
         apply = over_parts(lambda flow, x: flow.log_prob(x, key=key, estimator=self._estimator), self._flow)
         shares = x.reshape(parts, -1, *x.shape[1:])

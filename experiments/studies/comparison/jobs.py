@@ -94,10 +94,11 @@ def save(job: Job, workdir: Path, result: dict[str, Any], arrays: dict[str, Any]
 
 
 def restore(results: Iterable[dict[str, Any]], workdir: Path) -> None:
-    """Writes the files of jobs from results that were kept elsewhere; files that are there stay."""
+    """Writes the files of jobs from results that were kept elsewhere; files of the same jobs stay."""
     for result in results:
-        path = Job(**result["job"]).path(workdir)
-        if not path.exists():
+        job = Job(**result["job"])
+        path = job.path(workdir)
+        if found(job, workdir) is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(result, indent=2) + "\n")
 

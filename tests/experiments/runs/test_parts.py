@@ -38,6 +38,13 @@ def test_number_of_parts(batch_size, largest, expected):
     assert number_of_parts(batch_size, largest) == expected
 
 
+def test_multiples(monkeypatch):
+    """The size of a part is one where that is possible."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert (number_of_parts(1000, 128), number_of_parts(1000, 128, 4)) == (8, 10)
+    assert number_of_parts(1001, 128, 4) == number_of_parts(1001, 128) == 11
+
+
 def test_as_many_devices_as_divide_the_batch(monkeypatch):
     """64 images on 6 cores: 4 of them work, and of 12 cores 8."""
     for devices, expected in ((6, 4), (12, 8), (5, 4), (1, 1)):

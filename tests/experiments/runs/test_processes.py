@@ -47,7 +47,10 @@ SETTINGS = {  # of CONFIG, where it differs from that of digits_uniform
     "evaluation.draws": 2,
     "evaluation.examples": 30,
     "evaluation.every": 3,
+    "evaluation.estimator.length.p": 0.5,
     "evaluation.estimator.exact-terms": 0,
+    "evaluation.estimator.subsample": 1,
+    "evaluation.estimator.probe": "rademacher",
 }
 ARGUMENTS = [word for name, value in SETTINGS.items() for word in (f"--{name}", *str(value).split())]
 

@@ -160,6 +160,7 @@ def test_roofline():
         (rf.Roulette(), 0.99 * 2 + 0.01 / 0.06),
         (rf.Roulette(exact_terms=8), 8 + 0.99 * 2 + 0.01 / 0.06),
         (rf.Roulette(rf.Poisson(2.0), exact_terms=2), 4),
+        (rf.Roulette(rf.Poisson(2.0), exact_terms=2, subsample=4), 2),  # the exact terms are a loop of their own
         (rf.Roulette(rf.Geometric(0.5), samples=2), 2 * 2 - 1 / 0.75),
         (rf.Truncated(7), 7),
     ],

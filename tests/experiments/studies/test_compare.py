@@ -118,7 +118,9 @@ def test_figures_that_are_kept(tmp_path, done, capsys):
         one["job"]["config"] = "an earlier one"
     store.write_text(json.dumps(old))
     before = len(done)
-    assert "digits" in compare.run(replace(config, models=("glow",), workdir=tmp_path / "d", table_only=True))
+    compare.run(replace(config, models=("glow",), workdir=tmp_path / "d", table_only=True))
+    assert "nice on digits, which had another config" in capsys.readouterr().out
+    assert json.loads(store.read_text())["digits"] == old["digits"]
     compare.run(replace(config, workdir=tmp_path / "d"))
     assert len(done[before:]) == 6 and {job.model for job in done[before:]} == {"nice"}
     for text in ("{", "3", '{"digits": 3}', '{"digits": {"nice": {"runs": [{}]}}}'):
