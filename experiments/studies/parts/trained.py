@@ -28,7 +28,7 @@ def trained_runs(
     a printed message.
 
     Raises:
-      ValueError: if a given directory holds no run.
+      ValueError: if a given directory holds no run, or one with a variational dequantisation.
     """
     for name in names:
         directory = given.get(name)
@@ -39,6 +39,9 @@ def trained_runs(
             config = dataclasses.replace(config, workdir=workdir / name, parallel=parallel)
         else:
             config = saved_config(directory)
+            if config.model.data.dequantization.couplings:
+                expected = "expected a run with a uniform dequantisation, as of digits_uniform"
+                raise ValueError(f"{name}: {expected}, got {directory}")
         try:
             if directory is None and not _is_finished(config):
                 run_config(config)

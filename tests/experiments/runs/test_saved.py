@@ -24,10 +24,12 @@ from experiments.runs.saved import MovedData, saved_config, saved_flow
 from experiments.runs.setup import set_up, tightened_flow
 from experiments.runs.tasks.of_config import task_of
 from experiments.runs.workdir import claim_workdir
+from experiments.studies.parts import trained
 from experiments.studies.parts.trained import trained_flow, trained_runs
 from resflow_jax import (
     Defensive,
     DenseTail,
+    Dequantization,
     Exact,
     Geometric,
     ImageFlowConfig,
@@ -249,10 +251,14 @@ def test_data_that_were_moved():
     assert saved._moved(CONFIGS["rings"].data, MovedData()) == "rings"
 
 
-def test_studies_take_a_given_run_as_it_was_made(run_dir, tmp_path):
+def test_studies_take_a_given_run_as_it_was_made(run_dir, tmp_path, monkeypatch):
     """Not with the settings that they would have trained it with."""
     (config,) = trained_runs(["digits"], {"digits": run_dir}, tmp_path)
     assert config == replace(tiny.DIGITS, workdir=run_dir) and config.model != CONFIGS["digits"].model
+    own = replace(config.model.data, dequantization=Dequantization(1, 4))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="digits: expected a run with a uniform dequ"):
+        patch.setattr(trained, "saved_config", lambda _: replace(config, model=replace(config.model, data=own)))
+        list(trained_runs(["digits"], {"digits": run_dir}, tmp_path))
     kernels, expected = (nnx.state(flow, nnx.Param) for flow in (trained_flow(config), saved_flow(run_dir).flow))
     jax.tree.map(np.testing.assert_array_equal, kernels, expected)
 
