@@ -119,7 +119,8 @@ class MaskedAutoregressive(Bijector):
             return jnp.where((numbers == number)[None], y * jnp.exp(log_scale) + mean, x), None
 
         dtype = jax.eval_shape(self._network, y, condition)[0].dtype
-        return jax.lax.scan(find_next, jnp.zeros(y.shape, jnp.promote_types(y.dtype, dtype)), numbers)[0]
+        x = jnp.zeros_like(y, jnp.promote_types(y.dtype, dtype))  # varies over a shard_map's axes as y does
+        return jax.lax.scan(find_next, x, numbers)[0]
 
 
 class MaskedLinear(Module):
