@@ -71,6 +71,7 @@ def report(
     rows = {
         f"test {task.label}": f"{measured} ({tested} examples, weights of step {step})",
         "standard error": error_by_cause(result.data_stderr, result.noise_stderr),
+        **task.notes,
         **({} if ended is None else {"GAVE UP": ended}),
         **drawing.rows,
         **certificate_rows(certificate),

@@ -50,12 +50,12 @@ import tyro
 from experiments.configs.base import DensityConfig
 from experiments.runs.command import NamedCommand, Output
 from experiments.runs.workdir import make_workdir, write_atomically
-from experiments.studies.comparison.contenders import MODELS, fingerprint, gives_bound, lack, models_for
+from experiments.studies.comparison.contenders import MODELS, gives_bound, lack, models_for
 from experiments.studies.comparison.datasets import DEFAULTS, TABLE, config_of, names_in, searched_on
 from experiments.studies.comparison.diamonds import RESOLUTIONS, load_diamonds
 from experiments.studies.comparison.jobs import Job, found, restore
 from experiments.studies.comparison.pictures import save_densities, save_image_rows
-from experiments.studies.comparison.plan import Plan
+from experiments.studies.comparison.plan import Plan, fingerprint_of
 from experiments.studies.comparison.running import cores, run_all
 from experiments.studies.comparison.tables import NOTE, Results, compact, grid, search_table, summary, table
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
@@ -188,8 +188,8 @@ def _stored(path: Path | None) -> dict[str, Results]:
         return {}
     try:
         stored = dict(json.loads(path.read_text()))
-        for found in _all_of(stored):
-            Job(**found["job"])
+        for result in _all_of(stored):
+            Job(**result["job"])
         return stored
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"results: expected a file that this command has written, got {path}: {error}") from error
@@ -207,9 +207,8 @@ def _kept(stored: dict[str, Results], config: CompareConfig) -> dict[str, Result
     for data, of in stored.items():
         kept[data] = {}
         for model, kinds in of.items():
-            print_of_today = fingerprint(model, config_of(data))
             current = {
-                kind: [found for found in results if found["job"].get("config") == print_of_today]
+                kind: [result for result in results if result["job"].get("config") == fingerprint_of(data, model)]
                 for kind, results in kinds.items()
             }
             if any(current.values()):

@@ -33,9 +33,10 @@ from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.workdir import write_atomically
+from experiments.studies.parts.competitors import TRAINING
 from experiments.studies.parts.estimator_targets import Target, flow_target, synthetic_targets
 from experiments.studies.parts.trained import NAMES, trained_runs
-from resflow_jax import Defensive, Fitted, Geometric, Poisson, Roulette, fit_lengths
+from resflow_jax import Defensive, Fitted, Geometric, Roulette, fit_lengths
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.parallel import STRATEGIES, Strategy
 
@@ -48,7 +49,7 @@ SPREAD = "Hadamard, 1 exact term, Defensive(0.4) for 1 of 4"
 REFERENCE = "no roulette: 40 terms (noise of the probes)"
 TERMS = 24
 ESTIMATORS: dict[str, Roulette] = {
-    PAPERS: Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian"),
+    PAPERS: TRAINING,
     "power series, Geometric(0.5) + 2": Roulette(Geometric(0.5), exact_terms=2, minres_steps=0),
     "2 minimal-residual steps, then power series": Roulette(Geometric(0.5), exact_terms=2, minres_steps=2),
     "minimal residual, Geometric(0.5) + 2": Roulette(Geometric(0.5), exact_terms=2),

@@ -27,14 +27,14 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from experiments.configs.base import DensityConfig
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache, use_xla_flags
 from experiments.runs.tasks.images import load
 from experiments.runs.workdir import write_atomically
 from experiments.studies.parts.class_runs import markdown_table
+from experiments.studies.parts.competitors import EVALUATION, TRAINING
 from experiments.studies.parts.trained import NAMES, trained_flow, trained_runs
-from resflow_jax import Defensive, Flow, Poisson, Roulette
+from resflow_jax import Defensive, Flow, Roulette
 from resflow_jax.data.images import to_unit_interval
 from resflow_jax.functional.checks import check_choice, check_count
 from resflow_jax.training.evaluation import MEAN_ESTIMATOR
@@ -44,10 +44,8 @@ Array = jax.Array
 PAPERS = "papers, training: Poisson(2), 2 exact terms"
 DEFAULT = "default: 2 exact terms, then 1 of 4, Hadamard"
 ESTIMATORS: dict[str, Roulette] = {
-    PAPERS: Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian"),
-    "papers, evaluation: Poisson(2), 20 exact terms": Roulette(
-        Poisson(2.0), exact_terms=20, minres_steps=0, probe="gaussian"
-    ),
+    PAPERS: TRAINING,
+    "papers, evaluation: Poisson(2), 20 exact terms": EVALUATION,
     "Roulette()": Roulette(),
     "Roulette(exact_terms=8)": Roulette(exact_terms=8),
     "1 exact term, then 1 of 4, Hadamard": Roulette(Defensive(0.4), exact_terms=1, subsample=4, probe="hadamard"),
@@ -142,14 +140,9 @@ def find_targets(config: EvaluationStudyConfig) -> Iterator[tuple[str, Flow, Arr
     given = {name: getattr(config, name) for name in NAMES}
     names = [name for name in NAMES if name in config.targets]
     for run_config in trained_runs(names, given, config.workdir, small=config.small):
-        yield target_of(run_config, config)
-
-
-def target_of(run_config: DensityConfig, config: EvaluationStudyConfig) -> tuple[str, Flow, Array, int]:
-    """What `find_targets` yields for a run."""
-    splits, name = load(run_config.data), run_config.data.name
-    keys = config.keys if name == "digits" else max(config.keys // 4, 8)
-    return name, trained_flow(run_config), to_unit_interval(splits.test[: config.images], splits.levels), keys
+        splits, name = load(run_config.data), run_config.data.name
+        keys = config.keys if name == "digits" else max(config.keys // 4, 8)
+        yield name, trained_flow(run_config), to_unit_interval(splits.test[: config.images], splits.levels), keys
 
 
 def measure(flow: Flow, x: Array, estimator: Roulette, keys: int, seed: int) -> Noise:

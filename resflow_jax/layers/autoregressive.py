@@ -118,8 +118,8 @@ class MaskedAutoregressive(Bijector):
             mean, log_scale = self._network(x, condition)
             return jnp.where((numbers == number)[None], y * jnp.exp(log_scale) + mean, x), None
 
-        dtype = jax.eval_shape(self._network, y, condition)[0].dtype
-        x = jnp.zeros_like(y, jnp.promote_types(y.dtype, dtype))  # varies over a shard_map's axes as y does
+        given = (y, self.linears[0].kernel[...]) + (() if condition is None else (condition,))
+        x = jnp.zeros_like(y, jnp.result_type(*given))  # varies over a shard_map's axes as y does
         return jax.lax.scan(find_next, x, numbers)[0]
 
 

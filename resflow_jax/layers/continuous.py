@@ -300,8 +300,8 @@ def _largest_error(tree: Any) -> Array:
     total = sum(jnp.sum(jnp.square(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in leaves)
     mean = jnp.max(total) / sum(leaf[0].size for leaf in leaves)
     # The derivative of a norm is not defined at zero. A step to values that are not finite has to be repeated.
-    root = jnp.sqrt(jnp.where((mean > 0) & jnp.isfinite(mean), mean, 1))
-    return jnp.where(mean > 0, jnp.where(jnp.isfinite(mean), root, jnp.inf), jnp.where(mean == 0, 0, jnp.inf))
+    is_regular = (mean > 0) & jnp.isfinite(mean)
+    return jnp.where(is_regular, jnp.sqrt(jnp.where(is_regular, mean, 1)), jnp.where(mean == 0, 0, jnp.inf))
 
 
 def check_times(time: float, tolerance: float) -> None:

@@ -97,9 +97,7 @@ class ContinuousFlowConfig(OfEvents):
     def ffjord(cls, shape: Shape, **settings: Any) -> "ContinuousFlowConfig":
         """One block for vectors; for images convolutions of 32 channels, with up to two squeezes."""
         shape = as_event_shape(shape)
-        if len(shape) == 1:
-            return cls(shape, **settings)
-        if isinstance(settings.get("conditioner"), MLPConditioner):
+        if len(shape) == 1 or isinstance(settings.get("conditioner"), MLPConditioner):
             return cls(shape, **settings)
         network = CNNConditioner((32, 32), (3, 3, 3), "softplus")
         preset = {"conditioner": network, "squeezes": halvings(shape, 2)}

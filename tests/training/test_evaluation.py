@@ -169,10 +169,13 @@ def test_two_devices_give_the_evaluation_of_one():
     images = np.random.default_rng(0).integers(0, 16, (10, 4, 4, 1))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     arguments = {"levels": 16, "draws": 2}
-    one = rf.evaluate_bits_per_dim(flow, images, jax.random.key(1), batch_size=8, **arguments)
-    for batch_size in (4, 7, 8):
-        two = rf.evaluate_bits_per_dim(flow, images, jax.random.key(1), batch_size=batch_size, mesh=mesh, **arguments)
-        np.testing.assert_allclose(two, one, rtol=1e-10)
+    for estimator, size, rounded in ((None, 8, (4, 7, 8)), (rf.Roulette(exact_terms=8), 4, (3, 4))):
+        arguments["estimator"] = estimator
+        one = rf.evaluate_bits_per_dim(flow, images, jax.random.key(1), batch_size=size, **arguments)
+        for batch_size in rounded:
+            options = arguments | {"batch_size": batch_size, "mesh": mesh}
+            two = rf.evaluate_bits_per_dim(flow, images, jax.random.key(1), **options)
+            np.testing.assert_allclose(two, one, rtol=1e-10)
 
 
 @pytest.mark.parametrize("of_images", [True, False])

@@ -164,7 +164,7 @@ class ImageTask(Task):
             COLUMNS,
         )
         error = f"{np.abs(np.asarray(images) - np.asarray(reconstructions)).max():.1e}, max |x - f^-1(f(x))|"
-        return Drawing(shown, self.notes | {"reconstruction error": error + unconverged(status)})
+        return Drawing(shown, {"reconstruction error": error + unconverged(status)})
 
     def _samples(self, flow: ResidualFlow) -> Array:
         return jnp.clip(draw_samples(flow, self.config.seed + 3, SHOWN)[0], 0, 1)

@@ -89,8 +89,8 @@ def with_widths(best: Candidate, config: RunConfig) -> tuple[Candidate, ...]:
 
 def gives_bound(model: str, config: RunConfig) -> bool:
     """Whether the log p of a model is a lower bound, by a variational dequantisation of images."""
-    own = [name for name in models_for(config) if not is_witness(name)]
-    return model in own and _is_variational(VECTORS[model](config.model))
+    is_own = model in models_for(config) and not is_witness(model)
+    return is_own and _is_variational(VECTORS[model](config.model))
 
 
 def _is_variational(model: Any) -> bool:

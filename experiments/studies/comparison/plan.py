@@ -92,9 +92,10 @@ class Plan:
         tried = candidate.width, candidate.learning_rate
         examples = None if is_search else self.examples
         data = searched_on(self.data) if is_search else self.data
-        return Job(data, model, seed, seconds, *tried, is_search, examples, self.small, _fingerprint(data, model))
+        return Job(data, model, seed, seconds, *tried, is_search, examples, self.small, fingerprint_of(data, model))
 
 
 @lru_cache
-def _fingerprint(data: str, model: str) -> str:
+def fingerprint_of(data: str, model: str) -> str:
+    """The fingerprint of a model on a data set, with the config of today."""
     return fingerprint(model, config_of(data))
