@@ -14,14 +14,21 @@ Power iteration underestimates norms, the more the less it has converged. Here e
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from resflow_jax.functional.norm_bounds import induced_norm_bound
 from resflow_jax.functional.texts import constructor, is_number, number, upper
 from resflow_jax.layers.contraction import Contraction, Layered
+from resflow_jax.layers.lipschitz import LipschitzLinear
+
+Array = jax.Array
 
 _ROUNDS = 10  # of `tighten_contraction`
 
@@ -127,13 +134,12 @@ def certify_contraction(
         bound = contraction.lipschitz
         return BlockCertificate(bound, bound, 2.0, *bounds_of_map(bound), (), is_proved=False)
     own = (linears[0].orders()[0], *(linear.orders()[1] for linear in linears))
-    kernels = [np.asarray(linear.weights()[0], np.float64) for linear in linears]
-    limits = [float(linear.limit()) for linear in linears]
+    kernels, limits = jax.device_get(_kernels_and_limits(*nnx.split(contraction)))
     dim = _dim(contraction)
     candidates = []
     for orders in {own, (2.0,) * len(own)} if _holds_for_events(contraction, own) else {(2.0,) * len(own)}:
         layers = tuple(
-            LayerCertificate(induced_norm_bound(linear.linear_map, kernel, p, q), limit, p, q)
+            LayerCertificate(induced_norm_bound(linear.linear_map, kernel.astype(np.float64), p, q), float(limit), p, q)
             for linear, kernel, limit, (p, q) in zip(linears, kernels, limits, pairwise(orders), strict=True)
         )
         bound = _closed_bound(contraction, [layer.norm for layer in layers], orders)
@@ -146,6 +152,14 @@ def certify_contraction(
         lipschitz=min(block.lipschitz for block in candidates),
         inverse_lipschitz=min(block.inverse_lipschitz for block in candidates),
     )
+
+
+# Compiled once for all blocks of one structure: one program in the place of many small ones.
+@partial(jax.jit, static_argnums=0)
+def _kernels_and_limits(graphdef: Any, state: Any) -> tuple[list[Array], list[Array]]:
+    """The kernels of the linear layers of a contraction as they are applied, and the bounds on their norms."""
+    linears = nnx.merge(graphdef, state).linears
+    return [linear.weights()[0] for linear in linears], [linear.limit() for linear in linears]
 
 
 def tighten_contraction(contraction: Contraction) -> None:
@@ -164,9 +178,10 @@ def tighten_contraction(contraction: Contraction) -> None:
         orders = [block.order, *(layer.codomain for layer in block.layers)]
         factors[-1] *= min(1.0, block.target_bound / _closed_bound(contraction, norms, orders))
         rounding = 64 * float(jnp.finfo(contraction.linears[0].kernel[...].dtype).eps)
-        for linear, factor in zip(contraction.linears, factors, strict=True):
+        applied, _ = _kernels_and_limits(*nnx.split(contraction))
+        for linear, kernel, factor in zip(contraction.linears, applied, factors, strict=True):
             if factor < 1:
-                linear.rescale(factor * (1 - rounding))
+                _rescale(linear, kernel, factor * (1 - rounding))
         block = certify_contraction(contraction)
     if block.bound > block.target_bound:
         norms = ", ".join(f"{layer.norm:.6f}" for layer in block.layers)
@@ -174,6 +189,11 @@ def tighten_contraction(contraction: Contraction) -> None:
             f"tighten: expected a bound of at most {block.target_bound} after {_ROUNDS} rounds, got {block.bound} "
             f"(norms of its layers: {norms})"
         )
+
+
+def _rescale(linear: LipschitzLinear, applied: Array, factor: float) -> None:
+    """Replaces the kernel of a layer by `factor` <= 1 times the kernel that it applies, in place."""
+    linear.kernel[...] = factor * applied
 
 
 def _closed_bound(contraction: Contraction, norms: Sequence[float], orders: Sequence[float]) -> float:

@@ -227,10 +227,6 @@ class LipschitzLinear(Module):
             result = _search(self.linear_map, *split_orders(orders), starts, self.kernel[...], self.v[...])
             self.u[...], self.v[...] = result.u, result.v
 
-    def rescale(self, factor: float) -> None:
-        """Replaces the kernel by `factor` <= 1 times the normalised kernel, in place."""
-        self.kernel[...] = factor * self.weights()[0]
-
 
 # Compiled once for all layers of one shape, for any settings, also in eager use.
 @partial(jax.jit, static_argnums=(0, 1, 3))

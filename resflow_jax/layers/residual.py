@@ -4,10 +4,12 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.broadcasting import per_example
@@ -172,9 +174,15 @@ class ResidualStack(Bijector):
         graphdef, stacked = nnx.split(self.steps)
         return [nnx.merge(graphdef, jax.tree.map(lambda leaf, n=n: leaf[n], stacked)) for n in range(self.depth)]
 
-    def restack(self, layers: list[Bijector]) -> None:
-        """Sets the state of the stack, in place, from layers as `unstacked` returns them."""
-        nnx.update(self.steps, jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, layers)))
+    def _on_host(self) -> list[Bijector]:
+        """As `unstacked`, with NumPy arrays: a slice of a JAX array would compile a program for each layer."""
+        graphdef, stacked = nnx.split(self.steps)
+        host = jax.device_get(stacked)  # keys of random numbers stay JAX arrays
+
+        def row(leaf, n):
+            return np.array(leaf[n]) if isinstance(leaf, np.ndarray) else leaf[n]  # writable: no view
+
+        return [nnx.merge(graphdef, jax.tree.map(partial(row, n=n), host)) for n in range(self.depth)]
 
     def _scan(self, body, carry, xs=None, *, reverse: bool = False):
         """Scans body(step, carry, x) -> (carry, out) over the steps."""
@@ -264,7 +272,7 @@ class ResidualStack(Bijector):
 
     def certified_bounds(self, blocks: list) -> tuple[float, float]:
         lipschitz = inverse = 1.0
-        for layer in self.unstacked():
+        for layer in self._on_host():
             forward, backward = layer.certified_bounds(blocks)
             lipschitz, inverse = lipschitz * forward, inverse * backward
         return lipschitz, inverse
@@ -273,10 +281,20 @@ class ResidualStack(Bijector):
         return self.certified_bounds([])
 
     def tighten(self) -> None:
-        layers = self.unstacked()
+        layers = self._on_host()
         for layer in layers:
             layer.tighten()
-        self.restack(layers)
+        states = jax.device_get([nnx.state(layer) for layer in layers])
+
+        def restacked(old, *rows):
+            if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+                return old
+            rows = np.stack(rows)
+            if isinstance(old, np.ndarray):  # in a stack of stacks
+                return rows
+            return jax.device_put(rows, old.sharding if old.committed else None)
+
+        nnx.update(self.steps, jax.tree.map(restacked, nnx.state(self.steps), *states))
 
 
 def _joined(parts: list) -> Any:
