@@ -18,6 +18,7 @@ These are internal names of JAX. Where a new release has other ones nothing is c
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import local
 from types import ModuleType, SimpleNamespace
 from weakref import WeakValueDictionary
 
@@ -33,24 +34,28 @@ def watch() -> bool:
         _ = core.config.check_tracer_leaks, core.leaked_tracer_error, core.Tracer._origin_msg
     except AttributeError:
         return False
-    # by the identity of a trace: its tracers by theirs, as they have no hash
-    alive: dict[int, WeakValueDictionary] = {}
-    most = 1000  # entries beyond which those without tracers are removed
+
+    class Traces(local):
+        def __init__(self):
+            # by the identity of a trace: its tracers by theirs, as they have no hash
+            self.alive: dict[int, WeakValueDictionary] = {}
+            self.most = 1000  # entries beyond which those without tracers are removed
+
+    traces = Traces()  # those of each thread
 
     def create_and_note(tracer, *args, **kwargs):
-        nonlocal most
         create(tracer, *args, **kwargs)
-        trace = id(tracer._trace)
+        trace, alive = id(tracer._trace), traces.alive
         if trace not in alive:
-            if len(alive) > most:
+            if len(alive) > traces.most:
                 for ended in [key for key, tracers in alive.items() if not tracers]:
                     del alive[ended]
-                most = 1000 + 2 * len(alive)
+                traces.most = 1000 + 2 * len(alive)
             alive[trace] = WeakValueDictionary()
         alive[trace][id(tracer)] = tracer
 
     def has_tracers(trace) -> bool:
-        return any(tracer._trace is trace for tracer in alive.get(id(trace), {}).values())
+        return any(tracer._trace is trace for tracer in traces.alive.get(id(trace), {}).values())
 
     def find_if_any(trace) -> list:
         for generation in range(2):

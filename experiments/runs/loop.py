@@ -19,6 +19,12 @@ def falls_due(step: int, every: int, together: int) -> bool:
     return step // every > (step - together) // every
 
 
+def together(batches: Iterator[np.ndarray], number: int) -> Iterator[np.ndarray]:
+    """The batches of each update: one batch, or `number` of them along a leading axis."""
+    while True:
+        yield next(batches) if number == 1 else np.stack(list(islice(batches, number)))
+
+
 def training_loop(
     placement: Placement,
     state: TrainState,
@@ -42,13 +48,8 @@ def training_loop(
     Raises:
       FloatingPointError: at a pause, if as many updates in a row as `skips` were not finite, as `run_steps`.
     """
-    together, first, placed = placement.trainer.accumulate, int(state.step), placement.place(state)
+    accumulate, first, placed = placement.trainer.accumulate, int(state.step), placement.place(state)
     del state
-
-    def batches() -> Iterator[Any]:
-        rows = batches_from(first)
-        while True:
-            yield next(rows) if together == 1 else np.stack(list(islice(rows, together)))
 
     def step(state: TrainState, rows: Any, key: jax.Array) -> Any:
         return placement.step(state, placement.place_batch(rows), key)
@@ -61,11 +62,11 @@ def training_loop(
     for at in run_steps(
         step,
         placed,
-        batches(),
+        together(batches_from(first), accumulate),
         key,
         first=first,
         last=steps,
-        together=together,
+        together=accumulate,
         pauses_at=pauses_at,
         stops_at=stops_at,
         at_pause=next_state,

@@ -5,6 +5,7 @@ A `Task` defines what is learned, and how it is judged and drawn.
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from experiments.runs.loop import training_loop
 from experiments.runs.metrics import Metrics, NullMetrics
 from experiments.runs.processes import by_first, from_first, is_first, wait_for_all
 from experiments.runs.recovery import Recovery, check_certificate, check_state
+from experiments.runs.rehearsal import compile_programs
 from experiments.runs.schedule import Schedule, is_patience_spent
 from experiments.runs.setup import place_on_devices, set_up
 from experiments.runs.signals import stop_on_signal
@@ -118,15 +120,18 @@ def train(
     times: list[tuple[float, float]] = []
     if is_patience_spent(task, metrics.lines):
         return int(state.step), None
-    while True:
-        try:
-            step = _train_from(task, placement, state, checkpoints, metrics, recovery, times)
-        except FloatingPointError as error:
-            del state
-            state = recovery.roll_back(error)
-            say(f"{error} Going back to step {int(state.step)} with a new key, for the {recovery.number}. time")
-            continue
-        return step, StepTime.of(times)
+    with stop_on_signal() as stops_at:
+        if int(state.step) < task.config.steps:
+            compile_programs(task, placement, state, recovery.key)
+        while True:
+            try:
+                step = _train_from(task, placement, state, checkpoints, metrics, recovery, times, stops_at)
+            except FloatingPointError as error:
+                del state
+                state = recovery.roll_back(error)
+                say(f"{error} Going back to step {int(state.step)} with a new key, for the {recovery.number}. time")
+                continue
+            return step, StepTime.of(times)
 
 
 def _train_from(
@@ -137,37 +142,37 @@ def _train_from(
     metrics: Metrics | NullMetrics,
     recovery: Recovery,
     times: list[tuple[float, float]],
+    stops_at: Callable[[int], bool],
 ) -> int:
     """`train` without rollbacks. Returns the number of steps done; adds the time per step at each pause to `times`."""
     config, step = task.config, int(state.step)
     schedule = Schedule(config)
-    with stop_on_signal() as stops_at:
-        for pause in training_loop(
-            placement,
-            state,
-            recovery.key,
-            lambda step: task.batches(step, placement.part, placement.parts),
-            steps=config.steps,
-            pauses_at=schedule.pauses_at,
-            unit=task.unit if task.sign == 1 else f"{task.unit} (-{task.trained})",
-            at_pause=lambda step, state: (
-                _with_fitted_lengths(placement, config, state) if schedule.validates_at(step) else state
-            ),
-            stops_at=stops_at,
-            skips=config.safety.skips,
-        ):
-            step = pause.step
-            times.append((pause.seconds, pause.waiting))
-            recovery.log(pause.skipped)
-            if schedule.validates_at(step):
-                _validate_and_save(task, placement, pause, checkpoints, metrics)
-            else:
-                metrics.write(step=step, split="train", **_line(task, pause))
-                if (schedule.saves_at(step) and not pause.row) or pause.stopped:
-                    check_state(pause.state, step)
-                    checkpoints.save(pause.state)
-            if is_patience_spent(task, metrics.lines):
-                break
+    for pause in training_loop(
+        placement,
+        state,
+        recovery.key,
+        lambda step: task.batches(step, placement.part, placement.parts),
+        steps=config.steps,
+        pauses_at=schedule.pauses_at,
+        unit=task.unit if task.sign == 1 else f"{task.unit} (-{task.trained})",
+        at_pause=lambda step, state: (
+            _with_fitted_lengths(placement, config, state) if schedule.validates_at(step) else state
+        ),
+        stops_at=stops_at,
+        skips=config.safety.skips,
+    ):
+        step = pause.step
+        times.append((pause.seconds, pause.waiting))
+        recovery.log(pause.skipped)
+        if schedule.validates_at(step):
+            _validate_and_save(task, placement, pause, checkpoints, metrics)
+        else:
+            metrics.write(step=step, split="train", **_line(task, pause))
+            if (schedule.saves_at(step) and not pause.row) or pause.stopped:
+                check_state(pause.state, step)
+                checkpoints.save(pause.state)
+        if is_patience_spent(task, metrics.lines):
+            break
     return step
 
 
