@@ -213,7 +213,7 @@ def _kept(stored: dict[str, Results], config: CompareConfig) -> dict[str, Result
             }
             if any(current.values()):
                 kept[data][model] = current
-            elif data in config.names:
+            elif data in config.names and any(kinds.values()):
                 print(f"left out of {config.results}: {model} on {data}, which had another config", flush=True)
     restore(_all_of(kept), config.workdir)
     return {data: of for data, of in kept.items() if of}
