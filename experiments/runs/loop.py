@@ -19,7 +19,7 @@ def falls_due(step: int, every: int, together: int) -> bool:
     return step // every > (step - together) // every
 
 
-def together(batches: Iterator[np.ndarray], number: int) -> Iterator[np.ndarray]:
+def by_update(batches: Iterator[np.ndarray], number: int) -> Iterator[np.ndarray]:
     """The batches of each update: one batch, or `number` of them along a leading axis."""
     while True:
         yield next(batches) if number == 1 else np.stack(list(islice(batches, number)))
@@ -62,7 +62,7 @@ def training_loop(
     for at in run_steps(
         step,
         placed,
-        together(batches_from(first), accumulate),
+        by_update(batches_from(first), accumulate),
         key,
         first=first,
         last=steps,

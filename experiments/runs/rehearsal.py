@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from experiments.runs.loop import together
+from experiments.runs.loop import by_update
 from experiments.runs.tasks.task import Task
 from resflow_jax import certify
 from resflow_jax.functional.primitives.platforms import number_of_cores
@@ -44,7 +44,7 @@ def compile_programs(task: Task, placement: Placement, state: TrainState, key: j
 
 def _compile_step(task: Task, placement: Placement, state: TrainState, key: jax.Array) -> None:
     batches = task.batches(int(state.step), placement.part, placement.parts)
-    rows = next(together(batches, placement.trainer.accumulate))
+    rows = next(by_update(batches, placement.trainer.accumulate))
     placement.step.lower(placement.place(state), placement.place_batch(rows), key).compile()
 
 
