@@ -33,7 +33,12 @@ def judged(placement: Placement, state: TrainState) -> Judged:
     Arrays that are divided among devices stay divided; the certificate is then computed from a copy on the host. If the
     devices belong to several processes, the first process also draws from this copy, on its CPU.
     """
-    flow = tightened(placement.averaged_flow(state))
+    return judge(placement.averaged_flow(state))
+
+
+def judge(flow: ResidualFlow) -> Judged:
+    """Tightens and certifies a flow as `Placement.averaged_flow` gives it; the flow itself changes."""
+    flow = tightened(flow)
     if mesh_of(flow) is None:
         return Judged(flow, flow, certify(flow))
     whole = on_host(flow)

@@ -36,6 +36,7 @@ def _agreed_stop() -> Iterator[Callable[[int], bool]]:
     def stops_at(step: int) -> bool:
         # The agreed step may be in the middle of an update of several steps. Orbax counts the same steps.
         nonlocal asked_for
+        asked_for = asked_for if step > asked_for else 0  # the run has gone back
         steps, asked_for = range(asked_for + 1, step + 1), step
         return any([multihost_utils.reached_preemption_sync_point(n) for n in steps])
 

@@ -134,12 +134,14 @@ def certify_contraction(
         bound = contraction.lipschitz
         return BlockCertificate(bound, bound, 2.0, *bounds_of_map(bound), (), is_proved=False)
     own = (linears[0].orders()[0], *(linear.orders()[1] for linear in linears))
-    kernels, limits = jax.device_get(_kernels_and_limits(*nnx.split(contraction)))
+    kernels, limits = _kernels_and_limits(*nnx.split(linears))
     dim = _dim(contraction)
     candidates = []
     for orders in {own, (2.0,) * len(own)} if _holds_for_events(contraction, own) else {(2.0,) * len(own)}:
         layers = tuple(
-            LayerCertificate(induced_norm_bound(linear.linear_map, kernel.astype(np.float64), p, q), float(limit), p, q)
+            LayerCertificate(
+                induced_norm_bound(linear.linear_map, np.asarray(kernel, np.float64), p, q), float(limit), p, q
+            )
             for linear, kernel, limit, (p, q) in zip(linears, kernels, limits, pairwise(orders), strict=True)
         )
         bound = _closed_bound(contraction, [layer.norm for layer in layers], orders)
@@ -154,11 +156,12 @@ def certify_contraction(
     )
 
 
-# Compiled once for all blocks of one structure: one program in the place of many small ones.
+# Compiled once for all blocks of one structure: one program in the place of many small ones. It gets the linear layers
+# alone. A user's contraction may keep them where no graph of modules finds them, or have parts that do not hash.
 @partial(jax.jit, static_argnums=0)
 def _kernels_and_limits(graphdef: Any, state: Any) -> tuple[list[Array], list[Array]]:
-    """The kernels of the linear layers of a contraction as they are applied, and the bounds on their norms."""
-    linears = nnx.merge(graphdef, state).linears
+    """The kernels of linear layers as they are applied, and the bounds on their norms."""
+    linears = nnx.merge(graphdef, state)
     return [linear.weights()[0] for linear in linears], [linear.limit() for linear in linears]
 
 
@@ -178,8 +181,9 @@ def tighten_contraction(contraction: Contraction) -> None:
         orders = [block.order, *(layer.codomain for layer in block.layers)]
         factors[-1] *= min(1.0, block.target_bound / _closed_bound(contraction, norms, orders))
         rounding = 64 * float(jnp.finfo(contraction.linears[0].kernel[...].dtype).eps)
-        applied, _ = _kernels_and_limits(*nnx.split(contraction))
-        for linear, kernel, factor in zip(contraction.linears, applied, factors, strict=True):
+        linears = list(contraction.linears)
+        applied, _ = _kernels_and_limits(*nnx.split(linears))
+        for linear, kernel, factor in zip(linears, applied, factors, strict=True):
             if factor < 1:
                 _rescale(linear, kernel, factor * (1 - rounding))
         block = certify_contraction(contraction)

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -172,17 +171,9 @@ class ResidualStack(Bijector):
     def unstacked(self) -> list[Bijector]:
         """Copies of the layers, as a list of `depth` bijectors."""
         graphdef, stacked = nnx.split(self.steps)
-        return [nnx.merge(graphdef, jax.tree.map(lambda leaf, n=n: leaf[n], stacked)) for n in range(self.depth)]
-
-    def _on_host(self) -> list[Bijector]:
-        """As `unstacked`, with NumPy arrays: a slice of a JAX array would compile a program for each layer."""
-        graphdef, stacked = nnx.split(self.steps)
-        host = jax.device_get(stacked)  # keys of random numbers stay JAX arrays
-
-        def row(leaf, n):
-            return np.array(leaf[n]) if isinstance(leaf, np.ndarray) else leaf[n]  # writable: no view
-
-        return [nnx.merge(graphdef, jax.tree.map(partial(row, n=n), host)) for n in range(self.depth)]
+        leaves, structure = jax.tree.flatten(stacked)
+        rows = map(_rows_of, leaves)
+        return [nnx.merge(graphdef, structure.unflatten(layer)) for layer in zip(*rows, strict=True)]
 
     def _scan(self, body, carry, xs=None, *, reverse: bool = False):
         """Scans body(step, carry, x) -> (carry, out) over the steps."""
@@ -272,7 +263,7 @@ class ResidualStack(Bijector):
 
     def certified_bounds(self, blocks: list) -> tuple[float, float]:
         lipschitz = inverse = 1.0
-        for layer in self._on_host():
+        for layer in self.unstacked():
             forward, backward = layer.certified_bounds(blocks)
             lipschitz, inverse = lipschitz * forward, inverse * backward
         return lipschitz, inverse
@@ -281,20 +272,36 @@ class ResidualStack(Bijector):
         return self.certified_bounds([])
 
     def tighten(self) -> None:
-        layers = self._on_host()
+        layers = self.unstacked()
         for layer in layers:
             layer.tighten()
-        states = jax.device_get([nnx.state(layer) for layer in layers])
 
         def restacked(old, *rows):
-            if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
-                return old
-            rows = np.stack(rows)
-            if isinstance(old, np.ndarray):  # in a stack of stacks
-                return rows
-            return jax.device_put(rows, old.sharding if old.committed else None)
+            return _beside(old, np.stack(rows)) if _lies_on_one_device(old) else jnp.stack(rows)
 
-        nnx.update(self.steps, jax.tree.map(restacked, nnx.state(self.steps), *states))
+        nnx.update(self.steps, jax.tree.map(restacked, nnx.state(self.steps), *map(nnx.state, layers)))
+
+
+def _rows_of(stacked: Array) -> list[Array]:
+    """The rows of an array. JAX would compile a program for each of its slices, so the host cuts it where it can."""
+    if not _lies_on_one_device(stacked):
+        return list(stacked)
+    return [_beside(stacked, row) for row in np.asarray(stacked)]
+
+
+def _lies_on_one_device(x: Array) -> bool:
+    """Whether the host can copy x and put a part of it back: it is neither traced, nor divided, nor made of keys."""
+    if not isinstance(x, Array) or isinstance(x, jax.core.Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return False
+    return len(x.sharding.device_set) == 1 and x.is_fully_addressable
+
+
+def _beside(x: Array, array: np.ndarray) -> Array:
+    """An array of the host on the device of x, and tied to it as x is."""
+    if x.committed:
+        return jax.device_put(array, next(iter(x.devices())))
+    with jax.default_device(next(iter(x.devices()))):
+        return jax.device_put(array)
 
 
 def _joined(parts: list) -> Any:

@@ -85,7 +85,7 @@ def test_rows_and_columns_are_limited_by_their_own_norms(orders, linear_map):
 
 @pytest.mark.parametrize("linear_map", [DenseMap(3, 4), ConvMap((2, 2), 2, 3, 1)])
 def test_part_of_the_applied_kernel_is_applied_as_it_stands(linear_map):
-    """As in `tighten`, which replaces kernels so."""
+    """`tighten` replaces kernels in this way."""
     layer = linear(2.0, 2.0, linear_map)
     layer.update_norm(1e-10, None, 500)
     layer.kernel[...] = 0.5 * layer.weights()[0]

@@ -3,11 +3,13 @@
 import dataclasses
 import logging
 import re
+import threading
+import warnings
 
 import jax
 import pytest
 
-from experiments.configs.base import OptimizerConfig
+from experiments.configs.base import MeshConfig, OptimizerConfig
 from experiments.runs import rehearsal, train
 from experiments.runs.launch import run_config
 from experiments.runs.tasks.images import ImageTask
@@ -24,20 +26,32 @@ def cores(monkeypatch):
 
 @pytest.fixture
 def compiled(caplog):
-    """The programs that were compiled while the run took its steps."""
+    """The programs that were compiled before the steps of a run, and in them."""
 
-    def names() -> list[str]:
+    def names() -> tuple[set[str], set[str]]:
         lines = [record.getMessage() for record in caplog.records]
-        steps = lines[lines.index("steps begin") :] if "steps begin" in lines else lines
-        return [found[1] for line in steps if (found := re.match(r"Finished XLA compilation of jit\((\w+)\)", line))]
+        middle = lines.index("steps begin")
+        found = [
+            {name[1] for line in part if (name := re.match(r"Finished XLA compilation of jit\((\w+)\)", line))}
+            for part in (lines[:middle], lines[middle:])
+        ]
+        return tuple(found)
 
     caplog.set_level(logging.WARNING)
-    with jax.log_compiles():
-        yield names
+    jax.config.update("jax_log_compiles", True)  # in all threads
+    yield names
+    jax.config.update("jax_log_compiles", False)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"optimizer": OptimizerConfig(warmup=2, accumulate=2)}, {"parallel": "shard_map"}]
+    "changes",
+    [
+        {},
+        {"optimizer": OptimizerConfig(warmup=2, accumulate=2)},
+        {"parallel": "shard_map"},
+        {"mesh": MeshConfig(data=4, model=2, parameters="model")},
+    ],
+    ids=["jit", "accumulated", "shard_map", "divided"],
 )
 def test_no_large_program_is_compiled_in_training(tmp_path, monkeypatch, cores, compiled, changes):
     """The step, and all that a validation needs, are there before the first step."""
@@ -50,7 +64,9 @@ def test_no_large_program_is_compiled_in_training(tmp_path, monkeypatch, cores, 
 
     monkeypatch.setattr(train, "_train_from", marked)
     run_config(dataclasses.replace(TINY, workdir=tmp_path, **changes))
-    assert not LARGE & set(compiled())
+    before, after = compiled()
+    assert before >= LARGE
+    assert not LARGE & after
 
 
 def test_the_run_is_the_same_with_and_without(tmp_path, monkeypatch, cores):
@@ -79,10 +95,29 @@ def test_what_fails_there_does_not_end_the_run(tmp_path, monkeypatch, cores, wha
     assert failures == [what] and (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize(("cores", "processes", "backend"), [(1, 1, "cpu"), (2, 2, "cpu"), (2, 1, "gpu")])
-def test_where_programs_are_compiled_as_they_come(monkeypatch, cores, processes, backend):
+@pytest.mark.parametrize(
+    ("cores", "processes", "backend", "compiles"),
+    [(2, 1, "cpu", True), (1, 1, "cpu", False), (2, 2, "cpu", False), (2, 1, "gpu", False)],
+)
+def test_where_programs_are_compiled_side_by_side(monkeypatch, cores, processes, backend, compiles):
     """One core gains nothing, processes would have to agree, and a GPU's compiler measures kernels."""
+    called = []
+    monkeypatch.setattr(rehearsal, "_compile_step", lambda *_: called.append(threading.current_thread()))
+    monkeypatch.setattr(rehearsal, "_judge_once", lambda *_: called.append(threading.current_thread()))
     monkeypatch.setattr(rehearsal, "number_of_cores", lambda: cores)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    rehearsal.compile_programs(None, None, None, None)  # looks at none of them
+    rehearsal.compile_programs(None, None, None, None)
+    assert len(set(called)) == (2 if compiles else 0)
+
+
+def test_warnings_of_a_trace_are_shown(monkeypatch, cores):
+    """JAX traces once: a warning that is lost here never comes again. Those about weights do."""
+    monkeypatch.setattr(rehearsal, "_compile_step", lambda *_: warnings.warn("infinite variance", stacklevel=1))
+    monkeypatch.setattr(
+        rehearsal, "_judge_once", lambda *_: warnings.warn("inverse: 3 of 8 examples did not converge", stacklevel=1)
+    )
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        rehearsal.compile_programs(None, None, None, None)
+    assert [str(warning.message) for warning in shown] == ["infinite variance"]
