@@ -172,8 +172,8 @@ class ResidualStack(Bijector):
         """Copies of the layers, as a list of `depth` bijectors."""
         graphdef, stacked = nnx.split(self.steps)
         leaves, structure = jax.tree.flatten(stacked)
-        rows = map(_rows_of, leaves)
-        return [nnx.merge(graphdef, structure.unflatten(layer)) for layer in zip(*rows, strict=True)]
+        rows = [_rows_of(leaf) for leaf in leaves]
+        return [nnx.merge(graphdef, structure.unflatten([row[n] for row in rows])) for n in range(self.depth)]
 
     def _scan(self, body, carry, xs=None, *, reverse: bool = False):
         """Scans body(step, carry, x) -> (carry, out) over the steps."""

@@ -115,6 +115,22 @@ def test_rows_are_those_of_the_stack():
         jax.tree.map(np.testing.assert_array_equal, nnx.state(layer), mine)
 
 
+def test_layers_without_arrays():
+    """A stack of them has as many rows as layers."""
+
+    class Third(nnx.Module):
+        def __call__(self, x):
+            return x / 3
+
+    def make(rngs):
+        return rf.ResidualBlock(Third(), lipschitz=0.5, event_shape=(2,))
+
+    stack = rf.ResidualStack(make, DEPTH, rngs=nnx.Rngs(0))
+    stack.tighten()
+    assert len(stack.unstacked()) == DEPTH
+    assert rf.certify(rf.Flow(stack)).bounds.tolist() == [0.5] * DEPTH
+
+
 def test_few_programs(caplog):
     """One for the kernels of all blocks, and a few for the factors on them: not several for each block."""
     stack = spoiled(block)
