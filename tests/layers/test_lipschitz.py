@@ -8,6 +8,7 @@ from flax import nnx
 
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
+from resflow_jax.layers.block_certificate import _rescale
 from resflow_jax.layers.lipschitz import LipschitzLinear, learned_order, map_linears
 from tests.functional.brute_force import brute_force_norm
 from tests.functional.contractions import dense_matrix
@@ -84,11 +85,13 @@ def test_rows_and_columns_are_limited_by_their_own_norms(orders, linear_map):
 
 
 @pytest.mark.parametrize("linear_map", [DenseMap(3, 4), ConvMap((2, 2), 2, 3, 1)])
-def test_part_of_the_applied_kernel_is_applied_as_it_stands(linear_map):
-    """`tighten` replaces kernels in this way."""
+def test_rescale(linear_map):
+    """The applied kernel, times the factor, is the new one, and is applied as it stands."""
     layer = linear(2.0, 2.0, linear_map)
     layer.update_norm(1e-10, None, 500)
-    layer.kernel[...] = 0.5 * layer.weights()[0]
+    applied = layer.weights()[0]
+    _rescale(layer, applied, 0.5)
+    np.testing.assert_allclose(layer.kernel[...], 0.5 * applied, rtol=1e-12)
     np.testing.assert_array_equal(layer.weights()[0], layer.kernel[...])
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.layers.bijector import Bijector
-from resflow_jax.layers.lipschitz import LipschitzLinear
+from resflow_jax.layers.lipschitz import linears_inside
 
 DEPTH = 3
 
@@ -23,16 +23,12 @@ def spoiled(make, dtype=None):
         graphdef, state = nnx.split(stack)
         cast = lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
         stack = nnx.merge(graphdef, jax.tree.map(cast, state))
-    for layer in linears(stack):
+    for layer in linears_inside(stack):
         layer.kernel[...] *= 5
     rf.Flow(stack).converge_norms()
-    for layer in linears(stack):
+    for layer in linears_inside(stack):
         layer.kernel[...] *= 1.1
     return stack
-
-
-def linears(stack):
-    return [layer for _, layer in nnx.iter_modules(stack) if isinstance(layer, LipschitzLinear)]
 
 
 def block(rngs):
