@@ -7,7 +7,7 @@ checked when it was traced. Two measures get it:
 1. The module `jax._src.core`, which checks, reads that the flag is on. All other modules read the real flag.
 2. A finished trace often stays alive although none of its tracers does, for example in an unused rule of a
    `jax.custom_jvp`. JAX then collects all garbage and looks through all objects of Python for references, which takes
-   0.2 s. Here it does so only if a tracer of the trace survives a collection of young objects.
+   0.2 s. Here it does so only if a tracer of the trace survives a collection.
 
 The error names the tracers that leaked and where they come from. JAX also searches for what holds them, which takes
 minutes in a process with many compiled programs; `with jax.checking_leaks():` around the call shows that.
@@ -16,9 +16,10 @@ These are internal names of JAX. Where a new release has other ones nothing is c
 """
 
 import gc
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import local
+from threading import get_ident, local
 from types import ModuleType, SimpleNamespace
 from weakref import WeakValueDictionary
 
@@ -58,10 +59,10 @@ def watch() -> bool:
         return any(tracer._trace is trace for tracer in traces.alive.get(id(trace), {}).values())
 
     def find_if_any(trace) -> list:
-        for generation in range(2):
+        for generation in range(3):
             if not has_tracers(trace):
                 return []
-            gc.collect(generation)
+            collect(generation)
         return find(trace) if has_tracers(trace) else []
 
     def error(name: str, trace, tracers: list) -> Exception:
@@ -72,6 +73,22 @@ def watch() -> bool:
     core.config = ModuleType(config.__name__)
     vars(core.config).update(vars(config), check_tracer_leaks=FLAG)
     return True
+
+
+def collect(generation: int) -> None:
+    """As `gc.collect`, which collects nothing while another thread does; this one waits for the other."""
+    thread, collected = get_ident(), []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop" and get_ident() == thread:
+            collected.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        while gc.collect(generation) == 0 and max(collected, default=-1) < generation:
+            time.sleep(0.001)
+    finally:
+        gc.callbacks.remove(note)
 
 
 @contextmanager

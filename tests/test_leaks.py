@@ -1,6 +1,8 @@
 """A tracer that leaks fails the test in which it does, in every kind of trace, and JAX's caches stay on."""
 
 import gc
+import time
+from threading import Event, Thread
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,31 @@ def test_unreachable_tracers_are_no_leak():
         return 2 * x
 
     assert jax.jit(f)(1.0) == 2
+
+
+def test_garbage_is_no_leak_while_another_thread_collects():
+    """Python collects nothing then, so that the check has to wait; a run compiles in two threads."""
+    collecting = Event()
+
+    class Slow:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            collecting.set()
+            time.sleep(0.2)
+
+    def f(x):
+        cycle = [x + 1]
+        cycle.append(cycle)
+        return 2 * x
+
+    Slow()
+    other = Thread(target=gc.collect)
+    other.start()
+    assert collecting.wait(60)
+    assert jax.jit(f)(1.0) == 2
+    other.join()
 
 
 def test_caches_stay_on():
