@@ -76,9 +76,13 @@ def test_sizes_for_tpus():
         assert g.chunk_size == 2**22 // (16 * 2**12)
 
 
-@pytest.mark.parametrize("make", [dense_net, conv_net])
 @pytest.mark.parametrize(
-    "options", [{}, {"minres_steps": 0, "probe": "gaussian", "length": Geometric(0.3)}, {"probes": 2}]
+    ("make", "options"),
+    [
+        (dense_net, {}),
+        (conv_net, {"minres_steps": 0, "probe": "gaussian", "length": Geometric(0.3)}),
+        (conv_net, {"probes": 2}),
+    ],
 )
 def test_residual_in_chunks(platform, make, options):
     """Value, log-det, diagnostics and all gradients do not depend on the size of the chunks."""

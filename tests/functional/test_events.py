@@ -60,8 +60,7 @@ def value_and_gradients(value, x):
     return outputs, gradient
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2])
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize(("name", "chunk_size"), [*((name, None) for name in ESTIMATORS), ("roulette", 2)])
 def test_value_and_gradient(name, chunk_size):
     """Value and gradients are those of dense linear algebra on the rows."""
     log_det = partial(dense_series, terms=3) if name == "truncated" else dense_log_det

@@ -92,8 +92,7 @@ def test_exact_value_and_gradient(name):
     np.testing.assert_allclose(found, exact(name), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("gradient", ["neumann", "autodiff"])
-@pytest.mark.parametrize("terms", [1, 4, 5])
+@pytest.mark.parametrize(("terms", "gradient"), [(1, "neumann"), (4, "neumann"), (5, "neumann"), (4, "autodiff")])
 def test_truncated_is_the_truncated_series(monkeypatch, terms, gradient):
     """Averaged over orthogonal probes, value and gradient are those of the odd powers up to `terms`."""
     draws = enumerate_draws(

@@ -25,6 +25,8 @@ ESTIMATORS = {
 ARGUMENTS = ("params", "scale", "x", "key")
 # Which arguments have a lane each: every one alone, and combinations in which y is mapped or is not.
 MAPPED = [("key",), ("x",), ("params",), ("scale", "key"), ARGUMENTS]
+# Where rules of derivatives are shared with others: every argument is mapped in one, and not in the other.
+FEW = [("x", "params"), ("scale", "key")]
 
 
 def log_det_loss(estimator, chunk_size, params, scale, x, key):
@@ -68,10 +70,10 @@ def check(found, expected):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_vmap(name):
-    """grad of a weighted sum over vmap, and vmap of grad, for every choice of mapped arguments, against a loop."""
+    """grad of a weighted sum over vmap, and vmap of grad, for choices of mapped arguments, against a loop."""
     loss, weights = LOSSES[name], jnp.arange(1.0, 1 + LANES)
     one = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
-    for names in MAPPED:
+    for names in MAPPED if name in ("roulette", "inverse") else FEW:
         args = arguments(names)
         axes = [0 if name in names else None for name in ARGUMENTS]
         lanes = [one(*lane(args, names, n)) for n in range(LANES)]

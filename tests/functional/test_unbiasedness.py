@@ -129,13 +129,10 @@ def test_power_series_roulette_summed_over_its_law(monkeypatch, name, estimator,
         ("nonsymmetric", Roulette(SAFE, 2, probes=2)),
         ("nonsymmetric", Roulette(FITTED, minres_steps=1, probes=3)),
         ("nonsymmetric", Roulette(Poisson(2.0), 2, minres_steps=2)),
-        ("nonsymmetric", Roulette(SAFE, minres_steps=3)),
         ("nonsymmetric", Roulette(Geometric(0.3), gradient="autodiff", probes=2)),
         ("nonsymmetric", Roulette(SAFE, 2, minres_steps=1, gradient="autodiff")),
         ("nonsymmetric", Roulette(FITTED, minres_steps=3, gradient="autodiff")),
         ("saturated", Roulette(FITTED)),
-        ("moderate", Roulette(Poisson(2.0), 2, minres_steps=2)),
-        ("saturated", Roulette(SAFE, gradient="autodiff")),
     ],
     ids=str,
 )
@@ -200,17 +197,10 @@ def test_minimal_residual_roulette_is_unbiased(name, estimator):
     assert worst_z(name, estimator) < 4
 
 
-@pytest.mark.parametrize(
-    ("name", "estimator"),
-    [
-        ("nonsymmetric", Roulette(SAFE, probe="orthogonal", probes=2, gradient="autodiff")),
-        ("nonsymmetric", Roulette(FITTED, minres_steps=1, samples=3, probe="gaussian", gradient="autodiff")),
-    ],
-    ids=str,
-)
-def test_minimal_residual_roulette_autodiff_is_unbiased(name, estimator):
+def test_minimal_residual_roulette_autodiff_is_unbiased():
     """The same for the gradient of the estimate itself."""
-    assert worst_z(name, estimator, keys=1000) < 4
+    estimator = Roulette(FITTED, minres_steps=1, samples=3, probe="orthogonal", probes=2, gradient="autodiff")
+    assert worst_z("nonsymmetric", estimator, keys=1000) < 4
 
 
 @pytest.mark.parametrize(
