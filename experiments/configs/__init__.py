@@ -13,6 +13,7 @@ from experiments.configs import (
     digits_uniform,
     fashion_mnist,
     fashion_mnist_monotone,
+    fashion_mnist_uniform,
     imagenet32,
     imagenet64,
     images,
@@ -31,6 +32,7 @@ _MODULES = (
     photographs,
     mnist,
     fashion_mnist,
+    fashion_mnist_uniform,
     fashion_mnist_monotone,
     cifar10,
     cifar10_densenet,
@@ -45,7 +47,7 @@ _MODULES = (
 )
 SUMMARIES = {module.__name__.rpartition(".")[2]: module.__doc__.splitlines()[0] for module in _MODULES}
 CONFIGS = {name: module.CONFIG for name, module in zip(SUMMARIES, _MODULES, strict=True)}
-CONFIGS["fashion_mnist_small"] = fashion_mnist.SMALL
+CONFIGS["fashion_mnist_small"] = fashion_mnist_uniform.SMALL
 SUMMARIES["fashion_mnist_small"] = "Fashion-MNIST with 2-2-2 blocks and 600 steps, the flow that studies measure."
 for module in (ablations, toy):
     CONFIGS |= module.CONFIGS

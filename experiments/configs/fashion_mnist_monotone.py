@@ -3,18 +3,18 @@
 python -m experiments.density fashion_mnist_monotone --data.dir DIR
 
 The blocks are those of Ahn et al. (2022, arXiv 2210.08176); they publish no run on this data set. Scales, steps,
-optimiser and estimator are those of `fashion_mnist`. This run has not been made.
+optimiser and estimator are those of `fashion_mnist_uniform`. This run has not been made.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.configs import fashion_mnist
+from experiments.configs import fashion_mnist_uniform
 from resflow_jax import DenseNetBlocks
 
-MODEL = fashion_mnist.CONFIG.model
+MODEL = fashion_mnist_uniform.CONFIG.model
 CONFIG = replace(
-    fashion_mnist.CONFIG,
+    fashion_mnist_uniform.CONFIG,
     model=replace(
         MODEL,
         activation="cpila",

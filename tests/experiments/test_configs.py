@@ -25,6 +25,7 @@ SIZES = {
     "cifar10_monotone": (CONFIGS["cifar10_monotone"].model, 24_894_430),
     "digits_monotone": (CONFIGS["digits_monotone"].model, 107_362),
     "digits": (CONFIGS["digits"].model, 40_394),
+    "fashion_mnist": (CONFIGS["fashion_mnist"].model, 267_454),
 }
 
 
@@ -53,7 +54,7 @@ def test_every_config_has_a_tiny_mode(name):
 
 def test_config_names_and_work_directories_are_their_own():
     """No two runs write to the same place; the help has a line for each."""
-    assert len({config.workdir for config in CONFIGS.values()}) == len(CONFIGS) == 33
+    assert len({config.workdir for config in CONFIGS.values()}) == len(CONFIGS) == 34
 
 
 def test_published_settings():

@@ -78,7 +78,7 @@ def bounded(x, low, high, one_sided):
 
 def jacobians(function, x):
     dim = x[0].size
-    return jax.vmap(jax.jacfwd(lambda e: function(e[None])[0].ravel()))(x).reshape(len(x), dim, dim)
+    return jax.jit(jax.vmap(jax.jacfwd(lambda e: function(e[None])[0].ravel())))(x).reshape(len(x), dim, dim)
 
 
 @pytest.mark.parametrize("name", LAYERS)
