@@ -4,7 +4,9 @@ python -m experiments.density fashion_mnist --data.dir DIR
 
 The recipe is that of `digits`, but for its dequantisation: CPila, half of the width of `fashion_mnist_uniform`, a
 higher learning rate, and further terms of the log-det series for one example of four. A variational dequantisation
-brought nothing in this time.
+brought nothing in the time of the search.
+
+On 2 CPU cores: 0.21 s per step, 16 minutes in total. Expected: 2.954 +- 0.009 test bits/dim on all 10000 test images.
 """
 
 from dataclasses import replace
