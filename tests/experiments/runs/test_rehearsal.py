@@ -47,11 +47,10 @@ def compiled(caplog):
     "changes",
     [
         {},
-        {"optimizer": OptimizerConfig(warmup=2, accumulate=2)},
-        {"parallel": "shard_map"},
+        {"parallel": "shard_map", "optimizer": OptimizerConfig(warmup=2, accumulate=2)},
         {"mesh": MeshConfig(data=4, model=2, parameters="model")},
     ],
-    ids=["jit", "accumulated", "shard_map", "divided"],
+    ids=["jit", "shard_map, accumulated", "divided"],
 )
 def test_no_large_program_is_compiled_in_training(tmp_path, monkeypatch, cores, compiled, changes):
     """The step, and all that a validation needs, are there before the first step."""
