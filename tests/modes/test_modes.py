@@ -41,7 +41,6 @@ WITHOUT_JIT = [
     "log_prob, Exact",
     "log_prob, Roulette",
     "inverse, Anderson",
-    "images, log_prob",
     "new flow, plain",
     "update_norms, plain",
     "train",
