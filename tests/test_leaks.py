@@ -60,19 +60,20 @@ def test_a_leak_out_of_a_cycle_is_found():
         jax.jit(Module())(jnp.ones(3))
 
 
+def with_a_cycle(x):
+    """2 x; it leaves a cycle without outside references, which is garbage."""
+    cycle = [x + 1]
+    cycle.append(cycle)
+    return 2 * x
+
+
 def test_unreachable_tracers_are_no_leak():
-    """A cycle without outside references is garbage."""
-
-    def f(x):
-        cycle = [x + 1]
-        cycle.append(cycle)
-        return 2 * x
-
-    assert jax.jit(f)(1.0) == 2
+    assert jax.jit(with_a_cycle)(1.0) == 2
 
 
 def test_garbage_is_no_leak_while_another_thread_collects():
     """Python collects nothing then, so that the check has to wait; a run compiles in two threads."""
+    jax.clear_caches()  # so that the function is traced anew
     collecting = Event()
 
     class Slow:
@@ -83,16 +84,11 @@ def test_garbage_is_no_leak_while_another_thread_collects():
             collecting.set()
             time.sleep(0.2)
 
-    def f(x):
-        cycle = [x + 1]
-        cycle.append(cycle)
-        return 2 * x
-
     Slow()
     other = Thread(target=gc.collect)
     other.start()
     assert collecting.wait(60)
-    assert jax.jit(f)(1.0) == 2
+    assert jax.jit(with_a_cycle)(1.0) == 2
     other.join()
 
 
