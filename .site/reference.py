@@ -47,7 +47,7 @@ TOPICS = {
         (
             "Bijector Chain Invert MultiScale ResidualBlock MonotoneBlock ImplicitBlock ResidualStack make_reversible "
             "ActNorm Affine InvertibleLinear Normalization MovingBatchNorm MovingCentering Logit Bounded Exp Softplus "
-            "Squeeze Flatten Reshape Permutation ChannelPadding Constant"
+            "Spline Squeeze Flatten Reshape Permutation ChannelPadding Constant"
         ),
     ),
     "couplings": Topic(

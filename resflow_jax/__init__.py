@@ -46,6 +46,7 @@ from resflow_jax.layers.positive import Exp, Softplus
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 from resflow_jax.layers.reversible import make_reversible
 from resflow_jax.layers.shapes import Flatten, Permutation, Reshape, Squeeze
+from resflow_jax.layers.spline import Spline
 from resflow_jax.layers.unconstrained import StridedBlock, UnconstrainedBlock
 from resflow_jax.models.autoregressive_flow import AutoregressiveFlow, AutoregressiveFlowConfig
 from resflow_jax.models.bases import Base, DiagonalNormal, MixtureOfNormals, StandardNormal
@@ -178,6 +179,7 @@ __all__ = [
     "Scales",
     "Softplus",
     "Solver",
+    "Spline",
     "SplineCoupling",
     "Squeeze",
     "StandardNormal",

@@ -5,9 +5,9 @@
     made, maf                                    autoregressive flows of vectors, see `rf.AutoregressiveFlowConfig`
     ffjord                                       a continuous flow, which needs diffrax; see `rf.ContinuousFlowConfig`
 
-Each takes shape, data transform and condition of the residual flow, but has the dequantisation of its own config. A run
-then has the name of its model in its work directory, and a learning rate of at most 2e-3, since these networks have no
-bound that would keep steps small.
+Each takes shape, data transform and condition of the residual flow, but has the dequantisation and the spline of its
+own config. A run then has the name of its model in its work directory, and a learning rate of at most 2e-3, since these
+networks have no bound that would keep steps small.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,7 +41,8 @@ def _instead(preset: Callable[..., Any]) -> Make:
         data = model.data
         config = preset(shape, condition_dim=model.condition_dim)
         if isinstance(model, ImageFlowConfig):
-            data = replace(data, dequantization=config.data.dequantization)
+            own = config.data
+            data = replace(data, dequantization=own.dequantization, spline_bins=own.spline_bins)
         return replace(config, data=data)
 
     return make

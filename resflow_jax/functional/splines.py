@@ -13,14 +13,25 @@ Durkan et al. (2019, arXiv 1906.04032), section 3.1 and appendix A.1 to A.3.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from resflow_jax.functional.checks import check_count
 
 Array = jax.Array
 
 LEAST = 1e-3  # of the width and of the height of a bin, as parts of the whole, and of a slope
+MOST_BINS = round(0.5 / LEAST)
+
+
+def check_bins(bins: Any) -> None:
+    """Expects a number of bins, each of which can be twice as wide as the least."""
+    check_count("bins", bins, 2)
+    if bins > MOST_BINS:
+        raise ValueError(f"bins: expected at most {MOST_BINS}, got {bins}")
 
 
 class Knots(NamedTuple):
@@ -77,10 +88,38 @@ def _bin_of(value: Array, edges: Array, at: Knots) -> _Bin:
     return _Bin(left, width, bottom, height, *slopes, height / width)
 
 
+def _find(value: Array, edges: Array, at: Knots) -> _Bin:
+    """`_bin_of`, or faster where all values [N, C] share the knots [bins + 1, C]."""
+    if edges.ndim > 2 or value.ndim > 2:
+        return _bin_of(value, edges, at)
+    number = jnp.sum(value[:, None] >= edges[None, 1:-1], axis=1, dtype=jnp.int32)
+
+    def chosen(array):
+        return jnp.take_along_axis(array, number, axis=0, mode="clip")
+
+    width, height = chosen(jnp.diff(at.x, axis=0)), chosen(jnp.diff(at.y, axis=0))
+    slopes = chosen(at.slopes[:-1]), chosen(at.slopes[1:])
+    return _Bin(chosen(at.x[:-1]), width, chosen(at.y[:-1]), height, *slopes, height / width)
+
+
+def slope_bounds(at: Knots) -> tuple[float, float]:
+    """Bounds on dy/dx: the least and the greatest slope of any element, that outside of the knots included.
+
+    On a bin the numerator over m^2 is a mean of d_k, m and d_k+1, and the denominator lies between m and
+    (2 m + d_k + d_k+1) / 4, its value in the middle.
+    """
+    x, y, slopes = (np.asarray(part, np.float64) for part in at)
+    m, ends = np.diff(y, axis=-2) / np.diff(x, axis=-2), (slopes[..., :-1, :], slopes[..., 1:, :])
+    middle = (2 * m + sum(ends)) / 4
+    least = np.minimum(m, np.minimum(*ends)) * (m / np.maximum(m, middle)) ** 2
+    greatest = np.maximum(m, np.maximum(*ends)) * (m / np.minimum(m, middle)) ** 2
+    return min(1.0, float(least.min())), max(1.0, float(greatest.max()))
+
+
 def spline(x: Array, at: Knots, bound: float) -> tuple[Array, Array]:
-    """y and log dy/dx of every element of x [..., C]."""
+    """y and log dy/dx of every element of x [..., C]; knots [bins + 1, C] are shared by all x [N, C]."""
     is_inside = jnp.abs(x) <= bound
-    found = _bin_of(jnp.where(is_inside, x, 0), at.x, at)
+    found = _find(jnp.where(is_inside, x, 0), at.x, at)
     t = (jnp.where(is_inside, x, 0) - found.left) / found.width
     fraction = (found.mean_slope * t**2 + found.slope * t * (1 - t)) / _denominator(found, t)
     y = found.bottom + found.height * fraction
@@ -88,9 +127,9 @@ def spline(x: Array, at: Knots, bound: float) -> tuple[Array, Array]:
 
 
 def inverse_spline(y: Array, at: Knots, bound: float) -> tuple[Array, Array]:
-    """x and log dy/dx of every element of y [..., C]."""
+    """x and log dy/dx of every element of y [..., C], as `spline`."""
     is_inside = jnp.abs(y) <= bound
-    found = _bin_of(jnp.where(is_inside, y, 0), at.y, at)
+    found = _find(jnp.where(is_inside, y, 0), at.y, at)
     above = jnp.where(is_inside, y, 0) - found.bottom
     bend = found.slope + found.next_slope - 2 * found.mean_slope
     a = found.height * (found.mean_slope - found.slope) + above * bend

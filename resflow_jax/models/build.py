@@ -14,6 +14,7 @@ from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.normalization import Normalization
 from resflow_jax.layers.padding import ChannelPadding
 from resflow_jax.layers.shapes import Flatten, Reshape, Squeeze
+from resflow_jax.layers.spline import Spline
 from resflow_jax.models.blocks import Around, MakeContraction, MakeLinear, densenet, layered, residual_blocks
 from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig
 from resflow_jax.models.groups import Padding
@@ -61,14 +62,16 @@ def feature_shapes(config: ImageFlowConfig) -> list[Shape]:
 
 
 def data_layers(config: ImageFlowConfig) -> list[Bijector]:
-    """The layers before the first block: logit, normalisation, padding, and the first squeeze."""
+    """The layers before the first block: logit, spline, normalisation, padding, and the first squeeze."""
     noise = padding_layers(config.data.padding)
     return [*logit(config), *normalization(config), *noise, *first_squeeze(config)]
 
 
 def logit(config: ImageFlowConfig) -> list[Bijector]:
-    """The logit of images, if any."""
-    return [] if config.data.logit_alpha is None else [Logit(config.data.logit_alpha)]
+    """The logit of images and the splines after it, if any. Their knots cover what the logit can return."""
+    alpha, bins = config.data.logit_alpha, config.data.spline_bins
+    layers: list[Bijector] = [] if alpha is None else [Logit(alpha)]
+    return [*layers, Spline(config.shape[-1:], bins, math.log1p(-alpha) - math.log(alpha))] if bins else layers
 
 
 def normalization(config: FlowConfig, others: int = 0) -> list[Bijector]:

@@ -18,6 +18,7 @@ from resflow_jax.functional.checks import (
     check_type,
 )
 from resflow_jax.functional.orders import parse_norms
+from resflow_jax.functional.splines import MOST_BINS
 from resflow_jax.layers.padding import NOISES, Noise
 
 CENTERINGS = (None, "blocks", "layers")
@@ -136,7 +137,7 @@ class VectorTransform:
 
 @dataclass(frozen=True)
 class ImageTransform(VectorTransform):
-    """The fixed transform of images before a flow's first block: a logit, or (x - mean) / std; then padding.
+    """The transform of images before a flow's first block: a logit, or (x - mean) / std; then padding.
 
     Attributes:
       mean: without the logit, mean of every channel, to be subtracted; None for none.
@@ -144,9 +145,12 @@ class ImageTransform(VectorTransform):
       padding: channels of noise appended after that.
       logit_alpha: alpha of the logit (see `Logit`), in (0, 1/2); None for no logit.
       dequantization: the noise of integer pixels, uniform by default.
+      spline_bins: with the logit, number of pieces of a learned curve for each channel after it, see `Spline`; 0 for
+        none. It pays where many pixels have the same value, as a black background.
 
     Raises:
-      ValueError: as `VectorTransform`, for alpha outside its range, and for a mean beside the logit.
+      ValueError: as `VectorTransform`, for alpha outside its range, for a mean beside the logit, and for a spline
+        without it or with less than 2 or more than 500 pieces.
 
     Source: Dinh et al. (2017, arXiv 1605.08803), section 4.1, for the logit.
 
@@ -157,9 +161,15 @@ class ImageTransform(VectorTransform):
 
     logit_alpha: float | None = 1e-6
     dequantization: Dequantization = Dequantization()
+    spline_bins: int = 0
 
     def __post_init__(self):
         super().__post_init__()
+        check_count("data.spline_bins", self.spline_bins, 0)
+        if self.spline_bins == 1 or self.spline_bins > MOST_BINS:
+            raise ValueError(f"data.spline_bins: expected 0, or 2 to {MOST_BINS}, got {self.spline_bins}")
+        if self.spline_bins and self.logit_alpha is None:
+            raise ValueError(f"data.spline_bins: expected 0 without data.logit_alpha, got {self.spline_bins}")
         check_type("data.dequantization", self.dequantization, Dequantization)
         if self.logit_alpha is not None:
             check_open_interval("data.logit_alpha", self.logit_alpha, 0, 0.5)

@@ -84,6 +84,7 @@ MAKERS = {
     "ResidualBlock": lambda rngs: rf.ResidualBlock(rf.LipschitzMLP(3, (2,), rngs=rngs)),
     "ResidualStack": lambda rngs: rf.ResidualStack(step, 3, rngs=rngs),
     "Softplus": lambda rngs: rf.Softplus(),
+    "Spline": lambda rngs: rf.Spline((3,), 5, 2.0),
     "SplineCoupling": lambda rngs: rf.SplineCoupling(
         (2, 2, 2), rf.ResNetConditioner(4, 1), bins=4, bound=2.0, rngs=rngs
     ),

@@ -116,6 +116,10 @@ LAYERS = {
             ["Flatten", [*BLOCK, "ActNorm"]],
         ],
     ),
+    "spline": (
+        {"data": rf.ImageTransform(spline_bins=4)},
+        [["Logit", "Spline", BLOCK, BLOCK, "Squeeze"], [BLOCK, "Flatten", BLOCK]],
+    ),
     "all at once": (
         {
             "between": rf.BetweenBlocks(batchnorm=True, centering="blocks", invertible_linear=True),
@@ -137,6 +141,19 @@ def test_layers_in_order(case):
         TorchImageConfig(**TWO_SCALES | {"between": rf.BetweenBlocks(actnorm=False), "tail": TAIL} | settings)
     )
     assert names(scales) == expected
+
+
+def test_spline_of_the_data():
+    """One curve for each channel, over all that the logit returns: at the ends of [0, 1] it meets the identity."""
+    config = rf.ImageFlowConfig(
+        (2, 2, 3), blocks=(1,), kernels=(1,), hidden_channels=4, data=rf.ImageTransform(logit_alpha=0.05, spline_bins=4)
+    )
+    logit, layer = rf.ResidualFlow(config, rngs=nnx.Rngs(0)).bijector.bijectors[0].bijectors[:2]
+    assert layer.theta.shape == (11, 3) and layer.bins == 4
+    layer.theta[...] = jax.random.normal(jax.random.key(0), (11, 3))
+    ends = logit(jnp.stack([jnp.zeros((2, 2, 3)), jnp.full((2, 2, 3), 0.5), jnp.ones((2, 2, 3))]))
+    moved = layer(ends) - ends
+    assert jnp.abs(moved[::2]).max() < 1e-12 and jnp.abs(moved[1]).min() > 1e-3
 
 
 @pytest.mark.parametrize(("block", "name"), [("monotone", "MonotoneBlock"), ("implicit", "ImplicitBlock")])

@@ -150,7 +150,7 @@ def _classes():
             **image,
         },
         "ImageTransform": {"mean": None, "std": None, "padding": rf.Padding(), "logit_alpha": 1e-6}
-        | {"dequantization": rf.Dequantization()},
+        | {"dequantization": rf.Dequantization(), "spline_bins": 4},
         "Invert": {"bijector": rf.ActNorm((3,)), "solver": None},
         "InvertibleLinear": {"dim": 3, "rngs": rngs()},
         "LipschitzCNN": {"shape": (2, 2, 1), "hidden": (2,), "kernels": (3, 3), "padding": "zero", **layered},
@@ -184,6 +184,7 @@ def _classes():
             "subsample": 1,
         },
         "Scales": {"squeeze_first": False, "factor_out": False},
+        "Spline": {"shape": (3,), "bins": 4, "bound": 3.0},
         "Squeeze": {"shape": (2, 2, 1)},
         "StandardNormal": {"event_shape": (3,)},
         "StridedBlock": {"shape": (2, 2, 1), "channels": 2, "hidden_channels": 2, "stride": 2, **block},

@@ -222,6 +222,13 @@ LAYERS = {
         "shape: expected": lambda: rf.Reshape((0,), (1,)),
         "new_shape: expected": lambda: rf.Reshape((4,), (3,)),
     },
+    "rf.Spline": {
+        "bins: expected": lambda: rf.Spline((3,), 1),
+        "bins: expected at most": lambda: rf.Spline((3,), 501),
+        "bound: expected a positive": lambda: rf.Spline((3,), bound=0.0),
+        "bound: expected a finite": lambda: rf.Spline((3,), bound=np.inf),
+        "expected events": lambda: rf.Spline((3,)).output_shape((2,)),
+    },
     "rf.Squeeze": {
         "shape: expected": lambda: rf.Squeeze((2, 2)),
         "shape: expected even": lambda: rf.Squeeze((3, 2, 1)),

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from resflow_jax.functional.checks import check_count, check_positive
-from resflow_jax.functional.splines import LEAST, inverse_spline, knots, spline
+from resflow_jax.functional.checks import check_positive
+from resflow_jax.functional.splines import check_bins, inverse_spline, knots, spline
 from resflow_jax.layers.couplings.conditioners import Conditioner
 from resflow_jax.layers.couplings.coupling import Coupling
 
@@ -53,9 +53,7 @@ class SplineCoupling(Coupling):
         bound: float = 3.0,
         rngs: nnx.Rngs | None = None,
     ):
-        check_count("bins", bins, 2)
-        if bins > 0.5 / LEAST:
-            raise ValueError(f"bins: expected at most {0.5 / LEAST:.0f}, got {bins}")
+        check_bins(bins)
         check_positive("bound", bound)
         self.bins, self.bound, self.parameters = bins, bound, 3 * bins - 1
         super().__init__(shape, conditioner, mask, flipped, condition_dim, rngs=rngs)

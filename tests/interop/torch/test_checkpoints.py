@@ -334,6 +334,10 @@ def test_estimator(options, expected):
             rf.ImageFlowConfig((8, 8, 1), blocks=(1, 1), data=rf.ImageTransform(logit_alpha=0.1)),
             "data.logit_alpha: expected 1e-06",
         ),
+        (
+            rf.ImageFlowConfig((8, 8, 1), blocks=(1, 1), data=rf.ImageTransform(spline_bins=4)),
+            "data.spline_bins: expected 0",
+        ),
         (rf.ImageFlowConfig((8, 8, 1), blocks=(1,)), "preactivation: expected 'all'"),
         (rf.ImageFlowConfig((8, 8, 1), blocks=(1,), block="implicit"), "block: expected 'residual', .* got 'implicit'"),
         (

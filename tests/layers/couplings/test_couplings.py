@@ -9,7 +9,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.functional.logistic_mixtures import inverse_mixture_logit, mixture_logit, mixture_of
-from resflow_jax.functional.splines import inverse_spline, knots, spline
+from resflow_jax.functional.splines import Knots, inverse_spline, knots, slope_bounds, spline
 from tests.layers.couplings.layers import CNN, IMAGE, KEEP, LAYERS, MLP, NET, dense_jacobians, made
 
 
@@ -109,6 +109,34 @@ def test_spline_against_its_definition():
     back, other = jax.jit(inverse_spline)(y, every, 2.0)
     np.testing.assert_allclose(back, x, atol=1e-11)
     np.testing.assert_allclose(other, log_slope, atol=1e-9)
+
+
+@pytest.mark.parametrize("curve", [spline, inverse_spline])
+def test_shared_knots(curve):
+    """Knots without axes of a batch give what the same knots give for each example; so do all gradients."""
+    theta, x = jax.random.normal(jax.random.key(0), (11, 3)), 3 * jax.random.normal(jax.random.key(1), (20, 3))
+
+    def value(theta, x, are_shared):
+        at = knots(theta, 4, 2.0)
+        every = at if are_shared else jax.tree.map(lambda part: jnp.broadcast_to(part, (20, *part.shape)), at)
+        values, log_slopes = curve(x, every, 2.0)
+        return jnp.sum(jnp.sin(values) + log_slopes), (values, log_slopes)
+
+    found = jax.jit(jax.grad(value, (0, 1), has_aux=True), static_argnums=2)
+    chex.assert_trees_all_close(found(theta, x, True), found(theta, x, False), rtol=1e-12)
+
+
+def test_bounds_of_slopes():
+    """No slope on a fine grid leaves the bounds. They are attained where the curve is straight."""
+    for seed in range(5):
+        at = knots(4 * jax.random.normal(jax.random.key(seed), (11, 3)), 4, 2.0)
+        x = jnp.repeat(jnp.linspace(-2, 2, 4001)[:, None], 3, axis=1)
+        slopes = jnp.exp(jax.jit(spline)(x, at, 2.0)[1])
+        least, greatest = slope_bounds(at)
+        assert least <= slopes.min() and slopes.max() <= greatest
+    straight = Knots(*(jnp.asarray(part)[:, None] for part in ([-2.0, 0.0, 2.0], [-2.0, -1.0, 2.0], [1.0, 1.0, 1.0])))
+    assert slope_bounds(knots(jnp.zeros((11, 1)), 4, 2.0)) == pytest.approx((1.0, 1.0), rel=1e-12)
+    assert slope_bounds(straight)[0] < 0.5 and slope_bounds(straight)[1] > 1.5
 
 
 def test_mixture_against_its_definition():
