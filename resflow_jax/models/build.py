@@ -107,7 +107,7 @@ def convolutional_blocks(
     if between.feature_actnorm:
         actnorms.append(shape)
     around = Around(config, actnorms, shape[-1], between.invertible_linear)
-    return blocks_of_scale(config, scale, _convolutional(config, shape), around, rngs), shape
+    return blocks_of_scale(config, scale, _convolutional(config, scale, shape), around, rngs), shape
 
 
 def blocks_of_scale(
@@ -184,7 +184,7 @@ def _entrance(config: ImageFlowConfig) -> Shape:
     return _squeezed(shape) if config.scales.squeeze_first else shape
 
 
-def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:
+def _convolutional(config: ImageFlowConfig, scale: int, shape: Shape) -> MakeContraction:
     *size, channels = shape
 
     def conv(channels_in: int, channels_out: int, kernel: int) -> ConvMap:
@@ -192,7 +192,8 @@ def _convolutional(config: ImageFlowConfig, shape: Shape) -> MakeContraction:
 
     if config.densenet.depth:
         return densenet(config, conv, channels, None, config.densenet.growth, 3)
-    hidden = [config.hidden_channels] * (len(config.kernels) - 1)
+    widths = config.hidden_channels
+    hidden = [widths if isinstance(widths, int) else widths[scale]] * (len(config.kernels) - 1)
     centering = config.between.centering == "layers"
     return layered(config, conv, channels, hidden, config.kernels, config.norms.orders, centering)
 

@@ -33,7 +33,7 @@ class ImageFlowConfig:
     Attributes:
       shape: (H, W, C) of one image; H and W divisible by 2 for every squeeze.
       blocks: residual blocks of each scale; its length is the number of scales.
-      hidden_channels: width of the convolutional blocks.
+      hidden_channels: width of the convolutional blocks, one number or one for each scale.
       kernels: kernel sizes of a block's convolutions, odd; their number is the block's depth.
       activation: name of the activation, one of `ACTIVATIONS`.
       preactivation: which blocks start with an activation: "all_but_first", "all" or "none"; DenseNets never do.
@@ -67,7 +67,7 @@ class ImageFlowConfig:
 
     shape: tuple[int, int, int]
     blocks: tuple[int, ...] = (16, 16, 16)
-    hidden_channels: int = 512
+    hidden_channels: int | tuple[int, ...] = 512
     kernels: tuple[int, ...] = (3, 1, 3)
     activation: ActivationName = "lipswish"
     preactivation: Preactivation = "all_but_first"
@@ -102,7 +102,7 @@ class ImageFlowConfig:
             check_count("kernels", size, 1)
             if size % 2 == 0:
                 raise ValueError(f"kernels: expected odd sizes, got {self.kernels}")
-        check_count("hidden_channels", self.hidden_channels, 1)
+        self._check_widths()
         squeezes = len(self.blocks) - 1 + self.scales.squeeze_first
         if self.shape[0] % 2**squeezes or self.shape[1] % 2**squeezes:
             raise ValueError(
@@ -112,6 +112,18 @@ class ImageFlowConfig:
         _check_common(self, len(self.kernels))
         _check_norms(self, "tail.norms", self.tail.norms)
         self.data.check_channels(self.data_channels)
+
+    def _check_widths(self) -> None:
+        if not isinstance(self.hidden_channels, tuple | list):
+            return check_count("hidden_channels", self.hidden_channels, 1)
+        make_tuples(self, "hidden_channels")
+        if len(self.hidden_channels) != len(self.blocks):
+            raise ValueError(
+                f"hidden_channels: expected one width, or {len(self.blocks)}, one for each scale, got "
+                f"{self.hidden_channels}"
+            )
+        for width in self.hidden_channels:
+            check_count("hidden_channels", width, 1)
 
     @property
     def data_channels(self) -> int:

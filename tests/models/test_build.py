@@ -14,7 +14,9 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.functional.linear_maps import DenseMap
 from resflow_jax.interop.torch.flow import TorchImageConfig
+from resflow_jax.io.config_json import config_from_json, config_to_json
 from resflow_jax.layers.composition import Chain
+from resflow_jax.layers.lipschitz import linears_inside
 from resflow_jax.layers.logit import Logit
 from resflow_jax.layers.normalization import Normalization
 from resflow_jax.layers.padding import ChannelPadding
@@ -141,6 +143,20 @@ def test_layers_in_order(case):
         TorchImageConfig(**TWO_SCALES | {"between": rf.BetweenBlocks(actnorm=False), "tail": TAIL} | settings)
     )
     assert names(scales) == expected
+
+
+def test_widths_of_the_scales():
+    """One number is the width of all scales; of several, each is that of a scale. A list is as good as a tuple."""
+
+    def widths(hidden_channels):
+        config = rf.ImageFlowConfig(**TWO_SCALES | {"hidden_channels": hidden_channels}, tail=rf.DenseTail(0))
+        assert config_from_json(config_to_json(config)) == config and hash(config)
+        shapes = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
+        return [linear.kernel.shape[-2:] for linear in linears_inside(shapes)]
+
+    first, second = [(1, 4), (4, 1)] * 2, [(4, 4)] * 2
+    assert widths(4) == widths([4, 4]) == [*first, *second]
+    assert widths((6, 3)) == [*[(1, 6), (6, 1)] * 2, (4, 3), (3, 4)]
 
 
 def test_spline_of_the_data():

@@ -184,6 +184,21 @@ BAD_CONFIGS = {
         {**IMAGE_SHAPE, **SQUEEZED, "data": rf.ImageTransform((0,) * 4, (1,), logit_alpha=None)},
         r"data.std: expected 4 numbers, one a channel, got \(1,\)",
     ),
+    "widths of another number of scales": (
+        rf.ImageFlowConfig,
+        {**IMAGE_SHAPE, "blocks": (1, 1), "hidden_channels": (4,)},
+        r"hidden_channels: expected one width, or 2, one for each scale, got \(4,\)",
+    ),
+    "a width of zero": (
+        rf.ImageFlowConfig,
+        {**IMAGE_SHAPE, "blocks": (1, 1), "hidden_channels": (4, 0)},
+        "hidden_channels: expected an integer of at least 1, got 0",
+    ),
+    "widths of a float": (
+        rf.ImageFlowConfig,
+        {**IMAGE_SHAPE, "hidden_channels": 4.0},
+        "hidden_channels: expected an integer of at least 1, got 4.0",
+    ),
     "alpha": (rf.ImageTransform, {"logit_alpha": 0.5}, "data.logit_alpha: expected a number in"),
 }
 

@@ -338,6 +338,7 @@ def test_estimator(options, expected):
             rf.ImageFlowConfig((8, 8, 1), blocks=(1, 1), data=rf.ImageTransform(spline_bins=4)),
             "data.spline_bins: expected 0",
         ),
+        (rf.ImageFlowConfig((8, 8, 1), blocks=(1, 1), hidden_channels=(4, 6)), "hidden_channels: expected"),
         (rf.ImageFlowConfig((8, 8, 1), blocks=(1,)), "preactivation: expected 'all'"),
         (rf.ImageFlowConfig((8, 8, 1), blocks=(1,), block="implicit"), "block: expected 'residual', .* got 'implicit'"),
         (
