@@ -64,4 +64,6 @@ def fitted_to_shape(model: ImageModel, shape: tuple[int, int, int]) -> ImageMode
     scales = len(model.blocks)
     while scales > 1 and any(side % 2 ** (scales - 1 + squeezes_first) for side in shape[:2]):
         scales -= 1
-    return replace(model, shape=shape, blocks=model.blocks[:scales])
+    widths = model.hidden_channels
+    widths = widths[:scales] if isinstance(widths, tuple) else widths
+    return replace(model, shape=shape, blocks=model.blocks[:scales], hidden_channels=widths)

@@ -60,6 +60,7 @@ ESTIMATORS: dict[str, Roulette] = {
     "default with Hadamard probes": Roulette(probe="hadamard"),
     SPREAD: Roulette(Defensive(0.4), exact_terms=1, subsample=4, probe="hadamard"),
     "the same, 2 exact terms": Roulette(Defensive(0.4), exact_terms=2, subsample=4, probe="hadamard"),
+    "the same, 3 exact terms": Roulette(Defensive(0.4), exact_terms=3, subsample=4, probe="hadamard"),
     REFERENCE: Roulette(Geometric(0.999), exact_terms=39),
 }
 TARGETS = ("synthetic", "digits", "fashion_mnist")

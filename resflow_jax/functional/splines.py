@@ -28,7 +28,7 @@ MOST_BINS = round(0.5 / LEAST)
 
 
 def check_bins(bins: Any) -> None:
-    """Expects a number of bins, each of which can be twice as wide as the least."""
+    """Expects at least 2 bins, and so few that the least widths leave half of the square to be learned."""
     check_count("bins", bins, 2)
     if bins > MOST_BINS:
         raise ValueError(f"bins: expected at most {MOST_BINS}, got {bins}")
@@ -90,7 +90,7 @@ def _bin_of(value: Array, edges: Array, at: Knots) -> _Bin:
 
 def _find(value: Array, edges: Array, at: Knots) -> _Bin:
     """`_bin_of`, or faster where all values [N, C] share the knots [bins + 1, C]."""
-    if edges.ndim > 2 or value.ndim > 2:
+    if edges.ndim != 2 or value.ndim != 2:
         return _bin_of(value, edges, at)
     number = jnp.sum(value[:, None] >= edges[None, 1:-1], axis=1, dtype=jnp.int32)
 
@@ -103,7 +103,7 @@ def _find(value: Array, edges: Array, at: Knots) -> _Bin:
 
 
 def slope_bounds(at: Knots) -> tuple[float, float]:
-    """Bounds on dy/dx: the least and the greatest slope of any element, that outside of the knots included.
+    """Bounds on dy/dx of all elements, (least, greatest), also outside of the knots; they need not be tight.
 
     On a bin the numerator over m^2 is a mean of d_k, m and d_k+1, and the denominator lies between m and
     (2 m + d_k + d_k+1) / 4, its value in the middle.
@@ -113,7 +113,7 @@ def slope_bounds(at: Knots) -> tuple[float, float]:
     middle = (2 * m + sum(ends)) / 4
     least = np.minimum(m, np.minimum(*ends)) * (m / np.maximum(m, middle)) ** 2
     greatest = np.maximum(m, np.maximum(*ends)) * (m / np.minimum(m, middle)) ** 2
-    return min(1.0, float(least.min())), max(1.0, float(greatest.max()))
+    return float(np.minimum(1.0, least.min())), float(np.maximum(1.0, greatest.max()))
 
 
 def spline(x: Array, at: Knots, bound: float) -> tuple[Array, Array]:

@@ -17,16 +17,17 @@ Array = jax.Array
 class Spline(Bijector):
     """A monotone rational-quadratic spline of each element, with one curve for each channel or element of an event.
 
-    See `functional.splines` for the map. It starts as the identity, and is the identity outside [-bound, bound]. Its
-    slopes have no Lipschitz bound to respect. So it can do before a residual flow what takes many contractions: pixels
-    that are often exactly black have a density with sharp edges, which a curve of their channel makes smooth.
+    See `functional.splines` for the map. It starts as the identity, and is the identity outside [-bound, bound].
+    Nothing limits its slopes. Before a residual flow it replaces many contractions: pixels that are often exactly black
+    have a density with sharp edges, which a curve of their channel makes smooth.
 
     Args:
       shape: (C,) for one curve for each channel of x [B, ..., C]; an event shape for one for each element.
       bins: number of pieces of a curve.
       bound: half of the side of the square that the knots cover, in the unit of x.
 
-    Randomness: none. Cost: one pass over x in each direction, with bins - 1 comparisons for each element.
+    Randomness: none. Cost: one pass over x in each direction, with bins - 1 comparisons and seven lookups an element.
+    In bfloat16 and float16 the curve is computed in float32.
 
     Raises:
       ValueError: for fewer than 2 or more than 500 bins, a bound that is not positive and finite, and from
@@ -57,9 +58,11 @@ class Spline(Bijector):
 
     def _apply(self, curve: Callable[..., tuple[Array, Array]], x: Array) -> tuple[Array, Array]:
         """The values of a curve at x [B, ...], in its shape, and the sum of the log-slopes of each example."""
-        at = knots(self.theta[...].astype(x.dtype), self.bins, self.bound)
-        values, log_slopes = curve(x.reshape(-1, math.prod(self.shape)), at, self.bound)
-        return values.reshape(x.shape), jnp.sum(log_slopes.reshape(len(x), -1), axis=1)
+        dtype = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32  # for narrow bins
+        at = knots(self.theta[...].astype(dtype), self.bins, self.bound)
+        values, log_slopes = curve(x.astype(dtype).reshape(-1, math.prod(self.shape)), at, self.bound)
+        log_det = jnp.sum(log_slopes.reshape(len(x), -1), axis=1)
+        return values.reshape(x.shape).astype(x.dtype), log_det.astype(x.dtype)
 
     def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
         return self._apply(spline, x)

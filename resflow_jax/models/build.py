@@ -68,7 +68,7 @@ def data_layers(config: ImageFlowConfig) -> list[Bijector]:
 
 
 def logit(config: ImageFlowConfig) -> list[Bijector]:
-    """The logit of images and the splines after it, if any. Their knots cover what the logit can return."""
+    """The logit of images and the splines after it, if any. Their knots cover the logits of [0, 1]."""
     alpha, bins = config.data.logit_alpha, config.data.spline_bins
     layers: list[Bijector] = [] if alpha is None else [Logit(alpha)]
     return [*layers, Spline(config.shape[-1:], bins, math.log1p(-alpha) - math.log(alpha))] if bins else layers
@@ -193,7 +193,7 @@ def _convolutional(config: ImageFlowConfig, scale: int, shape: Shape) -> MakeCon
     if config.densenet.depth:
         return densenet(config, conv, channels, None, config.densenet.growth, 3)
     widths = config.hidden_channels
-    hidden = [widths if isinstance(widths, int) else widths[scale]] * (len(config.kernels) - 1)
+    hidden = [widths[scale] if isinstance(widths, tuple) else widths] * (len(config.kernels) - 1)
     centering = config.between.centering == "layers"
     return layered(config, conv, channels, hidden, config.kernels, config.norms.orders, centering)
 

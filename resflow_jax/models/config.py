@@ -115,7 +115,8 @@ class ImageFlowConfig:
 
     def _check_widths(self) -> None:
         if not isinstance(self.hidden_channels, tuple | list):
-            return check_count("hidden_channels", self.hidden_channels, 1)
+            check_count("hidden_channels", self.hidden_channels, 1)
+            return
         make_tuples(self, "hidden_channels")
         if len(self.hidden_channels) != len(self.blocks):
             raise ValueError(

@@ -294,6 +294,8 @@ def test_images_of_your_own(tmp_path, capsys):
     assert small.model.shape == (15, 9, 3) and small.model.hidden_channels == 8
     model = ImageFlowConfig((8, 8, 1), scales=Scales(squeeze_first=True))
     assert len(fitted_to_shape(model, (12, 8, 1)).blocks) == 2
+    model = ImageFlowConfig((8, 8, 1), blocks=(1, 1, 1), hidden_channels=(4, 6, 8))
+    assert fitted_to_shape(model, (6, 6, 1)).hidden_channels == (4, 6)
     with pytest.raises(SystemExit) as end:
         density.COMMAND.call(print, ["images", "--data.path", str(tmp_path / "nowhere")])
     assert (

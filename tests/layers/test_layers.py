@@ -155,6 +155,19 @@ def test_lipschitz_bounds(name):
             np.testing.assert_allclose(norms, (forward, inverse), rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_spline_of_narrow_bins_in_low_precision(dtype):
+    """The curve is that of float32, rounded once; results have the dtype of x."""
+    layer = Spline((1,), 32, 13.8)
+    layer.theta[...] = 5 * jax.random.normal(jax.random.key(0), layer.theta.shape)
+    x = jnp.linspace(-14, 14, 501)[:, None].astype(dtype)
+    y, log_det = layer.forward(x)
+    expected, slopes = layer.forward(x.astype(jnp.float32))
+    assert y.dtype == log_det.dtype == dtype
+    np.testing.assert_array_equal(y, expected.astype(dtype))
+    np.testing.assert_array_equal(log_det, slopes.astype(dtype))
+
+
 def test_logit_attains_its_lipschitz_bounds():
     """f at the ends of [0, 1], f^-1 in the middle."""
     layer = Logit(0.05)

@@ -194,6 +194,11 @@ BAD_CONFIGS = {
         {**IMAGE_SHAPE, "blocks": (1, 1), "hidden_channels": (4, 0)},
         "hidden_channels: expected an integer of at least 1, got 0",
     ),
+    "widths of a flow of the PyTorch code": (
+        TorchImageConfig,
+        {**IMAGE_SHAPE, "blocks": (1, 1), "hidden_channels": (4, 4)},
+        r"hidden_channels: expected one width for all scales, got \(4, 4\)",
+    ),
     "widths of a float": (
         rf.ImageFlowConfig,
         {**IMAGE_SHAPE, "hidden_channels": 4.0},

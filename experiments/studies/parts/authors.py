@@ -32,7 +32,7 @@ class Authors:
 
     Raises:
       FileNotFoundError: if `checkout` has no package `resflows`.
-      ValueError: for another number of dense blocks or another width of theirs.
+      ValueError: for another number of dense blocks or another width of theirs, a width for each scale, and a spline.
     """
 
     def __init__(self, config: ImageFlowConfig, images: np.ndarray, checkout: Path, learning_rate: float, clip: float):
@@ -40,6 +40,8 @@ class Authors:
             raise FileNotFoundError(f"authors: expected a checkout of rtqichen/residual-flows, got {checkout}")
         if config.tail != DenseTail():
             raise ValueError(f"config: expected the tail of the authors' code, {DenseTail()}, got {config.tail}")
+        if isinstance(config.hidden_channels, tuple) or config.data.spline_bins:
+            raise ValueError("config: expected one width for all scales and no spline, as in the authors' code")
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
         np.random.seed(0)

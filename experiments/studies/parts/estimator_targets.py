@@ -56,6 +56,8 @@ def spectra(dim: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         "symmetric, spectrum in [-0.98, 0.98]": symmetric(np.linspace(-0.98, 0.98, dim)),
         "random, norm 0.9": random(0.9),
         "random, norm 0.3": random(0.3),
+        "symmetric, spectrum in [-0.9, 0.9]": symmetric(np.linspace(-0.9, 0.9, dim)),
+        "symmetric, spectrum in [0.05, 0.3]": symmetric(np.linspace(0.05, 0.3, dim)),
     }
 
 

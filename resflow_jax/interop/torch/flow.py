@@ -67,6 +67,8 @@ class TorchImageConfig(ImageFlowConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.hidden_channels, tuple):
+            raise ValueError(f"hidden_channels: expected one width for all scales, got {self.hidden_channels}")
         if self.block == "coupling" and self.densenet.depth:
             raise ValueError(f"block: expected 'resblock' beside densenet.depth {self.densenet.depth}, got 'coupling'")
         check_flags(self)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from resflow_jax.functional.checks import check_positive
+from resflow_jax.functional.checks import check_finite, check_positive
 from resflow_jax.functional.splines import check_bins, inverse_spline, knots, spline
 from resflow_jax.layers.couplings.conditioners import Conditioner
 from resflow_jax.layers.couplings.coupling import Coupling
@@ -29,7 +29,8 @@ class SplineCoupling(Coupling):
     Randomness and cost: as in `Coupling`.
 
     Raises:
-      ValueError: as `Coupling`, for fewer than 2 or more than 500 bins, and for a bound that is not positive.
+      ValueError: as `Coupling`, for fewer than 2 or more than 500 bins, and for a bound that is not positive and
+        finite.
 
     Source: Durkan et al. (2019, arXiv 1906.04032), section 3.
 
@@ -55,6 +56,7 @@ class SplineCoupling(Coupling):
     ):
         check_bins(bins)
         check_positive("bound", bound)
+        check_finite("bound", bound)
         self.bins, self.bound, self.parameters = bins, bound, 3 * bins - 1
         super().__init__(shape, conditioner, mask, flipped, condition_dim, rngs=rngs)
 

@@ -127,7 +127,8 @@ def test_shared_knots(curve):
 
 
 def test_bounds_of_slopes():
-    """No slope on a fine grid leaves the bounds. They are attained where the curve is straight."""
+    """No slope on a fine grid leaves the bounds. Those of the identity are 1; those of NaN are no numbers."""
+    assert np.isnan(slope_bounds(knots(jnp.full((11, 1), jnp.nan), 4, 2.0))).all()
     for seed in range(5):
         at = knots(4 * jax.random.normal(jax.random.key(seed), (11, 3)), 4, 2.0)
         x = jnp.repeat(jnp.linspace(-2, 2, 4001)[:, None], 3, axis=1)
