@@ -281,11 +281,8 @@ def cases():
         (
             rf.ImageTransform,
             {},
-            {
-                "data.logit_alpha": {**NUMBERS, "zero": 0, "half": 0.5},
-                "data.padding": {"a number": 2, "None": None},
-                "data.spline_bins": {"negative": -1, "float": 4.0, "None": None, "one": 1, "many": 501},
-            },
+            {"data.logit_alpha": {**NUMBERS, "zero": 0, "half": 0.5}, "data.padding": {"a number": 2, "None": None}}
+            | {"data.spline_bins": {"negative": -1, "float": 4.0, "one": 1, "many": 501}},
         ),
         (TorchImageConfig, {"shape": (4, 4, 1)}, {"fully_connected": FLAGS, "padding_first": FLAGS}),
         (
