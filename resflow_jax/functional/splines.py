@@ -13,6 +13,7 @@ Durkan et al. (2019, arXiv 1906.04032), section 3.1 and appendix A.1 to A.3.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -74,32 +75,24 @@ class _Bin(NamedTuple):
 
 
 def _bin_of(value: Array, edges: Array, at: Knots) -> _Bin:
-    """The bin whose edges [..., bins + 1, C] enclose each value [..., C]."""
-    number = jnp.sum(value[..., None, :] >= edges[..., 1:-1, :], axis=-2, dtype=jnp.int32)
-    bins = edges.shape[-2] - 1
-    is_chosen = jnp.arange(bins, dtype=jnp.int32).reshape(*[1] * (value.ndim - 1), bins, 1) == number[..., None, :]
-
-    def chosen(array):
-        return jnp.sum(jnp.where(is_chosen, array, jnp.zeros((), array.dtype)), axis=-2)
-
+    """The bin whose edges [..., bins + 1, C] enclose each value [..., C]; values [N, C] may share [bins + 1, C]."""
+    chosen = _choice(value, edges)
     width, height = chosen(jnp.diff(at.x, axis=-2)), chosen(jnp.diff(at.y, axis=-2))
     left, bottom = chosen(at.x[..., :-1, :]), chosen(at.y[..., :-1, :])
     slopes = chosen(at.slopes[..., :-1, :]), chosen(at.slopes[..., 1:, :])
     return _Bin(left, width, bottom, height, *slopes, height / width)
 
 
-def _find(value: Array, edges: Array, at: Knots) -> _Bin:
-    """`_bin_of`, or faster where all values [N, C] share the knots [bins + 1, C]."""
-    if edges.ndim != 2 or value.ndim != 2:
-        return _bin_of(value, edges, at)
-    number = jnp.sum(value[:, None] >= edges[None, 1:-1], axis=1, dtype=jnp.int32)
-
-    def chosen(array):
-        return jnp.take_along_axis(array, number, axis=0, mode="clip")
-
-    width, height = chosen(jnp.diff(at.x, axis=0)), chosen(jnp.diff(at.y, axis=0))
-    slopes = chosen(at.slopes[:-1]), chosen(at.slopes[1:])
-    return _Bin(chosen(at.x[:-1]), width, chosen(at.y[:-1]), height, *slopes, height / width)
+def _choice(value: Array, edges: Array) -> Callable[[Array], Array]:
+    """What picks the element of each value's bin from arrays [..., bins, C]; indexing is faster, for shared ones."""
+    are_shared = edges.ndim == value.ndim == 2
+    inner = edges[None, 1:-1] if are_shared else edges[..., 1:-1, :]
+    number = jnp.sum(value[..., None, :] >= inner, axis=-2, dtype=jnp.int32)
+    if are_shared:
+        return lambda array: jnp.take_along_axis(array, number, axis=0, mode="clip")
+    bins = edges.shape[-2] - 1
+    is_chosen = jnp.arange(bins, dtype=jnp.int32).reshape(*[1] * (value.ndim - 1), bins, 1) == number[..., None, :]
+    return lambda array: jnp.sum(jnp.where(is_chosen, array, jnp.zeros((), array.dtype)), axis=-2)
 
 
 def slope_bounds(at: Knots) -> tuple[float, float]:
@@ -119,7 +112,7 @@ def slope_bounds(at: Knots) -> tuple[float, float]:
 def spline(x: Array, at: Knots, bound: float) -> tuple[Array, Array]:
     """y and log dy/dx of every element of x [..., C]; knots [bins + 1, C] are shared by all x [N, C]."""
     is_inside = jnp.abs(x) <= bound
-    found = _find(jnp.where(is_inside, x, 0), at.x, at)
+    found = _bin_of(jnp.where(is_inside, x, 0), at.x, at)
     t = (jnp.where(is_inside, x, 0) - found.left) / found.width
     fraction = (found.mean_slope * t**2 + found.slope * t * (1 - t)) / _denominator(found, t)
     y = found.bottom + found.height * fraction
@@ -129,7 +122,7 @@ def spline(x: Array, at: Knots, bound: float) -> tuple[Array, Array]:
 def inverse_spline(y: Array, at: Knots, bound: float) -> tuple[Array, Array]:
     """x and log dy/dx of every element of y [..., C], as `spline`."""
     is_inside = jnp.abs(y) <= bound
-    found = _find(jnp.where(is_inside, y, 0), at.y, at)
+    found = _bin_of(jnp.where(is_inside, y, 0), at.y, at)
     above = jnp.where(is_inside, y, 0) - found.bottom
     bend = found.slope + found.next_slope - 2 * found.mean_slope
     a = found.height * (found.mean_slope - found.slope) + above * bend
