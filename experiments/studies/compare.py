@@ -26,7 +26,7 @@ is read once, at the end of a run.
 
 log p of the residual flow and of ffjord on images is an unbiased estimate, as in `experiments.density`. That of flow_pp
 on images, and of the residual flow of the digits, is a lower bound, by a variational dequantisation. Failed and
-diverged runs stay in the table.
+diverged runs stay in the table; a process that cannot start ends the command.
 
 It prints Markdown tables, and writes them as DIR/NAME/compare.json and samples.png. Finished jobs are JSON files, which
 are only read: a command that was stopped goes on with what is missing. To repeat a job, remove its file. `--table-only`

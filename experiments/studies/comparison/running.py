@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.studies.comparison.jobs import Job, found, save
-from experiments.studies.comparison.worker import ENVIRONMENT
+from experiments.studies.comparison.worker import ENVIRONMENT, STARTED
 
 POLL = 0.2  # seconds between looks at the processes
+BY_A_PERSON = (-signal.SIGINT, -signal.SIGTERM)  # statuses of processes that somebody has ended
 Next = Callable[[], Sequence[Job]]  # the jobs that are missing and can be started now
 
 
@@ -61,6 +62,10 @@ def run_all(jobs: Next, workdir: Path, places: Sequence[str], data_dir: str | No
       workdir: where results are written.
       places: from `cores`.
       data_dir: directory of TensorFlow data sets.
+
+    Raises:
+      RuntimeError: if a process cannot start, as when a package is missing, or is ended by SIGINT or SIGTERM. Its job
+        then has no result, and all other processes are ended.
     """
     running: list[Running] = []
     with _ended_with_this_process(running):
@@ -101,6 +106,11 @@ def _finished(at: Running, workdir: Path) -> None:
     """Records a failure, and says what has become of the job."""
     result = found(at.job, workdir)
     if result is None:
+        if at.process.returncode in BY_A_PERSON or STARTED not in at.log.read_text(errors="replace").splitlines():
+            raise RuntimeError(
+                f"{at.job.data} {at.job.model} {at.job.name}: expected a process that does the job, got one that "
+                f"could not start or was ended, which is no result: {_last_words(at)} (its output is in {at.log})"
+            )
         result = {"error": _last_words(at)}
         save(at.job, workdir, result)
     words = result["error"] or f"validation loss {result['validation_loss']:.4f}, {result['steps']} steps"

@@ -14,6 +14,7 @@ from experiments.studies.comparison.contenders import MODELS
 from experiments.studies.comparison.jobs import Job, found, save
 from experiments.studies.comparison.running import cores, run_all
 from experiments.studies.comparison.tables import search_table, summary, table
+from experiments.studies.comparison.worker import STARTED
 
 JOB = Job("digits", "nice", 0, 300.0, 1.0, 2e-3, is_search=False)
 
@@ -195,13 +196,36 @@ def test_files_of_jobs(tmp_path):
 def test_processes_that_fail(tmp_path, monkeypatch, capsys):
     """Their last words are the result, and the other jobs are done."""
     script = tmp_path / "fails"
-    script.write_text("#!/bin/sh\nread line\ncase $line in *seed*1,*) kill -9 $$;; esac\necho no memory\nexit 3\n")
+    kill = "case $line in *seed*1,*) kill -9 $$;; esac"
+    script.write_text(f"#!/bin/sh\nread line\necho {STARTED}\n{kill}\necho no memory\nexit 3\n")
     script.chmod(0o755)
     monkeypatch.setattr(running.sys, "executable", str(script))
     jobs = [JOB, replace(JOB, seed=1), replace(JOB, seed=2)]
     run_all(lambda: [job for job in jobs if found(job, tmp_path) is None], tmp_path, ["-", "-"])
     assert [found(job, tmp_path)["error"] for job in jobs] == ["no memory", "ended by SIGKILL", "no memory"]
     assert "digits nice seed0_300s, width x1, learning rate 0.002: no memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (
+            "echo ModuleNotFoundError: jax\nexit 1",
+            r"could not start .*ModuleNotFoundError: jax \(its output is in .*log",
+        ),
+        (f"echo {STARTED}\nkill -TERM $$", "was ended, .*: ended by SIGTERM"),
+    ],
+    ids=["cannot start", "ended"],
+)
+def test_processes_without_a_result(tmp_path, monkeypatch, script, message):
+    """What says nothing of a model is an error of the command, and a later call does the job."""
+    path = tmp_path / "script"
+    path.write_text(f"#!/bin/sh\nread line\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(running.sys, "executable", str(path))
+    with pytest.raises(RuntimeError, match=f"^digits nice seed0_300s: .*{message}"):
+        run_all(lambda: [JOB], tmp_path, ["-"])
+    assert found(JOB, tmp_path) is None
 
 
 def test_processes_end_with_the_command(tmp_path, monkeypatch):
