@@ -29,16 +29,31 @@ def split_chunks(batched: Any, chunk_size: int | None) -> Any:
     batch = jax.tree.leaves(batched)[0].shape[0]
     if chunk_size is None or not isinstance(batch, int):
         return jax.tree.map(lambda leaf: leaf[None], batched)
+    size = size_of_chunk(batch, chunk_size)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batched)
+
+
+def size_of_chunk(batch: int, chunk_size: int) -> int:
+    """The number of examples in each chunk of `split_chunks`."""
     sizes = [n for n in range(1, batch + 1) if batch % n == 0]
     size = max(n for n in sizes if n <= chunk_size)
-    if 4 * size < min(chunk_size, batch):
-        size = min(n for n in sizes if n > chunk_size)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batched)
+    return min(n for n in sizes if n > chunk_size) if 4 * size < min(chunk_size, batch) else size
 
 
 def join_chunks(x: Array) -> Array:
     """[chunks, B / chunks, ...] -> [B, ...]."""
     return x.reshape(-1, *x.shape[2:])
+
+
+def join_probes(x: Array, probes: int) -> Array:
+    """[chunks, probes * B / chunks, ...], as `repeat` makes them in every chunk, -> [B, probes, ...]."""
+    return join_chunks(x.reshape(len(x), probes, -1, *x.shape[2:]).swapaxes(1, 2))
+
+
+def split_probes(x: Array, chunks: int) -> Array:
+    """[B, probes, ...] -> [chunks, probes * B / chunks, ...]; inverts `join_probes`."""
+    x = x.reshape(chunks, -1, *x.shape[1:]).swapaxes(1, 2)
+    return x.reshape(chunks, -1, *x.shape[3:])
 
 
 def map_chunks(function: Callable[[Any], Any], chunks: Any) -> Any:

@@ -121,7 +121,7 @@ class Roulette:
       subsample: r >= 1. After the exact terms the series goes on for one example of every r, with a random start, and
         their terms count r times. So a longer series costs the same. Its terms are averaged over fewer examples, but
         a batch's mean depends less on the shared length. r is replaced by the largest divisor of the batch size, or of
-        a chunk or a device's part of it, that is at most r.
+        a device's part of it, that is at most r.
       second_order: whether the Neumann gradient has a reverse-mode derivative in its turn, unbiased and with constant
         memory, for the Hessian-vector products of score matching or a Laplace approximation: `jax.grad` of `jax.grad`.
         It costs another series and six evaluations of g. Forward mode then raises, also over reverse mode.

@@ -30,7 +30,7 @@ from resflow_jax.functional.checks import (
     check_key,
     check_open_interval,
 )
-from resflow_jax.functional.chunks import join_chunks, split_chunks
+from resflow_jax.functional.chunks import join_chunks, size_of_chunk, split_chunks
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.direct_estimates import custom_estimate, exact_estimate, series_estimate
@@ -168,11 +168,12 @@ def log_det_of_form(
     if has_rule:
         params = vary_over(params, varying_axes(batch))
     prepare, prepared_over = trace(_identity if prepare is None else prepare, params)
-    parts = part_size(estimator, chunks[0].shape[1]) if has_rule else 1
-    traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes, parts)
+    part = part_size(estimator, x.shape[0]) if has_rule else 1
+    part = size_of_chunk(x.shape[0] // part, chunks[0].shape[1]) if part > 1 else None
+    traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes, part)
     if missing := set(varying_axes(traced.out)) - set(varying_axes(batch)):  # arrays that g closes over
         chunks = vary_over(chunks, tuple(sorted(missing)))
-        traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes, parts)
+        traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes, part)
     g = traced
     args = params, prepared_over, closed_over
     longest = longest_series(estimator) if is_series(estimator) and not has_rule else None
@@ -186,18 +187,18 @@ def _identity(params: Any) -> Any:
 
 
 def _trace_g(
-    g: Residual, weights: Any, batch: tuple[Any, ...], chunks: tuple[Any, ...], probes: int, parts: int
+    g: Residual, weights: Any, batch: tuple[Any, ...], chunks: tuple[Any, ...], probes: int, other: int | None
 ) -> tuple[Traced | TracedForSizes, Any]:
-    """Traces g on the batches that it will be called with: a chunk repeated for each probe, and one of its parts."""
+    """Traces g on the batches that it will be called with: a chunk, and one of the size `other`, for every probe."""
     x, chunk = batch[0], jax.tree.map(lambda leaf: leaf[0], chunks)
     part = repeat(chunk, probes)
     try:
         if chunk[0].shape != x.shape:
             trace_residual(g, weights, "x", *chunk)  # after repetition, the part may have as many rows as x
         whole = trace_residual(g, weights, "x", *part)
-        if parts == 1:
+        if other in (None, len(chunk[0])):
             return whole
-        part = jax.tree.map(lambda leaf: leaf[: len(leaf) // parts], part)
+        part = repeat(jax.tree.map(lambda leaf: leaf[:other], batch), probes)
         return TracedForSizes.of(whole, trace_residual(g, weights, "x", *part))
     except (TypeError, ValueError) as error:
         if chunk[0].shape == part[0].shape == x.shape:

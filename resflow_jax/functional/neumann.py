@@ -9,13 +9,21 @@ an unbiased gradient of example b's log-det. So the backward pass is one vjp of 
 The loop that computes w also computes the value, which is itself an unbiased estimate of the log-det.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from resflow_jax.functional.batch_axes import sum_alike
-from resflow_jax.functional.chunks import join_chunks, map_chunks, pullback_chunks
+from resflow_jax.functional.chunks import (
+    join_chunks,
+    join_probes,
+    map_chunks,
+    pullback_chunks,
+    split_chunks,
+    split_probes,
+)
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.primitives.derivatives import forward_only, reverse_only
 from resflow_jax.functional.probes import draw_seeds, make_probes, seed_keys
@@ -24,8 +32,9 @@ from resflow_jax.functional.term_sums import (
     draw_plan,
     plan_of,
     repeat,
+    sum_exact_terms,
+    sum_further_terms,
     sum_terms,
-    sum_terms_of_part,
     with_log_det,
 )
 from resflow_jax.functional.trees import combine, float0, mapped_with, partition, zero_cotangents
@@ -85,30 +94,52 @@ def estimate_with_w(g, prepare, form, estimator, args, chunks, key):
     weights = prepare(prepared_over, params)
     shared_key, keys = seed_keys_of(estimator, key, chunks)
     plan = plan_of(form, draw_plan(estimator, shared_key))
-    part = draw_part(estimator, shared_key, chunks[0].shape[1])
+    part = draw_part(estimator, shared_key, math.prod(chunks[0].shape[:2]))
 
     def of_chunk(inputs):
         (x, *condition), keys = inputs
         seeds = draw_seeds(estimator.probe, estimator.probes, keys, x)
         v = make_probes(estimator.probe, estimator.probes, seeds, x)
-        batch = repeat((x, *condition), estimator.probes)
-        g_x, product = linearized(batch)
-        if part is None:
-            sums = sum_terms(plan, v, product)
-        else:
-            sums = sum_terms_of_part(plan, v, product, part, linearized(part.of(batch))[1])
-        return *with_log_det(x, g_x, sums, plan.scale), plan.scale * (v + sums.w), sums.norms, seeds
+        g_x, product = linearized(x, condition)
+        state, sums = (None, sum_terms(plan, v, product)) if part is None else sum_exact_terms(plan, v, product)
+        return *with_log_det(x, g_x, sums, plan.scale), plan.scale * (v + sums.w), sums.norms, seeds, state
 
-    def linearized(batch):
-        x, *condition = batch
+    def further_terms(inputs):
+        (x, *condition), seeds, state = inputs
+        v = make_probes(estimator.probe, estimator.probes, seeds, x)
+        sums = sum_further_terms(plan, v, linearized(x, condition)[1], state)
+        return plan.scale * sums.value, plan.scale * sums.w, sums.norms
+
+    def linearized(x, condition):
+        x, *condition = repeat((x, *condition), estimator.probes)
         g_x, pullback = jax.vjp(lambda x: g(closed_over, weights, x, *condition), x)
         return g_x, lambda u: pullback(u)[0]
 
-    y, log_det, w, norms, seeds = map_chunks(of_chunk, (chunks, keys))
-    length = plan.length
+    y, log_det, w, norms, seeds, state = map_chunks(of_chunk, (chunks, keys))
+    norms, length = jnp.mean(norms, axis=0), plan.length
     if part is not None:
-        length = plan.exact_terms + (length - plan.exact_terms) / part.every
-    return y, log_det, Diagnostics.of(log_det, length, jnp.mean(norms, axis=0)), w, seeds
+        value, w_more, norms_more = _of_part(further_terms, part, estimator.probes, (chunks, seeds), state)
+        log_det, w = log_det + jnp.mean(value, axis=1).reshape(log_det.shape), w + split_probes(w_more, len(w))
+        norms, length = norms + norms_more, plan.exact_terms + (length - plan.exact_terms) / part.every
+    return y, log_det, Diagnostics.of(log_det, length, norms), w, seeds
+
+
+def _of_part(further_terms, part, probes, batch, state):
+    """What `further_terms` adds to the value [B, probes], to w [B, probes, ...] and to the norms, for all examples.
+
+    Args:
+      further_terms: function of a chunk of (x, condition), of its seeds, and of the state of their series.
+      part: the examples that have further terms.
+      probes: number of probes of an example.
+      batch: (chunks, seeds) of all examples.
+      state: that of the series of all examples, arrays [chunks, probes * b, ...].
+    """
+    size = batch[0][0].shape[1]
+    rows = split_chunks(part.of(jax.tree.map(join_chunks, batch)), size)
+    state = part.of(jax.tree.map(lambda leaf: join_probes(leaf, probes), state))
+    state = jax.tree.map(lambda leaf: split_probes(leaf, len(rows[0][0])), state)
+    *sums, norms = map_chunks(further_terms, (*rows, state))
+    return *(part.every * part.placed(join_probes(x, probes)) for x in sums), jnp.mean(norms, axis=0)
 
 
 def seed_keys_of(estimator, key, chunks):

@@ -123,7 +123,7 @@ def draw_plan(estimator: Truncated | Roulette, key: Array) -> Plan:
 
 
 def part_size(estimator: Truncated | Roulette, batch: Any) -> int:
-    """The r of `Roulette.subsample` for a batch of this size: the largest divisor of it that is at most `subsample`."""
+    """The r of `Roulette.subsample` for a batch of this size: its largest divisor that is at most `subsample`."""
     wanted = getattr(estimator, "subsample", 1)
     return max(r for r in range(1, wanted + 1) if batch % r == 0) if isinstance(batch, int) else 1
 
@@ -167,29 +167,17 @@ def sum_terms(plan: Plan, v: Array, product: Product) -> Sums:
     return _continued(plan, v, product, 0, *_start(plan, v), plan.length)[1]
 
 
-def sum_terms_of_part(plan: Plan, v: Array, product: Product, part: Part, product_of_part: Product) -> Sums:
-    """The sums over the exact terms of all probes, and over further terms of the examples of a part.
-
-    Args:
-      plan: of `draw_plan`.
-      v: probes [probes * B, ...].
-      product: u -> J^T u, for all probes at once.
-      part: the examples whose terms go on; B is divisible by its `every`.
-      product_of_part: the same as `product`, for probes of these examples.
-    """
+def sum_exact_terms(plan: Plan, v: Array, product: Product) -> tuple[Any, Sums]:
+    """The state of the series after its exact terms, arrays [probes * B, ...], and the sums over them."""
     start = _start(plan, v)
     if plan.exact_terms == 1:  # compiles faster than a loop
-        state, sums = _add_term(plan, v, product, jnp.int32(1), *start)
-    else:
-        state, sums = _continued(plan, v, product, 0, *start, plan.exact_terms)
-    v = part.of(v)
-    start = vary_alike(part.of(state), Sums.zero(v))
-    _, more = _continued(plan, v, product_of_part, plan.exact_terms, *start, plan.length)
-    return Sums(
-        w=sums.w + part.every * part.placed(more.w),
-        value=sums.value + part.every * part.placed(more.value),
-        norms=sums.norms + more.norms,
-    )
+        return _add_term(plan, v, product, jnp.int32(1), *start)
+    return _continued(plan, v, product, 0, *start, plan.exact_terms)
+
+
+def sum_further_terms(plan: Plan, v: Array, product: Product, state: Any) -> Sums:
+    """The sums over the terms after the exact ones, from the state of `sum_exact_terms`."""
+    return _continued(plan, v, product, plan.exact_terms, *vary_alike(state, Sums.zero(v)), plan.length)[1]
 
 
 def _continued(

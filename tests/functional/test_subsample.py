@@ -46,15 +46,14 @@ def everything(function, net, estimator, size=None, part=None, patch=None):
 
 @pytest.mark.parametrize(
     ("make", "series", "size"),
-    [(dense_net, series, size) for series in SERIES for size in (None, 4)] + [(conv_net, "minimal residuals", None)],
+    [(dense_net, series, size) for series in SERIES for size in (None, 4, 1)] + [(conv_net, "minimal residuals", 2)],
 )
 def test_the_mean_over_parts_is_the_estimate_without(monkeypatch, make, series, size):
     """Averaged over the r parts, value and gradient are those of the same key without subsampling, to 1e-10."""
     net, law = make(0.7, batch=8), Geometric(0.3)
-    every = 4 if size is None else 2
     plain = everything(residual, net, Roulette(law, **SERIES[series]), size)
-    estimator = Roulette(law, subsample=every, **SERIES[series])
-    found = everything(residual, net, estimator, size, jnp.arange(every, dtype=jnp.int32), monkeypatch)
+    estimator = Roulette(law, subsample=4, **SERIES[series])
+    found = everything(residual, net, estimator, size, jnp.arange(4, dtype=jnp.int32), monkeypatch)
     np.testing.assert_allclose(found.mean(axis=0), plain, rtol=1e-10, atol=1e-10)
     assert np.abs(found[0] - plain).max() > 1e-4
 
@@ -86,6 +85,19 @@ def test_sizes(batch, size):
     """The largest divisor of the batch that is at most `subsample`."""
     assert part_size(Roulette(subsample=4), batch) == size
     assert part_size(Roulette(), batch) == 1
+
+
+@pytest.mark.parametrize("series", SERIES)
+def test_chunks(series):
+    """Chunks of any size, also below r, give the same, with the same diagnostics."""
+    (g, params, x), estimator = dense_net(0.7, batch=8), Roulette(Geometric(0.3), subsample=4, **SERIES[series])
+
+    def all_of(size):
+        options = {"key": KEY, "estimator": estimator, "chunk_size": size, "return_diagnostics": True}
+        return jax.jit(lambda x: residual(g, params, x, **options))(x)
+
+    for size in (1, 2, 4):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), all_of(size), all_of(None))
 
 
 def test_length():
