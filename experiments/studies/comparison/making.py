@@ -1,6 +1,7 @@
 """One job of the comparison: its model, its training against the clock, and its figures."""
 
 import platform
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,12 +25,20 @@ SEARCH_VALIDATIONS = 4
 SMALL_STEPS = 2  # updates of a small job, whatever its budget
 
 
-def made(job: Job, data_dir: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
+def made(
+    job: Job, data_dir: str | None = None, started: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
     """Does a job. Returns its result as JSON, and of a run samples and data.
 
     A training that diverges has "error" in its result, and no figures.
+
+    Args:
+      job: what to do.
+      data_dir: directory of TensorFlow data sets.
+      started: called when libraries and data are there, and the model is made.
     """
     task, contender = contender_of(job, data_dir)
+    started()
     if is_witness(job.model):
         import torch
 

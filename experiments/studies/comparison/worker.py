@@ -4,8 +4,8 @@
 
 reads a job as a line of JSON, and writes its result under the work directory. It keeps to one core (CORE "-" leaves
 that open), with one JAX device, one thread in PyTorch, and no cache of compiled programs, since a first user has none.
-It ends when the process that has started it ends. It prints STARTED before it begins: what fails before that is no
-result of the model.
+It ends when the process that has started it ends. It prints STARTED when libraries, data and model are there: what
+fails before that is no result of the model.
 """
 
 import os
@@ -37,8 +37,8 @@ def main() -> None:
     job = Job.from_line(sys.stdin.readline())
     from experiments.studies.comparison.making import made  # starts JAX, on this core
 
-    print(STARTED, flush=True)
-    save(job, Path(workdir), *made(job, data_dir[0] if data_dir else None))
+    result = made(job, data_dir[0] if data_dir else None, lambda: print(STARTED, flush=True))
+    save(job, Path(workdir), *result)
 
 
 def keep_to(core: str) -> None:
