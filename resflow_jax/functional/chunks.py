@@ -30,7 +30,7 @@ def split_chunks(batched: Any, chunk_size: int | None) -> Any:
     if chunk_size is None or not isinstance(batch, int):
         return jax.tree.map(lambda leaf: leaf[None], batched)
     size = size_of_chunk(batch, chunk_size)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batched)
+    return jax.tree.map(lambda leaf: leaf.reshape(batch // size, size, *leaf.shape[1:]), batched)
 
 
 def size_of_chunk(batch: int, chunk_size: int) -> int:
@@ -42,7 +42,7 @@ def size_of_chunk(batch: int, chunk_size: int) -> int:
 
 def join_chunks(x: Array) -> Array:
     """[chunks, B / chunks, ...] -> [B, ...]."""
-    return x.reshape(-1, *x.shape[2:])
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def join_probes(x: Array, probes: int) -> Array:

@@ -95,7 +95,8 @@ class Roulette:
     (Chen et al. 2019, arXiv 1906.02735, equation 6, for the power series.) Value and gradient are unbiased over the
     key, except for lengths with a probability below 2^-64, which are never drawn (2^-24 with gradient="autodiff"). With
     minimal-residual steps the value contains a quadrature, whose error is about 1e-12 for L <= 0.999. All examples of a
-    batch share the length N; the probes v are independent for each example, unless they are Hadamard probes.
+    batch share the length N, or those that `subsample` draws; the probes v are independent for each example, unless
+    they are Hadamard probes.
 
     It costs exact_terms + max_i N_i / subsample vjps of g for each probe, 2.15 on average with the defaults and
     Lip(g) <= 0.94, and for the gradient one vjp of (g, J v). The variance is finite if the law's tail is long enough;
@@ -121,7 +122,8 @@ class Roulette:
       subsample: r >= 1. After the exact terms the series goes on for one example of every r, with a random start, and
         their terms count r times. So a longer series costs the same. Its terms are averaged over fewer examples, but
         a batch's mean depends less on the shared length. r is replaced by the largest divisor of the batch size, or of
-        a device's part of it, that is at most r.
+        a device's part of it, that is at most r, and by 1 for a symbolic size. g is evaluated on parts of the batch.
+        Under `vmap` over keys a CPU takes the whole series for all examples.
       second_order: whether the Neumann gradient has a reverse-mode derivative in its turn, unbiased and with constant
         memory, for the Hessian-vector products of score matching or a Laplace approximation: `jax.grad` of `jax.grad`.
         It costs another series and six evaluations of g. Forward mode then raises, also over reverse mode.

@@ -168,12 +168,12 @@ def log_det_of_form(
     if has_rule:
         params = vary_over(params, varying_axes(batch))
     prepare, prepared_over = trace(_identity if prepare is None else prepare, params)
-    part = part_size(estimator, x.shape[0]) if has_rule else 1
-    part = size_of_chunk(x.shape[0] // part, chunks[0].shape[1]) if part > 1 else None
-    traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes, part)
+    parts = part_size(estimator, x.shape[0]) if has_rule else 1
+    other = None if parts == 1 else size_of_chunk(x.shape[0] // parts, chunks[0].shape[1])
+    traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes, other)
     if missing := set(varying_axes(traced.out)) - set(varying_axes(batch)):  # arrays that g closes over
-        chunks = vary_over(chunks, tuple(sorted(missing)))
-        traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes, part)
+        batch, chunks = vary_over((batch, chunks), tuple(sorted(missing)))
+        traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes, other)
     g = traced
     args = params, prepared_over, closed_over
     longest = longest_series(estimator) if is_series(estimator) and not has_rule else None
@@ -196,7 +196,7 @@ def _trace_g(
         if chunk[0].shape != x.shape:
             trace_residual(g, weights, "x", *chunk)  # after repetition, the part may have as many rows as x
         whole = trace_residual(g, weights, "x", *part)
-        if other in (None, len(chunk[0])):
+        if other is None or other == chunk[0].shape[0]:
             return whole
         part = repeat(jax.tree.map(lambda leaf: leaf[:other], batch), probes)
         return TracedForSizes.of(whole, trace_residual(g, weights, "x", *part))

@@ -21,11 +21,13 @@ from resflow_jax.functional.chunks import (
     join_probes,
     map_chunks,
     pullback_chunks,
+    size_of_chunk,
     split_chunks,
     split_probes,
 )
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.primitives.derivatives import forward_only, reverse_only
+from resflow_jax.functional.primitives.platforms import target_platform
 from resflow_jax.functional.probes import draw_seeds, make_probes, seed_keys
 from resflow_jax.functional.term_sums import (
     draw_part,
@@ -96,13 +98,17 @@ def estimate_with_w(g, prepare, form, estimator, args, chunks, key):
     plan = plan_of(form, draw_plan(estimator, shared_key))
     part = draw_part(estimator, shared_key, math.prod(chunks[0].shape[:2]))
 
-    def of_chunk(inputs):
+    def of_chunk(inputs, plan=plan):
         (x, *condition), keys = inputs
         seeds = draw_seeds(estimator.probe, estimator.probes, keys, x)
         v = make_probes(estimator.probe, estimator.probes, seeds, x)
         g_x, product = linearized(x, condition)
-        state, sums = (None, sum_terms(plan, v, product)) if part is None else sum_exact_terms(plan, v, product)
+        state, sums = sum_exact_terms(plan, v, product) if at_once else (None, sum_terms(plan, v, product))
         return *with_log_det(x, g_x, sums, plan.scale), plan.scale * (v + sums.w), sums.norms, seeds, state
+
+    def of_chunk_of_part(inputs):
+        number, *inputs = inputs
+        return of_chunk(inputs, part.plan_of(plan, number))
 
     def further_terms(inputs):
         (x, *condition), seeds, state = inputs
@@ -115,13 +121,37 @@ def estimate_with_w(g, prepare, form, estimator, args, chunks, key):
         g_x, pullback = jax.vjp(lambda x: g(closed_over, weights, x, *condition), x)
         return g_x, lambda u: pullback(u)[0]
 
-    y, log_det, w, norms, seeds, state = map_chunks(of_chunk, (chunks, keys))
+    # On a CPU the parts of a batch run in turn, each with its own length: there is one loop to compile. Other platforms
+    # take all examples at once, and then further terms of the part alone.
+    at_once = part is not None and target_platform() != "cpu"
+    if part is None or at_once:
+        y, log_det, w, norms, seeds, state = map_chunks(of_chunk, (chunks, keys))
+    else:
+        y, log_det, w, norms, seeds = _in_turn(of_chunk_of_part, part, estimator.probes, chunks, keys)
     norms, length = jnp.mean(norms, axis=0), plan.length
-    if part is not None:
+    if at_once:
         value, w_more, norms_more = _of_part(further_terms, part, estimator.probes, (chunks, seeds), state)
         log_det, w = log_det + jnp.mean(value, axis=1).reshape(log_det.shape), w + split_probes(w_more, len(w))
-        norms, length = norms + norms_more, plan.exact_terms + (length - plan.exact_terms) / part.every
+        norms = norms + norms_more
+    if part is not None:
+        length = plan.exact_terms + (length - plan.exact_terms) / part.every
     return y, log_det, Diagnostics.of(log_det, length, norms), w, seeds
+
+
+def _in_turn(function, part, probes, chunks, keys):
+    """y, log_det, w, norms and seeds of all chunks, by a function of the number of a part, of a chunk of it, and keys.
+
+    Chunks are made anew, so that each has examples of one part only. The results are in the order of the given chunks.
+    """
+    number, size = chunks[0].shape[:2]
+    of_a_part = number * size // part.every
+    other = size_of_chunk(of_a_part, size)
+    each = part.each(jax.tree.map(join_chunks, (chunks, keys)))
+    rows = jax.tree.map(lambda leaf: leaf.reshape(number * size // other, other, *leaf.shape[2:]), each)
+    numbers = jnp.repeat(jnp.arange(part.every, dtype=jnp.int32), of_a_part // other)
+    y, log_det, w, norms, seeds, _ = map_chunks(function, (numbers, *rows))
+    y, log_det, seeds = (part.in_order(join_chunks(x)).reshape(number, size, *x.shape[2:]) for x in (y, log_det, seeds))
+    return y, log_det, split_probes(part.in_order(join_probes(w, probes)), number), norms, seeds
 
 
 def _of_part(further_terms, part, probes, batch, state):

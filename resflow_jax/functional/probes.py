@@ -50,10 +50,13 @@ def seed_keys(probe: str, probes: int, key: Array, x: Array) -> tuple[Array, Arr
     def shared(key: Array) -> Array:
         return _bits(jax.random.bits(key, words, jnp.uint32), codes.size)
 
+    def of_rows(number: Array) -> Array:
+        return jnp.where(number == 0, shared(own_key), shared(jax.random.fold_in(own_key, number)))
+
     if total is not None and total * probes <= size:
         signs = shared(own_key)[None, None]
     else:  # every `size` rows have signs of their own
-        signs = jax.vmap(jax.vmap(lambda number: shared(jax.random.fold_in(own_key, number))))(rows // size)
+        signs = jax.vmap(jax.vmap(of_rows))(rows // size)
     return shared_key, _words((parity ^ signs).reshape(x.shape[0], -1))
 
 
@@ -140,5 +143,5 @@ def _bits(words: Array, count: int) -> Array:
 
 def _words(bits: Array) -> Array:
     """The words [B, words] whose first bits are these, uint32 [B, count]."""
-    bits = jnp.pad(bits, ((0, 0), (0, -bits.shape[1] % 32))).reshape(len(bits), -1, 32)
+    bits = jnp.pad(bits, ((0, 0), (0, -bits.shape[1] % 32))).reshape(bits.shape[0], -1, 32)
     return jnp.sum(bits << jnp.arange(32, dtype=jnp.uint32)[None, None], axis=-1, dtype=jnp.uint32)

@@ -70,10 +70,31 @@ class Part(NamedTuple):
         """The part [B / r, ...] of every array [B, ...]."""
 
         def part(leaf: Array) -> Array:
-            rows = leaf.reshape(-1, self.every, *leaf.shape[1:])
-            return lax.dynamic_index_in_dim(rows, self.first, 1, keepdims=False)
+            return lax.dynamic_index_in_dim(self._rows(leaf), self.first, 1, keepdims=False)
 
         return jax.tree.map(part, tree)
+
+    def each(self, tree: Any) -> Any:
+        """All parts [r, B / r, ...] of every array [B, ...], in the order of their first examples."""
+        return jax.tree.map(lambda leaf: self._rows(leaf).swapaxes(0, 1), tree)
+
+    def in_order(self, x: Array) -> Array:
+        """The array [B, ...] in the order of the batch; `x` has one part of it after the other."""
+        return x.reshape(self.every, x.shape[0] // self.every, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+    def _rows(self, x: Array) -> Array:
+        """[B / r, r, ...]; sizes are explicit, since an array may have an axis of length zero."""
+        return x.reshape(x.shape[0] // self.every, self.every, *x.shape[1:])
+
+    def plan_of(self, plan: Plan, number: Array) -> Plan:
+        """The plan of the part that begins with example `number`: of exact terms alone, but for this part."""
+
+        def weights(k: Array) -> TermWeights:
+            factor = jnp.where(k > plan.exact_terms, self.every, 1)
+            return TermWeights(*(factor.astype(weight.dtype) * weight for weight in plan.weights(k)))
+
+        length = jnp.where(number == self.first, plan.length, plan.exact_terms)
+        return plan._replace(length=length, weights=weights)
 
     def placed(self, part: Array) -> Array:
         """[B, ...]: the array `part` [B / r, ...] in its place, and zeros elsewhere."""

@@ -46,10 +46,12 @@ def everything(function, net, estimator, size=None, part=None, patch=None):
 
 @pytest.mark.parametrize(
     ("make", "series", "size"),
-    [(dense_net, series, size) for series in SERIES for size in (None, 4, 1)] + [(conv_net, "minimal residuals", 2)],
+    [(dense_net, series, size) for series in SERIES for size in (None, 1)] + [(conv_net, "minimal residuals", 2)],
 )
-def test_the_mean_over_parts_is_the_estimate_without(monkeypatch, make, series, size):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_the_mean_over_parts_is_the_estimate_without(monkeypatch, make, series, size, platform):
     """Averaged over the r parts, value and gradient are those of the same key without subsampling, to 1e-10."""
+    monkeypatch.setattr(neumann, "target_platform", lambda: platform)
     net, law = make(0.7, batch=8), Geometric(0.3)
     plain = everything(residual, net, Roulette(law, **SERIES[series]), size)
     estimator = Roulette(law, subsample=4, **SERIES[series])
@@ -88,16 +90,42 @@ def test_sizes(batch, size):
 
 
 @pytest.mark.parametrize("series", SERIES)
-def test_chunks(series):
-    """Chunks of any size, also below r, give the same, with the same diagnostics."""
+def test_chunks(monkeypatch, series):
+    """Chunks of any size, also below r, give the same on any platform, with the same diagnostics."""
     (g, params, x), estimator = dense_net(0.7, batch=8), Roulette(Geometric(0.3), subsample=4, **SERIES[series])
 
-    def all_of(size):
+    def all_of(size, platform):
         options = {"key": KEY, "estimator": estimator, "chunk_size": size, "return_diagnostics": True}
-        return jax.jit(lambda x: residual(g, params, x, **options))(x)
+        with monkeypatch.context() as context:
+            context.setattr(neumann, "target_platform", lambda: platform)
+            return jax.jit(lambda x: residual(g, params, x, **options))(x)
 
-    for size in (1, 2, 4):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), all_of(size), all_of(None))
+    expected = all_of(None, "cpu")
+    for size, platform in ((1, "cpu"), (4, "cpu"), (None, "gpu"), (1, "gpu"), (4, "gpu")):
+        found = all_of(size, platform)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), found, expected)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_conditions_without_elements(monkeypatch, platform):
+    """An array [B, 0] beside others in a condition is cut into parts and chunks like them."""
+    monkeypatch.setattr(neumann, "target_platform", lambda: platform)
+    condition, estimator = {"a": jnp.ones((8, 3)), "none": jnp.zeros((8, 0))}, Roulette(Geometric(0.3), 1, subsample=4)
+    g = lambda p, x, c: 0.3 * jnp.tanh(x + c["a"] + c["none"].sum())  # noqa: E731
+    found = residual(g, None, jnp.ones((8, 3)), condition=condition, key=KEY, estimator=estimator, chunk_size=4)[1]
+    assert found.shape == (8,)
+
+
+def test_arrays_of_a_device():
+    """Inside shard_map g may close over an array that differs between devices, where x and key do not."""
+    mesh, spec = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2]), jax.P("data")
+    shifts, x, estimator = jnp.arange(2.0), jnp.ones((8, 3)), Roulette(Geometric(0.3), 1, subsample=4)
+
+    def log_det(shift):
+        return residual(lambda p, x: 0.3 * jnp.tanh(x + shift), None, x, key=KEY, estimator=estimator)[1]
+
+    divided = jax.shard_map(lambda shift: log_det(shift[0])[None], mesh=mesh, in_specs=spec, out_specs=spec)
+    np.testing.assert_allclose(jax.jit(divided)(shifts), jax.vmap(log_det)(shifts), rtol=1e-12)
 
 
 def test_length():

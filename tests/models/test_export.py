@@ -38,15 +38,19 @@ def test_written_and_read(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
 
 
-def test_any_batch_size():
+@pytest.mark.parametrize("estimator", [None, rf.Roulette(subsample=4, probe="hadamard")], ids=["default", "hadamard"])
+def test_any_batch_size(estimator):
     """One program of variables and of a batch whose size is left open."""
     model = rf.interop.stateless.stateless(CONFIGS["vectors"])
     variables = model.init(jax.random.key(0))
     (batch,) = export.symbolic_shape("batch")
 
+    def log_prob_of(variables, x):
+        return model.apply(variables, "log_prob", x, key=KEY, estimator=estimator)
+
     def round_trip(variables, x):
         z = model.apply(variables, "__call__", x)
-        return model.apply(variables, "inverse", z), model.apply(variables, "log_prob", x, key=KEY)
+        return model.apply(variables, "inverse", z), log_prob_of(variables, x)
 
     like = jax.ShapeDtypeStruct((batch, 2), jnp.float64)
     program = export.deserialize(export.export(jax.jit(round_trip))(variables, like).serialize())
@@ -54,4 +58,4 @@ def test_any_batch_size():
         x = jax.random.normal(jax.random.key(2), (number, 2))
         again, log_prob = program.call(variables, x)
         np.testing.assert_allclose(again, x, atol=1e-9)
-        np.testing.assert_allclose(log_prob, model.apply(variables, "log_prob", x, key=KEY), rtol=1e-10)
+        np.testing.assert_allclose(log_prob, log_prob_of(variables, x), rtol=1e-10)
