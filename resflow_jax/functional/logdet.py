@@ -74,8 +74,8 @@ def residual(
       condition: None, or any pytree of arrays [B, ...] of any dtype, one row for each example. g is then called as
         g(params, x, condition), and must be a contraction in x for every condition. If x is split into chunks or
         repeated for several probes, the condition is too.
-      key: PRNG key of the estimate: it draws the length of the series, shared by the batch, and independent probes for
-        each example. `Exact` needs none.
+      key: PRNG key of the estimate: it draws the length of the series, shared by the batch, and probes for each
+        example, independent ones by default. `Exact` needs none.
       estimator: `Exact()`, `Truncated(...)`, `Roulette(...)` (the default), or a `CustomEstimator`.
       lipschitz: a bound on Lip(g), in (0, 1), if one is known. A law of lengths adapts to it. A RuntimeWarning tells if
         the law does not guarantee finite variance under this bound.
@@ -87,9 +87,10 @@ def residual(
       return_diagnostics: whether to return `Diagnostics` as well.
 
     Inside `jax.shard_map` (with check_vma, its default) x is a device's part of the batch. With the same key on every
-    device, the result is the same as without the division: all devices draw the same length, and each example has its
-    own probe. Inside `jax.pmap`, `jax.vmap` and a shard_map without check_vma this holds in the context `batch_axes`.
-    Without that context every lane is a batch of its own, and lanes with the same key draw the same noise.
+    device, the result is the same as without the division, with `subsample` if it divides the examples of a device: all
+    devices draw the same length, and each example has its own probe. Inside `jax.pmap`, `jax.vmap` and a shard_map
+    without check_vma this holds in the context `batch_axes`. Without that context every lane is a batch of its own, and
+    lanes with the same key draw the same noise.
 
     Returns:
       (y, log_det) or (y, log_det, diagnostics): y like x, log_det [B] in nats. y and log_det are differentiable in
