@@ -264,6 +264,12 @@ def _no_roulette_in_gradient(original):
 first_for_all = _cotangents(lambda estimator, log_det_bar: jnp.full_like(log_det_bar, log_det_bar.ravel()[0]))
 no_mean = _cotangents(lambda estimator, log_det_bar: estimator.probes * log_det_bar)
 wrong_sign = _terms(lambda k, term, *_: Term(-term.w, -term.value))
+
+
+def _unweighted_part(original):
+    return lambda self, plan, number: original(self, plan, number)._replace(weights=plan.weights)
+
+
 MUTATIONS = {
     "sign": (PowerSeries, "step", wrong_sign),
     "no sign": (PowerSeries, "step", _positive_product),
@@ -284,7 +290,7 @@ MINIMAL_RESIDUAL_MUTATIONS = {
     "unweighted gradient": (neumann, "draw_plan", _no_roulette_in_gradient),
     "first cotangent for all": (neumann._neumann, "bwd", first_for_all),
     "sum over probes in the gradient": (neumann._neumann, "bwd", no_mean),
-    "subsample not weighted": (term_sums.Part, "placed", lambda original: lambda *args: original(*args) / 3),
+    "subsample not weighted": (term_sums.Part, "plan_of", _unweighted_part),
 }
 
 

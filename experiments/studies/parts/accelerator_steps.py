@@ -115,6 +115,7 @@ def environment(kind: str) -> dict[str, str]:
         "TPU_LIBRARY_PATH": str(path),
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here uses a chip, which is what the library's lock protects
     }
 
 
