@@ -83,7 +83,8 @@ def residual(
         and once more in the backward pass, however often g is evaluated; its result is not stored between the two.
       chunk_size: for gradient="neumann", the largest number of examples in a chunk. On CPUs and
         TPUs the chunks are computed sequentially, so that activations stay in the cache or VMEM; elsewhere, and where
-        the compiler divides a program among TPUs, in parallel. The result is the same. None takes one chunk.
+        the compiler divides a program among TPUs, in parallel. The result is the same. None takes one chunk,
+        on a CPU one for each of the parts of `subsample`.
       return_diagnostics: whether to return `Diagnostics` as well.
 
     Inside `jax.shard_map` (with check_vma, its default) x is a device's part of the batch. With the same key on every
