@@ -2,8 +2,9 @@
 
 tests/fixtures/reference_*.pth were written by the authors' training scripts; `expected/...` in the .npz beside them is
 what the original computes from them in float64, exact log-dets by whole Jacobians (images [C, H, W], z flattened so).
-tests/fixtures/torch_*.pth hold models of the authors' classes with other options and random weights: beside them x, z,
-the log-dets of the first two examples and, of classifiers, logits, in float64, of the raw and of the averaged weights.
+tests/fixtures/torch_*.pth hold models of the authors' classes with other options and random weights, that with coupling
+blocks after 200 steps on the digits: beside them x, z, the log-dets of the first two examples and, of classifiers,
+logits, in float64, of the raw and of the averaged weights.
 """
 
 import argparse
@@ -37,7 +38,7 @@ VARIANTS = {
     "toy raw stored": ("toy2d", "raw", "stored", "train_weights", "train"),
     "toy raw converged": ("toy2d", None, "converged", "train_weights_converged", "train_converged"),
 }
-MODELS = ("hybrid", "mixed", "dense", "toy")
+MODELS = ("hybrid", "mixed", "dense", "coupling", "toy")
 
 
 def channels_last(x):
