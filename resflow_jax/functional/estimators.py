@@ -126,7 +126,8 @@ class Roulette:
         Under `vmap` over keys a CPU takes the whole series for all examples.
       second_order: whether the Neumann gradient has a reverse-mode derivative in its turn, unbiased and with constant
         memory, for the Hessian-vector products of score matching or a Laplace approximation: `jax.grad` of `jax.grad`.
-        It costs another series and six evaluations of g. Forward mode then raises, also over reverse mode.
+        It costs another series and six evaluations of g, more for a monotone map. Forward mode then raises, also over
+        reverse mode.
 
     Raises:
       ValueError: for an object that is no law, a count that is too small, an unknown probe or gradient, or

@@ -37,6 +37,7 @@ from resflow_jax.functional.primitives.derivatives import reverse_only
 from resflow_jax.functional.primitives.precision import full_precision
 from resflow_jax.functional.primitives.tracing import Traced, run, trace_residual
 from resflow_jax.functional.solvers import Anderson
+from resflow_jax.functional.trees import kept
 
 Array = jax.Array
 
@@ -113,13 +114,13 @@ def residual_inverse(
     y = as_float_batch("y", y, least=0)
     condition = as_condition(condition, "y", y)
     check_solver(solver)
-    x, status = solution(solve, g, params, y, condition, solver)
+    x, status = solution(0, g, params, y, condition, solver)
     x = x if events is None else events.unpack(x)
     return (x, status) if return_status else reported(x, status, "residual_inverse", solver.on_failure)
 
 
 def solution(
-    method: Callable[..., tuple[Array, InverseStatus]],
+    orders: int,
     g: Callable[..., Array],
     params: Any,
     y: Array,
@@ -127,10 +128,10 @@ def solution(
     solver: Solver,
     name: str = "y",
 ) -> tuple[Array, InverseStatus]:
-    """The solution x of x + g(params, x, *condition) = y and its status, by `solve` or `solve_and_recompute`.
+    """The solution x of x + g(params, x, *condition) = y and its status.
 
     Args:
-      method: one of these two functions, which differ in their derivatives.
+      orders: of the reverse mode that keeps only the solution, 1 or 2, see `solve_and_recompute`; 0 for `solve`.
       g: as of `residual_inverse`, checked.
       params: any pytree.
       y: array [B, ...].
@@ -146,7 +147,8 @@ def solution(
             y = vary_over(y, tuple(sorted(missing)))
             traced, closed_over = trace_residual(g, params, name, *arguments(y, condition))
         rule, limits = solver.split(y.dtype)
-        return run(method, (traced, rule), limits, closed_over, params, condition, y)
+        method, settings = (solve_and_recompute, (orders,)) if orders else (solve, ())
+        return run(method, (*settings, traced, rule), limits, closed_over, params, condition, y)
 
 
 def check_solver(solver: Any) -> None:
@@ -190,33 +192,38 @@ def _solve_linear(solver: Solver, operator: Callable[[Array], Array], b: Array) 
 
 
 def solve_and_recompute(
-    g: Traced, rule: Solver, limits: Any, closed_over: Any, params: Any, condition: Any, y: Array
+    orders: int, g: Traced, rule: Solver, limits: Any, closed_over: Any, params: Any, condition: Any, y: Array
 ) -> tuple[Array, InverseStatus]:
     """The same as `solve`, with a derivative for which only the solution is kept: g is evaluated again.
 
-    Its derivatives are those of a Neumann estimate: first-order reverse mode, and forward mode over that.
+    Its derivatives are those of a Neumann estimate. With orders = 1: first-order reverse mode, and forward mode over
+    that. With orders = 2: reverse mode, and reverse mode over that, also inside of a scan. (There JAX below 0.12 cannot
+    differentiate `solve` twice in reverse mode.)
     """
     token = reverse_only((closed_over, params, condition, y))
-    x, fields = _recomputing(g, rule, limits, closed_over, params, condition, y, token)
+    x, fields = _recomputing(orders, g, rule, limits, closed_over, params, condition, y, token)
     iterations, residual, residual_norm, converged = lax.stop_gradient(fields)
     return x, InverseStatus(iterations.astype(jnp.int32), residual, residual_norm, converged > 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _recomputing(g, rule, limits, closed_over, params, condition, y, token):
-    return _recomputing_forward(g, rule, limits, closed_over, params, condition, y, token)[0]
-
-
-def _recomputing_forward(g, rule, limits, closed_over, params, condition, y, token):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _recomputing(orders, g, rule, limits, closed_over, params, condition, y, token):
     x, status = solve(g, rule, limits, closed_over, params, condition, y)
     # Floats: under a derivative, outputs of other dtypes would have no rules for the operations that follow.
     iterations, converged = (field.astype(jnp.float32) for field in (status.iterations, status.converged))
-    fields = status._replace(iterations=iterations, converged=converged)
-    return (x, fields), (limits, closed_over, params, condition, x)
+    return x, status._replace(iterations=iterations, converged=converged)
 
 
-def _recomputing_backward(g, rule, kept, cotangents):
-    limits, closed_over, params, condition, x = kept
+def _recomputing_forward(orders, g, rule, limits, closed_over, params, condition, y, token):
+    of_order = (
+        _recomputing if orders == 2 else _recomputing.__wrapped__
+    )  # the solution has this rule again, or `solve`'s
+    x, fields = of_order(orders, g, rule, limits, closed_over, params, condition, y, token)
+    return (x, fields), (kept if orders == 2 else tuple)((limits, closed_over, params, condition, x))
+
+
+def _recomputing_backward(orders, g, rule, known, cotangents):
+    limits, closed_over, params, condition, x = known
     _, transposed = jax.vjp(lambda x: g(closed_over, params, x, condition), x)
     u = _solve_linear(rule.with_limits(limits), lambda u: u + transposed(u)[0], cotangents[0])
     _, pullback = jax.vjp(lambda *args: -g(*args[:2], x, args[2]), closed_over, params, condition)

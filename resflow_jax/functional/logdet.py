@@ -160,10 +160,6 @@ def log_det_of_form(
         estimator = replace(estimator, length=law_within(estimator.length, lipschitz))
     batch = arguments(x, condition)
     batch = vary_over(batch, varying_axes((batch, params, key, estimator)))
-    if form != "residual" and getattr(estimator, "second_order", False):
-        raise ValueError(
-            "estimator: expected second_order=False for a monotone map, got True; Exact() has all derivatives"
-        )
     has_rule = is_series(estimator) and estimator.gradient == "neumann"
     chunks = split_chunks(batch, chunk_size if has_rule else None)
     probes = estimator.probes if is_series(estimator) else 1
@@ -240,7 +236,7 @@ def _estimate(
     """
     if is_series(estimator) and longest is None:
         if getattr(estimator, "second_order", False):
-            return second_order_estimate(g, prepare, estimator, args, chunks, key)
+            return second_order_estimate(g, prepare, form, estimator, args, chunks, key)
         return neumann_estimate(g, prepare, form, estimator, args, chunks, key)
     params, prepared_over, closed_over = args
     x, *condition = jax.tree.map(lambda leaf: leaf[0], chunks)

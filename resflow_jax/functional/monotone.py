@@ -23,7 +23,7 @@ from resflow_jax.functional.checks import as_float_batch, check_flag
 from resflow_jax.functional.conditions import as_condition, check_map
 from resflow_jax.functional.estimators import Estimator, Roulette, is_series
 from resflow_jax.functional.events import Events, is_tree
-from resflow_jax.functional.inverse import check_solver, reported, solution, solve, solve_and_recompute
+from resflow_jax.functional.inverse import check_solver, reported, solution
 from resflow_jax.functional.iteration import InverseStatus, Solver
 from resflow_jax.functional.logdet import Residual, log_det_of_form
 from resflow_jax.functional.opaque import original
@@ -58,8 +58,9 @@ def monotone(
     The gradient takes one more such solve, with vjps of g, and one vjp of g.
 
     With the Neumann gradient, memory depends neither on the length of the series nor on the number of iterations, and
-    derivatives are those of `residual`: first-order reverse mode, and forward mode over that. With other estimators
-    they have any mode and order.
+    derivatives are those of `residual`: first-order reverse mode, and forward mode over that. With
+    `Roulette(second_order=True)` they are reverse mode of first and second order. With other estimators derivatives
+    have any mode and order.
 
     Args:
       g: as of `residual`: a pure function (params, x) or (params, x, condition), a contraction in x.
@@ -102,7 +103,7 @@ def monotone(
         y = events.unpack(y)
     else:
         x = as_float_batch("x", x)
-        w, status = half_way(g, params, x, condition, solver, recomputes=is_neumann(estimator))
+        w, status = half_way(g, params, x, condition, solver, orders=orders_of(estimator))
         y, others = ROOT * w - x, [*log_det_at(g, params, w, **options), scaled(status)]
     log_det, diagnostics, status = others
     if not return_status:
@@ -164,10 +165,12 @@ def monotone_inverse(
     return (x, status) if return_status else reported(x, status, "monotone_inverse", solver.on_failure)
 
 
-def is_neumann(estimator: Estimator) -> bool:
-    """Whether the estimator has the Neumann gradient, and so constant memory."""
+def orders_of(estimator: Estimator) -> int:
+    """The orders of reverse mode of an estimator in constant memory, 1 or 2; 0 if JAX differentiates it itself."""
     estimator = original(estimator)
-    return is_series(estimator) and estimator.gradient == "neumann"
+    if not is_series(estimator) or estimator.gradient != "neumann":
+        return 0
+    return 2 if getattr(estimator, "second_order", False) else 1
 
 
 def half_way(
@@ -178,7 +181,7 @@ def half_way(
     solver: Solver,
     *,
     inverts: bool = False,
-    recomputes: bool = False,
+    orders: int = 0,
 ) -> tuple[Array, InverseStatus]:
     """The solution w of w + g(w) = sqrt(2) x and its status; of w - g(w) = sqrt(2) x for x in place of y, to invert.
 
@@ -189,14 +192,14 @@ def half_way(
       condition: as of `monotone`.
       solver: of w.
       inverts: whether x is a y.
-      recomputes: whether reverse mode evaluates g again, see `solve_and_recompute`.
+      orders: of the reverse mode that keeps only w, see `solution`.
     """
     check_solver(solver)
     check_map(g, condition)
     name = "y" if inverts else "x"
     condition = as_condition(condition, name, x)
     of_sign = (lambda *args: -g(*args)) if inverts else g
-    return solution(solve_and_recompute if recomputes else solve, of_sign, params, ROOT * x, condition, solver, name)
+    return solution(orders, of_sign, params, ROOT * x, condition, solver, name)
 
 
 def log_det_at(

@@ -9,45 +9,52 @@ with E[v v^T] = I, E[w] = A^T v, and E[u] = A (D_c J) v for u of a series of its
 So this derivative is differentiated first and estimated then, as the gradient itself is (Chen et al. 2019, arXiv
 1906.02735, appendix C). It needs v, w and x again; nothing of either series is stored. As a function of a it is a sum
 of two vjps of (g, J v), the first of which is differentiated along c.
+
+For a Cayley transform let B = (I - J^2)^-1, which commutes with J. Since (I - J)^-1 = B + J B and (I + J)^-1 = B - J B,
+
+    D_a log|det|     = -2 tr(B D_a J)
+    D_c D_a log|det| = -2 tr(B D_c D_a J) - 2 tr(B (D_a J) J B (D_c J)) - 2 tr(J B (D_a J) B (D_c J))
+                     = E[w^T (D_c D_a J) v] + E[w^T (D_a J) J u] + E[(J^T w)^T (D_a J) u]
+
+with E[w] = -2 B^T v and E[u] = B (D_c J) v: the second vjp has twice as many pairs of vectors.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from resflow_jax.functional.chunks import map_chunks
 from resflow_jax.functional.neumann import estimate_with_w, probes_from_keys, pull_back, seed_keys_of, weighted
 from resflow_jax.functional.primitives.derivatives import forward_only
-from resflow_jax.functional.term_sums import draw_plan, repeat, sum_terms
-from resflow_jax.functional.trees import combine, float0, mapped_with, partition, zero_cotangents
+from resflow_jax.functional.term_sums import draw_plan, plan_of, repeat, sum_terms
+from resflow_jax.functional.trees import combine, float0, kept, mapped_with, partition, zero_cotangents
 
 
-def second_order_estimate(g, prepare, estimator, args, chunks, key):
+def second_order_estimate(g, prepare, form, estimator, args, chunks, key):
     """y, log_det and diagnostics as of `neumann.neumann_estimate`, with reverse mode of first and second order.
 
     Forward mode raises, and so does reverse mode of third order.
     """
     chunks = mapped_with(chunks[0], (key, estimator)), *chunks[1:]
-    return _estimate(g, prepare, estimator, args, chunks, key)[:3]
+    return _estimate(g, prepare, form, estimator, args, chunks, key)[:3]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _estimate(g, prepare, estimator, args, chunks, key):
-    y, log_det, diagnostics, w, _ = estimate_with_w(g, prepare, "residual", estimator, args, chunks, key)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _estimate(g, prepare, form, estimator, args, chunks, key):
+    y, log_det, diagnostics, w, _ = estimate_with_w(g, prepare, form, estimator, args, chunks, key)
     return y, mapped_with(log_det, y), diagnostics, w
 
 
-def _forward(g, prepare, estimator, args, chunks, key):
-    found = _estimate(g, prepare, estimator, args, chunks, key)  # its outputs have this rule again
-    return found, _kept((estimator, args, chunks, key, found[3]))
+def _forward(g, prepare, form, estimator, args, chunks, key):
+    found = _estimate(g, prepare, form, estimator, args, chunks, key)  # its outputs have this rule again
+    return found, kept((estimator, args, chunks, key, found[3]))
 
 
-def _backward(g, prepare, kept, cotangents):
-    estimator, args, chunks, key, w = kept
+def _backward(g, prepare, form, known, cotangents):
+    estimator, args, chunks, key, w = known
     y_bar, log_det_bar, *_ = cotangents
-    args_bar, chunks_bar = _gradient(g, prepare, estimator, args, chunks, key, w, y_bar, log_det_bar)
+    args_bar, chunks_bar = _gradient(g, prepare, form, estimator, args, chunks, key, w, y_bar, log_det_bar)
     args_bar, chunks_bar = (combine(part, float0(partition(whole)[1])) for part, whole in
                             ((args_bar, args), (chunks_bar, chunks)))  # fmt: skip
     return zero_cotangents(estimator), args_bar, chunks_bar, None
@@ -56,26 +63,14 @@ def _backward(g, prepare, kept, cotangents):
 _estimate.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gradient(g, prepare, estimator, args, chunks, key, w, y_bar, log_det_bar):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gradient(g, prepare, form, estimator, args, chunks, key, w, y_bar, log_det_bar):
     """The floats of the cotangents of args and chunks. Its derivative along w is not its own, but that of E[w]."""
     w_bar = weighted(w, log_det_bar, estimator.probes)
     _, keys = seed_keys_of(estimator, key, chunks)
     probes_from = probes_from_keys(estimator)
     cotangents = pull_back(g, prepare, estimator.probes, args, chunks, probes_from, keys, y_bar, w_bar)
     return tuple(_floats_like(bar, whole) for bar, whole in zip(cotangents, (args, chunks), strict=True))
-
-
-def _kept(tree):
-    """The same arrays, for a rule to keep. Inside a scan JAX would confuse kept arguments, in second order."""
-    is_key = lambda leaf: jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)  # noqa: E731
-    data = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
-    data = jax.tree.map(lax.optimization_barrier, data)  # one by one: each keeps the axes that it varies over
-    return jax.tree.map(
-        lambda leaf, kept: jax.random.wrap_key_data(kept, impl=jax.random.key_impl(leaf)) if is_key(leaf) else kept,
-        tree,
-        data,
-    )
 
 
 def _floats_like(cotangents, primals):
@@ -85,30 +80,35 @@ def _floats_like(cotangents, primals):
     )
 
 
-def _gradient_forward(g, prepare, estimator, args, chunks, key, w, y_bar, log_det_bar):
+def _gradient_forward(g, prepare, form, estimator, args, chunks, key, w, y_bar, log_det_bar):
     inputs = estimator, args, chunks, key, w, y_bar, log_det_bar
-    return _gradient(g, prepare, *inputs), _kept(inputs)
+    return _gradient(g, prepare, form, *inputs), kept(inputs)
 
 
-def _gradient_backward(g, prepare, kept, directions):
-    estimator, args, chunks, key, w, y_bar, log_det_bar = kept
+def _gradient_backward(g, prepare, form, known, directions):
+    estimator, args, chunks, key, w, y_bar, log_det_bar = known
     (args_floats, args_others), (floats, others) = partition(args), partition(chunks)
 
     def gradient(args_floats, floats, y_bar, log_det_bar):
         args, chunks = combine(args_floats, args_others), combine(floats, others)
-        return _gradient.__wrapped__(g, prepare, estimator, args, chunks, key, w, y_bar, log_det_bar)
+        return _gradient.__wrapped__(g, prepare, form, estimator, args, chunks, key, w, y_bar, log_det_bar)
 
     _, pullback = jax.vjp(gradient, args_floats, floats, y_bar, log_det_bar)
     args_bar, chunks_bar, y_bar_bar, log_det_bar_bar = pullback(directions)
 
-    u = _inverse_times(g, prepare, estimator, args, chunks, key, directions)
-    w_bar = -weighted(w, log_det_bar, estimator.probes)
-    through_w = pull_back(g, prepare, estimator.probes, args, chunks, lambda x, u: u, u, jnp.zeros_like(y_bar), w_bar)
-    args_more, chunks_more = (_floats_like(bar, whole) for bar, whole in zip(through_w, (args, chunks), strict=True))
+    w_bar = weighted(w, log_det_bar, estimator.probes)
+    total = args_bar, chunks_bar
+    for vector, cotangent in _through_w(g, prepare, form, estimator, args, chunks, key, directions, w_bar):
+        more = pull_back(
+            g, prepare, estimator.probes, args, chunks, lambda x, u: u, vector, jnp.zeros_like(y_bar), cotangent
+        )
+        more = tuple(_floats_like(bar, whole) for bar, whole in zip(more, (args, chunks), strict=True))
+        total = jax.tree.map(jnp.add, total, more)
+    args_bar, chunks_bar = total
     return (
         zero_cotangents(estimator),
-        combine(jax.tree.map(jnp.add, args_bar, args_more), float0(args_others)),
-        combine(jax.tree.map(jnp.add, chunks_bar, chunks_more), float0(others)),
+        combine(args_bar, float0(args_others)),
+        combine(chunks_bar, float0(others)),
         None,
         jnp.zeros_like(w),
         y_bar_bar,
@@ -119,18 +119,30 @@ def _gradient_backward(g, prepare, kept, directions):
 _gradient.defvjp(_gradient_forward, _gradient_backward)
 
 
-def _inverse_times(g, prepare, estimator, args, chunks, key, directions):
-    """u, an unbiased estimate of (I + J)^-1 (D_c J) v for c = directions, the floats of args and chunks."""
+def _through_w(g, prepare, form, estimator, args, chunks, key, directions, w_bar):
+    """Pairs (u, w) of the terms w^T (D_a J) u that come from the derivative of E[w], [chunks, probes * b, ...] each.
+
+    Args:
+      g: as of `neumann.neumann_estimate`, as the following ones.
+      prepare: the same.
+      form: the same.
+      estimator: the same.
+      args: the same.
+      chunks: the same.
+      key: the same.
+      directions: c, the floats of args and chunks.
+      w_bar: the cotangents w of J v in the gradient, [chunks, probes * b, ...].
+    """
     args_floats, args_others = partition(args)
     floats, others = partition(chunks)
     shared_key, keys = seed_keys_of(estimator, key, chunks)
     probes_from = probes_from_keys(estimator)
-    plan = draw_plan(estimator, jax.random.fold_in(shared_key, 1))
+    plan = plan_of(form, draw_plan(estimator, jax.random.fold_in(shared_key, 1)))
     weights_and_over, along = jax.jvp(partial(_prepared, prepare, args_others), (args_floats,), (directions[0],))
     (weights_floats, weights_others), (along_floats, _) = partition(weights_and_over), partition(along)
 
     def of_chunk(inputs):
-        floats, others, keys, direction = inputs
+        floats, others, keys, direction, w_bar = inputs
         v = probes_from(combine(floats, others)[0], keys)
 
         def map_of(weights_floats, floats):
@@ -144,9 +156,13 @@ def _inverse_times(g, prepare, estimator, args, chunks, key, directions):
 
         _, r = jax.jvp(product, (weights_floats, floats), (along_floats, direction))
         _, times = jax.linearize(*map_of(weights_floats, floats))
-        return r + sum_terms(plan, r, times).w
+        u = r + sum_terms(plan, r, times).w  # E[u] is A (D_c J) v, or B (D_c J) v
+        if form == "residual":
+            return [(u, -w_bar)]
+        (transposed_w,) = jax.linear_transpose(times, w_bar)(w_bar)
+        return [(times(u), w_bar), (u, transposed_w)]
 
-    return forward_only(map_chunks(of_chunk, (floats, others, keys, directions[1])))
+    return forward_only(map_chunks(of_chunk, (floats, others, keys, directions[1], w_bar)))
 
 
 def _prepared(prepare, args_others, args_floats):

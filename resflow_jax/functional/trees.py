@@ -44,3 +44,15 @@ def mapped_with(x: Array, tree: Any) -> Array:
         always = (number == number) | True
         x = lax.select_n(always, lax.stop_gradient(x), x)  # XLA removes this operation
     return x
+
+
+def kept(tree: Any) -> Any:
+    """The same arrays, for a rule to keep. Inside a scan JAX would confuse kept arguments, in second order."""
+    is_key = lambda leaf: jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)  # noqa: E731
+    data = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
+    data = jax.tree.map(lax.optimization_barrier, data)  # one by one: each keeps the axes that it varies over
+    return jax.tree.map(
+        lambda leaf, kept: jax.random.wrap_key_data(kept, impl=jax.random.key_impl(leaf)) if is_key(leaf) else kept,
+        tree,
+        data,
+    )
