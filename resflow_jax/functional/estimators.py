@@ -249,6 +249,14 @@ def is_series(estimator: Any) -> bool:
     return isinstance(estimator, Truncated | Roulette)
 
 
+def reverse_orders(estimator: Estimator) -> int:
+    """The orders of reverse mode of an estimator in constant memory, 1 or 2; 0 if JAX differentiates it itself."""
+    estimator = original(estimator)
+    if not is_series(estimator) or estimator.gradient != "neumann":
+        return 0
+    return 2 if getattr(estimator, "second_order", False) else 1
+
+
 def needs_key(estimator: Estimator) -> bool:
     """Whether the estimator needs a PRNG key."""
     estimator = original(estimator)

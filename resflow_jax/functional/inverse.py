@@ -111,34 +111,35 @@ def residual_inverse(
     if is_tree(y):
         events, y = Events.of("y", y, least=0)
         g = events.wrap(g)
-    y = as_float_batch("y", y, least=0)
-    condition = as_condition(condition, "y", y)
-    check_solver(solver)
-    x, status = solution(0, g, params, y, condition, solver)
+    x, status = solution(g, params, as_float_batch("y", y, least=0), condition, solver)
     x = x if events is None else events.unpack(x)
     return (x, status) if return_status else reported(x, status, "residual_inverse", solver.on_failure)
 
 
 def solution(
-    orders: int,
     g: Callable[..., Array],
     params: Any,
     y: Array,
     condition: Any,
     solver: Solver,
+    *,
+    orders: int = 0,
     name: str = "y",
 ) -> tuple[Array, InverseStatus]:
     """The solution x of x + g(params, x, *condition) = y and its status.
 
     Args:
-      orders: of the reverse mode that keeps only the solution, 1 or 2, see `solve_and_recompute`; 0 for `solve`.
-      g: as of `residual_inverse`, checked.
+      g: as of `residual_inverse`.
       params: any pytree.
-      y: array [B, ...].
-      condition: as of `residual_inverse`, checked.
+      y: floats [B, ...].
+      condition: as of `residual_inverse`.
       solver: a solver.
+      orders: of the reverse mode that keeps only the solution, 1 or 2, see `solve_and_recompute`; 0 for `solve`.
       name: name of y, for errors.
     """
+    check_solver(solver)
+    check_map(g, condition)
+    condition = as_condition(condition, name, y)
     y = vary_over(y, varying_axes((y, params, condition)))
     with full_precision():
         traced, closed_over = trace_residual(g, params, name, *arguments(y, condition))

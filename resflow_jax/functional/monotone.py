@@ -20,13 +20,12 @@ from typing import Any
 import jax
 
 from resflow_jax.functional.checks import as_float_batch, check_flag
-from resflow_jax.functional.conditions import as_condition, check_map
-from resflow_jax.functional.estimators import Estimator, Roulette, is_series
+from resflow_jax.functional.conditions import check_map
+from resflow_jax.functional.estimators import Estimator, Roulette, reverse_orders
 from resflow_jax.functional.events import Events, is_tree
-from resflow_jax.functional.inverse import check_solver, reported, solution
+from resflow_jax.functional.inverse import reported, solution
 from resflow_jax.functional.iteration import InverseStatus, Solver
 from resflow_jax.functional.logdet import Residual, log_det_of_form
-from resflow_jax.functional.opaque import original
 from resflow_jax.functional.solvers import Anderson
 
 Array = jax.Array
@@ -103,7 +102,7 @@ def monotone(
         y = events.unpack(y)
     else:
         x = as_float_batch("x", x)
-        w, status = half_way(g, params, x, condition, solver, orders=orders_of(estimator))
+        w, status = half_way(g, params, x, condition, solver, orders=reverse_orders(estimator))
         y, others = ROOT * w - x, [*log_det_at(g, params, w, **options), scaled(status)]
     log_det, diagnostics, status = others
     if not return_status:
@@ -165,14 +164,6 @@ def monotone_inverse(
     return (x, status) if return_status else reported(x, status, "monotone_inverse", solver.on_failure)
 
 
-def orders_of(estimator: Estimator) -> int:
-    """The orders of reverse mode of an estimator in constant memory, 1 or 2; 0 if JAX differentiates it itself."""
-    estimator = original(estimator)
-    if not is_series(estimator) or estimator.gradient != "neumann":
-        return 0
-    return 2 if getattr(estimator, "second_order", False) else 1
-
-
 def half_way(
     g: Residual,
     params: Any,
@@ -194,12 +185,8 @@ def half_way(
       inverts: whether x is a y.
       orders: of the reverse mode that keeps only w, see `solution`.
     """
-    check_solver(solver)
-    check_map(g, condition)
-    name = "y" if inverts else "x"
-    condition = as_condition(condition, name, x)
     of_sign = (lambda *args: -g(*args)) if inverts else g
-    return solution(orders, of_sign, params, ROOT * x, condition, solver, name)
+    return solution(of_sign, params, ROOT * x, condition, solver, orders=orders, name="y" if inverts else "x")
 
 
 def log_det_at(

@@ -29,7 +29,8 @@ class ImplicitBlock(Chain):
     Randomness: a key is split between the two log-dets; each is unbiased with `Roulette`, exact with `Exact`.
 
     Cost: one evaluation of g_x and a solve with g_y; the inverse is one evaluation of g_y and a solve with g_x. The
-    log-det adds the vector-Jacobian products of the estimator for both.
+    log-det adds the vector-Jacobian products of the estimator for both. A gradient adds one solve, with vjps of g_y.
+    Memory with the Neumann gradient is that of two residual blocks.
 
     Raises:
       ValueError: for other modules, for contractions of events of different shapes, and for a solver that is none.

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from resflow_jax.functional.estimators import Estimator
+from resflow_jax.functional.estimators import Estimator, reverse_orders
 from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
-from resflow_jax.functional.monotone import ROOT, half_way, log_det_at, orders_of, scaled
+from resflow_jax.functional.monotone import ROOT, half_way, log_det_at, scaled
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.texts import constructor
 from resflow_jax.layers.bijector import Forward, Inverse, InverseAndLogDet, Shape
@@ -86,7 +86,7 @@ class MonotoneBlock(ContractionBlock):
         return self._reported(ROOT * w - x, status)
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
-        w, status = self._half_way(x, condition, self.solver, orders=orders_of(estimator))
+        w, status = self._half_way(x, condition, self.solver, orders=reverse_orders(estimator))
         log_det, diagnostics = self._log_det_at(w, key, estimator, condition)
         y, log_det = self._reported((ROOT * w - x, log_det), status)
         return y, log_det, diagnostics
@@ -98,12 +98,12 @@ class MonotoneBlock(ContractionBlock):
     def solve_and_estimate(
         self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
     ) -> InverseAndLogDet:
-        w, status = self._half_way(y, condition, solver, inverts=True, orders=orders_of(estimator))
+        w, status = self._half_way(y, condition, solver, inverts=True, orders=reverse_orders(estimator))
         log_det, diagnostics = self._log_det_at(w, key, estimator, condition)
         return ROOT * w - y, log_det, diagnostics, [as_row(scaled(status))]
 
     def _half_way(
-        self, x: Array, condition: Array | None, solver: Solver, **options: Any
+        self, x: Array, condition: Array | None, solver: Solver, **options: int
     ) -> tuple[Array, InverseStatus]:
         features = self.contraction.condition_features(condition)
         return half_way(self.contraction.apply, self.contraction.weights(), x, features, solver, **options)

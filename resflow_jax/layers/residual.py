@@ -13,8 +13,8 @@ from flax import nnx
 
 from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import check_callable, check_count, check_type
-from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.inverse import residual_inverse
+from resflow_jax.functional.estimators import Estimator, reverse_orders
+from resflow_jax.functional.inverse import solution
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.reversible import reversible_scan
 from resflow_jax.functional.solvers import Solver
@@ -85,17 +85,19 @@ class ResidualBlock(ContractionBlock):
         return y, log_det, [as_row(diagnostics)]
 
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
-        g, weights = self.contraction.apply, self.contraction.weights()
-        features = self.contraction.condition_features(condition)
-        x, status = residual_inverse(g, weights, y, condition=features, solver=solver, return_status=True)
-        return x, [as_row(status)]
+        return self._solved(y, solver, condition, orders=0)
 
     def solve_and_estimate(
         self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
     ) -> InverseAndLogDet:
-        x, statuses = self.solve(y, solver, condition)
+        x, statuses = self._solved(y, solver, condition, orders=reverse_orders(estimator))
         _, log_det, diagnostics = self.estimate(x, key, estimator, condition)
         return x, log_det, diagnostics, statuses
+
+    def _solved(self, y: Array, solver: Solver, condition: Array | None, orders: int) -> Inverse:
+        g, weights = self.contraction.apply, self.contraction.weights()
+        x, status = solution(g, weights, y, self.contraction.condition_features(condition), solver, orders=orders)
+        return x, [as_row(status)]
 
 
 class ResidualStack(Bijector):

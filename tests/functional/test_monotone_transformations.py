@@ -116,6 +116,6 @@ def test_memory_grows_neither_with_the_series_nor_with_width():
 
 def test_the_memory_test_has_power(monkeypatch):
     """With the derivative of `solve`, which keeps activations, the same measure sees them."""
-    monkeypatch.setattr(monotone_module, "orders_of", lambda estimator: 0)
+    monkeypatch.setattr(monotone_module, "reverse_orders", lambda estimator: 0)
     shallow, deep = (gradient_memory(Truncated(4), blocks) for blocks in (2, 16))
     assert deep - shallow >= 14 * 64 * 512 * 8

@@ -35,6 +35,31 @@ def flow(kind):
     return made
 
 
+@pytest.mark.parametrize("kind", ["monotone", "implicit"])
+def test_a_gradient_keeps_no_activations(kind):
+    """Ten blocks more keep their inputs, outputs and cotangents, and none of their 512 hidden units."""
+
+    def temporary(depth):
+        def contraction(rngs):
+            return rf.LipschitzMLP(3, (512,), rngs=rngs)
+
+        def step(rngs):
+            if kind == "monotone":
+                return rf.MonotoneBlock(contraction(rngs))
+            return rf.ImplicitBlock(contraction(rngs), contraction(rngs))
+
+        graphdef, params, rest = nnx.split(rf.Flow(rf.ResidualStack(step, depth, rngs=nnx.Rngs(0))), nnx.Param, ...)
+
+        def loss(x):
+            flow = nnx.merge(graphdef, params, rest)
+            return jnp.sum(flow.log_prob(x, key=jax.random.key(0), estimator=rf.Truncated(2)))
+
+        return jax.jit(jax.grad(loss)).lower(jnp.zeros((256, 3))).compile().memory_analysis().temp_size_in_bytes
+
+    shallow, deep = temporary(2), temporary(12)
+    assert deep - shallow < 0.2 * 10 * 256 * 512 * 8
+
+
 class Scaled(nnx.Module):
     def __init__(self, factor):
         self.factor = factor
