@@ -12,7 +12,7 @@ import reference  # noqa: E402
 import resflow_jax  # noqa: E402
 
 project = "resflow_jax"
-author = "the authors of resflow_jax"
+author = "The resflow_jax developers"
 copyright = author
 version = release = resflow_jax.__version__
 

@@ -95,8 +95,8 @@ class Roulette:
     (Chen et al. 2019, arXiv 1906.02735, equation 6, for the power series.) Value and gradient are unbiased over the
     key, except for lengths with a probability below 2^-64, which are never drawn (2^-24 with gradient="autodiff"). With
     minimal-residual steps the value contains a quadrature, whose error is about 1e-12 for L <= 0.999. All examples of a
-    batch share the length N, or those that `subsample` draws; the probes v are independent for each example, unless
-    they are Hadamard probes.
+    batch share the length N; with `subsample` those that it draws. The probes v are independent for each example,
+    unless they are Hadamard probes.
 
     It costs exact_terms + max_i N_i / subsample vjps of g for each probe, 2.15 on average with the defaults and
     Lip(g) <= 0.94, and for the gradient one vjp of (g, J v). The variance is finite if the law's tail is long enough;
@@ -108,7 +108,7 @@ class Roulette:
       length: law of the number N of terms after the exact ones: `Defensive`, `Geometric`, `Poisson`, `Fitted`, or any
         object with the methods of `LengthLaw`.
       exact_terms: m >= 0, the number of terms that are always taken.
-      samples: number of lengths N_i whose weights are averaged; the longest one is taken.
+      samples: number of lengths N_i that are drawn. Their weights are averaged, and the series runs to the longest.
       probe: distribution of the probes v: "rademacher" (entries +-1; of independent entries they have the least
         variance), "gaussian", "orthogonal" (the probes of an example are orthogonal, and D of them give the exact
         trace), or "hadamard" (as "rademacher" for each example, but the probes of different examples are orthogonal,
@@ -130,8 +130,8 @@ class Roulette:
         reverse mode.
 
     Raises:
-      ValueError: for an object that is no law, a count that is too small, an unknown probe or gradient, or
-        second_order with gradient="autodiff", which has all derivatives.
+      ValueError: for an object that is no law, a count that is too small, an unknown probe or gradient, and
+        second_order or subsample > 1 with gradient="autodiff".
 
     Example:
       >>> estimator = rf.Roulette(rf.Geometric(0.5), exact_terms=2, probes=4)

@@ -18,7 +18,7 @@ def make_reversible(flow: nnx.Module, solver: Solver | None = None) -> None:
     as before.
 
     Args:
-      flow: a flow, a classifier or a bijector with `ResidualStack`s, as `ResidualFlow` has for more than two blocks.
+      flow: a flow, a classifier or a bijector with `ResidualStack`s, as `ResidualFlow` has for its blocks.
       solver: of the inverses. None takes `Anderson()`, whose tolerance is 1e-6 in float32.
 
     Randomness: none. Cost: in a gradient, one inverse (about eight evaluations of g a block) and one more estimate of

@@ -77,8 +77,8 @@ def fit(
     All examples lie on the device. Ctrl-C ends training after the current step, and `fit` returns what it has; a second
     Ctrl-C interrupts as usual.
 
-    Cost of a step: `Flow.log_prob` and its gradient on a batch, with 2.15 evaluations of vjps of g in each block on
-    average by default. The first step compiles it; a validation costs `Flow.log_prob` of the validation examples.
+    Cost of a step: `Flow.log_prob` and its gradient on a batch, by default with 2.2 to 2.5 vjps of g in each block
+    on average. The first step compiles it; a validation costs `Flow.log_prob` of the validation examples.
 
     Args:
       flow: a `Flow`, as `ResidualFlow`.
@@ -116,9 +116,9 @@ def fit(
 
     Raises:
       ValueError: for a bad argument; the message names it.
-      FitDivergedError: after ten updates in a row whose loss or gradient is not finite, at the end if there has been no
-        other since the last pause, or where the loss of the validation examples is not finite; `error.result` has the
-        best weights until then.
+      FitDivergedError: after ten updates in a row whose loss or gradient is not finite; at the end, if all updates since
+        the last validation were such; or if the validation loss is not finite. `error.result` has the best weights
+        until then.
 
     Example:
       >>> import jax, numpy as np, resflow_jax as rf

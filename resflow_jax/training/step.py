@@ -177,7 +177,8 @@ class Trainer(NamedTuple):
           not finite, the update is skipped: the new state is the old one with its number of steps raised. No device
           waits for the host to decide this.
 
-        Cost: the loss and its gradient for every batch, the optimiser, and one power iteration of every linear layer.
+        Cost: the loss and its gradient for every batch, the optimiser, and `Flow.update_norms`: in every linear layer
+        up to 20 power iterations, often 1 or 2.
         """
         found = self.gradient(state, batch, key)
         after = self.advance_norms(self.update(state, found))
@@ -206,7 +207,7 @@ class Trainer(NamedTuple):
         return TrainState(steps, params, found.non_params, opt_state, ema, state.estimator, term_norms)
 
     def advance_norms(self, state: TrainState) -> TrainState:
-        """The last part: one power iteration of every linear layer with the new parameters."""
+        """The last part: `Flow.update_norms`, the power iterations of all linear layers with the new parameters."""
         flow = nnx.merge(self.graphdef, state.params, state.non_params, copy=True)
         flow.update_norms()
         return state._replace(non_params=nnx.split(flow, nnx.Param, ...)[2])
