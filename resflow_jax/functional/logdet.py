@@ -64,7 +64,8 @@ def residual(
 
     The estimator decides about randomness and bias: `Roulette`, the default, is unbiased, `Exact` is exact, `Truncated`
     is biased. It also decides about the cost: beside one evaluation of g, `Roulette` takes 2.5 vjps of g on average,
-    2.15 with `lipschitz=0.94`, and `Exact` takes D for D dimensions. The gradient of a series takes one more vjp of (g, J v).
+    2.15 with `lipschitz=0.94`, and `Exact` takes D for D dimensions. The gradient of a series takes one more vjp of
+    (g, J v).
 
     Args:
       g: pure function (params, x) -> array of x's shape and dtype. It must be a contraction in x and treat the

@@ -97,7 +97,7 @@ def _root(w: Array, mixture: Mixture, limits: tuple[Array, Array]) -> tuple[Arra
     low, high = jnp.min(ends, axis=-2), jnp.max(ends, axis=-2)
     # The ends are rounded; the margin keeps the root inside.
     eps = float(jnp.finfo(w.dtype).eps)
-    margin = 8 * eps * (jnp.abs(low) + jnp.abs(high)) + float(jnp.finfo(w.dtype).tiny)
+    margin = 16 * eps * jnp.maximum(jnp.abs(low), jnp.abs(high)) + float(jnp.finfo(w.dtype).tiny)
     low, high = low - margin, high + margin
     zeros = vary_over(jnp.zeros(w.shape, w.dtype), varying_axes((w, mixture, limits)))
     start = _State(low, high, 0.5 * low + 0.5 * high, zeros + jnp.inf, zeros.astype(cap.dtype), zeros)
@@ -118,7 +118,7 @@ def _root(w: Array, mixture: Mixture, limits: tuple[Array, Array]) -> tuple[Arra
         size = jnp.abs(residual) / jnp.maximum(1, jnp.abs(w))
         # On a plateau of F a small residual does not make a small error in x.
         is_close = (size <= tolerance) & (jnp.abs(change) <= tolerance * jnp.maximum(1, jnp.abs(state.x)))
-        is_done = is_close | (size <= eps) | is_short
+        is_done = (is_close | (size <= eps) | is_short) & jnp.isfinite(state.x)
         # Newton from the side where h is concave may crawl along a plateau: every third step halves the bracket.
         newton = (step > low) & (step < high) & (state.iterations % 3 != 2)
         x = jnp.where(is_done, state.x, jnp.where(newton, step, 0.5 * low + 0.5 * high))

@@ -7,7 +7,8 @@ from flax import nnx
 
 from resflow_jax.functional.batch_axes import standardization
 from resflow_jax.functional.checks import as_float_array, as_shape
-from resflow_jax.layers.bijector import Bijector, Constant, Shape, ends_in, scaling_bounds, scaling_log_det
+from resflow_jax.layers.bijector import Bijector, Constant, Shape, scaling_bounds, scaling_log_det
+from resflow_jax.layers.event_shapes import ends_in
 
 Array = jax.Array
 

@@ -29,6 +29,7 @@ from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.values import ANYWHERE, Domain
 from resflow_jax.layers.conditions import ConditionShape, as_condition
+from resflow_jax.layers.event_shapes import check_events, check_outputs
 from resflow_jax.layers.module import Module
 
 Array = jax.Array
@@ -303,6 +304,7 @@ class Bijector(Module):
         """
         check_flag("return_status", return_status)
         y = as_float_batch("y", y, None if self.event_shape is None else self.output_shape(self.event_shape))
+        check_outputs(self, y)
         check_solver(solver)
         x, statuses = self.solve(y, solver, as_condition(condition, self.condition_shape, y.shape[:1]))
         status = join_statuses(statuses, y)
@@ -316,26 +318,10 @@ def checked_estimator(estimator: Estimator | None, blocks: int) -> Estimator:
     return with_rows(estimator, blocks)
 
 
-def check_events(bijector: Bijector, x: Array) -> None:
-    """Raises ValueError for a batch of events that the layer does not take: they could broadcast, to wrong log-dets."""
-    try:
-        bijector.output_shape(x.shape[1:])
-    except ValueError as error:
-        raise ValueError(f"x: {error}") from error
-
-
 def scaling_log_det(log_scale: Array, x: Array) -> Array:
     """[B] log-dets of x [B, ..., *shape] * exp(log_scale [*shape]): each scale counts once for each position."""
     log_det = (math.prod(x.shape[1:]) // log_scale.size) * jnp.sum(log_scale)
     return jnp.broadcast_to(log_det, x.shape[:1])
-
-
-def ends_in(shape: Shape, last: Shape) -> Shape:
-    """`shape`, that of events of a layer with one number for each element of `last`; raises unless it ends so."""
-    shape = tuple(shape)
-    if shape[len(shape) - len(last) :] != last:
-        raise ValueError(f"expected events whose shape ends in {last}, got {shape}")
-    return shape
 
 
 def no_log_det(x: Array) -> Array:

@@ -9,9 +9,10 @@ import numpy as np
 
 from resflow_jax.functional.checks import check_choice
 from resflow_jax.functional.values import Domain
-from resflow_jax.layers.bijector import Shape, ends_in
+from resflow_jax.layers.bijector import Shape
 from resflow_jax.layers.bounds import Bounds, as_bounds, as_text
 from resflow_jax.layers.elementwise import Elementwise, largest, smallest
+from resflow_jax.layers.event_shapes import ends_in
 from resflow_jax.layers.logit import Logit, logit_domain
 from resflow_jax.layers.positive import safe_exp, safe_log, safe_softplus, softplus_inverse
 

@@ -28,6 +28,7 @@ from resflow_jax.layers.bijector import (
     split_key,
 )
 from resflow_jax.layers.conditions import common_condition_shape
+from resflow_jax.layers.event_shapes import check_output_shape
 from resflow_jax.layers.module import List
 from resflow_jax.layers.module_texts import Part, Parts, attempt
 
@@ -175,9 +176,9 @@ class Invert(Bijector):
 
         y = g^-1(x),   x = g(y),   log|det dy/dx| = -log|det dg/dy| at y
 
-    For a residual block, x -> y is then a solve and y -> x is explicit. An example whose solve does not converge
-    becomes NaN, unless the solver's `on_failure` is "warn": y is then the best guess. `initialize` and
-    `update_statistics` leave g as it is.
+    For a residual block, x -> y is then a solve and y -> x is explicit. If the solve of an example does not converge,
+    an eager call raises an `InverseError`, and a compiled one returns NaN for this example. With the solver's
+    `on_failure="warn"` y is the best guess. `initialize` and `update_statistics` leave g as it is.
 
     Args:
       bijector: g, a bijection: it must not pad, and must have a log-det.
@@ -188,6 +189,7 @@ class Invert(Bijector):
 
     Raises:
       ValueError: for a bijector that is none, that pads, or that has no log-det, and for a solver that is none.
+      InverseError: from an eager call of f, if a solve does not converge and `solver.on_failure` is "raise".
 
     Example:
       >>> log = rf.Invert(rf.Exp())
@@ -210,7 +212,9 @@ class Invert(Bijector):
         self.event_shape = None if bijector.event_shape is None else bijector.output_shape(bijector.event_shape)
 
     def output_shape(self, shape: Shape) -> Shape:
-        return self.bijector.input_shape(super().output_shape(shape))
+        shape = super().output_shape(shape)
+        check_output_shape(self.bijector, shape)
+        return self.bijector.input_shape(shape)
 
     def _repr_parts(self, shape: Shape | None) -> Parts | None:
         inside = self.bijector._repr_parts(attempt(self.bijector.input_shape, shape))
@@ -247,13 +251,14 @@ class Invert(Bijector):
         return y, -log_det, diagnostics
 
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
-        return self.bijector(y, condition), [_explicit(self.blocks, y)]
+        x = self.bijector(y, condition)
+        return x, [_explicit(self.blocks, x)]
 
     def solve_and_estimate(
         self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
     ) -> InverseAndLogDet:
         x, log_det, diagnostics = self.bijector.estimate(y, key, estimator, condition)
-        return x, -log_det, diagnostics, [_explicit(self.blocks, y)]
+        return x, -log_det, diagnostics, [_explicit(self.blocks, x)]
 
     def _reported(self, y, statuses):
         return reported(y, join_blocks(statuses), "Invert", self.solver.on_failure) if statuses else y
@@ -268,10 +273,12 @@ class Invert(Bijector):
         self.bijector.tighten()
 
 
-def _explicit(blocks: int, y: Array) -> InverseStatus:
-    """The status [blocks, B] of blocks whose inverse needs no solve."""
-    zeros = jnp.zeros((blocks, y.shape[0]), y.dtype)
-    return InverseStatus(zeros.astype(jnp.int32), zeros, zeros, zeros == 0)
+def _explicit(blocks: int, x: Array) -> InverseStatus:
+    """The status [blocks, B] of blocks whose inverse x needs no solve; it fails where x is not finite."""
+    is_finite = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
+    is_finite = jnp.broadcast_to(is_finite, (blocks, x.shape[0]))
+    residual = jnp.where(is_finite, 0, jnp.inf).astype(x.dtype)
+    return InverseStatus(jnp.zeros(is_finite.shape, jnp.int32), residual, residual, is_finite)
 
 
 def _entrance(bijectors: Sequence[Bijector]) -> Shape | None:

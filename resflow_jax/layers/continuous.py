@@ -31,11 +31,11 @@ from resflow_jax.layers.bijector import (
     Forward,
     Inverse,
     InverseAndLogDet,
-    check_events,
     checked_estimator,
 )
 from resflow_jax.layers.conditions import ConditionShape, as_condition
 from resflow_jax.layers.couplings.conditioners import Conditioner, MLPConditioner
+from resflow_jax.layers.event_shapes import check_events
 from resflow_jax.layers.module import Module
 from resflow_jax.layers.traces import Trace, probes_for
 from resflow_jax.layers.without_log_det import WithoutLogDet

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import check_count, check_type
-from resflow_jax.layers.bijector import Bijector, Constant, Shape, ends_in, scaling_log_det
+from resflow_jax.layers.bijector import Bijector, Constant, Shape, scaling_log_det
+from resflow_jax.layers.event_shapes import ends_in
 
 Array = jax.Array
 
@@ -84,7 +85,8 @@ class InvertibleLinear(Bijector):
 
     def invert(self, y: Array, condition: Array | None = None) -> Array:
         lower, upper = self._factors()
-        x = y.reshape(-1, y.shape[-1])
+        lower, upper, x = (part.astype(jnp.result_type(y, lower)) for part in (lower, upper, y))
+        x = x.reshape(-1, y.shape[-1])
         x = jax.lax.linalg.triangular_solve(upper, x)
         x = jax.lax.linalg.triangular_solve(lower, x, lower=True, unit_diagonal=True)
         # The solution is x[:, rows], since y = x W = x[:, rows] W[rows] and W[rows] = L U.

@@ -9,9 +9,10 @@ import numpy as np
 
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.values import UNIT_INTERVAL, Domain
-from resflow_jax.layers.bijector import Shape, ends_in
+from resflow_jax.layers.bijector import Shape
 from resflow_jax.layers.bounds import Bounds, as_bounds, as_text
 from resflow_jax.layers.elementwise import Elementwise
+from resflow_jax.layers.event_shapes import ends_in
 
 Array = jax.Array
 

@@ -28,8 +28,8 @@ class MonotoneBlock(ContractionBlock):
 
     Both Lip(f) and Lip(f^-1) reach (1 + L) / (1 - L) for Lip(g) = L, against 1 + L and 1 / (1 - L) of a
     `ResidualBlock`: a block stretches far more, and its inverse is of the same kind, with -g. In return the map is a
-    solve too. An example whose solve does not converge becomes NaN, unless the solver's `on_failure` is "warn": y is
-    then the best guess.
+    solve too. If the solve of an example does not converge, an eager call raises an `InverseError`, and a compiled one
+    returns NaN for this example. With the solver's `on_failure="warn"` y is the best guess.
 
     Args:
       contraction: g, as of `ResidualBlock`: a `Contraction`, or any module with `lipschitz`.
@@ -47,6 +47,7 @@ class MonotoneBlock(ContractionBlock):
 
     Raises:
       ValueError: as `ResidualBlock`, and for a solver that is none.
+      InverseError: from an eager call of f, if a solve does not converge and `solver.on_failure` is "raise".
 
     Source: Ahn et al. (2022, arXiv 2210.08176).
 

@@ -22,11 +22,11 @@ from resflow_jax.layers.bijector import (
     Bijector,
     Constant,
     Shape,
-    ends_in,
     no_log_det,
     scaling_bounds,
     scaling_log_det,
 )
+from resflow_jax.layers.event_shapes import ends_in
 
 Array = jax.Array
 
@@ -78,19 +78,22 @@ class MovingBatchNorm(Bijector):
         self.variance = nnx.BatchStat(jnp.ones(self.shape))
 
     def _total_log_scale(self) -> Array:
-        return self.log_scale[...] - 0.5 * jnp.log(self.variance[...] + self.epsilon)
+        return self.log_scale[...] - 0.5 * jnp.log(jax.lax.stop_gradient(self.variance[...]) + self.epsilon)
+
+    def _center(self, x: Array) -> Array:
+        return trailing(jax.lax.stop_gradient(self.mean[...]), x)
 
     def output_shape(self, shape: Shape) -> Shape:
         return ends_in(shape, self.shape)
 
     def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
         log_scale = self._total_log_scale()
-        y = (x - trailing(self.mean[...], x)) * trailing(jnp.exp(log_scale), x) + trailing(self.bias[...], x)
+        y = (x - self._center(x)) * trailing(jnp.exp(log_scale), x) + trailing(self.bias[...], x)
         return y, scaling_log_det(log_scale, x)
 
     def invert(self, y: Array, condition: Array | None = None) -> Array:
         scale = jnp.exp(-self._total_log_scale())
-        return (y - trailing(self.bias[...], y)) * trailing(scale, y) + trailing(self.mean[...], y)
+        return (y - trailing(self.bias[...], y)) * trailing(scale, y) + self._center(y)
 
     def initialize(self, x: Array, condition: Array | None = None) -> Array:
         return self._move(x, 1.0)

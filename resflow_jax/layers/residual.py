@@ -190,7 +190,7 @@ class ResidualStack(Bijector):
     def _inputs(self, key: Array | None, estimator: Estimator) -> tuple[Array | None, Estimator]:
         """Key and estimator of every layer, with a leading axis of layers."""
         keys = None if key is None or not self.takes_noise else jax.random.split(key, self.depth)
-        return keys, jax.tree.map(lambda rows: rows.reshape(self.depth, -1, *rows.shape[1:]), estimator)
+        return keys, jax.tree.map(lambda rows: rows.reshape(self.depth, self.steps.blocks, *rows.shape[1:]), estimator)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         if self.reversible is not None:

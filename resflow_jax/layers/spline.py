@@ -9,7 +9,8 @@ from flax import nnx
 
 from resflow_jax.functional.checks import as_shape, check_finite, check_positive
 from resflow_jax.functional.splines import check_bins, inverse_spline, knots, slope_bounds, spline
-from resflow_jax.layers.bijector import Bijector, Shape, ends_in
+from resflow_jax.layers.bijector import Bijector, Shape
+from resflow_jax.layers.event_shapes import ends_in
 
 Array = jax.Array
 

@@ -116,9 +116,9 @@ def fit(
 
     Raises:
       ValueError: for a bad argument; the message names it.
-      FitDivergedError: after ten updates in a row whose loss or gradient is not finite; at the end, if all updates since
-        the last validation were such; or if the validation loss is not finite. `error.result` has the best weights
-        until then.
+      FitDivergedError: after ten updates in a row whose loss or gradient is not finite; at the end, if all updates
+        since the last validation were such; or if the validation loss is not finite. `error.result` has the best
+        weights until then.
 
     Example:
       >>> import jax, numpy as np, resflow_jax as rf

@@ -324,3 +324,21 @@ def test_a_solve_that_fails_is_nan():
         rf.Invert(block, solver)(x)
     solver = rf.FixedPoint(max_iterations=5, on_failure="warn")
     assert jnp.isfinite(jax.jit(rf.Invert(block, solver).__call__)(x)).all()
+
+
+def test_an_explicit_inverse_reports_what_is_not_finite():
+    """The inverse of an inverted block needs no solve; its status fails for an example with NaN, and only there."""
+    layer = rf.Invert(rf.ResidualBlock(rf.LipschitzMLP(2, (4,), rngs=nnx.Rngs(0))))
+    y = jnp.asarray([[jnp.nan, 1.0], [0.5, 1.0], [jnp.inf, 0.0]])
+    x, status = layer.inverse(y, return_status=True)
+    assert status.converged.tolist() == [[False, True, False]]
+    assert np.isfinite(x[1]).all() and status.residual.tolist() == [[np.inf, 0, np.inf]]
+
+
+def test_fitted_lengths_without_blocks():
+    """Layers in closed form ignore every estimator, one with a table too, alone and in a stack."""
+    estimator = rf.Roulette(rf.Fitted(jnp.asarray([0.5, 0.1])))
+    stack = rf.ResidualStack(lambda rngs: rf.Affine((2,)), 2, rngs=nnx.Rngs(0))
+    for layer in (rf.ActNorm((2,)), rf.Chain([rf.ActNorm((2,)), stack])):
+        x = jnp.ones((3, 2))
+        np.testing.assert_array_equal(layer.forward(x, estimator=estimator)[1], layer.forward(x)[1])

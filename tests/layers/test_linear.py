@@ -52,3 +52,16 @@ def test_rejects_dim(dim):
     """No matrix of that size."""
     with pytest.raises(ValueError, match="dim: expected an integer of at least 1, got"):
         InvertibleLinear(dim, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_events_of_lower_precision_come_back(dtype):
+    """The map and its inverse promote x to the dtype of the parameters."""
+    with jax.numpy_dtype_promotion("standard"):
+        layer = InvertibleLinear(3, rngs=nnx.Rngs(0))
+        x = jax.random.normal(jax.random.key(0), (2, 3)).astype(dtype)
+        y = layer(x)
+        back = layer.inverse(y), layer.inverse(y.astype(dtype))
+    assert y.dtype == back[0].dtype == back[1].dtype == "float64"
+    np.testing.assert_allclose(back[0], x.astype("float64"), atol=1e-12)
+    np.testing.assert_allclose(back[1], x.astype("float64"), atol=0.05)

@@ -88,6 +88,23 @@ def test_statistics_are_no_parameters_and_take_no_gradient():
     np.testing.assert_allclose(gradient, jax.grad(lambda x: jnp.sum(layer(x) ** 2))(x), rtol=1e-12)
 
 
+def test_no_gradient_flows_into_the_statistics():
+    """Of a batch norm, for the whole state: its map, its log-det and its inverse."""
+    layer = MovingBatchNorm((2,))
+    layer.initialize(batch((2,)))
+    graphdef, state = nnx.split(layer)
+
+    def loss(state):
+        layer = nnx.merge(graphdef, state)
+        y, log_det = layer.forward(batch((2,), seed=1))
+        return jnp.sum(y**2) + jnp.sum(log_det) + jnp.sum(layer.inverse(y) ** 3)
+
+    gradient = jax.grad(loss)(state)
+    for name in ("mean", "variance"):
+        np.testing.assert_array_equal(gradient[name][...], 0)
+    assert np.all(gradient["log_scale"][...] != 0) and np.all(gradient["bias"][...] != 0)
+
+
 def test_the_mean_of_a_centering_is_no_parameter_and_takes_no_gradient():
     """The bias alone is trained; an update is differentiated with the mean held, in which there is no gradient."""
     layer, x = MovingCentering((2,)), batch((2,))

@@ -97,7 +97,7 @@ class Fitted:
 
     def with_rows(self, blocks: int) -> "Fitted":
         """The law with one table row for each residual block; ValueError if it already has another number of rows."""
-        check_count("blocks", blocks, 1)
+        check_count("blocks", blocks, 0)
         table = jnp.asarray(self.table)
         if table.ndim == 1:
             table = jnp.broadcast_to(table[None], (blocks, table.size))

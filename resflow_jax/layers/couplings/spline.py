@@ -1,8 +1,10 @@
 """`SplineCoupling`: a coupling layer whose elements move along rational-quadratic splines."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.checks import check_finite, check_positive
@@ -61,7 +63,13 @@ class SplineCoupling(Coupling):
         super().__init__(shape, conditioner, mask, flipped, condition_dim, rngs=rngs)
 
     def values(self, x: Array, theta: Array) -> tuple[Array, Array]:
-        return spline(x, knots(theta, self.bins, self.bound), self.bound)
+        return self._apply(spline, x, theta)
 
     def inverse_values(self, y: Array, theta: Array) -> tuple[Array, Array]:
-        return inverse_spline(y, knots(theta, self.bins, self.bound), self.bound)
+        return self._apply(inverse_spline, y, theta)
+
+    def _apply(self, curve: Callable[..., tuple[Array, Array]], x: Array, theta: Array) -> tuple[Array, Array]:
+        dtype = jnp.result_type(x, theta)
+        wide = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32  # for narrow bins
+        values, log_slopes = curve(x.astype(wide), knots(theta.astype(wide), self.bins, self.bound), self.bound)
+        return values.astype(dtype), log_slopes.astype(dtype)

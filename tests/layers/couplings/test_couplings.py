@@ -192,6 +192,29 @@ def test_a_search_in_low_precision_ends():
     assert search(w, near, 1e-2, 1000)[1].converged.all()
 
 
+def test_a_root_that_overflows_has_not_converged():
+    """Beside an example whose search goes on, too."""
+    layer = rf.MixtureCoupling((2,), rf.MLPConditioner((4,)), components=3, rngs=nnx.Rngs(0))
+    layer = nnx.merge(nnx.graphdef(layer), jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(layer)))
+    y = jnp.asarray([[0, 3.4e38], [0, 1], [0, jnp.nan], [0, 1e30]], jnp.float32)
+    x, status = layer.inverse(y, return_status=True)
+    finite = np.isfinite(x).all(axis=1)
+    assert status.converged[0].tolist() == finite.tolist()
+    assert finite.tolist()[1:] == [True, False, True]
+
+
+def test_narrow_bins_in_bfloat16():
+    """Knots are computed in float32: the last bin has a width, and nothing is NaN."""
+    layer = rf.SplineCoupling((2,), rf.MLPConditioner((4,)), rngs=nnx.Rngs(0))
+    layer.network.linears[-1].bias[...] = jnp.linspace(8.0, -8.0, 23)
+    layer = nnx.merge(nnx.graphdef(layer), jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(layer)))
+    x = jnp.stack([jnp.zeros(25), jnp.linspace(-3.0, 3.0, 25)], axis=1).astype(jnp.bfloat16)
+    y, log_det = layer.forward(x)
+    assert y.dtype == log_det.dtype == jnp.bfloat16
+    assert np.isfinite(y.astype(float)).all() and np.isfinite(log_det.astype(float)).all()
+    assert np.isfinite(layer.inverse(x).astype(float)).all()
+
+
 def test_events_of_another_shape():
     """An inverse refuses them: an array as a mask would broadcast."""
     layer = rf.AffineCoupling((3,), MLP, np.asarray([True, False, True]), rngs=nnx.Rngs(0))
