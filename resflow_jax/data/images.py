@@ -128,8 +128,9 @@ def check_quantized(name: str, images: np.ndarray, levels: int) -> None:
         raise ValueError(f"{name}: expected images [N, H, W, C] with N > 0, got shape {images.shape}")
     if not np.issubdtype(images.dtype, np.integer):
         raise ValueError(f"{name}: expected integer pixels in 0..{levels - 1}, got dtype {images.dtype}")
-    if images.min() < 0 or images.max() >= levels:
-        raise ValueError(f"{name}: expected pixels in 0..{levels - 1}, got {images.min()}..{images.max()}")
+    low, high = int(images.min()), int(images.max())  # uint8 of JAX would wrap 256 levels to 0
+    if low < 0 or high >= levels:
+        raise ValueError(f"{name}: expected pixels in 0..{levels - 1}, got {low}..{high}")
 
 
 def to_unit_interval(images: np.ndarray, levels: int) -> Array:

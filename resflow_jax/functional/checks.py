@@ -240,7 +240,8 @@ def check_scalar(name: str, value: Any) -> None:
 
 def check_finite(name: str, value: Any) -> None:
     """Expects a number that is neither infinite nor NaN."""
-    if not isinstance(value, Real) or not (abs(value) <= _LARGEST_FLOAT):
+    number = float(value) if isinstance(value, np.floating) else value  # _LARGEST_FLOAT would be infinite in float32
+    if not isinstance(number, Real) or not (abs(number) <= _LARGEST_FLOAT):
         raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
 
 

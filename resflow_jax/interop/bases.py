@@ -3,6 +3,9 @@
 One event of the distribution is one z. Its arrays become `Constant`, which training of the flow does not change.
 """
 
+import copy
+import inspect
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +20,32 @@ class _Distrax(NamedTuple):
     distribution: Any
 
     def log_prob(self, z: Array) -> Array:
-        return self.distribution.log_prob(z)
+        return _with_own_methods(self.distribution).log_prob(z)
 
     def sample(self, key: Array, num_samples: int) -> Array:
-        return self.distribution.sample(seed=key, sample_shape=(num_samples,))
+        return _with_own_methods(self.distribution).sample(seed=key, sample_shape=(num_samples,))
+
+
+def _with_own_methods(part: Any) -> Any:
+    """A copy of an object of distrax whose attributes that are bound methods belong to its own parts.
+
+    Some bijectors hold methods of a part of theirs, as `DiagLinear`. In a copy with other arrays, as `jax.jit` and
+    `rf.load` make it, these would still be methods of the part with the first arrays.
+    """
+    import distrax
+
+    if isinstance(part, list | tuple) and type(part) in (list, tuple):
+        return type(part)(map(_with_own_methods, part))
+    if not isinstance(part, distrax.Distribution | distrax.Bijector):
+        return part
+    copied = copy.copy(part)
+    vars(copied).update({name: _with_own_methods(value) for name, value in vars(part).items()})
+    for name, value in vars(copied).items():
+        if inspect.ismethod(value):
+            owners = [own for own in (copied, *vars(copied).values()) if type(own) is type(value.__self__)]
+            if len(owners) == 1:
+                vars(copied)[name] = types.MethodType(value.__func__, owners[0])
+    return copied
 
 
 class _Numpyro(NamedTuple):

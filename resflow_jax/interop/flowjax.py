@@ -296,4 +296,5 @@ def contractive(module: Any, coefficient: float = 0.98) -> Any:
 
 
 def _bounded(coefficient: float, weight: Array) -> Array:
-    return weight * jnp.minimum(1, coefficient / jnp.linalg.norm(weight, 2))
+    # Not min(1, coefficient / norm), whose derivative is NaN at a kernel of zeros.
+    return weight * (coefficient / jnp.maximum(jnp.linalg.norm(weight, 2), coefficient))

@@ -128,7 +128,9 @@ class ToColumns(Transform):
     def __call__(self, x: Array) -> Array:
         low, high, has_low, has_high = self._parts()
         inside = low + (high - low) * jax.nn.sigmoid(x)
-        one_sided = jnp.where(has_low, low + jnp.exp(x), high - jnp.exp(-x))
+        # Where a column has no end, or two, the exponential could overflow, and its derivative would be NaN.
+        size = jnp.exp(jnp.where(has_low ^ has_high, jnp.where(has_low, x, -x), 0))
+        one_sided = jnp.where(has_low, low + size, high - size)
         return jnp.where(has_low & has_high, inside, jnp.where(has_low | has_high, one_sided, x))
 
     def _inverse(self, y: Array) -> Array:

@@ -213,9 +213,8 @@ def _generate(sampling, limits, z):
 @jax.jit
 def _generate_and_log_det(sampling, limits, z):
     options = {"key": sampling.key, "estimator": sampling.estimator, "solver": sampling.solver.with_limits(limits)}
-    flow, condition = sampling.flow, sampling.condition
-    x, log_prob, status = flow.inverse_and_log_prob(z, **options, condition=condition, return_status=True)
-    return (x, flow.base_log_prob(z.astype(x.dtype), condition) - log_prob), status
+    found = sampling.flow._solution(z, sampling.condition, **options)
+    return (found.x, -found.log_det), found.status  # not from log p(x), which rounds as log p(z) does
 
 
 @jax.jit

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from resflow_jax.functional.checks import check_choice, names_text, shown
 from resflow_jax.interop.torch.flow import TorchImageConfig
 from resflow_jax.io.config_upgrade import STEPS, upgrade
@@ -105,6 +107,8 @@ def as_json(config: Any) -> Any:
         return {name: as_json(value) for name, value in config.items()}
     if isinstance(config, tuple | list):
         return [as_json(item) for item in config]
+    if isinstance(config, np.generic):
+        config = config.item()
     if isinstance(config, float) and not math.isfinite(config):
         return str(config)  # JSON has no infinity
     return str(config) if isinstance(config, Path) else config

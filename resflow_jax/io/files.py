@@ -134,6 +134,7 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
 def _description(flow: Flow) -> dict[str, str]:
     """The config or the structure of a flow, as metadata."""
     if _is_of_config(flow):
+        check_is_of_config(flow)
         return {"config": config_to_json(flow.config)}
     return {"structure": json.dumps(describe(flow), allow_nan=False)}
 
@@ -141,6 +142,19 @@ def _description(flow: Flow) -> dict[str, str]:
 def _is_of_config(flow: Flow) -> bool:
     """Whether the config describes the flow completely. It does not for a user's subclass."""
     return isinstance(flow, ResidualFlow | RecipeFlow) and type(flow).__module__.startswith(f"{FORMAT}.")
+
+
+def check_is_of_config(flow: Flow) -> None:
+    """Raises ValueError if parts of a flow were replaced, by parts of other classes than its config describes."""
+    with deferred_norms():
+        expected = nnx.eval_shape(lambda: flow_from_config(flow.config, rngs=nnx.Rngs(0)))
+    for what in ("base", "bijector"):
+        found, wanted = ([type(module) for _, module in nnx.iter_modules(getattr(f, what))] for f in (flow, expected))
+        if found != wanted:
+            raise ValueError(
+                f"flow: expected the {what} that its config describes, got one with other parts; "
+                "save rf.Flow(flow.bijector, flow.base)"
+            )
 
 
 def _check_format(metadata: dict[str, str]) -> None:

@@ -131,6 +131,7 @@ class ResidualStack(Bijector):
     def __init__(self, make_step: Callable[[nnx.Rngs], Bijector], depth: int, *, rngs: nnx.Rngs):
         check_callable("make_step", make_step)
         check_count("depth", depth, 1)
+        depth = int(depth)  # NNX takes no integer of NumPy
         check_type("rngs", rngs, nnx.Rngs)
         self.depth = depth
         self.reversible: Solver | None = None

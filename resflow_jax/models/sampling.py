@@ -198,7 +198,7 @@ class FlowSampling(Module):
         return (*result, found.status) if return_status else result
 
     def _solution(self, z: Any, condition: Any, key: Any, estimator: Any, solver: Any) -> "_Solution":
-        """x and log p(x | c) for z, after checks of a caller's arguments."""
+        """x, log p(x | c) and the log-det for z, after checks of a caller's arguments."""
         z = as_float_batch("z", z, self.latent_shape)
         check_key("key", key, optional=True)
         check_solver(solver)
@@ -215,10 +215,11 @@ class FlowSampling(Module):
 
 
 class _Solution(NamedTuple):
-    """x and log p(x | c) for z, with the reports of the residual blocks."""
+    """x, log p(x | c) and log|det dz/dx| for z, with the reports of the residual blocks."""
 
     x: Array
     log_prob: Array
+    log_det: Array
     diagnostics: Diagnostics
     status: InverseStatus
 
@@ -238,4 +239,4 @@ def _inverse_and_log_prob(graphdef, state, z, key, estimator, rule, limits, cond
     inputs = z, key, estimator, solver, own_condition(flow.bijector, condition)
     x, log_det, diagnostics, statuses = flow.bijector.solve_and_estimate(*inputs)
     log_prob = flow.base.log_prob(z, flow._base_condition(condition)) + log_det
-    return _Solution(x, log_prob, join_diagnostics(diagnostics, z), join_statuses(statuses, z))
+    return _Solution(x, log_prob, log_det, join_diagnostics(diagnostics, z), join_statuses(statuses, z))

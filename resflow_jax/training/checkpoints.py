@@ -7,6 +7,7 @@ unchecked.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -123,7 +124,8 @@ class Checkpoints:
 
         Args:
           state: a state in the host or the checkpoint form (see `training.forms`).
-          validation_loss: loss of the state in any unit. A checkpoint without it is never the best one.
+          validation_loss: loss of the state in any unit. A checkpoint without it, or with one that is not finite, is
+            never the best one.
           certificate: certificate of the averaged and tightened flow of the state.
 
         Raises:
@@ -131,7 +133,8 @@ class Checkpoints:
           ValueError: if there is a checkpoint of this step with other contents, or of a later step; nothing is written.
           Exception: errors that are not of the file system are not changed.
         """
-        metrics = None if validation_loss is None else {"loss": validation_loss}
+        has_loss = validation_loss is not None and math.isfinite(validation_loss)
+        metrics = {"loss": validation_loss} if has_loss else None
         state = jax.tree.map(jnp.copy, state)  # the next step is donated the original while this is written
         items = {"state": ocp.args.StandardSave(SavedState.of(state))}
         if certificate is not None:

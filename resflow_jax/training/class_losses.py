@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from resflow_jax.data.images import dequantize, to_unit_interval
+from resflow_jax.data.images import to_unit_interval
 from resflow_jax.functional.batch_axes import mean_over_devices
 from resflow_jax.functional.checks import as_array, check_count, check_finite
 from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
@@ -22,7 +22,7 @@ from resflow_jax.layers.without_log_det import WithoutLogDet
 from resflow_jax.models.classifier import Classifier
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.losses import update_running_statistics, with_order_gradient
-from resflow_jax.training.scores import as_pair
+from resflow_jax.training.scores import as_pair, dequantized
 from resflow_jax.training.step import Loss, optax_promotion
 
 Array = jax.Array
@@ -33,7 +33,7 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
 
     A batch is a pair (images, labels): integer images [B, H, W, C] in {0..levels-1} and integer labels [B] in
     {-1..classes-1}, -1 for none. Inside a compiled program other labels make the loss NaN. With a density the images
-    are dequantised; without, a pixel is the middle of its cell.
+    are dequantised, by `flow.dequantizer` if there is one; without, a pixel is the middle of its cell.
 
     Args:
       levels: number of values that a pixel can have.
@@ -79,9 +79,10 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
             raise ValueError(f"dropout: expected 0 for a {type(flow).__name__}, which has none, got {dropout}")
         if density_weight:
             noise_key, key = jax.random.split(key)
-            x = dequantize(images, noise_key, levels)
+            x, log_q = dequantized(flow, images, noise_key, levels)
             options = {"key": key, "estimator": estimator, "return_diagnostics": True, "return_logits": True}
             _, log_prob, diagnostics, logits = flow.forward_and_log_prob(x, **options)
+            log_prob = log_prob if log_q is None else log_prob - log_q
             nats = cross_entropy(logits, labels) - density_weight * jnp.mean(log_prob)
         else:
             x = to_unit_interval(images, levels)

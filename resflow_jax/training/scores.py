@@ -52,7 +52,7 @@ def bits_per_dim_of(levels: int) -> Score:
     def score(flow, batch, key, estimator, weight=None):
         images, condition = as_pair(batch)
         noise_key, flow_key = jax.random.split(key)
-        x, log_q = _dequantized(flow, images, noise_key, levels)
+        x, log_q = dequantized(flow, images, noise_key, levels)
         log_prob, diagnostics = _log_prob(flow, x, condition, flow_key, estimator, weight)
         log_prob = log_prob if log_q is None else log_prob - log_q
         return x, bits_per_dim(log_prob, math.prod(flow.event_shape), levels), diagnostics
@@ -60,7 +60,7 @@ def bits_per_dim_of(levels: int) -> Score:
     return score
 
 
-def _dequantized(flow: Flow, images: Array, key: Array, levels: int) -> tuple[Array, Array | None]:
+def dequantized(flow: Flow, images: Array, key: Array, levels: int) -> tuple[Array, Array | None]:
     """x [B, H, W, C] in [0, 1], and log q(u | images) [B] in nats of the noise u; None for uniform noise, of 0."""
     dequantizer = getattr(flow, "dequantizer", None)
     if dequantizer is None:

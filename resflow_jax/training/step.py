@@ -154,7 +154,7 @@ class Trainer(NamedTuple):
             raise ValueError(f"flow: expected a Flow, got {flow!r}")
         _, *parts = nnx.split(flow, nnx.Param, ...)
         params, non_params = jax.tree.map(jnp.copy, parts)
-        ema = optax.ema(self.ema_decay).init(params)
+        ema = optax.ema(self.ema_decay).init(_at_least_float32(params))
         # Without residual blocks there is no array, since a checkpoint holds none of size zero.
         term_norms = _TERM_NORMS.init(jnp.zeros((flow.blocks, DIAGNOSED_TERMS)) if flow.blocks else ())
         return TrainState(jnp.asarray(0), params, non_params, self.optimizer.init(params), ema, estimator, term_norms)
@@ -200,7 +200,7 @@ class Trainer(NamedTuple):
         with optax_promotion():
             updates, opt_state = self.optimizer.update(found.gradient, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            _, ema = optax.ema(self.ema_decay).update(params, state.ema)
+            _, ema = optax.ema(self.ema_decay).update(_at_least_float32(params), state.ema)
             norms = found.diagnostics.term_norms if jax.tree.leaves(state.term_norms.ema) else ()
             _, term_norms = _TERM_NORMS.update(norms, state.term_norms)
         steps = state.step + self.accumulate
@@ -246,8 +246,15 @@ class Trainer(NamedTuple):
     def averaged_flow(self, state: TrainState) -> Flow:
         """Returns the flow with the averaged parameters; its power iterations are run to convergence."""
         with optax_promotion():
-            params = optax.tree.bias_correction(state.ema.ema, self.ema_decay, state.ema.count)
+            averages = optax.tree.bias_correction(state.ema.ema, self.ema_decay, state.ema.count)
+        params = jax.tree.map(lambda average, param: average.astype(param.dtype), averages, state.params)
         return self.current_flow(state._replace(params=params))
+
+
+def _at_least_float32(params: Any) -> Any:
+    """Parameters of fewer bits as float32, for their average: 0.999 is 1 in bfloat16."""
+    is_short = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if is_short(leaf) else leaf, params)
 
 
 def unless_skipped(is_finite: Array, after: TrainState, before: TrainState) -> TrainState:

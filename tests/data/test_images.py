@@ -110,3 +110,11 @@ def test_splits_of_different_shapes():
     good, other = np.zeros((2, 8, 8, 1), np.uint8), np.zeros((2, 8, 8, 3), np.uint8)
     with pytest.raises(ValueError, match=r"test: expected images \(8, 8, 1\), got \(8, 8, 3\)"):
         images.ImageSplits(good, good, other, levels=17)
+
+
+def test_images_of_jax_with_256_levels():
+    """256 is no uint8: it must not wrap to 0."""
+    pixels = jnp.asarray(np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1))
+    images.check_quantized("images", pixels, 256)
+    with pytest.raises(ValueError, match=r"images: expected pixels in 0\.\.254, got 0\.\.255"):
+        images.check_quantized("images", pixels, 255)

@@ -115,3 +115,21 @@ def test_errors(make, message):
 def test_public_names():
     """Each library's submodule has it as `base`."""
     assert rf.interop.distrax.base is distrax_base and rf.interop.numpyro.base is numpyro_base
+
+
+def test_an_object_of_distrax_has_the_arrays_of_a_file(tmp_path):
+    """DiagLinear holds methods of a part of its own; in a copy they are methods of the part with the copied arrays."""
+    distrax = pytest.importorskip("distrax")
+
+    def flow(scale, mean):
+        base = distrax.MultivariateNormalDiag(mean + jnp.zeros(2), scale * jnp.ones(2))
+        return rf.Flow(rf.Affine((2,)), base=distrax_base(base))
+
+    saved = flow(3.0, 1.0)
+    rf.save(tmp_path / "flow.safetensors", saved)
+    found = rf.load(tmp_path / "flow.safetensors", like=flow(5.0, 0.0))
+    x = jax.random.normal(jax.random.key(0), (4, 2))
+    expected = distrax.MultivariateNormalDiag(jnp.ones(2), 3 * jnp.ones(2)).log_prob(x)
+    for each in (saved, found):
+        np.testing.assert_allclose(each.log_prob(x), expected, rtol=1e-6)
+    np.testing.assert_allclose(found.sample(jax.random.key(1), 3), saved.sample(jax.random.key(1), 3), rtol=1e-6)

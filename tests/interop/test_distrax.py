@@ -52,6 +52,12 @@ def test_maps_z_to_x_with_the_log_det_of_the_dense_jacobian(flow, bijector):
     np.testing.assert_allclose(bijector.inverse(x), z, atol=1e-12)
 
 
+def test_log_det_far_from_the_origin(bijector):
+    """It is no difference of two log-densities, whose rounding would grow with |z|^2."""
+    x, log_det = bijector.forward_and_log_det(1e6 * Z)
+    np.testing.assert_allclose(log_det, -bijector.inverse_and_log_det(x)[1], atol=1e-9)
+
+
 def test_any_batch_axes(bijector):
     """None or two give the numbers of one."""
     x, log_det = bijector.inverse_and_log_det(Z)

@@ -133,3 +133,13 @@ def test_what_does_not_converge():
             bijection.transform(X)
         samples = Transformed(StandardNormal((2,)), bijection).sample(jax.random.key(0), (4,))
         assert np.isnan(samples).all() == np.isnan(samples).any() == expected
+
+
+def test_a_kernel_of_zeros_has_a_gradient():
+    """A block that starts as the identity can learn; at any other kernel the value is min(1, c / |W|) W."""
+    kernel = jax.random.normal(jax.random.key(0), (3, 3))
+    found = jax.grad(lambda w: jnp.sum(interop._bounded(0.9, w)))(jnp.zeros((3, 3)))
+    np.testing.assert_allclose(found, 1)
+    for size in (0.01, 10.0):
+        expected = size * kernel * min(1, 0.9 / float(np.linalg.norm(size * kernel, 2)))
+        np.testing.assert_allclose(interop._bounded(0.9, size * kernel), expected, rtol=1e-12)

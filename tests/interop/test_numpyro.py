@@ -90,6 +90,18 @@ def test_transform_is_a_bijection_with_the_flows_log_det(flow):
     assert transform != interop.FlowTransform(flow, jax.random.key(1))
 
 
+def test_columns_have_finite_gradients_far_out():
+    """Columns with both ends, none, and one; none is affected by the exponential of another kind."""
+    columns = rf.Bounded([0.0, -np.inf, -np.inf, 1.0], [1.0, np.inf, 2.0, np.inf])
+    support = interop.FlowDistribution(rf.Flow(columns, rf.StandardNormal((4,))), estimator=rf.Exact()).support
+    transform = dist.biject_to(support)
+    x = jnp.asarray([2.0, 3e4, 1.5, 0.5])
+    found = jax.vmap(jax.grad(lambda x, n: transform(x)[n]), (None, 0))(x, jnp.arange(4))
+    sigmoid = jax.nn.sigmoid(2.0)
+    np.testing.assert_allclose(found, np.diag([sigmoid * (1 - sigmoid), 1, np.exp(-1.5), np.exp(0.5)]), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda x: transform(-x)[1])(x), [0, -1, 0, 0])
+
+
 def test_takes_the_flow_as_it_is(flow):
     changing = nnx.clone(flow)
     transform = interop.FlowTransform(changing, estimator=rf.Exact())

@@ -203,3 +203,41 @@ def test_nothing_is_lost_where_writing_fails(flow, path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         rf.save(path, flow)
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
+
+
+def test_numbers_of_numpy_in_a_config(tmp_path):
+    """The statistics of float32 data, and sizes, as NumPy gives them."""
+    x = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
+    data = rf.VectorTransform(mean=x.mean(0), std=x.std(0))
+    config = rf.VectorFlowConfig(dim=np.int64(2), blocks=np.int32(1), hidden=(np.int64(4),), data=data)
+    saved = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+    rf.save(tmp_path / "flow.safetensors", saved)
+    found = rf.load(tmp_path / "flow.safetensors")
+    np.testing.assert_array_equal(found(x), saved(x))
+    assert found.config.dim == 2 and found.config.data.mean == tuple(map(float, x.mean(0)))
+
+
+class Logistic(rf.Base):
+    """A base without arrays."""
+
+    event_shape = (2,)
+
+    def log_prob(self, z, condition=None):
+        return jnp.sum(-jax.nn.softplus(z) - jax.nn.softplus(-z), axis=1)
+
+
+@pytest.mark.parametrize("what", ["base", "bijector"])
+def test_a_part_that_the_config_does_not_describe(what, tmp_path):
+    """Is refused, and nothing is written; a composed flow of the same parts can be saved."""
+    flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
+    setattr(flow, what, Logistic() if what == "base" else rf.Chain([rf.Permutation((1, 0)), flow.bijector]))
+    path = tmp_path / "flow.safetensors"
+    with pytest.raises(ValueError, match=f"flow: expected the {what} that its config describes"):
+        rf.save(path, flow)
+    assert not path.exists()
+    composed = rf.Flow(flow.bijector, flow.base)
+    rf.save(path, composed)
+    assert rf.load(path, like=composed).base.event_shape == (2,)
+    if what == "base":
+        with pytest.raises(ValueError, match="flow: expected the base N"):
+            rf.save_torch_checkpoint(flow, tmp_path / "flow.pth")

@@ -101,6 +101,23 @@ def test_hybrid_loss(flow):
         assert diagnostics.length.shape == (1,)
 
 
+def test_hybrid_loss_with_a_variational_dequantisation(flow):
+    """The noise is that of the flow's dequantizer, whose log q is subtracted, and which learns."""
+    flow = nnx.clone(flow)
+    flow.dequantizer = rf.VariationalDequantization((2, 2, 1), couplings=1, width=2, rngs=nnx.Rngs(0))
+    loss = classification_loss(4, density_weight=0.5)
+
+    def value(flow):
+        return loss(nnx.clone(flow), (IMAGES, LABELS), KEY, rf.Exact(), 0)[0]
+
+    noise, log_q = flow.dequantizer.sample((IMAGES.astype(float) + 0.5) / 4, jax.random.split(KEY)[0])
+    x = (IMAGES.astype(float) + noise) / 4
+    expected = cross_entropy(flow.logits(x), LABELS) - 0.5 * jnp.mean(flow.log_prob(x, estimator=rf.Exact()) - log_q)
+    np.testing.assert_allclose(value(flow), expected, rtol=1e-10)
+    gradient = nnx.grad(value)(flow)["dequantizer"]
+    assert any(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(gradient))
+
+
 def test_loss_without_a_density(flow):
     """The cross-entropy of the middles of the cells, with the dropout of the key; the diagnostics are zero."""
     for dropout in (0.0, 0.5):

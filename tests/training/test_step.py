@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.training.losses import dequantized_bits_per_dim
+from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
 from resflow_jax.training.step import Trainer, fit_estimator
 
 TINY = rf.ImageFlowConfig(
@@ -142,3 +142,18 @@ def test_memory_of_a_block_is_what_it_keeps():
     grown = peak((16, 16)) - peak((2, 2))
     assert grown <= 28 * 4 * (kept + parameters)
     assert grown <= 28 * hidden / 10
+
+
+def test_average_of_bfloat16_parameters():
+    """It is kept in float32, where a decay of 0.999 is not 1, and comes back in the dtype of the parameters."""
+    flow = rf.Flow(rf.Affine((2,)), rf.StandardNormal((2,)))
+    flow = jax.tree.map(lambda leaf: (leaf - 3).astype(jnp.bfloat16), flow)
+    trainer = Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.0), ema_decay=0.999)
+    with jax.numpy_dtype_promotion("standard"):
+        state = trainer.create_state(flow, rf.Exact())
+        step = jax.jit(trainer.step)
+        for _ in range(20):
+            state, _ = step(state, jnp.zeros((2, 2), jnp.bfloat16), KEY)
+        averaged = trainer.averaged_flow(state)
+    chex.assert_trees_all_equal(nnx.state(averaged, nnx.Param), nnx.state(flow, nnx.Param))
+    assert averaged.bijector.shift.dtype == jnp.bfloat16

@@ -120,6 +120,7 @@ def args_from_config(config: FlowConfig) -> argparse.Namespace:
     settings = _settings(config)
     options = {row.option: row.write(settings[row.setting]) for row in (_IMAGE if image else _TOY)}
     options |= _image_options(config) if image else _toy_options(config)
+    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     args = argparse.Namespace(**(IMAGE_DEFAULTS if image else TOY_DEFAULTS) | options)
     _check_says_the_same(args, config, settings)
     return args
