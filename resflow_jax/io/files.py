@@ -61,7 +61,8 @@ def save(path: str | Path, flow: Flow) -> None:
         name of the class; `load` then needs `like`.
 
     Raises:
-      ValueError: if `flow` is no `Flow`, or has arrays of a dtype that safetensors files do not support.
+      ValueError: if `flow` is no `Flow`, has arrays of a dtype that safetensors files do not support or two of one
+        name, or if parts of a flow of a config were replaced, so that the config does not describe it.
       OSError: if the file cannot be written; an existing file then stays as it was.
 
     Example:
@@ -73,7 +74,12 @@ def save(path: str | Path, flow: Flow) -> None:
     """
     check_path(path)
     check_type("flow", flow, Flow)
-    arrays = {".".join(name): _as_saved(".".join(name), array) for name, array in flattened(split_variables(flow))}
+    arrays: dict[str, np.ndarray] = {}
+    for path_of_array, array in flattened(split_variables(flow)):
+        name = ".".join(path_of_array)
+        if name in arrays:
+            raise ValueError(f"flow: expected arrays of different names, got two of the name {name}")
+        arrays[name] = _as_saved(name, array)
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "version": _version(), **_description(flow)}
     metadata[_CHECKSUM] = digest_of_arrays(arrays, metadata)
     with whole_file(path) as temporary:
@@ -238,7 +244,8 @@ def _parsed(metadata: dict[str, str]) -> Any:
 
 def _filled(structure: Structure, arrays: dict[str, np.ndarray]) -> Flow:
     """The flow with the arrays of a file, by their names."""
-    by_path = {tuple(name.split(".")): array for name, array in arrays.items()}
+    paths = {".".join(path): path for path in structure.leaves}  # a name may have a point itself
+    by_path = {paths.get(name, tuple(name.split("."))): array for name, array in arrays.items()}
     if is_old(path[1:] for path in by_path):
         by_path = upgraded(structure.leaves, by_path)
     by_path = renamed_arrays(structure.leaves, by_path)
