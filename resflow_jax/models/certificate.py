@@ -26,7 +26,7 @@ class Certificate:
     Attributes:
       blocks: a `BlockCertificate` for every residual block, in the order of the flow.
       lipschitz: bound on Lip(f) of the whole flow, in the 2-norm, for images in [0, 1].
-      inverse_lipschitz: bound on Lip(f^-1) of the whole flow; infinite unless certified.
+      inverse_lipschitz: bound on Lip(f^-1) of the whole flow; infinite unless certified, and if a layer has no bound.
       unbounded: the class and the reason of every layer that has no Lipschitz bound whatever its parameters, as a
         coupling layer. Such layers are invertible by construction; how far they stretch is not bounded.
 
