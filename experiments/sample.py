@@ -47,6 +47,7 @@ from resflow_jax.functional.checks import check_count
 Array = jax.Array
 
 SHOWN = 64  # samples in the grid
+NUMBER = ".number"  # the file with the number of PNG files beside it
 FRAMES = 11  # images of an interpolation
 
 
@@ -131,6 +132,7 @@ def run(config: SampleConfig) -> np.ndarray:
     pair = None if config.interpolate is None else chosen_images(saved, config.interpolate)
     workdir = config.out
     workdir.mkdir(parents=True, exist_ok=True)
+    earlier_number(workdir, config)  # raises before anything is drawn
     decode = decoder(saved.flow, config.batch_size)
 
     samples, converged = drawn_samples(decode, saved, config.number, config.seed, config.temperature, config.label)
@@ -209,6 +211,24 @@ def write_vectors(workdir: Path, samples: np.ndarray, task: VectorTask, config: 
         np.savez(workdir / "samples.npz", vectors=samples)
 
 
+def earlier_number(workdir: Path, config: SampleConfig) -> int:
+    """The number of PNG files that an earlier call wrote.
+
+    Raises:
+      FileExistsError: if files of the same names are there that no call of this command has written.
+    """
+    directory = workdir / "samples"
+    if (directory / NUMBER).exists():
+        text = (directory / NUMBER).read_text().strip()
+        return int(text) if text.isdecimal() else 0
+    taken = next((path for n in range(config.number) if (path := directory / f"{n:05}.png").exists()), None)
+    if "png" in config.format and taken is not None:
+        raise FileExistsError(
+            f"workdir: expected one without pictures of these names, got {taken}; name another --workdir"
+        )
+    return 0
+
+
 def write_images(workdir: Path, samples: np.ndarray, config: SampleConfig) -> None:
     """Writes the grid, and the files that the config asks for."""
     title = f"samples at temperature {config.temperature:g}"
@@ -216,11 +236,11 @@ def write_images(workdir: Path, samples: np.ndarray, config: SampleConfig) -> No
     if "npz" in config.format:
         np.savez(workdir / "samples.npz", images=samples)
     if "png" in config.format:
-        directory = workdir / "samples"
+        directory, earlier = workdir / "samples", earlier_number(workdir, config)
         directory.mkdir(exist_ok=True)
-        for earlier in directory.glob("*.png"):
-            if earlier.stem.isdigit():
-                earlier.unlink()
+        for n in range(earlier):
+            (directory / f"{n:05}.png").unlink(missing_ok=True)
+        (directory / NUMBER).write_text(f"{len(samples)}\n")
         for n, image in enumerate(samples):
             gray = image.shape[-1] == 1
             Image.fromarray(image.squeeze(-1) if gray else image).save(directory / f"{n:05}.png")

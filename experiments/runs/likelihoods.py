@@ -1,5 +1,7 @@
 """What commands compute from scores of examples: AUROC, typicality, and the error of reconstructions."""
 
+import csv
+import io
 import math
 
 import jax
@@ -75,11 +77,13 @@ def typicality_summary(judged: dict[str, dict[str, np.ndarray]]) -> dict[str, di
 
 def typicality_csv(means: dict[str, np.ndarray], judged: dict[str, dict[str, np.ndarray]]) -> str:
     """The text of typicality.csv, one line for each example."""
-    lines = ["set,example,likelihood,score,p_value,quantile"]
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["set", "example", "likelihood", "score", "p_value", "quantile"])
     for name, found in judged.items():
         columns = zip(means[name], *found.values(), strict=True)
-        lines += [f"{name},{n}," + ",".join(f"{value:.9g}" for value in row) for n, row in enumerate(columns)]
-    return "\n".join(lines) + "\n"
+        lines.writerows([name, n, *(f"{value:.9g}" for value in row)] for n, row in enumerate(columns))
+    return text.getvalue()
 
 
 def typicality_rows(summary: dict[str, dict[str, float]]) -> dict[str, str]:

@@ -218,13 +218,22 @@ def save_error_curves(path: Path, iterations: Sequence[int], errors: dict[str, l
 
 
 def save_histograms(path: Path, panels: dict[str, dict[str, np.ndarray]], title: str) -> None:
-    """Draws a panel for each quantity: the histogram of each named set of scores [N] on common bins, as a density."""
+    """Draws a panel for each quantity: the histogram of each named set of scores [N] on common bins, as a density.
+
+    Scores that are not finite are left out; the legend counts them.
+    """
     size = 7 * len(panels) ** 0.75, 4.2
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (quantity, scores) in zip(axes[0], panels.items(), strict=True):
-        edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), bins=60)
-        for name, values in scores.items():
-            axis.hist(values, bins=edges, density=True, histtype="stepfilled", alpha=0.5, label=without_math(name))
+        finite = {name: values[np.isfinite(values)] for name, values in scores.items()}
+        edges = np.histogram_bin_edges(np.concatenate(list(finite.values())), bins=60)
+        for name, values in finite.items():
+            left_out = len(scores[name]) - len(values)
+            label = without_math(name) + (f" ({left_out} not finite)" if left_out else "")
+            weights = np.full(len(values), 1 / max(1, len(values)))
+            axis.hist(
+                values, bins=edges, weights=weights / np.diff(edges)[0], histtype="stepfilled", alpha=0.5, label=label
+            )
         axis.set(xlabel=quantity, ylabel="density of examples")
         axis.grid(alpha=0.3)
         axis.legend()

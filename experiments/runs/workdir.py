@@ -59,7 +59,8 @@ def claim_workdir(workdir: Path, config: Any) -> None:
     If nothing has been trained there yet, another config replaces the old one.
 
     Raises:
-      FileExistsError: if the directory holds metrics or checkpoints that no config.json accounts for.
+      FileExistsError: if the directory holds metrics or checkpoints that no config.json accounts for, or a config.json
+        of another program.
       ValueError: if the directory holds a run of another config; the message lists the differences.
       NotADirectoryError: if the path is a file.
       OSError: if the directory cannot be made or written to.
@@ -71,6 +72,10 @@ def claim_workdir(workdir: Path, config: Any) -> None:
             old = completed(upgraded(parsed(path.read_text())), config)
         except ValueError as error:
             raise ValueError(f"workdir: expected the config of a run in {path}, could not read it: {error}") from error
+        if not isinstance(old, dict) or not isinstance(old.get("type"), str):
+            raise FileExistsError(
+                f"workdir: expected a new directory or that of a run, got {workdir} with another config.json"
+            )
         differences = [d for d in config_differences(old, as_json(config)) if d.split(":")[0] not in MAY_CHANGE]
         if differences and _has_results(workdir):
             raise ValueError(

@@ -172,7 +172,7 @@ def fit(
                 stops_at=lambda step: is_interrupted(),
                 show_progress=progress,
             ):
-                if at.row and not at.stopped:
+                if at.row and not at.stopped and at.step < steps:
                     continue  # the last update was not made: what led to it may be no good
                 flow = devices.current_flow(at.state) if ema is None else devices.averaged_flow(at.state)
                 seen = course.add(at.step, float(at.metrics["loss"]), flow)

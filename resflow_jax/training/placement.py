@@ -165,7 +165,9 @@ class Placement:
         Args:
           state: a state in the checkpoint form.
         """
-        return self.trainer.averaged_flow(self._to_evaluate(state._replace(params=None, opt_state=None)))
+        dtypes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state.params)
+        moved = self._to_evaluate(state._replace(params=None, opt_state=None))
+        return self.trainer.averaged_flow(moved._replace(params=dtypes))
 
     def current_flow(self, state: TrainState) -> Flow:
         """As `averaged_flow`, with the parameters of the last step."""

@@ -48,7 +48,7 @@ def test_files(run_dir, drawn):
         images = file["images"]
     assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8
     np.testing.assert_array_equal(images, drawn)
-    assert sorted(path.name for path in (out / "samples").iterdir()) == [f"{n:05}.png" for n in range(5)]
+    assert sorted(path.name for path in (out / "samples").iterdir()) == [".number", *(f"{n:05}.png" for n in range(5))]
     for n, image in enumerate(images):
         np.testing.assert_array_equal(np.asarray(Image.open(out / "samples" / f"{n:05}.png")), image[..., 0])
     assert set(np.unique(images)) <= set(np.rint(np.arange(17) * 255 / 16)) and len(np.unique(images)) > 5
@@ -139,8 +139,25 @@ def test_formats(tmp_path):
     assert not (tmp_path / "samples.npz").exists()
     (tmp_path / "samples" / "mine.png").write_text("")
     sample.write_images(tmp_path, images[1:2], SampleConfig(tmp_path, format=("png",)))
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["00000.png", "mine.png"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [".number", "00000.png", "mine.png"]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "00000.png")), images[1])
+
+
+def test_pictures_of_the_user_are_left_alone(tmp_path):
+    """Of other names they stay; of a name that would be written they are an error."""
+    images, config = np.zeros((2, 4, 4, 1), np.uint8), SampleConfig(tmp_path, number=2, format=("png",))
+    (tmp_path / "samples").mkdir()
+    for name in ("12345.png", "00001.png"):
+        (tmp_path / "samples" / name).write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"workdir: expected one without pictures of these names, got .*00001\.png"
+    ):
+        sample.write_images(tmp_path, images, config)
+    (tmp_path / "samples" / "00001.png").rename(tmp_path / "elsewhere.png")
+    sample.write_images(tmp_path, images, config)
+    sample.write_images(tmp_path, images[:1], config)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [".number", "00000.png", "12345.png"]
+    assert (tmp_path / "samples" / "12345.png").read_text() == "mine"
 
 
 def test_unconverged_solves_are_reported(run_dir, tmp_path, monkeypatch, capsys):

@@ -216,6 +216,19 @@ def test_divergence():
     np.testing.assert_allclose(flow.bijector.bijectors[0].center, TABLE.mean(0))  # initialised
 
 
+def test_a_last_update_that_is_skipped():
+    """What was trained before it is returned, also without validation."""
+    x = TABLE.copy()
+    x[5] = 1e200  # the batch with this row is skipped
+    for key in range(4):
+        options = {"steps": 4, "batch_size": 32, "validation": None, "validate_every": 4, "key": key} | EXACT
+        flow, history = rf.fit(FLOW, x, initialize=False, **options)
+        assert history.step.tolist() == [4] and history.best_step == 4
+        before, after = (jax.tree.leaves(nnx.state(f, nnx.Param)) for f in (FLOW, flow))
+        assert any(np.any(a != b) for a, b in zip(before, after, strict=True))
+        assert all(np.isfinite(leaf).all() for leaf in after)
+
+
 def test_interruption(capsys, monkeypatch):
     """After Ctrl-C the step ends, and the result is returned, tightened; a callback can ask for the same.
 

@@ -1,9 +1,12 @@
 """Names of files and classes as text: no control characters on a terminal, no mathematics in a picture, no markup."""
 
+import csv
+
 import numpy as np
 import pytest
 
 from experiments.runs import pictures
+from experiments.runs.likelihoods import typicality_csv
 from experiments.runs.names import printable, without_math
 from experiments.runs.report import write_report
 from experiments.runs.tables import print_table
@@ -37,3 +40,23 @@ def test_the_report(name, tmp_path, capsys):
     assert "<b>" not in page and ("&lt;b&gt;" in page) == ("<b>" in name)
     print_table({"data": name})
     assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a,b.npy", 'quo"te', "new\nline"])
+def test_a_csv_file(name):
+    """It has six cells in each line, and the name as it is."""
+    scores = {name: np.array([-1.0, -np.inf])}
+    text = typicality_csv(scores, {name: {"score": scores[name], "p_value": scores[name], "quantile": scores[name]}})
+    head, *rows = csv.reader(text.splitlines(keepends=True))
+    assert head == ["set", "example", "likelihood", "score", "p_value", "quantile"]
+    assert [row[:3] for row in rows] == [[name, "0", "-1"], [name, "1", "-inf"]] and {len(row) for row in rows} == {6}
+
+
+def test_scores_that_are_not_finite(tmp_path, monkeypatch):
+    """Are left out of a histogram, and counted in its legend; all of a set may be so."""
+    seen = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: seen.append(figure))
+    sets = {"data": np.linspace(0, 1, 9), "far": np.array([0.5, -np.inf, np.nan]), "farthest": np.full(2, np.inf)}
+    pictures.save_histograms(tmp_path / "histograms.png", {"log p": sets}, "title")
+    labels = [text.get_text() for text in seen[0].axes[0].get_legend().get_texts()]
+    assert labels == ["data", "far (2 not finite)", "farthest (2 not finite)"]

@@ -26,6 +26,15 @@ def test_a_directory_that_is_not_of_a_run(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"mine": 1}'
 
 
+@pytest.mark.parametrize("content", ['{"architectures": ["Other"], "hidden_size": 768}', "[1, 2]", '{"type": 3}'])
+def test_a_config_of_another_program(content, tmp_path):
+    """Is not overwritten, whatever else the directory holds."""
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises((FileExistsError, ValueError), match="workdir: expected"):
+        claim_workdir(tmp_path, TINY)
+    assert (tmp_path / "config.json").read_text() == content
+
+
 def test_images_of_another_shape(tmp_path):
     """A model that does not fit the data is refused before anything is written."""
     model = dataclasses.replace(TINY.model, shape=(4, 4, 1))
