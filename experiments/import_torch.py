@@ -8,11 +8,11 @@
 The run can be evaluated, sampled and resumed. The command reads a file of `train_img.py` or `train_toy.py`, without
 PyTorch and without executing anything in it, and writes config.json and checkpoints/ under DIR. The checkpoint is that
 of step 0: the raw weights, their moving average if the file has one, converged power iterations, and a new optimiser.
-Batch size, estimator, learning rate, warm-up, annealing and accumulation are those of the file; settings that cannot be
-imported are listed. A file with a classifier becomes a run of `experiments.classify`: with its task "hybrid" the loss
-of a resumed run is -log p(y | x) - log p(x), or -log p(y | x) - log p(x) / D if its option scale_dim is set, as in the
-authors' code; with "classification" the density is neither trained nor evaluated. The imported weights count as the
-best until the first validation of a resumed run.
+Batch size, estimator, learning rate, warm-up, annealing and accumulation are those of the file; a toy has exact
+log-dets. Settings that cannot be imported are listed. A file with a classifier becomes a run of `experiments.classify`:
+with its task "hybrid" the loss of a resumed run is -log p(y | x) - log p(x), or -log p(y | x) - log p(x) / D if its
+option scale_dim is set, as in the authors' code; with "classification" the density is neither trained nor evaluated.
+The imported weights count as the best until the first validation of a resumed run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import tyro
 from flax import nnx
 
 from experiments.configs import celebahq64, celebahq256, cifar10, imagenet32, imagenet64, mnist, svhn
-from experiments.configs.base import OPTIMIZERS, DataConfig, DensityConfig, RunConfig
+from experiments.configs.base import OPTIMIZERS, DataConfig, DensityConfig, OptimizerConfig, RunConfig
 from experiments.configs.classification import ClassifyConfig, HybridConfig, ImportedClassifyConfig
 from experiments.configs.published import OPTIMIZER, published
 from experiments.configs.toy import ToyConfig
@@ -200,8 +200,15 @@ def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfi
     """The config of a run with those settings of the file's training that this library has."""
     given = vars(args)
     if not isinstance(flow.config, ImageFlowConfig):
+        rate = float(given.get("lr", OPTIMIZER.learning_rate))  # the toy script neither warms up nor decays
         return ToyConfig(
-            workdir=config.workdir, data=given.get("data", "pinwheel"), model=flow.config, steps=config.steps
+            workdir=config.workdir,
+            data=given.get("data", "pinwheel"),
+            model=flow.config,
+            steps=config.steps,
+            batch_size=given.get("batch_size", 500),
+            annealing=min(given.get("annealing_iters", 0), config.steps),
+            optimizer=OptimizerConfig(learning_rate=rate, warmup=0, schedule="constant", ema_decay=0.99),
         )
     estimator = estimator_from_args(args)
     data = config.data

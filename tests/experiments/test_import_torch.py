@@ -80,7 +80,9 @@ def test_the_settings_are_those_of_the_file(tmp_path):
         config = import_torch.run_config(args, flow, ImportConfig(path, tmp_path / name, data=data))
         assert config.model == flow.config and config.workdir == tmp_path / name
         if name == "toy2d":
-            assert config.data == args.data
+            assert config.data == args.data and config.batch_size == args.batch_size
+            assert (config.optimizer.learning_rate, config.optimizer.warmup) == (args.lr, 0)
+            assert config.optimizer.schedule == "constant" and config.annealing == args.annealing_iters
         else:
             assert config.data == DataConfig("digits", bits=8) and config.optimizer.learning_rate == args.lr
             assert config.batch_size == args.batchsize and config.optimizer.warmup == args.warmup_iters
