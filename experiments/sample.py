@@ -218,15 +218,15 @@ def earlier_number(workdir: Path, config: SampleConfig) -> int:
       FileExistsError: if files of the same names are there that no call of this command has written.
     """
     directory = workdir / "samples"
-    if (directory / NUMBER).exists():
-        text = (directory / NUMBER).read_text().strip()
-        return int(text) if text.isdecimal() else 0
-    taken = next((path for n in range(config.number) if (path := directory / f"{n:05}.png").exists()), None)
+    text = (directory / NUMBER).read_text().strip() if (directory / NUMBER).exists() else ""
+    earlier = int(text) if text.isdecimal() else 0
+    taken = next((path for n in range(earlier, config.number) if (path := directory / f"{n:05}.png").exists()), None)
     if "png" in config.format and taken is not None:
         raise FileExistsError(
-            f"workdir: expected one without pictures of these names, got {taken}; name another --workdir"
+            f"workdir: expected one without pictures of these names, got {taken}; name another --workdir, or remove "
+            f"{directory} if an earlier version wrote it"
         )
-    return 0
+    return earlier
 
 
 def write_images(workdir: Path, samples: np.ndarray, config: SampleConfig) -> None:

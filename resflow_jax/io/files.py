@@ -62,7 +62,7 @@ def save(path: str | Path, flow: Flow) -> None:
 
     Raises:
       ValueError: if `flow` is no `Flow`, has arrays of a dtype that safetensors files do not support or two of one
-        name, or if parts of a flow of a config were replaced, so that the config does not describe it.
+        name, or if parts of a flow of a config were replaced by parts with other classes or arrays.
       OSError: if the file cannot be written; an existing file then stays as it was.
 
     Example:
@@ -151,7 +151,7 @@ def _is_of_config(flow: Flow) -> bool:
 
 
 def check_is_of_config(flow: Flow) -> None:
-    """Raises ValueError if parts of a flow were replaced, by parts of other classes than its config describes."""
+    """Raises ValueError if parts of a flow were replaced by others, with other classes or arrays than in its config."""
     with deferred_norms():
         expected = nnx.eval_shape(lambda: flow_from_config(flow.config, rngs=nnx.Rngs(0)))
     for what in ("base", "bijector"):
@@ -161,6 +161,10 @@ def check_is_of_config(flow: Flow) -> None:
                 f"flow: expected the {what} that its config describes, got one with other parts; "
                 "save rf.Flow(flow.bijector, flow.base)"
             )
+    found, wanted = ({path: leaf.shape for path, leaf in Structure.of(f).leaves.items()} for f in (flow, expected))
+    if found != wanted:
+        unlike = names_text(sorted("/".join(path) for path in found.keys() ^ wanted.keys()) or ["shapes"])
+        raise ValueError(f"flow: expected the arrays that its config describes, got others: {unlike}")
 
 
 def _check_format(metadata: dict[str, str]) -> None:

@@ -29,7 +29,10 @@ def check_output_shape(bijector: Any, shape: Shape) -> None:
     if bijector.event_shape is None:
         found = tuple(bijector.output_shape(bijector.input_shape(shape)))
         if found != tuple(shape):
-            raise ValueError(f"expected events of shape {found}, got {tuple(shape)}")
+            raise ValueError(
+                f"expected events of shape {found}, got {tuple(shape)} (a layer that changes the shape of its events "
+                "defines input_shape too)"
+            )
 
 
 def ends_in(shape: Shape, last: Shape) -> Shape:

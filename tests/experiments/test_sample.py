@@ -156,6 +156,10 @@ def test_pictures_of_the_user_are_left_alone(tmp_path):
     (tmp_path / "samples" / "00001.png").rename(tmp_path / "elsewhere.png")
     sample.write_images(tmp_path, images, config)
     sample.write_images(tmp_path, images[:1], config)
+    (tmp_path / "samples" / "00001.png").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"got .*00001\.png"):
+        sample.write_images(tmp_path, images, config)
+    (tmp_path / "samples" / "00001.png").unlink()
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [".number", "00000.png", "12345.png"]
     assert (tmp_path / "samples" / "12345.png").read_text() == "mine"
 
