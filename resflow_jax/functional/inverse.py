@@ -216,11 +216,12 @@ def _recomputing(orders, g, rule, limits, closed_over, params, condition, y, tok
 
 
 def _recomputing_forward(orders, g, rule, limits, closed_over, params, condition, y, token):
-    of_order = (
-        _recomputing if orders == 2 else _recomputing.__wrapped__
-    )  # the solution has this rule again, or `solve`'s
-    x, fields = of_order(orders, g, rule, limits, closed_over, params, condition, y, token)
-    return (x, fields), (kept if orders == 2 else tuple)((limits, closed_over, params, condition, x))
+    inputs = limits, closed_over, params, condition
+    if orders == 2:  # the solution has this rule again
+        found = _recomputing(orders, g, rule, *inputs, y, token)
+        return found, kept((*inputs, found[0]))
+    found = _recomputing.__wrapped__(orders, g, rule, *inputs, y, token)  # it has that of `solve`
+    return found, (*inputs, found[0])
 
 
 def _recomputing_backward(orders, g, rule, known, cotangents):

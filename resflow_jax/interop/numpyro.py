@@ -50,8 +50,8 @@ class FlowTransform(Transform):
     """The transform x = f^-1(z), from z [..., *latent_shape] to x [..., *event_shape], and back; a pytree.
 
     Its codomain is the support of the flow's bijector: the unit interval for images with a logit, the bounds of each
-    column for a table, the reals otherwise. x is clipped to it. The transform is differentiable in
-    z, x and the flow's parameters. Log-dets are in nats; the key and an example's number in its batch fix their noise.
+    column for a table, the reals otherwise. x is clipped to it. The transform is differentiable in z, x and the flow's
+    parameters. Log-dets are in nats; the key and an example's number in its batch fix their noise.
 
     Cost: a call takes a solve; the inverse takes one evaluation of every g; the log-det costs as in `Flow.forward`.
 

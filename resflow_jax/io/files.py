@@ -37,7 +37,7 @@ from resflow_jax.io.variables import OtherArrays, Structure, flattened, split_va
 from resflow_jax.io.whole_files import whole_file
 from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.models.flow import Flow
-from resflow_jax.models.least_arrays import check_arrays
+from resflow_jax.models.least_arrays import abstract_flow, check_arrays
 from resflow_jax.models.recipe import RecipeFlow
 from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
 
@@ -140,7 +140,7 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
 def _description(flow: Flow) -> dict[str, str]:
     """The config or the structure of a flow, as metadata."""
     if _is_of_config(flow):
-        check_is_of_config(flow)
+        _check_is_of_config(flow)
         return {"config": config_to_json(flow.config)}
     return {"structure": json.dumps(describe(flow), allow_nan=False)}
 
@@ -150,10 +150,10 @@ def _is_of_config(flow: Flow) -> bool:
     return isinstance(flow, ResidualFlow | RecipeFlow) and type(flow).__module__.startswith(f"{FORMAT}.")
 
 
-def check_is_of_config(flow: Flow) -> None:
+def _check_is_of_config(flow: Flow) -> None:
     """Raises ValueError if parts of a flow were replaced by others, with other classes or arrays than in its config."""
-    with deferred_norms():
-        expected = nnx.eval_shape(lambda: flow_from_config(flow.config, rngs=nnx.Rngs(0)))
+    leaves = Structure.of(flow).leaves
+    expected = abstract_flow(flow.config, len(leaves))
     for what in ("base", "bijector"):
         found, wanted = ([type(module) for _, module in nnx.iter_modules(getattr(f, what))] for f in (flow, expected))
         if found != wanted:
@@ -161,7 +161,7 @@ def check_is_of_config(flow: Flow) -> None:
                 f"flow: expected the {what} that its config describes, got one with other parts; "
                 "save rf.Flow(flow.bijector, flow.base)"
             )
-    found, wanted = ({path: leaf.shape for path, leaf in Structure.of(f).leaves.items()} for f in (flow, expected))
+    found, wanted = ({path: leaf.shape for path, leaf in of.items()} for of in (leaves, Structure.of(expected).leaves))
     if found != wanted:
         unlike = names_text(sorted("/".join(path) for path in found.keys() ^ wanted.keys()) or ["shapes"])
         raise ValueError(f"flow: expected the arrays that its config describes, got others: {unlike}")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.checks import as_shape, check_finite, check_positive
+from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.splines import check_bins, inverse_spline, knots, slope_bounds, spline
 from resflow_jax.layers.bijector import Bijector, Shape
 from resflow_jax.layers.event_shapes import ends_in
@@ -59,7 +60,7 @@ class Spline(Bijector):
 
     def _apply(self, curve: Callable[..., tuple[Array, Array]], x: Array) -> tuple[Array, Array]:
         """The values of a curve at x [B, ...], in its shape, and the sum of the log-slopes of each example."""
-        dtype = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32  # for narrow bins
+        dtype = wide_dtype(x.dtype)  # for narrow bins
         at = knots(self.theta[...].astype(dtype), self.bins, self.bound)
         values, log_slopes = curve(x.astype(dtype).reshape(-1, math.prod(self.shape)), at, self.bound)
         log_det = jnp.sum(log_slopes.reshape(len(x), -1), axis=1)

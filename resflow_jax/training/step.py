@@ -21,6 +21,7 @@ from resflow_jax.functional.batch_axes import axes_of_batch, vary_over, varying_
 from resflow_jax.functional.checks import check_callable, check_count, check_open_interval, check_type
 from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator
+from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.length_laws import Defensive, Fitted, fit_lengths
 from resflow_jax.models.flow import Flow
 
@@ -253,8 +254,8 @@ class Trainer(NamedTuple):
 
 def _at_least_float32(params: Any) -> Any:
     """Parameters of fewer bits as float32, for their average: 0.999 is 1 in bfloat16."""
-    is_short = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if is_short(leaf) else leaf, params)
+    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.astype(wide_dtype(leaf.dtype)) if is_float(leaf) else leaf, params)
 
 
 def unless_skipped(is_finite: Array, after: TrainState, before: TrainState) -> TrainState:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.checks import check_finite, check_positive
+from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.splines import check_bins, inverse_spline, knots, spline
 from resflow_jax.layers.couplings.conditioners import Conditioner
 from resflow_jax.layers.couplings.coupling import Coupling
@@ -70,6 +71,6 @@ class SplineCoupling(Coupling):
 
     def _apply(self, curve: Callable[..., tuple[Array, Array]], x: Array, theta: Array) -> tuple[Array, Array]:
         dtype = jnp.result_type(x, theta)
-        wide = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32  # for narrow bins
+        wide = wide_dtype(dtype)  # for narrow bins
         values, log_slopes = curve(x.astype(wide), knots(theta.astype(wide), self.bins, self.bound), self.bound)
         return values.astype(dtype), log_slopes.astype(dtype)
