@@ -24,7 +24,6 @@ BELOW = {
 # Files above the limit, with their length: such a file may only become shorter.
 LONGER = {
     "resflow_jax/functional/norm_bounds.py": 411,
-    "resflow_jax/models/flow.py": 435,
 }
 
 

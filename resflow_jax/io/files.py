@@ -46,6 +46,7 @@ FORMAT_VERSION = 2
 
 _CHECKSUM = "sha256"
 _SHARED = "; a file does not tell which layers share arrays"
+_COMPOSED = "save rf.Flow(flow.bijector, flow.base, dequantizer=flow.dequantizer)"
 _REMEDY = "; rf.load(path, like=flow) takes the structure from your flow and only the arrays from the file"
 
 
@@ -158,13 +159,12 @@ def _check_is_of_config(flow: Flow) -> None:
         found, wanted = ([type(module) for _, module in nnx.iter_modules(getattr(f, what))] for f in (flow, expected))
         if found != wanted:
             raise ValueError(
-                f"flow: expected the {what} that its config describes, got one with other parts; "
-                "save rf.Flow(flow.bijector, flow.base)"
+                f"flow: expected the {what} that its config describes, got one with other parts; {_COMPOSED}"
             )
     found, wanted = ({path: leaf.shape for path, leaf in of.items()} for of in (leaves, Structure.of(expected).leaves))
     if found != wanted:
         unlike = names_text(sorted("/".join(path) for path in found.keys() ^ wanted.keys()) or ["shapes"])
-        raise ValueError(f"flow: expected the arrays that its config describes, got others: {unlike}")
+        raise ValueError(f"flow: expected the arrays that its config describes, got others: {unlike}; {_COMPOSED}")
 
 
 def _check_format(metadata: dict[str, str]) -> None:

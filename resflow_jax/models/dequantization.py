@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.batch_axes import example_keys
-from resflow_jax.functional.checks import as_float_batch, as_shape, check_count, check_key, check_type
+from resflow_jax.functional.checks import as_float_batch, as_shape, check_count, check_key, check_type, shown
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.couplings.affine import AffineCoupling
 from resflow_jax.layers.couplings.conditioners import ResNetConditioner
@@ -32,8 +32,9 @@ _SPREAD = 0.5  # log of the factor on e: a sigmoid of 1.65 e is close to uniform
 class VariationalDequantization(Module):
     """The noise u in [0, 1] of images k / L, by a conditional flow q(u | k) of coupling layers.
 
-    It belongs to a flow as `flow.dequantizer`, residual or not. Losses and evaluations of integer images then draw
-    their noise from it, and subtract log q(u | k). Its parameters are trained with those of the flow.
+    It belongs to a flow as `flow.dequantizer`, residual or not: `rf.Flow(..., dequantizer=...)`, or in a config
+    `ImageTransform(dequantization=rf.Dequantization(...))`. Losses and evaluations of integer images then draw their
+    noise from it, and subtract log q(u | k). Its parameters are trained with those of the flow.
 
         u = sigmoid(h(e; features(k))),   log q(u | k) = log N(e) - log|det du/de|
 
@@ -52,8 +53,8 @@ class VariationalDequantization(Module):
     Source: Ho et al. (2019, arXiv 1902.00275), section 3.1.
 
     Example:
-      >>> flow = rf.Flow(rf.Chain([rf.Logit(0.05), rf.Flatten((2, 2, 1))]))
-      >>> flow.dequantizer = rf.VariationalDequantization((2, 2, 1), couplings=2, width=4, rngs=nnx.Rngs(0))
+      >>> noise = rf.VariationalDequantization((2, 2, 1), couplings=2, width=4, rngs=nnx.Rngs(0))
+      >>> flow = rf.Flow(rf.Chain([rf.Logit(0.05), rf.Flatten((2, 2, 1))]), dequantizer=noise)
       >>> images = np.arange(8, dtype=np.uint8).reshape(2, 2, 2, 1)
       >>> found = rf.evaluate_bits_per_dim(flow, images, jax.random.key(0), levels=8)
       >>> bool(np.isfinite(found.mean))
@@ -114,3 +115,15 @@ class VariationalDequantization(Module):
 def _log_slope(h: Array) -> Array:
     """log|det| of the sigmoid at h, [B]."""
     return jnp.sum(jax.nn.log_sigmoid(h) + jax.nn.log_sigmoid(-h), axis=tuple(range(1, h.ndim)))
+
+
+def check_dequantizer(dequantizer: Any, event_shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless it can draw noise, and is of images of this shape if it has a shape."""
+    if isinstance(dequantizer, type) or not callable(getattr(dequantizer, "sample", None)):
+        raise ValueError(
+            f"dequantizer: expected an rf.VariationalDequantization, or a module with its method sample(x, key), got "
+            f"{shown(dequantizer)}"
+        )
+    shape = getattr(dequantizer, "shape", event_shape)
+    if tuple(shape) != event_shape:
+        raise ValueError(f"dequantizer: expected one of images {event_shape}, got one of {shape}")

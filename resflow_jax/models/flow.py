@@ -31,6 +31,8 @@ from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.conditions import ConditionShape, as_condition, common_condition_shape
 from resflow_jax.layers.module_texts import Part, Parts
 from resflow_jax.models.bases import StandardNormal, as_base
+from resflow_jax.models.dequantization import check_dequantizer
+from resflow_jax.models.latent_parts import FlowParts
 from resflow_jax.models.sampling import FlowSampling
 from resflow_jax.models.solve_parts import solved
 from resflow_jax.models.upkeep import FlowUpkeep
@@ -39,7 +41,7 @@ Array = jax.Array
 Shape = tuple[int, ...]
 
 
-class Flow(FlowSampling, FlowUpkeep):
+class Flow(FlowParts, FlowSampling, FlowUpkeep):
     """Normalizing flow: the density of x = f^-1(z; c) for z from a base distribution.
 
         z = f(x; c),   log p(x | c) = log p_base(z | c) + log|det df/dx|,   in nats
@@ -56,6 +58,7 @@ class Flow(FlowSampling, FlowUpkeep):
       base: the distribution of z.
       event_shape: shape of one x.
       condition_shape: shape of one condition; None for p(x), `...` for any.
+      dequantizer: the noise of integer images, which losses and evaluations add; None for uniform noise.
 
     Randomness: log-densities with `Roulette` are unbiased estimates drawn with a key; samples are drawn with a key.
 
@@ -77,7 +80,11 @@ class Flow(FlowSampling, FlowUpkeep):
       ((3,), (4, 2))
     """
 
-    def __init__(self, bijector: Bijector, base: Any = None, *, event_shape: Shape | None = None):
+    dequantizer: Any = None
+
+    def __init__(
+        self, bijector: Bijector, base: Any = None, *, event_shape: Shape | None = None, dequantizer: Any = None
+    ):
         """Composes a flow.
 
         Args:
@@ -85,6 +92,7 @@ class Flow(FlowSampling, FlowUpkeep):
           base: of z: a `Base`, as `StandardNormal`, or any object with log_prob(z) [B] and sample(key, n) [n, ...]. By
             default `StandardNormal` of the shape that f returns.
           event_shape: shape of one x; only needed if neither f nor the base knows it.
+          dequantizer: the noise of integer images, a `VariationalDequantization` of the shape of x; by default uniform.
 
         Raises:
           ValueError: if the shapes or the conditions do not fit; the message names both sides.
@@ -112,6 +120,9 @@ class Flow(FlowSampling, FlowUpkeep):
                 f"got one of {tuple(self.base.event_shape)}"
             )
         self.event_shape = event_shape
+        if dequantizer is not None:
+            check_dequantizer(dequantizer, event_shape)
+            self.dequantizer = dequantizer
         parts = ("bijector", bijector.condition_shape), ("base", self.base.condition_shape)
         self.condition_shape: ConditionShape = common_condition_shape(parts)
 
@@ -199,69 +210,6 @@ class Flow(FlowSampling, FlowUpkeep):
         """
         with self._checked_input(x, condition) as (x, condition):
             return _transform(*nnx.split(self), x, condition)
-
-    def features(self, x: Array, condition: Array | None = None) -> tuple[Array, ...]:
-        """The parts of z = f(x), each in the shape that it had in the flow: one part for each scale, the finest first.
-
-        For a flow of images that factors channels out, the parts are the channels that leave after every scale and the
-        output of the last scale, each [B, H, W, C]. For other flows of images it is the one part that z is flattened
-        from, and for flows of vectors z itself. Dense blocks on a flattened part keep the shape that it was flattened
-        from. The parts are `split_latent(flow(x))`: their elements in order are z.
-
-        Args:
-          x: floats [B, *event_shape], as in `forward`.
-          condition: as in `forward`.
-
-        Returns:
-          A tuple of floats [B, *shape], one for each of `part_shapes`. They are deterministic: a flow that pads x
-          appends the mean of its noise.
-
-        Cost: one evaluation of every g, without log-dets. To get features beside a log-density, call `split_latent` on
-        the z of `forward_and_log_prob`.
-
-        Raises:
-          ValueError: as `forward` for x and condition.
-
-        Example:
-          >>> scales = [rf.Squeeze((4, 4, 1)), rf.Squeeze((2, 2, 2))]
-          >>> flow = rf.Flow(rf.MultiScale(scales, (4, 4, 1)))
-          >>> [part.shape for part in flow.features(jnp.full((3, 4, 4, 1), 0.5))]
-          [(3, 2, 2, 2), (3, 1, 1, 8)]
-        """
-        return self.split_latent(self(x, condition))
-
-    @property
-    def part_shapes(self) -> tuple[Shape, ...]:
-        """The shapes of the parts of one z, in order (see `features`)."""
-        return self.bijector.part_shapes(self.event_shape)
-
-    def split_latent(self, z: Array) -> tuple[Array, ...]:
-        """Splits z [B, *latent_shape] into its parts [B, *shape], one for each of `part_shapes`, in the order of z.
-
-        Raises:
-          ValueError: for a z of another shape or dtype.
-        """
-        z = as_float_batch("z", z, self.latent_shape)
-        sizes = [math.prod(shape) for shape in self.part_shapes]
-        pieces = jnp.split(z.reshape(z.shape[0], self.dim), np.cumsum(sizes)[:-1], axis=1)
-        return tuple(piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.part_shapes, strict=True))
-
-    def join_latent(self, parts: Sequence[Array]) -> Array:
-        """Joins parts [B, *shape], in the order of `part_shapes`, to z [B, *latent_shape]: the inverse of
-        `split_latent`.
-
-        Raises:
-          ValueError: for another number of parts than `part_shapes` has, and for a part of another shape or dtype.
-        """
-        shapes, parts = self.part_shapes, as_sequence("parts", parts, "a list of arrays")
-        if len(parts) != len(shapes):
-            raise ValueError(f"parts: expected {len(shapes)}, of the shapes {shapes}, got {len(parts)}")
-        arrays = [as_float_batch(f"parts[{n}]", *pair) for n, pair in enumerate(zip(parts, shapes, strict=True))]
-        sizes = {array.shape[0] for array in arrays}
-        if len(sizes) > 1:
-            raise ValueError(f"parts: expected the same number of examples in all, got {sorted(sizes)}")
-        z = jnp.concatenate([array.reshape(array.shape[0], -1) for array in arrays], axis=1)
-        return z.reshape(-1, *self.latent_shape)
 
     def inverse(
         self, z: Array, *, condition: Array | None = None, solver: Solver = Anderson(), return_status: bool = False

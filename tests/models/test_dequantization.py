@@ -42,8 +42,7 @@ def test_log_q(noise):
 
 def test_bound_on_the_discrete_likelihood(noise):
     """E[log p(x) - log q(u)] is below the log of the mass of a cell, and E[p / q] equals it, for a known density."""
-    flow = rf.Flow(rf.Chain([rf.Logit(0.05), rf.Flatten(SHAPE)]))
-    flow.dequantizer = noise
+    flow = rf.Flow(rf.Chain([rf.Logit(0.05), rf.Flatten(SHAPE)]), dequantizer=noise)
     images = np.asarray([0, 1]).reshape(1, *SHAPE)
     draws = jnp.asarray(np.repeat(images, 4000, axis=0))
 
@@ -84,9 +83,44 @@ def test_training_improves_the_bound():
     assert loss(moved, state[1], jax.random.key(0)) < loss(*state, jax.random.key(0))
 
 
+@pytest.mark.parametrize("is_argument", [True, False])
+def test_files(noise, is_argument, tmp_path):
+    """A flow is saved with its noise, given to it or set later; that of a config has the noise of the config alone."""
+    flow = rf.Flow(rf.Chain([rf.Logit(0.05), rf.Flatten(SHAPE)]), dequantizer=noise if is_argument else None)
+    flow.dequantizer = noise
+    rf.save(tmp_path / "flow.safetensors", flow)
+    loaded = rf.load(tmp_path / "flow.safetensors")
+    assert nnx.graphdef(loaded) == nnx.graphdef(flow)
+    x, key = jnp.full((2, *SHAPE), 0.25), jax.random.key(0)
+    for found, expected in zip(loaded.dequantizer.sample(x, key), noise.sample(x, key), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+    config = rf.CouplingFlowConfig(SHAPE, "additive", couplings=2, conditioner=rf.MLPConditioner((2,)))
+    recipe = rf.CouplingFlow(config, rngs=nnx.Rngs(0))
+    recipe.dequantizer = noise
+    with pytest.raises(
+        ValueError, match=r"arrays that its config describes.*dequantizer.*; save rf.Flow\(.*dequantizer="
+    ):
+        rf.save(tmp_path / "recipe.safetensors", recipe)
+    rf.save(tmp_path / "recipe.safetensors", rf.Flow(recipe.bijector, recipe.base, dequantizer=recipe.dequantizer))
+    assert rf.load(tmp_path / "recipe.safetensors").dequantizer.couplings == 2
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: rf.Flow(rf.Logit(0.05), event_shape=(2, 2, 1), dequantizer=3),
+            r"dequantizer: .*sample\(x, key\), got 3",
+        ),
+        (
+            lambda: rf.Flow(
+                rf.Logit(0.05),
+                event_shape=(2, 2, 1),
+                dequantizer=rf.VariationalDequantization((4, 2, 1), 1, 2, rngs=nnx.Rngs(0)),
+            ),
+            r"dequantizer: expected one of images \(2, 2, 1\), got one of \(4, 2, 1\)",
+        ),
         (lambda: rf.VariationalDequantization((4,), rngs=nnx.Rngs(0)), r"shape: expected \(H, W, C\)"),
         (lambda: rf.VariationalDequantization((1, 1, 3), rngs=nnx.Rngs(0)), "shape: expected at least 2 pixels"),
         (lambda: rf.VariationalDequantization((2, 2, 3), 0, rngs=nnx.Rngs(0)), "couplings: expected"),
