@@ -55,6 +55,17 @@ def check_map(g: Any, condition: Any) -> None:
         raise ValueError(f"g: expected a function of (params, x, condition), got one of {signature}")
 
 
+def check_arguments(name: str, function: Any, arguments: tuple[str, ...]) -> None:
+    """Raises ValueError unless a function or a module can be called with these arguments, by position."""
+    check_callable(name, function)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # builtins and some objects have no signature
+        return
+    if not _takes(signature, len(arguments)):
+        raise ValueError(f"{name}: expected one that is called with ({', '.join(arguments)}), got one of {signature}")
+
+
 def _takes(signature: inspect.Signature, count: int) -> bool:
     try:
         signature.bind(*[None] * count)

@@ -38,14 +38,15 @@ from resflow_jax.functional.primitives.precision import full_precision
 from resflow_jax.functional.primitives.tracing import Traced, run, trace_residual
 from resflow_jax.functional.solvers import Anderson
 from resflow_jax.functional.trees import kept
+from resflow_jax.functional.values import number_not_finite
 
 Array = jax.Array
 
 
 class InverseError(RuntimeError):
-    """The inverse of an eager call did not converge, and the solver has `on_failure="raise"`.
+    """The inverse of an eager call did not converge or is not finite, and the solver has `on_failure="raise"`.
 
-    The message tells the number of examples that did not converge, and their largest residual.
+    The message tells the number of such examples, and the largest residual of those that did not converge.
 
     Example:
       >>> solver = rf.FixedPoint(max_iterations=2, on_failure="raise")
@@ -238,6 +239,9 @@ _recomputing.defvjp(_recomputing_forward, _recomputing_backward)
 def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:
     """Reports examples that did not converge, as the table at the head of this module says, and returns x.
 
+    If all solves converged, an eager call reports examples that are not finite in the same way: an explicit inverse
+    that overflowed has no status of its own.
+
     Args:
       x: solutions [B, ...], or a pytree of such arrays. In a compiled program the result may have NaN for examples.
       status: its fields are [B] or [blocks, B]. An example has converged if it did in all blocks.
@@ -256,9 +260,10 @@ def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:
         failed, largest = _worst(np, np.asarray(status.converged), np.asarray(status.residual, float))
     else:  # on devices of several processes: two numbers that every process can read
         failed, largest = jax.jit(partial(_worst, jnp))(status.converged, status.residual)
-    if failed:
-        message = f"{what}: {failed} of {status.converged.shape[-1]} examples did not converge; largest residual "
-        message += f"{largest:.2e}"
+    others = 0 if failed else number_not_finite(x)
+    if failed or others:
+        message = f"{what}: {failed or others} of {status.converged.shape[-1]} examples "
+        message += f"did not converge; largest residual {largest:.2e}" if failed else "are not finite"
         if on_failure == "raise":
             raise InverseError(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)

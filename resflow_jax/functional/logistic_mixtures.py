@@ -13,6 +13,7 @@ any mode and order.
 Ho et al. (2019, arXiv 1902.00275), section 3.2 and equations 9 and 10.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -30,13 +31,16 @@ Mixture = tuple[Array, Array, Array]  # log pi, mu and s, [B, ..., K, C]
 def mixture_of(theta: Array) -> Mixture:
     """The mixture for any theta [B, ..., 3 K, C]: logits of the weights, means, logarithms of the scales.
 
-    Fixed offsets from -1 to 1 are added to the means: equal components would have equal gradients, and stay equal.
+    Fixed offsets from -1 to 1 are added to the means: equal components would have equal gradients, and stay equal. The
+    logarithms of the scales are kept within a third of the exponents of the dtype, +-29 in float32, where h, its slope
+    and the bracket of the root cannot overflow.
     """
     logits, means, log_scales = jnp.split(theta, 3, axis=-2)
     components = means.shape[-2]
     offsets = jnp.asarray([2 * (k + 0.5) / components - 1 for k in range(components)], theta.dtype)
     means = means + offsets.reshape(*[1] * (theta.ndim - 2), components, 1)
-    return jax.nn.log_softmax(logits, axis=-2), means, log_scales
+    limit = math.log(float(jnp.finfo(theta.dtype).max)) / 3
+    return jax.nn.log_softmax(logits, axis=-2), means, jnp.clip(log_scales, -limit, limit)
 
 
 def mixture_logit(x: Array, mixture: Mixture) -> tuple[Array, Array]:

@@ -1,12 +1,13 @@
-"""Checks of concrete values that do not delay a computation: begun before it, finished after it was dispatched.
+"""Checks of concrete values.
 
-For example:
+Those of inputs do not delay a computation: they are begun before it, and finished after it was dispatched. For example:
 
     with checked("x", x, dtype, domain):  # a NumPy array is checked here, a traced array never
         z = compiled(x)  # dispatched; when the block ends, the check raises if a value is wrong
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -55,6 +56,40 @@ def checked(name: str, x: Any, dtype: Any, domain: Domain = ANYWHERE) -> Iterato
         yield
     finally:
         check()
+
+
+def number_not_finite(results: Any) -> int:
+    """The number of examples with a value that is not finite, in a pytree of concrete arrays [B, ...]."""
+    return _count(results, "isfinite")
+
+
+def report_nan(what: str, results: Any) -> None:
+    """Warns of examples with NaN in a pytree of arrays [B, ...] that a call returns; traced arrays are not looked at.
+
+    It waits for them. Inputs are finite, so NaN tells of a solve that did not finish, or of numbers beyond the dtype.
+
+    Args:
+      what: the name of the call.
+      results: what it returns.
+    """
+    leaves = jax.tree.leaves(results)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or not (found := _count(leaves, "isnan")):
+        return
+    warnings.warn(f"{what}: {found} of {leaves[0].shape[0]} examples are NaN", RuntimeWarning, stacklevel=4)
+
+
+def _count(results: Any, test: str) -> int:
+    """The number of examples with a value for which a test fails ("isfinite") or holds ("isnan")."""
+    leaves = jax.tree.leaves(results)
+    if all(leaf.is_fully_addressable for leaf in leaves):
+        return int(_examples(np, [np.asarray(leaf) for leaf in leaves], test))
+    return int(jax.jit(partial(_examples, jnp, test=test))(leaves))  # of several processes: a number that all can read
+
+
+def _examples(xp: Any, leaves: list[Any], test: str) -> Any:
+    size = leaves[0].shape[0]
+    is_bad = [(xp.isnan(leaf) if test == "isnan" else ~xp.isfinite(leaf)).reshape(size, -1) for leaf in leaves]
+    return xp.concatenate(is_bad, axis=1).any(axis=1).sum()
 
 
 def _begin(name: str, x: Any, dtype: Any, domain: Domain) -> Callable[[], None]:

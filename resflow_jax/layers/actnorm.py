@@ -57,23 +57,27 @@ class ActNorm(Bijector):
         self.log_scale = nnx.Param(jnp.zeros(self.shape))
         self.shift = nnx.Param(jnp.zeros(self.shape))
 
-    def _total_log_scale(self) -> Array:
-        return self.log_scale[...] - jnp.log(self.std[...])
+    def _parts(self, x: Array) -> tuple[Array, ...]:
+        """Center, std, log_scale and shift, in the wider dtype of x and the parameters."""
+        parts = self.center[...], self.std[...], self.log_scale[...], self.shift[...]
+        return tuple(part.astype(jnp.result_type(x, part)) for part in parts)
 
-    def _broadcast(self, ndim: int, sign: int) -> tuple[Array, ...]:
-        """Center, std, exp(sign * log_scale) and shift, broadcast to `ndim` axes."""
-        parts = self.center[...], self.std[...], jnp.exp(sign * self.log_scale[...]), self.shift[...]
-        return tuple(jax.lax.broadcast_to_rank(part, ndim) for part in parts)
+    def _broadcast(self, x: Array, sign: int) -> tuple[Array, ...]:
+        """Center, std, exp(sign * log_scale) and shift, broadcast to the axes of x."""
+        center, std, log_scale, shift = self._parts(x)
+        parts = center, std, jnp.exp(sign * log_scale), shift
+        return tuple(jax.lax.broadcast_to_rank(part, x.ndim) for part in parts)
 
     def output_shape(self, shape: Shape) -> Shape:
         return ends_in(shape, self.shape)
 
     def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        center, std, scale, shift = self._broadcast(x.ndim, 1)
-        return (x - center) / std * scale + shift, scaling_log_det(self._total_log_scale(), x)
+        center, std, scale, shift = self._broadcast(x, 1)
+        _, divisor, log_scale, _ = self._parts(x)
+        return (x - center) / std * scale + shift, scaling_log_det(log_scale - jnp.log(divisor), x)
 
     def invert(self, y: Array, condition: Array | None = None) -> Array:
-        center, std, scale, shift = self._broadcast(y.ndim, -1)
+        center, std, scale, shift = self._broadcast(y, -1)
         return (y - shift) * scale * std + center
 
     def initialize(self, x: Array, condition: Array | None = None) -> Array:

@@ -40,8 +40,8 @@ class MaskedAutoregressive(Bijector):
 
     s = 4 tanh(a / 4) of the network's output a, which bounds the scales. The layer starts as the identity. On its own,
     with a standard normal base, it is MADE with Gaussian conditionals; a chain of such layers with permutations between
-    them is a masked autoregressive flow (MAF). It is invertible whatever its network computes, and has no Lipschitz
-    bound.
+    them is a masked autoregressive flow (MAF). In exact arithmetic it is invertible whatever its network computes. It
+    has no Lipschitz bound.
 
     Args:
       dim: D, the number of elements.

@@ -320,6 +320,7 @@ def checked_estimator(estimator: Estimator | None, blocks: int) -> Estimator:
 
 def scaling_log_det(log_scale: Array, x: Array) -> Array:
     """[B] log-dets of x [B, ..., *shape] * exp(log_scale [*shape]): each scale counts once for each position."""
+    log_scale = log_scale.astype(jnp.result_type(log_scale, x))
     log_det = (math.prod(x.shape[1:]) // log_scale.size) * jnp.sum(log_scale)
     return jnp.broadcast_to(log_det, x.shape[:1])
 

@@ -107,10 +107,10 @@ class ContinuousBlock(Bijector):
     constant, which need not be known: forward and inverse agree up to the tolerance.
 
     The batch shares its steps, so an example depends on the others, up to the tolerance. If the solve takes more than
-    `max_steps`, all examples become NaN in `forward`. An example that is not finite, or whose condition is not, becomes
-    NaN alone. `inverse` reports both as any solve: `return_status=True` returns a row of the status, whose iterations
-    are the steps of the solver, and whose residual is 0, or infinite where there is no solution. `forward_with_status`
-    returns the same for the forward direction.
+    `max_steps`, all examples become NaN in `forward`, and so do all derivatives; an eager call of a `Flow` warns. An
+    example that is not finite, or whose condition is not, becomes NaN alone. `inverse` reports both as any solve:
+    `return_status=True` returns a row of the status, whose iterations are the steps of the solver, and whose residual
+    is 0, or infinite where there is no solution. `forward_with_status` returns the same for the forward direction.
 
     Args:
       field: f, a module of Flax NNX that is called as f(t, x) or f(t, x, condition) for t [] and x [B, ...], and
@@ -214,8 +214,10 @@ class ContinuousBlock(Bijector):
             max_steps=self.max_steps,
             throw=False,
         )
-        is_done = is_given & (found.result == solver.RESULTS.successful)
-        y, total = (jnp.where(per_example(is_done, leaf[-1]), leaf[-1], jnp.nan) for leaf in found.ys)
+        has_ended = found.result == solver.RESULTS.successful
+        is_done = is_given & has_ended
+        void = _nothing_of((weights, x, condition), jnp.where(has_ended, 0, jnp.nan).astype(wide))
+        y, total = (jnp.where(per_example(is_given, leaf[-1]), leaf[-1] + void, jnp.nan) for leaf in found.ys)
         log_det = -total if backwards else total
         residual = jnp.where(is_done, 0, jnp.inf).astype(x.dtype)
         steps = jnp.broadcast_to(found.stats["num_steps"].astype(jnp.int32), x.shape[:1])
@@ -272,6 +274,15 @@ def _right_side(graphdef: Any, dtype: Any, wide: Any, trace: Trace) -> Any:
         return value.astype(wide), divergence.astype(wide)
 
     return right_side
+
+
+def _nothing_of(inputs: Any, zero: Array) -> Array:
+    """0, or NaN if `zero` is NaN, with derivatives of 0 or NaN in all floats of a pytree.
+
+    A constant NaN would have derivatives of zero, and the adjoint equation of a solve that failed may give zeros too.
+    """
+    floats = [leaf for leaf in jax.tree.leaves(inputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return sum((jnp.sum(leaf.astype(zero.dtype) * zero) for leaf in floats), zero)
 
 
 class _Solution(NamedTuple):

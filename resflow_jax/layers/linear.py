@@ -8,6 +8,7 @@ learned. W starts as a random orthogonal matrix.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +71,9 @@ class InvertibleLinear(Bijector):
         unit = xp.eye(*lower.shape, dtype=lower.dtype)
         return xp.tril(lower, -1) + unit, xp.triu(upper, 1) + xp.diag(sign * xp.exp(log_scale))
 
-    def weight(self) -> Array:
-        """W, [dim, dim]."""
-        lower, upper = self._factors()
+    def weight(self, dtype: Any = None) -> Array:
+        """W, [dim, dim], by default in the dtype of the parameters."""
+        lower, upper = self._factors(dtype=dtype)
         # Full precision also on accelerators that multiply float32 coarsely, since the solves of the inverse are exact.
         product = jnp.matmul(lower, upper, precision="highest")
         return jnp.zeros_like(product).at[self.rows[...]].set(product, unique_indices=True)
@@ -81,12 +82,12 @@ class InvertibleLinear(Bijector):
         return ends_in(shape, (self.dim,))
 
     def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        return jnp.matmul(x, self.weight(), precision="highest"), scaling_log_det(self.log_scale[...], x)
+        weight = self.weight(jnp.result_type(x, self.lower[...]))
+        return jnp.matmul(x.astype(weight.dtype), weight, precision="highest"), scaling_log_det(self.log_scale[...], x)
 
     def invert(self, y: Array, condition: Array | None = None) -> Array:
-        lower, upper = self._factors()
-        lower, upper, x = (part.astype(jnp.result_type(y, lower)) for part in (lower, upper, y))
-        x = x.reshape(-1, y.shape[-1])
+        lower, upper = self._factors(dtype=jnp.result_type(y, self.lower[...]))
+        x = y.astype(lower.dtype).reshape(-1, y.shape[-1])
         x = jax.lax.linalg.triangular_solve(upper, x)
         x = jax.lax.linalg.triangular_solve(lower, x, lower=True, unit_diagonal=True)
         # The solution is x[:, rows], since y = x W = x[:, rows] W[rows] and W[rows] = L U.

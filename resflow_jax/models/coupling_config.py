@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from resflow_jax.functional.checks import check_choice, check_count, check_flags
+from resflow_jax.functional.splines import MOST_BINS
 from resflow_jax.layers.couplings.affine import SCALES, Scale
 from resflow_jax.layers.couplings.conditioners import CNNConditioner, MLPConditioner, ResNetConditioner
 from resflow_jax.models.groups import Dequantization, ImageTransform, VectorTransform
@@ -107,6 +108,8 @@ class CouplingFlowConfig(OfEvents):
         check_choice("scale", self.scale, SCALES)
         check_count("couplings", self.couplings, 1)
         check_count("pieces", self.pieces, 2 if self.coupling == "spline" else 1)
+        if self.coupling == "spline" and self.pieces > MOST_BINS:
+            raise ValueError(f"pieces: expected at most {MOST_BINS} of a spline, got {self.pieces}")
         check_flags(self)
         for name, kinds in (("conditioner", get_args(Network)), ("scales", (CouplingScales,))):
             if not isinstance(getattr(self, name), kinds):

@@ -7,7 +7,7 @@ and scan.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.checks import as_float_batch, as_sequence, as_shape, check_flag, check_key, check_type
+from resflow_jax.functional.checks import as_float_batch, as_shape, check_flag, check_key, check_type
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.functional.inverse import check_solver, reported
@@ -25,7 +25,7 @@ from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.primitives.tracing import run
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.texts import count, setting
-from resflow_jax.functional.values import Domain, checked
+from resflow_jax.functional.values import Domain, checked, report_nan
 from resflow_jax.layers.bijector import Bijector, checked_estimator, join_diagnostics, own_condition
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.conditions import ConditionShape, as_condition, common_condition_shape
@@ -209,7 +209,9 @@ class Flow(FlowParts, FlowSampling, FlowUpkeep):
         Deterministic. Cost: one evaluation of every g. Errors as in `forward`.
         """
         with self._checked_input(x, condition) as (x, condition):
-            return _transform(*nnx.split(self), x, condition)
+            z = _transform(*nnx.split(self), x, condition)
+        report_nan(type(self).__name__, z)
+        return z
 
     def inverse(
         self, z: Array, *, condition: Array | None = None, solver: Solver = Anderson(), return_status: bool = False
@@ -309,7 +311,9 @@ class Flow(FlowParts, FlowSampling, FlowUpkeep):
         estimator = checked_estimator(estimator, self.blocks)
         with self._checked_input(x, condition) as (x, condition):
             graphdef, state = nnx.split(self)
-            return run(function, (graphdef,), state, x, key, estimator, condition)[: None if diagnosed else -1]
+            found = run(function, (graphdef,), state, x, key, estimator, condition)
+        report_nan(f"{type(self).__name__}.{function.__name__[1:]}", found[:-1])
+        return found if diagnosed else found[:-1]
 
     def base_log_prob(self, z: Array, condition: Array | None = None) -> Array:
         """log p_base(z | c) [B] in nats of z [B, *latent_shape]; condition as in `forward`. No contraction is

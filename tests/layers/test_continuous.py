@@ -106,6 +106,23 @@ def test_a_solve_that_does_not_finish():
         block.inverse(X)
 
 
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_a_solve_that_does_not_finish_has_no_gradient(adjoint):
+    """Its derivatives are NaN in a compiled program, not zero; an eager call of a flow warns of its values."""
+    flow = rf.Flow(rf.ContinuousBlock(Linear(), tolerance=1e-12, max_steps=3, adjoint=adjoint), event_shape=(3,))
+    graphdef, state = nnx.split(flow)
+
+    def total(state, x):
+        return nnx.merge(graphdef, state).log_prob(x, estimator=rf.Exact()).sum()
+
+    for part in jax.tree.leaves(jax.jit(jax.grad(total, (0, 1)))(state, X)):
+        assert jnp.isnan(part).all()
+    with pytest.warns(RuntimeWarning, match=r"^Flow.log_prob: 4 of 4 examples are NaN$"):
+        flow.log_prob(X, estimator=rf.Exact())
+    with pytest.warns(RuntimeWarning, match=r"^Flow: 4 of 4 examples are NaN$"):
+        flow(X)
+
+
 class Waves(nnx.Module):
     def __call__(self, t, x, condition=None):
         return 6 * jnp.sin(3 * x[:, ::-1]) + (0 if condition is None else condition)

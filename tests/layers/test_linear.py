@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.linear import InvertibleLinear
 
 
@@ -65,3 +66,21 @@ def test_events_of_lower_precision_come_back(dtype):
     assert y.dtype == back[0].dtype == back[1].dtype == "float64"
     np.testing.assert_allclose(back[0], x.astype("float64"), atol=1e-12)
     np.testing.assert_allclose(back[1], x.astype("float64"), atol=0.05)
+
+
+@pytest.mark.parametrize("make", [lambda: InvertibleLinear(4, rngs=nnx.Rngs(0)), lambda: ActNorm((4,))])
+def test_parameters_of_lower_precision(make):
+    """With bfloat16 parameters, float32 events have the log-det of the same numbers in float32, and come back."""
+    layer = make()
+    layer.log_scale[...] += 0.13
+    graphdef, state = nnx.split(layer)
+    coarse = jax.tree.map(lambda leaf: leaf.astype("bfloat16") if leaf.dtype == "float64" else leaf, state)
+    fine = jax.tree.map(lambda leaf: leaf.astype("float32") if leaf.dtype == "bfloat16" else leaf, coarse)
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 4), "float32")
+    with jax.numpy_dtype_promotion("standard"):
+        (y, log_det), (expected, wanted) = (nnx.merge(graphdef, part).forward(x) for part in (coarse, fine))
+        back = nnx.merge(graphdef, coarse).inverse(y)
+    assert y.dtype == log_det.dtype == back.dtype == "float32"
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(log_det, wanted, rtol=1e-6)
+    np.testing.assert_allclose(back, x, atol=1e-5)

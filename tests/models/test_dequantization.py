@@ -98,9 +98,7 @@ def test_files(noise, is_argument, tmp_path):
     config = rf.CouplingFlowConfig(SHAPE, "additive", couplings=2, conditioner=rf.MLPConditioner((2,)))
     recipe = rf.CouplingFlow(config, rngs=nnx.Rngs(0))
     recipe.dequantizer = noise
-    with pytest.raises(
-        ValueError, match=r"arrays that its config describes.*dequantizer.*; save rf.Flow\(.*dequantizer="
-    ):
+    with pytest.raises(ValueError, match=r"arrays that its config.*dequantizer.*; save rf.Flow\(.*dequantizer="):
         rf.save(tmp_path / "recipe.safetensors", recipe)
     rf.save(tmp_path / "recipe.safetensors", rf.Flow(recipe.bijector, recipe.base, dequantizer=recipe.dequantizer))
     assert rf.load(tmp_path / "recipe.safetensors").dequantizer.couplings == 2
@@ -111,7 +109,7 @@ def test_files(noise, is_argument, tmp_path):
     [
         (
             lambda: rf.Flow(rf.Logit(0.05), event_shape=(2, 2, 1), dequantizer=3),
-            r"dequantizer: .*sample\(x, key\), got 3",
+            r"dequantizer: .*sample.*, got 3",
         ),
         (
             lambda: rf.Flow(

@@ -158,6 +158,7 @@ def test_tabulate():
         (lambda: Coupling((4,), scale="tanh"), "scale: expected one of exp"),
         (lambda: Coupling((4,), couplings=0), "couplings: expected"),
         (lambda: Coupling((4,), "spline", pieces=1), "pieces: expected"),
+        (lambda: Coupling((4,), "spline", pieces=501), "pieces: expected at most 500 of a spline, got 501"),
         (lambda: Coupling((4,), linear=1), "linear: expected bool"),
         (lambda: Coupling((4,), conditioner=3), "conditioner: expected MLPConditioner or CNNConditioner or ResNet"),
         (lambda: Coupling((4,), conditioner=CNN), "conditioner: expected MLPConditioner for vectors"),

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.checks import as_shape, check_type
+from resflow_jax.functional.conditions import check_arguments
 from resflow_jax.layers.bijector import Bijector, Constant
 from resflow_jax.layers.couplings.conditioners import Conditioner, MLPConditioner
-from resflow_jax.layers.couplings.masks import Elements, Halves, check_mask, checkerboard
+from resflow_jax.layers.couplings.masks import Elements, Halves, as_mask, checkerboard
 
 Array = jax.Array
 Shape = tuple[int, ...]
@@ -31,7 +32,9 @@ class Coupling(Bijector):
     x [B, ..., C] with theta [B, ..., parameters, C]. `AdditiveCoupling`, `AffineCoupling`, `SplineCoupling` and
     `MixtureCoupling` are the library's.
 
-    A coupling layer is invertible whatever its network computes. It has no Lipschitz bound: `certify` says so.
+    In exact arithmetic a coupling layer is invertible whatever its network computes, if that treats each example
+    independently. Rounding is not bounded, since no Lipschitz bound is known (`certify` says so): where a slope f' is
+    small, the inverse is less precise by its reciprocal.
 
     Args:
       shape: shape of one x: (D,) or (*size, C).
@@ -82,7 +85,7 @@ class Coupling(Bijector):
         rngs: nnx.Rngs | None = None,
     ):
         self.shape = self.event_shape = as_shape("shape", shape)
-        check_mask(self.shape, mask)
+        mask = as_mask(self.shape, mask)
         self.mask = mask if isinstance(mask, str) else Constant(jnp.asarray(mask))
         check_type("flipped", flipped, bool)
         self.flipped = flipped
@@ -92,6 +95,7 @@ class Coupling(Bijector):
             self.condition_shape = as_shape("condition_dim", sizes)
         conditioner = MLPConditioner() if conditioner is None else conditioner
         if isinstance(conditioner, nnx.Module):
+            check_arguments("conditioner", conditioner, ("x",) if condition_dim is None else ("x", "condition"))
             self.settings, self.network = None, conditioner
             return
         if isinstance(conditioner, type) or not hasattr(conditioner, "build"):

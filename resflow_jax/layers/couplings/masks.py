@@ -78,13 +78,18 @@ def checkerboard(shape: Shape) -> np.ndarray:
     return even if len(shape) == 1 else np.broadcast_to(even[..., None], shape)
 
 
-def check_mask(shape: Shape, mask: Any) -> None:
-    """Raises ValueError for masks that are unknown, of another shape, or that keep or move no element.
+def as_mask(shape: Shape, mask: Any) -> Any:
+    """A name of a mask, or a bool array, from what a caller gives.
 
     Args:
       shape: of one event.
-      mask: "halves", "checkerboard", or a bool array; traced arrays are checked by shape alone.
+      mask: "halves", "checkerboard", or a bool array or lists of that shape; traced arrays are checked by shape alone.
+
+    Raises:
+      ValueError: for masks that are unknown, of another shape, or that keep or move no element.
     """
+    if isinstance(mask, list | tuple):
+        mask = np.asarray(mask)
     if not shape:
         raise ValueError("shape: expected at least one axis to divide, got ()")
     if isinstance(mask, str):
@@ -96,7 +101,7 @@ def check_mask(shape: Shape, mask: Any) -> None:
         if mask == "checkerboard" and math.prod(shape[: max(1, len(shape) - 1)]) < 2:
             kind = "elements" if len(shape) == 1 else "pixels"
             raise ValueError(f"shape: expected at least 2 {kind} for a checkerboard, got {shape}")
-        return
+        return mask
     if getattr(mask, "dtype", None) != np.bool_ or mask.shape != shape:
         got = f"{mask.dtype} {mask.shape}" if hasattr(mask, "dtype") else repr(mask)
         raise ValueError(f"mask: expected one of {', '.join(MASKS)}, or a bool array of shape {shape}; got {got}")
@@ -104,3 +109,4 @@ def check_mask(shape: Shape, mask: Any) -> None:
         kept = int(np.asarray(mask).sum())
         if not 0 < kept < mask.size:
             raise ValueError(f"mask: expected some elements kept (True) and some moved, got {kept} of {mask.size} kept")
+    return mask

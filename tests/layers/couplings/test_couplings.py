@@ -55,6 +55,7 @@ def test_the_condition_matters(name):
         ("halves", (5,), MLP, [1, 1, 0, 0, 0]),
         ("checkerboard", (5,), MLP, [1, 0, 1, 0, 1]),
         (KEEP, (5,), MLP, KEEP),
+        ([True, False, False], (3,), MLP, [1, 0, 0]),
         ("halves", (2, 2, 2), CNN, [[[1, 0]] * 2] * 2),
         ("checkerboard", (2, 2, 2), CNN, [[[1, 1], [0, 0]], [[0, 0], [1, 1]]]),
     ],
@@ -184,12 +185,46 @@ def test_a_solve_that_does_not_finish():
 
 def test_a_search_in_low_precision_ends():
     """Also for an element whose residual becomes NaN, and after more steps than bfloat16 can count."""
-    w, far = jnp.asarray([[0.3]], jnp.bfloat16), jnp.asarray([0.0, 0.5, -100.0], jnp.bfloat16)
-    search = jax.jit(inverse_mixture_logit, static_argnums=3)
-    _, status = search(w, mixture_of(far[None, :, None]), 1e-2, 1000)
-    assert not status.converged.any() and status.iterations.max() < 1000
+    w = jnp.asarray([[0.3]], jnp.bfloat16)
     near = mixture_of(jnp.asarray([0.0, 0.5, 1.0], jnp.bfloat16)[None, :, None])
+    far = *near[:2], jnp.full_like(near[2], -100)
+    search = jax.jit(inverse_mixture_logit, static_argnums=3)
+    _, status = search(w, far, 1e-2, 1000)
+    assert not status.converged.any() and status.iterations.max() < 1000
     assert search(w, near, 1e-2, 1000)[1].converged.all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [-1e4, 1e4])
+def test_a_mixture_of_any_scales(dtype, size):
+    """Values, slopes and gradients are finite, also where x is a mean, and the inverse converges."""
+    theta = jnp.asarray([0.0, 0.0, 0.5, -0.5, size, 0.0], dtype)[None, :, None]
+    x = jnp.asarray([[0.0], [0.3], [-30.0]], dtype)
+    theta = jnp.repeat(theta, 3, axis=0)
+
+    def total(x, theta):
+        h, log_slope = mixture_logit(x, mixture_of(theta))
+        return (h + log_slope).sum().astype(float), (h, log_slope)
+
+    gradients, values = jax.jit(jax.grad(total, (0, 1), has_aux=True))(x, theta)
+    for part in (*gradients, *values):
+        assert jnp.isfinite(part).all()
+    tolerance = 1e-3 if dtype == "float32" else 0.1
+    _, status = inverse_mixture_logit(jnp.asarray([[0.4], [-2.0], [5.0]], dtype), mixture_of(theta), tolerance, 1000)
+    assert status.converged.all()
+
+
+def test_what_overflows_is_reported():
+    """An eager sample or inverse with a scale of nearly zero warns, or raises with on_failure "raise"."""
+    layer = rf.AffineCoupling((2,), MLP, scale="sigmoid", rngs=nnx.Rngs(0))
+    layer.network.linears[-1].bias[...] = jnp.asarray([-800.0, 1.0])
+    flow = rf.Flow(layer)
+    with pytest.warns(RuntimeWarning, match=r"^Flow.sample: 3 of 3 examples are not finite$"):
+        flow.sample(jax.random.key(0), 3)
+    with pytest.warns(RuntimeWarning, match=r"^AffineCoupling: 1 of 1 examples are not finite$"):
+        layer.inverse(jnp.ones((1, 2)))
+    with pytest.raises(rf.InverseError, match=r"^Flow.inverse: 2 of 2 examples are not finite$"):
+        flow.inverse(jnp.ones((2, 2)), solver=rf.Anderson(on_failure="raise"))
 
 
 def test_a_root_that_overflows_has_not_converged():
@@ -250,6 +285,13 @@ def test_as_transformations(name):
         np.testing.assert_allclose(back.astype(float), x, atol=tolerance * float(np.abs(x).max()))
 
 
+class Unconditional(nnx.Module):
+    """A network that takes no condition."""
+
+    def __call__(self, x):
+        return x
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -266,10 +308,16 @@ def test_as_transformations(name):
         (lambda: rf.AffineCoupling((2,), MLP, "channel", rngs=nnx.Rngs(0)), "mask: expected one of halves, checkerb"),
         (lambda: rf.AffineCoupling((2,), MLP, np.ones(3, bool), rngs=nnx.Rngs(0)), r"mask: .* shape \(2,\); got bool"),
         (lambda: rf.AffineCoupling((2,), MLP, np.ones(2, bool), rngs=nnx.Rngs(0)), "mask: .* got 2 of 2 kept"),
+        (lambda: rf.AffineCoupling((2,), MLP, [True, True], rngs=nnx.Rngs(0)), "mask: .* got 2 of 2 kept"),
+        (lambda: rf.AffineCoupling((2,), MLP, [1, 0], rngs=nnx.Rngs(0)), r"mask: .* shape \(2,\); got int64"),
         (lambda: rf.AffineCoupling((2,), MLP, np.zeros(2, bool), rngs=nnx.Rngs(0)), "mask: .* got 0 of 2 kept"),
         (
             lambda: rf.AffineCoupling((), MLP, rngs=nnx.Rngs(0)),
             r"shape: expected at least one axis to divide, got \(\)",
+        ),
+        (
+            lambda: rf.AffineCoupling((2,), Unconditional(), condition_dim=2),
+            r"conditioner: expected one that is called with \(x, condition\), got one of",
         ),
         (lambda: rf.AffineCoupling((2,), MLP), "rngs: expected nnx.Rngs beside the settings"),
         (lambda: rf.AffineCoupling((2,), 3, rngs=nnx.Rngs(0)), "conditioner: expected the settings of a network"),
