@@ -65,9 +65,15 @@ def test_gradients(adjoint):
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-7)
 
 
-def test_log_det_of_a_network():
-    """Against the dense Jacobian, with a condition; `solve_and_estimate` gives the same at x."""
-    block = rf.ContinuousBlock(velocity(condition_dim=2), tolerance=1e-9, adjoint="direct")
+@pytest.mark.parametrize("depth", [None, 2])
+def test_log_det_of_a_network(depth):
+    """Against the dense Jacobian, with a condition; `solve_and_estimate` gives the same at x; a scanned stack too."""
+
+    def made(rngs):
+        field = rf.VelocityField((3,), rf.MLPConditioner((6,), "tanh", zero=False), condition_dim=2, rngs=rngs)
+        return rf.ContinuousBlock(field, tolerance=1e-9, adjoint="direct")
+
+    block = made(nnx.Rngs(0)) if depth is None else rf.ResidualStack(made, depth, rngs=nnx.Rngs(0))
     condition = jax.random.normal(jax.random.key(1), (4, 2))
 
     @jax.jit

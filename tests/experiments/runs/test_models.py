@@ -63,6 +63,13 @@ def test_an_unknown_model(capsys):
     assert "--model" in said and "real_nvp" in said
 
 
+@pytest.mark.parametrize("model", ["maf", "ffjord"])
+def test_a_run_of_vectors(model, tmp_path):
+    """It trains, evaluates and draws."""
+    assert np.isfinite(run_config(parsed("moons", "--tiny", "--model", model, "--workdir", str(tmp_path))).mean)
+    assert {"report.html", "toy.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_a_run(tmp_path, capsys):
     """It trains, evaluates, draws and is read back; its table says that there is nothing to certify, and why."""
     result = run_config(parsed("digits", "--tiny", "--model", "nice", "--workdir", str(tmp_path)))

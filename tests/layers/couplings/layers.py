@@ -41,6 +41,18 @@ def stack_of_mixtures(rngs):
     return rf.ResidualStack(step, 2, rngs=rngs)
 
 
+def stack_on_pixels(rngs):
+    def step(rngs):
+        layers = [
+            rf.AdditiveCoupling(IMAGE, CNN, "checkerboard", condition_dim=2, rngs=rngs),
+            rf.SplineCoupling(IMAGE, CNN, bins=3, condition_dim=2, rngs=rngs),
+            rf.MixtureCoupling(IMAGE, CNN, flipped=True, components=2, condition_dim=2, rngs=rngs),
+        ]
+        return rf.Chain(layers)
+
+    return rf.ResidualStack(step, 2, rngs=rngs)
+
+
 # name: (constructor from rngs, shape of one example)
 LAYERS = {
     "additive": (lambda rngs: rf.AdditiveCoupling((5,), MLP, rngs=rngs), (5,)),
@@ -64,6 +76,7 @@ LAYERS = {
     ),
     "stack": (stack, (5,)),
     "stack of splines and mixtures": (stack_of_mixtures, (5,)),
+    "stack of all on pixels": (stack_on_pixels, IMAGE),
 }
 
 
