@@ -27,6 +27,14 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_objects():
+    """Python's garbage collector passes over what other tests have left: every leak has it look through all objects."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def test_the_names_of_jax():
     assert conftest.CHECKS_LEAKS, f"tests/leaks.py does not know JAX {jax.__version__}: no test looks for leaks"
 
