@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 import resflow_jax as rf
 
-STEPS, BATCH = 60, 64
+STEPS, BATCH, BLOCKS = 60, 64, 2
 
 # %% [markdown]
 # ## A flow, a loss, a trainer
@@ -33,7 +33,7 @@ digits = load_digits().images[..., None]
 rng = np.random.default_rng(0)
 images = ((digits + rng.random(digits.shape)) / 17).astype(np.float32)
 
-config = rf.ImageFlowConfig(shape=(8, 8, 1), blocks=(2,), hidden_channels=16, tail=rf.DenseTail(blocks=0))
+config = rf.ImageFlowConfig(shape=(8, 8, 1), blocks=(BLOCKS,), hidden_channels=16, tail=rf.DenseTail(blocks=0))
 flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
 flow.initialize(images[:256])
 

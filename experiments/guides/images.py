@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 import resflow_jax as rf
 
-STEPS, BLOCKS, LEVELS = 600, 3, 17
+STEPS, BLOCKS, DENSE, LEVELS = 600, 3, 2, 17
 
 # %% [markdown]
 # ## Data
@@ -35,7 +35,7 @@ train, test = digits[:1500], digits[1500:]
 
 # %%
 config = rf.ImageFlowConfig(
-    shape=(8, 8, 1), blocks=(BLOCKS, BLOCKS), hidden_channels=32, tail=rf.DenseTail(blocks=2, hidden=64)
+    shape=(8, 8, 1), blocks=(BLOCKS, BLOCKS), hidden_channels=32, tail=rf.DenseTail(blocks=DENSE, hidden=64)
 )
 flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
 flow, history = rf.fit(flow, train, levels=LEVELS, steps=STEPS, batch_size=64, learning_rate=3e-3, ema=0.99)

@@ -11,7 +11,17 @@ from tests.paths import ROOT
 GUIDES = {path.stem: path for path in sorted((ROOT / "experiments" / "guides").glob("*.py"))}
 MARKDOWN, CODE = "# %% [markdown]", "# %%"
 CONSTANTS = re.compile(r"^(STEPS[A-Z, ]*) = ([\d, ]+)$", re.MULTILINE)
-SMALL = {"STEPS": 10, "BLOCKS": 1, "FIELDS": 4, "PAIRS": 200, "RANKED": 8, "SAMPLES": 16, "SWEEPS": 10, "WARMUP": 4}
+SMALL = {
+    "STEPS": 10,
+    "BLOCKS": 1,
+    "DENSE": 0,
+    "FIELDS": 4,
+    "PAIRS": 200,
+    "RANKED": 8,
+    "SAMPLES": 16,
+    "SWEEPS": 10,
+    "WARMUP": 4,
+}
 
 
 def cells(text):
