@@ -16,8 +16,9 @@ from experiments.runs import train
 from experiments.runs.launch import run_config
 from experiments.runs.saved import saved_flow
 from experiments.runs.setup import set_up, tightened_flow
+from experiments.runs.tasks.images import ImageTask
 from experiments.runs.tasks.of_config import task_of
-from experiments.runs.tasks.task import Task
+from experiments.runs.tasks.task import Drawing, Task
 from resflow_jax import (
     Estimate,
     certify,
@@ -27,6 +28,8 @@ from resflow_jax.training.checkpoint_errors import DamagedCheckpointError
 from resflow_jax.training.checkpoints import Checkpoints
 from tests.experiments.outputs import events, read_metrics
 from tests.experiments.tiny import TINY, run_and_cut
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 @pytest.fixture(scope="module")
@@ -276,8 +279,11 @@ def test_divergence_is_reported(tmp_path):
     assert all(np.isfinite(line["bits_per_dim"]) for line in lines if line["split"] == "train")
 
 
-def test_in_float32(tmp_path):
-    """Without float64, as users run it: the same promises, all in float32."""
+def test_in_float32(tmp_path, monkeypatch):
+    """Without float64, as users run it: the same promises, but for pictures, all in float32."""
+    monkeypatch.setattr(ImageTask, "sketch", lambda *_: {})
+    monkeypatch.setattr(ImageTask, "draw", lambda *_: Drawing({}, {}))
+    monkeypatch.setattr(train, "compile_programs", lambda *_: None)  # its thread would compile in float64
     with jax.enable_x64(False):
         result = run_config(dataclasses.replace(TINY, workdir=tmp_path))
     assert np.isfinite(result.mean) and 2 < result.mean < 5

@@ -15,6 +15,7 @@ from resflow_jax import BlockCertificate, Certificate
 from tests.experiments.outputs import read_metrics
 from tests.experiments.tiny import VECTORS, run_and_cut
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 CONFIG = dataclasses.replace(VECTORS, log_every=1, steps=8, save_every=2, safety=SafetyConfig(skips=2, rollbacks=2))
 
 
