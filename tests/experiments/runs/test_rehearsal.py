@@ -44,17 +44,19 @@ def compiled(caplog):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "channels"),
     [
-        {},
-        {"parallel": "shard_map", "optimizer": OptimizerConfig(warmup=2, accumulate=2)},
-        {"mesh": MeshConfig(data=4, model=2, parameters="model")},
+        ({}, 5),
+        ({"parallel": "shard_map", "optimizer": OptimizerConfig(warmup=2, accumulate=2)}, 6),
+        ({"mesh": MeshConfig(data=4, model=2, parameters="model")}, 8),
     ],
     ids=["jit", "shard_map, accumulated", "divided"],
 )
-def test_no_large_program_is_compiled_in_training(tmp_path, monkeypatch, cores, compiled, changes):
-    """The step, and all that a validation needs, are there before the first step."""
-    jax.clear_caches()
+def test_no_large_program_is_compiled_in_training(tmp_path, monkeypatch, cores, compiled, changes, channels):
+    """The step, and all that a validation needs, are there before the first step.
+
+    Each case has a size of its own, so that its programs are new.
+    """
     train_from = train._train_from
 
     def marked(*arguments):
@@ -62,7 +64,8 @@ def test_no_large_program_is_compiled_in_training(tmp_path, monkeypatch, cores, 
         return train_from(*arguments)
 
     monkeypatch.setattr(train, "_train_from", marked)
-    run_config(dataclasses.replace(TINY, workdir=tmp_path, **changes))
+    model = dataclasses.replace(TINY.model, hidden_channels=channels)
+    run_config(dataclasses.replace(TINY, workdir=tmp_path, model=model, **changes))
     before, after = compiled()
     assert before >= LARGE
     assert not LARGE & after
@@ -78,6 +81,7 @@ def test_the_run_is_the_same_with_and_without(tmp_path, monkeypatch, cores):
     assert read_metrics(tmp_path / "with") == read_metrics(tmp_path / "without")
 
 
+@pytest.mark.usefixtures("shared_steps")
 @pytest.mark.parametrize("what", ["sketch", "scores", "batches"])
 def test_what_fails_there_does_not_end_the_run(tmp_path, monkeypatch, cores, what):
     """An error of untrained weights, which the trained ones need not have, is left to the validation."""
