@@ -35,9 +35,15 @@ CHECKS_LEAKS = leaks.watch() if jax.__version_info__ < (0, 12) else None
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Every compiled program holds memory maps. Linux allows 65530 per process, and XLA crashes beyond that."""
+    """Every compiled program holds memory maps. Linux allows 65530 per process, and XLA crashes beyond that.
+
+    What is alive when a file begins is left out of collections of garbage until programs are forgotten: each of them,
+    those of the check for leaks too, would traverse it again.
+    """
+    gc.freeze()
     yield
     if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 8_000:
+        gc.unfreeze()
         jax.effects_barrier()
         jax.clear_caches()
 
