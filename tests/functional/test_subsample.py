@@ -1,5 +1,7 @@
 """`Roulette.subsample`: further terms for some examples; averaged over which ones, the same estimate."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,13 @@ def everything(function, net, estimator, size=None, part=None, patch=None):
     return jax.jit(all_of)() if part is None else jax.jit(jax.vmap(all_of_part))(part)
 
 
+@cache
+def without(make, series, size):
+    """A net and its estimate without subsampling, on the platform that asks first."""
+    net = make(0.7, batch=8)
+    return net, everything(residual, net, Roulette(Geometric(0.3), **SERIES[series]), size)
+
+
 @pytest.mark.parametrize(
     ("make", "series", "size"),
     [(dense_net, series, size) for series in SERIES for size in (None, 1)] + [(conv_net, "minimal residuals", 2)],
@@ -52,9 +61,8 @@ def everything(function, net, estimator, size=None, part=None, patch=None):
 def test_the_mean_over_parts_is_the_estimate_without(monkeypatch, make, series, size, platform):
     """Averaged over the r parts, value and gradient are those of the same key without subsampling, to 1e-10."""
     monkeypatch.setattr(neumann, "target_platform", lambda: platform)
-    net, law = make(0.7, batch=8), Geometric(0.3)
-    plain = everything(residual, net, Roulette(law, **SERIES[series]), size)
-    estimator = Roulette(law, subsample=4, **SERIES[series])
+    net, plain = without(make, series, size)
+    estimator = Roulette(Geometric(0.3), subsample=4, **SERIES[series])
     found = everything(residual, net, estimator, size, jnp.arange(4, dtype=jnp.int32), monkeypatch)
     np.testing.assert_allclose(found.mean(axis=0), plain, rtol=1e-10, atol=1e-10)
     assert np.abs(found[0] - plain).max() > 1e-4
