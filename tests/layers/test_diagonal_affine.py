@@ -7,17 +7,14 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
+from tests.moving import add_noise
 
 
 @pytest.fixture(scope="module")
 def layer():
     """Conditional, with parameters away from their start."""
     layer = rf.Affine((2, 2), condition_dim=3, rngs=nnx.Rngs(0))
-    params = nnx.state(layer, nnx.Param)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    nnx.update(layer, jax.tree.unflatten(structure, moved))
+    add_noise(layer, 0.3)
     return layer
 
 

@@ -1,5 +1,7 @@
 """Every layer: its inverse undoes it, its log-det is that of its dense Jacobian, its state is explicit."""
 
+from functools import cache
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from resflow_jax.layers.normalization import MovingBatchNorm, MovingCentering, N
 from resflow_jax.layers.residual import ResidualBlock, ResidualStack
 from resflow_jax.layers.shapes import Flatten, Permutation, Reshape, Squeeze
 from resflow_jax.layers.spline import Spline
+from tests.moving import add_noise
 
 IMAGE = (4, 4, 2)
 
@@ -92,18 +95,14 @@ LAYERS = CLOSED_FORM | {
 }
 
 
+@cache
 def moved_layer(name):
     """A layer initialised from a batch x, then with other parameters; and x [3, ...]."""
     make, shape = LAYERS[name]
     layer = make(nnx.Rngs(1))
     x = jax.random.uniform(jax.random.key(2), (3, *shape))
     layer.initialize(x)
-    # Parameters away from their initial values, so that no term of a log-det is zero.
-    params = nnx.state(layer, nnx.Param)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    moved = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    nnx.update(layer, jax.tree.unflatten(structure, moved))
+    add_noise(layer, 0.1)
     map_linears(layer, lambda linear: linear.update_norm(1e-8, None, 1000))
     return layer, x
 
@@ -118,9 +117,14 @@ def dense_jacobians(layer, x):
 
     @jax.jit
     def jacobians(state, x):
-        return jax.vmap(jax.jacobian(lambda e: nnx.merge(graphdef, state)(e[None])[0].ravel()))(x)
+        return jax.vmap(jax.jacfwd(lambda e: nnx.merge(graphdef, state)(e[None])[0].ravel()))(x)
 
     return jacobians(state, x).reshape(len(x), x[0].size, x[0].size)
+
+
+@cache
+def jacobians_of(name):
+    return dense_jacobians(*moved_layer(name))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -136,7 +140,7 @@ def test_inverse_and_log_det(name):
     back, status = nnx.jit(lambda layer, y: layer.inverse(y, solver=rf.FixedPoint(), return_status=True))(layer, y)
     assert status.converged.shape == (layer.blocks, 3) and status.converged.all()
     np.testing.assert_allclose(back, x, rtol=0, atol=1e-10)
-    expected = np.linalg.slogdet(dense_jacobians(layer, x))[1]
+    expected = np.linalg.slogdet(jacobians_of(name))[1]
     np.testing.assert_allclose(log_det, expected, rtol=1e-10, atol=1e-10)
     chex.assert_trees_all_equal(nnx.state(layer), before)
 
@@ -144,11 +148,11 @@ def test_inverse_and_log_det(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_lipschitz_bounds(name):
     """No Jacobian of f or f^-1 exceeds its bound; an affine layer attains both. Blocks are certified one by one."""
-    layer, x = moved_layer(name)
+    layer, _ = moved_layer(name)
     blocks = []
     forward, inverse = layer.certified_bounds(blocks)
     assert len(blocks) == layer.blocks
-    for singular_values in np.linalg.svd(dense_jacobians(layer, x), compute_uv=False):
+    for singular_values in np.linalg.svd(jacobians_of(name), compute_uv=False):
         norms = singular_values[0], 1 / singular_values[-1]
         assert norms[0] <= forward * (1 + 1e-12) and norms[1] <= inverse * (1 + 1e-12)
         if name in CLOSED_FORM and not name.startswith(("logit", "spline", "chain")):

@@ -8,6 +8,7 @@ import scipy.stats
 from flax import nnx
 
 import resflow_jax as rf
+from tests.moving import add_noise
 
 K = 3
 SHAPE = (2, 2)
@@ -26,11 +27,7 @@ BASES = {
 def make(name):
     """A base whose parameters are away from their start."""
     base = BASES[name][0](nnx.Rngs(1))
-    state = nnx.state(base, nnx.Param)
-    leaves, structure = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(3), max(1, len(leaves)))
-    moved = [p + 0.4 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=False)]
-    nnx.update(base, jax.tree.unflatten(structure, moved))
+    add_noise(base, 0.4)
     return base
 
 

@@ -30,7 +30,8 @@ def make(base="mixture"):
     flow = rf.Flow(rf.Chain([table, rf.ActNorm((3,)), rf.ResidualStack(step, 2, rngs=rngs)]), bases[base]())
     params = nnx.state(flow, nnx.Param)
     flow.initialize(X, C)
-    nnx.update(flow, jax.tree.map(lambda p: p + 0.1 * jnp.sin(jnp.arange(1.0, p.size + 1.0)).reshape(p.shape), params))
+    change = lambda p: jnp.asarray(p + 0.1 * np.sin(np.arange(1.0, p.size + 1.0)).reshape(p.shape))  # noqa: E731
+    nnx.update(flow, jax.tree.map(lambda p: change(np.asarray(p)), params))
     flow.converge_norms()
     return flow
 

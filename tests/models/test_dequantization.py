@@ -11,6 +11,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.training.scores import bits_per_dim_of
+from tests.moving import add_noise
 
 SHAPE, LEVELS = (1, 2, 1), 2
 
@@ -19,9 +20,7 @@ SHAPE, LEVELS = (1, 2, 1), 2
 def noise():
     """q(u | k), away from its start."""
     module = rf.VariationalDequantization(SHAPE, couplings=2, width=4, rngs=nnx.Rngs(0))
-    leaves, structure = jax.tree.flatten(nnx.state(module, nnx.Param))
-    rng = np.random.default_rng(0)
-    nnx.update(module, jax.tree.unflatten(structure, [leaf + 0.2 * rng.normal(size=leaf.shape) for leaf in leaves]))
+    add_noise(module, 0.2)
     return module
 
 

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 import resflow_jax as rf
 from tests.functional.contractions import z_scores
+from tests.moving import change_parameters
 
 SOLVER = rf.FixedPoint(tolerance=1e-13)
 CONFIGS = {
@@ -29,7 +30,7 @@ CONFIGS = {
 def flow(request):
     """A flow whose blocks are far from the identity."""
     flow = rf.ResidualFlow(CONFIGS[request.param], rngs=nnx.Rngs(1))
-    nnx.update(flow, jax.tree.map(lambda leaf: 3 * leaf + 0.1, nnx.state(flow, nnx.Param)))
+    change_parameters(flow, lambda p: 3 * p + 0.1)
     flow.converge_norms()
     return flow
 
