@@ -1,10 +1,9 @@
 """Composed flows for the tests of files."""
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
 
 import resflow_jax as rf
+from tests.moving import add_noise
 
 CONDITION = jnp.asarray([0.3, -0.7])
 
@@ -38,12 +37,6 @@ def conditional_flow(rngs, coefficient=0.8):
 
 def perturbed(flow, seed=0):
     """The flow with parameters far from their start, in place."""
-    params = nnx.state(flow, nnx.Param)
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [
-        leaf + 0.2 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    nnx.update(flow, jax.tree.unflatten(treedef, leaves))
+    add_noise(flow, 0.2, seed)
     flow.converge_norms()
     return flow

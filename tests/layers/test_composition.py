@@ -11,6 +11,7 @@ from resflow_jax.functional.activations import get_activation
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.layers.contraction import Layered
 from tests.functional.contractions import z_scores
+from tests.moving import add_noise
 
 SOLVER = rf.FixedPoint(tolerance=1e-13)
 IMAGE = (4, 4, 1)
@@ -128,8 +129,7 @@ def case(request):
     bijector, rng = make(nnx.Rngs(0)), np.random.default_rng(1)
     x = jnp.asarray(rng.uniform(size=(3, *shape)))
     condition = None if condition_shape is None else jnp.asarray(rng.normal(size=(3, *condition_shape)))
-    params = nnx.state(bijector, nnx.Param)
-    nnx.update(bijector, jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape), params))
+    add_noise(bijector, 0.3)
     rf.Flow(bijector, event_shape=shape).converge_norms()
     return bijector, x, condition
 
@@ -144,7 +144,7 @@ def jacobians(case):
         c = None if c is None else c[None]
         return nnx.merge(graphdef, state)(x[None], c)[0].ravel()
 
-    return jax.jit(jax.vmap(jax.jacobian(of_one)))(x, condition).reshape(len(x), x[0].size, x[0].size)
+    return jax.jit(jax.vmap(jax.jacfwd(of_one)))(x, condition).reshape(len(x), x[0].size, x[0].size)
 
 
 def test_log_det_and_inverse(case, jacobians):
