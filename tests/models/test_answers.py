@@ -9,6 +9,7 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.interop.torch.flow import TorchFlow, TorchImageConfig
 from tests.models.test_composed_flow import contraction, make_flow
+from tests.moving import change_parameters
 
 KEY = jax.random.key(3)
 PIXELS = jax.random.uniform(jax.random.key(0), (3, 4, 4, 1))
@@ -24,7 +25,7 @@ def image_config(cls=rf.ImageFlowConfig, *, factor_out=True, tail=0, **options):
 def scrambled(flow, x, condition=None):
     """The flow away from its start."""
     flow.initialize(x, condition)
-    nnx.update(flow, jax.tree.map(lambda p: 1.3 * p + 0.05, nnx.state(flow, nnx.Param)))
+    change_parameters(flow, lambda p: 1.3 * p + 0.05)
     flow.converge_norms()
     return flow
 
