@@ -26,6 +26,7 @@ MAPS = Path("/proc/self/maps")
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # the lines of the source in programs, which cost 8 %
 # what users switch on to find mistakes in their own code: nothing here may depend on an implicit promotion
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

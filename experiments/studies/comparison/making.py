@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -83,8 +84,10 @@ def contender_of(job: Job, data_dir: str | None = None) -> tuple[Task, Contender
     task = task_for(job.data, tiny(config) if job.small else config)
     if is_witness(job.model):
         from experiments.studies.comparison.torch_contender import TorchContender
+        from experiments.studies.comparison.torch_flows import flow_of
 
-        return task, TorchContender(job.model, task, job.width, job.small)
+        make = partial(flow_of, job.model, task.config, width=job.width, small=job.small)
+        return task, TorchContender(task, make)
     from experiments.studies.comparison.flax_contender import FlaxContender
 
     return task, FlaxContender(task)

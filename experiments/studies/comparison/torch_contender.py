@@ -1,4 +1,4 @@
-"""A flow of zuko or normflows under the clock, with the optimiser settings and the averaging of our own models."""
+"""A flow in PyTorch under the clock, with the optimiser settings and the averaging of our own models."""
 
 import copy
 import math
@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from experiments.runs.tasks.task import Task
-from experiments.studies.comparison.torch_flows import flow_of
 from resflow_jax.data.images import ImageSplits
 
 
@@ -18,15 +17,12 @@ class TorchContender:
     """A flow in PyTorch in training: Adam, clipping, averaging as the config of the run says.
 
     Args:
-      model: one of `WITNESSES`.
-      task: the data and the config of the run, with the residual flow as model.
-      width: factor on the widths of the networks.
-      small: whether the flow is as small as it can be.
+      task: the data, and the config of the run.
+      make: from examples [N, ...] in the form that the flow takes to the flow, initialised on them.
     """
 
-    def __init__(self, model: str, task: Task, width: float, small: bool = False):
-        self._model, self._width, self._small = model, width, small
-        self.task, self.config = task, task.config
+    def __init__(self, task: Task, make: Callable[[np.ndarray], nn.Module]):
+        self.task, self.config, self._make = task, task.config, make
         self.loss = Loss(task)
         self._first = np.asarray(task.initial())
 
@@ -34,7 +30,7 @@ class TorchContender:
         """Builds the flow, and initialises it on training examples."""
         config = self.config
         torch.manual_seed(config.seed)
-        self.flow = flow_of(self._model, config, self._first, self._width, self._small)
+        self.flow = self._make(self._first).train()
         settings = config.optimizer
         self._optimizer = torch.optim.Adam(self.flow.parameters(), lr=0.0, betas=(0.9, settings.b2))
         self._average = AveragedModel(self.flow, multi_avg_fn=bias_corrected(settings.ema_decay))
@@ -55,7 +51,10 @@ class TorchContender:
 
     def averaged(self) -> "TorchModel":
         """A copy of the model with averaged weights."""
-        return TorchModel(self.task, self.loss, copy.deepcopy(self._average.module).eval())
+        return self._copied(self._average.module)
+
+    def _copied(self, flow: nn.Module) -> "TorchModel":
+        return TorchModel(self.task, self.loss, copy.deepcopy(flow).eval())
 
 
 def bias_corrected(decay: float) -> Callable[[list[torch.Tensor], list[torch.Tensor], torch.Tensor], None]:

@@ -1,4 +1,4 @@
-"""The flow of a case in the authors' PyTorch code, https://github.com/rtqichen/residual-flows, to compare times.
+"""A flow in the authors' PyTorch code, https://github.com/rtqichen/residual-flows, and the times of its operations.
 
 The code is read from a checkout, and is not part of this project. Blocks, estimators, inverse and power iterations are
 the authors'; the training step is that of their `train_img.py`. In their evaluation mode 20 exact terms precede the
@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +19,30 @@ import torch
 
 from resflow_jax import DenseTail, ImageFlowConfig
 
+TAIL = DenseTail()
+
 
 class Authors:
     """Times the authors' code on one batch.
 
     Args:
-      config: a flow of LipSwish convolutions. Its shape, blocks, hidden_channels, kernels, coefficient and the alpha of
-        its logit are taken over; other settings must be the defaults.
+      config: the flow, as for `authors_flow`.
       images: integers with 256 levels [B, H, W, C].
       checkout: directory of the authors' repository.
       learning_rate: that of Adam.
       clip: the largest norm of a gradient.
 
     Raises:
-      FileNotFoundError: if `checkout` has no package `resflows`.
-      ValueError: for another number of dense blocks or another width of theirs, a width for each scale, and a spline.
+      FileNotFoundError, ValueError: as `authors_flow`.
     """
 
     def __init__(self, config: ImageFlowConfig, images: np.ndarray, checkout: Path, learning_rate: float, clip: float):
-        if not (checkout / "resflows").is_dir():
-            raise FileNotFoundError(f"authors: expected a checkout of rtqichen/residual-flows, got {checkout}")
-        if config.tail != DenseTail():
-            raise ValueError(f"config: expected the tail of the authors' code, {DenseTail()}, got {config.tail}")
-        if isinstance(config.hidden_channels, tuple) or config.data.spline_bins:
-            raise ValueError("config: expected one width for all scales and no spline, as in the authors' code")
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
         np.random.seed(0)
         x = torch.tensor((images.transpose(0, 3, 1, 2) + 0.5) / 256, dtype=torch.float32)
         self._x = x.contiguous().to(self._device)
-        self._model, self._normed = _model(config, tuple(x.shape), checkout)
+        self._model, self._normed = authors_flow(config, tuple(x.shape), checkout)
         self._model.to(self._device)
         self._model(self._x, 0)  # sets the ActNorms
         self._optimizer = torch.optim.Adam(self._model.parameters(), learning_rate, betas=(0.9, 0.99))
@@ -108,8 +103,27 @@ class Authors:
             torch.cuda.synchronize()
 
 
-def _model(config: ImageFlowConfig, size: tuple[int, ...], checkout: Path) -> tuple[torch.nn.Module, tuple[type, ...]]:
-    """The flow, and the classes of its normalised layers."""
+def authors_flow(
+    config: ImageFlowConfig, size: tuple[int, ...], checkout: Path
+) -> tuple[torch.nn.Module, tuple[type, ...]]:
+    """A flow in the authors' code, and the classes of its normalised layers.
+
+    Args:
+      config: a flow of LipSwish convolutions. Its shape, blocks, hidden_channels, kernels, coefficient, width of dense
+        blocks and alpha of the logit are taken over; other settings must be the defaults.
+      size: of a batch, [B, C, H, W].
+      checkout: directory of the authors' repository.
+
+    Raises:
+      FileNotFoundError: if `checkout` has no package `resflows`.
+      ValueError: for another number of dense blocks or of their layers, a width for each scale, and a spline.
+    """
+    if not (checkout / "resflows").is_dir():
+        raise FileNotFoundError(f"authors: expected a checkout of rtqichen/residual-flows, got {checkout}")
+    if replace(config.tail, hidden=TAIL.hidden) != TAIL:
+        raise ValueError(f"config: expected the tail of the authors' code, {TAIL} of any width, got {config.tail}")
+    if isinstance(config.hidden_channels, tuple) or config.data.spline_bins:
+        raise ValueError("config: expected one width for all scales and no spline, as in the authors' code")
     sys.path.insert(0, str(checkout))
     from resflows import layers
     from resflows.layers import base
