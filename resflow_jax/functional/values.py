@@ -7,10 +7,11 @@ Those of inputs do not delay a computation: they are begun before it, and finish
 """
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -81,15 +82,19 @@ def report_nan(what: str, results: Any) -> None:
 def _count(results: Any, test: str) -> int:
     """The number of examples with a value for which a test fails ("isfinite") or holds ("isnan")."""
     leaves = jax.tree.leaves(results)
-    if all(leaf.is_fully_addressable for leaf in leaves):
+    if all(map(_is_on_one_cpu, leaves)):
         return int(_examples(np, [np.asarray(leaf) for leaf in leaves], test))
-    return int(jax.jit(partial(_examples, jnp, test=test))(leaves))  # of several processes: a number that all can read
+    return int(_counted(leaves, test))
+
+
+@partial(jax.jit, static_argnames="test")
+def _counted(leaves: list[Array], test: str) -> Array:
+    return _examples(jnp, leaves, test)
 
 
 def _examples(xp: Any, leaves: list[Any], test: str) -> Any:
-    size = leaves[0].shape[0]
-    is_bad = [(xp.isnan(leaf) if test == "isnan" else ~xp.isfinite(leaf)).reshape(size, -1) for leaf in leaves]
-    return xp.concatenate(is_bad, axis=1).any(axis=1).sum()
+    is_bad = [xp.isnan(leaf) if test == "isnan" else ~xp.isfinite(leaf) for leaf in leaves]
+    return reduce(operator.or_, (bad.any(axis=tuple(range(1, bad.ndim))) for bad in is_bad)).sum()
 
 
 def _begin(name: str, x: Any, dtype: Any, domain: Domain) -> Callable[[], None]:
@@ -99,12 +104,16 @@ def _begin(name: str, x: Any, dtype: Any, domain: Domain) -> Callable[[], None]:
     if not isinstance(x, jax.Array):
         _check_on_host(name, x, dtype, domain)
         return _nothing
-    if len(x.devices()) == 1 and next(iter(x.devices())).platform == "cpu":
+    if _is_on_one_cpu(x):
         return partial(_check_on_host, name, x, dtype, domain)
     return partial(_check_numbers, name, _numbers(x, dtype, _axes(domain)), dtype, domain)
 
 
 def _nothing() -> None: ...
+
+
+def _is_on_one_cpu(x: Array) -> bool:
+    return len(x.devices()) == 1 and next(iter(x.devices())).platform == "cpu"
 
 
 def _axes(domain: Domain) -> int | None:

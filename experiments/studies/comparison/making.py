@@ -96,7 +96,8 @@ def contender_of(job: Job, data_dir: str | None = None) -> tuple[Task, Contender
 def machine() -> dict[str, Any]:
     """The processor, how much of it this process has, and the versions of what computes."""
     found = {
-        "processor": _processor(),
+        "processor": _of_processor("model name") or platform.processor() or platform.machine(),
+        "vectors": _vectors(),
         "cores": number_of_cores(),
         "devices": jax.device_count(),
         "cache": bool(jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir),
@@ -110,9 +111,16 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def _processor() -> str:
+def _vectors() -> str | None:
+    """The widest vector instructions of the processor, which its name does not tell."""
+    flags = (_of_processor("flags") or "").split()
+    return next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), None)
+
+
+def _of_processor(field: str) -> str | None:
+    """What Linux says of the first core; None elsewhere."""
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith(field))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return None
