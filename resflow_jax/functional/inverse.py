@@ -38,7 +38,7 @@ from resflow_jax.functional.primitives.precision import full_precision
 from resflow_jax.functional.primitives.tracing import Traced, run, trace_residual
 from resflow_jax.functional.solvers import Anderson
 from resflow_jax.functional.trees import kept
-from resflow_jax.functional.values import number_not_finite
+from resflow_jax.functional.values import number_of_overflows
 
 Array = jax.Array
 
@@ -260,7 +260,7 @@ def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:
         failed, largest = _worst(np, np.asarray(status.converged), np.asarray(status.residual, float))
     else:  # on devices of several processes: two numbers that every process can read
         failed, largest = jax.jit(partial(_worst, jnp))(status.converged, status.residual)
-    others = 0 if failed else number_not_finite(x)
+    others = 0 if failed else number_of_overflows(x)
     if failed or others:
         message = f"{what}: {failed or others} of {status.converged.shape[-1]} examples "
         message += f"did not converge; largest residual {largest:.2e}" if failed else "are not finite"

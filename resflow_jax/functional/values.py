@@ -59,9 +59,13 @@ def checked(name: str, x: Any, dtype: Any, domain: Domain = ANYWHERE) -> Iterato
         check()
 
 
-def number_not_finite(results: Any) -> int:
-    """The number of examples with a value that is not finite, in a pytree of concrete arrays [B, ...]."""
-    return _count(results, "isfinite")
+def number_of_overflows(results: Any) -> int:
+    """The number of examples whose solution is not finite, or whose other results are NaN.
+
+    Args:
+      results: a pytree of concrete arrays [B, ...], the solutions first. A log-density after them may be -inf.
+    """
+    return _count(results, firsts="isfinite")
 
 
 def report_nan(what: str, results: Any) -> None:
@@ -74,26 +78,27 @@ def report_nan(what: str, results: Any) -> None:
       results: what it returns.
     """
     leaves = jax.tree.leaves(results)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or not (found := _count(leaves, "isnan")):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or not (found := _count(leaves)):
         return
     warnings.warn(f"{what}: {found} of {leaves[0].shape[0]} examples are NaN", RuntimeWarning, stacklevel=4)
 
 
-def _count(results: Any, test: str) -> int:
-    """The number of examples with a value for which a test fails ("isfinite") or holds ("isnan")."""
+def _count(results: Any, firsts: str = "isnan") -> int:
+    """The number of examples with NaN; in the first array with any value that is not finite if `firsts` says so."""
     leaves = jax.tree.leaves(results)
     if all(map(_is_on_one_cpu, leaves)):
-        return int(_examples(np, [np.asarray(leaf) for leaf in leaves], test))
-    return int(_counted(leaves, test))
+        return int(_examples(np, [np.asarray(leaf) for leaf in leaves], firsts))
+    return int(_counted(leaves, firsts))
 
 
-@partial(jax.jit, static_argnames="test")
-def _counted(leaves: list[Array], test: str) -> Array:
-    return _examples(jnp, leaves, test)
+@partial(jax.jit, static_argnames="firsts")
+def _counted(leaves: list[Array], firsts: str) -> Array:
+    return _examples(jnp, leaves, firsts)
 
 
-def _examples(xp: Any, leaves: list[Any], test: str) -> Any:
-    is_bad = [xp.isnan(leaf) if test == "isnan" else ~xp.isfinite(leaf) for leaf in leaves]
+def _examples(xp: Any, leaves: list[Any], firsts: str) -> Any:
+    first = xp.isnan(leaves[0]) if firsts == "isnan" else ~xp.isfinite(leaves[0])
+    is_bad = first, *map(xp.isnan, leaves[1:])
     return reduce(operator.or_, (bad.any(axis=tuple(range(1, bad.ndim))) for bad in is_bad)).sum()
 
 

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import resflow_jax as rf
 from resflow_jax.functional import values
-from resflow_jax.functional.values import ANYWHERE, UNIT_INTERVAL, Domain, checked, number_not_finite, report_nan
+from resflow_jax.functional.values import ANYWHERE, UNIT_INTERVAL, Domain, checked, number_of_overflows, report_nan
 from resflow_jax.layers.logit import Logit
 from resflow_jax.training.parallel import make_mesh
 
@@ -205,9 +205,13 @@ def test_results_are_counted_by_examples(place):
     """In a tree of arrays; NaN warns, infinity does not; traced results are not looked at."""
     first, second = np.zeros((8, 2, 3)), np.ones(8)
     first[0, 1, 2] = first[0, 0, 0] = second[3] = np.nan
-    second[1] = np.inf
+    second[1] = -np.inf
     results = place(first), place(second)
-    assert number_not_finite(results) == 3 and number_not_finite(jnp.zeros((0, 2))) == 0
+    assert (
+        number_of_overflows(results) == 2
+        and number_of_overflows(results[::-1]) == 3
+        and number_of_overflows(jnp.zeros((0, 2))) == 0
+    )
     with pytest.warns(RuntimeWarning, match=r"^call: 2 of 8 examples are NaN$"):
         report_nan("call", results)
     report_nan("call", results[1][:3])
