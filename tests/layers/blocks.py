@@ -3,6 +3,8 @@
 Functions here also make their norms outdated, and compute their parts in NumPy.
 """
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,12 @@ CONTRACTIONS = {
 
 def make(name, scale=4.0):
     """A contraction whose parameters are away from their start, its norms converged; and x [40, ...]."""
+    contraction, x = _made(name, scale)
+    return nnx.clone(contraction), x
+
+
+@cache
+def _made(name, scale):
     constructor, shape = CONTRACTIONS[name]
     contraction = constructor(nnx.Rngs(1))
     rng = np.random.default_rng(2)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from tests.models.test_composed_flow import make_flow
+from tests.models.test_composed_flow import contraction, make_flow
 
 DIM = 100
 EXACT = rf.Exact()
@@ -168,7 +168,7 @@ def test_transformations(flow, typicality):
 def test_fit_takes_every_example_once():
     """The last batch is filled up and cut, keys differ between batches, estimator and condition are used."""
     x, c = jax.random.normal(jax.random.key(1), (7, 3)), jax.random.normal(jax.random.key(2), (7, 2))
-    flow = make_flow((2,))
+    flow = rf.Flow(rf.ResidualBlock(contraction(nnx.Rngs(0), (2,))))
     exact = flow.log_prob(x, condition=c, estimator=EXACT)
     found = rf.Typicality.fit(flow, np.asarray(x), condition=np.asarray(c), estimator=EXACT, batch_size=3)
     np.testing.assert_allclose(found.log_probs, np.sort(exact), rtol=1e-12)

@@ -3,7 +3,7 @@
 A call takes nothing and returns arrays; those that change a flow work on a copy.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -77,32 +77,44 @@ def images():
     return nnx.split(TorchFlow(config, rngs=nnx.Rngs(0)))
 
 
-def of_flow(split, method, *args, **kwargs):
+@cache
+def single_block():
+    """(graphdef, state) of a flow on images with a block alone."""
+    config = rf.ImageFlowConfig((2, 2, 1), blocks=(1,), hidden_channels=2, coefficient=0.5, tail=rf.DenseTail(0))
+    return nnx.split(rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
+
+
+# Flows are given as functions that make them: this module is imported where none of its calls runs, too.
+def of_flow(make, method, *args, **kwargs):
     """A call of a method of a copy of a flow, and the variables of that copy after the call."""
 
     def call():
-        flow = nnx.merge(*split, copy=True)
+        flow = nnx.merge(*make(), copy=True)
         return getattr(flow, method)(*args, **kwargs), nnx.state(flow)
 
     return call
 
 
-def gradient(split, method, *args, **kwargs):
+def gradient(make, method, *args, **kwargs):
     """The gradient of the sum of a method's first output in the parameters of a flow."""
-    graphdef, params, rest = nnx.split(nnx.merge(*split, copy=True), nnx.Param, ...)
 
-    def total(params):
-        out = getattr(nnx.merge(graphdef, params, rest, copy=True), method)(*args, **kwargs)
-        return jnp.sum(jax.tree.leaves(out)[0])
+    def call():
+        graphdef, params, rest = nnx.split(nnx.merge(*make(), copy=True), nnx.Param, ...)
 
-    return lambda: jax.grad(total)(params)
+        def total(params):
+            out = getattr(nnx.merge(graphdef, params, rest, copy=True), method)(*args, **kwargs)
+            return jnp.sum(jax.tree.leaves(out)[0])
+
+        return jax.grad(total)(params)
+
+    return call
 
 
-def training(split, loss, batch, accumulate):
+def training(make, loss, batch, accumulate):
     """Two steps of training, and what follows them."""
 
     def call():
-        flow = nnx.merge(*split, copy=True)
+        flow = nnx.merge(*make(), copy=True)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1e-3, 5)))
         trainer = rf.training.Trainer(nnx.graphdef(flow), loss, optimizer, 0.9, accumulate)
         state = trainer.create_state(flow, Roulette())
@@ -207,15 +219,15 @@ def of_functions():
 def of_flows():
     """Calls of the methods of flows."""
     found = {}
-    plain, pixels = vectors(), images()
     z = np.random.default_rng(4).normal(size=(4, 3))
     for name, estimator in ESTIMATORS.items():
         options = {"key": KEY, "estimator": estimator, "return_diagnostics": True}
-        found[f"log_prob, {name}"] = gradient(plain, "log_prob", X, **options)
+        found[f"log_prob, {name}"] = gradient(vectors, "log_prob", X, **options)
     for name, solver in SOLVERS.items():
-        found[f"inverse, {name}"] = of_flow(plain, "inverse", z, solver=solver, return_status=True)
+        found[f"inverse, {name}"] = of_flow(vectors, "inverse", z, solver=solver, return_status=True)
     for name, options in VECTORS.items():
-        flow, wide = vectors(name), np.pad(z, ((0, 0), (0, options.get("data", rf.VectorTransform()).padding.channels)))
+        flow, padding = partial(vectors, name), options.get("data", rf.VectorTransform()).padding
+        wide = np.pad(z, ((0, 0), (0, padding.channels)))
         found[f"new flow, {name}"] = lambda name=name: vectors.__wrapped__(name)[1]
         found[f"log_prob, {name}"] = gradient(flow, "log_prob", X, key=KEY)
         found[f"inverse, {name}"] = of_flow(flow, "inverse", wide, return_status=True)
@@ -224,36 +236,40 @@ def of_flows():
         found[f"order_loss, {name}"] = gradient(flow, "order_loss")
         found[f"tighten, {name}"] = of_flow(flow, "tighten")
     for method in ("converge_norms", "norm_orders"):
-        found[method] = of_flow(plain, method)
-    found["__call__"] = of_flow(plain, "__call__", X)
-    found["certify"] = lambda: rf.certify(nnx.merge(*plain)).bounds
-    found["update_statistics"] = of_flow(vectors("all layers"), "update_statistics", X)
-    found["inverse, gradient"] = gradient(plain, "inverse", z)
+        found[method] = of_flow(vectors, method)
+    found["__call__"] = of_flow(vectors, "__call__", X)
+    found["certify"] = lambda: rf.certify(nnx.merge(*vectors())).bounds
+    found["update_statistics"] = of_flow(partial(vectors, "all layers"), "update_statistics", X)
+    found["inverse, gradient"] = gradient(vectors, "inverse", z)
     loss = negative_log_likelihood(optax.linear_schedule(0.0, 1.0, 9))
-    found["train"] = training(plain, loss, X, 2)
-    found["train, learned norms"] = training(vectors("learned norms"), loss, X, 1)
-    found["sample"] = of_flow(plain, "sample", KEY, 2)
-    found["sample_and_log_prob"] = gradient(plain, "sample_and_log_prob", KEY, 2)
-    found["inverse_and_log_prob"] = of_flow(plain, "inverse_and_log_prob", z, key=KEY, return_status=True)
-    found["features"] = of_flow(plain, "features", X)
-    found["forward_and_log_prob"] = gradient(plain, "forward_and_log_prob", X, key=KEY)
-    found["anomaly_score"] = lambda: _anomaly(nnx.merge(*plain))
-    found["vector_log_prob"] = lambda: vector_log_prob(nnx.merge(*plain), X, KEY, batch_size=3)
+    found["train"] = training(vectors, loss, X, 2)
+    found["train, learned norms"] = training(partial(vectors, "learned norms"), loss, X, 1)
+    found["sample"] = of_flow(vectors, "sample", KEY, 2)
+    found["sample_and_log_prob"] = gradient(vectors, "sample_and_log_prob", KEY, 2)
+    found["inverse_and_log_prob"] = of_flow(vectors, "inverse_and_log_prob", z, key=KEY, return_status=True)
+    found["features"] = of_flow(vectors, "features", X)
+    found["forward_and_log_prob"] = gradient(vectors, "forward_and_log_prob", X, key=KEY)
+    found["anomaly_score"] = lambda: _anomaly(nnx.merge(*vectors()))
+    found["vector_log_prob"] = lambda: vector_log_prob(nnx.merge(*vectors()), X, KEY, batch_size=3)
 
-    found["images, log_prob"] = gradient(pixels, "log_prob", PIXELS, key=KEY)
-    found["images, sample"] = of_flow(pixels, "sample", KEY, 2)
-    found["images, initialize"] = of_flow(pixels, "initialize", PIXELS)
-    found["images, logits"] = gradient(pixels, "logits", PIXELS)
-    found["images, features"] = of_flow(pixels, "features", PIXELS)
+    found["images, log_prob"] = gradient(images, "log_prob", PIXELS, key=KEY)
+    found["images, sample"] = of_flow(images, "sample", KEY, 2)
+    found["images, initialize"] = of_flow(images, "initialize", PIXELS)
+    found["images, logits"] = gradient(images, "logits", PIXELS)
+    found["images, features"] = of_flow(images, "features", PIXELS)
     options = {"key": KEY, "return_logits": True}
-    found["images, forward_and_log_prob"] = of_flow(pixels, "forward_and_log_prob", PIXELS, **options)
-    found["images, train"] = training(pixels, dequantized_bits_per_dim(4), IMAGES, 1)
+    found["images, forward_and_log_prob"] = of_flow(images, "forward_and_log_prob", PIXELS, **options)
+    found["images, train"] = training(single_block, dequantized_bits_per_dim(4), IMAGES, 1)
     found["evaluate_bits_per_dim"] = lambda: rf.evaluate_bits_per_dim(
-        nnx.merge(*pixels), IMAGES, KEY, levels=4, draws=2, batch_size=3
+        nnx.merge(*images()), IMAGES, KEY, levels=4, draws=2, batch_size=3
     )
-    stateless = rf.interop.stateless.stateless(nnx.merge(*plain).config)
-    found["stateless"] = lambda: stateless.apply(stateless.init(KEY, X), "log_prob", X, key=KEY)
+    found["stateless"] = _stateless
     return found
+
+
+def _stateless():
+    stateless = rf.interop.stateless.stateless(nnx.merge(*vectors()).config)
+    return stateless.apply(stateless.init(KEY, X), "log_prob", X, key=KEY)
 
 
 def _anomaly(flow):

@@ -161,13 +161,10 @@ def test_conditional():
     flow = conditional_flow(nnx.Rngs(0))
     held_out = {"validation": (x[:50], condition[:50])}
     found = rf.fit(flow, x[50:], condition=condition[50:], steps=60, learning_rate=0.05, **held_out, **EXACT)
-    permuted = {"validation": (x[:50], condition[:50][::-1])}
-    _, wrong = rf.fit(flow, x[50:], condition=condition[50:], steps=1, **permuted, **EXACT)
     assert found.history.validation.min() < found.history.validation[0] - 0.2
     own = -np.mean(found.flow.log_prob(x[:50], condition=condition[:50], estimator=rf.Exact()))
     np.testing.assert_allclose(found.history.validation.min(), own, rtol=1e-2)
     assert own < -np.mean(found.flow.log_prob(x[:50], condition=condition[:50][::-1], estimator=rf.Exact()))
-    assert wrong.validation.shape == (1,)
 
 
 def test_images():
