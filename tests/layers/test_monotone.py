@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
+from tests.moving import add_noise
 
 SERIES = rf.Truncated(100, probe="orthogonal", probes=3)  # D probes give exact traces: nothing is random
 X = 0.5 * jax.random.normal(jax.random.key(1), (4, 3))
@@ -28,9 +29,7 @@ def flow(kind):
         return rf.Chain([block, rf.ActNorm((3,))])
 
     made = rf.Flow(rf.ResidualStack(step, 2, rngs=nnx.Rngs(0)))
-    params = nnx.state(made, nnx.Param)
-    keys = iter(jax.random.split(jax.random.key(3), 100))
-    nnx.update(made, jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), params))
+    add_noise(made, 0.3)
     made.converge_norms()
     return made
 

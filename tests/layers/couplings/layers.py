@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import resflow_jax as rf
+from tests.moving import add_noise
 
 IMAGE, GRID = (4, 2, 2), (4, 1)
 MLP = rf.MLPConditioner((6,), "tanh")
@@ -84,13 +86,10 @@ def made(name, layers=LAYERS):
     """A layer with parameters away from their start, x [3, ...] and a condition or None."""
     make, shape = layers[name]
     layer = make(nnx.Rngs(1))
-    leaves, structure = jax.tree.flatten(nnx.state(layer, nnx.Param))
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    moved = [p + 0.25 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    nnx.update(layer, jax.tree.unflatten(structure, moved))
-    x = 2 * jax.random.normal(jax.random.key(2), (3, *shape))
-    own = layer.condition_shape
-    condition = None if own is None else jax.random.normal(jax.random.key(4), (3, *own))
+    rng = np.random.default_rng(3)
+    add_noise(layer, 0.25)
+    x, own = jnp.asarray(2 * rng.normal(size=(3, *shape))), layer.condition_shape
+    condition = None if own is None else jnp.asarray(rng.normal(size=(3, *own)))
     return layer, x, condition
 
 
@@ -100,7 +99,7 @@ def dense_jacobians(layer, x, condition):
     @jax.jit
     def jacobians(x, condition):
         def at(e, c):
-            return jax.jacobian(lambda e: layer(e[None], None if c is None else c[None])[0].ravel())(e)
+            return jax.jacfwd(lambda e: layer(e[None], None if c is None else c[None])[0].ravel())(e)
 
         return jax.vmap(at, in_axes=(0, None if condition is None else 0))(x, condition)
 
