@@ -1,4 +1,4 @@
-"""Bits/dim against wall-clock on all cores: this library as it ships, the papers' settings, and PyTorch.
+"""Bits/dim against wall-clock: this library, normflows and the authors' code.
 
     python -m experiments.studies.wall_clock [digits | fashion_mnist] [--minutes M] [--authors CHECKOUT]
         [--learning-rate R] [--runs NAME ...] [--workdir DIR] ...

@@ -63,7 +63,8 @@ def number_of_overflows(results: Any) -> int:
     """The number of examples whose solution is not finite, or whose other results are NaN.
 
     Args:
-      results: a pytree of concrete arrays [B, ...], the solutions first. A log-density after them may be -inf.
+      results: a pytree of arrays [B, ...], the solutions first. A log-density after them may be -inf. Traced arrays are
+        not looked at, as those of a call under `jax.grad`.
     """
     return _count(results, firsts="isfinite")
 
@@ -77,15 +78,16 @@ def report_nan(what: str, results: Any) -> None:
       what: the name of the call.
       results: what it returns.
     """
-    leaves = jax.tree.leaves(results)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or not (found := _count(leaves)):
-        return
-    warnings.warn(f"{what}: {found} of {leaves[0].shape[0]} examples are NaN", RuntimeWarning, stacklevel=4)
+    if found := _count(results):
+        number = jax.tree.leaves(results)[0].shape[0]
+        warnings.warn(f"{what}: {found} of {number} examples are NaN", RuntimeWarning, stacklevel=4)
 
 
 def _count(results: Any, firsts: str = "isnan") -> int:
     """The number of examples with NaN; in the first array with any value that is not finite if `firsts` says so."""
     leaves = jax.tree.leaves(results)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return 0
     if all(map(_is_on_one_cpu, leaves)):
         return int(_examples(np, [np.asarray(leaf) for leaf in leaves], firsts))
     return int(_counted(leaves, firsts))

@@ -71,8 +71,11 @@ class InvertibleLinear(Bijector):
         unit = xp.eye(*lower.shape, dtype=lower.dtype)
         return xp.tril(lower, -1) + unit, xp.triu(upper, 1) + xp.diag(sign * xp.exp(log_scale))
 
-    def weight(self, dtype: Any = None) -> Array:
-        """W, [dim, dim], by default in the dtype of the parameters."""
+    def weight(self) -> Array:
+        """W, [dim, dim]."""
+        return self._weight(self.lower.dtype)
+
+    def _weight(self, dtype: Any) -> Array:
         lower, upper = self._factors(dtype=dtype)
         # Full precision also on accelerators that multiply float32 coarsely, since the solves of the inverse are exact.
         product = jnp.matmul(lower, upper, precision="highest")
@@ -82,7 +85,7 @@ class InvertibleLinear(Bijector):
         return ends_in(shape, (self.dim,))
 
     def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        weight = self.weight(jnp.result_type(x, self.lower[...]))
+        weight = self._weight(jnp.result_type(x, self.lower[...]))
         return jnp.matmul(x.astype(weight.dtype), weight, precision="highest"), scaling_log_det(self.log_scale[...], x)
 
     def invert(self, y: Array, condition: Array | None = None) -> Array:

@@ -312,7 +312,8 @@ class Flow(FlowParts, FlowSampling, FlowUpkeep):
         with self._checked_input(x, condition) as (x, condition):
             graphdef, state = nnx.split(self)
             found = run(function, (graphdef,), state, x, key, estimator, condition)
-        report_nan(f"{type(self).__name__}.{function.__name__[1:]}", found[:-1])
+        arrays = [part for part in found if isinstance(part, jax.Array)]  # all but the diagnostics
+        report_nan(f"{type(self).__name__}.{function.__name__[1:]}", arrays)
         return found if diagnosed else found[:-1]
 
     def base_log_prob(self, z: Array, condition: Array | None = None) -> Array:

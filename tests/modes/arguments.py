@@ -100,6 +100,7 @@ def _classes():
     config |= {"matmul_dtype": None, "between": rf.BetweenBlocks(), "norms": rf.Norms()}
     config |= {"densenet": rf.DenseNetBlocks(), "block": "residual"}
     image = {"data": rf.ImageTransform(), "tail": rf.DenseTail(), "scales": rf.Scales()}
+    noise = rf.VariationalDequantization((2, 2, 1), 1, 2, rngs=rngs())
     return {
         "ActNorm": {"shape": (3,)},
         "Activation": {"name": "a", "function": lambda p, x: x, "initial": (), "group": 1, **slopes},
@@ -130,16 +131,14 @@ def _classes():
         "DenseMap": {"features_in": 3, "features_out": 3, "matmul_dtype": None},
         "DenseNet": {"shape": (3,), "depth": 1, "growth": 2, "first": None, "kernel": 3, "padding": "zero", **net},
         "DenseNetBlocks": {"depth": 0, "growth": 4},
-        "DenseTail": {
-            **{"blocks": 1, "hidden": 2, "layers": 2, "norms": None},
-            **{"densenet_first": 2, "densenet_growth": 2},
-        },
+        "DenseTail": {"blocks": 1, "hidden": 2, "layers": 2, "norms": None}
+        | {"densenet_first": 2, "densenet_growth": 2},
         "DiagonalNormal": {"event_shape": (3,), **size},
         "Exact": {"chunk_size": 4},
         "Fitted": {"table": jnp.array([1.0, 0.5]), "lipschitz": None},
         "FixedPoint": solver,
         "Flatten": {"shape": (2, 2, 1)},
-        "Flow": {"bijector": rf.ActNorm((3,)), "base": None, "event_shape": (3,)},
+        "Flow": {"bijector": rf.ActNorm((1,)), "base": None, "event_shape": (2, 2, 1), "dequantizer": noise},
         "Geometric": {"p": 0.5},
         "ImageFlowConfig": {
             "shape": (4, 4, 1),

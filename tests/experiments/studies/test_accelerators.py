@@ -6,6 +6,7 @@ import math
 import subprocess
 from dataclasses import asdict, replace
 
+import jax
 import pytest
 
 import resflow_jax as rf
@@ -28,6 +29,16 @@ from experiments.studies.parts.accelerator_steps import (
     libtpu,
     settings_of,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_lines_of_the_source():
+    """Loops are told apart by them, and the settings of the tests leave them out."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 10)
+    yield
+    jax.config.update("jax_traceback_in_locations_limit", before)
+
 
 CASE = StepCase("digits_uniform", "train", "cpu", 1, "replicated", 4, tiny=True)
 SAID = {
