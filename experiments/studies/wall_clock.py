@@ -45,7 +45,7 @@ import tyro
 from experiments.runs.command import NamedCommand, Output
 from experiments.runs.workdir import make_workdir, write_atomically
 from experiments.studies.parts.class_runs import markdown_table
-from experiments.studies.parts.wall_clock_run import RUNS, Settings
+from experiments.studies.parts.wall_clock_run import PEERS, RUNS, Settings
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 
 SECONDS = (10, 30, 60, 120, 300, 600, 1800)
@@ -101,7 +101,7 @@ class WallClockConfig:
 
     def _lack(self, name: str) -> str | None:
         """What a run needs that is not there, in words."""
-        if name in ("normflows", "authors") and (find_spec("normflows") is None or find_spec("torch") is None):
+        if name in PEERS and (find_spec("normflows") is None or find_spec("torch") is None):
             return f"{name} needs torch and normflows: pip install resflow_jax[bench]"
         if name == "authors" and self.authors is None:
             return "authors needs a copy of rtqichen/residual-flows: --authors CHECKOUT"

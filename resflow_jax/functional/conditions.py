@@ -42,10 +42,8 @@ def as_condition(condition: Any, name: str, x: Array) -> Any:
 
 def check_map(g: Any, condition: Any) -> None:
     """Raises ValueError unless g takes (params, x), or (params, x, condition) where there is a condition."""
-    check_callable("g", g)
-    try:
-        signature = inspect.signature(g)
-    except (TypeError, ValueError):  # builtins and some objects have no signature
+    signature = _signature("g", g)
+    if signature is None:
         return
     if condition is None and not _takes(signature, 2):
         if _takes(signature, 3):
@@ -57,13 +55,18 @@ def check_map(g: Any, condition: Any) -> None:
 
 def check_arguments(name: str, function: Any, arguments: tuple[str, ...]) -> None:
     """Raises ValueError unless a function or a module can be called with these arguments, by position."""
+    signature = _signature(name, function)
+    if signature is not None and not _takes(signature, len(arguments)):
+        raise ValueError(f"{name}: expected one that is called with ({', '.join(arguments)}), got one of {signature}")
+
+
+def _signature(name: str, function: Any) -> inspect.Signature | None:
+    """The signature of a callable; None for builtins and other objects that have none. ValueError if it is none."""
     check_callable(name, function)
     try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # builtins and some objects have no signature
-        return
-    if not _takes(signature, len(arguments)):
-        raise ValueError(f"{name}: expected one that is called with ({', '.join(arguments)}), got one of {signature}")
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
 
 
 def _takes(signature: inspect.Signature, count: int) -> bool:
