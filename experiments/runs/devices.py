@@ -1,13 +1,13 @@
 """The devices that a command runs on, XLA's flags for them, and the cache of compiled programs."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, Mesh
 
 from resflow_jax.functional.primitives.platforms import number_of_cores
+from resflow_jax.training.xla_flags import CPU_FLAGS, add_cpu_flags
 
 
 def use_compilation_cache() -> None:
@@ -33,35 +33,13 @@ def cores_for(batch_size: int) -> int:
     return _most_sharing(batch_size, number_of_cores())
 
 
-_XLA_FLAGS = {
-    "xla_backend_optimization_level": "1",
-    "xla_backend_extra_options": "xla_cpu_use_multi_output_fusion=true,xla_cpu_flatten_after_fusion=true,"
-    "xla_cpu_disable_loop_unrolling=true",
-    "xla_cpu_multi_thread_eigen": "false",
-}
-
-
 def use_xla_flags() -> None:
     """Sets those flags of XLA's CPU compiler that the user has not set, unless there is an accelerator.
 
-    Call it before JAX starts.
-
-    LLVM's optimisation level 1, no loop unrolling, and fusions with several outputs halve the compilation time of a
-    step; the fusions also make the step a little faster. Each core is a device, so Eigen need not use several threads.
+    Call it before JAX starts. Besides the flags of `rf.use_cpu_flags` it keeps Eigen to one thread, since each core is
+    a device.
     """
-    if not _is_for_cpu():
-        return
-    flags = os.environ.get("XLA_FLAGS", "")
-    for name, value in _XLA_FLAGS.items():
-        if name not in flags:
-            flags += f" --{name}={value}"
-    os.environ["XLA_FLAGS"] = flags.strip()
-
-
-def _is_for_cpu() -> bool:
-    """Whether JAX will run on the CPU: there is no other platform, or the user asks for it. Does not start JAX."""
-    asked = os.environ.get("JAX_PLATFORMS", "")
-    return asked == "cpu" if asked else not any(map(find_spec, ("jax_plugins", "libtpu")))
+    add_cpu_flags(CPU_FLAGS | {"xla_cpu_multi_thread_eigen": "false"})
 
 
 def devices_for(batch_size: int) -> int:

@@ -1,14 +1,12 @@
 """The benchmark on a tiny case: its table and file, compilation from the cache, bad input; exponents of known laws."""
 
 import json
-import os
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import benchmark
-from experiments.runs import devices
 from experiments.studies import scaling
 from experiments.studies.parts import competitors
 from resflow_jax import DenseTail, ImageFlowConfig
@@ -133,33 +131,6 @@ def test_exponents(monkeypatch, tmp_path):
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"name: expected one of depth, .*; got 'height'"):
         scaling.varied("height", 2)
-
-
-def test_flags_of_the_user_stay(monkeypatch):
-    """A flag that the user has set is kept; the others are added once."""
-    from experiments.runs.devices import use_xla_flags
-
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
-    use_xla_flags()
-    use_xla_flags()
-    level, options, threads = os.environ["XLA_FLAGS"].split()
-    assert level == "--xla_backend_optimization_level=3" and threads == "--xla_cpu_multi_thread_eigen=false"
-    assert options.startswith("--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true,")
-
-
-def test_an_accelerator_gets_no_flags_of_the_cpu(monkeypatch):
-    """Where JAX would find one, or the user asks for one; none, or asking for the CPU, is what they are for."""
-    monkeypatch.setattr(devices, "find_spec", lambda name: object() if name == "jax_plugins" else None)
-    for platforms, expected in (("", False), ("cuda", False), ("cpu", True)):
-        monkeypatch.setenv("XLA_FLAGS", "")
-        monkeypatch.setenv("JAX_PLATFORMS", platforms)
-        devices.use_xla_flags()
-        assert bool(os.environ["XLA_FLAGS"]) is expected
-    monkeypatch.setattr(devices, "find_spec", lambda name: None)
-    monkeypatch.setenv("JAX_PLATFORMS", "")
-    devices.use_xla_flags()
-    assert os.environ["XLA_FLAGS"]
 
 
 def test_two_steps_of_two_sizes(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ ad, batching, mlir                  the registries for the rules of an operation
 ClosedJaxpr, Jaxpr, Literal         traced programs, which `tracing` compares
 jaxpr_as_fun                        runs a traced program
 is_divided                          whether the compiler divides a program among devices, which JAX tells no one else
+has_started                         whether JAX has started its backends, which read their flags then
 running_trace, EvalTrace            the trace that is running, for which there is no public interface
 WrappedFun                          JAX's wrapper of a derivative rule, which `tracing` compares
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 from jax._src import core
 from jax._src.linear_util import WrappedFun
+from jax._src.xla_bridge import backends_are_initialized as has_started
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
@@ -45,6 +47,7 @@ __all__ = [
     "WrappedFun",
     "ad",
     "batching",
+    "has_started",
     "is_divided",
     "jaxpr_as_fun",
     "mlir",
