@@ -7,7 +7,7 @@ output has the input's spatial size. Beyond the ends of the grid x is zero, or p
 TPUs the lowering is one `lax.conv_general_dilated`. XLA's convolution on a CPU, above all its weight gradient, is up
 to ten times slower than a matrix product, so there the sum is one matrix product:
 
-  fewer channels in:   concatenate the kh*kw shifted copies of x, then one product;
+  fewer channels in:   concatenate the kh*kw shifted copies of x, axis by axis, then one product;
   fewer channels out:  one product to kh*kw*O channels, then add the shifted copies.
 
 In three dimensions, for 27 taps, this is up to 30 times faster than XLA if one side has one channel, and three times
@@ -157,8 +157,9 @@ def convolve_matmul(
     if channels_in <= channels_out:
         return _outer(_patches(x, sides, padding), kernel.reshape(-1, channels_out), matmul_dtype)
     to_all_taps = jnp.moveaxis(kernel, -2, 0).reshape(channels_in, -1)
-    shifts = _shifts(_outer(x, to_all_taps, matmul_dtype), sides, padding)
-    return sum(shift[..., n * channels_out : (n + 1) * channels_out] for n, shift in enumerate(shifts))
+    all_taps = _padded(_outer(x, to_all_taps, matmul_dtype), sides, padding)
+    taps = jnp.split(all_taps, math.prod(sides), axis=-1)
+    return sum(_window(tap, offset, x.shape[1:-1]) for tap, offset in zip(taps, np.ndindex(*sides), strict=True))
 
 
 def correlate_matmul(
@@ -191,15 +192,25 @@ def _has_thin_side(*shape: int) -> bool:
 
 
 def _patches(x: Array, sides: Sequence[int], padding: str) -> Array:
-    """[B, *size, taps * C]: the neighbourhood of every pixel."""
-    return x if math.prod(sides) == 1 else jnp.concatenate(_shifts(x, sides, padding), axis=-1)
+    """[B, *size, taps * C]: the neighbourhood of every pixel, with the taps in the order of a kernel's axes.
+
+    Copies along one axis after the other, the last one first, are fewer than one for each tap, and their runs of
+    neighbouring numbers are longer. That is up to twice as fast, and XLA compiles half as many kernels.
+    """
+    for axis in reversed(range(len(sides))):
+        along = [sides[axis] if n == axis else 1 for n in range(len(sides))]
+        if sides[axis] > 1:
+            x = jnp.concatenate([_shifted(x, along, offset, padding) for offset in np.ndindex(*along)], axis=-1)
+    return x
 
 
-def _shifts(x: Array, sides: Sequence[int], padding: str) -> list[Array]:
-    """x[b, i + di - kh//2, j + dj - kw//2, c] for every offset (di, dj) of the kernel."""
-    padded = _padded(x, sides, padding)
-    windows = ([slice(d, d + n) for d, n in zip(offset, x.shape[1:-1], strict=True)] for offset in np.ndindex(*sides))
-    return [padded[:, *window] for window in windows]
+def _shifted(x: Array, sides: Sequence[int], offset: Sequence[int], padding: str) -> Array:
+    """x[b, i + di - kh//2, j + dj - kw//2, c] for one offset (di, dj) of a kernel with these sides."""
+    return _window(_padded(x, sides, padding), offset, x.shape[1:-1])
+
+
+def _window(padded: Array, offset: Sequence[int], size: Sequence[int]) -> Array:
+    return padded[:, *(slice(d, d + n) for d, n in zip(offset, size, strict=True))]
 
 
 def _padded(x: Array, sides: Sequence[int], padding: str) -> Array:
