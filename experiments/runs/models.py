@@ -84,7 +84,8 @@ def tiny_model(model: Any) -> Any:
         return replace(model, squeezes=min(1, model.squeezes), tolerance=1e-2)
     scales = {name: min(1, getattr(model.scales, name)) for name in ("squeezes", "checkerboard", "last")}
     data = tiny_transform(model.data) if len(model.shape) == 3 else model.data
-    return replace(model, couplings=1, pieces=2, scales=replace(model.scales, **scales), data=data)
+    pieces = 2 if model.coupling in ("spline", "mixture") else model.pieces
+    return replace(model, couplings=1, pieces=pieces, scales=replace(model.scales, **scales), data=data)
 
 
 def tiny_transform(data: ImageTransform) -> ImageTransform:

@@ -66,8 +66,8 @@ class CouplingFlowConfig(OfEvents):
       coupling: "additive", "affine", "spline" or "mixture".
       couplings: number of coupling layers; for images, on the channels of each scale, after its squeeze.
       conditioner: settings of the networks.
-      scale: of "affine": "exp" or "sigmoid"; see `AffineCoupling`.
-      pieces: bins of "spline", components of "mixture".
+      scale: of "affine" alone: "exp" or "sigmoid"; see `AffineCoupling`.
+      pieces: bins of "spline", components of "mixture"; of these alone.
       linear: whether an invertible linear layer (on images a 1x1 convolution) precedes each coupling layer. Without it
         kept and moved elements are exchanged in turn.
       actnorm: whether an `ActNorm` precedes each coupling layer. Without it a learned scale of every element is last.
@@ -111,6 +111,10 @@ class CouplingFlowConfig(OfEvents):
         if self.coupling == "spline" and self.pieces > MOST_BINS:
             raise ValueError(f"pieces: expected at most {MOST_BINS} of a spline, got {self.pieces}")
         check_flags(self)
+        for name, default, couplings in (("scale", "exp", ("affine",)), ("pieces", 8, ("spline", "mixture"))):
+            if getattr(self, name) != default and self.coupling not in couplings:
+                expected = f"{default!r} where coupling is not {' or '.join(map(repr, couplings))}"
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r} for {self.coupling!r}")
         for name, kinds in (("conditioner", get_args(Network)), ("scales", (CouplingScales,))):
             if not isinstance(getattr(self, name), kinds):
                 expected = " or ".join(kind.__name__ for kind in kinds)

@@ -155,6 +155,8 @@ def test_tabulate():
         (lambda: Coupling((4, 4)), r"shape: expected \(D,\) for vectors or \(H, W, C\)"),
         (lambda: Coupling((4,), "cubic"), "coupling: expected one of additive"),
         (lambda: Coupling((4,), scale="tanh"), "scale: expected one of exp"),
+        (lambda: Coupling.neural_spline((4,), scale="sigmoid"), "scale: expected 'exp' where coupling is not 'affine'"),
+        (lambda: Coupling((4,), pieces=9), "pieces: expected 8 where coupling is not 'spline' or 'mixture', got 9 for"),
         (lambda: Coupling((4,), couplings=0), "couplings: expected"),
         (lambda: Coupling((4,), "spline", pieces=1), "pieces: expected"),
         (lambda: Coupling((4,), "spline", pieces=501), "pieces: expected at most 500 of a spline, got 501"),
