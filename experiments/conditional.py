@@ -83,6 +83,8 @@ class TaskConfig:
         check_choice("optimizer.name", self.optimizer.name, ("adam",))
         if self.optimizer.accumulate != 1:
             raise ValueError(f"optimizer.accumulate: expected 1, got {self.optimizer.accumulate}")
+        if self.optimizer.reversible:
+            raise ValueError("optimizer.reversible: expected False, got True")
         for name, expected in (("dim", self.simulator.dim), ("condition_dim", self.simulator.x_dim)):
             if getattr(self.model, name) != expected:
                 raise ValueError(

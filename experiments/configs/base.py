@@ -39,7 +39,7 @@ class DataConfig:
       dir: directory of TensorFlow data sets; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
       size: side of the crops of "photographs", in pixels.
       channels: channels of the crops of "photographs": 3 for colour, 1 for grey.
-      bits: bits kept of each 8-bit pixel value, the most significant ones.
+      bits: bits kept of each 8-bit pixel value, the most significant ones; "digits" have 17 levels, and take 8 alone.
       flip: mirror each training image left to right with probability 1/2.
       crop: maximum random shift of training images in pixels; the border is filled by reflection.
       threads: number of threads that read training images, in each worker.
@@ -64,6 +64,8 @@ class DataConfig:
         check_count("workers", self.workers, 0)
         check_count("crop", self.crop, 0)
         check_bits(self.bits)
+        if self.name == "digits" and self.path is None and self.bits != 8:
+            raise ValueError(f"data.bits: expected 8 for digits, which have 17 levels, got {self.bits}")
 
 
 @dataclass(frozen=True)

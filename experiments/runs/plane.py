@@ -60,6 +60,8 @@ class PlaneConfig:
         if self.model.dim != 2:
             raise ValueError(f"model.dim: expected 2, got {self.model.dim}")
         check_count("log_every", self.log_every, 1)
+        if self.optimizer.reversible:
+            raise ValueError("optimizer.reversible: expected False for a flow that is fitted by samples, got True")
         if self.steps % self.optimizer.accumulate:
             raise ValueError(
                 f"optimizer.accumulate: expected a divisor of {self.steps}, the number of steps, got "

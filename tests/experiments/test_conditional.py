@@ -218,6 +218,10 @@ def test_bits_per_dim_of_every_class():
             "optimizer.name: expected one of adam; got 'sgd'",
         ),
         (
+            lambda: replace(TINY.two_moons, optimizer=OptimizerConfig(reversible=True)),
+            "optimizer.reversible: expected False, got True",
+        ),
+        (
             lambda: DigitsConfig(model=replace(IMAGES, condition_dim=10)),
             "digits.model.condition_dim: expected None",
         ),

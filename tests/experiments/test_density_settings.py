@@ -6,7 +6,7 @@ import pytest
 
 from experiments import density
 from experiments.configs import CONFIGS
-from experiments.configs.base import OptimizerConfig
+from experiments.configs.base import DataConfig, OptimizerConfig
 from experiments.configs.tiny import tiny as tiny_config
 from experiments.runs import launch
 from resflow_jax import (
@@ -81,6 +81,13 @@ def test_bad_optimizer_settings_are_named(arguments, message):
     """Settings that cannot train name the argument, what was expected and what came."""
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**arguments)
+
+
+def test_bits_of_the_digits(tmp_path):
+    """Their 17 levels stay; files named in their place have any number of bits."""
+    with pytest.raises(ValueError, match=r"data\.bits: expected 8 for digits, which have 17 levels, got 5"):
+        DataConfig("digits", bits=5)
+    assert DataConfig("digits", path=tmp_path, bits=5).bits == 5
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_a_solve_that_fails_stops_the_run(tmp_path, monkeypatch):
         ({"annealing": -1}, "annealing: expected an integer of at least 0, got -1"),
         ({"estimator": "truncated"}, "estimator: expected Exact, Truncated or Roulette, .* got 'truncated'"),
         ({"model": VectorFlowConfig(dim=3)}, "model.dim: expected 2, got 3"),
+        ({"optimizer": OptimizerConfig(reversible=True)}, "optimizer.reversible: expected False for a flow that"),
     ],
 )
 def test_bad_settings_are_named(setting, message):
