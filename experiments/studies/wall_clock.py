@@ -12,7 +12,7 @@ trains residual flows one after the other, each in a process of its own, and jud
     authors    the flow of NAME_uniform in the authors' PyTorch code, of which CHECKOUT is a copy
 
 The last three have the papers' Adam with the constant learning rate R, without its warm-up of 1000 updates, which would
-be most of such a run. All have batches of 64.
+be most of such a run, and go on until the clock ends them. All have batches of 64.
 
 The clock stands still while a flow is judged. For this library it starts with the process: imports, the reading of
 data, initialisation and compilation count, without a cache of compiled programs. For PyTorch it starts with the first

@@ -36,6 +36,7 @@ from resflow_jax import Estimate
 SHIPPED, PAPERS, PEERS = "shipped", "papers", ("normflows", "authors")
 RUNS = (SHIPPED, PAPERS, *PEERS)
 WEIGHTS = ("averaged", "current")
+MOST_STEPS = 10**6  # of a run with a constant learning rate, which the clock ends
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Settings:
             config = CONFIGS[self.data]
         else:
             optimizer = replace(OPTIMIZER, learning_rate=self.learning_rate, warmup=0)
-            config = replace(CONFIGS[f"{self.data}_uniform"], estimator=ESTIMATOR, optimizer=optimizer)
+            uniform = CONFIGS[f"{self.data}_uniform"]
+            config = replace(uniform, estimator=ESTIMATOR, optimizer=optimizer, steps=MOST_STEPS)
         config = replace(config, data=replace(config.data, dir=self.data_dir), seed=self.seed)
         return tiny(config) if self.small else config
 

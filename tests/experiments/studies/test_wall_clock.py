@@ -108,6 +108,7 @@ def test_configs():
     config = replace(settings, run="authors", learning_rate=2e-3).config()
     assert config.model == CONFIGS["digits_uniform"].model and config.estimator == CONFIGS["cifar10"].estimator
     assert config.optimizer == replace(CONFIGS["cifar10"].optimizer, learning_rate=2e-3, warmup=0)
+    assert config.steps == 10**6  # the clock ends it
 
 
 def test_table():
