@@ -26,6 +26,7 @@ from resflow_jax import (
     ResNetConditioner,
     VectorFlowConfig,
 )
+from resflow_jax.models.coupling_config import IN_PIECES
 
 Residual = ImageFlowConfig | VectorFlowConfig
 Make = Callable[[Any], Any]  # from the config of a residual flow to that of another model
@@ -84,7 +85,7 @@ def tiny_model(model: Any) -> Any:
         return replace(model, squeezes=min(1, model.squeezes), tolerance=1e-2)
     scales = {name: min(1, getattr(model.scales, name)) for name in ("squeezes", "checkerboard", "last")}
     data = tiny_transform(model.data) if len(model.shape) == 3 else model.data
-    pieces = 2 if model.coupling in ("spline", "mixture") else model.pieces
+    pieces = 2 if model.coupling in IN_PIECES else model.pieces
     return replace(model, couplings=1, pieces=pieces, scales=replace(model.scales, **scales), data=data)
 
 

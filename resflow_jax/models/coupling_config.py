@@ -13,6 +13,7 @@ from resflow_jax.models.recipe_checks import OfEvents, as_event_shape, check_sha
 
 CouplingName = Literal["additive", "affine", "spline", "mixture"]
 COUPLINGS = get_args(CouplingName)
+IN_PIECES = ("spline", "mixture")  # couplings that have bins or components
 Network = MLPConditioner | CNNConditioner | ResNetConditioner
 Shape = tuple[int, ...]
 
@@ -111,7 +112,7 @@ class CouplingFlowConfig(OfEvents):
         if self.coupling == "spline" and self.pieces > MOST_BINS:
             raise ValueError(f"pieces: expected at most {MOST_BINS} of a spline, got {self.pieces}")
         check_flags(self)
-        for name, default, couplings in (("scale", "exp", ("affine",)), ("pieces", 8, ("spline", "mixture"))):
+        for name, default, couplings in (("scale", "exp", ("affine",)), ("pieces", 8, IN_PIECES)):
             if getattr(self, name) != default and self.coupling not in couplings:
                 expected = f"{default!r} where coupling is not {' or '.join(map(repr, couplings))}"
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r} for {self.coupling!r}")

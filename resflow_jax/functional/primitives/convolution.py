@@ -200,16 +200,13 @@ def _patches(x: Array, sides: Sequence[int], padding: str) -> Array:
     for axis in reversed(range(len(sides))):
         along = [sides[axis] if n == axis else 1 for n in range(len(sides))]
         if sides[axis] > 1:
-            x = jnp.concatenate([_shifted(x, along, offset, padding) for offset in np.ndindex(*along)], axis=-1)
+            padded, size = _padded(x, along, padding), x.shape[1:-1]
+            x = jnp.concatenate([_window(padded, offset, size) for offset in np.ndindex(*along)], axis=-1)
     return x
 
 
-def _shifted(x: Array, sides: Sequence[int], offset: Sequence[int], padding: str) -> Array:
-    """x[b, i + di - kh//2, j + dj - kw//2, c] for one offset (di, dj) of a kernel with these sides."""
-    return _window(_padded(x, sides, padding), offset, x.shape[1:-1])
-
-
 def _window(padded: Array, offset: Sequence[int], size: Sequence[int]) -> Array:
+    """x[b, i + di - kh//2, j + dj - kw//2, c] of the padded x for one offset (di, dj) of the kernel."""
     return padded[:, *(slice(d, d + n) for d, n in zip(offset, size, strict=True))]
 
 
