@@ -17,7 +17,6 @@ from resflow_jax import (
 )
 from resflow_jax.data.images import check_bits
 from resflow_jax.functional.checks import check_choice, check_count, check_finite, check_open_interval, check_positive
-from resflow_jax.training.evaluation import MEAN_ESTIMATOR
 from resflow_jax.training.parallel import PARAMETERS, STRATEGIES, Parameters, Strategy
 
 OptimizerName = Literal["adam", "adamax", "adamw", "sgd"]
@@ -168,7 +167,7 @@ class EvaluationConfig:
         early.
     """
 
-    estimator: Estimator = MEAN_ESTIMATOR
+    estimator: Estimator = Roulette()
     draws: int = 10
     examples: int = 10000
     every: int = 200

@@ -59,6 +59,7 @@ from experiments.studies.parts.hlo import Computation, Instruction, Program, kno
 from experiments.studies.parts.hlo_costs import cost
 from resflow_jax import Estimator, Exact, Truncated
 from resflow_jax.functional.checks import check_count
+from resflow_jax.functional.estimators import subsampling
 from resflow_jax.io.config_json import as_json
 
 NOTE = "What XLA's compiler says of its programs, and published peaks: nothing here is a measurement."
@@ -273,7 +274,7 @@ def mean_terms(estimator: Estimator) -> float:
     law = estimator.length
     law = law.within(LIPSCHITZ) if hasattr(law, "within") else law
     survival = (float(law.survival(k)) for k in range(1, 400))
-    exact = estimator.exact_terms if estimator.subsample == 1 else 0  # these have a loop of their own
+    exact = estimator.exact_terms if subsampling(estimator) == 1 else 0  # these have a loop of their own
     return exact + math.fsum(1 - (1 - p) ** estimator.samples for p in survival)
 
 

@@ -36,32 +36,42 @@ from experiments.runs.workdir import write_atomically
 from experiments.studies.parts.competitors import TRAINING
 from experiments.studies.parts.estimator_targets import Target, flow_target, synthetic_targets
 from experiments.studies.parts.trained import NAMES, trained_runs
-from resflow_jax import Defensive, Fitted, Geometric, Roulette, fit_lengths
+from resflow_jax import Defensive, Fitted, Geometric, LengthLaw, Roulette, fit_lengths
 from resflow_jax.functional.checks import check_choice, check_count
+from resflow_jax.functional.estimators import Probe, subsampling
 from resflow_jax.training.parallel import STRATEGIES, Strategy
 
 Array = jax.Array
 
 PAPERS = "papers: power series, Poisson(2) + 2, Gaussian"
+PLAIN = "no exact terms, Rademacher probes"
+FITTED = "the same with fitted lengths"
 DEFAULT = "default: Roulette()"
-FITTED = "default with fitted lengths"
-SPREAD = "Hadamard, 1 exact term, Defensive(0.4) for 1 of 4"
 REFERENCE = "no roulette: 40 terms (noise of the probes)"
 TERMS = 24
+
+
+def _independent(length: LengthLaw, exact_terms: int = 0, probe: Probe = "rademacher", **options) -> Roulette:
+    """A roulette all of whose examples have all terms, by default with independent probes."""
+    return Roulette(length, exact_terms, probe=probe, subsample=1, **options)
+
+
 ESTIMATORS: dict[str, Roulette] = {
     PAPERS: TRAINING,
-    "power series, Geometric(0.5) + 2": Roulette(Geometric(0.5), exact_terms=2, minres_steps=0),
-    "2 minimal-residual steps, then power series": Roulette(Geometric(0.5), exact_terms=2, minres_steps=2),
-    "minimal residual, Geometric(0.5) + 2": Roulette(Geometric(0.5), exact_terms=2),
+    "power series, Geometric(0.5) + 2": _independent(Geometric(0.5), exact_terms=2, minres_steps=0),
+    "2 minimal-residual steps, then power series": _independent(Geometric(0.5), exact_terms=2, minres_steps=2),
+    "minimal residual, Geometric(0.5) + 2": _independent(Geometric(0.5), exact_terms=2),
+    PLAIN: _independent(Defensive()),
+    FITTED: _independent(Defensive()),
+    "the same, 2 probes": _independent(Defensive(), probes=2),
+    "the same, 2 orthogonal probes": _independent(Defensive(), probe="orthogonal", probes=2),
+    "the same with Hadamard probes": _independent(Defensive(), probe="hadamard"),
+    "1 exact term, then 1 of 4": Roulette(exact_terms=1, subsample=4),
+    "2 exact terms, then 1 of 4": Roulette(exact_terms=2, subsample=4),
+    "3 exact terms, then 1 of 4": Roulette(exact_terms=3, subsample=4),
+    "3 exact terms, then all": Roulette(exact_terms=3, subsample=1),
     DEFAULT: Roulette(),
-    FITTED: Roulette(),
-    "default, 2 probes": Roulette(probes=2),
-    "default, 2 orthogonal probes": Roulette(probe="orthogonal", probes=2),
-    "default with Hadamard probes": Roulette(probe="hadamard"),
-    SPREAD: Roulette(Defensive(0.4), exact_terms=1, subsample=4, probe="hadamard"),
-    "the same, 2 exact terms": Roulette(Defensive(0.4), exact_terms=2, subsample=4, probe="hadamard"),
-    "the same, 3 exact terms": Roulette(Defensive(0.4), exact_terms=3, subsample=4, probe="hadamard"),
-    REFERENCE: Roulette(Geometric(0.999), exact_terms=39),
+    REFERENCE: _independent(Geometric(0.999), exact_terms=39),
 }
 TARGETS = ("synthetic", "digits", "fashion_mnist")
 # The variances that a user can notice, as fields of a measurement, and their heads in the table.
@@ -87,7 +97,7 @@ class EstimatorsConfig:
       fashion_mnist: the same for fashion_mnist.
       seed: random seed of batch, noise and keys.
       parallel: how training steps are divided among devices, as in `experiments.density`.
-      small: whether to use only one spectrum, three estimators and the flows of `--tiny`.
+      small: whether to use only one spectrum, four estimators and the flows of `--tiny`.
     """
 
     workdir: Path = Path("runs/estimators")
@@ -201,19 +211,19 @@ def find_targets(config: EstimatorsConfig) -> Iterator[Target]:
 
 
 def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measurement]:
-    """Measures every estimator on one target; the fitted one is fitted to the term norms of the default."""
+    """Measures every estimator on one target; the fitted one is fitted to the term norms of the one before it."""
     results: dict[str, Measurement] = {}
     moments: dict[tuple[int | None, str], tuple[np.ndarray, float]] = {}
     norms = None
     for name, estimator in ESTIMATORS.items():
-        if config.small and name not in (PAPERS, DEFAULT, FITTED):
+        if config.small and name not in (PAPERS, PLAIN, FITTED, DEFAULT):
             continue
         if name == FITTED:
             estimator = dataclasses.replace(estimator, length=fit_lengths(norms, batch_size=target.batch_size))
         measured, found = measure(target, estimator, jax.random.key(config.seed))
-        if name == DEFAULT:
+        if name == PLAIN:
             norms = found
-        if estimator.probes == estimator.subsample == 1 and name not in (REFERENCE, FITTED):
+        if estimator.probes == subsampling(estimator) == 1 and name not in (REFERENCE, FITTED):
             series = estimator.minres_steps, estimator.probe
             if series not in moments:
                 moments[series] = length_moments(target, estimator, jax.random.key(config.seed + 1), config.probes)

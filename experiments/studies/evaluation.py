@@ -37,19 +37,19 @@ from experiments.studies.parts.trained import NAMES, trained_flow, trained_runs
 from resflow_jax import Defensive, Flow, Roulette
 from resflow_jax.data.images import to_unit_interval
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.training.evaluation import MEAN_ESTIMATOR
 
 Array = jax.Array
 
 PAPERS = "papers, training: Poisson(2), 2 exact terms"
-DEFAULT = "default: 2 exact terms, then 1 of 4, Hadamard"
+DEFAULT = "default: Roulette()"
 ESTIMATORS: dict[str, Roulette] = {
     PAPERS: TRAINING,
     "papers, evaluation: Poisson(2), 20 exact terms": EVALUATION,
-    "Roulette()": Roulette(),
-    "Roulette(exact_terms=8)": Roulette(exact_terms=8),
-    "1 exact term, then 1 of 4, Hadamard": Roulette(Defensive(0.4), exact_terms=1, subsample=4, probe="hadamard"),
-    DEFAULT: MEAN_ESTIMATOR,
+    "no exact terms, Rademacher probes": Roulette(Defensive(), exact_terms=0, probe="rademacher"),
+    "1 exact term, then 1 of 4": Roulette(exact_terms=1, subsample=4),
+    "2 exact terms, then 1 of 4": Roulette(exact_terms=2, subsample=4),
+    DEFAULT: Roulette(),
+    "8 exact terms": Roulette(exact_terms=8),
 }
 
 

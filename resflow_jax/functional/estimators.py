@@ -18,6 +18,7 @@ Probe = Literal["rademacher", "gaussian", "orthogonal", "hadamard"]
 Gradient = Literal["neumann", "autodiff"]
 
 _GRADIENTS = ("neumann", "autodiff")
+_PARTS = 2  # the r of `Roulette.subsample` where it is chosen automatically
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("chunk_size",))
@@ -96,9 +97,9 @@ class Roulette:
     key, except for lengths with a probability below 2^-64, which are never drawn (2^-24 with gradient="autodiff"). With
     minimal-residual steps the value contains a quadrature, whose error is about 1e-12 for L <= 0.999. All examples of a
     batch share the length N; with `subsample` those that it draws. The probes v are independent for each example,
-    unless they are Hadamard probes.
+    unless they are Hadamard probes, as by default.
 
-    It costs exact_terms + max_i N_i / subsample vjps of g for each probe, 2.15 on average with the defaults and
+    It costs exact_terms + max_i N_i / subsample vjps of g for each probe, COST on average with the defaults and
     Lip(g) <= 0.94, and for the gradient one vjp of (g, J v). The variance is finite if the law's tail is long enough;
     see `LengthLaw`.
 
@@ -123,7 +124,9 @@ class Roulette:
         their terms count r times. So a longer series costs the same. Its terms are averaged over fewer examples, but
         a batch's mean depends less on the shared length. r is replaced by the largest divisor of the batch size, or of
         a device's part of it, that is at most r, and by 1 for a symbolic size. g is evaluated on parts of the batch.
-        Under `vmap` over keys a CPU takes the whole series for all examples.
+        Under `vmap` over keys a CPU takes the whole series for all examples. None takes r = 2 after two or more exact
+        minimal-residual steps, which leave little to estimate, if the gradient is "neumann" and g can take a part of
+        the batch; otherwise it takes r = 1.
       second_order: whether the Neumann gradient has a reverse-mode derivative in its turn, unbiased and with constant
         memory, for the Hessian-vector products of score matching or a Laplace approximation: `jax.grad` of `jax.grad`.
         It costs another series and six evaluations of g, more for a monotone map. Forward mode then raises, also over
@@ -142,14 +145,14 @@ class Roulette:
       (3, 3)
     """
 
-    length: Law = Defensive()
-    exact_terms: int = 0
+    length: Law = Defensive(0.4)
+    exact_terms: int = 3
     samples: int = 1
-    probe: Probe = "rademacher"
+    probe: Probe = "hadamard"
     gradient: Gradient = "neumann"
     minres_steps: int | None = field(default=None, kw_only=True)
     probes: int = field(default=1, kw_only=True)
-    subsample: int = field(default=1, kw_only=True)
+    subsample: int | None = field(default=None, kw_only=True)
     second_order: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
@@ -158,12 +161,13 @@ class Roulette:
         if self.minres_steps is not None:
             check_count("minres_steps", self.minres_steps, 0)
         check_count("samples", self.samples, 1)
-        check_count("subsample", self.subsample, 1)
+        if self.subsample is not None:
+            check_count("subsample", self.subsample, 1)
         check_flag("second_order", self.second_order)
         _check_common(self)
         if self.second_order and self.gradient != "neumann":
             raise ValueError(f'second_order: expected False with gradient="{self.gradient}", got True')
-        if self.subsample > 1 and self.gradient != "neumann":
+        if self.subsample not in (None, 1) and self.gradient != "neumann":
             raise ValueError(f'subsample: expected 1 with gradient="{self.gradient}", got {self.subsample}')
 
 
@@ -247,6 +251,19 @@ def is_custom(estimator: Any) -> bool:
 def is_series(estimator: Any) -> bool:
     """Whether an estimator sums a series with random probes."""
     return isinstance(estimator, Truncated | Roulette)
+
+
+def subsampling(estimator: Estimator) -> int:
+    """The r of `Roulette.subsample` for a batch that it divides; 1 for other estimators."""
+    estimator = original(estimator)
+    if not isinstance(estimator, Roulette):
+        return 1
+    if estimator.subsample is not None:
+        return estimator.subsample
+    steps = (
+        [estimator.exact_terms] if estimator.minres_steps is None else [estimator.exact_terms, estimator.minres_steps]
+    )
+    return _PARTS if estimator.gradient == "neumann" and min(steps) >= 2 else 1
 
 
 def reverse_orders(estimator: Estimator) -> int:

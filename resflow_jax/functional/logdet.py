@@ -169,10 +169,13 @@ def log_det_of_form(
     prepare, prepared_over = trace(_identity if prepare is None else prepare, params)
     parts = part_size(estimator, x.shape[0]) if has_rule else 1
     other = None if parts == 1 else size_of_chunk(x.shape[0] // parts, chunks[0].shape[1])
-    traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes, other)
+    may_fail = parts > 1 and estimator.subsample is None
+    traced, closed_over, takes_parts = _trace_g(g, prepare.out, batch, chunks, probes, other, may_fail)
     if missing := set(varying_axes(traced.out)) - set(varying_axes(batch)):  # arrays that g closes over
         batch, chunks = vary_over((batch, chunks), tuple(sorted(missing)))
-        traced, closed_over = _trace_g(g, prepare.out, batch, chunks, probes, other)
+        traced, closed_over, takes_parts = _trace_g(g, prepare.out, batch, chunks, probes, other, may_fail)
+    if not takes_parts:
+        estimator = replace(estimator, subsample=1)
     g = traced
     args = params, prepared_over, closed_over
     longest = longest_series(estimator) if is_series(estimator) and not has_rule else None
@@ -186,31 +189,49 @@ def _identity(params: Any) -> Any:
 
 
 def _trace_g(
-    g: Residual, weights: Any, batch: tuple[Any, ...], chunks: tuple[Any, ...], probes: int, other: int | None
-) -> tuple[Traced | TracedForSizes, Any]:
-    """Traces g on the batches that it will be called with: a chunk, and one of the size `other`, for every probe."""
+    g: Residual,
+    weights: Any,
+    batch: tuple[Any, ...],
+    chunks: tuple[Any, ...],
+    probes: int,
+    other: int | None,
+    may_fail: bool,
+) -> tuple[Traced | TracedForSizes, Any, bool]:
+    """Traces g on the batches that it will be called with: a chunk, and one of the size `other`, for every probe.
+
+    The last result is whether g takes a batch of the size `other`. If it does not, this raises unless `may_fail`.
+    """
     x, chunk = batch[0], jax.tree.map(lambda leaf: leaf[0], chunks)
     part = repeat(chunk, probes)
     try:
         if chunk[0].shape != x.shape:
             trace_residual(g, weights, "x", *chunk)  # after repetition, the part may have as many rows as x
         whole = trace_residual(g, weights, "x", *part)
-        if other is None or other == chunk[0].shape[0]:
-            return whole
-        part = repeat(jax.tree.map(lambda leaf: leaf[:other], batch), probes)
-        return TracedForSizes.of(whole, trace_residual(g, weights, "x", *part))
     except (TypeError, ValueError) as error:
         if chunk[0].shape == part[0].shape == x.shape:
             raise
         # If g fails on the whole batch too, this raises: chunks and probes are not the reason.
         trace_residual(g, weights, "x", *batch)
-        raise ValueError(
-            f"chunk_size, probes: expected a g that takes {part[0].shape[0]} examples at once in place of {x.shape[0]} "
-            "(a chunk or a subsample of the batch, repeated for every probe), got an error. If g closes over an array "
-            "with one row for each example, pass it as the condition. Otherwise use chunk_size=None, probes=1, "
-            "subsample=1. "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        raise _not_in_parts(part[0], x, error) from error
+    if other is None or other == chunk[0].shape[0]:
+        return *whole, True
+    part = repeat(jax.tree.map(lambda leaf: leaf[:other], batch), probes)
+    try:
+        return *TracedForSizes.of(whole, trace_residual(g, weights, "x", *part)), True
+    except (TypeError, ValueError) as error:
+        if may_fail:
+            return *whole, False
+        raise _not_in_parts(part[0], x, error) from error
+
+
+def _not_in_parts(part: Array, x: Array, error: Exception) -> ValueError:
+    """The error for a g that takes the batch x, but not `part`."""
+    return ValueError(
+        f"chunk_size, probes: expected a g that takes {part.shape[0]} examples at once in place of {x.shape[0]} "
+        "(a chunk or a subsample of the batch, repeated for every probe), got an error. If g closes over an array with "
+        "one row for each example, pass it as the condition. Otherwise use chunk_size=None, probes=1, subsample=1. "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 def _estimate(

@@ -17,7 +17,7 @@ from jax import lax
 from resflow_jax.functional.batch_axes import vary_alike
 from resflow_jax.functional.cayley_series import ParityPowerSeries, TwoSidedKrylov
 from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS
-from resflow_jax.functional.estimators import Roulette, Truncated
+from resflow_jax.functional.estimators import Roulette, Truncated, subsampling
 from resflow_jax.functional.roulette import draw_lengths, length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Product, Term
 
@@ -144,8 +144,8 @@ def draw_plan(estimator: Truncated | Roulette, key: Array) -> Plan:
 
 
 def part_size(estimator: Truncated | Roulette, batch: Any) -> int:
-    """The r of `Roulette.subsample` for a batch of this size: its largest divisor that is at most `subsample`."""
-    wanted = getattr(estimator, "subsample", 1)
+    """The r of `Roulette.subsample` for a batch of this size: its largest divisor that is at most `subsampling`."""
+    wanted = subsampling(estimator)
     return max(r for r in range(1, wanted + 1) if batch % r == 0) if isinstance(batch, int) else 1
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from resflow_jax.functional.estimators import Estimator, Exact, check_estimator
+from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
 from resflow_jax.models.flow import Flow
-from resflow_jax.training.evaluation import MEAN_ESTIMATOR, image_bits_per_dim, vector_log_prob
+from resflow_jax.training.evaluation import image_bits_per_dim, vector_log_prob
 from resflow_jax.training.examples import Examples
 from resflow_jax.training.history import Ending, History
 from resflow_jax.training.scores import log_prob_of_bits
@@ -105,13 +105,13 @@ class Scorer:
         batch_size: int,
         mesh: Mesh | None,
     ):
-        """estimator: by default `Exact` for flows of few dimensions, else `MEAN_ESTIMATOR`.
+        """estimator: by default `Exact` for flows of few dimensions, else `Roulette()`.
 
         Raises:
           ValueError: for an estimator that is none.
         """
         if estimator is None:
-            estimator = Exact() if flow.dim <= _EXACT_DIM else MEAN_ESTIMATOR
+            estimator = Exact() if flow.dim <= _EXACT_DIM else Roulette()
         try:
             check_estimator(estimator)
         except ValueError as error:

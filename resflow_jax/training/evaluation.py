@@ -12,8 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.data.images import check_quantized
 from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type, shown
-from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator
-from resflow_jax.functional.length_laws import Defensive
+from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator, subsampling
 from resflow_jax.functional.texts import fields_text, is_number
 from resflow_jax.layers.conditions import as_condition
 from resflow_jax.models.flow import Flow
@@ -22,9 +21,6 @@ from resflow_jax.training.scores import Score, bits_per_dim_of, negative_log_pro
 from resflow_jax.training.slices import over_slices
 
 Array = jax.Array
-
-# Its means over a batch have little noise, since the shared length hardly changes them.
-MEAN_ESTIMATOR = Roulette(Defensive(0.4), exact_terms=2, subsample=4, probe="hadamard")
 
 
 class Estimate(NamedTuple):
@@ -128,15 +124,14 @@ def evaluate_bits_per_dim(
       images: integers [N, H, W, C] in {0..levels-1}.
       key: PRNG key of the dequantisation and of the estimates.
       levels: number of values that a pixel can have.
-      estimator: estimator of the log-det; by default
-        Roulette(Defensive(0.4), exact_terms=2, subsample=4, probe="hadamard"), whose mean over a batch has little noise
-        for its cost; the log-det of a single image is as noisy as with other roulettes. `Exact()` leaves only the noise
-        of dequantisation; it takes D vjps of every block and D^2 numbers an image, so use a small batch size.
+      estimator: estimator of the log-det; by default `Roulette()`, whose mean over a batch has little noise for its
+        cost. `Exact()` leaves only the noise of dequantisation; it takes D vjps of every block and D^2 numbers an
+        image, so use a small batch size.
       draws: number of independent passes over the images, from which the noise is judged.
       batch_size: number of images that are evaluated at once.
       mesh: devices along the axis "data" that share each batch; None for one device. The batch size is rounded up to a
-        multiple of their number times `estimator.subsample`, so that a batch size which is such a multiple already
-        gives the same result on any devices. Devices of several processes may be part of the mesh; all processes then
+        multiple of their number times the `subsample` of the estimator, so that a batch size which is such a multiple
+        already gives the same result on any devices. Devices of several processes may be part of the mesh; all processes then
         make the same call and get the same result. A flow whose arrays are divided among devices (see
         `Placement.averaged_flow`) is evaluated on its own mesh.
       condition: of a conditional flow: floats [*condition_shape], one for all images, or [N, *condition_shape].
@@ -187,7 +182,7 @@ def image_bits_per_dim(
     """
     _check_flow(flow)
     check_count("levels", levels, 1)
-    estimator = MEAN_ESTIMATOR if estimator is None else estimator
+    estimator = Roulette() if estimator is None else estimator
     images = as_host_array("images", images, "an array of integers [N, H, W, C]")
     check_quantized("images", images, levels)
     if images.shape[1:] != flow.event_shape:
@@ -281,7 +276,7 @@ def _scores(
         key, estimator = on_all_devices((key, estimator), mesh)
     if mesh is not None and divided_among is None:
         flow = on_all_devices(flow, mesh)
-    unit = (1 if mesh is None else mesh.size) * getattr(estimator, "subsample", 1)  # each device has whole parts
+    unit = (1 if mesh is None else mesh.size) * subsampling(estimator)  # each device has whole parts
     batch_size = unit * -(-min(batch_size, count) // unit)
     batches = -(-count // batch_size)
     padded = jax.tree.map(lambda leaf: np.resize(leaf, (batches * batch_size, *leaf.shape[1:])), examples)

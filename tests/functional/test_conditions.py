@@ -79,7 +79,7 @@ def test_chunks(platform, size):
 
 @pytest.mark.parametrize(
     "estimator",
-    [Roulette(Defensive(lipschitz=0.7)), Roulette(Geometric(0.3), 1, minres_steps=0, probes=2)],
+    [Roulette(Defensive(lipschitz=0.7), 0), Roulette(Geometric(0.3), 1, minres_steps=0, probes=2)],
     ids=str,
 )
 def test_unbiased(estimator):
@@ -173,8 +173,8 @@ def inverse_loss(params, x, shift, key):
 LOSSES = {
     "exact": partial(log_det_loss, Exact(), None),
     "roulette": partial(log_det_loss, Roulette(), None),
-    "in chunks": partial(log_det_loss, Roulette(probes=2), 1),
-    "autodiff": partial(log_det_loss, Roulette(Geometric(0.8), gradient="autodiff"), None),
+    "in chunks": partial(log_det_loss, Roulette(exact_terms=0, probes=2), 1),
+    "autodiff": partial(log_det_loss, Roulette(Geometric(0.8), 0, gradient="autodiff"), None),
     "inverse": inverse_loss,
 }
 
@@ -218,7 +218,7 @@ def test_vmap(name):
 )
 def test_shard_map(name, is_shared):
     """A condition divided over the devices like x, and one that all devices share, whose gradients are summed."""
-    kinds = {"exact": Exact(), "autodiff": Roulette(Geometric(0.8), gradient="autodiff")}
+    kinds = {"exact": Exact(), "autodiff": Roulette(Geometric(0.8), 0, gradient="autodiff")}
     params, x, condition = net()
     if is_shared:
         condition = jax.tree.map(lambda leaf: jnp.concatenate([leaf[:2], leaf[:2]]), condition)

@@ -27,15 +27,15 @@ def test_infinite_variance_is_warned_of(estimator):
 
 
 def test_the_law_adapts_to_the_lipschitz_constant():
-    """residual(..., lipschitz=L) uses law.within(L): by default that is Defensive(lipschitz=L)."""
+    """residual(..., lipschitz=L) uses law.within(L): by default that is Defensive(0.4, lipschitz=L)."""
     net, keys = net_named("saturated"), jax.random.split(jax.random.key(0), 200)
 
     @jax.jit
     @jax.vmap
     def values(key):
-        given = residual(*net, key=key, estimator=Roulette(minres_steps=0), lipschitz=0.9)[1]
-        explicit = residual(*net, key=key, estimator=Roulette(Defensive(lipschitz=0.9), minres_steps=0))[1]
-        return given, explicit, residual(*net, key=key, estimator=Roulette(minres_steps=0))[1]
+        given = residual(*net, key=key, estimator=Roulette(exact_terms=0), lipschitz=0.9)[1]
+        explicit = residual(*net, key=key, estimator=Roulette(Defensive(0.4, lipschitz=0.9), 0))[1]
+        return given, explicit, residual(*net, key=key, estimator=Roulette(exact_terms=0))[1]
 
     given, explicit, unknown = values(keys)
     np.testing.assert_array_equal(given, explicit)

@@ -114,7 +114,7 @@ def test_both_gradients_share_their_value(options):
     [
         Exact(),
         Roulette(Geometric(0.5), 2, minres_steps=0, gradient="autodiff"),
-        Roulette(SAFE, minres_steps=2, gradient="autodiff"),
+        Roulette(SAFE, 0, minres_steps=2, gradient="autodiff"),
     ],
     ids=str,
 )

@@ -113,13 +113,13 @@ def test_truncated_is_the_truncated_series(monkeypatch, terms, gradient):
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
-        ("moderate", Roulette(Geometric(0.5), minres_steps=0)),
+        ("moderate", Roulette(Geometric(0.5), 0, minres_steps=0)),
         ("moderate", Roulette(Geometric(0.4), 3, minres_steps=0, gradient="autodiff")),
-        ("nonsymmetric", Roulette(Geometric(0.4))),
+        ("nonsymmetric", Roulette(Geometric(0.4), 0)),
         ("nonsymmetric", Roulette(SAFE, 2, probes=2)),
         ("nonsymmetric", Roulette(Poisson(2.0), 2, minres_steps=2)),
-        ("nonsymmetric", Roulette(Geometric(0.3), gradient="autodiff", probes=2)),
-        ("saturated", Roulette(FITTED)),
+        ("nonsymmetric", Roulette(Geometric(0.3), 0, gradient="autodiff", probes=2)),
+        ("saturated", Roulette(FITTED, 0)),
     ],
     ids=str,
 )
@@ -136,8 +136,8 @@ def test_roulette_summed_over_its_law(monkeypatch, name, estimator):
         ("nonsymmetric", Roulette()),
         ("nonsymmetric", PAPERS),
         ("small", Roulette(Poisson(2.0), 2, samples=3, probe="orthogonal", probes=2)),
-        ("moderate", Roulette(Geometric(0.3), minres_steps=1, probe="gaussian", gradient="autodiff")),
-        ("conv", Roulette(Defensive(lipschitz=0.8), probes=2)),
+        ("moderate", Roulette(Geometric(0.3), 0, minres_steps=1, probe="gaussian", gradient="autodiff")),
+        ("conv", Roulette(Defensive(lipschitz=0.8), 0, probes=2)),
     ],
     ids=str,
 )
@@ -193,7 +193,7 @@ def test_mutations_are_caught(monkeypatch, mutation):
     """With one thing wrong, the sum over the law differs clearly from the exact vector."""
     owner, name, mutate = MUTATIONS[mutation]
     monkeypatch.setattr(owner, name, mutate(getattr(owner, name)))
-    result = expectation(monkeypatch, "saturated", Roulette(Geometric(0.4)), 60, estimate)
+    result = expectation(monkeypatch, "saturated", Roulette(Geometric(0.4), 0), 60, estimate)
     assert np.max(np.abs(result - exact("saturated"))) > 1e-3
 
 
@@ -201,7 +201,7 @@ def test_a_mutation_of_the_power_series_is_caught(monkeypatch):
     """The same for the power series with the weight 1/k missing."""
     step = _terms(lambda k, term: term._replace(value=k.astype(term.value.dtype) * term.value))
     monkeypatch.setattr(ParityPowerSeries, "step", step(ParityPowerSeries.step))
-    result = expectation(monkeypatch, "moderate", Roulette(Geometric(0.4), minres_steps=0), 60, estimate)
+    result = expectation(monkeypatch, "moderate", Roulette(Geometric(0.4), 0, minres_steps=0), 60, estimate)
     assert np.max(np.abs(result - exact("moderate"))) > 1e-3
 
 
@@ -321,7 +321,7 @@ def test_failures_are_reported():
 def test_diagnostics_for_fitted_lengths(minres_steps):
     """term_norms do not vanish at odd terms and do not grow: for the power series they are |M^k v|^2 / D."""
     g, params, x = net_named("nonsymmetric")
-    estimator = Roulette(Geometric(0.01), minres_steps=minres_steps, probe="orthogonal", probes=8)
+    estimator = Roulette(Geometric(0.01), 0, minres_steps=minres_steps, probe="orthogonal", probes=8)
     *_, found = monotone(g, params, x, key=jax.random.key(0), estimator=estimator, return_diagnostics=True)
     j = jax.jit(lambda: jacobians(g, params, newton(g, params, x)).mT)()
     powers = [jnp.mean(jnp.sum(jnp.square(jnp.linalg.matrix_power(j, k)), axis=(1, 2))) / 8 for k in (1, 2, 3)]

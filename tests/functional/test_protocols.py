@@ -158,19 +158,19 @@ def test_a_traced_law():
     @jax.jit
     def run(law):
         traces.append(None)
-        return residual(g, params, x, key=key, estimator=Roulette(law, samples=4))[1]
+        return residual(g, params, x, key=key, estimator=Roulette(law, 0, samples=4))[1]
 
     results = [run(Node(exponent)) for exponent in (2.0, 0.5)]
     assert len(traces) == 1 and np.abs(results[0] - results[1]).max() > 1e-4
-    eager = residual(g, params, x, key=key, estimator=Roulette(Node(0.5), samples=4))[1]
+    eager = residual(g, params, x, key=key, estimator=Roulette(Node(0.5), 0, samples=4))[1]
     np.testing.assert_allclose(results[1], eager, rtol=1e-12)
 
     with pytest.raises(ValueError, match=r"length: gradient='autodiff' expected .* BoundedNode of traced arrays"):
-        jax.jit(lambda law: residual(g, params, x, key=key, estimator=Roulette(law, gradient="autodiff")))(
+        jax.jit(lambda law: residual(g, params, x, key=key, estimator=Roulette(law, 0, gradient="autodiff")))(
             BoundedNode(jnp.array([1.0, 0.75, 0.5, 0.25, 0.0]))
         )
     with pytest.raises(ValueError, match=r"length: .* expected a law with P\(N > 4096\)"):
-        residual(g, params, x, key=key, estimator=Roulette(Plain(1.0), gradient="autodiff"))
+        residual(g, params, x, key=key, estimator=Roulette(Plain(1.0), 0, gradient="autodiff"))
 
 
 @pytest.mark.parametrize("name", ["exponent", "key"])
@@ -182,7 +182,7 @@ def test_a_mapped_law(name):
     axes = (0, None) if name == "exponent" else (None, 0)
 
     def loss(params, exponent, key):
-        y, log_det = residual(g, params, x, key=key, estimator=Roulette(Node(exponent)))
+        y, log_det = residual(g, params, x, key=key, estimator=Roulette(Node(exponent), 0))
         return loss_of(g, params, x, log_det, y)
 
     found = jax.jit(jax.grad(lambda p: jnp.sum(jax.vmap(partial(loss, p), axes)(exponents, keys))))(params)
@@ -195,7 +195,7 @@ def test_a_mapped_law(name):
 def test_equal_laws_are_compiled_once(make, again):
     """A law that can be hashed is known by its value, another one by its identity."""
     g, params, x = net_named("small")
-    run = lambda: residual(g, params, x, key=jax.random.key(0), estimator=Roulette(make(), samples=3))  # noqa: E731
+    run = lambda: residual(g, params, x, key=jax.random.key(0), estimator=Roulette(make(), 0, samples=3))  # noqa: E731
     run()
     with compilations() as found:
         run()
@@ -206,12 +206,12 @@ def test_within():
     """It is asked for the law of a Lipschitz constant, if it is there."""
     g, params, x = net_named("moderate")
     law, key = Adaptive(), jax.random.key(0)
-    found = residual(g, params, x, key=key, estimator=Roulette(law), lipschitz=0.8)
+    found = residual(g, params, x, key=key, estimator=Roulette(law, 0), lipschitz=0.8)
     assert law.made == [0.8]
-    expected = residual(g, params, x, key=key, estimator=Roulette(Geometric(1 - 0.8)))
+    expected = residual(g, params, x, key=key, estimator=Roulette(Geometric(1 - 0.8), 0))
     np.testing.assert_array_equal(found[1], expected[1])
     with pytest.warns(RuntimeWarning, match="^length: .*Short.* infinite variance"):
-        residual(g, params, x, key=key, estimator=Roulette(Short()), lipschitz=0.8)
+        residual(g, params, x, key=key, estimator=Roulette(Short(), 0), lipschitz=0.8)
 
 
 class Short(Bounded):
@@ -248,7 +248,7 @@ def test_bad_laws(name):
     make, message = BAD_LAWS[name]
     g, params, x = net_named("small")
     with pytest.raises(ValueError, match=message):
-        residual(g, params, x, key=jax.random.key(0), estimator=Roulette(make()))
+        residual(g, params, x, key=jax.random.key(0), estimator=Roulette(make(), 0))
 
 
 # Estimators
@@ -331,7 +331,7 @@ def test_estimators_of_flows():
 
 @pytest.mark.parametrize(
     "estimator",
-    [Roulette(Plain()), Roulette(Node(2.0, 1)), TwoTerms(), Weighted(jnp.asarray(1.0))],
+    [Roulette(Plain(), 0), Roulette(Node(2.0, 1), 0), TwoTerms(), Weighted(jnp.asarray(1.0))],
     ids=["plain law", "traced law", "constant", "traced"],
 )
 def test_in_a_flow(estimator):
@@ -383,12 +383,12 @@ def test_bad_estimators(name):
 
 def test_the_law_stays_in_the_tree():
     """Trees of a `Roulette`: leaves, paths, equality; what JAX puts in the place of leaves is not checked."""
-    plain, node = Roulette(Plain(), 2), Roulette(Node(jnp.ones(()), 1))
+    plain, node = Roulette(Plain(), 2), Roulette(Node(jnp.ones(()), 1), 0)
     assert jax.tree.leaves(plain) == [] and jax.tree.map(lambda leaf: leaf, plain) == plain
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(node)]
     assert paths == [".length.exponent", ".length.shift"]
-    assert jax.tree.structure(Roulette(Plain())) != jax.tree.structure(plain)
-    assert jax.tree.structure(Roulette(Hashable(2.0))) == jax.tree.structure(Roulette(Hashable(2.0)))
+    assert jax.tree.structure(Roulette(Plain(), 0)) != jax.tree.structure(plain)
+    assert jax.tree.structure(Roulette(Hashable(2.0), 0)) == jax.tree.structure(Roulette(Hashable(2.0), 0))
     assert jax.tree.structure(node).unflatten([None, None]).length == Node(None, None)
     assert hash(Opaque([])) != hash(Opaque([])) and Opaque(1) != Opaque(1.0) and Opaque(1) != 1
 

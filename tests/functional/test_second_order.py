@@ -71,10 +71,10 @@ def test_exact_where_the_estimate_is(form, chunk_size):
 @pytest.mark.parametrize(
     ("form", "estimator"),
     [
-        ("residual", rf.Roulette(second_order=True)),
-        ("residual", rf.Roulette(rf.Geometric(0.5), minres_steps=0, probe="gaussian", probes=2, second_order=True)),
-        ("residual", rf.Roulette(rf.Geometric(0.5), minres_steps=0, samples=2, second_order=True)),
-        ("monotone", rf.Roulette(second_order=True)),
+        ("residual", rf.Roulette(exact_terms=0, second_order=True)),
+        ("residual", rf.Roulette(rf.Geometric(0.5), 0, minres_steps=0, probe="gaussian", probes=2, second_order=True)),
+        ("residual", rf.Roulette(rf.Geometric(0.5), 0, minres_steps=0, samples=2, second_order=True)),
+        ("monotone", rf.Roulette(exact_terms=0, second_order=True)),
     ],
     ids=["default", "gaussian", "samples", "monotone"],
 )
@@ -95,7 +95,7 @@ def test_both_series_have_lengths_of_their_own():
     At p = -1/2 the weighted terms of the power series are all 1, so the two sums are 1 + N for lengths N of mean 1 and
     variance 2.
     """
-    estimator = rf.Roulette(rf.Geometric(0.5), minres_steps=0, second_order=True)
+    estimator = rf.Roulette(rf.Geometric(0.5), 0, minres_steps=0, second_order=True)
 
     def log_det(p, key):
         return rf.residual(lambda p, x: p * x, p, jnp.ones((1, 1)), key=key, estimator=estimator)[1][0]
@@ -114,7 +114,7 @@ def test_shard_map(form):
 
     def along(a, x, condition):
         def loss(a, x):
-            estimator = rf.Roulette(second_order=True)
+            estimator = rf.Roulette(exact_terms=0, second_order=True)
             return jnp.sum(MAPS[form](g, (a, B), x, condition=condition, key=KEY, estimator=estimator)[1])
 
         return jnp.sum(jax.grad(loss, 1)(a, x) * jnp.cos(x))
@@ -136,7 +136,7 @@ def test_value_and_gradient_are_those_without():
     """The same key gives the same value and first gradient as with second_order=False."""
 
     def found(second_order):
-        estimator = rf.Roulette(second_order=second_order)
+        estimator = rf.Roulette(exact_terms=0, second_order=second_order)
         residual = jax.value_and_grad(
             lambda x: jnp.sum(jnp.sin(rf.residual(g, (A, B), x, condition=CONDITION, key=KEY, estimator=estimator)[1]))
         )
@@ -193,7 +193,9 @@ def test_what_has_no_rule_raises():
 
     def log_det(x):
         return jnp.sum(
-            rf.residual(g, (A, B), x, condition=CONDITION, key=KEY, estimator=rf.Roulette(second_order=True))[1]
+            rf.residual(
+                g, (A, B), x, condition=CONDITION, key=KEY, estimator=rf.Roulette(exact_terms=0, second_order=True)
+            )[1]
         )
 
     with pytest.raises(TypeError, match="forward-mode"):

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 
 from resflow_jax.functional import neumann
 from resflow_jax.functional.batch_axes import batch_axes
-from resflow_jax.functional.estimators import Roulette
+from resflow_jax.functional.estimators import Roulette, Truncated
 from resflow_jax.functional.length_laws import Defensive, Geometric
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.monotone import monotone
@@ -94,7 +94,50 @@ def test_parts():
 def test_sizes(batch, size):
     """The largest divisor of the batch that is at most `subsample`."""
     assert part_size(Roulette(subsample=4), batch) == size
-    assert part_size(Roulette(), batch) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, 2),
+        ({"exact_terms": 2}, 2),
+        ({"exact_terms": 1}, 1),
+        ({"minres_steps": 2}, 2),
+        ({"minres_steps": 1}, 1),
+        ({"gradient": "autodiff"}, 1),
+    ],
+)
+def test_the_size_that_is_chosen(options, size):
+    """By default r is 2 after two exact minimal-residual steps, and otherwise 1; of an odd batch all go on."""
+    assert part_size(Roulette(**options), 6) == size
+    assert part_size(Roulette(**options), 5) == part_size(Truncated(3), 6) == 1
+
+
+@pytest.mark.parametrize("divided", [False, True], ids=["one device", "shard_map"])
+def test_a_map_of_whole_batches(divided):
+    """If g takes the whole batch alone, the default takes all of it, as with subsample=1; a chosen r is an error."""
+    shifts, x = jnp.linspace(0.0, 1.0, 4)[:, None], jnp.ones((8, 3))
+
+    def gradient(x, shift, estimator):
+        def log_det(x):  # g closes over an array with a row for each example
+            g = lambda p, x: 0.3 * jnp.tanh(x + shift)  # noqa: E731
+            return residual(g, None, x, key=KEY, estimator=estimator)[1].sum()
+
+        return jax.grad(log_det)(x)
+
+    def found(estimator):
+        if not divided:
+            return jax.jit(lambda: gradient(x[:4], shifts, estimator))()
+        mesh, spec = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2]), jax.P("data")
+        mapped = lambda x, shift: gradient(x, shift[0], estimator)  # noqa: E731
+        of_devices = jax.shard_map(mapped, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+        return jax.jit(of_devices)(x, jnp.stack([shifts, 2 * shifts]))
+
+    default = found(Roulette())
+    np.testing.assert_array_equal(default, found(Roulette(subsample=1)))
+    assert np.abs(default).min() > 1e-4
+    with pytest.raises(ValueError, match=r"takes 2 examples at once in place of 4 .* subsample=1"):
+        found(Roulette(subsample=2))
 
 
 @pytest.mark.parametrize("series", SERIES)
@@ -194,6 +237,6 @@ def test_less_noise_of_a_mean():
         values, lengths = jax.jit(jax.vmap(draw))(jax.random.split(KEY, 2000))
         return float(jnp.var(values)), float(lengths.mean())
 
-    plain, cost = moments(Roulette())
+    plain, cost = moments(Roulette(Defensive(), 0, probe="rademacher"))
     spread, spread_cost = moments(Roulette(Defensive(0.25), 1, subsample=4, probe="hadamard"))
     assert spread_cost < 1.1 * cost and spread < plain / 5

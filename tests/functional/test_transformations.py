@@ -20,7 +20,7 @@ ESTIMATORS = {
     "roulette": Roulette(),
     "papers": Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian"),
     "autodiff": Roulette(Geometric(0.8), exact_terms=1, gradient="autodiff"),
-    "two lengths, two probes": Roulette(Geometric(0.4), samples=2, probes=2),
+    "two lengths, two probes": Roulette(Geometric(0.4), 0, samples=2, probes=2),
 }
 ARGUMENTS = ("params", "scale", "x", "key")
 # Which arguments have a lane each: every one alone, and combinations in which y is mapped or is not.
@@ -124,7 +124,7 @@ def test_mapped_table():
     args = arguments(())
 
     def loss(params, table):
-        return log_det_loss(Roulette(Fitted(table, 0.5)), None, params, args["scale"], args["x"], args["key"])
+        return log_det_loss(Roulette(Fitted(table, 0.5), 0), None, params, args["scale"], args["x"], args["key"])
 
     found = jax.jit(jax.grad(lambda p: jnp.sum(jax.vmap(loss, (None, 0))(p, tables))))(args["params"])
     one = jax.jit(jax.grad(loss))

@@ -125,14 +125,14 @@ def test_power_series_roulette_summed_over_its_law(monkeypatch, name, estimator,
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
-        ("nonsymmetric", Roulette(Geometric(0.4))),
+        ("nonsymmetric", Roulette(Geometric(0.4), 0)),
         ("nonsymmetric", Roulette(SAFE, 2, probes=2)),
-        ("nonsymmetric", Roulette(FITTED, minres_steps=1, probes=3)),
+        ("nonsymmetric", Roulette(FITTED, 0, minres_steps=1, probes=3)),
         ("nonsymmetric", Roulette(Poisson(2.0), 2, minres_steps=2)),
-        ("nonsymmetric", Roulette(Geometric(0.3), gradient="autodiff", probes=2)),
+        ("nonsymmetric", Roulette(Geometric(0.3), 0, gradient="autodiff", probes=2)),
         ("nonsymmetric", Roulette(SAFE, 2, minres_steps=1, gradient="autodiff")),
-        ("nonsymmetric", Roulette(FITTED, minres_steps=3, gradient="autodiff")),
-        ("saturated", Roulette(FITTED)),
+        ("nonsymmetric", Roulette(FITTED, 0, minres_steps=3, gradient="autodiff")),
+        ("saturated", Roulette(FITTED, 0)),
     ],
     ids=str,
 )
@@ -145,7 +145,7 @@ def test_minimal_residual_roulette_summed_over_its_law(monkeypatch, name, estima
 
 def test_minimal_residual_roulette_conv(monkeypatch):
     """The same for convolutions, D = 32."""
-    result = expectation(monkeypatch, "conv", Roulette(Geometric(0.4), 2), 30)
+    result = expectation(monkeypatch, "conv", Roulette(Geometric(0.4), 2, subsample=1), 30)
     np.testing.assert_allclose(result, exact("conv"), rtol=1e-9, atol=1e-9)
 
 
@@ -186,16 +186,16 @@ def test_roulette_autodiff_is_unbiased(name, law, exact_terms, samples, probe):
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
-        ("nonsymmetric", Roulette(SAFE)),
+        ("nonsymmetric", Roulette(SAFE, 0, probe="rademacher")),
         ("nonsymmetric", Roulette(Geometric(0.3), 2, samples=3, probe="gaussian", probes=2)),
-        ("nonsymmetric", Roulette(SAFE, minres_steps=1, probe="orthogonal", probes=2)),
-        ("nonsymmetric", Roulette(FITTED, minres_steps=2, samples=3, probes=2)),
+        ("nonsymmetric", Roulette(SAFE, 0, minres_steps=1, probe="orthogonal", probes=2)),
+        ("nonsymmetric", Roulette(FITTED, 0, minres_steps=2, samples=3, probes=2)),
         ("nonsymmetric", Roulette(Geometric(0.25), 2, minres_steps=3, probe="gaussian")),
-        ("nonsymmetric", Roulette(FITTED, minres_steps=0, samples=3, probe="orthogonal", probes=3)),
-        ("saturated", Roulette(Poisson(2.0), probe="gaussian")),  # four eigenvalues: the series ends
+        ("nonsymmetric", Roulette(FITTED, 0, minres_steps=0, samples=3, probe="orthogonal", probes=3)),
+        ("saturated", Roulette(Poisson(2.0), 0, probe="gaussian")),  # four eigenvalues: the series ends
         ("small", Roulette(Poisson(2.0), 2, minres_steps=1, samples=3, probe="orthogonal")),
         ("nonsymmetric", Roulette(SAFE, 1, probe="hadamard", subsample=3)),
-        ("nonsymmetric", Roulette(FITTED, minres_steps=0, samples=3, probe="hadamard", probes=2, subsample=3)),
+        ("nonsymmetric", Roulette(FITTED, 0, minres_steps=0, samples=3, probe="hadamard", probes=2, subsample=3)),
     ],
     ids=str,
 )
@@ -206,7 +206,7 @@ def test_minimal_residual_roulette_is_unbiased(name, estimator):
 
 def test_minimal_residual_roulette_autodiff_is_unbiased():
     """The same for the gradient of the estimate itself."""
-    estimator = Roulette(FITTED, minres_steps=1, samples=3, probe="orthogonal", probes=2, gradient="autodiff")
+    estimator = Roulette(FITTED, 0, minres_steps=1, samples=3, probe="orthogonal", probes=2, gradient="autodiff")
     assert worst_z("nonsymmetric", estimator, keys=1000) < 4
 
 
@@ -215,9 +215,10 @@ def test_minimal_residual_roulette_autodiff_is_unbiased():
     [
         Roulette(Geometric(0.3), 2, minres_steps=0),
         Roulette(Geometric(0.3), 0, minres_steps=0, samples=3, probe="gaussian"),
-        Roulette(Defensive(lipschitz=0.8), probe="orthogonal", probes=2),
+        Roulette(Defensive(lipschitz=0.8), 0, probe="orthogonal", probes=2),
         Roulette(FITTED, 2, minres_steps=2, probe="gaussian"),
-        Roulette(Defensive(lipschitz=0.8), 1, probe="hadamard", subsample=3),
+        Roulette(Defensive(lipschitz=0.8), 1, probe="rademacher", subsample=3),
+        Roulette(),  # the default, for parts of the batch
     ],
     ids=str,
 )
@@ -314,5 +315,5 @@ def test_mutations_of_minimal_residuals_are_caught(monkeypatch, mutation):
     """The same for minimal residuals and two probes, with half the keys and a shorter law."""
     owner, name, mutate = MINIMAL_RESIDUAL_MUTATIONS[mutation]
     monkeypatch.setattr(owner, name, mutate(getattr(owner, name)))
-    estimator = Roulette(Defensive(0.7, 0.1, 0.75), probes=2, subsample=3 if mutation.startswith("subsample") else 1)
+    estimator = Roulette(Defensive(0.7, 0.1, 0.75), 0, probes=2, subsample=3 if mutation.startswith("subsample") else 1)
     assert worst_z("nonsymmetric", estimator, keys=2000) > 6

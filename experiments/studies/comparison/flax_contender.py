@@ -14,6 +14,7 @@ from experiments.runs.likelihoods import reconstruction
 from experiments.runs.parts import number_of_parts, over_parts
 from experiments.runs.setup import tightened_flow
 from experiments.runs.tasks.task import Task
+from resflow_jax.functional.estimators import subsampling
 from resflow_jax.models.flow import Flow
 from resflow_jax.models.residual_flow import flow_from_config
 from resflow_jax.training.step import Trainer
@@ -107,7 +108,7 @@ class FlaxModel:
 
     def evaluator(self, x: np.ndarray) -> Callable[[int], np.ndarray]:
         """A function from seeds to log p of floats x, compiled. Which seed it is does not matter."""
-        parts = number_of_parts(len(x), self._task.batch_size, getattr(self._estimator, "subsample", 1))
+        parts = number_of_parts(len(x), self._task.batch_size, subsampling(self._estimator))
         key = jax.random.key(0)
         apply = over_parts(lambda flow, x: flow.log_prob(x, key=key, estimator=self._estimator), self._flow)
         shares = x.reshape(parts, -1, *x.shape[1:])
