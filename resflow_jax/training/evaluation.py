@@ -131,8 +131,8 @@ def evaluate_bits_per_dim(
       batch_size: number of images that are evaluated at once.
       mesh: devices along the axis "data" that share each batch; None for one device. The batch size is rounded up to a
         multiple of their number times the `subsample` of the estimator, so that a batch size which is such a multiple
-        already gives the same result on any devices. Devices of several processes may be part of the mesh; all processes then
-        make the same call and get the same result. A flow whose arrays are divided among devices (see
+        already gives the same result on any devices. Devices of several processes may be part of the mesh; all
+        processes then make the same call and get the same result. A flow whose arrays are divided among devices (see
         `Placement.averaged_flow`) is evaluated on its own mesh.
       condition: of a conditional flow: floats [*condition_shape], one for all images, or [N, *condition_shape].
 

@@ -77,7 +77,7 @@ def fit(
     All examples lie on the device. Ctrl-C ends training after the current step, and `fit` returns what it has; a second
     Ctrl-C interrupts as usual.
 
-    Cost of a step: `Flow.log_prob` and its gradient on a batch, by default with 2.2 to 2.5 vjps of g in each block
+    Cost of a step: `Flow.log_prob` and its gradient on a batch, by default with 4.3 to 4.5 vjps of g in each block
     on average. The first step compiles it; a validation costs `Flow.log_prob` of the validation examples.
 
     Args:
