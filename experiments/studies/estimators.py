@@ -220,7 +220,7 @@ def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measureme
         if config.small and name not in (PAPERS, DEFAULT, *FITTED, *FITTED.values()):
             continue
         if name in FITTED:
-            further = norms[FITTED[name]][estimator.exact_terms :]
+            further = norms[FITTED[name]][..., estimator.exact_terms :]
             estimator = dataclasses.replace(estimator, length=fit_lengths(further, batch_size=target.batch_size))
         measured, norms[name] = measure(target, estimator, jax.random.key(config.seed))
         if estimator.probes == subsampling(estimator) == 1 and name not in (REFERENCE, *FITTED):

@@ -46,7 +46,7 @@ def upgrade(document: Any, version: int) -> Any:
     """Converts plain JSON values of a version to the present version."""
     for step in STEPS[version:]:
         document = _everywhere(document, step)
-    return document
+    return _everywhere(document, _with_whole_batches)
 
 
 def _everywhere(value: Any, step: Callable[[Fields], Fields]) -> Any:
@@ -94,6 +94,11 @@ def _needs_torch(config: Fields, torch: Fields) -> bool:
 def _renamed(config: Fields) -> Fields:
     """From version 1 to 2."""
     return with_names(config, ARGUMENTS.get(config["type"], {}) if isinstance(config["type"], str) else {})
+
+
+def _with_whole_batches(config: Fields) -> Fields:
+    """A `Roulette` that was written before `subsample` existed has all terms for all examples."""
+    return {"subsample": 1, **config} if config["type"] == "Roulette" else config
 
 
 STEPS = (_grouped, _renamed)

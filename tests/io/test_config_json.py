@@ -244,12 +244,12 @@ def test_files_of_the_version_before():
 
 @pytest.mark.parametrize("version", [{}, {"format_version": 1}])
 def test_roulettes_of_earlier_versions(version):
-    """Versions 0 and 1 called the minimal-residual steps `krylov`; an estimator may stand at any depth."""
+    """Versions 0 and 1 called the minimal-residual steps `krylov`, and had no `subsample`; estimators at any depth."""
     roulette = {"type": "Roulette", "length": {"type": "Poisson", "rate": 3.0}, "exact_terms": 2, "krylov": 4}
     document = {"type": "Run", **version, "inner": {"type": "Inner", "estimators": [roulette]}}
     found = upgraded(document)["inner"]["estimators"][0]
     types = {"Roulette": rf.Roulette, "Poisson": rf.Poisson}
-    expected = rf.Roulette(rf.Poisson(3.0), exact_terms=2, minres_steps=4)
+    expected = rf.Roulette(rf.Poisson(3.0), exact_terms=2, minres_steps=4, subsample=1)
     assert from_document({**found, "format_version": 2}, rf.Roulette, types) == expected
     with pytest.raises(ValueError, match="unknown: krylov"):
         from_document({**roulette, "format_version": 2}, rf.Roulette, types)

@@ -123,7 +123,7 @@ def test_diagnostics_by_block(flow_and_x):
     flow, x = flow_and_x
     lengths = np.arange(1, flow.blocks + 1) % 4
     table = jnp.where(np.arange(1, 7) <= lengths[:, None], 1.0, 1e-30)  # exactly this number of terms
-    estimator = rf.Roulette(rf.Fitted(table))
+    estimator = rf.Roulette(rf.Fitted(table), 0)
     z, log_det, diagnostics = flow.forward(x, key=jax.random.key(0), estimator=estimator, return_diagnostics=True)
     np.testing.assert_array_equal(diagnostics.length, lengths)
     np.testing.assert_allclose(z, flow(x), rtol=1e-12)
@@ -140,7 +140,7 @@ def test_diagnostics_by_block(flow_and_x):
 def test_one_table_for_all_blocks_or_one_row_each(vector_flow):
     """A table [K] serves every block; a wrong number of rows is named."""
     flow, x = vector_flow
-    single = rf.Roulette(rf.Fitted(jnp.asarray([1.0, 1.0, 1e-30])))
+    single = rf.Roulette(rf.Fitted(jnp.asarray([1.0, 1.0, 1e-30])), 0)
     length = flow.forward(x, key=jax.random.key(0), estimator=single, return_diagnostics=True)[2].length
     np.testing.assert_array_equal(length, [2, 2, 2])
     with pytest.raises(ValueError, match=r"estimator: expected a table with 3 rows, one a block, got shape \(2, 5\)"):
@@ -151,7 +151,7 @@ def test_one_table_for_all_blocks_or_one_row_each(vector_flow):
     for estimator in ("exact", rf.Roulette):
         with pytest.raises(ValueError, match="estimator: expected Exact, Truncated or Roulette"):
             flow.log_prob(x, key=jax.random.key(0), estimator=estimator)
-    of_numpy = rf.Roulette(rf.Fitted(np.asarray([1.0, 1.0, 1e-30])))
+    of_numpy = rf.Roulette(rf.Fitted(np.asarray([1.0, 1.0, 1e-30])), 0)
     length = flow.forward(x, key=jax.random.key(0), estimator=of_numpy, return_diagnostics=True)[2].length
     np.testing.assert_array_equal(length, [2, 2, 2])
 

@@ -33,7 +33,8 @@ CONFIG = dataclasses.replace(
     batch_size=24,
     log_every=1,
     optimizer=OptimizerConfig(warmup=2),
-    evaluation=EvaluationConfig(estimator=Roulette(), draws=2, examples=30, every=3),
+    estimator=Roulette(subsample=1),  # whatever the number of devices
+    evaluation=EvaluationConfig(estimator=Roulette(subsample=1), draws=2, examples=30, every=3),
 )
 SETTINGS = {  # of CONFIG, where it differs from that of digits_uniform
     "model.blocks": 1,
@@ -47,10 +48,8 @@ SETTINGS = {  # of CONFIG, where it differs from that of digits_uniform
     "evaluation.draws": 2,
     "evaluation.examples": 30,
     "evaluation.every": 3,
-    "evaluation.estimator.length.p": 0.5,
-    "evaluation.estimator.exact-terms": 0,
+    "estimator.subsample": 1,
     "evaluation.estimator.subsample": 1,
-    "evaluation.estimator.probe": "rademacher",
 }
 ARGUMENTS = [word for name, value in SETTINGS.items() for word in (f"--{name}", *str(value).split())]
 

@@ -106,7 +106,8 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
         (8, 8, 1), blocks=(1, 1), hidden_channels=4, kernels=(3, 3), tail=DenseTail(1, hidden=4)
     )
     assert (config.workdir, config.steps, config.batch_size, config.evaluation.examples) == (tmp_path, 2, 8, 20)
-    assert config.estimator == Roulette() and config.data == DataConfig("digits")
+    old = Roulette(Defensive(), exact_terms=0, probe="rademacher", subsample=1)  # the default of then
+    assert config.estimator == old and config.data == DataConfig("digits")
     for changed, message in (
         (
             replace(config, model=replace(config.model, tail=DenseTail(2, hidden=4))),

@@ -46,7 +46,7 @@ def known_variance(law, ratio, terms):
 def test_measured_and_summed_variance():
     """Both are the closed form plus the variance of the noise: the sampled one within its stated error."""
     law, target = Geometric(0.4), known_target(0.5)
-    measured, norms = estimators.measure(target, Roulette(law), jax.random.key(0))
+    measured, norms = estimators.measure(target, Roulette(law, 0), jax.random.key(0))
     expected = known_variance(law, 0.5, 60) + 1
     assert abs(measured.variance - expected) < 4 * measured.variance_stderr < 0.3 * expected
     assert measured.work == measured.variance * measured.cost and abs(measured.cost - 2.5) < 0.1
@@ -54,8 +54,8 @@ def test_measured_and_summed_variance():
     values = known_variance(law, 0.5, 60)
     assert measured.one_value == measured.mean_value and abs(measured.mean_value / values - 1) < 0.3
     assert abs(measured.along_mean / values - 1) < 0.3  # the noise has mean zero
-    moments, mean_square = estimators.length_moments(target, Roulette(law), jax.random.key(1), probes=3)
-    of_lengths = estimators.summed_variance(target, Roulette(law), moments, moments.sum())
+    moments, mean_square = estimators.length_moments(target, Roulette(law, 0), jax.random.key(1), probes=3)
+    of_lengths = estimators.summed_variance(target, Roulette(law, 0), moments, moments.sum())
     np.testing.assert_allclose(of_lengths, expected - 1, rtol=1e-4)  # what the probes add is taken off
     assert mean_square < moments.sum()
 
