@@ -37,7 +37,7 @@ from experiments.runs.command import Command, Output
 from experiments.runs.lock import locked
 from experiments.runs.tables import certificate_rows, print_table
 from experiments.runs.workdir import claim_workdir
-from resflow_jax import DenseTail, ImageFlowConfig, ResidualFlow, Truncated, certify, save_torch_checkpoint
+from resflow_jax import DenseTail, ImageFlowConfig, ResidualFlow, certify, save_torch_checkpoint
 from resflow_jax.functional.checks import check_count, error_text, names_text
 from resflow_jax.interop.torch.checkpoints import flow_of, parts_of
 from resflow_jax.interop.torch.files import read_torch_file
@@ -222,8 +222,6 @@ def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfi
         warmup=given.get("warmup_iters", OPTIMIZER.warmup),
         accumulate=given.get("update_freq", OPTIMIZER.accumulate),
     )
-    if not isinstance(estimator, Truncated):
-        estimator = replace(estimator, minres_steps=0, probe="gaussian")
     settings = published(
         data,
         flow.config,

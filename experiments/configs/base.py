@@ -287,7 +287,7 @@ class RunConfig:
       save_every: steps between further checkpoints; None saves at validations only.
       safety: what is done about losses and gradients that are not finite.
       parallel: how a step is divided among devices: by the compiler ("jit"), by `jax.shard_map` or by `jax.pmap`. The
-        results are those of one device, up to rounding.
+        results are those of one device, up to rounding, if each device has an even number of examples.
       mesh: how batches and parameters are divided among devices.
       distributed: how the processes of a multi-process run find each other.
     """

@@ -34,7 +34,7 @@ STEPS = 1500
 # | `--vnorms 222f`, `--learn-p` | `norms=rf.Norms("222f")`, `norms=rf.Norms(learned=True)` |
 # | `--actnorm`, `--batchnorm` | `between=rf.BetweenBlocks(actnorm=True, batchnorm=True)` |
 # | `--factor-out`, `--squeeze-first` | `scales=rf.Scales(factor_out=True, squeeze_first=True)` |
-# | `--n-exact-terms 2`, `--n-dist poisson` | `rf.Roulette(rf.Poisson(2.0), exact_terms=2, minres_steps=0)` |
+# | `--n-exact-terms 2`, `--n-dist poisson` | `rf.Roulette(rf.Poisson(2.0), 2, minres_steps=0, probe="gaussian")` |
 # | `--n-power-series 5` | `rf.Truncated(terms=5)` |
 # | `--neumann-grad True`, `--mem-eff True` | the default: memory does not depend on the length of the series |
 

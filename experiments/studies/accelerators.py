@@ -275,7 +275,7 @@ def mean_terms(estimator: Estimator) -> float:
     law = estimator.length
     law = law.within(LIPSCHITZ) if hasattr(law, "within") else law
     survival = (float(law.survival(k)) for k in range(1, 400))
-    exact = estimator.exact_terms if subsampling(estimator) == 1 else 0  # these have a loop of their own
+    exact = estimator.exact_terms if subsampling(estimator) == 1 else 0  # on TPUs these have a loop of their own
     return exact + math.fsum(1 - (1 - p) ** estimator.samples for p in survival)
 
 

@@ -18,7 +18,7 @@ Probe = Literal["rademacher", "gaussian", "orthogonal", "hadamard"]
 Gradient = Literal["neumann", "autodiff"]
 
 _GRADIENTS = ("neumann", "autodiff")
-_PARTS = 2  # the r of `Roulette.subsample` where it is chosen automatically
+_DEFAULT_SUBSAMPLE = 2
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("chunk_size",))
@@ -99,9 +99,9 @@ class Roulette:
     batch share the length N; with `subsample` those that it draws. The probes v are independent for each example,
     unless they are Hadamard probes, as by default.
 
-    It costs exact_terms + max_i N_i / subsample vjps of g for each probe, 4.3 on average with the defaults and
-    Lip(g) <= 0.94, and for the gradient one vjp of (g, J v). The variance is finite if the law's tail is long enough;
-    see `LengthLaw`.
+    It costs exact_terms + max_i N_i / r vjps of g for each probe, with the r of `subsample`: by default, for Lip(g) <=
+    0.94, 4.3 on average, and 5.6 for a batch of odd size. The gradient costs one vjp of (g, J v) more. The variance is
+    finite if the law's tail is long enough; see `LengthLaw`.
 
     The setting of Chen et al. (2019) is Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian").
 
@@ -125,8 +125,8 @@ class Roulette:
         a batch's mean depends less on the shared length. r is replaced by the largest divisor of the batch size, or of
         a device's part of it, that is at most r, and by 1 for a symbolic size. g is evaluated on parts of the batch.
         Under `vmap` over keys a CPU takes the whole series for all examples. None takes r = 2 after two or more exact
-        minimal-residual steps, which leave little to estimate, if the gradient is "neumann" and g can take a part of
-        the batch; otherwise it takes r = 1.
+        minimal-residual steps, which leave little to estimate, if the gradient is "neumann" and the program of g shows
+        that it is one function of each row, for any number of rows; otherwise it takes r = 1.
       second_order: whether the Neumann gradient has a reverse-mode derivative in its turn, unbiased and with constant
         memory, for the Hessian-vector products of score matching or a Laplace approximation: `jax.grad` of `jax.grad`.
         It costs another series and six evaluations of g, more for a monotone map. Forward mode then raises, also over
@@ -262,7 +262,12 @@ def subsampling(estimator: Estimator) -> int:
         return estimator.subsample
     exact_terms, minres_steps = estimator.exact_terms, estimator.minres_steps
     steps = exact_terms if minres_steps is None else min(exact_terms, minres_steps)
-    return _PARTS if estimator.gradient == "neumann" and steps >= 2 else 1
+    return _DEFAULT_SUBSAMPLE if estimator.gradient == "neumann" and steps >= 2 else 1
+
+
+def fixed_cost(estimator: Roulette, rest: float = 4.0) -> float:
+    """The argument of `fit_lengths` for a step whose `rest` costs this many vjps: a further term costs 1 / r of one."""
+    return subsampling(estimator) * (rest + estimator.exact_terms)
 
 
 def reverse_orders(estimator: Estimator) -> int:

@@ -4,6 +4,8 @@ Version 0 has no version field. All settings of a flow were fields of its config
 Settings that only files of the PyTorch implementation need were fields of `ImageFlowConfig`.
 
 Version 1 has other names for some settings: see `io.renames`.
+
+A `Roulette` without `subsample`, in any version, was written before it existed: files have all settings.
 """
 
 from collections.abc import Callable

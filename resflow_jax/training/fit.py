@@ -97,7 +97,7 @@ def fit(
       optimizer: an optax transformation, instead of Adam, its learning rate and the clipping.
       estimator: of the log-det in training; by default `Roulette()`, which is unbiased.
       evaluation_estimator: of the log-det in validation; by default `Exact()` for at most 32 dimensions, else
-        that of `evaluate_bits_per_dim`.
+        `Roulette()`.
       ema: decay in (0, 1) of a moving average of the weights, which is then validated and returned; None for none.
       patience: validations in a row without an improvement after which training stops; None for no such stop.
       validate_every: steps between validations, and entries of the history; by default those of an epoch, but at

@@ -1,9 +1,9 @@
 """One training step on many devices, by one of three strategies: `jax.jit` over a mesh, `jax.shard_map`, `jax.pmap`.
 
-All three run `Trainer.step` on equal slices of a batch and give the numbers of one device to rounding. Every example
-draws its noise by its number in the whole batch. The series lengths of the roulette are drawn with one key, so that no
-device waits for the longer series of another. Losses, gradients and statistics are means over all devices, taken in one
-sum an update.
+All three run `Trainer.step` on equal slices of a batch and give the numbers of one device to rounding, if the size of
+a slice is a multiple of the estimator's `subsample` (by default: even). Every example draws its noise by its number in
+the whole batch. The series lengths of the roulette are drawn with one key, so that no device waits for the longer
+series of another. Losses, gradients and statistics are means over all devices, taken in one sum an update.
 
     jit        The compiler places the arrays of the step on the mesh, and may divide the state among the devices. Each
                device takes the loss and gradient of its slice. Where kernels are divided for their products, the batch

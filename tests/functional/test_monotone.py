@@ -137,7 +137,7 @@ def test_roulette_summed_over_its_law(monkeypatch, name, estimator):
         ("nonsymmetric", PAPERS),
         ("small", Roulette(Poisson(2.0), 2, samples=3, probe="orthogonal", probes=2)),
         ("moderate", Roulette(Geometric(0.3), 0, minres_steps=1, probe="gaussian", gradient="autodiff")),
-        ("conv", Roulette(Defensive(lipschitz=0.8), 0, probes=2)),
+        ("conv", Roulette(Defensive(lipschitz=0.8), subsample=2)),
     ],
     ids=str,
 )

@@ -104,6 +104,9 @@ def test_sizes(batch, size):
         ({"exact_terms": 1}, 1),
         ({"minres_steps": 2}, 2),
         ({"minres_steps": 1}, 1),
+        ({"minres_steps": 0}, 1),
+        ({"subsample": 1}, 1),
+        ({"exact_terms": 0, "subsample": 3}, 3),
         ({"gradient": "autodiff"}, 1),
     ],
 )
@@ -136,8 +139,52 @@ def test_a_map_of_whole_batches(divided):
     default = found(Roulette())
     np.testing.assert_array_equal(default, found(Roulette(subsample=1)))
     assert np.abs(default).min() > 1e-4
-    with pytest.raises(ValueError, match=r"takes 2 examples at once in place of 4 .* subsample=1"):
+    with pytest.raises(ValueError, match=r"takes 2 examples at once, not 4 .* subsample=1"):
         found(Roulette(subsample=2))
+
+
+def _for_four_alone(p, x):
+    assert len(x) == 4
+    return 0.3 * jnp.tanh(p * x)
+
+
+SHIFTS = jnp.linspace(0.0, 1.0, 4)[:, None]
+OF_ROWS = {
+    "plain": lambda p, x: 0.3 * jnp.tanh(p * x),
+    "one noise for all": lambda p, x: 0.3 * jnp.tanh(p * x + jax.random.normal(KEY, (1, 3))),
+    "positions in an event": lambda p, x: 0.3 * jnp.tanh(p * x + jnp.arange(3.0)[None]),
+    "sorted events": lambda p, x: 0.3 * jnp.take_along_axis(x, jnp.argsort(x, axis=1), 1),
+    "fills": lambda p, x: 0.3 * jnp.tanh(p * x + jnp.zeros_like(x)),
+    "a loop over rows": lambda p, x: jax.lax.map(lambda row: 0.3 * jnp.tanh(p * row), x),
+}
+OF_BATCHES = {
+    "noise for each": lambda p, x: 0.3 * jnp.tanh(p * x + jax.random.normal(KEY, x.shape)),
+    "noise in an inner program": jax.jit(lambda p, x: 0.3 * jnp.tanh(p * x + jax.random.normal(KEY, x.shape))),
+    "positions in the batch": lambda p, x: 0.3 * jnp.tanh(p * x + jnp.arange(float(len(x)))[:, None]),
+    "rows by position": lambda p, x: 0.3 * jnp.tanh(p * x + SHIFTS[: len(x)]),
+    "another factor": lambda p, x: jnp.tanh(p * x) / len(x),
+    "another array": lambda p, x: 0.3 * jnp.tanh(p * x + np.full((1, 3), 1 / len(x))),
+    "other operations": lambda p, x: 0.3 * (jnp.tanh(p * x) if len(x) == 4 else jnp.sin(p * x)),
+    "an error of any kind": _for_four_alone,
+}
+
+
+@pytest.mark.parametrize("name", [*OF_ROWS, *OF_BATCHES])
+def test_only_functions_of_rows_are_taken_in_parts(name):
+    """What depends on the number of rows or on their places keeps the whole batch, and its value and gradient."""
+    g, x = (OF_ROWS | OF_BATCHES)[name], jax.random.normal(KEY, (4, 3))
+
+    def estimate(p, estimator):
+        options = {"key": KEY, "estimator": estimator, "return_diagnostics": True}
+        y, log_det, found = residual(g, p, x, **options)
+        return log_det.sum(), (y, found.length)
+
+    (_, (y, length)), gradient = jax.value_and_grad(estimate, has_aux=True)(0.5, Roulette(Geometric(0.9)))
+    np.testing.assert_allclose(y, x + g(0.5, x), rtol=1e-12)
+    assert (length % 1 == 0.5) == (name in OF_ROWS)
+    if name in OF_BATCHES:
+        expected = jax.grad(estimate, has_aux=True)(0.5, Roulette(Geometric(0.9), subsample=1))[0]
+        np.testing.assert_allclose(gradient, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("series", SERIES)

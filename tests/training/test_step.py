@@ -93,10 +93,10 @@ def test_lengths_are_fitted_to_what_was_seen(run):
     norms = np.asarray([m["diagnostics"].term_norms for m in metrics])
     expected = np.tensordot(weights / weights.sum(), norms, 1)
     fitted = fit_estimator(state, 8)
-    law = rf.fit_lengths(jnp.asarray(expected[:, state.estimator.exact_terms :]), batch_size=8)
+    law = rf.fit_lengths(jnp.asarray(expected[:, 3:]), batch_size=8, fixed_cost=2 * (4 + 3))  # of half of the batch
     np.testing.assert_allclose(fitted.estimator.length.table, law.table, rtol=1e-10)
     before = fit_estimator(states[0], 8).estimator.length
-    np.testing.assert_allclose(before.table[0], rf.Defensive().survival(jnp.arange(1, 14)), rtol=1e-12)
+    np.testing.assert_allclose(before.table[0], rf.Defensive(0.4).survival(jnp.arange(1, 14)), rtol=1e-12)
     certain = fitted.estimator.length.table.at[:].set(1e-30).at[1, :3].set(1.0)
     state = state._replace(estimator=rf.Roulette(rf.Fitted(certain), 0))
     assert trainer.step(state, IMAGES, KEY)[1]["diagnostics"].length.tolist() == [0, 3]

@@ -146,7 +146,7 @@ class Defensive:
 
     L is replaced by 1 - p if that is larger. The variance is finite for every g with Lip(g) <= L, since L^(2k) / L^k is
     summable, and the cost is close to that of Geometric(p). Source: defensive mixtures, Hesterberg (1995,
-    Technometrics 37). It is the default law of `Roulette`.
+    Technometrics 37). With p = 0.4 it is the default law of `Roulette`.
 
     Attributes:
       p: parameter of the short law, in (0, 1).

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from resflow_jax.functional.primitives.batch_sizes import is_of_rows
 from resflow_jax.functional.primitives.jax_internals import (
     ClosedJaxpr,
     EvalTrace,
@@ -34,17 +35,18 @@ class Traced:
     """A traced function, called as traced(closed_over, *args) with args of the types it was traced for.
 
     Attributes:
+      jaxpr: its program, with what it closes over as constants.
       out: the types of its outputs, as `jax.typeof` gives them, in the pytree that it returns.
     """
 
     def __init__(self, jaxpr: Jaxpr, out: Any):
-        self._jaxpr = jaxpr
+        self.jaxpr = jaxpr
         self.out = out
         self._tree = jax.tree.structure(out)
         self._hash = hash((self._tree, tuple(eqn.primitive.name for eqn in jaxpr.eqns)))
 
     def __call__(self, closed_over: list[Any], *args: Any) -> Any:
-        return self._tree.unflatten(jaxpr_as_fun(ClosedJaxpr(self._jaxpr, closed_over))(*jax.tree.leaves(args)))
+        return self._tree.unflatten(jaxpr_as_fun(ClosedJaxpr(self.jaxpr, closed_over))(*jax.tree.leaves(args)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -52,7 +54,7 @@ class Traced:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Traced):
             return NotImplemented
-        return self is other or (self._tree == other._tree and _is_same_jaxpr(self._jaxpr, other._jaxpr))
+        return self is other or (self._tree == other._tree and _is_same_jaxpr(self.jaxpr, other.jaxpr))
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class TracedForSizes:
     whole: Traced
     part: Traced
     size: int
+
+    @staticmethod
+    def are_of_rows(whole: tuple[Traced, list[Any]], part: tuple[Traced, list[Any]]) -> bool:
+        """Whether two results of `trace` are certainly one function of each row; see `batch_sizes`."""
+        return is_of_rows((whole[0].jaxpr, whole[1]), (part[0].jaxpr, part[1]))
 
     @classmethod
     def of(cls, whole: tuple[Traced, list[Any]], part: tuple[Traced, list[Any]]) -> tuple["TracedForSizes", Any]:

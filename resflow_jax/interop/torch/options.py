@@ -132,7 +132,8 @@ def estimator_from_args(args: argparse.Namespace) -> Estimator:
     if options["n_power_series"] is not None:
         return Truncated(options["n_power_series"])
     law = Poisson(2.0) if options["n_dist"] == "poisson" else Geometric(0.5)
-    return Roulette(law, exact_terms=options["n_exact_terms"], samples=options["n_samples"])
+    settings = {"exact_terms": options["n_exact_terms"], "samples": options["n_samples"]}
+    return Roulette(law, **settings, minres_steps=0, probe="gaussian")
 
 
 def numbers_of(name: str, text: str) -> tuple[int, ...]:

@@ -131,7 +131,7 @@ def test_arrays_of_the_batch_are_refused(options):
     condition = jnp.ones((4, 3))
     g = lambda p, x: 0.3 * jnp.tanh(x + condition)  # noqa: E731
     x = jnp.ones((4, 3))
-    with pytest.raises(ValueError, match=r"^chunk_size, probes: expected a g that takes"):
+    with pytest.raises(ValueError, match=r"^chunk_size, probes, subsample: expected a g that takes"):
         residual(g, None, x, key=jax.random.key(0), **options)
     residual(g, None, x, key=jax.random.key(0), chunk_size=4)
 
@@ -139,7 +139,7 @@ def test_arrays_of_the_batch_are_refused(options):
 def test_as_many_rows_as_the_batch_by_chance():
     """Two chunks of two examples, each repeated for two probes, have four rows; they are refused too."""
     condition = jnp.ones((4, 3))
-    with pytest.raises(ValueError, match=r"^chunk_size, probes: expected a g that takes"):
+    with pytest.raises(ValueError, match=r"^chunk_size, probes, subsample: expected a g that takes"):
         residual(
             lambda p, x: 0.3 * jnp.tanh(x + condition),
             None,

@@ -312,8 +312,11 @@ def test_options_that_a_file_lacks_are_those_of_the_scripts():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, rf.Roulette(rf.Poisson(2.0), exact_terms=2)),
-        ({"n_dist": "geometric", "n_exact_terms": 4, "n_samples": 2}, rf.Roulette(rf.Geometric(0.5), 4, samples=2)),
+        ({}, rf.Roulette(rf.Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")),
+        (
+            {"n_dist": "geometric", "n_exact_terms": 4, "n_samples": 2},
+            rf.Roulette(rf.Geometric(0.5), 4, 2, "gaussian", minres_steps=0),
+        ),
         ({"n_power_series": 7}, rf.Truncated(7)),
     ],
 )

@@ -1,0 +1,87 @@
+"""Compares the programs of one function g for two batch sizes.
+
+g treats the rows of a batch independently, but may still depend on their number or on a row's place: by noise of the
+batch's shape, by `jnp.arange(len(x))`, by rows of an array that it closes over, or by a factor 1 / len(x). For a part
+of a batch that is another function, and nothing fails. Its program shows it: it has other constants, or makes an array
+with the batch's size without x.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from resflow_jax.functional.primitives.jax_internals import ClosedJaxpr, Jaxpr, Literal
+
+
+def is_of_rows(whole: tuple[Jaxpr, list[Any]], part: tuple[Jaxpr, list[Any]]) -> bool:
+    """Whether two programs are certainly one function of each row, traced for two batch sizes.
+
+    They have to do the same operations with the same constants. Every array whose size depends on the batch has to come
+    from the arguments, or has to have equal rows.
+
+    Args:
+      whole: a program, and the arrays that it closes over.
+      part: those for the other batch size.
+    """
+    (one, arrays), (other, others) = whole, part
+    return len(arrays) == len(others) and all(map(_is_same_array, arrays, others)) and _is_alike(one, other)
+
+
+def _is_alike(a: Jaxpr, b: Jaxpr) -> bool:
+    if len(a.eqns) != len(b.eqns) or _differ(a.constvars, b.constvars):
+        return False
+    for p, q in zip(a.eqns, b.eqns, strict=True):
+        if p.primitive is not q.primitive or not all(map(_is_same_literal, p.invars, q.invars)):
+            return False
+        if _differ(p.outvars, q.outvars) and not (_differ(p.invars, q.invars) or _has_equal_rows(p, q)):
+            return False
+        programs, others = list(_programs(p.params)), list(_programs(q.params))
+        if len(programs) != len(others) or not all(map(_is_alike, programs, others)):
+            return False
+    return True
+
+
+def _differ(one: list[Any], other: list[Any]) -> bool:
+    """Whether any of the variables differ in shape."""
+    return len(one) != len(other) or any(p.aval.shape != q.aval.shape for p, q in zip(one, other, strict=True))
+
+
+def _has_equal_rows(p: Any, q: Any) -> bool:
+    """Whether an operation without an argument of the batch's size fills its result along the axes that differ."""
+    if p.primitive.name == "iota":
+        shapes = p.outvars[0].aval.shape, q.outvars[0].aval.shape
+        return shapes[0][p.params["dimension"]] == shapes[1][q.params["dimension"]]
+    return p.primitive.name == "broadcast_in_dim"
+
+
+def _is_same_literal(p: Any, q: Any) -> bool:
+    """Whether two arguments are equal constants, or no constants."""
+    if isinstance(p, Literal) and isinstance(q, Literal):
+        return np.array_equal(p.val, q.val, equal_nan=True)
+    return not isinstance(p, Literal) and not isinstance(q, Literal)
+
+
+def _is_same_array(p: Any, q: Any) -> bool:
+    if p is q:
+        return True
+    if isinstance(p, jax.core.Tracer) or isinstance(q, jax.core.Tracer) or jax.typeof(p) != jax.typeof(q):
+        return False
+    if jax.dtypes.issubdtype(jax.typeof(p).dtype, jax.dtypes.extended):
+        return False
+    return np.asarray(p).tobytes() == np.asarray(q).tobytes()
+
+
+def _programs(value: Any) -> Iterator[Jaxpr]:
+    """The programs in the parameters of an operation, as the body of a loop."""
+    if isinstance(value, ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, Jaxpr):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _programs(inner)
+    elif isinstance(value, tuple | list):
+        for inner in value:
+            yield from _programs(inner)
