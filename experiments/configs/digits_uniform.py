@@ -2,7 +2,7 @@
 
 python -m experiments.density digits_uniform
 
-On 2 CPU cores: 65 to 95 s, compilation included. Expected: 1.855 +- 0.013 test bits/dim, reconstruction error
+On 2 CPU cores: 80 to 120 s, compilation included. Expected: 1.853 +- 0.013 test bits/dim, reconstruction error
 below 1e-5, every block certified with a Lipschitz constant of at most 0.9411.
 """
 
