@@ -191,17 +191,27 @@ def save_densities(
 
 
 def save_bars(path: Path, values: dict[str, dict[str, float]], title: str) -> None:
-    """Draws {group: {name: value}} as one panel of horizontal bars per group, on a common logarithmic axis."""
-    figure, axes = plt.subplots(1, len(values), figsize=(3 + 2.6 * len(values), 4.2), sharex=True, layout="constrained")
-    for axis, (group, bars) in zip(np.atleast_1d(axes), values.items(), strict=True):
-        names = list(bars)
+    """Draws {group: {name: value}} as one panel of horizontal bars per group, on a common logarithmic axis.
+
+    The axis begins at 1e-3, or at the least value if that is larger. There are at most five panels in a row.
+    """
+    found = [value for bars in values.values() for value in bars.values()]
+    columns = min(len(values), 5)
+    rows = -(-len(values) // columns)
+    size = 3 + 2.6 * columns, 4.2 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(values) :]:
+        axis.set_visible(False)
+    for number, (group, bars) in enumerate(values.items()):
+        axis, names = axes.flat[number], list(bars)
         axis.barh(names, list(bars.values()), color=[f"C{n}" for n in range(len(names))])
         axis.set_xscale("log")
+        axis.set_xlim(max(min(found) / 2, 1e-3), 2 * max(found))
         axis.axvline(1, color="black", lw=0.8)
         axis.invert_yaxis()
         axis.set_title(textwrap.fill(group, 24), fontsize=9)
         axis.grid(axis="x", alpha=0.3)
-        axis.tick_params(axis="y", labelleft=axis is np.atleast_1d(axes)[0])
+        axis.tick_params(axis="y", labelleft=number % columns == 0)
     figure.suptitle(title)
     _save(figure, path)
 
