@@ -11,7 +11,7 @@ that instructions move to and from HBM, and apart from them VMEM; see `experimen
 given with every loop body counted once, and with the turns of loops. Turns that depend on data have a mean:
 
     series of the log-det   the mean number of its terms; 2.6 for `Roulette()` with Lip(g) <= 0.94,
-                          whose exact terms are a loop of their own
+                            whose exact terms have a loop of their own
     power iteration         1: a training step advances it once
     solve of the inverse    8.7 on digits_uniform, else 12.1: evaluations of g in a block for the slowest
                             example, measured on trained flows (`experiments.studies.inverse`)

@@ -163,6 +163,7 @@ OF_BATCHES = {
     "positions in the batch": lambda p, x: 0.3 * jnp.tanh(p * x + jnp.arange(float(len(x)))[:, None]),
     "rows by position": lambda p, x: 0.3 * jnp.tanh(p * x + SHIFTS[: len(x)]),
     "another factor": lambda p, x: jnp.tanh(p * x) / len(x),
+    "another array in an inner program": jax.jit(lambda p, x: 0.3 * jnp.tanh(p * x + np.full((1, 3), 1 / len(x)))),
     "another array": lambda p, x: 0.3 * jnp.tanh(p * x + np.full((1, 3), 1 / len(x))),
     "other operations": lambda p, x: 0.3 * (jnp.tanh(p * x) if len(x) == 4 else jnp.sin(p * x)),
     "an error of any kind": _for_four_alone,

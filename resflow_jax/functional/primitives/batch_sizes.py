@@ -14,8 +14,10 @@ import numpy as np
 
 from resflow_jax.functional.primitives.jax_internals import ClosedJaxpr, Jaxpr, Literal
 
+Program = tuple[Jaxpr, list[Any]]
 
-def is_of_rows(whole: tuple[Jaxpr, list[Any]], part: tuple[Jaxpr, list[Any]]) -> bool:
+
+def is_of_rows(whole: Program, part: Program) -> bool:
     """Whether two programs are certainly one function of each row, traced for two batch sizes.
 
     They have to do the same operations with the same constants. Every array whose size depends on the batch has to come
@@ -25,11 +27,9 @@ def is_of_rows(whole: tuple[Jaxpr, list[Any]], part: tuple[Jaxpr, list[Any]]) ->
       whole: a program, and the arrays that it closes over.
       part: those for the other batch size.
     """
-    (one, arrays), (other, others) = whole, part
-    return len(arrays) == len(others) and all(map(_is_same_array, arrays, others)) and _is_alike(one, other)
-
-
-def _is_alike(a: Jaxpr, b: Jaxpr) -> bool:
+    (a, arrays), (b, others) = whole, part
+    if len(arrays) != len(others) or not all(map(_is_same_array, arrays, others)):
+        return False
     if len(a.eqns) != len(b.eqns) or _differ(a.constvars, b.constvars):
         return False
     for p, q in zip(a.eqns, b.eqns, strict=True):
@@ -38,14 +38,14 @@ def _is_alike(a: Jaxpr, b: Jaxpr) -> bool:
         if _differ(p.outvars, q.outvars) and not (_differ(p.invars, q.invars) or _has_equal_rows(p, q)):
             return False
         programs, others = list(_programs(p.params)), list(_programs(q.params))
-        if len(programs) != len(others) or not all(map(_is_alike, programs, others)):
+        if len(programs) != len(others) or not all(map(is_of_rows, programs, others)):
             return False
     return True
 
 
 def _differ(one: list[Any], other: list[Any]) -> bool:
     """Whether any of the variables differ in shape."""
-    return len(one) != len(other) or any(p.aval.shape != q.aval.shape for p, q in zip(one, other, strict=True))
+    return [getattr(p.aval, "shape", ()) for p in one] != [getattr(q.aval, "shape", ()) for q in other]
 
 
 def _has_equal_rows(p: Any, q: Any) -> bool:
@@ -73,12 +73,12 @@ def _is_same_array(p: Any, q: Any) -> bool:
     return np.asarray(p).tobytes() == np.asarray(q).tobytes()
 
 
-def _programs(value: Any) -> Iterator[Jaxpr]:
+def _programs(value: Any) -> Iterator[Program]:
     """The programs in the parameters of an operation, as the body of a loop."""
     if isinstance(value, ClosedJaxpr):
-        yield value.jaxpr
+        yield value.jaxpr, value.consts
     elif isinstance(value, Jaxpr):
-        yield value
+        yield value, []
     elif isinstance(value, dict):
         for inner in value.values():
             yield from _programs(inner)
