@@ -265,9 +265,9 @@ def subsampling(estimator: Estimator) -> int:
     return _DEFAULT_SUBSAMPLE if estimator.gradient == "neumann" and steps >= 2 else 1
 
 
-def fixed_cost(estimator: Roulette, rest: float = 4.0) -> float:
-    """The argument of `fit_lengths` for a step whose `rest` costs this many vjps: a further term costs 1 / r of one."""
-    return subsampling(estimator) * (rest + estimator.exact_terms)
+def fixed_cost(estimator: Roulette) -> float:
+    """The argument of `fit_lengths`, in further terms, of which each costs 1 / r vjps of the whole batch."""
+    return subsampling(estimator) * (4.0 + estimator.exact_terms)
 
 
 def reverse_orders(estimator: Estimator) -> int:
