@@ -166,6 +166,7 @@ OF_BATCHES = {
     "another array in an inner program": jax.jit(lambda p, x: 0.3 * jnp.tanh(p * x + np.full((1, 3), 1 / len(x)))),
     "another array": lambda p, x: 0.3 * jnp.tanh(p * x + np.full((1, 3), 1 / len(x))),
     "other operations": lambda p, x: 0.3 * (jnp.tanh(p * x) if len(x) == 4 else jnp.sin(p * x)),
+    "one operation more": lambda p, x: 0.3 * jnp.tanh(p * x) if len(x) == 4 else 0.2 * (0.3 * jnp.tanh(p * x)),
     "an error of any kind": _for_four_alone,
 }
 
