@@ -37,9 +37,9 @@ from experiments.runs.workdir import write_atomically
 from experiments.studies.parts.competitors import TRAINING
 from experiments.studies.parts.estimator_targets import Target, flow_target, synthetic_targets
 from experiments.studies.parts.trained import NAMES, trained_runs
-from resflow_jax import Defensive, Fitted, Geometric, LengthLaw, Roulette, fit_lengths
+from resflow_jax import Defensive, Fitted, Geometric, LengthLaw, Roulette
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.functional.estimators import Probe, fixed_cost, subsampling
+from resflow_jax.functional.estimators import Probe, fit_law, subsampling
 from resflow_jax.training.parallel import STRATEGIES, Strategy
 
 Array = jax.Array
@@ -221,9 +221,8 @@ def measure_all(target: Target, config: EstimatorsConfig) -> dict[str, Measureme
         if config.small and name not in (PAPERS, DEFAULT, *FITTED, *FITTED.values()):
             continue
         if name in FITTED:
-            further = norms[FITTED[name]][..., estimator.exact_terms :]
-            options = {"batch_size": target.batch_size, "fixed_cost": fixed_cost(estimator)}
-            estimator = dataclasses.replace(estimator, length=fit_lengths(further, **options))
+            law = fit_law(estimator, norms[FITTED[name]], target.batch_size)
+            estimator = dataclasses.replace(estimator, length=law)
         measured, norms[name] = measure(target, estimator, jax.random.key(config.seed))
         if estimator.probes == subsampling(estimator) == 1 and name not in (REFERENCE, *FITTED):
             series = estimator.minres_steps, estimator.probe

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
 from resflow_jax.functional.checks import check_choice, check_count, check_flag
-from resflow_jax.functional.length_laws import Defensive, Fitted, Law, check_law, check_values
+from resflow_jax.functional.length_laws import Defensive, Fitted, Law, check_law, check_values, fit_lengths
 from resflow_jax.functional.opaque import Opaque, as_tree, original
 from resflow_jax.functional.probes import PROBES
 
@@ -265,9 +265,13 @@ def subsampling(estimator: Estimator) -> int:
     return _DEFAULT_SUBSAMPLE if estimator.gradient == "neumann" and steps >= 2 else 1
 
 
-def fixed_cost(estimator: Roulette) -> float:
-    """The argument of `fit_lengths`, in further terms, of which each costs 1 / r vjps of the whole batch."""
-    return subsampling(estimator) * (4.0 + estimator.exact_terms)
+def fit_law(estimator: Roulette, term_norms: jax.Array, batch_size: int) -> Fitted:
+    """The law that `fit_lengths` finds for the terms after the exact ones, from the norms [..., K] of all terms.
+
+    Costs are counted in further terms, each of which costs 1 / r vjps of the whole batch.
+    """
+    cost = subsampling(estimator) * (4.0 + estimator.exact_terms)
+    return fit_lengths(term_norms[..., estimator.exact_terms :], batch_size=batch_size, fixed_cost=cost)
 
 
 def reverse_orders(estimator: Estimator) -> int:

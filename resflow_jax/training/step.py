@@ -20,9 +20,9 @@ from flax import nnx
 from resflow_jax.functional.batch_axes import axes_of_batch, vary_over, varying_axes
 from resflow_jax.functional.checks import check_callable, check_count, check_open_interval, check_type
 from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
-from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator, fixed_cost
+from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator, fit_law
 from resflow_jax.functional.iteration import wide_dtype
-from resflow_jax.functional.length_laws import Fitted, fit_lengths
+from resflow_jax.functional.length_laws import Fitted
 from resflow_jax.models.flow import Flow
 
 Array = jax.Array
@@ -331,7 +331,6 @@ def fit_estimator(state: TrainState, batch_size: int) -> TrainState:
         raise ValueError("state: expected that of a flow with residual blocks, whose lengths are fitted, got none")
     with optax_promotion():
         seen = optax.tree.bias_correction(norms, _DECAY, jnp.maximum(count, 1))
-    cost = fixed_cost(estimator)
-    law = fit_lengths(seen[:, estimator.exact_terms :], batch_size=batch_size, fixed_cost=cost)
+    law = fit_law(estimator, seen, batch_size)
     start = Roulette().length.survival(jnp.arange(1, law.table.shape[-1] + 1))
     return state._replace(estimator=replace(estimator, length=Fitted(jnp.where(count > 0, law.table, start))))
