@@ -97,10 +97,9 @@ class Anderson(Solver):
 
         # The ridge is of the size of the rounding errors. It keeps nearly dependent columns from spoiling the step.
         ridge = 16 * float(jnp.finfo(dtype).eps) * jnp.eye(gram.shape[-1], dtype=dtype)
-        factor = jnp.linalg.cholesky(gram + ridge[None], symmetrize_input=False), True
         slopes = _products(residuals, new.residual, dtype)
-        weights = jax.scipy.linalg.cho_solve(factor, slopes[..., None])[..., 0].astype(new.image.dtype)
-        weights = jnp.where(jnp.isfinite(weights), weights, 0)  # if the factorisation failed: a plain step
+        weights = _solve_positive(gram + ridge[None], slopes).astype(new.image.dtype)
+        weights = jnp.where(jnp.isfinite(weights), weights, 0)  # if the elimination failed: a plain step
         return _Changes(images, residuals, gram), new.image - jnp.einsum("bmd,bm->bd", images, weights)
 
 
@@ -108,6 +107,20 @@ def _products(rows: Array, vector: Array, dtype: np.dtype) -> Array:
     """Inner products of [B, memory, D] with [B, D]: [B, memory]."""
     # Accelerators multiply with reduced precision by default, which can give a Gram matrix negative eigenvalues.
     return jnp.einsum("bmd,bd->bm", rows.astype(dtype), vector.astype(dtype), precision="highest")
+
+
+def _solve_positive(matrix: Array, vector: Array) -> Array:
+    """Solves small positive definite systems [B, m, m] for [B, m] by elimination; NaN where a pivot is not positive.
+
+    JAX's own solvers call LAPACK on a CPU, which hangs for large batches on several devices of one process (0.10.2).
+    Elimination needs no pivoting here, and is a handful of fused operations on every platform.
+    """
+    rows = jnp.concatenate([matrix, vector[..., None]], axis=-1)
+    for k in range(vector.shape[-1]):
+        pivot = rows[:, k, k]
+        row = rows[:, k] / jnp.where(pivot > 0, pivot, jnp.nan)[:, None]
+        rows = (rows - rows[:, :, k, None] * row[:, None]).at[:, k].set(row)
+    return rows[..., -1]
 
 
 class _RankOne(NamedTuple):
