@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from experiments.configs.base import DataConfig, DensityConfig, RunConfig
 from experiments.configs.classification import ClassifyConfig
+from experiments.configs.toy import ToyConfig
 from experiments.runs.models import tiny_model, tiny_transform
 from resflow_jax import ImageFlowConfig, VectorFlowConfig
 
@@ -26,6 +27,8 @@ def tiny(config: RunConfig) -> RunConfig:
     )
     if isinstance(config, ClassifyConfig):
         return _tiny_classifier(config)
+    if isinstance(config, ToyConfig):
+        config = replace(config, evaluation=replace(config.evaluation, samples=500, cells=60))
     if not isinstance(config.model, ImageFlowConfig | VectorFlowConfig):
         model = tiny_model(config.model)
         data = _embedded(config.data, model.shape) if isinstance(config, DensityConfig) else config.data

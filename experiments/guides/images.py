@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 import resflow_jax as rf
 
-STEPS, BLOCKS, DENSE, LEVELS = 600, 3, 2, 17
+STEPS, BLOCKS, DENSE, TRAIN, LEVELS = 600, 3, 2, 1500, 17
 
 # %% [markdown]
 # ## Data
@@ -25,7 +25,7 @@ STEPS, BLOCKS, DENSE, LEVELS = 600, 3, 2, 17
 
 # %%
 digits = np.random.default_rng(0).permutation(load_digits().images.astype(np.uint8)[..., None])
-train, test = digits[:1500], digits[1500:]
+train, test = digits[:TRAIN], digits[TRAIN:]
 
 # %% [markdown]
 # ## The flow

@@ -18,6 +18,13 @@ def no_compilation_cache(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
+@pytest.fixture
+def compiles_alike(monkeypatch):
+    """Processes that a test starts compile as this one does, see `tests/conftest.py`."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
+
 @pytest.fixture(scope="module")
 def shared_steps():
     """Runs of the same model, data, optimiser and devices trace and compile their training step once.

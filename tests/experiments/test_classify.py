@@ -23,6 +23,7 @@ from experiments.sample import SampleConfig
 from resflow_jax import ClassifierConfig, Estimate, Exact, Truncated, certified_radius
 from resflow_jax.io.config_json import as_json
 from tests.experiments.outputs import read_metrics
+from tests.experiments.tiny import run_and_cut
 
 PLAIN = replace(
     CLASS_CONFIGS["digits"],
@@ -40,25 +41,22 @@ MIXTURE = replace(
     labels=20,
     estimator=Truncated(2),
 )
-
-
-def run_twice(config, steps=(2, 4)):
-    """Trains in two calls, the second of which resumes; returns the results."""
-    return [run_config(replace(config, steps=number)) for number in steps]
+pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A classifier without a density: its work directory and result."""
+    """A classifier without a density, finished and then trained for more steps: its work directory and result."""
     workdir = tmp_path_factory.mktemp("plain")
-    return workdir, run_twice(replace(PLAIN, workdir=workdir))[-1]
+    return workdir, [run_config(replace(PLAIN, workdir=workdir, steps=steps)) for steps in (2, 4)][-1]
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    """A hybrid run with a component for each class and few labels: its work directory and result."""
-    workdir = tmp_path_factory.mktemp("mixture")
-    return workdir, run_twice(replace(MIXTURE, workdir=workdir))[-1]
+    """A hybrid run with a component for each class and few labels, cut and resumed: its work directory and result."""
+    config = replace(MIXTURE, workdir=tmp_path_factory.mktemp("mixture"), steps=4)
+    run_and_cut(config, batches=3)
+    return config.workdir, run_config(config)
 
 
 def check_promises(workdir, result):

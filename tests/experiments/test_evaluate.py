@@ -25,6 +25,7 @@ from resflow_jax.training.evaluation import image_bits_per_dim
 from tests.experiments import tiny
 from tests.training.test_evaluation import KnownDensity
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 CONFIG = replace(tiny.DIGITS, evaluation=replace(tiny.DIGITS.evaluation, draws=2))
 KEY = jax.random.key(CONFIG.seed + 2)
 SHARED = {"levels": 17, "mesh": data_mesh(jax.device_count())}

@@ -20,6 +20,7 @@ SMALL = {
     "RANKED": 8,
     "SAMPLES": 16,
     "SWEEPS": 10,
+    "TRAIN": 1797 - 128,
     "WARMUP": 4,
 }
 

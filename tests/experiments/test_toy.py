@@ -19,6 +19,8 @@ from experiments.runs.tasks.toy import ToyTask
 from resflow_jax.data.toy import sample_toy
 from resflow_jax.training.evaluation import vector_log_prob
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 
 @pytest.mark.parametrize(
     "setting, message",
@@ -82,7 +84,7 @@ def test_a_tiny_run_writes_everything_and_its_density_integrates_to_one(estimato
 
 def test_a_wrong_integral_is_reported(tiny, capsys):
     """One cell is too few for the integral."""
-    run_config(replace(tiny, steps=1, evaluation=replace(tiny.evaluation, cells=1)))
+    run_config(replace(tiny, evaluation=replace(tiny.evaluation, cells=1, every=30)))
     assert "WARNING                 the density integrates to" in capsys.readouterr().out
 
 

@@ -20,12 +20,17 @@ from tests.functional.inverses import every_solver, sine, with_status
 IDS = ["easy", "hard", "conv"]
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def solve(g, solver, params, y):
+    return with_status(g, params, y, solver=solver)
+
+
 @pytest.mark.parametrize("net", [partial(dense_net, 0.3), partial(dense_net, 0.9), partial(conv_net, 0.9)], ids=IDS)
 @every_solver
 def test_round_trip(net, solver):
     """inverse(x + g(x)) = x to 1e-10, converged, in no more iterations than L^n = tolerance needs."""
     g, params, x = net()
-    inverse, status = jax.jit(lambda p, y: with_status(g, p, y, solver=solver))(params, x + g(params, x))
+    inverse, status = solve(g, solver, params, x + g(params, x))
     np.testing.assert_allclose(inverse, x, atol=1e-10)
     assert jnp.all(status.converged)
     assert status.iterations.shape == status.residual.shape == status.converged.shape == (len(x),)

@@ -17,7 +17,6 @@ from tests.functional.estimates import (
     GRADIENTS,
     NETS,
     SAFE,
-    SLOW,
     dense_jacobians,
     estimate,
     exact,
@@ -48,8 +47,9 @@ def test_the_nonsymmetric_net_is_not_easy():
 # Exact
 
 
-@pytest.mark.parametrize("chunk_size", [3, 64])
-@pytest.mark.parametrize("name", ["saturated", "near one", "conv", "conv near one"])
+@pytest.mark.parametrize(
+    ("name", "chunk_size"), [("saturated", 64), ("near one", 3), ("conv", 64), ("conv near one", 3)]
+)
 def test_exact_is_slogdet(name, chunk_size):
     """Exact = numpy's slogdet of the dense Jacobian to 1e-10, in chunks of any size; y = x + g(x)."""
     g, params, x = net_named(name)
@@ -60,7 +60,7 @@ def test_exact_is_slogdet(name, chunk_size):
     np.testing.assert_allclose(y, x + g(params, x), rtol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["saturated", "near one", "conv near one"])
+@pytest.mark.parametrize("name", ["near one", "conv near one"])
 def test_exact_gradient(name):
     """Its gradient = autodiff through the dense slogdet to 1e-9 = finite differences to 1e-7."""
     g, params, x = net_named(name)
@@ -87,8 +87,7 @@ def test_exact_gradient(name):
 @pytest.mark.parametrize(
     "options",
     [
-        {"length": SLOW, "exact_terms": 2, "minres_steps": 0},
-        {"length": Poisson(2.0), "minres_steps": 0, "samples": 3, "probe": "gaussian"},
+        {"length": Poisson(2.0), "exact_terms": 2, "minres_steps": 0, "samples": 3, "probe": "gaussian"},
         {"length": SAFE, "minres_steps": 2, "probe": "orthogonal", "probes": 3},
         {"terms": 7, "probes": 2},
     ],
@@ -114,7 +113,7 @@ def test_both_gradients_share_their_value(options):
     [
         Exact(),
         Roulette(Geometric(0.5), 2, minres_steps=0, gradient="autodiff"),
-        Roulette(SAFE, 0, minres_steps=2, gradient="autodiff"),
+        Roulette(Geometric(0.5), 0, minres_steps=2, gradient="autodiff"),
     ],
     ids=str,
 )
@@ -140,8 +139,9 @@ def test_default_estimator_and_rank_one_input():
     np.testing.assert_allclose(log_det, jnp.log1p(0.5 * jnp.cos(x)), rtol=1e-12)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(
+    ("dtype", "gradient"), [(jnp.float32, "neumann"), (jnp.float32, "autodiff"), (jnp.float64, "autodiff")]
+)
 def test_a_series_that_has_ended_goes_on(dtype, gradient):
     """Long after the last of four eigenvalues the estimate is v^T log(I + J) v, and its gradient is finite.
 
@@ -173,7 +173,6 @@ def test_zero_residual(gradient):
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
-        ("moderate", Truncated(50, "orthogonal", probes=4)),
         ("moderate", Roulette(exact_terms=50, minres_steps=0, probe="orthogonal", probes=4)),
         ("nonsymmetric", Roulette(exact_terms=50, probe="orthogonal", probes=8)),
         ("nonsymmetric", Roulette(exact_terms=80, minres_steps=3, probe="orthogonal", probes=8)),

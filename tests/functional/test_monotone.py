@@ -22,11 +22,12 @@ from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint
 from tests.functional import conditional
 from tests.functional.contractions import jacobians
 from tests.functional.estimates import FITTED, PAPERS, SAFE, flat_value_and_gradient, net_named, worst_z
-from tests.functional.test_unbiasedness import enumerate_draws, expectation
+from tests.functional.test_unbiasedness import LONGEST, enumerate_draws, expectation
 
 ROOT = np.sqrt(2)
 EXACT = Exact(chunk_size=3)
 TIGHT = Anderson(tolerance=1e-14)
+PLAIN = FixedPoint(tolerance=1e-13)  # the solver that compiles fastest
 
 
 def newton(g, params, x, steps=30):
@@ -76,8 +77,8 @@ def exact(name):
     return reference(name)()
 
 
-def estimate(net, estimator, key):
-    value = lambda params, x: monotone(net[0], params, x, key=key, estimator=estimator)  # noqa: E731
+def estimate(net, estimator, key, solver=PLAIN):
+    value = lambda params, x: monotone(net[0], params, x, key=key, estimator=estimator, solver=solver)  # noqa: E731
     return flat_value_and_gradient(*net, value)
 
 
@@ -93,14 +94,14 @@ def test_the_log_det_is_that_of_the_map():
     np.testing.assert_allclose(y, expected_y, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["saturated", "nonsymmetric", "conv"])
+@pytest.mark.parametrize("name", ["nonsymmetric", "conv"])
 def test_exact_value_and_gradient(name):
     """Exact: value, gradient in params and in x, the part through w included, to 1e-8."""
-    found = jax.jit(lambda: estimate(net_named(name), EXACT, None))()
+    found = jax.jit(lambda: estimate(net_named(name), EXACT, None, Anderson()))()
     np.testing.assert_allclose(found, exact(name), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize(("terms", "gradient"), [(1, "neumann"), (4, "neumann"), (5, "neumann"), (4, "autodiff")])
+@pytest.mark.parametrize(("terms", "gradient"), [(4, "neumann"), (5, "neumann"), (4, "autodiff")])
 def test_truncated_is_the_truncated_series(monkeypatch, terms, gradient):
     """Averaged over orthogonal probes, value and gradient are those of the odd powers up to `terms`."""
     draws = enumerate_draws(
@@ -114,18 +115,16 @@ def test_truncated_is_the_truncated_series(monkeypatch, terms, gradient):
     ("name", "estimator"),
     [
         ("moderate", Roulette(Geometric(0.5), 0, minres_steps=0)),
-        ("moderate", Roulette(Geometric(0.4), 3, minres_steps=0, gradient="autodiff")),
-        ("nonsymmetric", Roulette(Geometric(0.4), 0)),
         ("nonsymmetric", Roulette(SAFE, 2, probes=2)),
         ("nonsymmetric", Roulette(Poisson(2.0), 2, minres_steps=2)),
-        ("nonsymmetric", Roulette(Geometric(0.3), 0, gradient="autodiff", probes=2)),
+        ("nonsymmetric", Roulette(Geometric(0.5), 0, gradient="autodiff", probes=2)),
         ("saturated", Roulette(FITTED, 0)),
     ],
     ids=str,
 )
 def test_roulette_summed_over_its_law(monkeypatch, name, estimator):
     """sum_n P(N = n) * (mean over probes) is the exact value and gradient, with no sampling."""
-    result = expectation(monkeypatch, name, estimator, 80, estimate)
+    result = expectation(monkeypatch, name, estimator, LONGEST if estimator.minres_steps is None else 80, estimate)
     tolerance = 1e-8 if estimator.gradient == "neumann" else 1e-6
     np.testing.assert_allclose(result, exact(name), rtol=tolerance, atol=tolerance)
 
@@ -133,10 +132,9 @@ def test_roulette_summed_over_its_law(monkeypatch, name, estimator):
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
-        ("nonsymmetric", Roulette()),
         ("nonsymmetric", PAPERS),
-        ("small", Roulette(Poisson(2.0), 2, samples=3, probe="orthogonal", probes=2)),
-        ("moderate", Roulette(Geometric(0.3), 0, minres_steps=1, probe="gaussian", gradient="autodiff")),
+        ("moderate", Roulette(Poisson(2.0), 2, samples=3, probe="orthogonal", probes=2)),
+        ("moderate", Roulette(Geometric(0.5), 0, minres_steps=1, probe="gaussian", gradient="autodiff")),
         ("conv", Roulette(Defensive(lipschitz=0.8), subsample=2)),
     ],
     ids=str,
@@ -179,7 +177,6 @@ def _through_w(original):
 
 MUTATIONS = {
     "sign": (neumann, "plan_of", _plan(scale=2.0)),
-    "one sign only": (neumann, "plan_of", _plan(scale=-1.0)),
     "unweighted gradient": (neumann, "plan_of", _unweighted),
     "no derivative through w": (monotone_module, "log_det_at", _through_w),
     "size of w": (TwoSidedKrylov, "step", _terms(lambda k, term: term._replace(w=1.1 * term.w))),
@@ -193,7 +190,7 @@ def test_mutations_are_caught(monkeypatch, mutation):
     """With one thing wrong, the sum over the law differs clearly from the exact vector."""
     owner, name, mutate = MUTATIONS[mutation]
     monkeypatch.setattr(owner, name, mutate(getattr(owner, name)))
-    result = expectation(monkeypatch, "saturated", Roulette(Geometric(0.4), 0), 60, estimate)
+    result = expectation(monkeypatch, "saturated", Roulette(Geometric(0.4), 0), LONGEST, estimate)
     assert np.max(np.abs(result - exact("saturated"))) > 1e-3
 
 
@@ -219,23 +216,28 @@ def dense_conditional(params, x, condition):
     return jax.vmap(one)(x, condition)
 
 
+@cache
+def of_condition(estimator):
+    """Gradients in params, x and the floats of the condition, and log_det; None is the dense reference."""
+    params, x, condition = conditional.net()
+    label, key = condition.pop("label"), jax.random.key(0)
+
+    def loss(params, x, floats):
+        c = conditional.with_label(floats, label)
+        if estimator is None:
+            y, log_det = dense_conditional(params, x, c)
+        else:
+            y, log_det = monotone(conditional.g, params, x, condition=c, key=key, estimator=estimator)
+        return jnp.sum(jnp.sin(3 * y)) + log_det @ jnp.arange(1.0, 5.0), log_det
+
+    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, x, condition)
+
+
 @pytest.mark.parametrize("estimator", [EXACT, Truncated(80, probe="orthogonal", probes=3)], ids=str)
 def test_condition(estimator):
     """Values and gradients in params, x and the floats of the condition; with D orthogonal probes nothing is random."""
-    params, x, condition = conditional.net()
-    label = condition.pop("label")
-
-    def loss(map_):
-        def of(params, x, floats):
-            y, log_det = map_(params, x, conditional.with_label(floats, label))
-            return jnp.sum(jnp.sin(3 * y)) + log_det @ jnp.arange(1.0, 5.0), log_det
-
-        return jax.jit(jax.grad(of, (0, 1, 2), has_aux=True))(params, x, condition)
-
-    call = lambda params, x, c: monotone(  # noqa: E731
-        conditional.g, params, x, condition=c, key=jax.random.key(0), estimator=estimator
-    )
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-8), loss(call), loss(dense_conditional))
+    close = partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-8)
+    jax.tree.map(close, of_condition(estimator), of_condition(None))
 
 
 def test_events_may_be_pytrees_and_estimators_custom():

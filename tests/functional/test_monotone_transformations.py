@@ -13,11 +13,11 @@ from resflow_jax.functional import monotone as monotone_module
 from resflow_jax.functional.estimators import Exact, Roulette, Truncated
 from resflow_jax.functional.length_laws import Geometric
 from resflow_jax.functional.monotone import monotone
-from resflow_jax.functional.solvers import Anderson
+from resflow_jax.functional.solvers import Anderson, FixedPoint
 from tests.functional.estimates import net_named
 
 EXACT = Exact(chunk_size=3)
-TIGHT = Anderson(tolerance=1e-14)
+TIGHT = FixedPoint(tolerance=1e-14)  # the solver that compiles fastest
 ROULETTE = Roulette(Geometric(0.4), 0)
 
 
@@ -31,38 +31,47 @@ def test_second_derivatives():
 
     of_exact, of_neumann = partial(loss, EXACT), partial(loss, Roulette(exact_terms=0, probe="orthogonal", probes=4))
     direction = jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
-    forward = lambda f: jax.jit(lambda: jax.jvp(jax.grad(f), (x,), (direction,))[1])()  # noqa: E731
+    forward = lambda f: jax.jit(lambda x: jax.jvp(jax.grad(f), (x,), (direction,)))  # noqa: E731
     backward = jax.jit(lambda: jax.grad(lambda x: jnp.vdot(jax.grad(of_exact)(x), direction))(x))()
     h = 1e-5
-    slopes = [jax.jit(jax.grad(of_exact))(x + sign * h * direction) for sign in (1, -1)]
-    np.testing.assert_allclose(forward(of_exact), (slopes[0] - slopes[1]) / (2 * h), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(forward(of_exact), backward, rtol=1e-8, atol=1e-8)
-    slopes = [jax.jit(jax.grad(of_neumann))(x + sign * h * direction) for sign in (1, -1)]
-    np.testing.assert_allclose(forward(of_neumann), (slopes[0] - slopes[1]) / (2 * h), rtol=1e-5, atol=1e-5)
+    for f, tolerance in ((of_exact, 1e-6), (of_neumann, 1e-5)):
+        derivatives = forward(f)  # the gradient, and its derivative along the direction
+        found, *slopes = derivatives(x)[1], *(derivatives(x + sign * h * direction)[0] for sign in (1, -1))
+        np.testing.assert_allclose(found, (slopes[0] - slopes[1]) / (2 * h), rtol=tolerance, atol=tolerance)
+        if f is of_exact:
+            np.testing.assert_allclose(found, backward, rtol=1e-8, atol=1e-8)
     with pytest.raises(TypeError, match=r"forward-mode derivatives \(jvp, jacfwd\) expected another estimator"):
-        jax.jvp(of_neumann, (x,), (direction,))
+        jax.jit(lambda x: jax.jvp(of_neumann, (x,), (direction,))).lower(x)
     with pytest.raises(ValueError, match=r"reverse-mode derivatives of second order"):
-        jax.grad(lambda x: jnp.vdot(jax.grad(of_neumann)(x), direction))(x)
+        jax.eval_shape(jax.grad(lambda x: jnp.vdot(jax.grad(of_neumann)(x), direction)), x)
 
 
-def test_vmap_scan_chunks_and_disable_jit():
-    """The same numbers under vmap over keys and over params, in a scan, in chunks, and without jit."""
+def test_vmap_scan_and_chunks():
+    """The same numbers under vmap over keys, under vmap over params in a scan, and in chunks.
+
+    `tests.modes.test_modes` has the map without jit.
+    """
     g, params, x = net_named("moderate")
-    call = lambda params, x, key, **options: monotone(g, params, x, key=key, estimator=ROULETTE, **options)  # noqa: E731
-    grad = jax.grad(lambda params, x, key, **options: sum(map(jnp.sum, call(params, x, key, **options))), (0, 1))
-    keys = jax.random.split(jax.random.key(0), 2)
-    one_by_one = [jax.jit(grad)(params, x, key) for key in keys]
+
+    def total(params, x, key, solver=TIGHT, **options):
+        y, log_det = monotone(g, params, x, key=key, estimator=ROULETTE, solver=solver, **options)
+        return jnp.sum(y) + jnp.sum(log_det)
+
+    grad, keys = jax.grad(total, (0, 1)), jax.random.split(jax.random.key(0), 2)
+    one = jax.jit(grad)
+    one_by_one = [one(params, x, key) for key in keys]
     close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one)
     close(jax.jit(jax.vmap(grad, (None, None, 0)))(params, x, keys), stacked)
+
+    @jax.jit
+    def scanned(params, x, keys):
+        return jax.lax.scan(lambda _, key: (None, jax.vmap(grad, (0, None, None))(params, x, key)), None, keys)[1]
+
     twice = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
-    close(jax.jit(jax.vmap(grad, (0, None, 0)))(twice, x, keys), stacked)
-    scanned = jax.jit(lambda: jax.lax.scan(lambda _, key: (None, grad(params, x, key)), None, keys)[1])()
-    close(scanned, stacked)
-    solver = Anderson(on_failure="raise")
-    close(jax.jit(partial(grad, chunk_size=1, solver=solver))(params, x, keys[0]), one_by_one[0])
-    with jax.disable_jit():
-        close(call(params, x, keys[0]), jax.jit(call)(params, x, keys[0]))
+    close(scanned(twice, x, keys), jax.tree.map(lambda leaf: jnp.stack([leaf, leaf], axis=1), stacked))
+    in_chunks = partial(grad, chunk_size=1, solver=Anderson(on_failure="raise"))
+    close(jax.jit(in_chunks)(params, x, keys[0]), one_by_one[0])
 
 
 def test_shard_map():
@@ -72,7 +81,7 @@ def test_shard_map():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
 
     def loss(params, x):
-        y, log_det = monotone(g, params, x, key=jax.random.key(3), estimator=ROULETTE)
+        y, log_det = monotone(g, params, x, key=jax.random.key(3), estimator=ROULETTE, solver=TIGHT)
         return jnp.sum(log_det) + jnp.sum(jnp.sin(y)), log_det
 
     def sharded(params, x):
@@ -95,7 +104,7 @@ def gradient_memory(estimator, blocks, batch=64, dim=8, hidden=512):
 
     def block(x, inputs):
         params, key = inputs
-        return monotone(g, params, x, key=key, estimator=estimator)
+        return monotone(g, params, x, key=key, estimator=estimator, solver=TIGHT)
 
     def loss(params, x, key):
         y, log_dets = jax.lax.scan(block, x, (params, jax.random.split(key, blocks)))

@@ -20,8 +20,14 @@ KEY = jax.random.key(3)
 # With all probes of an orthogonal basis and this many exact terms the estimate is exact.
 ALL = {"exact_terms": 60, "probe": "orthogonal", "probes": 3, "second_order": True}
 EXACT = rf.Roulette(rf.Geometric(0.5), minres_steps=0, **ALL)
-MAPS = {"residual": rf.residual, "monotone": partial(rf.monotone, solver=rf.Anderson(tolerance=1e-13))}
-every_map = pytest.mark.parametrize("form", MAPS)
+POWER_SERIES = {"minres_steps": 0, "second_order": True}
+# the solver that compiles fastest; a rough solution is enough where there is noise
+MAPS = {
+    "residual": rf.residual,
+    "monotone": partial(rf.monotone, solver=rf.FixedPoint(tolerance=1e-13)),
+    "rough monotone": partial(rf.monotone, solver=rf.FixedPoint(tolerance=1e-5)),
+}
+every_map = pytest.mark.parametrize("form", ["residual", "monotone"])
 
 
 def g(params, x, condition):
@@ -61,7 +67,7 @@ def check(found, expected, tolerance=1e-10):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("form", "chunk_size"), [("residual", None), ("residual", 2), ("monotone", 2)])
+@pytest.mark.parametrize(("form", "chunk_size"), [("residual", 2), ("monotone", 2)])
 def test_exact_where_the_estimate_is(form, chunk_size):
     """In params, x and condition at once, of a nonlinear function of y and log_det."""
     found = jax.jit(lambda: hessian_vector_product(form, EXACT, KEY, NONLINEAR, chunk_size))()
@@ -72,17 +78,16 @@ def test_exact_where_the_estimate_is(form, chunk_size):
     ("form", "estimator"),
     [
         ("residual", rf.Roulette(second_order=True)),
-        ("residual", rf.Roulette(rf.Geometric(0.5), 0, minres_steps=0, probe="gaussian", probes=2, second_order=True)),
-        ("residual", rf.Roulette(rf.Geometric(0.5), 0, minres_steps=0, samples=2, subsample=2, second_order=True)),
-        ("monotone", rf.Roulette(exact_terms=0, second_order=True)),
+        ("residual", rf.Roulette(rf.Geometric(0.5), 0, 2, "gaussian", probes=2, subsample=2, **POWER_SERIES)),
+        ("rough monotone", rf.Roulette(exact_terms=0, second_order=True)),
     ],
-    ids=["default", "gaussian", "samples", "monotone"],
+    ids=["default", "gaussian, samples", "monotone"],
 )
 def test_unbiased(form, estimator):
-    """The mean over 4000 keys is within five standard errors of the exact product, in every element."""
+    """The mean over 2000 keys is within five standard errors of the exact product, in every element."""
 
     of_keys = jax.jit(jax.vmap(lambda key: hessian_vector_product(form, estimator, key, LINEAR)))
-    draws, expected = of_keys(jax.random.split(KEY, 4000)), exact_product(form)(LINEAR)
+    draws, expected = of_keys(jax.random.split(KEY, 2000)), exact_product(form.removeprefix("rough "))(LINEAR)
     for drawn, exact in zip(*map(jax.tree.leaves, (draws, expected)), strict=True):
         error = jnp.std(drawn, axis=0) / np.sqrt(len(drawn))
         assert np.all(np.abs(jnp.mean(drawn, axis=0) - exact) < 5 * error + 1e-12)
@@ -163,10 +168,14 @@ def test_memory_does_not_grow_with_the_series():
     assert temporary(40) == temporary(2)
 
 
-@pytest.mark.parametrize("block", ["residual", "monotone", "implicit"])
+@pytest.mark.parametrize("block", ["monotone", "implicit"])
 def test_flow(block):
-    """A whole flow: the score's squared norm, as in score matching, has the exact gradient in the parameters."""
-    flow = rf.ResidualFlow(rf.VectorFlowConfig(3, 3, (4,), block=block), rngs=nnx.Rngs(0))
+    """A whole flow: the score's squared norm, as in score matching, has the exact gradient in the parameters,
+    along a direction of all of them.
+
+    An implicit block is a residual block and the inverse of another one.
+    """
+    flow = rf.ResidualFlow(rf.VectorFlowConfig(3, 2, (4,), block=block), rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(flow)
     state = jax.tree.map(
         lambda leaf: leaf.astype("float64") if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, state
@@ -184,8 +193,9 @@ def test_flow(block):
 
     found = jax.jit(jax.grad(lambda floats: of_floats(floats, EXACT)))(floats)
     # forward mode: JAX below 0.12 cannot differentiate a solve inside of a scan twice in reverse mode
-    expected = jax.jit(jax.jacfwd(lambda floats: of_floats(floats, rf.Exact())))(floats)
-    check(found, expected, 1e-8)
+    direction = jnp.cos(jnp.arange(1.0, 1 + floats.size))
+    slope = jax.jit(lambda *args: jax.jvp(lambda floats: of_floats(floats, rf.Exact()), *args)[1])
+    np.testing.assert_allclose(found @ direction, slope((floats,), (direction,)), rtol=1e-8)
 
 
 def test_what_has_no_rule_raises():
@@ -198,13 +208,15 @@ def test_what_has_no_rule_raises():
             )[1]
         )
 
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(log_det, (X,), (X,))
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(jax.grad(log_det), (X,), (X,))
+    first = lambda x: jax.jvp(log_det, (x,), (x,))  # noqa: E731
+    mixed = lambda x: jax.jvp(jax.grad(log_det), (x,), (x,))  # noqa: E731
     twice = jax.grad(lambda x: jnp.sum(jax.grad(log_det)(x) * X))
+    third = jax.grad(lambda x: jnp.sum(twice(x) * X))
+    for function in (first, mixed):
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jit(function).lower(X)
     with pytest.raises(ValueError, match="reverse-mode derivatives of second order"):
-        jax.grad(lambda x: jnp.sum(twice(x) * X))(X)
+        jax.eval_shape(third, X)
 
 
 def test_settings():

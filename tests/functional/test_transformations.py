@@ -23,10 +23,11 @@ ESTIMATORS = {
     "two lengths, two probes": Roulette(Geometric(0.4), 0, samples=2, probes=2),
 }
 ARGUMENTS = ("params", "scale", "x", "key")
-# Which arguments have a lane each: every one alone, and combinations in which y is mapped or is not.
-MAPPED = [("key",), ("x",), ("params",), ("scale", "key"), ARGUMENTS]
-# Where rules of derivatives are shared with others: every argument is mapped in one, and not in the other.
-FEW = [("x", "params"), ("scale", "key")]
+# Which arguments have a lane each. The key alone: y is not mapped. For the two rules of derivatives, of the Neumann
+# gradient and of the inverse, each argument is mapped with others and without.
+ALONE = [("key",), ("x",), ("params", "scale", "key")]
+MAPPED = {"roulette": ALONE, "inverse": ALONE, "in chunks": [("x", "params"), ("scale", "key")]}
+OTHERS = [("scale", "x", "key")]
 
 
 def log_det_loss(estimator, chunk_size, params, scale, x, key):
@@ -73,7 +74,7 @@ def test_vmap(name):
     """grad of a weighted sum over vmap, and vmap of grad, for choices of mapped arguments, against a loop."""
     loss, weights = LOSSES[name], jnp.arange(1.0, 1 + LANES)
     one = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
-    for names in MAPPED if name in ("roulette", "inverse") else FEW:
+    for names in MAPPED.get(name, OTHERS):
         args = arguments(names)
         axes = [0 if name in names else None for name in ARGUMENTS]
         lanes = [one(*lane(args, names, n)) for n in range(LANES)]

@@ -4,6 +4,8 @@ It is computed in two ways: exactly, by summing over all lengths and over probes
 over thousands of keys. The tests at the end check that deliberate mistakes are found.
 """
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,22 +16,21 @@ from resflow_jax.functional import direct_estimates, neumann, series, term_sums
 from resflow_jax.functional.estimators import Roulette, Truncated
 from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, Poisson
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
-from tests.functional.contractions import (
-    dense_series,
-)
+from tests.functional.contractions import dense_series
 from tests.functional.estimates import (
     FITTED,
-    GRADIENTS,
     SAFE,
     SLOW,
     estimate,
     exact,
+    flat_value_and_gradient,
     net_named,
-    reference,
     worst_z,
 )
 
 # Expectations without sampling
+
+LONGEST = 40  # the minimal residuals of these nets have by then fallen to rounding
 
 
 def enumerate_draws(monkeypatch, net, estimator, lengths=(0,), estimate=estimate):
@@ -58,31 +59,34 @@ def enumerate_draws(monkeypatch, net, estimator, lengths=(0,), estimate=estimate
     return jax.jit(jax.vmap(over_probes, (0, None)))(jnp.asarray(lengths), jnp.arange(len(hadamard)))
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("terms", [1, 4])
+@cache
+def series_reference(name):
+    """The dense reference of the truncated series: a program of the number of terms."""
+    g, params, x = net_named(name)
+    value = lambda terms, params, x: (x + g(params, x), dense_series(g, params, x, terms))  # noqa: E731
+    return jax.jit(lambda terms: flat_value_and_gradient(g, params, x, partial(value, terms)))
+
+
+@pytest.mark.parametrize(("terms", "gradient"), [(1, "neumann"), (4, "neumann"), (4, "autodiff")])
 def test_truncated_is_the_truncated_series(monkeypatch, terms, gradient):
     """Averaged over orthogonal probes, value and gradient are those of sum_{k <= n} (-1)^(k+1) tr(J^k) / k."""
     draws = enumerate_draws(monkeypatch, net_named("saturated"), Truncated(terms, gradient=gradient))[0]
-    expected = reference(net_named("saturated"), lambda *net: dense_series(*net, terms))
+    expected = series_reference("saturated")(terms)
     np.testing.assert_allclose(draws.mean(axis=0), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_truncated_conv(monkeypatch):
     """The same for convolutions, D = 32."""
     draws = enumerate_draws(monkeypatch, net_named("conv"), Truncated(4))[0]
-    expected = reference(net_named("conv"), lambda *net: dense_series(*net, 4))
+    expected = series_reference("conv")(4)
     np.testing.assert_allclose(draws.mean(axis=0), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_truncation_bias_shrinks():
     """|bias of the value| <= D L^(n+1) / ((n+1) (1-L)); from 3 to 27 terms that of the gradient falls 90 times."""
-
-    def bias(terms):
-        return reference(net_named("saturated"), lambda *net: dense_series(*net, terms)) - exact("saturated")
-
     worst = []
     for terms in (3, 9, 27):
-        error = jnp.abs(bias(terms))
+        error = jnp.abs(series_reference("saturated")(terms) - exact("saturated"))
         assert jnp.max(error[:3]) <= 4 * 0.8 ** (terms + 1) / ((terms + 1) * 0.2)
         worst.append(jnp.max(error))
     assert worst[0] > 3 * worst[1] > 90 * worst[2]
@@ -102,17 +106,13 @@ def expectation(monkeypatch, name, estimator, longest, estimate=estimate):
 @pytest.mark.parametrize(
     ("name", "estimator", "tolerance"),
     [
-        ("moderate", Roulette(Geometric(0.5), 0, minres_steps=0), 1e-10),
         ("moderate", Roulette(Geometric(0.4), 2, minres_steps=0), 1e-10),
-        ("small", Roulette(Poisson(2.0), 3, minres_steps=0), 1e-10),
         (
             "moderate",
             Roulette(Geometric(0.5), 2, minres_steps=0, gradient="autodiff"),
             1e-7,
         ),  # leaves out P(N > n) <= 2^-24
-        ("small", Roulette(Poisson(2.0), 0, minres_steps=0, gradient="autodiff"), 1e-6),
         ("moderate", Roulette(SAFE, 0, minres_steps=0, probes=2), 1e-10),
-        ("moderate", Roulette(FITTED, 2, minres_steps=0), 1e-10),
     ],
     ids=str,
 )
@@ -125,12 +125,10 @@ def test_power_series_roulette_summed_over_its_law(monkeypatch, name, estimator,
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
-        ("nonsymmetric", Roulette(Geometric(0.4), 0)),
         ("nonsymmetric", Roulette(SAFE, 2, probes=2)),
-        ("nonsymmetric", Roulette(FITTED, 0, minres_steps=1, probes=3)),
+        ("moderate", Roulette(FITTED, 0, minres_steps=1, probes=3)),
         ("nonsymmetric", Roulette(Poisson(2.0), 2, minres_steps=2)),
         ("nonsymmetric", Roulette(Geometric(0.3), 0, gradient="autodiff", probes=2)),
-        ("nonsymmetric", Roulette(SAFE, 2, minres_steps=1, gradient="autodiff")),
         ("nonsymmetric", Roulette(FITTED, 0, minres_steps=3, gradient="autodiff")),
         ("saturated", Roulette(FITTED, 0)),
     ],
@@ -138,7 +136,7 @@ def test_power_series_roulette_summed_over_its_law(monkeypatch, name, estimator,
 )
 def test_minimal_residual_roulette_summed_over_its_law(monkeypatch, name, estimator):
     """The same for minimal residuals: each probe's series depends on the probe, but its limit is exact for each."""
-    result = expectation(monkeypatch, name, estimator, 80)
+    result = expectation(monkeypatch, name, estimator, LONGEST if estimator.minres_steps is None else 80)
     tolerance = 1e-9 if estimator.gradient == "neumann" else 1e-7
     np.testing.assert_allclose(result, exact(name), rtol=tolerance, atol=tolerance)
 
@@ -156,11 +154,8 @@ def test_minimal_residual_roulette_conv(monkeypatch):
     ("name", "law", "exact_terms", "samples", "probe"),
     [
         ("saturated", SLOW, 0, 1, "gaussian"),
-        ("saturated", SLOW, 2, 1, "rademacher"),
         ("saturated", SLOW, 5, 3, "rademacher"),
-        ("small", Poisson(2.0), 0, 3, "rademacher"),
-        ("small", Poisson(2.0), 2, 3, "gaussian"),
-        ("small", Poisson(2.0), 5, 1, "rademacher"),
+        ("small", Poisson(2.0), 2, 1, "rademacher"),
     ],
 )
 def test_roulette_is_unbiased(name, law, exact_terms, samples, probe):
@@ -173,8 +168,7 @@ def test_roulette_is_unbiased(name, law, exact_terms, samples, probe):
     ("name", "law", "exact_terms", "samples", "probe"),
     [
         ("saturated", SLOW, 0, 3, "rademacher"),
-        ("saturated", SLOW, 5, 1, "gaussian"),
-        ("small", Poisson(2.0), 2, 3, "gaussian"),
+        ("small", Poisson(2.0), 2, 1, "gaussian"),
     ],
 )
 def test_roulette_autodiff_is_unbiased(name, law, exact_terms, samples, probe):
@@ -186,10 +180,7 @@ def test_roulette_autodiff_is_unbiased(name, law, exact_terms, samples, probe):
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
-        ("nonsymmetric", Roulette(SAFE, 0, probe="rademacher")),
-        ("nonsymmetric", Roulette(Geometric(0.3), 2, samples=3, probe="gaussian", probes=2)),
-        ("nonsymmetric", Roulette(SAFE, 0, minres_steps=1, probe="orthogonal", probes=2)),
-        ("nonsymmetric", Roulette(FITTED, 0, minres_steps=2, samples=3, probes=2)),
+        ("nonsymmetric", Roulette(Geometric(0.4), 2, samples=3, probe="gaussian", probes=2)),
         ("nonsymmetric", Roulette(Geometric(0.25), 2, minres_steps=3, probe="gaussian")),
         ("nonsymmetric", Roulette(FITTED, 0, minres_steps=0, samples=3, probe="orthogonal", probes=3)),
         ("saturated", Roulette(Poisson(2.0), 0, probe="gaussian")),  # four eigenvalues: the series ends
@@ -206,18 +197,16 @@ def test_minimal_residual_roulette_is_unbiased(name, estimator):
 
 def test_minimal_residual_roulette_autodiff_is_unbiased():
     """The same for the gradient of the estimate itself."""
-    estimator = Roulette(FITTED, 0, minres_steps=1, samples=3, probe="orthogonal", probes=2, gradient="autodiff")
+    law = Geometric(0.5)  # a short one: the gradient goes through the longest possible series
+    estimator = Roulette(law, 0, minres_steps=1, samples=3, probe="orthogonal", probes=2, gradient="autodiff")
     assert worst_z("nonsymmetric", estimator, keys=1000) < 4
 
 
 @pytest.mark.parametrize(
     "estimator",
     [
-        Roulette(Geometric(0.3), 2, minres_steps=0),
         Roulette(Geometric(0.3), 0, minres_steps=0, samples=3, probe="gaussian"),
         Roulette(Defensive(lipschitz=0.8), 0, probe="orthogonal", probes=2),
-        Roulette(FITTED, 2, minres_steps=2, probe="gaussian"),
-        Roulette(Defensive(lipschitz=0.8), 1, probe="rademacher", subsample=3),
         Roulette(),  # the default, for parts of the batch
     ],
     ids=str,
@@ -283,20 +272,15 @@ MUTATIONS = {
     "no sign": (PowerSeries, "step", _positive_product),
     "no 1/k": (PowerSeries, "step", _terms(lambda k, term, *_: Term(term.w, k.astype(term.value.dtype) * term.value))),
     "survival(k + 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k + 1)),
-    "survival(k - 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k - 1)),
     "unweighted gradient": (neumann, "draw_plan", _no_roulette_in_gradient),
     "first cotangent for all": (neumann._neumann, "bwd", first_for_all),
 }
 MINIMAL_RESIDUAL_MUTATIONS = {
-    "sign": (MinimalResidual, "step", wrong_sign),
     "sign of w": (MinimalResidual, "step", _terms(lambda k, term, *_: Term(-term.w, term.value))),
     "sign of the value": (MinimalResidual, "step", _terms(lambda k, term, *_: Term(term.w, -term.value))),
     "no lookahead": (MinimalResidual, "step", _terms(_without_lookahead)),
     "N > k": (term_sums, "term_weight", lambda original: lambda law, lengths, *args: original(law, lengths - 1, *args)),
-    "survival(k + 1)": (Defensive, "survival", lambda original: lambda self, k: original(self, k + 1)),
     "survival(k - 1)": (Defensive, "survival", lambda original: lambda self, k: original(self, k - 1)),
-    "unweighted gradient": (neumann, "draw_plan", _no_roulette_in_gradient),
-    "first cotangent for all": (neumann._neumann, "bwd", first_for_all),
     "sum over probes in the gradient": (neumann._neumann, "bwd", no_mean),
     "subsample not weighted": (term_sums.Part, "plan_of", _unweighted_part),
 }

@@ -149,7 +149,7 @@ def test_under_debug_nans_the_argument_is_named():
         flow(bad_here)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in CONFIGS), ("wide logit", "float64")])
+@pytest.mark.parametrize(("name", "dtype"), [("logit", "float32"), ("no logit", "float32"), ("wide logit", "float64")])
 def test_a_flow_takes_what_its_inverse_returns(name, dtype):
     """log_prob, eager and compiled, is finite, with finite gradients, of images that lie beyond [0, 1]."""
     with jax.enable_x64(dtype == "float64"):
@@ -162,9 +162,10 @@ def test_a_flow_takes_what_its_inverse_returns(name, dtype):
         def log_prob(state, x):
             return nnx.merge(graphdef, state).log_prob(x, estimator=rf.Exact())
 
-        for found in (flow.log_prob(x, estimator=rf.Exact()), jax.jit(log_prob)(state, x)):
-            assert jnp.isfinite(found).all()
-        gradients = jax.jit(jax.grad(lambda *args: log_prob(*args).sum(), (0, 1), allow_int=True))(state, x)
+        assert jnp.isfinite(flow.log_prob(x, estimator=rf.Exact())).all()
+        total = jax.value_and_grad(lambda *args: log_prob(*args).sum(), (0, 1), allow_int=True)
+        value, gradients = jax.jit(total)(state, x)
+        assert jnp.isfinite(value)
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients) if leaf.dtype == dtype)
         assert jnp.isfinite(flow(x)).all()
         assert jnp.isfinite(flow.sample(jax.random.key(2), 8)).all()

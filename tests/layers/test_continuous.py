@@ -92,7 +92,7 @@ def test_log_det_of_a_network(depth):
     np.testing.assert_allclose(log_det, np.linalg.slogdet(jacobians)[1], atol=1e-7)
     np.testing.assert_allclose(again, log_det, atol=1e-7)
     np.testing.assert_allclose(back, X, atol=1e-7)
-    assert not np.allclose(y, block(X, condition + 1), atol=1e-3)
+    assert not np.allclose(y, run(X, condition + 1)[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian", "orthogonal", "hadamard"])
@@ -129,6 +129,8 @@ def test_a_solve_that_does_not_finish_has_no_gradient(adjoint):
 
     for part in jax.tree.leaves(jax.jit(jax.grad(total, (0, 1)))(state, X)):
         assert jnp.isnan(part).all()
+    if adjoint != ADJOINTS[0]:  # of no matter without derivatives
+        return
     with pytest.warns(RuntimeWarning, match=r"^Flow.log_prob: 4 of 4 examples are NaN$"):
         flow.log_prob(X, estimator=rf.Exact())
     with pytest.warns(RuntimeWarning, match=r"^Flow: 4 of 4 examples are NaN$"):
@@ -140,22 +142,23 @@ class Waves(nnx.Module):
         return 6 * jnp.sin(3 * x[:, ::-1]) + (0 if condition is None else condition)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_an_example_that_is_not_finite(bad):
+def test_an_example_that_is_not_finite():
     """It becomes NaN alone, in both directions; the steps of the others are those without it."""
     block = rf.ContinuousBlock(Waves(), tolerance=1e-6)
     x = jax.random.normal(jax.random.key(0), (4, 2))
     run = jax.jit(lambda x: block.forward_with_status(x, estimator=rf.Exact()))
-    y, log_det, status = run(x.at[0, 0].set(bad))
+    inverse = jax.jit(lambda y: block.inverse(y, return_status=True))
     expected, wanted, clean = run(x.at[0].set(0.0))
-    np.testing.assert_array_equal(y[1:], expected[1:])
-    np.testing.assert_array_equal(log_det[1:], wanted[1:])
-    np.testing.assert_array_equal(status.iterations, clean.iterations)
-    assert jnp.isnan(y[0]).all() and jnp.isnan(log_det[0]) and jnp.isinf(status.residual[0])
-    assert status.converged.tolist() == [False, True, True, True] and clean.converged.all()
-    back, status = block.inverse(y.at[0].set(bad), return_status=True)
-    np.testing.assert_allclose(back[1:], x[1:], atol=1e-3)
-    assert status.converged.tolist() == [[False, True, True, True]] and jnp.isnan(back[0]).all()
+    for bad in (np.nan, np.inf):
+        y, log_det, status = run(x.at[0, 0].set(bad))
+        np.testing.assert_array_equal(y[1:], expected[1:])
+        np.testing.assert_array_equal(log_det[1:], wanted[1:])
+        np.testing.assert_array_equal(status.iterations, clean.iterations)
+        assert jnp.isnan(y[0]).all() and jnp.isnan(log_det[0]) and jnp.isinf(status.residual[0])
+        assert status.converged.tolist() == [False, True, True, True] and clean.converged.all()
+        back, status = inverse(y.at[0].set(bad))
+        np.testing.assert_allclose(back[1:], x[1:], atol=1e-3)
+        assert status.converged.tolist() == [[False, True, True, True]] and jnp.isnan(back[0]).all()
 
 
 def test_a_condition_that_is_not_finite():
@@ -195,14 +198,14 @@ def test_in_a_flow_of_float32():
         g = rf.LipschitzMLP(1, (4,), rngs=nnx.Rngs(1))
         flow = rf.Flow(rf.Chain([rf.ResidualStack(step, 2, rngs=nnx.Rngs(0)), rf.ResidualBlock(g)]))
         x = jnp.linspace(-8, 8, 2001)[:, None]
-        log_prob = flow.log_prob(x, estimator=rf.Exact())
+        z, log_prob = flow.forward_and_log_prob(x, estimator=rf.Exact())
         assert log_prob.dtype == jnp.float32
         np.testing.assert_allclose(np.exp(log_prob).sum() * 16 / 2000, 1, atol=1e-3)
         noisy = flow.log_prob(x, key=jax.random.key(0), estimator=rf.Roulette(exact_terms=20))
         np.testing.assert_allclose(noisy, log_prob, atol=1e-3)  # one element: v^2 = 1
-        z, status = flow.inverse(flow(x[:5]), return_status=True)
+        back, status = flow.inverse(z[:5], return_status=True)
         assert status.converged.shape == (3, 5) and status.converged.all()
-        np.testing.assert_allclose(z, x[:5], atol=1e-3)
+        np.testing.assert_allclose(back, x[:5], atol=1e-3)
     assert [name for name, _ in rf.certify(flow).unbounded] == ["ContinuousBlock"]
 
 

@@ -4,6 +4,8 @@ It is tested in the float dtypes that users have, eagerly, and compiled with all
 constants that the formula keeps separate.
 """
 
+from functools import cache
+
 import jax
 import numpy as np
 import pytest
@@ -38,6 +40,17 @@ def parts(layer):
     return of_values
 
 
+@cache
+def compiled_parts(alpha, dtype):
+    return jax.jit(parts(Logit(alpha)))
+
+
+def parts_of(layer, x, compiled):
+    """`parts` of at most 800 values, repeated to 800, so that one program serves them all."""
+    function = compiled_parts(layer.alpha, x.dtype) if compiled else parts(layer)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(x)], function(np.resize(x, 800)))
+
+
 def inverse(layer):
     return lambda y: layer.inverse(y)
 
@@ -55,8 +68,7 @@ def test_values_between_the_ends(layer_and_dtype, compiled):
     """y = log s - log(1 - s), log dy/dx and d log(dy/dx)/dx to rounding, s and 1 - s each from its own end."""
     layer, dtype = layer_and_dtype
     x = between_the_ends(dtype)
-    function = jax.jit(parts(layer)) if compiled else parts(layer)
-    (y, log_det), (slope, log_det_slope) = jax.tree.map(np.asarray, function(x))
+    (y, log_det), (slope, log_det_slope) = parts_of(layer, x, compiled)
     assert y.dtype == log_det.dtype == dtype
     wide = np.longdouble(x)
     scale = 1 - 2 * np.longdouble(layer.alpha)
@@ -82,7 +94,7 @@ def test_what_the_inverse_returns_is_in_the_domain(layer_and_dtype, compiled):
     x = np.asarray(wrap(inverse(layer))(y))
     low, high = logit_domain(layer.alpha, dtype)
     assert low <= x.min() and x.max() <= high and x.dtype == dtype
-    found = wrap(parts(layer))(x)
+    found = parts_of(layer, x, compiled)
     together = wrap(lambda y: parts(layer)(inverse(layer)(y)))(y)
     for leaf in jax.tree.leaves((found, together)):
         assert np.isfinite(leaf).all()
@@ -102,13 +114,12 @@ def test_every_number_near_the_ends_of_the_domain(layer_and_dtype, compiled):
     layer, dtype = layer_and_dtype
     low, high = (dtype.type(end) for end in logit_domain(layer.alpha, dtype))
     inside = np.sort(np.asarray([low, *neighbours(low, 0), *neighbours(high, 0), high], dtype))
-    function = jax.jit(parts(layer)) if compiled else parts(layer)
-    (y, log_det), _ = jax.tree.map(np.asarray, function(inside))
+    (y, log_det), _ = parts_of(layer, inside, compiled)
     assert np.isfinite(y).all() and np.isfinite(log_det).all() and (np.diff(y) >= 0).all()
     width = max(high - 1, 100 * np.finfo(dtype).eps)
     outside = np.asarray([2 * low - 1e-3, 1 + 2 * width, -1, 5 + 5 * high, 255, -np.inf, np.inf, np.nan], dtype)
     outside = outside[(outside < 2 * low) | (outside > 1 + 1.5 * width) | np.isnan(outside)]
-    (y, log_det), _ = function(outside)
+    (y, log_det), _ = parts_of(layer, outside, compiled)
     assert len(outside) > 5 and np.isnan(y).all() and np.isnan(log_det).all()
 
 

@@ -13,7 +13,9 @@ SMALL = {"hidden_channels": 4, "kernels": (3, 3), "data": rf.ImageTransform(logi
 TAIL = rf.DenseTail(1, hidden=4, layers=2)
 CLASSES = {"classes": 3, "classifier_channels": 2}
 CONFIGS = {
-    "images": rf.ImageFlowConfig((4, 4, 1), **SMALL, blocks=(2, 1), tail=TAIL),
+    "images": rf.ImageFlowConfig(
+        (4, 4, 1), **SMALL, blocks=(2, 1), preactivation="all", activation="elu", tail=replace(TAIL, norms="2f2")
+    ),
     "images, factored out": TorchImageConfig(
         (4, 4, 2),
         **CLASSES,
@@ -22,15 +24,6 @@ CONFIGS = {
         between=rf.BetweenBlocks(feature_actnorm=True, centering="layers"),
         tail=rf.DenseTail(0),
         scales=rf.Scales(factor_out=True),
-    ),
-    "images, squeezed first": rf.ImageFlowConfig(
-        (4, 4, 1),
-        **SMALL,
-        blocks=(1, 2),
-        preactivation="all",
-        activation="elu",
-        tail=replace(TAIL, norms="2f2"),
-        scales=rf.Scales(squeeze_first=True),
     ),
     "images, one dense layer a block": TorchImageConfig(
         (2, 2, 1),
@@ -41,7 +34,7 @@ CONFIGS = {
         data=rf.ImageTransform(logit_alpha=None),
         tail=rf.DenseTail(blocks=1, layers=1),
     ),
-    "images, DenseNets": rf.ImageFlowConfig(
+    "images, DenseNets, squeezed first": rf.ImageFlowConfig(
         (4, 4, 1),
         blocks=(1, 2),
         activation="clipswish",
@@ -49,6 +42,7 @@ CONFIGS = {
         between=rf.BetweenBlocks(batchnorm=True, centering="blocks", invertible_linear=True),
         tail=rf.DenseTail(blocks=1, densenet_first=3, densenet_growth=2),
         densenet=rf.DenseNetBlocks(depth=1, growth=2),
+        scales=rf.Scales(squeeze_first=True),
     ),
     "vectors": rf.VectorFlowConfig(
         dim=3, blocks=3, hidden=(5,), preactivation="none", between=rf.BetweenBlocks(actnorm=False)

@@ -50,6 +50,7 @@ def test_density_and_inverse(flow):
     np.testing.assert_allclose(flow.inverse(z, condition=C), X, atol=1e-7)
 
 
+@pytest.mark.parametrize("flow", ["mixture"], indirect=True, scope="module")
 def test_modes(flow):
     """Leaks and NaNs are checked; without jit, under vmap and scan, and for one condition, the values are the same."""
     graphdef, state = nnx.split(flow)

@@ -51,6 +51,17 @@ def moved_flow(config):
     return flow
 
 
+def dense_jacobians(flow, x, condition):
+    """The Jacobians of a flow at the examples of a batch, [B, D, D]."""
+    graphdef, state = nnx.split(flow)
+
+    def at(state, e, c):
+        return nnx.merge(graphdef, state)(e[None], None if c is None else c[None])[0]
+
+    jacobians = jax.jit(jax.vmap(jax.jacfwd(at, argnums=1), (None, 0, 0)))(state, x, condition)
+    return jacobians.reshape(len(x), flow.dim, flow.dim)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_density_inverse_and_file(name, tmp_path):
     """The log-density is that of the dense Jacobian, the inverse undoes f, JSON and files give the same back."""
@@ -60,19 +71,11 @@ def test_density_inverse_and_file(name, tmp_path):
     flow = moved_flow(config)
     x = jax.random.uniform(jax.random.key(0), (2, *config.shape), minval=0.2, maxval=0.8)
     own = None if config.condition_dim is None else jax.random.normal(jax.random.key(1), (2, config.condition_dim))
-    log_prob = flow.log_prob(x, condition=own, estimator=rf.Exact())
-    z = flow(x, own)
-
-    @jax.jit
-    def jacobians(x, own):
-        def at(e, c):
-            return flow.bijector(e[None], None if c is None else c[None])[0]
-
-        return jax.vmap(jax.jacfwd(at), in_axes=(0, None if own is None else 0))(x, own)
-
-    log_det = np.linalg.slogdet(jacobians(x, own).reshape(2, flow.dim, flow.dim))[1]
-    tolerance = 1e-6 if "ffjord" in name else 1e-9
-    np.testing.assert_allclose(log_prob, flow.base.log_prob(z) + log_det, rtol=tolerance, atol=tolerance)
+    z, log_prob = flow.forward_and_log_prob(x, condition=own, estimator=rf.Exact())
+    if name != "ffjord":  # the log-det of its block is in `tests.layers.test_continuous`
+        log_det = np.linalg.slogdet(dense_jacobians(flow, x, own))[1]
+        tolerance = 1e-6 if "ffjord" in name else 1e-9
+        np.testing.assert_allclose(log_prob, flow.base.log_prob(z) + log_det, rtol=tolerance, atol=tolerance)
     back, status = flow.inverse(z, condition=own, return_status=True)
     np.testing.assert_allclose(back, x, atol=1e-7)
     assert status.converged.all()
@@ -93,7 +96,10 @@ def test_presets_build_for_every_shape(preset, shape):
     flow = nnx.eval_shape(lambda: flow_from_config(config, rngs=nnx.Rngs(0)))
     assert flow.event_shape == config.shape == shape and flow.dim == np.prod(shape)
     other = (3,) if len(shape) == 1 else (12, 4, 2)
-    assert nnx.eval_shape(lambda: flow_from_config(config.fitted(other), rngs=nnx.Rngs(0))).event_shape == other
+    fitted = config.fitted(other)
+    assert fitted.shape == other
+    if shape in ((2,), (7, 7, 1)):  # of each kind, one whose settings change
+        assert nnx.eval_shape(lambda: flow_from_config(fitted, rngs=nnx.Rngs(0))).event_shape == other
 
 
 def test_settings_in_the_place_of_those_of_a_preset():
@@ -143,9 +149,9 @@ def test_certificates_beside_residual_blocks():
 
 def test_tabulate():
     """`nnx.tabulate` lists the networks, and leaves the flow as it was."""
-    flow = rf.CouplingFlow(CONFIGS["glow of images"], rngs=nnx.Rngs(0))
-    text = nnx.tabulate(flow, jnp.zeros((1, *IMAGE)))
-    assert "CouplingFlow Summary" in text and flow(jnp.full((1, *IMAGE), 0.5)).shape == (1, 16)
+    flow = rf.CouplingFlow(CONFIGS["nice of images"], rngs=nnx.Rngs(0))
+    text = nnx.tabulate(flow, jnp.zeros((1, 2, 3, 1)))
+    assert "CouplingFlow Summary" in text and flow(jnp.full((1, 2, 3, 1), 0.5)).shape == (1, 6)
 
 
 @pytest.mark.parametrize(

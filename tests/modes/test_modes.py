@@ -33,7 +33,6 @@ WITHOUT_JIT = [
     "residual, pair and own law",
     "residual, own estimator",
     "residual_inverse, Anderson",
-    "monotone, Exact",
     "monotone, Roulette",
     "residual_inverse, Broyden",
     "inverse, Anderson",
@@ -43,9 +42,12 @@ WITHOUT_JIT = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nothing_compiled():
-    """A program that is compiled already is not traced again, and tells nothing of leaks."""
+    """A program that is compiled already is not traced again, and tells nothing of leaks; so all are forgotten once.
+
+    What the first of these tests compile was checked for leaks there.
+    """
     vectors()  # which is made before
     jax.clear_caches()
 

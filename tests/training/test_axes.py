@@ -1,6 +1,6 @@
 """Only named axes divide a batch; all other mapped axes, whatever their names, have independent lanes."""
 
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -27,6 +27,7 @@ X = jax.random.normal(jax.random.key(0), (4, 5)) * 3 + 1
 KEY = jax.random.key(5)
 
 
+@cache
 def members():
     """Two flows as one state with a leading axis, and each alone."""
     flows = [rf.ResidualFlow(CONFIG, rngs=nnx.Rngs(n)) for n in range(2)]
@@ -36,6 +37,10 @@ def members():
 
 def log_prob(graphdef, state, x, key=KEY):
     return nnx.merge(graphdef, state, copy=True).log_prob(x, key=key)
+
+
+# A program for all tests; tests that map make their own, as do those that name an axis.
+one = jax.jit(log_prob, static_argnums=0)
 
 
 def initialized(graphdef, state, x):
@@ -50,9 +55,9 @@ def test_members_of_an_ensemble_are_independent(function):
     graphdef, stacked, states = members()
     apply = partial(function, graphdef)
     found = jax.jit(jax.vmap(apply, (0, None), axis_name="data"))(stacked, X)
-    one = jax.jit(apply)
+    alone = jax.jit(apply)
     for n, state in enumerate(states):
-        chex.assert_trees_all_close(jax.tree.map(lambda leaf, n=n: leaf[n], found), one(state, X), rtol=1e-10)
+        chex.assert_trees_all_close(jax.tree.map(lambda leaf, n=n: leaf[n], found), alone(state, X), rtol=1e-10)
 
 
 def test_members_train_independently():
@@ -97,11 +102,10 @@ def shares(map_over, named):
 def test_a_named_axis_is_one_of_the_batch(map_over):
     """Each example draws by its number in the whole batch; not named, a lane's examples draw as if they were all."""
     graphdef, _, (state, _) = members()
-    one = jax.jit(partial(log_prob, graphdef))
-    np.testing.assert_allclose(shares(map_over, ("lanes",)), one(state, X), rtol=1e-10)
-    alone = np.concatenate([one(state, half) for half in (X[:2], X[2:])])
+    np.testing.assert_allclose(shares(map_over, ("lanes",)), one(graphdef, state, X), rtol=1e-10)
+    alone = np.concatenate([one(graphdef, state, half) for half in (X[:2], X[2:])])
     np.testing.assert_allclose(shares(map_over, ()), alone, rtol=1e-10)
-    assert not np.allclose(alone[2:], one(state, X)[2:], rtol=1e-6), "the noise differs"
+    assert not np.allclose(alone[2:], one(graphdef, state, X)[2:], rtol=1e-6), "the noise differs"
 
 
 def test_a_compiled_function_knows_its_context():
@@ -155,7 +159,7 @@ def test_an_axis_that_arrays_tell_of():
         mesh = make_mesh(2, 2, jax.devices()[:4])
         return jax.jit(jax.shard_map(of_device, mesh=mesh, in_specs=(whole, divided), out_specs=divided))(state, X)
 
-    expected = log_prob(graphdef, state, X)
+    expected = one(graphdef, state, X)
     for names in ((), ("data",)):
         np.testing.assert_allclose(spread(names), expected, rtol=1e-10)
     with pytest.raises(ValueError, match=r"batch_axes: .* that the batch varies over, .*data.*got.*model"):
@@ -167,14 +171,13 @@ def test_keys_of_other_kinds(kind):
     """Draws mapped over such keys would depend on all keys of a device; here they go by the example all the same."""
     graphdef, _, (state, _) = members()
     key, whole, divided = jax.random.key(5, impl=kind), PartitionSpec(), PartitionSpec("data")
-    one = jax.jit(partial(log_prob, graphdef))
     apply = jax.shard_map(
         partial(log_prob, graphdef),
         mesh=make_mesh(2, 1, jax.devices()[:2]),
         in_specs=(whole, divided, whole),
         out_specs=divided,
     )
-    np.testing.assert_allclose(jax.jit(apply)(state, X, key), one(state, X, key), rtol=1e-10)
+    np.testing.assert_allclose(jax.jit(apply)(state, X, key), one(graphdef, state, X, key), rtol=1e-10)
     keys = jax.random.split(key)
-    values = [one(state, X, key) for key in keys]
+    values = [one(graphdef, state, X, key) for key in keys]
     assert not np.allclose(*values, rtol=1e-6)

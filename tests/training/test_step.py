@@ -87,7 +87,7 @@ def test_norms_follow_the_training(run):
 
 def test_lengths_are_fitted_to_what_was_seen(run):
     """The averaged term norms are those of the metrics; the fitted law is theirs, and the next step uses it."""
-    trainer, _, states, metrics = run
+    _, step, states, metrics = run
     state = states[-1]
     weights = 0.99 ** np.arange(40)[::-1]
     norms = np.asarray([m["diagnostics"].term_norms for m in metrics])
@@ -99,7 +99,7 @@ def test_lengths_are_fitted_to_what_was_seen(run):
     np.testing.assert_allclose(before.table[0], rf.Defensive(0.4).survival(jnp.arange(1, 14)), rtol=1e-12)
     certain = fitted.estimator.length.table.at[:].set(1e-30).at[1, :3].set(1.0)
     state = state._replace(estimator=rf.Roulette(rf.Fitted(certain), 0))
-    assert trainer.step(state, IMAGES, KEY)[1]["diagnostics"].length.tolist() == [0, 3]
+    assert step(state, IMAGES, KEY)[1]["diagnostics"].length.tolist() == [0, 3]
     for estimator in (rf.Exact(), rf.Roulette(exact_terms=16)):
         with pytest.raises(ValueError, match="estimator: expected Roulette, less than 16 exact_terms"):
             fit_estimator(state._replace(estimator=estimator), 8)

@@ -84,8 +84,8 @@ def test_a_run(tmp_path, capsys):
 
 def test_the_default_run(tmp_path, capsys):
     """Its dequantisation is variational: it says that its figure is a bound, and so does the run that is read back."""
-    small = ("--tiny", "--model.blocks", "1", "--model.tail.blocks", "0", "--workdir", str(tmp_path))
-    result = run_config(parsed(*small))
+    small = ("--tiny", "--model.blocks", "1", "--model.tail.blocks", "0", "--model.kernels", "3", "3")
+    result = run_config(parsed(*small, "--workdir", str(tmp_path)))
     assert 2 < result.mean < 6
     assert "a bound, the bits/dim of the dequantised density are at most as many" in capsys.readouterr().out
     found = saved_flow(tmp_path, "latest")

@@ -8,6 +8,7 @@ from experiments.studies.parts.hostile_files import CASES
 from experiments.studies.parts.stress_files import files_campaign, read
 
 
+@pytest.mark.usefixtures("compiles_alike")
 def test_hostile_files(tmp_path):
     """Each is a ValueError that names the file, in seconds and in little memory; nothing is written beside it."""
     rows = files_campaign(tmp_path / "files")

@@ -13,15 +13,17 @@ from experiments.studies.comparison.datasets import batches_of
 from experiments.studies.parts import wall_clock_run
 from experiments.studies.parts.wall_clock_run import Settings
 from experiments.studies.wall_clock import WallClockConfig
+from tests.experiments import tiny
 
 SMALL = wall_clock.tiny(WallClockConfig())
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The command with its run in this process: its config, what it returns, and how often it has trained."""
+    """The command with its run in this process, of a small flow: its config, what it returns, what it has trained."""
     config, settings = replace(SMALL, workdir=tmp_path_factory.mktemp("runs")), []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, "digits", tiny.DIGITS)
         patch.setattr(wall_clock, "_done", lambda of: settings.append(of) or list(wall_clock_run.rows(of, time.time())))
         found = wall_clock.run(config), wall_clock.run(config)
     return config, found, settings

@@ -1,5 +1,7 @@
 """Second derivatives of estimates: unbiased where they exist; where they do not, an error names the remedy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,17 +36,19 @@ def log_det(estimator, params, x, key):
     return jnp.sum(residual(net, params, x, key=key, estimator=estimator)[1])
 
 
-def hessian_vector(estimator, params, direction, x, key):
+@partial(jax.jit, static_argnums=0)
+def hessian_vector(estimator, params, direction, x, key, along_x=1.0):
     """Forward over reverse, in params and x."""
     gradient = jax.grad(log_det, (1, 2))
-    return jax.jvp(lambda p, x: gradient(estimator, p, x, key), (params, x), (direction, jnp.ones_like(x)))[1]
+    tangents = direction, jnp.full_like(x, along_x)
+    return jax.jvp(lambda p, x: gradient(estimator, p, x, key), (params, x), tangents)[1]
 
 
 @pytest.mark.parametrize("name", ["default", "papers"])
 def test_forward_over_reverse_is_unbiased(name):
     """The mean over keys of a Hessian-vector product is that of the exact log-det, |z| < 4.5."""
     params, direction, x = problem()
-    keys = jax.random.split(jax.random.key(0), 20_000)
+    keys = jax.random.split(jax.random.key(0), 8_000)
     draw = jax.jit(jax.vmap(lambda key: hessian_vector(NEUMANN[name], params, direction, x, key)))
     expected = hessian_vector(Exact(), params, direction, x, None)
     for found, truth in zip(draw(keys), expected, strict=True):
@@ -62,7 +66,8 @@ def test_forward_over_reverse_is_the_derivative_of_the_gradient():
 
     step = 1e-6
     forward = jax.jit(lambda p, x: jax.jvp(gradient, (p, x), (direction, jnp.ones_like(x)))[1])(params, x)
-    ends = [jax.jit(gradient)(params + s * direction, x + s) for s in (step, -step)]
+    of_point = jax.jit(gradient)
+    ends = [of_point(params + s * direction, x + s) for s in (step, -step)]
     for found, high, low in zip(forward, *ends, strict=True):
         np.testing.assert_allclose(found, (high - low) / (2 * step), rtol=1e-6, atol=1e-8)
 
@@ -87,7 +92,7 @@ def test_what_cannot_work_raises(name, wrap):
         wrap(jax.grad(lambda p: jnp.sum(jax.grad(loss)(p) ** 2)))(params)
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(1, jnp.float32), (3, jnp.float32), (2, jnp.float64)], ids=str)
+@pytest.mark.parametrize(("dim", "dtype"), [(2, jnp.float32), (1, jnp.float64)], ids=str)
 def test_second_derivatives_after_the_residual_has_vanished(dim, dtype):
     """In D dimensions minimal residuals end after D steps; what follows is rounding, whose derivatives stay small.
 
@@ -97,13 +102,13 @@ def test_second_derivatives_after_the_residual_has_vanished(dim, dtype):
     params, direction, x = problem(dim, dtype=dtype)
     estimator = Roulette(Geometric(0.9), exact_terms=6, probe="orthogonal", probes=dim, gradient="autodiff")
     key, tolerance = jax.random.key(1), 2e-3 if dtype == jnp.float32 else 1e-5
-    expected = hessian_vector(Exact(), params, direction, x, None)
-    forward = jax.jit(lambda: hessian_vector(estimator, params, direction, x, key))()
+    expected = hessian_vector(Exact(), params, direction, x, None, along_x=1.0)
+    forward = hessian_vector(estimator, params, direction, x, key)
     for found, truth in zip(forward, expected, strict=True):
         np.testing.assert_allclose(found, truth, rtol=tolerance, atol=tolerance)
     reverse = jax.jit(jax.grad(lambda p: jnp.vdot(jax.grad(log_det, 1)(estimator, p, x, key), direction)))(params)
-    expected = jax.jvp(lambda p: jax.grad(log_det, 1)(Exact(), p, x, None), (params,), (direction,))[1]
-    np.testing.assert_allclose(reverse, expected, rtol=tolerance, atol=tolerance)
+    of_params = hessian_vector(Exact(), params, direction, x, None, along_x=0.0)[0]
+    np.testing.assert_allclose(reverse, of_params, rtol=tolerance, atol=tolerance)
 
 
 def test_guards():

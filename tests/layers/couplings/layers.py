@@ -35,14 +35,6 @@ def stack(rngs):
     return rf.ResidualStack(step, 2, rngs=rngs)
 
 
-def stack_of_mixtures(rngs):
-    def step(rngs):
-        spline = rf.SplineCoupling((5,), MLP, "checkerboard", bins=3, condition_dim=2, rngs=rngs)
-        return rf.Chain([spline, rf.MixtureCoupling((5,), MLP, components=2, condition_dim=2, rngs=rngs)])
-
-    return rf.ResidualStack(step, 2, rngs=rngs)
-
-
 def stack_on_pixels(rngs):
     def step(rngs):
         layers = [
@@ -77,7 +69,6 @@ LAYERS = {
         IMAGE,
     ),
     "stack": (stack, (5,)),
-    "stack of splines and mixtures": (stack_of_mixtures, (5,)),
     "stack of all on pixels": (stack_on_pixels, IMAGE),
 }
 
