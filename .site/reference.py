@@ -38,7 +38,7 @@ TOPICS = {
         "A density of given examples in one call, and the likelihood of others.",
         (
             "fit FitResult FitProgress History FitDivergedError evaluate_bits_per_dim Estimate anomaly_score Anomaly "
-            "Typicality use_cpu_cores use_cpu_flags"
+            "Typicality use_cpu_flags"
         ),
     ),
     "bijectors": Topic(

@@ -44,8 +44,9 @@ class BenchmarkConfig:
 
     Attributes:
       cases: names in `experiments.studies.parts.competitors.CASES`.
-      competitors: any of "resflow_jax" (as the experiments train and evaluate), "resflow_jax plain" (a plain script
-        that calls `rf.use_cpu_cores`), "resflow_jax bfloat16", "authors" and "normflows"; the last is the reference.
+      competitors: any of "resflow_jax" (with a device a core and the flags of the experiments), "resflow_jax plain" (a
+        plain script: one device, no flags), "resflow_jax bfloat16", "authors" and "normflows"; the last is the
+        reference.
       rounds: number of alternating rounds; every table entry is a median over them.
       steps: training steps per round.
       compilation: also compile the CIFAR-10 step of the papers, cold and from the cache, and report its memory.

@@ -79,7 +79,7 @@ from resflow_jax.training.course import FitDivergedError, FitProgress, FitResult
 from resflow_jax.training.evaluation import Estimate, evaluate_bits_per_dim
 from resflow_jax.training.fit import fit
 from resflow_jax.training.history import History
-from resflow_jax.training.xla_flags import use_cpu_cores, use_cpu_flags
+from resflow_jax.training.xla_flags import use_cpu_flags
 
 __version__ = "0.1.0"
 
@@ -219,6 +219,5 @@ __all__ = [
     "spectral_norm",
     "spectral_norm_bound",
     "training",
-    "use_cpu_cores",
     "use_cpu_flags",
 ]

@@ -1,12 +1,13 @@
 """The devices that a command runs on, XLA's flags for them, and the cache of compiled programs."""
 
+import os
 from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, Mesh
 
 from resflow_jax.functional.primitives.platforms import number_of_cores
-from resflow_jax.training.xla_flags import CPU_FLAGS, ONE_THREAD, add_cpu_flags, use_core_devices
+from resflow_jax.training.xla_flags import CPU_FLAGS, add_cpu_flags
 
 
 def use_compilation_cache() -> None:
@@ -21,7 +22,10 @@ def use_all_cores(number: int | None = None) -> None:
     XLA splits a small operation badly among cores; with one device per core, programs on parts of a batch run in
     parallel. A number of CPU devices that the user has set is kept.
     """
-    use_core_devices(number)
+    if jax.config.jax_num_cpu_devices < 0 and "xla_force_host_platform_device_count" not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
+        jax.config.update("jax_num_cpu_devices", number or number_of_cores())
 
 
 def cores_for(batch_size: int) -> int:
@@ -35,7 +39,7 @@ def use_xla_flags() -> None:
     Call it before JAX starts. Besides the flags of `rf.use_cpu_flags` it keeps Eigen to one thread, since each core is
     a device.
     """
-    add_cpu_flags(CPU_FLAGS | ONE_THREAD)
+    add_cpu_flags(CPU_FLAGS | {"xla_cpu_multi_thread_eigen": "false"})
 
 
 def devices_for(batch_size: int) -> int:

@@ -19,7 +19,6 @@ from resflow_jax.layers.without_log_det import WithoutLogDet
 from resflow_jax.models.bases import MixtureOfNormals
 from resflow_jax.models.flow import Flow
 from resflow_jax.models.heads import PooledHead
-from resflow_jax.models.shares import BATCH, WHOLE, shared
 
 Array = jax.Array
 
@@ -155,7 +154,6 @@ class Classifier(Flow):
             self.head.initialize(z)
 
 
-@shared((WHOLE, BATCH, WHOLE, WHOLE, BATCH), BATCH)
 def _logits(graphdef, state, x, key, without, condition):
     flow = nnx.merge(graphdef, state)
     x, condition = x.astype(flow.dtype), own_condition(flow.bijector, condition)

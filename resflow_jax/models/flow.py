@@ -34,7 +34,6 @@ from resflow_jax.models.bases import StandardNormal, as_base
 from resflow_jax.models.dequantization import check_dequantizer
 from resflow_jax.models.latent_parts import FlowParts
 from resflow_jax.models.sampling import FlowSampling
-from resflow_jax.models.shares import BATCH, MEAN, WHOLE, shared
 from resflow_jax.models.solve_parts import solved
 from resflow_jax.models.upkeep import FlowUpkeep
 
@@ -366,10 +365,6 @@ class Flow(FlowParts, FlowSampling, FlowUpkeep):
         return nullcontext() if condition is None else checked("condition", condition, self.dtype)
 
 
-_ESTIMATE = WHOLE, BATCH, WHOLE, WHOLE, BATCH
-
-
-@shared(_ESTIMATE, (BATCH, BATCH, MEAN))
 def _forward(graphdef, state, x, key, estimator, condition):
     flow = nnx.merge(graphdef, state)
     x = x.astype(flow.dtype)
@@ -377,20 +372,17 @@ def _forward(graphdef, state, x, key, estimator, condition):
     return z, log_det, join_diagnostics(diagnostics, x)
 
 
-@shared(_ESTIMATE, (BATCH, BATCH, MEAN))
 def _forward_and_log_prob(graphdef, state, x, key, estimator, condition):
     flow = nnx.merge(graphdef, state)
     z, log_det, diagnostics = _forward(graphdef, state, x, key, estimator, condition)
     return z, flow.base.log_prob(z, flow._base_condition(condition)) + log_det, diagnostics
 
 
-@shared(_ESTIMATE, (BATCH, MEAN))
 def _log_prob(graphdef, state, x, key, estimator, condition):
     return _forward_and_log_prob(graphdef, state, x, key, estimator, condition)[1:]
 
 
 @partial(jax.jit, static_argnames="graphdef")
-@shared((WHOLE, BATCH, BATCH), BATCH)
 def _transform(graphdef, state, x, condition):
     flow = nnx.merge(graphdef, state)
     return flow.bijector(x.astype(flow.dtype), own_condition(flow.bijector, condition))

@@ -21,7 +21,6 @@ from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.values import checked
 from resflow_jax.layers.bijector import checked_estimator, join_diagnostics, join_statuses, own_condition
 from resflow_jax.layers.module import Module
-from resflow_jax.models.shares import BATCH, BLOCKS, MEAN, WHOLE, shared
 
 Array = jax.Array
 Shape = tuple[int, ...]
@@ -212,8 +211,7 @@ class FlowSampling(Module):
         estimator = checked_estimator(estimator, self.blocks)
         rule, limits = solver.split(self.dtype)
         with checked("z", z, self.dtype), self._finite(condition):
-            graphdef, state = nnx.split(self)
-            return _inverse_and_log_prob(graphdef, rule, state, z, key, estimator, limits, own)
+            return _inverse_and_log_prob(*nnx.split(self), z, key, estimator, rule, limits, own)
 
 
 class _Solution(NamedTuple):
@@ -235,14 +233,10 @@ def _sample_shape(shape: int | Shape) -> tuple[Shape, int]:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "rule"))
-def _inverse_and_log_prob(graphdef, rule, state, z, key, estimator, limits, condition):
-    @shared((WHOLE, BATCH, WHOLE, WHOLE, WHOLE, BATCH), _Solution(BATCH, BATCH, BATCH, MEAN, BLOCKS))
-    def solve_and_estimate(graphdef, state, z, key, estimator, limits, condition):
-        flow, solver = nnx.merge(graphdef, state), rule.with_limits(limits)
-        z = z.astype(flow.dtype)
-        inputs = z, key, estimator, solver, own_condition(flow.bijector, condition)
-        x, log_det, diagnostics, statuses = flow.bijector.solve_and_estimate(*inputs)
-        log_prob = flow.base.log_prob(z, flow._base_condition(condition)) + log_det
-        return _Solution(x, log_prob, log_det, join_diagnostics(diagnostics, z), join_statuses(statuses, z))
-
-    return solve_and_estimate(graphdef, state, z, key, estimator, limits, condition)
+def _inverse_and_log_prob(graphdef, state, z, key, estimator, rule, limits, condition):
+    flow, solver = nnx.merge(graphdef, state), rule.with_limits(limits)
+    z = z.astype(flow.dtype)
+    inputs = z, key, estimator, solver, own_condition(flow.bijector, condition)
+    x, log_det, diagnostics, statuses = flow.bijector.solve_and_estimate(*inputs)
+    log_prob = flow.base.log_prob(z, flow._base_condition(condition)) + log_det
+    return _Solution(x, log_prob, log_det, join_diagnostics(diagnostics, z), join_statuses(statuses, z))

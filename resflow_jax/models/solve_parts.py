@@ -18,7 +18,6 @@ from resflow_jax.functional.iteration import InverseStatus, Solver
 from resflow_jax.functional.primitives.platforms import threads_per_cpu_device
 from resflow_jax.layers.bijector import join_statuses, own_condition
 from resflow_jax.layers.contraction import Contraction
-from resflow_jax.models.shares import BATCH, BLOCKS, WHOLE, is_on_cores, shared
 
 Array = jax.Array
 
@@ -32,29 +31,24 @@ def solved(flow: Any, z: Array, condition: Array | None, solver: Solver) -> tupl
     graphdef, state = nnx.split(flow)
 
     def solve(batch):
-        return _solve(graphdef, rule, state, *batch, limits)
+        return _solve(graphdef, state, *batch, rule, limits)
 
     size = part_size(flow, state, (z, condition))
     return solve((z, condition)) if size is None else solve_in_parts(solve, (z, condition), size)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "rule"))
-def _solve(graphdef, rule, state, z, condition, limits):
-    @shared((WHOLE, BATCH, BATCH, WHOLE), (BATCH, BLOCKS))
-    def solve(graphdef, state, z, condition, limits):
-        flow = nnx.merge(graphdef, state)
-        z = z.astype(flow.dtype)
-        x, statuses = flow.bijector.solve(z, rule.with_limits(limits), own_condition(flow.bijector, condition))
-        return x, join_statuses(statuses, z)
-
-    return solve(graphdef, state, z, condition, limits)
+def _solve(graphdef, state, z, condition, rule, limits):
+    flow = nnx.merge(graphdef, state)
+    z = z.astype(flow.dtype)
+    x, statuses = flow.bijector.solve(z, rule.with_limits(limits), own_condition(flow.bijector, condition))
+    return x, join_statuses(statuses, z)
 
 
 def part_size(module: nnx.Module, state: Any, batch: Any) -> int | None:
     """The number of examples of a part, or None if the batch stays whole.
 
-    It stays whole if an array is traced or divided among devices other than the cores of `rf.use_cpu_cores`, and if the
-    batch is not larger than a part.
+    It stays whole if an array is traced or divided among devices, and if the batch is not larger than a part.
 
     Args:
       module: contains the contractions, which tell how large the outputs of their layers are.
@@ -62,21 +56,16 @@ def part_size(module: nnx.Module, state: Any, batch: Any) -> int | None:
       batch: pytree of arrays [B, ...].
     """
     arrays = [leaf for leaf in jax.tree.leaves((batch, state)) if isinstance(leaf, jax.Array)]
-    if any(isinstance(array, jax.core.Tracer) or _is_divided(array) for array in arrays):
+    if any(isinstance(array, jax.core.Tracer) or len(array.sharding.device_set) > 1 for array in arrays):
         return None
     contractions = (node for _, node in nnx.iter_modules(module) if isinstance(node, Contraction))
     widest = max([contraction.widest for contraction in contractions] + [math.prod(arrays[0].shape[1:])])
-    devices = arrays[0].sharding.device_set
-    threads = threads_per_cpu_device() * len(devices)
-    numbers = threads * _CPU_THREAD if next(iter(devices)).platform == "cpu" else _ACCELERATOR
+    (device,) = arrays[0].sharding.device_set
+    numbers = threads_per_cpu_device() * _CPU_THREAD if device.platform == "cpu" else _ACCELERATOR
     number, size = len(arrays[0]), max(1, numbers // widest)
     if number <= size:
         return None
     return size if number > _MANY * size else math.ceil(number / math.ceil(number / size))
-
-
-def _is_divided(array: Array) -> bool:
-    return len(array.sharding.device_set) > 1 and not is_on_cores(array)
 
 
 def solve_in_parts(

@@ -11,8 +11,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from resflow_jax.models.shares import whole_layers
-
 
 def over_slices(function: Callable[..., Any], graphdef: Any, mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
     """The function on each device's slices of its arguments; on the whole arguments if a layer cannot run in slices.
@@ -33,3 +31,9 @@ def check_runs_in_slices(strategy: str, graphdef: Any) -> None:
     """Raises ValueError for a flow that a strategy cannot train."""
     if names := whole_layers(graphdef):
         raise ValueError(f'parallel: expected "jit" for a flow with {", ".join(names)}, got "{strategy}"')
+
+
+def whole_layers(graphdef: Any) -> list[str]:
+    """The names of the classes of layers that cannot run in a shard_map."""
+    types = {getattr(node, "type", None) for node in graphdef.nodes}
+    return sorted(type_.__name__ for type_ in types if not getattr(type_, "runs_in_shard_map", True))

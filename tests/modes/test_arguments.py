@@ -49,7 +49,6 @@ OTHERS = {
     "rf.VariationalDequantization.log_prob": "losses call it with images that they have checked",
     "rf.VariationalDequantization.sample": "losses call it with images that they have checked",
     "rf.batch_axes": "its names are checked where they are used: training/test_axes.py",
-    "rf.use_cpu_cores": "called before JAX starts: training/test_xla_flags.py",
     "rf.use_cpu_flags": "it takes nothing: training/test_xla_flags.py",
     "rf.Base.log_prob": "of the interface",
     "rf.Base.sample": "of the interface",

@@ -81,7 +81,6 @@ ELSEWHERE = {
     "rf.residual_inverse": "functional/test_inverse_status.py::test_raising",
     "rf.save": "io/test_files.py::test_nothing_is_lost_where_writing_fails",
     "rf.save_torch_checkpoint": "interop/torch/test_checkpoints.py",
-    "rf.use_cpu_cores": "training/test_xla_flags.py",
     "rf.use_cpu_flags": "training/test_xla_flags.py",
     "plot.samples": "test_plot.py",
     "plot.density": "test_plot.py",

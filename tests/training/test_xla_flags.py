@@ -1,4 +1,4 @@
-"""What is set before JAX starts on a CPU: flags of XLA's compiler, and a device for each core."""
+"""Flags of XLA's CPU compiler."""
 
 import os
 import subprocess
@@ -22,32 +22,6 @@ assert float(jax.jit(jnp.sum)(jnp.ones(3))) == 3
 print(os.environ["XLA_FLAGS"])
 """
 
-# A plain script: each core takes a share of the batch, in a step and in calls after it.
-CORES = """
-import jax, numpy as np, optax, resflow_jax as rf
-from flax import nnx
-rf.use_cpu_cores(2)
-assert jax.device_count() == 2
-flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,)), rngs=nnx.Rngs(0))
-x = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
-optimizer = nnx.Optimizer(flow, optax.sgd(0.01), wrt=nnx.Param)
-
-@nnx.jit
-def step(flow, optimizer, x, key):
-    loss, gradient = nnx.value_and_grad(lambda flow: -flow.log_prob(x, key=key).mean())(flow)
-    optimizer.update(flow, gradient)
-    flow.update_norms()
-    return loss
-
-for n in range(2):
-    step(flow, optimizer, x, jax.random.key(n))
-z = flow(x)
-assert len(z.sharding.device_set) == 2, z.sharding
-assert np.allclose(flow.inverse(z), x, atol=1e-5)
-assert flow(x[:3]).shape == (3, 2)
-print(len(flow.sample(jax.random.key(0), 4).sharding.device_set))
-"""
-
 
 @contextmanager
 def asked(platforms: str) -> Iterator[None]:
@@ -67,27 +41,12 @@ def test_a_script_adds_the_flags_once():
     assert result.stdout.split() == ["--xla_dump_to=", *(f"--{n}={v}" for n, v in xla_flags.CPU_FLAGS.items())]
 
 
-def test_a_script_on_two_cores():
-    """Steps, the inverse and samples; a batch that two cores cannot share runs too."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    result = subprocess.run([sys.executable, "-c", CORES], env=environment, capture_output=True, text=True)
-    assert result.stdout == "2\n", result.stderr
-
-
-@pytest.mark.parametrize("number", [0, 1.5, True])
-def test_a_bad_number_of_cores(number):
-    with pytest.raises(ValueError, match="number: expected"):
-        rf.use_cpu_cores(number)
-
-
 def test_a_call_after_the_start_raises(monkeypatch):
     """JAX reads the flags only once, so that later ones would have no effect."""
     monkeypatch.setenv("XLA_FLAGS", "")
     jnp.ones(1)
     with pytest.raises(RuntimeError, match=r"use_cpu_flags: expected a call before JAX runs anything"):
         rf.use_cpu_flags()
-    with pytest.raises(RuntimeError, match=r"use_cpu_cores: expected a call before JAX runs anything"):
-        rf.use_cpu_cores()
     assert os.environ["XLA_FLAGS"] == ""
 
 

@@ -27,16 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.runs.devices import data_mesh, use_all_cores, use_compilation_cache, use_xla_flags
 from experiments.runs.parts import number_of_parts, over_devices, over_parts
-from resflow_jax import (
-    Anderson,
-    DenseTail,
-    ImageFlowConfig,
-    ImageTransform,
-    Poisson,
-    ResidualFlow,
-    Roulette,
-    use_cpu_cores,
-)
+from resflow_jax import Anderson, DenseTail, ImageFlowConfig, ImageTransform, Poisson, ResidualFlow, Roulette
 from resflow_jax.layers.lipschitz import LipschitzLinear
 from resflow_jax.training.losses import dequantized_bits_per_dim
 from resflow_jax.training.parallel import STRATEGIES, Strategy, make_mesh
@@ -220,7 +211,7 @@ class Ours:
 
 
 class Plain(Ours):
-    """resflow_jax as a plain script uses it after `rf.use_cpu_cores`: jitted functions of the flow's arrays."""
+    """resflow_jax as a plain script uses it: one device, no flags of XLA, jitted functions of the flow's arrays."""
 
     @cached_property
     def step(self) -> Callable[[Any, Array, Array], tuple[Any, dict[str, Any]]]:
@@ -361,9 +352,7 @@ def main() -> None:
     given = parser.parse_args()
     answers, sys.stdout = sys.stdout, sys.stderr
     case, name = CASES[given.case], given.competitor
-    if name == "resflow_jax plain":
-        use_cpu_cores()
-    else:
+    if name != "resflow_jax plain":
         use_xla_flags()
         use_all_cores()
     use_compilation_cache()

@@ -5,7 +5,6 @@ ad, batching, mlir                  the registries for the rules of an operation
 ClosedJaxpr, Jaxpr, Literal         traced programs, which `tracing` compares
 jaxpr_as_fun                        runs a traced program
 is_divided                          whether the compiler divides a program among devices, which JAX tells no one else
-has_named_axes                      whether a map with a named axis runs, as shard_map, pmap, or vmap with axis_name
 has_started                         whether JAX has started its backends, which read their flags then
 running_trace, EvalTrace            the trace that is running, for which there is no public interface
 WrappedFun                          JAX's wrapper of a derivative rule, which `tracing` compares
@@ -28,11 +27,6 @@ def running_trace() -> Any:
     return core.trace_ctx.trace
 
 
-def has_named_axes() -> bool:
-    """Whether a map whose axis has a name runs now."""
-    return bool(core.get_axis_env().axis_sizes)
-
-
 def is_divided(context: Any) -> bool:
     """Whether the compiler divides the operations of a program, of a lowering rule's context, among several devices.
 
@@ -53,7 +47,6 @@ __all__ = [
     "WrappedFun",
     "ad",
     "batching",
-    "has_named_axes",
     "has_started",
     "is_divided",
     "jaxpr_as_fun",
