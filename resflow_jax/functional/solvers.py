@@ -110,10 +110,10 @@ def _products(rows: Array, vector: Array, dtype: np.dtype) -> Array:
 
 
 def _solve_positive(matrix: Array, vector: Array) -> Array:
-    """Solves small positive definite systems [B, m, m] for [B, m] by elimination; NaN where a pivot is not positive.
+    """Solves small positive definite systems [B, m, m] for [B, m] by Gauss-Jordan elimination.
 
-    JAX's own solvers call LAPACK on a CPU, which hangs for large batches on several devices of one process (0.10.2).
-    Elimination needs no pivoting here, and is a handful of fused operations on every platform.
+    A system has NaN where a pivot is not positive. JAX's own solvers call LAPACK on a CPU, which hangs for large
+    batches on several devices of one process (JAX 0.10.2). Positive definite systems need no pivoting.
     """
     rows = jnp.concatenate([matrix, vector[..., None]], axis=-1)
     for k in range(vector.shape[-1]):

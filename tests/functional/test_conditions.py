@@ -211,12 +211,13 @@ def test_vmap(name):
         ("exact", True),
         ("roulette", True),
         ("in chunks", False),
+        ("autodiff", False),
         ("inverse", True),
     ],
 )
 def test_shard_map(name, is_shared):
     """A condition divided over the devices like x, and one that all devices share, whose gradients are summed."""
-    kinds = {"exact": Exact()}
+    kinds = {"exact": Exact(), "autodiff": Roulette(Geometric(0.8), 0, gradient="autodiff")}
     params, x, condition = net()
     if is_shared:
         condition = jax.tree.map(lambda leaf: jnp.concatenate([leaf[:2], leaf[:2]]), condition)

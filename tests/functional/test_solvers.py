@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from resflow_jax.functional.iteration import Evaluation, InverseStatus
-from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint
+from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint, _solve_positive
 from tests.functional.contractions import (
     dense_net,
 )
@@ -162,3 +162,15 @@ def test_converges_down_to_rounding_in_float32(lipschitz, offset, solver):
     assert status.iterations.max() < 900
     error = jnp.abs(x + lipschitz * jnp.sin(x) + offset - y).max()
     assert error <= 64 * jnp.finfo(jnp.float32).eps * offset
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_small_positive_systems(size):
+    """Elimination gives the solution of each system; one that is not positive definite gives NaN, and it alone."""
+    a = jax.random.normal(jax.random.key(0), (4, size, size))
+    matrix, vector = a @ a.mT + 1e-3 * jnp.eye(size)[None], jax.random.normal(jax.random.key(1), (4, size))
+    matrix = matrix.at[2].multiply(-1)
+    found = jax.jit(_solve_positive)(matrix, vector)
+    expected = np.linalg.solve(matrix, vector[..., None])[..., 0]
+    np.testing.assert_allclose(np.delete(found, 2, 0), np.delete(expected, 2, 0), rtol=1e-9)
+    assert np.all(np.isnan(found[2]))
