@@ -1,9 +1,10 @@
-"""Fashion-MNIST with monotone blocks: invertible DenseNets with CPila, small enough for a CPU.
+"""Fashion-MNIST with monotone blocks: invertible DenseNets with CPila.
 
 python -m experiments.density fashion_mnist_monotone --data.dir DIR
 
 The blocks are those of Ahn et al. (2022, arXiv 2210.08176); they publish no run on this data set. Scales, steps,
-optimiser and estimator are those of `fashion_mnist_uniform`. This run has not been made.
+optimiser and estimator are those of `fashion_mnist_uniform`. This run has not been made. Its first steps took six
+seconds each on 2 CPU cores that other work shared, so all 5000 take hours there.
 """
 
 from dataclasses import replace
