@@ -41,7 +41,7 @@ def block_diagonal(*blocks):
     return matrix
 
 
-def locked(seed=1):
+def locked(seed=0):
     """{name: (matrix, v in an invariant subspace without the largest singular vector)}."""
     rng = np.random.default_rng(seed)
     laplacian = np.zeros((3, 3, 2, 2))
@@ -57,12 +57,7 @@ def locked(seed=1):
     }
 
 
-def padded(matrix, v, size=36):
-    """With rows and columns of zeros, so that all have one shape."""
-    return np.pad(matrix, (0, size - len(v))), np.pad(v, (0, size - len(v)))
-
-
-LOCKED = {name: padded(*case) for name, case in locked().items()}
+LOCKED = locked()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
@@ -83,7 +78,9 @@ def test_a_restart_leaves_an_invariant_subspace(name, dtype):
 def test_stacked_layers():
     """Under vmap every map of a stack leaves its own subspace."""
     names = ["one mode of a circulant matrix", "one block", "the mean of an equivariant layer"]
-    matrices, starts = map(np.stack, zip(*(LOCKED[name] for name in names), strict=True))
+    size = max(len(LOCKED[name][1]) for name in names)
+    matrices = np.stack([np.pad(LOCKED[name][0], (0, size - len(LOCKED[name][1]))) for name in names])
+    starts = np.stack([np.pad(LOCKED[name][1], (0, size - len(LOCKED[name][1]))) for name in names])
     result = jax.vmap(partial(iterate, tolerance=1e-6))(matrices, starts)
     assert result.status.converged.all()
     np.testing.assert_allclose(result.sigma, np.linalg.norm(matrices, 2, axis=(1, 2)), rtol=1e-5)
@@ -226,7 +223,7 @@ def test_traced_settings_compile_once():
         for t, r, n in [(1e-3, 1e-1, 50), (1e-6, 1e-3, 400), (1e-6, 1e-3, 3), (1e-12, 1e-7, 2000)]
     ]
     assert jitted._cache_size() == 1
-    for result, *settings in results[1:3]:
+    for result, *settings in results:
         fixed = dict(zip(("tolerance", "residual_tolerance", "max_iterations"), settings, strict=True))
         expected = jax.jit(
             lambda fixed=fixed: power_iteration(
@@ -268,7 +265,7 @@ def test_in_the_strict_modes_of_jax(mode):
     before = getattr(jax.config, name)
     jax.config.update(name, value)
     try:
-        for scale in (1.0,) if mode == "checking_leaks" else (1.0, 0.0):
+        for scale in (1.0, 0.0):
             scaled = jnp.asarray(np.float32(scale) * kernel)
             result = power_iteration(partial(dense.matvec, scaled), jnp.ones(5, "f4"))
             assert result.status.converged and result.sigma.dtype == jnp.float32
