@@ -307,7 +307,7 @@ def test_less_noise_of_a_mean():
             )
             return log_det.mean(), found.length
 
-        values, lengths = jax.jit(jax.vmap(draw))(jax.random.split(KEY, 700))
+        values, lengths = jax.jit(jax.vmap(draw))(jax.random.split(KEY, 2000))
         return float(jnp.var(values)), float(lengths.mean())
 
     plain, cost = moments(Roulette(Defensive(), 0, probe="rademacher"))
