@@ -18,11 +18,13 @@ which is empty for most.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from resflow_jax.functional.broadcasting import trailing
@@ -123,7 +125,7 @@ class Activation:
     def constrain(self, params: dict[str, Array], channels: int) -> dict[str, Array]:
         """The constrained parameters that `function` takes, [channels] each: softplus(beta) and sigmoid(alpha).
 
-        They are repeated for each channel, so that their gradients are sums over pixels alone (see `_repeat_rows`).
+        They are repeated for each channel, so that their gradients are sums over pixels alone (see `_spread`).
         """
         return {name: jnp.broadcast_to(_CONSTRAINTS[name](value), channels) for name, value in params.items()}
 
@@ -157,55 +159,63 @@ def lipswish(x: Array, beta: Array | float = 0.5) -> Array:
     return _lipswish(x, jax.nn.softplus(beta))
 
 
-# x * sigmoid(b x) and its slope, with derivatives in closed form. The linearisation of either stores one array for each
-# variable and recomputes nothing. For a fixed b its derivatives are not computed.
+# x * sigmoid(b x) and its slope for b of x's shape, with derivatives in closed form. The linearisation of either stores
+# one array for each variable and recomputes nothing. For a fixed b its derivatives are not computed.
 @jax.custom_jvp
 def _swish(x: Array, b: Array) -> Array:
-    return x * jax.nn.sigmoid(trailing(b, x) * x)
+    return x * jax.nn.sigmoid(b * x)
 
 
 @jax.custom_jvp
 def _swish_slope(x: Array, b: Array) -> Array:
-    b = trailing(b, x)
     s = jax.nn.sigmoid(b * x)
     return s + (b * x) * (s * (1 - s))
 
 
 def _swish_jvp(primals, tangents):
     x, b = primals
-    s = jax.nn.sigmoid(trailing(b, x) * x)
+    s = jax.nn.sigmoid(b * x)
     return _swish(x, b), _along(tangents, lambda: _swish_slope(x, b), lambda: x * x * (s * (1 - s)))
 
 
 def _swish_slope_jvp(primals, tangents):
     x, b = primals
-    factor = trailing(b, x)
-    s = jax.nn.sigmoid(factor * x)
-    curvature = s * (1 - s) * (2 + (factor * x) * (1 - 2 * s))
-    return _swish_slope(x, b), _along(tangents, lambda: factor * curvature, lambda: x * curvature)
+    s = jax.nn.sigmoid(b * x)
+    curvature = s * (1 - s) * (2 + (b * x) * (1 - 2 * s))
+    return _swish_slope(x, b), _along(tangents, lambda: b * curvature, lambda: x * curvature)
 
 
 def _along(tangents, *derivatives):
     """The sum of derivative() * tangent over the variables whose tangent is not zero; there is at least one."""
     pairs = zip(tangents, derivatives, strict=True)
-    nonzero = ((tangent, derivative()) for tangent, derivative in pairs if not isinstance(tangent, SymbolicZero))
-    return sum(slope * _repeat_rows(tangent, slope.shape) for tangent, slope in nonzero)
-
-
-def _repeat_rows(x: Array, shape: tuple[int, ...]) -> Array:
-    """x broadcast to `shape`; an x [channels] by a matrix product with a column of ones.
-
-    Its transpose, a sum over pixels for each channel, is then a matrix product too. XLA's sum is several times slower
-    on a CPU. On a GPU the product is less exact than the sum: in float64 it had an error of 1e-7.
-    """
-    if x.shape != shape[-1:] or len(shape) < 2 or target_platform() == "gpu":
-        return jnp.broadcast_to(x, shape)
-    ones = jnp.ones((math.prod(shape[:-1]), 1), x.dtype)
-    return jnp.matmul(ones, x[None], precision="highest").reshape(shape)
+    return sum(derivative() * tangent for tangent, derivative in pairs if not isinstance(tangent, SymbolicZero))
 
 
 _swish.defjvp(_swish_jvp, symbolic_zeros=True)
 _swish_slope.defjvp(_swish_slope_jvp, symbolic_zeros=True)
+
+
+def _spread(b: Array, x: Array) -> Array:
+    """b, a scalar or [*last axes of x], broadcast to the shape of x.
+
+    The derivative of b [channels] is a product with a column of ones. Its transpose, the sum over pixels of all that
+    depends on b, is then a matrix product too: XLA's sum is several times slower on a CPU. On a GPU the product is less
+    exact than the sum: in float64 it had an error of 1e-7.
+    """
+    if jnp.shape(b) == x.shape[-1:] and x.ndim > 1 and target_platform() != "gpu":
+        return _repeat_rows(b, x.shape)
+    return jnp.broadcast_to(trailing(b, x), x.shape)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _repeat_rows(row: Array, shape: tuple[int, ...]) -> Array:
+    return jnp.broadcast_to(lax.broadcast_to_rank(row, len(shape)), shape)
+
+
+@_repeat_rows.defjvp
+def _repeat_rows_jvp(shape, primals, tangents):
+    ones = jnp.ones((math.prod(shape[:-1]), 1), tangents[0].dtype)
+    return _repeat_rows(*primals, shape), jnp.matmul(ones, tangents[0][None], precision="highest").reshape(shape)
 
 
 def clipswish(x: Array, beta: Array | float = 0.5) -> Array:
@@ -257,11 +267,12 @@ _CONSTRAINTS = {"alpha": jax.nn.sigmoid, "beta": jax.nn.softplus}
 
 
 def _lipswish(x: Array, b: Array) -> Array:
-    return _swish(x, b) / 1.1
+    return _swish(x, _spread(b, x)) / 1.1
 
 
 def _clipswish(x: Array, b: Array) -> Array:
-    return jnp.concatenate([_lipswish(x, b), _lipswish(-x, b)], axis=-1) / 1.004
+    b = _spread(b, x)
+    return jnp.concatenate([_swish(x, b), _swish(-x, b)], axis=-1) / 1.1 / 1.004
 
 
 def _leaky_lipswish(x: Array, a: Array, b: Array) -> Array:
