@@ -19,6 +19,7 @@ from jax import lax
 
 from resflow_jax.functional.batch_axes import example_numbers, shared_and_example_keys, whole_batch_size
 from resflow_jax.functional.iteration import wide_dtype
+from resflow_jax.functional.length_laws.draws import random_words
 
 Array = jax.Array
 
@@ -45,10 +46,10 @@ def seed_keys(probe: str, probes: int, key: Array, x: Array) -> tuple[Array, Arr
     numbers, total = example_numbers(x), whole_batch_size(x)
     rows = numbers[:, None] * probes + jnp.arange(probes, dtype=jnp.int32)[None]
     parity = lax.population_count(rows[:, :, None] & jnp.asarray(codes)[None, None]).astype(jnp.uint32) & 1
-    words = (-(-codes.size // 32),)
+    words = -(-codes.size // 32)
 
     def shared(key: Array) -> Array:
-        return _bits(jax.random.bits(key, words, jnp.uint32), codes.size)
+        return _bits(random_words(key, words), codes.size)
 
     def of_rows(number: Array) -> Array:
         return jnp.where(number == 0, shared(own_key), shared(jax.random.fold_in(own_key, number)))
@@ -79,9 +80,8 @@ def _codes(event: tuple[int, ...]) -> tuple[np.ndarray, int]:
 def draw_seeds(probe: str, probes: int, keys: Array, x: Array) -> Array:
     """The seeds [B, ...] from which `make_probes` makes the probes of each example of x [B, ...].
 
-    For Rademacher probes they are random bits, so that the backward pass need not draw them again. Up to 64 bits are
-    the words of the key itself, which are random and which nothing else uses: that compiles faster than a draw. For
-    other probes the seeds are the keys.
+    For Rademacher probes they are random bits, so that the backward pass need not draw them again. For other probes the
+    seeds are the keys.
 
     Args:
       probe: one of `PROBES`.
@@ -92,10 +92,7 @@ def draw_seeds(probe: str, probes: int, keys: Array, x: Array) -> Array:
     if probe != "rademacher":
         return keys
     words = -(-probes * math.prod(x.shape[1:]) // 32)
-    own = jax.random.key_data(keys)
-    if words <= own.shape[-1]:
-        return own[:, :words]
-    return jax.vmap(lambda key: jax.random.bits(key, (words,), jnp.uint32))(keys)
+    return jax.vmap(lambda key: random_words(key, words))(keys)
 
 
 def make_probes(probe: str, probes: int, seeds: Array, x: Array) -> Array:

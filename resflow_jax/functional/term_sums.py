@@ -18,6 +18,7 @@ from resflow_jax.functional.batch_axes import vary_alike
 from resflow_jax.functional.cayley_series import ParityPowerSeries, TwoSidedKrylov
 from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS
 from resflow_jax.functional.estimators import Roulette, Truncated, subsampling
+from resflow_jax.functional.length_laws.draws import random_words
 from resflow_jax.functional.roulette import draw_lengths, length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Product, Term
 
@@ -150,11 +151,15 @@ def part_size(estimator: Truncated | Roulette, batch: Any) -> int:
 
 
 def draw_part(estimator: Truncated | Roulette, key: Array, batch: Any) -> Part | None:
-    """The examples whose series go on after the exact terms; None for all."""
+    """The examples whose series go on after the exact terms; None for all.
+
+    Each part has the same probability if there are 2^k of them, and otherwise within a factor of 1 + r 2^-32.
+    """
     every = part_size(estimator, batch)
     if every == 1:
         return None
-    return Part(every, jax.random.randint(jax.random.fold_in(key, 2), (), 0, every, jnp.int32))
+    (word,) = random_words(jax.random.fold_in(key, 2), 1)
+    return Part(every, (word % every).astype(jnp.int32))
 
 
 def _truncated_weights(terms: int, k: Array) -> TermWeights:

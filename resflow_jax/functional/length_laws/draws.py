@@ -1,4 +1,4 @@
-"""Draws of random lengths from 64 random bits."""
+"""Random words, and random lengths from 64 bits of them."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,16 @@ Array = jax.Array
 
 # The assumed Lipschitz constant of a g without a known one: that of one layer with the default coefficient.
 UNKNOWN_LIPSCHITZ = 0.98
+
+
+def random_words(key: Array, count: int) -> Array:
+    """Random bits, uint32 [count]. The key must be random itself, as `jax.random.fold_in` returns it.
+
+    Where they suffice, they are the words of the key: that compiles faster than a draw. Then nothing else may use these
+    words, but keys may be folded from the key.
+    """
+    own = jax.random.key_data(key)
+    return own[:count] if count <= own.size else jax.random.bits(key, (count,), jnp.uint32)
 
 
 def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
