@@ -5,21 +5,27 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 
 import jax
+import jaxlib.version
 
 from resflow_jax.functional.primitives.jax_internals import has_started
 
-CPU_FLAGS = {
-    "xla_backend_optimization_level": "1",
-    "xla_backend_extra_options": "xla_cpu_use_multi_output_fusion=true,xla_cpu_flatten_after_fusion=true,"
-    "xla_cpu_disable_loop_unrolling=true",
-}
+# XLA's older code generator for fused operations compiles faster. XLA ignores options that it does not know, as newer
+# versions do this one.
+_OPTIONS = (
+    "xla_cpu_disable_new_fusion_emitters=true"
+    if jaxlib.version.__version_info__ < (0, 11)
+    else "xla_cpu_use_multi_output_fusion=true,xla_cpu_flatten_after_fusion=true,xla_cpu_disable_loop_unrolling=true"
+)
+CPU_FLAGS = {"xla_backend_optimization_level": "1", "xla_backend_extra_options": _OPTIONS}
 
 
 def use_cpu_flags() -> None:
-    """Makes programs compile in about two thirds of the time on a CPU. Call it before JAX runs anything.
+    """Makes programs compile in less time on a CPU. Call it before JAX runs anything.
 
-    XLA then fuses operations with several outputs, and LLVM optimises at level 1 and unrolls no loops. Compiled
-    programs are about as fast as without. Results may differ by rounding.
+    LLVM then optimises at level 1. With JAX 0.10, XLA also takes its older code generator for fused operations. A
+    program compiles in about 0.6 of the time, and takes as long as without. With later versions XLA fuses operations
+    with several outputs and LLVM unrolls no loops, which takes 0.8 of the time; a step of a small flow takes up to a
+    tenth longer. Results may differ by rounding.
 
     It adds to the environment variable XLA_FLAGS, which later processes inherit. Flags that are there already keep
     their values. If JAX will use an accelerator, nothing changes.
