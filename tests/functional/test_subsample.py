@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 
 from resflow_jax.functional import neumann
+from resflow_jax.functional.activations import ACTIVATIONS
 from resflow_jax.functional.batch_axes import batch_axes
 from resflow_jax.functional.estimators import Roulette, Truncated
 from resflow_jax.functional.length_laws import Defensive, Geometric
@@ -165,7 +166,12 @@ OF_ROWS = {
     "positions in an event": lambda p, x: 0.3 * jnp.tanh(p * x + jnp.arange(3.0)[None]),
     "sorted events": lambda p, x: 0.3 * jnp.take_along_axis(x, jnp.argsort(x, axis=1), 1),
     "fills": lambda p, x: 0.3 * jnp.tanh(p * x + jnp.zeros_like(x)),
+    "fills of an inner program": lambda p, x: 0.3 * jnp.tanh(x * jax.jit(lambda p: jnp.full(x.shape, p))(p)),
     "a loop over rows": lambda p, x: jax.lax.map(lambda row: 0.3 * jnp.tanh(p * row), x),
+    "lipswish": lambda p, x: 0.3 * ACTIVATIONS["lipswish"]({"beta": p}, x),
+    "clipswish": lambda p, x: 0.3 * ACTIVATIONS["clipswish"]({"beta": p}, x)[:, 1:4],
+    "leakylipswish": lambda p, x: 0.3 * ACTIVATIONS["leakylipswish"]({"alpha": p, "beta": p}, x),
+    "cpila": lambda p, x: 0.3 * ACTIVATIONS["cpila"]({}, p * x)[:, 1:4],
 }
 OF_BATCHES = {
     "noise for each": lambda p, x: 0.3 * jnp.tanh(p * x + jax.random.normal(KEY, x.shape)),
@@ -173,6 +179,9 @@ OF_BATCHES = {
     "positions in the batch": lambda p, x: 0.3 * jnp.tanh(p * x + jnp.arange(float(len(x)))[:, None]),
     "rows by position": lambda p, x: 0.3 * jnp.tanh(p * x + SHIFTS[: len(x)]),
     "another factor": lambda p, x: jnp.tanh(p * x) / len(x),
+    "positions of an inner program": lambda p, x: (
+        0.3 * jnp.tanh(x * jax.jit(lambda p: p * jnp.arange(float(len(x)))[:, None])(p))
+    ),
     "another array in an inner program": jax.jit(lambda p, x: 0.3 * jnp.tanh(p * x + np.full((1, 3), 1 / len(x)))),
     "another array": lambda p, x: 0.3 * jnp.tanh(p * x + np.full((1, 3), 1 / len(x))),
     "other operations": lambda p, x: 0.3 * (jnp.tanh(p * x) if len(x) == 4 else jnp.sin(p * x)),

@@ -49,11 +49,14 @@ def _differ(one: list[Any], other: list[Any]) -> bool:
 
 
 def _has_equal_rows(p: Any, q: Any) -> bool:
-    """Whether an operation without an argument of the batch's size fills its result along the axes that differ."""
+    """Whether an operation without an argument of the batch's size fills its result along the axes that differ.
+
+    A call does if its program does, which `is_of_rows` then compares.
+    """
     if p.primitive.name == "iota":
         shapes = p.outvars[0].aval.shape, q.outvars[0].aval.shape
         return shapes[0][p.params["dimension"]] == shapes[1][q.params["dimension"]]
-    return p.primitive.name == "broadcast_in_dim"
+    return p.primitive.name in ("broadcast_in_dim", "custom_jvp_call", "jit", "pjit")
 
 
 def _is_same_literal(p: Any, q: Any) -> bool:
