@@ -31,9 +31,8 @@ ENVIRONMENT = {
 def main() -> None:
     """Does one job."""
     workdir, core, *data_dir = sys.argv[1:]
-    parent = os.getppid()
     keep_to(core)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with_parent()
     job = Job.from_line(sys.stdin.readline())
     from experiments.studies.comparison.making import made  # starts JAX, on this core
 
@@ -52,10 +51,16 @@ def keep_to(core: str) -> None:
     use_all_cores(1)
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(2)
-    os._exit(1)
+def end_with_parent() -> None:
+    """Ends this process when the one ends that has started it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

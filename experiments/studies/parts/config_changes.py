@@ -1,0 +1,69 @@
+"""From the config NAME_uniform to NAME of `experiments.density`, one change after the other."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from experiments.configs import CONFIGS
+from experiments.configs.base import DensityConfig
+
+Change = Callable[[DensityConfig], DensityConfig]
+
+
+class Variant(NamedTuple):
+    """A config on the way.
+
+    Attributes:
+      title: the last change.
+      config: with this change and those before.
+    """
+
+    title: str
+    config: DensityConfig
+
+
+def variants_of(data: str) -> tuple[Variant, ...]:
+    """All configs on the way to that of a data set in `CHANGES`, that of NAME_uniform first."""
+    found = [Variant(f"`{data}_uniform`", CONFIGS[f"{data}_uniform"])]
+    for title, change in CHANGES[data].items():
+        found.append(Variant(title, change(found[-1].config)))
+    return tuple(found)
+
+
+def _of_model(**settings: Any) -> Change:
+    return lambda config: replace(config, model=replace(config.model, **settings))
+
+
+def _narrow(learning_rate: float) -> Change:
+    """Networks of half the width, with another learning rate."""
+
+    def change(config: DensityConfig) -> DensityConfig:
+        tail = replace(config.model.tail, hidden=config.model.tail.hidden // 2)
+        model = replace(config.model, hidden_channels=config.model.hidden_channels // 2, tail=tail)
+        optimizer = replace(config.optimizer, learning_rate=learning_rate)
+        return replace(config, model=model, optimizer=optimizer)
+
+    return change
+
+
+def _estimator_of(data: str) -> Change:
+    return lambda config: replace(config, estimator=CONFIGS[data].estimator)
+
+
+CHANGES: dict[str, dict[str, Change]] = {
+    "digits": {
+        "half of the width, learning rate 0.03": _narrow(0.03),
+        "CPila in the place of LipSwish": _of_model(activation="cpila"),
+        'an activation before the first layer of every g (`preactivation="all"`)': _of_model(preactivation="all"),
+        "one exact term, then one example of four": _estimator_of("digits"),
+        "variational dequantisation": _of_model(data=CONFIGS["digits"].model.data),
+    },
+    "fashion_mnist": {
+        "half of the width, learning rate 0.04": _narrow(0.04),
+        "CPila in the place of LipSwish": _of_model(activation="cpila"),
+        'an activation before the first layer of every g (`preactivation="all"`)': _of_model(preactivation="all"),
+        "two exact terms, then one example of four": _estimator_of("fashion_mnist"),
+        "a learned curve of the pixels (`spline_bins=32`)": _of_model(data=CONFIGS["fashion_mnist"].model.data),
+        "4-8-8 blocks in the place of 4-4-4": _of_model(blocks=CONFIGS["fashion_mnist"].model.blocks),
+    },
+}
