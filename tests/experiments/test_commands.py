@@ -78,7 +78,7 @@ def test_every_file_in_the_two_places_is_a_command():
         assert set(commands_in(place)) == files
     rooms = ("runs", "runs/tasks", "configs", "studies/parts", "studies/conditioning", "studies/comparison")
     assert [name for room in rooms for name in commands_in(ROOT / room)] == [
-        *("accelerator_steps", "competitors", "fuzzing", "stress_files", "wall_clock_run", "worker")
+        *("accelerator_steps", "change_run", "competitors", "fuzzing", "stress_files", "wall_clock_run", "worker")
     ]
     for module in MODULES:
         command = command_of(module)
