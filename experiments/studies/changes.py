@@ -1,4 +1,4 @@
-"""What each change of the shipped settings brings, one after the other, with error bars over seeds.
+"""What each change of the shipped settings brings, with error bars over seeds.
 
     python -m experiments.studies.changes [digits | fashion_mnist] [--seconds S] [--seeds 0 1 2] [--workdir DIR] ...
 
