@@ -31,15 +31,15 @@ diverged runs stay in the table; a process that cannot start ends the command.
 It prints Markdown tables, and writes them as DIR/NAME/compare.json and samples.png. Finished jobs are JSON files, which
 are only read: a command that was stopped goes on with what is missing. To repeat a job, remove its file. `--table-only`
 makes tables and picture of what there is. `--results FILE` also keeps the figures of all data sets in one JSON file,
-and the command goes on from the jobs in it. It leaves out jobs whose model had another config then. Without this
-option, all is trained anew in an empty DIR.
+and the command goes on from the jobs in it. Those of other budgets, seeds or examples stay in the file. It leaves out
+jobs whose model had another config then. Without this option, all is trained anew in an empty DIR.
 
 On two cores all models take about 2 hours on the digits, 4 on diamonds and on the toy densities, 8 on fashion_mnist.
 """
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -102,6 +102,8 @@ class CompareConfig:
             check_count("parallel_runs", self.parallel_runs, 1)
         if self.examples is not None:
             check_count("examples", self.examples, 2)
+        if self.small and self.results is not None:
+            raise ValueError(f"results: expected none with --tiny, got {self.results}")
         for model in self.models:
             check_choice("models", model, MODELS)
             if model not in self.allowed:
@@ -128,9 +130,8 @@ class CompareConfig:
 
 def tiny(config: CompareConfig) -> CompareConfig:
     """Two updates of one tiny model, with one candidate and one seed."""
-    models = config.models or ("nice",)
     directory = Path("runs/compare_tiny")
-    return replace(config, minutes=1e-6, search_minutes=1e-6, seeds=1, models=models, workdir=directory, small=True)
+    return replace(config, minutes=1e-6, search_minutes=1e-6, seeds=1, models=("nice",), workdir=directory, small=True)
 
 
 def output(config: CompareConfig) -> Output:
@@ -165,10 +166,14 @@ def run(config: CompareConfig) -> dict[str, Any]:
     make_workdir(config.workdir / config.data)
     stored = _stored(config.results)
     kept = _kept(stored, config)
+    plans_of_all = [
+        replace(plan, models=tuple(dict.fromkeys((*kept.get(plan.data, ()), *plan.models)))) for plan in plans
+    ]
+    _restore(kept, plans_of_all, config.workdir)
     if not config.table_only:
         places = cores(config.parallel_runs)
         run_all(lambda: [job for plan in plans for job in plan.missing()], config.workdir, places, config.data_dir)
-    results = {plan.data: kept.get(plan.data, {}) | plan.results() for plan in plans}
+    results = {plan.data: plan.results() for plan in plans_of_all}
     _report(config, results)
     document = {
         name: {model: of | {"summary": summary(of["runs"])} for model, of in models.items()}
@@ -177,7 +182,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
     write_atomically(config.workdir / config.data / "compare.json", json.dumps(document, indent=2) + "\n")
     if config.results is not None:
         config.results.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.results, json.dumps(compact(_joined(stored, results)), indent=1) + "\n")
+        write_atomically(config.results, json.dumps(_joined(stored, compact(results)), indent=1) + "\n")
     _draw(config)
     return document
 
@@ -202,26 +207,43 @@ def _all_of(stored: dict[str, Results]) -> Iterator[dict[str, Any]]:
 
 
 def _kept(stored: dict[str, Results], config: CompareConfig) -> dict[str, Results]:
-    """The stored results whose models have the config of today, their jobs restored in the work directory."""
+    """The stored results whose models have the config of today."""
     kept: dict[str, Results] = {}
     for data, of in stored.items():
         kept[data] = {}
         for model, kinds in of.items():
-            current = {
-                kind: [result for result in results if result["job"].get("config") == fingerprint_of(data, model)]
-                for kind, results in kinds.items()
-            }
+            current = {kind: _current(data, model, results) for kind, results in kinds.items()}
             if any(current.values()):
                 kept[data][model] = current
             elif data in config.names and any(kinds.values()):
                 print(f"left out of {config.results}: {model} on {data}, which had another config", flush=True)
-    restore(_all_of(kept), config.workdir)
-    return {data: of for data, of in kept.items() if of}
+    return kept
+
+
+def _restore(kept: dict[str, Results], plans: list[Plan], workdir: Path) -> None:
+    """Writes the files of the stored jobs that the plans have; the candidates first, since they choose the runs."""
+    results = {Job(**result["job"]): result for result in _all_of(kept)}
+    restore((result for job, result in results.items() if job.is_search), workdir)
+    runs = [job for plan in plans for model in plan.models for job in plan.runs(model)]
+    restore((results[job] for job in runs if job in results), workdir)
 
 
 def _joined(stored: dict[str, Results], results: dict[str, Results]) -> dict[str, Results]:
-    """All that was stored, with new results in the place of those of the same model."""
-    return stored | {data: stored.get(data, {}) | of for data, of in results.items()}
+    """All that was stored, with new results in the place of those of the same jobs, and of earlier configs."""
+    joined = dict(stored)
+    for data, models in results.items():
+        joined[data] = dict(stored.get(data, {}))
+        for model, of in models.items():
+            before = joined[data].get(model, {})
+            both = {kind: _current(data, model, before.get(kind, ())) + new for kind, new in of.items()}
+            by_job = {kind: {Job(**one["job"]): one for one in ones} for kind, ones in both.items()}
+            joined[data][model] = {kind: list(of_job.values()) for kind, of_job in by_job.items()}
+    return joined
+
+
+def _current(data: str, model: str, results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of a model with the config of today."""
+    return [result for result in results if result["job"].get("config") == fingerprint_of(data, model)]
 
 
 def _report(config: CompareConfig, found: dict[str, Results]) -> None:

@@ -87,9 +87,13 @@ def _cells(row: dict[str, Any], of: dict[str, list[dict[str, Any]]]) -> list[str
 
 
 def compact(results: Any) -> Any:
-    """The results with six digits and without validation losses over time, for a file to keep; tables need no more."""
+    """The results with six digits and without validation losses over time, for a file to keep; tables need no more.
+
+    Jobs stay exact, since results are found by them.
+    """
     if isinstance(results, dict):
-        return {name: compact(value) for name, value in results.items() if name != "validation_losses"}
+        kept = {name: value for name, value in results.items() if name != "validation_losses"}
+        return {name: value if name == "job" else compact(value) for name, value in kept.items()}
     if isinstance(results, list):
         return [compact(value) for value in results]
     return float(f"{results:.6g}") if isinstance(results, float) else results

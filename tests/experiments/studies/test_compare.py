@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +129,36 @@ def test_figures_that_are_kept(tmp_path, done, capsys):
         store.write_text(text)
         with pytest.raises(ValueError, match=r"results: expected a file that this command has written, got .*all.json"):
             compare.run(config)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{"minutes": 1, "table_only": True}, {"minutes": 1}, {"examples": 100}, {"seeds": 1}, {"search_minutes": 0.25}],
+    ids=str,
+)
+def test_figures_of_other_settings_are_kept(tmp_path, done, others):
+    """A call with other budgets, examples or seeds adds its own jobs to the file, and its table has no others.
+
+    The first settings then find all their jobs, in another work directory too.
+    """
+    store = tmp_path / "all.json"
+    config = CompareConfig(models=("nice", "glow"), seeds=2, workdir=tmp_path / "a", results=store)
+    first = compare.run(config)
+    before = [json.dumps(one) for one in compare._all_of(json.loads(store.read_text()))]
+    other = replace(config, models=("nice",), **others)
+    shown = compare.run(replace(other, workdir=tmp_path / "b"))["digits"]["nice"]["runs"]
+    assert all(one["job"]["seconds"] == 60 * other.minutes for one in shown)
+    assert all(one["job"]["examples"] == other.examples for one in shown)
+    assert len(shown) == (0 if other.table_only else other.seeds)
+    after = [json.dumps(one) for one in compare._all_of(json.loads(store.read_text()))]
+    assert {*before} <= {*after} and len({*after}) == len(after)
+    number = len(done)
+    for directory in "bc":
+        again = compare.run(replace(config, workdir=tmp_path / directory))["digits"]
+        assert {name: of["summary"] for name, of in again.items()} == {
+            name: of["summary"] for name, of in first["digits"].items()
+        }
+    assert len(done) == number
 
 
 def test_what_is_not_installed(tmp_path, done, monkeypatch, capsys):
@@ -265,6 +296,7 @@ def test_cores(monkeypatch):
         ({"seeds": 0}, "seeds: expected an integer of at least 1, got 0"),
         ({"parallel_runs": 0}, "parallel_runs: expected an integer of at least 1, got 0"),
         ({"examples": 1}, "examples: expected an integer of at least 2, got 1"),
+        ({"small": True, "results": Path("all.json")}, "results: expected none with --tiny, got all.json"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
