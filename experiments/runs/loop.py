@@ -19,17 +19,17 @@ def falls_due(step: int, every: int, together: int) -> bool:
     return step // every > (step - together) // every
 
 
-def by_update(batches: Iterator[np.ndarray], number: int) -> Iterator[np.ndarray]:
-    """The batches of each update: one batch, or `number` of them along a leading axis."""
+def by_update(batches: Iterator[Any], number: int) -> Iterator[Any]:
+    """The batches of each update: one batch, or `number` of them along a leading axis of each array."""
     while True:
-        yield next(batches) if number == 1 else np.stack(list(islice(batches, number)))
+        yield next(batches) if number == 1 else jax.tree.map(lambda *rows: np.stack(rows), *islice(batches, number))
 
 
 def training_loop(
     placement: Placement,
     state: TrainState,
     key: jax.Array,
-    batches_from: Callable[[int], Iterator[np.ndarray]],
+    batches_from: Callable[[int], Iterator[Any]],
     *,
     steps: int,
     pauses_at: Callable[[int], bool],

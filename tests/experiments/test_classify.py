@@ -242,6 +242,14 @@ def test_a_density_beside_a_pooled_head(tmp_path, monkeypatch):
     assert abs(first["loss"]) > 10 and np.isfinite(first["diagnostics"]["mean"]).all()
 
 
+def test_updates_of_two_batches(tmp_path, monkeypatch):
+    """Images and labels of the batches of an update come together."""
+    without_pictures(monkeypatch)
+    config = replace(PLAIN, workdir=tmp_path, steps=4, optimizer=replace(PLAIN.optimizer, accumulate=2))
+    check_metrics(tmp_path, run_config(config))
+    assert [line["step"] for line in read_metrics(tmp_path) if line["split"] == "train"] == [2, 4]
+
+
 def test_images_of_32_pixels(tmp_path, monkeypatch):
     """Colour, two stages, appended zeros, mirrored and shifted images, SGD with a step schedule, as for CIFAR-10."""
     cifar = CLASS_CONFIGS["cifar10_vanilla"]  # certificates of such sizes take their time
