@@ -5,9 +5,10 @@
 
 Each campaign has a file `experiments/studies/parts/stress_NAME.py`. Those of kills, storage and soak start small runs,
 do something bad to them, and compare what is left with a run that was left alone. The others read random data, and
-hostile files. The study prints a table, writes it to stress.json with all
-settings, and ends with status 1 if something was lost or went unnoticed. By default it takes a few minutes on 2 CPU
-cores. It ends after --seconds at the latest; what was not tried is said.
+hostile files. Each writes to a folder DIR/NAME, where what an earlier call has left is deleted. The study prints a
+table, writes it to stress.json with all settings, and ends with status 1 if something was lost or went unnoticed. By
+default it takes a few minutes on 2 CPU cores. After --seconds no further fault is tried, which the table says; what was
+begun goes on to its end, but for a run that is to be killed.
 """
 
 import json
@@ -24,7 +25,7 @@ import tyro
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.tables import print_table
-from experiments.runs.workdir import write_atomically
+from experiments.runs.workdir import make_workdir, write_atomically
 from experiments.studies.parts import stress_kills, stress_soak, stress_storage
 from experiments.studies.parts.campaign import Campaign, Deadline, Row
 from experiments.studies.parts.hostile_files import CASES
@@ -34,6 +35,7 @@ from resflow_jax.functional.checks import check_choice, check_count, check_posit
 from resflow_jax.io.config_json import as_json
 
 _SECONDS_OF_DATA = 20.0
+_MARKER = ".stress"  # in the folder of a campaign
 
 
 def _data(config: "StressConfig", directory: Path, deadline: Deadline) -> list[Row]:
@@ -71,9 +73,9 @@ class StressConfig:
       kills: number of SIGKILLs.
       flips: number of flipped bits and removed files.
       soak_steps: number of steps of the long run.
-      seconds: time for everything, at most.
+      seconds: time after which nothing more is tried.
       seed: of the random choices.
-      workdir: directory that stress.json and the runs are written to; what was there is deleted.
+      workdir: directory that stress.json and the folders of the campaigns are written to.
       small: whether to use the runs of `--tiny`.
     """
 
@@ -124,9 +126,12 @@ def run(config: StressConfig) -> dict[str, list[Row]]:
     """Tries everything, prints and writes the table; returns its rows by campaign."""
     began, deadline, rows = time.monotonic(), Deadline(config.seconds), {}
     use_compilation_cache()
+    check_folders(config)  # raises before anything is deleted
     for name in config.campaigns:
         directory = config.workdir / name
         shutil.rmtree(directory, ignore_errors=True)
+        make_workdir(directory)
+        (directory / _MARKER).touch()
         print(f"{name}: {CAMPAIGNS[name].summary}", flush=True)
         rows[name] = _tried(CAMPAIGNS[name], config, directory, deadline)
         print(markdown(rows[name]), flush=True)
@@ -139,6 +144,17 @@ def run(config: StressConfig) -> dict[str, list[Row]]:
     took = f"{time.monotonic() - began:.0f} s"
     print_table({"failed": f"{bad} of {sum(map(len, rows.values()))} rows", "time in all": took})
     return rows
+
+
+def check_folders(config: StressConfig) -> None:
+    """Raises FileExistsError if there is a folder of the name of a campaign that this study has not made."""
+    for name in config.campaigns:
+        directory = config.workdir / name
+        if directory.exists() and not (directory / _MARKER).exists():
+            raise FileExistsError(
+                f"workdir: expected a new directory or that of this study, got {config.workdir} with another {name}; "
+                f"name another --workdir, or remove {directory} if an earlier version wrote it"
+            )
 
 
 def _tried(campaign: Campaign, config: StressConfig, directory: Path, deadline: Deadline) -> list[Row]:

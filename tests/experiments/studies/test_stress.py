@@ -4,13 +4,15 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from experiments.studies import stress
-from experiments.studies.parts import campaign, stress_kills, stress_soak
+from experiments.studies.parts import campaign, stress_kills, stress_soak, stress_storage
 from experiments.studies.parts.campaign import Campaign, Deadline, Row
+from tests.experiments.tiny import VECTORS, save_run
 
 
 @pytest.fixture
@@ -49,6 +51,31 @@ def test_without_time_nothing_is_tried(campaigns, tmp_path):
     """It is said."""
     rows = stress.run(stress.StressConfig(campaigns=("kills", "storage", "soak"), seconds=1e-9, workdir=tmp_path))
     assert {found[0].found for found in rows.values()} == {"not tried: the time was over"}
+
+
+def test_folders_of_others(campaigns, tmp_path):
+    """They are refused before anything is deleted; those of the study itself are made anew."""
+    config = stress.StressConfig(campaigns=("kills", "storage"), workdir=tmp_path)
+    stress.run(config)
+    (tmp_path / "kills" / "old").touch()
+    stress.run(config)
+    assert not (tmp_path / "kills" / "old").exists()
+    (tmp_path / "kills" / "old").touch()
+    (tmp_path / "soak").mkdir()
+    (tmp_path / "soak" / "photograph").touch()
+    with pytest.raises(FileExistsError, match=r"workdir: expected a new directory .* with another soak; name another"):
+        stress.run(replace(config, campaigns=("kills", "soak")))
+    assert (tmp_path / "soak" / "photograph").exists() and (tmp_path / "kills" / "old").exists()
+
+
+def test_flips_end_with_the_time(tmp_path):
+    """The row says how many were tried; without a deadline all are."""
+    save_run(replace(VECTORS, workdir=tmp_path / "reference", steps=1))
+    save_run(replace(VECTORS, workdir=tmp_path / "reference"))
+    for seconds, tries, end in ((60, 1, "restored: 1 times"), (1e-9, 0, "none; then the time was over, 1 were not")):
+        config = stress.StressConfig(flips=1)
+        (row,) = stress_storage._flips(config, tmp_path / "reference", tmp_path / "copy", Deadline(seconds))
+        assert row.tries == tries and end in row.found and row.is_good
 
 
 def test_what_a_long_run_tells():
