@@ -102,7 +102,7 @@ class NamedCommand(Command):
         switches = [argument for argument in arguments if argument in ("--tiny", "--debug")]
         arguments = [argument for argument in arguments if argument not in switches]
         name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-        if name is None and arguments and arguments[0] in ("-h", "--help"):
+        if arguments in (["-h"], ["--help"]) and name is None:
             print(self.overview())
             sys.exit(0)
         if name is not None and name not in self.default:

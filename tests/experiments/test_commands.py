@@ -105,7 +105,9 @@ def test_help(module, capsys, monkeypatch):
     assert page.startswith(f"usage: {command.program} ") and "--tiny" in page
     assert command.text.strip().splitlines()[0] in page
     name = [] if not isinstance(command, NamedCommand) else [command.first]
-    everything = helped(command, *name, "--help", "all", capsys=capsys)
+    everything = helped(command, "--help", "all", capsys=capsys)
+    named = helped(command, *name, "--help", "all", capsys=capsys)
+    assert everything.partition("\n\n")[2] == named.partition("\n\n")[2], "the first name is the default"
     assert "--debug" in everything and "--tiny" in everything
     for text in (page, everything):
         assert max(map(len, text.splitlines())) <= 120
