@@ -133,6 +133,11 @@ class Variant(NamedTuple):
     name: str
     settings: ClassifyConfig
 
+    @property
+    def network(self) -> str:
+        """The name without the number of labels."""
+        return self.name.partition("_labels")[0]
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
@@ -154,9 +159,9 @@ def run(config: ClassificationConfig) -> dict[str, Any]:
     use_compilation_cache()
     path = config.common.directory / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    for part in PARTS if config.part == "all" else (config.part,):
+    for part, found in variants(config).items():
         rows = {}
-        for variant in variants(config, part):
+        for variant in found:
             rows[variant.title] = over_seeds(config, variant)
             config.common.directory.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(results | {part: rows}, indent=2) + "\n")
@@ -167,15 +172,20 @@ def run(config: ClassificationConfig) -> dict[str, Any]:
     return results
 
 
-def variants(config: ClassificationConfig, part: str) -> list[Variant]:
-    """The networks of a part; of a small study the last."""
-    found = list({"architectures": _architectures, "hybrid": _hybrids, "labels": _with_few_labels}[part](config))
-    if config.networks:
-        names = {variant.name.partition("_labels")[0]: variant for variant in found}
-        if not names.keys() & set(config.networks):
-            raise ValueError(f"networks: expected some of {', '.join(names)} for {part}, got {config.networks}")
-        found = [variant for variant in found if variant.name.partition("_labels")[0] in config.networks]
-    return found[-1 if config.small else 0 :]
+def variants(config: ClassificationConfig) -> dict[str, list[Variant]]:
+    """The networks of each part, of a small study the last; parts without any of the chosen networks are left out.
+
+    Raises:
+      ValueError: for a name that no network of these parts has.
+    """
+    makers = {"architectures": _architectures, "hybrid": _hybrids, "labels": _with_few_labels}
+    found = {part: list(make(config)) for part, make in makers.items() if config.part in ("all", part)}
+    names = dict.fromkeys(variant.network for of in found.values() for variant in of)
+    if unknown := [name for name in config.networks if name not in names]:
+        raise ValueError(f"networks: expected some of {', '.join(names)} for {config.part}, got {', '.join(unknown)}")
+    chosen = config.networks or tuple(names)
+    found = {part: [variant for variant in of if variant.network in chosen] for part, of in found.items()}
+    return {part: of[-1 if config.small else 0 :] for part, of in found.items() if of}
 
 
 def _architectures(config: ClassificationConfig) -> Iterator[Variant]:

@@ -33,6 +33,7 @@ from experiments.runs.workdir import write_atomically
 from resflow_jax import ResidualFlow
 from resflow_jax.functional.primitives.platforms import compiling_for
 from resflow_jax.io.config_json import as_json
+from resflow_jax.io.whole_files import whole_file
 from resflow_jax.training.losses import dequantized_bits_per_dim
 from resflow_jax.training.parallel import make_mesh
 from resflow_jax.training.placement import Placement
@@ -202,7 +203,7 @@ def compile_step(case: StepCase, path: Path) -> None:
     compiled = program.compile()
     end = time.perf_counter()
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    with gzip.open(f"{path}.hlo.gz", "wt", compresslevel=6) as file:
+    with whole_file(f"{path}.hlo.gz") as temporary, gzip.open(temporary, "wt", compresslevel=6) as file:
         file.write(compiled.as_text())
     result = {
         "case": asdict(case),

@@ -120,6 +120,24 @@ def test_other_programs(what, tmp_path):
     assert row["collectives"] == {"kinds": {}, "bytes": 0, "in_loops": 0}
 
 
+def test_a_program_is_written_as_a_whole(tmp_path, monkeypatch):
+    """Where it fails, the earlier one is still there."""
+
+    class Stops:
+        def __getattr__(self, name):
+            return lambda: self if name == "compile" else {}
+
+        def as_text(self):
+            raise OSError("No space left on device")
+
+    path = tmp_path / f"{CASE.name}.hlo.gz"
+    path.write_bytes(b"an earlier one")
+    monkeypatch.setattr(accelerator_steps, "lowered", lambda case: Stops())
+    with pytest.raises(OSError, match="No space left"):
+        compile_step(CASE, tmp_path / CASE.name)
+    assert path.read_bytes() == b"an earlier one" and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_is_read(tmp_path, capsys):
     """Means of loops by their source, collectives in loops, callbacks; a failure has a line too."""
     case = StepCase("digits_uniform", "train", "v5e", 8, "full", 64)

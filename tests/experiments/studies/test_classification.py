@@ -36,9 +36,9 @@ def figures_by_name(monkeypatch):
 def test_variants(data, small):
     """Their settings are valid; a directory is shared by equal settings alone; densities have no padding."""
     config = ClassificationConfig(data, small=small)
+    assert list(variants(config)) == list(PARTS)
     of_directory = {}
-    for part in PARTS:
-        found = variants(config, part)
+    for part, found in variants(config).items():
         assert len(found) == (1 if small else {"architectures": 4, "hybrid": 4, "labels": 8}[part])
         for variant in found:
             settings = config.common.run(variant.settings, f"{variant.name}_seed0")
@@ -53,12 +53,17 @@ def test_variants(data, small):
 def test_chosen_networks():
     """A part may be restricted by names; the error for a name that no network has lists those that there are."""
     config = ClassificationConfig(networks=("mixture_1_over_d", "c0.9"))
-    titles = [variant.title for variant in variants(config, "labels")]
-    assert titles == [
+    found = variants(config)
+    assert list(found) == list(PARTS)
+    assert [variant.title for variant in found["architectures"]] == ["i-ResNet, c = 0.9"]
+    assert [variant.title for variant in found["labels"]] == [
         f"{number} labels: {kind}" for number in (100, 1000) for kind in ("supervised alone", "mixture, weight 1/D")
     ]
     with pytest.raises(ValueError, match=r"networks: expected some of standard, vanilla, c0.9, c0.5 for architectures"):
-        variants(replace(config, networks=("hybrid_1",)), "architectures")
+        variants(replace(config, networks=("c0.9", "hybrid_1"), part="architectures"))
+    with pytest.raises(ValueError, match="for all, got mixtur_1"):
+        variants(replace(config, networks=("c0.9", "mixtur_1")))
+    assert list(variants(replace(config, networks=("standard",)))) == ["architectures"]
 
 
 def test_results(tmp_path, figures_by_name, capsys):
@@ -104,7 +109,7 @@ def test_figures_of_a_run(tmp_path, monkeypatch):
 def test_figures_of_a_mixture(tmp_path):
     """Bits/dim, and no certified radius, since the logits have no Lipschitz constant."""
     config = ClassificationConfig(workdir=tmp_path, small=True)
-    (variant,) = variants(config, "hybrid")
+    (variant,) = variants(config)["hybrid"]
     settings = config.common.run(variant.settings, "mixture")
     with pytest.raises(ValueError, match=r"workdir: expected a finished run, got .* without a test error"):
         class_runs.test_error(settings.workdir)
