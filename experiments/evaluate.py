@@ -117,12 +117,18 @@ def tiny(config: EvaluateConfig) -> EvaluateConfig:
     return replace(config, run_dir=TINY_RUN, examples=8, draws=1)
 
 
+def output(config: EvaluateConfig) -> Output:
+    """The files that are written."""
+    of_typicality = ("typicality.csv",) if config.typicality else ()
+    return Output(config.out, ("evaluation.json", "scores.npz", "histograms.png", *of_typicality))
+
+
 COMMAND = Command(
     "experiments.evaluate",
     __doc__,
     EvaluateConfig(tyro.MISSING),
     tiny,
-    output=lambda config: Output(config.out, ("evaluation.json", "scores.npz", "histograms.png")),
+    output,
     renamed={
         "--exact": "--estimator exact",
         "--data": "--data.path PATH for files of your own, --data.dir DIR for TensorFlow data sets",

@@ -40,6 +40,7 @@ from experiments.runs.tables import print_table
 from experiments.runs.tasks.class_samples import is_mixture
 from experiments.runs.tasks.vectors import VectorTask
 from experiments.runs.tiny_run import TINY_RUN, make_if_missing
+from experiments.runs.workdir import write_arrays, write_atomically
 from resflow_jax import ResidualFlow
 from resflow_jax.data.images import to_unit_interval
 from resflow_jax.functional.checks import check_count
@@ -208,7 +209,7 @@ def write_vectors(workdir: Path, samples: np.ndarray, task: VectorTask, config: 
     data = task.in_own_units(task.splits.train[: len(samples)])
     pictures.save_scatter(workdir / "samples.png", data, samples, title)
     if "npz" in config.format:
-        np.savez(workdir / "samples.npz", vectors=samples)
+        write_arrays(workdir / "samples.npz", vectors=samples)
 
 
 def earlier_number(workdir: Path, config: SampleConfig) -> int:
@@ -234,13 +235,13 @@ def write_images(workdir: Path, samples: np.ndarray, config: SampleConfig) -> No
     title = f"samples at temperature {config.temperature:g}"
     pictures.save_images(workdir / "samples.png", {title: samples[:SHOWN] / 255}, columns=8)
     if "npz" in config.format:
-        np.savez(workdir / "samples.npz", images=samples)
+        write_arrays(workdir / "samples.npz", images=samples)
     if "png" in config.format:
         directory, earlier = workdir / "samples", earlier_number(workdir, config)
         directory.mkdir(exist_ok=True)
         for n in range(earlier):
             (directory / f"{n:05}.png").unlink(missing_ok=True)
-        (directory / NUMBER).write_text(f"{len(samples)}\n")
+        write_atomically(directory / NUMBER, f"{len(samples)}\n")
         for n, image in enumerate(samples):
             gray = image.shape[-1] == 1
             Image.fromarray(image.squeeze(-1) if gray else image).save(directory / f"{n:05}.png")

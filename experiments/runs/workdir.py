@@ -120,7 +120,7 @@ def write_atomically(path: Path, text: str) -> None:
         raise could_not_write(error, path) from error
 
 
-def write_arrays(path: Path, **arrays: Any) -> None:
+def write_arrays(path: Path, /, **arrays: Any) -> None:
     """Writes a .npz file, or replaces it as a whole."""
     try:
         with whole_file(path) as temporary, temporary.open("wb") as file:

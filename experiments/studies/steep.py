@@ -38,7 +38,7 @@ from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.lock import locked
-from experiments.runs.workdir import claim_workdir
+from experiments.runs.workdir import claim_workdir, write_atomically
 from resflow_jax import Affine, Chain, Flow, ImplicitBlock, LipschitzMLP, MonotoneBlock, ResidualBlock, certify
 from resflow_jax.functional.checks import check_count, check_open_interval
 from resflow_jax.training.step import optax_promotion
@@ -200,7 +200,7 @@ def report(config: SteepConfig, outcomes: dict[str, Outcome]) -> None:
     }
     pictures.save_fits(config.workdir / "steep.png", x, target, curves)
     numbers = {kind: {n: v for n, v in o._asdict().items() if n != "values"} for kind, o in outcomes.items()}
-    (config.workdir / "steep.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    write_atomically(config.workdir / "steep.json", json.dumps(numbers, indent=1) + "\n")
     rows: dict[str, Callable[[Outcome], str]] = {
         "rms error": lambda o: f"{o.error:.4f}",
         "largest slope": lambda o: f"{o.slope:.2f}",

@@ -70,7 +70,10 @@ def test_figures_are_those_of_the_run(finished, capsys):
 
 def test_typicality_by_example(finished, tmp_path, capsys):
     """Each example has a line with the likelihood of scores.npz and a p-value that counts validation images."""
-    result = evaluate.run(EvaluateConfig(finished[0], typicality=True, workdir=tmp_path))
+    config = EvaluateConfig(finished[0], typicality=True, workdir=tmp_path)
+    result = evaluate.run(config)
+    assert {path.name for path in tmp_path.iterdir()} == {*evaluate.COMMAND.output(config).names}
+    assert "typicality.csv" not in evaluate.COMMAND.output(replace(config, typicality=False)).names
     header, *lines = (tmp_path / "typicality.csv").read_text().splitlines()
     assert header == "set,example,likelihood,score,p_value,quantile" and len(lines) == 40
     rows = {

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from experiments.configs import CONFIGS
 from experiments.configs.base import VectorDataConfig
+from experiments.runs import workdir
 from experiments.runs.launch import run_config
 from experiments.runs.workdir import check_still_there, claim_workdir, write_arrays
 from resflow_jax import (
@@ -96,7 +98,7 @@ def test_a_work_directory_that_is_removed(tmp_path):
 def test_arrays_are_written_as_a_whole(tmp_path, monkeypatch):
     """An error leaves the file that was there."""
     path = tmp_path / "scores.npz"
-    write_arrays(path, a=np.arange(3))
+    write_arrays(path, a=np.arange(3), path=np.arange(2))
 
     def full(file, **arrays):
         file.write(b"half")
@@ -106,3 +108,11 @@ def test_arrays_are_written_as_a_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="could not write it, earlier files are intact"):
         write_arrays(path, a=np.arange(4))
     assert np.load(path)["a"].tolist() == [0, 1, 2] and [file.name for file in tmp_path.iterdir()] == ["scores.npz"]
+
+
+def test_commands_write_as_a_whole():
+    """No command or part of one replaces a file of results in place; what makes files to be read or tried may."""
+    root = Path(workdir.__file__).parents[1]
+    for path in (*root.glob("*.py"), *root.glob("studies/*.py"), *root.glob("runs/**/*.py")):
+        found = re.findall(r"np\.savez?\(|\.write_(?:text|bytes)\(", path.read_text())
+        assert not found or path == Path(workdir.__file__), path
