@@ -145,7 +145,7 @@ def train(config: VariationalConfig, metrics: MetricsFile) -> tuple[ResidualFlow
         )
         weight = jnp.minimum(1.0, 0.01 + step / max(config.annealing, 1))
         values = log_prob - weight * log_density(config.target, x)
-        # A wrong sample would give a wrong gradient; a NaN loss ends the run instead.
+        # A wrong sample would give a wrong gradient; with a NaN loss the update is left out, which metrics.jsonl says.
         values = jnp.where(status.converged.all(axis=0), values, jnp.nan)
         update_running_statistics(flow, x)
         return with_order_gradient(jnp.mean(values), flow), diagnostics
@@ -178,6 +178,7 @@ def report(
     )
     target, log_normalizer = target_on_grid(config.target, config.cells)
     result = divergence(np.asarray(log_prob), np.asarray(log_density(config.target, x)), log_normalizer)
+    skipped = sum(line["split"] == "skipped" for line in metrics.lines)
     metrics.write(step=config.steps, split="test", **dataclasses.asdict(result))
 
     low, high = (np.full(2, bound) for bound in POTENTIAL_BOX)
@@ -200,6 +201,7 @@ def report(
             f"{log_normalizer:.4f} by a grid",
             "sample efficiency": f"{result.sample_efficiency:.3f} of the importance weights",
             **certificate_rows(certificate),
+            **({"not finite": f"{skipped} updates skipped"} if skipped else {}),
             "time per step": f"{step_time * 1e3:.0f} ms, batches of {config.batch_size}, "
             f"{type(config.estimator).__name__} log-det",
             "time in all": f"{time.perf_counter() - began:.0f} s, set-up and compilation included",

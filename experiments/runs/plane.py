@@ -81,6 +81,8 @@ def train_flow(
 ) -> tuple[ResidualFlow, float]:
     """Runs all training steps on a loss in `unit`; as_line(loss) gives its entries in metrics.jsonl.
 
+    An update that is not finite is skipped, and has a line of the split "skipped" there.
+
     Returns:
       The flow with the averaged parameters, and the median seconds per step.
     """
@@ -101,6 +103,8 @@ def train_flow(
         unit=unit,
     ):
         step_times.append(at.seconds)
+        for one in at.skipped:
+            metrics.write(split="skipped", **one._asdict())
         line = as_line(float(at.metrics["loss"]))
         metrics.write(step=at.step, split="train", **line, gradient_norm=float(at.metrics["gradient_norm"]))
     return placement.averaged_flow(at.state), float(np.median(step_times))

@@ -80,6 +80,22 @@ def test_a_solve_that_fails_stops_the_run(tmp_path, monkeypatch):
         variational.run(VariationalConfig(**{**vars(TINY), "workdir": tmp_path / "run", "steps": 2}))
 
 
+def test_updates_that_are_skipped_are_counted(tmp_path, monkeypatch, capsys):
+    """One of four, whose latents have no solution; it has a line in the metrics, and the table has a row."""
+    train = variational.train_flow
+
+    def with_one_bad_batch(config, flow, loss, batch_at, metrics, **options):
+        return train(config, flow, loss, lambda step: batch_at(step) * (1 if step != 1 else np.nan), metrics, **options)
+
+    monkeypatch.setattr(variational, "train_flow", with_one_bad_batch)
+    settings = vars(TINY) | {"workdir": tmp_path, "steps": 4, "samples": 20, "cells": 10, "log_every": 2}
+    variational.run(VariationalConfig(**settings))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["split"]) for line in lines[:3]] == [(2, "skipped"), (2, "train"), (4, "train")]
+    assert lines[0]["loss"] is None and np.isfinite(lines[1]["kl_minus_log_normalizer"])
+    assert "1 updates skipped" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
