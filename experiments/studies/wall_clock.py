@@ -121,9 +121,7 @@ class WallClockConfig:
 def tiny(config: WallClockConfig) -> WallClockConfig:
     """Two updates of a tiny flow of this library."""
     directory = Path("runs/wall_clock_tiny")
-    return replace(
-        config, minutes=10, runs=config.runs or ("shipped",), examples=8, validated=8, workdir=directory, small=True
-    )
+    return replace(config, minutes=10, runs=("shipped",), examples=8, validated=8, workdir=directory, small=True)
 
 
 COMMAND = NamedCommand(

@@ -135,15 +135,18 @@ class InTorch:
         from experiments.studies.parts.torch_residual import torch_residual
 
         self._contender = torch_residual(name, task, authors and Path(authors))
-        self._rate = task.config.optimizer.learning_rate
+        self._rate, self._left = task.config.optimizer.learning_rate, task.config.steps
 
     def prepare(self, batch: np.ndarray) -> None:
         """Builds the flow, initialised on training images."""
         self._contender.prepare(batch)
 
     def step(self, batch: np.ndarray) -> bool:
-        """Makes an update."""
+        """Makes an update, unless all steps of the run are done."""
+        if self._left == 0:
+            return False
         self._contender.step(batch, self._rate)
+        self._left -= 1
         return True
 
     def scores(self, weights: str, examples: np.ndarray, seed: int) -> np.ndarray:

@@ -1,8 +1,10 @@
 """The study of wall-clock on a tiny flow: its rows and files, how a flow is judged, and flows in PyTorch."""
 
 import json
+import sys
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +103,17 @@ def test_times(monkeypatch):
     assert [row["steps"] for row in rows] == [0, 1, 2, 2, 3] and [row["ended"] for row in rows] == [False] * 4 + [True]
     assert "test" not in rows[0] and all(row["weights"] == "averaged" for row in rows[1:])
     assert rows[1]["test"] - rows[-1]["test"] == pytest.approx(2)
+
+
+def test_a_small_run_in_pytorch_ends_with_its_config(monkeypatch):
+    """As those of this library, long before its last time."""
+    module = "experiments.studies.parts.torch_residual"
+    contender = Counting(updates=9)
+    contender.step = lambda batch, learning_rate: Counting.step(contender, batch)
+    contender.averaged = contender.current = lambda: SimpleNamespace(scores=lambda x, *_: np.ones((1, len(x))))
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(torch_residual=lambda *_: contender))
+    (row,) = wall_clock_run.rows(replace(SMALL.settings()[0], run="normflows", seconds=(60.0,)), time.time())
+    assert row["ended"] and row["steps"] == contender.steps == 2
 
 
 def test_configs():
