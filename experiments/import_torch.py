@@ -222,13 +222,14 @@ def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfi
         warmup=given.get("warmup_iters", OPTIMIZER.warmup),
         accumulate=given.get("update_freq", OPTIMIZER.accumulate),
     )
+    steps = -(-config.steps // optimizer.accumulate) * optimizer.accumulate
     settings = published(
         data,
         flow.config,
         workdir=config.workdir,
-        steps=-(-config.steps // optimizer.accumulate) * optimizer.accumulate,
+        steps=steps,
         batch_size=given.get("batchsize", 64),
-        annealing=given.get("annealing_iters", 0),
+        annealing=min(given.get("annealing_iters", 0), steps),
         estimator=estimator,
         optimizer=optimizer,
     )

@@ -87,6 +87,9 @@ def test_the_settings_are_those_of_the_file(tmp_path):
             assert config.data == DataConfig("digits", bits=8) and config.optimizer.learning_rate == args.lr
             assert config.batch_size == args.batchsize and config.optimizer.warmup == args.warmup_iters
             assert isinstance(config.estimator.length, rf.Poisson) and config.estimator.probe == "gaussian"
+            args.annealing_iters = 20
+            short = import_torch.run_config(args, flow, ImportConfig(path, tmp_path, data=data, steps=10))
+            assert (short.steps, short.annealing) == (10, 10)
             with_name = import_torch.run_config(args, flow, ImportConfig(path, tmp_path))
             assert with_name.data == CONFIGS["mnist"].data
 

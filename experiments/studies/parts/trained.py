@@ -28,7 +28,7 @@ def trained_runs(
     a printed message.
 
     Raises:
-      ValueError: if a given directory holds no run, or one with a variational dequantisation.
+      ValueError: if a given directory holds no run, one on other data, or one with a variational dequantisation.
     """
     for name in names:
         directory = given.get(name)
@@ -39,6 +39,9 @@ def trained_runs(
             config = dataclasses.replace(config, workdir=workdir / name, parallel=parallel)
         else:
             config = saved_config(directory)
+            if not isinstance(config, DensityConfig) or config.data.name != name:
+                found = getattr(config.data, "name", config.data)
+                raise ValueError(f"{name}: expected a run on these images, got {directory} with one on {found}")
             if config.model.data.dequantization.couplings:
                 expected = "expected a run with a uniform dequantisation, as of digits_uniform"
                 raise ValueError(f"{name}: {expected}, got {directory}")

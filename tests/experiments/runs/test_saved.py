@@ -260,6 +260,12 @@ def test_studies_take_a_given_run_as_it_was_made(run_dir, tmp_path, monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="digits: expected a run with a uniform dequ"):
         patch.setattr(trained, "saved_config", lambda _: replace(config, model=replace(config.model, data=own)))
         list(trained_runs(["digits"], {"digits": run_dir}, tmp_path))
+    with pytest.raises(ValueError, match=r"fashion_mnist: expected a run on these images, got .* with one on digits"):
+        list(trained_runs(["fashion_mnist"], {"fashion_mnist": run_dir}, tmp_path))
+    for other, name in ((CONFIGS["rings"], "rings"), (CONFIGS["vectors"], ""), (CLASS_CONFIGS["digits"], "digits")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"digits: expected .* with one on {name}"):
+            patch.setattr(trained, "saved_config", lambda _, other=other: other)
+            list(trained_runs(["digits"], {"digits": run_dir}, tmp_path))
     kernels, expected = (nnx.state(flow, nnx.Param) for flow in (trained_flow(config), saved_flow(run_dir).flow))
     jax.tree.map(np.testing.assert_array_equal, kernels, expected)
 
