@@ -26,7 +26,7 @@ instruction has all of these but the network and what overlaps; it is given in m
 Parameters "full" exist for training on several chips alone. Each program is compiled in a process of its own. Under
 DIR it writes accelerators.json, and for every program programs/NAME.json and programs/NAME.hlo.gz. A program that is
 there with the same settings is not compiled again; after a change of code ask for that by --again. A step of
-digits_uniform takes a minute on one CPU core, one of cifar10 seven minutes on two.
+digits_uniform takes a minute on one CPU core, one of cifar10 three minutes on two.
 """
 
 import gzip
