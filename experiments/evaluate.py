@@ -45,6 +45,7 @@ from experiments.runs.class_evaluation import check_density_settings, evaluate_c
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
 from experiments.runs.likelihoods import (
+    EXACT_BATCH_SIZE,
     PERMUTED,
     RECONSTRUCTED,
     auroc,
@@ -65,8 +66,6 @@ from experiments.runs.workdir import write_arrays, write_atomically
 from resflow_jax import Estimator, Exact, certify
 from resflow_jax.functional.checks import check_count
 from resflow_jax.io.config_json import as_json
-
-EXACT_BATCH_SIZE = 4  # examples whose dense Jacobians are in memory at once
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from resflow_jax.models.flow import Flow
 Array = jax.Array
 
 RECONSTRUCTED = 64  # test examples
+EXACT_BATCH_SIZE = 4  # examples whose dense Jacobians are in memory at once
 PERMUTED = "permuted"
 
 

@@ -13,6 +13,8 @@ from resflow_jax import ResidualFlow
 
 Array = jax.Array
 
+PART = 8192  # array elements of z that a device inverts at a time, which fits the caches of a CPU core
+
 
 def number_of_parts(batch_size: int, largest: int, multiple: int = 1) -> int:
     """The smallest number of equal parts of at most `largest` examples that occupies as many devices as possible.

@@ -18,6 +18,12 @@ from resflow_jax import plot
 from resflow_jax.plot import as_shown, image_grid
 
 
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Writes a figure as a PNG file, and closes it."""
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def save_grid(path: Path, images: np.ndarray, columns: int) -> None:
     """Writes images [N, H, W, C] in [0, 1] as one PNG; small images are enlarged, NaN is drawn grey."""
     grid = np.clip(np.nan_to_num(image_grid(np.asarray(images), columns), nan=0.5), 0, 1)
@@ -44,7 +50,7 @@ def save_scatter(path: Path, data: np.ndarray, samples: np.ndarray, title: str) 
             axis.set_ylim(low[y] - margin[y], high[y] + margin[y])
     axes[0, 0].legend(markerscale=4)
     figure.suptitle(without_math(title))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_images(path: Path, rows: dict[str, np.ndarray], columns: int) -> None:
@@ -53,7 +59,7 @@ def save_images(path: Path, rows: dict[str, np.ndarray], columns: int) -> None:
     for axis, (title, images) in zip(axes[0], rows.items(), strict=True):
         plot.samples(np.asarray(images), axis, columns=columns)
         axis.set_title(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_strip(path: Path, images: np.ndarray, labels: Sequence[str], title: str) -> None:
@@ -63,7 +69,7 @@ def save_strip(path: Path, images: np.ndarray, labels: Sequence[str], title: str
         axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[], xlabel=label)
     figure.suptitle(without_math(title), fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_curves(
@@ -98,7 +104,7 @@ def save_curves(
     for panel in {losses, axis}:
         panel.grid(alpha=0.3)
         panel.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _set_limits(axis: plt.Axes, values: np.ndarray) -> None:
@@ -125,7 +131,7 @@ def save_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, names:
             axis.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color=color)
     title = f"{without_math(title)}: {np.mean(labels != predicted):.2%} wrong"
     axis.set(xlabel="predicted class", ylabel="class", title=title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_bias_curves(path: Path, metrics: list[dict], titles: dict[str, str]) -> None:
@@ -158,7 +164,7 @@ def save_bias_curves(path: Path, metrics: list[dict], titles: dict[str, str]) ->
     for a in (axis, gaps):
         a.grid(alpha=0.3)
         a.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_densities(
@@ -187,7 +193,7 @@ def save_densities(
     for axis, name in zip(axes, ("data", "density", "samples"), strict=True):
         axis.set(xlim=limits, ylim=limits, aspect="equal", facecolor=plt.get_cmap("viridis")(0.0))
         axis.set_title(titles[name])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_bars(path: Path, values: dict[str, dict[str, float]], title: str) -> None:
@@ -213,7 +219,7 @@ def save_bars(path: Path, values: dict[str, dict[str, float]], title: str) -> No
         axis.grid(axis="x", alpha=0.3)
         axis.tick_params(axis="y", labelleft=number % columns == 0)
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_error_curves(path: Path, iterations: Sequence[int], errors: dict[str, list[float]], title: str) -> None:
@@ -224,7 +230,7 @@ def save_error_curves(path: Path, iterations: Sequence[int], errors: dict[str, l
     axis.set(xlabel="evaluations of g in every block", ylabel="max |x - f$^{-1}$(f(x))|", yscale="log", title=title)
     axis.grid(alpha=0.3)
     axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_histograms(path: Path, panels: dict[str, dict[str, np.ndarray]], title: str) -> None:
@@ -251,7 +257,7 @@ def save_histograms(path: Path, panels: dict[str, dict[str, np.ndarray]], title:
         axes[0, 0].set_title(without_math(title))
     else:
         figure.suptitle(without_math(title))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_fits(path: Path, x: np.ndarray, target: np.ndarray, curves: dict[str, np.ndarray]) -> None:
@@ -263,18 +269,13 @@ def save_fits(path: Path, x: np.ndarray, target: np.ndarray, curves: dict[str, n
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("x")
     np.atleast_1d(axes)[0].legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _trailing_mean(points: np.ndarray, width: int) -> np.ndarray:
     """Trailing means over `width` values of points (step, value) [N, 2]: [N - width + 1, 2]."""
     smooth = np.convolve(points[:, 1], np.ones(width) / width, "valid")
     return np.stack([points[width - 1 :, 0], smooth], axis=1)
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def save_scaling(path: Path, result: dict[str, dict[str, Any]]) -> None:
@@ -293,7 +294,7 @@ def save_scaling(path: Path, result: dict[str, dict[str, Any]]) -> None:
             ax.set_yticks(measured, [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in measured])
             ax.minorticks_off()
             ax.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_posteriors(
@@ -324,4 +325,4 @@ def save_posteriors(
                 axis.set_title("x = " + ", ".join(f"{value:.2f}" for value in x[:2]), fontsize=8)
         row[0].set_ylabel(name)
     figure.suptitle(f"{title}: posterior samples at {len(observed)} observations")
-    _save(figure, path)
+    save_figure(figure, path)

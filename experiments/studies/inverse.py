@@ -35,7 +35,7 @@ from flax import nnx
 from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import cores_for, use_all_cores, use_compilation_cache
-from experiments.runs.parts import number_of_parts, over_parts
+from experiments.runs.parts import PART, number_of_parts, over_parts
 from experiments.runs.tables import certificate_rows, print_table
 from experiments.runs.tasks.images import load
 from experiments.runs.workdir import write_atomically
@@ -95,7 +95,7 @@ class InverseConfig:
     targets: tuple[str, ...] = NAMES
     samples: int = 64
     error: float = 1e-5
-    part: int = 8192
+    part: int = PART
     repeats: int = 5
     peer: bool = False
     digits: Path | None = None

@@ -43,6 +43,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from experiments.runs.command import NamedCommand, Output
+from experiments.runs.pictures import save_figure
 from experiments.runs.workdir import make_workdir, write_atomically
 from experiments.studies.parts.class_runs import markdown_table
 from experiments.studies.parts.wall_clock_run import PEERS, RUNS, Settings
@@ -221,8 +222,7 @@ def save_curves(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]], na
     axis.set(xscale="log", xlabel="wall-clock, s", ylabel="test bits/dim", title=name)
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from experiments.runs.devices import own_mesh
-from experiments.runs.likelihoods import auroc, named
+from experiments.runs.likelihoods import EXACT_BATCH_SIZE, auroc, named
 from experiments.runs.tasks.attack import broken_within
 from experiments.runs.tasks.labelled import Rows
 from resflow_jax import Classifier, Estimate, Estimator, Exact, certified_radius
@@ -23,7 +23,7 @@ from resflow_jax.training.forms import mesh_of
 from resflow_jax.training.placement import on_host
 
 ATTACKED = 64  # test images
-BATCH_SIZE, EXACT_BATCH_SIZE = 100, 4  # images whose log-dets are estimated at once, or have dense Jacobians
+BATCH_SIZE = 100  # images whose log-dets are estimated at once
 
 Found = dict[str, Any]
 Scores = dict[str, np.ndarray]

@@ -11,15 +11,13 @@ from flax import nnx
 
 from experiments.configs.base import OptimizerConfig
 from experiments.runs.likelihoods import reconstruction
-from experiments.runs.parts import number_of_parts, over_parts
+from experiments.runs.parts import PART, number_of_parts, over_parts
 from experiments.runs.setup import tightened_flow
 from experiments.runs.tasks.task import Task
 from resflow_jax.functional.estimators import subsampling
 from resflow_jax.models.flow import Flow
 from resflow_jax.models.residual_flow import flow_from_config
 from resflow_jax.training.step import Trainer
-
-PART = 8192  # array elements of z that are inverted at a time, as in `experiments.benchmark`
 
 
 class FlaxContender:

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.runs.pictures import save_figure
 from experiments.studies.parts.class_pictures import Row, save_rows
 
 BINS = 64
@@ -56,5 +57,4 @@ def save_densities(
                 axis.set_title(title, fontsize=8)
             if column == 0:
                 axis.set_ylabel(name, fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.runs.pictures import save_figure
 from resflow_jax.plot import as_shown, image_grid
 
 
@@ -32,7 +33,7 @@ def save_rows(path: Path, rows: Sequence[Row]) -> None:
         axis.imshow(grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
         axis.set_axis_off()
         axis.set_title(row.title, fontsize=9, loc="left", pad=3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_iterations(path: Path, counts: Sequence[int], curves: dict[str, dict[str, list[float]]], title: str) -> None:
@@ -46,7 +47,7 @@ def save_iterations(path: Path, counts: Sequence[int], curves: dict[str, dict[st
     axis.set_xticks(counts, map(str, counts))
     axis.grid(alpha=0.3)
     axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_comparison(path: Path, results: dict[str, dict[str, Any]], title: str) -> None:
@@ -60,7 +61,7 @@ def save_comparison(path: Path, results: dict[str, dict[str, Any]], title: str) 
         panels[part](axis, rows)
         axis.set_title(f"{title}: {part}")
         axis.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _errors(axis: plt.Axes, rows: dict[str, Any]) -> None:
@@ -88,8 +89,3 @@ def _error_against_bits(axis: plt.Axes, rows: dict[str, Any]) -> None:
 def _point(axis: plt.Axes, name: str, x: float, y: float, **spread: float | None) -> None:
     """A mean with its standard errors."""
     axis.errorbar(x, y, fmt="o", ms=6, capsize=4, label=name, **spread)
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

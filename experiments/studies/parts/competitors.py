@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.runs.devices import data_mesh, use_all_cores, use_compilation_cache, use_xla_flags
-from experiments.runs.parts import number_of_parts, over_devices, over_parts
+from experiments.runs.parts import PART, number_of_parts, over_devices, over_parts
 from resflow_jax import Anderson, DenseTail, ImageFlowConfig, ImageTransform, Poisson, ResidualFlow, Roulette
 from resflow_jax.layers.lipschitz import LipschitzLinear
 from resflow_jax.training.losses import dequantized_bits_per_dim
@@ -40,7 +40,6 @@ Array = jax.Array
 TRAINING = Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")
 EVALUATION = Roulette(Poisson(2.0), exact_terms=20, minres_steps=0, probe="gaussian")
 LEARNING_RATE, CLIP = 1e-3, 1.0
-PART = 8192  # array elements of z that a core inverts at a time, as in `experiments.studies.inverse`
 
 
 @dataclass(frozen=True)
