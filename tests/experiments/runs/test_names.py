@@ -55,7 +55,7 @@ def test_a_csv_file(name):
 def test_scores_that_are_not_finite(tmp_path, monkeypatch):
     """Are left out of a histogram, and counted in its legend; all of a set may be so."""
     seen = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: seen.append(figure))
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: seen.append(figure))
     sets = {"data": np.linspace(0, 1, 9), "far": np.array([0.5, -np.inf, np.nan]), "farthest": np.full(2, np.inf)}
     pictures.save_histograms(tmp_path / "histograms.png", {"log p": sets}, "title")
     labels = [text.get_text() for text in seen[0].axes[0].get_legend().get_texts()]
