@@ -26,7 +26,7 @@ from resflow_jax.io.checksums import damage, has_checksums, write_checksums
 from resflow_jax.models.certificate import Certificate
 from resflow_jax.training.checkpoint_errors import DamagedCheckpointError, is_of_files, listed, told
 from resflow_jax.training.forms import SavedState, from_host
-from resflow_jax.training.old_checkpoints import is_old_state, upgraded_certificate, upgraded_state
+from resflow_jax.training.old_checkpoints import check_shapes, is_old_state, upgraded_certificate, upgraded_state
 from resflow_jax.training.step import TrainState
 
 _KEPT = 2  # of the latest checkpoints: if the newest is damaged, there is the one before
@@ -248,6 +248,8 @@ class Checkpoints:
         metadata = self._manager.item_metadata(step)
         if metadata is not None and is_old_state(metadata.state):
             return self._restore_old(step, metadata.state, like, shardings, ema_decay)
+        if metadata is not None:
+            check_shapes(metadata.state, saved_like)  # a whole array would be read in the shape that it has on disk
         if shardings is None:
             # The arrays pass through the host, so that they are tied to no device. Otherwise every compiled function
             # would be compiled once more for them.

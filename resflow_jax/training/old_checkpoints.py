@@ -30,6 +30,19 @@ def is_old_state(metadata: Any) -> bool:
     return is_renamed or is_old(name for prefix, name in map(_split, paths) if prefix in _FLOW)
 
 
+def check_shapes(found: Any, like: Any) -> None:
+    """Raises ValueError, which names the array, if one of a saved state has another shape than that of `like`.
+
+    Args:
+      found: a tree with the names and the shapes of its arrays, as orbax's metadata.
+      like: a present `forms.SavedState`. Arrays that only one of the two has are not looked at.
+    """
+    arrays = _named(found)
+    for path, leaf in _named(like).items():
+        if path in arrays:
+            _check_shape(path, leaf, arrays[path])
+
+
 def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
     """Returns an old state with the structure and the dtypes of `like`, of NumPy arrays.
 
@@ -88,9 +101,13 @@ def _value(
 
 def _as_leaf(path: Names, leaf: Any, value: np.ndarray) -> np.ndarray:
     """The value in the leaf's dtype; ValueError for another shape."""
-    if value.shape != leaf.shape:
-        raise ValueError(f"state: expected {'.'.join(path)} of shape {leaf.shape}, got {value.shape}")
+    _check_shape(path, leaf, value)
     return value.astype(leaf.dtype)
+
+
+def _check_shape(path: Names, leaf: Any, value: Any) -> None:
+    if tuple(value.shape) != leaf.shape:
+        raise ValueError(f"state: expected {'.'.join(path)} of shape {leaf.shape}, got {tuple(value.shape)}")
 
 
 def _named(tree: Any) -> dict[Names, Any]:

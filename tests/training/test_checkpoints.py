@@ -105,6 +105,17 @@ def test_states_of_another_flow_with_former_names(tmp_path):
             checkpoints.restore(1, state(0)._replace(non_params={"bijector": arrays}))
 
 
+def test_states_of_another_flow(tmp_path):
+    """Whole or on devices the error names the array whose shape differs, as for a flow of fewer blocks."""
+    saved, other = state(1, w=jnp.zeros((16, 2))), state(0, w=jnp.zeros((4, 2)))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(saved)
+        checkpoints.wait()
+        for shardings in (None, jax.tree.map(lambda leaf: leaf.sharding, other)):
+            with pytest.raises(ValueError, match=r"^state: expected params.w of shape \(4, 2\), got \(16, 2\)$"):
+                checkpoints.restore(1, other, shardings)
+
+
 def test_certificates_of_before_target_bounds(tmp_path):
     """A block's `target_bound` was called `promised`; the same step once more is then still no loss."""
     old = CERTIFICATE.as_dict()
