@@ -101,10 +101,9 @@ def dequantize(images: Array, key: Array, levels: int) -> Array:
     The noise of each image is drawn with its own key, so it does not depend on the division of a batch among devices.
 
     Raises:
-      ValueError: if images are not integers.
+      ValueError: if images are not integers, or are not traced and outside of {0..levels-1}.
     """
-    if not jnp.issubdtype(images.dtype, jnp.integer):
-        raise ValueError(f"images: expected integer pixels in 0..{levels - 1}, got dtype {images.dtype}")
+    _check_pixels("images", images, levels)
     noise = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(example_keys(key, images))
     return (images.astype(noise.dtype) + noise) / levels
 
@@ -126,13 +125,26 @@ def check_quantized(name: str, images: np.ndarray, levels: int) -> None:
     """Raises ValueError unless images are integers [N, H, W, C], N > 0, in {0..levels-1}."""
     if len(images.shape) != 4 or len(images) == 0:
         raise ValueError(f"{name}: expected images [N, H, W, C] with N > 0, got shape {images.shape}")
-    if not np.issubdtype(images.dtype, np.integer):
+    _check_pixels(name, images, levels)
+
+
+def _check_pixels(name: str, images: Array | np.ndarray, levels: int) -> None:
+    """Raises ValueError unless images are integers, and in {0..levels-1} where they are not traced."""
+    if not jnp.issubdtype(images.dtype, jnp.integer):
         raise ValueError(f"{name}: expected integer pixels in 0..{levels - 1}, got dtype {images.dtype}")
-    low, high = int(images.min()), int(images.max())  # uint8 of JAX would wrap 256 levels to 0
+    if isinstance(images, jax.core.Tracer) or images.size == 0:
+        return
+    with jax.ensure_compile_time_eval():  # a program that is being traced may hold images
+        low, high = int(images.min()), int(images.max())  # uint8 of JAX would wrap 256 levels to 0
     if low < 0 or high >= levels:
         raise ValueError(f"{name}: expected pixels in 0..{levels - 1}, got {low}..{high}")
 
 
 def to_unit_interval(images: np.ndarray, levels: int) -> Array:
-    """Maps pixels k to (k + 1/2) / levels, the middle of their cells, without noise: for pictures."""
+    """Maps pixels k to (k + 1/2) / levels, the middle of their cells, without noise: for pictures.
+
+    Raises:
+      ValueError: as `dequantize`.
+    """
+    _check_pixels("images", images, levels)
     return (jnp.asarray(images).astype(float) + 0.5) / levels

@@ -49,8 +49,8 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
 
     Raises:
       ValueError: for levels below one, a weight that is negative or not finite, a dropout outside of [0, 1) or beside a
-        weight; when called, for a batch of another form, for labels that are not traced outside their range, and for
-        dropout with a flow that is no `Classifier`.
+        weight; when called, for a batch of another form, for images that are no integers, for images or labels that are
+        not traced outside their range, and for dropout with a flow that is no `Classifier`.
 
     Source: Behrmann et al. (2019, arXiv 1811.00995), section 4.1; Chen et al. (2019, arXiv 1906.02735), section 5.4.
 

@@ -42,7 +42,8 @@ def dequantized_bits_per_dim(
       loss(flow, batch, key, estimator, steps done) -> (bits/dim, diagnostics), as `Trainer` takes it.
 
     Raises:
-      ValueError: if levels is below 1 or order_weight is not finite; when called, for a batch of another form.
+      ValueError: if levels is below 1 or order_weight is not finite; when called, for a batch of another form, for
+        images that are no integers, and for images that are not traced outside of {0..levels-1}.
 
     Source: Theis et al. (2016), arXiv 1511.01844, section 3.1, for dequantisation; Chen et al. (2019), arXiv
     1906.02735, for the estimated log-det.

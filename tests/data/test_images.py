@@ -1,5 +1,7 @@
 """Image data: fixed splits, dequantisation, images that stay on disk, bad input."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,10 +84,20 @@ def test_stored_images_are_like_an_array():
     assert splits.shape == (2, 3, 1)
 
 
-def test_only_integers_are_dequantised():
-    """Floats are refused, also under jit: they would be taken for levels."""
+@pytest.mark.parametrize(
+    "function", [lambda x: images.dequantize(x, jax.random.key(0), 17), lambda x: images.to_unit_interval(x, 17)]
+)
+def test_only_pixels_become_numbers(function):
+    """Floats are refused, also under jit: they would be taken for levels. So are integers beyond the levels."""
     with pytest.raises(ValueError, match=r"images: expected integer pixels in 0..16, got dtype float"):
-        jax.jit(lambda x: images.dequantize(x, jax.random.key(0), 17))(jnp.zeros((1, 2, 2, 1)))
+        jax.jit(function)(jnp.zeros((1, 2, 2, 1)))
+    for pixel in (-1, 17):
+        outside = jnp.full((1, 2, 2, 1), pixel)
+        of_constant = partial(function, outside)
+        for call in (of_constant, jax.jit(of_constant)):
+            with pytest.raises(ValueError, match=rf"images: expected pixels in 0..16, got {pixel}..{pixel}"):
+                call()
+        assert jax.jit(function)(outside).shape == outside.shape
 
 
 @pytest.mark.parametrize(

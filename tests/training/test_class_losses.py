@@ -193,6 +193,8 @@ def test_bad_settings(arguments, message):
         ((IMAGES, LABELS, LABELS), "batch: expected .* got 3 parts"),
         ((IMAGES, LABELS[:3]), r"labels: expected signed integers \(8,\), got int8 \(3,\)"),
         ((IMAGES, LABELS + 3), "labels: expected -1 to 2, got 2 to 5"),
+        (((IMAGES + 0.5) / 4, LABELS), "images: expected integer pixels in 0..3, got dtype float64"),
+        ((IMAGES + np.uint8(1), LABELS), "images: expected pixels in 0..3, got 1..4"),
     ],
 )
 def test_bad_batches(flow, batch, message):
