@@ -39,7 +39,7 @@ from resflow_jax.training.parallel import (
     shard_map_train_step,
     state_shardings,
 )
-from resflow_jax.training.step import Trainer, TrainState
+from resflow_jax.training.step import Trainer, TrainState, averaged_params
 
 Array = jax.Array
 
@@ -158,6 +158,8 @@ class Placement:
     def averaged_flow(self, state: TrainState) -> Flow:
         """Returns the flow with the averaged parameters; its power iterations are run to convergence.
 
+        Before the first update that is made there is no average: the parameters themselves are taken.
+
         Only the arrays of the flow are moved, none of the optimiser. They are whole, on one device of each process.
         With parameters "model" they are global and lie as those of the state do; then all processes call the methods of
         the flow together, and `tightened` in place of its `tighten`.
@@ -165,9 +167,11 @@ class Placement:
         Args:
           state: a state in the checkpoint form.
         """
-        dtypes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state.params)
+        if not int(state.ema.count):
+            return self.current_flow(state)
         moved = self._to_evaluate(state._replace(params=None, opt_state=None))
-        return self.trainer.averaged_flow(moved._replace(params=dtypes))
+        params = averaged_params(moved.ema, self.trainer.ema_decay, state.params)  # their dtypes alone are used
+        return self.trainer.current_flow(moved._replace(params=params))
 
     def current_flow(self, state: TrainState) -> Flow:
         """As `averaged_flow`, with the parameters of the last step."""

@@ -245,11 +245,21 @@ class Trainer(NamedTuple):
         return flow
 
     def averaged_flow(self, state: TrainState) -> Flow:
-        """Returns the flow with the averaged parameters; its power iterations are run to convergence."""
-        with optax_promotion():
-            averages = optax.tree.bias_correction(state.ema.ema, self.ema_decay, state.ema.count)
-        params = jax.tree.map(lambda average, param: average.astype(param.dtype), averages, state.params)
+        """Returns the flow with the averaged parameters; its power iterations are run to convergence.
+
+        Before the first update that is made there is no average: the parameters themselves are taken.
+        """
+        averages = averaged_params(state.ema, self.ema_decay, state.params)
+        is_begun = state.ema.count > 0
+        params = jax.tree.map(lambda average, param: jnp.where(is_begun, average, param), averages, state.params)
         return self.current_flow(state._replace(params=params))
+
+
+def averaged_params(ema: optax.EmaState, ema_decay: float, like: Any) -> Any:
+    """The bias-corrected average of parameters, after one update or more, in the dtypes of the tree `like`."""
+    with optax_promotion():
+        averages = optax.tree.bias_correction(ema.ema, ema_decay, jnp.maximum(ema.count, 1))
+    return jax.tree.map(lambda average, param: average.astype(param.dtype), averages, like)
 
 
 def _at_least_float32(params: Any) -> Any:

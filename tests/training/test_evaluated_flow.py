@@ -83,6 +83,20 @@ def test_the_flow_of_one_device(layout):
     np.testing.assert_allclose(z, expected.forward(IMAGES[:4] / 4.0, key=jax.random.key(2))[0], rtol=1e-8)
 
 
+@pytest.mark.parametrize("layout", [None, "jit", "model"])
+def test_before_the_first_update(layout):
+    """The averaged flow is then that of the parameters, on one device (also traced) and on many."""
+    trainer, start, _, _ = on_one_device()
+    start = start._replace(ema=optax.EmaState(0 * start.ema.count, jax.tree.map(np.zeros_like, start.params)))
+    if layout is None:
+        found = [nnx.state(trainer.averaged_flow(start)), jax.jit(lambda s: nnx.state(trainer.averaged_flow(s)))(start)]
+    else:
+        placement, _ = placed(layout)
+        found = [nnx.state(placement.averaged_flow(placement.to_checkpoint(placement.place(start))))]
+    for state in found:
+        chex.assert_trees_all_equal(nnx.filter_state(state, nnx.Param), start.params)
+
+
 @pytest.mark.parametrize("layout", ["full", "model"])
 def test_devices_keep_their_shares(layout):
     """Only the first device, which acts as the host, holds more than before, or more than its share of the flow."""

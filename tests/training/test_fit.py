@@ -2,6 +2,8 @@
 
 import json
 import signal
+import sys
+from contextlib import nullcontext
 
 import chex
 import jax
@@ -224,6 +226,21 @@ def test_a_last_update_that_is_skipped():
         before, after = (jax.tree.leaves(nnx.state(f, nnx.Param)) for f in (FLOW, flow))
         assert any(np.any(a != b) for a, b in zip(before, after, strict=True))
         assert all(np.isfinite(leaf).all() for leaf in after)
+
+
+@pytest.mark.parametrize("mesh", [None, 1])
+def test_an_interruption_before_the_first_update_is_made(monkeypatch, mesh):
+    """The weights before training are returned: their moving average has not begun."""
+    x = np.concatenate([TABLE, [[1e200, 0]]])  # every batch is skipped
+    mesh = mesh and make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(
+        sys.modules["resflow_jax.training.fit"], "deferred_signals", lambda *_: nullcontext(lambda: True)
+    )
+    options = {"initialize": False, "batch_size": 151, "steps": 9, "ema": 0.9, "validation": None, "mesh": mesh}
+    flow, history = rf.fit(FLOW, x, **options, **EXACT)
+    assert history.ended == "interrupted"
+    kept, before = (nnx.state(f, nnx.Param) for f in (flow, FLOW))
+    chex.assert_trees_all_close(kept, before, rtol=0.01)  # tightened
 
 
 def test_interruption(capsys, monkeypatch):
