@@ -14,6 +14,7 @@ from resflow_jax.data.images import check_quantized
 from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type, shown
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator, subsampling
 from resflow_jax.functional.texts import fields_text, is_number
+from resflow_jax.functional.values import checked
 from resflow_jax.layers.conditions import as_condition
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.forms import divided_examples, mesh_of, on_all_devices
@@ -140,8 +141,8 @@ def evaluate_bits_per_dim(
       The mean and its standard errors, in bits/dim.
 
     Raises:
-      ValueError: unless the images are integers in {0..levels-1} of the flow's shape, N > 0, and draws, levels and
-        batch_size are at least 1.
+      ValueError: unless the images are integers in {0..levels-1} of the flow's shape, N > 0, the condition is finite,
+        and draws, levels and batch_size are at least 1.
 
     Example:
       >>> config = rf.ImageFlowConfig((4, 4, 1), blocks=(1,), hidden_channels=4, kernels=(3, 3), tail=rf.DenseTail(0))
@@ -217,7 +218,8 @@ def vector_log_prob(
     Cost: `draws` times that of the estimator on N examples.
 
     Raises:
-      ValueError: unless x is finite and [N, *event_shape] with N > 0, and draws and batch_size are at least 1.
+      ValueError: unless x is finite and [N, *event_shape] with N > 0, the condition is finite, and draws and batch_size
+        are at least 1.
 
     Example:
       >>> from resflow_jax.training.evaluation import vector_log_prob
@@ -233,8 +235,7 @@ def vector_log_prob(
     if x.ndim != 1 + len(flow.event_shape) or len(x) == 0:
         expected = "vectors [N, D]" if len(flow.event_shape) == 1 else f"events [N, {str(flow.event_shape)[1:-1]}]"
         raise ValueError(f"x: expected {expected} with N > 0, got shape {x.shape}")
-    if isinstance(x, np.ndarray) and not np.isfinite(x).all():
-        raise ValueError(f"x: expected finite values, got {np.count_nonzero(~np.isfinite(x))} that are not")
+    _check_finite(flow, "x", x)
     examples = _with_condition(flow, x, condition)
     return -_scores(negative_log_prob, flow, examples, key, estimator, draws, batch_size, mesh)
 
@@ -248,8 +249,17 @@ def _check_flow(flow: Flow) -> None:
 def _with_condition(flow: Flow, x: Any, condition: Any) -> Any:
     """The examples alone, or a pair of the examples and the condition of each."""
     shape = getattr(flow, "condition_shape", None)
-    condition = as_condition(condition, shape, x.shape[:1])
-    return x if condition is None else (x, np.asarray(condition))
+    given, condition = condition, as_condition(condition, shape, x.shape[:1])
+    if condition is None:
+        return x
+    _check_finite(flow, "condition", given)
+    return x, np.asarray(condition)
+
+
+def _check_finite(flow: Flow, name: str, values: Any) -> None:
+    """Raises ValueError for values that are not finite in the dtype of the flow."""
+    with checked(name, values, getattr(flow, "dtype", jnp.result_type(float))):
+        pass
 
 
 def _scores(

@@ -48,7 +48,9 @@ class Examples(NamedTuple):
         check_quantized("x", x, levels)
         if x.shape[1:] != flow.event_shape:
             raise ValueError(f"x: expected images {flow.event_shape}, those of the flow, got {x.shape[1:]}")
-        return cls(jnp.asarray(x), as_condition(condition, flow.condition_shape, x.shape[:1]))
+        own = as_condition(condition, flow.condition_shape, x.shape[:1])
+        with flow._finite(condition):
+            return cls(jnp.asarray(x), own)
 
     @property
     def batch(self) -> Any:

@@ -12,6 +12,7 @@ import resflow_jax as rf
 from resflow_jax.training import Placement, Trainer, make_mesh
 from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.evaluation import evaluate_bits_per_dim, image_bits_per_dim, vector_log_prob
+from resflow_jax.training.examples import Examples
 from resflow_jax.training.losses import negative_log_likelihood
 from resflow_jax.training.placement import tightened
 from tests.io.flows import conditional_flow, contraction
@@ -144,6 +145,11 @@ def test_images_of_a_class():
     assert np.ptp(found) > 0.1
     mean = evaluate_bits_per_dim(flow, images, KEY, **options, condition=conditions).mean
     np.testing.assert_allclose(mean, found.mean(), atol=1e-12)
+    for bad in (np.nan * conditions, jnp.full((1,), jnp.inf)):
+        with pytest.raises(ValueError, match=r"^condition: expected finite values, got \d that"):
+            evaluate_bits_per_dim(flow, images, KEY, **options, condition=bad)
+        with pytest.raises(ValueError, match=r"^condition: expected finite values, got \d that"):
+            Examples.of(flow, images, bad, levels=4)
 
 
 def test_what_does_not_fit(run):
@@ -157,6 +163,11 @@ def test_what_does_not_fit(run):
         vector_log_prob(flow, X[0, 0], KEY)
     with pytest.raises(ValueError, match=r"condition: expected floats .* got shape \(5, 2\)"):
         vector_log_prob(flow, X[0, 0], KEY, condition=CONDITIONS[0, 0, :5])
+    for as_given in (np.asarray, jnp.asarray):
+        with pytest.raises(ValueError, match=r"^x: expected finite values, got \d+ that"):
+            vector_log_prob(flow, as_given(np.nan * X[0, 0]), KEY, condition=CONDITIONS[0, 0])
+        with pytest.raises(ValueError, match=r"^condition: expected finite values, got \d+ that"):
+            vector_log_prob(flow, X[0, 0], KEY, condition=as_given(np.nan * CONDITIONS[0, 0]))
     with pytest.raises(ValueError, match=r"flow: expected a Flow, got"):
         trainer.create_state(3, rf.Roulette())
     squares = rf.Flow(rf.Reshape((2, 2), (4,)))
