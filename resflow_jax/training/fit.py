@@ -30,7 +30,7 @@ from resflow_jax.training.examples import Examples, batches_on_device, split_val
 from resflow_jax.training.interrupts import deferred_signals
 from resflow_jax.training.loop import has_stopped_improving, run_steps
 from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
-from resflow_jax.training.parallel import DATA_AXIS, check_divisible
+from resflow_jax.training.parallel import DATA_AXIS, check_divisible, check_mesh
 from resflow_jax.training.placement import Placement
 from resflow_jax.training.step import Trainer
 
@@ -194,8 +194,8 @@ def _batch_size(batch_size: int | None, number: int, mesh: Mesh | None) -> int:
     """Examples a step, at most `number`; a multiple of the devices of a mesh that share them."""
     shares = 1
     if mesh is not None:
-        check_type("mesh", mesh, Mesh)
-        if DATA_AXIS not in mesh.shape or any(one.process_index != jax.process_index() for one in mesh.devices.flat):
+        check_mesh(mesh)
+        if any(one.process_index != jax.process_index() for one in mesh.devices.flat):
             raise ValueError(f'mesh: expected devices of this process along "{DATA_AXIS}", got {mesh}')
         shares = mesh.shape[DATA_AXIS]
     if batch_size is None:

@@ -109,7 +109,8 @@ def part_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int] |
     """
     process = jax.process_index() if process is None else process
     own = np.vectorize(lambda device: device.process_index == process)(mesh.devices)
-    rows = np.flatnonzero(own.any(axis=1))
+    own = np.moveaxis(own, list(mesh.shape).index(DATA_AXIS), 0)
+    rows = np.flatnonzero(own.reshape(len(own), -1).any(axis=1))
     size = len(rows)
     if not size or rows[-1] - rows[0] != size - 1 or rows[0] % size or mesh.shape[DATA_AXIS] % size:
         return None
@@ -285,7 +286,14 @@ def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = Non
 
 def _check_parts(trainer: Trainer, mesh: Mesh) -> None:
     check_type("trainer", trainer, Trainer)
+    check_mesh(mesh)
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Raises ValueError for a mesh that steps cannot use. Beside those of `make_mesh` they take one of "data" alone."""
     check_type("mesh", mesh, Mesh)
+    if DATA_AXIS not in mesh.shape or set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(f'mesh: expected one of training.make_mesh, with an automatic axis "data", got {mesh}')
 
 
 def check_divisible(batch_size: int, mesh: Mesh) -> None:
@@ -300,10 +308,8 @@ def check_divisible(batch_size: int, mesh: Mesh) -> None:
 
 def check_data_alone(strategy: Strategy, mesh: Mesh) -> None:
     """Raises ValueError for a mesh with devices along "model", which only "jit" uses."""
-    if mesh.shape[MODEL_AXIS] > 1:
-        raise ValueError(
-            f'parallel: expected "jit" with {mesh.shape[MODEL_AXIS]} devices along "model", got "{strategy}"'
-        )
+    if (model := mesh.shape.get(MODEL_AXIS, 1)) > 1:
+        raise ValueError(f'parallel: expected "jit" with {model} devices along "model", got "{strategy}"')
 
 
 def batch_sharding(trainer: Trainer, mesh: Mesh) -> NamedSharding:
@@ -323,7 +329,7 @@ def state_shardings(state: TrainState, mesh: Mesh, parameters: Parameters) -> Tr
     alone. Otherwise the step would be compiled again for the state that its first call returned.
     """
     named = {"replicated": (), "model": (MODEL_AXIS,), "full": (DATA_AXIS, MODEL_AXIS)}[parameters]
-    axes = tuple(axis for axis in named if mesh.shape[axis] > 1)
+    axes = tuple(axis for axis in named if mesh.shape.get(axis, 1) > 1)
     devices = math.prod(mesh.shape[axis] for axis in axes)
 
     def of(leaf):

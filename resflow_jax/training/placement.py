@@ -33,6 +33,7 @@ from resflow_jax.training.parallel import (
     batch_sharding,
     check_data_alone,
     check_divisible,
+    check_mesh,
     jit_train_step,
     part_of_process,
     pmap_train_step,
@@ -82,10 +83,11 @@ class Placement:
           parameters: layout of the state, as in `jit_train_step`; shard_map and pmap support only "replicated".
 
         Raises:
-          ValueError: if the strategy is unknown, or if it supports neither the layout nor devices along "model".
+          ValueError: if the strategy is unknown, or if it supports neither the layout nor devices along "model"; for a
+            mesh without automatic axes, "data" among them, or in which this process has no equal part of a batch.
         """
         check_type("trainer", trainer, Trainer)
-        check_type("mesh", mesh, Mesh)
+        check_mesh(mesh)
         check_choice("strategy", strategy, STRATEGIES)
         if strategy != "jit" and parameters != "replicated":
             raise ValueError(f'mesh.parameters: expected "replicated" with {strategy}, got "{parameters}"')
@@ -98,7 +100,11 @@ class Placement:
             "pmap": lambda: pmap_train_step(trainer, self._devices),
         }[strategy]()
         self._batches = batch_sharding(trainer, mesh)
-        self.part, self.parts = part_of_process(mesh)
+        if (part := part_of_process(mesh)) is None:
+            raise ValueError(
+                f"mesh: expected one of training.make_mesh, with an equal part for each process, got {mesh}"
+            )
+        self.part, self.parts = part
 
     @property
     def _devices(self) -> list[jax.Device]:

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 from sklearn.datasets import load_iris
 
 import resflow_jax as rf
@@ -191,9 +192,11 @@ def test_many_devices():
     """Two devices that share the batches give the result of one."""
     options = {"steps": 3, "batch_size": 20, "validation": TABLE[:11]} | EXACT
     one = rf.fit(FLOW, TABLE[11:], **options)
-    two = rf.fit(FLOW, TABLE[11:], mesh=make_mesh(devices=jax.devices()[:2]), **options)
-    chex.assert_trees_all_close(nnx.state(two.flow, nnx.Param), nnx.state(one.flow, nnx.Param), rtol=1e-8, atol=1e-12)
-    np.testing.assert_allclose(two.history.validation, one.history.validation, rtol=1e-9)
+    for mesh in (make_mesh(devices=jax.devices()[:2]), Mesh(np.array(jax.devices()[:2]), ("data",))):
+        two = rf.fit(FLOW, TABLE[11:], mesh=mesh, **options)
+        params = (nnx.state(result.flow, nnx.Param) for result in (two, one))
+        chex.assert_trees_all_close(*params, rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(two.history.validation, one.history.validation, rtol=1e-9)
     with pytest.raises(ValueError, match="batch_size: expected a multiple of 2"):
         rf.fit(FLOW, TABLE, mesh=make_mesh(devices=jax.devices()[:2]), batch_size=3, progress=False)
 

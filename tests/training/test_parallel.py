@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import resflow_jax as rf
 from resflow_jax.training.checkpoints import Checkpoints
@@ -217,9 +217,27 @@ def test_parts_of_a_batch_by_process():
     assert part([[0], [1], [0], [1]]) is None and part([[1], [0], [0], [1]]) is None and part([[1]]) is None
 
 
-def test_bad_layouts_are_named():
+@pytest.mark.parametrize("strategy", ["jit", "shard_map", "pmap"])
+def test_a_mesh_of_data_alone(strategy):
+    """It is as one of `make_mesh` with one device along "model"; other meshes are refused."""
+    trainer, start, _, _ = on_one_device(2)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    placement, usual = Placement(trainer, mesh, strategy), Placement(trainer, make_mesh(), strategy)
+    assert (placement.part, placement.parts) == (usual.part, usual.parts)
+    for own, expected in zip(*(jax.tree.leaves(p.shardings(start)) for p in (placement, usual)), strict=True):
+        assert own.is_equivalent_to(expected, 0)
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    for other in (Mesh(np.array(jax.devices()), ("x",)), explicit):
+        with pytest.raises(ValueError, match=r'mesh: expected one of training.make_mesh, with an .* "data", got Mesh'):
+            Placement(trainer, other, strategy)
+
+
+def test_bad_layouts_are_named(monkeypatch):
     """Sizes that do not fit, and settings that a strategy does not support."""
     trainer, start, _, _ = on_one_device(2)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"mesh: expected .* part for each process"):
+        patch.setattr("resflow_jax.training.placement.part_of_process", lambda mesh: None)
+        Placement(trainer, make_mesh())
     for sizes, message in [
         ({"data": 3}, "mesh: expected sizes whose product is 8, the number of devices, got data 3 . model 1 = 3"),
         ({"data": 4, "model": 3}, "mesh: .* got data 4 . model 3 = 12"),
