@@ -191,7 +191,8 @@ def flow_of(content: Any, weights: str | None, norms: str) -> ResidualFlow:
     canvas = Canvas()
     for entry in found:
         _put(entry, canvas, put[entry.name])
-        if not np.array_equal(tensors[entry.name], tensors[entry.averaged_name]):
+        is_tied = entry.averaged_name != entry.name
+        if is_tied and not np.array_equal(tensors[entry.name], tensors[entry.averaged_name]):
             raise ValueError(f"{entry.name}: expected the same number as in {entry.averaged_name}, which is tied to it")
     canvas.commit()
     _fill_unused(flow)

@@ -249,6 +249,14 @@ def test_bad_files(change, message, tmp_path):
     assert str(path) in str(error.value)
 
 
+def test_numbers_that_are_not_read(tmp_path):
+    """NaN in a tensor that nothing here is made of is no error."""
+    name = next(name for name in read_torch_file(TOY)["state_dict"] if name.endswith(".lamb"))
+    path = changed(tmp_path, TOY, with_tensor(name, np.asarray(np.nan, np.float32)))
+    found, expected = (nnx.state(rf.load_torch_checkpoint(p, norms="stored")) for p in (path, TOY))
+    chex.assert_trees_all_equal(found, expected)
+
+
 def test_averages_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"weights: expected 'raw' for a file without averages \('ema'\), got 'ema'"):
         rf.load_torch_checkpoint(TOY, weights="ema")
