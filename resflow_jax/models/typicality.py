@@ -10,6 +10,8 @@ Everything is in nats, as returned by `log_prob`. `unit="bits/dim"` divides scor
 also have an offset for their levels, which cancels in a score.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -110,11 +112,13 @@ class Typicality:
         if x_held_out is None and condition_held_out is not None:
             raise ValueError("condition_held_out: expected None without x_held_out, got a condition")
         keys = (None, None) if key is None else jax.random.split(key)
-        found = _log_probs("x_train", flow, x_train, condition, keys[0], estimator, batch_size)
+        with _named(x="x_train"):
+            found = _log_probs("x_train", flow, x_train, condition, keys[0], estimator, batch_size)
         held_out = None
         if x_held_out is not None:
             arguments = x_held_out, condition_held_out, keys[1], estimator, batch_size
-            held_out = _log_probs("x_held_out", flow, *arguments)
+            with _named(x="x_held_out", condition="condition_held_out"):
+                held_out = _log_probs("x_held_out", flow, *arguments)
         return cls.from_log_probs(found, held_out, dim=int(np.prod(flow.event_shape, dtype=int)))
 
     @classmethod
@@ -304,6 +308,18 @@ def _checked(name: str, log_prob: Any, least: int) -> Array:
         others = int(jnp.sum(~jnp.isfinite(log_prob)))
         raise ValueError(f"{name}: expected finite log-densities, got {others} that are not")
     return log_prob
+
+
+@contextmanager
+def _named(**names: str) -> Iterator[None]:
+    """A context in which errors about an argument of the flow name that of `Typicality.fit`."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, text = str(error).partition(": ")
+        if name not in names:
+            raise
+        raise ValueError(f"{names[name]}: {text}") from error
 
 
 def _log_probs(

@@ -212,6 +212,15 @@ def test_float32(flow):
         ),
         ("condition: expected None", lambda flow, t: rf.Typicality.fit(flow, normals(0, 4), condition=jnp.ones(2))),
         (
+            "condition_held_out: expected None",
+            lambda flow, t: rf.Typicality.fit(flow, normals(0, 4), normals(1, 4), condition_held_out=jnp.ones(2)),
+        ),
+        ("x_train: expected finite", lambda flow, t: rf.Typicality.fit(flow, jnp.nan * normals(0, 4))),
+        (
+            "x_held_out: expected finite",
+            lambda flow, t: rf.Typicality.fit(flow, normals(0, 4), jnp.nan * normals(1, 4)),
+        ),
+        (
             "log_prob: expected finite log-densities, got 1",
             lambda flow, t: rf.Typicality.from_log_probs(jnp.asarray([0.0, jnp.nan]), dim=2),
         ),
@@ -226,7 +235,7 @@ def test_float32(flow):
     ],
 )
 def test_errors(flow, typicality, message, call):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         call(flow, typicality)
 
 
