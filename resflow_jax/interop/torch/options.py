@@ -10,6 +10,7 @@ import argparse
 import math
 from typing import Any
 
+from resflow_jax.data.images import check_bits
 from resflow_jax.functional.estimators import Estimator, Roulette, Truncated
 from resflow_jax.functional.length_laws import Geometric, Poisson
 from resflow_jax.interop.torch.storages import brief
@@ -121,9 +122,16 @@ def _within_64_bits(name: str, value: float) -> float:
 
 
 def data_levels(args: argparse.Namespace) -> int:
-    """The number of levels of the images, by which the image script divides."""
+    """The number of levels of the images, by which the image script divides.
+
+    Raises:
+      ValueError: for options that are none, and for another number of bits than 1 to 8.
+    """
     options = checked_options(args, IMAGE_DEFAULTS)
-    return {"celeba_5bit": 32, "celebahq": 2 ** options["nbits"]}.get(options["data"], 256)
+    if options["data"] == "celebahq":
+        check_bits(options["nbits"], "nbits")
+        return 2 ** options["nbits"]
+    return 32 if options["data"] == "celeba_5bit" else 256
 
 
 def estimator_from_args(args: argparse.Namespace) -> Estimator:
