@@ -1,6 +1,7 @@
 """Writes files atomically."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder, which replaces `path` when the block ends. Errors delete it."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

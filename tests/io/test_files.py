@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 import resflow_jax as rf
 from resflow_jax.io import files
 from resflow_jax.io.structure import build, describe
+from resflow_jax.io.whole_files import whole_file
 from tests.io.flows import CONDITION, conditional_flow, perturbed
 from tests.io.rewriting import BASE, X, restructure
 
@@ -203,6 +204,17 @@ def test_nothing_is_lost_where_writing_fails(flow, path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         rf.save(path, flow)
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
+
+
+def test_two_writers_of_one_path(tmp_path):
+    """The one that ends last replaces the other's file; each writes its own, and none of the user's is touched."""
+    path, own = tmp_path / "flow", tmp_path / "flow.tmp"
+    own.write_text("mine")
+    with whole_file(path) as first, whole_file(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first" and own.read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [path, own]
 
 
 def test_numbers_of_numpy_in_a_config(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import pytest
 
@@ -11,11 +12,12 @@ from experiments.runs.workdir import write_atomically
 from tests.experiments.outputs import events, read_metrics
 
 
-def test_a_full_disk(tmp_path):
+def test_a_full_disk(tmp_path, monkeypatch):
     """The error of a failed write names the file; the old file stays intact, and no partial file is left."""
     path = tmp_path / "config.json"
     path.write_text("mine")
-    (tmp_path / "config.json.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr("secrets.token_hex", lambda number: "0")
+    (tmp_path / f"config.json.{os.getpid()}-0.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left.*config\.json"):
         write_atomically(path, "new")
     assert path.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["config.json"]
