@@ -1,6 +1,6 @@
 """Flows as pure functions of variables in a plain dict, as Flax Linen has them: `init` and `apply`.
 
-    model = rf.interop.stateless.stateless(config)                        # for the config of a `ResidualFlow`
+    model = rf.interop.stateless.stateless(config)                        # for the config of a flow
     model = rf.interop.stateless.stateless(make_flow)                     # for any flow: make_flow(rngs) -> rf.Flow
     variables = model.init(key, x)                                        # {"params": {...}, "norms": {...}}
     log_p = model.apply(variables, "log_prob", x, key=key)                # any method of the flow
@@ -12,8 +12,8 @@ such as the statistics that ActNorm took from a batch. A flow has only the colle
 functions, jit, grad, vmap, optax, `flax.serialization` and orbax take them as any dict.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +28,6 @@ from resflow_jax.models.flow import Flow
 from resflow_jax.models.residual_flow import flow_from_config
 
 Array = jax.Array
-MakeFlow = Callable[[nnx.Rngs], Flow]
 
 CHANGING = frozenset({"converge_norms", "initialize", "tighten", "update_norms", "update_statistics"})
 
@@ -47,7 +46,7 @@ class Stateless:
       (2,)
     """
 
-    source: FlowConfig | MakeFlow
+    source: Any
 
     def init(self, key: Array, x: Array | None = None, condition: Array | None = None) -> Variables:
         """Returns the variables of a new flow with random parameters; its power iterations are run to convergence.
@@ -115,12 +114,13 @@ class Stateless:
         return structure.filled(dict(flattened(variables)), what="variables")
 
 
-def stateless(source: FlowConfig | MakeFlow) -> Stateless:
+def stateless(source: Any) -> Stateless:
     """Makes the pure functions `init`, `apply` and `bind` of a flow.
 
     Args:
-      source: the config of a `ResidualFlow`; or make_flow(rngs) -> flow, a function from `nnx.Rngs` to any `Flow`. It
-        must make the same structure at every call. It is traced once for the structure, and called by `init`.
+      source: the config of a flow, as `VectorFlowConfig`; or make_flow(rngs) -> flow, a function from `nnx.Rngs` to
+        any `Flow`. It must make the same structure at every call. It is traced once for the structure, and called by
+        `init`.
 
     Returns:
       An object with the three functions.
@@ -139,7 +139,7 @@ def stateless(source: FlowConfig | MakeFlow) -> Stateless:
       >>> sorted(variables)
       ['constants', 'norms', 'params']
     """
-    if not isinstance(source, FlowConfig) and (isinstance(source, Flow) or not callable(source)):
+    if not _is_config(source) and (isinstance(source, Flow) or not callable(source)):
         raise ValueError(
             f"source: expected the config of a flow, or a function make_flow(rngs), got {type(source).__name__}"
         )
@@ -165,9 +165,15 @@ def methods_of(kind: type[Flow]) -> tuple[str, ...]:
     return tuple(n for n in names if (n == "__call__" or not n.startswith("_")) and callable(getattr(kind, n)))
 
 
-def _make(source: FlowConfig | MakeFlow, key: Array) -> Flow:
+def _is_config(source: Any) -> bool:
+    """Whether `flow_from_config` knows the flow of it."""
+    is_registered = flow_from_config.dispatch(type(source)) is not flow_from_config.dispatch(object)
+    return isinstance(source, FlowConfig) or is_registered
+
+
+def _make(source: Any, key: Array) -> Flow:
     rngs = nnx.Rngs(key)
-    if is_dataclass(source):
+    if _is_config(source):
         return flow_from_config(source, rngs=rngs)
     flow = source(rngs)
     check_type("make_flow", flow, Flow)
@@ -175,6 +181,6 @@ def _make(source: FlowConfig | MakeFlow, key: Array) -> Flow:
 
 
 @lru_cache(maxsize=16)
-def _structure(source: FlowConfig | MakeFlow) -> Structure:
+def _structure(source: Any) -> Structure:
     """The structure of the flow, found without making it."""
     return Structure.made_by(lambda: _make(source, jax.random.key(0)))

@@ -158,6 +158,21 @@ def test_errors_name_what_is_wrong(model, variables):
         stateless.stateless(lambda rngs: rngs).init(jax.random.key(0))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        rf.CouplingFlowConfig((2,), couplings=2, conditioner=rf.MLPConditioner((2,))),
+        rf.ClassifierConfig((4, 4, 1), 3, blocks=(1,), hidden_channels=(4,), padding=0),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_configs_of_other_flows(config):
+    """Whatever config a flow has, it makes the same flow."""
+    model = stateless.stateless(config)
+    flow = model.bind(model.init(jax.random.key(0)))
+    assert flow.config == config and flow.event_shape == config.shape
+
+
 def test_a_composed_conditional_flow():
     """From a function that makes the flow: init, methods and training in one compiled step, with conditions."""
     model, x = stateless.stateless(conditional_flow), jax.random.normal(jax.random.key(1), (8, 3))
