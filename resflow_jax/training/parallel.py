@@ -120,6 +120,8 @@ def part_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int] |
 def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "replicated") -> Step:
     """Returns the step compiled for a mesh, divided by the compiler.
 
+    Changes that the loss makes to the flow's other variables are kept only where these are `nnx.BatchStat`.
+
     Args:
       trainer: trainer whose step is compiled.
       mesh: devices, from `make_mesh`.
@@ -246,6 +248,8 @@ def shard_map_train_step(trainer: Trainer, mesh: Mesh) -> Step:
 
 def pmap_train_step(trainer: Trainer, devices: Sequence[jax.Device] | None = None) -> Step:
     """Returns the step in `jax.pmap`, whose axis is named "data".
+
+    Changes that the loss makes to the flow's other variables are kept only where these are `nnx.BatchStat`.
 
     Args:
       trainer: trainer whose step is compiled.

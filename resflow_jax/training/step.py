@@ -103,7 +103,8 @@ class Trainer(NamedTuple):
     Attributes:
       graphdef: structure of the flow, `nnx.graphdef(flow)`.
       loss: (flow, batch, key, estimator, steps done) -> (scalar, `Diagnostics`), as `training.losses` makes it. Changes
-        that it makes to the flow's other variables, such as running statistics, are kept.
+        that it makes to the flow's other variables are kept; on a mesh only those to running statistics
+        (`nnx.BatchStat`), as means over the devices.
       optimizer: an optax transformation.
       ema_decay: decay of the moving average of the parameters, in [0, 1). The average is bias-corrected where
         `averaged_flow` reads it.
