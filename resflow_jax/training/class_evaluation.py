@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.data.images import check_quantized, to_unit_interval
-from resflow_jax.functional.checks import as_host_array, check_count
+from resflow_jax.functional.checks import as_host_array, check_count, check_type, shown
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.forms import divided_examples, mesh_of, on_all_devices
 
@@ -31,7 +31,8 @@ def class_logits(
     Randomness: none. Cost: one evaluation of every g on N images.
 
     Raises:
-      ValueError: unless the images are integers in {0..levels-1} of the flow's shape, and N > 0.
+      ValueError: unless the images are integers in {0..levels-1} of the flow's shape, and N > 0; for a flow without
+        logits.
 
     Example:
       >>> from resflow_jax.training.class_evaluation import class_logits
@@ -40,8 +41,12 @@ def class_logits(
       >>> class_logits(flow, np.zeros((5, 4, 4, 1), np.uint8)).shape
       (5, 3)
     """
+    if isinstance(flow, type) or not hasattr(flow, "logits"):
+        raise ValueError(f"flow: expected a flow with class logits, as Classifier, got {shown(flow)}")
     check_count("levels", levels, 1)
     check_count("batch_size", batch_size, 1)
+    if mesh is not None:
+        check_type("mesh", mesh, Mesh)
     images = as_host_array("images", images, "an array of integers [N, H, W, C]")
     check_quantized("images", images, levels)
     if images.shape[1:] != flow.event_shape:

@@ -41,12 +41,14 @@ def test_batches_and_devices(flow):
         (IMAGES.tolist(), {}, "images: expected an array of integers"),
         (IMAGES, {"levels": 0}, "levels: expected an integer of at least 1"),
         (IMAGES, {"batch_size": 0}, "batch_size: expected an integer of at least 1"),
+        (IMAGES, {"mesh": "x"}, "mesh: expected Mesh, got str"),
+        (IMAGES, {"flow": rf.Flow(rf.ActNorm((1,)), event_shape=(2, 2, 1))}, "flow: expected a flow with class logits"),
     ],
 )
 def test_bad_images(flow, images, options, message):
     """The error names the argument."""
     with pytest.raises(ValueError, match=f"^{message}"):
-        class_logits(flow, images, **options)
+        class_logits(**{"flow": flow, "images": images, **options})
 
 
 def slow_calibration_error(probabilities, labels, bins):
