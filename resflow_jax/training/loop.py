@@ -66,7 +66,7 @@ def run_steps(
       batches: those of the steps, as the step takes them.
       key: PRNG key of the run, the same for all steps.
       first: steps done before.
-      last: steps done in the end.
+      last: steps done in the end; `last - first` is a multiple of `together`.
       together: steps that one call of `step` takes, those whose batches make an update.
       pauses_at: whether to pause after a number of steps.
       stops_at: whether the loop ends after a number of steps; called once an update.
@@ -76,9 +76,12 @@ def run_steps(
       skips: skipped updates in a row at which the loop ends.
 
     Raises:
+      ValueError: for another number of steps than a multiple of `together`, before the first step.
       TooManySkipsError: a FloatingPointError: at a pause, if as many updates in a row were skipped, or at the end, if
         all since the last pause were. No later state is yielded.
     """
+    if (last - first) % together:
+        raise ValueError(f"last: expected {first} and a multiple of {together}, the steps of an update, got {last}")
     pending, waiting, row = [], 0.0, ()
     with tqdm(
         total=last, initial=first, unit="step", mininterval=_seconds_between_draws(), disable=not show_progress

@@ -94,6 +94,13 @@ def test_the_loop_tells_which_updates_were_skipped():
     assert np.isnan(empty.metrics["loss"]) and empty.row == 3
 
 
+def test_updates_that_end_where_the_run_does():
+    """A number of steps that is no multiple of an update's is refused: the loop would end without its last pause."""
+    assert [at.step for at in pauses([1.0] * 6, first=2, together=2)] == [6]
+    with pytest.raises(ValueError, match=r"^last: expected 1 and a multiple of 2, the steps of an update, got 6"):
+        pauses([1.0] * 6, first=1, together=2)
+
+
 @pytest.mark.parametrize(
     ("losses", "skips", "steps"),
     [([1.0] + [np.nan] * 5, 5, "2 and 6"), ([1.0, 1.0] + [np.nan] * 7, 4, "3 and 6"), ([np.nan] * 3, 10, "1 and 3")],
