@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Any
 
@@ -28,11 +28,11 @@ from resflow_jax.models.flow import Flow
 from resflow_jax.training.course import Course, FitDivergedError, FitProgress, FitResult, Scorer
 from resflow_jax.training.examples import Examples, batches_on_device, split_validation
 from resflow_jax.training.interrupts import deferred_signals
-from resflow_jax.training.loop import has_stopped_improving, run_steps
+from resflow_jax.training.loop import Pause, has_stopped_improving, run_steps
 from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
 from resflow_jax.training.parallel import DATA_AXIS, check_divisible, check_mesh
 from resflow_jax.training.placement import Placement
-from resflow_jax.training.step import Trainer
+from resflow_jax.training.step import Trainer, TrainState
 
 Array = jax.Array
 
@@ -161,33 +161,45 @@ def fit(
     course = Course(flow, score)
 
     with deferred_signals((signal.SIGINT,), "stopping after this step; once more to stop at once") as is_interrupted:
-        try:
-            for at in run_steps(
-                trainer.compiled_step() if mesh is None else devices.step,
-                state if mesh is None else devices.place(state),
-                batches_on_device(training, batch_size, rng, mesh),
-                train_key,
-                last=steps,
-                pauses_at=lambda step: step % every == 0,
-                stops_at=lambda step: is_interrupted(),
-                show_progress=progress,
-            ):
-                if at.row and not at.stopped and at.step < steps:
-                    continue  # the last update was not made: what led to it may be no good
-                flow = devices.current_flow(at.state) if ema is None else devices.averaged_flow(at.state)
-                seen = course.add(at.step, float(at.metrics["loss"]), flow)
-                at.bar.set_postfix_str(str(seen))
-                if at.stopped:
-                    return course.result("interrupted")
-                answer = None if callback is None else callback(seen)
-                if isinstance(answer, bool | np.bool_) and answer:
-                    return course.result("callback")
-                if at.step < steps and has_stopped_improving(course.losses, patience):
-                    return course.result("patience")
-        except FloatingPointError as error:
-            kept = f"the weights of step {course.best_step}" if course.best_step else "the weights before training"
-            raise FitDivergedError(f"{error} error.result has {kept}.", course.result("diverged")) from error
+        pauses = run_steps(
+            trainer.compiled_step() if mesh is None else devices.step,
+            state if mesh is None else devices.place(state),
+            batches_on_device(training, batch_size, rng, mesh),
+            train_key,
+            last=steps,
+            pauses_at=lambda step: step % every == 0,
+            stops_at=lambda step: is_interrupted(),
+            show_progress=progress,
+        )
+        weights_of = devices.current_flow if ema is None else devices.averaged_flow
+        for at, seen in _progress(pauses, weights_of, course, steps):
+            at.bar.set_postfix_str(str(seen))
+            if at.stopped:
+                return course.result("interrupted")
+            answer = None if callback is None else callback(seen)
+            if isinstance(answer, bool | np.bool_) and answer:
+                return course.result("callback")
+            if at.step < steps and has_stopped_improving(course.losses, patience):
+                return course.result("patience")
     return course.result("steps")
+
+
+def _progress(
+    pauses: Iterator[Pause], weights_of: Callable[[TrainState], Flow], course: Course, steps: int
+) -> Iterator[tuple[Pause, FitProgress]]:
+    """The pauses with what they show, which is added to the course. What the caller raises in between is not changed.
+
+    Raises:
+      FitDivergedError: if a loss is not finite, or too many updates were skipped.
+    """
+    try:
+        for at in pauses:
+            if at.row and not at.stopped and at.step < steps:
+                continue  # the last update was not made: what led to it may be no good
+            yield at, course.add(at.step, float(at.metrics["loss"]), weights_of(at.state))
+    except FloatingPointError as error:
+        kept = f"the weights of step {course.best_step}" if course.best_step else "the weights before training"
+        raise FitDivergedError(f"{error} error.result has {kept}.", course.result("diverged")) from error
 
 
 def _batch_size(batch_size: int | None, number: int, mesh: Mesh | None) -> int:

@@ -218,6 +218,17 @@ def test_divergence():
     np.testing.assert_allclose(flow.bijector.bijectors[0].center, TABLE.mean(0))  # initialised
 
 
+def test_errors_of_a_callback():
+    """They come as they are: a FloatingPointError of the user tells nothing of the training."""
+
+    def fail(progress):
+        raise FloatingPointError("mine")
+
+    with pytest.raises(FloatingPointError, match=r"^mine$") as caught:
+        rf.fit(FLOW, TABLE, steps=2, validation=None, callback=fail, **EXACT)
+    assert type(caught.value) is FloatingPointError
+
+
 def test_a_last_update_that_is_skipped():
     """What was trained before it is returned, also without validation."""
     x = TABLE.copy()
