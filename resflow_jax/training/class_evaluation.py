@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from resflow_jax.data.images import check_quantized, to_unit_interval
 from resflow_jax.functional.checks import as_host_array, check_count, check_type, shown
 from resflow_jax.models.flow import Flow
-from resflow_jax.training.forms import divided_examples, mesh_of, on_all_devices
+from resflow_jax.training.forms import batches_in_order, mesh_of, on_all_devices
 
 Array = jax.Array
 
@@ -57,12 +57,7 @@ def class_logits(
         flow = on_all_devices(flow, mesh)
     devices = 1 if mesh is None else mesh.size
     batch_size = devices * -(-min(batch_size, len(images)) // devices)
-    batches = -(-len(images) // batch_size)
-    padded = np.resize(images, (batches * batch_size, *images.shape[1:]))
-    parts = []
-    for n in range(batches):
-        batch = padded[n * batch_size : (n + 1) * batch_size]
-        parts.append(_logits(flow, batch if mesh is None else divided_examples(batch, mesh), levels, mesh))
+    parts = [_logits(flow, batch, levels, mesh) for batch in batches_in_order(images, batch_size, mesh)]
     return np.concatenate([np.asarray(jax.device_get(part)) for part in parts])[: len(images)]
 
 

@@ -17,7 +17,7 @@ from resflow_jax.functional.texts import fields_text, is_number
 from resflow_jax.functional.values import checked
 from resflow_jax.layers.conditions import as_condition
 from resflow_jax.models.flow import Flow
-from resflow_jax.training.forms import divided_examples, mesh_of, on_all_devices
+from resflow_jax.training.forms import batches_in_order, mesh_of, on_all_devices
 from resflow_jax.training.scores import Score, bits_per_dim_of, negative_log_prob
 from resflow_jax.training.slices import over_slices
 
@@ -289,16 +289,14 @@ def _scores(
     unit = (1 if mesh is None else mesh.size) * subsampling(estimator)  # each device has whole parts
     batch_size = unit * -(-min(batch_size, count) // unit)
     batches = -(-count // batch_size)
-    padded = jax.tree.map(lambda leaf: np.resize(leaf, (batches * batch_size, *leaf.shape[1:])), examples)
 
     scores = np.zeros((draws, batches * batch_size))
     for draw, draw_key in enumerate(jax.random.split(key, draws)):
         keys = jax.random.split(draw_key, batches)
-        parts = []
-        for n, subkey in enumerate(keys):
-            batch = jax.tree.map(lambda leaf, n=n: leaf[n * batch_size : (n + 1) * batch_size], padded)
-            batch = batch if mesh is None else divided_examples(batch, mesh)
-            parts.append(_batch_scores(flow, batch, subkey, estimator, score, mesh, divided_among is None))
+        parts = [
+            _batch_scores(flow, batch, subkey, estimator, score, mesh, divided_among is None)
+            for subkey, batch in zip(keys, batches_in_order(examples, batch_size, mesh), strict=True)
+        ]
         scores[draw] = np.concatenate(jax.device_get(parts))
     return scores[:, :count]
 

@@ -13,7 +13,7 @@ For "jit" and "shard_map" the forms step and checkpoint are the same. A process 
 for NumPy arrays, which it holds whole. On disk, a state is a `SavedState`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -161,6 +161,19 @@ def divided_examples(examples: Any, mesh: Mesh) -> Any:
     """Global arrays [B, ...] of examples that every process has, divided along the axis "data" of the mesh."""
     slices = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
     return jax.tree.map(lambda leaf: from_host(leaf, slices), examples)
+
+
+def batches_in_order(examples: Any, batch_size: int, mesh: Mesh | None) -> Iterator[Any]:
+    """Batches of all examples [N, ...] in order, all of one size, divided among the devices of a mesh if there is one.
+
+    After the last example the first ones come again.
+    """
+    examples = jax.tree.map(np.asarray, examples)
+    count = len(jax.tree.leaves(examples)[0])
+    for start in range(0, count, batch_size):
+        rows = np.arange(start, start + batch_size) % count
+        batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], examples)
+        yield batch if mesh is None else divided_examples(batch, mesh)
 
 
 def is_global(leaf: Any) -> bool:

@@ -1,5 +1,6 @@
 """Bits/dim: the formula, and an evaluation that counts every image once and states its error."""
 
+import tracemalloc
 from functools import partial
 
 import chex
@@ -13,6 +14,7 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.data.images import dequantize
 from resflow_jax.training.evaluation import Estimate, evaluate_bits_per_dim
+from resflow_jax.training.forms import batches_in_order
 from resflow_jax.training.losses import dequantized_bits_per_dim, negative_log_likelihood
 from resflow_jax.training.scores import bits_per_dim
 
@@ -141,6 +143,23 @@ def test_exact_and_roulette_agree():
     assert abs(exact.mean - estimated.mean) < 4 * noise
     assert noise < 0.05 and exact.noise_stderr < 1.1 * estimated.noise_stderr
     np.testing.assert_allclose(exact.data_stderr, estimated.data_stderr, rtol=0.2)
+
+
+def test_batches_in_order():
+    """All have one size, the first examples come again after the last, and the data set is not copied."""
+    x, condition = np.arange(500_000.0).reshape(5, -1), np.arange(5)
+    for size, rows in ((2, [[0, 1], [2, 3], [4, 0]]), (12, [[*range(5), *range(5), 0, 1]])):
+        found = batches_in_order((x, condition), size, None)
+        for (first, second), expected in zip(found, rows, strict=True):
+            np.testing.assert_array_equal(first, x[expected])
+            np.testing.assert_array_equal(second, expected)
+    tracemalloc.start()
+    try:
+        for _ in batches_in_order(x, 1, None):
+            pass
+        assert tracemalloc.get_traced_memory()[1] < x.nbytes / 2
+    finally:
+        tracemalloc.stop()
 
 
 def test_bad_images_are_named():
