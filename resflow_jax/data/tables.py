@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_LARGEST_INTEGER = 2**53  # up to here float64 holds every integer
+LARGEST_INTEGER = 2**53  # up to here float64 holds every integer
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _WITH_COMMA = r"^[+-]?(\d*,\d+|\d+,)([eE][+-]?\d+)?$"
 _THOUSANDS = r"^[+-]?[1-9]\d{0,2},\d{3}$"
@@ -260,6 +260,6 @@ def _numbers(cells: _Cells) -> np.ndarray:
     values = cells.values.cast(pa.float64()).to_numpy()
     check(~np.isfinite(values), "finite numbers within float64")
     check((values == 0) & cells.matches("^[^eE]*[1-9]"), "numbers within float64")
-    if (is_large := np.abs(values) >= _LARGEST_INTEGER).any():
+    if (is_large := np.abs(values) >= LARGEST_INTEGER).any():
         check(is_large & cells.matches(r"^[+-]?\d+$"), "integers below 2^53 in size")
     return values

@@ -9,9 +9,7 @@ import numpy as np
 
 from resflow_jax.data.arrays import read_arrays
 from resflow_jax.data.splits import SPLITS, complete
-from resflow_jax.data.tables import read_table
-
-_LARGEST_INTEGER = 2**53  # up to here float64 holds every integer
+from resflow_jax.data.tables import LARGEST_INTEGER, read_table
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def _as_vectors(numbers: np.ndarray, label: str) -> np.ndarray:
     if is_float and numbers.itemsize > 8:
         wrong |= vectors != numbers
     elif not is_float and numbers.itemsize == 8:
-        wrong |= (numbers > _LARGEST_INTEGER) | (numbers < -_LARGEST_INTEGER)
+        wrong |= (numbers > LARGEST_INTEGER) | (numbers < -LARGEST_INTEGER)
     if (where := _first(wrong)) is not None:
         raise ValueError(
             f"path: expected finite numbers that float64 holds, got {numbers[where]} at {list(where)} of {label}"
