@@ -88,8 +88,7 @@ class FlowUpkeep(Module):
         It stops at a residual of 1e-5 or after 1000 iterations, which distinguishes singular values that differ by 0.2
         %; sigma is low by less than that. A second chain for each layer ensures that its vectors miss no component. An
         eager call waits for the result, and emits a RuntimeWarning if a layer's residual stays above 1e-2. Inside a
-        compiled program
-        there is no warning: look at the returned status.
+        compiled program there is no warning: look at the returned status.
 
         Returns:
           The status of the slowest layer, as `update_norms`.
