@@ -1,7 +1,9 @@
-"""What the configs of the other recipes share: checks, and what follows from the shape of their events."""
+"""What configs and their flows share: checks, and what follows from the shape of the events of a recipe."""
 
 import math
 from typing import Any
+
+from flax import nnx
 
 from resflow_jax.functional.checks import as_shape, check_count, check_type
 from resflow_jax.layers.couplings.conditioners import MLPConditioner
@@ -39,6 +41,13 @@ def check_shape_and_data(config: Any) -> None:
     config.data.check_channels(config.shape[-1])
     if config.condition_dim is not None:
         check_count("condition_dim", config.condition_dim, 1)
+
+
+def check_rngs(rngs: Any) -> None:
+    """Raises ValueError unless rngs has a stream for parameters."""
+    check_type("rngs", rngs, nnx.Rngs)
+    if not hasattr(rngs, "params"):
+        raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
 
 
 def halvings(shape: tuple[int, ...], most: int) -> int:

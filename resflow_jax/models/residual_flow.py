@@ -2,13 +2,10 @@
 
 from collections.abc import Callable
 from functools import lru_cache, singledispatch
-from typing import Any
 
 import jax
 from flax import nnx
 
-from resflow_jax.functional.checks import check_type
-from resflow_jax.functional.values import UNIT_INTERVAL, Domain
 from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, map_linears, norms_are_deferred
 from resflow_jax.layers.multi_scale import MultiScale
@@ -16,12 +13,13 @@ from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models.build import build_bijector
 from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig, has_mixed_norms
 from resflow_jax.models.dequantization import VariationalDequantization
-from resflow_jax.models.flow import Flow
+from resflow_jax.models.image_values import OfUnitImages
+from resflow_jax.models.recipe_checks import check_rngs
 
 Array = jax.Array
 
 
-class ResidualFlow(Flow):
+class ResidualFlow(OfUnitImages):
     """The residual flow of a config: z = f(x; c) [B, D] from N(0, I).
 
     The scales run in order. With factor-out, half of the channels go straight to z after each of them (`MultiScale`). z
@@ -62,9 +60,7 @@ class ResidualFlow(Flow):
         if type(config) not in self.config_types:
             expected = " or ".join(cls.__name__ for cls in self.config_types)
             raise ValueError(f"config: expected {expected}, got {type(config).__name__}")
-        check_type("rngs", rngs, nnx.Rngs)
-        if not hasattr(rngs, "params"):
-            raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
+        check_rngs(rngs)
         try:
             bijector = made_bijector(config, type(self)._build, rngs)
         except OverflowError as error:
@@ -86,16 +82,6 @@ class ResidualFlow(Flow):
         if isinstance(self.bijector, MultiScale):
             return list(self.bijector.scales)
         return list(self.bijector.bijectors[: len(self.config.blocks)])
-
-    @property
-    def support(self) -> tuple[Any, Any] | None:
-        return (0.0, 1.0) if isinstance(self.config, ImageFlowConfig) else None
-
-    def _domain(self, are_data: bool) -> Domain:
-        is_image = isinstance(self.config, ImageFlowConfig)
-        if is_image and self.config.data.logit_alpha is None and are_data:  # samples may lie outside
-            return UNIT_INTERVAL
-        return super()._domain(are_data)
 
     @staticmethod
     def _build(config: FlowConfig, rngs: nnx.Rngs) -> Bijector:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from flax import nnx
 
 from resflow_jax.functional.checks import check_type
-from resflow_jax.functional.values import UNIT_INTERVAL, Domain
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector, Shape
 from resflow_jax.layers.composition import Chain
@@ -19,10 +18,12 @@ from resflow_jax.models.bases import MixtureOfNormals
 from resflow_jax.models.classifier import Classifier
 from resflow_jax.models.classifier_config import ClassifierConfig
 from resflow_jax.models.heads import PooledHead
+from resflow_jax.models.image_values import OfUnitImages
+from resflow_jax.models.recipe_checks import check_rngs
 from resflow_jax.models.residual_flow import flow_from_config, made_bijector
 
 
-class ResNetClassifier(Classifier):
+class ResNetClassifier(OfUnitImages, Classifier):
     """The residual network of a `ClassifierConfig`: i-ResNet, the same without a bound, or a standard ResNet.
 
     Every block is preceded by an `ActNorm` and consists of convolutions 3x3, 1x1 and 3x3 with activations between them.
@@ -50,9 +51,7 @@ class ResNetClassifier(Classifier):
 
     def __init__(self, config: ClassifierConfig, *, rngs: nnx.Rngs):
         check_type("config", config, ClassifierConfig)
-        check_type("rngs", rngs, nnx.Rngs)
-        if not hasattr(rngs, "params"):
-            raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
+        check_rngs(rngs)
         bijector = made_bijector(config, _bijector, rngs)
         shape = bijector.output_shape(config.shape)
         if config.head == "mixture":
@@ -62,13 +61,6 @@ class ResNetClassifier(Classifier):
             base, head = None, PooledHead(shape, config.classes, **options, rngs=rngs)
         super().__init__(bijector, head, base, event_shape=config.shape)
         self.config = config
-
-    @property
-    def support(self) -> tuple[float, float]:
-        return 0.0, 1.0
-
-    def _domain(self, are_data: bool) -> Domain:
-        return UNIT_INTERVAL if are_data and self.config.logit_alpha is None else super()._domain(are_data)
 
 
 @flow_from_config.register
