@@ -114,11 +114,11 @@ def reduce_bits(images: np.ndarray, bits: int) -> np.ndarray:
     return images >> np.uint8(8 - bits)
 
 
-def check_bits(bits: int, name: str = "bits") -> None:
+def check_bits(bits: int) -> None:
     """Raises ValueError unless bits is an integer in 1..8."""
-    check_count(name, bits, 1)
+    check_count("bits", bits, 1)
     if bits > 8:
-        raise ValueError(f"{name}: expected between 1 and 8, got {bits}")
+        raise ValueError(f"bits: expected between 1 and 8, got {bits}")
 
 
 def check_quantized(name: str, images: np.ndarray, levels: int) -> None:

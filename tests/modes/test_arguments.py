@@ -74,7 +74,6 @@ ANYTHING = {
 }
 # Errors that name another argument, beside which this one is not allowed.
 BESIDE = {
-    "rf.Typicality.fit condition_held_out": "condition",
     "rf.check_contraction condition": "g",
     "rf.residual condition": "g",
     "rf.monotone condition": "g",

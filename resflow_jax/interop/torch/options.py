@@ -10,7 +10,6 @@ import argparse
 import math
 from typing import Any
 
-from resflow_jax.data.images import check_bits
 from resflow_jax.functional.estimators import Estimator, Roulette, Truncated
 from resflow_jax.functional.length_laws import Geometric, Poisson
 from resflow_jax.interop.torch.storages import brief
@@ -129,7 +128,8 @@ def data_levels(args: argparse.Namespace) -> int:
     """
     options = checked_options(args, IMAGE_DEFAULTS)
     if options["data"] == "celebahq":
-        check_bits(options["nbits"], "nbits")
+        if not 1 <= options["nbits"] <= 8:
+            raise ValueError(f"nbits: expected between 1 and 8, got {options['nbits']}")
         return 2 ** options["nbits"]
     return 32 if options["data"] == "celeba_5bit" else 256
 

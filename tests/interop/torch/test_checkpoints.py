@@ -21,7 +21,7 @@ import resflow_jax as rf
 from resflow_jax.interop.torch.config import args_from_config, config_from_args
 from resflow_jax.interop.torch.files import Stub, read_torch_file
 from resflow_jax.interop.torch.flow import TorchFlow
-from resflow_jax.interop.torch.options import data_levels, estimator_from_args
+from resflow_jax.interop.torch.options import estimator_from_args
 from resflow_jax.interop.torch.writer import write_torch_file
 from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.models.build import feature_shapes
@@ -255,18 +255,6 @@ def test_numbers_that_are_not_read(tmp_path):
     path = changed(tmp_path, TOY, with_tensor(name, np.asarray(np.nan, np.float32)))
     found, expected = (nnx.state(rf.load_torch_checkpoint(p, norms="stored")) for p in (path, TOY))
     chex.assert_trees_all_equal(found, expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "levels"),
-    [({}, 256), ({"data": "celeba_5bit"}, 32), ({"data": "celebahq", "nbits": 5}, 32), ({"nbits": 2**62}, 256)],
-)
-def test_levels_of_the_data(options, levels):
-    """They are those of the script; other bits than an image can have are refused before a power of two is made."""
-    assert data_levels(argparse.Namespace(**options)) == levels
-    for bits in (-1, 9, 2**62):
-        with pytest.raises(ValueError, match=r"^nbits: expected"):
-            data_levels(argparse.Namespace(data="celebahq", nbits=bits))
 
 
 def test_averages_that_are_not_there(tmp_path):
