@@ -49,7 +49,12 @@ class DenseNetOfMaps(Contraction):
         coefficient: bound on each linear layer's norm and on each dense layer's Lipschitz constant.
         """
         maps = [*([first] if first else []), *dense, last]
-        self.linears = List(LipschitzLinear(linear_map, coefficient, rngs=rngs) for linear_map in maps)
+        # A steep activation lowers the bound on the layer before it: phi(W_i h) then keeps the constant c.
+        slopes = [((1.0,),)] * (len(maps) - len(dense) - 1) + [activation.steepest] * len(dense) + [((1.0,),)]
+        self.linears = List(
+            LipschitzLinear(linear_map, coefficient, slopes=s, rngs=rngs)
+            for linear_map, s in zip(maps, slopes, strict=True)
+        )
         self.activation = activation
         self.activation_params = learnable(activation, len(dense))
         self.concatenation = nnx.Param(jnp.ones((len(dense), 2)))

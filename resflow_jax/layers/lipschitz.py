@@ -125,8 +125,8 @@ class LipschitzLinear(Module):
     ):
         """coefficient: bound on the norm from the order `domain` to the order `codomain`, in (0, 1).
 
-        slopes: of the activation before the layer (see `Activation.steepest`). If it expands in the norm of order
-        `domain`, the bound on this layer's norm is lower by that factor.
+        slopes: of the activation before or after the layer (see `Activation.steepest`). If it expands in the norm of
+        order `domain`, the bound on this layer's norm is lower by that factor.
         """
         check_open_interval("coefficient", coefficient, 0, 1)
         check_type("rngs", rngs, nnx.Rngs)
@@ -163,7 +163,7 @@ class LipschitzLinear(Module):
         return tuple(float(order) for order in self.traced_orders())
 
     def limit(self) -> Array:
-        """Bound on the norm of the normalised kernel: the coefficient over the expansion of the activation before."""
+        """Bound on the norm of the normalised kernel: the coefficient over the expansion of its activation."""
         slopes, order = jnp.asarray(self.slopes, self.kernel.dtype), self.traced_orders()[0]
         expansion = jnp.max(jnp.stack([vector_norm(vector, order) for vector in slopes]))
         return self.coefficient / jnp.maximum(1, expansion)

@@ -1,10 +1,14 @@
 """The contraction of an invertible DenseNet against a transcription of the paper's equations in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import resflow_jax as rf
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
+from resflow_jax.layers.block_certificate import certify_contraction
 from resflow_jax.layers.densenet import normalized_concatenation
 from tests.layers.blocks import CONTRACTIONS, apply, make, numpy_activation, numpy_affine
 
@@ -53,3 +57,16 @@ def test_dense_layers_keep_their_promise():
     assert contraction.bound([0.9] * 3, (2.0,) * 4) < contraction.lipschitz == 0.9**3
     assert isinstance(contraction.linears[0].linear_map, DenseMap)
     assert isinstance(make("convolutional DenseNet")[0].linears[0].linear_map, ConvMap)
+
+
+def test_a_steep_activation_keeps_the_promise():
+    """A slope of two is taken from the dense layers' norms: |dg/dx| at 0, where the slope is two, and the bound."""
+    two_tanh = rf.Activation("two_tanh", lambda params, x: 2 * jnp.tanh(x), slopes=(2.0,))
+    contraction = rf.DenseNet(2, depth=3, growth=4, activation=two_tanh, rngs=nnx.Rngs(0))
+    for linear in contraction.linears:
+        linear.kernel[...] *= 4
+        linear.bias[...] *= 0
+        linear.update_norm()
+    assert certify_contraction(contraction).bound <= contraction.lipschitz == 0.98**4
+    jacobian = jax.jacobian(lambda x: contraction(x[None])[0])(jnp.zeros(2))
+    assert np.linalg.norm(jacobian, 2) <= contraction.lipschitz
