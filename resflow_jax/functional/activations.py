@@ -348,11 +348,16 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+# Names of the activations that mix channels; the others act on each channel on its own.
+MIXING = frozenset({"maxmin", "fullsort"})
+
+
 def get_plain_activation(name: str) -> Activation:
-    """The activation of this name; ValueError unless it has no parameters and keeps the channels."""
+    """The activation of this name; ValueError if it has parameters, or doubles or mixes channels."""
     found = get_activation(name)
-    if found.expansion != 1 or found.initial or found.group != 1:
-        raise ValueError(f"activation: expected one without parameters that keeps the channels, got {name!r}")
+    if found.expansion != 1 or found.initial or name in MIXING:
+        expected = "one without parameters that keeps the channels and does not mix them"
+        raise ValueError(f"activation: expected {expected}, got {name!r}")
     return found
 
 

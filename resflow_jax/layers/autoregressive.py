@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.activations import ACTIVATIONS, ActivationName
+from resflow_jax.functional.activations import ACTIVATIONS, MIXING, ActivationName
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_shape, check_choice, check_count, check_type
 from resflow_jax.layers.bijector import Bijector
@@ -49,7 +49,7 @@ class MaskedAutoregressive(Bijector):
         the elements before them.
       condition_dim: number of elements of a condition [condition_dim], which gives every hidden unit a gate and a
         shift; None for none. With D = 1 the layer depends on the condition alone.
-      activation: name of the activation, one of `ACTIVATIONS` that neither pairs nor doubles channels.
+      activation: name of the activation, one of `ACTIVATIONS` that neither mixes nor doubles channels.
       rngs: draws the parameters.
 
     Randomness: `rngs` only; log_det [B] is exact, in nats. Cost: one pass through the network; the inverse takes D
@@ -141,7 +141,7 @@ class MaskedLinear(Module):
 def check_activation(activation: str) -> None:
     """Raises ValueError for the name of an activation that is unknown, or mixes channels, which masks could not cut."""
     check_choice("activation", activation, tuple(ACTIVATIONS))
-    if ACTIVATIONS[activation].group > 1 or ACTIVATIONS[activation].expansion > 1 or activation == "fullsort":
+    if activation in MIXING or ACTIVATIONS[activation].expansion > 1:
         raise ValueError(f"activation: expected one that acts on single channels, got {activation!r}")
 
 

@@ -27,7 +27,7 @@ class ClassifierConfig:
       hidden_channels: width of the blocks of each stage.
       padding: channels of zeros that are appended before the first stage. With any, there is no density of x.
       squeeze_first: whether the resolution is halved before the first stage.
-      activation: an activation without parameters that keeps the number of channels.
+      activation: an activation without parameters that keeps the channels and does not mix them.
       coefficient: bound on the norm of every convolution, in (0, 1); None for no bound ("vanilla"): the network then
         has no inverse that can be relied on, and no density.
       architecture: "invertible" halves the resolution by squeezes, which lose nothing; "standard" by strides, with

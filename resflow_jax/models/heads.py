@@ -27,13 +27,13 @@ class PooledHead(Module):
       shape: of one h: (H, W, C), or (C,) without positions.
       classes: K, the number of classes.
       hidden: number of channels that V gives; None for no V.
-      activation: phi, a name in `ACTIVATIONS` of one without parameters.
+      activation: phi, a name in `ACTIVATIONS` of one without parameters that acts on each channel on its own.
       rngs: draws W.
 
     Randomness: `rngs` only. Cost: one pass over h; no g is evaluated.
 
     Raises:
-      ValueError: for sizes below one, fewer than two classes, and an activation with parameters.
+      ValueError: for sizes below one, fewer than two classes, and an activation that has parameters or mixes channels.
 
     Source: Behrmann et al. (2019, arXiv 1811.00995), section 4.1; V as in Chen et al. (2019, arXiv 1906.02735), section
     5.4, which has a convolution 3x3 in its place.
@@ -78,9 +78,9 @@ class PooledHead(Module):
     def lipschitz_bounds(self) -> np.ndarray:
         """Bounds on the Lipschitz constants of logit_a - logit_b in h, in the 2-norm: float64 [K, K], on the host.
 
-        The gradient by V h at one position is diag(scale) (W_a - W_b), times slopes of phi of at most 1, over the
-        number P of positions. So its norm over all positions is at most |scale (W_a - W_b)| / sqrt(P). V multiplies it
-        by at most |V|.
+        The gradient by V h at one position is diag(scale) (W_a - W_b), times a slope of phi of at most 1 for each
+        channel, over the number P of positions. So its norm over all positions is at most |scale (W_a - W_b)| /
+        sqrt(P). V multiplies it by at most |V|.
         """
         scale = np.exp(np.asarray(self.norm.log_scale[...], np.float64)) / np.asarray(self.norm.std[...], np.float64)
         rows = (np.asarray(self.kernel[...], np.float64) * scale[:, None]).T

@@ -10,6 +10,7 @@ import pytest
 
 from resflow_jax.functional.activations import (
     ACTIVATIONS,
+    MIXING,
     clipswish,
     cpila,
     get_activation,
@@ -21,7 +22,7 @@ from resflow_jax.functional.primitives.platforms import compiling_for
 from tests.functional.contractions import check_two_orders
 
 GRID = jnp.linspace(-60.0, 60.0, 240_001)
-SORTS = ["fullsort", "maxmin"]
+SORTS = sorted(MIXING)
 ELEMENTWISE = sorted(set(ACTIVATIONS) - set(SORTS))
 ORDERS = [1, 1.5, 2, 3, 10, math.inf]
 
@@ -90,6 +91,13 @@ def test_sorts_permute(name):
     np.testing.assert_array_equal(jacobians.sum(2), 1)
     tied = jax.jacfwd(named(name))(jnp.zeros(6))
     assert max(np.linalg.norm(tied, p) for p in (1, 2, np.inf)) <= 1 + 1e-14
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_which_activations_mix_channels(name):
+    """Only outputs of the sorts depend on another channel than their own."""
+    jacobian = jax.jacfwd(named(name))(jnp.asarray([1.0, 0.5, -1.0, -0.5])).reshape(-1, 4, 4)
+    assert np.any(np.asarray(jacobian)[:, ~np.eye(4, dtype=bool)]) == (name in MIXING)
 
 
 def test_sorts_order():
