@@ -29,7 +29,7 @@ from resflow_jax.layers.bijector import (
 )
 from resflow_jax.layers.block_certificate import residual_bounds
 from resflow_jax.layers.contraction_block import ContractionBlock, as_row
-from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, norms_are_deferred
+from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, map_linears, norms_are_deferred
 from resflow_jax.layers.module_texts import Part, Parts
 from resflow_jax.layers.norm_updates import update_norms
 
@@ -139,6 +139,7 @@ class ResidualStack(Bijector):
             self.steps = nnx.vmap(make_step)(rngs.split(depth))
         check_type("make_step", self.steps, Bijector)
         if not norms_are_deferred():
+            map_linears(self.steps, lambda layer: layer.search_norm())
             update_norms(self.steps, TIGHT, restart=False)  # random vectors need no restart
         self.blocks = depth * self.steps.blocks
         self.takes_noise = self.steps.takes_noise

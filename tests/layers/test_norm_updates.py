@@ -59,6 +59,18 @@ def test_new_layers_of_a_stack():
         np.testing.assert_allclose(norms, np.linalg.norm(layer.kernel[...], 2, axis=(1, 2)), rtol=1e-5)
 
 
+def test_a_new_stack_knows_its_norms_in_other_orders():
+    """The global maxima, as of layers that are made one by one."""
+
+    def make(rngs):
+        return rf.ResidualBlock(rf.LipschitzMLP(4, (5,), norms=(INF, 1.0, INF), rngs=rngs))
+
+    for layer in rf.ResidualStack(make, 12, rngs=nnx.Rngs(0)).unstacked():
+        first = layer.contraction.linears[0]
+        exact = brute_force_norm(dense_matrix(first.linear_map, first.kernel[...]), INF, 1.0)
+        np.testing.assert_allclose(first.norm(), exact, rtol=1e-5)
+
+
 def changes(kernel):
     """New kernels; the vectors of the old kernel miss the norm of some."""
     u, singular_values, v = np.linalg.svd(kernel)
