@@ -63,7 +63,7 @@ class Spline(Bijector):
         dtype = wide_dtype(x.dtype)  # for narrow bins
         at = knots(self.theta[...].astype(dtype), self.bins, self.bound)
         values, log_slopes = curve(x.astype(dtype).reshape(-1, math.prod(self.shape)), at, self.bound)
-        log_det = jnp.sum(log_slopes.reshape(len(x), -1), axis=1)
+        log_det = jnp.sum(log_slopes.reshape(x.shape[0], -1), axis=1)
         return values.reshape(x.shape).astype(x.dtype), log_det.astype(x.dtype)
 
     def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:

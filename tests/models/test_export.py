@@ -38,6 +38,21 @@ def test_written_and_read(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
 
 
+def test_any_batch_size_of_a_spline():
+    """The layer alone, with log-det and inverse."""
+    layer, x = rf.Spline((2,)), jnp.linspace(-2.0, 2.0, 6).reshape(3, 2)
+    layer.theta[...] += jnp.linspace(-1.0, 1.0, layer.theta.size).reshape(layer.theta.shape)
+    (batch,) = export.symbolic_shape("batch")
+
+    def round_trip(x):
+        y, log_det = layer.forward(x)
+        return layer.inverse(y), log_det
+
+    program = export.export(jax.jit(round_trip))(jax.ShapeDtypeStruct((batch, 2), jnp.float64))
+    for found, expected in zip(program.call(x), (x, layer.forward(x)[1]), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("estimator", [None, rf.Roulette(subsample=4, probe="hadamard")], ids=["default", "hadamard"])
 def test_any_batch_size(estimator):
     """One program of variables and of a batch whose size is left open."""
