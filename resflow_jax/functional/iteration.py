@@ -118,6 +118,9 @@ class Solver:
 class InverseStatus(NamedTuple):
     """How the solves of a batch ended. The fields are [B] for one block and [blocks, B] for a flow.
 
+    The inverse of a block inside of an `Invert` is the block's own map: its status counts no iterations, also where
+    this map is a solve, and says only whether x is finite.
+
     Attributes:
       iterations: int32, number of evaluations of g for each example.
       residual: max |y - g(x) - x| at the best evaluated point x. The solution returned is the step from there.
