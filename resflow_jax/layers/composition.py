@@ -31,6 +31,7 @@ from resflow_jax.layers.conditions import common_condition_shape
 from resflow_jax.layers.event_shapes import check_output_shape
 from resflow_jax.layers.module import List
 from resflow_jax.layers.module_texts import Part, Parts, attempt
+from resflow_jax.layers.without_log_det import refuse_dropout
 
 Array = jax.Array
 
@@ -180,6 +181,10 @@ class Invert(Bijector):
     an eager call raises an `InverseError`, and a compiled one returns NaN for this example. With the solver's
     `on_failure="warn"` y is the best guess. `initialize` and `update_statistics` leave g as it is.
 
+    If the map of g is itself a solve, as of a `MonotoneBlock` or of an `Invert` inside, f^-1 is this solve. It runs
+    with the solver of that layer, whichever `inverse` is given, and fails as the map of that layer does. Its status
+    does not know the solve: it has no iterations and no residual, and says only whether x is finite.
+
     Args:
       bijector: g, a bijection: it must not pad, and must have a log-det.
       solver: of the residual blocks inside g when f is applied; `Anderson(on_failure="raise")` by default.
@@ -246,6 +251,8 @@ class Invert(Bijector):
         return self._reported(y, statuses)
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
+        if self.blocks:
+            refuse_dropout(self, estimator)
         y, log_det, diagnostics, statuses = self.bijector.solve_and_estimate(x, key, estimator, self.solver, condition)
         y, log_det = self._reported((y, log_det), statuses)
         return y, -log_det, diagnostics
@@ -274,7 +281,7 @@ class Invert(Bijector):
 
 
 def _explicit(blocks: int, x: Array) -> InverseStatus:
-    """The status [blocks, B] of blocks whose inverse x needs no solve; it fails where x is not finite."""
+    """The status [blocks, B] of blocks whose inverse x is the map of others; it fails where x is not finite."""
     is_finite = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
     is_finite = jnp.broadcast_to(is_finite, (blocks, x.shape[0]))
     residual = jnp.where(is_finite, 0, jnp.inf).astype(x.dtype)

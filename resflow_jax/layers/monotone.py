@@ -16,6 +16,7 @@ from resflow_jax.layers.bijector import Forward, Inverse, InverseAndLogDet, Shap
 from resflow_jax.layers.block_certificate import monotone_bounds
 from resflow_jax.layers.conditions import ConditionShape
 from resflow_jax.layers.contraction_block import ContractionBlock, as_row
+from resflow_jax.layers.without_log_det import refuse_dropout
 
 Array = jax.Array
 
@@ -87,6 +88,7 @@ class MonotoneBlock(ContractionBlock):
         return self._reported(ROOT * w - x, status)
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
+        refuse_dropout(self, estimator)
         w, status = self._half_way(x, condition, self.solver, orders=reverse_orders(estimator))
         log_det, diagnostics = self._log_det_at(w, key, estimator, condition)
         y, log_det = self._reported((ROOT * w - x, log_det), status)

@@ -56,6 +56,14 @@ class WithoutLogDet:
         return jnp.where(jax.vmap(keep)(example_keys(key, g_x)), g_x / (1 - self.dropout), 0)
 
 
+def refuse_dropout(layer: Bijector, estimator: Estimator) -> None:
+    """Raises ValueError for a pass with dropout through a layer whose residual blocks do not add g(x) to x."""
+    without = original(estimator)
+    if isinstance(without, WithoutLogDet) and without.dropout:
+        expected = f"0 with a {type(layer).__name__} inside, whose map is a solve, which dropout would change"
+        raise ValueError(f"dropout: expected {expected}, got {without.dropout}")
+
+
 class NoBijection(Bijector):
     """Interface of layers that have no log-det. A subclass defines `__call__`, `passed` and `invert` or `solve`.
 

@@ -94,7 +94,8 @@ class Classifier(Flow):
         Cost: one evaluation of every g. No log-det is computed.
 
         Raises:
-          ValueError: as `forward` for x and condition, for a dropout outside of [0, 1), and for dropout without a key.
+          ValueError: as `forward` for x and condition, for a dropout outside of [0, 1), for dropout without a key, and
+            for dropout of a block whose map is a solve, as `MonotoneBlock`.
 
         Example:
           >>> base = rf.MixtureOfNormals(3, (2,), rngs=nnx.Rngs(0))

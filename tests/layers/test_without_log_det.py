@@ -127,6 +127,26 @@ def test_dropout_does_not_depend_on_the_division_of_a_batch(make):
     assert not np.allclose(found, layer(X)), "some elements were dropped"
 
 
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (rf.MonotoneBlock(Half()), "MonotoneBlock"),
+        (rf.Invert(rf.ResidualBlock(Half())), "Invert"),
+        (rf.ImplicitBlock(Half(), Half()), "Invert"),
+    ],
+)
+def test_dropout_of_a_solve_is_refused(layer, name):
+    """The logits of a classifier with such a block; without dropout, and without a g to solve for, there are some."""
+    head = rf.PooledHead((2,), 2, rngs=nnx.Rngs(0))
+    flow, x = rf.Classifier(layer, head, event_shape=(2,)), X[:, 0, 0]
+    assert np.isfinite(flow.logits(x)).all()
+    with pytest.raises(ValueError, match=rf"^dropout: expected 0 with a {name} inside, .* got 0.5"):
+        flow.logits(x, key=KEY, dropout=0.5)
+    explicit = rf.Invert(rf.ActNorm((2,)))
+    y, *_ = explicit.estimate(x, KEY, WithoutLogDet(0.5), None)
+    np.testing.assert_array_equal(y, explicit(x))
+
+
 @pytest.mark.parametrize("dropout", [1.0, -0.1, float("nan"), "a"])
 def test_bad_dropout(dropout):
     """A probability below one is expected."""
