@@ -258,9 +258,9 @@ class Layered(Contraction):
         self.activation_params = learnable(activation, len(linear_maps) - (not preactivation))
         self.pre_center = MovingCentering(linear_maps[-1].kernel_shape[-1:]) if centering and preactivation else None
         self.centers = List(MovingCentering(m.kernel_shape[-1:]) for m in linear_maps if centering)
-        self.lipschitz = coefficient ** len(self.linears) * min(1.0, activation.lipschitz) ** len(
-            self.activation_params
-        )
+        # Whatever a learned order becomes, the layer after an activation makes up for a slope above one.
+        at = [1.0 if isinstance(p, nnx.Param) else activation.lipschitz_in(p) for p in norms[not preactivation : -1]]
+        self.lipschitz = coefficient ** len(self.linears) * math.prod(min(1.0, constant) for constant in at)
         fixed = not isinstance(norms[0], nnx.Param)
         self.is_contraction = norms[0] is norms[-1] or (fixed and norms[0] >= norms[-1])
         self.event_shape = linear_maps[-1].example_shape

@@ -177,3 +177,12 @@ def test_tighten_ends(monkeypatch):
     bound = certify_contraction(contraction).bound
     with pytest.raises(RuntimeError, match=rf"^tighten: expected a bound of at most 0\.8.* 10 rounds, got {bound}"):
         tighten_contraction(contraction)
+
+
+@pytest.mark.parametrize(("name", "orders"), [("orders 121, cpila", (1, 2)), ("learned orders", ())])
+def test_the_promise_counts_activations_in_the_norm_at_their_place(name, orders):
+    """cpila is steeper than one in the 1-norm, which the layer after it makes up for; a learned order can be any."""
+    contraction, _ = make(name)
+    constants = [min(1, contraction.activation.lipschitz_in(order)) for order in orders]
+    assert contraction.lipschitz == pytest.approx(0.81 * math.prod(constants), rel=1e-12)
+    assert contraction.activation.lipschitz < 1 == max(constants, default=1)
