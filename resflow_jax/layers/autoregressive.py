@@ -90,8 +90,11 @@ class MaskedAutoregressive(Bijector):
         last = len(masks) - 1
         self.linears = List(MaskedLinear(mask, zero=n == last, rngs=rngs) for n, mask in enumerate(masks))
         self.activation_params = learnable(ACTIVATIONS[activation], last)
-        channels = self.hidden or (2 * dim,)
-        self.conditioning = Conditioning((condition_dim,), channels, rngs=rngs) if condition_dim is not None else None
+        if condition_dim is not None:  # without a hidden layer the gate acts on the output, which starts at zero
+            options = {"zero": not self.hidden, "rngs": rngs}
+            self.conditioning = Conditioning((condition_dim,), self.hidden or (2 * dim,), **options)
+        else:
+            self.conditioning = None
 
     def _network(self, x: Array, condition: Array | None) -> tuple[Array, Array]:
         """m and s [B, dim]."""

@@ -38,14 +38,18 @@ def gated(gate: Gate, x: Array) -> Array:
 class Conditioning(Module):
     """Maps a condition [B, *condition_shape] to the gates of several linear layers; one hidden layer of 64 units."""
 
-    def __init__(self, condition_shape: tuple[int, ...], channels: Sequence[int], *, rngs: nnx.Rngs):
-        """channels: number of output channels of every linear layer."""
+    def __init__(
+        self, condition_shape: tuple[int, ...], channels: Sequence[int], *, zero: bool = False, rngs: nnx.Rngs
+    ):
+        """channels: number of output channels of every linear layer; zero: whether all shifts start at zero."""
         for size in condition_shape:
             check_count("condition_shape", size, 1)
         dtype = jnp.result_type(float)
         self.channels = tuple(channels)
         self.hidden = Linear(math.prod(condition_shape), WIDTH, param_dtype=dtype, rngs=rngs)
         self.out = Linear(WIDTH, 2 * sum(channels), param_dtype=dtype, rngs=rngs)
+        if zero:
+            self.out.kernel[...] = jnp.zeros_like(self.out.kernel[...])
 
     def __call__(self, condition: Array) -> list[Gate]:
         features = self.out(nnx.swish(self.hidden(condition.reshape(condition.shape[0], -1))))

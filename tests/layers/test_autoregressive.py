@@ -81,6 +81,18 @@ def test_start_and_dtypes():
     assert rf.certify(rf.Flow(layer)).unbounded[0][0] == "MaskedAutoregressive"
 
 
+@pytest.mark.parametrize("hidden", [(8,), ()])
+def test_the_start_is_the_identity_for_every_condition(hidden):
+    """Also without a hidden layer, where the gate acts on the output; the condition has a gradient from the start."""
+    layer = rf.MaskedAutoregressive(3, hidden, condition_dim=2, rngs=nnx.Rngs(0))
+    x, c = jnp.asarray([[1.0, -2.0, 0.5]]), jnp.asarray([[2.0, -1.0]])
+    np.testing.assert_array_equal(layer.forward(x, condition=c)[0], x)
+    graphdef, params = nnx.split(layer, nnx.Param)
+    if not hidden:
+        gradient = jax.grad(lambda params: nnx.merge(graphdef, params)(x, c).sum())(params)
+        assert jnp.any(gradient["conditioning"]["out"]["kernel"][...] != 0)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

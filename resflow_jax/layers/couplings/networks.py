@@ -81,11 +81,14 @@ class PlainNetwork(Module):
         """Number of channels that `run` returns."""
         return self.shape_out[-1] if self.on_grid else math.prod(self.shape_out)
 
-    def gates(self, channels: Sequence[int], rngs: nnx.Rngs) -> Conditioning | None:
-        """The network of gates for layers with these numbers of outputs; None if the condition needs none."""
+    def gates(self, channels: Sequence[int], rngs: nnx.Rngs, zero: bool = False) -> Conditioning | None:
+        """The network of gates for layers with these numbers of outputs; None if the condition needs none.
+
+        zero: whether the shifts start at zero.
+        """
         if self.condition_shape is None or self._joins_channels:
             return None
-        return Conditioning(self.condition_shape, channels, rngs=rngs)
+        return Conditioning(self.condition_shape, channels, zero=zero, rngs=rngs)
 
     def run(self, x: Array, gates: Sequence) -> Array:
         """The features [B, ..., features_out] of x [B, ..., features_in]."""
@@ -128,7 +131,7 @@ class Layers(PlainNetwork):
         self.activation, self.preactivation = activation, preactivation
         self.activation_params = learnable(activation, last + preactivation)
         # Without a hidden layer the gate acts on the output.
-        self.conditioning = self.gates(outputs[:-1] or outputs, rngs)
+        self.conditioning = self.gates(outputs[:-1] or outputs, rngs, zero=zero and not hidden)
 
     def run(self, x: Array, gates: Sequence | None) -> Array:
         params = iter(self.activation_params)

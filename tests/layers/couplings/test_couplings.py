@@ -99,6 +99,14 @@ def test_the_start_is_the_identity(settings):
     assert len(np.unique(np.round(means, 9))) == 3
 
 
+@pytest.mark.parametrize("settings", [rf.MLPConditioner(()), rf.CNNConditioner((), (3,))])
+def test_the_start_without_hidden_layers_is_the_identity(settings):
+    """For every condition, though its gate then acts on the output."""
+    x, c = jax.random.normal(jax.random.key(0), (2, 2, 2, 2)), jnp.ones((2, 3))
+    layer = rf.AffineCoupling((2, 2, 2), settings, condition_dim=3, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer(x, c), x)
+
+
 def test_spline_against_its_definition():
     """Knots lie on the curve with their slopes, the map is increasing, and the identity outside; so is the inverse."""
     theta = jax.random.normal(jax.random.key(0), (11, 1))
