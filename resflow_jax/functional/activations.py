@@ -73,7 +73,8 @@ class Activation:
       slopes: |dy_j / dx_i| for the outputs of one channel, at the x where their p-norm is largest. This x must be the
         same for every p >= 1, unless `other_slopes` has the slopes at the others. It is (1,) for functions that permute
         the channels.
-      initial: pairs (name, initial value) of the learnable scalar parameters.
+      initial: pairs (name, initial value) of the learnable scalar parameters. The names are "alpha", for one that
+        `function` takes as sigmoid(alpha), and "beta", for softplus(beta).
       group: the number of channels must be a multiple of this.
       other_slopes: the slopes at further x, so that for every p >= 1 the p-norm is largest at one of them.
 
@@ -112,6 +113,7 @@ class Activation:
         for pair in as_sequence("initial", self.initial, "pairs (name, value)"):
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise ValueError(f"initial: expected pairs (name, value), got {shown(pair)}")
+            check_choice("initial", pair[0], tuple(_CONSTRAINTS))
 
     def __call__(self, params: dict[str, Array], x: Array) -> Array:
         return self.function(self.constrain(params, x.shape[-1]), x)

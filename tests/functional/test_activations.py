@@ -11,6 +11,7 @@ import pytest
 from resflow_jax.functional.activations import (
     ACTIVATIONS,
     MIXING,
+    Activation,
     clipswish,
     cpila,
     get_activation,
@@ -224,6 +225,13 @@ def test_unknown_name():
     """The error names what was asked for and what exists."""
     with pytest.raises(ValueError, match=r"activation: .*elu.*got 'swishh'"):
         get_activation("swishh")
+
+
+def test_unknown_parameters():
+    """A parameter needs a constraint, which its name tells."""
+    for name in ("gamma", 1):
+        with pytest.raises(ValueError, match=rf"initial: expected one of alpha, beta; got {name!r}"):
+            Activation("mine", lambda params, x: x, initial=(("beta", 0.5), (name, 1.0)))
 
 
 def test_maxmin_rejects_an_odd_number_of_channels():
