@@ -7,8 +7,8 @@ public methods are the same for every layer. `forward` and `inverse` check their
     y, log_det = bijector.forward(x)                   y, log_det = block.forward(x, key=key, estimator=rf.Roulette())
     x = bijector.inverse(y)                            x, status = block.inverse(y, return_status=True)
 
-A layer in closed form defines `transform` and `invert`. A layer with residual blocks inside defines `estimate`, `solve`
-and `solve_and_estimate` instead, which also take what the blocks need: key, estimator and solver.
+A layer in closed form defines `transform` and `invert`. A layer with residual blocks inside defines `__call__`,
+`estimate`, `solve` and `solve_and_estimate` instead, which also take what the blocks need: key, estimator and solver.
 """
 
 import math
@@ -111,11 +111,13 @@ class Bijector(Module):
         Returns:
           (y, log_det): y [B, ...], and log|det dy/dx| [B] in nats.
         """
-        raise NotImplementedError(f"{type(self).__name__}: expected a method transform(x, condition), or estimate")
+        expected = "a method transform(x, condition), or __call__ and estimate"
+        raise NotImplementedError(f"{type(self).__name__}: expected {expected}")
 
     def invert(self, y: Array, condition: Array | None = None) -> Array:
         """x [B, ...] with f(x) = y, for y [B, ...] and a condition [B, *condition_shape] or None; not checked."""
-        raise NotImplementedError(f"{type(self).__name__}: expected a method invert(y, condition), or solve")
+        expected = "a method invert(y, condition), or solve and solve_and_estimate"
+        raise NotImplementedError(f"{type(self).__name__}: expected {expected}")
 
     def invert_and_log_det(self, y: Array, condition: Array | None = None) -> tuple[Array, Array]:
         """(x, log_det): x [B, ...] with f(x) = y, and log|det dy/dx| [B] in nats at x.
@@ -191,7 +193,7 @@ class Bijector(Module):
         """Lower and upper end of the values of y, or None: the support of the inverse."""
         return None
 
-    # Methods that a layer with residual blocks inside defines
+    # Methods that a layer with residual blocks inside defines, beside `__call__`
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
         """As `transform`, with the log-det of residual blocks exact or estimated with `key`.
@@ -240,7 +242,10 @@ class Bijector(Module):
     # Methods for callers
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
-        """y = f(x) [B, ...], without the log-det and without checks; one evaluation of every g inside."""
+        """y = f(x) [B, ...], without the log-det and without checks; one evaluation of every g inside.
+
+        By default that of `transform`; a layer with residual blocks inside defines its own.
+        """
         return self.transform(x, condition)[0]
 
     def forward(
