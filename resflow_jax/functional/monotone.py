@@ -94,6 +94,7 @@ def monotone(
     check_flag("return_diagnostics", return_diagnostics)
     check_flag("return_status", return_status)
     estimator = Roulette() if estimator is None else estimator
+    check_map(g, condition)
     options = {"condition": condition, "key": key, "estimator": estimator, "lipschitz": lipschitz}
     options |= {"chunk_size": chunk_size, "return_diagnostics": True}
     if is_tree(x):

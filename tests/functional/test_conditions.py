@@ -14,6 +14,7 @@ from resflow_jax.functional.estimators import Exact, Roulette, Truncated
 from resflow_jax.functional.inverse import residual_inverse
 from resflow_jax.functional.length_laws import Defensive, Geometric, Poisson
 from resflow_jax.functional.logdet import residual
+from resflow_jax.functional.monotone import monotone
 from resflow_jax.functional.solvers import Anderson, Broyden, FixedPoint
 from tests.functional.conditional import BATCH, DIM, dense_log_det, dense_series, g, jacobians, net, with_label
 from tests.functional.contractions import check_two_orders, z_scores
@@ -305,3 +306,6 @@ def test_errors(name):
         residual(bad, None, np.ones((2, 3)), condition=condition, estimator=Exact())
     with pytest.raises(ValueError, match=message):
         residual_inverse(bad, None, np.ones((2, 3)), condition=condition)
+    for x in (np.ones((2, 3)), {"events": np.ones((2, 3))}):
+        with pytest.raises(ValueError, match=message):
+            monotone(bad, None, x, condition=condition, estimator=Exact())
