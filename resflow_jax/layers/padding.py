@@ -86,7 +86,7 @@ class ChannelPadding(Bijector):
         return *shape[:-1], shape[-1] + self.channels
 
     def input_shape(self, shape: Shape) -> Shape:
-        return *shape[:-1], shape[-1] - self.channels
+        return _without_padding(shape, self.channels)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         mean = 0.5 if self.noise == "uniform" else 0.0
@@ -154,7 +154,7 @@ class ZeroPadding(NoBijection):
         return *shape[:-1], shape[-1] + self.channels
 
     def input_shape(self, shape: Shape) -> Shape:
-        return *shape[:-1], shape[-1] - self.channels
+        return _without_padding(shape, self.channels)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.channels)])
@@ -164,3 +164,10 @@ class ZeroPadding(NoBijection):
 
     def lipschitz_bounds(self) -> tuple[float, float]:
         return 1.0, 1.0
+
+
+def _without_padding(shape: Shape, channels: int) -> Shape:
+    """The shape of one x of events y with so many appended channels."""
+    if not shape or shape[-1] <= channels:
+        raise ValueError(f"expected events of more than {channels} channels, got shape {tuple(shape)}")
+    return *shape[:-1], shape[-1] - channels

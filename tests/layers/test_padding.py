@@ -108,6 +108,15 @@ def test_mean_density_over_noise_is_that_of_the_model(padding, box, value):
     assert expected <= density(value, *EVERYWHERE)
 
 
+@pytest.mark.parametrize("layer", [ChannelPadding(2), rf.ZeroPadding(2)])
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (3, 2)])
+def test_an_inverse_needs_more_channels_than_were_appended(layer, shape):
+    """No x has so few."""
+    with pytest.raises(ValueError, match=r"^y: expected events of more than 2 channels, got shape \("):
+        layer.inverse(jnp.ones((4, *shape)))
+    assert rf.Chain([layer]).inverse(jnp.ones((4, *shape[:-1], 3))).shape == (4, *shape[:-1], 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
