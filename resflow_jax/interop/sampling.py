@@ -195,7 +195,7 @@ def _checked_condition(flow: Flow, condition: Any) -> tuple[Array | None, tuple[
     if shape is ...:  # any array is one condition for all
         shape = jnp.shape(condition)
     leading = jnp.shape(condition)[: max(0, jnp.ndim(condition) - len(shape))]
-    return as_condition(condition, shape, leading).astype(flow.dtype), tuple(shape)
+    return as_condition(condition, shape, leading, flow.dtype), tuple(shape)
 
 
 def _split_batch(outputs: Any, batch: tuple[int, ...]) -> Any:

@@ -261,7 +261,8 @@ class Bijector(Module):
 
         Args:
           x: floats [B, *event_shape].
-          condition: floats [*condition_shape], one for all examples, or [B, *condition_shape].
+          condition: floats [*condition_shape], one for all examples, or [B, *condition_shape]; they are converted to
+            the dtype of x.
           key: PRNG key of the estimate; not needed by `Exact`, nor by layers in closed form.
           estimator: of the log-det of residual blocks, `Roulette()` by default.
           return_diagnostics: whether to return the `Diagnostics` of the residual blocks, [blocks, ...], as well.
@@ -280,7 +281,7 @@ class Bijector(Module):
         x = as_float_batch("x", x, self.event_shape)
         check_key("key", key, optional=True)
         check_events(self, x)
-        condition = as_condition(condition, self.condition_shape, x.shape[:1])
+        condition = as_condition(condition, self.condition_shape, x.shape[:1], x.dtype)
         y, log_det, diagnostics = self.estimate(x, key, checked_estimator(estimator, self.blocks), condition)
         return (y, log_det, join_diagnostics(diagnostics, x)) if return_diagnostics else (y, log_det)
 
@@ -311,7 +312,7 @@ class Bijector(Module):
         y = as_float_batch("y", y, None if self.event_shape is None else self.output_shape(self.event_shape))
         check_outputs(self, y)
         check_solver(solver)
-        x, statuses = self.solve(y, solver, as_condition(condition, self.condition_shape, y.shape[:1]))
+        x, statuses = self.solve(y, solver, as_condition(condition, self.condition_shape, y.shape[:1], y.dtype))
         status = join_statuses(statuses, y)
         return (x, status) if return_status else reported(x, status, type(self).__name__, solver.on_failure)
 

@@ -37,7 +37,7 @@ def common_condition_shape(shapes: Iterable[tuple[str, ConditionShape]]) -> Cond
     return found
 
 
-def as_condition(condition: Any, shape: ConditionShape, batch: tuple[int, ...]) -> jax.Array | None:
+def as_condition(condition: Any, shape: ConditionShape, batch: tuple[int, ...], dtype: Any = None) -> jax.Array | None:
     """A caller's condition as an array [*batch, *shape], or None if no part takes one.
 
     Args:
@@ -45,6 +45,7 @@ def as_condition(condition: Any, shape: ConditionShape, batch: tuple[int, ...]) 
         broadcast.
       shape: the condition shape of the layers.
       batch: leading axes of the examples.
+      dtype: of the result, that of the examples; None keeps the condition's own.
 
     Raises:
       ValueError: for a condition that is missing, not expected, or of another shape or dtype.
@@ -60,10 +61,11 @@ def as_condition(condition: Any, shape: ConditionShape, batch: tuple[int, ...]) 
         expected += f", or [{text}], one for all"
     if condition is None:
         raise ValueError(f"condition: expected {expected}, got None")
-    dtype = getattr(condition, "dtype", None)
-    if dtype is not None and (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)):
-        raise ValueError(f"condition: expected {expected}, got dtype {dtype}; for classes use jax.nn.one_hot")
+    own_dtype = getattr(condition, "dtype", None)
+    if own_dtype is not None and (jnp.issubdtype(own_dtype, jnp.integer) or jnp.issubdtype(own_dtype, jnp.bool_)):
+        raise ValueError(f"condition: expected {expected}, got dtype {own_dtype}; for classes use jax.nn.one_hot")
     condition = as_float_array("condition", condition)
+    condition = condition if dtype is None else condition.astype(dtype)
     if shape is ANY:
         own = condition.shape[len(batch) :]
         remedy = "; to share one among all examples, give its shape, as in ResidualBlock(module, condition_shape=...)"

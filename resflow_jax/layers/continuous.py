@@ -238,7 +238,7 @@ class ContinuousBlock(Bijector):
         x = as_float_batch("x", x, self.event_shape)
         check_key("key", key, optional=True)
         check_events(self, x)
-        condition = as_condition(condition, self.condition_shape, x.shape[:1])
+        condition = as_condition(condition, self.condition_shape, x.shape[:1], x.dtype)
         return self._run(x, key, checked_estimator(estimator, 0), condition, backwards=False)
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:

@@ -337,11 +337,10 @@ class Flow(FlowParts, FlowSampling, FlowUpkeep):
 
     def _condition(self, condition: Any, batch: Shape, num_samples: int | None = None) -> Array | None:
         """A caller's condition as [B, *condition_shape]; of leading axes `batch` as [num_samples, *condition_shape]."""
-        condition = as_condition(condition, self.condition_shape, batch)
-        if condition is None:
-            return None
-        condition = condition if num_samples is None else condition.reshape(num_samples, *condition.shape[len(batch) :])
-        return condition.astype(self.dtype)
+        condition = as_condition(condition, self.condition_shape, batch, self.dtype)
+        if condition is None or num_samples is None:
+            return condition
+        return condition.reshape(num_samples, *condition.shape[len(batch) :])
 
     def _base_condition(self, condition: Array | None) -> Array | None:
         return None if self.base.condition_shape is None else condition

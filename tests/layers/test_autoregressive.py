@@ -77,7 +77,9 @@ def test_start_and_dtypes():
         assert layer.inverse(low).dtype == layer.forward(low)[0].dtype == jnp.float32
         conditional = rf.MaskedAutoregressive(3, (8,), condition_dim=2, rngs=nnx.Rngs(0))
         conditional = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), conditional)
-        assert conditional.inverse(low, condition=jnp.ones((1, 2), jnp.float32)).dtype == jnp.float32
+        wide = jnp.ones((1, 2), jnp.float32)
+        assert conditional.invert(low, wide).dtype == jnp.float32
+        assert conditional.inverse(low, condition=wide).dtype == jnp.bfloat16
     assert rf.certify(rf.Flow(layer)).unbounded[0][0] == "MaskedAutoregressive"
 
 

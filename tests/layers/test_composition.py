@@ -251,6 +251,18 @@ def test_conditions_matter_and_are_checked(case):
         bijector.forward(x, condition=jnp.ones(3, int), estimator=rf.Exact())
 
 
+def test_a_condition_takes_the_dtype_of_x():
+    """A residual block and an affine layer in float32 take float64, under strict promotion too."""
+    g = rf.LipschitzMLP(4, (5,), condition_dim=2, rngs=nnx.Rngs(0))
+    for layer in (rf.ResidualBlock(g), rf.Affine((4,), condition_dim=2, rngs=nnx.Rngs(0))):
+        layer = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), layer)
+        x, c = jnp.ones((3, 4), jnp.float32), jnp.linspace(0.0, 1.0, 6).reshape(3, 2)
+        assert c.dtype == jnp.float64
+        y, log_det = layer.forward(x, condition=c, estimator=rf.Exact())
+        assert y.dtype == log_det.dtype == layer.inverse(y, condition=c).dtype == jnp.float32
+        np.testing.assert_array_equal(y, layer.forward(x, condition=c.astype("float32"), estimator=rf.Exact())[0])
+
+
 def test_conditional_roulette_is_unbiased():
     """Over many keys the mean of log-det and of its gradient in c is that of the exact ones."""
     bijector = rf.ResidualBlock(mlp(nnx.Rngs(0), 3, (2,)))
