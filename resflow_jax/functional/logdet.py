@@ -82,10 +82,11 @@ def residual(
         the law does not guarantee finite variance under this bound.
       prepare: pure function of params. g then takes its result in place of params. It is computed once for each call,
         and once more in the backward pass, however often g is evaluated; its result is not stored between the two.
-      chunk_size: for gradient="neumann", the largest number of examples in a chunk. On CPUs and
-        TPUs the chunks are computed sequentially, so that activations stay in the cache or VMEM; elsewhere, and where
-        the compiler divides a program among TPUs, in parallel. The result is the same. None takes one chunk,
-        on a CPU one for each of the parts of `subsample`.
+      chunk_size: for gradient="neumann", the largest number of examples in a chunk. All chunks have one size. Where B
+        has no divisor from a quarter of chunk_size to chunk_size, as a prime B, it is the next divisor above. On CPUs
+        and TPUs the chunks are computed sequentially, so that activations stay in the cache or VMEM; elsewhere, and
+        where the compiler divides a program among TPUs, in parallel. The result is the same. None takes one chunk, on a
+        CPU one for each of the parts of `subsample`.
       return_diagnostics: whether to return `Diagnostics` as well.
 
     Inside `jax.shard_map` (with check_vma, its default) x is a device's part of the batch. With the same key on every

@@ -70,7 +70,7 @@ def monotone(
       estimator: `Exact()`, `Truncated(...)`, `Roulette(...)` (the default), or a `CustomEstimator`, which is called for
         -g and for g at w.
       lipschitz: a bound on Lip(g), in (0, 1), if one is known, as of `residual`.
-      chunk_size: the largest number of examples in a chunk of the estimate, as of `residual`.
+      chunk_size: the largest number of examples in a chunk of the estimate, with the exception of `residual`.
       solver: of w.
       return_diagnostics: whether to return `Diagnostics` of the estimate as well.
       return_status: whether to return the `InverseStatus` of w as well. Its residuals are those of w times sqrt(2), so
