@@ -172,6 +172,13 @@ class ResidualStack(Bijector):
     def support(self):
         return self.steps.support
 
+    def codomain(self, dtype: Any) -> Domain:
+        return self.steps.codomain(dtype)
+
+    @property
+    def image(self):
+        return self.steps.image
+
     def unstacked(self) -> list[Bijector]:
         """Copies of the layers, as a list of `depth` bijectors."""
         graphdef, stacked = nnx.split(self.steps)
@@ -187,7 +194,7 @@ class ResidualStack(Bijector):
             state, x = inputs
             return body(nnx.merge(graphdef, state), carry, x)
 
-        return jax.lax.scan(apply, carry, (stacked, xs), reverse=reverse)
+        return jax.lax.scan(apply, carry, (stacked, xs), length=self.depth, reverse=reverse)
 
     def _inputs(self, key: Array | None, estimator: Estimator) -> tuple[Array | None, Estimator]:
         """Key and estimator of every layer, with a leading axis of layers."""

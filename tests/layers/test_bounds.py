@@ -110,6 +110,18 @@ def test_values_inverse_and_log_det(name):
     assert layer.output_shape(x.shape[1:]) == x.shape[1:]
 
 
+def test_a_stack_has_the_intervals_of_its_layers():
+    """Of x and of y: its inverse takes what it returns, and refuses the rest."""
+    layer = rf.Softplus()
+    stack = rf.ResidualStack(lambda rngs: rf.Softplus(), 2, rngs=nnx.Rngs(0))
+    assert (stack.domain(float), stack.codomain(float)) == (layer.domain(float), layer.codomain(float))
+    assert (stack.support, stack.image) == (layer.support, layer.image)
+    flow = rf.Flow(rf.Invert(stack), event_shape=(2,))
+    assert np.isfinite(flow(stack(jnp.ones((1, 2))))).all()
+    with pytest.raises(ValueError, match="x: expected"):
+        flow(-jnp.ones((1, 2)))
+
+
 def test_lipschitz_bounds_are_attained():
     """By a logit with bounds, at the ends and in the middle, as by that of [0, 1]."""
     layer = rf.Logit(0.05, [-2.0, 1.0], [3.0, 1.5])
