@@ -221,12 +221,12 @@ def power_iteration(
 
     def unfinished(state: tuple[Array, PowerIteration]) -> Array:
         running, chains = state
-        below_cap = chains.status.iterations.ravel()[0] < cap
+        below_cap = chains.status.iterations.ravel()[0].astype(getattr(cap, "dtype", jnp.result_type(int))) < cap
         return below_cap & running if iterations is None else below_cap
 
     # The first step cannot meet the test on the change of sigma: it starts from infinity.
     infinity = jnp.asarray(jnp.inf, v.dtype)
-    status = PowerIterationStatus(jnp.asarray(0), infinity, jnp.asarray(False))
+    status = PowerIterationStatus(jnp.asarray(0, jnp.int32), infinity, jnp.asarray(False))
     u = jax.eval_shape(matvec, v)
     w = jax.eval_shape(rmatvec, u)
     chains = PowerIteration(infinity, jnp.zeros(u.shape, u.dtype), v, status)

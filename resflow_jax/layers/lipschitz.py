@@ -210,7 +210,7 @@ class LipschitzLinear(Module):
         """
         kernel, orders = self.kernel[...], self.traced_orders()
         if not needs_power_iteration(*orders):
-            return PowerIterationStatus(jnp.asarray(0), jnp.zeros((), kernel.dtype), jnp.asarray(True))
+            return PowerIterationStatus(jnp.asarray(0, jnp.int32), jnp.zeros((), kernel.dtype), jnp.asarray(True))
         settings = NormSettings.of(tolerance, residual_tolerance, max_iterations)
         result = advance(self.linear_map, *split_orders(orders), restart, kernel, self.v[...], settings)
         self.u[...], self.v[...] = result.u, result.v

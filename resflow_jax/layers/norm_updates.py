@@ -28,7 +28,7 @@ def update_norms(module: nnx.Module, settings: NormSettings, restart: bool) -> P
     """
     statuses = [_update_alike(*alike, layers, settings, restart) for alike, layers in _groups(module).items()]
     if not statuses:  # every norm has a closed form
-        return PowerIterationStatus(jnp.asarray(0), jnp.asarray(0.0), jnp.asarray(True))
+        return PowerIterationStatus(jnp.asarray(0, jnp.int32), jnp.asarray(0.0), jnp.asarray(True))
     iterations, residuals, converged = (jnp.concatenate(leaves) for leaves in zip(*statuses, strict=True))
     return PowerIterationStatus(jnp.max(iterations), jnp.max(residuals), jnp.all(converged))
 

@@ -90,7 +90,7 @@ def test_fixed_number_of_iterations(iterations):
     for _ in range(iterations):
         v = iterate(dense, kernel, v, iterations=1).v
     for result in results:
-        assert result.status.iterations == iterations
+        assert result.status.iterations == iterations and result.status.iterations.dtype == np.int32
         np.testing.assert_allclose(result.v, v, rtol=1e-12)
     assert not results[0].status.converged
     assert results[1].status.converged == (iterations > 1)
@@ -99,8 +99,9 @@ def test_fixed_number_of_iterations(iterations):
 def test_cap_is_reported():
     """At the cap `converged` is False and the residual tells how far off it is."""
     dense = MAPS[0]
-    status = iterate(dense, random_kernel(dense), start(dense), tolerance=1e-15, max_iterations=3).status
-    assert status.iterations == 3 and not status.converged
+    for cap in (3, jnp.asarray(3, jnp.int32), jnp.asarray(3, jnp.int64)):
+        status = iterate(dense, random_kernel(dense), start(dense), tolerance=1e-15, max_iterations=cap).status
+        assert status.iterations == 3 and not status.converged
     assert 1e-7 < status.residual < 1
 
 

@@ -162,6 +162,7 @@ def test_all_layers_of_a_model():
             layer.kernel[...] = jnp.asarray(rng.normal(size=layer.kernel.shape))
     status = update_norms(model, NormSettings(1e-12, 1e-7, 5000), restart=True)
     statuses = map_linears(alone, lambda layer: layer.update_norm(1e-12, 1e-7, 5000))
+    assert all(s.iterations.dtype == np.int32 for s in (status, *statuses))
     assert status.converged and status.iterations == max(s.iterations.max() for s in statuses)
     assert 0 < status.residual <= 1e-7
     pairs = zip(*((which.stack, *which.linears, which.other) for which in (model, alone)), strict=True)
@@ -206,6 +207,7 @@ def test_a_model_of_closed_forms():
     model = nnx.List([LipschitzLinear(DENSE, 0.9, domain=1.0, rngs=nnx.Rngs(0))])
     status = update_norms(model, NormSettings(1e-3, 1e-2, 20), restart=False)
     assert status.converged and status.iterations == 0 and status.residual == 0
+    assert status.iterations.dtype == model[0].update_norm().iterations.dtype == np.int32
 
 
 @pytest.fixture(scope="module")
