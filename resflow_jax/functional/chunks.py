@@ -6,6 +6,7 @@ loop; inside of `jax.shard_map` it has the loop. Chunks have the size for the pl
 that is lowered for TPUs elsewhere computes all at once, unless in `platforms.compiling_for`. So do other platforms.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,8 @@ def split_chunks(batched: Any, chunk_size: int | None) -> Any:
 
 def size_of_chunk(batch: int, chunk_size: int) -> int:
     """The number of examples in each chunk of `split_chunks`."""
-    sizes = [n for n in range(1, batch + 1) if batch % n == 0]
+    small = [n for n in range(1, math.isqrt(batch) + 1) if batch % n == 0]
+    sizes = {*small, *(batch // n for n in small)}
     size = max(n for n in sizes if n <= chunk_size)
     return min(n for n in sizes if n > chunk_size) if 4 * size < min(chunk_size, batch) else size
 

@@ -38,6 +38,18 @@ def test_chunks_are_equal_and_few(batch, size, shape):
     np.testing.assert_array_equal(chunks.join_chunks(parts), x)
 
 
+def test_sizes_of_chunks():
+    """Those of the definition, for any batch; a large one takes no time."""
+    for batch in range(1, 100):
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        for limit in range(1, 110):
+            size = max(n for n in divisors if n <= limit)
+            if 4 * size < min(limit, batch):
+                size = min(n for n in divisors if n > limit)
+            assert chunks.size_of_chunk(batch, limit) == size
+    assert chunks.size_of_chunk(2**61 // 2**20 * 3, 1000) == 768
+
+
 @pytest.mark.parametrize("number", [1, 4])
 def test_map_and_pullback(platform, number):
     """Outputs are stacked in order; cotangents of what all chunks share are summed, those of x are their own."""
