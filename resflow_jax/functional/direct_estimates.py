@@ -35,8 +35,8 @@ def exact_estimate(g, chunk_size, form, args, x):
 
 def _of_one_plus(jacobian):
     """log|det(I + J)| [B] of [B, D, D]."""
-    matrices = jnp.eye(jacobian.shape[-1], dtype=jacobian.dtype)[None] + jacobian
-    matrices = matrices.astype(wide_dtype(jacobian.dtype))  # LAPACK has no 16-bit floats
+    dtype = wide_dtype(jacobian.dtype)  # LAPACK has no 16-bit floats, and the sum would be rounded to them
+    matrices = jnp.eye(jacobian.shape[-1], dtype=dtype)[None] + jacobian.astype(dtype)
     return lax.platform_dependent(matrices, cpu=partial(lax.map, _log_abs_det), default=_log_abs_det)
 
 

@@ -127,3 +127,12 @@ def test_bad_table(table):
     """The table of a `Fitted` law is checked where it is used: for one block it is [K]."""
     with pytest.raises(ValueError, match=r"^table: expected"):
         residual(*net_named("small"), key=jax.random.key(0), estimator=Roulette(Fitted(jnp.array(table))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_exact_log_dets_of_small_jacobians_in_16_bits(dtype):
+    """I + J is not rounded to 16 bits, where a J of 0.0002 would be lost; the result is rounded once."""
+    slope, x = jnp.asarray(0.0002, dtype), jnp.ones((2, 3), dtype)
+    log_det = residual(lambda slope, x: slope * x, slope, x, estimator=Exact())[1]
+    assert log_det.dtype == dtype
+    np.testing.assert_allclose(log_det.astype(float), 3 * np.log1p(float(slope)), rtol=0.01)
