@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.checks import check_count, check_open_interval
+from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.length_laws.draws import UNKNOWN_LIPSCHITZ, random_bits, uniform
 
 Array = jax.Array
@@ -56,7 +57,7 @@ class Fitted:
 
     def from_bits(self, bits: Array) -> Array:
         """Independent lengths, int32 [...], from random words, uint32 [2, ...]."""
-        table = jnp.asarray(self.table)
+        table = self._wide_table()
         u = uniform(bits).astype(table.dtype)
         inside = jnp.sum(u[..., None] < table.reshape(*[1] * u.ndim, -1), axis=-1, dtype=jnp.int32)
         # N >= K + j where u < P(N >= K) * L^j
@@ -65,9 +66,14 @@ class Fitted:
 
     def survival(self, k: Array | int) -> Array:
         """P(N >= k), floats of k's shape; 1 for k <= 0."""
-        k, table, size = jnp.asarray(k), jnp.asarray(self.table), self.table.shape[-1]
+        k, table, size = jnp.asarray(k), self._wide_table(), self.table.shape[-1]
         after = jnp.exp(jnp.maximum(k - size, 0).astype(table.dtype) * math.log(self.tail_ratio()))
         return jnp.where(k <= 0, 1.0, table[jnp.clip(k - 1, 0, size - 1)] * after)
+
+    def _wide_table(self) -> Array:
+        """The table in at least 32 bits: a uniform number in 16 bits would round to 1, or repeat itself."""
+        table = jnp.asarray(self.table)
+        return table.astype(wide_dtype(table.dtype))
 
     def tail_ratio(self) -> float:
         """The limit of P(N >= k + 1) / P(N >= k) for large k: L."""

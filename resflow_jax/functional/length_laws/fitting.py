@@ -6,6 +6,7 @@ import numpy as np
 
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_float_array, check_count, check_finite, check_open_interval, check_positive
+from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.length_laws.fitted import Fitted
 
 Array = jax.Array
@@ -43,7 +44,7 @@ def fit_lengths(
       lipschitz: L. None takes the bound of the residual block where the law is used.
 
     Returns:
-      A `Fitted` law with a table of the shape of `term_norms`.
+      A `Fitted` law with a table of the shape of `term_norms`, in float32 for 16-bit floats.
 
     Raises:
       ValueError: for norms that are not finite floats [K] or [blocks, K], a batch size below 1, a cost that is not
@@ -64,6 +65,7 @@ def fit_lengths(
     check_finite("fixed_cost", fixed_cost)
     fixed_cost = float(fixed_cost)
     check_open_interval("share", share, 0, 1)
+    term_norms = term_norms.astype(wide_dtype(term_norms.dtype))  # sums and the fixed point would be rounded
     norms = batch_size * _non_increasing(jnp.maximum(term_norms, 0))
     floor = share * Fitted(norms, lipschitz).tail_ratio() ** jnp.arange(norms.shape[-1], dtype=norms.dtype)
 
