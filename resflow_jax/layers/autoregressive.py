@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.activations import ACTIVATIONS, MIXING, ActivationName
+from resflow_jax.functional.activations import ACTIVATIONS, ActivationName, check_single_channels
 from resflow_jax.functional.broadcasting import trailing
-from resflow_jax.functional.checks import as_shape, check_choice, check_count, check_type
+from resflow_jax.functional.checks import as_shape, check_count, check_type
 from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.conditioned_params import bounded
 from resflow_jax.layers.conditioning import Conditioning, gated
@@ -80,7 +80,7 @@ class MaskedAutoregressive(Bijector):
     ):
         check_count("dim", dim, 1)
         check_type("rngs", rngs, nnx.Rngs)
-        check_activation(activation)
+        check_single_channels(activation)  # masks could not cut what mixes them
         self.dim, self.hidden, self.activation, self.condition_dim = dim, as_shape("hidden", hidden), activation, None
         self.event_shape = (dim,)
         if condition_dim is not None:
@@ -139,13 +139,6 @@ class MaskedLinear(Module):
         kernel = self.kernel[...]
         y = x @ (kernel * jnp.asarray(mask, kernel.dtype))
         return y + trailing(self.bias[...], y)
-
-
-def check_activation(activation: str) -> None:
-    """Raises ValueError for the name of an activation that is unknown, or mixes channels, which masks could not cut."""
-    check_choice("activation", activation, tuple(ACTIVATIONS))
-    if activation in MIXING or ACTIVATIONS[activation].expansion > 1:
-        raise ValueError(f"activation: expected one that acts on single channels, got {activation!r}")
 
 
 def autoregressive_masks(dim: int, hidden: Sequence[int]) -> list[np.ndarray]:

@@ -44,8 +44,7 @@ class UnconstrainedBlock(NoBijection):
     Args:
       shape: (H, W, C) of one x.
       hidden_channels: width of g.
-      activation: phi, a name in `ACTIVATIONS` of one without parameters that keeps the channels and does not mix
-        them.
+      activation: phi, a name in `ACTIVATIONS` of one without parameters that keeps the channels.
       preactivation: whether an activation precedes the first convolution.
       rngs: draws the parameters.
 

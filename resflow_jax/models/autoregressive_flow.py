@@ -5,10 +5,10 @@ from typing import Any
 
 from flax import nnx
 
-from resflow_jax.functional.activations import ActivationName
+from resflow_jax.functional.activations import ActivationName, check_single_channels
 from resflow_jax.functional.checks import as_shape, check_count, check_flags
 from resflow_jax.layers.actnorm import ActNorm
-from resflow_jax.layers.autoregressive import MaskedAutoregressive, check_activation
+from resflow_jax.layers.autoregressive import MaskedAutoregressive
 from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.residual import ResidualStack
@@ -65,7 +65,7 @@ class AutoregressiveFlowConfig(OfEvents):
         check_shape_and_data(self)
         check_count("layers", self.layers, 1)
         object.__setattr__(self, "hidden", as_shape("hidden", self.hidden))
-        check_activation(self.activation)
+        check_single_channels(self.activation)
         check_flags(self)
 
     def fitted(self, shape: tuple[int, ...]) -> "AutoregressiveFlowConfig":

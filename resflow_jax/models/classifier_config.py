@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from resflow_jax.functional.activations import ActivationName, get_plain_activation
+from resflow_jax.functional.activations import ActivationName, check_single_channels, get_plain_activation
 from resflow_jax.functional.checks import check_choice, check_count, check_open_interval, check_type
 from resflow_jax.models.groups import make_tuples
 
@@ -27,7 +27,8 @@ class ClassifierConfig:
       hidden_channels: width of the blocks of each stage.
       padding: channels of zeros that are appended before the first stage. With any, there is no density of x.
       squeeze_first: whether the resolution is halved before the first stage.
-      activation: an activation without parameters that keeps the channels and does not mix them.
+      activation: an activation without parameters that keeps the channels; for the pooled head also one that does not
+        mix them, as fullsort does.
       coefficient: bound on the norm of every convolution, in (0, 1); None for no bound ("vanilla"): the network then
         has no inverse that can be relied on, and no density.
       architecture: "invertible" halves the resolution by squeezes, which lose nothing; "standard" by strides, with
@@ -95,6 +96,8 @@ class ClassifierConfig:
             check_open_interval("coefficient", self.coefficient, 0, 1)
         check_choice("architecture", self.architecture, ARCHITECTURES)
         check_choice("head", self.head, HEADS)
+        if self.head == "pooled":
+            check_single_channels(self.activation)
         if self.head_channels is not None:
             check_count("head_channels", self.head_channels, 1)
             if self.head != "pooled":

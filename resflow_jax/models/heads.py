@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from resflow_jax.functional.activations import get_activation, get_plain_activation
+from resflow_jax.functional.activations import check_single_channels, get_activation, get_plain_activation
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_float_batch, as_shape, check_count, check_type
 from resflow_jax.layers.actnorm import ActNorm
@@ -53,6 +53,7 @@ class PooledHead(Module):
         if hidden is not None:
             check_count("hidden", hidden, 1)
         get_plain_activation(activation)  # checks it
+        check_single_channels(activation)
         self.classes, self.hidden, self.activation = classes, hidden, activation
         self.first = None if hidden is None else nnx.Param(fan_in_uniform(rngs, (self.shape[-1], hidden)))
         channels = self.shape[-1] if hidden is None else hidden
