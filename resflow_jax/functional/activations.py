@@ -206,12 +206,17 @@ def _spread(b: Array, x: Array) -> Array:
     """
     if jnp.shape(b) == x.shape[-1:] and x.ndim > 1 and target_platform() != "gpu":
         return _repeat_rows(b, x.shape)
-    return jnp.broadcast_to(trailing(b, x), x.shape)
+    return _broadcast(b, x.shape)
+
+
+def _broadcast(b: Array, shape: tuple[int, ...]) -> Array:
+    """b in the last axes of `shape`, by the same operation for every batch size."""
+    return lax.broadcast_in_dim(b, shape, range(len(shape) - jnp.ndim(b), len(shape)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _repeat_rows(row: Array, shape: tuple[int, ...]) -> Array:
-    return jnp.broadcast_to(lax.broadcast_to_rank(row, len(shape)), shape)
+    return _broadcast(row, shape)
 
 
 @_repeat_rows.defjvp
@@ -364,7 +369,7 @@ def get_plain_activation(name: str) -> Activation:
 
 def check_single_channels(name: str) -> None:
     """Raises ValueError for the name of an activation that is unknown, or mixes or doubles channels."""
-    if name in MIXING or get_activation(name).expansion > 1:
+    if get_activation(name).expansion > 1 or name in MIXING:
         raise ValueError(f"activation: expected one that acts on single channels, got {name!r}")
 
 

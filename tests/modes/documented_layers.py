@@ -110,7 +110,7 @@ LAYERS = {
         "classes: expected": lambda: head((3,), 1),
         "hidden: expected": lambda: head((3,), 2, hidden=0),
         "activation: expected": lambda: head((3,), 2, activation="lipswish"),
-        "activation: expected one .* not mix": lambda: head((3,), 2, activation="fullsort"),
+        "activation: expected one .* single channels": lambda: head((3,), 2, activation="fullsort"),
     },
     "rf.ResNetClassifier": {
         "config: expected": lambda: rf.ResNetClassifier(rf.VectorFlowConfig(3), rngs=RNGS),

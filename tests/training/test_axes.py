@@ -178,6 +178,5 @@ def test_keys_of_other_kinds(kind):
         out_specs=divided,
     )
     np.testing.assert_allclose(jax.jit(apply)(state, X, key), one(graphdef, state, X, key), rtol=1e-10)
-    keys = jax.random.split(key)
-    values = [one(graphdef, state, X, key) for key in keys]
-    assert not np.allclose(*values, rtol=1e-6)
+    values = [one(graphdef, state, X, key) for key in jax.random.split(key, 4)]  # of two keys the signs may be equal
+    assert np.ptp(values, axis=0).min() > 1e-2
