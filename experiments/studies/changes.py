@@ -16,7 +16,6 @@ On 2 CPU cores: 36 minutes for the digits and 90 for fashion_mnist, with the def
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +29,7 @@ import tyro
 
 from experiments.runs.command import NamedCommand, Output
 from experiments.runs.workdir import make_workdir, write_atomically
-from experiments.studies.comparison.running import cores
-from experiments.studies.comparison.worker import ENVIRONMENT
+from experiments.studies.comparison.running import cores, environment
 from experiments.studies.parts.change_run import Job
 from experiments.studies.parts.class_runs import markdown_table
 from experiments.studies.parts.config_changes import CHANGES, variants_of
@@ -158,7 +156,7 @@ def _found(path: Path, job: Job) -> dict[str, Any] | None:
 def _done(job: Job, core: str) -> dict[str, Any]:
     """Does a job in a process of its own."""
     command = [sys.executable, "-m", "experiments.studies.parts.change_run", core]
-    options = {"env": {**os.environ, **ENVIRONMENT}, "capture_output": True, "text": True}
+    options = {"env": environment(), "capture_output": True, "text": True}
     process = subprocess.run(command, input=json.dumps(asdict(job)) + "\n", **options)
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]

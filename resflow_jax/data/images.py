@@ -135,7 +135,7 @@ def _check_pixels(name: str, images: Array | np.ndarray, levels: int) -> None:
     if isinstance(images, jax.core.Tracer) or images.size == 0:
         return
     with jax.ensure_compile_time_eval():  # a program that is being traced may hold images
-        low, high = int(images.min()), int(images.max())  # uint8 of JAX would wrap 256 levels to 0
+        low, high = map(int, jax.device_get((images.min(), images.max())))  # uint8 of JAX would wrap 256 levels to 0
     if low < 0 or high >= levels:
         raise ValueError(f"{name}: expected pixels in 0..{levels - 1}, got {low}..{high}")
 

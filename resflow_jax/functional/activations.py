@@ -204,9 +204,10 @@ def _spread(b: Array, x: Array) -> Array:
     depends on b, is then a matrix product too: XLA's sum is several times slower on a CPU. On a GPU the product is less
     exact than the sum: in float64 it had an error of 1e-7.
     """
-    if jnp.shape(b) == x.shape[-1:] and x.ndim > 1 and target_platform() != "gpu":
-        return _repeat_rows(b, x.shape)
-    return _broadcast(b, x.shape)
+    shape = jnp.shape(x)
+    if jnp.shape(b) == shape[-1:] and len(shape) > 1 and target_platform() != "gpu":
+        return _repeat_rows(b, shape)
+    return _broadcast(b, shape)
 
 
 def _broadcast(b: Array, shape: tuple[int, ...]) -> Array:

@@ -60,7 +60,7 @@ def refuse_dropout(layer: Bijector, estimator: Estimator) -> None:
     """Raises ValueError for a pass with dropout through a layer whose residual blocks do not add g(x) to x."""
     without = original(estimator)
     if isinstance(without, WithoutLogDet) and without.dropout:
-        expected = f"0 with a {type(layer).__name__} inside, whose map is a solve, which dropout would change"
+        expected = f"0 with {type(layer).__name__} inside, whose map is a solve, which dropout would change"
         raise ValueError(f"dropout: expected {expected}, got {without.dropout}")
 
 

@@ -161,18 +161,21 @@ def fit(
     course = Course(flow, score)
 
     with deferred_signals((signal.SIGINT,), "stopping after this step; once more to stop at once") as is_interrupted:
-        pauses = run_steps(
-            trainer.compiled_step() if mesh is None else devices.step,
-            state if mesh is None else devices.place(state),
-            batches_on_device(training, batch_size, rng, mesh),
-            train_key,
-            last=steps,
-            pauses_at=lambda step: step % every == 0,
-            stops_at=lambda step: is_interrupted(),
-            show_progress=progress,
-        )
-        weights_of = devices.current_flow if ema is None else devices.averaged_flow
-        for at, seen in _progress(pauses, weights_of, course, steps):
+        for at, seen in _progress(
+            run_steps(
+                trainer.compiled_step() if mesh is None else devices.step,
+                state if mesh is None else devices.place(state),
+                batches_on_device(training, batch_size, rng, mesh),
+                train_key,
+                last=steps,
+                pauses_at=lambda step: step % every == 0,
+                stops_at=lambda step: is_interrupted(),
+                show_progress=progress,
+            ),
+            devices.current_flow if ema is None else devices.averaged_flow,
+            course,
+            steps,
+        ):
             at.bar.set_postfix_str(str(seen))
             if at.stopped:
                 return course.result("interrupted")

@@ -85,17 +85,22 @@ def run_all(jobs: Next, workdir: Path, places: Sequence[str], data_dir: str | No
                 _finished(at, workdir)
 
 
+def environment() -> dict[str, str]:
+    """The environment of a process on one core, which finds this repository and has no cache of compiled programs."""
+    root = Path(__file__).resolve().parents[3]
+    paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    found = {**os.environ, **ENVIRONMENT, "PYTHONPATH": paths}
+    found.pop("JAX_COMPILATION_CACHE_DIR", None)
+    return found
+
+
 def _started(job: Job, workdir: Path, core: str, data_dir: str | None) -> Running:
     log = job.path(workdir).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "experiments.studies.comparison.worker", str(workdir), core]
     command += [] if data_dir is None else [data_dir]
-    root = Path(__file__).resolve().parents[3]
-    paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": paths}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     with log.open("wb") as file:
-        options = {"stdin": subprocess.PIPE, "stdout": file, "stderr": subprocess.STDOUT, "env": environment}
+        options = {"stdin": subprocess.PIPE, "stdout": file, "stderr": subprocess.STDOUT, "env": environment()}
         process = subprocess.Popen(command, **options)
     with suppress(BrokenPipeError), process.stdin as pipe:  # a process that ends at once reads nothing
         pipe.write((job.as_line() + "\n").encode())

@@ -31,8 +31,8 @@ ENVIRONMENT = {
 def main() -> None:
     """Does one job."""
     workdir, core, *data_dir = sys.argv[1:]
-    keep_to(core)
     end_with_parent()
+    keep_to(core)
     job = Job.from_line(sys.stdin.readline())
     from experiments.studies.comparison.making import made  # starts JAX, on this core
 

@@ -79,8 +79,8 @@ def made(job: Job) -> dict[str, Any]:
 
 def main() -> None:
     """Does one job."""
-    keep_to(sys.argv[1])
     end_with_parent()
+    keep_to(sys.argv[1])
     job = Job(**json.loads(sys.stdin.readline()))
     answers, sys.stdout = sys.stdout, sys.stderr
     print(json.dumps(made(job)), file=answers)

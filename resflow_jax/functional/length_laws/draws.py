@@ -10,7 +10,7 @@ UNKNOWN_LIPSCHITZ = 0.98
 
 
 def random_words(key: Array, count: int) -> Array:
-    """Random bits, uint32 [count]. The key must be random itself, as `jax.random.fold_in` returns it.
+    """Random bits, uint32 [count], from a key of "threefry2x32" that is random itself, as `jax.random.fold_in` returns.
 
     Where they suffice, they are the words of the key: that compiles faster than a draw. Then nothing else may use these
     words, but keys may be folded from the key.
