@@ -58,6 +58,7 @@ def test_samples_of_vectors(ax):
 
 def test_samples_of_a_flow():
     """They are those of its `sample`, on the current Axes."""
+    plt.figure()  # tests of other files may have left another one
     ax = rf.plot.samples(NORMAL, number=7, key=3)
     assert ax is plt.gca()
     np.testing.assert_allclose(ax.lines[0].get_xydata(), NORMAL.sample(jax.random.key(3), 7))
