@@ -128,6 +128,11 @@ def fingerprint(model: str, config: RunConfig) -> str:
     run = with_contender(config, model, Candidate(1.0, 1.0), 0)
     flow = getattr(run.model.data, "logit_alpha", None) if is_witness(model) else run.model
     settings = {"model": flow, "estimator": run.estimator, "optimizer": run.optimizer, "batch_size": run.batch_size}
+    return hash_of(settings)
+
+
+def hash_of(settings: Any) -> str:
+    """A short hash of settings, as of a config."""
     return hashlib.sha256(json.dumps(as_json(settings), sort_keys=True).encode()).hexdigest()[:16]
 
 
