@@ -201,6 +201,13 @@ def check_batch(name: str, x: Any, event_shape: tuple[int, ...] | None = None) -
         raise ValueError(f"{expected}, got shape {x.shape}")
 
 
+def check_like(name: str, out: Any, x: jax.Array, like: str = "x") -> None:
+    """Expects what a function `name` returns to have the shape and dtype of x, its argument called `like`."""
+    if getattr(out, "shape", None) != x.shape or out.dtype != x.dtype:
+        got = f"{out.dtype} {out.shape}" if hasattr(out, "shape") else type(out).__name__
+        raise ValueError(f"{name}: expected an output {x.dtype} {x.shape} like {like}, got {got}")
+
+
 def check_count(name: str, value: Any, least: int) -> None:
     """Expects an integer of at least `least`, within 64 bits."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:

@@ -19,7 +19,7 @@ from jax import lax
 
 from resflow_jax.functional.batch_axes import example_numbers, shared_and_example_keys, whole_batch_size
 from resflow_jax.functional.iteration import wide_dtype
-from resflow_jax.functional.length_laws.draws import random_words
+from resflow_jax.functional.primitives.random_words import random_words
 
 Array = jax.Array
 

@@ -18,7 +18,7 @@ from resflow_jax.functional.batch_axes import vary_alike
 from resflow_jax.functional.cayley_series import ParityPowerSeries, TwoSidedKrylov
 from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS
 from resflow_jax.functional.estimators import Roulette, Truncated, subsampling
-from resflow_jax.functional.length_laws.draws import random_words
+from resflow_jax.functional.primitives.random_words import random_words
 from resflow_jax.functional.roulette import draw_lengths, length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Product, Term
 

@@ -31,9 +31,9 @@ from resflow_jax.functional.checks import check_path, check_type, error_text, na
 from resflow_jax.io.checksums import digest_of_arrays
 from resflow_jax.io.config_json import config_from_json, config_to_json, parsed
 from resflow_jax.io.renames import renamed_arguments, renamed_arrays
-from resflow_jax.io.structure import UnknownClass, build, describe, difference, number_of_layers
+from resflow_jax.io.structure import UnknownClassError, build, describe, difference, number_of_layers
 from resflow_jax.io.upgrades import is_old, upgraded
-from resflow_jax.io.variables import OtherArrays, Structure, flattened, split_variables
+from resflow_jax.io.variables import OtherArraysError, Structure, flattened, split_variables
 from resflow_jax.io.whole_files import whole_file
 from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.models.flow import Flow
@@ -129,9 +129,9 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
         _check_undamaged(arrays, metadata)
         structure = _structure(metadata, len(arrays)) if like is None else _structure_of(like, metadata)
         return _filled(structure, arrays)
-    except UnknownClass as error:
+    except UnknownClassError as error:
         raise ValueError(f"{path}: {error_text(error)}{_REMEDY}") from error
-    except OtherArrays as error:
+    except OtherArraysError as error:
         remedy = _SHARED + _REMEDY if like is None and "structure" in metadata else ""
         raise ValueError(f"{path}: {error_text(error)}{remedy}") from error
     except ValueError as error:

@@ -34,7 +34,7 @@ from resflow_jax.layers.residual import ResidualStack
 _MISSING = object()
 
 
-class UnknownClass(ValueError):
+class UnknownClassError(ValueError):
     """A description names a class of another package."""
 
 
@@ -112,7 +112,7 @@ def build(description: Any, rngs: nnx.Rngs, name: str = "structure") -> Any:
       name: name of the description, for errors.
 
     Raises:
-      UnknownClass: for a class of another package.
+      UnknownClassError: for a class of another package.
       ValueError: for values that `describe` does not write, and for unknown, missing or invalid arguments of a class.
         The message names the place.
     """
@@ -130,12 +130,12 @@ def build(description: Any, rngs: nnx.Rngs, name: str = "structure") -> Any:
     if keys == {"activation"}:
         return get_activation(description["activation"])
     if keys == {"unknown"}:
-        raise UnknownClass(f"{name}: expected a class of resflow_jax, got {_brief(description)}")
+        raise UnknownClassError(f"{name}: expected a class of resflow_jax, got {_brief(description)}")
     if keys != {"type", "arguments"} or not isinstance(description["arguments"], dict):
         raise ValueError(f"{name}: expected the type and the arguments of a layer, got the keys {names_text(keys)}")
     cls = classes().get(description["type"]) if isinstance(description["type"], str) else None
     if cls is None:
-        raise UnknownClass(f"{name}: expected a class of resflow_jax, got {shown(description['type'])}")
+        raise UnknownClassError(f"{name}: expected a class of resflow_jax, got {shown(description['type'])}")
     return _call(cls, description["arguments"], rngs, name)
 
 
@@ -156,7 +156,7 @@ def _call(cls: type, arguments: dict[str, Any], rngs: nnx.Rngs, name: str) -> An
     try:
         with deferred_norms():
             return cls(**given)
-    except UnknownClass:
+    except UnknownClassError:
         raise
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         if str(error).startswith(f"{name}."):

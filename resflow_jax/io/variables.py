@@ -25,7 +25,7 @@ COLLECTIONS = {"params": nnx.Param, "norms": NormState, "batch_stats": nnx.Batch
 _NAMES = {kind: name for name, kind in COLLECTIONS.items()}
 
 
-class OtherArrays(ValueError):
+class OtherArraysError(ValueError):
     """Some arrays are missing or unknown."""
 
 
@@ -66,22 +66,21 @@ class Structure(NamedTuple):
         leaves, treedef = jax.tree.flatten(state)
         return cls(*static, treedef, dict(zip(paths(state), leaves, strict=True)))
 
-    def filled(self, arrays: Mapping[Path, Any], *, what: str = "arrays", expected: str = "those of this flow") -> Flow:
+    def filled(self, arrays: Mapping[Path, Any], *, what: str = "arrays") -> Flow:
         """The flow with these arrays, in their dtypes (float64 becomes float32 unless JAX enables it).
 
         Args:
           arrays: arrays by path.
           what: name of the argument, for errors.
-          expected: description of the expected arrays, for errors.
 
         Raises:
-          OtherArrays: if arrays are missing or unknown.
+          OtherArraysError: if arrays are missing or unknown.
           ValueError: if an array has another shape or another kind of dtype.
         """
         for problem, names in (("missing", self.leaves.keys() - arrays), ("unknown", arrays.keys() - self.leaves)):
             if names:
                 listed = names_text(map("/".join, names))
-                raise OtherArrays(f"{what}: expected {expected}; arrays {problem}: {listed}")
+                raise OtherArraysError(f"{what}: expected those of this flow; arrays {problem}: {listed}")
         for path, leaf in self.leaves.items():
             name, shape, dtype = "/".join(path), jnp.shape(arrays[path]), jnp.result_type(arrays[path])
             if shape != leaf.shape:

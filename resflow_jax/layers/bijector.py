@@ -364,6 +364,11 @@ def own_condition(bijector: Bijector, condition: Array | None) -> Array | None:
     return None if bijector.condition_shape is None else condition
 
 
+def as_row(tree: Any) -> Any:
+    """The diagnostics, or the status, of one block with a leading axis of blocks."""
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
 def join_blocks(parts: list[Blocks]) -> Blocks:
     """The diagnostics, or the statuses, of consecutive residual blocks as one, with a leading axis of blocks."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)

@@ -21,6 +21,7 @@ from resflow_jax.functional.checks import (
     check_count,
     check_finite,
     check_key,
+    check_like,
     check_positive,
 )
 from resflow_jax.functional.estimators import Estimator
@@ -31,6 +32,7 @@ from resflow_jax.layers.bijector import (
     Forward,
     Inverse,
     InverseAndLogDet,
+    as_row,
     checked_estimator,
 )
 from resflow_jax.layers.conditions import ConditionShape, as_condition
@@ -247,13 +249,13 @@ class ContinuousBlock(Bijector):
 
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
         found = self._run(y, None, WithoutLogDet(), condition, backwards=True)
-        return found.end, [jax.tree.map(lambda leaf: leaf[None], found.status)]
+        return found.end, [as_row(found.status)]
 
     def solve_and_estimate(
         self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
     ) -> InverseAndLogDet:
         found = self._run(y, key, estimator, condition, backwards=True)
-        return found.end, found.log_det, [], [jax.tree.map(lambda leaf: leaf[None], found.status)]
+        return found.end, found.log_det, [], [as_row(found.status)]
 
 
 def _right_side(graphdef: Any, dtype: Any, wide: Any, trace: Trace) -> Any:
@@ -265,9 +267,7 @@ def _right_side(graphdef: Any, dtype: Any, wide: Any, trace: Trace) -> Any:
 
         def field(x):
             f_x = module(t, x) if condition is None else module(t, x, condition)
-            if getattr(f_x, "shape", None) != x.shape or f_x.dtype != x.dtype:
-                got = f"{f_x.dtype} {f_x.shape}" if hasattr(f_x, "shape") else type(f_x).__name__
-                raise ValueError(f"field: expected an output {x.dtype} {x.shape} like x, got {got}")
+            check_like("field", f_x, x)
             return f_x
 
         value, divergence = trace.with_value(field, state[0].astype(dtype), probes)

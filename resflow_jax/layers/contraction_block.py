@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from resflow_jax.functional.checks import check_open_interval
+from resflow_jax.functional.checks import check_like, check_open_interval
 from resflow_jax.layers.bijector import Bijector, Shape
 from resflow_jax.layers.block_certificate import certify_contraction, tighten_contraction
 from resflow_jax.layers.conditions import ConditionShape
@@ -57,9 +57,7 @@ class ContractionBlock(Bijector):
           ValueError: if it changes the shape or the dtype of x.
         """
         g_x = self.contraction(x) if condition is None else self.contraction(x, condition)
-        if getattr(g_x, "shape", None) != x.shape or g_x.dtype != x.dtype:
-            got = f"{g_x.dtype} {g_x.shape}" if hasattr(g_x, "shape") else type(g_x).__name__
-            raise ValueError(f"g: expected an output {x.dtype} {x.shape} like x, got {got}")
+        check_like("g", g_x, x)
         return g_x
 
     def _estimated(self, log_det_of: Callable[..., Any], x: Array, key: Any, estimator: Any, condition: Any) -> Any:
@@ -99,8 +97,3 @@ class ContractionBlock(Bijector):
 
     def tighten(self) -> None:
         tighten_contraction(self.contraction)
-
-
-def as_row(tree: Any) -> Any:
-    """The diagnostics, or the status, of one block with a leading axis of blocks."""
-    return jax.tree.map(lambda leaf: leaf[None], tree)

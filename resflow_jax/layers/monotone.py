@@ -12,10 +12,10 @@ from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.monotone import ROOT, half_way, log_det_at, scaled
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.texts import constructor
-from resflow_jax.layers.bijector import Forward, Inverse, InverseAndLogDet, Shape
+from resflow_jax.layers.bijector import Forward, Inverse, InverseAndLogDet, Shape, as_row
 from resflow_jax.layers.block_certificate import monotone_bounds
 from resflow_jax.layers.conditions import ConditionShape
-from resflow_jax.layers.contraction_block import ContractionBlock, as_row
+from resflow_jax.layers.contraction_block import ContractionBlock
 from resflow_jax.layers.without_log_det import refuse_dropout
 
 Array = jax.Array

@@ -43,7 +43,7 @@ class MovingBatchNorm(Bijector):
     that the layer is the identity, up to epsilon.
 
     epsilon has the squared unit of x and suits values around 1, as after an ActNorm. If the variance of x overflows the
-    dtype, it is infinite, and `ResidualFlow.initialize` refuses x.
+    dtype, it is infinite, and `Flow.initialize` refuses x.
 
     Args:
       shape: (C,) for one mean and scale for each channel of x [B, ..., C]; an event shape for one for each feature.

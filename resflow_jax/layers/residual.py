@@ -25,10 +25,11 @@ from resflow_jax.layers.bijector import (
     Inverse,
     InverseAndLogDet,
     Shape,
+    as_row,
     join_blocks,
 )
 from resflow_jax.layers.block_certificate import residual_bounds
-from resflow_jax.layers.contraction_block import ContractionBlock, as_row
+from resflow_jax.layers.contraction_block import ContractionBlock
 from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, map_linears, norms_are_deferred
 from resflow_jax.layers.module_texts import Part, Parts
 from resflow_jax.layers.norm_updates import update_norms

@@ -22,7 +22,7 @@ from resflow_jax.functional.inverse import residual_inverse
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.primitives.convolution import conv2d
 from resflow_jax.functional.solvers import Solver
-from resflow_jax.layers.bijector import Inverse, Shape
+from resflow_jax.layers.bijector import Inverse, Shape, as_row
 from resflow_jax.layers.block_certificate import BlockCertificate
 from resflow_jax.layers.initial import fan_in_uniform
 from resflow_jax.layers.module import List, Module
@@ -89,7 +89,7 @@ class UnconstrainedBlock(NoBijection):
         graphdef, state = nnx.split(self.branch)
         g = lambda state, x: nnx.merge(graphdef, state)(x)  # noqa: E731
         x, status = residual_inverse(g, state, y, solver=solver, return_status=True)
-        return x, [jax.tree.map(lambda leaf: leaf[None], status)]
+        return x, [as_row(status)]
 
     def certified_bounds(self, blocks: list) -> tuple[float, float]:
         blocks.append(_NO_BOUND)
@@ -181,9 +181,8 @@ class StridedBlock(NoBijection):
         tolerance = jnp.maximum(solver.tolerance_for(y.dtype), 64 * float(jnp.finfo(y.dtype).eps))
         converged = residual <= tolerance.astype(y.dtype) * jnp.maximum(1, scale)
         iterations = vary_over(jnp.full(y.shape[0], _STEPS, jnp.int32), axes)
-        return x, [
-            InverseStatus(iterations[None], residual[None], jnp.linalg.norm(rest, axis=1)[None], converged[None])
-        ]
+        status = InverseStatus(iterations, residual, jnp.linalg.norm(rest, axis=1), converged)
+        return x, [as_row(status)]
 
     def certified_bounds(self, blocks: list) -> tuple[float, float]:
         blocks.append(_NO_BOUND)

@@ -1,7 +1,7 @@
 """`ContinuousFlow` and its config: flows of ordinary differential equations (FFJORD)."""
 
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 from flax import nnx
 
@@ -10,16 +10,23 @@ from resflow_jax.layers.actnorm import ActNorm
 from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.composition import Chain
 from resflow_jax.layers.continuous import ADJOINTS, Adjoint, ContinuousBlock, VelocityField, check_times
-from resflow_jax.layers.couplings.conditioners import CNNConditioner, MLPConditioner, ResNetConditioner
+from resflow_jax.layers.couplings.conditioners import CNNConditioner, MLPConditioner
 from resflow_jax.layers.multi_scale import MultiScale
 from resflow_jax.layers.residual import ResidualStack
 from resflow_jax.layers.shapes import Flatten, Squeeze
 from resflow_jax.models.groups import ImageTransform, VectorTransform
 from resflow_jax.models.recipe import RecipeFlow, first_layers
-from resflow_jax.models.recipe_checks import OfEvents, as_event_shape, check_shape_and_data, halvings
+from resflow_jax.models.recipe_checks import (
+    Network,
+    OfEvents,
+    as_event_shape,
+    check_network,
+    check_shape_and_data,
+    check_squeezes,
+    halvings,
+)
 from resflow_jax.models.residual_flow import flow_from_config
 
-Network = MLPConditioner | CNNConditioner | ResNetConditioner
 Shape = tuple[int, ...]
 
 
@@ -75,17 +82,10 @@ class ContinuousFlowConfig(OfEvents):
         check_times(self.time, self.tolerance)
         check_count("max_steps", self.max_steps, 1)
         check_choice("adjoint", self.adjoint, ADJOINTS)
-        if not isinstance(self.conditioner, get_args(Network)):
-            expected = " or ".join(kind.__name__ for kind in get_args(Network))
-            raise ValueError(f"conditioner: expected {expected}, got {type(self.conditioner).__name__}")
-        if len(self.shape) == 1 and not isinstance(self.conditioner, MLPConditioner):
-            name = type(self.conditioner).__name__
-            raise ValueError(f"conditioner: expected MLPConditioner for vectors, got {name}")
+        check_network(self)
         if self.squeezes and self.is_flat:
             raise ValueError(f"squeezes: expected 0 for vectors and MLPConditioner, got {self.squeezes}")
-        if halvings(self.shape, self.squeezes) < self.squeezes:
-            expected = f"height and width divisible by {2**self.squeezes}, for {self.squeezes} squeezes"
-            raise ValueError(f"shape: expected {expected}, got {self.shape}")
+        check_squeezes(self.shape, self.squeezes)
 
     def fitted(self, shape: Shape) -> "ContinuousFlowConfig":
         """The same settings for events of another shape, with as many squeezes as its sides allow."""

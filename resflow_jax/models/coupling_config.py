@@ -4,17 +4,24 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from resflow_jax.functional.checks import check_choice, check_count, check_flags
+from resflow_jax.functional.checks import check_choice, check_count, check_flags, check_type
 from resflow_jax.functional.splines import MOST_BINS
 from resflow_jax.layers.couplings.affine import SCALES, Scale
 from resflow_jax.layers.couplings.conditioners import CNNConditioner, MLPConditioner, ResNetConditioner
 from resflow_jax.models.groups import Dequantization, ImageTransform, VectorTransform
-from resflow_jax.models.recipe_checks import OfEvents, as_event_shape, check_shape_and_data, halvings
+from resflow_jax.models.recipe_checks import (
+    Network,
+    OfEvents,
+    as_event_shape,
+    check_network,
+    check_shape_and_data,
+    check_squeezes,
+    halvings,
+)
 
 CouplingName = Literal["additive", "affine", "spline", "mixture"]
 COUPLINGS = get_args(CouplingName)
 IN_PIECES = ("spline", "mixture")  # couplings that have bins or components
-Network = MLPConditioner | CNNConditioner | ResNetConditioner
 Shape = tuple[int, ...]
 
 
@@ -116,27 +123,17 @@ class CouplingFlowConfig(OfEvents):
             if getattr(self, name) != default and self.coupling not in couplings:
                 expected = f"{default!r} where coupling is not {' or '.join(map(repr, couplings))}"
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r} for {self.coupling!r}")
-        for name, kinds in (("conditioner", get_args(Network)), ("scales", (CouplingScales,))):
-            if not isinstance(getattr(self, name), kinds):
-                expected = " or ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"{name}: expected {expected}, got {type(getattr(self, name)).__name__}")
+        check_network(self)
+        check_type("scales", self.scales, CouplingScales)
         if self.is_flat:
             if self.dim + self.data.padding.channels < 2:
                 raise ValueError(f"shape: expected at least 2 elements to divide, got {self.shape}")
             if self.scales != CouplingScales():
                 raise ValueError(f"scales: expected the default for vectors and MLPConditioner, got {self.scales}")
-            if not isinstance(self.conditioner, MLPConditioner):
-                name = type(self.conditioner).__name__
-                raise ValueError(f"conditioner: expected MLPConditioner for vectors, got {name}")
             return
         if math.prod(self.shape[:2]) < 2:
             raise ValueError(f"shape: expected images of at least 2 pixels, or MLPConditioner, got {self.shape}")
-        found = halvings(self.shape, self.scales.squeezes)
-        if found < self.scales.squeezes:
-            raise ValueError(
-                f"shape: expected height and width divisible by {2**self.scales.squeezes}, for "
-                f"{self.scales.squeezes} squeezes, got {self.shape}"
-            )
+        check_squeezes(self.shape, self.scales.squeezes)
         if not self.scales.squeezes and not self.scales.last:
             raise ValueError("scales: expected squeezes or last coupling layers, got none of either")
         sides = 2**self.scales.squeezes

@@ -57,25 +57,20 @@ class CouplingFlow(RecipeFlow):
 
     @staticmethod
     def _build(config: CouplingFlowConfig, rngs: nnx.Rngs) -> Bijector:
-        return build_coupling_bijector(config, rngs)
+        layers, shape = first_layers(config)
+        if not config.is_flat:
+            return _image_bijector(config, layers, shape, rngs)
+        if len(shape) > 1:
+            even = checkerboard(shape).ravel()
+            layers += [Flatten(shape), Permutation(np.argsort(~even, kind="stable"))]
+            shape = (even.size,)
+        layers += [ActNorm(shape), *_couplings(config, shape, "halves", config.couplings, rngs)]
+        return Chain(layers + _last(config, shape))
 
 
 @flow_from_config.register
 def _(config: CouplingFlowConfig, *, rngs: nnx.Rngs) -> CouplingFlow:
     return CouplingFlow(config, rngs=rngs)
-
-
-def build_coupling_bijector(config: CouplingFlowConfig, rngs: nnx.Rngs) -> Bijector:
-    """The bijector from x to z [B, D]."""
-    layers, shape = first_layers(config)
-    if not config.is_flat:
-        return _image_bijector(config, layers, shape, rngs)
-    if len(shape) > 1:
-        even = checkerboard(shape).ravel()
-        layers += [Flatten(shape), Permutation(np.argsort(~even, kind="stable"))]
-        shape = (even.size,)
-    layers += [ActNorm(shape), *_couplings(config, shape, "halves", config.couplings, rngs)]
-    return Chain(layers + _last(config, shape))
 
 
 def _image_bijector(config: CouplingFlowConfig, layers: list[Bijector], shape: Shape, rngs: nnx.Rngs) -> Bijector:

@@ -10,7 +10,7 @@ from resflow_jax.models.build import logit, normalization, padding_layers
 from resflow_jax.models.dequantization import VariationalDequantization
 from resflow_jax.models.image_values import OfUnitImages
 from resflow_jax.models.recipe_checks import check_rngs
-from resflow_jax.models.residual_flow import compiled_creator
+from resflow_jax.models.residual_flow import made_bijector
 
 Array = jax.Array
 Shape = tuple[int, ...]
@@ -30,9 +30,7 @@ class RecipeFlow(OfUnitImages):
         if type(config) is not self._config_type:
             raise ValueError(f"config: expected {self._config_type.__name__}, got {type(config).__name__}")
         check_rngs(rngs)
-        create, static = compiled_creator(config, type(self)._build)
-        state = create(rngs.params())
-        super().__init__(nnx.merge(static["graphdef"], state), event_shape=config.shape)
+        super().__init__(made_bijector(config, type(self)._build, rngs), event_shape=config.shape)
         self.config = config
         if self._is_image and config.data.dequantization.couplings:
             self.dequantizer = VariationalDequantization.of(config, rngs=rngs)

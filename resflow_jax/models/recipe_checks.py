@@ -1,13 +1,15 @@
 """What configs and their flows share: checks, and what follows from the shape of the events of a recipe."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 from flax import nnx
 
 from resflow_jax.functional.checks import as_shape, check_count, check_type
-from resflow_jax.layers.couplings.conditioners import MLPConditioner
+from resflow_jax.layers.couplings.conditioners import CNNConditioner, MLPConditioner, ResNetConditioner
 from resflow_jax.models.groups import ImageTransform, VectorTransform
+
+Network = MLPConditioner | CNNConditioner | ResNetConditioner
 
 
 class OfEvents:
@@ -41,6 +43,23 @@ def check_shape_and_data(config: Any) -> None:
     config.data.check_channels(config.shape[-1])
     if config.condition_dim is not None:
         check_count("condition_dim", config.condition_dim, 1)
+
+
+def check_network(config: Any) -> None:
+    """Checks that `conditioner` of a config fits its events."""
+    network = config.conditioner
+    if not isinstance(network, get_args(Network)):
+        expected = " or ".join(kind.__name__ for kind in get_args(Network))
+        raise ValueError(f"conditioner: expected {expected}, got {type(network).__name__}")
+    if len(config.shape) == 1 and not isinstance(network, MLPConditioner):
+        raise ValueError(f"conditioner: expected MLPConditioner for vectors, got {type(network).__name__}")
+
+
+def check_squeezes(shape: tuple[int, ...], squeezes: int) -> None:
+    """Checks that the sides of an image can be halved `squeezes` times."""
+    if halvings(shape, squeezes) < squeezes:
+        expected = f"height and width divisible by {2**squeezes}, for {squeezes} squeezes"
+        raise ValueError(f"shape: expected {expected}, got {shape}")
 
 
 def check_rngs(rngs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache, singledispatch
+from typing import Any
 
 import jax
 from flax import nnx
@@ -99,17 +100,17 @@ def flow_from_config(config: FlowConfig, *, rngs: nnx.Rngs) -> ResidualFlow:
     return ResidualFlow(config, rngs=rngs)
 
 
-def made_bijector(config: FlowConfig, build: Callable[[FlowConfig, nnx.Rngs], Bijector], rngs: nnx.Rngs) -> Bijector:
+def made_bijector(config: Any, build: Callable[[Any, nnx.Rngs], Bijector], rngs: nnx.Rngs) -> Bijector:
     """The bijector of a config with random parameters, and with converged norms unless those are deferred."""
     if norms_are_deferred():  # the structure alone matters: the arrays come from a file
         return build(config, rngs)
-    create, static = compiled_creator(config, build)
+    create, static = _creator(config, build)
     state = create(rngs.params())
     return nnx.merge(static["graphdef"], state)
 
 
 @lru_cache(maxsize=16)
-def compiled_creator(config, build):
+def _creator(config, build):
     """A compiled program that makes all parameters of a config's bijector, with converged norms.
 
     Returns:

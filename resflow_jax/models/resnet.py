@@ -79,14 +79,14 @@ def _invertible(config: ClassifierConfig, rngs: nnx.Rngs) -> list[Bijector]:
     shape, layers = config.shape, []
     if config.squeeze_first:
         layers.append(Squeeze(shape))
-        shape = _halved(shape, 4 * shape[-1])
+        shape = layers[-1].output_shape(shape)
     if config.padding:
         layers.append(ZeroPadding(config.padding))
         shape = *shape[:2], shape[-1] + config.padding
     for stage, (depth, hidden) in enumerate(zip(config.blocks, config.hidden_channels, strict=True)):
         if stage:
             layers.append(Squeeze(shape))
-            shape = _halved(shape, 4 * shape[-1])
+            shape = layers[-1].output_shape(shape)
         layers += _stage(config, shape, hidden, depth, is_first=not stage, rngs=rngs)
     return layers
 
@@ -125,8 +125,3 @@ def _stage(
     if not is_first:
         return [ResidualStack(step(True), depth, rngs=rngs)]
     return [step(False)(rngs)] + ([ResidualStack(step(True), depth - 1, rngs=rngs)] if depth > 1 else [])
-
-
-def _halved(shape: Shape, channels: int) -> Shape:
-    height, width, _ = shape
-    return height // 2, width // 2, channels

@@ -83,16 +83,16 @@ class Checkpoints:
         )
         # If a directory could not be made in the background, the threads of orbax would wait 20 minutes, also at exit.
         # The callback runs when all files are written, before the checkpoint gets its name.
-        here = ocp.options.AsyncOptions(
+        in_background = ocp.options.AsyncOptions(
             create_directories_asynchronously=False, post_finalization_callback=self._write_checksums
         )
         self._saving = -1
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies, best_fn=lowest, best_mode="min", async_options=here
+            preservation_policy=policies, best_fn=lowest, best_mode="min", async_options=in_background
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "certificate": ocp.JsonCheckpointHandler()}
         self._directory = Path(directory).resolve()
-        self._manager = _Manager(Path(directory).resolve(), options=options, item_handlers=handlers)
+        self._manager = _Manager(self._directory, options=options, item_handlers=handlers)
 
     @property
     def latest_step(self) -> int | None:

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from resflow_jax.data.images import check_quantized, to_unit_interval
-from resflow_jax.functional.checks import as_host_array, check_count, check_type, shown
+from resflow_jax.data.images import to_unit_interval
+from resflow_jax.functional.checks import check_count, check_type, shown
 from resflow_jax.models.flow import Flow
-from resflow_jax.training.forms import batches_in_order, mesh_of, on_all_devices
+from resflow_jax.training.forms import batches_in_order, placed
+from resflow_jax.training.scores import quantized_images
 
 Array = jax.Array
 
@@ -47,14 +48,8 @@ def class_logits(
     check_count("batch_size", batch_size, 1)
     if mesh is not None:
         check_type("mesh", mesh, Mesh)
-    images = as_host_array("images", images, "an array of integers [N, H, W, C]")
-    check_quantized("images", images, levels)
-    if images.shape[1:] != flow.event_shape:
-        raise ValueError(f"images: expected images {flow.event_shape}, those of the flow, got {images.shape[1:]}")
-    divided_among = mesh_of(flow)
-    mesh = mesh if divided_among is None else divided_among
-    if mesh is not None and divided_among is None:
-        flow = on_all_devices(flow, mesh)
+    images = quantized_images("images", flow, images, levels)
+    flow, mesh, _ = placed(flow, mesh)
     devices = 1 if mesh is None else mesh.size
     batch_size = devices * -(-min(batch_size, len(images)) // devices)
     parts = [_logits(flow, batch, levels, mesh) for batch in batches_in_order(images, batch_size, mesh)]

@@ -10,15 +10,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from resflow_jax.data.images import check_quantized
 from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type, shown
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator, subsampling
 from resflow_jax.functional.texts import fields_text, is_number
 from resflow_jax.functional.values import checked
 from resflow_jax.layers.conditions import as_condition
 from resflow_jax.models.flow import Flow
-from resflow_jax.training.forms import batches_in_order, mesh_of, on_all_devices
-from resflow_jax.training.scores import Score, bits_per_dim_of, negative_log_prob
+from resflow_jax.training.forms import batches_in_order, on_all_devices, placed
+from resflow_jax.training.scores import Score, bits_per_dim_of, negative_log_prob, quantized_images
 from resflow_jax.training.slices import over_slices
 
 Array = jax.Array
@@ -184,10 +183,7 @@ def image_bits_per_dim(
     _check_flow(flow)
     check_count("levels", levels, 1)
     estimator = Roulette() if estimator is None else estimator
-    images = as_host_array("images", images, "an array of integers [N, H, W, C]")
-    check_quantized("images", images, levels)
-    if images.shape[1:] != flow.event_shape:
-        raise ValueError(f"images: expected images {flow.event_shape}, those of the flow, got {images.shape[1:]}")
+    images = quantized_images("images", flow, images, levels)
     examples = _with_condition(flow, images, condition)
     return _scores(bits_per_dim_of(levels), flow, examples, key, estimator, draws, batch_size, mesh)
 
@@ -280,12 +276,9 @@ def _scores(
     if mesh is not None:
         check_type("mesh", mesh, Mesh)
     count = len(jax.tree.leaves(examples)[0])
-    divided_among = mesh_of(flow)
-    mesh = mesh if divided_among is None else divided_among
+    flow, mesh, is_whole = placed(flow, mesh)
     if mesh is not None:
         key, estimator = on_all_devices((key, estimator), mesh)
-    if mesh is not None and divided_among is None:
-        flow = on_all_devices(flow, mesh)
     unit = (1 if mesh is None else mesh.size) * subsampling(estimator)  # each device has whole parts
     batch_size = unit * -(-min(batch_size, count) // unit)
     batches = -(-count // batch_size)
@@ -294,7 +287,7 @@ def _scores(
     for draw, draw_key in enumerate(jax.random.split(key, draws)):
         keys = jax.random.split(draw_key, batches)
         parts = [
-            _batch_scores(flow, batch, subkey, estimator, score, mesh, divided_among is None)
+            _batch_scores(flow, batch, subkey, estimator, score, mesh, is_whole)
             for subkey, batch in zip(keys, batches_in_order(examples, batch_size, mesh), strict=True)
         ]
         scores[draw] = np.concatenate(jax.device_get(parts))

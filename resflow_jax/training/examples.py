@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from resflow_jax.data.images import check_quantized
 from resflow_jax.data.units import warn_if_rounded
-from resflow_jax.functional.checks import as_host_array
 from resflow_jax.layers.conditions import as_condition
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.forms import on_all_devices
 from resflow_jax.training.parallel import DATA_AXIS
+from resflow_jax.training.scores import quantized_images
 
 Array = jax.Array
 
@@ -44,10 +43,7 @@ class Examples(NamedTuple):
                 warn_if_rounded("x", x)
             with flow._checked_input(x, condition, are_data=True) as (x, condition):
                 return cls(x, condition)
-        x = as_host_array("x", x, "an array of integers [N, H, W, C]")
-        check_quantized("x", x, levels)
-        if x.shape[1:] != flow.event_shape:
-            raise ValueError(f"x: expected images {flow.event_shape}, those of the flow, got {x.shape[1:]}")
+        x = quantized_images("x", flow, x, levels)
         own = as_condition(condition, flow.condition_shape, x.shape[:1])
         with flow._finite(condition):
             return cls(jnp.asarray(x), own)

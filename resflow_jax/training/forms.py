@@ -157,6 +157,17 @@ def on_all_devices(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
+def placed(flow: Any, mesh: Mesh | None) -> tuple[Any, Mesh | None, bool]:
+    """The flow on the devices that evaluate it, their mesh or None for one device, and whether each has the whole flow.
+
+    A flow whose arrays are divided among devices stays on these. Another one is copied to all of the given mesh.
+    """
+    own = mesh_of(flow)
+    if own is not None:
+        return flow, own, False
+    return flow if mesh is None else on_all_devices(flow, mesh), mesh, True
+
+
 def divided_examples(examples: Any, mesh: Mesh) -> Any:
     """Global arrays [B, ...] of examples that every process has, divided along the axis "data" of the mesh."""
     slices = NamedSharding(mesh, PartitionSpec(DATA_AXIS))

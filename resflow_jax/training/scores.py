@@ -13,8 +13,10 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import numpy as np
 
-from resflow_jax.data.images import dequantize, to_unit_interval
+from resflow_jax.data.images import check_quantized, dequantize, to_unit_interval
+from resflow_jax.functional.checks import as_host_array
 from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.estimators import Estimator
 from resflow_jax.models.flow import Flow
@@ -58,6 +60,15 @@ def bits_per_dim_of(levels: int) -> Score:
         return x, bits_per_dim(log_prob, math.prod(flow.event_shape), levels), diagnostics
 
     return score
+
+
+def quantized_images(name: str, flow: Flow, images: Any, levels: int) -> Array | np.ndarray:
+    """Integer images [N, H, W, C] in {0..levels-1} of the flow's shape, as `as_host_array`; a ValueError names them."""
+    images = as_host_array(name, images, "an array of integers [N, H, W, C]")
+    check_quantized(name, images, levels)
+    if images.shape[1:] != flow.event_shape:
+        raise ValueError(f"{name}: expected images {flow.event_shape}, those of the flow, got {images.shape[1:]}")
+    return images
 
 
 def dequantized(flow: Flow, images: Array, key: Array, levels: int) -> tuple[Array, Array | None]:

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.io.structure import UnknownClass, build, classes, describe
+from resflow_jax.io.structure import UnknownClassError, build, classes, describe
 from resflow_jax.layers.lipschitz import deferred_norms
 from resflow_jax.layers.module import Module
 
@@ -132,5 +132,5 @@ def test_what_nothing_tells_how_to_make():
 
     description = describe(rf.Flow(rf.ActNorm((3,)), Object(), event_shape=(3,)))
     assert list(description["arguments"]["base"]) == ["unknown"]
-    with pytest.raises(UnknownClass, match=r"structure.base: expected a class of resflow_jax, got "):
+    with pytest.raises(UnknownClassError, match=r"structure.base: expected a class of resflow_jax, got "):
         build(description, nnx.Rngs(0))

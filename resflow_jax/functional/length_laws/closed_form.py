@@ -10,12 +10,12 @@ import numpy as np
 
 from resflow_jax.functional.checks import check_open_interval
 from resflow_jax.functional.length_laws.draws import (
-    UNKNOWN_LIPSCHITZ,
     draw_geometric,
     event_and_uniform,
     random_bits,
     uniform,
 )
+from resflow_jax.functional.length_laws.protocol import UNKNOWN_LIPSCHITZ
 
 Array = jax.Array
 

@@ -1,22 +1,9 @@
-"""Random words, and random lengths from 64 bits of them."""
+"""Random lengths from 64 random bits."""
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-
-# The assumed Lipschitz constant of a g without a known one: that of one layer with the default coefficient.
-UNKNOWN_LIPSCHITZ = 0.98
-
-
-def random_words(key: Array, count: int) -> Array:
-    """Random bits, uint32 [count], from a key of "threefry2x32" that is random itself, as `jax.random.fold_in` returns.
-
-    Where they suffice, they are the words of the key: that compiles faster than a draw. Then nothing else may use these
-    words, but keys may be folded from the key.
-    """
-    own = jax.random.key_data(key)
-    return own[:count] if count <= own.size else jax.random.bits(key, (count,), jnp.uint32)
 
 
 def random_bits(key: Array, shape: tuple[int, ...]) -> Array:

@@ -10,7 +10,8 @@ import numpy as np
 
 from resflow_jax.functional.checks import check_count, check_open_interval
 from resflow_jax.functional.iteration import wide_dtype
-from resflow_jax.functional.length_laws.draws import UNKNOWN_LIPSCHITZ, random_bits, uniform
+from resflow_jax.functional.length_laws.draws import random_bits, uniform
+from resflow_jax.functional.length_laws.protocol import UNKNOWN_LIPSCHITZ
 
 Array = jax.Array
 

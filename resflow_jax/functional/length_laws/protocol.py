@@ -18,6 +18,9 @@ import jax
 
 Array = jax.Array
 
+# The assumed Lipschitz constant of a g without a known one: that of one layer with the default coefficient.
+UNKNOWN_LIPSCHITZ = 0.98
+
 
 class LengthLaw(Protocol):
     """Interface of the law of a random length, for `Roulette(length=...)`: any object with these methods.

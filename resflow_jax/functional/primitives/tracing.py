@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from resflow_jax.functional.checks import check_like
 from resflow_jax.functional.primitives.batch_sizes import is_of_rows
 from resflow_jax.functional.primitives.jax_internals import (
     ClosedJaxpr,
@@ -107,10 +108,7 @@ def trace_residual(
       ValueError: unless g keeps the shape and dtype of x.
     """
     traced, closed_over = trace(g, params, like, *condition)
-    out = traced.out
-    if getattr(out, "shape", None) != like.shape or out.dtype != like.dtype:
-        got = f"{out.dtype} {out.shape}" if hasattr(out, "shape") else type(out).__name__
-        raise ValueError(f"g: expected an output {like.dtype} {like.shape} like {name}, got {got}")
+    check_like("g", traced.out, like, name)
     return traced, closed_over
 
 

@@ -78,8 +78,7 @@ def load_torch_checkpoint(
     """
     check_choice("weights", weights, (None, "ema", "raw"))
     check_choice("norms", norms, ("converged", "stored"))
-    if not isinstance(path, str | Path):
-        raise ValueError(f"path: expected a path of a file, got {path!r}")
+    check_path(path)
     path = Path(path)
     content = read_torch_file(path)
     try:

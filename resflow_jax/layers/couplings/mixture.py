@@ -16,7 +16,7 @@ from resflow_jax.functional.logistic_mixtures import (
     mixture_of,
 )
 from resflow_jax.functional.solvers import Anderson, Solver
-from resflow_jax.layers.bijector import Inverse, InverseAndLogDet
+from resflow_jax.layers.bijector import Inverse, InverseAndLogDet, as_row
 from resflow_jax.layers.conditioned_params import bounded
 from resflow_jax.layers.couplings.conditioners import Conditioner
 from resflow_jax.layers.couplings.coupling import Coupling
@@ -103,4 +103,4 @@ class MixtureCoupling(Coupling):
         parts = self._parts
         moved, log_slopes, status = self._solved(parts.moved(y), self.theta(y, condition), solver)
         log_det = jnp.sum(parts.only_moved(log_slopes), axis=tuple(range(1, y.ndim)))
-        return parts.joined(y, moved), log_det, [], [jax.tree.map(lambda leaf: leaf[None], status)]
+        return parts.joined(y, moved), log_det, [], [as_row(status)]
