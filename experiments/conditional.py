@@ -30,11 +30,11 @@ import jax
 import numpy as np
 
 from experiments.configs.base import OptimizerConfig
-from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache, use_xla_flags
 from experiments.runs.lock import locked
 from experiments.runs.metrics_file import MetricsFile
+from experiments.runs.pictures import save_images
 from experiments.runs.tables import print_table
 from experiments.runs.workdir import claim_workdir
 from experiments.studies.conditioning import classes
@@ -48,7 +48,7 @@ from experiments.studies.conditioning.amortised import (
     take_turns,
 )
 from experiments.studies.conditioning.classes import DigitsConfig
-from experiments.studies.conditioning.posteriors import Fit, circle_of, compare, print_fits
+from experiments.studies.conditioning.posteriors import Fit, circle_of, compare, print_fits, save_posteriors
 from experiments.studies.conditioning.simulators import GaussianLinear, Simulator, TwoMoons
 from resflow_jax import Estimator, Exact, Roulette, VectorFlowConfig, certify
 from resflow_jax.functional.checks import check_choice, check_count
@@ -237,7 +237,7 @@ def infer(config: ConditionalConfig, name: str, title: str, metrics: MetricsFile
     for flow, fit in comparison.fits.items():
         metrics.write(task=name, flow=flow, step=fit.steps, split="test", **fit._asdict())
     circle = circle_of(settings.simulator)
-    pictures.save_posteriors(config.workdir / f"{name}.png", comparison.samples, comparison.observed, title, circle)
+    save_posteriors(config.workdir / f"{name}.png", comparison.samples, comparison.observed, title, circle)
     print_fits(title, comparison.fits, certify(learners[0].flow))
     return comparison.fits
 
@@ -284,7 +284,7 @@ def learn_digits(config: ConditionalConfig, metrics: MetricsFile) -> dict[str, c
             accuracy=found.accuracy,
             seconds=found.seconds,
         )
-    pictures.save_images(
+    save_images(
         config.workdir / "digits.png",
         {
             "test images": classes.digits_of_classes(settings.samples),

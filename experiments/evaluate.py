@@ -49,11 +49,11 @@ from experiments.runs.likelihoods import (
     PERMUTED,
     RECONSTRUCTED,
     auroc,
-    judge,
     named,
     reconstruction,
     reconstruction_row,
     typicality_csv,
+    typicality_of,
     typicality_rows,
     typicality_summary,
 )
@@ -176,7 +176,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.typicality:
         references = [task.splits.train[: len(test)], task.splits.validation[: len(test)]]
         references = [scores_of(examples).mean(axis=0) for examples in references]
-        judged = judge(task.sign, math.prod(saved.flow.event_shape), references, means)
+        judged = typicality_of(task.sign, math.prod(saved.flow.event_shape), references, means)
         write_atomically(workdir / "typicality.csv", typicality_csv(means, judged))
     error, unconverged = reconstruction(saved.flow, task.inputs(test[:RECONSTRUCTED]))
     certificate = certify(saved.flow)

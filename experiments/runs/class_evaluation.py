@@ -10,11 +10,11 @@ from experiments.runs import pictures
 from experiments.runs.devices import own_mesh
 from experiments.runs.likelihoods import (
     RECONSTRUCTED,
-    judge,
     named,
     reconstruction,
     reconstruction_row,
     typicality_csv,
+    typicality_of,
     typicality_rows,
     typicality_summary,
 )
@@ -78,7 +78,7 @@ def evaluate_classes(
         means = {name: scores[f"{name}_bits_per_dim"] for name in ("test", *others)}
         references = [part[: len(test)].images for part in (task.splits.train, task.splits.validation)]
         references = [bits_of(task, flow, images, estimator, draws).mean(axis=0) for images in references]
-        judged = judge(1, math.prod(flow.event_shape), references, means)
+        judged = typicality_of(1, math.prod(flow.event_shape), references, means)
         write_atomically(workdir / "typicality.csv", typicality_csv(means, judged))
         result["typicality"] = typicality_summary(judged)
     write_atomically(workdir / "evaluation.json", json.dumps(as_json(result), indent=2) + "\n")

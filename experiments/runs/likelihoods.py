@@ -39,7 +39,7 @@ def auroc(test: np.ndarray, other: np.ndarray) -> float:
     return float(roc_auc_score(labels, rankdata(losses)))
 
 
-def judge(
+def typicality_of(
     sign: int, dim: int, references: list[np.ndarray], means: dict[str, np.ndarray]
 ) -> dict[str, dict[str, np.ndarray]]:
     """Score, p-value and quantile of every example of each set, from metrics of training and of validation examples.

@@ -97,9 +97,9 @@ def _line(text: bytes) -> dict[str, Any]:
 
 
 def without_nan(value: Any) -> Any:
-    """The values of a line, with None for those that are not finite, which JSON cannot express."""
+    """The same JSON with null in the place of numbers that are not finite, which JSON cannot express."""
     if isinstance(value, dict):
         return {name: without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,6 +14,7 @@ from resflow_jax.data.files import image_shape
 from resflow_jax.data.labelled_files import load_labelled_path
 from resflow_jax.data.units import units_of
 from resflow_jax.data.vectors import load_vectors
+from resflow_jax.models.recipe_checks import halvings
 
 
 def fitted_to_data(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
@@ -49,7 +50,7 @@ def fitted_to_vectors(config: VectorsConfig, train: np.ndarray, place: str) -> V
 
 def _fitted_classifier(model: ClassifierConfig, shape: tuple[int, int, int], classes: int) -> ClassifierConfig:
     """The network for images of a shape, with as many of its stages as the shape can be halved for."""
-    halvable = min(next((n for n in range(8) if side % 2 ** (n + 1)), 8) for side in shape[:2])
+    halvable = halvings(shape, 8)
     squeeze_first = model.squeeze_first and halvable >= len(model.blocks)
     stages = max(1, min(len(model.blocks), halvable + 1 - squeeze_first))
     sizes = {"blocks": model.blocks[:stages], "hidden_channels": model.hidden_channels[:stages]}
@@ -61,9 +62,8 @@ def fitted_to_shape(model: ImageModel, shape: tuple[int, int, int]) -> ImageMode
     if hasattr(model, "fitted"):
         return model.fitted(shape)
     squeezes_first = int(model.scales.squeeze_first)
-    scales = len(model.blocks)
-    while scales > 1 and any(side % 2 ** (scales - 1 + squeezes_first) for side in shape[:2]):
-        scales -= 1
+    halvable = halvings(shape, len(model.blocks))
+    scales = max(1, min(len(model.blocks), halvable + 1 - squeezes_first))
     widths = model.hidden_channels
     widths = widths[:scales] if isinstance(widths, tuple) else widths
     return replace(model, shape=shape, blocks=model.blocks[:scales], hidden_channels=widths)

@@ -1,9 +1,8 @@
 """The pictures of an experiment: grids of images, curves, two-dimensional densities."""
 
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import matplotlib
 
@@ -62,6 +61,27 @@ def save_images(path: Path, rows: dict[str, np.ndarray], columns: int) -> None:
     save_figure(figure, path)
 
 
+class Row(NamedTuple):
+    """A titled row of images [N, H, W, C]; values outside [0, 1] are clipped, those that are not finite are grey."""
+
+    title: str
+    images: np.ndarray
+
+
+def save_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Draws rows of equally many images, each below its title."""
+    number = len(rows[0].images)
+    figure, axes = plt.subplots(len(rows), 1, figsize=(0.85 * number, 1.2 * len(rows)), layout="constrained")
+    for axis, row in zip(np.atleast_1d(axes), rows, strict=True):
+        images = as_shown(np.asarray(row.images, np.float64))
+        images = np.clip(np.where(np.isfinite(images), images, 0.5), 0, 1)
+        grid = image_grid(images, number)
+        axis.imshow(grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
+        axis.set_axis_off()
+        axis.set_title(row.title, fontsize=9, loc="left", pad=3)
+    save_figure(figure, path)
+
+
 def save_strip(path: Path, images: np.ndarray, labels: Sequence[str], title: str) -> None:
     """Writes images [N, H, W, C] in [0, 1] in one row, each with its label below."""
     figure, axes = plt.subplots(1, len(images), figsize=(1.1 * len(images), 1.7), squeeze=False, layout="constrained")
@@ -90,7 +110,7 @@ def save_curves(
     losses.plot(*train.T, ".-" if few else "-", color="C0", alpha=0.35, lw=0.8, label="train, batches")
     if not few:
         width = max(len(train) // 40, 2)
-        losses.plot(*_trailing_mean(train, width).T, color="C0", lw=1.5, label=f"train, mean of the last {width}")
+        losses.plot(*trailing_mean(train, width).T, color="C0", lw=1.5, label=f"train, mean of the last {width}")
     axis.plot(*validation.T, "o-", color="C1", ms=3, label="validation, averaged weights")
     for m in test:
         text = f"test, {m[metric]:.3f} $\\pm$ {m[f'{metric}_stderr']:.3f}"
@@ -134,39 +154,6 @@ def save_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, names:
     save_figure(figure, path)
 
 
-def save_bias_curves(path: Path, metrics: list[dict], titles: dict[str, str]) -> None:
-    """Draws, for each titled run, the training estimate and the exact test value of bits/dim against the step.
-
-    A second panel shows the estimate minus the exact value, for the same test images.
-    """
-    figure, (axis, gaps) = plt.subplots(
-        1, 2, figsize=(12, 4.6), layout="constrained", gridspec_kw={"width_ratios": (3, 2)}
-    )
-    values = []
-    for n, (run, title) in enumerate(titles.items()):
-        lines = [m for m in metrics if m["run"] == run]
-        train = np.array([(m["step"], m["bits_per_dim"]) for m in lines if m["split"] == "train"])
-        train = _trailing_mean(train, max(len(train) // 20, 1))
-        step, exact, gap, stderr = np.array(
-            [(m["step"], m["bits_per_dim"], m["gap"], m["gap_stderr"]) for m in lines if m["split"] == "test"]
-        ).T
-        color = ("C3", "C0")[n]
-        axis.plot(*train.T, color=color, lw=1.2, label=f"{title}: training estimate")
-        axis.plot(step, exact + gap, "^:", color=color, ms=4, mfc="none", label=f"{title}: estimate, test images")
-        axis.plot(step, exact, "o--", color=color, ms=4, label=f"{title}: exact, test images")
-        gaps.errorbar(step, gap, stderr, fmt="o-", color=color, ms=4, capsize=3, label=title)
-        values += [train[len(train) // 10 :, 1], exact]
-    low, high = np.min(np.concatenate(values)), np.max(np.concatenate(values))
-    axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-    gaps.axhline(0, color="black", lw=0.8)
-    axis.set(xlabel="step", ylabel="bits/dim", title="digits: trained with a biased and with an unbiased log-det")
-    gaps.set(xlabel="step", ylabel="bits/dim", title="estimate - exact, same test images")
-    for a in (axis, gaps):
-        a.grid(alpha=0.3)
-        a.legend()
-    save_figure(figure, path)
-
-
 def save_densities(
     path: Path,
     data: np.ndarray,
@@ -193,43 +180,6 @@ def save_densities(
     for axis, name in zip(axes, ("data", "density", "samples"), strict=True):
         axis.set(xlim=limits, ylim=limits, aspect="equal", facecolor=plt.get_cmap("viridis")(0.0))
         axis.set_title(titles[name])
-    save_figure(figure, path)
-
-
-def save_bars(path: Path, values: dict[str, dict[str, float]], title: str) -> None:
-    """Draws {group: {name: value}} as one panel of horizontal bars per group, on a common logarithmic axis.
-
-    The axis begins at 1e-3, or at the least value if that is larger. There are at most five panels in a row.
-    """
-    found = [value for bars in values.values() for value in bars.values()]
-    columns = min(len(values), 5)
-    rows = -(-len(values) // columns)
-    size = 3 + 2.6 * columns, 4.2 * rows
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(values) :]:
-        axis.set_visible(False)
-    for number, (group, bars) in enumerate(values.items()):
-        axis, names = axes.flat[number], list(bars)
-        axis.barh(names, list(bars.values()), color=[f"C{n}" for n in range(len(names))])
-        axis.set_xscale("log")
-        axis.set_xlim(max(min(found) / 2, 1e-3), 2 * max(found))
-        axis.axvline(1, color="black", lw=0.8)
-        axis.invert_yaxis()
-        axis.set_title(textwrap.fill(group, 24), fontsize=9)
-        axis.grid(axis="x", alpha=0.3)
-        axis.tick_params(axis="y", labelleft=number % columns == 0)
-    figure.suptitle(title)
-    save_figure(figure, path)
-
-
-def save_error_curves(path: Path, iterations: Sequence[int], errors: dict[str, list[float]], title: str) -> None:
-    """Draws named curves of errors, on a logarithmic axis, against iterations."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, values in errors.items():
-        axis.plot(iterations, values, "o-", ms=4, label=name)
-    axis.set(xlabel="evaluations of g in every block", ylabel="max |x - f$^{-1}$(f(x))|", yscale="log", title=title)
-    axis.grid(alpha=0.3)
-    axis.legend()
     save_figure(figure, path)
 
 
@@ -260,69 +210,7 @@ def save_histograms(path: Path, panels: dict[str, dict[str, np.ndarray]], title:
     save_figure(figure, path)
 
 
-def save_fits(path: Path, x: np.ndarray, target: np.ndarray, curves: dict[str, np.ndarray]) -> None:
-    """Draws each curve [N] over x [N] in a panel of its own, on the dashed target."""
-    figure, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 3.4), sharey=True, layout="constrained")
-    for axis, (title, values) in zip(np.atleast_1d(axes), curves.items(), strict=True):
-        axis.plot(x, target, "k--", linewidth=1, label="target")
-        axis.plot(x, values, linewidth=1.5, label="learned")
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("x")
-    np.atleast_1d(axes)[0].legend()
-    save_figure(figure, path)
-
-
-def _trailing_mean(points: np.ndarray, width: int) -> np.ndarray:
+def trailing_mean(points: np.ndarray, width: int) -> np.ndarray:
     """Trailing means over `width` values of points (step, value) [N, 2]: [N - width + 1, 2]."""
     smooth = np.convolve(points[:, 1], np.ones(width) / width, "valid")
     return np.stack([points[width - 1 :, 0], smooth], axis=1)
-
-
-def save_scaling(path: Path, result: dict[str, dict[str, Any]]) -> None:
-    """Draws time and memory of a training step against each setting on logarithmic axes, with fitted exponents."""
-    figure, axes = plt.subplots(2, len(result), figsize=(3.2 * len(result), 5.2), squeeze=False, layout="constrained")
-    for column, (name, found) in enumerate(result.items()):
-        rows = (("seconds", 1e3, "ms a step", "time"), ("bytes", 1e-6, "MB a device", "memory"))
-        for row, (key, scale, unit, kind) in enumerate(rows):
-            ax, values = axes[row, column], np.asarray(found["values"], float)
-            measured, exponent = scale * np.asarray(found[key]), found[f"{kind}_exponent"]
-            line = np.exp(np.mean(np.log(measured)) + exponent * (np.log(values) - np.mean(np.log(values))))
-            ax.loglog(values, measured, "o", color="C0")
-            ax.loglog(values, line, "-", color="C1", label=f"{name}$^{{{exponent:.2f}}}$")
-            ax.set(xlabel=name, ylabel=unit if column == 0 else None, title=kind if column == 0 else None)
-            ax.set_xticks(values, [f"{value:g}" for value in values])
-            ax.set_yticks(measured, [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in measured])
-            ax.minorticks_off()
-            ax.legend()
-    save_figure(figure, path)
-
-
-def save_posteriors(
-    path: Path,
-    samples: dict[str, list[np.ndarray]],
-    observed: np.ndarray,
-    title: str,
-    circle: Callable[[np.ndarray], tuple[np.ndarray, float]] | None = None,
-) -> None:
-    """Draws the first two elements of samples [N, D], with a row for each name and a column for each x of `observed`.
-
-    Axis limits of a column are set by its first row. circle(x) gives the centre and radius of a circle to draw.
-    """
-    shape = len(samples), len(observed)
-    figure, axes = plt.subplots(*shape, figsize=(2.2 * shape[1] + 0.4, 2.2 * shape[0] + 0.4), layout="constrained")
-    reference = next(iter(samples.values()))
-    for n, (row, (name, posteriors)) in enumerate(zip(axes, samples.items(), strict=True)):
-        for axis, theta, truth, x in zip(row, posteriors, reference, observed, strict=True):
-            axis.plot(theta[:, 0], theta[:, 1], ".", ms=1.5, alpha=0.5, color=f"C{n}")
-            if circle is not None:
-                axis.add_patch(plt.Circle(*circle(x), fill=False, color="black", lw=1))
-            middle = (truth[:, :2].max(axis=0) + truth[:, :2].min(axis=0)) / 2
-            half = 0.65 * np.ptp(truth[:, :2], axis=0).max()
-            axis.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
-            axis.set_aspect("equal")
-            axis.tick_params(labelsize=6)
-            if n == 0:
-                axis.set_title("x = " + ", ".join(f"{value:.2f}" for value in x[:2]), fontsize=8)
-        row[0].set_ylabel(name)
-    figure.suptitle(f"{title}: posterior samples at {len(observed)} observations")
-    save_figure(figure, path)

@@ -99,6 +99,15 @@ class SavedFlow(NamedTuple):
     step: int
 
 
+def has_all_steps(config: RunConfig) -> bool:
+    """Whether the latest checkpoint in the work directory of a run is that of its last step."""
+    directory = config.workdir / "checkpoints"
+    if not directory.is_dir():
+        return False
+    with Checkpoints(directory) as checkpoints:
+        return checkpoints.latest_step == config.steps
+
+
 def saved_flow(run_dir: Path, weights: Weights = "best", data: MovedData = MovedData()) -> SavedFlow:
     """Loads the flow of a run, from the checkpoint of the best validation so far or from the latest checkpoint.
 

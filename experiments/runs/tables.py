@@ -1,4 +1,4 @@
-"""The table that a command prints at its end."""
+"""Tables: the one that a command prints at its end, and those in Markdown."""
 
 import math
 
@@ -38,3 +38,9 @@ def error_by_cause(data_stderr: float, noise_stderr: float) -> str:
     )
     data = f"{data_stderr:.4f} from" if math.isfinite(data_stderr) else "an unknown part from"
     return f"{data} the choice of examples, {noise}"
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

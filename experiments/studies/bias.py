@@ -30,16 +30,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.configs import digits_uniform
 from experiments.configs.base import DensityConfig, OptimizerConfig
-from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.lock import locked
 from experiments.runs.loop import falls_due, training_loop
 from experiments.runs.metrics_file import MetricsFile
+from experiments.runs.pictures import save_figure, trailing_mean
 from experiments.runs.setup import place_on_devices, set_up
 from experiments.runs.tasks.images import ImageTask, load
 from experiments.runs.workdir import claim_workdir
@@ -259,7 +260,7 @@ def measure(config: BiasConfig, flow: ResidualFlow, data: ImageSplits, key: Arra
 def report(config: BiasConfig, outcomes: dict[str, Outcome], metrics: list[dict], began: float) -> None:
     """Draws the picture and prints the closing table."""
     titles = {"truncated": f"truncated, {config.truncated.terms} terms", "roulette": "roulette"}
-    pictures.save_bias_curves(config.workdir / "bias.png", metrics, titles)
+    _save_bias_curves(config.workdir / "bias.png", metrics, titles)
 
     columns = {
         "bits/dim": [titles[name] for name in outcomes],
@@ -272,6 +273,39 @@ def report(config: BiasConfig, outcomes: dict[str, Outcome], metrics: list[dict]
     for name, (truncated, roulette) in columns.items():
         print(f"{name:<22}{truncated:<22}{roulette}")
     print(f"{'time in all':<22}{time.perf_counter() - began:.0f} s, set-up and compilation included")
+
+
+def _save_bias_curves(path: Path, metrics: list[dict], titles: dict[str, str]) -> None:
+    """Draws, for each titled run, the training estimate and the exact test value of bits/dim against the step.
+
+    A second panel shows the estimate minus the exact value, for the same test images.
+    """
+    figure, (axis, gaps) = plt.subplots(
+        1, 2, figsize=(12, 4.6), layout="constrained", gridspec_kw={"width_ratios": (3, 2)}
+    )
+    values = []
+    for n, (run, title) in enumerate(titles.items()):
+        lines = [m for m in metrics if m["run"] == run]
+        train = np.array([(m["step"], m["bits_per_dim"]) for m in lines if m["split"] == "train"])
+        train = trailing_mean(train, max(len(train) // 20, 1))
+        step, exact, gap, stderr = np.array(
+            [(m["step"], m["bits_per_dim"], m["gap"], m["gap_stderr"]) for m in lines if m["split"] == "test"]
+        ).T
+        color = ("C3", "C0")[n]
+        axis.plot(*train.T, color=color, lw=1.2, label=f"{title}: training estimate")
+        axis.plot(step, exact + gap, "^:", color=color, ms=4, mfc="none", label=f"{title}: estimate, test images")
+        axis.plot(step, exact, "o--", color=color, ms=4, label=f"{title}: exact, test images")
+        gaps.errorbar(step, gap, stderr, fmt="o-", color=color, ms=4, capsize=3, label=title)
+        values += [train[len(train) // 10 :, 1], exact]
+    low, high = np.min(np.concatenate(values)), np.max(np.concatenate(values))
+    axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    gaps.axhline(0, color="black", lw=0.8)
+    axis.set(xlabel="step", ylabel="bits/dim", title="digits: trained with a biased and with an unbiased log-det")
+    gaps.set(xlabel="step", ylabel="bits/dim", title="estimate - exact, same test images")
+    for a in (axis, gaps):
+        a.grid(alpha=0.3)
+        a.legend()
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

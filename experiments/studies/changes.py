@@ -28,11 +28,11 @@ import numpy as np
 import tyro
 
 from experiments.runs.command import NamedCommand, Output
+from experiments.runs.tables import markdown_table
 from experiments.runs.workdir import make_workdir, write_atomically
 from experiments.studies.comparison.contenders import hash_of
 from experiments.studies.comparison.running import cores, environment
 from experiments.studies.parts.change_run import Job
-from experiments.studies.parts.class_runs import markdown_table
 from experiments.studies.parts.config_changes import CHANGES, variants_of
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 

@@ -32,9 +32,10 @@ from experiments.configs.classes import CLASS_CONFIGS
 from experiments.configs.classification import ClassifyConfig, HybridConfig
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import cores_for, use_all_cores, use_compilation_cache, use_xla_flags
+from experiments.runs.tables import markdown_table
 from experiments.runs.workdir import write_atomically
 from experiments.studies.parts.class_pictures import save_comparison
-from experiments.studies.parts.class_runs import DATASETS, Common, markdown_table, measured, with_coefficient
+from experiments.studies.parts.class_runs import DATASETS, Common, measured, with_coefficient
 from resflow_jax.functional.checks import check_choice, check_count
 
 Part = Literal["all", "architectures", "hybrid", "labels"]

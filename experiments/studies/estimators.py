@@ -19,6 +19,7 @@ table. It takes about an hour on 2 CPU cores, and 15 more to train the flows.
 
 import dataclasses
 import json
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,12 +28,13 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
+from experiments.runs.pictures import save_figure
 from experiments.runs.workdir import write_atomically
 from experiments.studies.parts.competitors import TRAINING
 from experiments.studies.parts.estimator_targets import Target, flow_target, synthetic_targets
@@ -192,7 +194,7 @@ def run(config: EstimatorsConfig) -> dict[str, dict[str, Measurement]]:
         name: {e: m.work / rows[PAPERS].work for e, m in rows.items() if e != REFERENCE}
         for name, rows in results.items()
     }
-    pictures.save_bars(
+    _save_bars(
         config.workdir / "estimators.png",
         relative,
         "variance of the gradient x cost, relative to the papers' estimator",
@@ -326,6 +328,32 @@ def _gain(papers: Measurement, m: Measurement, sense: str) -> float:
     """How many times smaller a variance times the time of a gradient is than that of the papers' estimator."""
     work = getattr(m, sense) * m.milliseconds
     return getattr(papers, sense) * papers.milliseconds / work if work else float("inf")
+
+
+def _save_bars(path: Path, values: dict[str, dict[str, float]], title: str) -> None:
+    """Draws {group: {name: value}} as one panel of horizontal bars per group, on a common logarithmic axis.
+
+    The axis begins at 1e-3, or at the least value if that is larger. There are at most five panels in a row.
+    """
+    found = [value for bars in values.values() for value in bars.values()]
+    columns = min(len(values), 5)
+    rows = -(-len(values) // columns)
+    size = 3 + 2.6 * columns, 4.2 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(values) :]:
+        axis.set_visible(False)
+    for number, (group, bars) in enumerate(values.items()):
+        axis, names = axes.flat[number], list(bars)
+        axis.barh(names, list(bars.values()), color=[f"C{n}" for n in range(len(names))])
+        axis.set_xscale("log")
+        axis.set_xlim(max(min(found) / 2, 1e-3), 2 * max(found))
+        axis.axvline(1, color="black", lw=0.8)
+        axis.invert_yaxis()
+        axis.set_title(textwrap.fill(group, 24), fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(axis="y", labelleft=number % columns == 0)
+    figure.suptitle(title)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from flax import nnx
 
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache, use_xla_flags
+from experiments.runs.tables import markdown_table
 from experiments.runs.tasks.images import load
 from experiments.runs.workdir import write_atomically
-from experiments.studies.parts.class_runs import markdown_table
 from experiments.studies.parts.competitors import EVALUATION, TRAINING
 from experiments.studies.parts.trained import NAMES, trained_flow, trained_runs
 from resflow_jax import Defensive, Flow, Roulette

@@ -28,14 +28,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from flax import nnx
 
-from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import cores_for, use_all_cores, use_compilation_cache
 from experiments.runs.parts import PART, number_of_parts, over_parts
+from experiments.runs.pictures import save_figure, save_images
 from experiments.runs.tables import certificate_rows, print_table
 from experiments.runs.tasks.images import load
 from experiments.runs.workdir import write_atomically
@@ -341,12 +342,12 @@ def draw(workdir: Path, name: str, flow: ResidualFlow, images: Array) -> None:
         title: [float(jnp.max(jnp.abs(images - reconstruct(solver, n)))) for n in PLOTTED_ITERATIONS]
         for title, solver in solvers.items()
     }
-    pictures.save_error_curves(workdir / f"{name}_errors.png", PLOTTED_ITERATIONS, errors, f"{name}: inverse")
+    _save_error_curves(workdir / f"{name}_errors.png", PLOTTED_ITERATIONS, errors, f"{name}: inverse")
     panels = {"test images x": shown}
     for n in DRAWN_ITERATIONS:
         panels[f"evaluations of g a block: {n}"] = reconstruct(SOLVERS[PLAIN], n)[:32]
     panels["converged $f^{-1}(f(x))$"] = flow.inverse(z[:32])
-    pictures.save_images(workdir / f"{name}_reconstructions.png", panels, columns=8)
+    save_images(workdir / f"{name}_reconstructions.png", panels, columns=8)
 
 
 def _cast(array: np.ndarray, dtype: str) -> Array:
@@ -362,6 +363,17 @@ def _log_prob(flow: ResidualFlow, x: Array, key: Array) -> Array:
 def _transform(flow: ResidualFlow, x: Array) -> Array:
     """f(x) also for images outside [0, 1] within the margin of the logit's alpha, which the eager `flow` rejects."""
     return flow(x)
+
+
+def _save_error_curves(path: Path, iterations: Sequence[int], errors: dict[str, list[float]], title: str) -> None:
+    """Draws named curves of errors, on a logarithmic axis, against iterations."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, values in errors.items():
+        axis.plot(iterations, values, "o-", ms=4, label=name)
+    axis.set(xlabel="evaluations of g in every block", ylabel="max |x - f$^{-1}$(f(x))|", yscale="log", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

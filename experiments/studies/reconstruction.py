@@ -32,14 +32,15 @@ from experiments.configs.classes import CLASS_CONFIGS
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import cores_for, use_all_cores, use_compilation_cache, use_xla_flags
 from experiments.runs.metrics_file import without_nan
+from experiments.runs.pictures import Row, save_rows
 from experiments.runs.saved import saved_flow
+from experiments.runs.tables import markdown_table
 from experiments.runs.workdir import write_atomically
-from experiments.studies.parts.class_pictures import Row, save_iterations, save_rows
+from experiments.studies.parts.class_pictures import save_iterations
 from experiments.studies.parts.class_runs import (
     DATASETS,
     Common,
     finish,
-    markdown_table,
     test_error,
     with_coefficient,
 )

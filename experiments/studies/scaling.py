@@ -12,13 +12,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
+from experiments.runs.pictures import save_figure
 from experiments.runs.workdir import write_atomically
 from experiments.studies.parts.competitors import CASES, Case, Ours
 from resflow_jax import DenseTail, ImageFlowConfig, make_reversible
@@ -130,7 +132,7 @@ def run(config: ScalingConfig) -> dict[str, dict[str, list[float]]]:
         )
         result[name] = {"values": list(values), "seconds": seconds, "bytes": sizes, **exponents}
     write_atomically(config.workdir / "scaling.json", json.dumps(result, indent=2) + "\n")
-    pictures.save_scaling(config.workdir / "scaling.png", result)
+    _save_scaling(config.workdir / "scaling.png", result)
     return result
 
 
@@ -153,6 +155,25 @@ def measure(case: Case, steps: int, strategy: Strategy = "jit", reversible: bool
 def exponent(values: Sequence[float], measured: Sequence[float]) -> float:
     """The slope of log measured against log values."""
     return float(np.polyfit(np.log(values), np.log(measured), 1)[0])
+
+
+def _save_scaling(path: Path, result: dict[str, dict[str, Any]]) -> None:
+    """Draws time and memory of a training step against each setting on logarithmic axes, with fitted exponents."""
+    figure, axes = plt.subplots(2, len(result), figsize=(3.2 * len(result), 5.2), squeeze=False, layout="constrained")
+    for column, (name, found) in enumerate(result.items()):
+        rows = (("seconds", 1e3, "ms a step", "time"), ("bytes", 1e-6, "MB a device", "memory"))
+        for row, (key, scale, unit, kind) in enumerate(rows):
+            ax, values = axes[row, column], np.asarray(found["values"], float)
+            measured, exponent = scale * np.asarray(found[key]), found[f"{kind}_exponent"]
+            line = np.exp(np.mean(np.log(measured)) + exponent * (np.log(values) - np.mean(np.log(values))))
+            ax.loglog(values, measured, "o", color="C0")
+            ax.loglog(values, line, "-", color="C1", label=f"{name}$^{{{exponent:.2f}}}$")
+            ax.set(xlabel=name, ylabel=unit if column == 0 else None, title=kind if column == 0 else None)
+            ax.set_xticks(values, [f"{value:g}" for value in values])
+            ax.set_yticks(measured, [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in measured])
+            ax.minorticks_off()
+            ax.legend()
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -30,14 +30,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import nnx
 
-from experiments.runs import pictures
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
 from experiments.runs.lock import locked
+from experiments.runs.pictures import save_figure
 from experiments.runs.workdir import claim_workdir, write_atomically
 from resflow_jax import Affine, Chain, Flow, ImplicitBlock, LipschitzMLP, MonotoneBlock, ResidualBlock, certify
 from resflow_jax.functional.checks import check_count, check_open_interval
@@ -198,7 +199,7 @@ def report(config: SteepConfig, outcomes: dict[str, Outcome]) -> None:
         f"{kind}\nerror {found.error:.3f}, slope {found.slope:.3g} <= {found.bound:.3g}": found.values
         for kind, found in outcomes.items()
     }
-    pictures.save_fits(config.workdir / "steep.png", x, target, curves)
+    _save_fits(config.workdir / "steep.png", x, target, curves)
     numbers = {kind: {n: v for n, v in o._asdict().items() if n != "values"} for kind, o in outcomes.items()}
     write_atomically(config.workdir / "steep.json", json.dumps(numbers, indent=1) + "\n")
     rows: dict[str, Callable[[Outcome], str]] = {
@@ -210,6 +211,18 @@ def report(config: SteepConfig, outcomes: dict[str, Outcome]) -> None:
     print(f"{'':<18}" + "".join(f"{kind:<18}" for kind in outcomes))
     for name, text in rows.items():
         print(f"{name:<18}" + "".join(f"{text(outcome):<18}" for outcome in outcomes.values()))
+
+
+def _save_fits(path: Path, x: np.ndarray, target: np.ndarray, curves: dict[str, np.ndarray]) -> None:
+    """Draws each curve [N] over x [N] in a panel of its own, on the dashed target."""
+    figure, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 3.4), sharey=True, layout="constrained")
+    for axis, (title, values) in zip(np.atleast_1d(axes), curves.items(), strict=True):
+        axis.plot(x, target, "k--", linewidth=1, label="target")
+        axis.plot(x, values, linewidth=1.5, label="learned")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("x")
+    np.atleast_1d(axes)[0].legend()
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

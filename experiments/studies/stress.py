@@ -12,7 +12,6 @@ begun goes on to its end, but for a run that is to be killed.
 """
 
 import json
-import re
 import shutil
 import sys
 import time
@@ -24,7 +23,7 @@ import tyro
 
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_compilation_cache
-from experiments.runs.tables import print_table
+from experiments.runs.tables import markdown_table, print_table
 from experiments.runs.workdir import make_workdir, write_atomically
 from experiments.studies.parts import stress_kills, stress_soak, stress_storage
 from experiments.studies.parts.campaign import Campaign, Deadline, Row
@@ -39,8 +38,7 @@ _MARKER = ".stress"  # in the folder of a campaign
 
 
 def _data(config: "StressConfig", directory: Path, deadline: Deadline) -> list[Row]:
-    found = data_campaign(directory, seconds=min(_SECONDS_OF_DATA, deadline.left), seed=config.seed)
-    return [Row(case, int(re.search(r"\d+", answer)[0]), answer, ok) for case, answer, ok in found]
+    return data_campaign(directory, seconds=min(_SECONDS_OF_DATA, deadline.left), seed=config.seed)
 
 
 def _files(config: "StressConfig", directory: Path, deadline: Deadline) -> list[Row]:
@@ -169,10 +167,8 @@ def _tried(campaign: Campaign, config: StressConfig, directory: Path, deadline: 
 
 def markdown(rows: list[Row]) -> str:
     """The table of these rows."""
-    head = "| fault | tries | found | good |\n|---|---|---|---|"
-    return "\n".join(
-        [head, *(f"| {what} | {n} | {found} | {'yes' if ok else '**no**'} |" for what, n, found, ok in rows)]
-    )
+    cells = [[what, str(n), found, "yes" if ok else "**no**"] for what, n, found, ok in rows]
+    return markdown_table(["fault", "tries", "found", "good"], cells)
 
 
 if __name__ == "__main__":

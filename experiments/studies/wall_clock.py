@@ -35,17 +35,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import tyro
 
 from experiments.runs.command import NamedCommand, Output
 from experiments.runs.pictures import save_figure
+from experiments.runs.tables import markdown_table
 from experiments.runs.workdir import make_workdir, write_atomically
-from experiments.studies.parts.class_runs import markdown_table
 from experiments.studies.parts.wall_clock_run import PEERS, RUNS, Settings
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 

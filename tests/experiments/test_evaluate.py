@@ -258,7 +258,7 @@ def test_typicality_in_any_metric(sign):
     """Quantiles are those of the density, whether a lower metric is better, as with bits/dim, or a higher one."""
     losses = np.linspace(1.0, 3.0, 101)
     means = {"test": sign * np.array([2.0, 0.5, 3.5])}
-    found = evaluate.judge(sign, 2, [sign * losses, sign * losses], means)["test"]
+    found = evaluate.typicality_of(sign, 2, [sign * losses, sign * losses], means)["test"]
     np.testing.assert_allclose(found["score"], [0, 1.5, 1.5], atol=1e-12)
     np.testing.assert_allclose(found["p_value"], [1, 1 / 102, 1 / 102])
     np.testing.assert_allclose(found["quantile"], [0.5, 1, 0], atol=1e-12)

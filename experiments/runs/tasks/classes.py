@@ -14,10 +14,10 @@ from experiments.runs.devices import data_mesh, own_mesh
 from experiments.runs.likelihoods import PERMUTED
 from experiments.runs.names import printable
 from experiments.runs.tasks.class_samples import class_samples, columns_of, is_mixture
-from experiments.runs.tasks.images import other_images, permuted_pixels
+from experiments.runs.tasks.images import COLUMNS, SHOWN, first_images, other_images, permuted_pixels
 from experiments.runs.tasks.judging_classes import class_rows, measured
 from experiments.runs.tasks.labelled import LabelledSplits, Rows, load_labelled
-from experiments.runs.tasks.task import Drawing, Split, Task, unconverged
+from experiments.runs.tasks.task import Drawing, Split, Task, reconstructed
 from resflow_jax import Estimate, Estimator
 from resflow_jax.data.batches import Augmentation, Batches
 from resflow_jax.data.images import Images, dequantize, to_unit_interval
@@ -27,9 +27,6 @@ from resflow_jax.training.class_evaluation import class_logits
 from resflow_jax.training.class_losses import classification_loss
 
 Array = jax.Array
-
-SHOWN = 64  # images whose reconstruction is drawn
-COLUMNS = 8
 
 
 class ClassTask(Task):
@@ -64,13 +61,10 @@ class ClassTask(Task):
         self._sources(0, 1)  # raises now for settings that make no batches
 
     def initial(self) -> Array:
-        config, data = self.config, self.splits
-        height, width, _ = data.shape
-        number = min(len(data.train), 512, max(config.batch_size, 2**22 // (height * width)))
-        images = Batches(data.train.images, seed=config.seed, batch_size=number)[0]
+        levels, images = self.splits.levels, first_images(self.splits.train.images, self.config)
         if self.density_weight:
-            return dequantize(jnp.asarray(images), jax.random.key(config.seed), data.levels)
-        return to_unit_interval(images, data.levels)
+            return dequantize(jnp.asarray(images), jax.random.key(self.config.seed), levels)
+        return to_unit_interval(images, levels)
 
     def batches(self, step: int, part: int = 0, parts: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         data = self.config.data
@@ -157,16 +151,15 @@ class ClassTask(Task):
             of = "samples, a class in each column" if is_mixture(flow) else "samples of the flow"
             pictures.save_images(path, {of: samples, "images of the training set": train}, columns)
             drawn["samples, and images of the training set"] = path
-        return Drawing(drawn, {**class_rows(self, found), "reconstruction error": error})
+        return Drawing(drawn, {**class_rows(self, found), **error})
 
-    def _draw_reconstructions(self, flow: Flow, path: Path) -> str:
-        """Draws test images with f^-1(f(x)); returns the text of the closing table."""
+    def _draw_reconstructions(self, flow: Flow, path: Path) -> dict[str, str]:
+        """Draws test images with f^-1(f(x)); returns the line of the closing table."""
         x = self.inputs(self.splits.test[:SHOWN])
-        found, status = flow.inverse(flow(x), return_status=True)
-        found = np.asarray(found)
+        found, error = reconstructed(flow, x)
         shown = np.clip(np.where(np.isfinite(found), found, 0.5), 0, 1)
         pictures.save_images(path, {"test images x": np.asarray(x), "reconstructions $f^{-1}(f(x))$": shown}, COLUMNS)
-        return f"{np.abs(np.asarray(x) - found).max():.1e}, max |x - f^-1(f(x))|{unconverged(status)}"
+        return error
 
 
 def _repeated(images: np.ndarray, labels: np.ndarray, size: int) -> Rows:

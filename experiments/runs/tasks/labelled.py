@@ -9,7 +9,8 @@ from resflow_jax.data.embedded import load_labelled_digits, load_labelled_photog
 from resflow_jax.data.images import Images, ImageSplits
 from resflow_jax.data.labelled_files import load_labelled_path
 from resflow_jax.data.labels import LabelledImages
-from resflow_jax.data.tfds import find_data_dir, load_labelled_tfds
+from resflow_jax.data.splits import SPLITS
+from resflow_jax.data.tfds import load_labelled_tfds
 
 
 class Rows(NamedTuple):
@@ -50,7 +51,7 @@ class LabelledSplits(NamedTuple):
     @classmethod
     def of(cls, data: LabelledImages) -> "LabelledSplits":
         """The rows of labelled images."""
-        rows = (Rows(getattr(data.images, n), getattr(data.labels, n)) for n in ("train", "validation", "test"))
+        rows = (Rows(getattr(data.images, n), getattr(data.labels, n)) for n in SPLITS)
         return cls(*rows, data.shape, data.levels, data.labels.names)
 
 
@@ -64,5 +65,4 @@ def load_labelled(config: DataConfig) -> LabelledSplits:
         return LabelledSplits.of(load_labelled_digits())
     if config.name == "photographs":
         return LabelledSplits.of(load_labelled_photographs(config.size, config.channels, bits=config.bits))
-    directory = config.dir or find_data_dir(config.name)
-    return LabelledSplits.of(load_labelled_tfds(config.name, directory, bits=config.bits))
+    return LabelledSplits.of(load_labelled_tfds(config.name, config.dir, bits=config.bits))

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from experiments.configs.base import RunConfig
-from resflow_jax import Estimate, Estimator, InverseStatus, ResidualFlow
+from resflow_jax import Estimate, Estimator, Flow, InverseStatus, ResidualFlow
 from resflow_jax.data.batches import Batches
 from resflow_jax.training.step import Loss
 
@@ -136,9 +136,18 @@ class Task(ABC):
         return optax.linear_schedule(0.0, 1.0, steps) if steps else None
 
 
-def draw_samples(flow: ResidualFlow, seed: int, number: int) -> tuple[Array, InverseStatus]:
-    """Draws samples like `flow.sample`, but without clipping, and returns the status of the solves with them."""
-    return flow.inverse(jax.random.normal(jax.random.key(seed), (number, flow.dim), flow.dtype), return_status=True)
+def draw_samples(flow: ResidualFlow, seed: int, number: int) -> Array:
+    """Draws samples like `flow.sample`, but without clipping, and without an error where a solve does not converge."""
+    noise = jax.random.normal(jax.random.key(seed), (number, flow.dim), flow.dtype)
+    return flow.inverse(noise, return_status=True)[0]
+
+
+def reconstructed(flow: Flow, x: Array) -> tuple[np.ndarray, dict[str, str]]:
+    """f^-1(f(x)), and the line of a closing table on its error."""
+    found, status = flow.inverse(flow(x), return_status=True)
+    found = np.asarray(found)
+    error = f"{np.abs(np.asarray(x) - found).max():.1e}, max |x - f^-1(f(x))|"
+    return found, {"reconstruction error": error + unconverged(status)}
 
 
 def unconverged(status: InverseStatus) -> str:

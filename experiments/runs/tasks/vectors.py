@@ -16,7 +16,7 @@ from experiments.configs.base import RunConfig, VectorDataConfig, VectorsConfig
 from experiments.runs import pictures
 from experiments.runs.devices import data_mesh
 from experiments.runs.names import printable
-from experiments.runs.tasks.task import Drawing, Task, draw_samples, unconverged
+from experiments.runs.tasks.task import Drawing, Task, draw_samples, reconstructed
 from resflow_jax import Estimate, Estimator, Exact, ResidualFlow
 from resflow_jax.data.batches import Batches
 from resflow_jax.data.embedded import load_cell_nuclei
@@ -131,14 +131,12 @@ class VectorTask(Task):
         path = self.config.workdir / "samples.png"
         pictures.save_scatter(path, *self._shown(flow), f"{self.name}: data and samples")
         test = self.inputs(self.splits.test[:SAMPLES])
-        reconstructed, status = flow.inverse(flow(test), return_status=True)
-        error = f"{np.abs(np.asarray(test) - np.asarray(reconstructed)).max():.1e}, max |x - f^-1(f(x))|"
-        rows = {"reconstruction error": error + unconverged(status)}
+        _, rows = reconstructed(flow, test)
         if self.config.model.data.mean is not None:
             rows["units"] = "those of the data, for likelihoods and samples; the flow standardises each column"
         return Drawing({"samples": path}, rows)
 
     def _shown(self, flow: ResidualFlow) -> tuple[np.ndarray, np.ndarray]:
         """Training vectors and samples, in the units of the data."""
-        samples, _ = draw_samples(flow, self.config.seed + 3, SAMPLES)
+        samples = draw_samples(flow, self.config.seed + 3, SAMPLES)
         return self.in_own_units(self.splits.train[:SAMPLES]), self.in_own_units(np.asarray(samples))

@@ -5,12 +5,12 @@ the name. A file of other settings is replaced.
 """
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.runs.metrics_file import without_nan
 from experiments.runs.workdir import write_arrays, write_atomically
 from experiments.studies.comparison.contenders import Candidate
 
@@ -90,7 +90,7 @@ def save(job: Job, workdir: Path, result: dict[str, Any], arrays: dict[str, Any]
     path.parent.mkdir(parents=True, exist_ok=True)
     if arrays is not None:
         write_arrays(path.with_suffix(".npz"), **arrays)
-    write_atomically(path, json.dumps(finite({"job": asdict(job), **result}), indent=2) + "\n")
+    write_atomically(path, json.dumps(without_nan({"job": asdict(job), **result}), indent=2) + "\n")
 
 
 def restore(results: Iterable[dict[str, Any]], workdir: Path) -> None:
@@ -101,15 +101,6 @@ def restore(results: Iterable[dict[str, Any]], workdir: Path) -> None:
         if found(job, workdir) is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(result, indent=2) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """The same JSON with null in the place of numbers that are not finite."""
-    if isinstance(value, dict):
-        return {name: finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_good(result: dict[str, Any] | None) -> bool:

@@ -3,15 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.runs.pictures import save_figure
-from experiments.studies.parts.class_pictures import Row, save_rows
+from experiments.runs.pictures import Row, save_figure, save_rows
 
 BINS = 64
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.runs.tables import markdown_table
 from experiments.studies.comparison.contenders import Candidate
-from experiments.studies.parts.class_runs import markdown_table
 
 Results = dict[str, dict[str, list[dict[str, Any]]]]
 NOTE = (

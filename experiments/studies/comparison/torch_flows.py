@@ -13,6 +13,7 @@ from torch import nn
 
 from experiments.configs.base import RunConfig
 from resflow_jax import ImageFlowConfig
+from resflow_jax.models.recipe_checks import halvings
 
 
 class Transform(nn.Module):
@@ -108,8 +109,7 @@ class NormflowsGlow(nn.Module):
         super().__init__()
         self.transform = transform
         height, width, channels = transform.shape
-        while height % 2**scales or width % 2**scales:
-            scales -= 1
+        scales = halvings(transform.shape, scales)
         bases, flows, merges = [], [], []
         for n in range(scales):  # from the last scale to the first, in the order of sampling
             depth = scales - n  # number of squeezes before the blocks

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.runs.pictures import save_figure
 from experiments.studies.conditioning.amortised import Learner, Standardised
 from experiments.studies.conditioning.c2st import c2st
 from experiments.studies.conditioning.simulators import GaussianLinear, Simulator
@@ -149,3 +152,34 @@ def print_fits(title: str, fits: dict[str, Fit], certificate: Certificate) -> No
         if any(cells):
             print(f"{name:<24}" + "".join(f"{cell:<26}" for cell in cells).rstrip())
     print(f"{'certified':<24}Lip(g) <= {certificate.bounds.max():.4f} for every x\n")
+
+
+def save_posteriors(
+    path: Path,
+    samples: dict[str, list[np.ndarray]],
+    observed: np.ndarray,
+    title: str,
+    circle: Callable[[np.ndarray], tuple[np.ndarray, float]] | None = None,
+) -> None:
+    """Draws the first two elements of samples [N, D], with a row for each name and a column for each x of `observed`.
+
+    Axis limits of a column are set by its first row. circle(x) gives the centre and radius of a circle to draw.
+    """
+    shape = len(samples), len(observed)
+    figure, axes = plt.subplots(*shape, figsize=(2.2 * shape[1] + 0.4, 2.2 * shape[0] + 0.4), layout="constrained")
+    reference = next(iter(samples.values()))
+    for n, (row, (name, posteriors)) in enumerate(zip(axes, samples.items(), strict=True)):
+        for axis, theta, truth, x in zip(row, posteriors, reference, observed, strict=True):
+            axis.plot(theta[:, 0], theta[:, 1], ".", ms=1.5, alpha=0.5, color=f"C{n}")
+            if circle is not None:
+                axis.add_patch(plt.Circle(*circle(x), fill=False, color="black", lw=1))
+            middle = (truth[:, :2].max(axis=0) + truth[:, :2].min(axis=0)) / 2
+            half = 0.65 * np.ptp(truth[:, :2], axis=0).max()
+            axis.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
+            axis.set_aspect("equal")
+            axis.tick_params(labelsize=6)
+            if n == 0:
+                axis.set_title("x = " + ", ".join(f"{value:.2f}" for value in x[:2]), fontsize=8)
+        row[0].set_ylabel(name)
+    figure.suptitle(f"{title}: posterior samples at {len(observed)} observations")
+    save_figure(figure, path)

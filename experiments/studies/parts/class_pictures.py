@@ -2,38 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import matplotlib
-
-matplotlib.use("Agg")
+from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 from experiments.runs.pictures import save_figure
-from resflow_jax.plot import as_shown, image_grid
-
-
-class Row(NamedTuple):
-    """A titled row of images [N, H, W, C]; values outside [0, 1] are clipped, those that are not finite are grey."""
-
-    title: str
-    images: np.ndarray
-
-
-def save_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Draws rows of equally many images, each below its title."""
-    number = len(rows[0].images)
-    figure, axes = plt.subplots(len(rows), 1, figsize=(0.85 * number, 1.2 * len(rows)), layout="constrained")
-    for axis, row in zip(np.atleast_1d(axes), rows, strict=True):
-        images = as_shown(np.asarray(row.images, np.float64))
-        images = np.clip(np.where(np.isfinite(images), images, 0.5), 0, 1)
-        grid = image_grid(images, number)
-        axis.imshow(grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
-        axis.set_axis_off()
-        axis.set_title(row.title, fontsize=9, loc="left", pad=3)
-    save_figure(figure, path)
 
 
 def save_iterations(path: Path, counts: Sequence[int], curves: dict[str, dict[str, list[float]]], title: str) -> None:

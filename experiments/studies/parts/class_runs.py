@@ -18,13 +18,12 @@ from experiments.runs.launch import run_config
 from experiments.runs.likelihoods import PERMUTED
 from experiments.runs.loop import training_loop
 from experiments.runs.metrics_file import without_nan
-from experiments.runs.saved import SavedFlow, saved_flow
+from experiments.runs.saved import SavedFlow, has_all_steps, saved_flow
 from experiments.runs.setup import place_on_devices, set_up
 from experiments.runs.tasks import judging_classes
 from experiments.runs.tasks.of_config import task_of
 from experiments.runs.workdir import claim_workdir, write_atomically
 from resflow_jax.functional.checks import check_choice, check_count
-from resflow_jax.training.checkpoints import Checkpoints
 
 DATASETS = ("digits", "fashion_mnist")
 
@@ -89,20 +88,11 @@ def finish(config: ClassifyConfig) -> bool:
     Raises:
       ValueError: if the directory holds a run of other settings.
     """
-    if _is_finished(config):
+    if _test_line(config.workdir) is not None and has_all_steps(config):
         claim_workdir(config.workdir, config)  # raises for a run of other settings
         return False
     run_config(config)
     return True
-
-
-def _is_finished(config: ClassifyConfig) -> bool:
-    """Whether the run has taken all its steps and has evaluated the test split."""
-    directory = config.workdir / "checkpoints"
-    if not directory.is_dir() or _test_line(config.workdir) is None:
-        return False
-    with Checkpoints(directory) as checkpoints:
-        return checkpoints.latest_step == config.steps
 
 
 def _test_line(workdir: Path) -> dict[str, Any] | None:
@@ -182,9 +172,3 @@ def step_seconds(config: ClassifyConfig, pauses: int = 5, every: int = 10) -> fl
         unit=task.unit,
     )
     return float(np.median([pause.seconds for pause in loop][1:]))  # the first pause compiles
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

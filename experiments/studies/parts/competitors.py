@@ -25,9 +25,10 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.configs.published import ESTIMATOR as TRAINING
 from experiments.runs.devices import data_mesh, use_all_cores, use_compilation_cache, use_xla_flags
 from experiments.runs.parts import PART, number_of_parts, over_devices, over_parts
-from resflow_jax import Anderson, DenseTail, ImageFlowConfig, ImageTransform, Poisson, ResidualFlow, Roulette
+from resflow_jax import Anderson, DenseTail, ImageFlowConfig, ImageTransform, ResidualFlow, Roulette
 from resflow_jax.layers.lipschitz import LipschitzLinear
 from resflow_jax.training.losses import dequantized_bits_per_dim
 from resflow_jax.training.parallel import STRATEGIES, Strategy, make_mesh
@@ -37,8 +38,7 @@ from resflow_jax.training.step import Trainer
 Array = jax.Array
 
 # The papers' estimator, which normflows uses too.
-TRAINING = Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian")
-EVALUATION = Roulette(Poisson(2.0), exact_terms=20, minres_steps=0, probe="gaussian")
+EVALUATION = replace(TRAINING, exact_terms=20)
 LEARNING_RATE, CLIP = 1e-3, 1.0
 
 

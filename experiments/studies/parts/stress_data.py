@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.studies.parts.campaign import Row
 from resflow_jax.data.files import load_path
 from resflow_jax.data.splits import SPLITS
 from resflow_jax.data.units import shifted, units_of
 from resflow_jax.data.vectors import load_vectors
 
-Row = tuple[str, str, bool]
 Random = np.random.Generator
 
 _NO_NUMBERS = ("", "NA", "?", "nan", "-inf", "TRUE", "no", "1_000", "١٢", "0x1F", "1 000", "3 %", "x", "1.2.3", "12h")
@@ -30,7 +30,7 @@ def data_campaign(directory: Path, *, seconds: float = 20.0, seed: int = 0) -> l
     """Reads random files in a directory, for some seconds in all.
 
     Returns:
-      A line (case, answer, whether it is right) for each kind of file.
+      A row for each kind of file.
     """
     kinds: dict[str, Callable[[Path, Random], str | None]] = {
         "tables of numbers as text": _table,
@@ -51,7 +51,8 @@ def data_campaign(directory: Path, *, seconds: float = 20.0, seed: int = 0) -> l
         while fault is None and (not files or time.monotonic() < until):
             files += 1
             fault = check(directory / f"{number}_{files}", rng)
-        rows.append((name, f"{files} files, all right" if fault is None else f"file {files}: {fault}", fault is None))
+        answer = f"{files} files, all right" if fault is None else f"file {files}: {fault}"
+        rows.append(Row(name, files, answer, fault is None))
     return rows
 
 

@@ -8,10 +8,9 @@ from experiments.configs import CONFIGS
 from experiments.configs.base import DensityConfig
 from experiments.configs.tiny import tiny
 from experiments.runs.launch import run_config
-from experiments.runs.saved import saved_config, saved_flow
+from experiments.runs.saved import has_all_steps, saved_config, saved_flow
 from experiments.runs.tasks.images import load
 from resflow_jax import ResidualFlow
-from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.parallel import Strategy
 
 NAMES = ("digits", "fashion_mnist")
@@ -46,7 +45,7 @@ def trained_runs(
                 expected = "expected a run with a uniform dequantisation, as of digits_uniform"
                 raise ValueError(f"{name}: {expected}, got {directory}")
         try:
-            if directory is None and not _is_finished(config):
+            if directory is None and not has_all_steps(config):
                 run_config(config)
             load(config.data)
         except FileNotFoundError as error:
@@ -58,12 +57,3 @@ def trained_runs(
 def trained_flow(config: DensityConfig) -> ResidualFlow:
     """The flow of a run with its best weights, tightened."""
     return saved_flow(config.workdir).flow
-
-
-def _is_finished(config: DensityConfig) -> bool:
-    """Whether the run has taken all its steps."""
-    path = config.workdir / "checkpoints"
-    if not path.is_dir():
-        return False
-    with Checkpoints(path) as checkpoints:
-        return checkpoints.latest_step == config.steps

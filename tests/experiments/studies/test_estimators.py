@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(estimators, "ESTIMATORS", kept)
     monkeypatch.setattr(estimator_targets, "spectra", lambda dim, rng: {"saturated": -0.9 * np.eye(dim)})
     monkeypatch.setitem(CONFIGS, "digits_uniform", tiny.DIGITS)
-    monkeypatch.setattr(images, "find_data_dir", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no such data")))
+    monkeypatch.setattr(images, "load_tfds", Mock(side_effect=FileNotFoundError("no such data")))
     config = EstimatorsConfig(tmp_path, keys=20, probes=2, batch_size=4)
     with jax.enable_x64(False):
         results = estimators.run(config)

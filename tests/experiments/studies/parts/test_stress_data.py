@@ -11,8 +11,8 @@ from resflow_jax.data.vectors import VectorSplits
 def test_nothing_is_found(tmp_path):
     """Every kind of file is tried, and read as it was given or refused."""
     rows = data_campaign(tmp_path, seconds=2.0, seed=1)
-    assert len(rows) == 9 and all(ok for _, _, ok in rows), rows
-    assert all("files, all right" in answer for _, answer, _ in rows)
+    assert len(rows) == 9 and all(row.is_good and row.tries > 0 for row in rows), rows
+    assert all("files, all right" in row.found for row in rows)
 
 
 def test_faults_are_found(tmp_path, monkeypatch):
@@ -34,8 +34,8 @@ def test_faults_are_found(tmp_path, monkeypatch):
     for number, (reader, failing) in enumerate(faults):
         monkeypatch.setattr(stress_data, "load_vectors", reader)
         rows = data_campaign(tmp_path / str(number), seconds=1.0)
-        assert not any(rows[n][2] for n in failing), rows
-        assert all(rows[n][2] for n in (6, 7, 8))
+        assert not any(rows[n].is_good for n in failing), rows
+        assert all(rows[n].is_good for n in (6, 7, 8))
 
 
 @pytest.mark.parametrize("fault", ["", "another error"])
