@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import resflow_jax as rf
+from experiments.runs import rehearsal
 from tests.paths import ROOT
 
 FEWER = {"jax.random.split(jax.random.key(2), 2000)": "jax.random.split(jax.random.key(2), 200)"}  # means over keys
@@ -16,6 +17,7 @@ PAGES = [ROOT / "README.md", *sorted([*ROOT.glob("resflow_jax/**/README.md"), *R
 def run_page(path, tmp_path, monkeypatch):
     """The names after all python blocks of a page, one after the other."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rehearsal, "number_of_cores", lambda: 1)
     names = {}
     with (
         jax.enable_x64(False),

@@ -28,7 +28,7 @@ def tiny(config: RunConfig) -> RunConfig:
     if isinstance(config, ClassifyConfig):
         return _tiny_classifier(config)
     if isinstance(config, ToyConfig):
-        config = replace(config, evaluation=replace(config.evaluation, samples=500, cells=60))
+        config = replace(config, evaluation=replace(config.evaluation, samples=1000, cells=60))
     if not isinstance(config.model, ImageFlowConfig | VectorFlowConfig):
         model = tiny_model(config.model)
         data = _embedded(config.data, model.shape) if isinstance(config, DensityConfig) else config.data

@@ -14,7 +14,7 @@ from flax import nnx
 
 import resflow_jax as rf
 
-STEPS, PAIRS, RANKED = 2000, 20000, 500
+STEPS, BLOCKS, PAIRS, RANKED = 2000, 6, 20000, 500
 
 # %% [markdown]
 # ## Simulator and prior
@@ -54,7 +54,7 @@ def layer(rngs):
 
 
 box = rf.Bounded(low=LOW, high=HIGH)
-flow = rf.Flow(rf.Chain([box, rf.ActNorm((2,)), rf.ResidualStack(layer, 6, rngs=nnx.Rngs(0))]))
+flow = rf.Flow(rf.Chain([box, rf.ActNorm((2,)), rf.ResidualStack(layer, BLOCKS, rngs=nnx.Rngs(0))]))
 flow, history = rf.fit(flow, theta, condition=y, steps=STEPS, learning_rate=3e-3)
 print(history)
 print("certified for every y:", rf.certify(flow).is_certified)

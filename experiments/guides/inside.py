@@ -19,7 +19,7 @@ from sklearn.datasets import make_moons
 
 import resflow_jax as rf
 
-STEPS, WARMUP, SAMPLES = 1500, 300, 1000
+STEPS, BLOCKS, WARMUP, SAMPLES = 1500, 8, 300, 1000
 
 # %% [markdown]
 # ## A prior from examples
@@ -29,7 +29,7 @@ STEPS, WARMUP, SAMPLES = 1500, 300, 1000
 
 # %%
 x = make_moons(4000, noise=0.1, random_state=0)[0].astype(np.float32)
-flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=8, hidden=(32, 32)), rngs=nnx.Rngs(0))
+flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=BLOCKS, hidden=(32, 32)), rngs=nnx.Rngs(0))
 flow.initialize(x)  # ActNorm from data
 optimizer = nnx.Optimizer(flow, optax.adam(optax.cosine_decay_schedule(5e-3, STEPS)), wrt=nnx.Param)
 

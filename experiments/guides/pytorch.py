@@ -18,7 +18,7 @@ from sklearn.datasets import make_moons
 
 import resflow_jax as rf
 
-STEPS = 1500
+STEPS, BLOCKS = 1500, 8
 
 # %% [markdown]
 # ## A checkpoint
@@ -41,7 +41,7 @@ STEPS = 1500
 # %%
 x = (2 * make_moons(4000, noise=0.05, random_state=0)[0] - [1, 0.5]).astype(np.float32)
 between = rf.BetweenBlocks(first_actnorm=True)
-config = rf.VectorFlowConfig(dim=2, blocks=8, hidden=(32, 32), preactivation="all", between=between)
+config = rf.VectorFlowConfig(dim=2, blocks=BLOCKS, hidden=(32, 32), preactivation="all", between=between)
 half_trained, _ = rf.fit(rf.ResidualFlow(config, rngs=nnx.Rngs(0)), x, steps=STEPS // 10, learning_rate=2e-3)
 checkpoint = Path(tempfile.mkdtemp()) / "toy.pth"
 rf.save_torch_checkpoint(half_trained, checkpoint)

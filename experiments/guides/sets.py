@@ -13,7 +13,7 @@ from flax import nnx
 
 import resflow_jax as rf
 
-STEPS = 2000
+STEPS, BLOCKS = 2000, 10
 
 # %% [markdown]
 # ## The contraction
@@ -74,7 +74,7 @@ rng = np.random.default_rng(0)
 angle = rng.uniform(0, 2 * np.pi, (4000, 6, 1))
 circle = np.concatenate([np.cos(angle), np.sin(angle)], axis=2)
 sets = 2 * rng.normal(size=(4000, 1, 2)) + circle + 0.1 * rng.normal(size=(4000, 6, 2))
-stack = rf.ResidualStack(layer, 10, rngs=nnx.Rngs(0))
+stack = rf.ResidualStack(layer, BLOCKS, rngs=nnx.Rngs(0))
 flow = rf.Flow(rf.Chain([rf.ActNorm((2,)), stack]), rf.StandardNormal((6, 2)))
 flow, history = rf.fit(flow, sets.astype(np.float32), steps=STEPS, batch_size=128)
 print(history)

@@ -7,8 +7,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import rankdata
-from sklearn.metrics import roc_auc_score
 
 from experiments.runs.devices import devices_for
 from experiments.runs.parts import over_parts
@@ -32,6 +30,9 @@ def auroc(test: np.ndarray, other: np.ndarray) -> float:
 
     It is NaN without examples, or if a loss is NaN. Losses may be infinite.
     """
+    from scipy.stats import rankdata
+    from sklearn.metrics import roc_auc_score  # half a second to import, which most commands need not wait
+
     losses = np.concatenate([test, other])
     if not (len(test) and len(other)) or np.isnan(losses).any():
         return math.nan

@@ -5,17 +5,36 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.runs import train
+from experiments.runs import rehearsal, train
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_compilation_cache(tmp_path_factory):
-    """Programs that a run compiles stay out of the user's cache."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+def own_compilation_cache(tmp_path_factory):
+    """Programs that a run compiles stay out of the user's cache; the tests of a worker share another one."""
+    directory = tmp_path_factory.getbasetemp() / "programs"
+    values = {"enable_compilation_cache": True, "compilation_cache_dir": str(directory)}
+    values |= {"persistent_cache_min_compile_time_secs": 0.3}
+    before = {name: getattr(jax.config, f"jax_{name}") for name in values}
+    _configure(values)
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    _configure(before)
+
+
+def _configure(values):
+    """Sets options of JAX, and makes it look at them."""
+    for name, value in values.items():
+        jax.config.update(f"jax_{name}", value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_rehearsals():
+    """Runs do not compile programs before their first step, as on one core: most of these are compiled anyway."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsal, "number_of_cores", lambda: 1)
+        yield
 
 
 @pytest.fixture

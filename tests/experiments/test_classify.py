@@ -13,7 +13,7 @@ from experiments.configs.classes import CLASS_CONFIGS
 from experiments.configs.classification import HybridConfig
 from experiments.evaluate import EvaluateConfig
 from experiments.fid import FidConfig
-from experiments.runs import pictures
+from experiments.runs import pictures, rehearsal
 from experiments.runs.launch import run_config
 from experiments.runs.sampling import base_latents
 from experiments.runs.saved import saved_flow
@@ -46,9 +46,15 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A classifier without a density, finished and then trained for more steps: its work directory and result."""
+    """A classifier without a density, finished and then trained for more steps: its work directory and result.
+
+    The first run compiles its programs before its first step.
+    """
     workdir = tmp_path_factory.mktemp("plain")
-    return workdir, [run_config(replace(PLAIN, workdir=workdir, steps=steps)) for steps in (2, 4)][-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsal, "number_of_cores", lambda: 2)
+        run_config(replace(PLAIN, workdir=workdir, steps=2))
+    return workdir, run_config(replace(PLAIN, workdir=workdir, steps=4))
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def tiny(tmp_path):
         batch_size=64,
         log_every=10,
         model=rf.VectorFlowConfig(dim=2, blocks=2, hidden=(16,), activation="elu", preactivation="none"),
-        evaluation=ToyEvaluationConfig(examples=500, samples=500, cells=60, every=20),
+        evaluation=ToyEvaluationConfig(examples=500, samples=1000, cells=60, every=20),
     )
 
 

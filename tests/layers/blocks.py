@@ -15,7 +15,7 @@ from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.functional.vector_norms import dual_map
 from resflow_jax.layers.contraction import Layered
 from resflow_jax.layers.densenet import DenseNetOfMaps
-from resflow_jax.layers.lipschitz import learned_order
+from resflow_jax.layers.lipschitz import deferred_norms, learned_order
 from resflow_jax.layers.normalization import MovingCentering
 from tests.functional.contractions import dense_matrix
 
@@ -75,7 +75,8 @@ def make(name, scale=4.0):
 @cache
 def _made(name, scale):
     constructor, shape = CONTRACTIONS[name]
-    contraction = constructor(nnx.Rngs(1))
+    with deferred_norms():  # of other kernels
+        contraction = constructor(nnx.Rngs(1))
     rng = np.random.default_rng(2)
     for linear in contraction.linears:
         linear.kernel[...] = scale * linear.kernel[...]

@@ -11,6 +11,7 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.functional.activations import ACTIVATIONS
 from resflow_jax.layers.block_certificate import certify_contraction, tighten_contraction
+from resflow_jax.layers.lipschitz import deferred_norms
 from tests.moving import add_noise
 
 # name: (constructor from rngs, shape of x, shape of a condition)
@@ -64,7 +65,8 @@ BLOCKS = ["MLP with norms", "conditional CNN", "conditional DenseNet", *GRIDS]
 def made(name, scale=4.0):
     """A contraction with kernels so large that the normalisation matters, x [4, ...] and conditions for it, or None."""
     constructor, shape, condition_shape = (NETWORKS | GRIDS)[name]
-    g = constructor(nnx.Rngs(1))
+    with deferred_norms():  # of other kernels
+        g = constructor(nnx.Rngs(1))
     for linear in g.linears:
         linear.kernel[...] *= scale
         linear.search_norm(8)

@@ -11,7 +11,15 @@ from flax import nnx
 import resflow_jax as rf
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap
 from resflow_jax.layers import norm_updates
-from resflow_jax.layers.lipschitz import LipschitzLinear, NormSettings, NormState, advance, learned_order, map_linears
+from resflow_jax.layers.lipschitz import (
+    LipschitzLinear,
+    NormSettings,
+    NormState,
+    advance,
+    deferred_norms,
+    learned_order,
+    map_linears,
+)
 from resflow_jax.layers.norm_updates import update_norms
 from resflow_jax.models import upkeep
 from tests.functional.brute_force import brute_force_norm
@@ -155,7 +163,8 @@ class Model(nnx.Module):
 
 def test_all_layers_of_a_model():
     """Each layer gets what it gets alone; the status is that of the slowest; closed forms keep their vectors."""
-    model, alone = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
+    with deferred_norms():  # of other kernels
+        model, alone = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
     for which in (model, alone):
         rng = np.random.default_rng(0)
         for layer in (which.stack, *which.linears, which.other):
@@ -181,8 +190,9 @@ def test_all_layers_of_a_model():
 
 def test_layers_that_share_a_loop():
     """Small matrices of any shapes share one loop for each pair of orders; large ones and convolutions do not."""
-    model = Model(nnx.Rngs(0))
-    model.large = nnx.List(LipschitzLinear(DenseMap(200, 90), 0.9, rngs=nnx.Rngs(0)) for _ in range(2))
+    with deferred_norms():
+        model = Model(nnx.Rngs(0))
+        model.large = nnx.List(LipschitzLinear(DenseMap(200, 90), 0.9, rngs=nnx.Rngs(0)) for _ in range(2))
     shared = {key: len(layers) for key, layers in norm_updates._groups(model).items()}
     assert shared == {
         (DenseMap(12, 13), (2.0, 2.0)): 7,

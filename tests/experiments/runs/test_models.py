@@ -10,6 +10,7 @@ import resflow_jax as rf
 from experiments import density
 from experiments.configs import CONFIGS
 from experiments.configs.tiny import tiny
+from experiments.runs import rehearsal
 from experiments.runs.launch import run_config
 from experiments.runs.models import IMAGES, LEARNING_RATE, VECTORS
 from experiments.runs.saved import saved_flow
@@ -64,8 +65,9 @@ def test_an_unknown_model(capsys):
 
 
 @pytest.mark.parametrize("model", ["maf", "ffjord"])
-def test_a_run_of_vectors(model, tmp_path):
-    """It trains, evaluates and draws."""
+def test_a_run_of_vectors(model, tmp_path, monkeypatch):
+    """It compiles its programs first, trains, evaluates and draws."""
+    monkeypatch.setattr(rehearsal, "number_of_cores", lambda: 2)
     assert np.isfinite(run_config(parsed("moons", "--tiny", "--model", model, "--workdir", str(tmp_path))).mean)
     assert {"report.html", "toy.png"} <= {path.name for path in tmp_path.iterdir()}
 

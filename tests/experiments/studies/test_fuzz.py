@@ -110,7 +110,7 @@ def test_random_inputs():
 
 def test_the_command(tmp_path, capsys):
     """A line for each reader; without atheris it says that the inputs are random."""
-    found = fuzz.run(fuzz.FuzzConfig(seconds=1.0, readers=("npy",), workdir=tmp_path / "out"))
+    found = fuzz.run(fuzz.FuzzConfig(seconds=0.2, readers=("npy",), workdir=tmp_path / "out"))
     assert found == json.loads((tmp_path / "out" / "fuzz.json").read_text())
     assert found["npy"]["inputs"] > 0 and not found["npy"]["faults"]
     assert "inputs, " in capsys.readouterr().out

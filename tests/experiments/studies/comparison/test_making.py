@@ -47,6 +47,7 @@ def test_a_candidate_leaves_the_test_split_alone(monkeypatch):
     assert found["error"] == "diverged: no finite validation in 2 steps" and arrays is None
 
 
+@pytest.mark.usefixtures("compiles_alike")
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no cores to choose")
 def test_a_process_of_its_own(tmp_path):
     """It keeps to its core, with one JAX device and without a cache of compiled programs."""
