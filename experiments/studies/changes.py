@@ -34,6 +34,7 @@ from experiments.studies.comparison.contenders import hash_of
 from experiments.studies.comparison.running import cores, environment
 from experiments.studies.parts.change_run import Job
 from experiments.studies.parts.config_changes import CHANGES, variants_of
+from experiments.studies.parts.kept import kept
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 
 DATA = tuple(CHANGES)
@@ -114,15 +115,15 @@ def run(config: ChangesConfig) -> Runs:
 
     def result(job: Job) -> dict[str, Any]:
         path = directory / f"change{job.change}_seed{job.seed}.json"
-        found = _found(path, job)
+        settings = {"job": asdict(job), "config": fingerprint(job)}
+        found = kept(path, settings, "result")
         if found is None:
             core = free.get()
             try:
                 found = _done(job, core)
             finally:
                 free.put(core)
-            document = {"job": asdict(job), "config": fingerprint(job), "result": found}
-            write_atomically(path, json.dumps(document, indent=1) + "\n")
+            write_atomically(path, json.dumps({**settings, "result": found}, indent=1) + "\n")
             print(f"{path.stem}: {found['bits_per_dim']:.4f} bits/dim, {found['steps']} steps", flush=True)
         return found
 
@@ -138,18 +139,6 @@ def run(config: ChangesConfig) -> Runs:
 def fingerprint(job: Job) -> str:
     """A hash of the config of a job: a file of another one is not its result."""
     return hash_of(replace(job.config(), workdir=Path()))
-
-
-def _found(path: Path, job: Job) -> dict[str, Any] | None:
-    """The result of a finished job; None if there is none of these settings."""
-    if not path.exists():
-        return None
-    try:
-        document = json.loads(path.read_text())
-        same = Job(**document["job"]) == job and document["config"] == fingerprint(job)
-        return document["result"] if same else None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"workdir: expected {path} to be a file of this command, could not read it: {error}") from None
 
 
 def _done(job: Job, core: str) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from experiments.runs.command import NamedCommand, Output
 from experiments.runs.pictures import save_figure
 from experiments.runs.tables import markdown_table
 from experiments.runs.workdir import make_workdir, write_atomically
+from experiments.studies.parts.kept import kept
 from experiments.studies.parts.wall_clock_run import PEERS, RUNS, Settings
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 
@@ -144,7 +145,7 @@ def run(config: WallClockConfig) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for settings in config.settings():
         path = directory / f"{settings.run}.json"
-        found[settings.run] = _found(path, settings)
+        found[settings.run] = kept(path, {"settings": asdict(settings)}, "rows")
         if found[settings.run] is None:
             found[settings.run] = _done(settings)
             document = {"settings": asdict(settings), "rows": found[settings.run]}
@@ -152,18 +153,6 @@ def run(config: WallClockConfig) -> dict[str, list[dict[str, Any]]]:
     print(f"\n{config.data}, test bits/dim:\n\n{table(found)}", flush=True)
     save_curves(directory / "wall_clock.png", found, config.data)
     return found
-
-
-def _found(path: Path, settings: Settings) -> list[dict[str, Any]] | None:
-    """The rows of a finished run; None if there is none of these settings."""
-    if not path.exists():
-        return None
-    try:
-        document = json.loads(path.read_text())
-        same = Settings(**document["settings"]) == settings
-        return document["rows"] if same else None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"workdir: expected {path} to be a file of this command, could not read it: {error}") from None
 
 
 def _done(settings: Settings) -> list[dict[str, Any]]:

@@ -58,16 +58,13 @@ def test_a_run(finished):
     assert document["job"] == asdict(jobs[2]) and document["result"] == results[2]
 
 
-def test_files_of_others(finished, tmp_path, monkeypatch):
-    """A file of other settings, or of an earlier config, is no result; one that cannot be read is named."""
-    config, _, jobs = finished
-    path = config.workdir / "digits" / "change0_seed0.json"
-    assert changes._found(path, jobs[0]) and changes._found(path, replace(jobs[0], seconds=3)) is None
+def test_a_finished_run_is_only_read(finished, monkeypatch):
+    """A file of an earlier config is no result of the present one."""
+    config, found, _ = finished
+    monkeypatch.setattr(changes, "_done", lambda job, core: {"bits_per_dim": 9.0, "steps": 7})
+    assert changes.run(config) == found
     monkeypatch.setattr(changes, "fingerprint", lambda job: "another")
-    assert changes._found(path, jobs[0]) is None
-    (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"workdir: expected .*other.json to be a file of this command"):
-        changes._found(tmp_path / "other.json", jobs[0])
+    assert changes.run(config) == {title: 2 * [{"bits_per_dim": 9.0, "steps": 7}] for title in found}
 
 
 def test_table():

@@ -47,16 +47,14 @@ def test_a_run(finished):
     assert (directory / "wall_clock.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_files_of_others(finished):
-    """A file of other settings is not that of this run, and one that cannot be read is named."""
-    config, _, (settings,) = finished
-    path = config.workdir / "digits" / "shipped.json"
-    assert wall_clock._found(path, settings) and wall_clock._found(path, replace(settings, seed=1)) is None
-    other = path.with_name("other.json")
-    assert wall_clock._found(other, settings) is None
-    other.write_text("[]")
-    with pytest.raises(ValueError, match=r"workdir: expected .*other.json to be a file of this command"):
-        wall_clock._found(other, settings)
+def test_a_run_of_other_settings(finished, monkeypatch):
+    """It takes the place of the file of a run with the same name."""
+    config, _, _ = finished
+    monkeypatch.setattr(wall_clock, "_done", lambda settings: f"done with {settings.learning_rate}")
+    monkeypatch.setattr(wall_clock, "table", lambda found: "")
+    monkeypatch.setattr(wall_clock, "save_curves", lambda *_: None)
+    assert wall_clock.run(replace(config, learning_rate=0.5)) == {"shipped": "done with 0.5"}
+    assert wall_clock.run(config) == {"shipped": "done with 0.001"}
 
 
 class Counting:
