@@ -99,21 +99,25 @@ class Activation:
         check_type("name", self.name, str)
         check_callable("function", self.function)
         check_count("group", self.group, 1)
-        slopes = as_sequence("slopes", self.slopes, "a tuple of numbers")
+        slopes = tuple(as_sequence("slopes", self.slopes, "a tuple of numbers"))
         for slope in slopes:
             check_finite("slopes", slope)
         if not slopes:
             raise ValueError("slopes: expected at least one number, got none")
-        for others in as_sequence("other_slopes", self.other_slopes, "tuples of numbers"):
-            others = as_sequence("other_slopes", others, "tuples of numbers")
+        other_slopes = as_sequence("other_slopes", self.other_slopes, "tuples of numbers")
+        other_slopes = tuple(tuple(as_sequence("other_slopes", of, "tuples of numbers")) for of in other_slopes)
+        for others in other_slopes:
             for slope in others:
                 check_finite("other_slopes", slope)
             if len(others) != len(slopes):
                 raise ValueError(f"other_slopes: expected {len(slopes)} numbers each, as in slopes, got {len(others)}")
-        for pair in as_sequence("initial", self.initial, "pairs (name, value)"):
+        initial = tuple(as_sequence("initial", self.initial, "pairs (name, value)"))
+        for pair in initial:
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise ValueError(f"initial: expected pairs (name, value), got {shown(pair)}")
             check_choice("initial", pair[0], tuple(_CONSTRAINTS))
+        for name, value in (("slopes", slopes), ("other_slopes", other_slopes), ("initial", initial)):
+            object.__setattr__(self, name, value)  # tuples, which have a hash
 
     def __call__(self, params: dict[str, Array], x: Array) -> Array:
         return self.function(self.constrain(params, x.shape[-1]), x)

@@ -106,6 +106,8 @@ def _examples(xp: Any, leaves: list[Any], firsts: str) -> Any:
 
 def _begin(name: str, x: Any, dtype: Any, domain: Domain) -> Callable[[], None]:
     """Begins the check. The returned function finishes it, and raises."""
+    if not isinstance(x, jax.Array) and hasattr(x, "__jax_array__"):  # as a variable of Flax
+        x = x.__jax_array__()
     if isinstance(x, jax.core.Tracer):
         return _nothing
     if not isinstance(x, jax.Array):
@@ -113,7 +115,9 @@ def _begin(name: str, x: Any, dtype: Any, domain: Domain) -> Callable[[], None]:
         return _nothing
     if _is_on_one_cpu(x):
         return partial(_check_on_host, name, x, dtype, domain)
-    return partial(_check_numbers, name, _numbers(x, dtype, _axes(domain)), dtype, domain)
+    with jax.ensure_compile_time_eval():  # a program that is being traced may hold x
+        numbers = _numbers(x, dtype, _axes(domain))
+    return partial(_check_numbers, name, numbers, dtype, domain)
 
 
 def _nothing() -> None: ...

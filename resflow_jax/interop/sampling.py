@@ -30,6 +30,7 @@ from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import check_key, check_type
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator, needs_key
 from resflow_jax.functional.inverse import check_solver, reported
+from resflow_jax.functional.opaque import as_tree
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.conditions import as_condition
 from resflow_jax.models.flow import Flow
@@ -98,6 +99,7 @@ class SamplingMap:
             raise ValueError(
                 f"key: {type(estimator).__name__} expected a PRNG key, got None; estimator=Exact() needs none"
             )
+        estimator = as_tree(estimator)
         graphdef, state = nnx.split(nnx.clone(flow))  # a split alone would share the variables of the flow
         condition, condition_shape = _checked_condition(flow, condition)
         shapes = flow.latent_shape, flow.event_shape, condition_shape

@@ -18,6 +18,7 @@ and arrays (see `io.renames`).
 
 import json
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import jax
@@ -40,13 +41,16 @@ from resflow_jax.models.flow import Flow
 from resflow_jax.models.least_arrays import abstract_flow, check_arrays
 from resflow_jax.models.recipe import RecipeFlow
 from resflow_jax.models.residual_flow import ResidualFlow, flow_from_config
+from resflow_jax.models.resnet import ResNetClassifier
 
 FORMAT = "resflow_jax"
 FORMAT_VERSION = 2
 
 _CHECKSUM = "sha256"
 _SHARED = "; a file does not tell which layers share arrays"
+_PARTS = ("bijector", "base", "head", "dequantizer")
 _COMPOSED = "save rf.Flow(flow.bijector, flow.base, dequantizer=flow.dequantizer)"
+_CLASSIFIER = "save rf.Classifier(flow.bijector, flow.head, flow.base)"
 _REMEDY = "; rf.load(path, like=flow) takes the structure from your flow and only the arrays from the file"
 
 
@@ -63,7 +67,7 @@ def save(path: str | Path, flow: Flow) -> None:
 
     Raises:
       ValueError: if `flow` is no `Flow`, has arrays of a dtype that safetensors files do not support or two of one
-        name, or if parts of a flow of a config were replaced by parts with other classes or arrays.
+        name, or if parts of a flow of a config were replaced by parts with other classes, settings or arrays.
       OSError: if the file cannot be written; an existing file then stays as it was.
 
     Example:
@@ -140,31 +144,60 @@ def load(path: str | Path, *, like: Flow | None = None) -> Flow:
 
 def _description(flow: Flow) -> dict[str, str]:
     """The config or the structure of a flow, as metadata."""
-    if _is_of_config(flow):
+    if isinstance(flow, ResidualFlow | RecipeFlow | ResNetClassifier) and _is_of_package(flow):
         _check_is_of_config(flow)
+    if _is_of_config(flow):
         return {"config": config_to_json(flow.config)}
     return {"structure": json.dumps(describe(flow), allow_nan=False)}
 
 
 def _is_of_config(flow: Flow) -> bool:
     """Whether the config describes the flow completely. It does not for a user's subclass."""
-    return isinstance(flow, ResidualFlow | RecipeFlow) and type(flow).__module__.startswith(f"{FORMAT}.")
+    return isinstance(flow, ResidualFlow | RecipeFlow) and _is_of_package(flow)
+
+
+def _is_of_package(flow: Flow) -> bool:
+    return type(flow).__module__.startswith(f"{FORMAT}.")
 
 
 def _check_is_of_config(flow: Flow) -> None:
-    """Raises ValueError if parts of a flow were replaced by others, with other classes or arrays than in its config."""
+    """Raises ValueError if parts of a flow were replaced or set anew, so that its config does not describe them."""
     leaves = Structure.of(flow).leaves
     expected = abstract_flow(flow.config, len(leaves))
-    for what in ("base", "bijector"):
-        found, wanted = ([type(module) for _, module in nnx.iter_modules(getattr(f, what))] for f in (flow, expected))
-        if found != wanted:
-            raise ValueError(
-                f"flow: expected the {what} that its config describes, got one with other parts; {_COMPOSED}"
-            )
+    remedy = _CLASSIFIER if isinstance(flow, ResNetClassifier) else _COMPOSED
+    for what in _PARTS:
+        found, wanted = (_modules(getattr(f, what, None)) for f in (flow, expected))
+        text = f"flow: expected the {what} that its config describes, got one with"
+        if [type(module) for module in found] != [type(module) for module in wanted]:
+            raise ValueError(f"{text} other parts; {remedy}")
+        for module, like in zip(found, wanted, strict=True):
+            own, given = _settings(module), _settings(like)
+            if unlike := [name for name in {**own, **given} if name not in own or not _same(own, given, name)]:
+                raise ValueError(f"{text} another {unlike[0]} of {type(module).__name__}; {remedy}")
     found, wanted = ({path: leaf.shape for path, leaf in of.items()} for of in (leaves, Structure.of(expected).leaves))
     if found != wanted:
         unlike = names_text(sorted("/".join(path) for path in found.keys() ^ wanted.keys()) or ["shapes"])
-        raise ValueError(f"flow: expected the arrays that its config describes, got others: {unlike}; {_COMPOSED}")
+        raise ValueError(f"flow: expected the arrays that its config describes, got others: {unlike}; {remedy}")
+
+
+def _modules(part: Any) -> list[nnx.Module]:
+    """A part of a flow and all modules in it; none for None."""
+    return [] if part is None else [module for _, module in nnx.iter_modules(part)]
+
+
+def _settings(module: nnx.Module) -> dict[str, Any]:
+    """The attributes of a module that are neither arrays nor modules, and that a file keeps."""
+    kinds = nnx.Module | nnx.Variable | jax.Array | jax.ShapeDtypeStruct
+    public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return {name: value for name, value in public.items() if name != "reversible" and not isinstance(value, kinds)}
+
+
+def _same(own: dict[str, Any], given: dict[str, Any], name: str) -> bool:
+    """Whether two modules have the same setting. Functions that a constructor makes anew are taken for the same."""
+    values = own[name], given.get(name)
+    if any(isinstance(value, FunctionType) for value in values):
+        return True
+    return bool(np.array_equal(*values)) if isinstance(values[0], np.ndarray) else values[0] == values[1]
 
 
 def _check_format(metadata: dict[str, str]) -> None:

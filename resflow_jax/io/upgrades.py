@@ -26,8 +26,12 @@ _PLACES = (("bijector", "scales", "{n}"), ("bijector", "bijectors", "{n}"), ("bi
 
 
 def is_old(names: Iterable[Names]) -> bool:
-    """Whether names of a flow's arrays, without their collection, are old names."""
-    return any(name[:1] == ("scales",) for name in names)
+    """Whether names of a flow's arrays, without their collection, are old names.
+
+    A present flow may have an attribute `scales` of the user's, beside its bijector.
+    """
+    firsts = {name[0] for name in names if name}
+    return "scales" in firsts and "bijector" not in firsts
 
 
 def old_names(new: Iterable[Names], old: Iterable[Names]) -> dict[Names, Names | None]:

@@ -76,12 +76,16 @@ class ContractionBlock(Bijector):
             return_diagnostics=True,
         )
 
+    def _point_of_g(self, x: Array, condition: Array | None) -> Array:
+        """Where the block evaluates g; it is called before running statistics inside of g move."""
+        return x
+
     def initialize(self, x: Array, condition: Array | None = None) -> Array:
-        self.contraction.move_statistics(x, condition, rate=1.0)
+        self.contraction.move_statistics(self._point_of_g(x, condition), condition, rate=1.0)
         return self(x, condition)
 
     def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
-        self.contraction.move_statistics(x, condition)
+        self.contraction.move_statistics(self._point_of_g(x, condition), condition)
         return self(x, condition)
 
     def certified_bounds(self, blocks: list) -> tuple[float, float]:

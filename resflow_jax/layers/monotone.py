@@ -94,6 +94,10 @@ class MonotoneBlock(ContractionBlock):
         y, log_det = self._reported((ROOT * w - x, log_det), status)
         return y, log_det, diagnostics
 
+    def _point_of_g(self, x: Array, condition: Array | None) -> Array:
+        has_statistics = jax.tree.leaves(nnx.state(self.contraction, nnx.BatchStat))
+        return self._half_way(x, condition, self.solver)[0] if has_statistics else x
+
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
         w, status = self._half_way(y, condition, solver, inverts=True)
         return ROOT * w - y, [as_row(scaled(status))]

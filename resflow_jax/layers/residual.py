@@ -33,6 +33,7 @@ from resflow_jax.layers.contraction_block import ContractionBlock
 from resflow_jax.layers.lipschitz import TIGHT, deferred_norms, map_linears, norms_are_deferred
 from resflow_jax.layers.module_texts import Part, Parts
 from resflow_jax.layers.norm_updates import update_norms
+from resflow_jax.layers.without_log_det import has_dropout
 
 Array = jax.Array
 
@@ -217,7 +218,7 @@ class ResidualStack(Bijector):
             return x, rest
 
         inputs = self._inputs(key, estimator)
-        if self.reversible is not None:
+        if self.reversible is not None and not has_dropout(estimator):  # the inverse does not know what was dropped
             x, log_dets, diagnostics = self._reversibly(apply, x, inputs, condition)
         else:
             x, (log_dets, diagnostics) = self._scan(body, x, inputs)

@@ -15,7 +15,7 @@ def make_reversible(flow: nnx.Module, solver: Solver | None = None) -> None:
     converge, the gradient is NaN. Gradients have first-order reverse mode, and forward mode over that; `jax.jvp` and
     `jax.jacfwd` of the flow alone raise a TypeError. `rf.save` does not write this setting. It concerns the map and its
     log-det, as `log_prob` takes them; stacks inside an `Invert`, and gradients of `inverse` and of samples, keep inputs
-    as before.
+    as before, as do passes of a classifier with dropout, which the inverse would have to know.
 
     Args:
       flow: a flow, a classifier or a bijector with `ResidualStack`s, as `ResidualFlow` has for its blocks.
@@ -25,7 +25,7 @@ def make_reversible(flow: nnx.Module, solver: Solver | None = None) -> None:
     the log-det of every stacked layer.
 
     Raises:
-      ValueError: if `flow` has no `ResidualStack`, or `solver` is no solver.
+      ValueError: if `flow` has no `ResidualStack`, or one of layers that are no bijections, or `solver` is no solver.
 
     Source: Gomez et al. (2017, arXiv 1707.04585).
 
@@ -44,5 +44,8 @@ def make_reversible(flow: nnx.Module, solver: Solver | None = None) -> None:
     stacks = [module for _, module in nnx.iter_modules(flow) if isinstance(module, ResidualStack)]
     if not stacks:
         raise ValueError(f"flow: expected layers in a ResidualStack, got none in {type(flow).__name__}")
+    for stack in stacks:
+        if stack.no_density is not None:
+            raise ValueError(f"flow: expected layers with an inverse in every ResidualStack, got {stack.no_density}")
     for stack in stacks:
         stack.reversible = solver

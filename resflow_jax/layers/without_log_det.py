@@ -56,12 +56,17 @@ class WithoutLogDet:
         return jnp.where(jax.vmap(keep)(example_keys(key, g_x)), g_x / (1 - self.dropout), 0)
 
 
+def has_dropout(estimator: Estimator) -> bool:
+    """Whether an estimator stands for a pass with dropout."""
+    without = original(estimator)
+    return isinstance(without, WithoutLogDet) and without.dropout > 0
+
+
 def refuse_dropout(layer: Bijector, estimator: Estimator) -> None:
     """Raises ValueError for a pass with dropout through a layer whose residual blocks do not add g(x) to x."""
-    without = original(estimator)
-    if isinstance(without, WithoutLogDet) and without.dropout:
+    if has_dropout(estimator):
         expected = f"0 with {type(layer).__name__} inside, whose map is a solve, which dropout would change"
-        raise ValueError(f"dropout: expected {expected}, got {without.dropout}")
+        raise ValueError(f"dropout: expected {expected}, got {original(estimator).dropout}")
 
 
 class NoBijection(Bijector):

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.functional.checks import as_host_array, check_count, check_key, check_type, shown
 from resflow_jax.functional.estimators import Estimator, Exact, Roulette, check_estimator, subsampling
+from resflow_jax.functional.opaque import as_tree
 from resflow_jax.functional.texts import fields_text, is_number
 from resflow_jax.functional.values import checked
 from resflow_jax.layers.conditions import as_condition
@@ -276,6 +277,7 @@ def _scores(
     if mesh is not None:
         check_type("mesh", mesh, Mesh)
     count = len(jax.tree.leaves(examples)[0])
+    estimator = as_tree(estimator)
     flow, mesh, is_whole = placed(flow, mesh)
     if mesh is not None:
         key, estimator = on_all_devices((key, estimator), mesh)

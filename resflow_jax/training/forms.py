@@ -13,7 +13,7 @@ For "jit" and "shard_map" the forms step and checkpoint are the same. A process 
 for NumPy arrays, which it holds whole. On disk, a state is a `SavedState`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,7 +65,7 @@ def to_global(tree: Any, shardings: Any) -> Any:
     def put(leaf, sharding):
         if is_global(leaf) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
             return leaf
-        return from_host(np.asarray(leaf), sharding)
+        return converted(lambda leaf: from_host(np.asarray(leaf), sharding), leaf)
 
     return jax.tree.map(put, tree, shardings)
 
@@ -76,7 +76,11 @@ def to_host(tree: Any) -> Any:
     The arrays pass through the host. If they stayed committed to devices, every program that takes them would be
     compiled once more. No device but the one that they end on has more than one of them whole at a time.
     """
-    return jax.tree.map(lambda leaf: jax.device_put(to_numpy(leaf)) if is_global(leaf) else leaf, tree)
+
+    def whole(leaf):
+        return converted(lambda leaf: jax.device_put(to_numpy(leaf)), leaf) if is_global(leaf) else leaf
+
+    return jax.tree.map(whole, tree)
 
 
 def to_numpy(leaf: Array) -> np.ndarray:
@@ -115,7 +119,11 @@ def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
     """
     mesh = Mesh(np.asarray(jax.devices() if devices is None else as_devices(devices)), (DATA_AXIS,))
     stacked = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-    return jax.tree.map(lambda leaf: from_host(np.broadcast_to(leaf, (mesh.size, *np.shape(leaf))), stacked), tree)
+
+    def copies(leaf):
+        return from_host(np.broadcast_to(leaf, (mesh.size, *np.shape(leaf))), stacked)
+
+    return jax.tree.map(lambda leaf: converted(copies, leaf), tree)
 
 
 def unreplicate(tree: Any, mesh: Mesh) -> Any:
@@ -142,19 +150,20 @@ def unreplicate(tree: Any, mesh: Mesh) -> Any:
         parts = [shard.data[0] for shard in leaf.addressable_shards]
         return jax.make_array_from_single_device_arrays(leaf.shape[1:], whole, parts)
 
-    return jax.tree.map(join, tree)
+    return jax.tree.map(lambda leaf: converted(join, leaf), tree)
 
 
 def on_all_devices(tree: Any, mesh: Mesh) -> Any:
-    """Global arrays, whole on every device of the mesh, from arrays that every process has; also of PRNG keys."""
+    """Global arrays, whole on every device of the mesh, from arrays or numbers that every process has."""
     whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: converted(lambda leaf: from_host(np.asarray(leaf), whole), leaf), tree)
 
-    def put(leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-        return from_host(np.asarray(leaf), whole)
 
-    return jax.tree.map(put, tree)
+def converted(conversion: Callable[[Any], Array], leaf: Any) -> Array:
+    """The conversion of a leaf; PRNG keys, which NumPy does not have, are converted as their words."""
+    if not isinstance(leaf, Array) or not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return conversion(leaf)
+    return jax.random.wrap_key_data(conversion(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
 
 
 def placed(flow: Any, mesh: Mesh | None) -> tuple[Any, Mesh | None, bool]:

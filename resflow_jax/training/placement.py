@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from resflow_jax.functional.checks import check_choice, check_type
 from resflow_jax.models.flow import Flow
 from resflow_jax.training.forms import (
+    converted,
     from_host,
     is_global,
     mesh_of,
@@ -200,7 +201,7 @@ def tightened(flow: Flow) -> Flow:
     whole.tighten()
 
     def back(leaf, old):
-        return from_host(np.asarray(leaf), old.sharding) if is_global(old) else old
+        return converted(lambda leaf: from_host(np.asarray(leaf), old.sharding), leaf) if is_global(old) else old
 
     graphdef, state = nnx.split(flow)
     return nnx.merge(graphdef, jax.tree.map(back, nnx.state(whole), state))
@@ -212,5 +213,9 @@ def on_host(flow: Flow) -> Flow:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         device = None
+
+    def put(leaf):
+        return converted(lambda leaf: jax.device_put(to_numpy(leaf), device), leaf)
+
     graphdef, state = nnx.split(flow)
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: jax.device_put(to_numpy(leaf), device), state))
+    return nnx.merge(graphdef, jax.tree.map(put, state))

@@ -23,6 +23,7 @@ from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator, fit_law
 from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.length_laws import Fitted
+from resflow_jax.functional.opaque import as_tree, original
 from resflow_jax.models.flow import Flow
 
 Array = jax.Array
@@ -105,7 +106,7 @@ class Trainer(NamedTuple):
       loss: (flow, batch, key, estimator, steps done) -> (scalar, `Diagnostics`), as `training.losses` makes it. Changes
         that it makes to the flow's other variables are kept; on a mesh only those to running statistics
         (`nnx.BatchStat`), as means over the devices.
-      optimizer: an optax transformation.
+      optimizer: an optax transformation. One with extra arguments is given the loss as `value`, and `grad`.
       ema_decay: decay of the moving average of the parameters, in [0, 1). The average is bias-corrected where
         `averaged_flow` reads it.
       accumulate: number of batches whose mean gradient makes one update.
@@ -136,7 +137,8 @@ class Trainer(NamedTuple):
     def create_state(self, flow: Flow, estimator: Estimator) -> TrainState:
         """Returns the state before the first step.
 
-        It has copies of the flow's arrays, since a compiled step is donated those of its state.
+        It has copies of the arrays of the flow and of the estimator, since a compiled step is donated those of its
+        state. No two arrays of the state are the same one.
 
         Args:
           flow: gives the initial values; its structure must be that of `graphdef`.
@@ -155,11 +157,12 @@ class Trainer(NamedTuple):
         if isinstance(flow, type) or not hasattr(flow, "blocks"):
             raise ValueError(f"flow: expected a Flow, got {flow!r}")
         _, *parts = nnx.split(flow, nnx.Param, ...)
-        params, non_params = jax.tree.map(jnp.copy, parts)
+        params, non_params, estimator = _copied((*parts, as_tree(estimator)))
         ema = optax.ema(self.ema_decay).init(_at_least_float32(params))
         # Without residual blocks there is no array, since a checkpoint holds none of size zero.
         term_norms = _TERM_NORMS.init(jnp.zeros((flow.blocks, DIAGNOSED_TERMS)) if flow.blocks else ())
-        return TrainState(jnp.asarray(0), params, non_params, self.optimizer.init(params), ema, estimator, term_norms)
+        opt_state = _copied(self.optimizer.init(params))  # some optimisers keep the parameters themselves
+        return TrainState(jnp.asarray(0), params, non_params, opt_state, ema, estimator, term_norms)
 
     def step(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
         """Makes one update from one batch, or from `accumulate` batches, each of which counts as a step.
@@ -200,7 +203,9 @@ class Trainer(NamedTuple):
     def update(self, state: TrainState, found: Gradient) -> TrainState:
         """The second part: the optimiser and the averages. All but the gradient's norm works element by element."""
         with optax_promotion():
-            updates, opt_state = self.optimizer.update(found.gradient, state.opt_state, state.params)
+            optimizer = optax.with_extra_args_support(self.optimizer)
+            extra = {"value": found.loss, "grad": found.gradient}  # for those that look at the loss
+            updates, opt_state = optimizer.update(found.gradient, state.opt_state, state.params, **extra)
             params = optax.apply_updates(state.params, updates)
             _, ema = optax.ema(self.ema_decay).update(_at_least_float32(params), state.ema)
             norms = found.diagnostics.term_norms if jax.tree.leaves(state.term_norms.ema) else ()
@@ -222,11 +227,12 @@ class Trainer(NamedTuple):
         """Means over the batches of an update, on this device's slice of them."""
         # Typed as varying over the devices, the parameters get the gradient of this device alone.
         params, non_params = vary_over((state.params, state.non_params), varying_axes(batch))
+        estimator = original(state.estimator)
 
         def of_batch(non_params, batch, step):
             def objective(params):
                 flow = nnx.merge(self.graphdef, params, non_params, copy=True)
-                loss, diagnostics = self.loss(flow, batch, jax.random.fold_in(key, step), state.estimator, step)
+                loss, diagnostics = self.loss(flow, batch, jax.random.fold_in(key, step), estimator, step)
                 return loss, (diagnostics, nnx.split(flow, nnx.Param, ...)[2])
 
             (loss, (diagnostics, after)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
@@ -261,6 +267,11 @@ def averaged_params(ema: optax.EmaState, ema_decay: float, like: Any) -> Any:
     with optax_promotion():
         averages = optax.tree.bias_correction(ema.ema, ema_decay, jnp.maximum(ema.count, 1))
     return jax.tree.map(lambda average, param: average.astype(param.dtype), averages, like)
+
+
+def _copied(tree: Any) -> Any:
+    """The tree with arrays of its own."""
+    return jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
 
 
 def _at_least_float32(params: Any) -> Any:

@@ -221,6 +221,15 @@ def test_float32_and_large_inputs(name):
     assert jnp.all(jnp.isfinite(y)) and jnp.all(jnp.isfinite(slope))
 
 
+def test_lists_become_tuples():
+    """Activations are part of what JAX hashes."""
+    function = lambda params, x: jnp.concatenate([jnp.sin(x), jnp.cos(x)], axis=-1)  # noqa: E731
+    settings = {"initial": [("beta", 0.5)], "other_slopes": [[0.0, 1.0]]}
+    found = Activation("mine", function, slopes=[1.0, 0.0], **settings)
+    expected = Activation("mine", function, (1.0, 0.0), (("beta", 0.5),), other_slopes=((0.0, 1.0),))
+    assert found == expected and hash(found) == hash(expected)
+
+
 def test_unknown_name():
     """The error names what was asked for and what exists."""
     with pytest.raises(ValueError, match=r"activation: .*elu.*got 'swishh'"):

@@ -128,6 +128,38 @@ def test_traced_arrays_have_no_values():
         jax.grad(lambda factor: twice(jnp.asarray(2 * X), factor))(1.0)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_arrays_that_a_program_closes_over(place):
+    """They are concrete, and checked while the program is traced."""
+    good, bad = place(X), place(with_value(1.5))
+
+    def twice(x, factor):
+        with checked("x", x, np.dtype("float64"), UNIT_INTERVAL):
+            return factor * jnp.sum(x)
+
+    factors = jnp.arange(3.0)
+    np.testing.assert_allclose(jax.lax.map(lambda factor: twice(good, factor), factors), factors * X.sum())
+    np.testing.assert_allclose(jax.jit(lambda factor: twice(good, factor))(2.0), 2 * X.sum())
+    with pytest.raises(ValueError, match="x: expected values in"):
+        jax.jit(lambda factor: twice(bad, factor))(2.0)
+
+
+def test_variables_of_flax():
+    """Their value is checked, and not where it is traced."""
+
+    class Model(nnx.Module):
+        def __init__(self, x):
+            self.x = nnx.Param(x)
+
+        def __call__(self):
+            with checked("x", self.x, np.dtype("float64"), UNIT_INTERVAL):
+                return jnp.sum(self.x[...] ** 2)
+
+    np.testing.assert_allclose(nnx.grad(lambda model: model())(Model(jnp.asarray(X))).x[...], 2 * X)
+    with pytest.raises(ValueError, match="x: expected values in"):
+        Model(jnp.asarray(2 * X))()
+
+
 def test_under_debug_nans_the_argument_is_named():
     """Where JAX itself raises in the computation the argument is named; good values pass."""
     flow = rf.ResidualFlow(CONFIGS["wide logit"], rngs=nnx.Rngs(0))

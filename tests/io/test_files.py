@@ -255,6 +255,43 @@ def test_a_part_that_the_config_does_not_describe(what, tmp_path):
             rf.save_torch_checkpoint(flow, tmp_path / "flow.pth")
 
 
+def test_settings_that_a_config_does_not_describe(tmp_path):
+    """A solver or a head set anew is refused; the file would have the one of the config."""
+    path = tmp_path / "flow.safetensors"
+    flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(4,), block="monotone"), rngs=nnx.Rngs(0))
+    (block,) = (module for _, module in nnx.iter_modules(flow) if isinstance(module, rf.MonotoneBlock))
+    block.solver = rf.Anderson(on_failure="warn")
+    with pytest.raises(ValueError, match=r"got one with another solver of MonotoneBlock; save rf\.Flow"):
+        rf.save(path, flow)
+    config = rf.ClassifierConfig((4, 4, 1), 3, blocks=(1,), hidden_channels=(4,), padding=0)
+    network = rf.ResNetClassifier(config, rngs=nnx.Rngs(0))
+    network.head = rf.PooledHead(network.latent_shape, 3, activation="relu", rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"flow: expected the head .* another activation of PooledHead; save rf\.Cl"):
+        rf.save(path, network)
+    assert not path.exists()
+    composed = rf.Classifier(network.bijector, network.head, network.base)
+    rf.save(path, composed)
+    assert rf.load(path).head.activation == network.head.activation
+    rf.make_reversible(flow := rf.ResidualFlow(rf.VectorFlowConfig(2, 2, (4,)), rngs=nnx.Rngs(0)))
+    rf.save(path, flow)
+
+
+class WithScales(rf.Flow):
+    """A flow of the user's with an array of the name that flows had before they were compositions."""
+
+    def __init__(self, bijector):
+        super().__init__(bijector)
+        self.scales = nnx.Param(jnp.arange(2.0))
+
+
+def test_an_attribute_with_an_old_name(tmp_path):
+    """Its file is not taken for one of an earlier version."""
+    flow = WithScales(rf.ActNorm((2,)))
+    rf.save(tmp_path / "flow.safetensors", flow)
+    flow.scales[...] = jnp.zeros(2)
+    np.testing.assert_array_equal(rf.load(tmp_path / "flow.safetensors", like=flow).scales[...], [0.0, 1.0])
+
+
 class Named(rf.Bijector):
     """A layer of a user with parameters in a dict."""
 

@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 from resflow_jax.functional.linear_maps import ConvMap
+from resflow_jax.functional.solvers import Anderson
 from resflow_jax.layers.block_certificate import certify_contraction
+from resflow_jax.layers.monotone import MonotoneBlock
 from resflow_jax.layers.normalization import MovingCentering
 from resflow_jax.layers.residual import ResidualBlock
 from tests.layers.blocks import WIDENING, layered, numpy_activation, numpy_affine, scramble_centers
@@ -92,6 +94,20 @@ def test_places(name):
     assert [center.mean.shape for center in contraction.centers] == [(c,) for c in channels]
     assert (contraction.pre_center is not None) == contraction.preactivation
     assert contraction.pre_center is None or contraction.pre_center.bias.shape == x.shape[-1:]
+
+
+def test_means_of_a_monotone_block():
+    """They are those where g is evaluated: at w with w + g(w) = sqrt(2) x, for the g of before."""
+    contraction, x = make("dense, preactivation")
+    block = MonotoneBlock(contraction, solver=Anderson(tolerance=1e-12))
+    w = (np.asarray(block(x)) + x) / np.sqrt(2)
+    _, expected = step_by_step(nnx.clone(contraction), w, 0.1)
+    y = block.update_statistics(jnp.asarray(x))
+    for found, mean in zip(found_means(contraction), expected, strict=True):
+        np.testing.assert_allclose(found, mean, atol=1e-9)
+    np.testing.assert_allclose(y, block(x))
+    block.initialize(jnp.asarray(x))
+    assert np.isfinite(block(x)).all()
 
 
 def test_without_centering_nothing_moves():

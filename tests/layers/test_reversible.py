@@ -1,5 +1,6 @@
 """Flows that recompute the inputs of stacked blocks: values and gradients against those of flows that keep them."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -55,6 +56,27 @@ def test_gradients(pair, estimator):
     kept, reversible = (gradients(*split, estimator) for split in pair)
     assert reversible[0] == kept[0]
     check(reversible, kept)
+
+
+CLASSIFIER = rf.ClassifierConfig((4, 4, 1), 3, blocks=(3,), hidden_channels=(4,), padding=1)
+
+
+def test_dropout():
+    """The inverse does not know what was dropped: passes with dropout keep the inputs of blocks."""
+    network = rf.ResNetClassifier(CLASSIFIER, rngs=nnx.Rngs(0))
+    x = jax.random.uniform(KEY, (2, 4, 4, 1))
+    total = nnx.jit(lambda network, x: jnp.sum(jnp.sin(network.logits(x, key=KEY, dropout=0.5))))
+    expected = jax.grad(lambda x: total(network, x))(x)
+    rf.make_reversible(network)
+    np.testing.assert_allclose(jax.grad(lambda x: total(network, x))(x), expected, rtol=1e-10)
+
+
+def test_layers_without_an_inverse():
+    """Blocks without a bound are refused, and nothing is changed."""
+    network = rf.ResNetClassifier(replace(CLASSIFIER, coefficient=None), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="flow: expected layers with an inverse in every ResidualStack, got Unconstr"):
+        rf.make_reversible(network)
+    assert all(m.reversible is None for _, m in nnx.iter_modules(network) if isinstance(m, ResidualStack))
 
 
 def test_forward_over_reverse(pair):

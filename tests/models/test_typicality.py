@@ -165,6 +165,15 @@ def test_transformations(flow, typicality):
     assert repr(jax.tree.map(lambda _: object(), made)).startswith("Typicality(<object>")
 
 
+def test_known_densities_in_a_program(typicality):
+    """Concrete arrays that a program closes over are checked while it is traced."""
+    known = jnp.linspace(-3.0, -1.0, 5)
+    found = jax.jit(lambda x: rf.Typicality.from_log_probs(known, dim=2).p_value(x))(known)
+    np.testing.assert_allclose(found, rf.Typicality.from_log_probs(known, dim=2).p_value(known))
+    with pytest.raises(ValueError, match="expected finite log-densities, got 1"):
+        jax.jit(lambda x: rf.Typicality.from_log_probs(known.at[0].set(jnp.inf), dim=2).p_value(x))(known)
+
+
 def test_fit_takes_every_example_once():
     """The last batch is filled up and cut, keys differ between batches, estimator and condition are used."""
     x, c = jax.random.normal(jax.random.key(1), (7, 3)), jax.random.normal(jax.random.key(2), (7, 2))
