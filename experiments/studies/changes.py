@@ -114,26 +114,35 @@ def run(config: ChangesConfig) -> Runs:
         free.put(core)
 
     def result(job: Job) -> dict[str, Any]:
-        path = directory / f"change{job.change}_seed{job.seed}.json"
-        settings = {"job": asdict(job), "config": fingerprint(job)}
-        found = kept(path, settings, "result")
+        path, found = directory / _name(job), finished[job]
         if found is None:
             core = free.get()
             try:
                 found = _done(job, core)
             finally:
                 free.put(core)
-            write_atomically(path, json.dumps({**settings, "result": found}, indent=1) + "\n")
+            write_atomically(path, json.dumps({**_settings(job), "result": found}, indent=1) + "\n")
             print(f"{path.stem}: {found['bits_per_dim']:.4f} bits/dim, {found['steps']} steps", flush=True)
         return found
 
     jobs = config.jobs()
+    in_order = [job for of_config in jobs.values() for job in of_config]
+    finished = {job: kept(directory / _name(job), _settings(job), "result") for job in in_order}
     with ThreadPoolExecutor(len(places)) as pool:
-        results = pool.map(result, [job for of_config in jobs.values() for job in of_config])
+        results = pool.map(result, in_order)
         runs = {title: [next(results) for _ in of_config] for title, of_config in jobs.items()}
     write_atomically(directory / "changes.json", json.dumps(runs, indent=1) + "\n")
     print(f"\n{config.data}, validation bits/dim:\n\n{table(runs)}", flush=True)
     return runs
+
+
+def _name(job: Job) -> str:
+    return f"change{job.change}_seed{job.seed}.json"
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """What the file of a job has beside its result."""
+    return {"job": asdict(job), "config": fingerprint(job)}
 
 
 def fingerprint(job: Job) -> str:

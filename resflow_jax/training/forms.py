@@ -48,12 +48,32 @@ class SavedState(NamedTuple):
     def of(cls, state: TrainState) -> "SavedState":
         """The state, or a tree of the same structure (shapes, shardings), as a checkpoint has it."""
         estimator = jax.tree.leaves(state.estimator)
-        return cls(*state._replace(estimator=estimator))
+        return jax.tree.map(_saved, cls(*state._replace(estimator=estimator)))
 
     def as_state(self, like: TrainState) -> TrainState:
         """The training state, with the settings of the estimator of `like`."""
         estimator = jax.tree.unflatten(jax.tree.structure(like.estimator), self.estimator)
-        return TrainState(*self._replace(estimator=estimator))
+        state = TrainState(*self._replace(estimator=estimator))
+        return jax.tree.map(lambda leaf, old: _wrapped(leaf, old) if _is_key(old) else leaf, state, like)
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of PRNG keys, which may be abstract."""
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _saved(leaf: Any) -> Any:
+    """A leaf as a checkpoint has it: the words of keys, and numbers of Python as arrays."""
+    if _is_key(leaf):
+        return jax.random.key_data(leaf) if isinstance(leaf, Array) else jax.eval_shape(jax.random.key_data, leaf)
+    return np.asarray(leaf, jax.dtypes.result_type(leaf)) if isinstance(leaf, bool | int | float) else leaf
+
+
+def _wrapped(words: Array, like: Any) -> Array:
+    """The keys of the kind of `like`, which may be abstract, with these words."""
+    impls = []
+    jax.eval_shape(lambda keys: impls.append(jax.random.key_impl(keys)), like)
+    return jax.random.wrap_key_data(words, impl=impls[0])
 
 
 def to_global(tree: Any, shardings: Any) -> Any:
@@ -161,7 +181,7 @@ def on_all_devices(tree: Any, mesh: Mesh) -> Any:
 
 def converted(conversion: Callable[[Any], Array], leaf: Any) -> Array:
     """The conversion of a leaf; PRNG keys, which NumPy does not have, are converted as their words."""
-    if not isinstance(leaf, Array) or not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if not _is_key(leaf):
         return conversion(leaf)
     return jax.random.wrap_key_data(conversion(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
 

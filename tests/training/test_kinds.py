@@ -11,7 +11,7 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.interop.sampling import SamplingMap
-from resflow_jax.training import Placement, Trainer, make_mesh
+from resflow_jax.training import Checkpoints, Placement, Trainer, make_mesh
 from resflow_jax.training.evaluation import vector_log_prob
 from resflow_jax.training.losses import negative_log_likelihood
 
@@ -140,3 +140,18 @@ def test_a_flow_with_a_key_on_many_devices(strategy):
     for a, b in zip(jax.tree.leaves(found.non_params), jax.tree.leaves(before.non_params), strict=True):
         np.testing.assert_array_equal(words(a), words(b))
     assert placement.current_flow(placement.to_checkpoint(state)).log_prob(X).shape == (16,)
+
+
+def test_checkpoints(tmp_path):
+    """Keys of a flow, and numbers of Python in a law, come back, also for a state of shapes."""
+    flow = rf.Flow(rf.Chain([Noisy(nnx.Rngs(3)), rf.ResidualBlock(rf.LipschitzMLP(2, (4,), rngs=nnx.Rngs(0)))]))
+    trainer = Trainer(nnx.graphdef(flow), negative_log_likelihood(), optax.sgd(0.1), 0.9)
+    state = trainer.create_state(flow, rf.Roulette(Law()))
+    other = trainer.create_state(rf.Flow(nnx.clone(flow.bijector)), rf.Roulette(Law(0.25)))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+        for like in (other, jax.eval_shape(lambda: other)):
+            found = checkpoints.restore(0, like)
+            for a, b in zip(*map(jax.tree.leaves, (found, state)), strict=True):
+                np.testing.assert_array_equal(words(jnp.asarray(a)), words(jnp.asarray(b)))

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def kept(path: Path, settings: Mapping[str, Any], name: str) -> Any | None:
-    """The value called `name` of a file that a study has written; None if there is no file, or one of other settings.
+    """The value called `name` of a file that a study has written; None if there is no file.
 
     Args:
       path: of the file.
@@ -15,13 +15,19 @@ def kept(path: Path, settings: Mapping[str, Any], name: str) -> Any | None:
       name: of the result.
 
     Raises:
-      ValueError: if the file is none of the study.
+      ValueError: if the file is none of the study, or of other settings: it is not replaced.
     """
     if not path.exists():
         return None
     try:
         document = json.loads(path.read_text())
         expected = json.loads(json.dumps(dict(settings)))  # tuples are lists in a file
-        return document[name] if all(document[key] == value for key, value in expected.items()) else None
+        unlike = [key for key, value in expected.items() if document[key] != value]
+        result = document[name]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"workdir: expected {path} to be a file of this command, could not read it: {error}") from None
+    if unlike:
+        raise ValueError(
+            f"workdir: expected {path} to be of the same settings, got another {unlike[0]}; name another one"
+        )
+    return result

@@ -59,12 +59,13 @@ def test_a_run(finished):
 
 
 def test_a_finished_run_is_only_read(finished, monkeypatch):
-    """A file of an earlier config is no result of the present one."""
+    """A file of an earlier config is no result of the present one, and is not replaced."""
     config, found, _ = finished
     monkeypatch.setattr(changes, "_done", lambda job, core: {"bits_per_dim": 9.0, "steps": 7})
     assert changes.run(config) == found
     monkeypatch.setattr(changes, "fingerprint", lambda job: "another")
-    assert changes.run(config) == {title: 2 * [{"bits_per_dim": 9.0, "steps": 7}] for title in found}
+    with pytest.raises(ValueError, match=r"change0_seed0.json to be of the same settings, got another config"):
+        changes.run(config)
 
 
 def test_table():

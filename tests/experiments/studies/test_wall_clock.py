@@ -47,14 +47,13 @@ def test_a_run(finished):
     assert (directory / "wall_clock.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_of_other_settings(finished, monkeypatch):
-    """It takes the place of the file of a run with the same name."""
+def test_a_run_of_other_settings(finished):
+    """Its file is not replaced."""
     config, _, _ = finished
-    monkeypatch.setattr(wall_clock, "_done", lambda settings: f"done with {settings.learning_rate}")
-    monkeypatch.setattr(wall_clock, "table", lambda found: "")
-    monkeypatch.setattr(wall_clock, "save_curves", lambda *_: None)
-    assert wall_clock.run(replace(config, learning_rate=0.5)) == {"shipped": "done with 0.5"}
-    assert wall_clock.run(config) == {"shipped": "done with 0.001"}
+    before = (config.workdir / "digits" / "shipped.json").read_text()
+    with pytest.raises(ValueError, match=r"shipped.json to be of the same settings, got another settings"):
+        wall_clock.run(replace(config, learning_rate=0.5))
+    assert (config.workdir / "digits" / "shipped.json").read_text() == before
 
 
 class Counting:
