@@ -142,10 +142,9 @@ def run(config: WallClockConfig) -> dict[str, list[dict[str, Any]]]:
     """Does what is missing, prints and draws; returns the rows of each run."""
     directory = config.workdir / config.data
     make_workdir(directory)
-    found = {}
-    for settings in config.settings():
-        path = directory / f"{settings.run}.json"
-        found[settings.run] = kept(path, {"settings": asdict(settings)}, "rows")
+    paths = {settings: directory / f"{settings.run}.json" for settings in config.settings()}
+    found = {of.run: kept(path, {"settings": asdict(of)}, "rows") for of, path in paths.items()}
+    for settings, path in paths.items():
         if found[settings.run] is None:
             found[settings.run] = _done(settings)
             document = {"settings": asdict(settings), "rows": found[settings.run]}
