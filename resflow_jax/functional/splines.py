@@ -123,11 +123,11 @@ def inverse_spline(y: Array, at: Knots, bound: float) -> tuple[Array, Array]:
     """x and log dy/dx of every element of y [..., C], as `spline`."""
     is_inside = jnp.abs(y) <= bound
     found = _bin_of(jnp.where(is_inside, y, 0), at.y, at)
-    above = jnp.where(is_inside, y, 0) - found.bottom
+    share = (jnp.where(is_inside, y, 0) - found.bottom) / found.height  # a, b and c have no unit
     bend = found.slope + found.next_slope - 2 * found.mean_slope
-    a = found.height * (found.mean_slope - found.slope) + above * bend
-    b = found.height * found.slope - above * bend
-    c = -found.mean_slope * above
+    a = found.mean_slope - found.slope + share * bend
+    b = found.slope - share * bend
+    c = -found.mean_slope * share
     t = 2 * c / (-b - jnp.sqrt(jnp.maximum(b**2 - 4 * a * c, 0)))
     x = found.left + t * found.width
     return jnp.where(is_inside, x, y), jnp.where(is_inside, _log_slope(found, t), 0)

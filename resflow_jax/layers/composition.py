@@ -101,8 +101,8 @@ class Chain(Composition):
     def part_shapes(self, shape: Shape) -> tuple[Shape, ...]:
         parts = (tuple(shape),)
         for bijector in self.bijectors:
-            after = bijector.output_shape(shape)
-            parts = parts if after == tuple(shape) else bijector.part_shapes(shape)
+            after, own = bijector.output_shape(shape), bijector.part_shapes(shape)
+            parts = parts if after == tuple(shape) and own == (after,) else own
             shape = after
         return parts
 

@@ -285,11 +285,21 @@ def map_linears(module: nnx.Module, function: Callable[[LipschitzLinear], Result
 
     The layers of a stack are mapped together by `jax.vmap`: their results have the leading axes of `stack_shape`.
     """
-    return [_mapped(function, layer) for layer in linears_inside(module)]
+    results = []
+    for layer in linears_inside(module):
+        result, state = _mapped(function, layer)
+        nnx.update(layer, state)
+        results.append(result)
+    return results
 
 
-def _mapped(function: Callable[[LipschitzLinear], Result], layers: LipschitzLinear) -> Result:
-    """The results of one layer, or of every layer of a stack."""
+def read_linears(module: nnx.Module, function: Callable[[LipschitzLinear], Result]) -> list[Result]:
+    """As `map_linears`, but changes are not kept: also for a module that a traced program closes over."""
+    return [_mapped(function, layer)[0] for layer in linears_inside(module)]
+
+
+def _mapped(function: Callable[[LipschitzLinear], Result], layers: LipschitzLinear) -> tuple[Result, nnx.State]:
+    """The results of one layer, or of every layer of a stack, and the state after them."""
     graphdef, state = nnx.split(layers)
 
     def apply(state):
@@ -298,9 +308,7 @@ def _mapped(function: Callable[[LipschitzLinear], Result], layers: LipschitzLine
 
     for _ in layers.stack_shape:
         apply = jax.vmap(apply)
-    results, state = apply(state)
-    nnx.update(layers, state)
-    return results
+    return apply(state)
 
 
 def _uniforms(key: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from resflow_jax.functional.power_iteration import PowerIterationStatus
 from resflow_jax.layers.bijector import Constant, own_condition
-from resflow_jax.layers.lipschitz import TIGHT, NormSettings, linears_inside, map_linears
+from resflow_jax.layers.lipschitz import TIGHT, NormSettings, linears_inside, read_linears
 from resflow_jax.layers.module import Module
 from resflow_jax.layers.norm_updates import update_norms
 
@@ -119,7 +119,7 @@ class FlowUpkeep(Module):
         training loss with a small weight, as `training.losses` does. Zero for a flow without linear layers. No
         evaluation of g.
         """
-        losses = map_linears(self, lambda layer: layer.order_loss())
+        losses = read_linears(self, lambda layer: layer.order_loss())
         return jnp.mean(jnp.concatenate([loss.ravel() for loss in losses])) if losses else jnp.zeros((), self.dtype)
 
     @property
@@ -130,7 +130,7 @@ class FlowUpkeep(Module):
 
     def norm_orders(self) -> np.ndarray:
         """The orders of the norms on input and output of every linear layer, float64 [layers, 2]; on the host."""
-        orders = map_linears(self, lambda layer: jnp.stack([jnp.asarray(p, float) for p in layer.traced_orders()]))
+        orders = read_linears(self, lambda layer: jnp.stack([jnp.asarray(p, float) for p in layer.traced_orders()]))
         return np.concatenate([np.reshape(pair, (-1, 2)) for pair in [np.zeros((0, 2)), *orders]])
 
     def update_statistics(self, x: Array, condition: Array | None = None) -> None:
@@ -169,9 +169,12 @@ def _warn_norms(status: PowerIterationStatus) -> None:
 @partial(jax.jit, static_argnames="graphdef")
 def _initialize(graphdef, state, x, condition):
     flow = nnx.merge(graphdef, state)
+    before = jax.tree.leaves(nnx.state(flow, (nnx.BatchStat, Constant)))
     flow._run_initialize(x.astype(flow.dtype), own_condition(flow.bijector, condition))
-    statistics = jax.tree.leaves(nnx.state(flow, (nnx.BatchStat, Constant)))
-    is_finite = jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in statistics], bool))
+    after = jax.tree.leaves(nnx.state(flow, (nnx.BatchStat, Constant)))
+    # A constant may be infinite, as an end of a base's support.
+    overflows = [~jnp.isfinite(b) & jnp.isfinite(a) for a, b in zip(before, after, strict=True)]
+    is_finite = ~jnp.any(jnp.asarray([of.any() for of in overflows], bool))
     return nnx.state(flow), is_finite
 
 

@@ -196,6 +196,9 @@ def test_parts_in_compositions():
     assert flow(scales, rf.Chain([rf.ActNorm((16,))])).part_shapes == ((2, 2, 2), (2, 2, 2))
     assert flow(scales, rf.Reshape((16,), (4, 4))).part_shapes == ((4, 4),)
     assert flow(rf.Flatten((2, 3)), rf.Permutation(range(6))).part_shapes == ((2, 3),)
+    of_vectors = rf.MultiScale([rf.ActNorm((4,)), rf.ActNorm((2,))], (4,))
+    assert rf.Flow(of_vectors).part_shapes == ((2,), (2,))
+    assert flow(rf.ActNorm((4,)), of_vectors, rf.ActNorm((4,))).part_shapes == ((2,), (2,))
     assert rf.Flow(rf.Chain([]), rf.StandardNormal((2,))).part_shapes == ((2,),)
     assert rf.Flow(rf.Invert(rf.Flatten((2, 3)))).part_shapes == ((2, 3),)
 

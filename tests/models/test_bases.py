@@ -184,6 +184,10 @@ def test_classes_far_from_the_components():
         assert jnp.isfinite(gradient).all()
     for c in ([[-1.0, 2.0]], [[0.0, 0.0]]):
         assert jnp.isnan(base.log_prob(z, jnp.asarray(c))).all()
+    base.means[...] = jnp.asarray([[0.0], [10.0]])
+    half = nnx.merge(nnx.graphdef(base), jax.tree.map(lambda leaf: leaf.astype(jnp.float16), nnx.state(base)))
+    found = half.log_prob(jnp.full((1, 1), 10, jnp.float16), jnp.asarray([[1, 0]], jnp.float16))
+    np.testing.assert_allclose(found.astype(float), scipy.stats.norm.logpdf(10), rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -1,9 +1,10 @@
 """Compares the programs of one function g for two batch sizes.
 
 g treats the rows of a batch independently, but may still depend on their number or on a row's place: by noise of the
-batch's shape, by `jnp.arange(len(x))`, by rows of an array that it closes over, or by a factor 1 / len(x). For a part
-of a batch that is another function, and nothing fails. Its program shows it: it has other constants, or makes an array
-with the batch's size without x.
+batch's shape, by `jnp.arange(len(x))`, by rows of an array that it closes over, by a factor 1 / len(x), or by the count
+of rows before it. For a part of a batch that is another function, and nothing fails. Its program shows it: it has other
+constants, makes an array with the batch's size without x, or has an operation along the axis of the batch, as a
+cumulative sum (see `batch_operations`).
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from resflow_jax.functional.primitives.batch_operations import is_along_batch
 from resflow_jax.functional.primitives.jax_internals import ClosedJaxpr, Jaxpr, Literal
 
 Program = tuple[Jaxpr, list[Any]]
@@ -20,8 +22,8 @@ Program = tuple[Jaxpr, list[Any]]
 def is_of_rows(whole: Program, part: Program) -> bool:
     """Whether two programs are certainly one function of each row, traced for two batch sizes.
 
-    They have to do the same operations with the same constants. Every array whose size depends on the batch has to come
-    from the arguments, or has to have equal rows.
+    They have to do the same operations with the same constants, and none along the axis of the batch. Every array whose
+    size depends on the batch has to come from the arguments, or has to have equal rows.
 
     Args:
       whole: a program, and the arrays that it closes over.
@@ -36,6 +38,8 @@ def is_of_rows(whole: Program, part: Program) -> bool:
         if p.primitive is not q.primitive or not all(map(_is_same_literal, p.invars, q.invars)):
             return False
         if _differ(p.outvars, q.outvars) and not (_differ(p.invars, q.invars) or _has_equal_rows(p, q)):
+            return False
+        if is_along_batch(p, q):
             return False
         programs, others = list(_programs(p.params)), list(_programs(q.params))
         if len(programs) != len(others) or not all(map(is_of_rows, programs, others)):

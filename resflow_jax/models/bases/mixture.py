@@ -5,6 +5,8 @@
 Izmailov et al. (2020, arXiv 1912.13025) take one component for each class.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,8 +17,6 @@ from resflow_jax.layers.conditioned_params import ConditionedParams, bounded
 from resflow_jax.models.bases.base import Base, Shape, check_draw
 
 Array = jax.Array
-
-_LARGEST_EXPONENT = 60.0  # exp of it is finite in every float dtype but float16
 
 
 class MixtureOfNormals(Base):
@@ -148,5 +148,6 @@ def _log_weighted_sum(weights: Array, logs: Array) -> Array:
     terms = jnp.where(is_positive, jnp.log(jnp.where(is_positive, weights, 1)) + logs, -jnp.inf)
     largest = jax.lax.stop_gradient(jnp.max(terms, axis=-1, keepdims=True))
     # A weight of zero adds nothing, but its derivative is exp(logs - largest), clipped before it overflows.
-    of_zero = weights * jnp.exp(jnp.minimum(logs - largest, _LARGEST_EXPONENT))
+    largest_exponent = min(60.0, 0.9 * math.log(jnp.finfo(logs.dtype).max))
+    of_zero = weights * jnp.exp(jnp.minimum(logs - largest, largest_exponent))
     return jnp.log(jnp.sum(jnp.where(is_positive, jnp.exp(terms - largest), of_zero), axis=-1)) + largest[..., 0]

@@ -253,6 +253,16 @@ def test_a_root_that_overflows_has_not_converged():
     assert finite.tolist()[1:] == [True, False, True]
 
 
+@pytest.mark.parametrize("bound", [1e-22, 1.0, 1e21])
+def test_splines_of_any_unit(bound):
+    """In float32 too the inverse is that of the same spline in another unit."""
+    layer = rf.Spline((1,), bound=bound)
+    noise = jax.random.normal(jax.random.key(0), jax.tree.leaves(nnx.state(layer))[0].shape)
+    nnx.update(layer, jax.tree.map(lambda leaf: (leaf + noise).astype(jnp.float32), nnx.state(layer)))
+    x = (bound * jnp.linspace(-0.95, 0.95, 20)[:, None]).astype(jnp.float32)
+    np.testing.assert_allclose(layer.inverse(layer(x)), x, rtol=1e-3)
+
+
 def test_narrow_bins_in_bfloat16():
     """Knots are computed in float32: the last bin has a width, and nothing is NaN."""
     layer = rf.SplineCoupling((2,), rf.MLPConditioner((4,)), rngs=nnx.Rngs(0))
