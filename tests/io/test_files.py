@@ -280,7 +280,7 @@ class WithScales(rf.Flow):
     """A flow of the user's with an array of the name that flows had before they were compositions."""
 
     def __init__(self, bijector):
-        super().__init__(bijector)
+        super().__init__(bijector, event_shape=(2,))
         self.scales = nnx.Param(jnp.arange(2.0))
 
 

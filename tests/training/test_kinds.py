@@ -11,7 +11,8 @@ from flax import nnx
 
 import resflow_jax as rf
 from resflow_jax.interop.sampling import SamplingMap
-from resflow_jax.training import Checkpoints, Placement, Trainer, make_mesh
+from resflow_jax.training import Placement, Trainer, make_mesh
+from resflow_jax.training.checkpoints import Checkpoints
 from resflow_jax.training.evaluation import vector_log_prob
 from resflow_jax.training.losses import negative_log_likelihood
 
@@ -40,7 +41,7 @@ class Law(NamedTuple):
         return jax.random.geometric(key, self.p, shape)
 
     def survival(self, k):
-        return jnp.where(k == 0, 1.0, (1 - self.p) ** (jnp.maximum(k, 1) - 1.0))
+        return jnp.where(k == 0, 1.0, (1 - self.p) ** (jnp.maximum(k, 1) - 1).astype(float))
 
     def tail_ratio(self):
         return 1 - self.p
