@@ -13,8 +13,8 @@ bits/dim are reported too. `--model.head mixture` classifies by Bayes' rule, wit
 Running the command again resumes from the last checkpoint; Ctrl-C ends a run after the current step, with a checkpoint.
 Under the work directory it writes report.html, metrics.jsonl, tensorboard/, reconstructions.png, confusion.png,
 curves.png, with a density samples.png, pictures during training in training/, config.json, certificate.json and
-checkpoints/. The validation split chooses the checkpoint; the test split is evaluated once, at the end. The last line
-is the test error in %, with its standard error.
+checkpoints/, for images that are read from files also data.json. The validation split chooses the checkpoint; the test
+split is evaluated once, at the end. The last line is the test error in %, with its standard error.
 """
 
 from experiments.configs.classes import CLASS_CONFIGS, CLASS_SUMMARIES

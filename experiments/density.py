@@ -14,8 +14,9 @@ The likelihood of images is in bits/dim, that of vectors in nats: the natural lo
 .npz or .csv file. The flow gets its input size from these data. Running the command again resumes from the last
 checkpoint; Ctrl-C ends a run after the current step, with a checkpoint. Under the work directory it writes report.html,
 with everything on one page, metrics.jsonl, the same metrics as TensorBoard events in tensorboard/, samples.png,
-reconstructions.png, curves.png, pictures during training in training/, config.json, certificate.json and checkpoints/.
-The validation split chooses the checkpoint; the test split is evaluated once, at the end.
+reconstructions.png, curves.png, pictures during training in training/, config.json, certificate.json and checkpoints/;
+for data that are read from files also data.json, by which it notices later that they have changed. The validation
+split chooses the checkpoint; the test split is evaluated once, at the end.
 """
 
 from experiments.configs import CONFIGS, SUMMARIES

@@ -4,6 +4,7 @@ from experiments.configs.base import RunConfig
 from experiments.runs import train
 from experiments.runs.command import Output, say_what_will_be_written
 from experiments.runs.devices import cores_for, use_all_cores
+from experiments.runs.fingerprint import is_from_files
 from experiments.runs.processes import all_end_with_one, check_same, is_first, join
 from experiments.runs.tasks.of_config import task_of
 from experiments.runs.tasks.task import Task
@@ -12,8 +13,9 @@ from resflow_jax import Estimate
 
 def files_of(task: Task) -> tuple[str, ...]:
     """The files that a run writes."""
-    pages, state = ("report.html", "metrics.jsonl", "curves.png"), ("config.json", "certificate.json", "checkpoints/")
-    return *pages, *task.pictures, "training/", "tensorboard/", *state
+    pages, state = ("report.html", "metrics.jsonl", "curves.png"), ("certificate.json", "checkpoints/")
+    settings = ("config.json", "data.json") if is_from_files(task.config.data) else ("config.json",)
+    return *pages, *task.pictures, "training/", "tensorboard/", *settings, *state
 
 
 def launch(config: RunConfig) -> None:

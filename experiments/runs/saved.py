@@ -21,9 +21,11 @@ from experiments.configs.base import (
 )
 from experiments.configs.classification import ClassifyConfig, HybridConfig, ImportedClassifyConfig
 from experiments.configs.toy import ToyConfig, ToyEvaluationConfig
+from experiments.runs.fingerprint import fingerprint
 from experiments.runs.setup import set_up, tightened_flow
 from experiments.runs.tasks.of_config import task_of
 from experiments.runs.tasks.task import Task
+from experiments.runs.workdir import check_data
 from resflow_jax import (
     ClassifierConfig,
     Defensive,
@@ -118,13 +120,12 @@ def saved_flow(run_dir: Path, weights: Weights = "best", data: MovedData = Moved
 
     Raises:
       FileNotFoundError: if the directory holds no run, the run has no checkpoint yet, or its data are not found.
-      ValueError: for other weights, if no checkpoint can be read, and as `saved_config`.
+      ValueError: for other weights, if no checkpoint can be read, and as `check_data` and `saved_config`.
 
     A checkpoint that is damaged is skipped, with a warning that names it and the one that is taken.
     """
     check_choice("weights", weights, get_args(Weights))
-    config = saved_config(run_dir)
-    config = dataclasses.replace(config, data=_moved(config.data, data))
+    config = saved_config(run_dir, data)
     directory = config.workdir / "checkpoints"
     none_yet = FileNotFoundError(
         f"run_dir: expected a run with a checkpoint, got {run_dir} without any; the first is written at step "
@@ -135,6 +136,7 @@ def saved_flow(run_dir: Path, weights: Weights = "best", data: MovedData = Moved
     if not any(path.name.isdigit() for path in directory.iterdir()):
         raise none_yet
     task = task_of(config)
+    check_data(config.workdir, config.data, fingerprint(task))
     trainer, state = set_up(task)
     with Checkpoints(directory) as checkpoints:  # read early, since a running run replaces its checkpoints
         step = checkpoints.best_step if weights == "best" else checkpoints.latest_step
@@ -160,13 +162,14 @@ def _moved(old: Any, to: MovedData) -> Any:
     return old
 
 
-def saved_config(run_dir: Path) -> RunConfig:
-    """Reads the config of the run in a work directory, which may have been moved.
+def saved_config(run_dir: Path, data: MovedData = MovedData()) -> RunConfig:
+    """Reads the config of the run in a work directory, which may have been moved, with the present place of its data.
 
     Raises:
       FileNotFoundError: if the directory holds no config.json.
       ValueError: if config.json is damaged, belongs to another experiment, has types or fields that this version of the
-        code does not know, or lacks some; the message names them and the file.
+        code does not know, or lacks some; the message names them and the file. Also for a place of data that the run
+        does not have.
     """
     path = Path(run_dir) / "config.json"
     if not path.is_file():
@@ -175,4 +178,4 @@ def saved_config(run_dir: Path) -> RunConfig:
         config = from_document(parsed(path.read_text()), RunConfig, _TYPES)
     except ValueError as error:
         raise ValueError(f"{path}: expected the config of a run of this version; {error_text(error)}") from error
-    return dataclasses.replace(config, workdir=Path(run_dir))
+    return dataclasses.replace(config, workdir=Path(run_dir), data=_moved(config.data, data))

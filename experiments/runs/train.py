@@ -15,6 +15,7 @@ import jax
 from experiments.configs.base import RunConfig
 from experiments.runs.closing import StepTime, report
 from experiments.runs.devices import use_compilation_cache
+from experiments.runs.fingerprint import fingerprint
 from experiments.runs.judging import judged, sketch, validation_loss
 from experiments.runs.lock import locked
 from experiments.runs.loop import training_loop
@@ -54,7 +55,7 @@ def run(config: RunConfig, task: Task) -> Estimate:
     placement = place_on_devices(trainer, config)
     with ExitStack() as stack:
         by_first(lambda: stack.enter_context(locked(config.workdir)))
-        by_first(lambda: claim_workdir(config.workdir, config))
+        by_first(lambda: claim_workdir(config.workdir, config, fingerprint(task)))
         shapes, shardings = jax.eval_shape(lambda state: state, start), placement.shardings(start)
         checkpoints = stack.enter_context(Checkpoints(config.workdir / "checkpoints"))
         restored = partial(checkpoints.restore_intact, like=shapes, shardings=shardings, ema_decay=trainer.ema_decay)

@@ -1,4 +1,4 @@
-"""The work directory of a run: its config.json, the check that a run may use it, and atomic writes of files."""
+"""The work directory of a run: config.json and data.json, the check that a run may use it, atomic writes of files."""
 
 import errno
 import json
@@ -13,7 +13,8 @@ from resflow_jax.io.whole_files import whole_file
 
 # Settings that may differ when a run is resumed. Up to rounding they change neither the model nor a step; only the
 # number of steps changes the learning-rate schedule from there on, and a device's share of a batch that the estimator's
-# `subsample` does not divide changes which examples go on after the exact terms.
+# `subsample` does not divide changes which examples go on after the exact terms. `data.path` may differ too where
+# data.json shows that the data are the same.
 MAY_CHANGE = (
     "steps",
     "workdir",
@@ -36,6 +37,7 @@ MAY_CHANGE = (
     "evaluation.draws",
     "evaluation.patience",
 )
+_DATA = "data.json"
 
 
 def make_workdir(workdir: Path) -> None:
@@ -53,20 +55,26 @@ def make_workdir(workdir: Path) -> None:
         raise OSError(error.errno, f"workdir: could not make {workdir}: {error.strerror}") from error
 
 
-def claim_workdir(workdir: Path, config: Any) -> None:
-    """Makes the directory and writes config.json, or checks that this run may resume there.
+def claim_workdir(workdir: Path, config: Any, data: dict[str, Any] | None = None) -> None:
+    """Makes the directory and writes config.json and data.json, or checks that this run may resume there.
 
     If nothing has been trained there yet, another config replaces the old one.
+
+    Args:
+      workdir: the directory.
+      config: the config.
+      data: what `experiments.runs.fingerprint.fingerprint` says of the run's data; None if they are not known. A run
+        of before data.json goes on with what is in their place.
 
     Raises:
       FileExistsError: if the directory holds metrics or checkpoints that no config.json accounts for, or a config.json
         of another program.
-      ValueError: if the directory holds a run of another config; the message lists the differences.
+      ValueError: if the directory holds a run of another config or on other data; the message lists the differences.
       NotADirectoryError: if the path is a file.
       OSError: if the directory cannot be made or written to.
     """
     make_workdir(workdir)
-    path = workdir / "config.json"
+    path, has_results = workdir / "config.json", _has_results(workdir)
     if path.exists():
         try:
             old = completed(upgraded(parsed(path.read_text())), config)
@@ -76,15 +84,52 @@ def claim_workdir(workdir: Path, config: Any) -> None:
             raise FileExistsError(
                 f"workdir: expected a new directory or that of a run, got {workdir} with another config.json"
             )
-        differences = [d for d in config_differences(old, as_json(config)) if d.split(":")[0] not in MAY_CHANGE]
-        if differences and _has_results(workdir):
+        are_compared = data is not None and (workdir / _DATA).exists()
+        may_change = (*MAY_CHANGE, "data.path") if are_compared else MAY_CHANGE
+        differences = [d for d in config_differences(old, as_json(config)) if d.split(":")[0] not in may_change]
+        if differences and has_results:
             raise ValueError(
                 f"workdir: {workdir} holds a run of another config; name another --workdir, or use its settings:\n  "
                 + "\n  ".join(differences)
             )
+        if are_compared and has_results:
+            check_data(workdir, config.data, data)
     elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
         raise FileExistsError(f"workdir: expected a new directory or that of a run, got {workdir} without config.json")
+    if data:
+        write_atomically(workdir / _DATA, json.dumps(data, indent=2) + "\n")
+    elif not has_results:
+        (workdir / _DATA).unlink(missing_ok=True)
     write_atomically(path, json.dumps(as_document(config), indent=2) + "\n")
+
+
+def check_data(workdir: Path, settings: Any, data: dict[str, Any]) -> None:
+    """Holds the data of a run against data.json in its work directory; a run of before that file has none.
+
+    Args:
+      workdir: the directory.
+      settings: the data settings of the run's config, for messages.
+      data: what `experiments.runs.fingerprint.fingerprint` says of the run's data.
+
+    Raises:
+      ValueError: if the data are others than those that the run began with; the message lists the differences.
+    """
+    path = workdir / _DATA
+    if not path.exists():
+        return
+    try:
+        differences = list(config_differences(parsed(path.read_text()), data))
+    except ValueError as error:
+        raise ValueError(
+            f"data: expected what a run's data are known by in {path}, could not read it: {error}"
+        ) from error
+    if differences:
+        raise ValueError(
+            f"data: expected those that the run in {workdir} began with, got others in "
+            f"{getattr(settings, 'path', None) or settings}; test examples of these may be training examples of those. "
+            f"Put them back, or begin a new run. Without {path} the run takes them as they are:\n  "
+            + "\n  ".join(differences)
+        )
 
 
 def check_still_there(workdir: Path) -> None:

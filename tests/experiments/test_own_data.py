@@ -12,6 +12,7 @@ from experiments.configs.base import DataConfig, EvaluationConfig, OptimizerConf
 from experiments.evaluate import EvaluateConfig
 from experiments.runs.launch import run_config
 from experiments.runs.own_data import fitted_to_data
+from experiments.runs.saved import MovedData, saved_config, saved_flow
 from experiments.runs.tasks.images import load
 from experiments.runs.tasks.vectors import load as load_vectors_of
 from experiments.sample import SampleConfig
@@ -25,7 +26,7 @@ from tests.experiments.tiny import TINY
 
 
 def test_own_images(tmp_path):
-    """A folder of image files, cut to five bits, mirrored and shifted: trained, evaluated, drawn, evaluated again."""
+    """A folder of image files, cut to five bits, mirrored and shifted: trained, moved, evaluated again, added to."""
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for n in range(60):
@@ -39,7 +40,17 @@ def test_own_images(tmp_path):
     result = run_config(config)
     assert 4 < result.mean < 7  # of random pixels of 32 levels, five bits at best
     assert load(config.data).levels == 32
-    assert run_config(config) == result
+    moved = (tmp_path / "images").rename(tmp_path / "moved")
+    assert run_config(saved_config(config.workdir, MovedData(path=moved))) == result
+    config = saved_config(config.workdir)
+    assert config.data.path == moved
+    (moved / "60.png").write_bytes((moved / "0.png").read_bytes())
+    for call in (lambda: run_config(config), lambda: saved_flow(config.workdir)):
+        message = (
+            rf"data: expected those that the run in .* got others in {moved}; .*\n  train.number: 52 there, 53 now"
+        )
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_own_vectors(tmp_path):

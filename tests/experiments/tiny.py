@@ -11,6 +11,7 @@ import pytest
 from experiments.configs import CONFIGS
 from experiments.configs.base import DensityConfig, EvaluationConfig, OptimizerConfig
 from experiments.configs.classification import ClassifyConfig
+from experiments.runs.fingerprint import fingerprint
 from experiments.runs.launch import run_config
 from experiments.runs.setup import set_up, tightened_flow
 from experiments.runs.tasks.of_config import task_of
@@ -59,8 +60,9 @@ def run_and_cut(config: DensityConfig, batches: int) -> None:
 
 def save_run(config: DensityConfig, loss: float | None = 3.0) -> None:
     """The files of a run at its last checkpoint without training: the weights are the initial ones."""
-    claim_workdir(config.workdir, config)
-    trainer, state = set_up(task_of(config))
+    task = task_of(config)
+    claim_workdir(config.workdir, config, fingerprint(task))
+    trainer, state = set_up(task)
     average = optax.EmaState(jnp.asarray(1), optax.tree.scale(1 - trainer.ema_decay, state.params))
     state = state._replace(step=jnp.asarray(config.steps), ema=average)
     with Checkpoints(config.workdir / "checkpoints") as checkpoints:
