@@ -39,7 +39,8 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
 def visible_folders(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """A folder and all below: each with the names of its own folders and of its files that are visible.
 
-    Links to folders are followed, except to one that the link lies in.
+    Links to folders are followed last, except to one that the link lies in. A folder is visited once, however many
+    links lead to it.
 
     Raises:
       OSError: as `find_files`.
@@ -48,10 +49,18 @@ def visible_folders(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]
     def fail(error: OSError) -> None:
         raise error
 
-    for name, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        parent, here = Path(name), Path(name).resolve()
-        folders[:] = sorted(n for n in folders if is_visible(n) and not here.is_relative_to((parent / n).resolve()))
-        yield parent, folders, list(filter(is_visible, files))
+    starts, seen = [folder], set()
+    for start in starts:  # links that are found on the way are appended
+        for name, folders, files in os.walk(start, onerror=fail):
+            parent, here = Path(name), Path(name).resolve()
+            if here in seen:
+                folders.clear()
+                continue
+            seen.add(here)
+            folders[:] = sorted(filter(is_visible, folders))
+            links = [parent / n for n in folders if (parent / n).is_symlink()]
+            starts += [link for link in links if not here.is_relative_to(link.resolve())]
+            yield parent, list(folders), list(filter(is_visible, files))
 
 
 def is_visible(name: str) -> bool:

@@ -117,16 +117,22 @@ def test_files_that_are_no_images(tmp_path):
 
 
 def test_links_to_folders(tmp_path):
-    """They are followed, and one to a folder that it lies in is not."""
+    """They are followed, but not to a folder that they lie in, nor to one that is visited anyway."""
     write_folder(tmp_path / "plain", COLOUR)
     (tmp_path / "linked" / "more").mkdir(parents=True)
     for name in ("0", "1"):
         (tmp_path / "linked" / name).symlink_to(tmp_path / "plain" / name)
     (tmp_path / "linked" / "more" / "2").symlink_to(tmp_path / "plain" / "2")
     (tmp_path / "linked" / "more" / "loop").symlink_to(tmp_path / "linked")
-    plain, linked = files.load_path(tmp_path / "plain"), files.load_path(tmp_path / "linked")
-    for name in files.SPLITS:
-        np.testing.assert_array_equal(getattr(linked, name), getattr(plain, name))
+    write_folder(tmp_path / "twice", COLOUR)
+    (tmp_path / "twice" / "-").symlink_to(tmp_path / "twice" / "1")
+    for name, other in (("0", "2"), ("2", "0")):
+        (tmp_path / "twice" / name / "-").symlink_to(tmp_path / "twice" / other)
+        (tmp_path / "linked" / "more" / f"{name}again").symlink_to(tmp_path / "plain" / "0")
+    plain, *others = (files.load_path(tmp_path / name) for name in ("plain", "linked", "twice"))
+    for other in others:
+        for name in files.SPLITS:
+            np.testing.assert_array_equal(getattr(other, name), getattr(plain, name))
 
 
 def test_splits_in_names_of_files(tmp_path):

@@ -33,6 +33,11 @@ def write_split_folders(folder, names=NAMES):
         write_folders(folder / split, rows, names)
 
 
+def write_linked_folders(folder):
+    write_folders(folder)
+    (folder / "cat" / "more").symlink_to(folder / "dog" / "0")  # which keeps its class
+
+
 def write_split_arrays(path, **others):
     labels = {f"{split}_labels": LABELS[rows] for split, rows in ROWS.items()}
     np.savez(path, **{split: IMAGES[rows, ..., 0] for split, rows in ROWS.items()} | labels | others)
@@ -57,6 +62,7 @@ def write_mnist(folder):
 GOOD = {
     "folder": (write_folders, (35, 1, 4), NAMES),
     "folders": (write_split_folders, (25, 5, 10), NAMES),
+    "links": (write_linked_folders, (35, 1, 4), NAMES),
     "file.npz": (lambda path: np.savez(path, images=IMAGES, labels=LABELS), (35, 1, 4), "012"),
     "split.npz": (write_split_arrays, (25, 5, 10), "012"),
     "names.npz": (lambda path: write_split_arrays(path, names=NAMES), (25, 5, 10), NAMES),
