@@ -13,9 +13,12 @@ from resflow_jax.data.images import Images, ImageSplits, StoredImages, held_if_s
 from resflow_jax.data.labels import LabelledImages, Labels, number_names
 
 _CHUNK = 1024  # number of examples that are read at once for their labels
+_VALIDATION, _LARGE = 5000, 20000  # images that validate by default, in a set of at least so many training images
 
 
-def load_tfds(name: str, data_dir: str | Path | None = None, *, bits: int = 8, validation: int = 5000) -> ImageSplits:
+def load_tfds(
+    name: str, data_dir: str | Path | None = None, *, bits: int = 8, validation: int | None = None
+) -> ImageSplits:
     """Reads a prepared image set, with up to 256 levels. A split of more than 1 GB of pixels is read as needed.
 
     The test split is the data set's split "test". If it has none, it is the split "validation", as for ImageNet, where
@@ -26,7 +29,8 @@ def load_tfds(name: str, data_dir: str | Path | None = None, *, bits: int = 8, v
         "downsampled_imagenet/32x32".
       data_dir: directory with the data set, prepared as array_record. None takes `find_data_dir`.
       bits: number of bits of a pixel that are kept, 1..8.
-      validation: number of training images, from the end, that become the validation split.
+      validation: number of training images, from the end, that become the validation split. None takes 5000, or a tenth
+        if there are fewer than 20000 training images.
 
     Returns:
       `ImageSplits` of uint8 images [N, H, W, C] with 2^bits levels.
@@ -41,7 +45,7 @@ def load_tfds(name: str, data_dir: str | Path | None = None, *, bits: int = 8, v
 
 
 def load_labelled_tfds(
-    name: str, data_dir: str | Path | None = None, *, bits: int = 8, validation: int = 5000
+    name: str, data_dir: str | Path | None = None, *, bits: int = 8, validation: int | None = None
 ) -> LabelledImages:
     """Reads a prepared image set with its labels; the images are those of `load_tfds`.
 
@@ -51,7 +55,7 @@ def load_labelled_tfds(
       name: name of the data set, as for `load_tfds`; it must have the feature "label" too, a class or an integer.
       data_dir: directory with the data set, as for `load_tfds`.
       bits: number of bits of a pixel that are kept, 1..8.
-      validation: number of training images, from the end, that become the validation split.
+      validation: number of training images, from the end, that become the validation split, as for `load_tfds`.
 
     Returns:
       `LabelledImages`, of uint8 images [N, H, W, C] with 2^bits levels. The classes have the names that the data set
@@ -140,7 +144,7 @@ def _class_names(name: str, features: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def _by_split(
-    sources: dict[str, Any], read: Callable[[Any], Images | np.ndarray], validation: int
+    sources: dict[str, Any], read: Callable[[Any], Images | np.ndarray], validation: int | None
 ) -> dict[str, Images | np.ndarray]:
     """What `read` reads of the data sources, by the splits that `load_tfds` describes."""
     parts = {"train": read(sources["train"])}
@@ -148,13 +152,16 @@ def _by_split(
         parts["test"] = read(sources["test" if "test" in sources else "validation"])
     else:
         parts["train"], parts["test"] = _cut(parts["train"], max(1, len(parts["train"]) // 10))
-    if not 0 < validation < len(parts["train"]):
-        raise ValueError(f"validation: expected between 1 and {len(parts['train']) - 1} images, got {validation}")
+    number = len(parts["train"])
+    if validation is None:
+        validation = _VALIDATION if number >= _LARGE else max(1, number // 10)
+    if not 0 < validation < number:
+        raise ValueError(f"validation: expected between 1 and {number - 1} images, got {validation}")
     parts["train"], parts["validation"] = _cut(parts["train"], validation)
     return parts
 
 
-def _images(sources: dict[str, Any], name: str, directory: Path, validation: int) -> dict[str, Images]:
+def _images(sources: dict[str, Any], name: str, directory: Path, validation: int | None) -> dict[str, Images]:
     return _by_split(sources, lambda source: _stored(source, name, directory), validation)
 
 

@@ -81,6 +81,18 @@ def test_splits_of_tfds(tmp_path, monkeypatch, splits, lazily):
         tfds.load_tfds("some/64", tmp_path, validation=40)
 
 
+@pytest.mark.parametrize(
+    ("number", "validation"), [(2, 1), (40, 4), (5000, 500), (19999, 1999), (20000, 5000), (50000, 5000)]
+)
+def test_images_that_validate_by_default(number, validation):
+    """5000 of large sets, as in published splits, and a tenth of small ones, from the end."""
+    labels = np.arange(number)
+    parts = tfds._by_split({"train": labels, "test": labels}, lambda source: source, None)
+    np.testing.assert_array_equal(parts["validation"], labels[-validation:])
+    np.testing.assert_array_equal(parts["train"], labels[:-validation])
+    np.testing.assert_array_equal(parts["test"], labels)
+
+
 def prepare(data_dir, feature="image", shape=(4, 4, 3), dtype=np.uint8, splits=("train", "test"), label=None):
     """The folder of the data set "tiny", prepared by TFDS: 12 examples in every split; example n is filled with n.
 
