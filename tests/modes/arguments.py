@@ -380,13 +380,9 @@ def _functions():
 
 
 @cache
+@deferred_norms()
 def calls():
     """Name of what is called: (the function, its valid arguments)."""
-    with deferred_norms():
-        return _calls()
-
-
-def _calls():
     classes = {**_classes(), **_peers()}
     found = {f"rf.{name}": (getattr(rf, name), arguments) for name, arguments in classes.items()}
     for cls, made, name, arguments in _methods():

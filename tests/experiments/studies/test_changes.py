@@ -58,11 +58,9 @@ def test_a_run(finished):
     assert document["job"] == asdict(jobs[2]) and document["result"] == results[2]
 
 
-def test_a_finished_run_is_only_read(finished, monkeypatch):
-    """A file of an earlier config is no result of the present one, and is not replaced."""
-    config, found, _ = finished
-    monkeypatch.setattr(changes, "_done", lambda job, core: {"bits_per_dim": 9.0, "steps": 7})
-    assert changes.run(config) == found
+def test_files_of_an_earlier_config(finished, monkeypatch):
+    """They are no results of the present one, and are not replaced."""
+    config, _, _ = finished
     monkeypatch.setattr(changes, "fingerprint", lambda job: "another")
     with pytest.raises(ValueError, match=r"change0_seed0.json to be of the same settings, got another config"):
         changes.run(config)
