@@ -88,7 +88,10 @@ def save(path: str | Path, flow: Flow) -> None:
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "version": _version(), **_description(flow)}
     metadata[_CHECKSUM] = digest_of_arrays(arrays, metadata)
     with whole_file(path) as temporary:
-        save_file(arrays, temporary, metadata=metadata)
+        try:
+            save_file(arrays, temporary, metadata=metadata)
+        except SafetensorError as error:  # of the system, since the arrays have been checked
+            raise OSError(f"path: could not write {path}: {error_text(error)}") from error
 
 
 def load(path: str | Path, *, like: Flow | None = None) -> Flow:

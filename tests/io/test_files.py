@@ -206,6 +206,17 @@ def test_nothing_is_lost_where_writing_fails(flow, path, monkeypatch):
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
 
 
+@pytest.mark.parametrize("directory", ["missing", "file"])
+def test_a_place_that_cannot_be_written(directory, flow, tmp_path):
+    """The error is that of the documentation, and names the path; a missing directory is not made."""
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"path: could not write .*{directory}/flow\.safetensors: .*irectory"):
+        rf.save(tmp_path / directory / "flow.safetensors", flow)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(OSError, match=f"{directory}/text"), whole_file(tmp_path / directory / "text") as temporary:
+        temporary.write_text("new")
+
+
 def test_two_writers_of_one_path(tmp_path):
     """The one that ends last replaces the other's file; each writes its own, and none of the user's is touched."""
     path, own = tmp_path / "flow", tmp_path / "flow.tmp"

@@ -79,7 +79,7 @@ ELSEWHERE = {
     "rf.load": "io/test_bad_files.py::test_bad_files",
     "rf.load_torch_checkpoint": "interop/torch/test_checkpoints.py",
     "rf.residual_inverse": "functional/test_inverse_status.py::test_raising",
-    "rf.save": "io/test_files.py::test_nothing_is_lost_where_writing_fails",
+    "rf.save": "io/test_files.py::test_a_place_that_cannot_be_written",
     "rf.save_torch_checkpoint": "interop/torch/test_checkpoints.py",
     "rf.use_cpu_flags": "training/test_xla_flags.py",
     "plot.samples": "test_plot.py",
