@@ -166,7 +166,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
     def scores_of(examples: np.ndarray) -> np.ndarray:
         key = jax.random.key(saved.config.seed + 2)  # the run's own key, so that the figures are the same
-        batch_size = EXACT_BATCH_SIZE if isinstance(estimator, Exact) else task.batch_size
+        # Another size than the run's gives other noise: it is for exact log-dets that were asked for here.
+        batch_size = EXACT_BATCH_SIZE if isinstance(config.estimator, Exact) else task.batch_size
         return task.scores(saved.flow, examples, key, estimator, draws, batch_size)
 
     scores = {"test": scores_of(test)} | {name: scores_of(examples) for name, examples in others.items()}

@@ -68,6 +68,17 @@ def test_figures_are_those_of_the_run(finished, capsys):
     assert "of the test split in disorder" in printed
 
 
+def test_figures_of_a_run_with_exact_log_dets(saved, tmp_path, monkeypatch):
+    """They have the noise of the run too, whose batches are larger than those of `--estimator exact`."""
+    evaluation = replace(CONFIG.evaluation, estimator=Exact(), examples=12)
+    config = replace(saved.config, evaluation=evaluation)
+    monkeypatch.setattr(saved.task, "config", config)
+    monkeypatch.setattr(evaluate, "saved_flow", lambda *_: saved._replace(config=config))
+    test = evaluate.run(EvaluateConfig(tmp_path / "run", workdir=tmp_path))["test"]
+    expected = saved.task.estimate(saved.flow, "test")
+    assert (test["bits_per_dim"], test["stderr"], test["data_stderr"], test["noise_stderr"]) == expected
+
+
 def test_typicality_by_example(finished, tmp_path, capsys):
     """Each example has a line with the likelihood of scores.npz and a p-value that counts validation images."""
     config = EvaluateConfig(finished[0], typicality=True, workdir=tmp_path)
