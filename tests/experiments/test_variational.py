@@ -1,18 +1,22 @@
 """The variational experiment: its files, what it learns, its measures, and bad input."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from scipy.stats import norm
 
 from experiments import variational
 from experiments.configs.base import OptimizerConfig
 from experiments.variational import VariationalConfig, divergence, draw_from_grid, target_on_grid
-from resflow_jax import VectorFlowConfig
+from resflow_jax import Exact, VectorFlowConfig
+from resflow_jax.data.potentials import log_density
 
+KEY = jax.random.key(0)
 TINY = VariationalConfig(
     target="banana",
     steps=40,
@@ -43,6 +47,31 @@ def test_a_tiny_run_learns_from_its_own_samples(tmp_path, capsys):
     assert 0 < result.sample_efficiency <= 1
     printed = capsys.readouterr().out
     assert f"{result.kl:.4f} +- {result.stderr:.4f} nats" in printed and "every block is invertible" in printed
+
+
+def test_annealing_changes_the_gradient_alone(monkeypatch):
+    """The loss, which is logged, is the mean of log p - log q at every step; its gradient has the weight of log q."""
+    given = []
+    monkeypatch.setattr(variational, "train_flow", lambda config, *rest, **options: given.extend(rest))
+    variational.train(replace(TINY, annealing=100), None)
+    flow, loss = given[:2]
+    z = jax.random.normal(KEY, (8, 2), flow.dtype)
+    graphdef, params, others = nnx.split(flow, nnx.Param, ...)
+
+    @jax.jit
+    def at(step):
+        def objective(params):
+            return loss(nnx.merge(graphdef, params, others, copy=True), z, KEY, Exact(), step)[0]
+
+        return jax.value_and_grad(objective)(params)
+
+    values, gradients = zip(*(at(jnp.asarray(step)) for step in (0, 49, 1000)), strict=True)
+    x, log_prob = flow.inverse_and_log_prob(z, estimator=Exact(), solver=variational.SOLVER)
+    expected = jnp.mean(log_prob - log_density("banana", x))
+    np.testing.assert_allclose(values, [expected] * 3, rtol=1e-6)
+    none, half, whole = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in gradients)
+    assert jnp.abs(none - whole).max() > 1e-2
+    np.testing.assert_allclose((half - whole) / 0.5, (none - whole) / 0.99, atol=1e-8)
 
 
 def test_divergence_of_gaussians():
