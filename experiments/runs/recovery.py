@@ -42,7 +42,7 @@ class Recovery:
           checkpoints: its checkpoints.
           metrics: its metrics.
           restored: `Checkpoints.restore_intact` with its arguments, but for `before`.
-          first: makes the state before the first step.
+          first: makes the state before the first step, in the form that training starts from.
         """
         self._task, self._checkpoints, self._metrics = task, checkpoints, metrics
         self._restored, self._first = restored, first

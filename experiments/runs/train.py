@@ -59,7 +59,7 @@ def run(config: RunConfig, task: Task) -> Estimate:
         shapes, shardings = jax.eval_shape(lambda state: state, start), placement.shardings(start)
         checkpoints = stack.enter_context(Checkpoints(config.workdir / "checkpoints"))
         restored = partial(checkpoints.restore_intact, like=shapes, shardings=shardings, ema_decay=trainer.ema_decay)
-        state = start if placement.strategy == "pmap" else placement.place(start)  # the first step donates its state
+        state = _first_state(placement, start)
         del start  # it occupied the memory of one device
         if checkpoints.latest_step is not None:
             state = restored()
@@ -68,7 +68,9 @@ def run(config: RunConfig, task: Task) -> Estimate:
         metrics = stack.enter_context(
             (Metrics if is_first() else NullMetrics)(config.workdir, keep_until=int(state.step))
         )
-        recovery = Recovery(task, checkpoints, metrics, restored, lambda: placement.place(from_first(set_up(task)[1])))
+        recovery = Recovery(
+            task, checkpoints, metrics, restored, lambda: _first_state(placement, from_first(set_up(task)[1]))
+        )
         try:
             step, step_time = train(task, placement, state, checkpoints, metrics, recovery)
         except FloatingPointError as error:
@@ -86,6 +88,11 @@ def run(config: RunConfig, task: Task) -> Estimate:
         result = report(task, judged(placement, best), int(best.step), metrics, step_time, began)
     wait_for_all("report")
     return result
+
+
+def _first_state(placement: Placement, start: TrainState) -> TrainState:
+    """The state before the first step, which is donated it: for pmap in the host form, else on the devices."""
+    return start if placement.strategy == "pmap" else placement.place(start)
 
 
 def _check_splits_and_steps(config: RunConfig, task: Task) -> None:

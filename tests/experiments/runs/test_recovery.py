@@ -85,6 +85,17 @@ def test_it_rolls_back_with_a_new_key(tmp_path, monkeypatch):
     assert ends[0] == ends[1]
 
 
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_it_goes_back_to_its_start(parallel, tmp_path, monkeypatch):
+    """Where nothing has been saved yet, with every form of the first state."""
+    passes = with_bad_batches(monkeypatch, lambda number, passes: number < 2 and passes == 0)
+    config = dataclasses.replace(CONFIG, workdir=tmp_path, parallel=parallel)
+    run_config(config)
+    assert passes == [0, 0]
+    (line,) = of_split(read_metrics(tmp_path), "rollback")
+    assert line["step"] == 0 and len(line["skipped"]) == 2
+
+
 def test_it_gives_up_with_a_report(tmp_path, monkeypatch):
     """After two rollbacks, the second of which goes further back, since nothing was saved in between."""
     with_bad_batches(monkeypatch, lambda number, passes: number >= 6)
