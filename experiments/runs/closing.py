@@ -62,7 +62,9 @@ def report(
     metrics.write(step=step, split="test", **line, data_stderr=result.data_stderr, noise_stderr=result.noise_stderr)
 
     drawing = task.draw(chosen.drawn, result)
-    skipped, rollbacks = (sum(line["split"] == split for line in metrics.lines) for split in ("skipped", "rollback"))
+    rollbacks = [line for line in metrics.lines if line["split"] == "rollback"]
+    skipped = sum(line["split"] == "skipped" for line in metrics.lines)
+    skipped += sum(line.get("dropped", 0) for line in rollbacks)  # whose lines are gone
     curves = workdir / "curves.png"
     names = {"metric": task.metric, "trained": task.trained, "label": task.label, "unit": task.unit}
     pictures.save_curves(curves, metrics.lines, **names, title=f"{task.name}: {task.label}")
@@ -75,7 +77,7 @@ def report(
         **({} if ended is None else {"GAVE UP": ended}),
         **drawing.rows,
         **certificate_rows(certificate),
-        **({"not finite": f"{skipped} updates skipped, {rollbacks} rollbacks"} if skipped or rollbacks else {}),
+        **({"not finite": f"{skipped} updates skipped, {len(rollbacks)} rollbacks"} if skipped or rollbacks else {}),
         "time per step": "no step taken: the run was finished before"
         if step_time is None
         else f"{step_time.seconds * 1e3:.0f} ms, batches of {config.batch_size}; "

@@ -3,7 +3,8 @@
 A step skips an update that is not finite (`Trainer.step`). After `safety.skips` of them in a row, and after a
 validation that is not finite or not certified, the run goes back to the last good checkpoint and takes a new key. After
 `safety.rollbacks` of that it gives up. metrics.jsonl has a line for each skipped update (split "skipped") and each
-rollback (split "rollback"), so that a run that is cut and resumed does the same.
+rollback (split "rollback"), so that a run that is cut and resumed does the same. The line of a rollback lists the
+last skipped updates, and has the number of those whose lines it dropped ("dropped").
 """
 
 from collections.abc import Callable
@@ -103,9 +104,11 @@ class Recovery:
         for line in self._metrics.lines:
             if line["split"] == "rollback":  # they stay, so that a resumed run knows how often it has gone back
                 line["step"] = min(line["step"], step)
+        dropped = sum(line["split"] == "skipped" and line["step"] > step for line in self._metrics.lines)
         self._metrics.rewind(step)
         self.number, self._last = self.number + 1, step
-        self._metrics.write(step=step, split="rollback", number=self.number, reason=str(error), skipped=self._told)
+        told = {"reason": str(error), "skipped": self._told, "dropped": dropped}
+        self._metrics.write(step=step, split="rollback", number=self.number, **told)
         self._told = []
         return state
 

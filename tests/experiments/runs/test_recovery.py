@@ -87,13 +87,14 @@ def test_it_rolls_back_with_a_new_key(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_it_goes_back_to_its_start(parallel, tmp_path, monkeypatch):
-    """Where nothing has been saved yet, with every form of the first state."""
+    """Where nothing has been saved yet, with every form of the first state; the report counts what was dropped."""
     passes = with_bad_batches(monkeypatch, lambda number, passes: number < 2 and passes == 0)
     config = dataclasses.replace(CONFIG, workdir=tmp_path, parallel=parallel)
     run_config(config)
     assert passes == [0, 0]
     (line,) = of_split(read_metrics(tmp_path), "rollback")
-    assert line["step"] == 0 and len(line["skipped"]) == 2
+    assert (line["step"], line["dropped"], len(line["skipped"])) == (0, 2, 2)
+    assert "2 updates skipped, 1 rollbacks" in (tmp_path / "report.html").read_text()
 
 
 def test_it_gives_up_with_a_report(tmp_path, monkeypatch):
@@ -107,7 +108,8 @@ def test_it_gives_up_with_a_report(tmp_path, monkeypatch):
     assert [line["step"] for line in of_split(lines, "rollback")] == [4, 4]
     assert [line["number"] for line in of_split(lines, "rollback")] == [1, 2]
     assert (tmp_path / "checkpoints" / "aside" / "6").is_dir()
-    assert "GAVE UP" in (tmp_path / "report.html").read_text() and len(of_split(lines, "test")) == 1
+    report = (tmp_path / "report.html").read_text()
+    assert "GAVE UP" in report and "6 updates skipped, 2 rollbacks" in report and len(of_split(lines, "test")) == 1
 
 
 def test_without_skips_there_is_nothing_new(tmp_path):
