@@ -1,6 +1,7 @@
 """The end of a run: its metric on the test split, the pictures, report.html and the closing table."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -94,11 +95,14 @@ def report(
 
 
 def along_training(workdir: Path, at_most: int = 6) -> dict[str, Path]:
-    """Evenly spaced pictures drawn during training, by caption: at most `at_most` of each kind."""
+    """Evenly spaced pictures that a run drew during training, by caption: at most `at_most` of each kind."""
+    kinds: dict[str, dict[int, Path]] = {}
+    for path in (workdir / "training").glob("*.png"):
+        if found := re.fullmatch(r"(\d+)_(\w+)\.png", path.name):
+            kinds.setdefault(found[2], {})[int(found[1])] = path
     chosen = {}
-    kinds = {path.stem.partition("_")[2] for path in (workdir / "training").glob("*.png")}
-    for kind in sorted(kinds, reverse=True):
-        paths = sorted((workdir / "training").glob(f"*_{kind}.png"))
-        numbers = np.unique(np.linspace(0, len(paths) - 1, at_most).round().astype(int))
-        chosen |= {f"{kind} at step {int(paths[n].stem.partition('_')[0])}": paths[n] for n in numbers}
+    for kind, paths in sorted(kinds.items(), reverse=True):
+        steps = sorted(paths)
+        numbers = np.unique(np.linspace(0, len(steps) - 1, at_most).round().astype(int))
+        chosen |= {f"{kind} at step {steps[n]}": paths[steps[n]] for n in numbers}
     return chosen
