@@ -55,7 +55,8 @@ def report(
       ended: why training ended, if it gave up.
     """
     config, workdir = task.config, task.config.workdir
-    result, certificate = task.estimate(chosen.flow, "test"), chosen.certificate
+    scores, certificate = task.split_scores(chosen.flow, "test"), chosen.certificate
+    result = task.mean(scores, config.evaluation.estimator)
     if not is_first():
         return result
     write_atomically(workdir / "certificate.json", json.dumps(as_json(certificate.as_dict()), indent=2) + "\n")
@@ -69,10 +70,11 @@ def report(
     curves = workdir / "curves.png"
     names = {"metric": task.metric, "trained": task.trained, "label": task.label, "unit": task.unit}
     pictures.save_curves(curves, metrics.lines, **names, title=f"{task.name}: {task.label}")
-    tested = len(task.splits.test[: config.evaluation.examples])
+    not_finite = int((~np.isfinite(scores)).any(axis=0).sum())
+    tested = f"{scores.shape[1]} examples" + (f", {not_finite} of them not finite" if not_finite else "")
     measured = f"{result.mean:.4f} +- {result.stderr:.4f}"
     rows = {
-        f"test {task.label}": f"{measured} ({tested} examples, weights of step {step})",
+        f"test {task.label}": f"{measured} ({tested}, weights of step {step})",
         "standard error": error_by_cause(result.data_stderr, result.noise_stderr),
         **task.notes,
         **({} if ended is None else {"GAVE UP": ended}),

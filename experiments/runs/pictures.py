@@ -95,14 +95,14 @@ def save_strip(path: Path, images: np.ndarray, labels: Sequence[str], title: str
 def save_curves(
     path: Path, metrics: list[dict], *, metric: str, trained: str, label: str, unit: str, title: str
 ) -> None:
-    """Draws a metric of training and validation against the step, and the final test value.
+    """Draws a metric of training and validation against the step, and the final test value if it is finite.
 
     If training logs another metric than validation, it has a panel of its own.
     """
     judged = f"validation_{metric}"
     train = np.array([(m["step"], m[trained]) for m in metrics if m["split"] == "train"], float).reshape(-1, 2)
     validation = np.array([(m["step"], m[judged]) for m in metrics if judged in m], float).reshape(-1, 2)
-    test = [m for m in metrics if m["split"] == "test"]
+    test = [m for m in metrics if m["split"] == "test" and None not in (m[metric], m[f"{metric}_stderr"])]
     panels = 1 + (trained != metric)
     figure, axes = plt.subplots(panels, 1, figsize=(7, 4.2 if panels == 1 else 6), sharex=True, layout="constrained")
     losses, axis = np.atleast_1d(axes)[0], np.atleast_1d(axes)[-1]

@@ -19,10 +19,7 @@ from experiments.runs.setup import set_up, tightened_flow
 from experiments.runs.tasks.images import ImageTask
 from experiments.runs.tasks.of_config import task_of
 from experiments.runs.tasks.task import Drawing, Task
-from resflow_jax import (
-    Estimate,
-    certify,
-)
+from resflow_jax import certify
 from resflow_jax.data.batches import Batches
 from resflow_jax.training.checkpoint_errors import DamagedCheckpointError
 from resflow_jax.training.checkpoints import Checkpoints
@@ -221,8 +218,8 @@ def test_patience(tmp_path, monkeypatch, capsys):
     values = iter([3.0, 2.0, 2.5, 2.1, 1.0])
     monkeypatch.setattr(
         Task,
-        "estimate",
-        lambda self, flow, split: Estimate(next(values) if split == "validation" else 9, *[0.1] * 3),
+        "split_scores",
+        lambda self, flow, split: np.full((1, 2), next(values) if split == "validation" else 9.0),
     )
     evaluation = dataclasses.replace(TINY.evaluation, every=1, patience=2)
     config = dataclasses.replace(TINY, workdir=tmp_path, evaluation=evaluation, save_every=5)

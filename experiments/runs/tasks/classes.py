@@ -17,7 +17,7 @@ from experiments.runs.tasks.class_samples import class_samples, columns_of, is_m
 from experiments.runs.tasks.images import COLUMNS, SHOWN, first_images, other_images, permuted_pixels
 from experiments.runs.tasks.judging_classes import class_rows, measured
 from experiments.runs.tasks.labelled import LabelledSplits, Rows, load_labelled
-from experiments.runs.tasks.task import Drawing, Split, Task, reconstructed
+from experiments.runs.tasks.task import Drawing, Task, reconstructed
 from resflow_jax import Estimate, Estimator
 from resflow_jax.data.batches import Augmentation, Batches
 from resflow_jax.data.images import Images, dequantize, to_unit_interval
@@ -107,9 +107,9 @@ class ClassTask(Task):
         logits = self.logits(flow, examples.images, data_mesh(jax.device_count()))
         return 100.0 * (logits.argmax(axis=1) != examples.labels)[None]
 
-    def estimate(self, flow: Flow, split: Split) -> Estimate:
-        """The error in % of a split. It has no noise."""
-        return super().estimate(flow, split)._replace(noise_stderr=0.0)
+    def mean(self, scores: np.ndarray, estimator: Estimator) -> Estimate:
+        """The error in %. It has no noise."""
+        return super().mean(scores, estimator)._replace(noise_stderr=0.0)
 
     def inputs(self, examples: Rows) -> Array:
         return to_unit_interval(examples.images, self.splits.levels)

@@ -115,8 +115,12 @@ class Task(ABC):
 
     def estimate(self, flow: ResidualFlow, split: Split) -> Estimate:
         """The mean metric of a split, with the same noise every time; one draw in validation."""
+        return self.mean(self.split_scores(flow, split), self.config.evaluation.estimator)
+
+    def split_scores(self, flow: ResidualFlow, split: Split) -> np.ndarray:
+        """The scores [draws, N] of a split, of which `estimate` is the mean."""
         settings = self.config.evaluation
-        scores = self.scores(
+        return self.scores(
             flow,
             getattr(self.splits, split)[: settings.examples],
             jax.random.key(self.config.seed + (1 if split == "validation" else 2)),
@@ -124,11 +128,11 @@ class Task(ABC):
             settings.draws if split == "test" else 1,
             self.batch_size,
         )
-        return self.mean(scores, settings.estimator)
 
     def mean(self, scores: np.ndarray, estimator: Estimator) -> Estimate:
         """The mean of an estimator's scores [draws, N], with its standard errors."""
-        return Estimate.from_scores(scores)
+        with np.errstate(invalid="ignore"):  # the error of an infinite mean
+            return Estimate.from_scores(scores)
 
     def log_det_weight(self) -> optax.Schedule | None:
         """The schedule of the log-det's weight in the gradient, by number of steps; None without annealing."""

@@ -30,11 +30,11 @@ def test_confusion_of_few_and_of_many_classes(names, tmp_path):
     assert np.asarray(Image.open(tmp_path / "confusion.png")).shape[:2] == (780, 832)
 
 
-@pytest.mark.parametrize("number", [0, 1, 30])
-def test_curves_with_a_panel_for_the_loss(number, tmp_path):
-    """Also of a run that has logged nothing yet, or one line."""
+@pytest.mark.parametrize(("number", "error"), [(0, 20.0), (1, 20.0), (30, 20.0), (30, None)])
+def test_curves_with_a_panel_for_the_loss(number, error, tmp_path):
+    """Also of a run that has logged nothing yet, or one line, or whose test error is not finite."""
     lines = [{"step": n, "split": "train", "loss": 2.0 - n / 30, "validation_error": 50.0 - n} for n in range(number)]
-    test = {"step": number, "split": "test", "error": 20.0, "error_stderr": 1.0}
+    test = {"step": number, "split": "test", "error": error, "error_stderr": error and 1.0}
     names = {"metric": "error", "trained": "loss", "label": "error in %", "unit": "nats", "title": "digits"}
     pictures.save_curves(tmp_path / "curves.png", [*lines, test], **names)
     assert np.asarray(Image.open(tmp_path / "curves.png")).shape[:2] == (780, 910)
