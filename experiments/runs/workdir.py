@@ -38,6 +38,18 @@ MAY_CHANGE = (
     "evaluation.patience",
 )
 _DATA = "data.json"
+# The types of the config.json that commands write. One of another type is of another program, and is not replaced.
+_TYPES = (
+    "BiasConfig",
+    "ClassifyConfig",
+    "ConditionalConfig",
+    "DensityConfig",
+    "ImportedClassifyConfig",
+    "SteepConfig",
+    "ToyConfig",
+    "VariationalConfig",
+    "VectorsConfig",
+)
 
 
 def make_workdir(workdir: Path) -> None:
@@ -80,7 +92,7 @@ def claim_workdir(workdir: Path, config: Any, data: dict[str, Any] | None = None
             old = completed(upgraded(parsed(path.read_text())), config)
         except ValueError as error:
             raise ValueError(f"workdir: expected the config of a run in {path}, could not read it: {error}") from error
-        if not isinstance(old, dict) or not isinstance(old.get("type"), str):
+        if not isinstance(old, dict) or old.get("type") not in (*_TYPES, type(config).__name__):
             raise FileExistsError(
                 f"workdir: expected a new directory or that of a run, got {workdir} with another config.json"
             )

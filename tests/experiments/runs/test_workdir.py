@@ -9,11 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.conditional import ConditionalConfig
 from experiments.configs import CONFIGS
 from experiments.configs.base import VectorDataConfig
+from experiments.configs.classes import CLASS_CONFIGS
+from experiments.configs.classification import ImportedClassifyConfig
 from experiments.runs import workdir
 from experiments.runs.launch import run_config
 from experiments.runs.workdir import check_still_there, claim_workdir, write_arrays
+from experiments.studies.bias import BiasConfig
+from experiments.studies.steep import SteepConfig
+from experiments.variational import VariationalConfig
 from resflow_jax import (
     VectorFlowConfig,
 )
@@ -28,13 +34,32 @@ def test_a_directory_that_is_not_of_a_run(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"mine": 1}'
 
 
-@pytest.mark.parametrize("content", ['{"architectures": ["Other"], "hidden_size": 768}', "[1, 2]", '{"type": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"architectures": ["Other"], "hidden_size": 768}',
+        "[1, 2]",
+        '{"type": 3}',
+        '{"type": "lstm", "hidden": 3}',
+        '{"type": "VectorFlowConfig", "dim": 2}',
+    ],
+)
 def test_a_config_of_another_program(content, tmp_path):
     """Is not overwritten, whatever else the directory holds."""
     (tmp_path / "config.json").write_text(content)
     with pytest.raises((FileExistsError, ValueError), match="workdir: expected"):
         claim_workdir(tmp_path, TINY)
     assert (tmp_path / "config.json").read_text() == content
+
+
+def test_a_run_of_another_kind(tmp_path):
+    """Is replaced as long as it has not been trained, whichever command made the directory."""
+    kinds = {type(config): config for config in (*CONFIGS.values(), *CLASS_CONFIGS.values())}
+    kinds |= {cls: cls() for cls in (BiasConfig, ConditionalConfig, SteepConfig, VariationalConfig)}
+    for config in (*kinds.values(), TINY):
+        claim_workdir(tmp_path, config)
+        assert json.loads((tmp_path / "config.json").read_text())["type"] == type(config).__name__
+    assert {cls.__name__ for cls in (*kinds, ImportedClassifyConfig)} == {*workdir._TYPES}
 
 
 def test_images_of_another_shape(tmp_path):
