@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from PIL import Image
 
 from experiments.runs import pictures
 from experiments.runs.command import Command, Output
@@ -239,12 +238,12 @@ def write_images(workdir: Path, samples: np.ndarray, config: SampleConfig) -> No
     if "png" in config.format:
         directory, earlier = workdir / "samples", earlier_number(workdir, config)
         directory.mkdir(exist_ok=True)
-        for n in range(earlier):
+        write_atomically(directory / NUMBER, f"{max(earlier, len(samples))}\n")
+        for n, image in enumerate(samples):
+            pictures.save_png(directory / f"{n:05}.png", image)
+        for n in range(len(samples), earlier):
             (directory / f"{n:05}.png").unlink(missing_ok=True)
         write_atomically(directory / NUMBER, f"{len(samples)}\n")
-        for n, image in enumerate(samples):
-            gray = image.shape[-1] == 1
-            Image.fromarray(image.squeeze(-1) if gray else image).save(directory / f"{n:05}.png")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ import numpy as np
 from PIL import Image
 
 from experiments.runs.names import without_math
+from experiments.runs.workdir import result_file
 from resflow_jax import plot
 from resflow_jax.plot import as_shown, image_grid
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Writes a figure as a PNG file, and closes it."""
-    figure.savefig(path, dpi=130)
+    """Writes a figure as a PNG file, or replaces it as a whole, and closes the figure."""
+    with result_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
     plt.close(figure)
 
 
@@ -28,9 +30,13 @@ def save_grid(path: Path, images: np.ndarray, columns: int) -> None:
     grid = np.clip(np.nan_to_num(image_grid(np.asarray(images), columns), nan=0.5), 0, 1)
     grid = np.rint(255 * grid).astype(np.uint8)
     zoom = max(1, 600 // len(grid))
-    Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid).resize(
-        (zoom * grid.shape[1], zoom * grid.shape[0]), Image.Resampling.NEAREST
-    ).save(path)
+    save_png(path, grid.repeat(zoom, axis=0).repeat(zoom, axis=1))
+
+
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Writes bytes [H, W, C], of one channel or in colour, as a PNG file, or replaces it as a whole."""
+    with result_file(path) as temporary:
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG")
 
 
 def save_scatter(path: Path, data: np.ndarray, samples: np.ndarray, title: str) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -168,25 +169,29 @@ def config_differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
         yield f"{name}: {old!r} there, {new!r} now"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole, so that a crash leaves the old or the new one."""
+@contextmanager
+def result_file(path: Path) -> Iterator[Path]:
+    """`whole_file`, whose errors name the file and say that earlier ones are intact."""
     try:
         with whole_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+            yield temporary
     except OSError as error:
         raise could_not_write(error, path) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole, so that a crash leaves the old or the new one."""
+    with result_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_arrays(path: Path, /, **arrays: Any) -> None:
     """Writes a .npz file, or replaces it as a whole."""
-    try:
-        with whole_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
-    except OSError as error:
-        raise could_not_write(error, path) from error
+    with result_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def could_not_write(error: OSError, path: Path) -> OSError:
     """The error with the name of the file that could not be written, which the error of a full disk lacks."""
     rest = "earlier files are intact" if path.parent.exists() else "its directory was removed while the run went on"
-    return OSError(error.errno, f"{error.strerror}; could not write it, {rest}", str(path))
+    return OSError(error.errno, f"{error.strerror or error}; could not write it, {rest}", str(path))

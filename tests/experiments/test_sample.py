@@ -1,5 +1,6 @@
 """Samples of a saved run, tiny: files, reproducibility, temperature, interpolation, and bad input."""
 
+import errno
 from dataclasses import replace
 from functools import lru_cache
 
@@ -141,6 +142,30 @@ def test_formats(tmp_path):
     sample.write_images(tmp_path, images[1:2], SampleConfig(tmp_path, format=("png",)))
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [".number", "00000.png", "mine.png"]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "00000.png")), images[1])
+
+
+def test_a_disk_that_fills_up(tmp_path, monkeypatch):
+    """Pictures of an earlier call stay until those of the next one are whole; the next call knows all as its own."""
+    images, config = np.zeros((3, 4, 4, 1), np.uint8), SampleConfig(tmp_path, number=3, format=("png",))
+    sample.write_images(tmp_path, images, config)
+    before = (tmp_path / "samples" / "00001.png").read_bytes()
+    save = pictures.Image.Image.save
+
+    def full(image, path, *arguments):
+        if "00001" in path.name:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(image, path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures.Image.Image, "save", full)
+        patch.setattr(pictures, "save_images", lambda *_, **__: None)
+        with pytest.raises(OSError, match=r"could not write it, earlier files are intact.*00001\.png"):
+            sample.write_images(tmp_path, images[:2] + 9, config)
+    assert (tmp_path / "samples" / "00001.png").read_bytes() == before
+    assert sample.earlier_number(tmp_path, config) == 3 and (tmp_path / "samples" / "00002.png").exists()
+    sample.write_images(tmp_path, images[:2] + 9, replace(config, number=2))
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [".number", "00000.png", "00001.png"]
 
 
 def test_pictures_of_the_user_are_left_alone(tmp_path):

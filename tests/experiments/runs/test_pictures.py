@@ -1,5 +1,8 @@
 """Pictures of images."""
 
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +23,28 @@ def test_pictures_of_any_number_of_channels(channels, tmp_path):
     assert grid.shape == (11 * zoom, 13 * zoom) if channels < 3 else (11 * zoom, 13 * zoom, 3)
     last = grid[zoom + 1, zoom + 1] if channels < 3 else grid[zoom + 1, zoom + 1, 2]
     assert last == round(255 * (0 if channels < 3 else 2 / (channels - 1)))
+
+
+def test_pictures_are_written_as_wholes(tmp_path, monkeypatch):
+    """An error leaves those that were there, drawn by either library, and names them."""
+    images = np.zeros((2, 4, 4, 1))
+    writers = {
+        "grid.png": lambda path: pictures.save_grid(path, images, 2),
+        "figure.png": lambda path: pictures.save_images(path, {"a": images}, 2),
+    }
+
+    def full(image, path, *arguments, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name, write in writers.items():
+        (tmp_path / name).write_bytes(b"earlier")
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "save", full)
+            with pytest.raises(OSError, match=rf"could not write it, earlier files are intact.*{name}"):
+                write(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == b"earlier"
+    assert {path.name for path in tmp_path.iterdir()} == {*writers}
 
 
 @pytest.mark.parametrize("names", [("temple", "a flower with a long name"), tuple(map(str, range(100)))])
