@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resflow_jax.functional.batch_axes import vary_over, varying_axes
+from resflow_jax.functional.batch_axes import vary_alike, vary_over, varying_axes
 from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import as_float_batch, check_flag
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
@@ -243,7 +243,8 @@ def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:
     that overflowed has no status of its own.
 
     Args:
-      x: solutions [B, ...], or a pytree of such arrays. In a compiled program the result may have NaN for examples.
+      x: solutions [B, ...], or a pytree of such arrays. In a compiled program the result may have NaN for examples;
+        derivatives may in every program.
       status: its fields are [B] or [blocks, B]. An example has converged if it did in all blocks.
       what: name of the solve, the start of the message.
       on_failure: "warn" or "raise".
@@ -252,10 +253,7 @@ def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:
       InverseError: if `on_failure` is "raise", the status is concrete, and an example did not converge.
     """
     if isinstance(status.converged, jax.core.Tracer):
-        if on_failure == "warn":
-            return x
-        converged = _of_all_blocks(status.converged)
-        return jax.tree.map(lambda leaf: _nan_where_unconverged(leaf, converged), x)
+        return _marked(x, status, on_failure == "raise")
     if status.converged.is_fully_addressable:
         failed, largest = _worst(np, np.asarray(status.converged), np.asarray(status.residual, float))
     else:  # on devices of several processes: two numbers that every process can read
@@ -267,7 +265,7 @@ def reported(x: Any, status: InverseStatus, what: str, on_failure: str) -> Any:
         if on_failure == "raise":
             raise InverseError(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
-    return x
+    return _marked(x, status, False) if failed else x
 
 
 def _worst(xp: Any, converged: Any, residual: Any) -> tuple[Any, Any]:
@@ -278,6 +276,25 @@ def _worst(xp: Any, converged: Any, residual: Any) -> tuple[Any, Any]:
 def _of_all_blocks(converged: Any) -> Any:
     """Whether each example converged in all blocks, [B], from [B] or [blocks, B]."""
     return converged.all(axis=tuple(range(converged.ndim - 1)))
+
+
+def _marked(x: Any, status: InverseStatus, in_value: bool) -> Any:
+    """x, with derivatives of NaN for examples that have not converged; their values are NaN too if `in_value`."""
+    converged = _of_all_blocks(status.converged)
+    return jax.tree.map(lambda leaf: _judged(in_value, *vary_alike(leaf, converged)), x)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _judged(in_value: bool, x: Array, converged: Array) -> Array:
+    return _nan_where_unconverged(x, converged) if in_value else x
+
+
+@_judged.defjvp
+def _judged_jvp(in_value, primals, tangents):
+    x, converged = primals
+    # A product, not a selection: NaN times a cotangent of zero is NaN, and the transpose of a selection would be zero.
+    factor = jnp.where(converged, 1, jnp.nan).astype(x.dtype)
+    return _judged(in_value, x, converged), tangents[0] * per_example(factor, x)
 
 
 def _nan_where_unconverged(x: Array, converged: Array) -> Array:

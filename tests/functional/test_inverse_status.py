@@ -94,6 +94,45 @@ def test_a_derivative_that_fails_for_one_example():
     assert np.isnan(gradient[1]).all()
 
 
+@pytest.mark.parametrize("on_failure", ["warn", "raise"])
+def test_no_derivative_of_a_solve_that_fails(on_failure):
+    """It is NaN in any mode and order, though its own solve converges, also of a loss that leaves the example out.
+
+    The first example has g = 0. The derivatives of the second have one eigenvalue: Anderson needs three turns for them.
+    """
+    rate, y = jnp.array([[0.0], [1.0]]), jnp.array([[0.3, 0.3], [2.0, 2.0]])
+    solver = Anderson(max_iterations=3, on_failure=on_failure)
+
+    def inverse(rate, y):
+        return residual_inverse(lambda rate, x: 0.9 * jnp.sin(rate * x), rate, y, solver=solver)
+
+    def of_first(y, rate=rate):
+        return jnp.sum(inverse(rate, y)[0])
+
+    def hessian_product(y):
+        return jax.grad(lambda y: jnp.sum(jax.grad(of_first)(y)[0]))(y)
+
+    derivatives = {
+        "reverse mode": (jax.grad(of_first), 1),
+        "in the parameters": (lambda y: jax.grad(of_first, 1)(y, rate), -0.54),
+        "forward mode": (lambda y: jax.jvp(partial(inverse, rate), (y,), (jnp.ones_like(y),))[1], 1),
+        "forward over reverse": (lambda y: jax.jvp(jax.grad(of_first), (y,), (jnp.ones_like(y),))[1], 0),
+        "reverse over reverse": (hessian_product, 0),
+        "of a map": (lambda y: jax.vmap(jax.grad(of_first))(y[None])[0], 1),
+        "of a scan": (jax.grad(lambda y: jax.lax.scan(lambda _, y: (None, of_first(y)), None, y[None])[1][0]), 1),
+    }
+    for name, (derivative, of_others) in derivatives.items():
+        found = jax.jit(derivative)(y)
+        np.testing.assert_allclose(found[0], of_others, rtol=1e-12, err_msg=name)
+        assert np.isnan(found[1]).all(), name
+    best_guess = lambda y: jnp.sum(with_status(sine, jnp.asarray(1.0), y, solver=solver)[0])  # noqa: E731
+    assert np.isfinite(jax.jit(jax.grad(best_guess))(y[1:])).all()
+    if on_failure == "warn":
+        with pytest.warns(RuntimeWarning, match="1 of 2 examples did not converge"):
+            found = jax.grad(of_first)(y)
+        np.testing.assert_array_equal(np.isnan(found), [[False] * 2, [True] * 2])
+
+
 def test_reports_of_several_blocks():
     """An example needs the solves of all blocks; the largest residual is that of a failure; a good status is silent."""
     residual = jnp.array([[9.0, 1.0, 0.0], [2.0, 0.0, 0.0]])

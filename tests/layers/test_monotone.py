@@ -125,7 +125,7 @@ def test_the_error_bound_of_an_inverse():
 
 
 def test_a_failed_solve_of_the_map():
-    """It raises in an eager call and is NaN in a compiled one; with "warn" it warns. A flow warns of NaN."""
+    """It raises in an eager call, or warns, and is NaN in a compiled one, as its gradient is. A flow warns of NaN."""
     raises, warns = (
         rf.MonotoneBlock(
             Scaled(0.9), lipschitz=0.9, solver=rf.FixedPoint(tolerance=1e-9, max_iterations=2, on_failure=what)
@@ -137,6 +137,8 @@ def test_a_failed_solve_of_the_map():
     with pytest.warns(RuntimeWarning, match=r"MonotoneBlock: 4 of 4"):
         warns(X)
     assert np.isnan(jax.jit(lambda x: raises.forward(x, estimator=rf.Exact())[1])(X)).all()
+    for block in (raises, warns):
+        assert np.isnan(jax.jit(jax.grad(lambda x, block=block: jnp.sum(block(x))))(X)).all()
     with pytest.warns(RuntimeWarning, match=r"^Flow.log_prob: 4 of 4 examples are NaN$"):
         rf.Flow(raises, event_shape=X.shape[1:]).log_prob(X, estimator=rf.Exact())
 
