@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resflow_jax.functional.batch_axes import vary_alike
+from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.trees import combine, float0, mapped_with, partition, zero_cotangents
 
 Array = jax.Array
@@ -34,7 +35,8 @@ def reversible_scan(
     Args:
       apply: (layer, x, inputs of the layer, shared) -> (y like x, log_det [B] or a tree of such arrays, more); it must
         close over no tracer.
-      invert: (layer, y, shared) -> x [B, ...], NaN for examples that are not found; it must have a derivative.
+      invert: (layer, y, shared) -> x [B, ...], NaN for examples that are not found; it must have a derivative. Where an
+        example is not found, its gradient in x is NaN, and so are those in this and earlier layers and in `shared`.
       layers: tree of arrays with a leading axis of layers.
       x: the first layer's input [B, ...].
       inputs: tree of arrays with a leading axis of layers, for which there are no derivatives, as keys.
@@ -94,6 +96,11 @@ def _backward(apply, invert, kept, cotangents):
 
         _, pullback = jax.vjp(outputs, floats, x, shared_floats)
         floats_bar, x_bar, more_bar = pullback((y_bar, log_det_bar))
+        # At an x of NaN some rules give zero, as that of relu.
+        is_found = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
+        x_bar = x_bar * per_example(_one_or_nan(is_found, x), x)
+        of_all = jnp.all(is_found)
+        floats_bar, more_bar = jax.tree.map(lambda bar: bar * _one_or_nan(of_all, bar), (floats_bar, more_bar))
         return (x, x_bar, jax.tree.map(jnp.add, shared_bar, more_bar)), floats_bar
 
     first = y, y_bar, jax.tree.map(jnp.zeros_like, shared_floats)
@@ -105,6 +112,11 @@ def _backward(apply, invert, kept, cotangents):
         zero_cotangents(inputs),
         combine(shared_bar, float0(shared_others)),
     )
+
+
+def _one_or_nan(condition: Array, like: Array) -> Array:
+    """1 where the condition holds, else NaN, in the dtype of `like`: a factor that makes derivatives NaN as well."""
+    return jnp.where(condition, 1, jnp.nan).astype(like.dtype)
 
 
 _scan.defvjp(_forward, _backward)

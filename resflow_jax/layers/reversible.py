@@ -12,10 +12,11 @@ def make_reversible(flow: nnx.Module, solver: Solver | None = None) -> None:
 
     Values stay as they are, and gradients too, up to the error of the inverse. Memory for activations no longer grows
     with the number of stacked layers; parameters and their gradients still do. If the inverse of an example does not
-    converge, the gradient is NaN. Gradients have first-order reverse mode, and forward mode over that; `jax.jvp` and
-    `jax.jacfwd` of the flow alone raise a TypeError. `rf.save` does not write this setting. It concerns the map and its
-    log-det, as `log_prob` takes them; stacks inside an `Invert`, and gradients of `inverse` and of samples, keep inputs
-    as before, as do passes of a classifier with dropout, which the inverse would have to know.
+    converge at a layer, its gradient is NaN, and so are those in the conditions and in the parameters of this layer and
+    of those before it. Gradients have first-order reverse mode, and forward mode over that; `jax.jvp` and `jax.jacfwd`
+    of the flow alone raise a TypeError. `rf.save` does not write this setting. It concerns the map and its log-det, as
+    `log_prob` takes them; stacks inside an `Invert`, and gradients of `inverse` and of samples, keep inputs as before,
+    as do passes of a classifier with dropout, which the inverse would have to know.
 
     Args:
       flow: a flow, a classifier or a bijector with `ResidualStack`s, as `ResidualFlow` has for its blocks.

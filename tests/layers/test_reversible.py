@@ -144,6 +144,20 @@ def test_an_inverse_that_does_not_converge_gives_no_gradient(pair):
     assert np.isfinite(value) and np.isnan(x_bar).all()
 
 
+def test_relu_has_no_gradient_either():
+    """Its rule gives zero at NaN. The gradients in x, in all parameters and in conditions are NaN for all that."""
+    g = partial(rf.LipschitzMLP, 2, (3,), activation="relu", condition_dim=2)
+    stack = rf.ResidualStack(lambda rngs: rf.ResidualBlock(g(rngs=rngs)), 2, rngs=nnx.Rngs(0))
+    rf.make_reversible(stack, rf.FixedPoint(tolerance=1e-13, max_iterations=1))
+    graphdef, params, rest = nnx.split(stack, nnx.Param, ...)
+
+    def loss(params, x, condition):
+        return jnp.sum(nnx.merge(graphdef, params, rest)(x, condition))
+
+    found = jax.jit(jax.grad(loss, (0, 1, 2)))(params, X, CONDITION)
+    assert len(jax.tree.leaves(found)) > 4 and all(np.isnan(leaf).all() for leaf in jax.tree.leaves(found))
+
+
 def test_images_and_every_scale():
     """All stacks of a multi-scale flow become reversible; values and diagnostics are unchanged."""
     config = rf.ImageFlowConfig((4, 4, 1), blocks=(3, 2), hidden_channels=4, tail=rf.DenseTail(2, hidden=4))
