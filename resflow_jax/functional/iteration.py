@@ -118,8 +118,8 @@ class Solver:
 class InverseStatus(NamedTuple):
     """How the solves of a batch ended. The fields are [B] for one block and [blocks, B] for a flow.
 
-    The inverse of a block inside of an `Invert` is the block's own map: its status counts no iterations, also where
-    this map is a solve, and says only whether x is finite.
+    The inverse of a block inside of an `Invert` is the block's own map: its status counts no iterations, and says only
+    whether x is finite. Where this map is a solve, its residual is not known: it is infinite, and so is every bound.
 
     Attributes:
       iterations: int32, number of evaluations of g for each example.

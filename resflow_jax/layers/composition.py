@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from resflow_jax.functional.checks import as_sequence, check_type
 from resflow_jax.functional.estimators import Estimator
@@ -183,7 +184,7 @@ class Invert(Bijector):
 
     If the map of g is itself a solve, as of a `MonotoneBlock` or of an `Invert` inside, f^-1 is this solve. It runs
     with the solver of that layer, whichever `inverse` is given, and fails as the map of that layer does. Its status
-    does not know the solve: it has no iterations and no residual, and says only whether x is finite.
+    does not know the solve: it has no iterations and an infinite residual, and says only whether x is finite.
 
     Args:
       bijector: g, a bijection: it must not pad, and must have a log-det.
@@ -259,13 +260,13 @@ class Invert(Bijector):
 
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
         x = self.bijector(y, condition)
-        return x, [_explicit(self.blocks, x)]
+        return x, [_status_of_map(self.bijector, x)]
 
     def solve_and_estimate(
         self, y: Array, key: Array | None, estimator: Estimator, solver: Solver, condition: Array | None
     ) -> InverseAndLogDet:
         x, log_det, diagnostics = self.bijector.estimate(y, key, estimator, condition)
-        return x, -log_det, diagnostics, [_explicit(self.blocks, x)]
+        return x, -log_det, diagnostics, [_status_of_map(self.bijector, x)]
 
     def _reported(self, y, statuses):
         return reported(y, join_blocks(statuses), "Invert", self.solver.on_failure) if statuses else y
@@ -280,12 +281,21 @@ class Invert(Bijector):
         self.bijector.tighten()
 
 
-def _explicit(blocks: int, x: Array) -> InverseStatus:
-    """The status [blocks, B] of blocks whose inverse x is the map of others; it fails where x is not finite."""
+def _status_of_map(bijector: Bijector, x: Array) -> InverseStatus:
+    """The status [blocks, B] of an inverse x that is the map of a bijector; it fails where x is not finite.
+
+    The residual of an explicit map is zero. That of a solve is not known, so that no finite bound holds for its error.
+    """
     is_finite = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
-    is_finite = jnp.broadcast_to(is_finite, (blocks, x.shape[0]))
-    residual = jnp.where(is_finite, 0, jnp.inf).astype(x.dtype)
+    is_finite = jnp.broadcast_to(is_finite, (bijector.blocks, x.shape[0]))
+    residual = jnp.where(is_finite, math.inf if _solves_for_its_map(bijector) else 0, math.inf).astype(x.dtype)
     return InverseStatus(jnp.zeros(is_finite.shape, jnp.int32), residual, residual, is_finite)
+
+
+def _solves_for_its_map(bijector: Bijector) -> bool:
+    """Whether a layer inside has blocks and a solver of its own, as `MonotoneBlock` and `Invert`."""
+    layers = (layer for _, layer in nnx.iter_modules(bijector) if isinstance(layer, Bijector) and layer.blocks)
+    return any(isinstance(getattr(layer, "solver", None), Solver) for layer in layers)
 
 
 def _entrance(bijectors: Sequence[Bijector]) -> Shape | None:

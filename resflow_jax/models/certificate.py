@@ -115,7 +115,7 @@ class Certificate:
         """Upper bounds on the error in x that each block's solve leaves, in the 2-norm.
 
         The bound is |r| / (1 - L) with the residual r in `InverseStatus`, up to rounding; infinite for a block that is
-        not certified.
+        not certified, and for blocks inside of an `Invert` whose inverse is a solve all the same.
 
         Args:
           status: from `flow.inverse(z, return_status=True)`, fields [blocks, B].

@@ -233,6 +233,40 @@ def test_error_bounds_without_a_certificate():
     np.testing.assert_array_equal(certificate.error_bounds(status), [[0.0, 4.0], [np.inf, np.inf]])
 
 
+def mlp(rngs):
+    return rf.LipschitzMLP(2, (4,), rngs=rngs)
+
+
+def monotone(rngs):
+    return rf.MonotoneBlock(mlp(rngs), solver=rf.FixedPoint(tolerance=0.05, on_failure="warn"))
+
+
+INVERTED = {
+    "residual": (lambda rngs: rf.ResidualBlock(mlp(rngs)), 0),
+    "residual, after an inverse in closed form": (
+        lambda rngs: rf.Chain([rf.Invert(rf.ActNorm((2,))), rf.ResidualBlock(mlp(rngs))]),
+        0,
+    ),
+    "monotone": (monotone, np.inf),
+    "stack of monotone": (lambda rngs: rf.ResidualStack(monotone, 2, rngs=rngs), np.inf),
+    "implicit": (lambda rngs: rf.ImplicitBlock(mlp(rngs), mlp(rngs)), np.inf),
+    "inverse of residual": (lambda rngs: rf.Invert(rf.ResidualBlock(mlp(rngs))), np.inf),
+}
+
+
+@pytest.mark.parametrize("name", INVERTED)
+def test_error_bounds_of_an_inverse_of_an_inverse(name):
+    """Zero where it is explicit, infinite where it is a solve that the status does not know; also beside a log-det."""
+    make, expected = INVERTED[name]
+    flow = rf.Flow(rf.Invert(make(nnx.Rngs(0))), event_shape=(2,))
+    flow.tighten()
+    z = jnp.asarray([[0.5, -1.0], [2.0, 0.3]])
+    options = {"return_status": True, "estimator": rf.Exact()}
+    for status in (flow.inverse(z, return_status=True)[1], flow.inverse_and_log_prob(z, **options)[-1]):
+        assert status.converged.all()
+        np.testing.assert_array_equal(rf.certify(flow).error_bounds(status), np.full((flow.blocks, 2), expected))
+
+
 def test_only_flows_are_certified():
     """The error names the argument and the type."""
     with pytest.raises(ValueError, match="flow: expected a Flow, got dict"):
