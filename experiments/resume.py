@@ -54,7 +54,8 @@ def run(config: ResumeConfig) -> None:
     """Resumes the run."""
     make_if_missing(config.run_dir)
     saved = saved_config(config.run_dir, config.data)
-    mesh = replace(saved.mesh, data=None) if config.mesh == MeshConfig() else config.mesh
+    is_of_run = replace(config.mesh, data=None) == MeshConfig()  # a number alone keeps the layout of parameters
+    mesh = replace(saved.mesh, data=config.mesh.data) if is_of_run else config.mesh
     launch(replace(saved, mesh=mesh, distributed=config.distributed))
 
 

@@ -29,8 +29,8 @@ def is_from_files(data: Any) -> bool:
 def fingerprint(task: Task) -> dict[str, Any]:
     """What the data of a task are recognised by: numbers and texts by name, none for data that are not from files.
 
-    These are the number of examples of each split and a hash of its arrays. Images that are read as needed are
-    recognised by the names and sizes of their files.
+    These are the number of examples of each split and a hash of its arrays. Images in a folder that are read as needed
+    are recognised by the names and sizes of their files, those of a TensorFlow data set by their numbers alone.
     """
     data = task.config.data
     if not is_from_files(data):

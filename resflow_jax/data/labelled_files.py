@@ -95,7 +95,9 @@ def _class_names(folder: Path, files: list[Path]) -> list[str]:
     names = [file.relative_to(folder).parts[0] for file in files]
     classes = {child.name for child in folder.iterdir() if child.is_dir() and is_visible(child.name)}
     for empty in sorted(classes - set(names)):
-        raise FileNotFoundError(f"path: expected images in the subfolder of each class, found none in {folder / empty}")
+        why = ", a link to a folder that is read already" if (folder / empty).is_symlink() else ""
+        place = f"{folder / empty}{why}"
+        raise FileNotFoundError(f"path: expected images in the subfolder of each class, found none in {place}")
     return names
 
 

@@ -189,8 +189,8 @@ def _modules(part: Any) -> list[nnx.Module]:
 
 
 def _settings(module: nnx.Module) -> dict[str, Any]:
-    """The attributes of a module that are neither arrays nor modules, and that a file keeps."""
-    kinds = nnx.Module | nnx.Variable | jax.Array | jax.ShapeDtypeStruct
+    """The attributes of a module that are neither arrays nor modules, nor dtypes, which arrays have themselves."""
+    kinds = nnx.Module | nnx.Variable | jax.Array | jax.ShapeDtypeStruct | np.dtype
     public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     return {name: value for name, value in public.items() if name != "reversible" and not isinstance(value, kinds)}
 

@@ -304,8 +304,11 @@ def _checked(name: str, log_prob: Any, least: int) -> Array:
     log_prob = as_float_array(name, log_prob)
     if log_prob.ndim != 1 or log_prob.shape[0] < least:
         raise ValueError(f"{name}: expected floats [N] of {least} or more examples, got shape {log_prob.shape}")
-    if not isinstance(log_prob, jax.core.Tracer) and (others := np.count_nonzero(~np.isfinite(log_prob))):
-        raise ValueError(f"{name}: expected finite log-densities, got {others} that are not")
+    if not isinstance(log_prob, jax.core.Tracer):
+        with jax.ensure_compile_time_eval():  # a program that is being traced may hold them
+            others = int(jnp.sum(~jnp.isfinite(log_prob)))
+        if others:
+            raise ValueError(f"{name}: expected finite log-densities, got {others} that are not")
     return log_prob
 
 

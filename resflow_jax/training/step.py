@@ -106,7 +106,8 @@ class Trainer(NamedTuple):
       loss: (flow, batch, key, estimator, steps done) -> (scalar, `Diagnostics`), as `training.losses` makes it. Changes
         that it makes to the flow's other variables are kept; on a mesh only those to running statistics
         (`nnx.BatchStat`), as means over the devices.
-      optimizer: an optax transformation. One with extra arguments is given the loss as `value`, and `grad`.
+      optimizer: an optax transformation. One with extra arguments is given the loss as `value`, and `grad`. One that
+        calls the loss itself, as the line search of `optax.lbfgs`, fails.
       ema_decay: decay of the moving average of the parameters, in [0, 1). The average is bias-corrected where
         `averaged_flow` reads it.
       accumulate: number of batches whose mean gradient makes one update.

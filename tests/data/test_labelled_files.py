@@ -126,6 +126,11 @@ def empty(path):
     (path / "owl").mkdir()
 
 
+def linked(folder):
+    write_folders(folder)
+    (folder / "owl").symlink_to(folder / "cat")
+
+
 def unknown(path):
     write_split_folders(path)
     write_folders(path / "test", names=("cat", "wolf", "owl"))
@@ -167,6 +172,7 @@ BAD = {
     "images.npy": (lambda path: np.save(path, IMAGES), "expected a folder or a .npz file .* got .*images.npy"),
     "unsorted": (unsorted, "expected a subfolder of images for each class in .*unsorted, got the image .*a.png"),
     "loose": (loose, "expected a subfolder of images for each class in .*loose, got the image .*loose.png"),
+    "linked": (linked, "found none in .*owl, a link to a folder that is read already"),
     "empty": (empty, "expected images in the subfolder of each class, found none in .*owl"),
     "none": (lambda path: path.mkdir(), r"expected image files .* in .*none, found none"),
     "dev": (lambda path: [write_folders(path / name) for name in ("train", "dev")], "expected the folder train .* dev"),

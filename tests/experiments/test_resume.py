@@ -34,7 +34,7 @@ def test_other_devices(resumed):
     run, config = resumed
     here = replace(run, distributed=DistributedConfig(), mesh=MeshConfig(parameters="full"))
     assert config() == here
-    assert config("--mesh.data", "4") == replace(here, mesh=MeshConfig(data=4))
+    assert config("--mesh.data", "4") == replace(here, mesh=MeshConfig(data=4, parameters="full"))
     cluster = {"coordinator": "here:2", "num-processes": "4", "process-id": "3"}
     arguments = [word for name, value in cluster.items() for word in (f"--distributed.{name}", value)]
     assert config(*arguments) == replace(here, distributed=DistributedConfig(False, "here:2", 4, 3))

@@ -190,6 +190,7 @@ OF_BATCHES = {
     "a count of rows": lambda p, x: 0.1 * jnp.tanh(p * x) * jnp.cumsum(jnp.ones(len(x)))[:, None],
     "a count in a scan": lambda p, x: jax.lax.scan(lambda n, row: (n + 1, 0.1 * n * jnp.tanh(p * row)), 0.0, x)[1],
     "a row that is marked": lambda p, x: 0.3 * jnp.tanh(p * x) * jnp.zeros((len(x), 1)).at[0].set(1),
+    "a copy for each row": lambda p, x: 0.3 * jnp.tanh(p * x + jnp.concatenate([SHIFTS[:1]] * len(x))),
     "a mean of ones": lambda p, x: jnp.tanh(p * x) / jnp.sum(jnp.ones(len(x))),
     "the first row": lambda p, x: 0.3 * jnp.tanh(p * x).at[0].multiply(0.5),
     "joined rows": lambda p, x: 0.3 * jnp.tanh(p * x * jnp.concatenate([jnp.zeros((1, 3)), jnp.ones((len(x) - 1, 3))])),

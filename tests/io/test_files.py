@@ -287,6 +287,16 @@ def test_settings_that_a_config_does_not_describe(tmp_path):
     rf.save(path, flow)
 
 
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_flow_made_in_another_mode(x64, tmp_path):
+    """The default dtype is no setting of a flow: it may differ when the flow is saved."""
+    with jax.enable_x64(x64):
+        flow = rf.ResidualFlow(rf.VectorFlowConfig(2, 1, (4,), condition_dim=3), rngs=nnx.Rngs(0))
+    with jax.enable_x64(not x64):
+        rf.save(tmp_path / "flow.safetensors", flow)
+        assert rf.load(tmp_path / "flow.safetensors").config == flow.config
+
+
 class WithScales(rf.Flow):
     """A flow of the user's with an array of the name that flows had before they were compositions."""
 

@@ -21,9 +21,7 @@ def is_along_batch(p: Any, q: Any) -> bool:
     batch_axes = [_batch_axes(a, b) for a, b in zip(p.invars, q.invars, strict=True)]
     if not any(batch_axes):
         return False
-    check = _CHECKS.get(name)
-    if check is None and name.startswith(("reduce_", "arg", "cum", "scatter")):
-        check = next(of for start, of in _STARTS.items() if name.startswith(start))
+    check = _CHECKS.get(name) or next((of for start, of in _STARTS.items() if name.startswith(start)), None)
     return check is not None and check(p, batch_axes)
 
 
@@ -95,6 +93,7 @@ def _last_axis(p: Any, batch_axes: list[Axes]) -> bool:
 _CHECKS: dict[str, Callable[[Any, list[Axes]], bool]] = {
     "concatenate": _of_axes("dimension"),
     "conv_general_dilated": _convolution,
+    "correlate": lambda p, batch_axes: bool(batch_axes[0] or batch_axes[1]),  # of `primitives.convolution`
     "dot_general": _dot_general,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
@@ -102,6 +101,7 @@ _CHECKS: dict[str, Callable[[Any, list[Axes]], bool]] = {
     "pad": _pad,
     "reduce": _of_axes("dimensions"),
     "reduce_precision": lambda p, batch_axes: False,
+    "reduce_scatter": lambda p, batch_axes: True,
     "reduce_window": _window,
     "reduce_window_max": _window,
     "reduce_window_min": _window,

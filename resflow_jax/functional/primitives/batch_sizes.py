@@ -20,7 +20,7 @@ Program = tuple[Jaxpr, list[Any]]
 
 
 def is_of_rows(whole: Program, part: Program) -> bool:
-    """Whether two programs are certainly one function of each row, traced for two batch sizes.
+    """Whether two programs are one function of each row, traced for two batch sizes, as far as operations are known.
 
     They have to do the same operations with the same constants, and none along the axis of the batch. Every array whose
     size depends on the batch has to come from the arguments, or has to have equal rows.
@@ -35,7 +35,9 @@ def is_of_rows(whole: Program, part: Program) -> bool:
     if len(a.eqns) != len(b.eqns) or _differ(a.constvars, b.constvars):
         return False
     for p, q in zip(a.eqns, b.eqns, strict=True):
-        if p.primitive is not q.primitive or not all(map(_is_same_literal, p.invars, q.invars)):
+        if p.primitive is not q.primitive or len(p.invars) != len(q.invars):
+            return False
+        if not all(map(_is_same_literal, p.invars, q.invars)):
             return False
         if _differ(p.outvars, q.outvars) and not (_differ(p.invars, q.invars) or _has_equal_rows(p, q)):
             return False

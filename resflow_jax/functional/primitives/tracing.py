@@ -74,7 +74,7 @@ class TracedForSizes:
 
     @staticmethod
     def are_of_rows(whole: tuple[Traced, list[Any]], part: tuple[Traced, list[Any]]) -> bool:
-        """Whether two results of `trace` are certainly one function of each row; see `batch_sizes`."""
+        """Whether two results of `trace` are one function of each row; see `batch_sizes`."""
         return is_of_rows((whole[0].jaxpr, whole[1]), (part[0].jaxpr, part[1]))
 
     @classmethod
