@@ -7,6 +7,8 @@ argument differ. Operations that are not known here, as those between elements, 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 Axes = set[int]
 
 
@@ -17,12 +19,20 @@ def is_along_batch(p: Any, q: Any) -> bool:
     """
     name = p.primitive.name
     if name == "scan":
-        return p.params["length"] != q.params["length"] and p.params["num_carry"] > 0
+        return p.params["length"] != q.params["length"] and _has_carry(p)
     batch_axes = [_batch_axes(a, b) for a, b in zip(p.invars, q.invars, strict=True)]
     if not any(batch_axes):
         return False
     check = _CHECKS.get(name) or next((of for start, of in _STARTS.items() if name.startswith(start)), None)
     return check is not None and check(p, batch_axes)
+
+
+def _has_carry(scan: Any) -> bool:
+    """Whether a scan returns a carry, which has the shape that its body gives it; other results have an axis more."""
+    results, of_body = scan.outvars, scan.params["jaxpr"].jaxpr.outvars
+    return len(results) != len(of_body) or any(
+        a.aval.ndim == b.aval.ndim for a, b in zip(results, of_body, strict=True)
+    )
 
 
 def _batch_axes(p: Any, q: Any) -> Axes:
@@ -35,8 +45,7 @@ def _of_axes(name: str) -> Callable[[Any, list[Axes]], bool]:
     """A check of operations that look along the axes, or the one axis, that a parameter has."""
 
     def check(p: Any, batch_axes: list[Axes]) -> bool:
-        axes = p.params[name]
-        axes = {axes} if isinstance(axes, int) else set(axes)
+        axes = set(np.atleast_1d(p.params[name]).tolist())
         return any(axes & of_argument for of_argument in batch_axes)
 
     return check
