@@ -33,14 +33,18 @@ def zero_cotangents(tree: Any) -> Any:
     return combine(jax.tree.map(jnp.zeros_like, differentiable), float0(static))
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of PRNG keys, which may be abstract."""
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def mapped_with(x: Array, tree: Any) -> Array:
     """x, mapped by every `jax.vmap` that maps an array of the tree. The compiled program does no work for it."""
     for leaf in jax.tree.leaves(tree):
         leaf = leaf if isinstance(leaf, Array) else jnp.asarray(leaf)
         if not leaf.size:
             continue
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        number = (jax.random.key_data(leaf) if is_key else leaf).reshape(-1)[0]
+        number = (jax.random.key_data(leaf) if is_key(leaf) else leaf).reshape(-1)[0]
         always = (number == number) | True
         x = lax.select_n(always, lax.stop_gradient(x), x)  # XLA removes this operation
     return x
@@ -48,7 +52,6 @@ def mapped_with(x: Array, tree: Any) -> Array:
 
 def kept(tree: Any) -> Any:
     """The same arrays, for a rule to keep. Inside a scan JAX would confuse kept arguments, in second order."""
-    is_key = lambda leaf: jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)  # noqa: E731
     data = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
     data = jax.tree.map(lax.optimization_barrier, data)  # one by one: each keeps the axes that it varies over
     return jax.tree.map(

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from resflow_jax.functional.checks import check_path, check_type, error_text, names_text, shown
+from resflow_jax.functional.trees import is_key
 from resflow_jax.io.checksums import digest_of_arrays
 from resflow_jax.io.config_json import config_from_json, config_to_json, parsed
 from resflow_jax.io.renames import renamed_arguments, renamed_arrays
@@ -298,7 +299,7 @@ def _filled(structure: Structure, arrays: dict[str, np.ndarray]) -> Flow:
 
 def _as_saved(name: str, array: jax.Array) -> np.ndarray:
     """Converts an array for safetensors: to C order, and a PRNG key to its data."""
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if is_key(array):
         array = jax.random.key_data(array)
     if array.dtype.name not in _DTYPES:
         raise ValueError(f"flow: expected arrays of a dtype among {', '.join(_DTYPES)}; got {array.dtype} of {name}")
@@ -307,7 +308,7 @@ def _as_saved(name: str, array: jax.Array) -> np.ndarray:
 
 def _as_loaded(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> Any:
     """Converts an array back to the form before `_as_saved`."""
-    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if not is_key(leaf):
         return array
     return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resflow_jax.functional.checks import check_type
+from resflow_jax.functional.trees import is_key
 from resflow_jax.training.parallel import DATA_AXIS, as_devices
 from resflow_jax.training.step import TrainState
 
@@ -54,23 +55,18 @@ class SavedState(NamedTuple):
         """The training state, with the settings of the estimator of `like`."""
         estimator = jax.tree.unflatten(jax.tree.structure(like.estimator), self.estimator)
         state = TrainState(*self._replace(estimator=estimator))
-        return jax.tree.map(lambda leaf, old: _wrapped(leaf, old) if _is_key(old) else leaf, state, like)
-
-
-def _is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of PRNG keys, which may be abstract."""
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.tree.map(lambda leaf, old: _wrapped(leaf, old) if is_key(old) else leaf, state, like)
 
 
 def _saved(leaf: Any) -> Any:
     """A leaf as a checkpoint has it: the words of keys, and numbers of Python as arrays."""
-    if _is_key(leaf):
+    if is_key(leaf):
         return jax.random.key_data(leaf) if isinstance(leaf, Array) else jax.eval_shape(jax.random.key_data, leaf)
     return np.asarray(leaf, jax.dtypes.result_type(leaf)) if isinstance(leaf, bool | int | float) else leaf
 
 
 def _wrapped(words: Array, like: Any) -> Array:
-    """The keys of the kind of `like`, which may be abstract, with these words."""
+    """The keys of the kind of `like`, with these words. JAX tells the kind of abstract keys in a trace alone."""
     impls = []
     jax.eval_shape(lambda keys: impls.append(jax.random.key_impl(keys)), like)
     return jax.random.wrap_key_data(words, impl=impls[0])
@@ -181,7 +177,7 @@ def on_all_devices(tree: Any, mesh: Mesh) -> Any:
 
 def converted(conversion: Callable[[Any], Array], leaf: Any) -> Array:
     """The conversion of a leaf; PRNG keys, which NumPy does not have, are converted as their words."""
-    if not _is_key(leaf):
+    if not is_key(leaf):
         return conversion(leaf)
     return jax.random.wrap_key_data(conversion(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
 

@@ -88,7 +88,7 @@ def _dot_general(p: Any, batch_axes: list[Axes]) -> bool:
 
 
 def _convolution(p: Any, batch_axes: list[Axes]) -> bool:
-    return bool(batch_axes[1]) or batch_axes[0] - {p.params["dimension_numbers"].lhs_spec[0]} != set()
+    return bool(batch_axes[1] or batch_axes[0] - {p.params["dimension_numbers"].lhs_spec[0]})
 
 
 def _window(p: Any, batch_axes: list[Axes]) -> bool:
