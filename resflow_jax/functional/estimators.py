@@ -106,8 +106,8 @@ class Roulette:
     The setting of Chen et al. (2019) is Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian").
 
     Attributes:
-      length: law of the number N of terms after the exact ones: `Defensive`, `Geometric`, `Poisson`, `Fitted`, or any
-        object with the methods of `LengthLaw`.
+      length: distribution of the number N of terms after the exact ones: `Defensive`, `Geometric`, `Poisson`, `Fitted`,
+        or any object with the methods of `LengthLaw`.
       exact_terms: m >= 0, the number of terms that are always taken.
       samples: number of lengths N_i that are drawn. Their weights are averaged, and the series runs to the longest.
       probe: distribution of the probes v: "rademacher" (entries +-1; of independent entries they have the least
@@ -120,21 +120,21 @@ class Roulette:
       minres_steps: number of minimal-residual steps (`functional.series.MinimalResidual`) before the series continues
         as the power series of their residual. None takes such steps throughout; 0 is the power series of the paper.
       probes: number of probes for each example, whose estimates are averaged; each costs the whole series.
-      subsample: r >= 1. After the exact terms the series goes on for one example of every r, with a random start, and
-        their terms count r times. So a longer series costs the same. Its terms are averaged over fewer examples, but
-        a batch's mean depends less on the shared length. r is replaced by the largest divisor of the batch size, or of
-        a device's part of it, that is at most r, and by 1 for a symbolic size. g is evaluated on parts of the batch.
-        Under `vmap` over keys a CPU takes the whole series for all examples. None takes r = 2 after two or more exact
-        minimal-residual steps, which leave little to estimate, if the gradient is "neumann" and the program of g shows
-        that it is one function of each row, for any number of rows; otherwise it takes r = 1.
-      second_order: whether the Neumann gradient has a reverse-mode derivative in its turn, unbiased and with constant
-        memory, for the Hessian-vector products of score matching or a Laplace approximation: `jax.grad` of `jax.grad`.
-        It costs another series and six evaluations of g, more for a monotone map. Forward mode then raises, also over
-        reverse mode.
+      subsample: r >= 1. Terms after the exact ones are computed only for every r-th example, from a random first one,
+        and are multiplied by r. The estimate stays unbiased. These terms cost 1/r as much, so that the series can be
+        longer, and are averaged over fewer examples. r is reduced to the largest divisor of the batch size, or of a
+        device's part of it, that is at most r, and to 1 for a symbolic size. g is evaluated on parts of the batch.
+        None means r = 2 if at least two exact terms are minimal-residual steps, the gradient is "neumann", and tracing
+        shows that g computes every row in the same way for any batch size; otherwise r = 1. Under `vmap` over keys a
+        CPU computes the whole series for all examples.
+      second_order: whether the Neumann gradient can itself be differentiated in reverse mode (`jax.grad` of
+        `jax.grad`), unbiased and with constant memory, as for Hessian-vector products in score matching or a Laplace
+        approximation. It costs another series and six evaluations of g, more for a monotone map. Forward mode then
+        raises an error, also over reverse mode.
 
     Raises:
-      ValueError: for an object that is no law, a count that is too small, an unknown probe or gradient, and
-        second_order or subsample > 1 with gradient="autodiff".
+      ValueError: for a length without the methods of `LengthLaw`, a count that is too small, an unknown probe or
+        gradient, and second_order or subsample > 1 with gradient="autodiff".
 
     Example:
       >>> estimator = rf.Roulette(rf.Geometric(0.5), exact_terms=2, probes=4)
@@ -215,7 +215,8 @@ class CustomEstimator(Protocol):
     JAX differentiates `estimate` by its usual rules, in any mode and order. The object is traced if its class is a
     pytree; otherwise it is a constant of the compiled program, and must not change. If it has an attribute `needs_key`
     that is False, `residual` takes no key; otherwise a missing key is an error. `chunk_size` of `residual` does not
-    apply. Whether the estimate is biased, and what it costs, is the object's own affair.
+    apply. The library checks neither its bias nor its
+    cost.
 
     Example:
       >>> class FirstOrder:   # log|det(I + J)| ~ tr J, biased; D vjps of g

@@ -118,8 +118,9 @@ class Solver:
 class InverseStatus(NamedTuple):
     """How the solves of a batch ended. The fields are [B] for one block and [blocks, B] for a flow.
 
-    The inverse of a block inside of an `Invert` is the block's own map: its status counts no iterations, and says only
-    whether x is finite. Where this map is a solve, its residual is not known: it is infinite, and so is every bound.
+    A block inside of an `Invert` is inverted by its own map. Its row then has 0 iterations, and `converged` only says
+    whether x is finite. If this map is itself a solve, as of a `MonotoneBlock`, its residual is unknown: the residual
+    and every bound are infinite.
 
     Attributes:
       iterations: int32, number of evaluations of g for each example.

@@ -70,8 +70,8 @@ def monotone(
       estimator: `Exact()`, `Truncated(...)`, `Roulette(...)` (the default), or a `CustomEstimator`, which is called for
         -g and for g at w.
       lipschitz: a bound on Lip(g), in (0, 1), if one is known, as of `residual`.
-      chunk_size: the largest number of examples in a chunk of the estimate, with the exception of `residual`.
-      solver: of w.
+      chunk_size: as in `residual`, for the log-det estimate. The solve for w always takes the whole batch.
+      solver: solver for w.
       return_diagnostics: whether to return `Diagnostics` of the estimate as well.
       return_status: whether to return the `InverseStatus` of w as well. Its residuals are those of w times sqrt(2), so
         that its `error_bound` bounds the error of y. Without it, examples that do not converge are reported as by
@@ -134,7 +134,7 @@ def monotone_inverse(
       params: any pytree.
       y: floats [B, ...], or a pytree of such arrays with one batch size and dtype.
       condition: as of `residual_inverse`.
-      solver: of w.
+      solver: solver for w.
       return_status: whether to return the `InverseStatus` of w as well, with residuals times sqrt(2): its `error_bound`
         bounds the error of x.
 
@@ -182,7 +182,7 @@ def half_way(
       params: any pytree.
       x: floats [B, ...].
       condition: as of `monotone`.
-      solver: of w.
+      solver: solver for w.
       inverts: whether x is a y.
       orders: of the reverse mode that keeps only w, see `solution`.
     """

@@ -58,7 +58,7 @@ class Stateless:
           condition: condition of x, as in `Flow.initialize`.
 
         Raises:
-          ValueError: for a key that is none, and as `Flow.initialize` for x.
+          ValueError: if `key` is not a PRNG key, and as `Flow.initialize` for x.
         """
         check_key("key", key)
         flow = _make(self.source, key)

@@ -84,7 +84,7 @@ def config_from_json(text: str) -> FlowConfig:
 
 
 def parsed(text: str) -> Any:
-    """Parses JSON of at most `_DEEPEST` levels; ValueError for text that is none or is nested more deeply."""
+    """Parses JSON of at most `_DEEPEST` levels; ValueError for text that is not JSON or is nested more deeply."""
     try:
         document = json.loads(text)
     except RecursionError as error:

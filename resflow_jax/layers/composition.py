@@ -182,19 +182,19 @@ class Invert(Bijector):
     an eager call raises an `InverseError`, and a compiled one returns NaN for this example. With the solver's
     `on_failure="warn"` y is the best guess. `initialize` and `update_statistics` leave g as it is.
 
-    If the map of g is itself a solve, as of a `MonotoneBlock` or of an `Invert` inside, f^-1 is this solve. It runs
-    with the solver of that layer, whichever `inverse` is given, and fails as the map of that layer does. Its status
-    does not know the solve: it has no iterations and an infinite residual, and says only whether x is finite.
+    If applying g needs a solve, because g contains a `MonotoneBlock` or an `Invert`, then f^-1 runs this solve with the
+    solver of that layer, and fails as that layer does. The `solver` argument of `inverse` is ignored there, and the
+    status has 0 iterations and an infinite residual; its `converged` only says whether x is finite.
 
     Args:
       bijector: g, a bijection: it must not pad, and must have a log-det.
-      solver: of the residual blocks inside g when f is applied; `Anderson(on_failure="raise")` by default.
+      solver: solver for the residual blocks inside g when f is applied; `Anderson(on_failure="raise")` by default.
 
     Randomness: as in g; the log-det estimate of `Roulette` is unbiased. Cost of f: a solve of every residual block of
     g, and its log-det if asked for. Cost of f^-1: one evaluation of g.
 
     Raises:
-      ValueError: for a bijector that is none, that pads, or that has no log-det, and for a solver that is none.
+      ValueError: for anything but a `Bijector`, one that pads or has no log-det, and for anything but a `Solver`.
       InverseError: from an eager call of f, if a solve does not converge and `solver.on_failure` is "raise".
 
     Example:

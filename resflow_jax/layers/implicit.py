@@ -33,7 +33,7 @@ class ImplicitBlock(Chain):
     Memory with the Neumann gradient is that of two residual blocks.
 
     Raises:
-      ValueError: for other modules, for contractions of events of different shapes, and for a solver that is none.
+      ValueError: for other modules, for contractions of events of different shapes, and if `solver` is not a `Solver`.
 
     Source: Lu et al. (2021, arXiv 2103.09527).
 

@@ -47,7 +47,7 @@ class MonotoneBlock(ContractionBlock):
     gradient adds one solve, with vjps of g. Memory with the Neumann gradient is that of a `ResidualBlock` and one w.
 
     Raises:
-      ValueError: as `ResidualBlock`, and for a solver that is none.
+      ValueError: as `ResidualBlock`, and if `solver` is not a `Solver`.
       InverseError: from an eager call of f, if a solve does not converge and `solver.on_failure` is "raise".
 
     Source: Ahn et al. (2022, arXiv 2210.08176).

@@ -282,7 +282,7 @@ def anomaly_score(
     Cost: one `log_prob` of x. It works under jit, vmap and grad (of log_prob and score).
 
     Raises:
-      ValueError: as `flow.log_prob`, and for a typicality that is none.
+      ValueError: as `flow.log_prob`, and if `typicality` is not a `Typicality`.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (600, 50))

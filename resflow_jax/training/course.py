@@ -108,7 +108,7 @@ class Scorer:
         """estimator: by default `Exact` for flows of few dimensions, else `Roulette()`.
 
         Raises:
-          ValueError: for an estimator that is none.
+          ValueError: if `estimator` is not an estimator.
         """
         if estimator is None:
             estimator = Exact() if flow.dim <= _EXACT_DIM else Roulette()

@@ -99,7 +99,7 @@ class ImageTask(Task):
     @property
     def notes(self) -> dict[str, str]:
         is_bound = self.config.model.data.dequantization.couplings > 0
-        text = "variational: a bound, the bits/dim of the dequantised density are at most as many"
+        text = "variational: these bits/dim are an upper bound on those of the integer images"
         return {"dequantisation": text} if is_bound else {}
 
     def initial(self) -> Array:

@@ -70,7 +70,7 @@ def check_law(name: str, law: Any) -> None:
     """Raises ValueError unless the law has the methods of `LengthLaw`; the message names the missing ones."""
     missing = [method for method in _METHODS if not callable(getattr(law, method, None))]
     if isinstance(law, type):
-        raise ValueError(f"{name}: expected a law of lengths, got the class {law.__name__}; make one of it")
+        raise ValueError(f"{name}: expected an instance, got the class {law.__name__}; write {law.__name__}(...)")
     if missing:
         raise ValueError(
             f"{name}: expected Defensive, Geometric, Poisson or Fitted, or an object with the methods "
@@ -101,9 +101,9 @@ def check_variance(law: LengthLaw, lipschitz: float) -> None:
     ratio = law.tail_ratio()
     if not isinstance(ratio, jax.core.Tracer) and not ratio > lipschitz**2:
         warnings.warn(
-            f"length: {law} gives the estimate infinite variance for some g of Lipschitz constant up to "
-            f"{lipschitz:.4g}: its tail falls like {float(ratio):.4g}^k, and {lipschitz**2:.4g}^k or slower is "
-            "safe; Defensive() is",
+            f"length: {law} can give the estimate infinite variance if Lip(g) is up to {lipschitz:.4g}. "
+            f"P(N >= k) falls like {float(ratio):.4g}^k; it must fall more slowly than {lipschitz**2:.4g}^k. "
+            "That of Defensive() does",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -89,7 +89,7 @@ def test_the_default_run(tmp_path, capsys):
     small = ("--tiny", "--model.blocks", "1", "--model.tail.blocks", "0", "--model.kernels", "3", "3")
     result = run_config(parsed(*small, "--workdir", str(tmp_path)))
     assert 2 < result.mean < 6
-    assert "a bound, the bits/dim of the dequantised density are at most as many" in capsys.readouterr().out
+    assert "these bits/dim are an upper bound on those of the integer images" in capsys.readouterr().out
     found = saved_flow(tmp_path, "latest")
     assert "a bound" in found.task.notes["dequantisation"] and found.flow.dequantizer is not None
     assert found.flow.config.data.dequantization == rf.Dequantization(1, 4)
