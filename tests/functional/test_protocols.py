@@ -234,7 +234,7 @@ BAD_LAWS = {
     "one length": (lambda: Wrong(sample=lambda key, shape: 3), r"length: expected sample.* got int64 \(\)"),
     "integer survival": (lambda: Wrong(survival=lambda k: k), r"length: expected survival\(k\) to return floats \(\)"),
     "no survival": (lambda: Wrong(survival=None), "length: expected .* without survival$"),
-    "a class": (lambda: Plain, "length: expected a law of lengths, got the class Plain"),
+    "a class": (lambda: Plain, "length: expected an instance, got the class Plain"),
     "its own check": (lambda: Wrong(check=lambda: exec("raise ValueError('exponent: no')")), "exponent: no"),
 }
 

@@ -159,7 +159,7 @@ def test_safe_laws(law):
 def test_unsafe_laws(law):
     """The warning names the law and the bound."""
     with pytest.warns(
-        RuntimeWarning, match=rf"^length: {type(law).__name__}\(.* infinite variance .* up to 0\.9: .* 0\.81"
+        RuntimeWarning, match=rf"^length: {type(law).__name__}\(.* infinite variance .* up to 0\.9\. .* 0\.81"
     ):
         check_variance(law, 0.9)
 
