@@ -91,5 +91,5 @@ def test_the_default_run(tmp_path, capsys):
     assert 2 < result.mean < 6
     assert "these bits/dim are an upper bound on those of the integer images" in capsys.readouterr().out
     found = saved_flow(tmp_path, "latest")
-    assert "a bound" in found.task.notes["dequantisation"] and found.flow.dequantizer is not None
+    assert "an upper bound" in found.task.notes["dequantisation"] and found.flow.dequantizer is not None
     assert found.flow.config.data.dequantization == rf.Dequantization(1, 4)
