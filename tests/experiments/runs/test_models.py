@@ -78,7 +78,7 @@ def test_a_run(tmp_path, capsys):
     assert 2 < result.mean < 5
     printed = capsys.readouterr().out
     assert "nothing: there are no residual blocks; no Lipschitz bound for 1 layer AdditiveCoupling" in printed
-    assert "a bound" not in printed
+    assert "upper bound" not in printed
     found = saved_flow(tmp_path, "latest")
     assert isinstance(found.flow, rf.CouplingFlow) and found.config.model.coupling == "additive"
     assert {"report.html", "samples.png", "certificate.json"} <= {path.name for path in tmp_path.iterdir()}
