@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resflow_jax.functional.broadcasting import trailing
+from resflow_jax.functional.primitives.precision import wide_dtype
 
 Array = jax.Array
 
@@ -122,7 +123,7 @@ def standardization(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     deviation that is within the rounding of x is replaced by the mean of |x|, or by 1 where x is zero. Neither has a
     derivative.
     """
-    x = lax.stop_gradient(x)
+    dtype, x = x.dtype, lax.stop_gradient(x).astype(wide_dtype(x.dtype))
     number = math.prod(x.shape[axis] for axis in axes)
 
     def mean(values: Array) -> Array:
@@ -134,9 +135,9 @@ def standardization(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     unit = mean(jnp.abs(distance))
     ratio = distance / jnp.where(unit > 0, unit, 1)
     std = unit * jnp.sqrt(mean(jnp.square(ratio)))
-    is_constant = std <= 2 * float(jnp.finfo(x.dtype).eps) * size
+    is_constant = std <= 2 * float(jnp.finfo(dtype).eps) * size
     std = jnp.where(is_constant, jnp.where(size > 0, size, 1), std)
-    return jnp.squeeze(center, axes), jnp.squeeze(std, axes)
+    return jnp.squeeze(center, axes).astype(dtype), jnp.squeeze(std, axes).astype(dtype)
 
 
 def sum_alike(cotangents: Any, primals: Any) -> Any:

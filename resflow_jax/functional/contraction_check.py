@@ -20,7 +20,7 @@ from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import as_float_batch, check_count, check_key
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.events import Events, is_tree
-from resflow_jax.functional.iteration import wide_dtype
+from resflow_jax.functional.primitives.precision import wide_dtype
 from resflow_jax.functional.primitives.tracing import trace_residual
 from resflow_jax.functional.texts import fields_text, is_number, number
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.diagnostics import Diagnostics
-from resflow_jax.functional.iteration import wide_dtype
+from resflow_jax.functional.primitives.precision import wide_dtype
 from resflow_jax.functional.probes import draw_seeds, make_probes, seed_keys
 from resflow_jax.functional.term_sums import draw_plan, plan_of, repeat, sum_terms_differentiably, with_log_det
 

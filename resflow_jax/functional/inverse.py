@@ -32,9 +32,9 @@ from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import as_float_batch, check_flag
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
 from resflow_jax.functional.events import Events, is_tree
-from resflow_jax.functional.iteration import InverseStatus, Solver, example_max, iterate, wide_dtype
+from resflow_jax.functional.iteration import InverseStatus, Solver, example_max, iterate
 from resflow_jax.functional.primitives.derivatives import reverse_only
-from resflow_jax.functional.primitives.precision import full_precision
+from resflow_jax.functional.primitives.precision import full_precision, wide_dtype
 from resflow_jax.functional.primitives.tracing import Traced, run, trace_residual
 from resflow_jax.functional.solvers import Anderson
 from resflow_jax.functional.trees import kept

@@ -29,6 +29,7 @@ from jax import export, lax
 from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
+from resflow_jax.functional.primitives.precision import wide_dtype
 from resflow_jax.functional.texts import count, fields_text, span, values_of
 
 Array = jax.Array
@@ -323,11 +324,6 @@ def _accept(state: _State, point: _Point, verdict: _Verdict, guard: _Guard, memo
 def _select(condition: Array, true: Any, false: Any) -> Any:
     """Leaves of one tree or the other, selected for each example."""
     return jax.tree.map(lambda a, b: jnp.where(per_example(condition, a), a, b), true, false)
-
-
-def wide_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype itself, or float32 for 16-bit floats."""
-    return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
 
 
 def example_max(x: Array) -> Array:

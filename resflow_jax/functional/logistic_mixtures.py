@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from resflow_jax.functional.batch_axes import vary_alike, vary_over, varying_axes
-from resflow_jax.functional.iteration import InverseStatus, example_max, example_norm, wide_dtype
+from resflow_jax.functional.iteration import InverseStatus, example_max, example_norm
+from resflow_jax.functional.primitives.precision import wide_dtype
 
 Array = jax.Array
 Mixture = tuple[Array, Array, Array]  # log pi, mu and s, [B, ..., K, C]

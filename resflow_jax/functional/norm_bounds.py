@@ -33,9 +33,9 @@ import numpy as np
 from jax import lax
 
 from resflow_jax.functional.checks import as_host_array, check_count, check_order
-from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.linear_maps import ConvMap, DenseMap, LinearMap, folded_kernel, tap_windows
 from resflow_jax.functional.primitives.convolution import reflected_kernel
+from resflow_jax.functional.primitives.precision import wide_dtype
 
 Array = jax.Array
 

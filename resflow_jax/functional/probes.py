@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from resflow_jax.functional.batch_axes import example_numbers, shared_and_example_keys, whole_batch_size
-from resflow_jax.functional.iteration import wide_dtype
+from resflow_jax.functional.primitives.precision import wide_dtype
 from resflow_jax.functional.primitives.random_words import random_words
 
 Array = jax.Array

@@ -26,7 +26,7 @@ Invert = Callable[[Any, Array, Any], Array]
 
 
 def reversible_scan(
-    apply: Apply, invert: Invert, layers: Any, x: Array, inputs: Any, shared: Any
+    apply: Apply, invert: Invert, layers: Any, x: Array, inputs: Any, shared: Any, depth: int
 ) -> tuple[Array, Array, Any]:
     """Composes layers, as a scan that `jax.grad` runs backwards by their inverses.
 
@@ -40,17 +40,18 @@ def reversible_scan(
       layers: tree of arrays with a leading axis of layers.
       x: the first layer's input [B, ...].
       inputs: tree of arrays with a leading axis of layers, for which there are no derivatives, as keys.
-      shared: tree of arrays that all layers take, as a condition.
+      shared: tree of arrays that all layers take, such as a condition.
+      depth: number of layers. The trees of arrays may be empty.
 
     Returns:
       The last layer's output, log_dets [layers, B], and `more` with a leading axis of layers, without a derivative.
     """
     layers, x, shared = vary_alike(layers, x, shared)
     x = mapped_with(x, (inputs, layers, shared))
-    return _scan(apply, invert, layers, x, inputs, shared)
+    return _scan(apply, invert, depth, layers, x, inputs, shared)
 
 
-def _plain_scan(apply, layers, x, inputs, shared, *, by_rules=False):
+def _plain_scan(apply, depth, layers, x, inputs, shared, *, by_rules=False):
     """The scan; `by_rules` evaluates each layer by the rules of its derivatives, for forward mode over reverse mode."""
 
     def body(x, of_layer):
@@ -61,7 +62,7 @@ def _plain_scan(apply, layers, x, inputs, shared, *, by_rules=False):
             y, log_det, more = apply(layer, x, inputs, shared)
         return y, (jax.tree.map(lambda leaf: mapped_with(leaf, y), log_det), more)
 
-    y, (log_dets, more) = lax.scan(body, x, (layers, inputs))
+    y, (log_dets, more) = lax.scan(body, x, (layers, inputs), length=depth)
     return y, log_dets, jax.tree.map(lax.stop_gradient, more)
 
 
@@ -70,17 +71,17 @@ def _with_aux(results):
     return (y, log_det), more
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(apply, invert, layers, x, inputs, shared):
-    return _plain_scan(apply, layers, x, inputs, shared)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scan(apply, invert, depth, layers, x, inputs, shared):
+    return _plain_scan(apply, depth, layers, x, inputs, shared)
 
 
-def _forward(apply, invert, layers, x, inputs, shared):
-    out = _plain_scan(apply, layers, x, inputs, shared, by_rules=True)
+def _forward(apply, invert, depth, layers, x, inputs, shared):
+    out = _plain_scan(apply, depth, layers, x, inputs, shared, by_rules=True)
     return out, (layers, out[0], inputs, shared)
 
 
-def _backward(apply, invert, kept, cotangents):
+def _backward(apply, invert, depth, kept, cotangents):
     layers, y, inputs, shared = kept
     y_bar, log_dets_bar, _ = cotangents
     (layer_floats, layer_others), (shared_floats, shared_others) = partition(layers), partition(shared)
@@ -105,7 +106,7 @@ def _backward(apply, invert, kept, cotangents):
 
     first = y, y_bar, jax.tree.map(jnp.zeros_like, shared_floats)
     of_layers = (layer_floats, layer_others), inputs, log_dets_bar
-    (_, x_bar, shared_bar), floats_bar = lax.scan(body, first, of_layers, reverse=True)
+    (_, x_bar, shared_bar), floats_bar = lax.scan(body, first, of_layers, length=depth, reverse=True)
     return (
         combine(floats_bar, float0(layer_others)),
         x_bar,

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.checks import check_count
-from resflow_jax.functional.iteration import Solver, example_norm, wide_dtype
+from resflow_jax.functional.iteration import Solver, example_norm
+from resflow_jax.functional.primitives.precision import wide_dtype
 
 Array = jax.Array
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resflow_jax.functional.iteration import wide_dtype
+from resflow_jax.functional.primitives.precision import wide_dtype
 from resflow_jax.functional.vector_norms import Order, dual_map, is_order, positive, vector_norm
 
 Array = jax.Array

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.activations import ACTIVATIONS, ActivationName, check_single_channels
+from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_shape, check_count, check_type
 from resflow_jax.layers.bijector import Bijector
@@ -122,7 +123,8 @@ class MaskedAutoregressive(Bijector):
             return jnp.where((numbers == number)[None], y * jnp.exp(log_scale) + mean, x), None
 
         given = (y, self.linears[0].kernel[...]) + (() if condition is None else (condition,))
-        x = jnp.zeros_like(y, jnp.result_type(*given))  # varies over a shard_map's axes as y does
+        x = jnp.zeros_like(y, jnp.result_type(*given))
+        x = vary_over(x, varying_axes((y, nnx.state(self), condition)))
         return jax.lax.scan(find_next, x, numbers)[0]
 
 

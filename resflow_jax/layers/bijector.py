@@ -9,6 +9,7 @@ public methods are the same for every layer. `forward` and `inverse` check their
 
 A layer in closed form defines `transform` and `invert`. A layer with residual blocks inside defines `__call__`,
 `estimate`, `solve` and `solve_and_estimate` instead, which also take what the blocks need: key, estimator and solver.
+It also defines `certified_bounds` and `tighten`, which pass on the calls to the blocks.
 """
 
 import math

@@ -25,7 +25,8 @@ from resflow_jax.functional.checks import (
     check_positive,
 )
 from resflow_jax.functional.estimators import Estimator
-from resflow_jax.functional.iteration import InverseStatus, wide_dtype
+from resflow_jax.functional.iteration import InverseStatus
+from resflow_jax.functional.primitives.precision import wide_dtype
 from resflow_jax.functional.solvers import Solver
 from resflow_jax.layers.bijector import (
     Bijector,
@@ -40,6 +41,7 @@ from resflow_jax.layers.couplings.conditioners import Conditioner, MLPConditione
 from resflow_jax.layers.event_shapes import check_events
 from resflow_jax.layers.module import Module
 from resflow_jax.layers.traces import Trace, probes_for
+from resflow_jax.layers.unchanged_calls import call_unchanged
 from resflow_jax.layers.without_log_det import WithoutLogDet
 
 Array = jax.Array
@@ -138,7 +140,8 @@ class ContinuousBlock(Bijector):
       ImportError: without diffrax.
       ValueError: for a field that is no module, numbers that are not positive, an unknown adjoint, and an event_shape
         or condition_shape that is not that of the field; from `forward` for another estimator, a missing key, a field
-        whose output is not like x, and in a `jax.shard_map`, whose types diffrax does not know.
+        whose output is not like x or whose state a call changes, and in a `jax.shard_map`, whose types diffrax does not
+        know.
 
     Source: Grathwohl et al. (2019, arXiv 1810.01367), section 3 (FFJORD).
 
@@ -266,7 +269,7 @@ def _right_side(graphdef: Any, dtype: Any, wide: Any, trace: Trace) -> Any:
         module, t = nnx.merge(graphdef, weights), t.astype(dtype)
 
         def field(x):
-            f_x = module(t, x) if condition is None else module(t, x, condition)
+            f_x = call_unchanged("field", module, t, x, *(() if condition is None else (condition,)))
             check_like("field", f_x, x)
             return f_x
 
@@ -282,7 +285,12 @@ def _nothing_of(inputs: Any, zero: Array) -> Array:
     A constant NaN would have derivatives of zero, and the adjoint equation of a solve that failed may give zeros too.
     """
     floats = [leaf for leaf in jax.tree.leaves(inputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return sum((jnp.sum(leaf.astype(zero.dtype) * zero) for leaf in floats), zero)
+    return sum((jnp.sum(_finite(leaf).astype(zero.dtype) * zero) for leaf in floats), zero)
+
+
+def _finite(x: Array) -> Array:
+    """x with 0 in the place of numbers that are not finite, such as those of an attention mask."""
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 class _Solution(NamedTuple):

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.tree_util import keystr
 
 from resflow_jax.functional.activations import Activation
 from resflow_jax.functional.broadcasting import trailing
@@ -29,6 +28,7 @@ from resflow_jax.layers.lipschitz import LipschitzLinear, Order
 from resflow_jax.layers.module import Dict, List, Module
 from resflow_jax.layers.module_texts import Promise
 from resflow_jax.layers.normalization import MovingCentering
+from resflow_jax.layers.unchanged_calls import call_unchanged
 
 Array = jax.Array
 Params = dict[str, Array]
@@ -49,8 +49,8 @@ class Contraction(Module):
     To write one, set `lipschitz`, set `event_shape` if it is known, and define `__call__(x)`, or `__call__(x,
     condition)` with `condition_shape`. The author then guarantees the constant: nothing here proves it, and
     `check_contraction` can only refute it on data. If the contraction also defines `linears` and `bound`, `certify`
-    computes the constant from the kernels, given that the formula of `bound` is right. A class that defines `apply`
-    does not inherit a `bound`.
+    computes the constant from the kernels, given that the formula of `bound` is right. A class that defines `apply`,
+    `weights` or `condition_features` does not inherit a `bound`.
 
     For speed define `weights` and `apply` in place of `__call__`. The weights, such as normalised kernels, are then
     computed once for all evaluations of g in a log-det or in a solve.
@@ -126,7 +126,7 @@ class Contraction(Module):
                 f"{cls.__name__}: expected a method apply(weights, x, features) beside __call__, since log-dets call "
                 "apply, and the inherited one belongs to another map; got none"
             )
-        if "apply" in vars(cls) and "bound" not in vars(cls):
+        if {"apply", "weights", "condition_features"} & vars(cls).keys() and "bound" not in vars(cls):
             cls.bound = Contraction.bound  # an inherited bound belongs to another map
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
@@ -190,29 +190,8 @@ class TrustedContraction(Contraction):
 
 
 def _called(module: nnx.Module, x: Array, condition: Any) -> Array:
-    """module(x), or module(x, condition).
-
-    Raises:
-      ValueError: if the call changes the state of the module, as batch statistics and random streams do. The output is
-        then no function of one example, and the change would be lost.
-    """
-    params, state = _leaves(module)
-    y = module(x) if condition is None else module(x, condition)
-    params_after, state_after = _leaves(module)
-    changed = [path for path, leaf in state.items() if state_after.get(path) is not leaf]
-    # A Flax transformation inside, as nnx.jit, writes back all variables, also unchanged ones and parameters.
-    if changed and all(params_after.get(path) is leaf for path, leaf in params.items()):
-        raise ValueError(
-            f"g: expected a call of {type(module).__name__} not to change its state, got other values of "
-            f"{', '.join(changed)}; for batch statistics or dropout call module.eval() first"
-        )
-    return y
-
-
-def _leaves(module: nnx.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays of a module by their path: parameters, and all others."""
-    states = nnx.state(module, nnx.Param, ...)
-    return tuple({keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(part)} for part in states)
+    """module(x), or module(x, condition); ValueError if the call changes the state of the module."""
+    return call_unchanged("g", module, *((x,) if condition is None else (x, condition)))
 
 
 def _takes_condition(module: nnx.Module) -> bool:

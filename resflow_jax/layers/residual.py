@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import check_callable, check_count, check_type
 from resflow_jax.functional.estimators import Estimator, reverse_orders
@@ -188,9 +189,10 @@ class ResidualStack(Bijector):
         rows = [_rows_of(leaf) for leaf in leaves]
         return [nnx.merge(graphdef, structure.unflatten([row[n] for row in rows])) for n in range(self.depth)]
 
-    def _scan(self, body, carry, xs=None, *, reverse: bool = False):
-        """Scans body(step, carry, x) -> (carry, out) over the steps."""
+    def _scan(self, body, carry, xs=None, *, condition: Array | None, reverse: bool = False):
+        """Scans body(step, carry, x) -> (carry, out) over the steps. The body may close over the condition."""
         graphdef, stacked = nnx.split(self.steps)
+        carry = vary_over(carry, varying_axes((carry, stacked, condition)))
 
         def apply(carry, inputs):
             state, x = inputs
@@ -206,7 +208,7 @@ class ResidualStack(Bijector):
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         if self.reversible is not None:
             return self._reversibly(lambda step, x, _, condition: (step(x, condition), [], []), x, None, condition)[0]
-        return self._scan(lambda step, x, _: (step(x, condition), None), x)[0]
+        return self._scan(lambda step, x, _: (step(x, condition), None), x, condition=condition)[0]
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
         def apply(step, x, inputs, condition):
@@ -221,7 +223,7 @@ class ResidualStack(Bijector):
         if self.reversible is not None and not has_dropout(estimator):  # the inverse does not know what was dropped
             x, log_dets, diagnostics = self._reversibly(apply, x, inputs, condition)
         else:
-            x, (log_dets, diagnostics) = self._scan(body, x, inputs)
+            x, (log_dets, diagnostics) = self._scan(body, x, inputs, condition=condition)
         return x, jnp.sum(log_dets, axis=0), _merged(diagnostics)
 
     def _reversibly(self, apply, x: Array, inputs: Any, condition: Array | None) -> tuple[Array, Any, Any]:
@@ -237,14 +239,14 @@ class ResidualStack(Bijector):
                 x = jnp.where(per_example(jnp.all(status.converged, axis=0), x), x, jnp.nan)
             return x
 
-        return reversible_scan(apply_state, invert, stacked, x, inputs, condition)
+        return reversible_scan(apply_state, invert, stacked, x, inputs, condition, self.depth)
 
     def solve(self, y: Array, solver: Solver, condition: Array | None) -> Inverse:
         def body(step, y, _):
             x, statuses = step.solve(y, solver, condition)
             return x, _joined(statuses)
 
-        x, statuses = self._scan(body, y, reverse=True)
+        x, statuses = self._scan(body, y, condition=condition, reverse=True)
         return x, _merged(statuses)
 
     def solve_and_estimate(
@@ -254,23 +256,24 @@ class ResidualStack(Bijector):
             x, log_det, diagnostics, statuses = step.solve_and_estimate(y, *inputs, solver, condition)
             return x, (log_det, _joined(diagnostics), _joined(statuses))
 
-        x, (log_dets, diagnostics, statuses) = self._scan(body, y, self._inputs(key, estimator), reverse=True)
+        inputs = self._inputs(key, estimator)
+        x, (log_dets, diagnostics, statuses) = self._scan(body, y, inputs, condition=condition, reverse=True)
         return x, jnp.sum(log_dets, axis=0), _merged(diagnostics), _merged(statuses)
 
     def initialize(self, x: Array, condition: Array | None = None) -> Array:
-        return self._changing(lambda step, x: step.initialize(x, condition), x)
+        return self._changing(lambda step, x: step.initialize(x, condition), x, condition)
 
     def update_statistics(self, x: Array, condition: Array | None = None) -> Array:
-        return self._changing(lambda step, x: step.update_statistics(x, condition), x)
+        return self._changing(lambda step, x: step.update_statistics(x, condition), x, condition)
 
-    def _changing(self, apply: Callable[[Bijector, Array], Array], x: Array) -> Array:
+    def _changing(self, apply: Callable[[Bijector, Array], Array], x: Array, condition: Array | None) -> Array:
         """Runs x through apply(step, x) of every step, and stores the changed state of the steps."""
 
         def body(step, x, _):
             x = apply(step, x)
             return x, nnx.state(step)
 
-        x, stacked = self._scan(body, x)
+        x, stacked = self._scan(body, x, condition=condition)
         nnx.update(self.steps, stacked)
         return x
 

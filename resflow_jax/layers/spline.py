@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.checks import as_shape, check_finite, check_positive
-from resflow_jax.functional.iteration import wide_dtype
+from resflow_jax.functional.primitives.precision import wide_dtype
 from resflow_jax.functional.splines import check_bins, inverse_spline, knots, slope_bounds, spline
 from resflow_jax.layers.bijector import Bijector, Shape
 from resflow_jax.layers.event_shapes import ends_in
@@ -61,10 +62,14 @@ class Spline(Bijector):
     def _apply(self, curve: Callable[..., tuple[Array, Array]], x: Array) -> tuple[Array, Array]:
         """The values of a curve at x [B, ...], in its shape, and the sum of the log-slopes of each example."""
         dtype = wide_dtype(x.dtype)  # for narrow bins
-        at = knots(self.theta[...].astype(dtype), self.bins, self.bound)
+        at = self._knots(dtype)
         values, log_slopes = curve(x.astype(dtype).reshape(-1, math.prod(self.shape)), at, self.bound)
         log_det = jnp.sum(log_slopes.reshape(x.shape[0], -1), axis=1)
         return values.reshape(x.shape).astype(x.dtype), log_det.astype(x.dtype)
+
+    def _knots(self, dtype: Any) -> Any:
+        """The knots of the curves, computed in float32 or wider."""
+        return knots(self.theta[...].astype(wide_dtype(dtype)), self.bins, self.bound)
 
     def transform(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
         return self._apply(spline, x)
@@ -76,5 +81,5 @@ class Spline(Bijector):
         return self._apply(inverse_spline, y)
 
     def lipschitz_bounds(self) -> tuple[float, float]:
-        least, greatest = slope_bounds(knots(self.theta[...], self.bins, self.bound))
+        least, greatest = slope_bounds(self._knots(self.theta[...].dtype))
         return greatest, 1 / least

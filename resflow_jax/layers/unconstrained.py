@@ -173,7 +173,7 @@ class StridedBlock(NoBijection):
             rest = (y - self.branch(x)) @ pseudo_inverse
             return jnp.zeros_like(x).at[:, :: self.stride, :: self.stride].set(rest)
 
-        axes = varying_axes(y)
+        axes = varying_axes((y, nnx.state(self)))
         start = jnp.zeros((y.shape[0], *self.shape), y.dtype)
         x = jax.lax.fori_loop(0, _STEPS, step, vary_over(start, axes))
         rest = jnp.abs(y - self(x)).reshape(y.shape[0], -1)

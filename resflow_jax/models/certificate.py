@@ -11,6 +11,7 @@ from flax import nnx
 
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.texts import constructor, count, upper
+from resflow_jax.layers.bijector import Bijector
 from resflow_jax.layers.block_certificate import BlockCertificate
 from resflow_jax.models.flow import Flow
 
@@ -172,7 +173,8 @@ def certify(flow: Flow) -> Certificate:
     Not traceable.
 
     Raises:
-      ValueError: if `flow` is not a `Flow`, and if a kernel is not finite.
+      ValueError: if `flow` is not a `Flow`, if a kernel is not finite, and for a layer with residual blocks inside that
+        does not define `certified_bounds`.
 
     Source: Behrmann et al. (2019, arXiv 1811.00995), theorem 1 and lemma 2; Chen et al. (2019, arXiv 1906.02735),
     section 3.3, for mixed norms.
@@ -186,8 +188,22 @@ def certify(flow: Flow) -> Certificate:
     """
     if not isinstance(flow, Flow):
         raise ValueError(f"flow: expected a Flow, got {type(flow).__name__}")
+    _check_reports(flow)
     blocks: list[BlockCertificate] = []
     lipschitz, inverse = flow.bijector.certified_bounds(blocks)
     layers = [layer for _, layer in nnx.iter_modules(flow.bijector) if getattr(layer, "no_bound", None)]
     unbounded = tuple((type(layer).__name__, layer.no_bound) for layer in layers)
     return Certificate(tuple(blocks), lipschitz, inverse, unbounded)
+
+
+def _check_reports(flow: Flow) -> None:
+    """Raises ValueError if a layer has residual blocks inside that no `certified_bounds` would report."""
+    for _, layer in nnx.iter_modules(flow.bijector):
+        if not isinstance(layer, Bijector) or layer.no_bound is not None:
+            continue
+        has_blocks = any(isinstance(part, Bijector) and part.blocks for _, part in nnx.iter_modules(layer))
+        if has_blocks and type(layer).certified_bounds is Bijector.certified_bounds:
+            raise ValueError(
+                f"flow: expected layers that report the residual blocks inside, got {type(layer).__name__} without a "
+                "method certified_bounds of its own"
+            )

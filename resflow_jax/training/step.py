@@ -21,9 +21,9 @@ from resflow_jax.functional.batch_axes import axes_of_batch, vary_over, varying_
 from resflow_jax.functional.checks import check_callable, check_count, check_open_interval, check_type
 from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS, Diagnostics
 from resflow_jax.functional.estimators import Estimator, Roulette, check_estimator, fit_law
-from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.length_laws import Fitted
 from resflow_jax.functional.opaque import as_tree, original
+from resflow_jax.functional.primitives.precision import wide_dtype
 from resflow_jax.models.flow import Flow
 
 Array = jax.Array

@@ -161,6 +161,23 @@ def test_an_example_that_is_not_finite():
         assert status.converged.tolist() == [[False, True, True, True]] and jnp.isnan(back[0]).all()
 
 
+class Masked(nnx.Module):
+    """-x / 2 by a softmax over numbers of which one is masked."""
+
+    def __init__(self):
+        self.mask = nnx.Variable(jnp.array([0.0, 0.0, -jnp.inf]))
+
+    def __call__(self, t, x):
+        return -x * jax.nn.softmax(self.mask[...])[0]
+
+
+def test_a_field_with_an_infinite_number():
+    """It is no reason for NaN in the results."""
+    y, log_det = rf.ContinuousBlock(Masked()).forward(X, estimator=rf.Exact())
+    np.testing.assert_allclose(y, X * np.exp(-0.5), atol=1e-4)
+    np.testing.assert_allclose(log_det, -1.5, atol=1e-4)
+
+
 def test_a_condition_that_is_not_finite():
     block = rf.ContinuousBlock(Waves(), condition_shape=(2,))
     condition = jnp.zeros((3, 2)).at[1, 1].set(jnp.nan)

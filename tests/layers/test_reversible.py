@@ -128,6 +128,29 @@ def test_shard_map(pair):
     check(found, expected)
 
 
+class Half(rf.Contraction):
+    lipschitz = 0.5
+    event_shape = (3,)
+
+    def __call__(self, x, condition=None):
+        return 0.5 * jnp.sin(x)
+
+
+def test_layers_without_arrays():
+    """There is nothing to scan over but the number of the layers."""
+    stack = rf.ResidualStack(lambda rngs: rf.ResidualBlock(Half()), 3, rngs=nnx.Rngs(0))
+
+    def total(x):
+        y, log_det = stack.forward(x, estimator=rf.Exact())
+        return jnp.sum(jnp.sin(y)) + jnp.sum(log_det)
+
+    x = jax.random.normal(KEY, (2, 3))
+    kept = jax.value_and_grad(total)(x)
+    rf.make_reversible(stack, rf.Anderson(tolerance=1e-13))
+    for found, expected in zip(jax.value_and_grad(total)(x), kept, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
 def test_classes_and_logits(pair):
     """The map without a log-det is reversible too."""
     kept, reversible = (

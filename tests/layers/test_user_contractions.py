@@ -49,8 +49,20 @@ class Twice(rf.LipschitzMLP):
         return 2 * super().apply(weights, x, features)
 
 
-def test_a_map_of_another_kind_does_not_inherit_a_proof():
-    g = Twice(2, (4,), coefficient=0.6, rngs=nnx.Rngs(0))
+class LargerWeights(rf.LipschitzMLP):
+    def weights(self):
+        scales, layers, activations = super().weights()
+        return scales, [(3 * kernel, bias) for kernel, bias in layers], activations
+
+
+class LargerGates(rf.LipschitzMLP):
+    def condition_features(self, condition):
+        return [(3 * gate, shift) for gate, shift in super().condition_features(condition)]
+
+
+@pytest.mark.parametrize("kind", [Twice, LargerWeights, LargerGates], ids=lambda kind: kind.__name__)
+def test_a_map_of_another_kind_does_not_inherit_a_proof(kind):
+    g = kind(2, (4,), coefficient=0.6, rngs=nnx.Rngs(0))
     certificate = rf.certify(rf.Flow(rf.ResidualBlock(g)))
     assert certificate.unproved == (0,)
     assert not certificate.is_certified

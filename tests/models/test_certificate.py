@@ -267,6 +267,46 @@ def test_error_bounds_of_an_inverse_of_an_inverse(name):
         np.testing.assert_array_equal(rf.certify(flow).error_bounds(status), np.full((flow.blocks, 2), expected))
 
 
+class Wrapped(rf.Bijector):
+    """A layer of a user that passes everything on to the block inside, but for its certificate."""
+
+    takes_noise = True
+
+    def __init__(self, block, blocks):
+        self.block, self.blocks, self.event_shape = block, blocks, block.event_shape
+
+    def __call__(self, x, condition=None):
+        return self.block(x, condition)
+
+    def estimate(self, *arguments):
+        return self.block.estimate(*arguments)
+
+    def solve(self, *arguments):
+        return self.block.solve(*arguments)
+
+    def solve_and_estimate(self, *arguments):
+        return self.block.solve_and_estimate(*arguments)
+
+
+class Reported(Wrapped):
+    def certified_bounds(self, blocks):
+        return self.block.certified_bounds(blocks)
+
+    def tighten(self):
+        self.block.tighten()
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_a_layer_that_hides_its_blocks_is_not_certified(blocks):
+    block = rf.ResidualBlock(mlp(nnx.Rngs(0)))
+    for layer in (Wrapped(block, blocks), rf.Chain([Wrapped(block, blocks)])):
+        with pytest.raises(ValueError, match=r"^flow: expected layers that report .*, got Wrapped without .*certified"):
+            rf.certify(rf.Flow(layer))
+    flow = rf.Flow(Reported(block, 1))
+    flow.tighten()
+    assert rf.certify(flow).is_certified and len(rf.certify(flow).blocks) == 1
+
+
 def test_only_flows_are_certified():
     """The error names the argument and the type."""
     with pytest.raises(ValueError, match="flow: expected a Flow, got dict"):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from resflow_jax.functional.checks import check_count, check_open_interval
-from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.length_laws.draws import random_bits, uniform
 from resflow_jax.functional.length_laws.protocol import UNKNOWN_LIPSCHITZ
+from resflow_jax.functional.primitives.precision import wide_dtype
 
 Array = jax.Array
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.checks import as_float_array, check_count, check_finite, check_open_interval, check_positive
-from resflow_jax.functional.iteration import wide_dtype
 from resflow_jax.functional.length_laws.fitted import Fitted
+from resflow_jax.functional.primitives.precision import wide_dtype
 
 Array = jax.Array
 

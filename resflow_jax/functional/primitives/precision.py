@@ -1,4 +1,4 @@
-"""The precision of products that must be as accurate as their dtype.
+"""The precision of products and sums that must be as accurate as their dtype.
 
 By default, accelerators round the factors of float32 products: to 11 bits on recent GPUs (TF32), to 8 bits on TPUs. An
 iteration that solves an equation then stalls at this error, far above its tolerance, and a norm has it too.
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 @contextmanager
@@ -22,3 +24,8 @@ def full_precision() -> Iterator[None]:
         return
     with jax.default_matmul_precision("highest"):
         yield
+
+
+def wide_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype itself, or float32 for 16-bit floats."""
+    return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)

@@ -18,6 +18,7 @@ from resflow_jax.functional.conditions import check_arguments
 from resflow_jax.layers.bijector import Bijector, Constant
 from resflow_jax.layers.couplings.conditioners import Conditioner, MLPConditioner
 from resflow_jax.layers.couplings.masks import Elements, Halves, as_mask, checkerboard
+from resflow_jax.layers.unchanged_calls import call_unchanged
 
 Array = jax.Array
 Shape = tuple[int, ...]
@@ -54,7 +55,8 @@ class Coupling(Bijector):
 
     Raises:
       ValueError: for a mask that keeps or moves no element, as halves of one channel; for an unknown mask; for a
-        network that does not fit the events, and from a call, for one whose output has another shape.
+        network that does not fit the events; and from a call, for one whose output has another shape or whose state
+        the call changes, as that of dropout in train mode.
 
     Source: Dinh et al. (2015, arXiv 1410.8516), section 3.2.
 
@@ -143,7 +145,8 @@ class Coupling(Bijector):
     def theta(self, x: Array, condition: Array | None = None) -> Array:
         """The parameters [B, ..., parameters, C] that the network computes from the kept elements of x."""
         kept = self._parts.kept(x)
-        found = self.network(kept) if self.condition_shape is None else self.network(kept, condition)
+        arguments = (kept,) if self.condition_shape is None else (kept, condition)
+        found = call_unchanged("conditioner", self.network, *arguments)
         *size, channels = self.network_shape
         expected = (x.shape[0], *size, channels)
         if getattr(found, "shape", None) != expected:

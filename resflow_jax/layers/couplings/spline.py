@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from resflow_jax.functional.checks import check_finite, check_positive
-from resflow_jax.functional.iteration import wide_dtype
+from resflow_jax.functional.primitives.precision import wide_dtype
 from resflow_jax.functional.splines import check_bins, inverse_spline, knots, spline
 from resflow_jax.layers.couplings.conditioners import Conditioner
 from resflow_jax.layers.couplings.coupling import Coupling
