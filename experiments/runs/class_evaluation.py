@@ -56,8 +56,8 @@ def evaluate_classes(
       saved: the run, of `experiments.classify`.
       test: the test images.
       others: images of other data by name.
-      estimator: of the log-det, with a density.
-      draws: of the bits/dim of each image, with a density.
+      estimator: estimator of the log-det; used only with a density.
+      draws: number of draws of the bits/dim of each image; used only with a density.
       typicality: whether to apply the typicality test, which needs a density.
       about: what evaluation.json says of the run.
       workdir: directory that is written to.

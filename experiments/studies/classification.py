@@ -125,9 +125,9 @@ class Variant(NamedTuple):
     """A network that is compared.
 
     Attributes:
-      title: in tables.
-      name: of its work directories, before the seed.
-      settings: of its runs, but for seed, steps and directories.
+      title: its name in tables.
+      name: first part of the names of its work directories; the seed follows.
+      settings: settings of its runs, except for seed, steps and directories.
     """
 
     title: str

@@ -59,7 +59,7 @@ class SteepConfig:
       steepness: S, the slope of the steep parts; the flat ones have 1/S.
       width: width of the hidden layer of g.
       coefficient: bound on the norm of each layer of g.
-      learning_rate: of Adam, which falls to zero along a cosine.
+      learning_rate: learning rate of Adam; it falls to zero along a cosine.
       seed: random seed of the parameters.
     """
 
@@ -88,7 +88,7 @@ class Outcome(NamedTuple):
       error: root mean square of y - t(x).
       slope: the largest slope between neighbours of a fine grid.
       bound: certified bound on the slope.
-      seconds: of training, compilation included.
+      seconds: training time, compilation included.
       values: y on the fine grid, [N].
     """
 

@@ -72,7 +72,7 @@ class StressConfig:
       flips: number of flipped bits and removed files.
       soak_steps: number of steps of the long run.
       seconds: time after which nothing more is tried.
-      seed: of the random choices.
+      seed: seed of the random choices.
       workdir: directory that stress.json and the folders of the campaigns are written to.
       small: whether to use the runs of `--tiny`.
     """

@@ -47,9 +47,9 @@ def measured(
       flow: the network.
       test: the test images.
       others: images of other data by name.
-      logits: of the test images, [N, classes].
-      estimator: of the log-det; by default that of the run.
-      draws: of the bits/dim of each image; by default as many as in the run.
+      logits: logits of the test images, [N, classes].
+      estimator: estimator of the log-det; by default that of the run.
+      draws: number of draws of the bits/dim of each image; by default that of the run.
       with_density: whether to measure the density of x; by default if the run has trained it.
 
     Returns:

@@ -33,7 +33,7 @@ class LabelledSplits(NamedTuple):
       train, validation, test: `Rows`.
       shape: (H, W, C) of an image.
       levels: number of levels of a pixel.
-      names: of the classes.
+      names: names of the classes.
     """
 
     train: Rows

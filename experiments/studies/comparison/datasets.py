@@ -22,10 +22,10 @@ class Defaults(NamedTuple):
     """What a data set is compared with by default.
 
     Attributes:
-      minutes: of a run.
-      search_minutes: of a candidate of the search.
+      minutes: budget of a run.
+      search_minutes: budget of a candidate of the search.
       seeds: number of runs of a model.
-      summary: for the help.
+      summary: one line for the help.
     """
 
     minutes: float

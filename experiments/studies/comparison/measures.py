@@ -53,7 +53,7 @@ def measure(
       model: a trained model.
       task: the data and the metric.
       examples: maximum number of test examples; by default that of the config.
-      number: of samples and of examples that are timed.
+      number: number of samples and of examples that are timed.
 
     Returns:
       Figures as JSON: "test", "test_stderr", "noise_stderr" in the unit of the task; "parameters"; seconds of

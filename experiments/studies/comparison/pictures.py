@@ -26,7 +26,7 @@ def save_densities(
     """Draws histograms of two elements of vectors [N, D]; a row for each name, columns for data sets and for pairs.
 
     Args:
-      path: of the PNG file.
+      path: path of the PNG file.
       columns: {data set: {name: vectors}}; its first entry sets the limits of a column.
       elements: the pairs of elements of each data set that are drawn.
       names_of: names of the elements, for titles in the place of those of the data sets.

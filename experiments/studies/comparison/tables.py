@@ -41,8 +41,8 @@ def table(results: Results, unit: str, sign: int, bounds: Container[str] = ()) -
     """A row for each model, the best test score first.
 
     Args:
-      results: of one data set.
-      unit: of the test score.
+      results: results for one data set.
+      unit: unit of the test score.
       sign: 1 if a lower score is better, -1 if a higher one is.
       bounds: models whose scores are bounds; the table says so.
     """

@@ -20,7 +20,7 @@ class Transform(nn.Module):
     """x -> u = (y - mean) / std [B, D], with y the logit of an image or x itself.
 
     Args:
-      shape: of one x.
+      shape: shape of one x.
       logit_alpha: alpha of the logit; None for none.
       first: examples [N, *shape] that mean and std are taken from; None for 0 and 1.
     """

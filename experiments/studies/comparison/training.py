@@ -87,8 +87,8 @@ def train(
 
     Args:
       contender: what is trained.
-      batches: of training examples.
-      clock: with the budget; it stands still in validations.
+      batches: batches of training examples.
+      clock: clock with the budget; it is stopped during validations.
       learning_rate: peak of the schedule, `rate_factor` of the fraction of the time for updates.
       validate: from a model to its validation loss, which may be NaN.
       at_least: number of updates that are made however long they take.

@@ -111,7 +111,7 @@ def authors_flow(
     Args:
       config: a flow of LipSwish convolutions. Its shape, blocks, hidden_channels, kernels, coefficient, width of dense
         blocks and alpha of the logit are taken over; other settings must be the defaults.
-      size: of a batch, [B, C, H, W].
+      size: shape of a batch, [B, C, H, W].
       checkout: directory of the authors' repository.
 
     Raises:

@@ -35,7 +35,7 @@ class Common:
     Attributes:
       data: name of the images, one of `DATASETS`.
       directory: work directories of the runs lie under it.
-      steps: of every run; None for those of the config.
+      steps: number of steps of every run; None for that of the config.
       data_dir: directory of TensorFlow data sets; None for the default.
       small: whether to make the runs as small as those of `--tiny`.
       examples: maximum number of images of a split that are evaluated; None for that of the config.

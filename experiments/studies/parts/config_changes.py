@@ -15,7 +15,7 @@ class Variant(NamedTuple):
 
     Attributes:
       title: the last change.
-      config: with this change and those before.
+      config: config with this change and those before it.
     """
 
     title: str

@@ -67,8 +67,8 @@ def synthetic_targets(batch_size: int, keys: int, seed: int, number: int | None)
     Args:
       batch_size: number of examples.
       keys: number of gradients to draw.
-      seed: of the Jacobians.
-      number: of targets; None for all.
+      seed: seed of the Jacobians.
+      number: number of targets; None for all.
     """
     dim = 64
     chosen = spectra(dim, np.random.default_rng(seed)).items()
@@ -101,10 +101,10 @@ def flow_target(run_config: DensityConfig, batch_size: int, keys: int, seed: int
     """The gradient, in all parameters, of the mean log-density of a batch of training images under a trained flow.
 
     Args:
-      run_config: of the run that has trained the flow.
+      run_config: config of the run that trained the flow.
       batch_size: number of images.
       keys: number of gradients to draw.
-      seed: of the batch and its noise.
+      seed: seed of the batch and its noise.
     """
     data = load(run_config.data)
     flow = trained_flow(run_config)

@@ -10,9 +10,9 @@ def kept(path: Path, settings: Mapping[str, Any], name: str) -> Any | None:
     """The value called `name` of a file that a study has written; None if there is no file.
 
     Args:
-      path: of the file.
+      path: path of the file.
       settings: the values that the file must have besides, by name.
-      name: of the result.
+      name: name of the result.
 
     Raises:
       ValueError: if the file is none of the study, or of other settings: it is not replaced.

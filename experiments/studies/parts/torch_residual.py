@@ -26,9 +26,9 @@ class NormflowsResidual(nn.Module):
     """A residual flow of normflows on images [B, H, W, C] in [0, 1], with initial weights of ours.
 
     Args:
-      config: of the flow.
+      config: config of the flow.
       first: floats [N, H, W, C] that ours is initialised on.
-      seed: of its weights.
+      seed: seed of its weights.
     """
 
     def __init__(self, config: ImageFlowConfig, first: np.ndarray, seed: int):
@@ -52,10 +52,10 @@ class AuthorsResidual(nn.Module):
     """A residual flow of the authors' code on images [B, H, W, C] in [0, 1].
 
     Args:
-      config: of the flow, as for `authors_flow`.
+      config: config of the flow, as for `authors_flow`.
       first: floats [N, H, W, C] that its ActNorms are set on.
       checkout: directory of the authors' repository.
-      seed: of the lengths of the series, which that code draws by NumPy.
+      seed: seed of the lengths of the series, which that code draws by NumPy.
     """
 
     def __init__(self, config: ImageFlowConfig, first: np.ndarray, checkout: Path, seed: int):
@@ -109,7 +109,7 @@ def torch_residual(name: str, task: Task, authors: Path | None = None) -> TorchR
     """The residual flow of "normflows" or of the "authors", with the sizes of the task's config.
 
     Args:
-      name: of the code.
+      name: name of the code.
       task: the data, and the config of the run, whose model is a flow of `authors_flow`.
       authors: a checkout of the authors' repository, for "authors".
     """

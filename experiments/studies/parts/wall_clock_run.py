@@ -162,7 +162,7 @@ def rows(settings: Settings, began: float) -> Iterator[dict[str, Any]]:
     update has no bits/dim.
 
     Args:
-      settings: of the run.
+      settings: settings of the run.
       began: `time.time()` at the start of the process.
     """
     config = settings.config()
