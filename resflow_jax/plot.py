@@ -47,10 +47,10 @@ def samples(
         are grey.
       ax: Axes; by default the current ones.
       key: PRNG key, or an integer seed, of a flow's samples.
-      number: of a flow's samples; by default 16 images, 1000 vectors.
+      number: number of a flow's samples; by default 16 images, 1000 vectors.
       condition: for a conditional flow, as in `Flow.sample`.
       elements: the two elements of the vectors that are drawn along the axes.
-      columns: of the grid of images; by default about as many as rows.
+      columns: columns of the grid of images; by default about as many as rows.
       options: for Axes.imshow, Axes.plot or Axes.hist.
 
     Returns:
@@ -75,7 +75,7 @@ def samples(
         check_count("number", number, 1)
         x = x.sample(as_key("key", key), number, condition=condition)
     elif number is not None or condition is not None:
-        raise ValueError("x: expected a flow beside number or condition, got samples")
+        raise ValueError("x: expected a flow together with number or condition, got samples")
     values = np.asarray(as_host_array("x", x, "a flow, images [N, H, W, C] or vectors [N, D]"))
     if values.ndim not in (2, 4) or not values.size:
         raise ValueError(f"x: expected a flow, images [N, H, W, C] or vectors [N, D], got shape {values.shape}")
@@ -118,12 +118,12 @@ def density(
     Cost: `Flow.log_prob` of cells^2 points, by default with the exact log-det; without a box also 1000 samples.
 
     Args:
-      flow: of vectors of two elements.
+      flow: a flow of vectors of two elements.
       ax: Axes; by default the current ones.
       box: ((left, right), (bottom, top)) of the grid; by default around samples of the flow.
-      cells: of the grid, along each side.
-      condition: of a conditional flow, [*condition_shape].
-      estimator: of the log-det; `Exact()` by default.
+      cells: number of cells of the grid, along each side.
+      condition: for a conditional flow, [*condition_shape].
+      estimator: estimator of the log-det; `Exact()` by default.
       key: PRNG key, or an integer seed, of these samples and of the estimate.
       options: for Axes.imshow.
 
@@ -145,7 +145,7 @@ def density(
     """
     check_type("flow", flow, Flow)
     if flow.event_shape != (2,):
-        raise ValueError(f"flow: expected one of vectors of 2 elements, got events {flow.event_shape}")
+        raise ValueError(f"flow: expected a flow of vectors of 2 elements, got events {flow.event_shape}")
     check_count("cells", cells, 1)
     key = as_key("key", key)
     if box is None:
@@ -190,7 +190,7 @@ def curves(history: History, ax: Any = None, *, unit: str = "nats", **options: A
     if unit == "nats":
         losses, label = {"train": history.train, "validation": history.validation}, "-log p, nats"
     elif history.levels is None:
-        raise ValueError('unit: expected "nats", since the examples are no integer images, got "bits/dim"')
+        raise ValueError('unit: expected "nats", since the examples are not integer images, got "bits/dim"')
     else:
         losses, label = {"train": history.train_bits_per_dim, "validation": history.validation_bits_per_dim}, unit
     ax = _axes(ax)

@@ -113,14 +113,14 @@ BAD = {
     "x: expected a flow, images [N, H, W, C] or vectors [N, D], got shape (3,)": ("samples", [np.zeros(3)], {}),
     "x: expected a flow, images [N, H, W, C] or vectors [N, D], got str": ("samples", ["x"], {}),
     "x: expected floats, images in [0, 1], got dtype int64": ("samples", [np.zeros((3, 2), int)], {}),
-    "x: expected a flow beside number or condition, got samples": ("samples", [IMAGES], {"number": 3}),
+    "x: expected a flow together with number or condition, got samples": ("samples", [IMAGES], {"number": 3}),
     "ax: expected Axes, got str": ("samples", [IMAGES, "ax"], {}),
     "columns: expected an integer of at least 1, got 0": ("samples", [IMAGES], {"columns": 0}),
     "elements: expected two numbers below 2, got (0, 2)": ("samples", [np.zeros((3, 2))], {"elements": (0, 2)}),
     "elements: expected two numbers below 2, got 1": ("samples", [np.zeros((3, 2))], {"elements": 1}),
     "key: expected a PRNG key": ("samples", [NORMAL], {"key": "key"}),
     "flow: expected Flow, got int": ("density", [3], {}),
-    "flow: expected one of vectors of 2 elements, got events (3,)": ("density", [rf.Flow(rf.Affine((3,)))], {}),
+    "flow: expected a flow of vectors of 2 elements, got events (3,)": ("density", [rf.Flow(rf.Affine((3,)))], {}),
     "cells: expected an integer of at least 1, got 0": ("density", [NORMAL], {"cells": 0}),
     "box: expected ((left, right), (bottom, top)), got (0, 1)": ("density", [NORMAL], {"box": (0, 1)}),
     "box: expected ((left, right), (bottom, top)), got ((1, 0), (0, 1))": (
@@ -146,7 +146,7 @@ def test_bad_arguments(message):
 def test_bits_per_dim_of_vectors(ax):
     """An error says that there are none."""
     history = rf.History(HISTORY.step, LOSSES, None, HISTORY.seconds, 7, "steps", None, (2,))
-    with pytest.raises(ValueError, match=r'unit: expected "nats", since the examples are no integer images'):
+    with pytest.raises(ValueError, match=r'unit: expected "nats", since the examples are not integer images'):
         rf.plot.curves(history, ax, unit="bits/dim")
     rf.plot.curves(history, ax)
     assert len(ax.lines) == 2

@@ -8,7 +8,7 @@ from resflow_jax.data.limits import check_zip
 from resflow_jax.data.split_names import by_split_name, look_like_splits
 from resflow_jax.data.splits import SPLITS
 
-# arrays of labels and of names of classes, which may stand beside images
+# arrays of labels and of names of classes, which may accompany images
 LABELS = frozenset({"labels", "names", *(f"{split}_labels" for split in SPLITS)})
 
 
@@ -43,7 +43,7 @@ def read_named_arrays(path: Path) -> dict[str, np.ndarray]:
 def by_split(arrays: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
     """One array as "train", unless its name is that of another split; more by their names, as in `read_arrays`.
 
-    Names of splits may be in any case, and short, as "val".
+    Names of splits may be in any case, and short, such as "val".
     """
     splits = by_split_name(arrays)
     if splits is not None:

@@ -21,7 +21,7 @@ def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
     The path is one of
 
       - a folder of image files, at any depth, or a folder with the subfolders train, test and optionally validation.
-        Files are read as `resflow_jax.data.image_files.decode` says; files that are no images by their names are left
+        Files are read as `resflow_jax.data.image_files.decode` says; files whose names are not those of images are left
         out with a warning, hidden ones without;
       - a .npy file of uint8 images [N, H, W, C] or [N, H, W]; a .npz file with one such array, or with the arrays
         train, test and optionally validation. Arrays of labels, as `load_labelled_path` takes, are ignored;
@@ -52,7 +52,7 @@ def load_path(path: str | Path, *, bits: int = 8) -> ImageSplits:
 
 
 def image_shape(path: str | Path) -> tuple[int, int, int]:
-    """(H, W, C) of the images under a path, as of `load_path`; of a folder only the first file is looked at.
+    """(H, W, C) of the images under a path, as in `load_path`; of a folder, only the first file is read.
 
     Raises:
       FileNotFoundError, ValueError: as `load_path`.
@@ -91,10 +91,10 @@ def _read_folder(path: Path) -> dict[str, Images]:
 def split_folders(path: Path) -> dict[str, Path]:
     """The subfolders of a folder by split; without subfolders named like splits, the folder itself as "train".
 
-    Names of splits may be in any case, and short, as "val".
+    Names of splits may be in any case, and short, such as "val".
 
     Raises:
-      ValueError: if there are subfolders named like splits, but not "train", others beside them, or image files beside
+      ValueError: if there are subfolders named like splits, but no "train", or other subfolders or image files next to
         them; and if folders named like splits lie deeper.
     """
     folders = {folder.name: folder for folder in sorted(path.iterdir()) if folder.is_dir() and is_visible(folder.name)}
@@ -108,7 +108,7 @@ def split_folders(path: Path) -> dict[str, Path]:
         return {"train": path}
     loose = [file for file in sorted(path.iterdir()) if file.is_file() and file.suffix.lower() in SUFFIXES]
     if loose and is_visible(loose[0].name):
-        raise ValueError(f"path: expected images in the folders {', '.join(folders)} alone, got {loose[0]}")
+        raise ValueError(f"path: expected images only in the folders {', '.join(folders)}, got {loose[0]}")
     return {split: folders[splits[split]] for split in SPLITS if split in splits}
 
 
@@ -131,7 +131,8 @@ def image_files(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"path: expected image files ({', '.join(SUFFIXES)}) in {folder}, found none")
     if others:
         warnings.warn(
-            f"{len(others)} of the files in {folder} are no images by their names and are left out, first {others[0]}",
+            f"{len(others)} of the files in {folder} do not have the names of images and are left out, first "
+            f"{others[0]}",
             stacklevel=4,
         )
     return files

@@ -69,7 +69,7 @@ def is_visible(name: str) -> bool:
 
 
 def shape_of(file: Path) -> tuple[int, int, int]:
-    """(H, W, C) of an image file, as a rule without decoding it. Grey images have one channel, all others three.
+    """(H, W, C) of an image file, usually without decoding it. Grey images have one channel, all others three.
 
     Raises:
       ValueError: as `decode`, except for pixels that are not opaque; the message names the file.

@@ -1,8 +1,8 @@
 """Quantised images in training, validation and test splits, and their dequantisation.
 
 A pixel k in {0..L-1} of L levels is dequantised to x = (k + u) / L with u uniform in [0, 1) (Theis et al. 2016, arXiv
-1511.01844, section 3.1). The bits/dim of the density of x, minus log2 of its change of scale, are an upper bound on the
-bits/dim of the discrete image.
+1511.01844, section 3.1). -log p(x) / (D log 2) + log2 L is, in the mean over u, an upper bound on the bits/dim of the
+discrete image.
 """
 
 import math

@@ -116,7 +116,7 @@ def _read_arrays(path: Path) -> _Parts:
         )
     for of_images, of_labels in pairs.values():
         if of_labels not in arrays:
-            raise ValueError(f"path: expected the array {of_labels} beside {of_images}, found none in {path}")
+            raise ValueError(f"path: expected the array {of_labels} with {of_images}, found none in {path}")
     images = {name: as_images(arrays[array], f"{array} of {path}") for name, (array, _) in pairs.items()}
     if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
         raise ValueError(f"path: expected strings [classes], got {names.dtype} {names.shape} in names of {path}")

@@ -18,7 +18,7 @@ class Labels:
       names: name of each class, at least two.
 
     Raises:
-      ValueError: for labels that are not integers [N] or are no number of a class, and for fewer than two names.
+      ValueError: for labels that are not integers [N] or not numbers of classes, and for fewer than two names.
 
     Example:
       >>> from resflow_jax.data.labels import Labels

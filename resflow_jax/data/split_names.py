@@ -28,7 +28,7 @@ def split_of(name: str) -> str | None:
 
 
 def by_split_name(names: Iterable[str]) -> dict[str, str] | None:
-    """For each split the name that is for it, "train" among them; None if the names are not those of splits alone."""
+    """The name for each split, "train" among them; None if not all names are those of splits."""
     names = list(names)
     found = {split_of(name): name for name in names}
     return found if len(found) == len(names) and "train" in found and None not in found else None
@@ -43,10 +43,10 @@ def splits_among(names: Iterable[str]) -> set[str]:
 
 
 def look_like_splits(names: Iterable[str]) -> bool:
-    """Whether any of some names, as of folders side by side, is perhaps for a split.
+    """Whether any of some names, for example of neighbouring folders, may be that of a split.
 
-    One name is if it has no other word, as "train2017" or "test_images". Two or more are if they have the words of two
-    splits, as "digits_train" and "digits_test".
+    One name is if it has no other word, such as "train2017" or "test_images". Two or more are if they have the words of
+    two splits, as "digits_train" and "digits_test".
 
     Example:
       >>> from resflow_jax.data.split_names import look_like_splits
@@ -60,5 +60,5 @@ def look_like_splits(names: Iterable[str]) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name, as "train" and "a" of "trainA_2017"."""
+    """The words of a name, such as "train" and "a" of "trainA_2017"."""
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]

@@ -47,15 +47,15 @@ def read_table(path: Path) -> Table:
     """Reads a file of one row of D numbers a line, in float64.
 
     The separator is a tab, a semicolon or a bar where one of them is in most lines; else spaces, if most lines have
-    some and no comma is beside them; else a comma. Where it is no comma, or numbers are in double quotes, the decimal
-    mark may be a comma. The text is UTF-8, UTF-16 or UTF-32 with a byte order mark, or Windows-1252, of which Latin-1
-    is a part. The first line holds names if all of its cells surely are no values: each has a letter, starts with no
-    digit, is no number, truth value or missing value, and differs from the others.
+    some and no comma is next to them; otherwise a comma. If it is not a comma, or numbers are in double quotes, the
+    decimal mark may be a comma. The text is UTF-8, UTF-16 or UTF-32 with a byte order mark, or Windows-1252, of which
+    Latin-1 is a part. The first line holds names if all of its cells surely are not values: each has a letter, does not
+    start with a digit, is not a number, truth value or missing value, and differs from the others.
 
     Raises:
-      ValueError: for text that is no such table, rows of different lengths, cells that are no numbers, and numbers that
-        float64 does not hold: infinite ones, too small ones, integers beyond 2^53. The message names the file, the line
-        and the column.
+      ValueError: for text that is not such a table, rows of different lengths, cells that are not numbers, and numbers
+        that float64 does not hold: infinite ones, too small ones, integers beyond 2^53. The message names the file, the
+        line and the column.
     """
     text = _text(path).replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
     if not text.strip():
@@ -137,8 +137,8 @@ def _text(path: Path) -> str:
     if found := re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", text):
         line = text.count("\n", 0, found.start()) + 1
         raise ValueError(
-            f"path: expected a .csv file, could not read {path}: the character {found[0]!r} in line {line} is no text, "
-            "or that of an encoding without byte order mark"
+            f"path: expected a .csv file, could not read {path}: the character {found[0]!r} in line {line} is not "
+            "text, or the encoding has no byte order mark"
         )
     return text
 
@@ -157,7 +157,7 @@ def _separator(text: str, path: Path) -> str:
     if marks:
         return marks[0]
     has_spaces = 2 * sum(len(line.split()) > 1 for line in lines) > len(lines)
-    separates = any(re.search(r"(^|\s),|,(\s|$)", line) for line in lines)  # a comma that is no decimal mark
+    separates = any(re.search(r"(^|\s),|,(\s|$)", line) for line in lines)  # a comma that is not a decimal mark
     return " " if has_spaces and not separates else ","
 
 
@@ -228,10 +228,10 @@ def _check_first_line(heads: list[str], path: Path) -> None:
 
 
 def _with_points(cells: _Cells) -> _Cells:
-    """The cells with points in the place of decimal commas.
+    """The cells with points instead of decimal commas.
 
     Raises:
-      ValueError: for numbers with points beside those with commas, and where commas may separate thousands.
+      ValueError: for numbers with points mixed with numbers with commas, and where commas may separate thousands.
     """
     import pyarrow.compute as pc
 

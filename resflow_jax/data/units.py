@@ -36,7 +36,7 @@ def units_of(train: np.ndarray, place: str) -> Units:
     """The units of training vectors, finite floats [N, D].
 
     Numbers are rounded where that changes nothing of importance, so that a config with them is short: a shift to a
-    tenth of the std. So float32 holds the numbers of a shifted column to 2^-20 of its std, as a rule.
+    tenth of the std. So float32 holds the numbers of a shifted column to about 2^-20 of its std.
 
     Args:
       train: the training vectors.

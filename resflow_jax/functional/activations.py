@@ -368,14 +368,16 @@ def get_plain_activation(name: str) -> Activation:
     """The activation of this name; ValueError unless it has no parameters and keeps the channels, of any number."""
     found = get_activation(name)
     if found.expansion != 1 or found.initial or found.group != 1:
-        raise ValueError(f"activation: expected one without parameters that keeps the channels, got {name!r}")
+        raise ValueError(
+            f"activation: expected an activation without parameters that keeps the number of channels, got {name!r}"
+        )
     return found
 
 
 def check_single_channels(name: str) -> None:
     """Raises ValueError for the name of an activation that is unknown, or mixes or doubles channels."""
     if get_activation(name).expansion > 1 or name in MIXING:
-        raise ValueError(f"activation: expected one that acts on single channels, got {name!r}")
+        raise ValueError(f"activation: expected an activation that acts on single channels, got {name!r}")
 
 
 def get_activation(name: str) -> Activation:

@@ -1,8 +1,8 @@
 """The named axes along which a batch is divided among devices, and the numbers of a device's examples in the batch.
 
-Inside `jax.shard_map` (with check_vma, its default) the types of arrays tell which mesh axes they vary over, and a
+Inside `jax.shard_map` (with check_vma, its default) the types of arrays show which mesh axes they vary over, and a
 batch is divided along all axes that it varies over. Inside `jax.pmap`, `jax.vmap` with an axis_name, and
-`jax.shard_map` without check_vma, types do not tell. There the context `batch_axes` names the axes. Without it the
+`jax.shard_map` without check_vma, types do not show this. There the context `batch_axes` names the axes. Without it the
 lanes are independent, and gradients are those of one lane until they are summed. If `batch_axes` is used inside of a
 checked shard_map, a batch is divided only along the named axes; it may vary over others, as in an ensemble.
 """
@@ -78,7 +78,7 @@ def axes_of_batch(tree: Any) -> tuple[str, ...]:
 
 
 def _is_tracked(axis: str) -> bool:
-    """Whether the types of arrays tell if they vary over an axis."""
+    """Whether the types of arrays show if they vary over an axis."""
     try:
         return bool(varying_axes(lax.axis_index(axis)))
     except NameError as error:

@@ -137,7 +137,7 @@ def check_key(name: str, key: Any, *, optional: bool = False) -> None:
         got = f"an array {key.dtype} {key.shape}"
     else:
         got = repr(key) if isinstance(key, Integral) else type(key).__name__
-    raise ValueError(f"{name}: expected a PRNG key, as of jax.random.key(0), got {got}")
+    raise ValueError(f"{name}: expected a PRNG key, as in jax.random.key(0), got {got}")
 
 
 def as_key(name: str, key: Any) -> jax.Array:
@@ -219,7 +219,7 @@ def check_count(name: str, value: Any, least: int) -> None:
 def as_shape(name: str, value: Any) -> tuple[int, ...]:
     """Converts a tuple or list of positive integers to a tuple of Python integers."""
     if not isinstance(value, tuple | list):
-        raise ValueError(f"{name}: expected a tuple of sizes, as (3,), got {shown(value)}")
+        raise ValueError(f"{name}: expected a tuple of sizes, such as (3,), got {shown(value)}")
     for size in value:
         check_count(name, size, 1)
     return tuple(map(int, value))

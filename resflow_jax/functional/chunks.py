@@ -1,9 +1,10 @@
 """Evaluates a batch in chunks, one after the other, so that activations stay in fast memory.
 
-That is the cache on a CPU, and VMEM on a TPU, where the compiler then keeps activations that would go through HBM. A
-program that the compiler divides among TPUs computes all chunks at once, since each chip would turn through the whole
-loop; inside of `jax.shard_map` it has the loop. Chunks have the size for the platform that JAX runs on. So a program
-that is lowered for TPUs elsewhere computes all at once, unless in `platforms.compiling_for`. So do other platforms.
+The fast memory is the cache of a CPU and the VMEM of a TPU; without chunks, activations on a TPU go through HBM. CPUs
+and TPUs compute the chunks one after the other. Other platforms compute them all at once. So does a TPU program that
+the compiler partitions over several chips (outside of `jax.shard_map`), because each chip would run the whole loop, and
+a program that is lowered for TPUs on another platform outside of `platforms.compiling_for`. The size of the chunks
+depends on the platform that JAX runs on.
 """
 
 import math
@@ -24,8 +25,8 @@ def split_chunks(batched: Any, chunk_size: int | None) -> Any:
     """Splits every array [B, ...] of a pytree into equal chunks: [chunks, B / chunks, ...].
 
     The size of a chunk is the largest divisor of B that is at most `chunk_size`. If that is less than a quarter of
-    `chunk_size`, as for a prime B, it is the smallest divisor above `chunk_size`. There is one chunk if `chunk_size` is
-    None, or if B is symbolic, as by `jax.export.symbolic_shape`.
+    `chunk_size`, for example for a prime B, it is the smallest divisor above `chunk_size`. There is one chunk if
+    `chunk_size` is None, or if B is symbolic, as in `jax.export.symbolic_shape`.
     """
     batch = jax.tree.leaves(batched)[0].shape[0]
     if chunk_size is None or not isinstance(batch, int):
@@ -88,7 +89,7 @@ def pullback_chunks(
       args: pytree of floats that all chunks share.
       x: pytree of floats with the chunks along the leading axis.
       others: pytree of other arrays with the chunks along the leading axis; they have no cotangents.
-      cotangents: of the outputs, with the chunks along the leading axis.
+      cotangents: cotangents of the outputs, with the chunks along the leading axis.
 
     Returns:
       The cotangents of args, summed over the chunks, and of x.

@@ -23,7 +23,7 @@ def as_condition(condition: Any, name: str, x: Array) -> Any:
       x: array [B, ...].
 
     Raises:
-      ValueError: if a leaf is no array, or has another number of rows than x.
+      ValueError: if a leaf is not an array, or has another number of rows than x.
     """
 
     def of_leaf(path, leaf):
@@ -47,21 +47,23 @@ def check_map(g: Any, condition: Any) -> None:
         return
     if condition is None and not _takes(signature, 2):
         if _takes(signature, 3):
-            raise ValueError(f"condition: expected one, since g takes {signature}, got None")
-        raise ValueError(f"g: expected a function of (params, x), got one of {signature}")
+            raise ValueError(f"condition: expected a condition, since g takes {signature}, got None")
+        raise ValueError(f"g: expected a function of (params, x), got the signature {signature}")
     if condition is not None and not _takes(signature, 3):
-        raise ValueError(f"g: expected a function of (params, x, condition), got one of {signature}")
+        raise ValueError(f"g: expected a function of (params, x, condition), got the signature {signature}")
 
 
 def check_arguments(name: str, function: Any, arguments: tuple[str, ...]) -> None:
     """Raises ValueError unless a function or a module can be called with these arguments, by position."""
     signature = _signature(name, function)
     if signature is not None and not _takes(signature, len(arguments)):
-        raise ValueError(f"{name}: expected one that is called with ({', '.join(arguments)}), got one of {signature}")
+        raise ValueError(
+            f"{name}: expected a callable with the arguments ({', '.join(arguments)}), got the signature {signature}"
+        )
 
 
 def _signature(name: str, function: Any) -> inspect.Signature | None:
-    """The signature of a callable; None for builtins and other objects that have none. ValueError if it is none."""
+    """The signature of a callable; None for builtins and other objects without one. ValueError if not callable."""
     check_callable(name, function)
     try:
         return inspect.signature(function)

@@ -38,7 +38,7 @@ class ContractionCheck(NamedTuple):
     Attributes:
       lipschitz_lower_bound: lower bound on the Lipschitz constant of g in the 2-norm, up to rounding: the larger of
         `jacobian_norm` and `difference_quotient`.
-      is_refuted: whether the bound is one or more, so that g is no contraction. False proves nothing.
+      is_refuted: whether the bound is one or more, so that g is not a contraction. False proves nothing.
       jacobian_norm: the largest |J v|_2 / |v|_2 found, close to the largest singular value of J at the points tried.
       difference_quotient: the largest |g(a) - g(b)|_2 / |a - b|_2 found, with the same condition at a and b.
       mixing: the largest difference between outputs for one example in two batches, relative to the largest output.
@@ -59,7 +59,7 @@ class ContractionCheck(NamedTuple):
         if not all(is_number(field) for field in self):
             return fields_text(self)
         lower, is_refuted, jacobian, quotient, mixing = self
-        verdict = "refuted, g is no contraction" if is_refuted else "not refuted, which proves nothing"
+        verdict = "refuted, g is not a contraction" if is_refuted else "not refuted, which proves nothing"
         return (
             f"ContractionCheck: {verdict}; Lip(g) >= {number(lower)} (norm of a Jacobian {number(jacobian)}, "
             f"difference quotient {number(quotient)}), mixing of examples {mixing:.1e}"
@@ -174,7 +174,7 @@ def _check_examples(g: Callable[..., Array], params: Any, x: Array, condition: A
         twice = evaluate(*jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), (x, condition)))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"g: expected a map of batches of any size, which fails for 1 or {2 * batch} examples in place of {batch}. "
+            f"g: expected a map of batches of any size, which fails for 1 or {2 * batch} examples instead of {batch}. "
             f"{type(error).__name__}: {error}"
         ) from error
     for found, expected in ((first, whole[:1]), (twice, np.concatenate([whole, whole]))):

@@ -24,8 +24,8 @@ class Diagnostics(NamedTuple):
       length: [], number of vjps of g for each probe, with `subsample` the mean over the batch; for `Exact`, the
         dimension D.
       term_norms: [16], mean over batch and probes of |term k of w|^2 / D for k = 1..16, times the roulette weight of
-        the term. Because of the weight, the expectation does not depend on the law of lengths. Zeros for `Exact`. For
-        a monotone map, whose w has even powers alone, they are those of the residual after k products.
+        the term. Because of the weight, the expectation does not depend on the length distribution. Zeros for `Exact`.
+        For a monotone map, whose w has only even powers, they are those of the residual after k products.
         `fit_lengths` takes their average.
       mean: [], mean of log_det over the batch, in nats.
       second_moment: [], mean of log_det^2 over the batch, in nats^2.
@@ -45,7 +45,7 @@ class Diagnostics(NamedTuple):
 
     @classmethod
     def of(cls, log_det: Array, length: Array | int, term_norms: Array | None = None) -> "Diagnostics":
-        """The diagnostics of log_det [B]. Omit `term_norms` if the estimate is no series. They have no derivative."""
+        """The diagnostics of log_det [B], without derivative. Omit `term_norms` if the estimate is not a series."""
         if term_norms is None:
             term_norms = jnp.zeros(DIAGNOSED_TERMS, log_det.dtype)
         values = jnp.asarray(length, log_det.dtype), term_norms, jnp.mean(log_det), jnp.mean(jnp.square(log_det))

@@ -63,9 +63,9 @@ class Truncated:
 
     Attributes:
       terms: number of terms of the series.
-      probe: law of the probes v, as in `Roulette`.
+      probe: distribution of the probes v, as in `Roulette`.
       gradient: "neumann" or "autodiff", as in `Roulette`.
-      probes: probes an example, averaged; each costs the whole series.
+      probes: number of probes per example, whose estimates are averaged; each costs the whole series.
 
     Raises:
       ValueError: for a count below 1, or an unknown probe or gradient.
@@ -101,7 +101,7 @@ class Roulette:
 
     It costs exact_terms + max_i N_i / r vjps of g for each probe, with the r of `subsample`: by default, for Lip(g) <=
     0.94, 4.3 on average, and 5.6 for a batch of odd size. The gradient costs one vjp of (g, J v) more. The variance is
-    finite if the law's tail is long enough; see `LengthLaw`.
+    finite if the tail of the length distribution is long enough; see `LengthLaw`.
 
     The setting of Chen et al. (2019) is Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian").
 
@@ -109,7 +109,7 @@ class Roulette:
       length: distribution of the number N of terms after the exact ones: `Defensive`, `Geometric`, `Poisson`, `Fitted`,
         or any object with the methods of `LengthLaw`.
       exact_terms: m >= 0, the number of terms that are always taken.
-      samples: number of lengths N_i that are drawn. Their weights are averaged, and the series runs to the longest.
+      samples: number of lengths N_i. Their weights are averaged, and the series runs to the longest.
       probe: distribution of the probes v: "rademacher" (entries +-1; of independent entries they have the least
         variance), "gaussian", "orthogonal" (the probes of an example are orthogonal, and D of them give the exact
         trace), or "hadamard" (as "rademacher" for each example, but the probes of different examples are orthogonal,
@@ -197,7 +197,7 @@ def _flatten_roulette_with_keys(roulette: Roulette) -> tuple[Any, Any]:
 
 def _unflatten_roulette(structure: Any, children: Any) -> Roulette:
     law, settings = structure
-    made = object.__new__(Roulette)  # not checked: JAX may put any object in place of a leaf
+    made = object.__new__(Roulette)  # not checked: JAX may replace a leaf by any object
     for name, value in zip(_ROULETTE_SETTINGS, settings, strict=True):
         object.__setattr__(made, name, value)
     object.__setattr__(made, "length", children[0] if law is None else original(law))
@@ -267,7 +267,7 @@ def subsampling(estimator: Estimator) -> int:
 
 
 def fit_law(estimator: Roulette, term_norms: jax.Array, batch_size: int) -> Fitted:
-    """The law that `fit_lengths` finds for the terms after the exact ones, from the norms [..., K] of all terms.
+    """The result of `fit_lengths` for the terms after the exact ones, from the norms [..., K] of all terms.
 
     Costs are counted in further terms, each of which costs 1 / r vjps of the whole batch.
     """
@@ -290,7 +290,7 @@ def needs_key(estimator: Estimator) -> bool:
 
 
 def check_estimator(estimator: Estimator) -> None:
-    """Raises ValueError if this is no estimator, or if its law of lengths has invalid values."""
+    """Raises ValueError if this is not an estimator, or if its length distribution has invalid values."""
     estimator = original(estimator)
     if is_custom(estimator):
         if isinstance(estimator, type) or not callable(getattr(estimator, "estimate", None)):

@@ -45,7 +45,7 @@ class Events(NamedTuple):
         """The structure and the rows [B, D] of a tree of float arrays [B, ...] with one dtype and B >= least.
 
         Raises:
-          ValueError: if a leaf is no float array [B, ...], or if leaves differ in batch size or dtype.
+          ValueError: if a leaf is not a float array [B, ...], or if leaves differ in batch size or dtype.
         """
         paths, tree = jax.tree_util.tree_flatten_with_path(x)
         names = [name + keystr(path) for path, _ in paths]
@@ -55,7 +55,7 @@ class Events(NamedTuple):
             if leaf.shape[0] != first.shape[0]:
                 raise ValueError(f"{own}: expected {first.shape[0]} examples as in {names[0]}, got shape {leaf.shape}")
             if leaf.dtype != first.dtype:
-                raise ValueError(f"{own}: expected {first.dtype} as of {names[0]}, got {leaf.dtype}")
+                raise ValueError(f"{own}: expected {first.dtype}, the dtype of {names[0]}, got {leaf.dtype}")
         events = cls(tree, tuple(leaf.shape[1:] for leaf in leaves), name, first.dtype)
         return events, events._rows(leaves)
 

@@ -46,7 +46,7 @@ Array = jax.Array
 class InverseError(RuntimeError):
     """The inverse of an eager call did not converge or is not finite, and the solver has `on_failure="raise"`.
 
-    The message tells the number of such examples, and the largest residual of those that did not converge.
+    The message gives the number of such examples, and the largest residual of those that did not converge.
 
     Example:
       >>> solver = rf.FixedPoint(max_iterations=2, on_failure="raise")
@@ -95,7 +95,7 @@ def residual_inverse(
       stops at once, unconverged.
 
     Raises:
-      ValueError: if y is not a float array with a batch axis, if g changes its shape or dtype, if `solver` is no
+      ValueError: if y is not a float array with a batch axis, if g changes its shape or dtype, if `solver` is not a
         solver, if an array of the condition has another batch size than y, or if g does not take a condition.
       InverseError: in an eager call, if an example did not converge and `solver.on_failure` is "raise".
 
@@ -130,12 +130,12 @@ def solution(
     """The solution x of x + g(params, x, *condition) = y and its status.
 
     Args:
-      g: as of `residual_inverse`.
+      g: as in `residual_inverse`.
       params: any pytree.
       y: floats [B, ...].
-      condition: as of `residual_inverse`.
+      condition: as in `residual_inverse`.
       solver: a solver.
-      orders: of the reverse mode that keeps only the solution, 1 or 2, see `solve_and_recompute`; 0 for `solve`.
+      orders: orders of the reverse mode that keeps only the solution, 1 or 2, see `solve_and_recompute`; 0 for `solve`.
       name: name of y, for errors.
     """
     check_solver(solver)

@@ -1,6 +1,6 @@
 """The loop that solves x = T(x) for a contraction T, with any solver's update rule and independent examples.
 
-Each turn evaluates T once, at the point x [B, D] that the rule proposed, which gives the residual
+Each iteration evaluates T once, at the point x [B, D] that the rule proposed, which gives the residual
 
     r = T(x) - x,     |x - x*| <= |r| / (1 - L)      for a contraction T with constant L  (Banach)
 
@@ -108,7 +108,7 @@ class Solver:
 
         Args:
           turn: number of earlier evaluations, int32 [].
-          memory: the memory that the previous turn returned.
+          memory: the memory that the previous iteration returned.
           change: difference between the new point and the base, the best point so far; zero at the first point.
           new: T(x) and r at the point just evaluated.
           trusted: bool [B]. Where it is False, too many proposals have failed: the loop uses T(base), not the proposal.
@@ -120,7 +120,7 @@ class InverseStatus(NamedTuple):
     """How the solves of a batch ended. The fields are [B] for one block and [blocks, B] for a flow.
 
     A block inside of an `Invert` is inverted by its own map. Its row then has 0 iterations, and `converged` only says
-    whether x is finite. If this map is itself a solve, as of a `MonotoneBlock`, its residual is unknown: the residual
+    whether x is finite. If this map is itself a solve, as in a `MonotoneBlock`, its residual is unknown: the residual
     and every bound are infinite.
 
     Attributes:
@@ -199,7 +199,7 @@ class _State(NamedTuple):
 
 
 class _Point(NamedTuple):
-    """T at the point of one turn, with the quantities that judge it, [B]."""
+    """T at the point of one iteration, with the quantities for its verdict, [B]."""
 
     value: Evaluation
     largest: Array  # max |r|
@@ -254,7 +254,7 @@ def _initial(x: Array, solver: Solver) -> _State:
 
 
 def _evaluated(turn: Array, state: _State, image: Array, scale: Array) -> _Point:
-    """The point of this turn, from image = T(x) [B, D] at the state's x."""
+    """The point of this iteration, from image = T(x) [B, D] at the state's x."""
     value = Evaluation(image, image - state.x)
     norm = example_norm(value.residual)
     return _Point(
@@ -298,7 +298,7 @@ def _propose(solver: Solver, turn: Array, state: _State, point: _Point, trusted:
 
 
 def _accept(state: _State, point: _Point, verdict: _Verdict, guard: _Guard, memory: Any, proposal: Array) -> _State:
-    """The state after a turn. Examples that have stopped keep their x, base and status."""
+    """The state after an iteration. Examples that have stopped keep their x, base and status."""
     status = state.status
     active = ~(status.converged | state.lost)
     base, residual, residual_norm = _select(

@@ -62,10 +62,10 @@ def residual(
 ) -> tuple[Any, Array] | tuple[Any, Array, Diagnostics]:
     """Computes y = x + g(params, x), or x + g(params, x, condition), and log|det dy/dx| with the given estimator.
 
-    The estimator decides about randomness and bias: `Roulette`, the default, is unbiased, `Exact` is exact, `Truncated`
-    is biased. It also decides about the cost: beside one evaluation of g, `Roulette` takes 4.5 vjps of g on average,
-    4.3 with `lipschitz=0.94` (6.0 and 5.6 for a batch of odd size), and `Exact` takes D for D dimensions. The gradient
-    of a series takes one more vjp of (g, J v).
+    The estimator determines randomness and bias: `Roulette`, the default, is unbiased, `Exact` is exact, `Truncated` is
+    biased. It also determines the cost: besides one evaluation of g, `Roulette` takes 4.5 vjps of g on average, 4.3
+    with `lipschitz=0.94` (6.0 and 5.6 for a batch of odd size), and `Exact` takes D for D dimensions. The gradient of a
+    series takes one more vjp of (g, J v).
 
     Args:
       g: pure function (params, x) -> array of x's shape and dtype. It must be a contraction in x and treat the
@@ -76,17 +76,18 @@ def residual(
         g(params, x, condition), and must be a contraction in x for every condition. If x is split into chunks or
         repeated for several probes, the condition is too.
       key: PRNG key of the estimate: it draws probes for each example, the length of the series, which the batch
-        shares, and with `subsample` the examples whose series goes on after the exact terms. `Exact` needs none.
+        shares, and with `subsample` the examples whose series continues after the exact terms. `Exact` needs none.
       estimator: `Exact()`, `Truncated(...)`, `Roulette(...)` (the default), or a `CustomEstimator`.
-      lipschitz: a bound on Lip(g), in (0, 1), if one is known. A law of lengths adapts to it. A RuntimeWarning tells if
-        the law does not guarantee finite variance under this bound.
-      prepare: pure function of params. g then takes its result in place of params. It is computed once for each call,
+      lipschitz: a bound on Lip(g), in (0, 1), if one is known. The distribution of the series length adapts to it. A
+        RuntimeWarning is emitted if that distribution does not guarantee finite variance under this bound.
+      prepare: pure function of params. g then takes its result instead of params. It is computed once for each call,
         and once more in the backward pass, however often g is evaluated; its result is not stored between the two.
-      chunk_size: for gradient="neumann", the largest number of examples in a chunk. All chunks have one size. Where B
-        has no divisor from a quarter of chunk_size to chunk_size, as a prime B, it is the next divisor above. On CPUs
-        and TPUs the chunks are computed sequentially, so that activations stay in the cache or VMEM; elsewhere, and
-        where the compiler divides a program among TPUs, in parallel. The result is the same. None takes one chunk, on a
-        CPU one for each of the parts of `subsample`.
+      chunk_size: for gradient="neumann", the intended number of examples in a chunk. Chunks have equal size: the
+        largest divisor of B that is at most chunk_size or, if that is less than chunk_size / 4 (for example for a prime
+        B), the smallest divisor above chunk_size. CPUs and TPUs compute the chunks one after the other, so that
+        activations stay in the cache or VMEM. Other platforms, and TPU programs that the compiler divides among several
+        chips, compute them all at once. The result is the same. None means one chunk, or on a CPU one for each of the
+        parts of `subsample`.
       return_diagnostics: whether to return `Diagnostics` as well.
 
     Inside `jax.shard_map` (with check_vma, its default) x is a device's part of the batch. With the same key on every
@@ -133,7 +134,7 @@ def log_det_of_form(
     chunk_size: int | None,
     return_diagnostics: bool,
 ) -> tuple[Any, Array] | tuple[Any, Array, Diagnostics]:
-    """`residual`, with the log-det of the given form of the Jacobian J of g at x in place of log|det(I + J)|."""
+    """`residual`, with the log-det of the given form of the Jacobian J of g at x instead of log|det(I + J)|."""
     check_flag("return_diagnostics", return_diagnostics)
     estimator = Roulette() if estimator is None else estimator
     check_map(g, condition)
@@ -255,7 +256,7 @@ def _estimate(
       g: (closed_over, weights, x, *condition) -> array like x.
       prepare: (prepared_over, params) -> weights.
       longest: length of the longest series if JAX differentiates the series itself, else None.
-      form: of the log-det.
+      form: form of the log-det.
       estimator: any estimator.
       args: (params, prepared_over, closed_over).
       chunks: (x,) or (x, condition), with arrays [chunks, b, ...]. y and log_det have the same leading axes.

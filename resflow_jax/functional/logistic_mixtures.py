@@ -64,8 +64,8 @@ def inverse_mixture_logit(
 
     Args:
       w: floats.
-      mixture: of each element.
-      tolerance: on the residual and on the step.
+      mixture: the mixture of each element.
+      tolerance: tolerance on the residual and on the step.
       max_iterations: cap on the evaluations of h.
     """
     counts = wide_dtype(w.dtype)  # bfloat16 cannot count beyond 256
@@ -94,7 +94,7 @@ class _State(NamedTuple):
 
 @jax.custom_jvp
 def _root(w: Array, mixture: Mixture, limits: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
-    """The root x, and in its shape, as floats: evaluations of h, the residual, whether it has converged (1 or 0)."""
+    """The root x, and floats of its shape: evaluations of h, the residual, whether it has converged (1 or 0)."""
     w, mixture, limits = vary_alike(w, mixture, limits)
     tolerance, cap = limits
     _, means, log_scales = mixture

@@ -62,14 +62,14 @@ def monotone(
     have any mode and order.
 
     Args:
-      g: as of `residual`: a pure function (params, x) or (params, x, condition), a contraction in x.
+      g: as in `residual`: a pure function (params, x) or (params, x, condition), a contraction in x.
       params: any pytree.
       x: floats [B, ...], or a pytree of such arrays with one batch size and dtype.
-      condition: as of `residual`.
+      condition: as in `residual`.
       key: PRNG key of the estimate; `Exact` needs none.
       estimator: `Exact()`, `Truncated(...)`, `Roulette(...)` (the default), or a `CustomEstimator`, which is called for
         -g and for g at w.
-      lipschitz: a bound on Lip(g), in (0, 1), if one is known, as of `residual`.
+      lipschitz: a bound on Lip(g), in (0, 1), if one is known, as in `residual`.
       chunk_size: as in `residual`, for the log-det estimate. The solve for w always takes the whole batch.
       solver: solver for w.
       return_diagnostics: whether to return `Diagnostics` of the estimate as well.
@@ -127,13 +127,13 @@ def monotone_inverse(
     The result is differentiable in params, y, the floats of the condition and whatever g closes over, in any mode and
     order, by the implicit function theorem. No randomness.
 
-    Cost: a solve, as of `residual_inverse`; for a derivative as many jvps or vjps of g.
+    Cost: a solve, as in `residual_inverse`; for a derivative as many jvps or vjps of g.
 
     Args:
-      g: as of `residual_inverse`.
+      g: as in `residual_inverse`.
       params: any pytree.
       y: floats [B, ...], or a pytree of such arrays with one batch size and dtype.
-      condition: as of `residual_inverse`.
+      condition: as in `residual_inverse`.
       solver: solver for w.
       return_status: whether to return the `InverseStatus` of w as well, with residuals times sqrt(2): its `error_bound`
         bounds the error of x.
@@ -175,16 +175,16 @@ def half_way(
     inverts: bool = False,
     orders: int = 0,
 ) -> tuple[Array, InverseStatus]:
-    """The solution w of w + g(w) = sqrt(2) x and its status; of w - g(w) = sqrt(2) x for x in place of y, to invert.
+    """The solution w of w + g(w) = sqrt(2) x and its status; of w - g(w) = sqrt(2) x for x instead of y, to invert.
 
     Args:
-      g: as of `monotone`.
+      g: as in `monotone`.
       params: any pytree.
       x: floats [B, ...].
-      condition: as of `monotone`.
+      condition: as in `monotone`.
       solver: solver for w.
       inverts: whether x is a y.
-      orders: of the reverse mode that keeps only w, see `solution`.
+      orders: orders of the reverse mode that keeps only w, see `solution`.
     """
     of_sign = (lambda *args: -g(*args)) if inverts else g
     return solution(of_sign, params, ROOT * x, condition, solver, orders=orders, name="y" if inverts else "x")
@@ -193,7 +193,7 @@ def half_way(
 def log_det_at(
     g: Callable[..., Array], params: Any, w: Array, *, prepare: Callable[[Any], Any] | None = None, **options: Any
 ) -> tuple[Array, ...]:
-    """log|det dy/dx| [B] at w, and the diagnostics if asked for; options as of `residual`."""
+    """log|det dy/dx| [B] at w, and the diagnostics if asked for; options as in `residual`."""
     return log_det_of_form("cayley", g, params, w, prepare=prepare, **options)[1:]
 
 

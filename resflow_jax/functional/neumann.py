@@ -52,7 +52,7 @@ def neumann_estimate(g, prepare, form, estimator, args, chunks, key):
     Args:
       g: (closed_over, weights, x, *condition) -> array like x.
       prepare: (prepared_over, params) -> weights.
-      form: of the log-det, see `term_sums.Form`.
+      form: form of the log-det, see `term_sums.Form`.
       estimator: `Truncated` or `Roulette`.
       args: (params, prepared_over, closed_over).
       chunks: (x,) or (x, condition), with arrays [chunks, b, ...]. y and log_det have the same leading axes.
@@ -91,7 +91,7 @@ _neumann.defvjp(_forward, _backward)
 
 
 def estimate_with_w(g, prepare, form, estimator, args, chunks, key):
-    """y, log_det, diagnostics, w and the seeds of the probes v; arguments as of `neumann_estimate`."""
+    """y, log_det, diagnostics, w and the seeds of the probes v; arguments as in `neumann_estimate`."""
     params, prepared_over, closed_over = args
     weights = prepare(prepared_over, params)
     shared_key, keys = seed_keys_of(estimator, key, chunks)
@@ -203,7 +203,7 @@ def pull_back(g, prepare, probes, args, chunks, probes_from, seeds, y_bar, w_bar
     """The cotangents of args and chunks for y_bar of y = x + g(x) and w_bar of the products J v.
 
     Args:
-      g: as of `neumann_estimate`.
+      g: as in `neumann_estimate`.
       prepare: the same.
       probes: number of probes of an example.
       args: the same.

@@ -21,7 +21,7 @@ and one tap. Four facts reduce the work:
    N = n + p ... n + 2 p, on each axis. On three axes only N = n + p is tried, because there are many frequencies.
    For the taps (1, 1, 1), N = n + 1 and s = 1/2 give the exact norm 1 + 2 cos(pi / (n + 1)); s = 0 gives 3.
 4. With periodic padding A = C with N = n and s = 0, for kernels of any side, and the norm is exact (Sedghi et al. 2019,
-   arXiv 1805.10408). For zero padding this C is no bound.
+   arXiv 1805.10408). For zero padding this C is not a bound.
 """
 
 import itertools
@@ -189,7 +189,7 @@ def _squared_norm(gram: Array) -> Array:
 
 
 def _product(a: Array, b: Array) -> Array:
-    """a @ b in full precision. Accelerators reduce it by default, and the result would be no bound."""
+    """a @ b in full precision. Accelerators reduce it by default, and the result would not be a bound."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
@@ -268,7 +268,7 @@ def _largest_eigenvalues(gram: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
     1. An entry of A^* A is a sum of n <= taps (c' + 2^axes) products of entries of K (and waves), computed to within
        gamma_n |A|^* |A| (Higham 2002, section 3.5). |A| has the taps |K[t]|, so that
-       | |A|^* |A| |_2 <= (sum_t |K[t]|_F)^2 <= taps |K|_F^2. 8 epsilon = 16 u in place of u leave room for the
+       | |A|^* |A| |_2 <= (sum_t |K[t]|_F)^2 <= taps |K|_F^2. 8 epsilon = 16 u instead of u leave room for the
        rounding of the waves, at most 32 u times the sum of the kernel's sides.
     2. Reduction to tridiagonal form by reflections is backward stable, |E|_F <= O(m^2) u |G|_F (Higham 2002, lemma
        19.3), and so is the iteration on it; by Weyl's inequality an eigenvalue moves by at most |E|_2.

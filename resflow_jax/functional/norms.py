@@ -41,7 +41,7 @@ def spectral_norm(matvec: LinearFunction, u: Array, v: Array) -> Array:
       A scalar. For unit u and v it is at most the norm of W.
 
     Raises:
-      ValueError: if u or v is no float array, or if the shape of u differs from that of matvec(v).
+      ValueError: if u or v is not a float array, or if the shape of u differs from that of matvec(v).
 
     Example:
       >>> w, u, v = jnp.diag(jnp.array([3.0, 1.0])), jnp.array([1.0, 0.0]), jnp.array([1.0, 0.0])

@@ -87,8 +87,8 @@ class PowerIteration(NamedTuple):
 
     Attributes:
       sigma: scalar u^T W v, a lower bound on the norm of W; equal to it at convergence for 2 -> 2.
-      u: of W's output shape, of unit norm in the norm dual to the codomain's.
-      v: of W's input shape, of unit norm in the domain.
+      u: array of W's output shape, of unit norm in the norm dual to the codomain's.
+      v: array of W's input shape, of unit norm in the domain.
       status: `PowerIterationStatus`.
 
     Example:
@@ -310,7 +310,7 @@ def best_start(
       `PowerIteration` of one start, without the leading axis.
 
     Raises:
-      ValueError: if starts are no float array [n, ...] with n >= 1, and as for `power_iteration`.
+      ValueError: if starts are not a float array [n, ...] with n >= 1, and as for `power_iteration`.
 
     Example:
       >>> w = jnp.array([[2.0, 1.0], [-1.0, 1.0]])

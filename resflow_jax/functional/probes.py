@@ -2,8 +2,8 @@
 
 Hadamard probes are Rademacher probes that depend on each other: one of them determines the others. Row n of a
 Hadamard matrix has the signs (-1)^popcount(n & c_j) for the code c_j of element j. The probe of example n is this row
-times signs that the batch shares: so each probe alone has the law of a Rademacher probe. Over 2^q examples with all
-codes below 2^q, the mean of v v^T is exactly the identity. Then the part of A that the examples have in common
+times signs that the batch shares: so each probe alone has the distribution of a Rademacher probe. Over 2^q examples
+with all codes below 2^q, the mean of v v^T is exactly the identity. Then the part of A that the examples have in common
 contributes no noise to the mean of the batch. Over fewer examples, 2^p, the mean of v_j v_k is exactly zero unless the
 last p bits of c_j and c_k are equal. The codes of neighbours differ in these bits, where J of a convolution is large
 (probing: Bekas, Kokiopoulou & Saad 2007, doi 10.1016/j.apnum.2007.01.003; Stathopoulos, Laeuchli & Orginos 2013, arXiv
@@ -86,7 +86,7 @@ def draw_seeds(probe: str, probes: int, keys: Array, x: Array) -> Array:
     Args:
       probe: one of `PROBES`.
       probes: number of probes for each example.
-      keys: of `seed_keys`, [B, ...].
+      keys: keys from `seed_keys`, [B, ...].
       x: floats [B, ...], for their shape.
     """
     if probe != "rademacher":

@@ -28,7 +28,7 @@ Invert = Callable[[Any, Array, Any], Array]
 def reversible_scan(
     apply: Apply, invert: Invert, layers: Any, x: Array, inputs: Any, shared: Any, depth: int
 ) -> tuple[Array, Array, Any]:
-    """Composes layers, as a scan that `jax.grad` runs backwards by their inverses.
+    """Composes layers in a scan that `jax.grad` runs backwards by their inverses.
 
     It has first-order reverse mode, and forward mode over that; forward mode alone raises a TypeError.
 
@@ -39,7 +39,7 @@ def reversible_scan(
         example is not found, its gradient in x is NaN, and so are those in this and earlier layers and in `shared`.
       layers: tree of arrays with a leading axis of layers.
       x: the first layer's input [B, ...].
-      inputs: tree of arrays with a leading axis of layers, for which there are no derivatives, as keys.
+      inputs: tree of arrays with a leading axis of layers, for which there are no derivatives, such as keys.
       shared: tree of arrays that all layers take, such as a condition.
       depth: number of layers. The trees of arrays may be empty.
 
@@ -97,7 +97,7 @@ def _backward(apply, invert, depth, kept, cotangents):
 
         _, pullback = jax.vjp(outputs, floats, x, shared_floats)
         floats_bar, x_bar, more_bar = pullback((y_bar, log_det_bar))
-        # At an x of NaN some rules give zero, as that of relu.
+        # At an x of NaN some rules give zero, for example that of relu.
         is_found = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
         x_bar = x_bar * per_example(_one_or_nan(is_found, x), x)
         of_all = jnp.all(is_found)

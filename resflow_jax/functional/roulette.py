@@ -1,7 +1,7 @@
 """Russian roulette: the weights that make a randomly truncated series unbiased.
 
-For an absolutely convergent series sum_{k>=1} D_k, a law of N with P(N >= k) > 0 for all k, and m terms that are always
-taken ("exact terms"),
+For an absolutely convergent series sum_{k>=1} D_k, a distribution of N with P(N >= k) > 0 for all k, and m terms that
+are always taken ("exact terms"),
 
     sum_{k>=1} D_k = E_N [ sum_{k=1}^{m+N} D_k / P(N >= k - m) ],   P(N >= j) = 1 for j <= 0
 
@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 def draw_lengths(law: LengthLaw, key: Array, num_lengths: int) -> Array:
-    """Draws independent lengths, int32 [num_lengths]; ValueError if the law does not return integers of this shape.
+    """Draws independent lengths, int32 [num_lengths]; ValueError if `law` does not return integers of this shape.
 
     The key must be random itself, as `jax.random.fold_in` returns it, and not be used elsewhere.
     """
@@ -40,7 +40,7 @@ def term_weight(law: LengthLaw, lengths: Array, exact_terms: int, k: Array | int
     """Weight of term k >= 1: 1 for k <= m, then mean_i 1[N_i >= k - m] / P(N >= k - m).
 
     Args:
-      law: the law of the lengths.
+      law: the distribution of the lengths.
       lengths: the drawn lengths N_1..N_s, shape [s].
       exact_terms: m, the number of terms that are always taken.
       k: number of the term, a scalar.
@@ -65,14 +65,14 @@ def length_cap(law: LengthLaw, probability: float = 2.0**-24, limit: int = 4096)
         survival = _floats(bound, jnp.arange(1, limit + 2))
         if isinstance(survival, jax.core.Tracer):
             raise ValueError(
-                f"length: gradient='autodiff' expected a law whose survival is known when a program is traced, got "
-                f"{type(law).__name__} of traced arrays; give it a method upper_bound(), or use gradient='neumann'"
+                "length: gradient='autodiff' expected a distribution whose survival is known when a program is traced, "
+                f"got {type(law).__name__} of traced arrays; give it a method upper_bound(), or use gradient='neumann'"
             )
         n = int(jnp.sum(survival > probability))
     if n > limit:
         raise ValueError(
-            f"length: gradient='autodiff' expected a law with P(N > {limit}) of at most {probability:.1e}, got {law}; "
-            "use a law with a shorter tail, as Geometric(0.5), or gradient='neumann'"
+            f"length: gradient='autodiff' expected a distribution with P(N > {limit}) of at most {probability:.1e}, "
+            f"got {law}; use a distribution with a shorter tail, such as Geometric(0.5), or gradient='neumann'"
         )
     return n
 

@@ -32,7 +32,7 @@ from resflow_jax.functional.trees import combine, float0, kept, mapped_with, par
 
 
 def second_order_estimate(g, prepare, form, estimator, args, chunks, key):
-    """y, log_det and diagnostics as of `neumann.neumann_estimate`, with reverse mode of first and second order.
+    """y, log_det and diagnostics as in `neumann.neumann_estimate`, with reverse mode of first and second order.
 
     Forward mode raises, and so does reverse mode of third order.
     """
@@ -123,7 +123,7 @@ def _through_w(g, prepare, form, estimator, args, chunks, key, directions, w_bar
     """Pairs (u, w) of the terms w^T (D_a J) u that come from the derivative of E[w], [chunks, probes * b, ...] each.
 
     Args:
-      g: as of `neumann.neumann_estimate`, as the following ones.
+      g: as in `neumann.neumann_estimate`; likewise the next six arguments.
       prepare: the same.
       form: the same.
       estimator: the same.

@@ -130,8 +130,8 @@ def dot(a: Array, b: Array) -> Array:
 def ratio(numerator: Array, denominator: Array, default: float, floor: Array) -> Array:
     """numerator / denominator, or the default where the denominator is at most `floor`; all derivatives are finite.
 
-    A residual that consists of rounding errors, as after D steps in D dimensions, would have derivatives much larger
-    than itself.
+    A residual that consists of rounding errors, for example after D steps in D dimensions, would have derivatives much
+    larger than itself.
     """
     fine = denominator > lax.stop_gradient(floor)
     return jnp.where(fine, numerator / jnp.where(fine, denominator, 1), default)

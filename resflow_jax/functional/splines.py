@@ -24,7 +24,7 @@ from resflow_jax.functional.checks import check_count
 
 Array = jax.Array
 
-LEAST = 1e-3  # of the width and of the height of a bin, as parts of the whole, and of a slope
+LEAST = 1e-3  # least width and height of a bin, as fractions of the whole, and least slope
 MOST_BINS = round(0.5 / LEAST)
 
 

@@ -45,7 +45,7 @@ def pseudo_random_direction(shape: tuple[int, ...], dtype: np.dtype) -> Array:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
     x = lax.bitcast_convert_type(x ^ (x >> np.uint32(16)), np.int32)
-    x = (x.astype(wide_dtype(dtype)) * 2.0**-31).astype(dtype)  # 2^31 is no float16
+    x = (x.astype(wide_dtype(dtype)) * 2.0**-31).astype(dtype)  # 2^31 exceeds float16
     return jnp.where(x < 0, x - 1, x + 1).reshape(shape)
 
 
@@ -89,7 +89,7 @@ def excludes_larger(sigma: Array, residual: Array, iterations: Array, size: int,
 
     Args:
       sigma: estimate of this iteration.
-      residual: as of `power_iteration`, for the vector before the last iteration.
+      residual: as in `power_iteration`, for the vector before the last iteration.
       iterations: number of iterations, at least one.
       size: number of elements of v.
       best: the best known estimate, at least sigma.

@@ -151,7 +151,7 @@ def part_size(estimator: Truncated | Roulette, batch: Any) -> int:
 
 
 def draw_part(estimator: Truncated | Roulette, key: Array, batch: Any) -> Part | None:
-    """The examples whose series go on after the exact terms; None for all.
+    """The examples whose series continue after the exact terms; None for all.
 
     Each part has the same probability if there are 2^k of them, and otherwise within a factor of 1 + r 2^-32.
     """
@@ -186,7 +186,7 @@ def sum_terms(plan: Plan, v: Array, product: Product) -> Sums:
     """The sums over the terms of a plan, in a loop of exactly `plan.length` steps, which has no reverse mode.
 
     Args:
-      plan: of `draw_plan`.
+      plan: a plan from `draw_plan`.
       v: probes [probes * B, ...].
       product: u -> J^T u, for all probes at once.
     """

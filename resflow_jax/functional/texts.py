@@ -26,7 +26,7 @@ def values_of(array: Any) -> np.ndarray | None:
     """The values of an array or a number on the host, or None if they are unknown.
 
     They are unknown for a tracer, a shape without values, an array that was donated or lies on other processes, and an
-    object that is no array.
+    object that is not an array.
     """
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array | np.ndarray | np.generic | float | int):
         return None
@@ -44,7 +44,7 @@ def is_number(value: Any) -> bool:
 
 
 def described(value: Any) -> str:
-    """The dtype and shape of an array, as "float32[64,2]", or the text of another value."""
+    """The dtype and shape of an array, such as "float32[64,2]", or the text of another value."""
     if hasattr(value, "dtype") and isinstance(getattr(value, "shape", None), tuple):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     return f"<{type(value).__name__}>" if hasattr(value, "dtype") else setting(value)
@@ -62,7 +62,7 @@ def number(value: float) -> str:
 
 
 def upper(value: float) -> str:
-    """An upper bound with six significant digits, rounded up. A bound below 1 is shown as such, as "1 - 1e-07"."""
+    """An upper bound with six significant digits, rounded up. A bound below 1 stays below 1: "1 - 1e-07"."""
     value = float(value)
     text = f"{value:.6g}"
     if float(text) < value:
@@ -77,7 +77,7 @@ def span(values: np.ndarray, text: Callable[[float], str] = number) -> str:
 
 
 def count(number: int, what: str) -> str:
-    """A number with a noun, as "1 block" and "1,200 blocks"."""
+    """A number with a noun, such as "1 block" and "1,200 blocks"."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -99,7 +99,7 @@ def setting(value: Any) -> str:
             return described(value)
         if dataclasses.is_dataclass(value):
             text = constructor(value, sizes=False)
-        else:  # the default repr has an address, which tells nothing
+        else:  # the default repr has an address, which is not informative
             text = (
                 f"<{type(value).__name__}>"
                 if type(value).__repr__ is object.__repr__

@@ -51,7 +51,10 @@ def mapped_with(x: Array, tree: Any) -> Array:
 
 
 def kept(tree: Any) -> Any:
-    """The same arrays, for a rule to keep. Inside a scan JAX would confuse kept arguments, in second order."""
+    """Passes the residuals of a custom_vjp rule through an optimization barrier.
+
+    Without it, JAX mixes up residuals that are also arguments, in second-order derivatives inside a scan.
+    """
     data = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
     data = jax.tree.map(lax.optimization_barrier, data)  # one by one: each keeps the axes that it varies over
     return jax.tree.map(

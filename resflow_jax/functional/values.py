@@ -1,6 +1,6 @@
 """Checks of concrete values.
 
-Those of inputs do not delay a computation: they are begun before it, and finished after it was dispatched. For example:
+Checks of inputs do not delay the computation: they start before it and finish after it was dispatched. For example:
 
     with checked("x", x, dtype, domain):  # a NumPy array is checked here, a traced array never
         z = compiled(x)  # dispatched; when the block ends, the check raises if a value is wrong
@@ -64,15 +64,16 @@ def number_of_overflows(results: Any) -> int:
 
     Args:
       results: a pytree of arrays [B, ...], the solutions first. A log-density after them may be -inf. Traced arrays are
-        not looked at, as those of a call under `jax.grad`.
+        not checked, for example the values of a call under `jax.grad`.
     """
     return _count(results, firsts="isfinite")
 
 
 def report_nan(what: str, results: Any) -> None:
-    """Warns of examples with NaN in a pytree of arrays [B, ...] that a call returns; traced arrays are not looked at.
+    """Warns of examples with NaN in a pytree of arrays [B, ...] that a call returns; traced arrays are not checked.
 
-    It waits for them. Inputs are finite, so NaN tells of a solve that did not finish, or of numbers beyond the dtype.
+    It blocks until the arrays are computed. Inputs are finite, so NaN means that a solve did not finish, or that
+    numbers overflowed the dtype.
 
     Args:
       what: the name of the call.

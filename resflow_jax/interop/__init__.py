@@ -9,8 +9,8 @@ The first three need the extra of the same name. In these libraries forward is t
 x, where `Flow.forward` maps x to z.
 
 `rf.load_torch_checkpoint` reads checkpoints of the authors' PyTorch implementation, and `rf.save_torch_checkpoint`
-writes them. `interop.torch.flow` has what only their flows have, as a classifier. `rf.save` and `rf.load` write and
-read this library's own files.
+writes them. `interop.torch.flow` has what only their flows have, such as a classifier. `rf.save` and `rf.load` write
+and read this library's own files.
 
 Example:
   >>> sorted(rf.interop.__all__)

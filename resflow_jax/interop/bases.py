@@ -29,8 +29,8 @@ class _Distrax(NamedTuple):
 def _with_own_methods(part: Any) -> Any:
     """A copy of an object of distrax whose attributes that are bound methods belong to its own parts.
 
-    Some bijectors hold methods of a part of theirs, as `DiagLinear`. In a copy with other arrays, as `jax.jit` and
-    `rf.load` make it, these would still be methods of the part with the first arrays.
+    Some bijectors hold methods of one of their parts, for example `DiagLinear`. In a copy with other arrays, as
+    `jax.jit` and `rf.load` make it, these would still be methods of the part with the first arrays.
     """
     import distrax
 

@@ -50,10 +50,10 @@ def bijector(
     Cost: `forward` takes a solve; `inverse` takes one evaluation of every g; the log-det costs as in `Flow.forward`.
 
     Args:
-      flow: a flow without padding; padding makes it no bijection.
+      flow: a flow without padding; with padding it would not be a bijection.
       key: PRNG key of the estimates of the log-det; `Exact` needs none.
-      condition: of a conditional flow: floats [*condition_shape], one for all, or with leading axes that broadcast with
-        those of z and x. The bijector is then that of p(x | condition), and a batch of conditions is a batch of
+      condition: for a conditional flow, floats [*condition_shape], one for all, or with leading axes that broadcast
+        with those of z and x. The bijector is then that of p(x | condition), and a batch of conditions is a batch of
         distributions.
       estimator: estimator of the log-det, as in `Flow.forward`; by default `Roulette()`.
       solver: solver of z -> x. If it does not converge, an eager call warns or raises, as its `on_failure` says. Inside

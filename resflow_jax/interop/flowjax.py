@@ -96,12 +96,12 @@ class FlowBijection(AbstractBijection):
         """Takes the flow as it is now.
 
         Raises:
-          ValueError: for a flow with padding, which makes it no bijection; for a conditional flow that does not know
+          ValueError: for a flow with padding, which is not a bijection; for a conditional flow that does not know
             the shape of its condition; for an unknown estimator, and for a missing key.
         """
         check_type("flow", flow, Flow)
         if flow.condition_shape is ...:
-            raise ValueError("flow: expected one that knows the shape of its condition, got condition_shape=...")
+            raise ValueError("flow: expected a flow with a known condition shape, got condition_shape=...")
         example = None if flow.condition_shape is None else jnp.zeros(flow.condition_shape)
         SamplingMap.of(flow, key, estimator, solver, example)
         check_count("max_iterations", max_iterations, 1)
@@ -190,7 +190,7 @@ class ResidualBijection(AbstractBijection):
         estimator: Estimator = _EXACT,
         solver: Solver = Anderson(),
     ):
-        """Raises ValueError if g is no function, for an unknown estimator or solver, and for a missing key."""
+        """Raises ValueError if g is not a function, for an unknown estimator or solver, and for a missing key."""
         check_callable("g", g)
         check_estimator(estimator)
         check_solver(solver)
@@ -269,7 +269,7 @@ def contractive(module: Any, coefficient: float = 0.98) -> Any:
       coefficient: bound on the norm of each layer, in (0, 1).
 
     Returns:
-      The module with `paramax.Parameterize` in the place of the weights; `paramax.unwrap` gives the bounded weights.
+      The module with `paramax.Parameterize` instead of the weights; `paramax.unwrap` gives the bounded weights.
 
     Raises:
       ValueError: for a coefficient outside of (0, 1).

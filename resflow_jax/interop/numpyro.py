@@ -5,14 +5,14 @@
     base of a flow       rf.Flow(bijector, base=base(distribution))
     guide of SVI         numpyro.sample("x", FlowDistribution(flow_module("flow", flow), key))
 
-NUTS on x takes log p(x) and its gradient at every step, and thus a log-det. `Exact()` or one fixed key makes the
-density deterministic, as Hamiltonian dynamics need. NUTS on z takes the base's density of z and the likelihood at x(z).
-That is a solve, but no log-det and no noise, and the geometry is as simple as the likelihood lets it be.
+NUTS on x needs log p(x) and its gradient at every step, and thus a log-det. `Exact()` or one fixed key makes the
+density deterministic, as Hamiltonian dynamics require. With NUTS on z, the prior is the base density (by default a
+standard normal), no log-det is needed, and NUTS sees a simpler geometry; each step still needs a solve for x(z).
 
-A conditional flow is given its condition: FlowDistribution(flow, key, condition=c) is p(x | c). Leading axes of c are
-its batch shape.
+A conditional flow takes its condition: FlowDistribution(flow, key, condition=c) is p(x | c). Leading axes of c are the
+batch shape.
 
-NumPyro compiles what it runs, and a compiled program can neither warn nor raise. If a solve of z -> x does not converge
+NumPyro compiles its programs, and a compiled program can neither warn nor raise. If a solve of z -> x does not converge
 there, x is the best guess with a solver of on_failure="warn", and NaN with "raise", which NUTS counts as a divergence.
 Derivatives of such a solve are NaN. An eager call warns or raises.
 """
@@ -74,9 +74,9 @@ class FlowTransform(Transform):
         """Takes the flow as it is now.
 
         Args:
-          flow: a flow without padding; padding makes it no bijection.
+          flow: a flow without padding; with padding it would not be a bijection.
           key: PRNG key of the estimates of the log-det; `Exact` needs none.
-          condition: of a conditional flow: floats [*condition_shape], one for all, or with leading axes that broadcast
+          condition: for a conditional flow, floats [*condition_shape], one for all, or with leading axes that broadcast
             with those of z and x.
           estimator: estimator of the log-det, as in `Flow.forward`; by default `Roulette()`.
           solver: solver of z -> x. The module's head says what happens if it does not converge.
@@ -123,7 +123,7 @@ class FlowTransform(Transform):
         """[..., *event] -> [..., *other], with the leading axes of the condition."""
         batch = shape[: len(shape) - len(event)]
         if shape != (*batch, *event):
-            raise ValueError(f"shape: expected one that ends in {event}, got {shape}")
+            raise ValueError(f"shape: expected a shape that ends in {event}, got {shape}")
         return *jnp.broadcast_shapes(batch, self._sampling.condition_batch), *other
 
     def tree_flatten(self):

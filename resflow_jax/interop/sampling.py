@@ -50,7 +50,7 @@ class SamplingMap:
     """The map of one flow from z to x, with the key and estimator of its log-det and the solver of its inverse.
 
     It is deterministic: the key fixes the noise of the estimates. Values are not checked. For x outside of the flow's
-    domain, as images beyond [0, 1] by more than the logit's alpha / (1 - 2 alpha), the result is NaN.
+    domain, such as images beyond [0, 1] by more than the logit's alpha / (1 - 2 alpha), the result is NaN.
 
     Attributes:
       state, graphdef: the flow, from `nnx.split`.
@@ -83,14 +83,14 @@ class SamplingMap:
         """Makes the map of a flow as it is now. Later changes of the flow do not change the map.
 
         Raises:
-          ValueError: if flow is no `Flow`, for a flow that pads x or has no density, an unknown estimator, a missing
+          ValueError: if flow is not a `Flow`, for a flow that pads x or has no density, an unknown estimator, a missing
             key, and a condition that is missing, not expected, or does not end in the flow's condition shape.
         """
         check_type("flow", flow, Flow)
         if flow.pads:
-            raise ValueError("flow: expected one without padding, which makes it no bijection, got one that pads x")
+            raise ValueError("flow: expected a flow without padding, which is not a bijection, got one that pads x")
         if flow.no_density is not None:
-            raise ValueError(f"flow: expected one with a density, got one with {flow.no_density}")
+            raise ValueError(f"flow: expected a flow with a density; {flow.no_density}")
         estimator = Roulette() if estimator is None else estimator
         check_estimator(estimator)
         check_solver(solver)

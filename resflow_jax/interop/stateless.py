@@ -93,7 +93,7 @@ class Stateless:
         return (split_variables(flow), result) if method in CHANGING else result
 
     def bind(self, variables: Variables) -> Flow:
-        """Returns a flow with these variables, for functions that take a flow, as `certify`.
+        """Returns a flow with these variables, for functions that take a flow, such as `certify`.
 
         Changes of the flow do not change the variables.
 
@@ -118,8 +118,8 @@ def stateless(source: Any) -> Stateless:
     """Makes the pure functions `init`, `apply` and `bind` of a flow.
 
     Args:
-      source: the config of a flow, as `VectorFlowConfig`; or make_flow(rngs) -> flow, a function from `nnx.Rngs` to
-        any `Flow`. It must make the same structure at every call. It is traced once for the structure, and called by
+      source: the config of a flow, such as a `VectorFlowConfig`; or make_flow(rngs) -> flow, a function from `nnx.Rngs`
+        to any `Flow`. It must make the same structure at every call. It is traced once for the structure, and called by
         `init`.
 
     Returns:

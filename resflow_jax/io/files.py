@@ -6,14 +6,14 @@ strings:
     format           "resflow_jax"
     format_version   an integer, increased if earlier versions of this package cannot read the file
     version          version of this package
-    config           for a flow of a config, as `ResidualFlow` or `CouplingFlow`: its config as JSON
+    config           for a flow of a config, such as `ResidualFlow` or `CouplingFlow`: its config as JSON
     structure        for another `Flow`: its layers and their arguments as JSON; see `io.structure`
     sha256           checksum of the arrays and of the other metadata; see `io.checksums`
 
 A file whose checksum differs is damaged. Files without one are from earlier versions.
-Nothing in a file is executed, and no name in it is imported. Files without a format version are from a time before
-flows were compositions; they can be read too (see `io.upgrades`). Files of version 1 have other names for some settings
-and arrays (see `io.renames`).
+Nothing in a file is executed, and no name in it is imported. Files without a format version are from early development
+versions; they can be read too (see `io.upgrades`). Files of version 1 have other names for some settings and arrays
+(see `io.renames`).
 """
 
 import json
@@ -67,7 +67,7 @@ def save(path: str | Path, flow: Flow) -> None:
         name of the class; `load` then needs `like`.
 
     Raises:
-      ValueError: if `flow` is no `Flow`, has arrays of a dtype that safetensors files do not support or two of one
+      ValueError: if `flow` is not a `Flow`, has arrays of a dtype that safetensors files do not support or two of one
         name, or if parts of a flow of a config were replaced by parts with other classes, settings or arrays.
       OSError: if the file cannot be written; an existing file then stays as it was.
 

@@ -4,8 +4,8 @@
 
 Every layer, base and contraction of this package stores the arguments of its constructor in attributes of the same
 names, so one function describes all of them. `build` calls only the public classes of this package. It imports no name
-of a description and executes nothing in it. An object of another class, as a user's own module, is described only by
-its name, {"unknown": "package.Class"}, and cannot be built.
+of a description and executes nothing in it. An object of another class, such as a user's own module, is described only
+by its name, {"unknown": "package.Class"}, and cannot be built.
 
 Arrays among the arguments are written with their values, because a layer may check them. Infinite numbers and NaN are
 strings, because JSON lacks them.
@@ -177,7 +177,7 @@ def number_of_layers(description: Any) -> int:
 def difference(expected: Any, found: Any, name: str = "") -> str | None:
     """The first difference between two descriptions, in words; None if they agree.
 
-    An argument on one side only is no difference, because another version of a class may lack it.
+    An argument on one side only does not count as a difference, because another version of a class may lack it.
     """
     if isinstance(expected, dict) and isinstance(found, dict):
         if expected.keys() != found.keys() and "type" in {*expected, *found}:

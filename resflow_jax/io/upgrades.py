@@ -1,4 +1,4 @@
-"""Converts arrays from the time before flows were compositions: their names and values.
+"""Converts arrays of early development versions, whose files have no format version: their names and values.
 
     old name                             present name
     scales.0.LAYER                       bijector.LAYER                (vectors)
@@ -28,7 +28,7 @@ _PLACES = (("bijector", "scales", "{n}"), ("bijector", "bijectors", "{n}"), ("bi
 def is_old(names: Iterable[Names]) -> bool:
     """Whether names of a flow's arrays, without their collection, are old names.
 
-    A present flow may have an attribute `scales` of the user's, beside its bijector.
+    A present flow may have a user's attribute `scales` as well, besides its bijector.
     """
     firsts = {name[0] for name in names if name}
     return "scales" in firsts and "bijector" not in firsts

@@ -3,7 +3,7 @@
     y_i = (x_i - m_i(x_<i; c)) * exp(-s_i(x_<i; c)),   log_det = -sum_i s_i
 
 One network computes all m_i and s_i in one pass: masks on its kernels cut every path from x_j to the outputs i <= j.
-Hidden unit k has a degree between 1 and D - 1 and sees the elements up to its degree alone:
+Hidden unit k has a degree between 1 and D - 1 and depends only on the elements up to its degree:
 
     kernel[j, k] != 0 only where degree(k) >= degree(j) for hidden k,   degree(i) > degree(j) for outputs i
 

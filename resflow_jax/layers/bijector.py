@@ -70,10 +70,11 @@ class Bijector(Module):
       event_shape: shape of one x; None if several shapes fit.
       condition_shape: shape of one condition; None for no condition, `...` for any.
       blocks: number of residual blocks inside.
-      takes_noise: whether the log-det is drawn with a key.
-      pads: whether f appends noise to x, and so is no bijection (see `layers.padding`).
-      no_density: why f has no log-det, as a layer and a clause; None if it has one (see `layers.without_log_det`).
-      no_bound: why f has no Lipschitz bound whatever its parameters, a clause, which `certify` repeats; else None.
+      takes_noise: whether the log-det may need a PRNG key.
+      pads: whether f appends noise to x, and so is not a bijection (see `layers.padding`).
+      no_density: the reason why f has no log-det, as "LAYER: reason"; None if it has one (see
+        `layers.without_log_det`).
+      no_bound: the reason why f has no Lipschitz bound for any parameters, which `certify` prints; otherwise None.
 
     Example:
       >>> class Shift(rf.Bijector):
@@ -194,13 +195,13 @@ class Bijector(Module):
         """Lower and upper end of the values of y, or None: the support of the inverse."""
         return None
 
-    # Methods that a layer with residual blocks inside defines, beside `__call__`
+    # Methods that a layer with residual blocks inside defines, besides `__call__`
 
     def estimate(self, x: Array, key: Array | None, estimator: Estimator, condition: Array | None) -> Forward:
         """As `transform`, with the log-det of residual blocks exact or estimated with `key`.
 
-        An estimator may hold arrays with one row for each residual block (the law `Fitted`); every layer is given its
-        own rows.
+        An estimator may hold arrays with one row for each residual block (the length distribution `Fitted`); every
+        layer gets its own rows.
 
         Returns:
           (y, log_det, diagnostics): as in `transform`, and the diagnostics of all residual blocks in order, in one or
@@ -265,7 +266,7 @@ class Bijector(Module):
           condition: floats [*condition_shape], one for all examples, or [B, *condition_shape]; they are converted to
             the dtype of x.
           key: PRNG key of the estimate; not needed by `Exact`, nor by layers in closed form.
-          estimator: of the log-det of residual blocks, `Roulette()` by default.
+          estimator: estimator of the log-det of residual blocks, `Roulette()` by default.
           return_diagnostics: whether to return the `Diagnostics` of the residual blocks, [blocks, ...], as well.
 
         Returns:
@@ -294,7 +295,7 @@ class Bijector(Module):
         Args:
           y: floats [B, ...].
           condition: as in `forward`.
-          solver: of the residual blocks, and of other layers that iterate.
+          solver: solver for the residual blocks, and for other layers that iterate.
           return_status: whether to return the `InverseStatus` of these layers, [layers, B], as well. Without it, a
             solve that does not converge is reported as by `residual_inverse`.
 
@@ -305,8 +306,7 @@ class Bijector(Module):
         closed form cost one pass. No randomness.
 
         Raises:
-          ValueError: for a wrong shape or dtype, a condition that is missing or not expected, and for a solver that is
-            none.
+          ValueError: for a wrong shape or dtype, a condition that is missing or not expected, and an invalid solver.
           InverseError: from an eager call without status, if a solve fails and `solver.on_failure` is "raise".
         """
         check_flag("return_status", return_status)

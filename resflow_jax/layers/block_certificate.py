@@ -7,8 +7,8 @@
 y = (w - g(w)) / sqrt(2), both constants are at most (1 + L) / (1 - L), in every norm (Ahn et al. 2022, arXiv
 2210.08176): |dy| <= (1 + L) |dw| / sqrt(2) and |dx| >= (1 - L) |dw| / sqrt(2), and the same for the inverse.
 
-Power iteration underestimates norms, the more the less it has converged. Here every norm is bounded from above
-(`functional.norm_bounds`), in float64 on the host, from the kernels as the layers apply them.
+Power iteration underestimates norms, by more if it has converged less. Here every norm is bounded from above
+(`functional.norm_bounds`), in float64 on the host, for the kernels as the layers apply them.
 """
 
 import math
@@ -72,12 +72,12 @@ class BlockCertificate:
       bound: L, upper bound on Lip(g) in the norm of order `order`; the block is invertible if L < 1. It is infinite for
         an `UnconstrainedBlock` and a `StridedBlock`.
       target_bound: the bound that the coefficients of its layers set, which `tighten` enforces.
-      order: of the norm in which g has this constant.
+      order: order of the norm in which g has this constant.
       lipschitz: bound on Lip(f) in the 2-norm.
       inverse_lipschitz: bound on Lip(f^-1) in the 2-norm; infinite if the block is not certified.
       layers: a `LayerCertificate` for each linear layer, from the input to the output; empty if `bound` is infinite or
         stated by the user.
-      is_proved: whether the bound is computed from the kernels, by `Contraction.bound`; else the user states it.
+      is_proved: whether the bound is computed from the kernels, by `Contraction.bound`. Otherwise the user states it.
 
     Source: Behrmann et al. (2019, arXiv 1811.00995), theorem 1 and lemma 2.
 
@@ -102,7 +102,7 @@ class BlockCertificate:
             return constructor(self)
         order = "" if self.order == 2 else f" in the norm of order {self.order:g}"
         if not self.is_proved:
-            reason = " on the user's word"
+            reason = " (stated by the user, not proved)"
         elif not self.layers:
             reason = ""
         else:
@@ -156,8 +156,8 @@ def certify_contraction(
     )
 
 
-# Compiled once for all blocks of one structure: one program in the place of many small ones. It gets the linear layers
-# alone. A user's contraction may keep them where no graph of modules finds them, or have parts that do not hash.
+# Compiled once for all blocks of one structure: one program instead of many small ones. It takes only the linear
+# layers. A user's contraction may keep them where no graph of modules finds them, or have parts that do not hash.
 @partial(jax.jit, static_argnums=0)
 def _kernels_and_limits(graphdef: Any, state: Any) -> tuple[list[Array], list[Array]]:
     """The kernels of linear layers as they are applied, and the bounds on their norms."""

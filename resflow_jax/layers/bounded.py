@@ -31,15 +31,16 @@ class Bounded(Elementwise):
 
     Put it first in a chain; an `ActNorm` after it brings its output to mean zero and variance one. The logarithm
     depends on no unit and suits values of many magnitudes; the softplus keeps large values as they are. If the data
-    attain an end, as counts attain zero, give an end a little outside, or make the interval finite.
+    attain an end, such as counts that are zero, give an end a little outside, or make the interval finite.
 
     The inverse always returns values that the layer takes again. Where rounding would reach or pass the end of a
     one-sided interval, it returns the nearest number inside.
 
     Args:
-      low: lower ends; a number, infinite or not, or an array of the last axes of x, as (C,) for one for each column.
+      low: lower ends; a number, infinite or not, or an array of the last axes of x, for example (C,) with one for each
+        column.
       high: upper ends, of the same kind.
-      alpha: of the logit, in (0, 1/2).
+      alpha: alpha of the logit, in (0, 1/2).
       one_sided: "log" or "softplus".
 
     Randomness: none. Cost: one pass over x in each direction.

@@ -13,7 +13,7 @@ Array = jax.Array
 
 
 class Bounds(NamedTuple):
-    """Ends of intervals rounded to a dtype, as NumPy's float64, with a form that broadcasts with an array."""
+    """Ends of intervals rounded to a dtype, in NumPy's float64, with a method that broadcasts them with an array."""
 
     low: np.ndarray
     high: np.ndarray

@@ -64,7 +64,7 @@ class Chain(Composition):
     Randomness: a key is split among the layers that need one. Cost: the sum over the layers.
 
     Raises:
-      ValueError: for parts that are no bijectors, where a layer does not take the events of the layer before it, and
+      ValueError: for parts that are not bijectors, if a layer does not take the events of the layer before it, and
         where two layers take conditions of different shapes; the message names both.
 
     Example:
@@ -211,9 +211,9 @@ class Invert(Bijector):
         check_solver(self.solver)
         self.blocks, self.takes_noise = bijector.blocks, bijector.takes_noise
         if bijector.pads:
-            raise ValueError("bijector: expected one without padding, whose inverse would drop it, got one that pads")
+            raise ValueError("bijector: expected one without padding, which the inverse would drop; got one that pads")
         if bijector.no_density is not None:
-            raise ValueError(f"bijector: expected a bijection, got one with {bijector.no_density}")
+            raise ValueError(f"bijector: expected a bijection; {bijector.no_density}")
         self.condition_shape = bijector.condition_shape
         self.event_shape = None if bijector.event_shape is None else bijector.output_shape(bijector.event_shape)
 
@@ -293,7 +293,7 @@ def _status_of_map(bijector: Bijector, x: Array) -> InverseStatus:
 
 
 def _solves_for_its_map(bijector: Bijector) -> bool:
-    """Whether a layer inside has blocks and a solver of its own, as `MonotoneBlock` and `Invert`."""
+    """Whether a layer inside has blocks and a solver of its own, such as `MonotoneBlock` and `Invert`."""
     layers = (layer for _, layer in nnx.iter_modules(bijector) if isinstance(layer, Bijector) and layer.blocks)
     return any(isinstance(getattr(layer, "solver", None), Solver) for layer in layers)
 

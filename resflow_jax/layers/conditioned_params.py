@@ -39,7 +39,7 @@ class ConditionedParams(Module):
             return None
         check_count("condition_dim", condition_dim, 1)
         if not isinstance(rngs, nnx.Rngs):
-            raise ValueError(f"rngs: expected nnx.Rngs beside condition_dim, got {type(rngs).__name__}")
+            raise ValueError(f"rngs: expected nnx.Rngs with condition_dim, got {type(rngs).__name__}")
         return cls(condition_dim, shapes, rngs=rngs)
 
     def __call__(self, condition: Array) -> list[Array]:

@@ -45,7 +45,7 @@ def as_condition(condition: Any, shape: ConditionShape, batch: tuple[int, ...], 
         broadcast.
       shape: the condition shape of the layers.
       batch: leading axes of the examples.
-      dtype: of the result, that of the examples; None keeps the condition's own.
+      dtype: dtype of the result, that of the examples; None keeps the condition's own.
 
     Raises:
       ValueError: for a condition that is missing, not expected, or of another shape or dtype.

@@ -56,8 +56,8 @@ class VelocityField(Module):
 
     Args:
       shape: shape of one x.
-      conditioner: settings of the network, as `MLPConditioner`; t, and c if there is one, give every hidden layer gates
-        and shifts.
+      conditioner: settings of the network, such as `MLPConditioner`; t, and c if there is one, give every hidden layer
+        gates and shifts.
       condition_dim: number of elements of a condition [condition_dim]; None for none.
       rngs: draws the network.
 
@@ -91,7 +91,7 @@ class VelocityField(Module):
         conditioner = MLPConditioner((64, 64, 64), "tanh") if conditioner is None else conditioner
         if isinstance(conditioner, type) or not hasattr(conditioner, "build"):
             raise ValueError(
-                "conditioner: expected the settings of a network, as rf.MLPConditioner(), got "
+                "conditioner: expected the settings of a network, such as rf.MLPConditioner(), got "
                 f"{type(conditioner).__name__}"
             )
         self.conditioner = conditioner
@@ -112,14 +112,15 @@ class ContinuousBlock(Bijector):
 
     The batch shares its steps, so an example depends on the others, up to the tolerance. If the solve takes more than
     `max_steps`, all examples become NaN in `forward`, and so do all derivatives; an eager call of a `Flow` warns. An
-    example that is not finite, or whose condition is not, becomes NaN alone. `inverse` reports both as any solve:
-    `return_status=True` returns a row of the status, whose iterations are the steps of the solver, and whose residual
-    is 0, or infinite where there is no solution. `forward_with_status` returns the same for the forward direction.
+    example that is not finite, or whose condition is not, becomes NaN; the others do not. `inverse` reports both cases
+    as any solve: `return_status=True` returns a row of the status, whose iterations are the steps of the solver, and
+    whose residual is 0, or infinite if there is no solution. `forward_with_status` returns the same for the forward
+    direction.
 
     Args:
       field: f, a module of Flax NNX that is called as f(t, x) or f(t, x, condition) for t [] and x [B, ...], and
-        treats each example independently; `VelocityField`, for one. In the place of an example that is not finite it
-        gets the first finite one.
+        treats each example independently, for example a `VelocityField`. A non-finite example is replaced by the first
+        finite one before f is called.
       event_shape: shape of one x, if the field does not know it.
       condition_shape: shape of one condition, if the field takes one and does not know it.
       time: length of the interval.
@@ -138,10 +139,10 @@ class ContinuousBlock(Bijector):
 
     Raises:
       ImportError: without diffrax.
-      ValueError: for a field that is no module, numbers that are not positive, an unknown adjoint, and an event_shape
-        or condition_shape that is not that of the field; from `forward` for another estimator, a missing key, a field
-        whose output is not like x or whose state a call changes, and in a `jax.shard_map`, whose types diffrax does not
-        know.
+      ValueError: for a field that is not a module, numbers that are not positive, an unknown adjoint, and an
+        event_shape or condition_shape that is not that of the field; from `forward` for another estimator, a missing
+        key, a field whose output is not like x or whose state a call changes, and in a `jax.shard_map`, whose types
+        diffrax does not support.
 
     Source: Grathwohl et al. (2019, arXiv 1810.01367), section 3 (FFJORD).
 
@@ -314,7 +315,7 @@ def diffrax() -> Any:
 
 
 def _largest_error(tree: Any) -> Array:
-    """The root mean square of each example's errors, of the example where it is largest."""
+    """The largest of the root mean square errors of the examples."""
     leaves = jax.tree.leaves(tree)
     total = sum(jnp.sum(jnp.square(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in leaves)
     mean = jnp.max(total) / sum(leaf[0].size for leaf in leaves)
@@ -331,7 +332,7 @@ def check_times(time: float, tolerance: float) -> None:
 
 
 def _with_finite(batch: Array, is_given: Array) -> Array:
-    """The batch with its first example that is given in the place of those that are not."""
+    """The batch, in which the first example that is given replaces those that are not given."""
     first = batch[jnp.argmax(is_given)]
     return jnp.where(per_example(is_given, batch), batch, jnp.where(jnp.isfinite(first), first, 0))
 

@@ -52,13 +52,14 @@ class Contraction(Module):
     computes the constant from the kernels, given that the formula of `bound` is right. A class that defines `apply`,
     `weights` or `condition_features` does not inherit a `bound`.
 
-    For speed define `weights` and `apply` in place of `__call__`. The weights, such as normalised kernels, are then
+    For speed define `weights` and `apply` instead of `__call__`. The weights, such as normalised kernels, are then
     computed once for all evaluations of g in a log-det or in a solve.
 
     Attributes:
       lipschitz: bound on Lip(g), in (0, 1), for every condition.
-      is_contraction: whether `lipschitz` holds in a single norm. It does not if the orders of the norms of the first
-        and of the last layer differ, and the last is above the first: the bound is then from one norm to the other.
+      is_contraction: whether g is a contraction in one p-norm. It is False if the norm order q of the output exceeds
+        the order p of the input; `lipschitz` then means |g(a) - g(b)|_q <= lipschitz |a - b|_p. It is also False if the
+        two orders are learned separately.
       event_shape: shape of one x; None if several fit.
       condition_shape: shape of one condition; None for no condition, `...` for any.
       linears: the Lipschitz layers inside, from the input to the output, for `bound` and `tighten`.
@@ -104,7 +105,7 @@ class Contraction(Module):
 
     @property
     def widest(self) -> int:
-        """The numbers in the largest output of a layer for one example; 0 if there are no `linears`."""
+        """Number of elements of the largest output of a layer for one example; 0 if there are no `linears`."""
         return max((math.prod(linear.linear_map.example_shape) for linear in self.linears), default=0)
 
     def condition_features(self, condition: Array | None) -> Any:
@@ -123,7 +124,7 @@ class Contraction(Module):
         super().__init_subclass__(**kwargs)
         if "__call__" in vars(cls) and "apply" not in vars(cls) and cls.apply is not Contraction.apply:
             raise TypeError(
-                f"{cls.__name__}: expected a method apply(weights, x, features) beside __call__, since log-dets call "
+                f"{cls.__name__}: expected a method apply(weights, x, features) with __call__, since log-dets call "
                 "apply, and the inherited one belongs to another map; got none"
             )
         if {"apply", "weights", "condition_features"} & vars(cls).keys() and "bound" not in vars(cls):
@@ -142,7 +143,7 @@ class Contraction(Module):
 
         Args:
           norms: one for each layer; layer i maps order i to order i + 1.
-          orders: of the norms, one more than layers.
+          orders: orders of the norms, one more than layers.
 
         Returns:
           The bound, or None if g has parts without a bound: the user then guarantees `lipschitz`.
@@ -170,7 +171,7 @@ class TrustedContraction(Contraction):
             )
         if lipschitz is None:
             raise ValueError(
-                f"lipschitz: expected a bound on the Lipschitz constant of {type(module).__name__}, which is no "
+                f"lipschitz: expected a bound on the Lipschitz constant of {type(module).__name__}, which is not a "
                 "Contraction with a bound of its own, got None"
             )
         check_open_interval("lipschitz", lipschitz, 0, 1)

@@ -41,7 +41,9 @@ class ContractionBlock(Bijector):
             given = {"lipschitz": lipschitz, "event_shape": event_shape, "condition_shape": condition_shape}
             for name, value in given.items():
                 if value is not None:
-                    raise ValueError(f"{name}: expected None beside a Contraction, which knows its own, got {value!r}")
+                    raise ValueError(
+                        f"{name}: expected None together with a Contraction, which knows its own, got {value!r}"
+                    )
             own = getattr(contraction, "lipschitz", None)
             check_open_interval(f"{type(contraction).__name__}.lipschitz", own, 0, 1)
         else:

@@ -26,7 +26,7 @@ class Affine(Bijector):
     Args:
       event_shape: shape of one x.
       condition_dim: number of elements of c [condition_dim]; None for no condition.
-      rngs: of the network; only needed with a condition.
+      rngs: draws the network; only needed with a condition.
 
     Randomness: `rngs` draws the network; maps are deterministic. Cost: one pass over x, and with a condition one
     evaluation of a network with 64 hidden units.

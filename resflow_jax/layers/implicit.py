@@ -24,7 +24,7 @@ class ImplicitBlock(Chain):
     Args:
       g_x: a `Contraction`. For other modules build the chain of `ResidualBlock(module, lipschitz=...)` yourself.
       g_y: a `Contraction` for events of the same shape.
-      solver: of y when the map is applied; `Anderson(on_failure="raise")` by default, see `Invert`.
+      solver: solver for y when the map is applied; `Anderson(on_failure="raise")` by default, see `Invert`.
 
     Randomness: a key is split between the two log-dets; each is unbiased with `Roulette`, exact with `Exact`.
 

@@ -2,7 +2,7 @@
 
     h(x) = W x * min(1, c / sigma) + b,   sigma = u^T W v
 
-u and v are the power-iteration vectors, explicit state beside the parameters (`NormState`). For norms in closed form
+u and v are the power-iteration vectors, explicit state besides the parameters (`NormState`). For norms in closed form
 sigma is instead computed for each row or each column. The vectors are iterated to convergence when a layer is made.
 `update_norm` advances them, and must be called whenever the kernel has changed. Applying the layer never changes them.
 """
@@ -101,7 +101,7 @@ def deferred_norms() -> Iterator[None]:
 class LipschitzLinear(Module):
     """Affine map of bounded norm: x -> linear_map(kernel * min(1, coefficient / sigma), x) + bias.
 
-    Kernel and bias start from the uniform law U(-1/sqrt(fan_in), 1/sqrt(fan_in)), and the norm is iterated to
+    Kernel and bias start from the uniform distribution U(-1/sqrt(fan_in), 1/sqrt(fan_in)), and the norm is iterated to
     convergence from random vectors. After any change of the kernel, the caller must run `update_norm()`.
 
     Example:
@@ -125,7 +125,8 @@ class LipschitzLinear(Module):
     ):
         """coefficient: bound on the norm from the order `domain` to the order `codomain`, in (0, 1).
 
-        slopes: of the activation before or after the layer (see `Activation.steepest`). If it expands in the norm of
+        slopes: slopes of the activation before or after the layer (see `Activation.steepest`). If it expands in the
+          norm of
         order `domain`, the bound on this layer's norm is lower by that factor.
         """
         check_open_interval("coefficient", coefficient, 0, 1)
@@ -174,7 +175,7 @@ class LipschitzLinear(Module):
         return tuple(learnable_order(order[...]) if isinstance(order, nnx.Param) else order for order in orders)
 
     def order_loss(self) -> Array:
-        """The norm of the fixed kernel at the fixed v, differentiable in learnable orders alone; a scalar."""
+        """The norm of the fixed kernel at the fixed v, a scalar; differentiable only in learnable orders."""
         return order_loss(self.linear_map, self.kernel[...], self.v[...], *self.traced_orders())
 
     def weights(self) -> tuple[Array, Array]:

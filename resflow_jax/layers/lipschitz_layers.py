@@ -123,7 +123,7 @@ class LipschitzConv(LipschitzLinear):
         """Makes kernel, bias and the vectors of the norm.
 
         Args:
-          size: of the grid, a tuple of one to three sides.
+          size: size of the grid, a tuple of one to three sides.
           channels_in: number of channels of x.
           channels_out: number of channels of y.
           kernel_size: odd side of the kernel on every axis, or a tuple of them; it may exceed the grid's.

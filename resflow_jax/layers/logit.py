@@ -31,8 +31,8 @@ class Logit(Elementwise):
     dtype distinguishes from the end, so that y and log_det are finite, with derivatives of zero.
 
     Args:
-      alpha: in (0, 1/2), at least the smallest normal number of the dtype.
-      low: lower end, finite; a number, or an array of the last axes of x, as (C,) for one for each column.
+      alpha: a number in (0, 1/2), at least the smallest normal number of the dtype.
+      low: lower end, finite; a number, or an array of the last axes of x, for example (C,) with one for each column.
       high: upper end, of the same kind.
 
     Randomness: none. Cost: one pass over x in each direction.

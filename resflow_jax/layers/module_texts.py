@@ -1,14 +1,14 @@
 """The `repr` of layers and of flows: a line for a layer, a table for a composition.
 
     Chain: events (6,), 15,372 parameters
-      layer                                                     event shape  parameters  promised Lip(g)
+      layer                                                     event shape  parameters  Lip(g) bound
       ActNorm((6,))                                             (6,)                 12
       ResidualBlock(LipschitzMLP(6, hidden=(64, 64)))           (6,)              5,000  0.941192
 
-A layer is shown by the arguments of its constructor. A text that fits on a line is one line, else its parts follow,
-indented. Only shapes and sizes are computed: the network does not run, and no array is read. The last column is the
-bound that the coefficients of the contractions set, and that `certify` proves. The parameters of a stack are those of
-all its layers.
+A layer is shown by the arguments of its constructor. A text that fits on a line is one line; otherwise its parts
+follow, indented. Only shapes and sizes are computed: the network does not run, and no array is read. The last column is
+the bound that the coefficients of the contractions set, and that `certify` proves. "not proved" marks a bound that the
+user states. The parameters of a stack are those of all its layers.
 
 A class of modules may define `_repr_text`, `_repr_parts` and `_repr_promise`, as `Module` describes.
 """
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
     Attributes:
       module: the module.
-      shape: of the events that it takes, None if unknown.
+      shape: shape of the events that it takes; None if unknown.
       label: start of the line.
     """
 
@@ -49,7 +49,7 @@ class Parts(NamedTuple):
     Attributes:
       heading: the name above the parts.
       parts: the modules that have lines of their own.
-      facts: for the head of the table, in place of the shapes of events.
+      facts: texts for the head of the table, instead of the shapes of events.
     """
 
     heading: str
@@ -58,7 +58,7 @@ class Parts(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """The stated bound on Lip(g), None without one; `is_word`: the user states it, and it is never proved."""
+    """The bound on Lip(g), None if there is none; `is_word`: whether the user states it, so that it is not proved."""
 
     bound: float | None
     is_word: bool
@@ -71,7 +71,7 @@ class _Row(NamedTuple):
     promise: str
 
 
-_HEAD = _Row("  layer", "event shape", "parameters", "promised Lip(g)")
+_HEAD = _Row("  layer", "event shape", "parameters", "Lip(g) bound")
 
 
 def module_text(module: nnx.Module) -> str:
@@ -127,7 +127,7 @@ def _line(module: nnx.Module) -> str:
     number = parameters_text(module)
     facts = [count(int(number.replace(",", "")), "parameter") if number not in ("?", "0") else ""]
     promise = _promise_text(module)
-    facts += [f"promised Lip(g) {promise}"] if promise else []
+    facts += [f"Lip(g) bound {promise}"] if promise else []
     facts = [fact for fact in facts if fact]
     return short_text(module) + (f"  # {', '.join(facts)}" if facts else "")
 
@@ -169,7 +169,7 @@ def _shapes(module: Any, shape: Shape | None) -> str:
 
 
 def _promise_text(module: nnx.Module) -> str:
-    """The largest stated bound of the contractions inside; empty if there are none."""
+    """The largest bound of the contractions inside; empty if there are none."""
     nodes = (node for _, node in nnx.iter_modules(module))
     found = [node._repr_promise() for node in nodes if hasattr(node, "_repr_promise")]
     found = [promise for promise in found if promise is not None]
@@ -178,4 +178,4 @@ def _promise_text(module: nnx.Module) -> str:
     if any(promise.bound is None for promise in found):
         return "no bound"
     bound = upper(max(promise.bound for promise in found))
-    return f"{bound}, on your word" if any(promise.is_word for promise in found) else bound
+    return f"{bound}, not proved" if any(promise.is_word for promise in found) else bound

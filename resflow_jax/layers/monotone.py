@@ -33,11 +33,11 @@ class MonotoneBlock(ContractionBlock):
     returns NaN for this example. With the solver's `on_failure="warn"` y is the best guess.
 
     Args:
-      contraction: g, as of `ResidualBlock`: a `Contraction`, or any module with `lipschitz`.
-      lipschitz: as of `ResidualBlock`.
+      contraction: g, as in `ResidualBlock`: a `Contraction`, or any module with `lipschitz`.
+      lipschitz: as in `ResidualBlock`.
       event_shape: shape of one x, if g is a module and the shape is known.
       condition_shape: shape of one condition, if g is a module that takes one.
-      solver: of w when the map is applied; `Anderson(on_failure="raise")` by default. `inverse` takes its own.
+      solver: solver for w when the map is applied; `Anderson(on_failure="raise")` by default. `inverse` takes its own.
 
     Randomness: `forward` draws the estimate of the log-det [B], in nats, with its key; it is unbiased with `Roulette`,
     exact with `Exact`. y and the inverse are deterministic.

@@ -145,7 +145,7 @@ class DenseNet(DenseNetOfMaps):
     have converged (`update_norms`).
 
     Args:
-      shape: of one x: (D,) or D for vectors, (*size, C) for grids of one to three axes, channels last.
+      shape: shape of one x: (D,) or D for vectors, (*size, C) for grids of one to three axes, channels last.
       depth: number of dense layers.
       growth: features, or channels, that each dense layer adds.
       first: width of a layer before the dense ones; None for none.
@@ -209,7 +209,7 @@ def chain_of_maps(
     check_widths(activation, hidden)
     if preactivation and features % activation.group:
         raise ValueError(
-            f"preactivation: expected none for {activation.name} on {features} channels, which are no multiple of "
+            f"preactivation: expected none for {activation.name} on {features} channels, which is not a multiple of "
             f"{activation.group}"
         )
     outputs = [*(width // activation.expansion for width in hidden), features]

@@ -38,11 +38,11 @@ class ChannelPadding(Bijector):
 
         y = [x, e],   e = shift + scale * n,   x = y without the last channels,   log_det = -log q(e)
 
-    It is no bijection: see `layers.padding` for the density of a flow with this layer.
+    It is not a bijection: see `layers.padding` for the density of a flow with this layer.
 
     Args:
       channels: number of channels to append.
-      noise: law of n: "uniform" on [0, 1] or "gaussian" (standard normal).
+      noise: distribution of n: "uniform" on [0, 1] or "gaussian" (standard normal).
       scale: positive factor on n.
       shift: added to scale * n.
 

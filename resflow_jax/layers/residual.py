@@ -46,8 +46,8 @@ class ResidualBlock(ContractionBlock):
         log_det = log|det(I + dg/dx)| = sum_k (-1)^(k+1) tr((dg/dx)^k) / k
 
     Args:
-      contraction: g. Either a `Contraction`, as `LipschitzMLP`, which bounds its Lipschitz constant itself; or, with
-        `lipschitz`, any module of Flax NNX that is called as module(x) or module(x, condition), keeps the shape of
+      contraction: g. Either a `Contraction`, such as `LipschitzMLP`, which bounds its Lipschitz constant itself; or,
+        with `lipschitz`, any module of Flax NNX that is called as module(x) or module(x, condition), keeps the shape of
         x [B, ...] and treats each example independently.
       lipschitz: L < 1 with |g(a; c) - g(b; c)| <= L |a - b| for every condition. The caller must guarantee it:
         `check_contraction` can refute it on data, nothing here proves it.
@@ -62,7 +62,7 @@ class ResidualBlock(ContractionBlock):
 
     Raises:
       ValueError: for a module without `lipschitz`, a `lipschitz` outside (0, 1), and for `lipschitz`, `event_shape` or
-        `condition_shape` beside a `Contraction`.
+        `condition_shape` together with a `Contraction`.
 
     Source: Behrmann et al. (2019, arXiv 1811.00995); the unbiased log-det is by Chen et al. (2019, arXiv 1906.02735).
 
@@ -104,7 +104,7 @@ class ResidualBlock(ContractionBlock):
 
 
 class ResidualStack(Bijector):
-    """Layers of one structure, as a residual block and the layers after it, composed and run as one scan.
+    """Layers of one structure, such as a residual block and the layers after it, composed and run as one scan.
 
     f = f_depth o ... o f_1, with log-dets and inverse as in `Chain`. The parameters are stacked on a leading axis, so
     program size and compile time do not grow with the depth.

@@ -10,23 +10,24 @@ from resflow_jax.layers.residual import ResidualStack
 def make_reversible(flow: nnx.Module, solver: Solver | None = None) -> None:
     """Lets gradients recompute the inputs of stacked layers from their outputs, by the inverse, in place.
 
-    Values stay as they are, and gradients too, up to the error of the inverse. Memory for activations no longer grows
+    Values do not change, and gradients only by the error of the inverse. Memory for activations no longer grows
     with the number of stacked layers; parameters and their gradients still do. If the inverse of an example does not
     converge at a layer, its gradient is NaN, and so are those in the conditions and in the parameters of this layer and
     of those before it. Gradients have first-order reverse mode, and forward mode over that; `jax.jvp` and `jax.jacfwd`
-    of the flow alone raise a TypeError. `rf.save` does not write this setting. It concerns the map and its log-det, as
-    `log_prob` takes them; stacks inside an `Invert`, and gradients of `inverse` and of samples, keep inputs as before,
-    as do passes of a classifier with dropout, which the inverse would have to know.
+    of the flow alone raise a TypeError. `rf.save` does not write this setting. It affects only the forward map and its
+    log-det (`forward`, `log_prob`). Stacks inside an `Invert`, gradients of `inverse` and of samples, and classifier
+    passes with dropout still store their inputs.
 
     Args:
-      flow: a flow, a classifier or a bijector with `ResidualStack`s, as `ResidualFlow` has for its blocks.
-      solver: of the inverses. None takes `Anderson()`, whose tolerance is 1e-6 in float32.
+      flow: a flow, a classifier or a bijector with `ResidualStack`s, which `ResidualFlow` has for its blocks.
+      solver: solver for the inverses. None takes `Anderson()`, whose tolerance is 1e-6 in float32.
 
-    Randomness: none. Cost: in a gradient, one inverse (about eight evaluations of g a block) and one more estimate of
+    Randomness: none. Cost: in a gradient, one inverse (about eight evaluations of g per block) and one more estimate of
     the log-det of every stacked layer.
 
     Raises:
-      ValueError: if `flow` has no `ResidualStack`, or one of layers that are no bijections, or `solver` is no solver.
+      ValueError: if `flow` has no `ResidualStack`, or one with layers that are not bijections, or if `solver` is not a
+        solver.
 
     Source: Gomez et al. (2017, arXiv 1707.04585).
 

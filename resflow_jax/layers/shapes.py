@@ -144,14 +144,14 @@ class Permutation(_Rearrangement):
     permutation.
 
     Args:
-      order: every index of the axis once, as `np.random.default_rng(0).permutation(6)`.
-      axis: of the event: counted from the last, -1, or from the first, 0.
+      order: every index of the axis once, for example `np.random.default_rng(0).permutation(6)`.
+      axis: axis of the event, counted from the last, -1, or from the first, 0.
 
     Randomness: none. Cost: one copy of x.
 
     Raises:
-      ValueError: for an order that is no permutation and an axis that is no integer; from `output_shape`, for events
-        with another number of elements along the axis.
+      ValueError: for an order that is not a permutation and an axis that is not an integer; from `output_shape`, for
+        events with another number of elements along the axis.
 
     Example:
       >>> layer = rf.Permutation([2, 0, 1])

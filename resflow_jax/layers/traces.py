@@ -28,7 +28,7 @@ def probes_for(estimator: Estimator, key: Array | None, x: Array) -> Array | Non
     """The probes [n, B, ...] of an estimator for examples x [B, ...]; None if it takes none.
 
     Raises:
-      ValueError: for an estimator that is no trace estimate, and for a missing key.
+      ValueError: for an estimator that is not a trace estimate, and for a missing key.
     """
     estimator = original(estimator)
     if isinstance(estimator, Exact | WithoutLogDet):
@@ -59,7 +59,7 @@ class Trace:
 
     @classmethod
     def of(cls, estimator: Estimator) -> "Trace":
-        """What the estimator asks for."""
+        """The settings that the estimator determines."""
         estimator = original(estimator)
         return cls(not isinstance(estimator, WithoutLogDet), getattr(estimator, "chunk_size", 1))
 

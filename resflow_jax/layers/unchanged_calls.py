@@ -16,14 +16,14 @@ def call_unchanged(name: str, module: nnx.Module, *arguments: Any) -> Any:
       *arguments: of the call.
 
     Raises:
-      ValueError: if the call changes the state of the module, as batch statistics and random streams do. The output is
-        then no function of one example, and the change would be lost.
+      ValueError: if the call changes the state of the module, such as batch statistics or random streams. The output is
+        then not a function of one example, and the change would be lost.
     """
     params, state = _leaves(module)
     y = module(*arguments)
     params_after, state_after = _leaves(module)
     changed = [path for path, leaf in state.items() if state_after.get(path) is not leaf]
-    # A Flax transformation inside, as nnx.jit, writes back all variables, also unchanged ones and parameters.
+    # A Flax transformation inside, such as nnx.jit, writes back all variables, also unchanged ones and parameters.
     if changed and all(params_after.get(path) is leaf for path, leaf in params.items()):
         raise ValueError(
             f"{name}: expected a call of {type(module).__name__} not to change its state, got other values of "

@@ -107,7 +107,7 @@ class StridedBlock(NoBijection):
 
     Args:
       shape: (H, W, C) of one x.
-      channels: of y.
+      channels: number of channels of y.
       hidden_channels: width of g.
       stride: 1 or 2; it divides H and W.
       activation, preactivation, rngs: as in `UnconstrainedBlock`.
@@ -128,7 +128,7 @@ class StridedBlock(NoBijection):
 
     blocks = 1
     takes_noise = True
-    reason = "a block that changes the shape of its input is no bijection"
+    reason = "a block that changes the shape of its input is not a bijection"
 
     def __init__(
         self,

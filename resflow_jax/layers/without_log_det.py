@@ -1,7 +1,7 @@
 """A pass through a flow without log-dets, as a classifier needs it, and the refusal of log-dets that do not exist.
 
-Some layers of classifiers are no bijections: zeros appended to x, blocks without a bound on their Lipschitz constant,
-strided convolutions. They take part in a pass without log-dets, and refuse every other.
+Some layers of classifiers are not bijections: zeros appended to x, blocks without a bound on their Lipschitz constant,
+strided convolutions. They take part in a pass without log-dets, and raise an error in every other pass.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Array = jax.Array
 @partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("dropout",))
 @dataclass(frozen=True)
 class WithoutLogDet:
-    """Takes the place of an estimator: y = x + dropout(g(x)), and zeros for the log-det.
+    """Used instead of an estimator: y = x + dropout(g(x)), and zeros for the log-det.
 
     Attributes:
       dropout: probability, in [0, 1), with which each element of g(x) is set to zero; the others are divided by
@@ -73,7 +73,7 @@ class NoBijection(Bijector):
     """Interface of layers that have no log-det. A subclass defines `__call__`, `passed` and `invert` or `solve`.
 
     Attributes:
-      reason: why there is no log-det, a clause.
+      reason: the reason why there is no log-det, for the error.
     """
 
     reason: str

@@ -79,7 +79,7 @@ class AutoregressiveFlowConfig(OfEvents):
 
     @classmethod
     def maf(cls, shape: tuple[int, ...], **settings: Any) -> "AutoregressiveFlowConfig":
-        """Five autoregressive layers, with an ActNorm in the place of each batch normalisation."""
+        """Five autoregressive layers, with an ActNorm instead of each batch normalisation."""
         return cls(shape, **settings)
 
 
@@ -90,7 +90,7 @@ class AutoregressiveFlow(RecipeFlow):
     other. There is no bound on its Lipschitz constants. Methods and errors are those of `Flow`.
 
     Args:
-      config: an `AutoregressiveFlowConfig`, as of one of its presets.
+      config: an `AutoregressiveFlowConfig`, for example one of its presets.
       rngs: `rngs.params` draws the parameters.
 
     Randomness: none but in samples and padding. Cost: one pass through every network; D for the inverse.

@@ -29,9 +29,9 @@ class Around:
     """The layers before and after every residual block of a scale.
 
     Attributes:
-      config: of the flow.
+      config: config of the flow.
       actnorms: the shape of every ActNorm after a block.
-      channels: of the blocks' last axis.
+      channels: number of channels, the size of the last axis.
       invertible_linear: whether an invertible linear layer precedes a block.
     """
 
@@ -96,7 +96,7 @@ def layered(
     def make(preactivation: bool, rngs: nnx.Rngs) -> Layered:
         if preactivation and features % activation.group:
             raise ValueError(
-                f"preactivation: expected 'none' for {activation.name} on {features} channels, which are no multiple "
+                f"preactivation: expected 'none' for {activation.name} on {features} channels, which is not a multiple "
                 f"of {activation.group}, got {config.preactivation!r}"
             )
         maps = chain_of_maps(linear, features, hidden, kernels, activation, preactivation)

@@ -28,8 +28,8 @@ class Certificate:
       blocks: a `BlockCertificate` for every residual block, in the order of the flow.
       lipschitz: bound on Lip(f) of the whole flow, in the 2-norm, for images in [0, 1].
       inverse_lipschitz: bound on Lip(f^-1) of the whole flow; infinite unless certified, and if a layer has no bound.
-      unbounded: the class and the reason of every layer that has no Lipschitz bound whatever its parameters, as a
-        coupling layer. Such layers are invertible by construction; how far they stretch is not bounded.
+      unbounded: (class, reason) of every layer that has no Lipschitz bound for any parameters, such as a coupling
+        layer. Such layers are invertible by construction, but their Lipschitz constants are not bounded.
 
     Source: Behrmann et al. (2019, arXiv 1811.00995), theorem 1 and lemma 2.
 
@@ -48,7 +48,7 @@ class Certificate:
     def __repr__(self) -> str:
         try:
             return "\n".join(self._lines())
-        except Exception:  # fields may hold something other than numbers, as inside jax.tree.map
+        except Exception:  # fields may hold something other than numbers, for example inside jax.tree.map
             return constructor(self)
 
     def _lines(self) -> list[str]:
@@ -65,13 +65,13 @@ class Certificate:
         if beyond:
             lines.append(f"  no contraction by the bound: {_some(beyond)}")
         if self.unproved:
-            lines.append(f"  on the user's word: {_some([*map(str, self.unproved)])}")
+            lines.append(f"  stated by the user, not proved: {_some([*map(str, self.unproved)])}")
         lines += [f"  no Lipschitz bound for {text}" for text in self.unbounded_texts()]
         return [*lines, f"  Lip(f) <= {upper(self.lipschitz)}, Lip(f^-1) <= {upper(self.inverse_lipschitz)}"]
 
     @property
     def bounds(self) -> np.ndarray:
-        """Upper bound on Lip(g) of every block, float64 [blocks]; for those in `unproved` the user's statement."""
+        """Upper bound on Lip(g) of every block, float64 [blocks]; for blocks in `unproved` the user states it."""
         return np.array([block.bound for block in self.blocks])
 
     @property
@@ -97,8 +97,9 @@ class Certificate:
         """
         if self.unproved:
             raise ValueError(
-                f"flow: expected every block proved to be invertible, got blocks {', '.join(map(str, self.unproved))} "
-                "on the user's word: their contractions are modules or subclasses of Contraction without a `bound`"
+                "flow: expected every block proved to be invertible, got a bound that the user states for blocks "
+                f"{', '.join(map(str, self.unproved))}: their contractions are modules or subclasses of Contraction "
+                "without a `bound`"
             )
         if not self.is_certified:
             worst = int(np.argmax(self.bounds))
@@ -113,10 +114,10 @@ class Certificate:
             )
 
     def error_bounds(self, status: InverseStatus) -> np.ndarray:
-        """Upper bounds on the error in x that each block's solve leaves, in the 2-norm.
+        """Upper bounds on the error in x after each block's solve, in the 2-norm.
 
-        The bound is |r| / (1 - L) with the residual r in `InverseStatus`, up to rounding; infinite for a block that is
-        not certified, and for blocks inside of an `Invert` whose inverse is a solve all the same.
+        The bound is |r| / (1 - L) with the residual r in `InverseStatus`, up to rounding. It is infinite for a block
+        that is not certified, and for a block inside of an `Invert` whose inverse is itself a solve.
 
         Args:
           status: from `flow.inverse(z, return_status=True)`, fields [blocks, B].
@@ -125,7 +126,7 @@ class Certificate:
           float64 [blocks, B], in the unit of the block's input.
 
         Raises:
-          ValueError: for a status with rows of other layers that iterate, as `MixtureCoupling`.
+          ValueError: for a status with rows of other layers that iterate, such as `MixtureCoupling`.
         """
         if len(status.residual_norm) != len(self.blocks):
             raise ValueError(
@@ -137,7 +138,7 @@ class Certificate:
         return np.multiply(factors, np.asarray(status.residual_norm, np.float64), out=bounds, where=factors < math.inf)
 
     def unbounded_texts(self) -> list[str]:
-        """A text for each kind of layers without a bound, as "2 layers AffineCoupling: the network ..."."""
+        """A text for each kind of layer without a bound, such as "2 layers AffineCoupling: the network ..."."""
         return [f"{count(n, 'layer')} {name}: {why}" for (name, why), n in Counter(self.unbounded).items()]
 
     def as_dict(self) -> dict[str, Any]:
@@ -146,7 +147,7 @@ class Certificate:
 
 
 def _some(names: list[str]) -> str:
-    """The text for the first of these block numbers."""
+    """A text that lists the first of these block numbers, and counts the others."""
     return (
         f"block{'' if len(names) == 1 else 's'} "
         + ", ".join(names[:_SHOWN])
@@ -159,15 +160,15 @@ def certify(flow: Flow) -> Certificate:
 
     The norms of dense layers and 1x1 convolutions come from their singular values, those of other convolutions from the
     circular convolution that contains them or, if that is small, from the exact matrix; see `functional.norm_bounds`. A
-    block of mixed norms is bounded in these and in the 2-norm, and the smaller bound counts. The bounds hold for the
-    normalised kernels, in exact arithmetic.
+    block of mixed norms is bounded in its own norms and in the 2-norm, and the smaller bound is used. The bounds hold
+    for the normalised kernels, in exact arithmetic.
 
     Args:
-      flow: the flow; it stays as it is. If it was trained, `flow.converge_norms()` and `flow.tighten()` come first.
+      flow: the flow, which is not changed. After training, call `flow.converge_norms()` and `flow.tighten()` first.
 
     Returns:
-      A `Certificate`. A block with a user's module counts with the stated `lipschitz`, and is listed as `unproved`.
-      Coupling layers and other layers that have no bound are listed as `unbounded`, a stack of them once.
+      A `Certificate`. For a block with a user's module it uses the stated `lipschitz`, and lists the block as
+      `unproved`. Coupling layers and other layers that have no bound are listed as `unbounded`, a stack of them once.
 
     Randomness: none. Cost: singular value decompositions of all kernels, in float64 on the host; no evaluation of g.
     Not traceable.

@@ -3,7 +3,7 @@
     h = f(x),   logits = head(h),   p(y | x) = softmax(logits)_y
 
 With a bijector f, the same network is a density model: log p(x, y) = log p(y | x) + log p(x) (Chen et al. 2019, arXiv
-1906.02735, section 5.4). With zeros appended to x, or with blocks that are no bijections, it only classifies.
+1906.02735, section 5.4). With zeros appended to x, or with blocks that are not bijections, it only classifies.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ class Classifier(Flow):
 
     Args:
       bijector: f, from x to h.
-      head: maps h to logits, as `PooledHead`; None takes the base, a `MixtureOfNormals` without a condition.
+      head: maps h to logits, for example a `PooledHead`; None takes the base, a `MixtureOfNormals` without a condition.
       base: the distribution of h; by default `StandardNormal`.
       event_shape: shape of one x, if neither f nor the base knows it.
 
@@ -67,14 +67,14 @@ class Classifier(Flow):
         if head is None:
             if not isinstance(self.base, MixtureOfNormals) or self.base.condition_shape is not None:
                 raise ValueError(
-                    "head: expected one, or None beside a base MixtureOfNormals without a condition, got None beside "
+                    "head: expected a head, or None with a base MixtureOfNormals without a condition, got None with "
                     f"{type(self.base).__name__}"
                 )
             classes = self.base.components
         else:
             check_type("head", head, PooledHead)
             if head.shape != self.latent_shape:
-                raise ValueError(f"head: expected one for {self.latent_shape}, as f returns, got one for {head.shape}")
+                raise ValueError(f"head: expected shape {self.latent_shape}, which f returns, got shape {head.shape}")
             classes = head.classes
         self.head = head
         self.classes = classes
@@ -95,7 +95,7 @@ class Classifier(Flow):
 
         Raises:
           ValueError: as `forward` for x and condition, for a dropout outside of [0, 1), for dropout without a key, and
-            for dropout of a block whose map is a solve, as `MonotoneBlock`.
+            for dropout of a block whose map is a solve, such as a `MonotoneBlock`.
 
         Example:
           >>> base = rf.MixtureOfNormals(3, (2,), rngs=nnx.Rngs(0))

@@ -25,16 +25,15 @@ class ClassifierConfig:
       classes: K, the number of classes.
       blocks: residual blocks of each stage.
       hidden_channels: width of the blocks of each stage.
-      padding: channels of zeros that are appended before the first stage. With any, there is no density of x.
+      padding: number of channels of zeros that are appended before the first stage. If positive, x has no density.
       squeeze_first: whether the resolution is halved before the first stage.
-      activation: an activation without parameters that keeps the channels; for the pooled head also one that does not
-        mix them, as fullsort does.
+      activation: an activation without parameters that keeps the number of channels; for the pooled head also one that
+        does not mix them (fullsort does).
       coefficient: bound on the norm of every convolution, in (0, 1); None for no bound ("vanilla"): the network then
         has no inverse that can be relied on, and no density.
       architecture: "invertible" halves the resolution by squeezes, which lose nothing; "standard" by strides, with
         convolutions of one pixel as shortcuts, to the same number of channels.
-      head_channels: channels that a linear map at every position of the features gives before the pooled head; None for
-        no such map.
+      head_channels: output channels of a 1x1 convolution before the pooled head; None for no convolution.
       head: "pooled" for a linear layer on pooled features (`PooledHead`); "mixture" for Bayes' rule with a normal
         distribution of the output for each class (`MixtureOfNormals`).
       logit_alpha: alpha of a logit of the images, as densities use it; None for none.
@@ -101,7 +100,9 @@ class ClassifierConfig:
         if self.head_channels is not None:
             check_count("head_channels", self.head_channels, 1)
             if self.head != "pooled":
-                raise ValueError(f"head_channels: expected None beside head {self.head!r}, got {self.head_channels}")
+                raise ValueError(
+                    f"head_channels: expected None together with head {self.head!r}, got {self.head_channels}"
+                )
         if self.logit_alpha is not None:
             check_open_interval("logit_alpha", self.logit_alpha, 0, 0.5)
         if self.architecture == "standard" and self.coefficient is not None:
@@ -124,9 +125,9 @@ class ClassifierConfig:
 
     @property
     def no_density(self) -> str | None:
-        """Why there is no density of x; None if there is one."""
+        """The reason why there is no density of x; None if there is one."""
         if self.coefficient is None:
             return "coefficient None: the blocks need not be bijections"
         if self.padding:
-            return f"padding {self.padding}: with appended zeros the network is injective, but no bijection"
+            return f"padding {self.padding}: with appended zeros the network is injective, but not a bijection"
         return None

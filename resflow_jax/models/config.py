@@ -46,7 +46,7 @@ class ImageFlowConfig:
       between: layers between the blocks.
       norms: orders of the norms between the linear layers.
       tail: dense blocks after the last scale.
-      densenet: DenseNets in place of chains of layers, with `kernels` and `hidden_channels`.
+      densenet: DenseNets instead of chains of layers, with `kernels` and `hidden_channels`.
       scales: squeezes and factoring out.
       block: the kind of block: "residual", y = x + g(x); "monotone", see `MonotoneBlock`; or "implicit", which has two
         contractions, see `ImplicitBlock`. The last two stretch more, and their map is a solve.
@@ -151,7 +151,7 @@ class VectorFlowConfig:
       data: normalisation and padding of the vectors.
       between: layers between the blocks.
       norms: orders of the norms between the linear layers.
-      densenet: DenseNets in place of chains of layers, with `hidden`.
+      densenet: DenseNets instead of chains of layers, with `hidden`.
       block: the kind of block: "residual", y = x + g(x); "monotone", see `MonotoneBlock`; or "implicit", which has two
         contractions, see `ImplicitBlock`. The last two stretch more, and their map is a solve.
 
@@ -209,10 +209,10 @@ def has_mixed_norms(config: FlowConfig) -> bool:
 
 
 def _check_norms(config: FlowConfig, name: str, norms: tuple[float, ...] | None) -> None:
-    """Raises if orders of norms are given beside learned orders or DenseNets."""
+    """Raises if orders of norms are given together with learned orders or DenseNets."""
     if norms is not None and (config.densenet.depth or config.norms.learned):
         other = "densenet.depth" if config.densenet.depth else "norms.learned"
-        raise ValueError(f"{name}: expected None beside {other}, got {norms!r}")
+        raise ValueError(f"{name}: expected None together with {other}, got {norms!r}")
 
 
 def _check_common(config: FlowConfig, layers: int) -> None:
@@ -231,6 +231,6 @@ def _check_common(config: FlowConfig, layers: int) -> None:
     _check_norms(config, "norms.orders", config.norms.orders)
     if config.densenet.depth:
         if config.between.centering == "layers":
-            raise ValueError("between.centering: expected None or 'blocks' beside densenet.depth, got 'layers'")
+            raise ValueError("between.centering: expected None or 'blocks' with densenet.depth, got 'layers'")
         if config.norms.learned:
-            raise ValueError("norms.learned: expected False beside densenet.depth, got True")
+            raise ValueError("norms.learned: expected False together with densenet.depth, got True")

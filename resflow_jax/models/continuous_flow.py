@@ -112,7 +112,7 @@ class ContinuousFlow(RecipeFlow):
     are those of `Flow`.
 
     Args:
-      config: a `ContinuousFlowConfig`, as `ContinuousFlowConfig.ffjord((2,))`.
+      config: a `ContinuousFlowConfig`, such as `ContinuousFlowConfig.ffjord((2,))`.
       rngs: `rngs.params` draws the parameters.
 
     Randomness: as in `ContinuousBlock`. Cost: a solve for every block, in either direction.

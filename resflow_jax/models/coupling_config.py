@@ -36,7 +36,7 @@ class CouplingScales:
       factor_out: whether half of the channels passes straight to z between scales (see `MultiScale`).
 
     Raises:
-      ValueError: for negative numbers, and for a `factor_out` that is no bool.
+      ValueError: for negative numbers, and for a `factor_out` that is not a bool.
 
     Source: Dinh et al. (2017, arXiv 1605.08803), sections 3.4 and 3.6.
 
@@ -74,8 +74,8 @@ class CouplingFlowConfig(OfEvents):
       coupling: "additive", "affine", "spline" or "mixture".
       couplings: number of coupling layers; for images, on the channels of each scale, after its squeeze.
       conditioner: settings of the networks.
-      scale: of "affine" alone: "exp" or "sigmoid"; see `AffineCoupling`.
-      pieces: bins of "spline", components of "mixture"; of these alone.
+      scale: only for "affine": "exp" or "sigmoid"; see `AffineCoupling`.
+      pieces: number of bins of "spline" or of components of "mixture"; only for these.
       linear: whether an invertible linear layer (on images a 1x1 convolution) precedes each coupling layer. Without it
         kept and moved elements are exchanged in turn.
       actnorm: whether an `ActNorm` precedes each coupling layer. Without it a learned scale of every element is last.

@@ -35,7 +35,7 @@ class CouplingFlow(RecipeFlow):
     Lipschitz constants (`certify`). z is ordered as that of a `ResidualFlow`. Methods and errors are those of `Flow`.
 
     Args:
-      config: a `CouplingFlowConfig`, as of one of its presets.
+      config: a `CouplingFlowConfig`, for example one of its presets.
       rngs: `rngs.params` draws the parameters.
 
     Randomness: none but in samples and padding. Cost: one pass through every network, in either direction.

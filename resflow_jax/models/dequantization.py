@@ -40,7 +40,7 @@ class VariationalDequantization(Module):
 
     Args:
       shape: (H, W, C) of one image, with at least two pixels.
-      couplings: number of affine coupling layers, with checkerboards in turn.
+      couplings: number of affine coupling layers, with alternating checkerboards.
       width: number of channels of their networks, and of the features of k.
       rngs: draws the parameters.
 
@@ -82,7 +82,7 @@ class VariationalDequantization(Module):
 
     @classmethod
     def of(cls, config: Any, *, rngs: nnx.Rngs) -> "VariationalDequantization":
-        """The noise that a config of a flow of images asks for by `config.data.dequantization`."""
+        """The noise that `config.data.dequantization` selects, for a config of a flow of images."""
         settings = config.data.dequantization
         return cls(config.shape, settings.couplings, settings.width, rngs=rngs)
 
@@ -118,7 +118,7 @@ def _log_slope(h: Array) -> Array:
 
 
 def check_dequantizer(dequantizer: Any, event_shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless it can draw noise, and is of images of this shape if it has a shape."""
+    """Raises ValueError unless it can draw noise and, if it has a shape, takes images of this shape."""
     if isinstance(dequantizer, type) or not callable(getattr(dequantizer, "sample", None)):
         raise ValueError(
             f"dequantizer: expected an rf.VariationalDequantization, or a module with its method sample(x, key), got "
@@ -126,4 +126,4 @@ def check_dequantizer(dequantizer: Any, event_shape: tuple[int, ...]) -> None:
         )
     shape = getattr(dequantizer, "shape", event_shape)
     if tuple(shape) != event_shape:
-        raise ValueError(f"dequantizer: expected one of images {event_shape}, got one of {shape}")
+        raise ValueError(f"dequantizer: expected images of shape {event_shape}, got shape {shape}")

@@ -89,8 +89,8 @@ class Flow(FlowParts, FlowSampling, FlowUpkeep):
 
         Args:
           bijector: f, from x to z.
-          base: of z: a `Base`, as `StandardNormal`, or any object with log_prob(z) [B] and sample(key, n) [n, ...]. By
-            default `StandardNormal` of the shape that f returns.
+          base: distribution of z: a `Base`, such as `StandardNormal`, or any object with log_prob(z) [B] and
+            sample(key, n) [n, ...]. By default `StandardNormal` of the shape that f returns.
           event_shape: shape of one x; only needed if neither f nor the base knows it.
           dequantizer: the noise of integer images, a `VariationalDequantization` of the shape of x; by default uniform.
 
@@ -105,7 +105,7 @@ class Flow(FlowParts, FlowSampling, FlowUpkeep):
         if event_shape is None:
             raise ValueError(
                 "event_shape: expected the shape of one x, since neither bijector nor base has one, got None; pass "
-                "event_shape=..., or a base with a shape, as StandardNormal((3,))"
+                "event_shape=..., or a base with a shape, such as StandardNormal((3,))"
             )
         event_shape = as_shape("event_shape", event_shape)
         try:
@@ -117,7 +117,7 @@ class Flow(FlowParts, FlowSampling, FlowUpkeep):
         if tuple(self.base.event_shape) != latent_shape:
             raise ValueError(
                 f"base: expected a distribution of events {latent_shape}, as the bijector returns for {event_shape}, "
-                f"got one of {tuple(self.base.event_shape)}"
+                f"got events {tuple(self.base.event_shape)}"
             )
         self.event_shape = event_shape
         if dequantizer is not None:
@@ -158,7 +158,7 @@ class Flow(FlowParts, FlowSampling, FlowUpkeep):
 
     @property
     def pads(self) -> bool:
-        """Whether the flow appends noise to x, and so is no bijection (see `layers.padding`)."""
+        """Whether the flow appends noise to x, and so is not a bijection (see `layers.padding`)."""
         return self.bijector.pads
 
     @property
@@ -185,8 +185,8 @@ class Flow(FlowParts, FlowSampling, FlowUpkeep):
             returns.
           condition: floats [*condition_shape], one for all examples, or [B, *condition_shape], one for each.
           key: PRNG key of the estimate; not needed by `Exact`, except by a flow that pads x with noise.
-          estimator: of each block's log-det: `Exact()`, `Truncated(...)`, or `Roulette(...)`, the default, which is
-            unbiased. The law of its lengths may be a `Fitted` with one row for each residual block.
+          estimator: estimator of each block's log-det: `Exact()`, `Truncated(...)`, or `Roulette(...)`, the default,
+            which is unbiased. Its length distribution may be a `Fitted` with one row for each residual block.
           return_diagnostics: whether to return the estimates' `Diagnostics` as well.
 
         Returns:

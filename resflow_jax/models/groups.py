@@ -1,7 +1,7 @@
 """Groups of settings that the configs of flows share. Each is a small frozen dataclass that checks itself.
 
 A group is never None: without its feature it has zero blocks, depth or channels. Errors name a setting by its path in
-the config of a flow, as "tail.blocks".
+the config of a flow, such as "tail.blocks".
 """
 
 from collections.abc import Iterable
@@ -30,11 +30,11 @@ ORDER_TIES = get_args(OrderTies)
 class Padding:
     """Channels of noise e = shift + scale * n appended to the data (elements, for vectors); see `ChannelPadding`.
 
-    With padding the flow is no bijection, and log p(x) in nats is a lower bound in expectation.
+    With padding the flow is not a bijection, and log p(x) in nats is a lower bound in expectation.
 
     Attributes:
       channels: number of channels; 0 for none.
-      noise: law of n: "uniform" on [0, 1] or "gaussian".
+      noise: distribution of n: "uniform" on [0, 1] or "gaussian".
       scale: positive factor on n.
       shift: added to scale * n.
 
@@ -97,7 +97,7 @@ class VectorTransform:
 
     Attributes:
       mean: mean of every element, in the unit of x, to be subtracted; None for none.
-      std: with `mean`, standard deviation of every element, to be divided by.
+      std: with `mean`, standard deviation of every element, by which it is divided.
       padding: elements of noise appended to the result.
 
     Raises:
@@ -140,17 +140,17 @@ class ImageTransform(VectorTransform):
     """The transform of images before a flow's first block: a logit, or (x - mean) / std; then padding.
 
     Attributes:
-      mean: without the logit, mean of every channel, to be subtracted; None for none.
-      std: with `mean`, standard deviation of every channel, to be divided by.
+      mean: without the logit, mean of every channel, which is subtracted; None for none.
+      std: with `mean`, standard deviation of every channel, by which it is divided.
       padding: channels of noise appended after that.
       logit_alpha: alpha of the logit (see `Logit`), in (0, 1/2); None for no logit.
       dequantization: the noise of integer pixels, uniform by default.
-      spline_bins: with the logit, number of pieces of a learned curve for each channel after it, see `Spline`; 0 for
-        none. It pays where many pixels have the same value, as a black background.
+      spline_bins: number of bins of a learned spline for each channel after the logit, see `Spline`; 0 for
+        none. It pays where many pixels have the same value, such as a black background.
 
     Raises:
-      ValueError: as `VectorTransform`, for alpha outside its range, for a mean beside the logit, and for a spline
-        without it or with less than 2 or more than 500 pieces.
+      ValueError: as `VectorTransform`, for alpha outside its range, for a mean together with the logit, and for a
+        spline without it or with less than 2 or more than 500 pieces.
 
     Source: Dinh et al. (2017, arXiv 1605.08803), section 4.1, for the logit.
 
@@ -174,7 +174,7 @@ class ImageTransform(VectorTransform):
         if self.logit_alpha is not None:
             check_open_interval("data.logit_alpha", self.logit_alpha, 0, 0.5)
             if self.mean is not None:
-                raise ValueError(f"data.mean: expected None beside data.logit_alpha, got {self.mean}")
+                raise ValueError(f"data.mean: expected None together with data.logit_alpha, got {self.mean}")
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class BetweenBlocks:
       invertible_linear: an invertible linear layer over the channels before every block; the tail of images has none.
 
     Raises:
-      ValueError: for flags that are no bool, and an unknown centering.
+      ValueError: for flags that are not bools, and an unknown centering.
 
     Example:
       >>> between = rf.BetweenBlocks(invertible_linear=True)
@@ -223,10 +223,10 @@ class Norms:
         to. Only `tighten` and the certificate then ensure that the block is invertible.
       learned: learn these orders, from 2; those of dense blocks too.
       ties: which learned orders of a block are equal: "closed" for the last and the first, "all", or "none". With
-        "none" g need not be a contraction in any one norm, as with orders that rise.
+        "none" g need not be a contraction in any one norm, for example with increasing orders.
 
     Raises:
-      ValueError: for orders below 1, orders beside `learned`, and unknown ties.
+      ValueError: for orders below 1, orders together with `learned`, and unknown ties.
 
     Source: Chen et al. (2019, arXiv 1906.02735), section 3.3.
 
@@ -244,7 +244,7 @@ class Norms:
         check_choice("norms.ties", self.ties, ORDER_TIES)
         if self.orders is not None:
             if self.learned:
-                raise ValueError(f"norms.orders: expected None beside norms.learned, got {self.orders!r}")
+                raise ValueError(f"norms.orders: expected None together with norms.learned, got {self.orders!r}")
             object.__setattr__(self, "orders", parse_norms(self.orders, None, "norms.orders"))
 
 
@@ -256,7 +256,7 @@ class DenseTail:
       blocks: number of blocks; 0 for none.
       hidden: width of the blocks.
       layers: linear layers in a block.
-      norms: orders of the norms in a block, as `Norms.orders`.
+      norms: orders of the norms in a block, as in `Norms.orders`.
       densenet_first: with DenseNets, width of the layer before the dense layers.
       densenet_growth: with DenseNets, features that each dense layer adds.
 
@@ -293,7 +293,7 @@ class DenseNetBlocks:
     dense layers are 3x3 convolutions and the last one is 1x1.
 
     Attributes:
-      depth: dense layers in a block, in place of the chain of layers; 0 for that chain.
+      depth: dense layers in a block, instead of the chain of layers; 0 for that chain.
       growth: channels (features, of vectors) that each dense layer adds.
 
     Raises:
@@ -323,7 +323,7 @@ class Scales:
       factor_out: whether half of the channels passes straight to z after each squeeze (see `MultiScale`).
 
     Raises:
-      ValueError: for values that are no bool.
+      ValueError: for values that are not bools.
 
     Source: Dinh et al. (2017, arXiv 1605.08803), section 3.6, for factoring out.
 
@@ -340,7 +340,7 @@ class Scales:
 
 
 def make_tuples(config: object, *names: str, prefix: str = "") -> None:
-    """Turns iterables into tuples, in place, so that a config made from lists, as from JSON, is hashable."""
+    """Turns iterables into tuples, in place, so that a config made from lists, for example from JSON, is hashable."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, Iterable):

@@ -24,7 +24,7 @@ class PooledHead(Module):
         logits = W mean_positions(phi(ActNorm(V h))) + b,   V a linear map of the channels, or nothing
 
     Args:
-      shape: of one h: (H, W, C), or (C,) without positions.
+      shape: shape of one h: (H, W, C), or (C,) without positions.
       classes: K, the number of classes.
       hidden: number of channels that V gives; None for no V.
       activation: phi, a name in `ACTIVATIONS` of one without parameters that acts on each channel on its own.

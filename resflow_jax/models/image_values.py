@@ -21,7 +21,7 @@ class OfUnitImages(Flow):
         return (0.0, 1.0) if self._is_image else None
 
     def _domain(self, are_data: bool) -> Domain:
-        # With a logit, f tells what it takes; without one, samples may lie outside.
+        # With a logit, f has its own domain; without one, samples may lie outside.
         if self._is_image and are_data and getattr(self.config, "data", self.config).logit_alpha is None:
             return UNIT_INTERVAL
         return super()._domain(are_data)

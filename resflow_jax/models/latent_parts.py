@@ -36,8 +36,8 @@ class FlowParts(Module):
           A tuple of floats [B, *shape], one for each of `part_shapes`. They are deterministic: a flow that pads x
           appends the mean of its noise.
 
-        Cost: one evaluation of every g, without log-dets. To get features beside a log-density, call `split_latent` on
-        the z of `forward_and_log_prob`.
+        Cost: one evaluation of every g, without log-dets. To get features together with a log-density, call
+        `split_latent` on the z of `forward_and_log_prob`.
 
         Raises:
           ValueError: as `forward` for x and condition.

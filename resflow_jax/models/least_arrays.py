@@ -1,7 +1,7 @@
-"""Holds a config from a file against what the file has, before the flow is built.
+"""Checks, before a flow is built, that the file is large enough for the flow that its config describes.
 
-Blocks of one kind are stacked: their number costs nothing before arrays are made. Every layer in a block is made by
-itself and has its own kernel, so a config of more layers than the file has arrays is not that of the file.
+Blocks of one kind are stacked: their number costs nothing before arrays are made. Every layer in a block is made
+separately and has its own kernel. So a config with more layers than the file has arrays is not the config of the file.
 """
 
 import math
@@ -25,7 +25,7 @@ _EXTRA = 2**26  # numbers that a flow may have beyond 16 for each number of its 
 
 
 def least_arrays(config: AnyConfig) -> int:
-    """A lower bound on the number of arrays of the flow of a config. It is computed from the numbers alone."""
+    """A lower bound on the number of arrays of the flow of a config. It is computed only from the settings."""
     if isinstance(config, ClassifierConfig):
         return len(config.blocks)
     if isinstance(config, AutoregressiveFlowConfig):
@@ -44,12 +44,12 @@ def check_arrays(config: AnyConfig, arrays: int) -> None:
     """Raises ValueError if the flow of a config has more layers than there are arrays for."""
     if least_arrays(config) > arrays:
         raise ValueError(
-            f"config: expected a flow of the {arrays} arrays in the file, got one of at least {least_arrays(config)}"
+            f"config: expected a flow of the {arrays} arrays in the file, got a flow of at least {least_arrays(config)}"
         )
 
 
 def abstract_flow(config: AnyConfig, arrays: int) -> Flow:
-    """The flow of a config with abstract arrays, as of `nnx.eval_shape`. Nothing of its size is made.
+    """The flow of a config with abstract arrays, as in `nnx.eval_shape`. It allocates nothing of the flow's size.
 
     Raises:
       ValueError: as `check_arrays`, and for sizes beyond 64 bits.
@@ -67,4 +67,4 @@ def check_numbers(flow: Flow, given: int) -> None:
     """
     needed = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(flow)))
     if needed > 16 * given + _EXTRA:
-        raise ValueError(f"config: expected a flow of about the {given} numbers in the file, got one of {needed}")
+        raise ValueError(f"config: expected a flow of about the {given} numbers in the file, got a flow of {needed}")

@@ -66,7 +66,7 @@ def check_rngs(rngs: Any) -> None:
     """Raises ValueError unless rngs has a stream for parameters."""
     check_type("rngs", rngs, nnx.Rngs)
     if not hasattr(rngs, "params"):
-        raise ValueError("rngs: expected a stream for params, as of nnx.Rngs(0) or nnx.Rngs(params=0), got none")
+        raise ValueError("rngs: expected a stream for params, as in nnx.Rngs(0) or nnx.Rngs(params=0), got none")
 
 
 def halvings(shape: tuple[int, ...], most: int) -> int:

@@ -102,7 +102,7 @@ def flow_from_config(config: FlowConfig, *, rngs: nnx.Rngs) -> ResidualFlow:
 
 def made_bijector(config: Any, build: Callable[[Any, nnx.Rngs], Bijector], rngs: nnx.Rngs) -> Bijector:
     """The bijector of a config with random parameters, and with converged norms unless those are deferred."""
-    if norms_are_deferred():  # the structure alone matters: the arrays come from a file
+    if norms_are_deferred():  # only the structure matters: the arrays come from a file
         return build(config, rngs)
     create, static = _creator(config, build)
     state = create(rngs.params())

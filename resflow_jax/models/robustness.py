@@ -29,7 +29,7 @@ def certified_radius(flow: Classifier, logits: Array) -> np.ndarray:
       float64 [B], in the unit of x and the 2-norm of one whole x; 0 for ties, and for a network without a bound on its
       Lipschitz constant. For images the changed x must lie in [0, 1] too.
 
-    Randomness: none. Cost: singular value decompositions of all kernels, as `certify`; no evaluation of g. The bound
+    Randomness: none. Cost: singular value decompositions of all kernels, as in `certify`; no evaluation of g. The bound
     holds in exact arithmetic: a radius near the rounding of x means nothing.
 
     Raises:
@@ -48,7 +48,7 @@ def certified_radius(flow: Classifier, logits: Array) -> np.ndarray:
     check_type("flow", flow, Classifier)
     if flow.head is None:
         raise ValueError(
-            "flow: expected a classifier with a head, got one by Bayes' rule, whose logits are not Lipschitz"
+            "flow: expected a classifier with a head, got a classifier by Bayes' rule, whose logits are not Lipschitz"
         )
     logits = np.asarray(as_float_batch("logits", logits, (flow.classes,)), np.float64)
     of_flow, of_head = certify(flow).lipschitz, flow.head.lipschitz_bounds()

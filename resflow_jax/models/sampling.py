@@ -31,12 +31,12 @@ class FlowSampling(Module):
 
     @property
     def no_density(self) -> str | None:
-        """Why the flow has neither densities nor samples, as a layer and a clause; None if it has both."""
+        """The reason why the flow has neither densities nor samples, as "LAYER: reason"; None if it has both."""
         return self.bijector.no_density
 
     def _require_density(self) -> None:
         if self.no_density is not None:
-            raise ValueError(f"flow: expected one with a density, got one with {self.no_density}")
+            raise ValueError(f"flow: expected a flow with a density; {self.no_density}")
 
     def sample(
         self,
@@ -50,7 +50,7 @@ class FlowSampling(Module):
     ) -> Array | tuple[Array, InverseStatus]:
         """Draws x [*shape, *event_shape]: z from the base, then `inverse`.
 
-        Values with a bounded support, as images with a logit, are clipped to it. This moves the small part of the
+        Values with a bounded support, such as images with a logit, are clipped to it. This moves the small part of the
         density that the logit's alpha leaves outside [0, 1] to its ends.
 
         Args:
@@ -58,7 +58,7 @@ class FlowSampling(Module):
           shape: a number n of samples, or leading axes.
           condition: floats [*condition_shape], one for all samples, or [*shape, *condition_shape], one for each.
           temperature: factor on the standard deviation of the base; see `Base.sample`.
-          solver: of the inverse.
+          solver: solver for the inverse.
           return_status: whether to return the status of `inverse` as well. Without it, a solve that does not converge
             is reported as by `inverse`.
 
@@ -68,8 +68,8 @@ class FlowSampling(Module):
         Cost: one sample of the base, and a solve of every block.
 
         Raises:
-          ValueError: for a key that is none, a number below 1, a condition that is missing or not expected, a solver
-            that is none, and for a flow with layers that have no log-det.
+          ValueError: for an invalid key, a number below 1, a condition that is missing or not expected, an invalid
+            solver, and for a flow with layers that have no log-det.
           InverseError: as `inverse`.
 
         Example:
@@ -109,7 +109,7 @@ class FlowSampling(Module):
     ) -> tuple[Array, Array] | tuple[Array, Array, Diagnostics]:
         """Draws x [*shape, *event_shape] with log p(x | c) [*shape] in nats, differentiable in the parameters.
 
-        With E[log p(x) - log q(x)] as the loss, the flow learns an unnormalised density q from its own samples alone.
+        With E[log p(x) - log q(x)] as the loss, the flow learns an unnormalised density q only from its own samples.
         The derivative is taken along the path z -> x with z fixed. Samples are not clipped. log p is unbiased with
         `Roulette`.
 
@@ -117,9 +117,9 @@ class FlowSampling(Module):
           key: PRNG key of z and of the estimate.
           shape: a number n of samples, or leading axes.
           condition: as in `sample`.
-          estimator: of the log-dets, as in `forward`.
-          solver: of the inverse.
-          return_diagnostics: whether to return the estimates' `Diagnostics` as well, as third.
+          estimator: estimator of the log-dets, as in `forward`.
+          solver: solver for the inverse.
+          return_diagnostics: whether to return the estimates' `Diagnostics` as the third value.
 
         Returns:
           (x, log_prob) or (x, log_prob, diagnostics).
@@ -170,8 +170,8 @@ class FlowSampling(Module):
           z: floats [B, *latent_shape].
           condition: as in `forward`.
           key: PRNG key of the estimate; not needed by `Exact`.
-          estimator: of the log-dets, as in `forward`.
-          solver: of the inverse.
+          estimator: estimator of the log-dets, as in `forward`.
+          solver: solver for the inverse.
           return_diagnostics: whether to return the estimates' `Diagnostics` as well.
           return_status: whether to return the `InverseStatus` of the solves, [blocks, B], as last. Without it, a solve
             that does not converge is reported as by `inverse`.
@@ -205,7 +205,8 @@ class FlowSampling(Module):
         self._require_density()
         if self.pads:
             raise ValueError(
-                "flow: expected one without padding, which has no log p(x) of its own, got one that pads x"
+                "flow: expected a flow without padding, because padding leaves only a bound on log p(x); got one that "
+                "pads x"
             )
         own = self._condition(condition, z.shape[:1])
         estimator = checked_estimator(estimator, self.blocks)

@@ -51,7 +51,7 @@ def part_size(module: nnx.Module, state: Any, batch: Any) -> int | None:
     It stays whole if an array is traced or divided among devices, and if the batch is not larger than a part.
 
     Args:
-      module: contains the contractions, which tell how large the outputs of their layers are.
+      module: contains the contractions, which determine how large the outputs of their layers are.
       state: pytree of the module's arrays.
       batch: pytree of arrays [B, ...].
     """

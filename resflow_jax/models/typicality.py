@@ -96,8 +96,8 @@ class Typicality:
           condition: for a conditional flow, one for each of x_train, [N, *condition_shape], or one for all. The
             distribution of log p(x | c) is that over the pairs (x, c) of the data.
           condition_held_out: the same for x_held_out.
-          estimator: of the log-dets, as in `flow.log_prob`; use the same for the examples to be judged, since its noise
-            widens the distribution.
+          estimator: estimator of the log-dets, as in `flow.log_prob`; use the same for the examples to evaluate, since
+            its noise widens the distribution.
           batch_size: number of examples in one call of `log_prob`.
 
         Cost: one `log_prob` of every example, compiled once; not for use under jit.
@@ -126,8 +126,8 @@ class Typicality:
         """As `fit`, from log-densities in nats that are known already.
 
         Args:
-          log_prob: of training examples, floats [N], N >= 2; may be traced.
-          held_out: of held-out examples, floats [M]; by default those of the training examples.
+          log_prob: log p of training examples, floats [N], N >= 2; may be traced.
+          held_out: log p of held-out examples, floats [M]; by default those of the training examples.
           dim: D, the number of elements of one example.
 
         Raises:
@@ -144,10 +144,10 @@ class Typicality:
 
         Args:
           log_prob: floats [...].
-          unit: of the score: "nats" for an example as a whole, or "bits/dim", which divides by D log 2.
+          unit: unit of the score: "nats" for an example as a whole, or "bits/dim", which divides by D log 2.
 
         Raises:
-          ValueError: for an unknown unit, and for log_prob that is no float array.
+          ValueError: for an unknown unit, and for log_prob that is not a float array.
         """
         check_choice("unit", unit, UNITS)
         score = jnp.abs(-self._of(log_prob) - self.entropy)
@@ -172,7 +172,7 @@ class Typicality:
         """The fraction [...] in [0, 1] of held-out examples that are less likely, from log p(x) [...] in nats.
 
         Ties count half. The quantile shows on which side an atypical example lies: near 0 it is too unlikely, near 1
-        too likely, as an image of one colour.
+        too likely, for example an image of one colour.
         """
         log_prob = self._of(log_prob)
         ends = [jnp.searchsorted(self.log_probs, log_prob, side=side) for side in ("left", "right")]
@@ -231,7 +231,7 @@ class Anomaly(NamedTuple):
     Attributes:
       log_prob: log p(x) in nats; unbiased with `Roulette`.
       score: |-log p(x) - H| in nats.
-      p_value: of the score, in (0, 1]; small for atypical examples.
+      p_value: p-value of the score, in (0, 1]; small for atypical examples.
       quantile: the fraction of held-out examples that are less likely; near 1 an example is too likely.
 
     Example:
@@ -271,7 +271,7 @@ def anomaly_score(
     Args:
       flow: the flow that `typicality` was fitted to.
       x: floats [B, *event_shape], as `flow.log_prob` takes them; images are dequantised.
-      typicality: of training and held-out examples, from `Typicality.fit`.
+      typicality: typicality of training and held-out examples, from `Typicality.fit`.
       condition: as in `flow.log_prob`.
       key: PRNG key of the log-det estimates; not needed by `Exact`.
       estimator: the one given to `Typicality.fit`.

@@ -1,4 +1,4 @@
-"""Upkeep of a flow beside its parameters: data-dependent state, norms of linear layers, running statistics.
+"""Changes of a flow outside of the optimiser: data-dependent state, norms of linear layers, running statistics.
 
 Each method changes the flow in place. All except `tighten` are compiled once per structure and shape.
 """
@@ -58,16 +58,17 @@ class FlowUpkeep(Module):
     ) -> PowerIterationStatus:
         """Advances the power iteration of every linear layer, in place, warm-started.
 
-        Call it after every change of parameters, as after each optimiser step. It works under `nnx.jit`. Before
-        evaluation call `converge_norms`, which runs far more iterations.
+        Call it after every change of parameters, for example after each optimiser step. It works under `nnx.jit`.
+        Before evaluation call `converge_norms`, which runs far more iterations.
 
         Args:
-          tolerance: on the relative change of sigma; see `rf.power_iteration`. A new value of this or of
-            the next two arguments does not recompile; they may be traced.
-          residual_tolerance: on the residual; by default the square root of `tolerance`.
+          tolerance: tolerance on the relative change of sigma; see `rf.power_iteration`. A new value of this argument
+            or of the next two does not recompile; they may be traced.
+          residual_tolerance: tolerance on the residual; by default the square root of `tolerance`.
           max_iterations: cap on the iterations of each layer.
-          restart: whether a second chain ensures that no layer's vectors miss its norm. Without it, a missing component
-            grows from call to call.
+          restart: whether a second power iteration runs from a fixed pseudo-random vector, in case the first one is
+            stuck in an invariant subspace. Without it, a small fixed vector that is added at each call corrects this
+            over several calls.
 
         Returns:
           The status of the slowest layer: most iterations, largest residual, whether all converged.
@@ -85,10 +86,10 @@ class FlowUpkeep(Module):
     def converge_norms(self) -> PowerIterationStatus:
         """Runs the power iteration of every linear layer to convergence, in place; see `update_norms`.
 
-        It stops at a residual of 1e-5 or after 1000 iterations, which distinguishes singular values that differ by 0.2
-        %; sigma is low by less than that. A second chain for each layer ensures that its vectors miss no component. An
-        eager call waits for the result, and emits a RuntimeWarning if a layer's residual stays above 1e-2. Inside a
-        compiled program there is no warning: look at the returned status.
+        It stops at a residual of 1e-5 or after 1000 iterations, which distinguishes singular values that differ by
+        0.2 %; sigma is then at most 0.2 % too small. A second power iteration for each layer ensures that its vectors
+        miss no component. An eager call blocks until the result is there, and emits a RuntimeWarning if a layer's
+        residual stays above 1e-2. Inside a compiled program there is no warning: check the returned status.
 
         Returns:
           The status of the slowest layer, as `update_norms`.
@@ -102,8 +103,8 @@ class FlowUpkeep(Module):
         """Rescales kernels, in place, until every block is certified within the bound that its coefficients set.
 
         Power iteration underestimates norms: after training some kernels exceed their coefficient by a fraction of a
-        percent. Each block that `certify` finds above its `target_bound` gets its normalised kernels, each divided by
-        its excess. Contractions with a `lipschitz` that the user states stay as they are.
+        percent. In each block that `certify` finds above its `target_bound`, the kernels are replaced by the normalised
+        kernels, each divided by its excess. Contractions with a `lipschitz` that the user states stay as they are.
 
         Cost: that of `certify`, on the host; not traceable.
 
@@ -113,7 +114,7 @@ class FlowUpkeep(Module):
         self.bijector.tighten()
 
     def order_loss(self) -> Array:
-        """Mean norm of the linear layers, differentiable in the learnable orders of these norms alone; a scalar.
+        """Mean norm of the linear layers, a scalar that is differentiable only in the learnable orders of these norms.
 
         Kernels are shrunk least where it is small (Chen et al. 2019, arXiv 1906.02735, section 3.3). Add it to the
         training loss with a small weight, as `training.losses` does. Zero for a flow without linear layers. No
@@ -172,7 +173,7 @@ def _initialize(graphdef, state, x, condition):
     before = jax.tree.leaves(nnx.state(flow, (nnx.BatchStat, Constant)))
     flow._run_initialize(x.astype(flow.dtype), own_condition(flow.bijector, condition))
     after = jax.tree.leaves(nnx.state(flow, (nnx.BatchStat, Constant)))
-    # A constant may be infinite, as an end of a base's support.
+    # A constant may be infinite, for example an end of a base's support.
     overflows = [~jnp.isfinite(b) & jnp.isfinite(a) for a, b in zip(before, after, strict=True)]
     is_finite = ~jnp.any(jnp.asarray([of.any() for of in overflows], bool))
     return nnx.state(flow), is_finite

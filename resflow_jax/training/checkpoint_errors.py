@@ -16,7 +16,7 @@ class DamagedCheckpointError(ValueError):
 
     Args:
       message: the directory, the step, and what is wrong.
-      problem: what is wrong alone, as "its file state/_METADATA is missing".
+      problem: only what is wrong, such as "its file state/_METADATA is missing".
 
     Example:
       >>> from resflow_jax.training.checkpoint_errors import DamagedCheckpointError
@@ -35,7 +35,7 @@ def is_of_files(error: Exception) -> bool:
 
 
 def told(error: Exception) -> str:
-    """What an error says about a checkpoint, in a line that goes on after "checkpoint 3 is"."""
+    """What an error says about a checkpoint, in a line that continues "checkpoint 3 is"."""
     if isinstance(error, DamagedCheckpointError):
         return f"damaged, {error.problem}"
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -123,19 +123,20 @@ class Checkpoints:
         already, nothing is written.
 
         Args:
-          state: a state in the host or the checkpoint form (see `training.forms`).
+          state: a state in the host or the checkpoint layout (see `training.forms`).
           validation_loss: loss of the state in any unit. A checkpoint without it, or with one that is not finite, is
             never the best one.
           certificate: certificate of the averaged and tightened flow of the state.
 
         Raises:
-          OSError: if this checkpoint or the one before cannot be written, as on a full disk; earlier ones stay whole.
+          OSError: if this checkpoint or the one before cannot be written, for example on a full disk; earlier ones stay
+            whole.
           ValueError: if there is a checkpoint of this step with other contents, or of a later step; nothing is written.
           Exception: errors that are not of the file system are not changed.
         """
         has_loss = validation_loss is not None and math.isfinite(validation_loss)
         metrics = {"loss": validation_loss} if has_loss else None
-        state = jax.tree.map(jnp.copy, state)  # the next step is donated the original while this is written
+        state = jax.tree.map(jnp.copy, state)  # the next step donates the original while this is written
         items = {"state": ocp.args.StandardSave(SavedState.of(state))}
         if certificate is not None:
             items["certificate"] = ocp.args.JsonSave(certificate.as_dict())
@@ -159,10 +160,10 @@ class Checkpoints:
         Args:
           step: step of the checkpoint.
           like: a state that gives the structure and the shapes, as `jax.eval_shape` gives it too.
-          shardings: from `Placement.shardings`, for a state in the checkpoint form; every process then reads what its
-            devices hold. None for a state in the host form, which every process reads whole.
-          ema_decay: decay of the `Trainer`. It is needed for checkpoints that were written before flows were
-            compositions, since their arrays have other names (see `training.old_checkpoints`).
+          shardings: from `Placement.shardings`, for a state in the checkpoint layout; every process then reads what its
+            devices hold. None for a state in the host layout, which every process reads whole.
+          ema_decay: decay of the `Trainer`. Only checkpoints of early development versions need it, whose averages are
+            converted (see `training.old_checkpoints`).
 
         Raises:
           DamagedCheckpointError: if a file has changed since it was written, or is missing.
@@ -218,8 +219,8 @@ class Checkpoints:
             return state
         found = listed(problems) or "there is none"
         raise DamagedCheckpointError(
-            f"checkpoints: expected one that can be read in {self._directory}, got none: {found}. Nothing was deleted; "
-            "a copy of one of these directories brings the run back, a new work directory starts it anew"
+            f"checkpoints: expected a readable checkpoint in {self._directory}, got none: {found}. Nothing was "
+            "deleted; a copy of one of these directories brings the run back, a new work directory starts it anew"
         )
 
     def set_aside_after(self, step: int) -> None:

@@ -23,7 +23,7 @@ def class_logits(
     """The logits [N, classes] of integer images [N, H, W, C], each pixel at the middle of its cell.
 
     Args:
-      flow: a flow with a method `logits`, as `Classifier`.
+      flow: a flow with a method `logits`, such as a `Classifier`.
       images: integers in {0..levels-1}.
       levels: number of values that a pixel can have.
       batch_size: number of images that are evaluated at once.
@@ -43,7 +43,7 @@ def class_logits(
       (5, 3)
     """
     if isinstance(flow, type) or not hasattr(flow, "logits"):
-        raise ValueError(f"flow: expected a flow with class logits, as Classifier, got {shown(flow)}")
+        raise ValueError(f"flow: expected a flow with class logits, such as a Classifier, got {shown(flow)}")
     check_count("levels", levels, 1)
     check_count("batch_size", batch_size, 1)
     if mesh is not None:
@@ -88,7 +88,7 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
     probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
         raise ValueError(
-            f"labels: expected [N] beside probabilities [N, K], N > 0, got {labels.shape} beside {probabilities.shape}"
+            f"labels: expected [N] with probabilities [N, K], N > 0, got {labels.shape} with {probabilities.shape}"
         )
     if not ((probabilities >= 0) & (probabilities <= 1 + _ROUNDING)).all():
         raise ValueError(f"probabilities: expected numbers in [0, 1], got {probabilities.min()}..{probabilities.max()}")

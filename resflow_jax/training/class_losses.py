@@ -3,7 +3,7 @@
     loss = mean over labelled examples of -log p(y | x)  -  weight * mean of log p(x),   in nats
 
 The weight 0 trains a classifier, 1 the joint density p(x, y), and 1 / D lies between (Chen et al. 2019, arXiv
-1906.02735, section 5.4). Examples without a label have the label -1 and count in the second mean alone.
+1906.02735, section 5.4). Examples without a label have the label -1 and count only in the second mean.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
     Args:
       levels: number of values that a pixel can have.
       density_weight: weight of log p(x), not negative.
-      dropout: of each g(x), as in `Classifier.logits`; only without a density.
+      dropout: dropout of each g(x), as in `Classifier.logits`; only without a density.
 
     Returns:
       loss(flow, batch, key, estimator, steps done) -> (nats, diagnostics), as `Trainer` takes it. The flow has methods
@@ -48,9 +48,9 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
     Cost: one evaluation of every g and its gradient; with a density one `log_prob` of the batch.
 
     Raises:
-      ValueError: for levels below one, a weight that is negative or not finite, a dropout outside of [0, 1) or beside a
-        weight; when called, for a batch of another form, for images that are no integers, for images or labels that are
-        not traced outside their range, and for dropout with a flow that is no `Classifier`.
+      ValueError: for levels below one, a weight that is negative or not finite, a dropout outside of [0, 1) or together
+        with a weight; when called, for a batch of another structure, for images that are not integers, for images or
+        labels that are not traced outside their range, and for dropout with a flow that is not a `Classifier`.
 
     Source: Behrmann et al. (2019, arXiv 1811.00995), section 4.1; Chen et al. (2019, arXiv 1906.02735), section 5.4.
 
@@ -69,7 +69,7 @@ def classification_loss(levels: int, *, density_weight: float = 0.0, dropout: fl
         raise ValueError(f"density_weight: expected 0 or a positive number, got {density_weight}")
     WithoutLogDet(dropout)  # checks it
     if dropout and density_weight:
-        raise ValueError(f"dropout: expected 0 beside density_weight {density_weight}, got {dropout}")
+        raise ValueError(f"dropout: expected 0 with density_weight {density_weight}, got {dropout}")
 
     def loss(flow: Flow, batch: Any, key: Array, estimator: Estimator, step: Array) -> tuple[Array, Diagnostics]:
         images, labels = as_pair(batch)

@@ -18,7 +18,7 @@ from resflow_jax.training.scores import log_prob_of_bits
 
 Array = jax.Array
 
-_EXACT_DIM = 32  # up to which an exact log-det costs less than a long roulette
+_EXACT_DIM = 32  # up to this dimension an exact log-det costs less than a long roulette
 
 
 class FitResult(NamedTuple):
@@ -41,12 +41,12 @@ class FitResult(NamedTuple):
 
 
 class FitProgress(NamedTuple):
-    """What the callback of `fit` is given at every pause.
+    """The argument of the callback of `fit`, which is called at every validation point (see `History`).
 
     Attributes:
       step: number of steps done.
-      train: mean -log p in nats of the training batches since the previous pause.
-      validation: mean -log p in nats of the validation examples; None without these.
+      train: mean -log p in nats of the training batches since the previous validation point.
+      validation: mean -log p in nats of the validation examples; None if there are none.
       flow: a `Flow` with the present weights, or with their moving average if `fit` has `ema`. Its norms are converged;
         it is not tightened yet. Training does not change it afterwards, so that a callback may keep it.
 
@@ -75,7 +75,8 @@ class FitDivergedError(FloatingPointError):
       result: the attribute.
 
     Attributes:
-      result: the `FitResult` with the best weights before that; with the initial weights if no pause came before.
+      result: the `FitResult` with the best weights before that, or the initial weights before the first validation
+        point.
 
     Example:
       >>> x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
@@ -120,7 +121,7 @@ class Scorer:
         self._options = {"estimator": estimator, "draws": 1, "batch_size": batch_size, "mesh": mesh}
 
     def nats(self, loss: float) -> float:
-        """-log p in nats of the loss of a training step: bits/dim for integer images, else nats."""
+        """Converts the loss of a training step (bits/dim for integer images, otherwise nats) to -log p in nats."""
         return loss if self.levels is None else -log_prob_of_bits(loss, self.dim, self.levels)
 
     def __call__(self, flow: Flow) -> float | None:
@@ -147,8 +148,8 @@ class Course:
     """The losses and the best weights of a training so far.
 
     Attributes:
-      losses: validation losses, one for each pause; empty without validation examples.
-      best_step: the step of the kept weights; 0 before the first pause.
+      losses: validation losses, one for each validation point; empty without validation examples.
+      best_step: the step of the kept weights; 0 before the first validation point.
     """
 
     def __init__(self, flow: Flow, score: Scorer):
@@ -160,7 +161,7 @@ class Course:
         self._began = time.perf_counter()
 
     def add(self, step: int, loss: float, flow: Flow) -> FitProgress:
-        """Scores a flow at a pause, and keeps it if it is the best; without validation the latest is kept.
+        """Scores a flow at a validation point, and keeps it if it is the best; without validation, the latest is kept.
 
         Raises:
           FloatingPointError: if its score is not finite.

@@ -30,10 +30,10 @@ class Estimate(NamedTuple):
     Attributes:
       mean: the estimated mean, in the unit of the scores.
       stderr: its standard error.
-      data_stderr: the part that comes from the choice of the examples. It is infinite for a single example, which tells
-        nothing of others, and 0 where it is smaller than the noise can resolve.
+      data_stderr: the part that comes from the choice of the examples. It is infinite for one example, and 0 if its
+        estimated variance is negative.
       noise_stderr: the part that comes from dequantisation and from the estimate of the log-det, for these examples. It
-        is NaN for a single draw; stderr then leaves out the error that a batch has in common.
+        is NaN for one draw; stderr then omits the noise that all examples of a batch share.
 
     Example:
       >>> scores = np.array([[3.0, 5.0, 4.0], [3.2, 5.2, 4.2]])  # two draws of three examples
@@ -47,7 +47,7 @@ class Estimate(NamedTuple):
     data_stderr: float
     noise_stderr: float
 
-    unit = ""  # of all four, for people
+    unit = ""  # unit of all four numbers, as printed
 
     def __repr__(self) -> str:
         if not all(is_number(field) for field in self):
@@ -66,10 +66,9 @@ class Estimate(NamedTuple):
     def from_scores(cls, scores: np.ndarray) -> "Estimate":
         """Returns the mean of scores [draws, N], as `image_bits_per_dim` gives them, by two-way analysis of variance.
 
-        The noise is judged by the variance over draws of the mean over examples: a batch shares one series length of
-        the roulette, so that the error of an example does not average out over the batch. The rest of the variance over
-        examples is that of the data. What one example or one draw cannot tell is infinite or NaN; a score that is NaN
-        makes the result NaN.
+        noise_stderr is computed from the variance, over draws, of the mean over examples, because the examples of a
+        batch share one series length. data_stderr is computed from the remaining variance over examples. A score that
+        is NaN makes the result NaN.
 
         Raises:
           ValueError: unless the scores are [draws, N] with at least one draw and one example.
@@ -128,14 +127,14 @@ def evaluate_bits_per_dim(
       estimator: estimator of the log-det; by default `Roulette()`, whose mean over a batch has little noise for its
         cost. `Exact()` leaves only the noise of dequantisation; it takes D vjps of every block and D^2 numbers an
         image, so use a small batch size.
-      draws: number of independent passes over the images, from which the noise is judged.
+      draws: number of independent passes over the images, from which the noise is estimated.
       batch_size: number of images that are evaluated at once.
       mesh: devices along the axis "data" that share each batch; None for one device. The batch size is rounded up to a
         multiple of their number times the `subsample` of the estimator, so that a batch size which is such a multiple
         already gives the same result on any devices. Devices of several processes may be part of the mesh; all
         processes then make the same call and get the same result. A flow whose arrays are divided among devices (see
         `Placement.averaged_flow`) is evaluated on its own mesh.
-      condition: of a conditional flow: floats [*condition_shape], one for all images, or [N, *condition_shape].
+      condition: for a conditional flow, floats [*condition_shape], one for all images, or [N, *condition_shape].
 
     Returns:
       The mean and its standard errors, in bits/dim.
@@ -204,13 +203,13 @@ def vector_log_prob(
 
     Args:
       flow: a flow.
-      x: floats [N, *event_shape], vectors [N, D] as a rule.
+      x: floats [N, *event_shape], usually vectors [N, D].
       key: PRNG key of the estimates.
       estimator: estimator of the log-det; by default `Exact()`, which has no noise.
       draws: number of independent estimates of each log p(x).
       batch_size: number of examples that are evaluated at once.
       mesh: devices that share each batch, as in `evaluate_bits_per_dim`.
-      condition: of a conditional flow: floats [*condition_shape], one for all examples, or [N, *condition_shape].
+      condition: for a conditional flow, floats [*condition_shape], one for all examples, or [N, *condition_shape].
 
     Cost: `draws` times that of the estimator on N examples.
 

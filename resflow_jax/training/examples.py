@@ -64,11 +64,11 @@ def split_validation(
     """Training and validation examples.
 
     Args:
-      flow: whose examples they are.
-      examples: to train on.
+      flow: the flow that takes the examples.
+      examples: the examples to train on.
       validation: a share in (0, 1) of the examples, drawn at random and left out of training; other examples x, or a
         pair (x, condition); None or 0 for none.
-      levels: as of `Examples.of`.
+      levels: as in `Examples.of`.
       rng: draws the share.
 
     Raises:

@@ -67,9 +67,10 @@ def fit(
 
     The given flow does not change: training works on a copy. A step is that of `training.Trainer`: a gradient of the
     estimated log-likelihood, an update by the optimiser, an advance of every power iteration. The weights with the
-    lowest validation loss are returned; every validation uses the same noise. Their norms are converged, and at the end
+    lowest validation loss are returned; every validation uses the same noise. Their norms have converged. At the end
     `Flow.tighten` rescales the kernels that exceed their certified bound, so that `certify(flow).is_certified` holds
-    unless the flow contains contractions on the user's word. This changes kernels by less than about a percent.
+    unless the flow contains contractions whose constant the user states. This changes kernels by less than about a
+    percent.
 
     An update whose loss or gradient is not finite is skipped: weights, optimiser, averages and power iterations stay as
     they are. Ten skipped updates in a row end training.
@@ -81,44 +82,48 @@ def fit(
     on average. The first step compiles it; a validation costs `Flow.log_prob` of the validation examples.
 
     Args:
-      flow: a `Flow`, as `ResidualFlow`.
+      flow: a `Flow`, such as a `ResidualFlow`.
       x: floats [N, *event_shape] of NumPy or JAX, images in [0, 1]; with `levels` integer images [N, H, W, C]. A
-        warning names an element of float64 x of which float32 would lose the differences, as of one far from zero.
-      condition: of a conditional flow: floats [N, *condition_shape], one for each example.
-      key: PRNG key, or an integer seed, of everything random: the division of the examples, the order of the batches,
-        noise and estimates. The same key gives the same result.
-      validation: what to validate on: a share in (0, 1) of the examples, drawn at random; examples like x; of a
-        conditional flow a pair (x, condition); None for no validation: the last weights are then returned.
-      steps: optimiser steps, at most. By default 3000.
-      epochs: passes over the training examples, at most, instead of `steps`.
-      batch_size: examples a step; by default 256, or all if there are fewer.
-      learning_rate: of Adam: the peak, after a linear warm-up of at most 100 steps and before a cosine decay to zero
-        over all steps; by default 0.005; or an optax schedule. The gradient is clipped to a global norm of 1.
+        warning names an element of float64 x whose differences float32 cannot represent, for example because it is far
+        from zero.
+      condition: for a conditional flow, floats [N, *condition_shape], one for each example.
+      key: PRNG key, or an integer seed, for everything random: the validation split, the order of the batches, noise
+        and estimates. The same key gives the same result.
+      validation: what to validate on: the fraction, in (0, 1), of the examples, drawn at random; or examples like x;
+        or, for a conditional flow, a pair (x, condition). With None there is no validation, and the last weights are
+        returned.
+      steps: maximum number of optimiser steps. By default 3000.
+      epochs: maximum number of passes over the training examples, instead of `steps`.
+      batch_size: examples per step; by default 256, or all if there are fewer.
+      learning_rate: peak learning rate of Adam, after a linear warm-up of at most 100 steps and before a cosine decay
+        to zero over all steps; by default 0.005. Or an optax schedule. The gradient is clipped to a global norm of 1.
       optimizer: an optax transformation, instead of Adam, its learning rate and the clipping.
-      estimator: of the log-det in training; by default `Roulette()`, which is unbiased.
-      evaluation_estimator: of the log-det in validation; by default `Exact()` for at most 32 dimensions, else
-        `Roulette()`.
-      ema: decay in (0, 1) of a moving average of the weights, which is then validated and returned; None for none.
-      patience: validations in a row without an improvement after which training stops; None for no such stop.
-      validate_every: steps between validations, and entries of the history; by default those of an epoch, but at
-        least a fiftieth and at most a tenth of all steps.
+      estimator: estimator of the log-det in training; by default `Roulette()`, which is unbiased.
+      evaluation_estimator: estimator of the log-det in validation; by default `Exact()` for at most 32 dimensions,
+        otherwise `Roulette()`.
+      ema: decay in (0, 1) of a moving average of the weights, which is then validated and returned; None for no
+        average.
+      patience: number of successive validations without an improvement after which training stops; None for no limit.
+      validate_every: steps between validation points; the history has one entry for each. By default the steps of an
+        epoch, but at least a fiftieth and at most a tenth of all steps.
       initialize: whether to set ActNorm and running statistics from training examples first (`Flow.initialize`). By
-        default if none of them has been set yet: a trained flow goes on from its weights.
-      levels: for integer images in {0..levels-1}: they are dequantised with new noise at every step, and the history
-        has bits/dim too.
+        default only if none of them has been set yet: a trained flow continues from its weights.
+      levels: number of values that a pixel can have, for integer images in {0..levels-1}: they are dequantised with new
+        noise at every step, and the history also has bits/dim.
       mesh: devices of this process that share each batch (`training.make_mesh`); None for one device. The result is
-        the same, to rounding.
+        the same, up to rounding.
       progress: whether to draw a progress bar, on stderr or in the notebook.
-      callback: called with a `FitProgress` at every pause; training stops where it returns True, and nothing else.
+      callback: called with a `FitProgress` every `validate_every` steps and at the end. Training stops if it returns
+        the bool True; other return values are ignored.
 
     Returns:
       (flow, history).
 
     Raises:
       ValueError: for a bad argument; the message names it.
-      FitDivergedError: after ten updates in a row whose loss or gradient is not finite; at the end, if all updates
-        since the last validation were such; or if the validation loss is not finite. `error.result` has the best
-        weights until then.
+      FitDivergedError: after ten updates in a row whose loss or gradient is not finite; at the end, if this holds for
+        all updates since the last validation; or if the validation loss is not finite. `error.result` has the best
+        weights up to then.
 
     Example:
       >>> import jax, numpy as np, resflow_jax as rf
@@ -190,7 +195,7 @@ def fit(
 def _progress(
     pauses: Iterator[Pause], weights_of: Callable[[TrainState], Flow], course: Course, steps: int
 ) -> Iterator[tuple[Pause, FitProgress]]:
-    """The pauses with what they show, which is added to the course. What the caller raises in between is not changed.
+    """Yields each pause with its `FitProgress`, which is added to the course. Errors of the caller pass unchanged.
 
     Raises:
       FitDivergedError: if a loss is not finite, or too many updates were skipped.
@@ -198,7 +203,7 @@ def _progress(
     try:
         for at in pauses:
             if at.row and not at.stopped and at.step < steps:
-                continue  # the last update was not made: what led to it may be no good
+                continue  # the last update was skipped: the weights before it may be bad
             yield at, course.add(at.step, float(at.metrics["loss"]), weights_of(at.state))
     except FloatingPointError as error:
         kept = f"the weights of step {course.best_step}" if course.best_step else "the weights before training"
@@ -206,7 +211,7 @@ def _progress(
 
 
 def _batch_size(batch_size: int | None, number: int, mesh: Mesh | None) -> int:
-    """Examples a step, at most `number`; a multiple of the devices of a mesh that share them."""
+    """Examples per step, at most `number`; a multiple of the devices of a mesh that share them."""
     shares = 1
     if mesh is not None:
         check_mesh(mesh)
@@ -224,9 +229,9 @@ def _batch_size(batch_size: int | None, number: int, mesh: Mesh | None) -> int:
 
 
 def _steps(steps: int | None, epochs: float | None, epoch: float) -> int:
-    """Steps in all; epoch: steps of one epoch."""
+    """The total number of steps; epoch: steps of one epoch."""
     if steps is not None and epochs is not None:
-        raise ValueError(f"epochs: expected None beside steps={steps!r}, got {epochs!r}")
+        raise ValueError(f"epochs: expected None together with steps={steps!r}, got {epochs!r}")
     if epochs is not None:
         check_finite("epochs", epochs)
         check_positive("epochs", epochs)
@@ -236,7 +241,7 @@ def _steps(steps: int | None, epochs: float | None, epoch: float) -> int:
 
 
 def _every(validate_every: int | None, steps: int, epoch: float) -> int:
-    """Steps between pauses; epoch: steps of one epoch."""
+    """Steps between validation points; epoch: steps of one epoch."""
     if validate_every is None:
         return min(max(int(epoch), -(-steps // 50)), -(-steps // 10))
     check_count("validate_every", validate_every, 1)
@@ -247,7 +252,7 @@ def _optimizer(optimizer: Any, learning_rate: Any, steps: int) -> optax.Gradient
     """The given one, or Adam with warm-up, cosine decay and clipping."""
     if optimizer is not None:
         if learning_rate is not None:
-            raise ValueError(f"learning_rate: expected None beside an optimizer, got {learning_rate!r}")
+            raise ValueError(f"learning_rate: expected None together with an optimizer, got {learning_rate!r}")
         check_type("optimizer", optimizer, optax.GradientTransformation)
         return optimizer
     if learning_rate is None or isinstance(learning_rate, Real):

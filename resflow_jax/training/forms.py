@@ -1,16 +1,16 @@
-"""The three forms of a training state on many devices, and every conversion between them.
+"""The three layouts of a training state on many devices, and every conversion between them.
 
-    host        Each array is whole in every process and tied to no device, as `Trainer.create_state` makes it.
-    step        The arrays lie as the compiled step takes them. For "jit" and "shard_map" they are global arrays on a
-                mesh; for "pmap" they have a leading axis of devices besides.
+    host        Each array is whole in every process and not committed to a device, as `Trainer.create_state` makes it.
+    step        The layout that the compiled step takes. For "jit" and "shard_map" the arrays are global arrays on a
+                mesh; for "pmap" they also have a leading axis of devices.
     checkpoint  Each array is one global array on the mesh, without an axis of devices. Checkpoints are written from
-                this form, and flows are evaluated in it.
+                this layout, and flows are evaluated in it.
 
     host --to_global--> checkpoint       checkpoint --to_host--> host
     host --replicate--> step of pmap     step of pmap --unreplicate--> checkpoint
 
-For "jit" and "shard_map" the forms step and checkpoint are the same. A process holds only what its devices hold, except
-for NumPy arrays, which it holds whole. On disk, a state is a `SavedState`.
+For "jit" and "shard_map" the step layout and the checkpoint layout are the same. A process holds only what its devices
+hold, except for NumPy arrays, which it holds whole. On disk, a state is a `SavedState`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ Array = jax.Array
 
 
 class SavedState(NamedTuple):
-    """A training state as a checkpoint has it. The names of the fields are names on disk: they cannot change.
+    """A training state as it is stored in a checkpoint. The names of the fields are names on disk: they cannot change.
 
     Attributes:
       rest: `TrainState.non_params`.
@@ -47,7 +47,7 @@ class SavedState(NamedTuple):
 
     @classmethod
     def of(cls, state: TrainState) -> "SavedState":
-        """The state, or a tree of the same structure (shapes, shardings), as a checkpoint has it."""
+        """The state, or a tree of the same structure (shapes, shardings), as it is stored in a checkpoint."""
         estimator = jax.tree.leaves(state.estimator)
         return jax.tree.map(_saved, cls(*state._replace(estimator=estimator)))
 
@@ -59,23 +59,23 @@ class SavedState(NamedTuple):
 
 
 def _saved(leaf: Any) -> Any:
-    """A leaf as a checkpoint has it: the words of keys, and numbers of Python as arrays."""
+    """A leaf as it is stored in a checkpoint: keys as their words, Python numbers as arrays."""
     if is_key(leaf):
         return jax.random.key_data(leaf) if isinstance(leaf, Array) else jax.eval_shape(jax.random.key_data, leaf)
     return np.asarray(leaf, jax.dtypes.result_type(leaf)) if isinstance(leaf, bool | int | float) else leaf
 
 
 def _wrapped(words: Array, like: Any) -> Array:
-    """The keys of the kind of `like`, with these words. JAX tells the kind of abstract keys in a trace alone."""
+    """Keys with these words, of the kind of `like`. JAX gives the kind of abstract keys only inside a trace."""
     impls = []
     jax.eval_shape(lambda keys: impls.append(jax.random.key_impl(keys)), like)
     return jax.random.wrap_key_data(words, impl=impls[0])
 
 
 def to_global(tree: Any, shardings: Any) -> Any:
-    """Global arrays with these shardings; `tree` has the host or the checkpoint form.
+    """Global arrays with these shardings; `tree` has the host or the checkpoint layout.
 
-    Arrays that lie as they should already are returned as they are. All others are copied through the host.
+    Arrays that already have an equivalent sharding are returned unchanged. All others are copied through the host.
     """
 
     def put(leaf, sharding):
@@ -87,10 +87,10 @@ def to_global(tree: Any, shardings: Any) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """The host form of a tree: global arrays become whole, and are tied to no device; others are left as they are.
+    """The host layout of a tree: global arrays become whole and uncommitted; other arrays stay as they are.
 
-    The arrays pass through the host. If they stayed committed to devices, every program that takes them would be
-    compiled once more. No device but the one that they end on has more than one of them whole at a time.
+    The arrays are copied through the host. If they stayed committed to devices, every program that takes them would be
+    compiled once more. Only the device that they end on holds more than one whole array at a time.
     """
 
     def whole(leaf):
@@ -100,7 +100,7 @@ def to_host(tree: Any) -> Any:
 
 
 def to_numpy(leaf: Array) -> np.ndarray:
-    """A whole array in every process. It costs one gather over the devices where other processes hold parts of it."""
+    """The whole array, in every process. If other processes hold parts of it, it costs one gather over the devices."""
     if not is_global(leaf):
         return np.array(leaf)
     if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
@@ -176,16 +176,17 @@ def on_all_devices(tree: Any, mesh: Mesh) -> Any:
 
 
 def converted(conversion: Callable[[Any], Array], leaf: Any) -> Array:
-    """The conversion of a leaf; PRNG keys, which NumPy does not have, are converted as their words."""
+    """Applies the conversion to a leaf, or to the words of PRNG keys, which NumPy does not support."""
     if not is_key(leaf):
         return conversion(leaf)
     return jax.random.wrap_key_data(conversion(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
 
 
 def placed(flow: Any, mesh: Mesh | None) -> tuple[Any, Mesh | None, bool]:
-    """The flow on the devices that evaluate it, their mesh or None for one device, and whether each has the whole flow.
+    """(flow, mesh, is_whole): the flow on the devices that evaluate it.
 
-    A flow whose arrays are divided among devices stays on these. Another one is copied to all of the given mesh.
+    A flow whose arrays are divided among devices stays on these devices. Any other flow is copied to all devices of the
+    given mesh. The returned mesh is None for one device; `is_whole` says whether each device has the whole flow.
     """
     own = mesh_of(flow)
     if own is not None:
@@ -200,9 +201,9 @@ def divided_examples(examples: Any, mesh: Mesh) -> Any:
 
 
 def batches_in_order(examples: Any, batch_size: int, mesh: Mesh | None) -> Iterator[Any]:
-    """Batches of all examples [N, ...] in order, all of one size, divided among the devices of a mesh if there is one.
+    """Batches of all examples [N, ...] in order, all of one size, divided among the devices of a mesh if one is given.
 
-    After the last example the first ones come again.
+    The last batch is filled up with the first examples.
     """
     examples = jax.tree.map(np.asarray, examples)
     count = len(jax.tree.leaves(examples)[0])

@@ -1,4 +1,4 @@
-"""The history of a training: losses at every pause, in nats, and how it ended."""
+"""The history of a training: losses at every validation point, in nats, and how it ended."""
 
 import math
 from dataclasses import dataclass
@@ -13,25 +13,27 @@ Ending = Literal["steps", "patience", "callback", "interrupted", "diverged"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class History:
-    """The losses of a training, one entry for each of K pauses.
+    """The losses of a training, one entry for each of K validation points.
+
+    A validation point is a step at which `fit` records its losses: every `validate_every` steps, and the last step.
 
     Attributes:
       step: integers [K], steps done.
-      train: floats [K], mean -log p in nats of the training batches since the pause before.
-      validation: floats [K], mean -log p in nats of the validation examples; None where there are none.
-      seconds: floats [K], since the start, compilation included.
+      train: floats [K], mean -log p in nats of the training batches since the previous validation point.
+      validation: floats [K], mean -log p in nats of the validation examples; None if there are none.
+      seconds: floats [K], time since the start, including compilation.
       best_step: the step whose weights the returned flow has.
-      ended: "steps", all steps were taken; "patience", the validation loss stopped falling; "callback", the callback
-        returned True; "interrupted", by Ctrl-C; "diverged", a loss or gradient was not finite.
-      levels: of integer images, values that a pixel can have; else None.
-      event_shape: of one example.
+      ended: "steps" if all steps were taken; "patience" if the validation loss stopped falling; "callback" if the
+        callback returned True; "interrupted" after Ctrl-C; "diverged" if a loss or gradient was not finite.
+      levels: number of values that a pixel can have, for integer images; otherwise None.
+      event_shape: shape of one example.
 
     Example:
       >>> import numpy as np
       >>> history = History(np.array([10, 20]), np.array([3.0, 2.5]), np.array([2.9, 2.6]), np.array([0.5, 0.9]), 20,
       ...                   "steps", None, (2,))
       >>> history
-      History(2 pauses in 20 steps, ended by steps; best at step 20: train 2.5, validation 2.6 nats)
+      History(2 validation points in 20 steps, ended by steps; best at step 20: train 2.5, validation 2.6 nats)
       >>> history.as_dict()["validation"]
       [2.9, 2.6]
     """
@@ -69,11 +71,11 @@ class History:
 
     def __repr__(self) -> str:
         if not len(self.step):
-            return f"History(no pause, ended: {self.ended})"
+            return f"History(no validation point, ended: {self.ended})"
         best = int(np.searchsorted(self.step, self.best_step))
         text = f"train {self.train[best]:.6g}"
         text += "" if self.validation is None else f", validation {self.validation[best]:.6g}"
         return (
-            f"History({len(self.step)} pauses in {self.step[-1]} steps, ended by {self.ended}; best at step "
+            f"History({len(self.step)} validation points in {self.step[-1]} steps, ended by {self.ended}; best at step "
             f"{self.best_step}: {text} nats)"
         )

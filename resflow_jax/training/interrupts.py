@@ -12,11 +12,11 @@ from tqdm import tqdm
 def deferred_signals(numbers: Sequence[int], message: str) -> Iterator[Callable[[], bool]]:
     """Within it the first of these signals prints a message and makes the function that is yielded return True.
 
-    The next signal does what it did before. In a thread that is not the main one signals are left alone.
+    The next signal has its usual effect. Outside of the main thread, the handling of signals does not change.
 
     Args:
-      numbers: of the signals, as (signal.SIGINT,).
-      message: what is printed when the first one comes.
+      numbers: numbers of the signals, such as (signal.SIGINT,).
+      message: text that is printed at the first signal.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

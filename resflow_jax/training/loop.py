@@ -1,7 +1,7 @@
 """The loop around a training step: mean metrics, timing, a progress bar, and a stop where training diverges.
 
-A step skips an update that is not finite. The loop counts the skipped ones at its pauses, from the metrics that it
-reads there, and ends when too many have followed each other.
+A step skips an update that is not finite. At its pauses the loop reads the metrics and counts the skipped updates; it
+ends if there are too many in a row.
 """
 
 import sys
@@ -20,16 +20,16 @@ class Pause(NamedTuple):
     """What the loop reports at a pause.
 
     Attributes:
-      step: steps done.
-      state: the state after that step. The next step is donated its arrays: copy what is to be kept.
-      metrics: means over the updates since the last pause, without the skipped ones, with the structure of a step's, on
-        the host; NaN if all were skipped.
-      seconds: per step since the last pause.
+      step: number of steps done.
+      state: the state after that step. The next step donates these arrays: copy what you keep.
+      metrics: means over the updates since the last pause that were not skipped, on the host, with the structure of a
+        step's metrics; NaN if all were skipped.
+      seconds: mean time per step since the last pause.
       waiting: the part of `seconds` that was spent waiting for batches.
-      stopped: whether the loop ends here because it was asked to.
-      bar: the progress bar, to write on.
-      skipped: the updates since the last pause that were not finite, and so were not made.
-      row: how many of the last updates before the pause were skipped in a row.
+      stopped: whether the loop ends here because `stops_at` returned True.
+      bar: the progress bar, for additional text.
+      skipped: the skipped updates since the last pause.
+      row: number of skipped updates in a row directly before the pause.
     """
 
     step: int
@@ -58,27 +58,26 @@ def run_steps(
     show_progress: bool = True,
     skips: int = LIMIT,
 ) -> Iterator[Pause]:
-    """Runs the steps first + 1 ... last; yields at every pause and at the end. Nothing waits for a result in between.
+    """Runs the steps first + 1 ... last; yields at every pause and at the end. Between pauses it waits for no result.
 
     Args:
       step: (state, batch, key) -> (state, metrics), as `Trainer.compiled_step` or `Placement.step`.
-      state: as the step takes it.
-      batches: those of the steps, as the step takes them.
+      state: state before the first step, in the layout of the step.
+      batches: the batches of the steps, in the layout of the step.
       key: PRNG key of the run, the same for all steps.
-      first: steps done before.
-      last: steps done in the end; `last - first` is a multiple of `together`.
-      together: steps that one call of `step` takes, those whose batches make an update.
-      pauses_at: whether to pause after a number of steps.
-      stops_at: whether the loop ends after a number of steps; called once an update.
-      at_pause: from the number of steps done and the state to the state that training goes on with; called before each
-        yield.
+      first: number of steps done before.
+      last: number of steps done at the end; `last - first` is a multiple of `together`.
+      together: number of steps that one call of `step` takes: their batches make one update.
+      pauses_at: (steps done) -> whether to pause.
+      stops_at: (steps done) -> whether the loop ends; called once per update.
+      at_pause: (steps done, state) -> the state that training continues with; called before each yield.
       show_progress: whether to draw a progress bar, on stderr or in the notebook.
-      skips: skipped updates in a row at which the loop ends.
+      skips: number of skipped updates in a row at which the loop ends.
 
     Raises:
-      ValueError: for another number of steps than a multiple of `together`, before the first step.
-      TooManySkipsError: a FloatingPointError: at a pause, if as many updates in a row were skipped, or at the end, if
-        all since the last pause were. No later state is yielded.
+      ValueError: before the first step, if the number of steps is not a multiple of `together`.
+      TooManySkipsError: a FloatingPointError; at a pause, if `skips` updates in a row were skipped, or at the end, if
+        all updates since the last pause were skipped. No later state is yielded.
     """
     if (last - first) % together:
         raise ValueError(f"last: expected {first} and a multiple of {together}, the steps of an update, got {last}")
@@ -110,7 +109,7 @@ def run_steps(
 
 
 def _seconds_between_draws() -> int:
-    """Of the progress bar: often where it is looked at, seldom where it fills a log file."""
+    """Seconds between updates of the progress bar: few in a terminal or notebook, many where it fills a log file."""
     return 1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 20
 
 

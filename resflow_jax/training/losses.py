@@ -1,7 +1,7 @@
-"""Losses of density models: the mean score of a batch, and two duties of a training step besides.
+"""Losses of density models: the mean score of a batch.
 
-A training loss also moves the running statistics of a flow, in place (`update_running_statistics`), and adds the
-gradient of learnable orders of norms (`with_order_gradient`).
+A training loss also updates the running statistics of a flow, in place (`update_running_statistics`), and adds the
+gradient of learned norm orders (`with_order_gradient`).
 """
 
 from typing import Any
@@ -42,8 +42,8 @@ def dequantized_bits_per_dim(
       loss(flow, batch, key, estimator, steps done) -> (bits/dim, diagnostics), as `Trainer` takes it.
 
     Raises:
-      ValueError: if levels is below 1 or order_weight is not finite; when called, for a batch of another form, for
-        images that are no integers, and for images that are not traced outside of {0..levels-1}.
+      ValueError: if levels is below 1 or order_weight is not finite; when called, for a batch of another structure, for
+        images that are not integers, and for concrete (not traced) images outside of {0..levels-1}.
 
     Source: Theis et al. (2016), arXiv 1511.01844, section 3.1, for dequantisation; Chen et al. (2019), arXiv
     1906.02735, for the estimated log-det.
@@ -102,7 +102,7 @@ def update_running_statistics(flow: Flow, x: Array, condition: Array | None = No
     Args:
       flow: the flow.
       x: batch [B, *event_shape]; no gradient passes through it.
-      condition: of a conditional flow, [B, *condition_shape].
+      condition: for a conditional flow, [B, *condition_shape].
 
     Cost: one evaluation of every g on x, if the flow has running statistics.
     """

@@ -1,9 +1,9 @@
 """Reads training states of earlier versions: their arrays had other names, and some had other values.
 
-`io.upgrades` has the names and values of the time before flows were compositions, `io.renames` the names of the version
-after it. Parameters, averages and moments of the optimiser carry the names of the flow's arrays and are renamed alike.
-The moments of an ActNorm's bias become those of its shift. The two differ in units, but Adam divides one moment by the
-root of the other.
+`io.upgrades` has the names and values of the early development versions (whose flow files have no format version), and
+`io.renames` the names of the version after them. Parameters, averages and moments of the optimiser have the names of
+the flow's arrays, and are renamed in the same way. The moments of an ActNorm's bias become those of its shift. The two
+differ in units, but Adam divides one moment by the root of the other.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def check_shapes(found: Any, like: Any) -> None:
     """Raises ValueError, which names the array, if one of a saved state has another shape than that of `like`.
 
     Args:
-      found: a tree with the names and the shapes of its arrays, as orbax's metadata.
+      found: a tree with the names and the shapes of its arrays, such as orbax's metadata.
       like: a present `forms.SavedState`. Arrays that only one of the two has are not looked at.
     """
     arrays = _named(found)
@@ -49,7 +49,7 @@ def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
     Args:
       old: nested containers of arrays with their old names.
       like: a present `forms.SavedState`.
-      ema_decay: decay of the state's average, which corrects its bias. Only states from before compositions need it.
+      ema_decay: decay of the state's average, to correct its bias. Only states of early development versions need it.
 
     Raises:
       ValueError: if the decay is needed and None, or if arrays are not those of the flow; the message names them.
@@ -58,14 +58,17 @@ def upgraded_state(old: Any, like: Any, ema_decay: float | None) -> Any:
     if not is_old(_of_flow(arrays)):
         return _renamed_state(arrays, leaves, like)
     if ema_decay is None:
-        raise ValueError("ema_decay: expected that of the run, for a checkpoint of before compositions, got None")
+        raise ValueError(
+            "ema_decay: expected the EMA decay of the run, which checkpoints of early development versions need; got "
+            "None"
+        )
     names = old_names(_of_flow(leaves), _of_flow(arrays))
     found = [_value(path, leaf, names, arrays, ema_decay) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(like), found)
 
 
 def _renamed_state(arrays: Mapping[Names, np.ndarray], leaves: Mapping[Names, Any], like: Any) -> Any:
-    """A state in which no value has changed, but names."""
+    """The state of a version in which only the names of arrays differ."""
     formers = {path: former_path(path, arrays) for path in leaves}
     if others := set(formers.values()) ^ set(arrays):
         listed = ", ".join(sorted(map(".".join, others)))
@@ -75,7 +78,7 @@ def _renamed_state(arrays: Mapping[Names, np.ndarray], leaves: Mapping[Names, An
 
 
 def upgraded_certificate(certificate: dict[str, Any]) -> dict[str, Any]:
-    """What `Certificate.as_dict` gives now, of what it gave when a block's `target_bound` was named `promised`."""
+    """Converts a dict of `Certificate.as_dict` from when a block's `target_bound` was named `promised`."""
     blocks = [{_BLOCK.get(name, name): value for name, value in block.items()} for block in certificate["blocks"]]
     return {"unbounded": [], **certificate, "blocks": blocks}
 

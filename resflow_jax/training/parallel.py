@@ -1,15 +1,15 @@
 """One training step on many devices, by one of three strategies: `jax.jit` over a mesh, `jax.shard_map`, `jax.pmap`.
 
-All three run `Trainer.step` on equal slices of a batch and give the numbers of one device to rounding, if the size of
-a slice is a multiple of the estimator's `subsample` (by default: even). Every example draws its noise by its number in
-the whole batch. The series lengths of the roulette are drawn with one key, so that no device waits for the longer
-series of another. Losses, gradients and statistics are means over all devices, taken in one sum an update.
+All three run `Trainer.step` on equal slices of a batch. They give the same results as on one device, up to rounding, if
+the size of a slice is a multiple of the estimator's `subsample` (by default: even). The noise of an example depends on
+its number in the whole batch. The series lengths of the roulette are drawn with one key, so that no device has to wait
+for the longer series of another. Losses, gradients and statistics are means over all devices, from one sum per update.
 
     jit        The compiler places the arrays of the step on the mesh, and may divide the state among the devices. Each
-               device takes the loss and gradient of its slice. Where kernels are divided for their products, the batch
+               device computes the loss and gradient of its slice. If kernels are divided for their products, the batch
                has an axis of slices instead, which the compiler divides too.
     shard_map  Each device of the mesh runs the step on its slice. The state is the same on all devices.
-    pmap       As shard_map, with a leading axis of devices on every array, as research scripts have it.
+    pmap       Like shard_map, but every array has a leading axis of devices, as is usual in research scripts.
 
 A mesh has two axes. Batches are divided along "data", and kernels may be divided along "model".
 """
@@ -74,7 +74,7 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Dev
     mesh = jax.make_mesh((data, model), (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2, devices=devices)
     if _gives_every_process_a_part(mesh):
         return mesh
-    # JAX ordered the devices by their network alone. Ordered by process, each process reads one part of a batch.
+    # JAX ordered the devices only by their network. Ordered by process, each process reads one part of a batch.
     ordered = np.asarray(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(data, model)
     mesh = Mesh(ordered, (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2)
     if not _gives_every_process_a_part(mesh):
@@ -87,7 +87,7 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Dev
 
 def as_devices(devices: Sequence[jax.Device]) -> list[jax.Device]:
     """Converts devices to a list; ValueError for anything else."""
-    found = as_sequence("devices", devices, "devices, as of jax.devices()")
+    found = as_sequence("devices", devices, "devices, as in jax.devices()")
     for n, device in enumerate(found):
         check_type(f"devices[{n}]", device, jax.Device)
     if not found:
@@ -133,11 +133,11 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
 
     Returns:
       (state, batch, key) -> (state, metrics) as `Trainer.step`, of global arrays. A batch has arrays [B, ...], or
-      [batches, B, ...] with accumulation; a tree of arrays is one batch, as a pair (x, condition). Arrays that are tied
-      to no device are moved to where they should lie. The state is donated.
+      [batches, B, ...] with accumulation, or is a tree of such arrays, for example a pair (x, condition). Uncommitted
+      arrays are moved to their devices. The state is donated.
 
     Raises:
-      ValueError: if the layout is unknown; when called, if B is no multiple of the number of devices along "data".
+      ValueError: if the layout is unknown; when called, if B is not a multiple of the number of devices along "data".
 
     Example:
       >>> import optax
@@ -165,7 +165,7 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
         return jax.tree.map(constrain, state, state_shardings(state, mesh, parameters))
 
     def with_whole_flow(state):
-        """The layout for loops that use the flow again and again. Kernels divided for their products stay divided."""
+        """The layout for loops that use the flow many times. Kernels divided for their products stay divided."""
         if parameters == "model":
             return state
         params, non_params = constrain((state.params, state.non_params), whole)
@@ -203,7 +203,7 @@ def _gradient_by_slices(trainer: Trainer, slices: int) -> Callable[[TrainState, 
 
 
 def _with_batch_axis(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, told that its batch is divided along "data", where the types of arrays do not tell."""
+    """The function in the context `batch_axes`: its batch is divided along "data", which array types do not show."""
 
     def apply(*args):
         with batch_axes(DATA_AXIS):
@@ -294,10 +294,13 @@ def _check_parts(trainer: Trainer, mesh: Mesh) -> None:
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Raises ValueError for a mesh that steps cannot use. Beside those of `make_mesh` they take one of "data" alone."""
+    """Raises ValueError for a mesh that steps cannot use. The axis "model" of `make_mesh` may be missing."""
     check_type("mesh", mesh, Mesh)
     if DATA_AXIS not in mesh.shape or set(mesh.axis_types) != {AxisType.Auto}:
-        raise ValueError(f'mesh: expected one of training.make_mesh, with an automatic axis "data", got {mesh}')
+        raise ValueError(
+            "mesh: expected a mesh from training.make_mesh, or one whose axes are all AxisType.Auto and include "
+            f'"data"; got {mesh}'
+        )
 
 
 def check_divisible(batch_size: int, mesh: Mesh) -> None:

@@ -1,6 +1,6 @@
-"""A training step on the devices of a mesh, with conversions of its state and batches to and from the form it takes.
+"""Runs a training step on the devices of a mesh, and converts states and batches between the layouts.
 
-See `training.forms` for the three forms of a state: host, step and checkpoint.
+See `training.forms` for the three layouts of a state: host, step and checkpoint.
 
     host or checkpoint --place--> step --to_checkpoint--> checkpoint --to_host--> host
     checkpoint --averaged_flow, current_flow--> a flow to evaluate
@@ -47,14 +47,14 @@ Array = jax.Array
 
 
 class Placement:
-    """A training step on the devices of a mesh, and what brings states and batches to them.
+    """A training step on the devices of a mesh, with the conversions of states and batches to and from its layout.
 
     Attributes:
       mesh: the mesh, from `make_mesh`.
-      step: (state, batch, key) -> (state, metrics), compiled, as `Trainer.step`. It takes a state of `place` and a
-        batch of `place_batch`, and gives the numbers of one device to rounding. The metrics are the same on all
-        devices. The state is donated: its arrays cannot be used again.
-      part, parts: this process reads slice number `part` of every batch, which is cut into `parts` equal slices.
+      step: (state, batch, key) -> (state, metrics), compiled, as `Trainer.step`. It takes a state from `place` and a
+        batch from `place_batch`. It gives the same results as on one device, up to rounding. The metrics are the same
+        on all devices. The state is donated: its arrays cannot be used again.
+      part, parts: every batch is cut into `parts` equal slices; this process reads slice number `part`.
 
     Example:
       >>> import optax
@@ -84,8 +84,9 @@ class Placement:
           parameters: layout of the state, as in `jit_train_step`; shard_map and pmap support only "replicated".
 
         Raises:
-          ValueError: if the strategy is unknown, or if it supports neither the layout nor devices along "model"; for a
-            mesh without automatic axes, "data" among them, or in which this process has no equal part of a batch.
+          ValueError: if the strategy is unknown, or does not support the layout or devices along "model"; if the mesh
+            has no axis "data", has axes that are not AxisType.Auto, or does not give each process an equal slice of a
+            batch.
         """
         check_type("trainer", trainer, Trainer)
         check_mesh(mesh)
@@ -103,7 +104,8 @@ class Placement:
         self._batches = batch_sharding(trainer, mesh)
         if (part := part_of_process(mesh)) is None:
             raise ValueError(
-                f"mesh: expected one of training.make_mesh, with an equal part for each process, got {mesh}"
+                "mesh: expected a mesh from training.make_mesh, or one that gives each process an equal slice of a "
+                f"batch; got {mesh}"
             )
         self.part, self.parts = part
 
@@ -116,33 +118,33 @@ class Placement:
         check_divisible(batch_size, self.mesh)
 
     def shardings(self, state: TrainState) -> TrainState:
-        """Returns the sharding of every array of a state in the checkpoint form."""
+        """Returns the sharding of every array of a state in the checkpoint layout."""
         return state_shardings(state, self.mesh, self.parameters)
 
     def place(self, tree: Any) -> Any:
-        """Converts a state, or a part of one, from the host or the checkpoint form to the step form.
+        """Converts a state, or a part of one, from the host or the checkpoint layout to the step layout.
 
-        The step is donated the result. Global arrays that lie as they should already are part of it; all others are
-        copied.
+        The step donates the result. It may contain arrays of `tree`: global arrays that already have the right sharding
+        are not copied.
         """
         if self.strategy == "pmap":
             return replicate(to_host(tree), self._devices)
         return to_global(tree, self.shardings(tree))
 
     def to_checkpoint(self, state: TrainState) -> TrainState:
-        """Converts a state, or a part of one, from the step form to the checkpoint form."""
+        """Converts a state, or a part of one, from the step layout to the checkpoint layout."""
         return unreplicate(state, self.mesh) if self.strategy == "pmap" else state
 
     def to_host(self, tree: Any) -> Any:
-        """Converts a state, or a part of one, from the checkpoint form to the host form; see `forms.to_host`."""
+        """Converts a state, or a part of one, from the checkpoint layout to the host layout; see `forms.to_host`."""
         return to_host(tree)
 
     def place_batch(self, rows: Any) -> Any:
-        """Returns the batch of a step, of which this process has read slice number `part`.
+        """Returns the batch of a step, from the slice number `part` that this process has read.
 
         Args:
-          rows: NumPy array [B / parts, ...], or a tree of such arrays, as a pair (x, condition). With accumulation
-            [batches, B / parts, ...].
+          rows: NumPy array [B / parts, ...], or a tree of such arrays, for example a pair (x, condition). With
+            accumulation [batches, B / parts, ...].
         """
         return jax.tree.map(self._place_rows, rows)
 
@@ -165,14 +167,14 @@ class Placement:
     def averaged_flow(self, state: TrainState) -> Flow:
         """Returns the flow with the averaged parameters; its power iterations are run to convergence.
 
-        Before the first update that is made there is no average: the parameters themselves are taken.
+        Before the first update that is not skipped there is no average: the flow then has the parameters themselves.
 
         Only the arrays of the flow are moved, none of the optimiser. They are whole, on one device of each process.
-        With parameters "model" they are global and lie as those of the state do; then all processes call the methods of
-        the flow together, and `tightened` in place of its `tighten`.
+        With parameters "model" they are global and have the shardings of the state. All processes must then call the
+        methods of the flow together, and `tightened` instead of its `tighten`.
 
         Args:
-          state: a state in the checkpoint form.
+          state: a state in the checkpoint layout.
         """
         if not int(state.ema.count):
             return self.current_flow(state)
@@ -189,10 +191,10 @@ class Placement:
 
 
 def tightened(flow: Flow) -> Flow:
-    """Tightens a flow (see `Flow.tighten`) and returns it, with its arrays where they lay before.
+    """Tightens a flow (see `Flow.tighten`) and returns it; its arrays keep their shardings.
 
-    If the arrays are divided among devices, the host tightens a copy of the whole flow, which the certificate needs; no
-    device but the CPU holds the copy, where JAX has a CPU device. All processes call this together.
+    If the arrays are divided among devices, the host tightens a copy of the whole flow, because the certificate needs
+    whole kernels. Where JAX has a CPU device, only that device holds the copy. All processes must call this together.
     """
     if mesh_of(flow) is None:
         flow.tighten()

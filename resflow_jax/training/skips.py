@@ -1,4 +1,4 @@
-"""The updates that a training step has skipped, as the loop reads them from the metrics, and when they are too many."""
+"""The updates that a training step has skipped, read from the metrics, and the check that there are not too many."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,10 +10,10 @@ LIMIT = 10  # skipped updates in a row at which training stops
 
 
 class Skipped(NamedTuple):
-    """An update that was skipped, since its loss, its gradient or a diagnostic was not finite.
+    """An update that was skipped because its loss, its gradient or a diagnostic was not finite.
 
     Attributes:
-      step: steps done after it. The update began with batch number step - accumulate, counted from 0.
+      step: number of steps done after it. The update began with batch number step - accumulate, counted from 0.
       loss: its loss.
       gradient_norm: norm of its gradient.
     """
@@ -27,7 +27,7 @@ class TooManySkipsError(FloatingPointError):
     """Too many updates in a row were skipped.
 
     Args:
-      message: which, and with what loss.
+      message: the text, which names the updates and their loss.
       skipped: the attribute.
 
     Attributes:
@@ -48,9 +48,10 @@ class Window(NamedTuple):
     """The updates since the last pause.
 
     Attributes:
-      means: mean metrics of the updates that were made; NaN if there is none.
-      skipped: the others.
-      row: the last updates in a row that were skipped, those before the pause before included.
+      means: mean metrics of the updates that were not skipped; NaN if there is none.
+      skipped: the skipped updates.
+      row: the skipped updates at the end of this window, and those directly before it in earlier windows if no other
+        update lies between.
     """
 
     means: dict[str, Any]
@@ -59,10 +60,10 @@ class Window(NamedTuple):
 
 
 def window(values: Sequence[dict[str, Any]], steps: Sequence[int], row: tuple[Skipped, ...]) -> Window:
-    """What the updates since the last pause tell.
+    """Summarises the updates since the last pause.
 
     Args:
-      values: metrics of each update, on the host, as `Trainer.step` gives them.
+      values: metrics of each update, on the host, as `Trainer.step` returns them.
       steps: number of steps done after each update.
       row: `Window.row` of the last pause.
     """
@@ -85,9 +86,10 @@ def check_row(seen: Window, limit: int, together: int, *, is_last: bool) -> None
 
     Args:
       seen: the updates since the last pause.
-      limit: skipped updates in a row that are too many.
+      limit: number of skipped updates in a row that is too many.
       together: steps of an update.
-      is_last: whether training ends here. Then a pause without a single update is too much too.
+      is_last: whether training ends here. The error is then also raised if all updates since the last pause were
+        skipped.
     """
     is_empty = is_last and bool(seen.skipped) and not np.isfinite(seen.means["loss"])
     if len(seen.row) < limit and not is_empty:

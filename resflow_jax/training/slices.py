@@ -1,6 +1,6 @@
 """`jax.shard_map` over the slices of a batch, and the flows that cannot run in it.
 
-A shard_map tracks which mesh axes an array varies over. Loops of other libraries, as those of diffrax in
+A shard_map tracks which mesh axes an array varies over. Loops of other libraries, such as those of diffrax in
 `ContinuousBlock`, start from arrays without such types, and fail. A layer that sets `runs_in_shard_map` to False is
 left to the compiler, which divides the whole batch.
 """
@@ -16,11 +16,11 @@ def over_slices(function: Callable[..., Any], graphdef: Any, mesh: Mesh, in_spec
     """The function on each device's slices of its arguments; on the whole arguments if a layer cannot run in slices.
 
     Args:
-      function: of arrays, or of slices of them, that takes means over the axes that its batch varies over.
+      function: function of arrays, or of slices of them, that takes means over the axes that its batch varies over.
       graphdef: the structure of the flow that the function uses, `nnx.graphdef(flow)`.
       mesh: devices.
-      in_specs: of the arguments, as of `jax.shard_map`.
-      out_specs: of the results.
+      in_specs: specs of the arguments, as in `jax.shard_map`.
+      out_specs: specs of the results.
     """
     if whole_layers(graphdef):
         return function

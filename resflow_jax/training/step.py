@@ -47,7 +47,7 @@ class TrainState(NamedTuple):
       non_params: its other variables: power-iteration vectors, running statistics, constants.
       opt_state: state of the optax transformation.
       ema: `optax.ema` state of the parameters, without bias correction.
-      estimator: estimator of the log-det. Its arrays, if any, are the fitted laws of the series lengths.
+      estimator: estimator of the log-det. Its arrays, if any, are the fitted distributions of the series lengths.
       term_norms: `optax.ema` state of `Diagnostics.term_norms`, [blocks, 16]; empty without residual blocks.
 
     Example:
@@ -138,16 +138,16 @@ class Trainer(NamedTuple):
     def create_state(self, flow: Flow, estimator: Estimator) -> TrainState:
         """Returns the state before the first step.
 
-        It has copies of the arrays of the flow and of the estimator, since a compiled step is donated those of its
-        state. No two arrays of the state are the same one.
+        The state copies all arrays of the flow and of the estimator, because a compiled step donates its input state:
+        those arrays cannot be used again. No array occurs twice in the state.
 
         Args:
           flow: gives the initial values; its structure must be that of `graphdef`.
           estimator: estimator of the log-det in training.
 
         Raises:
-          ValueError: if flow is no `Flow` or estimator no estimator, if the loss cannot be called, if the optimizer is
-            no optax transformation, if ema_decay is outside of [0, 1), or if accumulate is below 1.
+          ValueError: if flow is not a `Flow` or estimator not an estimator, if the loss cannot be called, if the
+            optimizer is not an optax transformation, if ema_decay is outside of [0, 1), or if accumulate is below 1.
         """
         check_estimator(estimator)
         check_callable("loss", self.loss)
@@ -169,19 +169,19 @@ class Trainer(NamedTuple):
         """Makes one update from one batch, or from `accumulate` batches, each of which counts as a step.
 
         The function may also run on each device's slice of the batches, as in `training.parallel`. It then takes means
-        over devices once an update, and the new state is the same on all devices.
+        over devices once per update, and the new state is the same on all devices.
 
         Args:
           state: from `create_state` or an earlier step.
-          batch: what the loss takes: an array [B, ...], or a tree of arrays, as a pair (x, condition). With
+          batch: argument of the loss: an array [B, ...], or a tree of arrays, such as a pair (x, condition). With
             `accumulate` above 1 every array has a leading axis of that length.
           key: PRNG key of the run, the same in all steps and on all devices. Each step folds its own number into it.
 
         Returns:
           The new state, and the metrics, which are means over the batches: "loss"; "gradient_norm", the norm of the
           mean gradient before any clipping; "diagnostics", those of the log-det estimates, by block. If one of them is
-          not finite, the update is skipped: the new state is the old one with its number of steps raised. No device
-          waits for the host to decide this.
+          not finite, the update is skipped: the new state is the old one, but with its number of steps increased. This
+          is decided on the devices, without the host.
 
         Cost: the loss and its gradient for every batch, the optimiser, and `Flow.update_norms`: in every linear layer
         up to 20 power iterations, often 1 or 2.
@@ -255,7 +255,7 @@ class Trainer(NamedTuple):
     def averaged_flow(self, state: TrainState) -> Flow:
         """Returns the flow with the averaged parameters; its power iterations are run to convergence.
 
-        Before the first update that is made there is no average: the parameters themselves are taken.
+        Before the first update that is not skipped there is no average: the flow then has the parameters themselves.
         """
         averages = averaged_params(state.ema, self.ema_decay, state.params)
         is_begun = state.ema.count > 0
@@ -319,18 +319,18 @@ def _mean_over_batches(
 
 
 def fit_estimator(state: TrainState, batch_size: int) -> TrainState:
-    """Fits the law of each block's series length to the term norms of about the last hundred updates.
+    """Fits the distribution of each block's series length to the term norms of about the last hundred updates.
 
-    Call it between epochs. The gradient of the next steps stays unbiased, since the law does not depend on them. Before
-    the first step there are no term norms, and the law is that of `Roulette()`. The fit minimises the variance of the
-    estimate times its expected cost; see `fit_lengths`.
+    Call it between epochs. The gradient of the next steps stays unbiased, since the distribution does not depend on
+    them. Before the first step there are no term norms, and the distribution is that of `Roulette()`. The fit minimises
+    the variance of the estimate times its expected cost; see `fit_lengths`.
 
     Args:
       state: a training state with a `Roulette` estimator.
       batch_size: number of examples that share one series length.
 
     Returns:
-      The state with the `Fitted` law in its estimator; all other arrays are the same.
+      The state with the `Fitted` distribution in its estimator; all other arrays are the same.
 
     Raises:
       ValueError: unless the estimator is a `Roulette` of less than 16 exact terms, and for a flow without residual
@@ -351,7 +351,7 @@ def fit_estimator(state: TrainState, batch_size: int) -> TrainState:
     if not isinstance(estimator, Roulette) or estimator.exact_terms >= DIAGNOSED_TERMS:
         raise ValueError(f"estimator: expected Roulette, less than {DIAGNOSED_TERMS} exact_terms, got {estimator}")
     if not jax.tree.leaves(norms):
-        raise ValueError("state: expected that of a flow with residual blocks, whose lengths are fitted, got none")
+        raise ValueError("state: expected the state of a flow with residual blocks, got a flow without any")
     with optax_promotion():
         seen = optax.tree.bias_correction(norms, _DECAY, jnp.maximum(count, 1))
     law = fit_law(estimator, seen, batch_size)

@@ -111,7 +111,7 @@ def test_files_that_are_no_images(tmp_path):
     np.testing.assert_array_equal(more.train, plain.train)
     (tmp_path / "more" / "0" / "a.heic").write_bytes(b"")
     (tmp_path / "more" / "labels.csv").write_text("")
-    with pytest.warns(UserWarning, match=r"2 of the files in .*more are no images by their names .* first .*a\.heic"):
+    with pytest.warns(UserWarning, match=r"2 of the files in .*more do not have the names of images .*a\.heic"):
         again = files.load_path(tmp_path / "more")
     np.testing.assert_array_equal(again.train, plain.train)
 
@@ -244,7 +244,7 @@ BAD = {
         ValueError,
         "expected the folders of splits in .*inside itself, got test, train in .*cats",
     ),
-    "loose": (loose, ValueError, r"expected images in the folders test, train alone, got .*loose.png"),
+    "loose": (loose, ValueError, r"expected images only in the folders test, train, got .*loose.png"),
     "class": (folders("train", "cat"), ValueError, "expected the folder train and, .* got cat, train in"),
     "damaged.npz": (damaged_npz, ValueError, "path: expected a .npz file of arrays, could not read"),
     "empty.npz": (lambda path: path.touch(), ValueError, "path: expected a .npz file of arrays, could not read"),

@@ -193,10 +193,10 @@ BAD = {
     "names.npz": (saved(a=IMAGES, labels=LABELS), f"{EXPECTED} validation, got a, labels in .*names.npz"),
     "test.npz": (saved(test=IMAGES, test_labels=LABELS), f"{EXPECTED} validation, got test, test_labels in"),
     "other.npz": (saved(images=IMAGES, labels=LABELS, a=LABELS), f"{EXPECTED} validation, got images, labels, a in"),
-    "missing.npz": (saved(images=IMAGES), "expected the array labels beside images, found none in .*missing.npz"),
+    "missing.npz": (saved(images=IMAGES), "expected the array labels with images, found none in .*missing.npz"),
     "half.npz": (
         saved(train=IMAGES, train_labels=LABELS, test=IMAGES),
-        "expected the array test_labels beside test, found none in .*half.npz",
+        "expected the array test_labels with test, found none in .*half.npz",
     ),
     "images.npz": (
         saved(train=IMAGES, train_labels=LABELS, test=IMAGES * 1.0, test_labels=LABELS),

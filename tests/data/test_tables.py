@@ -60,7 +60,7 @@ def test_byte_order_marks(tmp_path, mark):
     (tmp_path / "a.csv").write_bytes(f"\ufeff{text}".encode(mark))
     np.testing.assert_array_equal(read_table(tmp_path / "a.csv").numbers, ROWS)
     (tmp_path / "b.csv").write_bytes(text.encode(mark))
-    with pytest.raises(ValueError, match=r"could not read .*b\.csv: the character '\\x00' in line 1 is no text, or"):
+    with pytest.raises(ValueError, match=r"could not read .*b\.csv: the character '\\x00' in line 1 is not text, or"):
         read_table(tmp_path / "b.csv")
 
 
@@ -124,7 +124,7 @@ BAD = {
     '1,2\n3,4"': "quotes in line 2 are unbalanced",
     '"a\nb",c\n1,2': "quotes in line 1 are unbalanced",
     '1,2\n"3,4\n5,6"': "quotes in line 2 are unbalanced",
-    "1,2\n3,4\x1a": r"could not read .*a[.]csv: the character '\\x1a' in line 2 is no text",
+    "1,2\n3,4\x1a": r"could not read .*a[.]csv: the character '\\x1a' in line 2 is not text",
     "1,5;2\n3;4.5": r"decimal mark, got '1,5' in line 1, column 1 of .* and '4\.5' in line 2, column 2 of .*a[.]csv",
     "1.234,5;2": number("1.234,5", 1, 0),
     '"1,234","5"': "without separators of thousands, got '1,234' in line 1, column 1 of .*a[.]csv",

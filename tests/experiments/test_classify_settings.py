@@ -56,7 +56,7 @@ def test_no_two_runs_write_to_the_same_place():
     [
         (
             "--model.padding 3 --hybrid.weight 1",
-            "hybrid.weight: expected 0 for model.padding 3: .* no bijection, got 1",
+            "hybrid.weight: expected 0 for model.padding 3: .* not a bijection, got 1",
         ),
         ("_vanilla --hybrid.weight 1/D", "expected 0 for model.coefficient None: the blocks need not be bijections"),
         ("--model.head mixture --model.head-channels None", "expected a positive number with model.head 'mixture'"),

@@ -292,9 +292,17 @@ BAD = {
     "no batch axis": (THREE, np.float64(1), r"condition: expected 2 rows.*got shape \(\)"),
     "a number": (THREE, 1.0, "condition: expected an array .*got float"),
     "strings": (THREE, np.array(["a", "b"]), "condition: expected an array .*got dtype <U1"),
-    "not taken": (TWO, np.ones(2), r"g: expected a function of \(params, x, condition\), got one of \(params, x\)"),
-    "missing": (THREE, None, r"condition: expected one, since g takes \(params, x, condition\), got None"),
-    "neither": (lambda x: x, None, r"g: expected a function of \(params, x\), got one of \(x\)"),
+    "not taken": (
+        TWO,
+        np.ones(2),
+        r"g: expected a function of \(params, x, condition\), got the signature \(params, x\)",
+    ),
+    "missing": (
+        THREE,
+        None,
+        r"condition: expected a condition, since g takes \(params, x, condition\), got None",
+    ),
+    "neither": (lambda x: x, None, r"g: expected a function of \(params, x\), got the signature \(x\)"),
 }
 
 

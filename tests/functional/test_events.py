@@ -105,7 +105,7 @@ def test_with_a_condition_and_diagnostics():
 X = {"a": np.ones((2, 3)), "b": np.ones(2)}
 BAD = {
     "batch sizes": ({**X, "b": np.ones(3)}, r"['b']: expected 2 examples as in NAME['a'], got shape (3,)"),
-    "dtypes": ({**X, "b": np.ones(2, np.float32)}, "['b']: expected float64 as of NAME['a'], got float32"),
+    "dtypes": ({**X, "b": np.ones(2, np.float32)}, "['b']: expected float64, the dtype of NAME['a'], got float32"),
     "integers": ({**X, "b": np.ones(2, int)}, "['b']: expected a float array [B, ...], got dtype int64"),
     "no batch": ({**X, "b": np.ones(())}, "['b']: expected a float array [B, ...], got shape ()"),
     "a number": ({**X, "b": 1.0}, "['b']: expected a float array [B, ...], got float"),

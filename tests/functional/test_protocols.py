@@ -165,7 +165,7 @@ def test_a_traced_law():
     with pytest.raises(ValueError, match=r"length: gradient='autodiff' expected .* BoundedNode of traced arrays"):
         of_law = lambda law: residual(g, params, x, key=key, estimator=Roulette(law, 0, gradient="autodiff"))  # noqa: E731
         jax.jit(of_law)(BoundedNode(TABLE))
-    with pytest.raises(ValueError, match=r"length: .* expected a law with P\(N > 4096\)"):
+    with pytest.raises(ValueError, match=r"length: .* expected a distribution with P\(N > 4096\)"):
         residual(g, params, x, key=key, estimator=Roulette(Plain(1.0), 0, gradient="autodiff"))
 
 

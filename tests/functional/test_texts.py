@@ -61,7 +61,7 @@ def test_results():
     assert repr(jax.tree.map(lambda leaf: leaf[0, 1], STATUS)).startswith("InverseStatus of 1 example: 0 of 1")
     assert repr(NORMS._replace(converged=jnp.asarray(False))).startswith("PowerIterationStatus: NOT converged")
     assert "2 of 2 converged" in repr(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), NORMS))
-    assert "refuted, g is no" in repr(CHECK._replace(is_refuted=True))
+    assert "refuted, g is not a" in repr(CHECK._replace(is_refuted=True))
     assert repr(jax.tree.map(lambda leaf: leaf[:0], STATUS)) == "InverseStatus of 0 blocks x 3 examples: no solve"
 
 

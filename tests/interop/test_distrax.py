@@ -151,7 +151,7 @@ def test_takes_the_flow_as_it_is(flow):
 
 def test_errors_name_the_argument(flow, bijector):
     padded = rf.ResidualFlow(replace(flow.config, data=rf.VectorTransform(padding=rf.Padding(1))), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"flow: expected one without padding.*got one that pads x"):
+    with pytest.raises(ValueError, match=r"flow: expected a flow without padding.*got one that pads x"):
         bijectors.bijector(padded)
     with pytest.raises(ValueError, match="flow: expected Flow, got str"):
         bijectors.bijector("flow")

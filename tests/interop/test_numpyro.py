@@ -84,7 +84,7 @@ def test_transform_is_a_bijection_with_the_flows_log_det(flow):
     np.testing.assert_allclose(transform.log_abs_det_jacobian(Z, x), -log_det, atol=1e-12)
     np.testing.assert_allclose(transform.log_abs_det_jacobian(Z, x, intermediates), -log_det, atol=1e-12)
     assert transform.forward_shape((5, 2)) == transform.inverse_shape((5, 2)) == (5, 2)
-    with pytest.raises(ValueError, match=r"shape: expected one that ends in \(2,\), got \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"shape: expected a shape that ends in \(2,\), got \(5, 3\)"):
         transform.forward_shape((5, 3))
     assert jax.tree.unflatten(*reversed(jax.tree.flatten(transform))) == transform
     assert transform != interop.FlowTransform(flow, jax.random.key(1))

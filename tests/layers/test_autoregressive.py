@@ -104,9 +104,9 @@ def test_the_start_is_the_identity_for_every_condition(hidden):
         (lambda: rf.MaskedAutoregressive(2, activation="gelu", rngs=nnx.Rngs(0)), "activation: expected one of"),
         (
             lambda: rf.MaskedAutoregressive(2, activation="maxmin", rngs=nnx.Rngs(0)),
-            "activation: expected one that",
+            "activation: expected an activation that",
         ),
-        (lambda: rf.MaskedAutoregressive(2, activation="fullsort", rngs=nnx.Rngs(0)), "activation: expected one that"),
+        (lambda: rf.MaskedAutoregressive(2, activation="fullsort", rngs=nnx.Rngs(0)), "activation: expected an act"),
         (lambda: rf.MaskedAutoregressive(2, rngs=0), "rngs: expected"),
         (lambda: rf.MaskedAutoregressive(2, rngs=nnx.Rngs(0)).forward(jnp.ones((1, 3))), "x: expected a float array"),
     ],

@@ -323,7 +323,7 @@ def test_what_is_no_contraction():
         rf.ResidualBlock(Rotation(rngs))
     with pytest.raises(ValueError, match=r"lipschitz: expected a number in \(0, 1\), got 1.5"):
         rf.ResidualBlock(Rotation(rngs), lipschitz=1.5)
-    with pytest.raises(ValueError, match=r"lipschitz: expected None beside a Contraction"):
+    with pytest.raises(ValueError, match=r"lipschitz: expected None together with a Contraction"):
         rf.ResidualBlock(mlp(rngs), lipschitz=0.5)
     with pytest.raises(ValueError, match=r"contraction: expected a Contraction or a callable nnx.Module, got ufunc"):
         rf.ResidualBlock(np.sin, lipschitz=0.5)

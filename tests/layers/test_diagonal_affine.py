@@ -95,7 +95,7 @@ def test_permutation_orders_elements():
             r"expected events with 2 elements along axis 1, got events of shape \(2,\)",
         ),
         (lambda: rf.Affine(3), r"event_shape: expected a tuple of sizes, as \(3,\), got 3"),
-        (lambda: rf.Affine((3,), condition_dim=2), "rngs: expected nnx.Rngs beside condition_dim, got NoneType"),
+        (lambda: rf.Affine((3,), condition_dim=2), "rngs: expected nnx.Rngs with condition_dim, got NoneType"),
         (lambda: rf.Flatten(3), r"shape: expected a tuple of sizes, as \(3,\), got 3"),
         (lambda: rf.Reshape((2, 3), (7,)), r"new_shape: expected as many elements as \(2, 3\) has, got \(7,\)"),
         (lambda: rf.Reshape((2, 3), 6), r"new_shape: expected a tuple of sizes, as \(3,\), got 6"),

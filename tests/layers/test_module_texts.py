@@ -34,12 +34,12 @@ def composed():
 
 TABLE = """\
 Flow: x (6,), z (2, 3), condition (3,), 10 residual blocks, float64, 26,604 parameters
- layer event shape parameters promised Lip(g)
+ layer event shape parameters Lip(g) bound
  ActNorm((6,)) (6,) 12
  ResidualStack(8 x [ResidualBlock(LipschitzMLP(6, hidden=(8, 8), condition_dim=3)), ActNorm((6,))]) (6,) 26,496 \
 0.940918
  Invert(ResidualBlock(LipschitzMLP(6, hidden=(), activation=tanh, coefficient=0.5))) (6,) 42 0.5
- ResidualBlock(TrustedContraction(Linear(6, 6), 0.9)) (6,) 42 0.9, on your word
+ ResidualBlock(TrustedContraction(Linear(6, 6), 0.9)) (6,) 42 0.9, not proved
  Reshape((6,), (2, 3)) (6,) -> (2, 3) 0
  base: DiagonalNormal((2, 3)) (2, 3) 12"""
 
@@ -122,7 +122,7 @@ def test_lines():
         rf.LipschitzConv((4, 4), 1, 2, padding="periodic", rngs=rngs): (
             "LipschitzConv((4, 4), 1, 2, kernel_size=3, padding='periodic')  # 20 parameters"
         ),
-        net: f"DenseNet((4,), depth=2, growth=6, kernel=3)  # {_size(net):,} parameters, promised Lip(g) 0.941192",
+        net: f"DenseNet((4,), depth=2, growth=6, kernel=3)  # {_size(net):,} parameters, Lip(g) bound 0.941192",
         rf.StandardNormal((2, 2)): "StandardNormal((2, 2))",
         rf.MixtureOfNormals(2, (3,), rngs=rngs): "MixtureOfNormals(2, (3,))  # 14 parameters",
         rf.Exp(): "Exp()",
@@ -162,7 +162,7 @@ class Named(rf.Flow):
 
 def test_modules_of_a_user(composed):
     assert repr(Shift(3, 1.5)) == "Shift(offset=1.5)  # 3 parameters"
-    assert repr(Half()) == "Half()  # promised Lip(g) 0.5, on your word"
+    assert repr(Half()) == "Half()  # Lip(g) bound 0.5, not proved"
     chain = rf.Chain([rf.ResidualBlock(Half()), rf.ActNorm((3,))])
     chain.bijectors.append(Shift(3))
     assert [line.split()[0] for line in repr(chain).splitlines()[2:]] == [

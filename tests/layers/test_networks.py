@@ -242,7 +242,7 @@ def test_a_conditional_flow():
         ),
         (
             lambda rngs: rf.LipschitzMLP(3, (4,), activation="maxmin", preactivation=True, rngs=rngs),
-            "preactivation: expected none for maxmin on 3 channels, which are no multiple of 2",
+            "preactivation: expected none for maxmin on 3 channels, which is not a multiple of 2",
         ),
         (lambda rngs: rf.LipschitzMLP(2, coefficient=1.0, rngs=rngs), r"coefficient: expected a number in \(0, 1\)"),
         (lambda rngs: rf.LipschitzMLP(2, (4,), norms=(2, 2), rngs=rngs), "norms: expected 3 orders, one more than"),

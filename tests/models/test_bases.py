@@ -211,7 +211,7 @@ def test_in_a_flow(name):
         (lambda: rf.DiagonalNormal((0,)), "event_shape: expected an integer of at least 1, got 0"),
         (
             lambda: rf.DiagonalNormal((2,), condition_dim=2),
-            "rngs: expected nnx.Rngs beside condition_dim, got NoneType",
+            "rngs: expected nnx.Rngs with condition_dim, got NoneType",
         ),
         (
             lambda: rf.DiagonalNormal((2,), condition_dim=0, rngs=nnx.Rngs(0)),
@@ -221,7 +221,7 @@ def test_in_a_flow(name):
         (lambda: rf.MixtureOfNormals(2, (2,), rngs=None), "rngs: expected Rngs, got NoneType"),
         (
             lambda: rf.MixtureOfNormals(2, (2,), class_conditional=True, condition_dim=3, rngs=nnx.Rngs(0)),
-            "condition_dim: expected None beside class_conditional, .*, got 3",
+            "condition_dim: expected None together with class_conditional, .*, got 3",
         ),
     ],
 )

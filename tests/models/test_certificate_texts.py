@@ -22,7 +22,8 @@ def test_layer_and_block():
         "BlockCertificate: Lip(g) <= 0.940913 (target 0.941192) from norms 0.98, 0.98, 0.98; Lip(f) <= 1.94092, "
         "Lip(f^-1) <= 16.9236"
     )
-    assert repr(WORD).startswith("BlockCertificate: Lip(g) <= 0.9 on the user's word; Lip(f) <= 1.9, Lip(f^-1) <= 10")
+    stated = "BlockCertificate: Lip(g) <= 0.9 (stated by the user, not proved); Lip(f) <= 1.9, Lip(f^-1) <= 10"
+    assert repr(WORD).startswith(stated)
     assert "<= 0.940913 in the norm of order 1 " in repr(dataclasses.replace(BLOCK, order=1.0))
     assert repr(dataclasses.replace(BLOCK, layers=(LAYER,) * 30)).count("0.98,") == 8
     assert "<= 1 - 1.0e-10 " in repr(dataclasses.replace(BLOCK, bound=1 - 1e-10))
@@ -39,12 +40,12 @@ def test_certified():
 
 
 def test_not_certified():
-    """A bound of one or more, and the user's word, are named by the numbers of their blocks."""
+    """A bound of one or more, and a bound that the user states, are named by the numbers of their blocks."""
     text = repr(rf.Certificate((BLOCK, FAILED, WORD, WORD), 3.0, math.inf))
     assert text.splitlines()[0] == "Certificate of 4 residual blocks: NOT certified"
     assert "Lip(g) <= 1.02 (target 0.941192); of the blocks: 0.940913, 1.02\n" in text
     assert "\n  no contraction by the bound: block 1\n" in text
-    assert "\n  on the user's word: blocks 2, 3\n" in text
+    assert "\n  stated by the user, not proved: blocks 2, 3\n" in text
     assert text.endswith("Lip(f^-1) <= inf")
     assert "blocks 0, 1, 2, 3, 4, 5 and 3 more" in repr(rf.Certificate((WORD,) * 9, 3.0, 3.0))
     assert "NOT certified" in repr(rf.Certificate((dataclasses.replace(BLOCK, bound=math.nan),), 3.0, 3.0))

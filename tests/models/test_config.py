@@ -67,7 +67,7 @@ BAD_CONFIGS = {
     "data mean beside logit": (
         rf.ImageTransform,
         {"mean": (0.0,), "std": (1.0,)},
-        r"data.mean: expected None beside data.logit_alpha, got \(0.0,\)",
+        r"data.mean: expected None together with data.logit_alpha, got \(0.0,\)",
     ),
     "data of images in a flow of vectors": (
         rf.VectorFlowConfig,
@@ -95,17 +95,17 @@ BAD_CONFIGS = {
     "norms beside learning": (
         rf.Norms,
         {"orders": "222f", "learned": True},
-        "norms.orders: expected None beside norms.learned, got '222f'",
+        "norms.orders: expected None together with norms.learned, got '222f'",
     ),
     "norms of DenseNets": (
         rf.VectorFlowConfig,
         {"dim": 2, "norms": rf.Norms("2222"), "densenet": rf.DenseNetBlocks(1)},
-        r"norms.orders: expected None beside densenet.depth, got \(2.0, 2.0, 2.0, 2.0\)",
+        r"norms.orders: expected None together with densenet.depth, got \(2.0, 2.0, 2.0, 2.0\)",
     ),
     "learned norms of DenseNets": (
         rf.VectorFlowConfig,
         {"dim": 2, "norms": rf.Norms(learned=True), "densenet": rf.DenseNetBlocks(1)},
-        "norms.learned: expected False beside densenet.depth, got True",
+        "norms.learned: expected False together with densenet.depth, got True",
     ),
     "ActNorms per feature of vectors": (
         rf.VectorFlowConfig,
@@ -128,7 +128,7 @@ BAD_CONFIGS = {
     "fully connected DenseNets": (
         TorchImageConfig,
         {**IMAGE_SHAPE, "fully_connected": True, "densenet": rf.DenseNetBlocks(2)},
-        "fully_connected: expected False beside densenet.depth 2, got True",
+        "fully_connected: expected False with densenet.depth 2, got True",
     ),
     "dense norms of another length": (
         rf.DenseTail,
@@ -140,12 +140,12 @@ BAD_CONFIGS = {
     "dense norms beside learning": (
         rf.ImageFlowConfig,
         {**IMAGE_SHAPE, "tail": rf.DenseTail(norms="222f"), "norms": rf.Norms(learned=True)},
-        r"tail.norms: expected None beside norms.learned, got \(2.0, 2.0, 2.0, inf\)",
+        r"tail.norms: expected None together with norms.learned, got \(2.0, 2.0, 2.0, inf\)",
     ),
     "dense norms of DenseNets": (
         rf.ImageFlowConfig,
         {**IMAGE_SHAPE, "tail": rf.DenseTail(norms="2222"), "densenet": rf.DenseNetBlocks(1)},
-        r"tail.norms: expected None beside densenet.depth, got \(2.0, 2.0, 2.0, 2.0\)",
+        r"tail.norms: expected None together with densenet.depth, got \(2.0, 2.0, 2.0, 2.0\)",
     ),
     "order ties": (rf.Norms, {"ties": "open"}, "norms.ties: expected one of closed, all, none; got 'open'"),
     "centering": (
@@ -156,7 +156,7 @@ BAD_CONFIGS = {
     "centred layers of DenseNets": (
         rf.ImageFlowConfig,
         {**IMAGE_SHAPE, "between": rf.BetweenBlocks(centering="layers"), "densenet": rf.DenseNetBlocks(1)},
-        "between.centering: expected None or 'blocks' beside densenet.depth, got 'layers'",
+        "between.centering: expected None or 'blocks' with densenet.depth, got 'layers'",
     ),
     "classes": (TorchImageConfig, {**IMAGE_SHAPE, "classes": -1}, "classes: .* at least 0, got -1"),
     "classifier channels": (

@@ -116,7 +116,7 @@ def test_files(noise, is_argument, tmp_path):
                 event_shape=(2, 2, 1),
                 dequantizer=rf.VariationalDequantization((4, 2, 1), 1, 2, rngs=nnx.Rngs(0)),
             ),
-            r"dequantizer: expected one of images \(2, 2, 1\), got one of \(4, 2, 1\)",
+            r"dequantizer: expected images of shape \(2, 2, 1\), got shape \(4, 2, 1\)",
         ),
         (lambda: rf.VariationalDequantization((4,), rngs=nnx.Rngs(0)), r"shape: expected \(H, W, C\)"),
         (lambda: rf.VariationalDequantization((1, 1, 3), rngs=nnx.Rngs(0)), "shape: expected at least 2 pixels"),

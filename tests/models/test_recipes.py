@@ -185,7 +185,7 @@ def test_tabulate():
         (lambda: rf.AutoregressiveFlowConfig((3,), activation="gelu"), "activation: expected one of"),
         (
             lambda: rf.AutoregressiveFlowConfig((3,), activation="maxmin"),
-            "activation: expected one that acts",
+            "activation: expected an activation that acts",
         ),
         (lambda: Coupling.glow((1, 1, 3)), "shape: expected images of at least 2 pixels"),
         (lambda: Coupling.glow((7, 7, 1), couplings="3"), "couplings: expected"),

@@ -216,19 +216,19 @@ ROWS = {
     "interop.bases.distrax_base": {"distribution: expected": lambda: bases.distrax_base(3)},
     "interop.bases.numpyro_base": {"distribution: expected": lambda: bases.numpyro_base(3)},
     "interop.distrax.bijector": {
-        "flow: expected one without padding": lambda: distrax.bijector(padded(), KEY),
+        "flow: expected a flow without padding": lambda: distrax.bijector(padded(), KEY),
         "estimator: expected": lambda: distrax.bijector(on_vectors(), KEY, estimator="exact"),
         "key: Roulette expected": lambda: distrax.bijector(on_vectors()),
         "condition: expected floats": lambda: distrax.bijector(conditional(), KEY),
         "condition: expected None": lambda: distrax.bijector(on_vectors(), KEY, condition=C),
     },
     "interop.flowjax.FlowBijection": {
-        "flow: expected one without padding": lambda: flowjax.FlowBijection(padded()),
+        "flow: expected a flow without padding": lambda: flowjax.FlowBijection(padded()),
         "estimator: expected": lambda: flowjax.FlowBijection(on_vectors(), estimator="exact"),
         "key: Roulette expected": lambda: flowjax.FlowBijection(on_vectors(), estimator=rf.Roulette()),
     },
     "interop.numpyro.FlowTransform": {
-        "flow: expected one without padding": lambda: numpyro.FlowTransform(padded(), KEY),
+        "flow: expected a flow without padding": lambda: numpyro.FlowTransform(padded(), KEY),
         "estimator: expected": lambda: numpyro.FlowTransform(on_vectors(), KEY, estimator="exact"),
         "key: Roulette expected": lambda: numpyro.FlowTransform(on_vectors()),
         "condition: expected floats": lambda: numpyro.FlowTransform(conditional(), KEY),
@@ -239,8 +239,8 @@ ROWS = {
     },
     "interop.sampling.SamplingMap.of": {
         "flow: expected Flow": lambda: sampling.SamplingMap.of(3, KEY, None, rf.Anderson()),
-        "flow: expected one without padding": lambda: sampling.SamplingMap.of(padded(), KEY, None, rf.Anderson()),
-        "flow: expected one with a density": lambda: sampling.SamplingMap.of(unlikely(), KEY, None, rf.Anderson()),
+        "flow: expected a flow without padding": lambda: sampling.SamplingMap.of(padded(), KEY, None, rf.Anderson()),
+        "flow: expected a flow with a density": lambda: sampling.SamplingMap.of(unlikely(), KEY, None, rf.Anderson()),
         "estimator: expected": lambda: sampling.SamplingMap.of(on_vectors(), KEY, "exact", rf.Anderson()),
         "key: Roulette expected": lambda: sampling.SamplingMap.of(on_vectors(), None, None, rf.Anderson()),
         "condition: expected None": lambda: sampling.SamplingMap.of(on_vectors(), KEY, None, rf.Anderson(), C),

@@ -87,7 +87,7 @@ LAYERS = {
     "rf.Classifier": {
         "head: expected one, or None": lambda: rf.Classifier(norm(), event_shape=(3,)),
         "head: expected PooledHead": lambda: rf.Classifier(norm(), norm(), event_shape=(3,)),
-        r"head: expected one for \(3,\)": lambda: rf.Classifier(norm(), head((2,), 3), event_shape=(3,)),
+        r"head: expected shape \(3,\)": lambda: rf.Classifier(norm(), head((2,), 3), event_shape=(3,)),
         "head: expected .* without a condition": lambda: rf.Classifier(
             norm(), base=rf.MixtureOfNormals(2, (3,), class_conditional=True, rngs=RNGS)
         ),
@@ -147,12 +147,12 @@ LAYERS = {
         "ZeroPadding: expected a pass without": lambda: rf.ZeroPadding(1).forward(X),
         "ZeroPadding: expected .*volume zero": lambda: rf.Flow(rf.ZeroPadding(1), event_shape=(3,)).log_prob(X),
     },
-    "rf.Flow.sample": {"flow: expected one with a density": lambda: unlikely().sample(KEY, 2)},
+    "rf.Flow.sample": {"flow: expected a flow with a density": lambda: unlikely().sample(KEY, 2)},
     "rf.Flow.sample_and_log_prob": {
-        "flow: expected one with a density": lambda: unlikely().sample_and_log_prob(KEY, 2)
+        "flow: expected a flow with a density": lambda: unlikely().sample_and_log_prob(KEY, 2)
     },
     "rf.Flow.inverse_and_log_prob": {
-        "flow: expected one with a density": lambda: unlikely().inverse_and_log_prob(np.ones((2, 4)), key=KEY)
+        "flow: expected a flow with a density": lambda: unlikely().inverse_and_log_prob(np.ones((2, 4)), key=KEY)
     },
     "rf.DenseNet": {
         "growth: expected": lambda: rf.DenseNet((3,), 2, 0, rngs=RNGS),
@@ -241,7 +241,7 @@ LAYERS = {
     },
     "rf.Invert": {
         "bijector: expected Bijector": lambda: rf.Invert(3),
-        "bijector: expected a bijection, got one with ZeroPadding": lambda: rf.Invert(rf.ZeroPadding(1)),
+        "bijector: expected a bijection; ZeroPadding": lambda: rf.Invert(rf.ZeroPadding(1)),
         "bijector: expected .*pad": lambda: rf.Invert(rf.ChannelPadding(1)),
         "solver: expected": lambda: rf.Invert(norm(), solver="anderson"),
     },

@@ -177,7 +177,7 @@ def test_two_devices_take_the_step_of_one(density_weight):
         ({"density_weight": -1.0}, "density_weight: expected 0 or a positive number, got -1.0"),
         ({"density_weight": np.inf}, "density_weight: expected a finite number, got inf"),
         ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
-        ({"dropout": 0.5, "density_weight": 1.0}, "dropout: expected 0 beside density_weight 1.0, got 0.5"),
+        ({"dropout": 0.5, "density_weight": 1.0}, "dropout: expected 0 with density_weight 1.0, got 0.5"),
     ],
 )
 def test_bad_settings(arguments, message):

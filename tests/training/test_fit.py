@@ -214,7 +214,7 @@ def test_divergence():
     with pytest.raises(rf.FitDivergedError, match=message) as caught:
         rf.fit(FLOW, TABLE, validation=far, steps=1, **EXACT)
     flow, history = caught.value.result
-    assert repr(history) == "History(no pause, ended: diverged)"
+    assert repr(history) == "History(no validation point, ended: diverged)"
     np.testing.assert_allclose(flow.bijector.bijectors[0].center, TABLE.mean(0))  # initialised
 
 
@@ -323,12 +323,15 @@ BAD = {
     "validation: condition: expected None": {"validation": (np.zeros((4, 2)), np.zeros((4, 1)))},
     "validation: expected examples x, or a pair (x, condition), got 3 parts": {"validation": (TABLE, TABLE, TABLE)},
     "steps: expected an integer of at least 1, got 0": {"steps": 0},
-    "epochs: expected None beside steps=3, got 2": {"steps": 3, "epochs": 2},
+    "epochs: expected None together with steps=3, got 2": {"steps": 3, "epochs": 2},
     "epochs: expected a positive number, got -1": {"epochs": -1},
     "epochs: expected a finite number, got inf": {"epochs": np.inf},
     "batch_size: expected an integer of at least 1, got 1.5": {"batch_size": 1.5},
     "batch_size: expected at most 135, the number of training examples, got 136": {"batch_size": 136},
-    "learning_rate: expected None beside an optimizer, got 0.1": {"learning_rate": 0.1, "optimizer": optax.sgd(0.1)},
+    "learning_rate: expected None together with an optimizer, got 0.1": {
+        "learning_rate": 0.1,
+        "optimizer": optax.sgd(0.1),
+    },
     "learning_rate: expected a positive number, got 0": {"learning_rate": 0},
     "learning_rate: expected a number or an optax schedule, got str": {"learning_rate": "fast"},
     "optimizer: expected GradientTransformation, got float": {"optimizer": 0.1},

@@ -228,14 +228,17 @@ def test_a_mesh_of_data_alone(strategy):
         assert own.is_equivalent_to(expected, 0)
     explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     for other in (Mesh(np.array(jax.devices()), ("x",)), explicit):
-        with pytest.raises(ValueError, match=r'mesh: expected one of training.make_mesh, with an .* "data", got Mesh'):
+        with pytest.raises(ValueError, match=r'mesh: expected a mesh from training.make_mesh, .* "data"; got Mesh'):
             Placement(trainer, other, strategy)
 
 
 def test_bad_layouts_are_named(monkeypatch):
     """Sizes that do not fit, and settings that a strategy does not support."""
     trainer, start, _, _ = on_one_device(2)
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"mesh: expected .* part for each process"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match=r"mesh: expected .* each process an equal slice"),
+    ):
         patch.setattr("resflow_jax.training.placement.part_of_process", lambda mesh: None)
         Placement(trainer, make_mesh())
     for sizes, message in [

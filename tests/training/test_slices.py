@@ -48,7 +48,7 @@ def test_other_strategies(trainer_and_flow):
     with pytest.raises(ValueError, match='parallel: expected "jit" for a flow with ContinuousBlock, got "shard_map"'):
         rf.training.shard_map_train_step(trainer, rf.training.make_mesh())
     state = trainer.create_state(flow, rf.Roulette())
-    with pytest.raises(ValueError, match="state: expected that of a flow with residual blocks"):
+    with pytest.raises(ValueError, match="state: expected the state of a flow with residual blocks"):
         rf.training.fit_estimator(state, batch_size=8)
 
 

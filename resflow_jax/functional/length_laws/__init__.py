@@ -1,4 +1,4 @@
-"""Laws of the random length of a Russian-roulette series: the protocol, the library's own laws, and fitting."""
+"""Distributions of the random length of a Russian-roulette series: the protocol, the library's own, and fitting."""
 
 from resflow_jax.functional.length_laws.closed_form import Defensive, Geometric, Poisson
 from resflow_jax.functional.length_laws.fitted import Fitted

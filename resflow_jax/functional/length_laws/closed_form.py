@@ -1,4 +1,4 @@
-"""Laws of lengths with closed-form survival probabilities: geometric, Poisson, and a defensive mixture."""
+"""Length distributions with closed-form survival probabilities: geometric, Poisson, and a defensive mixture."""
 
 import math
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ _static = partial(jax.tree_util.register_dataclass, data_fields=())
 @partial(_static, meta_fields=("p",))
 @dataclass(frozen=True)
 class Geometric:
-    """The geometric law on {1, 2, ...}: P(N >= k) = (1 - p)^(k - 1), with mean 1 / p. At least one term is drawn.
+    """The geometric distribution on {1, 2, ...}: P(N >= k) = (1 - p)^(k - 1), with mean 1 / p.
 
-    The estimate's variance is finite if its terms decay faster than (1 - p)^(k/2): for every g with Lip(g) <= L if
-    p < 1 - L^2. `Defensive` guarantees this with a much smaller mean.
+    At least one term is drawn. The estimate's variance is finite if its terms decay faster than (1 - p)^(k/2): for
+    every g with Lip(g) <= L if p < 1 - L^2. `Defensive` guarantees this with a much smaller mean.
 
     Attributes:
       p: probability of ending after each term, in (0, 1).
@@ -74,7 +74,7 @@ class Geometric:
 @partial(_static, meta_fields=("rate",))
 @dataclass(frozen=True)
 class Poisson:
-    """The Poisson law on {0, 1, ...} with mean `rate`, which Chen et al. (2019, arXiv 1906.02735) use with rate 2.
+    """The Poisson distribution on {0, 1, ...} with mean `rate`; Chen et al. (2019, arXiv 1906.02735) use rate 2.
 
     Its tail falls faster than every geometric series. So the estimate's variance is infinite, unless the terms of the
     series fall as fast or end; `Defensive` does not have this problem.
@@ -140,19 +140,19 @@ def _poisson_survival(rate: float) -> np.ndarray:
 @partial(_static, meta_fields=("p", "share", "lipschitz"))
 @dataclass(frozen=True)
 class Defensive:
-    """A mixture of a short geometric law with a small weight of a long one: finite variance at a low cost.
+    """A mixture of a short geometric distribution with a small weight of a long one: finite variance at a low cost.
 
         P(N >= k) = (1 - share) (1 - p)^(k-1) + share * L^(k-1),   mean (1 - share) / p + share / (1 - L)
 
     L is replaced by 1 - p if that is larger. The variance is finite for every g with Lip(g) <= L, since L^(2k) / L^k is
     summable, and the cost is close to that of Geometric(p). Source: defensive mixtures, Hesterberg (1995,
-    Technometrics 37). With p = 0.4 it is the default law of `Roulette`.
+    Technometrics 37). With p = 0.4 it is the default of `Roulette`.
 
     Attributes:
-      p: parameter of the short law, in (0, 1).
-      share: mixture weight of the long law, in (0, 1).
-      lipschitz: L, in (0, 1). None takes the bound of the residual block where the law is used, or 0.98 if none is
-        known.
+      p: parameter of the short distribution, in (0, 1).
+      share: mixture weight of the long distribution, in (0, 1).
+      lipschitz: L, in (0, 1). None takes the bound of the residual block where the distribution is used, or 0.98 if
+        none is known.
 
     Raises:
       ValueError: if a setting is outside of (0, 1).

@@ -1,4 +1,4 @@
-"""A law of lengths whose survival probabilities P(N >= k) come from a table."""
+"""A length distribution whose survival probabilities P(N >= k) come from a table."""
 
 import math
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ Array = jax.Array
 @partial(jax.tree_util.register_dataclass, data_fields=("table",), meta_fields=("lipschitz",))
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A law given by a table of P(N >= k) for k <= K, with a geometric tail. `fit_lengths` makes it.
+    """A length distribution given by a table of P(N >= k) for k <= K, with a geometric tail. `fit_lengths` makes it.
 
         P(N >= k) = table[k - 1] for 1 <= k <= K,     P(N >= K + j) = table[K - 1] * L^j
 
     The table is a pytree leaf: it may be traced, and new values do not recompile. A table with one row for each
-    residual block is the law of a whole flow.
+    residual block is for a whole flow.
 
-    The law must be safe for the map that it is used with. It is, for every g with Lip(g) <= L: the variance of the
-    estimate is finite then, as for `Defensive`.
+    The distribution is safe for every g with Lip(g) <= L: the variance of the estimate is then finite, as for
+    `Defensive`.
 
     Attributes:
       table: P(N >= k) for k = 1..K, positive and non-increasing: floats [K] or [blocks, K].
-      lipschitz: L, strictly between 0 and 1. None takes the bound of the residual block where the law is used, or
+      lipschitz: L, strictly between 0 and 1. None takes the bound of the residual block where it is used, or
         0.98 if none is known.
 
     Raises:
-      ValueError: if `lipschitz` is not in (0, 1). `check` tests the table where the law is used.
+      ValueError: if `lipschitz` is not in (0, 1). `check` tests the table where it is used.
 
     Example:
       >>> law = rf.Fitted(jnp.array([0.5, 0.1]), lipschitz=0.5)

@@ -1,4 +1,4 @@
-"""Fits a law of lengths to the measured norms of a series' terms, so that variance times cost is least."""
+"""Fits a length distribution to the measured norms of a series' terms, so that variance times cost is least."""
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,17 @@ def fit_lengths(
     share: float = 0.01,
     lipschitz: float | None = None,
 ) -> Fitted:
-    """Finds the law of lengths with the least variance times cost, for measured norms of the series' terms.
+    """Finds the length distribution with the least variance times cost, for measured norms of the series' terms.
 
     With n_k = E|term k|^2 / D (D = E|v|^2 of the probe) and S_k = P(N >= k), it minimises
 
         (1 + batch_size * sum_k n_k / S_k) * (fixed_cost + sum_k S_k),   1 >= S_1 >= S_2 >= ...
 
     The solution is S_k = min(1, c sqrt(m_k)), where m is the non-increasing isotonic regression of n (Rhee & Glynn
-    2015, doi 10.1287/opre.2015.1404, section 3; Beatson & Adams 2019, arXiv 1905.07006, section 4). The variance in
-    it is a model, which treats the terms of w as uncorrelated. The summand 1 is the variance of the probes: no law
-    of lengths can lower it, and it averages out over a batch. The error of the length does not average out, since all
-    examples of a batch share a length.
+    2015, doi 10.1287/opre.2015.1404, section 3; Beatson & Adams 2019, arXiv 1905.07006, section 4). The variance
+    in it is a model, which treats the terms of w as uncorrelated. The summand 1 is the variance of the probes: no
+    length distribution can lower it, and it averages out over a batch. The error of the length does not average out,
+    since all examples of a batch share a length.
 
     S_k is at least share * L^(k-1), and beyond the K measured terms it falls like L^k. So the variance is finite for
     every g with Lip(g) <= L, as for `Defensive`. The function is deterministic, evaluates no g, and works under jit.
@@ -41,10 +41,10 @@ def fit_lengths(
       batch_size: number of examples that share a length.
       fixed_cost: cost of the rest of a training step, in vjps of g. A forward and a backward pass cost about 4.
       share: weight of the geometric lower bound on S_k, in (0, 1).
-      lipschitz: L. None takes the bound of the residual block where the law is used.
+      lipschitz: L. None takes the bound of the residual block where the distribution is used.
 
     Returns:
-      A `Fitted` law with a table of the shape of `term_norms`, in float32 for 16-bit floats.
+      A `Fitted` distribution with a table of the shape of `term_norms`, in float32 for 16-bit floats.
 
     Raises:
       ValueError: for norms that are not finite floats [K] or [blocks, K], a batch size below 1, a cost that is not

@@ -1,14 +1,16 @@
-"""The interface of a law of the random length N of a Russian-roulette series, and its checks.
+"""The interface of a distribution ("law") of the random length N of a Russian-roulette series, and its checks.
 
-The library has four laws: `Defensive`, `Geometric`, `Poisson` and `Fitted`. Users can write others. The library's laws
-draw lengths from 64 random bits in every float dtype, so a length of probability below 2^-64 is never drawn.
+The library has four such distributions: `Defensive`, `Geometric`, `Poisson` and `Fitted`. Users can write others. The
+library's own draw lengths from 64 random bits in every float dtype, so a length of probability below 2^-64 is never
+drawn.
 
 If the terms of the estimate decay like L^k, where L is the Lipschitz constant of g, then its variance is finite if
 
     sum_k L^(2k) / P(N >= k) < infinity,
 
-that is, if the tail of N falls more slowly than L^(2k) (Rhee & Glynn 2015, theorem 1). A geometric law satisfies this
-for 1 - p > L^2. The tail of a Poisson law falls faster than any geometric series, so it never does.
+that is, if the tail of N falls more slowly than L^(2k) (Rhee & Glynn 2015, theorem 1). A geometric distribution
+satisfies this for 1 - p > L^2. The tail of a Poisson distribution falls faster than any geometric series, so it never
+does.
 """
 
 import warnings
@@ -23,7 +25,7 @@ UNKNOWN_LIPSCHITZ = 0.98
 
 
 class LengthLaw(Protocol):
-    """Interface of the law of a random length, for `Roulette(length=...)`: any object with these methods.
+    """Interface of a length distribution ("law"), for `Roulette(length=...)`: any object with these methods.
 
     No base class is needed. If the object's class is a pytree (a NamedTuple, or registered by
     `jax.tree_util.register_dataclass`), the object is traced: its arrays may change from call to call without
@@ -37,7 +39,7 @@ class LengthLaw(Protocol):
         the longest series from it.
       from_bits(bits) -> lengths [...] from independent random words, uint32 [2, ...], in a class that defines `sample`
         too. A single length is then drawn from the two words of a key, which compiles faster.
-      check(): raises ValueError if the values of the law are wrong. It is called before the law is used.
+      check(): raises ValueError if the parameters of the law are wrong. It is called before the law is used.
 
     The estimate is unbiased if `survival` is exactly the survival function of `sample`. See the head of this module for
     the condition of finite variance.
@@ -103,7 +105,7 @@ def check_variance(law: LengthLaw, lipschitz: float) -> None:
         warnings.warn(
             f"length: {law} can give the estimate infinite variance if Lip(g) is up to {lipschitz:.4g}. "
             f"P(N >= k) falls like {float(ratio):.4g}^k; it must fall more slowly than {lipschitz**2:.4g}^k. "
-            "That of Defensive() does",
+            "The tail of Defensive() does",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
 """Operations of JAX that combine rows of a batch, or depend on the place of a row.
 
 Each is seen twice, in the programs of one function for two batch sizes. The axis of the batch is where the shapes of an
-argument differ. Operations that are not known here, as those between elements, are taken for operations of each row.
+argument differ. Operations that are not listed here, such as elementwise ones, count as operations on each row.
 """
 
 from collections.abc import Callable

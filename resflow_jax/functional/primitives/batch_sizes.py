@@ -2,9 +2,9 @@
 
 g treats the rows of a batch independently, but may still depend on their number or on a row's place: by noise of the
 batch's shape, by `jnp.arange(len(x))`, by rows of an array that it closes over, by a factor 1 / len(x), or by the count
-of rows before it. For a part of a batch that is another function, and nothing fails. Its program shows it: it has other
-constants, makes an array with the batch's size without x, or has an operation along the axis of the batch, as a
-cumulative sum (see `batch_operations`).
+of rows before it. Such a g gives different values on a part of the batch, without an error. Its jaxpr shows this: it
+has other constants, makes an array of the batch's size without x, or has an operation along the axis of the batch, such
+as a cumulative sum (see `batch_operations`).
 """
 
 from collections.abc import Iterator

@@ -4,7 +4,7 @@ Primitive                           defines a new operation
 ad, batching, mlir                  the registries for the rules of an operation
 ClosedJaxpr, Jaxpr, Literal         traced programs, which `tracing` compares
 jaxpr_as_fun                        runs a traced program
-is_divided                          whether the compiler divides a program among devices, which JAX tells no one else
+is_divided                          whether the compiler divides a program among devices: JAX has no public way to ask
 has_started                         whether JAX has started its backends, which read their flags then
 running_trace, EvalTrace            the trace that is running, for which there is no public interface
 WrappedFun                          JAX's wrapper of a derivative rule, which `tracing` compares

@@ -65,7 +65,7 @@ class TracedForSizes:
     Attributes:
       whole: the trace for the larger batch.
       part: the other trace.
-      size: of the larger batch.
+      size: size of the larger batch.
     """
 
     whole: Traced

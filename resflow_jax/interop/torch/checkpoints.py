@@ -59,13 +59,13 @@ def load_torch_checkpoint(
         be invertible.
 
     Returns:
-      A `ResidualFlow`. A model with parts that only the original has, as a classifier, is a `TorchFlow`, which has
+      A `ResidualFlow`. A model with parts that only the original has, such as a classifier, is a `TorchFlow`, which has
       `logits`.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for a file that is no checkpoint, or is cut off; for an object in it that is neither a tensor nor a
-        container, by its name; for an option that this library does not support; for tensors that are missing, left
+      ValueError: for a file that is not a checkpoint, or is truncated; for an object in it that is neither a tensor nor
+        a container, by its name; for an option that this library does not support; for tensors that are missing, left
         over, of another shape than the options say, or not finite; for weights="ema" if the file has no averages.
 
     Source: Chen et al. (2019), arXiv 1906.02735, and its code, github.com/rtqichen/residual-flows.
@@ -261,7 +261,7 @@ def _scale_vectors(flow: ResidualFlow, scale) -> None:
 
 
 def _converge(flow: ResidualFlow) -> None:
-    """Runs every power iteration until it changes by rounding alone, or 20000 times."""
+    """Runs every power iteration until it changes only by rounding, or 20000 times."""
     if has_mixed_norms(flow.config) or flow.config.norms.learned:
         map_linears(flow, lambda layer: layer.search_norm())
     tolerance = 4 * float(jnp.finfo(flow.dtype).eps)

@@ -223,13 +223,13 @@ def _image_config(args: argparse.Namespace, tensors: Tensors) -> TorchImageConfi
 def _of_couplings(options: Options) -> dict[str, Any]:
     """The options of a model of coupling blocks, without norms: its networks have no bound."""
     if options["batchnorm"] and not options["fc"]:
-        raise ValueError("batchnorm: expected False beside coupling blocks, got True")
+        raise ValueError("batchnorm: expected False together with coupling blocks, got True")
     layers = len(numbers_of("kernels", options["kernels"]))
     return {**options, "learn_p": False, "vnorms": "2" * (layers + 1)}
 
 
 def _image_options(config: TorchImageConfig) -> dict[str, Any]:
-    """The options of an image config that are no rows of the table."""
+    """The options of an image config that are not in the table."""
     kernels, tail, padding, between = config.kernels, config.tail, config.data.padding, config.between
     if not config.fully_connected and tail.blocks and tail.layers == 1 and kernels == 2 * kernels[:1]:
         kernels = kernels[:1]
@@ -287,7 +287,7 @@ def _activations_before_blocks(options: Options, scales: int) -> Settings:
 
 
 def _data_and_classes(options: Options, tensors: Tensors, channels: int) -> Settings:
-    """data, task and logit_transform. A classifier of CIFAR-10 normalises the data in the place of the logit."""
+    """data, task and logit_transform. A classifier of CIFAR-10 normalises the data instead of applying a logit."""
     classifies = options["task"] in ("classification", "hybrid")
     normalizes = classifies and options["data"] == "cifar10"
     has_logit = options["logit_transform"] and not normalizes
@@ -302,7 +302,7 @@ def _data_and_classes(options: Options, tensors: Tensors, channels: int) -> Sett
 
 
 def _data_constants(tensors: Tensors, channels: int) -> Settings:
-    """Mean and standard deviation of the data's channels. After a squeeze the script normalises the first few alone."""
+    """Mean and standard deviation of the data's channels. After a squeeze the script normalises only the first few."""
     mean, std = (tensors.get(f"{NORMALIZATION}.{name}", np.zeros(0)) for name in ("mean", "std"))
     _shape(tensors, f"{NORMALIZATION}.mean"), _shape(tensors, f"{NORMALIZATION}.std")
     if mean.ndim != 1 or mean.shape != std.shape or mean.size > channels:
@@ -362,7 +362,7 @@ def _vector_config(args: argparse.Namespace) -> VectorFlowConfig:
 
 
 def _toy_options(config: VectorFlowConfig) -> dict[str, Any]:
-    """The options of a config of vectors that are no rows of the table."""
+    """The options of a config of vectors that are not in the table."""
     layers = len(config.hidden) + 1
     return {
         "vnorms": orders_text(config.norms.orders, layers + (config.norms.ties == "none")),

@@ -1,4 +1,4 @@
-"""Flows with the coupling blocks of the authors' PyTorch implementation in the place of residual blocks.
+"""Flows with the coupling blocks of the authors' PyTorch implementation instead of residual blocks.
 
     y = x on the kept elements,   y = x * sigmoid(a + 2) + t on the others,   (a, t) = nnet(kept elements)
 

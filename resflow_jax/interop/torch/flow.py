@@ -70,12 +70,12 @@ class TorchImageConfig(ImageFlowConfig):
         if isinstance(self.hidden_channels, tuple):
             raise ValueError(f"hidden_channels: expected one width for all scales, got {self.hidden_channels}")
         if self.block == "coupling" and self.densenet.depth:
-            raise ValueError(f"block: expected 'resblock' beside densenet.depth {self.densenet.depth}, got 'coupling'")
+            raise ValueError(f"block: expected 'resblock' with densenet.depth {self.densenet.depth}, got 'coupling'")
         check_flags(self)
         check_count("classes", self.classes, 0)
         check_count("classifier_channels", self.classifier_channels, 1)
         if self.fully_connected and self.densenet.depth:
-            raise ValueError(f"fully_connected: expected False beside densenet.depth {self.densenet.depth}, got True")
+            raise ValueError(f"fully_connected: expected False with densenet.depth {self.densenet.depth}, got True")
 
     @property
     def squeezed_data(self) -> bool:

@@ -2,7 +2,8 @@
 
 Kernels are [O, I, k, k] and [O, I] in a file, [k, k, I, O] and [I, O] here. Images are [C, H, W] in a file, also where
 they are flattened, and [H, W, C] here. The activation `maxmin` of the original puts all maxima before all minima; here
-each maximum stands beside its minimum. One list of `Entry` serves reading and writing, so that both know all tensors.
+each maximum directly follows its minimum. One list of `Entry` serves reading and writing, so that both include all
+tensors.
 """
 
 import itertools
@@ -172,7 +173,7 @@ def _centering(layer: MovingCentering, row: int | None, name: str) -> list[Entry
 
 
 def _normalization(layer: Normalization, config: ImageFlowConfig, name: str) -> list[Entry]:
-    """Constants of the data. After a squeeze the script applies them to the first channels alone."""
+    """Constants of the data. After a squeeze the script applies them only to the first channels."""
     found = []
     for part, variable, values, other in (
         ("mean", layer.mean, config.data.mean, 0.0),

@@ -40,7 +40,7 @@ class Stub:
       module: module of its class.
       name: name of its class.
       args: arguments of its class; None for the class or the function itself.
-      state: its attributes, as a rule a dict; None if it has none.
+      state: its attributes, usually a dict; None if it has none.
       items: the items that were appended to it, pairs (key, value) for a mapping; None if there were none.
     """
 
@@ -153,7 +153,7 @@ def _check_new(key: Any, known: dict | set) -> Any:
     if isinstance(known, dict) and check_key(key) in known:
         raise Refused(f"expected every key of a dict once, got {brief(key)} twice")
     if type(key) is tuple and len(known) >= _TUPLES:
-        raise Refused(f"expected at most {_TUPLES} keys beside a tuple, got more")
+        raise Refused(f"expected at most {_TUPLES} keys together with a tuple, got more")
     return key
 
 

@@ -145,7 +145,7 @@ def estimator_from_args(args: argparse.Namespace) -> Estimator:
 
 
 def numbers_of(name: str, text: str) -> tuple[int, ...]:
-    """The numbers of an option that joins them by dashes, as "3-1-3"."""
+    """The numbers of an option that joins them by dashes, such as "3-1-3"."""
     parts = text.split("-")
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"{name}: expected numbers joined by '-', got {brief(text)}")
@@ -209,6 +209,6 @@ def check_closed_forms(vnorms: str, orders: tuple[float, ...] | None, kernels: t
     for domain, codomain, kernel in zip(orders or (), (orders or ())[1:], kernels, strict=False):
         closed = domain == 1 or codomain == math.inf
         if closed and (codomain if domain == 1 else domain) not in (1, 2, math.inf):
-            raise ValueError(f"vnorms: expected orders 1, 2 or f beside a norm from 1 or to f, got {brief(vnorms)}")
+            raise ValueError(f"vnorms: expected orders 1, 2 or f with a norm from 1 or to f, got {brief(vnorms)}")
         if closed and kernel > smallest:
             raise ValueError(f"kernels: expected sizes that fit images of {smallest} pixels, got {kernel}")

@@ -37,7 +37,7 @@ _EXPANDED = 2**24  # most elements of a tensor that is larger than its storage, 
 
 
 class Refused(ValueError):
-    """The file has something that it may not have, or lacks something. The message lacks the name of the file alone."""
+    """The file contains something that is not allowed, or lacks something. The message does not name the file."""
 
 
 def brief(value: Any) -> str:
@@ -90,7 +90,7 @@ class Storage:
         if len(data) != self.nbytes:
             raise Refused(f"expected {self.nbytes} bytes of a storage, got {len(data)}")
         if not self.tensors:
-            raise Refused("expected tensors, got a storage that is no part of one")
+            raise Refused("expected tensors, got a storage that is not part of a tensor")
         for (offset, size, stride, dtype), array in self.tensors.items():
             if array.size:
                 row_dtype = np.dtype(np.uint8) if dtype.kind == "b" else dtype

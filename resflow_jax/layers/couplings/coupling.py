@@ -46,17 +46,17 @@ class Coupling(Bijector):
       mask: which elements are kept: "halves" of the last axis, the first one; "checkerboard", those with an even sum of
         coordinates; or a bool array of the event's shape, True where an element is kept.
       flipped: whether kept and moved elements are exchanged, as in every other layer of a chain.
-      condition_dim: number of elements of a condition [condition_dim], or the shape of one, as (H, W, K) for
+      condition_dim: number of elements of a condition [condition_dim], or the shape of one, such as (H, W, K) for
         convolutions; None for none.
-      rngs: draws the network; not needed beside a module.
+      rngs: draws the network; not needed for a module.
 
     Randomness: `rngs` only. Cost: one evaluation of the network and one pass over x, in each direction. log_det [B] is
     exact, in nats.
 
     Raises:
-      ValueError: for a mask that keeps or moves no element, as halves of one channel; for an unknown mask; for a
+      ValueError: for a mask that keeps or moves no element, such as halves of one channel; for an unknown mask; for a
         network that does not fit the events; and from a call, for one whose output has another shape or whose state
-        the call changes, as that of dropout in train mode.
+        the call changes, such as dropout in train mode.
 
     Source: Dinh et al. (2015, arXiv 1410.8516), section 3.2.
 
@@ -102,11 +102,11 @@ class Coupling(Bijector):
             return
         if isinstance(conditioner, type) or not hasattr(conditioner, "build"):
             raise ValueError(
-                "conditioner: expected the settings of a network, as rf.MLPConditioner(), or a module, got "
+                "conditioner: expected the settings of a network, such as rf.MLPConditioner(), or a module, got "
                 f"{conditioner!r}"
             )
         if not isinstance(rngs, nnx.Rngs):
-            raise ValueError(f"rngs: expected nnx.Rngs beside the settings of a network, got {type(rngs).__name__}")
+            raise ValueError(f"rngs: expected nnx.Rngs for the settings of a network, got {type(rngs).__name__}")
         parts = self._parts
         shapes = parts.kept_shape, self.network_shape, self.condition_shape
         self.settings, self.network = conditioner, conditioner.build(*shapes, rngs=rngs)
@@ -164,7 +164,7 @@ class Coupling(Bijector):
         return self._applied(self.inverse_values, y, condition)
 
     def _applied(self, function: Callable[[Array, Array], tuple[Array, Array]], x: Array, condition: Array | None):
-        """x with function(moved elements, theta) in place of the moved elements, and the sum of the log-slopes [B]."""
+        """x with function(moved elements, theta) instead of the moved elements, and the sum of the log-slopes [B]."""
         parts = self._parts
         moved, log_slopes = function(parts.moved(x), self.theta(x, condition))
         log_det = jnp.sum(parts.only_moved(log_slopes), axis=tuple(range(1, x.ndim)))

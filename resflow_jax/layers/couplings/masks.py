@@ -5,7 +5,7 @@
     a bool array    True where an element is kept
 
 `flipped` exchanges kept and moved. Halves are cut out, so that the network and the map see no more than they need. With
-a checkerboard or an array the network sees the whole event, with zeros in the place of the moved elements.
+a checkerboard or an array the network sees the whole event, with zeros instead of the moved elements.
 
 Dinh et al. (2017, arXiv 1605.08803), section 3.4.
 """
@@ -82,7 +82,7 @@ def as_mask(shape: Shape, mask: Any) -> Any:
     """A name of a mask, or a bool array, from what a caller gives.
 
     Args:
-      shape: of one event.
+      shape: shape of one event.
       mask: "halves", "checkerboard", or a bool array or lists of that shape; traced arrays are checked by shape alone.
 
     Raises:

@@ -91,7 +91,7 @@ class StandardNormal(Base):
 
 
 def check_draw(key: Array, num_samples: int, temperature: float | Array) -> None:
-    """Raises ValueError for what is no key, no number of samples, or no temperature."""
+    """Raises ValueError for an invalid key, number of samples, or temperature."""
     check_key("key", key)
     check_count("num_samples", num_samples, 1)
     check_scalar("temperature", temperature)

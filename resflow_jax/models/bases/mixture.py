@@ -68,7 +68,7 @@ class MixtureOfNormals(Base):
         check_type("class_conditional", class_conditional, bool)
         if class_conditional and condition_dim is not None:
             raise ValueError(
-                f"condition_dim: expected None beside class_conditional, whose condition is the weights of the "
+                f"condition_dim: expected None together with class_conditional, whose condition is the weights of the "
                 f"components, got {condition_dim!r}"
             )
         self.components = components
@@ -136,7 +136,7 @@ class MixtureOfNormals(Base):
             return jnp.take_along_axis(values, index, axis=1)[:, 0]
 
         noise = jax.random.normal(noise_key, (num_samples, *self.event_shape), means.dtype)
-        # NaN weights, as from negative ones, choose no component; adding NaN makes the sample NaN too.
+        # NaN weights, for example from negative ones, choose no component; adding NaN makes the sample NaN too.
         unknown = jnp.where(jnp.isnan(jnp.sum(weights, axis=-1)), jnp.nan, 0).astype(means.dtype)
         unknown = per_example(jnp.broadcast_to(unknown, (num_samples,)), noise)
         return of_chosen(means) + temperature * jnp.exp(of_chosen(log_stds)) * noise + unknown

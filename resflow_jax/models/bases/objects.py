@@ -116,7 +116,7 @@ class ObjectBase(Base):
 
 
 class _Fixed:
-    """The leaves of a pytree that are no arrays: a static attribute of a module, compared by content if possible."""
+    """The leaves of a pytree that are not arrays: a static attribute of a module, compared by content if possible."""
 
     def __init__(self, structure: Any, is_array: tuple[bool, ...], others: tuple[Any, ...]):
         self.structure, self.is_array, self.others = structure, is_array, others

@@ -291,7 +291,7 @@ def test_a_state_of_before_compositions(old_run):
     """Its state is restored whole or divided among devices; averages and moments are renamed; the decay is needed."""
     trainer, start = set_up(task_of(saved_config(old_run)))
     with Checkpoints(old_run / "checkpoints") as checkpoints:
-        with pytest.raises(ValueError, match="ema_decay: expected that of the run, for a checkpoint of before"):
+        with pytest.raises(ValueError, match="ema_decay: expected the EMA decay of the run, which checkpoints of"):
             checkpoints.restore(2, start)
         state = checkpoints.restore(2, start, ema_decay=trainer.ema_decay)
         lies = state_shardings(start, make_mesh(data=4, model=2), "full")

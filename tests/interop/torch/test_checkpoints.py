@@ -229,7 +229,7 @@ WEIGHT = "chain.1.nnet.1.weight"
         (with_option("act", "selu"), "act: expected one of swish, .*; got 'selu': its slopes"),
         (with_option("vnorms", "22"), "vnorms: expected at least 4 orders for 3 layers, got '22'"),
         (with_option("vnorms", "2x22"), "vnorms: expected digits from 1 to 9 and 'f'"),
-        (with_option("vnorms", "23f2"), "vnorms: expected orders 1, 2 or f beside a norm from 1 or to f"),
+        (with_option("vnorms", "23f2"), "vnorms: expected orders 1, 2 or f with a norm from 1 or to f"),
         (with_option("actnorm", "yes"), "actnorm: expected bool, got 'yes'"),
         (with_option("dims", "16-x"), "dims: expected numbers joined by '-', got '16-x'"),
         (with_option("coeff", 1.5), "coefficient: expected a number in"),
@@ -293,7 +293,7 @@ IMAGES = {"data": "mnist", "imagesize": 8, "idim": 4, "nblocks": "1-1"}
     ("options", "message"),
     [
         ({"block": "glow"}, "block: expected one of resblock, coupling; got 'glow'"),
-        ({"block": "coupling", "batchnorm": True}, "batchnorm: expected False beside coupling blocks, got True"),
+        ({"block": "coupling", "batchnorm": True}, "batchnorm: expected False together with coupling blocks, got True"),
         ({"data": "faces"}, "data: expected one of mnist, .*; got 'faces'"),
         ({"nblocks": "0-1"}, "nblocks: expected at least one block a scale, got '0-1'"),
         ({"kernels": "3", "vnorms": "2f"}, "vnorms: expected two equal orders for the one size in kernels, got '2f'"),

@@ -344,9 +344,9 @@ class Unconditional(nnx.Module):
         ),
         (
             lambda: rf.AffineCoupling((2,), Unconditional(), condition_dim=2),
-            r"conditioner: expected one that is called with \(x, condition\), got one of",
+            r"conditioner: expected a callable with the arguments \(x, condition\), got the sig",
         ),
-        (lambda: rf.AffineCoupling((2,), MLP), "rngs: expected nnx.Rngs beside the settings"),
+        (lambda: rf.AffineCoupling((2,), MLP), "rngs: expected nnx.Rngs for the settings"),
         (lambda: rf.AffineCoupling((2,), 3, rngs=nnx.Rngs(0)), "conditioner: expected the settings of a network"),
         (lambda: rf.AffineCoupling((2,), CNN, rngs=nnx.Rngs(0)), "conditioner: expected events on a grid"),
         (lambda: rf.AffineCoupling((0,), MLP, rngs=nnx.Rngs(0)), "shape: expected an integer of at least 1"),
