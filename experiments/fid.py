@@ -91,7 +91,7 @@ class FidConfig:
         check_choice("features", self.features, get_args(Features))
         if self.inception_weights is not None:
             if self.features != "inception":
-                raise ValueError(f"inception_weights: expected None beside {self.features}, got a path")
+                raise ValueError(f"inception_weights: expected None with {self.features}, got a path")
             if not self.inception_weights.is_file():
                 raise ValueError(f"inception_weights: expected a file, got {self.inception_weights}")
         check_drawing(self.temperature, self.seed, self.batch_size)

@@ -15,8 +15,8 @@ class HybridConfig:
     """The density of x beside the classes: loss = -log p(y | x) - weight * log p(x), in nats.
 
     Attributes:
-      weight: weight of log p(x): 0 for a classifier alone, 1 for the joint density, "1/D" for one over the number of values of
-        an image. A positive weight needs a model without padding and with a coefficient.
+      weight: weight of log p(x): 0 for a classifier alone, 1 for the joint density, "1/D" for one over the number of
+        values of an image. A positive weight needs a model without padding and with a coefficient.
     """
 
     weight: float | Literal["1/D"] = 0.0

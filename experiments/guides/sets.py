@@ -22,7 +22,7 @@ STEPS, BLOCKS = 2000, 10
 # has norm 1 and |tanh'| <= 1, so Lip(g) <= |out| (|own| + |mean|). `LipschitzDense` keeps each layer's norm within
 # its coefficient, which gives 0.98 (0.48 + 0.48) = 0.94.
 #
-# A subclass of `Contraction` with `lipschitz` and `__call__` is enough to train; the constant is then on your word.
+# A subclass of `Contraction` with `lipschitz` and `__call__` is enough to train; the constant is then your statement, which nothing proves.
 # With `linears` and `bound` the library proves it: `certify` bounds the norms of the layers from above and puts them
 # into your formula.
 
@@ -79,7 +79,7 @@ flow = rf.Flow(rf.Chain([rf.ActNorm((2,)), stack]), rf.StandardNormal((6, 2)))
 flow, history = rf.fit(flow, sets.astype(np.float32), steps=STEPS, batch_size=128)
 print(history)
 report = rf.certify(flow)
-print("largest bound on Lip(g):", report.bounds.max(), "blocks on your word:", report.unproved)
+print("largest bound on Lip(g):", report.bounds.max(), "blocks not proved:", report.unproved)
 
 # %% [markdown]
 # ## What it has learned

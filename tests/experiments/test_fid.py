@@ -257,7 +257,7 @@ def test_weights_that_are_not_there(tmp_path):
     """Neither a missing file nor weights of a network that is not used."""
     with pytest.raises(ValueError, match=r"inception_weights: expected a file, got .*none\.pth"):
         FidConfig(tmp_path, inception_weights=tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="inception_weights: expected None beside pixels"):
+    with pytest.raises(ValueError, match="inception_weights: expected None with pixels"):
         FidConfig(tmp_path, features="pixels", inception_weights=tmp_path)
 
 
