@@ -60,6 +60,7 @@ from experiments.runs.likelihoods import (
 from experiments.runs.saved import MovedData, SavedFlow, Weights, saved_flow
 from experiments.runs.tables import certificate_rows, error_by_cause, print_table
 from experiments.runs.tasks.classes import ClassTask
+from experiments.runs.tasks.subset import subset
 from experiments.runs.tasks.task import Task
 from experiments.runs.tiny_run import TINY_RUN, make_if_missing
 from experiments.runs.workdir import write_arrays, write_atomically
@@ -148,8 +149,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     make_if_missing(config.run_dir)
     saved = saved_flow(config.run_dir, config.weights, config.data)
     task, settings = saved.task, saved.config.evaluation
-    test = task.splits.test[: config.examples or settings.examples]
-    others = {name: task.other(name)[: len(test)] for name in config.other} or {PERMUTED: task.permuted(test)}
+    test = subset(task.splits.test, config.examples or settings.examples)
+    others = {name: subset(task.other(name), len(test)) for name in config.other} or {PERMUTED: task.permuted(test)}
     if isinstance(task, ClassTask):
         asked = None if isinstance(config.estimator, OfTheRun) else config.estimator
         check_density_settings(saved, typicality=config.typicality, estimator=asked, draws=config.draws)
@@ -175,7 +176,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     losses = {name: task.sign * mean for name, mean in means.items()}
     judged = {}
     if config.typicality:
-        references = [task.splits.train[: len(test)], task.splits.validation[: len(test)]]
+        references = [subset(split, len(test)) for split in (task.splits.train, task.splits.validation)]
         references = [scores_of(examples).mean(axis=0) for examples in references]
         judged = typicality_of(task.sign, math.prod(saved.flow.event_shape), references, means)
         write_atomically(workdir / "typicality.csv", typicality_csv(means, judged))

@@ -37,6 +37,7 @@ from experiments.runs.sampling import Decode, check_drawing, convergence, decode
 from experiments.runs.saved import MovedData, SavedFlow, Weights, saved_flow
 from experiments.runs.tables import print_table
 from experiments.runs.tasks.class_samples import is_mixture
+from experiments.runs.tasks.subset import subset
 from experiments.runs.tasks.vectors import VectorTask
 from experiments.runs.tiny_run import TINY_RUN, make_if_missing
 from experiments.runs.workdir import write_arrays, write_atomically
@@ -205,7 +206,7 @@ def spherical(start: Array, end: Array, t: Array) -> Array:
 def write_vectors(workdir: Path, samples: np.ndarray, task: VectorTask, config: SampleConfig) -> None:
     """Writes the picture, and samples.npz if the config asks for it."""
     title = f"{task.name}: data and samples at temperature {config.temperature:g}"
-    data = task.in_own_units(task.splits.train[: len(samples)])
+    data = task.in_own_units(subset(task.splits.train, len(samples)))
     pictures.save_scatter(workdir / "samples.png", data, samples, title)
     if "npz" in config.format:
         write_arrays(workdir / "samples.npz", vectors=samples)

@@ -161,7 +161,7 @@ class EvaluationConfig:
     Attributes:
       estimator: log-det estimator of evaluation: unbiased, and of little noise in the mean over a batch.
       draws: number of draws of dequantisation noise and log-det estimate for each test example.
-      examples: maximum number of examples of a split that are evaluated.
+      examples: maximum number of examples of a split that are evaluated; of more, a random subset, always the same.
       every: steps between evaluations on the validation split (one draw), each with a checkpoint and pictures.
       patience: training stops after this number of successive validations without an improvement; None never stops it
         early.

@@ -22,9 +22,9 @@ STEPS, BLOCKS = 2000, 10
 # has norm 1 and |tanh'| <= 1, so Lip(g) <= |out| (|own| + |mean|). `LipschitzDense` keeps each layer's norm within
 # its coefficient, which gives 0.98 (0.48 + 0.48) = 0.94.
 #
-# A subclass of `Contraction` with `lipschitz` and `__call__` is enough to train; the constant is then your statement, which nothing proves.
-# With `linears` and `bound` the library proves it: `certify` bounds the norms of the layers from above and puts them
-# into your formula.
+# A subclass of `Contraction` with `lipschitz` and `__call__` is enough to train; the constant is then your statement,
+# which nothing proves. With `linears` and `bound` the library proves it: `certify` bounds the norms of the layers from
+# above and puts them into your formula.
 
 
 # %%

@@ -22,6 +22,7 @@ from experiments.runs.saved import SavedFlow
 from experiments.runs.tables import certificate_rows, print_table
 from experiments.runs.tasks.judging_classes import Found, Scores, bits_of, class_rows, measured
 from experiments.runs.tasks.labelled import Rows
+from experiments.runs.tasks.subset import subset
 from experiments.runs.workdir import write_arrays, write_atomically
 from resflow_jax import Estimator, certify
 from resflow_jax.data.images import Images
@@ -76,7 +77,7 @@ def evaluate_classes(
     }
     if typicality:
         means = {name: scores[f"{name}_bits_per_dim"] for name in ("test", *others)}
-        references = [part[: len(test)].images for part in (task.splits.train, task.splits.validation)]
+        references = [subset(part, len(test)).images for part in (task.splits.train, task.splits.validation)]
         references = [bits_of(task, flow, images, estimator, draws).mean(axis=0) for images in references]
         judged = typicality_of(1, math.prod(flow.event_shape), references, means)
         write_atomically(workdir / "typicality.csv", typicality_csv(means, judged))

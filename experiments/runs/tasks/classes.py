@@ -17,6 +17,7 @@ from experiments.runs.tasks.class_samples import class_samples, columns_of, is_m
 from experiments.runs.tasks.images import COLUMNS, SHOWN, first_images, other_images, permuted_pixels
 from experiments.runs.tasks.judging_classes import class_rows, measured
 from experiments.runs.tasks.labelled import LabelledSplits, Rows, load_labelled
+from experiments.runs.tasks.subset import subset
 from experiments.runs.tasks.task import Drawing, Task, reconstructed
 from resflow_jax import Estimate, Estimator
 from resflow_jax.data.batches import Augmentation, Batches
@@ -136,7 +137,7 @@ class ClassTask(Task):
         directory = self.config.workdir
         reconstructions, confusion = directory / "reconstructions.png", directory / "confusion.png"
         error = self._draw_reconstructions(flow, reconstructions)
-        test = self.splits.test[: self.config.evaluation.examples]
+        test = subset(self.splits.test, self.config.evaluation.examples)
         logits = self.logits(flow, test.images, own_mesh())
         pictures.save_confusion(confusion, test.labels, logits.argmax(axis=1), self.splits.names, self.name)
         found, _ = measured(self, flow, test, {PERMUTED: self.permuted(test)}, logits)
@@ -147,7 +148,7 @@ class ClassTask(Task):
         if self.density_weight:
             path = directory / "samples.png"
             samples, columns = class_samples(flow, self.config.seed + 3), columns_of(flow)
-            train = self.inputs(self.splits.train[: len(samples)])
+            train = self.inputs(subset(self.splits.train, len(samples)))
             of = "samples, a class in each column" if is_mixture(flow) else "samples of the flow"
             pictures.save_images(path, {of: samples, "images of the training set": train}, columns)
             drawn["samples, and images of the training set"] = path

@@ -14,6 +14,7 @@ from experiments.runs.devices import own_mesh
 from experiments.runs.likelihoods import EXACT_BATCH_SIZE, auroc, named
 from experiments.runs.tasks.attack import broken_within
 from experiments.runs.tasks.labelled import Rows
+from experiments.runs.tasks.subset import subset_rows
 from resflow_jax import Classifier, Estimate, Estimator, Exact, certified_radius
 from resflow_jax.data.images import Images, to_unit_interval
 from resflow_jax.models.flow import Flow
@@ -133,13 +134,13 @@ def _robustness(task: Any, flow: Flow, test: Rows, logits: np.ndarray) -> Found 
     median = float(np.median(radii[is_right])) if is_right.any() else 0.0
     if not radii.any():
         return {"is_bounded": False, "median_radius": 0.0}
-    number = min(ATTACKED, len(test))
-    broken = broken_within(flow, to_unit_interval(test.images[:number], task.splits.levels), radii[:number])
+    rows = subset_rows(len(test), ATTACKED)
+    broken = broken_within(flow, to_unit_interval(test.images[rows], task.splits.levels), radii[rows])
     return {
         "is_bounded": True,
         "median_radius": median,
         "certified_at_median": 100 * float((is_right & (radii >= median)).mean()),
-        "attacked": number,
+        "attacked": len(rows),
         "broken": int(broken.sum()),
     }
 

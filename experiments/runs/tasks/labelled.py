@@ -14,7 +14,10 @@ from resflow_jax.data.tfds import load_labelled_tfds
 
 
 class Rows(NamedTuple):
-    """Images [N, H, W, C] of a split and their labels [N]; slices are rows too, and the length is N."""
+    """Images [N, H, W, C] of a split and their labels [N]. The length is N.
+
+    A slice, and an array of row numbers, give rows too.
+    """
 
     images: Images
     labels: np.ndarray
@@ -22,7 +25,7 @@ class Rows(NamedTuple):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: slice) -> "Rows":
+    def __getitem__(self, index: slice | np.ndarray) -> "Rows":
         return Rows(self.images[index], self.labels[index])
 
 

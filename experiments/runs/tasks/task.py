@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from experiments.configs.base import RunConfig
+from experiments.runs.tasks.subset import subset
 from resflow_jax import Estimate, Estimator, Flow, InverseStatus, ResidualFlow
 from resflow_jax.data.batches import Batches
 from resflow_jax.training.step import Loss
@@ -122,7 +123,7 @@ class Task(ABC):
         settings = self.config.evaluation
         return self.scores(
             flow,
-            getattr(self.splits, split)[: settings.examples],
+            subset(getattr(self.splits, split), settings.examples),
             jax.random.key(self.config.seed + (1 if split == "validation" else 2)),
             settings.estimator,
             settings.draws if split == "test" else 1,

@@ -16,6 +16,7 @@ from experiments.configs.base import RunConfig, VectorDataConfig, VectorsConfig
 from experiments.runs import pictures
 from experiments.runs.devices import data_mesh
 from experiments.runs.names import printable
+from experiments.runs.tasks.subset import subset
 from experiments.runs.tasks.task import Drawing, Task, draw_samples, reconstructed
 from resflow_jax import Estimate, Estimator, Exact, ResidualFlow
 from resflow_jax.data.batches import Batches
@@ -76,7 +77,7 @@ class VectorTask(Task):
         self.loss = negative_log_likelihood(self.log_det_weight())
 
     def initial(self) -> Array:
-        return jnp.asarray(self.splits.train[:10000])
+        return jnp.asarray(subset(self.splits.train, 10000))
 
     def batches(self, step: int, part: int = 0, parts: int = 1) -> Iterator[np.ndarray]:
         return self._batches(part, parts).starting_at(step)

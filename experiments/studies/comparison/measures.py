@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.runs.likelihoods import RECONSTRUCTED
+from experiments.runs.tasks.subset import subset
 from experiments.runs.tasks.task import Task
 from experiments.studies.comparison.training import Model
 from resflow_jax import Estimate
@@ -61,7 +62,7 @@ def measure(
       "reconstruction" and "unconverged". And arrays "samples" and "data".
     """
     settings = task.config.evaluation
-    test = task.splits.test[: examples or settings.examples]
+    test = subset(task.splits.test, examples or settings.examples)
     estimate: Estimate = task.mean(model.scores(test, task.config.seed + 2, settings.draws), settings.estimator)
     x = np.asarray(task.inputs(np.resize(test, (number, *test.shape[1:]))))
     draws, samples = sampling(model, number)

@@ -22,6 +22,7 @@ from experiments.runs.saved import SavedFlow, has_all_steps, saved_flow
 from experiments.runs.setup import place_on_devices, set_up
 from experiments.runs.tasks import judging_classes
 from experiments.runs.tasks.of_config import task_of
+from experiments.runs.tasks.subset import subset
 from experiments.runs.workdir import claim_workdir, write_atomically
 from resflow_jax.functional.checks import check_choice, check_count
 
@@ -135,7 +136,7 @@ def figures(saved: SavedFlow) -> dict[str, float]:
       network with a density also bits_per_dim and auroc_density, of the permuted images by log p(x).
     """
     config, task, flow, _ = saved
-    test, model = task.splits.test[: config.evaluation.examples], config.model
+    test, model = subset(task.splits.test, config.evaluation.examples), config.model
     logits, others = task.logits(flow, test.images, own_mesh()), {PERMUTED: task.permuted(test)}
     found, _ = judging_classes.measured(task, flow, test, others, logits, with_density=model.has_density)
     of_test, of_others = found["test"], found["other"][PERMUTED]
