@@ -44,6 +44,7 @@ from experiments.runs.choices import OfTheRun
 from experiments.runs.class_evaluation import check_density_settings, evaluate_classes
 from experiments.runs.command import Command, Output
 from experiments.runs.devices import use_all_cores, use_compilation_cache, use_xla_flags
+from experiments.runs.launch import cores_for_run
 from experiments.runs.likelihoods import (
     EXACT_BATCH_SIZE,
     PERMUTED,
@@ -57,7 +58,7 @@ from experiments.runs.likelihoods import (
     typicality_rows,
     typicality_summary,
 )
-from experiments.runs.saved import MovedData, SavedFlow, Weights, saved_flow
+from experiments.runs.saved import MovedData, SavedFlow, Weights, saved_config, saved_flow
 from experiments.runs.tables import certificate_rows, error_by_cause, print_table
 from experiments.runs.tasks.classes import ClassTask
 from experiments.runs.tasks.subset import subset
@@ -139,8 +140,14 @@ COMMAND = Command(
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs."""
     use_xla_flags()
-    use_all_cores()
-    COMMAND.call(run, arguments)
+    COMMAND.call(_run_on_its_cores, arguments)
+
+
+def _run_on_its_cores(config: EvaluateConfig) -> None:
+    """Runs on as many CPU devices as the run had, since the noise of an evaluation depends on their number."""
+    exists = (config.run_dir / "config.json").exists()
+    use_all_cores(cores_for_run(saved_config(config.run_dir, config.data)) if exists else None)
+    run(config)
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:

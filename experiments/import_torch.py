@@ -200,6 +200,8 @@ def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfi
     """The config of a run with those settings of the file's training that this library has."""
     given = vars(args)
     if not isinstance(flow.config, ImageFlowConfig):
+        if config.data != DataConfig(""):
+            raise ValueError("data: expected no settings for a file of the toy script, which has its own densities")
         rate = float(given.get("lr", OPTIMIZER.learning_rate))  # the toy script neither warms up nor decays
         return ToyConfig(
             workdir=config.workdir,
@@ -211,10 +213,13 @@ def run_config(args: argparse.Namespace, flow: ResidualFlow, config: ImportConfi
             optimizer=OptimizerConfig(learning_rate=rate, warmup=0, schedule="constant", ema_decay=0.99),
         )
     estimator = estimator_from_args(args)
-    data = config.data
+    data, bits = config.data, (data_levels(args) - 1).bit_length()
+    if data.bits not in (DataConfig("").bits, bits):
+        raise ValueError(f"data.bits: expected {bits}, as in the file, got {data.bits}")
     if not data.name and data.path is None:
-        data = _DATA[given.get("data", "cifar10")]
-    data = replace(data, name=data.name or "images", bits=(data_levels(args) - 1).bit_length())
+        asked = {name: value for name, value in vars(data).items() if value != getattr(DataConfig(""), name)}
+        data = replace(_DATA[given.get("data", "cifar10")], **asked)
+    data = replace(data, name=data.name or "images", bits=bits)
     optimizer = replace(
         OPTIMIZER,
         name=given.get("optimizer") if given.get("optimizer") in OPTIMIZERS else OPTIMIZER.name,

@@ -56,7 +56,7 @@ def kept_lines(path: Path, keep_until: int) -> list[dict[str, Any]]:
     Raises:
       ValueError: if a line before the last is damaged.
     """
-    lines = [line for line in _whole_lines(path) if line["split"] in TRAINING] if path.exists() else []
+    lines = [line for line in whole_lines(path) if line["split"] in TRAINING] if path.exists() else []
     lines = [line for line in lines if line["step"] <= keep_until]
     last = max((line["step"] for line in lines), default=0)
     if keep_until and not path.exists():
@@ -70,7 +70,7 @@ def kept_lines(path: Path, keep_until: int) -> list[dict[str, Any]]:
     return lines
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a file, without an incomplete last line."""
     texts, lines = path.read_bytes().split(b"\n"), []
     while texts and not texts[-1].strip():

@@ -101,7 +101,8 @@ def split_folders(path: Path) -> dict[str, Path]:
     splits = by_split_name(folders)
     if splits is None and look_like_splits(folders):
         raise ValueError(
-            f"path: expected the folder train and, optionally, test and validation, got {', '.join(folders)} in {path}"
+            f"path: expected the folder train and, optionally, test and validation, got {', '.join(folders)} in "
+            f"{path}; if these are classes, put them into a folder train"
         )
     if splits is None:
         _check_no_splits_inside(path)
@@ -175,7 +176,7 @@ def as_images(array: np.ndarray, place: str | Path) -> np.ndarray:
     height, width, channels = array.shape[-3:]
     if array.ndim == 3 and channels in (1, 3, 4) and min(height, width) >= 8:
         raise ValueError(f"path: expected images [N, H, W], got shape {array.shape}, perhaps of one image, in {place}")
-    if array.ndim == 4 and height in (1, 3) and min(width, channels) > 4:
+    if array.ndim == 4 and height in (1, 3, 4) and min(width, channels) > 4:
         raise ValueError(
             f"path: expected images [N, H, W, C], got shape {array.shape}, perhaps [N, C, H, W], in {place}"
         )

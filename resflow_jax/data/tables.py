@@ -8,6 +8,7 @@ closing quote, a line break in quotes, an empty line between rows.
 import codecs
 import io
 import re
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,10 @@ def read_table(path: Path) -> Table:
         raise _no_rows(path)
     _check_first_line(heads, path)
     cells = _Cells.of([column.slice(first - 1) for column in columns], first, path)
-    return Table(np.ascontiguousarray(_numbers(_with_points(cells)).reshape(len(columns), -1).T), first)
+    numbers = np.ascontiguousarray(_numbers(_with_points(cells)).reshape(len(columns), -1).T)
+    if first == 1:
+        _warn_of_counts(heads, numbers, path)
+    return Table(numbers, first)
 
 
 class _Cells(NamedTuple):
@@ -195,6 +199,17 @@ def _columns(text: str, separator: str, path: Path) -> list[Any]:
             ) from error
         raise ValueError(f"path: expected a .csv file, could not read {path}: {error}") from error
     return [table[f"f{n}"] for n in range(width)]
+
+
+def _warn_of_counts(heads: list[str], numbers: np.ndarray, path: Path) -> None:
+    """Warns of a first line 0,1,2,... or 1,2,3,... above numbers with fractions: perhaps a header of pandas."""
+    counts = [[str(first + n) for n in range(len(heads))] for first in (0, 1)]
+    if len(heads) > 1 and [head.strip() for head in heads] in counts and (numbers[1:] % 1 != 0).any():
+        warnings.warn(
+            f"{path}: the first line, {heads[0]},{heads[1]}..., counts the columns, and was taken as numbers; if it is "
+            "a header, as pandas writes one for columns without names, delete this line or name the columns",
+            stacklevel=3,
+        )
 
 
 def _are_names(cells: list[str]) -> bool:

@@ -134,6 +134,7 @@ class Checkpoints:
           ValueError: if there is a checkpoint of this step with other contents, or of a later step; nothing is written.
           Exception: errors that are not of the file system are not changed.
         """
+        validation_loss = None if validation_loss is None else float(validation_loss)  # as JSON holds it
         has_loss = validation_loss is not None and math.isfinite(validation_loss)
         metrics = {"loss": validation_loss} if has_loss else None
         state = jax.tree.map(jnp.copy, state)  # the next step donates the original while this is written

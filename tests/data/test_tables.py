@@ -150,3 +150,18 @@ def test_zeros_are_numbers(tmp_path):
     """Zero in any form is not an underflow; integers up to 2^53 are held."""
     (tmp_path / "a.csv").write_text("0e-999,-0.000\n9007199254740991,1e300")
     np.testing.assert_array_equal(read_table(tmp_path / "a.csv").numbers, [[0, 0], [2**53 - 1, 1e300]])
+
+
+@pytest.mark.parametrize("header", ["0,1", "1,2"])
+def test_a_header_of_numbers(tmp_path, header):
+    """pandas writes one for columns without names. It is a row like others, and a warning says so."""
+    (tmp_path / "a.csv").write_text(f"{header}\n0.5,0.25\n3,4")
+    with pytest.warns(UserWarning, match=rf"a.csv: the first line, {header}..., counts the columns, and was taken as"):
+        numbers = read_table(tmp_path / "a.csv").numbers
+    assert numbers.shape == (3, 2)
+
+
+@pytest.mark.parametrize("text", ["0,1\n2,3\n4,5", "0.0,1.0\n0.5,2", "2,1\n0.5,2", "0\n0.5"])
+def test_rows_that_are_no_header(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    assert len(read_table(tmp_path / "a.csv").numbers) == text.count("\n") + 1

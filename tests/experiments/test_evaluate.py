@@ -12,10 +12,12 @@ import pytest
 from experiments import evaluate
 from experiments.configs import CONFIGS
 from experiments.evaluate import EvaluateConfig
+from experiments.runs import devices
 from experiments.runs.devices import data_mesh
 from experiments.runs.launch import run_config
-from experiments.runs.saved import saved_flow
+from experiments.runs.saved import saved_config, saved_flow
 from experiments.runs.tasks import images
+from experiments.runs.tasks.subset import subset
 from experiments.studies import ablation
 from experiments.studies.ablation import AblationConfig
 from resflow_jax import Anderson, Exact, ResidualFlow, Roulette, evaluate_bits_per_dim
@@ -112,7 +114,9 @@ def test_exact_log_dets_of_few_images(finished, saved, tmp_path):
     out = tmp_path / "a" / "b"
     result = evaluate.run(EvaluateConfig(finished[0], "latest", examples=3, draws=1, estimator=Exact(), workdir=out))
     assert (result["test"]["examples"], result["draws"], result["weights"]) == (3, 1, "latest")
-    expected = evaluate_bits_per_dim(saved.flow, saved.task.splits.test[:3], KEY, estimator=Exact(), draws=1, levels=17)
+    expected = evaluate_bits_per_dim(
+        saved.flow, subset(saved.task.splits.test, 3), KEY, estimator=Exact(), draws=1, levels=17
+    )
     np.testing.assert_allclose(result["test"]["bits_per_dim"], expected.mean, rtol=1e-10)
     written = json.loads((out / "evaluation.json").read_text())
     assert written["test"]["noise_stderr"] == "nan" and written["estimator"]["type"] == "Exact"
@@ -132,7 +136,7 @@ def test_other_data_sets(finished, saved, tmp_path, monkeypatch):
     found = result["other"]["noise"]
     assert found["examples"] == 20 and list(result["other"]) == ["noise", "digits"]
     estimator = CONFIG.evaluation.estimator
-    expected = evaluate_bits_per_dim(saved.flow, noise[:20], KEY, estimator=estimator, draws=2, **SHARED)
+    expected = evaluate_bits_per_dim(saved.flow, subset(noise, 20), KEY, estimator=estimator, draws=2, **SHARED)
     np.testing.assert_allclose(found["bits_per_dim"], expected.mean, rtol=1e-10)
     assert result["other"]["digits"]["auroc"] == pytest.approx(0.5, abs=1e-12)  # the same images with the same noise
     for name, got in (("wide", r"\(8, 9, 1\) with 17"), ("fine", r"\(8, 8, 1\) with 256")):
@@ -240,11 +244,23 @@ def test_command_line(monkeypatch, tmp_path):
     configs = []
     monkeypatch.setattr(evaluate, "run", configs.append)
     for name in ("use_xla_flags", "use_all_cores"):
-        monkeypatch.setattr(evaluate, name, lambda: None)
+        monkeypatch.setattr(evaluate, name, lambda *_: None)
     evaluate.main([str(tmp_path), "--other", "mnist", "svhn", "--examples", "5", "--estimator", "exact"])
     evaluate.main([str(tmp_path), "--draws", "3", "--workdir", "out"])
     assert configs[0] == EvaluateConfig(tmp_path, other=("mnist", "svhn"), examples=5, estimator=Exact())
     assert (configs[1].draws, str(configs[1].workdir)) == (3, "out")
+
+
+def test_as_many_devices_as_the_run_had(monkeypatch, finished):
+    """On six cores a run with batches of eight has four devices; with six the noise would be another."""
+    numbers = []
+    monkeypatch.setattr(evaluate, "run", lambda config: None)
+    monkeypatch.setattr(evaluate, "use_xla_flags", lambda: None)
+    monkeypatch.setattr(evaluate, "use_all_cores", numbers.append)
+    monkeypatch.setattr(devices, "number_of_cores", lambda: 6)
+    evaluate.main([str(finished[0])])
+    batch_size = saved_config(finished[0]).batch_size
+    assert numbers == [max(n for n in range(1, 7) if batch_size % n == 0)] and numbers != [6]
 
 
 def test_an_ablation_of_two_steps_and_two_seeds(tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from experiments.import_torch import ImportConfig
 from experiments.runs import launch
 from experiments.runs.saved import saved_config, saved_flow
 from experiments.runs.tasks.classes import ClassTask
+from experiments.runs.tasks.subset import subset
 from experiments.runs.workdir import claim_workdir, write_atomically
 from resflow_jax.data.embedded import load_digits
 from resflow_jax.data.images import to_unit_interval
@@ -84,7 +85,12 @@ def test_the_settings_are_those_of_the_file(tmp_path):
             assert (config.optimizer.learning_rate, config.optimizer.warmup) == (args.lr, 0)
             assert config.optimizer.schedule == "constant" and config.annealing == args.annealing_iters
         else:
-            assert config.data == DataConfig("digits", bits=8) and config.optimizer.learning_rate == args.lr
+            assert config.data == DataConfig("digits", bits=8)
+            of_file = import_torch.run_config(args, flow, ImportConfig(path, tmp_path, data=DataConfig("", dir="here")))
+            assert of_file.data == replace(CONFIGS["mnist"].data, dir="here")
+            with pytest.raises(ValueError, match=r"data\.bits: expected 8, as in the file, got 5"):
+                import_torch.run_config(args, flow, ImportConfig(path, tmp_path, data=DataConfig("", bits=5)))
+            assert config.optimizer.learning_rate == args.lr
             assert config.batch_size == args.batchsize and config.optimizer.warmup == args.warmup_iters
             assert isinstance(config.estimator.length, rf.Poisson) and config.estimator.probe == "gaussian"
             args.annealing_iters = 20
@@ -138,7 +144,7 @@ def test_a_classifier_is_evaluated_and_goes_on(tmp_path, monkeypatch):
     config = replace(config, evaluation=judged, estimator=rf.Truncated(2), batch_size=8)
     write_atomically(run_dir / "config.json", json.dumps(as_json(config)))
     found = evaluate.run(EvaluateConfig(run_dir))
-    images = load_digits().test[:20]
+    images = subset(load_digits().test, 20)
     expected = rf.load_torch_checkpoint(tmp_path / "model.pth").logits(to_unit_interval(images, 17))
     with np.load(run_dir / "evaluation" / "scores.npz") as scores:
         np.testing.assert_allclose(scores["test_logits"], expected, rtol=1e-5, atol=1e-6)

@@ -43,7 +43,7 @@ def test_keeps_the_latest_and_the_best(tmp_path, estimator):
     """Of five checkpoints the one with the lowest bits/dim, which no NaN is, and the newest two are kept, exactly."""
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step is None and checkpoints.best_step is None
-        for step, value in [(1, 3.0), (2, 1.0), (3, float("nan")), (4, 2.5), (5, 2.2)]:
+        for step, value in [(1, 3.0), (2, np.float32(1.0)), (3, np.nan), (4, jnp.asarray(2.5)), (5, 2.2)]:
             certificate = dataclasses.replace(CERTIFICATE, lipschitz=float(step))
             checkpoints.save(state(step, estimator), value, certificate)
         checkpoints.wait()

@@ -15,7 +15,7 @@ from experiments.runs.likelihoods import PERMUTED
 from experiments.runs.names import printable
 from experiments.runs.tasks.class_samples import class_samples, columns_of, is_mixture
 from experiments.runs.tasks.images import COLUMNS, SHOWN, first_images, other_images, permuted_pixels
-from experiments.runs.tasks.judging_classes import class_rows, measured
+from experiments.runs.tasks.judging_classes import class_rows, errors_of, measured
 from experiments.runs.tasks.labelled import LabelledSplits, Rows, load_labelled
 from experiments.runs.tasks.subset import subset
 from experiments.runs.tasks.task import Drawing, Task, reconstructed
@@ -104,9 +104,9 @@ class ClassTask(Task):
     def scores(
         self, flow: Flow, examples: Rows, key: Array, estimator: Estimator, draws: int, batch_size: int
     ) -> np.ndarray:
-        """100 for every example that is misclassified, and 0 for the others, [1, N]."""
+        """100 for every example that is misclassified, and 0 for the others, [1, N]; see `errors_of`."""
         logits = self.logits(flow, examples.images, data_mesh(jax.device_count()))
-        return 100.0 * (logits.argmax(axis=1) != examples.labels)[None]
+        return errors_of(logits, examples.labels)[None]
 
     def mean(self, scores: np.ndarray, estimator: Estimator) -> Estimate:
         """The error in %. It has no noise."""

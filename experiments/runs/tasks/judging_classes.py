@@ -3,6 +3,7 @@
 One process computes it alone, from a flow that it has whole or on its own devices.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,12 @@ BATCH_SIZE = 100  # images whose log-dets are estimated at once
 
 Found = dict[str, Any]
 Scores = dict[str, np.ndarray]
+
+
+def errors_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """100 for every example that is misclassified, 0 for the others, and NaN for logits that are not finite, [N]."""
+    wrong = 100.0 * (logits.argmax(axis=1) != labels)
+    return np.where(np.isfinite(logits).all(axis=1), wrong, np.nan)
 
 
 def measured(
@@ -60,7 +67,8 @@ def measured(
     log_p = log_softmax(logits.astype(np.float64), axis=1)
     of_label = -log_p[np.arange(len(test)), test.labels]
     nats = Estimate.from_scores(of_label[None])
-    error = Estimate.from_scores(100.0 * (logits.argmax(axis=1) != test.labels)[None])
+    error = Estimate.from_scores(errors_of(logits, test.labels)[None])
+    is_finite = bool(np.isfinite(log_p).all())
     found: Found = {
         "test": {
             "examples": len(test),
@@ -68,7 +76,7 @@ def measured(
             "stderr": error.stderr,
             "cross_entropy": nats.mean,
             "cross_entropy_stderr": nats.stderr,
-            "calibration_error": calibration_error(np.exp(log_p), test.labels),
+            "calibration_error": calibration_error(np.exp(log_p), test.labels) if is_finite else math.nan,
         },
         "robustness": _robustness(task, flow, test, logits),
         "other": {name: {"examples": len(images)} for name, images in others.items()},

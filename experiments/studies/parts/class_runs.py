@@ -17,7 +17,7 @@ from experiments.runs.devices import own_mesh
 from experiments.runs.launch import run_config
 from experiments.runs.likelihoods import PERMUTED
 from experiments.runs.loop import training_loop
-from experiments.runs.metrics_file import without_nan
+from experiments.runs.metrics_file import whole_lines, without_nan
 from experiments.runs.saved import SavedFlow, has_all_steps, saved_flow
 from experiments.runs.setup import place_on_devices, set_up
 from experiments.runs.tasks import judging_classes
@@ -99,7 +99,7 @@ def finish(config: ClassifyConfig) -> bool:
 def _test_line(workdir: Path) -> dict[str, Any] | None:
     """The line of metrics.jsonl on the test split, which a run writes at its end."""
     path = workdir / "metrics.jsonl"
-    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    lines = whole_lines(path) if path.exists() else ()
     return next((line for line in lines if line["split"] == "test"), None)
 
 

@@ -29,7 +29,7 @@ from resflow_jax.interop.torch.storages import brief
 from resflow_jax.interop.torch.writer import write_torch_file
 from resflow_jax.layers.lipschitz import LipschitzLinear, map_linears
 from resflow_jax.models.bases import StandardNormal
-from resflow_jax.models.config import FlowConfig, VectorFlowConfig, has_mixed_norms
+from resflow_jax.models.config import FlowConfig, ImageFlowConfig, VectorFlowConfig, has_mixed_norms
 from resflow_jax.models.least_arrays import abstract_flow, check_numbers
 from resflow_jax.models.residual_flow import ResidualFlow
 
@@ -116,6 +116,8 @@ def save_torch_checkpoint(flow: ResidualFlow, path: str | Path, *, average: Resi
     check_path(path)
     if average is not None:
         check_type("average", average, ResidualFlow)
+        if not isinstance(flow.config, ImageFlowConfig):
+            raise ValueError("average: expected None for a flow of vectors, whose files have no averages, got a flow")
     if type(flow.base) is not StandardNormal:
         raise ValueError(
             f"flow: expected the base N(0, I), the only one of these files, got {type(flow.base).__name__}"

@@ -154,7 +154,7 @@ def test_a_file_has_the_map_of_every_actnorm(name, tmp_path):
     average = nnx.clone(flow)
     nnx.update(average, jax.tree.map(lambda leaf: 0.9 * leaf, nnx.state(average, nnx.Param)))
     path = tmp_path / "model.pth"
-    rf.save_torch_checkpoint(flow, path, average=average)
+    rf.save_torch_checkpoint(flow, path, average=None if name == "toy" else average)
     expected = {"raw": flow} if name == "toy" else {"raw": flow, "ema": average}
     for weights, wanted in expected.items():
         found = rf.load_torch_checkpoint(path, weights, norms="stored")
