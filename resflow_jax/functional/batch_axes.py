@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from resflow_jax.functional.broadcasting import trailing
 from resflow_jax.functional.primitives.precision import wide_dtype
@@ -107,6 +108,22 @@ def mean_over_devices(tree: Any) -> Any:
     """The means, over the devices that share a batch, of statistics of equal parts of it."""
     axes = axes_of_batch(tree)
     return lax.pmean(tree, axes) if axes else tree
+
+
+def check_automatic(name: str, x: Array) -> None:
+    """Raises ValueError for an array that is divided along an explicit axis of a mesh, by its type.
+
+    Loops over parts of a batch, and kernels, would need a sharding for each of their arrays.
+    """
+    sharding = jax.typeof(x).sharding
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    divided = [axis for entry in sharding.spec for axis in (entry if isinstance(entry, tuple) else (entry,))]
+    explicit = [axis for axis in divided if kinds.get(axis) == AxisType.Explicit]
+    if explicit:
+        raise ValueError(
+            f"{name}: expected an array whose mesh has automatic axes, got the explicit axis {explicit[0]!r}; make the "
+            "mesh by rf.training.make_mesh, or by jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,))"
+        )
 
 
 def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resflow_jax.functional.batch_axes import vary_alike, vary_over, varying_axes
+from resflow_jax.functional.batch_axes import check_automatic, vary_alike, vary_over, varying_axes
 from resflow_jax.functional.broadcasting import per_example
 from resflow_jax.functional.checks import as_float_batch, check_flag
 from resflow_jax.functional.conditions import arguments, as_condition, check_map
@@ -140,6 +140,7 @@ def solution(
     """
     check_solver(solver)
     check_map(g, condition)
+    check_automatic(name, y)
     condition = as_condition(condition, name, y)
     y = vary_over(y, varying_axes((y, params, condition)))
     with full_precision():

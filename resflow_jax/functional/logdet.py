@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from resflow_jax.functional.batch_axes import vary_over, varying_axes
+from resflow_jax.functional.batch_axes import check_automatic, vary_over, varying_axes
 from resflow_jax.functional.checks import (
     as_float_batch,
     check_callable,
@@ -149,6 +149,7 @@ def log_det_of_form(
         y, *others = log_det_of_form(form, events.wrap(g), params, rows, **options)
         return events.unpack(y), *others
     x = as_float_batch("x", x)
+    check_automatic("x", x)
     condition = as_condition(condition, "x", x)
     if lipschitz is not None:
         check_open_interval("lipschitz", lipschitz, 0, 1)

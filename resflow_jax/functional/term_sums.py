@@ -18,6 +18,7 @@ from resflow_jax.functional.batch_axes import vary_alike
 from resflow_jax.functional.cayley_series import ParityPowerSeries, TwoSidedKrylov
 from resflow_jax.functional.diagnostics import DIAGNOSED_TERMS
 from resflow_jax.functional.estimators import Roulette, Truncated, subsampling
+from resflow_jax.functional.primitives.precision import wide_dtype
 from resflow_jax.functional.primitives.random_words import random_words
 from resflow_jax.functional.roulette import draw_lengths, length_cap, term_weight
 from resflow_jax.functional.series import MinimalResidual, PowerSeries, Product, Term
@@ -118,6 +119,9 @@ class Sums(NamedTuple):
     def zero(cls, v: Array) -> "Sums":
         return cls(jnp.zeros_like(v), jnp.zeros(v.shape[0], v.dtype), jnp.zeros(DIAGNOSED_TERMS, v.dtype))
 
+    def astype(self, dtype: Any) -> "Sums":
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), self)
+
     def add(self, k: Array, term: Term, weights: TermWeights) -> "Sums":
         """The sums after adding term k with its weights."""
         value_weight, w_weight = (weight.astype(term.w.dtype) for weight in weights)
@@ -190,20 +194,26 @@ def sum_terms(plan: Plan, v: Array, product: Product) -> Sums:
       v: probes [probes * B, ...].
       product: u -> J^T u, for all probes at once.
     """
-    return _continued(plan, v, product, 0, *_start(plan, v), plan.length)[1]
+    wide, product = _widened(v, product)
+    return _continued(plan, wide, product, 0, *_start(plan, wide), plan.length)[1].astype(v.dtype)
 
 
 def sum_exact_terms(plan: Plan, v: Array, product: Product) -> tuple[Any, Sums]:
     """The state of the series after its exact terms, arrays [probes * B, ...], and the sums over them."""
-    start = _start(plan, v)
+    wide, product = _widened(v, product)
+    start = _start(plan, wide)
     if plan.exact_terms == 1:  # compiles faster than a loop
-        return _add_term(plan, v, product, jnp.int32(1), *start)
-    return _continued(plan, v, product, 0, *start, plan.exact_terms)
+        state, sums = _add_term(plan, wide, product, jnp.int32(1), *start)
+    else:
+        state, sums = _continued(plan, wide, product, 0, *start, plan.exact_terms)
+    return state, sums.astype(v.dtype)
 
 
 def sum_further_terms(plan: Plan, v: Array, product: Product, state: Any) -> Sums:
     """The sums over the terms after the exact ones, from the state of `sum_exact_terms`."""
-    return _continued(plan, v, product, plan.exact_terms, *vary_alike(state, Sums.zero(v)), plan.length)[1]
+    wide, product = _widened(v, product)
+    start = vary_alike(state, Sums.zero(wide))
+    return _continued(plan, wide, product, plan.exact_terms, *start, plan.length)[1].astype(v.dtype)
 
 
 def _continued(
@@ -221,16 +231,25 @@ def _continued(
 
 def sum_terms_differentiably(plan: Plan, v: Array, product: Product, longest: int) -> Sums:
     """The same sums, differentiable in any mode. `longest` bounds the length; memory grows with it."""
+    wide, product = _widened(v, product)
 
     @jax.checkpoint
     def advance(carry, k):
-        return _add_term(plan, v, product, k, *carry)
+        return _add_term(plan, wide, product, k, *carry)
 
     def step(carry, k):  # reverse mode needs a static length: later steps are skipped
         return lax.cond(k <= plan.length, advance, lambda carry, k: carry, carry, k), None
 
-    (_, sums), _ = lax.scan(step, _start(plan, v), jnp.arange(1, longest + 1, dtype=jnp.int32))
-    return sums
+    (_, sums), _ = lax.scan(step, _start(plan, wide), jnp.arange(1, longest + 1, dtype=jnp.int32))
+    return sums.astype(v.dtype)
+
+
+def _widened(v: Array, product: Product) -> tuple[Array, Product]:
+    """Probes and products in float32 for 16-bit floats: the series subtracts numbers that are nearly equal."""
+    dtype = wide_dtype(v.dtype)
+    if dtype == v.dtype:
+        return v, product
+    return v.astype(dtype), lambda u: product(u.astype(v.dtype)).astype(dtype)
 
 
 def _start(plan: Plan, v: Array) -> tuple[Any, Sums]:

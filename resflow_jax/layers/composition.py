@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from resflow_jax.functional.checks import as_sequence, check_type
@@ -14,7 +15,7 @@ from resflow_jax.functional.inverse import check_solver, reported
 from resflow_jax.functional.iteration import InverseStatus
 from resflow_jax.functional.solvers import Anderson, Solver
 from resflow_jax.functional.texts import constructor
-from resflow_jax.functional.values import Domain
+from resflow_jax.functional.values import ANYWHERE, Domain
 from resflow_jax.layers.bijector import (
     Bijector,
     Forward,
@@ -32,6 +33,7 @@ from resflow_jax.layers.conditions import common_condition_shape
 from resflow_jax.layers.event_shapes import check_output_shape
 from resflow_jax.layers.module import List
 from resflow_jax.layers.module_texts import Part, Parts, attempt
+from resflow_jax.layers.shapes import Rearrangement
 from resflow_jax.layers.without_log_det import refuse_dropout
 
 Array = jax.Array
@@ -113,18 +115,18 @@ class Chain(Composition):
         return tuple(shape)
 
     def domain(self, dtype) -> Domain:
-        return self.bijectors[0].domain(dtype) if self.bijectors else super().domain(dtype)
+        return _end(self.bijectors, lambda layer: layer.domain(dtype)) or ANYWHERE
 
     @property
     def support(self):
-        return self.bijectors[0].support if self.bijectors else None
+        return _end(self.bijectors, lambda layer: layer.support)
 
     def codomain(self, dtype) -> Domain:
-        return self.bijectors[-1].codomain(dtype) if self.bijectors else super().codomain(dtype)
+        return _end(self.bijectors[::-1], lambda layer: layer.codomain(dtype)) or ANYWHERE
 
     @property
     def image(self):
-        return self.bijectors[-1].image if self.bijectors else None
+        return _end(self.bijectors[::-1], lambda layer: layer.image)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         return fold(self.bijectors, lambda bijector, x, c: bijector(x, c), x, condition)
@@ -171,6 +173,19 @@ class Chain(Composition):
     def tighten(self) -> None:
         for bijector in self.bijectors:
             bijector.tighten()
+
+
+def _end(bijectors: Sequence[Bijector], interval: Callable[[Bijector], Any]) -> Any:
+    """The interval of values at the first layer, given as (low, high, ...); None if it is not known.
+
+    Layers that only move elements are passed over if the ends after them are those of all elements.
+    """
+    for n, layer in enumerate(bijectors):
+        if not isinstance(layer, Rearrangement):
+            found = interval(layer)
+            is_common = found is not None and all(np.ndim(end) == 0 for end in found[:2])
+            return found if n == 0 or is_common else None
+    return None
 
 
 class Invert(Bijector):

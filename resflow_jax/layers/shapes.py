@@ -17,14 +17,14 @@ from resflow_jax.layers.bijector import Bijector, Shape, no_log_det
 Array = jax.Array
 
 
-class _Rearrangement(Bijector):
+class Rearrangement(Bijector):
     """A layer that moves elements; subclasses define how."""
 
     def lipschitz_bounds(self) -> tuple[float, float]:
         return 1.0, 1.0
 
 
-class Squeeze(_Rearrangement):
+class Squeeze(Rearrangement):
     """2x2 space to depth on images: [B, H, W, C] -> [B, H/2, W/2, 4C], output channel = c * 4 + dy * 2 + dx.
 
     The inverse is depth to space; log_det = 0 [B].
@@ -73,7 +73,7 @@ class Squeeze(_Rearrangement):
         return x.reshape(y.shape[0], height, width, channels)
 
 
-class Reshape(_Rearrangement):
+class Reshape(Rearrangement):
     """[B, *shape] -> [B, *new_shape], in row-major order; log_det = 0 [B].
 
     Args:
@@ -139,7 +139,7 @@ class Flatten(Reshape):
         return (self.shape,)
 
 
-class Permutation(_Rearrangement):
+class Permutation(Rearrangement):
     """y[..., i] = x[..., order[i]] along one axis of every event; log_det = 0 [B]. The inverse is the inverse
     permutation.
 

@@ -136,3 +136,19 @@ def test_exact_log_dets_of_small_jacobians_in_16_bits(dtype):
     log_det = residual(lambda slope, x: slope * x, slope, x, estimator=Exact())[1]
     assert log_det.dtype == dtype
     np.testing.assert_allclose(log_det.astype(float), 3 * np.log1p(float(slope)), rtol=0.01)
+
+
+@pytest.mark.parametrize("estimator", [Roulette(), Roulette(minres_steps=0)], ids=["default", "power series"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_estimates_of_small_jacobians_in_16_bits(dtype, estimator):
+    """The series subtracts numbers that are nearly equal: in 16 bits it would be off by nats, with any key."""
+    slope, x = jnp.full(784, 0.0002, dtype), jnp.ones((16, 784), dtype)
+
+    def mean(slope):
+        g = lambda slope, x: slope[None] * x  # noqa: E731
+        log_det = residual(g, slope, x, key=jax.random.key(0), estimator=estimator)[1]
+        return jnp.mean(log_det.astype(jnp.float32))
+
+    value, gradient = jax.jit(jax.value_and_grad(mean))(slope)
+    np.testing.assert_allclose(value, np.log1p(slope.astype(float)).sum(), rtol=0.02)
+    np.testing.assert_allclose(gradient.astype(float), 1 / (1 + slope.astype(float)), rtol=0.02)

@@ -1,4 +1,4 @@
-"""In a `jax.shard_map`, parameters or a condition may vary over an axis that the batch does not vary over."""
+"""Axes of meshes: what varies over an axis of a `jax.shard_map`, and explicit axes."""
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ def outputs(graphdef, state, condition):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("what", ["parameters", "condition"])
 def test_what_varies(name, what):
+    """Parameters or a condition may vary over an axis that the batch does not vary over."""
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
     mesh = jax.make_mesh((2,), ("part",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
@@ -54,3 +55,22 @@ def test_what_varies(name, what):
         one = (pairs[n][1], CONDITIONS[0]) if what == "parameters" else (pairs[0][1], CONDITIONS[n])
         for leaf, expected in zip(found, jax.jit(outputs, static_argnums=0)(graphdef, *one), strict=True):
             np.testing.assert_allclose(leaf[n], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("call", ["forward", "inverse", "jit"])
+def test_explicit_axes_are_refused(call):
+    """They are the default of `jax.make_mesh`; loops over a batch would fail with an error about some inner array."""
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    x = jax.device_put(jnp.ones((4, 2)), jax.NamedSharding(mesh, PartitionSpec("data")))
+    block = rf.ResidualBlock(rf.LipschitzMLP(2, (4,), rngs=nnx.Rngs(0)))
+    estimate = {"estimator": rf.Exact()}
+    calls = {"forward": lambda: block.forward(x, **estimate), "inverse": lambda: block.inverse(x)}
+    calls["jit"] = lambda: jax.jit(lambda x: block.forward(x, **estimate))(x)
+    with pytest.raises(
+        ValueError, match=r"^[xy]: expected an array whose mesh has automatic axes, got .* 'data'; make"
+    ):
+        calls[call]()
+    whole = jax.device_put(jnp.ones((4, 2)), jax.NamedSharding(mesh, PartitionSpec()))
+    assert np.isfinite(block.forward(whole, **estimate)[1]).all()
