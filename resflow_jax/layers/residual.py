@@ -192,12 +192,16 @@ class ResidualStack(Bijector):
     def _scan(self, body, carry, xs=None, *, condition: Array | None, reverse: bool = False):
         """Scans body(step, carry, x) -> (carry, out) over the steps. The body may close over the condition."""
         graphdef, stacked = nnx.split(self.steps)
-        carry = vary_over(carry, varying_axes((carry, stacked, condition)))
 
         def apply(carry, inputs):
             state, x = inputs
             return body(nnx.merge(graphdef, state), carry, x)
 
+        carry = vary_over(carry, varying_axes((carry, stacked, condition)))
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves(stacked) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+        if dtypes - {carry.dtype}:  # a step may promote x; a scan takes x in the dtype that it returns
+            first = jax.tree.map(lambda leaf: leaf[0], (stacked, xs))
+            carry = carry.astype(jax.eval_shape(apply, carry, first)[0].dtype)
         return jax.lax.scan(apply, carry, (stacked, xs), length=self.depth, reverse=reverse)
 
     def _inputs(self, key: Array | None, estimator: Estimator) -> tuple[Array | None, Estimator]:

@@ -27,3 +27,17 @@ def test_statistics_of_more_numbers_than_float16_has():
     y = layer.initialize(x)
     np.testing.assert_allclose(np.mean(y, dtype=np.float64), 0, atol=0.01)
     np.testing.assert_allclose(np.std(y, dtype=np.float64), 1, atol=0.01)
+
+
+def test_a_stack_of_layers_that_promote_their_input():
+    """float32 data and float64 parameters give float64, as in a chain of the same layers."""
+    stack = rf.ResidualStack(lambda rngs: rf.Affine((2,)), 3, rngs=nnx.Rngs(0))
+    stack.steps.log_scale[...] += 0.1
+    x = jnp.ones((4, 2), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        found = *stack.forward(x), stack.inverse(x)
+        chain = rf.Chain(stack.unstacked())
+        expected = *chain.forward(x), chain.inverse(x)
+    for leaf, other in zip(found, expected, strict=True):
+        assert leaf.dtype == other.dtype == jnp.float64
+        np.testing.assert_allclose(leaf, other, rtol=1e-12)
