@@ -46,7 +46,7 @@ def arguments():
     return layers, jnp.asarray(rng.normal(size=(BATCH, DIM))), jnp.asarray(rng.normal(size=DIM))
 
 
-REVERSIBLE, PLAIN = partial(reversible_scan, apply, invert), partial(plain, apply)
+REVERSIBLE, PLAIN = partial(reversible_scan, apply, invert, depth=DEPTH), partial(plain, apply)
 
 
 def loss(scan, layers, x, shared, keys=KEYS):

@@ -233,7 +233,7 @@ def test_a_conditional_flow():
     [
         (lambda rngs: rf.LipschitzMLP(0, rngs=rngs), "dim: expected an integer of at least 1, got 0"),
         (lambda rngs: rf.LipschitzMLP(2, (0,), rngs=rngs), "hidden: expected an integer of at least 1, got 0"),
-        (lambda rngs: rf.LipschitzMLP(2, 3, rngs=rngs), r"hidden: expected a tuple of sizes, as \(3,\), got 3"),
+        (lambda rngs: rf.LipschitzMLP(2, 3, rngs=rngs), r"hidden: expected a tuple of sizes, such as \(3,\), got 3"),
         (lambda rngs: rf.LipschitzMLP(2, rngs=3), "rngs: expected Rngs, got int"),
         (lambda rngs: rf.LipschitzMLP(2, activation="gelu", rngs=rngs), "activation: expected one of .*; got 'gelu'"),
         (

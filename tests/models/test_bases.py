@@ -207,7 +207,7 @@ def test_in_a_flow(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: rf.StandardNormal(3), r"event_shape: expected a tuple of sizes, as \(3,\), got 3"),
+        (lambda: rf.StandardNormal(3), r"event_shape: expected a tuple of sizes, such as \(3,\), got 3"),
         (lambda: rf.DiagonalNormal((0,)), "event_shape: expected an integer of at least 1, got 0"),
         (
             lambda: rf.DiagonalNormal((2,), condition_dim=2),

@@ -85,7 +85,7 @@ LAYERS = {
         ),
     },
     "rf.Classifier": {
-        "head: expected one, or None": lambda: rf.Classifier(norm(), event_shape=(3,)),
+        "head: expected a head, or None": lambda: rf.Classifier(norm(), event_shape=(3,)),
         "head: expected PooledHead": lambda: rf.Classifier(norm(), norm(), event_shape=(3,)),
         r"head: expected shape \(3,\)": lambda: rf.Classifier(norm(), head((2,), 3), event_shape=(3,)),
         "head: expected .* without a condition": lambda: rf.Classifier(
@@ -110,7 +110,7 @@ LAYERS = {
         "classes: expected": lambda: head((3,), 1),
         "hidden: expected": lambda: head((3,), 2, hidden=0),
         "activation: expected": lambda: head((3,), 2, activation="lipswish"),
-        "activation: expected one .* single channels": lambda: head((3,), 2, activation="fullsort"),
+        "activation: expected an activation .* single channels": lambda: head((3,), 2, activation="fullsort"),
     },
     "rf.ResNetClassifier": {
         "config: expected": lambda: rf.ResNetClassifier(rf.VectorFlowConfig(3), rngs=RNGS),

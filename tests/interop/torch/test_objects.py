@@ -262,7 +262,7 @@ BAD_OBJECTS = {
     ),
     "storage with a view": (tensor(stored=storage(more=literal(("1", 0, 1)))), "got a reference"),
     "reference": (literal("storage") + b"Q", "got a reference to 'storage'"),
-    "bare storage": (storage(), "no part of one"),
+    "bare storage": (storage(), "not part of a tensor"),
     "call of a number": (literal(1) + literal(()) + b"R", "expected a class or a function"),
     "call of an array": (tensor() + literal(()) + b"R", "expected a class or a function"),
     "made from a list": (named("resflows", "x") + literal([]) + b"\x81", "tuple of arguments"),
