@@ -46,7 +46,11 @@ def arguments():
     return layers, jnp.asarray(rng.normal(size=(BATCH, DIM))), jnp.asarray(rng.normal(size=DIM))
 
 
-REVERSIBLE, PLAIN = partial(reversible_scan, apply, invert, depth=DEPTH), partial(plain, apply)
+def reversible(layers, x, inputs, shared):
+    return reversible_scan(apply, invert, layers, x, inputs, shared, len(inputs))
+
+
+REVERSIBLE, PLAIN = reversible, partial(plain, apply)
 
 
 def loss(scan, layers, x, shared, keys=KEYS):
