@@ -74,6 +74,8 @@ ESTIMATORS: dict[str, Roulette] = {
     "3 exact terms, then 1 of 4": Roulette(exact_terms=3, subsample=4),
     "3 exact terms, then all": Roulette(exact_terms=3, subsample=1),
     DEFAULT: Roulette(),
+    "default with 2 trace probes": Roulette(trace_probes=2),
+    "default with 4 trace probes": Roulette(trace_probes=4),
     "default with fitted lengths": Roulette(),
     REFERENCE: _whole_batch(Geometric(0.5), exact_terms=40),
 }

@@ -49,6 +49,8 @@ ESTIMATORS: dict[str, Roulette] = {
     "1 exact term, then 1 of 4": Roulette(exact_terms=1, subsample=4),
     "2 exact terms, then 1 of 4": Roulette(exact_terms=2, subsample=4),
     DEFAULT: Roulette(),
+    "default with 2 trace probes": Roulette(trace_probes=2),
+    "default with 4 trace probes": Roulette(trace_probes=4),
     "8 exact terms": Roulette(exact_terms=8),
 }
 

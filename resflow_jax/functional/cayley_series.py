@@ -23,13 +23,14 @@ Array = jax.Array
 
 
 class Term(NamedTuple):
-    """A term as in `functional.series`, and the squared norm [B] of the residual after it.
+    """A term as in `functional.series`, with the squared norm [B] of the residual after it.
 
     Lengths are fitted from the residual, because powers of one parity are in w, and those of the other in the value.
     """
 
     w: Array
     value: Array
+    image: Array
     residual: Array
 
     def mean_square(self) -> Array:
@@ -51,7 +52,7 @@ class ParityPowerSeries:
         power = product(power)
         is_odd = k % 2 == 1
         value = jnp.where(is_odd, dot(v, power) / jnp.asarray(k, v.dtype), 0)
-        return power, Term(jnp.where(is_odd, 0, power), value, dot(power, power))
+        return power, Term(jnp.where(is_odd, 0, power), value, power, dot(power, power))
 
 
 class _Krylov(NamedTuple):
@@ -119,7 +120,8 @@ class TwoSidedKrylov:
         taken = of_q * v_q + of_before * state.taken
         value = jnp.sum((taken + zeta * v_after - state.zeta * v_q) * weights, axis=1)
         residual = jnp.mean(jnp.square(zeta[:, :2]), axis=1) * dot(after, after)
-        return _Krylov(after, per_example(scale, q) * q, forward, backward, zeta, h, taken), Term(term, value, residual)
+        state = _Krylov(after, per_example(scale, q) * q, forward, backward, zeta, h, taken)
+        return state, Term(term, value, mq, residual)
 
     def _choice(self, k: Array, v: Array, state: _Krylov, mq: Array) -> tuple[Array, Array]:
         """rho and beta of this step, [B] each."""

@@ -21,8 +21,8 @@ class Diagnostics(NamedTuple):
     below. A flow returns them with a leading axis of residual blocks. They have no derivative.
 
     Attributes:
-      length: [], number of vjps of g for each probe, with `subsample` the mean over the batch; for `Exact`, the
-        dimension D.
+      length: [], number of vjps of g for each probe, with `subsample` the mean over the batch, those of `trace_probes`
+        included; for `Exact`, the dimension D.
       term_norms: [16], mean over batch and probes of |term k of w|^2 / D for k = 1..16, times the roulette weight of
         the term. Because of the weight, the expectation does not depend on the length distribution. Zeros for `Exact`.
         For a monotone map, whose w has only even powers, they are those of the residual after k products.

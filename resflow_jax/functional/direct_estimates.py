@@ -12,6 +12,7 @@ from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.functional.primitives.precision import wide_dtype
 from resflow_jax.functional.probes import draw_seeds, make_probes, seed_keys
 from resflow_jax.functional.term_sums import draw_plan, plan_of, repeat, sum_terms_differentiably, with_log_det
+from resflow_jax.functional.trace_probes import draw_trace_probes, number_of_trace_probes, trace_keys
 
 
 def exact_estimate(g, chunk_size, form, args, x):
@@ -55,9 +56,10 @@ def series_estimate(g, longest, form, estimator, x, key):
     plan = plan_of(form, draw_plan(estimator, shared_key))
     v = make_probes(*settings, draw_seeds(*settings, keys, x), x)
     g_x, pullback = jax.vjp(g, repeat(x, estimator.probes))
-    sums = sum_terms_differentiably(plan, v, lambda u: pullback(u)[0], longest)
+    u = draw_trace_probes(estimator, trace_keys(estimator, shared_key, x), x)
+    sums = sum_terms_differentiably(plan, v, lambda u: pullback(u)[0], longest, u)
     y, log_det = with_log_det(x, g_x, sums, plan.scale)
-    return y, log_det, Diagnostics.of(log_det, plan.length, sums.norms)
+    return y, log_det, Diagnostics.of(log_det, plan.length + number_of_trace_probes(estimator), sums.norms)
 
 
 def custom_estimate(g, form, estimator, x, key):

@@ -99,9 +99,9 @@ class Roulette:
     batch share the length N; with `subsample` those that it draws. The probes v are independent for each example,
     unless they are Hadamard probes, as by default.
 
-    It costs exact_terms + max_i N_i / r vjps of g for each probe, with the r of `subsample`: by default, for Lip(g) <=
-    0.94, 4.3 on average, and 5.6 for a batch of odd size. The gradient costs one vjp of (g, J v) more. The variance is
-    finite if the tail of the length distribution is long enough; see `LengthLaw`.
+    It costs exact_terms + max_i N_i / r + trace_probes vjps of g for each probe, with the r of `subsample`: by default,
+    for Lip(g) <= 0.94, 4.3 on average, and 5.6 for a batch of odd size. The gradient costs one vjp of (g, J v) more.
+    The variance is finite if the tail of the length distribution is long enough; see `LengthLaw`.
 
     The setting of Chen et al. (2019) is Roulette(Poisson(2.0), exact_terms=2, minres_steps=0, probe="gaussian").
 
@@ -127,6 +127,9 @@ class Roulette:
         None means r = 2 if at least two exact terms are minimal-residual steps, the gradient is "neumann", and tracing
         shows that g computes every row in the same way for any batch size; otherwise r = 1. Under `vmap` over keys a
         CPU computes the whole series for all examples.
+      trace_probes: number of further probes, for each one of the series, for the first term of the value alone, tr(J),
+        where most of a probe's noise is. Each costs one vjp of g. Their mean takes the place of v^T J v, and the
+        gradient stays the same. 0 means none. It expects exact_terms >= 1.
       second_order: whether the Neumann gradient can itself be differentiated in reverse mode (`jax.grad` of
         `jax.grad`), unbiased and with constant memory, as for Hessian-vector products in score matching or a Laplace
         approximation. It costs another series and six evaluations of g, more for a monotone map. Forward mode then
@@ -153,6 +156,7 @@ class Roulette:
     minres_steps: int | None = field(default=None, kw_only=True)
     probes: int = field(default=1, kw_only=True)
     subsample: int | None = field(default=None, kw_only=True)
+    trace_probes: int = field(default=0, kw_only=True)
     second_order: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
@@ -163,6 +167,9 @@ class Roulette:
         check_count("samples", self.samples, 1)
         if self.subsample is not None:
             check_count("subsample", self.subsample, 1)
+        check_count("trace_probes", self.trace_probes, 0)
+        if self.trace_probes and not self.exact_terms:
+            raise ValueError(f"trace_probes: expected 0 without exact terms, got {self.trace_probes}")
         check_flag("second_order", self.second_order)
         _check_common(self)
         if self.second_order and self.gradient != "neumann":
@@ -178,6 +185,7 @@ _ROULETTE_SETTINGS = (
     "probe",
     "probes",
     "subsample",
+    "trace_probes",
     "gradient",
     "second_order",
 )
@@ -271,7 +279,7 @@ def fit_law(estimator: Roulette, term_norms: jax.Array, batch_size: int) -> Fitt
 
     Costs are counted in further terms, each of which costs 1 / r vjps of the whole batch.
     """
-    cost = subsampling(estimator) * (4.0 + estimator.exact_terms)
+    cost = subsampling(estimator) * (4.0 + estimator.exact_terms + estimator.trace_probes)
     return fit_lengths(term_norms[..., estimator.exact_terms :], batch_size=batch_size, fixed_cost=cost)
 
 

@@ -39,6 +39,7 @@ from resflow_jax.functional.term_sums import (
     sum_terms,
     with_log_det,
 )
+from resflow_jax.functional.trace_probes import draw_trace_probes, number_of_trace_probes, trace_keys
 from resflow_jax.functional.trees import combine, float0, mapped_with, partition, zero_cotangents
 
 Array = jax.Array
@@ -97,13 +98,15 @@ def estimate_with_w(g, prepare, form, estimator, args, chunks, key):
     shared_key, keys = seed_keys_of(estimator, key, chunks)
     plan = plan_of(form, draw_plan(estimator, shared_key))
     part = draw_part(estimator, shared_key, math.prod(chunks[0].shape[:2]))
+    keys = keys, _in_chunks(trace_keys(estimator, shared_key, join_chunks(chunks[0])), chunks)
 
     def of_chunk(inputs, plan=plan):
-        (x, *condition), keys = inputs
+        (x, *condition), (keys, keys_of_trace) = inputs
         seeds = draw_seeds(estimator.probe, estimator.probes, keys, x)
         v = make_probes(estimator.probe, estimator.probes, seeds, x)
         g_x, product = linearized(x, condition)
-        state, sums = sum_exact_terms(plan, v, product) if at_once else (None, sum_terms(plan, v, product))
+        u = draw_trace_probes(estimator, keys_of_trace, x)
+        state, sums = sum_exact_terms(plan, v, product, u) if at_once else (None, sum_terms(plan, v, product, u))
         return *with_log_det(x, g_x, sums, plan.scale), plan.scale * (v + sums.w), sums.norms, seeds, state
 
     def of_chunk_of_part(inputs):
@@ -135,6 +138,7 @@ def estimate_with_w(g, prepare, form, estimator, args, chunks, key):
         norms = norms + norms_more
     if part is not None:
         length = plan.exact_terms + (length - plan.exact_terms) / part.every
+    length = length + number_of_trace_probes(estimator)
     return y, log_det, Diagnostics.of(log_det, length, norms), w, seeds
 
 
@@ -175,7 +179,12 @@ def _of_part(further_terms, part, probes, batch, state):
 def seed_keys_of(estimator, key, chunks):
     """A key that all examples share, and what `draw_seeds` takes for the examples of each chunk, [chunks, b, ...]."""
     shared_key, keys = seed_keys(estimator.probe, estimator.probes, key, join_chunks(chunks[0]))
-    return shared_key, keys.reshape(*chunks[0].shape[:2], *keys.shape[1:])  # old-style keys are arrays of words
+    return shared_key, _in_chunks(keys, chunks)
+
+
+def _in_chunks(keys, chunks):
+    """Keys [B, ...] of examples, or None, as those of the examples of each chunk, [chunks, b, ...]."""
+    return jax.tree.map(lambda keys: keys.reshape(*chunks[0].shape[:2], *keys.shape[1:]), keys)  # keys may be words
 
 
 def probes_of(estimator):

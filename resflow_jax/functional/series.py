@@ -22,10 +22,14 @@ Product = Callable[[Array], Array]
 
 
 class Term(NamedTuple):
-    """One term of the sum for w, [B, ...], and of the sum for the value, [B]."""
+    """One term of the sum for w, [B, ...], and of the sum for the value, [B].
+
+    `image` [B, ...] is the product that the step took; in step 1 it is M v.
+    """
 
     w: Array
     value: Array
+    image: Array
 
     def mean_square(self) -> Array:
         """The mean square of w, as in `Diagnostics.term_norms`."""
@@ -43,8 +47,8 @@ class PowerSeries:
         return v
 
     def step(self, k: Array, v: Array, power: Array, product: Product) -> tuple[Array, Term]:
-        power = -product(power)
-        return power, Term(power, -dot(v, power) / jnp.asarray(k, v.dtype))
+        image = product(power)
+        return -image, Term(-image, dot(v, image) / jnp.asarray(k, v.dtype), image)
 
 
 class _Krylov(NamedTuple):
@@ -119,7 +123,7 @@ class MinimalResidual:
         lookahead = dot(v, r)[..., None] * zeta / (1 + nodes)
         value = -jnp.sum((taken + lookahead - state.lookahead) * weights, axis=-1)
         state = _Krylov(r, p, mp, zeta, sigma * q, q * (kappa - a * sigma * v_p), lookahead)
-        return state, Term(term, value)
+        return state, Term(term, value, mr)
 
 
 def dot(a: Array, b: Array) -> Array:

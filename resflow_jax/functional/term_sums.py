@@ -21,7 +21,8 @@ from resflow_jax.functional.estimators import Roulette, Truncated, subsampling
 from resflow_jax.functional.primitives.precision import wide_dtype
 from resflow_jax.functional.primitives.random_words import random_words
 from resflow_jax.functional.roulette import draw_lengths, length_cap, term_weight
-from resflow_jax.functional.series import MinimalResidual, PowerSeries, Product, Term
+from resflow_jax.functional.series import MinimalResidual, PowerSeries, Product, Term, dot
+from resflow_jax.functional.trace_probes import mean_trace, number_of_trace_probes
 
 Array = jax.Array
 Form = Literal["residual", "cayley"]  # log|det(I + J)|, or log|det((I - J)(I + J)^-1)|
@@ -48,6 +49,7 @@ class Plan(NamedTuple):
       weights: function from the number k >= 1 of a term to its weights.
       scale: factor on the value and on w.
       exact_terms: the number of terms that are always taken.
+      has_trace_probes: whether other probes estimate the trace, as in `functional.trace_probes`.
     """
 
     series: Any
@@ -55,6 +57,7 @@ class Plan(NamedTuple):
     weights: Callable[[Array], TermWeights]
     scale: float = 1.0
     exact_terms: int = 0
+    has_trace_probes: bool = False
 
 
 class Part(NamedTuple):
@@ -145,7 +148,13 @@ def draw_plan(estimator: Truncated | Roulette, key: Array) -> Plan:
         weight = term_weight(estimator.length, lengths, estimator.exact_terms, k)
         return TermWeights(value=weight, w=weight)
 
-    return Plan(series, estimator.exact_terms + jnp.max(lengths), weights, exact_terms=estimator.exact_terms)
+    return Plan(
+        series,
+        estimator.exact_terms + jnp.max(lengths),
+        weights,
+        exact_terms=estimator.exact_terms,
+        has_trace_probes=number_of_trace_probes(estimator) > 0,
+    )
 
 
 def part_size(estimator: Truncated | Roulette, batch: Any) -> int:
@@ -186,22 +195,23 @@ def longest_series(estimator: Truncated | Roulette) -> int:
     return estimator.exact_terms + length_cap(estimator.length)
 
 
-def sum_terms(plan: Plan, v: Array, product: Product) -> Sums:
+def sum_terms(plan: Plan, v: Array, product: Product, u: Array | None = None) -> Sums:
     """The sums over the terms of a plan, in a loop of exactly `plan.length` steps, which has no reverse mode.
 
     Args:
       plan: a plan from `draw_plan`.
       v: probes [probes * B, ...].
       product: u -> J^T u, for all probes at once.
+      u: probes of the trace [trace_probes, probes * B, ...], if the plan has them and the value is needed.
     """
     wide, product = _widened(v, product)
-    return _continued(plan, wide, product, 0, *_start(plan, wide), plan.length)[1].astype(v.dtype)
+    return _continued(plan, wide, product, 0, *_start(plan, wide, product, u), plan.length)[1].astype(v.dtype)
 
 
-def sum_exact_terms(plan: Plan, v: Array, product: Product) -> tuple[Any, Sums]:
+def sum_exact_terms(plan: Plan, v: Array, product: Product, u: Array | None) -> tuple[Any, Sums]:
     """The state of the series after its exact terms, arrays [probes * B, ...], and the sums over them."""
     wide, product = _widened(v, product)
-    start = _start(plan, wide)
+    start = _start(plan, wide, product, u)
     if plan.exact_terms == 1:  # compiles faster than a loop
         state, sums = _add_term(plan, wide, product, jnp.int32(1), *start)
     else:
@@ -229,7 +239,7 @@ def _continued(
     return state, sums
 
 
-def sum_terms_differentiably(plan: Plan, v: Array, product: Product, longest: int) -> Sums:
+def sum_terms_differentiably(plan: Plan, v: Array, product: Product, longest: int, u: Array | None) -> Sums:
     """The same sums, differentiable in any mode. `longest` bounds the length; memory grows with it."""
     wide, product = _widened(v, product)
 
@@ -240,7 +250,7 @@ def sum_terms_differentiably(plan: Plan, v: Array, product: Product, longest: in
     def step(carry, k):  # reverse mode needs a static length: later steps are skipped
         return lax.cond(k <= plan.length, advance, lambda carry, k: carry, carry, k), None
 
-    (_, sums), _ = lax.scan(step, _start(plan, wide), jnp.arange(1, longest + 1, dtype=jnp.int32))
+    (_, sums), _ = lax.scan(step, _start(plan, wide, product, u), jnp.arange(1, longest + 1, dtype=jnp.int32))
     return sums.astype(v.dtype)
 
 
@@ -252,12 +262,17 @@ def _widened(v: Array, product: Product) -> tuple[Array, Product]:
     return v.astype(dtype), lambda u: product(u.astype(v.dtype)).astype(dtype)
 
 
-def _start(plan: Plan, v: Array) -> tuple[Any, Sums]:
-    return vary_alike(plan.series.start(v), Sums.zero(v))
+def _start(plan: Plan, v: Array, product: Product, u: Array | None) -> tuple[Any, Sums]:
+    sums = Sums.zero(v)
+    if u is not None:
+        sums = sums._replace(value=mean_trace(u.astype(v.dtype), product))
+    return vary_alike(plan.series.start(v), sums)
 
 
 def _add_term(plan: Plan, v: Array, product: Product, k: Array, state: Any, sums: Sums) -> tuple[Any, Sums]:
     state, term = plan.series.step(k, v, state, product)
+    if plan.has_trace_probes:
+        term = term._replace(value=term.value - jnp.where(k == 1, dot(v, term.image), 0))
     return state, sums.add(k, term, plan.weights(k))
 
 

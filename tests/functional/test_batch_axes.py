@@ -53,8 +53,8 @@ def test_axes():
     ("estimator", "chunk_size"),
     [
         (Roulette(exact_terms=2), None),
-        (Roulette(exact_terms=2, probes=2), 1),
-        (Roulette(Geometric(0.5), exact_terms=2, minres_steps=0, gradient="autodiff"), None),
+        (Roulette(exact_terms=2, probes=2, trace_probes=2), 1),
+        (Roulette(Geometric(0.5), exact_terms=2, minres_steps=0, gradient="autodiff", trace_probes=1), None),
         (Exact(), None),
     ],
     ids=str,

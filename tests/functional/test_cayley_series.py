@@ -3,9 +3,6 @@
 The matrices are those of `test_series`; all of one size are one batch [B, D, D].
 """
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,18 +10,7 @@ import scipy.linalg
 
 from resflow_jax.functional import cayley_series
 from resflow_jax.functional.cayley_series import ParityPowerSeries, TwoSidedKrylov
-from tests.functional.test_series import DIM, DTYPES, NAMES, M, V, norms
-from tests.functional.test_series import run as run_series
-
-
-def run(series, m, v, terms):
-    """As of `test_series`, without the norms of residuals."""
-    w, value, _, states = run_series(series, m, v, terms)
-    return w, value, states
-
-
-def run_all(series, terms, dtype=jnp.float64):
-    return jax.tree.map(partial(np.asarray, dtype=float), run(series, *(jnp.asarray(a, dtype) for a in (M, V)), terms))
+from tests.functional.test_series import DIM, DTYPES, NAMES, M, V, norms, run, run_all
 
 
 def solutions(m=M, v=V):

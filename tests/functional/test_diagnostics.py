@@ -100,9 +100,9 @@ def test_term_norms_do_not_depend_on_the_law(minres_steps):
 
 
 def test_the_diagnosed_length():
-    """exact_terms + the longest of the lengths: its mean over keys is 2 + E max_i N_i, |z| < 4."""
+    """exact_terms + trace_probes + the longest length: its mean over keys is 2 + 3 + E max_i N_i, |z| < 4."""
     law, samples = Defensive(0.4, 0.1, 0.75), 3
-    length = diagnose("small", Roulette(law, 2, minres_steps=0, samples=samples)).length
+    length = diagnose("small", Roulette(law, 2, minres_steps=0, samples=samples, trace_probes=3)).length
     survival = np.asarray(law.survival(np.arange(1, 200)))
-    assert length.min() >= 3
-    assert np.abs(z_scores(length, 2 + np.sum(1 - (1 - survival) ** samples))) < 4
+    assert length.min() >= 6
+    assert np.abs(z_scores(length, 5 + np.sum(1 - (1 - survival) ** samples))) < 4

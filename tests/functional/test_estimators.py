@@ -101,6 +101,8 @@ def test_bad_estimators(name, make):
         ({"probe": "normal"}, "probe: expected one of rademacher, gaussian, orthogonal, hadamard; got 'normal'"),
         ({"subsample": 0}, "subsample: expected an integer of at least 1, got 0"),
         ({"subsample": 2, "gradient": "autodiff"}, 'subsample: expected 1 with gradient="autodiff", got 2'),
+        ({"trace_probes": -1}, "trace_probes: expected an integer of at least 0, got -1"),
+        ({"trace_probes": 2, "exact_terms": 0}, "trace_probes: expected 0 without exact terms, got 2"),
         (
             {"length": 3},
             "length: expected Defensive, Geometric, .* got 3 without sample, survival, tail_ratio",
@@ -118,6 +120,9 @@ def test_too_many_orthogonal_probes(estimator):
     """No more orthogonal probes than dimensions."""
     with pytest.raises(ValueError, match=r"^probes: expected at most 4 orthogonal probes in 4 dimensions, got 5\b"):
         residual(*net_named("small"), key=jax.random.key(0), estimator=estimator(probe="orthogonal", probes=5))
+    with pytest.raises(ValueError, match=r"^trace_probes: expected at most 4 orthogonal probes in 4 dimensions, got 6"):
+        own_trace = Roulette(probe="orthogonal", probes=2, trace_probes=3)
+        residual(*net_named("small"), key=jax.random.key(0), estimator=own_trace)
 
 
 @pytest.mark.parametrize(

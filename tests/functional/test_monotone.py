@@ -115,7 +115,7 @@ def test_truncated_is_the_truncated_series(monkeypatch, terms, gradient):
     ("name", "estimator"),
     [
         ("moderate", Roulette(Geometric(0.5), 0, minres_steps=0)),
-        ("nonsymmetric", Roulette(SAFE, 2, probes=2)),
+        ("nonsymmetric", Roulette(SAFE, 2, probes=2, trace_probes=2)),
         ("nonsymmetric", Roulette(Poisson(2.0), 2, minres_steps=2)),
         ("nonsymmetric", Roulette(Geometric(0.5), 0, gradient="autodiff", probes=2)),
         ("saturated", Roulette(FITTED, 0)),
@@ -134,8 +134,11 @@ def test_roulette_summed_over_its_law(monkeypatch, name, estimator):
     [
         ("nonsymmetric", PAPERS),
         ("moderate", Roulette(Poisson(2.0), 2, samples=3, probe="orthogonal", probes=2)),
-        ("moderate", Roulette(Geometric(0.5), 0, minres_steps=1, probe="gaussian", gradient="autodiff")),
-        ("conv", Roulette(Defensive(lipschitz=0.8), subsample=2)),
+        (
+            "moderate",
+            Roulette(Geometric(0.5), 1, minres_steps=1, probe="gaussian", gradient="autodiff", trace_probes=1),
+        ),
+        ("conv", Roulette(Defensive(lipschitz=0.8), subsample=2, trace_probes=1)),
     ],
     ids=str,
 )

@@ -77,7 +77,7 @@ def test_exact_where_the_estimate_is(form, chunk_size):
 @pytest.mark.parametrize(
     ("form", "estimator"),
     [
-        ("residual", rf.Roulette(second_order=True)),
+        ("residual", rf.Roulette(trace_probes=1, second_order=True)),
         ("residual", rf.Roulette(rf.Geometric(0.5), 0, 2, "gaussian", probes=2, subsample=2, **POWER_SERIES)),
         ("rough monotone", rf.Roulette(exact_terms=0, second_order=True)),
     ],

@@ -60,7 +60,8 @@ def run(series, m, v, terms):
 
     start = series.start(v)
     _, (terms, states) = jax.lax.scan(step, start, jnp.arange(1, terms + 1))
-    return *terms, jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, states)
+    states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, states)
+    return terms.w, terms.value, states
 
 
 def run_all(series, terms, dtype=jnp.float64):

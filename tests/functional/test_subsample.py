@@ -22,8 +22,8 @@ from tests.functional.contractions import conv_net, dense_net
 
 KEY = jax.random.key(4)
 SERIES = {
-    "power series": {"exact_terms": 2, "minres_steps": 0},
-    "minimal residuals": {"exact_terms": 1, "probes": 2},
+    "power series": {"exact_terms": 2, "minres_steps": 0, "trace_probes": 1},
+    "minimal residuals": {"exact_terms": 1, "probes": 2, "trace_probes": 2},
     "no exact terms": {"exact_terms": 0, "minres_steps": 2, "probe": "hadamard"},
 }
 
@@ -80,7 +80,7 @@ def test_the_mean_over_parts_is_the_estimate_without(monkeypatch, make, series, 
 
 def test_the_mean_over_parts_of_a_monotone_map(monkeypatch):
     """The same for log|det((I - J)(I + J)^-1)|."""
-    net, options = dense_net(0.7, batch=6), {"exact_terms": 1, "probes": 2}
+    net, options = dense_net(0.7, batch=6), {"exact_terms": 1, "probes": 2, "trace_probes": 1}
     function = partial(monotone, solver=FixedPoint(tolerance=1e-13))
     plain = everything(function, net, Roulette(Geometric(0.3), **options))
     estimator = Roulette(Geometric(0.3), subsample=3, **options)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from resflow_jax.functional import direct_estimates, neumann, series, term_sums
+from resflow_jax.functional import direct_estimates, neumann, series, term_sums, trace_probes
 from resflow_jax.functional.estimators import Roulette, Truncated
 from resflow_jax.functional.length_laws import Defensive, Fitted, Geometric, Poisson
-from resflow_jax.functional.series import MinimalResidual, PowerSeries, Term
+from resflow_jax.functional.series import MinimalResidual, PowerSeries
 from tests.functional.contractions import dense_series
 from tests.functional.estimates import (
     FITTED,
@@ -48,7 +48,7 @@ def enumerate_draws(monkeypatch, net, estimator, lengths=(0,), estimate=estimate
             return hadamard[rows].reshape(-1, *x.shape[1:])
 
         with monkeypatch.context() as patch:  # what it sets holds traced arrays
-            for module in (direct_estimates, neumann):
+            for module in (direct_estimates, neumann, trace_probes):
                 patch.setattr(module, "make_probes", make_probes)
             for law in (Geometric, Poisson, Defensive, Fitted):
                 patch.setattr(law, "sample", lambda self, key, shape: jnp.broadcast_to(length, shape))
@@ -109,7 +109,7 @@ def expectation(monkeypatch, name, estimator, longest, estimate=estimate):
         ("moderate", Roulette(Geometric(0.4), 2, minres_steps=0), 1e-10),
         (
             "moderate",
-            Roulette(Geometric(0.5), 2, minres_steps=0, gradient="autodiff"),
+            Roulette(Geometric(0.5), 2, minres_steps=0, gradient="autodiff", trace_probes=1),
             1e-7,
         ),  # leaves out P(N > n) <= 2^-24
         ("moderate", Roulette(SAFE, 0, minres_steps=0, probes=2), 1e-10),
@@ -125,7 +125,7 @@ def test_power_series_roulette_summed_over_its_law(monkeypatch, name, estimator,
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
-        ("nonsymmetric", Roulette(SAFE, 2, probes=2)),
+        ("nonsymmetric", Roulette(SAFE, 2, probes=2, trace_probes=2)),
         ("moderate", Roulette(FITTED, 0, minres_steps=1, probes=3)),
         ("nonsymmetric", Roulette(Poisson(2.0), 2, minres_steps=2)),
         ("nonsymmetric", Roulette(Geometric(0.3), 0, gradient="autodiff", probes=2)),
@@ -180,12 +180,12 @@ def test_roulette_autodiff_is_unbiased(name, law, exact_terms, samples, probe):
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
-        ("nonsymmetric", Roulette(Geometric(0.4), 2, samples=3, probe="gaussian", probes=2)),
+        ("nonsymmetric", Roulette(Geometric(0.4), 2, samples=3, probe="gaussian", probes=2, trace_probes=2)),
         ("nonsymmetric", Roulette(Geometric(0.25), 2, minres_steps=3, probe="gaussian")),
         ("nonsymmetric", Roulette(FITTED, 0, minres_steps=0, samples=3, probe="orthogonal", probes=3)),
         ("saturated", Roulette(Poisson(2.0), 0, probe="gaussian")),  # four eigenvalues: the series ends
         ("small", Roulette(Poisson(2.0), 2, minres_steps=1, samples=3, probe="orthogonal")),
-        ("nonsymmetric", Roulette(SAFE, 1, probe="hadamard", subsample=3)),
+        ("nonsymmetric", Roulette(SAFE, 1, probe="hadamard", subsample=3, trace_probes=3)),
         ("nonsymmetric", Roulette(FITTED, 0, minres_steps=0, samples=3, probe="hadamard", probes=2, subsample=3)),
     ],
     ids=str,
@@ -243,7 +243,7 @@ def _terms(mutate):
 
 def _without_lookahead(k, term, before, after):
     weights = series._quadrature(term.value.dtype)[1]
-    return Term(term.w, term.value + (after.lookahead - before.lookahead) @ weights)
+    return term._replace(value=term.value + (after.lookahead - before.lookahead) @ weights)
 
 
 def _positive_product(original):
@@ -260,7 +260,7 @@ def _no_roulette_in_gradient(original):
 
 first_for_all = _cotangents(lambda estimator, log_det_bar: jnp.full_like(log_det_bar, log_det_bar.ravel()[0]))
 no_mean = _cotangents(lambda estimator, log_det_bar: estimator.probes * log_det_bar)
-wrong_sign = _terms(lambda k, term, *_: Term(-term.w, -term.value))
+wrong_sign = _terms(lambda k, term, *_: term._replace(w=-term.w, value=-term.value))
 
 
 def _unweighted_part(original):
@@ -270,14 +270,18 @@ def _unweighted_part(original):
 MUTATIONS = {
     "sign": (PowerSeries, "step", wrong_sign),
     "no sign": (PowerSeries, "step", _positive_product),
-    "no 1/k": (PowerSeries, "step", _terms(lambda k, term, *_: Term(term.w, k.astype(term.value.dtype) * term.value))),
+    "no 1/k": (
+        PowerSeries,
+        "step",
+        _terms(lambda k, term, *_: term._replace(value=k.astype(term.value.dtype) * term.value)),
+    ),
     "survival(k + 1)": (Geometric, "survival", lambda original: lambda self, k: original(self, k + 1)),
     "unweighted gradient": (neumann, "draw_plan", _no_roulette_in_gradient),
     "first cotangent for all": (neumann._neumann, "bwd", first_for_all),
 }
 MINIMAL_RESIDUAL_MUTATIONS = {
-    "sign of w": (MinimalResidual, "step", _terms(lambda k, term, *_: Term(-term.w, term.value))),
-    "sign of the value": (MinimalResidual, "step", _terms(lambda k, term, *_: Term(term.w, -term.value))),
+    "sign of w": (MinimalResidual, "step", _terms(lambda k, term, *_: term._replace(w=-term.w))),
+    "sign of the value": (MinimalResidual, "step", _terms(lambda k, term, *_: term._replace(value=-term.value))),
     "no lookahead": (MinimalResidual, "step", _terms(_without_lookahead)),
     "N > k": (term_sums, "term_weight", lambda original: lambda law, lengths, *args: original(law, lengths - 1, *args)),
     "survival(k - 1)": (Defensive, "survival", lambda original: lambda self, k: original(self, k - 1)),

@@ -180,7 +180,7 @@ def _classes():
         "Roulette": {
             **{"length": rf.Poisson(), "exact_terms": 1, "samples": 1, "probe": "rademacher"},
             **{"gradient": "neumann", "minres_steps": 0, "probes": 1, "second_order": False},
-            "subsample": 1,
+            **{"subsample": 1, "trace_probes": 1},
         },
         "Scales": {"squeeze_first": False, "factor_out": False},
         "Spline": {"shape": (3,), "bins": 4, "bound": 3.0},

@@ -47,7 +47,7 @@ ESTIMATORS = {
     "Roulette of the papers": Roulette(rf.Geometric(0.1), exact_terms=2, minres_steps=0, probe="gaussian"),
     "Roulette, autodiff": Roulette(rf.Geometric(0.5), gradient="autodiff", minres_steps=2),
     "Roulette, orthogonal": Roulette(rf.Defensive(), samples=2, probe="orthogonal", probes=2),
-    "Roulette, Poisson": Roulette(rf.Poisson(2.0), exact_terms=1, subsample=2, probe="hadamard"),
+    "Roulette, Poisson": Roulette(rf.Poisson(2.0), exact_terms=1, subsample=2, probe="hadamard", trace_probes=2),
     "Roulette, fitted": Roulette(rf.Fitted(np.array([1.0, 0.5, 0.25]))),
 }
 SOLVERS = {"Anderson": rf.Anderson(), "FixedPoint": rf.FixedPoint(), "Broyden": rf.Broyden()}

@@ -1,0 +1,59 @@
+"""Further probes for the first term of a log-det estimate alone, the trace of J.
+
+Most of the noise of a single example's estimate is that of its probe v, and most of that is in the first term, v^T J v.
+So the value may take the mean of u^T J u over several probes u in its place:
+
+    sum_k weight_k term_k(v) + mean_u(u^T J u) - v^T J v
+
+Its expectation is the same, since E[u^T J u] = E[v^T J v] = tr(J). A further probe costs one vjp of g, and not a whole
+series. The gradient does not change: it is estimated on its own (`functional.neumann`).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from resflow_jax.functional.estimators import Roulette, Truncated
+from resflow_jax.functional.probes import draw_seeds, make_probes, seed_keys
+from resflow_jax.functional.series import Product, dot
+
+Array = jax.Array
+
+
+def number_of_trace_probes(estimator: Truncated | Roulette) -> int:
+    """How many of these probes there are for each probe of the series; 0 if it has the first term to itself."""
+    return getattr(estimator, "trace_probes", 0)
+
+
+def trace_keys(estimator: Truncated | Roulette, shared_key: Array, x: Array) -> Array | None:
+    """What `draw_trace_probes` takes for each example of x [B, ...]; None without such probes.
+
+    Args:
+      estimator: a series.
+      shared_key: a key that all examples share, whose fold 4 is used here alone.
+      x: floats [B, ...], the batch or a device's part of it.
+
+    Raises:
+      ValueError: for more orthogonal probes than dimensions.
+    """
+    count, dim = number_of_trace_probes(estimator) * estimator.probes, math.prod(x.shape[1:])
+    if estimator.probe == "orthogonal" and count > dim:
+        raise ValueError(f"trace_probes: expected at most {dim} orthogonal probes in {dim} dimensions, got {count}")
+    return seed_keys(estimator.probe, count, jax.random.fold_in(shared_key, 4), x)[1] if count else None
+
+
+def draw_trace_probes(estimator: Truncated | Roulette, keys: Array | None, x: Array) -> Array | None:
+    """The probes u [trace_probes, probes * B, ...] from keys of `trace_keys`; None without such probes."""
+    if keys is None:
+        return None
+    number = number_of_trace_probes(estimator)
+    settings = estimator.probe, number * estimator.probes
+    u = make_probes(*settings, draw_seeds(*settings, keys, x), x)
+    return u.reshape(number, -1, *x.shape[1:])
+
+
+def mean_trace(u: Array, product: Product) -> Array:
+    """The mean of u^T M u over the probes u [trace_probes, probes * B, ...], one after the other: [probes * B]."""
+    return jnp.mean(lax.map(lambda u: dot(u, product(u)), u), axis=0)
