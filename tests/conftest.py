@@ -19,7 +19,7 @@ gc.set_threshold(200_000, 20, 100)
 
 import jax  # noqa: E402
 
-from tests import leaks  # noqa: E402
+from tests import contexts, leaks  # noqa: E402
 
 MAPS = Path("/proc/self/maps")
 
@@ -33,6 +33,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # JAX 0.12 itself keeps tracers alive in the programs of rules of derivatives, so that nothing is checked there.
 CHECKS_LEAKS = leaks.watch() if jax.__version_info__ < (0, 12) else None
+contexts.share()
 
 
 @pytest.fixture(scope="module", autouse=True)
