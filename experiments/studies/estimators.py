@@ -282,7 +282,7 @@ def length_moments(target: Target, estimator: Roulette, key: Array, probes: int)
         gradients = []
         for number in range(TERMS + 1):  # this law gives exactly `number` terms without recompilation
             length = Fitted(jnp.asarray(np.where(terms <= number, 1.0, 1e-30), float))
-            cut = dataclasses.replace(estimator, length=length, exact_terms=0)
+            cut = dataclasses.replace(estimator, length=length, exact_terms=0, trace_probes=0)
             gradients.append(np.asarray(draw(subkey, cut)[0], np.float64))
         total = gradients[-1]
         tails = np.square([total, *(total - g for g in gradients)]).sum(axis=1)

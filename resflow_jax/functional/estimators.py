@@ -127,9 +127,10 @@ class Roulette:
         None means r = 2 if at least two exact terms are minimal-residual steps, the gradient is "neumann", and tracing
         shows that g computes every row in the same way for any batch size; otherwise r = 1. Under `vmap` over keys a
         CPU computes the whole series for all examples.
-      trace_probes: number of further probes, for each one of the series, for the first term of the value alone, tr(J),
-        where most of a probe's noise is. Each costs one vjp of g. Their mean takes the place of v^T J v, and the
-        gradient stays the same. 0 means none. It expects exact_terms >= 1.
+      trace_probes: number of further probes u, for each probe v of the series, which estimate tr(J) alone: the mean of
+        u^T J u is added to the value, and v^T J v is subtracted. Each costs one vjp of g. This is for evaluation: it
+        reduces the noise of the value, and the Neumann gradient does not change. Choose 2 or 4 if they are Hadamard
+        probes: their errors then cancel among neighbours. 1 gains nothing.
       second_order: whether the Neumann gradient can itself be differentiated in reverse mode (`jax.grad` of
         `jax.grad`), unbiased and with constant memory, as for Hessian-vector products in score matching or a Laplace
         approximation. It costs another series and six evaluations of g, more for a monotone map. Forward mode then
@@ -137,7 +138,7 @@ class Roulette:
 
     Raises:
       ValueError: for a length without the methods of `LengthLaw`, a count that is too small, an unknown probe or
-        gradient, and second_order or subsample > 1 with gradient="autodiff".
+        gradient, second_order or subsample > 1 with gradient="autodiff", and trace_probes without exact terms.
 
     Example:
       >>> estimator = rf.Roulette(rf.Geometric(0.5), exact_terms=2, probes=4)

@@ -250,7 +250,8 @@ def sum_terms_differentiably(plan: Plan, v: Array, product: Product, longest: in
     def step(carry, k):  # reverse mode needs a static length: later steps are skipped
         return lax.cond(k <= plan.length, advance, lambda carry, k: carry, carry, k), None
 
-    (_, sums), _ = lax.scan(step, _start(plan, wide, product, u), jnp.arange(1, longest + 1, dtype=jnp.int32))
+    start = _start(plan, wide, jax.checkpoint(product), u)
+    (_, sums), _ = lax.scan(step, start, jnp.arange(1, longest + 1, dtype=jnp.int32))
     return sums.astype(v.dtype)
 
 

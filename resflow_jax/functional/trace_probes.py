@@ -1,12 +1,13 @@
-"""Further probes for the first term of a log-det estimate alone, the trace of J.
+"""Further probes for the trace of J alone, which is the first term of the log-det.
 
-Most of the noise of a single example's estimate is that of its probe v, and most of that is in the first term, v^T J v.
-So the value may take the mean of u^T J u over several probes u in its place:
+Much of the noise of one example's estimate is that of its probe v, and often most of that is the noise of v^T J v. With
+further probes u the value is
 
     sum_k weight_k term_k(v) + mean_u(u^T J u) - v^T J v
 
-Its expectation is the same, since E[u^T J u] = E[v^T J v] = tr(J). A further probe costs one vjp of g, and not a whole
-series. The gradient does not change: it is estimated on its own (`functional.neumann`).
+whatever the series is. Its expectation stays the same, since E[u^T J u] = E[v^T J v] = tr(J). Each u costs one vjp of
+g, whereas a further probe of the series costs all terms. The Neumann gradient does not change: it is estimated on its
+own (`functional.neumann`). With gradient="autodiff" the gradient is that of this value.
 """
 
 import math
@@ -23,7 +24,7 @@ Array = jax.Array
 
 
 def number_of_trace_probes(estimator: Truncated | Roulette) -> int:
-    """How many of these probes there are for each probe of the series; 0 if it has the first term to itself."""
+    """How many of these probes there are for each probe of the series."""
     return getattr(estimator, "trace_probes", 0)
 
 
@@ -40,7 +41,8 @@ def trace_keys(estimator: Truncated | Roulette, shared_key: Array, x: Array) -> 
     """
     count, dim = number_of_trace_probes(estimator) * estimator.probes, math.prod(x.shape[1:])
     if estimator.probe == "orthogonal" and count > dim:
-        raise ValueError(f"trace_probes: expected at most {dim} orthogonal probes in {dim} dimensions, got {count}")
+        given = f"{number_of_trace_probes(estimator)} for each of {estimator.probes}"
+        raise ValueError(f"trace_probes: expected at most {dim} orthogonal probes in {dim} dimensions, got {given}")
     return seed_keys(estimator.probe, count, jax.random.fold_in(shared_key, 4), x)[1] if count else None
 
 
@@ -51,7 +53,7 @@ def draw_trace_probes(estimator: Truncated | Roulette, keys: Array | None, x: Ar
     number = number_of_trace_probes(estimator)
     settings = estimator.probe, number * estimator.probes
     u = make_probes(*settings, draw_seeds(*settings, keys, x), x)
-    return u.reshape(number, -1, *x.shape[1:])
+    return u.reshape(number, estimator.probes * x.shape[0], *x.shape[1:])
 
 
 def mean_trace(u: Array, product: Product) -> Array:

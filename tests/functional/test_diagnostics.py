@@ -1,5 +1,7 @@
 """The diagnostics of an estimate: length, norms of the terms, moments of the log-det."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +104,10 @@ def test_term_norms_do_not_depend_on_the_law(minres_steps):
 def test_the_diagnosed_length():
     """exact_terms + trace_probes + the longest length: its mean over keys is 2 + 3 + E max_i N_i, |z| < 4."""
     law, samples = Defensive(0.4, 0.1, 0.75), 3
-    length = diagnose("small", Roulette(law, 2, minres_steps=0, samples=samples, trace_probes=3)).length
+    estimator = Roulette(law, 2, minres_steps=0, samples=samples, trace_probes=3)
+    length = diagnose("small", estimator).length
+    short = replace(estimator, length=Geometric(0.5), gradient="autodiff")
+    assert diagnose("small", short, keys=50).length.min() >= 6
     survival = np.asarray(law.survival(np.arange(1, 200)))
     assert length.min() >= 6
     assert np.abs(z_scores(length, 5 + np.sum(1 - (1 - survival) ** samples))) < 4

@@ -116,6 +116,7 @@ def test_truncated_is_the_truncated_series(monkeypatch, terms, gradient):
     [
         ("moderate", Roulette(Geometric(0.5), 0, minres_steps=0)),
         ("nonsymmetric", Roulette(SAFE, 2, probes=2, trace_probes=2)),
+        ("moderate", Roulette(Geometric(0.5), 1, minres_steps=0, trace_probes=1)),
         ("nonsymmetric", Roulette(Poisson(2.0), 2, minres_steps=2)),
         ("nonsymmetric", Roulette(Geometric(0.5), 0, gradient="autodiff", probes=2)),
         ("saturated", Roulette(FITTED, 0)),

@@ -19,7 +19,7 @@ X, CONDITION, CLOSED_OVER = (jnp.asarray(RNG.normal(size=shape)) for shape in ((
 KEY = jax.random.key(3)
 # With all probes of an orthogonal basis and this many exact terms the estimate is exact.
 ALL = {"exact_terms": 60, "probe": "orthogonal", "probes": 3, "second_order": True}
-EXACT = rf.Roulette(rf.Geometric(0.5), minres_steps=0, **ALL)
+EXACT = rf.Roulette(rf.Geometric(0.5), minres_steps=0, trace_probes=1, **ALL)
 POWER_SERIES = {"minres_steps": 0, "second_order": True}
 # the solver that compiles fastest; a rough solution is enough where there is noise
 MAPS = {
@@ -77,7 +77,7 @@ def test_exact_where_the_estimate_is(form, chunk_size):
 @pytest.mark.parametrize(
     ("form", "estimator"),
     [
-        ("residual", rf.Roulette(trace_probes=1, second_order=True)),
+        ("residual", rf.Roulette(second_order=True)),
         ("residual", rf.Roulette(rf.Geometric(0.5), 0, 2, "gaussian", probes=2, subsample=2, **POWER_SERIES)),
         ("rough monotone", rf.Roulette(exact_terms=0, second_order=True)),
     ],

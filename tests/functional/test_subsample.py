@@ -273,9 +273,10 @@ def test_length():
     g, params, x = dense_net(0.7, batch=8)
     options = {"key": KEY, "return_diagnostics": True}
     lengths = [
-        residual(g, params, x, estimator=Roulette(Geometric(0.1), 2, subsample=r), **options)[2].length for r in (1, 4)
+        residual(g, params, x, estimator=Roulette(Geometric(0.1), 2, subsample=r, trace_probes=3), **options)[2].length
+        for r in (1, 4)
     ]
-    assert lengths[0] > 3 and lengths[1] == 2 + (lengths[0] - 2) / 4
+    assert lengths[0] > 6 and lengths[1] == 5 + (lengths[0] - 5) / 4
 
 
 def test_one_example_needs_all_terms():

@@ -53,7 +53,9 @@ def test_any_batch_size_of_a_spline():
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("estimator", [None, rf.Roulette(subsample=4, probe="hadamard")], ids=["default", "hadamard"])
+@pytest.mark.parametrize(
+    "estimator", [None, rf.Roulette(subsample=4, probe="hadamard", trace_probes=2)], ids=["default", "hadamard"]
+)
 def test_any_batch_size(estimator):
     """One program of variables and of a batch whose size is left open."""
     model = rf.interop.stateless.stateless(CONFIGS["vectors"])
