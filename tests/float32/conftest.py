@@ -5,6 +5,9 @@ Collected with the tests in float64 there is nothing here.
 
 import jax
 
+from tests import contexts
+
+contexts.share()
 collect_ignore_glob = ["*"] if jax.config.jax_enable_x64 else []
 if not jax.config.jax_enable_x64:
     jax.config.update("jax_num_cpu_devices", 2)
