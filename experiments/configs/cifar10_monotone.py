@@ -3,8 +3,9 @@
 python -m experiments.density cifar10_monotone --data.dir DIR
 
 The settings are those of the authors' command: 3 scales of 16 blocks, DenseNets of depth 3 and growth 172 with CPila,
-10 exact terms and Poisson(2) further ones, batches of 64. Their images are mirrored at random. The number of steps is
-our choice. This run has not been made with this library.
+10 exact terms and Poisson(2) further ones, batches of 64. Their images are mirrored at random. Two settings differ: the
+authors learn the weights of the concatenations only from epoch 25 on, here they are learned from the start; and the
+number of steps is that of the other published configs. This run has not been made with this library.
 """
 
 from dataclasses import replace

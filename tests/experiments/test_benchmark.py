@@ -1,6 +1,7 @@
 """The benchmark on a tiny case: its table and file, compilation from the cache, bad input; exponents of known laws."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -143,6 +144,11 @@ def test_two_steps_of_two_sizes(monkeypatch, tmp_path):
     result = scaling.run(scaling.ScalingConfig(steps=2, series=("batch",), length=2, workdir=tmp_path))
     assert min(result["batch"]["seconds"]) > 0 and 0 < result["batch"]["bytes"][0] <= result["batch"]["bytes"][1]
     assert json.loads((tmp_path / "scaling.json").read_text()) == result
+
+
+def test_the_gradient_of_a_reversible_flow():
+    """It differs from that of the flow that stores its inputs by the tolerance of the inverse."""
+    assert 0 < scaling.gradient_error(replace(TINY, config=replace(TINY.config, blocks=(2,)))) < 1e-5
 
 
 def test_the_authors_code(tmp_path):

@@ -53,17 +53,17 @@ def _estimator_of(data: str) -> Change:
 CHANGES: dict[str, dict[str, Change]] = {
     "digits": {
         "half of the width, learning rate 0.03": _narrow(0.03),
-        "CPila in the place of LipSwish": _of_model(activation="cpila"),
+        "CPila instead of LipSwish": _of_model(activation="cpila"),
         'an activation before the first layer of every g (`preactivation="all"`)': _of_model(preactivation="all"),
         "one exact term, then one example of four": _estimator_of("digits"),
         "variational dequantisation": _of_model(data=CONFIGS["digits"].model.data),
     },
     "fashion_mnist": {
         "half of the width, learning rate 0.04": _narrow(0.04),
-        "CPila in the place of LipSwish": _of_model(activation="cpila"),
+        "CPila instead of LipSwish": _of_model(activation="cpila"),
         'an activation before the first layer of every g (`preactivation="all"`)': _of_model(preactivation="all"),
         "two exact terms, then one example of four": _estimator_of("fashion_mnist"),
-        "a learned curve of the pixels (`spline_bins=32`)": _of_model(data=CONFIGS["fashion_mnist"].model.data),
-        "4-8-8 blocks in the place of 4-4-4": _of_model(blocks=CONFIGS["fashion_mnist"].model.blocks),
+        "a learned spline of the pixel values (`spline_bins=32`)": _of_model(data=CONFIGS["fashion_mnist"].model.data),
+        "4-8-8 blocks instead of 4-4-4": _of_model(blocks=CONFIGS["fashion_mnist"].model.blocks),
     },
 }
