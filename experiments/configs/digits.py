@@ -6,7 +6,7 @@ The dequantisation is variational, so the figure is a bound: the bits/dim of the
 many. The log-det series has one exact term, and further ones for one example of four, which costs less than the
 library's estimator.
 
-On 2 CPU cores: 60 to 90 s, compilation included. Expected: 1.77 to 1.79 +- 0.013 test bits/dim, reconstruction error
+On 2 CPU cores: 50 to 90 s, compilation included. Expected: 1.77 to 1.79 +- 0.013 test bits/dim, reconstruction error
 below 1e-5, every block certified with a Lipschitz constant of at most 0.9411.
 """
 
