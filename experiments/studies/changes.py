@@ -1,18 +1,23 @@
 """What each change of the shipped settings brings, with error bars over seeds.
 
     python -m experiments.studies.changes [digits | fashion_mnist] [--seconds S] [--seeds 0 1 2] [--workdir DIR] ...
+    python -m experiments.studies.changes [digits | fashion_mnist] --without 4 7 ...
 
-trains the flow of NAME_uniform, then with one change more at a time, up to that of NAME, each with every seed. A run
-has S seconds of updates, in CPU time of one core, after its compilation. The learning rate rises in the first twentieth
-of them, and falls along a cosine. The bits/dim are the least of four validations of averaged weights, on images that
-are not trained on; the test split is not read. With a variational dequantisation they are a bound.
+trains the flow of NAME_uniform, then with one change more at a time, up to that of NAME, each with every seed. With
+`--without` it trains the flow of NAME instead, and then the same without one change, for each of these numbers; change
+1 is the first after NAME_uniform.
+
+A run has S seconds of updates, in CPU time of one core, after its compilation. The learning rate rises in the first
+twentieth of them, and falls along a cosine. The bits/dim are the least of four validations of averaged weights, on
+images that are not trained on; the test split is not read. With a variational dequantisation they are a bound.
 
 Every core does one run at a time. Finished runs are files, DIR/NAME/change0_seed0.json and so on, which are only read:
 a command that was stopped goes on with what is missing. It prints a Markdown table of means with their standard errors
-over seeds, and of the differences from the row above, seed by seed, and writes it as DIR/NAME/changes.json.
+over seeds, and of the differences from the row above (with `--without`, from the first row), seed by seed. It writes
+the results as DIR/NAME/changes.json, or without.json.
 
-With three seeds there are 18 runs of the digits and 21 of fashion_mnist, of S seconds and some 40 of compilation and
-validation each. That is 33 and 39 minutes on 2 cores, with the default S.
+With three seeds there are 21 runs of the digits and 24 of fashion_mnist, of S seconds and some 40 of compilation and
+validation each. That is 38 and 44 minutes on 2 cores, with the default S.
 """
 
 import json
@@ -33,7 +38,7 @@ from experiments.runs.workdir import make_workdir, write_atomically
 from experiments.studies.comparison.contenders import hash_of
 from experiments.studies.comparison.running import cores, environment
 from experiments.studies.parts.change_run import Job
-from experiments.studies.parts.config_changes import CHANGES, variants_of
+from experiments.studies.parts.config_changes import CHANGES
 from experiments.studies.parts.kept import kept
 from resflow_jax.functional.checks import check_choice, check_count, check_positive
 
@@ -49,6 +54,7 @@ class ChangesConfig:
       data: name of the data set.
       seconds: CPU time for the updates of a run.
       seeds: random seeds; each config is trained once with each.
+      without: numbers of changes that are left out, one at a time. If empty, the changes are made one after the other.
       validated: maximum number of validation images.
       parallel_runs: number of runs at the same time, each on a core of its own; all cores by default.
       workdir: directory that everything is written to, under the name of the data.
@@ -59,6 +65,7 @@ class ChangesConfig:
     data: tyro.conf.Suppress[tyro.conf.Fixed[Literal[DATA]]] = "digits"
     seconds: float = 180
     seeds: tuple[int, ...] = (0, 1, 2)
+    without: tuple[int, ...] = ()
     validated: int = 500
     parallel_runs: int | None = None
     workdir: Path = Path("runs/changes")
@@ -71,16 +78,24 @@ class ChangesConfig:
         check_count("validated", self.validated, 1)
         if len(set(self.seeds)) < max(2, len(self.seeds)):
             raise ValueError(f"seeds: expected two or more different numbers, got {self.seeds}")
+        last = len(CHANGES[self.data])
+        if len(set(self.without) & set(range(1, last + 1))) < len(self.without):
+            raise ValueError(f"without: expected different numbers from 1 to {last}, got {self.without}")
         cores(self.parallel_runs)
 
     def jobs(self) -> dict[str, list[Job]]:
         """Those of all seeds for each config, by its title."""
         settings = {"seconds": self.seconds, "validated": self.validated, "data_dir": self.data_dir}
-        titles = [variant.title for variant in variants_of(self.data)]
-        numbers = (0, 1) if self.small else range(len(titles))
-        return {
-            titles[n]: [Job(self.data, n, seed, small=self.small, **settings) for seed in self.seeds] for n in numbers
-        }
+        last = len(CHANGES[self.data])
+        if self.without:
+            kinds = [(last, False), *((number, True) for number in self.without)]
+        else:
+            kinds = [(number, False) for number in ((0, 1) if self.small else range(last + 1))]
+        found = {}
+        for change, without in kinds:
+            jobs = [Job(self.data, change, seed, small=self.small, without=without, **settings) for seed in self.seeds]
+            found[f"`{self.data}`" if self.without and not without else jobs[0].variant().title] = jobs
+        return found
 
 
 def tiny(config: ChangesConfig) -> ChangesConfig:
@@ -131,13 +146,14 @@ def run(config: ChangesConfig) -> Runs:
     with ThreadPoolExecutor(len(places)) as pool:
         results = pool.map(result, in_order)
         runs = {title: [next(results) for _ in of_config] for title, of_config in jobs.items()}
-    write_atomically(directory / "changes.json", json.dumps(runs, indent=1) + "\n")
-    print(f"\n{config.data}, validation bits/dim:\n\n{table(runs)}", flush=True)
+    name, against = ("without", "first") if config.without else ("changes", "above")
+    write_atomically(directory / f"{name}.json", json.dumps(runs, indent=1) + "\n")
+    print(f"\n{config.data}, validation bits/dim:\n\n{table(runs, against)}", flush=True)
     return runs
 
 
 def _name(job: Job) -> str:
-    return f"change{job.change}_seed{job.seed}.json"
+    return f"{'without' if job.without else 'change'}{job.change}_seed{job.seed}.json"
 
 
 def _settings(job: Job) -> dict[str, Any]:
@@ -161,15 +177,16 @@ def _done(job: Job, core: str) -> dict[str, Any]:
     return json.loads(process.stdout)
 
 
-def table(runs: Runs) -> str:
-    """A Markdown table with a line for each config."""
-    rows, before = [], None
+def table(runs: Runs, against: Literal["above", "first"]) -> str:
+    """A Markdown table with a line for each config, and its difference from the line above or from the first."""
+    rows, other = [], None
     for title, of_config in runs.items():
         bits = np.array([result["bits_per_dim"] for result in of_config])
         steps = np.mean([result["steps"] for result in of_config])
-        rows.append([title, f"{steps:.0f}", _mean(bits), "" if before is None else _mean(bits - before)])
-        before = bits
-    return markdown_table(["change, after those above", "steps", "bits/dim", "difference, seed by seed"], rows)
+        rows.append([title, f"{steps:.0f}", _mean(bits), "" if other is None else _mean(bits - other)])
+        other = bits if against == "above" or other is None else other
+    first = "change, after those above" if against == "above" else "config"
+    return markdown_table([first, "steps", "bits/dim", "difference, seed by seed"], rows)
 
 
 def _mean(values: np.ndarray) -> str:

@@ -4,21 +4,28 @@ XLA needs up to half a second to compile a loop. Layers with the same map and th
 they are in the model. A dense map and a convolution with a single tap are the same map of one matrix. Small matrices of
 different shapes share one loop too: rows and columns of zeros make them of one shape, and change no norm. The loop ends
 when the slowest of its layers has converged.
+
+The vectors of a loop take memory. So the loop runs for a part of its layers after the other if they have many large
+vectors, and its memory does not grow with the number of blocks.
 """
 
 import math
 from collections import defaultdict
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from resflow_jax.functional.chunks import join_chunks, split_chunks
 from resflow_jax.functional.linear_maps import DenseMap, LinearMap
 from resflow_jax.functional.norms import needs_power_iteration
 from resflow_jax.functional.power_iteration import PowerIteration, PowerIterationStatus
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormSettings, advance, linears_inside, split_orders
 
 _SMALL = 128  # rows and columns of a matrix whose products take hardly any time
+_AT_ONCE = 16  # number of layers that always iterate at once
+_ELEMENTS_AT_ONCE = 1 << 18  # of the vectors u and v of more layers that iterate at once
 
 
 def update_norms(module: nnx.Module, settings: NormSettings, restart: bool) -> PowerIterationStatus:
@@ -65,11 +72,7 @@ def _update_alike(linear_map, fixed, layers: list[LipschitzLinear], settings, re
     rows = [_rows(linear_map, layer) for layer in layers]
     inputs = jax.tree.map(lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *rows)
 
-    def of_one(inputs) -> PowerIteration:
-        learned, kernel, v = inputs
-        return advance(linear_map, fixed, learned, restart, kernel, v, settings)
-
-    result = jax.vmap(of_one)(inputs)
+    result = _advance_all(linear_map, fixed, restart, inputs, settings)
     start = 0
     for layer in layers:
         row = slice(start, start + math.prod(layer.stack_shape))
@@ -78,6 +81,19 @@ def _update_alike(linear_map, fixed, layers: list[LipschitzLinear], settings, re
             vector[...] = found[row, *map(slice, size)].reshape(vector.shape)
         start = row.stop
     return result.status
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _advance_all(linear_map, fixed, restart: bool, inputs, settings: NormSettings) -> PowerIteration:
+    """`advance` of every row of (learned orders, kernels, v), for all rows at once or for parts of them in turn."""
+
+    def of_one(inputs) -> PowerIteration:
+        learned, kernel, v = inputs
+        return advance(linear_map, fixed, learned, restart, kernel, v, settings)
+
+    elements = math.prod(linear_map.input_shape) + math.prod(linear_map.output_shape)
+    parts = split_chunks(inputs, max(_AT_ONCE, _ELEMENTS_AT_ONCE // elements))
+    return jax.tree.map(join_chunks, jax.lax.map(jax.vmap(of_one), parts))
 
 
 def _rows(linear_map: LinearMap, layer: LipschitzLinear) -> tuple[tuple[jax.Array | None, ...], jax.Array, jax.Array]:

@@ -203,6 +203,48 @@ def test_layers_that_share_a_loop():
     }
 
 
+def test_a_loop_for_each_part_of_a_stack(monkeypatch):
+    """Each layer has the vectors that it has if all iterate at once, and the status is that of the slowest."""
+    make = nnx.vmap(lambda rngs: LipschitzLinear(DenseMap(12, 11), 0.9, rngs=rngs))  # of no other test
+    stacks = [make(nnx.Rngs(0).split(6)) for _ in range(2)]
+    for stack in stacks:
+        stack.kernel[...] += jax.random.normal(jax.random.key(1), stack.kernel.shape)
+    settings = NormSettings(1e-12, 1e-7, 5000)
+    at_once = update_norms(stacks[0], settings, restart=False)
+    norm_updates._advance_all.clear_cache()
+    monkeypatch.setattr(norm_updates, "_AT_ONCE", 3)
+    monkeypatch.setattr(norm_updates, "_ELEMENTS_AT_ONCE", 2 * (12 + 11))
+    in_parts = update_norms(stacks[1], settings, restart=False)
+    norm_updates._advance_all.clear_cache()
+    assert in_parts.converged and in_parts.iterations == at_once.iterations
+    for name in ("u", "v"):
+        np.testing.assert_allclose(getattr(stacks[1], name)[...], getattr(stacks[0], name)[...], rtol=1e-9)
+
+
+def test_memory_does_not_grow_with_the_number_of_layers():
+    """The loops of 64 layers with large vectors take as much temporary memory as those of 16."""
+
+    def temporary(number):
+        with deferred_norms():
+            stack = nnx.eval_shape(
+                lambda: nnx.vmap(lambda rngs: LipschitzLinear(ConvMap((32, 32), 1, 16, 3), 0.9, rngs=rngs))(
+                    nnx.Rngs(0).split(number)
+                )
+            )
+        graphdef, state = nnx.split(stack)
+
+        def updated(state):
+            stack = nnx.merge(graphdef, state)
+            update_norms(stack, NormSettings(1e-3, None, 20), restart=False)
+            return nnx.state(stack)
+
+        return jax.jit(updated, donate_argnums=0).lower(state).compile().memory_analysis().temp_size_in_bytes
+
+    sizes = temporary(16), temporary(64)
+    print(sizes)
+    assert sizes[1] < 1.1 * sizes[0]
+
+
 def test_a_matrix_of_zeros_beside_larger_ones():
     """Its u is zero, and its vectors keep their shapes and stay finite."""
     model = nnx.List(LipschitzLinear(DenseMap(3, n), 0.9, rngs=nnx.Rngs(n)) for n in (2, 5))

@@ -58,6 +58,22 @@ def test_gradients(pair, estimator):
     check(reversible, kept)
 
 
+@pytest.mark.parametrize("block", ["monotone", "implicit"])
+def test_other_blocks(block):
+    """Stacks whose forward map is a solve: gradients in x and in all parameters."""
+    config = rf.VectorFlowConfig(2, 3, (4,), block=block)
+    flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
+
+    def gradient():
+        graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
+        loss = lambda params, x: jnp.sum(jnp.sin(nnx.merge(graphdef, params, rest).log_prob(x, key=KEY)))  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(jax.tree.map(as_float64, params), X)
+
+    kept = gradient()
+    rf.make_reversible(flow, rf.Anderson(tolerance=1e-13))
+    check(gradient(), kept)
+
+
 CLASSIFIER = rf.ClassifierConfig((4, 4, 1), 3, blocks=(3,), hidden_channels=(4,), padding=1)
 
 

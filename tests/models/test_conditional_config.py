@@ -9,13 +9,15 @@ import pytest
 from flax import nnx
 
 import resflow_jax as rf
-from resflow_jax.layers.residual import ResidualBlock
+from resflow_jax.layers.contraction_block import ContractionBlock
 
 CONFIGS = {
     "vectors": rf.VectorFlowConfig(dim=3, blocks=2, hidden=(4,), coefficient=0.8, condition_dim=2),
     "vectors, DenseNets": rf.VectorFlowConfig(
         dim=3, blocks=1, activation="clipswish", condition_dim=2, densenet=rf.DenseNetBlocks(depth=1, growth=4)
     ),
+    "vectors, monotone": rf.VectorFlowConfig(dim=3, blocks=2, hidden=(4,), condition_dim=2, block="monotone"),
+    "vectors, implicit": rf.VectorFlowConfig(dim=3, blocks=2, hidden=(4,), condition_dim=2, block="implicit"),
     "images": rf.ImageFlowConfig(
         (2, 2, 1),
         blocks=(1, 1),
@@ -61,7 +63,7 @@ def test_every_block_takes_the_condition(name, condition_dim):
     """Or none, without `condition_dim`: as shapes alone."""
     config = replace(CONFIGS[name], condition_dim=condition_dim)
     flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
-    shapes = [block.condition_shape for _, block in nnx.iter_modules(flow) if isinstance(block, ResidualBlock)]
+    shapes = [block.condition_shape for _, block in nnx.iter_modules(flow) if isinstance(block, ContractionBlock)]
     assert set(shapes) == {condition_dim and (condition_dim,)} and len(shapes) >= 1
 
 

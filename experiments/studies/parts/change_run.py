@@ -20,7 +20,7 @@ from experiments.studies.comparison.datasets import batches_of
 from experiments.studies.comparison.flax_contender import FlaxContender
 from experiments.studies.comparison.training import Model, train
 from experiments.studies.comparison.worker import end_with_parent, keep_to
-from experiments.studies.parts.config_changes import variants_of
+from experiments.studies.parts.config_changes import Variant, variants_of, without
 
 VALIDATIONS = 4
 SMALL_STEPS = 2  # updates of a small job, whatever its budget
@@ -32,12 +32,13 @@ class Job:
 
     Attributes:
       data: name of the data set.
-      change: number of the config in `variants_of`.
+      change: number of the last change of the config, 0 for that of NAME_uniform.
       seed: random seed.
       seconds: CPU time for updates.
       validated: number of validation images.
       data_dir: directory of TensorFlow data sets.
       small: whether the flow is that of `--tiny`.
+      without: whether the config has all changes but this one, instead of all up to this one.
     """
 
     data: str
@@ -47,10 +48,15 @@ class Job:
     validated: int
     data_dir: str | None = None
     small: bool = False
+    without: bool = False
+
+    def variant(self) -> Variant:
+        """The config of the run, as the study of changes has it, and its title."""
+        return without(self.data, self.change) if self.without else variants_of(self.data)[self.change]
 
     def config(self) -> DensityConfig:
         """The config of the run."""
-        config = variants_of(self.data)[self.change].config
+        config = self.variant().config
         config = replace(config, data=replace(config.data, dir=self.data_dir), seed=self.seed)
         return tiny(config) if self.small else config
 

@@ -1,4 +1,4 @@
-"""From the config NAME_uniform to NAME of `experiments.density`, one change after the other."""
+"""From the config NAME_uniform to NAME of `experiments.density`, one change after the other, or all but one."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,11 +11,11 @@ Change = Callable[[DensityConfig], DensityConfig]
 
 
 class Variant(NamedTuple):
-    """A config on the way.
+    """A config with some of the changes.
 
     Attributes:
-      title: the last change.
-      config: config with this change and those before it.
+      title: what distinguishes it: the last change, or the one that it lacks.
+      config: the config.
     """
 
     title: str
@@ -30,20 +30,26 @@ def variants_of(data: str) -> tuple[Variant, ...]:
     return tuple(found)
 
 
+def without(data: str, change: int) -> Variant:
+    """The config with all changes but one, which is number `change`, from 1 on."""
+    config = CONFIGS[f"{data}_uniform"]
+    for number, other in enumerate(CHANGES[data].values(), 1):
+        config = config if number == change else other(config)
+    return Variant(f"without: {list(CHANGES[data])[change - 1]}", config)
+
+
 def _of_model(**settings: Any) -> Change:
     return lambda config: replace(config, model=replace(config.model, **settings))
 
 
-def _narrow(learning_rate: float) -> Change:
-    """Networks of half the width, with another learning rate."""
+def _narrow(config: DensityConfig) -> DensityConfig:
+    """Networks of half the width."""
+    tail = replace(config.model.tail, hidden=config.model.tail.hidden // 2)
+    return replace(config, model=replace(config.model, hidden_channels=config.model.hidden_channels // 2, tail=tail))
 
-    def change(config: DensityConfig) -> DensityConfig:
-        tail = replace(config.model.tail, hidden=config.model.tail.hidden // 2)
-        model = replace(config.model, hidden_channels=config.model.hidden_channels // 2, tail=tail)
-        optimizer = replace(config.optimizer, learning_rate=learning_rate)
-        return replace(config, model=model, optimizer=optimizer)
 
-    return change
+def _learning_rate(rate: float) -> Change:
+    return lambda config: replace(config, optimizer=replace(config.optimizer, learning_rate=rate))
 
 
 def _estimator_of(data: str) -> Change:
@@ -52,14 +58,16 @@ def _estimator_of(data: str) -> Change:
 
 CHANGES: dict[str, dict[str, Change]] = {
     "digits": {
-        "half of the width, learning rate 0.03": _narrow(0.03),
+        "half of the width": _narrow,
+        "learning rate 0.03 instead of 0.01": _learning_rate(0.03),
         "CPila instead of LipSwish": _of_model(activation="cpila"),
         'an activation before the first layer of every g (`preactivation="all"`)': _of_model(preactivation="all"),
         "one exact term, then one example of four": _estimator_of("digits"),
         "variational dequantisation": _of_model(data=CONFIGS["digits"].model.data),
     },
     "fashion_mnist": {
-        "half of the width, learning rate 0.04": _narrow(0.04),
+        "half of the width": _narrow,
+        "learning rate 0.04 instead of 0.008": _learning_rate(0.04),
         "CPila instead of LipSwish": _of_model(activation="cpila"),
         'an activation before the first layer of every g (`preactivation="all"`)': _of_model(preactivation="all"),
         "two exact terms, then one example of four": _estimator_of("fashion_mnist"),

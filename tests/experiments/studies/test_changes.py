@@ -16,7 +16,7 @@ from experiments.studies.changes import ChangesConfig
 from experiments.studies.comparison.training import Trained
 from experiments.studies.parts import change_run
 from experiments.studies.parts.change_run import Job, made
-from experiments.studies.parts.config_changes import CHANGES, variants_of
+from experiments.studies.parts.config_changes import CHANGES, variants_of, without
 from resflow_jax.io.config_json import as_json
 
 
@@ -28,6 +28,18 @@ def test_the_way_ends_with_the_shipped_config(data):
     last, shipped = variants[-1].config, CONFIGS[data]
     assert as_json(replace(last, steps=shipped.steps, workdir=shipped.workdir)) == as_json(shipped)
     assert len({json.dumps(as_json(variant.config)) for variant in variants}) == len(CHANGES[data]) + 1
+
+
+@pytest.mark.parametrize("data", CHANGES)
+def test_all_changes_but_one(data):
+    """Without the last one it is the config before; without the first, only the width of the networks differs."""
+    variants, number = variants_of(data), len(CHANGES[data])
+    assert without(data, number).config == variants[-2].config
+    found, shipped = without(data, 1), variants[-1].config
+    assert found.title == "without: half of the width"
+    model = replace(found.config.model, hidden_channels=shipped.model.hidden_channels, tail=shipped.model.tail)
+    assert found.config.model.hidden_channels == 2 * shipped.model.hidden_channels
+    assert replace(found.config, model=model) == shipped
 
 
 SCORES = np.array([[1.0, 2.0, 3.0]])
@@ -58,6 +70,25 @@ def test_a_run(finished):
     assert document["job"] == asdict(jobs[2]) and document["result"] == results[2]
 
 
+def test_changes_left_out(finished, monkeypatch, capsys):
+    """The shipped config, and without each of the changes; differences are from the first line."""
+    jobs = []
+    config = replace(finished[0], without=(3, 1))
+    monkeypatch.setattr(
+        changes, "_done", lambda job, core: jobs.append(job) or {"bits_per_dim": float(job.change), "steps": 2}
+    )
+    found = changes.run(config)
+    titles = list(found)
+    assert titles[0] == "`digits`" and titles[2] == "without: half of the width"
+    last = len(CHANGES["digits"])
+    kinds = [(last, False), (3, True), (1, True)]
+    assert [(job.change, job.without, job.seed) for job in jobs] == [(*kind, seed) for kind in kinds for seed in (0, 1)]
+    directory = config.workdir / "digits"
+    assert json.loads((directory / "without.json").read_text()) == found
+    assert json.loads((directory / "without3_seed1.json").read_text())["job"] == asdict(jobs[3])
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"| {1 - last:.3f} ± 0.000 |")
+
+
 def test_files_of_an_earlier_config(finished, monkeypatch):
     """They are no results of the present one, and are not replaced."""
     config, _, _ = finished
@@ -71,11 +102,16 @@ def test_table():
     runs = {
         "first": [{"bits_per_dim": bits, "steps": 10} for bits in (3.0, 3.2)],
         "second": [{"bits_per_dim": bits, "steps": 21} for bits in (2.9, 3.1)],
+        "third": [{"bits_per_dim": bits, "steps": 10} for bits in (2.0, 2.0)],
     }
-    assert changes.table(runs).splitlines()[2:] == [
+    lines = [
         "| first | 10 | 3.100 ± 0.100 |  |",
         "| second | 21 | 3.000 ± 0.100 | -0.100 ± 0.000 |",
+        "| third | 10 | 2.000 ± 0.000 | -1.000 ± 0.100 |",
     ]
+    assert changes.table(runs, "above").splitlines()[2:] == lines
+    lines[-1] = "| third | 10 | 2.000 ± 0.000 | -1.100 ± 0.100 |"
+    assert changes.table(runs, "first").splitlines()[2:] == lines
 
 
 def test_a_process_that_fails(monkeypatch):
@@ -118,7 +154,7 @@ def test_a_training(monkeypatch):
         return Trained(model, 2.5, 1.0, 4, 0, 10.0, 12.0, [])
 
     monkeypatch.setattr(change_run, "train", train)
-    job = Job("digits", 1, 3, 7.0, 8, small=True)
+    job = Job("digits", 2, 3, 7.0, 8, small=True)
     assert made(job) == {"bits_per_dim": 2.5, "steps": 4, "step_seconds": 0.5}
     assert given["config"] == job.config() and given["config"].seed == 3 and given["rate"] == 0.03
     assert given["seconds"] == 7.0 and not given["set_up_counts"] and given["at_least"] == 2
@@ -139,6 +175,8 @@ def test_no_finite_validation(monkeypatch):
         ({"seeds": (1, 1)}, "seeds: expected two or more different numbers"),
         ({"seconds": 0}, "seconds: "),
         ({"validated": 0}, "validated: "),
+        ({"without": (9,)}, "without: expected different numbers from 1 to 6"),
+        ({"without": (2, 2)}, "without: expected different numbers"),
         ({"parallel_runs": 10**6}, "parallel_runs: expected at most"),
     ],
 )
