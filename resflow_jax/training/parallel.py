@@ -171,16 +171,17 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
         params, non_params = constrain((state.params, state.non_params), whole)
         return state._replace(params=params, non_params=non_params)
 
+    def with_advanced_norms(state):
+        return as_stored(with_whole_flow(trainer.advance_norms(state)))
+
     def step(state, batch, key):
         for leaf in jax.tree.leaves(batch):
             check_divisible(leaf.shape[len(batches.spec) - 1], mesh)
         state = as_stored(state)
         batch = constrain(batch, batches)
         found = gradient(with_whole_flow(state), batch, key)
-        after = as_stored(trainer.update(state, found))
-        after = with_whole_flow(after)
-        after = with_whole_flow(trainer.advance_norms(after))
-        state = unless_skipped(found.is_finite(), as_stored(after), state)
+        after = with_whole_flow(as_stored(trainer.update(state, found)))
+        state = unless_skipped(found.is_finite(), after, state, with_advanced_norms)
         return as_stored(state), constrain(found.metrics(), whole)
 
     return jax.jit(step, donate_argnums=0)

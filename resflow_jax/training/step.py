@@ -187,8 +187,8 @@ class Trainer(NamedTuple):
         up to 20 power iterations, often 1 or 2.
         """
         found = self.gradient(state, batch, key)
-        after = self.advance_norms(self.update(state, found))
-        return unless_skipped(found.is_finite(), after, state), found.metrics()
+        after = self.update(state, found)
+        return unless_skipped(found.is_finite(), after, state, self.advance_norms), found.metrics()
 
     def gradient(self, state: TrainState, batch: Any, key: Array) -> Gradient:
         """The first part of a step: means over the batches of an update and over devices."""
@@ -281,17 +281,25 @@ def _at_least_float32(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(wide_dtype(leaf.dtype)) if is_float(leaf) else leaf, params)
 
 
-def unless_skipped(is_finite: Array, after: TrainState, before: TrainState) -> TrainState:
-    """The state after an update; where that is not finite the one before it, with the number of steps of `after`.
+def unless_skipped(
+    is_finite: Array, after: TrainState, before: TrainState, then: Callable[[TrainState], TrainState]
+) -> TrainState:
+    """The state then(after), or `before` with the number of steps of `after` if the update is not finite.
 
     Args:
       is_finite: a Boolean scalar, from `Gradient.is_finite`.
       after: the state after the update.
       before: the state before it, with the same shapes.
+      then: the rest of the step. It is not run for a skipped update, so that its vectors may replace the old ones in
+        memory.
     """
+    structure = jax.tree.structure(after)
+
+    def finished(new, old):
+        return jax.tree.leaves(then(jax.tree.unflatten(structure, new)))
+
     # The compiler fuses no `cond` with the update, so that the update rounds as it would without the choice.
-    leaves, structure = jax.tree.flatten(after)
-    chosen = jax.lax.cond(is_finite, lambda new, old: new, lambda new, old: old, leaves, jax.tree.leaves(before))
+    chosen = jax.lax.cond(is_finite, finished, lambda new, old: old, jax.tree.leaves(after), jax.tree.leaves(before))
     return jax.tree.unflatten(structure, chosen)._replace(step=after.step)
 
 

@@ -120,15 +120,17 @@ def test_the_step_lowers_for_accelerators(platform):
 
 
 def test_memory_of_a_block_is_what_it_keeps():
-    """28 more blocks with 64 hidden channels add four copies of input, w and parameters, but no hidden activations."""
-    of_one_kind = {
-        "preactivation": "all",
-        "between": rf.BetweenBlocks(first_actnorm=False),
-    }  # one program a scale, not two
+    """Blocks with 64 hidden channels add copies of input, w and parameters, if reversible only of their parameters.
 
-    def peak(blocks):
-        config = rf.ImageFlowConfig((16, 16, 1), blocks, **of_one_kind, hidden_channels=64, tail=rf.DenseTail(0))
+    They add no hidden activations, and not the vectors of their power iterations, which are as large.
+    """
+
+    def peak(blocks, reversible):
+        of_one_kind = {"preactivation": "all", "between": rf.BetweenBlocks(first_actnorm=False)}  # one program
+        config = rf.ImageFlowConfig((16, 16, 1), (blocks,), **of_one_kind, hidden_channels=64, tail=rf.DenseTail(0))
         flow = nnx.eval_shape(lambda: rf.ResidualFlow(config, rngs=nnx.Rngs(0)))
+        if reversible:
+            rf.make_reversible(flow)
         trainer = Trainer(nnx.split(flow)[0], dequantized_bits_per_dim(256), optax.adam(1e-3), 0.99)
         state = jax.eval_shape(lambda flow: trainer.create_state(flow, rf.Roulette()), flow)
         images = jax.ShapeDtypeStruct((64, 16, 16, 1), jnp.uint8)
@@ -136,11 +138,13 @@ def test_memory_of_a_block_is_what_it_keeps():
         return compiled.memory_analysis().temp_size_in_bytes
 
     kept = 8 * 64 * 16 * 16  # x or w of a batch of 64, in float64
-    parameters = 8 * 64 * (64 + 9 * (1 + 1 + 4 + 4) / 2)
+    parameters = 8 * 64 * (64 + 9 * 2)
     hidden = 64 * kept
-    grown = peak((16, 16)) - peak((2, 2))
-    assert grown <= 28 * 4 * (kept + parameters)
-    assert grown <= 28 * hidden / 10
+    more = 48 - 16
+    grown, grown_reversible = (peak(48, which) - peak(16, which) for which in (False, True))
+    assert grown <= more * 4 * (kept + parameters)
+    assert grown <= more * hidden / 10
+    assert grown_reversible <= more * 4 * parameters
 
 
 def test_average_of_bfloat16_parameters():
