@@ -21,6 +21,7 @@ import tyro
 
 from experiments.runs import help
 from experiments.runs.choices import choose, choose_model
+from experiments.runs.garbage import fewer_full_collections
 from experiments.runs.names import printable
 
 _LINES = "\n\t"  # what the text of an error may have beside what is printable
@@ -69,7 +70,7 @@ class Command:
     def call(self, function: Callable[[Any], Any], arguments: Sequence[str] | None = None) -> None:
         """Parses the command line, by default the program's own, and calls the function with the config."""
         arguments = list(sys.argv[1:] if arguments is None else arguments)
-        with errors_in_a_line(self.program, debug="--debug" in arguments):
+        with errors_in_a_line(self.program, debug="--debug" in arguments), fewer_full_collections():
             config = self.parse(arguments)
             with says_what_is_written(self.output(config)) if self.output else contextlib.nullcontext():
                 function(config)

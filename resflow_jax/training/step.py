@@ -4,7 +4,7 @@ The step has three parts. `Trainer.gradient` takes the mean gradient of a loss(f
 update. `Trainer.update` applies the optax transformation and advances the moving average of the parameters.
 `Trainer.advance_norms` advances the power iteration of every linear layer to the new parameters. `training.parallel`
 runs the same functions on many devices. An update whose loss or gradient is not finite is skipped: the state keeps all
-but its number of steps (`Gradient.is_finite`, `unless_skipped`).
+but its number of steps, and `advance_norms` does not run (`Gradient.is_finite`, `unless_skipped`).
 """
 
 from collections.abc import Callable
