@@ -1,7 +1,7 @@
 """What each change of the shipped settings brings, with error bars over seeds.
 
     python -m experiments.studies.changes [digits | fashion_mnist] [--seconds S] [--seeds 0 1 2] [--workdir DIR] ...
-    python -m experiments.studies.changes [digits | fashion_mnist] --without 4 7 ...
+    python -m experiments.studies.changes [digits | fashion_mnist] --without 4 5 ...
 
 trains the flow of NAME_uniform, then with one change more at a time, up to that of NAME, each with every seed. With
 `--without` it trains the flow of NAME instead, and then the same without one change, for each of these numbers; change
@@ -17,7 +17,8 @@ over seeds, and of the differences from the row above (with `--without`, from th
 the results as DIR/NAME/changes.json, or without.json.
 
 With three seeds there are 21 runs of the digits and 24 of fashion_mnist, of S seconds and some 40 of compilation and
-validation each. That is 38 and 44 minutes on 2 cores, with the default S.
+validation each. That is 38 and 44 minutes on 2 cores, with the default S. With `--without` there are three runs for
+each number, and three more.
 """
 
 import json
@@ -173,7 +174,7 @@ def _done(job: Job, core: str) -> dict[str, Any]:
     process = subprocess.run(command, input=json.dumps(asdict(job)) + "\n", **options)
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
-        raise RuntimeError(f"change {job.change}, seed {job.seed}: expected a process that trains, got: {last}")
+        raise RuntimeError(f"{Path(_name(job)).stem}: expected a process that trains, got: {last}")
     return json.loads(process.stdout)
 
 

@@ -5,8 +5,8 @@ they are in the model. A dense map and a convolution with a single tap are the s
 different shapes share one loop too: rows and columns of zeros make them of one shape, and change no norm. The loop ends
 when the slowest of its layers has converged.
 
-The vectors of a loop take memory. So the loop runs for a part of its layers after the other if they have many large
-vectors, and its memory does not grow with the number of blocks.
+The vectors of a loop take memory. If there are many large ones, the loop runs for one part of the layers after the
+other. Its memory is then that of one part.
 """
 
 import math
@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from resflow_jax.functional.chunks import join_chunks, split_chunks
+from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.linear_maps import DenseMap, LinearMap
 from resflow_jax.functional.norms import needs_power_iteration
 from resflow_jax.functional.power_iteration import PowerIteration, PowerIterationStatus
 from resflow_jax.layers.lipschitz import LipschitzLinear, NormSettings, advance, linears_inside, split_orders
 
 _SMALL = 128  # rows and columns of a matrix whose products take hardly any time
-_AT_ONCE = 16  # number of layers that always iterate at once
-_ELEMENTS_AT_ONCE = 1 << 18  # of the vectors u and v of more layers that iterate at once
+_AT_ONCE = 16  # layers that iterate at once, whatever the size of their vectors
+_ELEMENTS_AT_ONCE = 1 << 18  # more layers iterate at once if their vectors u and v have no more elements than this
 
 
 def update_norms(module: nnx.Module, settings: NormSettings, restart: bool) -> PowerIterationStatus:
@@ -92,8 +92,23 @@ def _advance_all(linear_map, fixed, restart: bool, inputs, settings: NormSetting
         return advance(linear_map, fixed, learned, restart, kernel, v, settings)
 
     elements = math.prod(linear_map.input_shape) + math.prod(linear_map.output_shape)
-    parts = split_chunks(inputs, max(_AT_ONCE, _ELEMENTS_AT_ONCE // elements))
-    return jax.tree.map(join_chunks, jax.lax.map(jax.vmap(of_one), parts))
+    at_once, number = max(_AT_ONCE, _ELEMENTS_AT_ONCE // elements), len(inputs[1])
+    if number <= at_once:
+        return jax.vmap(of_one)(inputs)
+    parts = -(-number // at_once)
+    size = -(-number // parts)
+
+    def of_part(part, results):
+        start = jnp.minimum(part * size, number - size)  # the last part begins in the one before if they do not divide
+        rows = jax.tree.map(lambda all_rows: jax.lax.dynamic_slice_in_dim(all_rows, start, size), inputs)
+        found = jax.vmap(of_one)(rows)
+        return jax.tree.map(
+            lambda all_rows, new: jax.lax.dynamic_update_slice_in_dim(all_rows, new, start, 0), results, found
+        )
+
+    types = jax.eval_shape(jax.vmap(of_one), inputs)
+    results = jax.tree.map(lambda type_: jnp.zeros(type_.shape, type_.dtype), types)
+    return jax.lax.fori_loop(0, parts, of_part, vary_over(results, varying_axes(inputs)))
 
 
 def _rows(linear_map: LinearMap, layer: LipschitzLinear) -> tuple[tuple[jax.Array | None, ...], jax.Array, jax.Array]:

@@ -172,7 +172,7 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
         return state._replace(params=params, non_params=non_params)
 
     def with_advanced_norms(state):
-        return as_stored(with_whole_flow(trainer.advance_norms(state)))
+        return as_stored(with_whole_flow(trainer.advance_norms(with_whole_flow(state))))
 
     def step(state, batch, key):
         for leaf in jax.tree.leaves(batch):
@@ -180,7 +180,7 @@ def jit_train_step(trainer: Trainer, mesh: Mesh, *, parameters: Parameters = "re
         state = as_stored(state)
         batch = constrain(batch, batches)
         found = gradient(with_whole_flow(state), batch, key)
-        after = with_whole_flow(as_stored(trainer.update(state, found)))
+        after = as_stored(trainer.update(state, found))
         state = unless_skipped(found.is_finite(), after, state, with_advanced_norms)
         return as_stored(state), constrain(found.metrics(), whole)
 

@@ -4,7 +4,7 @@ The step has three parts. `Trainer.gradient` takes the mean gradient of a loss(f
 update. `Trainer.update` applies the optax transformation and advances the moving average of the parameters.
 `Trainer.advance_norms` advances the power iteration of every linear layer to the new parameters. `training.parallel`
 runs the same functions on many devices. An update whose loss or gradient is not finite is skipped: the state keeps all
-but its number of steps, and `advance_norms` does not run (`Gradient.is_finite`, `unless_skipped`).
+but its number of steps (`Gradient.is_finite`, `unless_skipped`).
 """
 
 from collections.abc import Callable
@@ -290,8 +290,8 @@ def unless_skipped(
       is_finite: a Boolean scalar, from `Gradient.is_finite`.
       after: the state after the update.
       before: the state before it, with the same shapes.
-      then: the rest of the step. It is not run for a skipped update, so that its vectors may replace the old ones in
-        memory.
+      then: the rest of the step. It runs only if the update is finite, or under `jax.vmap`. XLA can then write the new
+        vectors over the old ones.
     """
     structure = jax.tree.structure(after)
 

@@ -76,14 +76,17 @@ def test_derivative_of_a_small_loss_in_float32(solver):
     np.testing.assert_allclose(gradient * y.size, 1 / (1 + 0.9 * jnp.cos(x)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("solver", [FixedPoint(), Anderson()], ids=["fixed point", "anderson"])
-def test_check_grads_to_second_order(solver):
+def test_check_grads_to_second_order():
     """jax.test_util.check_grads, order 2, forward and reverse."""
     args = jnp.asarray(0.7), jnp.array([[0.4, -0.2]])
-    check_grads(jax.jit(partial(residual_inverse, sine, solver=solver)), args, order=2, modes=("fwd", "rev"), rtol=1e-4)
+    check_grads(
+        jax.jit(partial(residual_inverse, sine, solver=Anderson())), args, order=2, modes=("fwd", "rev"), rtol=1e-4
+    )
 
 
 def test_two_orders():
-    """Gradient and Hessian-vector product in params and y of a dense net."""
+    """Gradient and Hessian-vector product in params and y of a dense net, by plain iteration."""
     g, params, x = dense_net(0.5)
-    check_two_orders(lambda params, y: jnp.sum(jnp.sin(3 * residual_inverse(g, params, y))), params, x)
+    check_two_orders(
+        lambda params, y: jnp.sum(jnp.sin(3 * residual_inverse(g, params, y, solver=FixedPoint()))), params, x
+    )

@@ -35,8 +35,7 @@ def flow(kind):
     return made
 
 
-@pytest.mark.parametrize("kind", ["monotone", "implicit"])
-def test_a_gradient_keeps_no_activations(kind):
+def test_a_gradient_keeps_no_activations():
     """Ten blocks more keep their inputs, outputs and cotangents, and none of their 512 hidden units."""
 
     def temporary(depth):
@@ -44,8 +43,6 @@ def test_a_gradient_keeps_no_activations(kind):
             return rf.LipschitzMLP(3, (512,), rngs=rngs)
 
         def step(rngs):
-            if kind == "monotone":
-                return rf.MonotoneBlock(contraction(rngs))
             return rf.ImplicitBlock(contraction(rngs), contraction(rngs))
 
         graphdef, params, rest = nnx.split(rf.Flow(rf.ResidualStack(step, depth, rngs=nnx.Rngs(0))), nnx.Param, ...)

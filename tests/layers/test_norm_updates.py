@@ -204,17 +204,17 @@ def test_layers_that_share_a_loop():
 
 
 def test_a_loop_for_each_part_of_a_stack(monkeypatch):
-    """Each layer has the vectors that it has if all iterate at once, and the status is that of the slowest."""
+    """Seven layers in parts of three have the vectors of seven that iterate at once; the status is the slowest's."""
     make = nnx.vmap(lambda rngs: LipschitzLinear(DenseMap(12, 11), 0.9, rngs=rngs))  # of no other test
-    stacks = [make(nnx.Rngs(0).split(6)) for _ in range(2)]
+    stacks = [make(nnx.Rngs(0).split(7)) for _ in range(2)]
     for stack in stacks:
         stack.kernel[...] += jax.random.normal(jax.random.key(1), stack.kernel.shape)
     settings = NormSettings(1e-12, 1e-7, 5000)
-    at_once = update_norms(stacks[0], settings, restart=False)
+    at_once = update_norms(stacks[0], settings, restart=True)
     norm_updates._advance_all.clear_cache()
     monkeypatch.setattr(norm_updates, "_AT_ONCE", 3)
     monkeypatch.setattr(norm_updates, "_ELEMENTS_AT_ONCE", 2 * (12 + 11))
-    in_parts = update_norms(stacks[1], settings, restart=False)
+    in_parts = update_norms(stacks[1], settings, restart=True)
     norm_updates._advance_all.clear_cache()
     assert in_parts.converged and in_parts.iterations == at_once.iterations
     for name in ("u", "v"):
@@ -222,7 +222,7 @@ def test_a_loop_for_each_part_of_a_stack(monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_number_of_layers():
-    """The loops of 64 layers with large vectors take as much memory as those of 16, apart from their results."""
+    """The loops of 67 layers with large vectors take as much memory as those of 16, apart from their results."""
 
     def temporary(number):
         with deferred_norms():
@@ -240,8 +240,8 @@ def test_memory_does_not_grow_with_the_number_of_layers():
 
         return jax.jit(updated, donate_argnums=0).lower(state).compile().memory_analysis().temp_size_in_bytes
 
-    results = 4 * 32 * 32 * (16 + 1)  # u and v of a layer
-    assert temporary(64) - temporary(16) < 48 * results
+    results = 8 * 32 * 32 * (16 + 1)  # u and v of a layer
+    assert temporary(67) - temporary(16) < (67 - 16) * results
 
 
 def test_a_matrix_of_zeros_beside_larger_ones():

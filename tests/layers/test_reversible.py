@@ -201,7 +201,8 @@ def test_images_and_every_scale():
     """All stacks of a multi-scale flow become reversible; values and diagnostics are unchanged."""
     config = rf.ImageFlowConfig((4, 4, 1), blocks=(3, 2), hidden_channels=4, tail=rf.DenseTail(2, hidden=4))
     flow = rf.ResidualFlow(config, rngs=nnx.Rngs(0))
-    x, options = jnp.full((2, 4, 4, 1), 0.3, jnp.float32), {"key": KEY, "return_diagnostics": True}
+    x = jnp.full((2, 4, 4, 1), 0.3, jnp.float32)
+    options = {"key": KEY, "estimator": rf.Truncated(2), "return_diagnostics": True}
     kept = flow.log_prob(x, **options)
     rf.make_reversible(flow)
     stacks = [module for _, module in nnx.iter_modules(flow) if isinstance(module, ResidualStack)]

@@ -13,6 +13,7 @@ from resflow_jax.functional.diagnostics import Diagnostics
 from resflow_jax.training.loop import run_steps
 from resflow_jax.training.losses import negative_log_likelihood
 from resflow_jax.training.step import Trainer
+from tests.training.test_parallel import LAYOUTS
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(8, 2))
@@ -50,12 +51,14 @@ def test_finite_updates_are_made_as_before():
     chex.assert_trees_all_equal(found, expected)
 
 
-@pytest.mark.parametrize("strategy", ["jit", "shard_map", "pmap"])
-def test_all_devices_skip(strategy):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_devices_skip(layout):
     """With accumulation, where one of eight devices alone has a bad example in one of two batches."""
-    trainer = TRAINER._replace(accumulate=2)
-    placement = rf.training.Placement(trainer, rf.training.make_mesh(), strategy)
-    start = trainer.create_state(FLOW, rf.Exact())
+    strategy, sizes, parameters = LAYOUTS[layout]
+    flow = rf.ResidualFlow(rf.VectorFlowConfig(dim=2, blocks=1, hidden=(16, 32)), rngs=nnx.Rngs(0))  # divisible
+    trainer = TRAINER._replace(graphdef=nnx.graphdef(flow), accumulate=2)
+    placement = rf.training.Placement(trainer, rf.training.make_mesh(**sizes), strategy, parameters)
+    start = trainer.create_state(flow, rf.Exact())
     state, metrics = placement.step(placement.place(start), placement.place_batch(np.stack([X, BAD])), KEY)
     assert np.isnan(metrics["loss"])
     found = placement.to_host(placement.to_checkpoint(state))

@@ -32,7 +32,7 @@ class Job:
 
     Attributes:
       data: name of the data set.
-      change: number of the last change of the config, 0 for that of NAME_uniform.
+      change: number of the last change of the config, 0 for that of NAME_uniform; with `without`, of the one left out.
       seed: random seed.
       seconds: CPU time for updates.
       validated: number of validation images.

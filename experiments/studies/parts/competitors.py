@@ -67,6 +67,7 @@ CASES = {
 }
 COMPETITORS = ("resflow_jax", "resflow_jax plain", "resflow_jax bfloat16", "authors", "normflows")
 PEERS = ("authors", "normflows")  # in PyTorch
+TIMED_FLOPS = 1e10  # of the products that measure the speed of a device
 
 
 def photograph_crops(shape: tuple[int, int, int], number: int) -> np.ndarray:
@@ -256,7 +257,7 @@ ACCELERATOR_MATMULS = (*MATMULS, (65536, 512, 512), (8192, 8192, 8192))
 def _matmul_speed(mesh: jax.sharding.Mesh, rows: int, inner: int, columns: int, case: Case) -> float:
     dtype = case.config.matmul_dtype or "float32"
     flops = 2.0 * rows * inner * columns
-    times = max(1, int(1e10 / flops))
+    times = max(1, int(TIMED_FLOPS / flops))
 
     def products(a, b):
         def step(b, _):

@@ -33,5 +33,5 @@ def test_commands_use_it():
     """A command runs with fewer full collections."""
     found = []
     command = Command("experiments.none", "A command.", Config(), tiny=lambda config: config)
-    command.call(lambda config: found.append(gc.get_threshold()[2]), [])
-    assert found == [10 * gc.get_threshold()[2]]
+    command.call(lambda config: found.append(gc.get_threshold()[1]), [])
+    assert found == [2 * gc.get_threshold()[1]]

@@ -18,6 +18,7 @@ from experiments import density
 from experiments.runs.tasks.images import ImageTask
 from experiments.runs.tasks.task import Drawing
 from resflow_jax.data.batches import Batches
+from tests import contexts
 
 
 def without_pictures(set_attribute) -> None:
@@ -39,6 +40,7 @@ def separate_python_output() -> None:
 
 def main() -> None:
     separate_python_output()
+    contexts.share()
     event, process, number, *arguments = sys.argv[1:]
     starting_at = Batches.starting_at
 

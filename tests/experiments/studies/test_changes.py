@@ -124,9 +124,7 @@ def test_a_process_that_fails(monkeypatch):
 
     job = Job("digits", 2, 5, 1.0, 8)
     monkeypatch.setattr(changes.subprocess, "run", run)
-    with pytest.raises(
-        RuntimeError, match=re.escape("change 2, seed 5: expected a process that trains, got: ValueError")
-    ):
+    with pytest.raises(RuntimeError, match=re.escape("change2_seed5: expected a process that trains, got: ValueError")):
         changes._done(job, "1")
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from experiments.configs import CONFIGS
 from experiments.studies import evaluation
 from experiments.studies.evaluation import DEFAULT, PAPERS, EvaluationStudyConfig, Noise
+from experiments.studies.parts import trained
 from resflow_jax import Roulette
 from tests.experiments import tiny
 
@@ -37,10 +38,11 @@ def test_the_table():
 
 
 def test_end_to_end(tmp_path, monkeypatch, capsys):
-    """A tiny flow of the digits, which is trained first."""
+    """A tiny flow of the digits, which is not trained."""
     kept = {name: evaluation.ESTIMATORS[name] for name in (PAPERS, DEFAULT)}
     monkeypatch.setattr(evaluation, "ESTIMATORS", kept)
     monkeypatch.setitem(CONFIGS, "digits_uniform", tiny.DIGITS)
+    monkeypatch.setattr(trained, "run_config", tiny.save_run)
     config = EvaluationStudyConfig(tmp_path, targets=("digits",), keys=8, images=8)
     with jax.enable_x64(False):
         results = evaluation.run(config)

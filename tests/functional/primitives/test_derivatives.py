@@ -12,6 +12,7 @@ from resflow_jax.functional.length_laws import Geometric, Poisson
 from resflow_jax.functional.logdet import residual
 from resflow_jax.functional.primitives.derivatives import forward_only, reverse_only
 from tests.functional.contractions import z_scores
+from tests.functional.estimates import of_keys
 
 NEUMANN = {
     "default": Roulette(),
@@ -49,7 +50,7 @@ def test_forward_over_reverse_is_unbiased(name):
     """The mean over keys of a Hessian-vector product is that of the exact log-det, |z| < 4.5."""
     params, direction, x = problem()
     keys = jax.random.split(jax.random.key(0), 20_000)
-    draw = jax.jit(jax.vmap(lambda key: hessian_vector(NEUMANN[name], params, direction, x, key)))
+    draw = of_keys(lambda key: hessian_vector(NEUMANN[name], params, direction, x, key))
     expected = hessian_vector(Exact(), params, direction, x, None)
     for found, truth in zip(draw(keys), expected, strict=True):
         assert np.abs(z_scores(found, truth)).max() < 4.5
