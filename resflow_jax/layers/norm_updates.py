@@ -16,6 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 
 from resflow_jax.functional.batch_axes import vary_over, varying_axes
 from resflow_jax.functional.linear_maps import DenseMap, LinearMap
@@ -85,40 +86,43 @@ def _update_alike(linear_map, fixed, layers: list[LipschitzLinear], settings, re
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _advance_all(linear_map, fixed, restart: bool, inputs, settings: NormSettings) -> PowerIteration:
-    """`advance` of every row of (learned orders, kernels, v), for all rows at once or for parts of them in turn."""
+    """`advance` of every row of (learned orders, kernels, v, u), for all rows at once or for parts of them in turn."""
+    learned, kernels, v, u = inputs
 
-    def of_one(inputs) -> PowerIteration:
-        learned, kernel, v = inputs
+    @jax.vmap
+    def of_rows(learned, kernel, v) -> PowerIteration:
         return advance(linear_map, fixed, learned, restart, kernel, v, settings)
 
     elements = math.prod(linear_map.input_shape) + math.prod(linear_map.output_shape)
-    at_once, number = max(_AT_ONCE, _ELEMENTS_AT_ONCE // elements), len(inputs[1])
+    at_once, number = max(_AT_ONCE, _ELEMENTS_AT_ONCE // elements), len(v)
     if number <= at_once:
-        return jax.vmap(of_one)(inputs)
-    parts = -(-number // at_once)
-    size = -(-number // parts)
+        return of_rows(learned, kernels, v)
+    size = next((n for n in range(at_once, at_once // 2, -1) if number % n == 0), at_once)
 
-    def of_part(part, results):
-        start = jnp.minimum(part * size, number - size)  # the last part begins in the one before if they do not divide
-        rows = jax.tree.map(lambda all_rows: jax.lax.dynamic_slice_in_dim(all_rows, start, size), inputs)
-        found = jax.vmap(of_one)(rows)
-        return jax.tree.map(
-            lambda all_rows, new: jax.lax.dynamic_update_slice_in_dim(all_rows, new, start, 0), results, found
-        )
+    def with_part(start, size, results):
+        rows = jax.tree.map(lambda array: dynamic_slice_in_dim(array, start, size), (learned, kernels, results.v))
+        found = of_rows(*rows)
+        return jax.tree.map(lambda array, new: dynamic_update_slice_in_dim(array, new, start, 0), results, found)
 
-    types = jax.eval_shape(jax.vmap(of_one), inputs)
+    types = jax.eval_shape(of_rows, learned, kernels, v)
     results = jax.tree.map(lambda type_: jnp.zeros(type_.shape, type_.dtype), types)
-    return jax.lax.fori_loop(0, parts, of_part, vary_over(results, varying_axes(inputs)))
+    # XLA writes the new vectors over the old ones.
+    results = results._replace(u=u.astype(types.u.dtype), v=v.astype(types.v.dtype))
+    results = vary_over(results, varying_axes(inputs))
+    results = jax.lax.fori_loop(0, number // size, lambda n, results: with_part(n * size, size, results), results)
+    rest = number % size
+    return with_part(number - rest, rest, results) if rest else results
 
 
-def _rows(linear_map: LinearMap, layer: LipschitzLinear) -> tuple[tuple[jax.Array | None, ...], jax.Array, jax.Array]:
-    """The learned orders, kernels and v of all layers of a stack, one in each row, with zeros to fit `linear_map`."""
+def _rows(linear_map: LinearMap, layer: LipschitzLinear) -> tuple[tuple[jax.Array | None, ...], *tuple[jax.Array, ...]]:
+    """The learned orders, kernels, v and u of all layers of a stack, a layer a row, with zeros to fit `linear_map`."""
     learned = split_orders(layer.traced_orders())[1]
     own, number, axes = _own_map(layer), math.prod(layer.stack_shape), len(layer.stack_shape)
     kernel = layer.kernel[...].reshape(number, *own.kernel_shape)
-    v = layer.v[...].reshape(number, *own.input_shape)
+    v, u = layer.v[...].reshape(number, *own.input_shape), layer.u[...].reshape(number, *own.output_shape)
     learned = jax.tree.map(lambda order: order.reshape(number, *order.shape[axes:]), learned)
-    return learned, _padded(kernel, linear_map.kernel_shape), _padded(v, linear_map.input_shape)
+    arrays = (kernel, linear_map.kernel_shape), (v, linear_map.input_shape), (u, linear_map.output_shape)
+    return learned, *(_padded(array, shape) for array, shape in arrays)
 
 
 def _padded(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
