@@ -45,7 +45,7 @@ def forget_programs():
     """
     gc.freeze()
     yield
-    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 42_000:
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 30_000:
         gc.unfreeze()
         jax.effects_barrier()
         jax.clear_caches()
