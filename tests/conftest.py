@@ -40,6 +40,9 @@ contexts.share()
 def forget_programs():
     """Every compiled program holds memory maps. Linux allows 65530 per process, and XLA crashes beyond that.
 
+    JAX also remembers at most 8192 calls of jitted functions; when it is full, `_cache_size()` of a new one is 0. Both
+    limits are far away if programs are forgotten at 30000 maps.
+
     What is alive when a file begins is left out of collections of garbage until programs are forgotten: each of them,
     those of the check for leaks too, would traverse it again.
     """
