@@ -26,9 +26,7 @@ Case = tuple[str, bytes]
 
 N = 100_000  # repetitions
 HUGE = 2**60
-LONG = (
-    100_000  # bytes; longer pickles are tried in the present format alone, since the same code interprets both formats
-)
+LONG = 100_000  # bytes; the same code interprets both formats, so longer pickles are tried in the present one alone
 SIX = np.arange(6, dtype=np.float32)
 
 
