@@ -140,9 +140,11 @@ def test_memory_of_a_block_is_what_it_keeps():
 
     kept = 8 * 64 * 16 * 16  # x or w of a batch of 64, in float64
     parameters = 8 * 64 * (64 + 9 * 2)
+    hidden = 64 * kept
     more = 48 - 16
     grown, grown_reversible = (peak(48, which) - peak(16, which) for which in (False, True))
     assert grown <= more * 4 * (kept + parameters)
+    assert grown <= more * hidden / 10
     assert grown_reversible <= more * 4 * parameters
 
 
